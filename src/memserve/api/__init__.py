@@ -1,0 +1,1 @@
+"""What travels between clients, gateways and instances: no sockets, no tensors."""

@@ -1,0 +1,1 @@
+"""Workloads, the load generator, microbenchmarks and their reports."""

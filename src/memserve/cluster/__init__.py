@@ -1,0 +1,1 @@
+"""Which instances there are, and processes that run them."""

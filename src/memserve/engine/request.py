@@ -1,0 +1,98 @@
+"""The engine's contract: what goes in, what comes out. Frozen, and free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from memserve.api.generate import FinishReason, SamplingParams
+from memserve.types import SHARED, Namespace, RequestId, TokenArray
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sequence to generate (a call with n > 1 or several prompts is several of these)."""
+
+    id: RequestId
+    prompt: TokenArray  # [tokens] int32, not empty
+    sampling: SamplingParams
+    namespace: Namespace = SHARED
+    priority: int = 0  # lower runs first; arrival order breaks ties
+    # Another sample of the same prompt: wait until that one's prefill has put its blocks
+    # into the index, then share them instead of computing them again.
+    follows: RequestId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities (of the raw distribution) at one position, most probable first."""
+
+    chosen: float
+    rank: int  # 1: the most probable token
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), as many as were asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a finished (or just started) sequence has cost."""
+
+    prompt_tokens: int
+    cached_tokens: int  # prompt tokens whose KV was not computed for this request
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """What one step produced for one sequence.
+
+    `token_ids` includes an end or stop token that ended the sequence. After an output with
+    `finish_reason` nothing more comes for this id. `error` is set with `FinishReason.ERROR`.
+    """
+
+    id: RequestId
+    token_ids: tuple[int, ...]
+    usage: Usage
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None  # which end or stop token ended it
+    error: str | None = None
+
+
+# Called from the engine's thread once per step with everything the step produced; it must
+# not block. A server hands the batch to its event loop with `call_soon_threadsafe`.
+OutputSink = Callable[[Sequence[TokenOutput]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """Limits that requests are checked against."""
+
+    model: str
+    vocab_size: int
+    max_model_len: int  # prompt + output tokens, from the model and the settings
+    pool_tokens: int  # tokens of one sequence that HBM can hold
+    block_tokens: int
+    dtype: str
+    device: str
+    threads: int
+
+    @property
+    def max_tokens(self) -> int:
+        """Prompt plus output tokens that one sequence may have."""
+        return min(self.max_model_len, self.pool_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Totals since start, and the present state. Counters only grow."""
+
+    running: int
+    waiting: int
+    steps: int
+    computed_prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+    finished: int
+    cancelled: int
+    busy_seconds: float

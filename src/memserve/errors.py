@@ -1,0 +1,94 @@
+"""One error hierarchy: everything this package raises on purpose is a `MemserveError`.
+
+Messages carry the numbers that a person needs to act: what was asked, what there was.
+"""
+
+from __future__ import annotations
+
+
+class MemserveError(Exception):
+    """Root of every error raised on purpose."""
+
+
+class ConfigError(MemserveError):
+    """A configuration that cannot work: unknown key, wrong type, contradictory values."""
+
+
+class ModelError(MemserveError):
+    """A model that cannot be found, loaded or served."""
+
+
+# --- pool -----------------------------------------------------------------------------
+
+
+class PoolError(MemserveError):
+    """A call that the memory pool refuses; the pool is unchanged after it."""
+
+
+class OutOfBlocks(PoolError):
+    """Not enough blocks, even after evicting all that may be evicted."""
+
+    def __init__(self, medium: str, asked: int, free: int, evictable: int, total: int) -> None:
+        super().__init__(
+            f"{asked} {medium} blocks asked, {free} free and {evictable} evictable of {total}"
+        )
+        self.medium = medium
+        self.asked = asked
+        self.free = free
+        self.evictable = evictable
+        self.total = total
+
+
+class DoubleFree(PoolError):
+    """A block that is free already, or named twice in one call."""
+
+
+class StaleBlock(PoolError):
+    """A reference from before the block was freed and given to someone else."""
+
+
+class ForeignBlock(PoolError):
+    """A reference to another instance's block, or to no block at all."""
+
+
+class PinnedBlock(PoolError):
+    """A block that somebody is reading."""
+
+
+class NotOwned(PoolError):
+    """A block that belongs to the index and not to the caller (or the other way round)."""
+
+
+class LengthMismatch(PoolError):
+    """Tokens, references or tensors whose lengths do not fit each other."""
+
+
+class InvalidTokens(PoolError):
+    """Tokens that are not int32."""
+
+
+class LayoutMismatch(PoolError):
+    """KV bytes of another shape, type or model."""
+
+
+class SharedMemoryFull(PoolError):
+    """The shared-memory file system has no room for the segment asked for."""
+
+
+class IntegrityError(PoolError):
+    """`check_integrity` found a block with no owner, with two, or an index that disagrees."""
+
+
+# --- engine ---------------------------------------------------------------------------
+
+
+class RequestError(MemserveError):
+    """A request that can never be served as it stands; `param` names the field at fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class EngineStopped(MemserveError):
+    """The engine no longer takes requests."""

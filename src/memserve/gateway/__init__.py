@@ -1,0 +1,1 @@
+"""The process that clients talk to: OpenAI API in, instance calls out."""

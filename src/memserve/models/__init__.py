@@ -1,0 +1,1 @@
+"""Where a model comes from: hub, directory or the demo packages; its tokenizer."""

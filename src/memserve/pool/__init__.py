@@ -1,0 +1,1 @@
+"""The memory of one instance: fixed-size KV blocks, their index, their tiers."""

@@ -1,0 +1,140 @@
+"""Identifiers, and references to KV blocks packed into numpy arrays.
+
+A block reference is one int64: owner, medium, index and generation. A list of blocks is an
+int64 array of them, so that a 4096-token prompt costs one array and no object per block.
+An *owner* is one life of one instance (id and epoch), interned in this process; on a wire it
+travels as id and epoch beside the rest.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import NamedTuple, NewType
+
+import numpy as np
+from numpy.typing import NDArray
+
+InstanceId = NewType("InstanceId", str)
+RequestId = NewType("RequestId", str)
+Epoch = NewType("Epoch", int)
+Namespace = NewType("Namespace", str)
+
+SHARED = Namespace("")  # the namespace of requests that ask for none
+
+TokenArray = NDArray[np.int32]
+RefArray = NDArray[np.int64]
+IndexArray = NDArray[np.int64]
+
+
+class Medium(IntEnum):
+    """Where a block lives."""
+
+    HBM = 0  # the engine's device memory; host memory where the engine runs on a CPU
+    DRAM = 1
+
+
+class Role(StrEnum):
+    """What an instance does for a request."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    COLOCATED = "colocated"
+
+
+# Bits of a packed reference, low to high; 63 in all, so that it is never negative.
+GENERATION_BITS = 24
+INDEX_BITS = 24
+MEDIUM_BITS = 2
+OWNER_BITS = 13
+
+MAX_GENERATION = (1 << GENERATION_BITS) - 1
+MAX_BLOCKS = 1 << INDEX_BITS  # per medium and instance
+MAX_OWNERS = 1 << OWNER_BITS  # instance lives that one process can know
+
+_INDEX_SHIFT = GENERATION_BITS
+_MEDIUM_SHIFT = _INDEX_SHIFT + INDEX_BITS
+_OWNER_SHIFT = _MEDIUM_SHIFT + MEDIUM_BITS
+
+
+class Owner(NamedTuple):
+    """One life of one instance."""
+
+    instance: InstanceId
+    epoch: Epoch
+
+
+_owners: list[Owner] = []
+_owner_numbers: dict[Owner, int] = {}
+_owner_lock = threading.Lock()
+
+
+def intern_owner(instance: InstanceId, epoch: Epoch) -> int:
+    """The number that stands for this instance life in references of this process.
+
+    Raises OverflowError after `MAX_OWNERS` different ones.
+    """
+    owner = Owner(instance, epoch)
+    with _owner_lock:
+        number = _owner_numbers.get(owner)
+        if number is None:
+            if len(_owners) == MAX_OWNERS:
+                raise OverflowError(f"this process has met {MAX_OWNERS} instance lives already")
+            number = len(_owners)
+            _owners.append(owner)
+            _owner_numbers[owner] = number
+        return number
+
+
+def owner_of(number: int) -> Owner:
+    """The instance life behind an interned number. IndexError if there is none."""
+    return _owners[number]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRef:
+    """One reference, unpacked: for messages and tests, never on a hot path."""
+
+    instance: InstanceId
+    epoch: Epoch
+    medium: Medium
+    index: int
+    generation: int
+
+
+def pack_refs(owner: int, medium: Medium, index: IndexArray, generation: IndexArray) -> RefArray:
+    """References to blocks `index` [n] of one owner and medium, with `generation` [n]."""
+    head = (owner << _OWNER_SHIFT) | (int(medium) << _MEDIUM_SHIFT)
+    packed: RefArray = (index << _INDEX_SHIFT) | generation
+    packed |= head
+    return packed
+
+
+def ref_owner(refs: RefArray) -> IndexArray:
+    return refs >> _OWNER_SHIFT
+
+
+def ref_medium(refs: RefArray) -> IndexArray:
+    return (refs >> _MEDIUM_SHIFT) & ((1 << MEDIUM_BITS) - 1)
+
+
+def ref_index(refs: RefArray) -> IndexArray:
+    return (refs >> _INDEX_SHIFT) & (MAX_BLOCKS - 1)
+
+
+def ref_generation(refs: RefArray) -> IndexArray:
+    return refs & MAX_GENERATION
+
+
+def unpack_ref(ref: int) -> BlockRef:
+    """The fields of one packed reference."""
+    owner = owner_of(int(ref) >> _OWNER_SHIFT)
+    one = np.array([ref], dtype=np.int64)
+    return BlockRef(
+        owner.instance,
+        owner.epoch,
+        Medium(int(ref_medium(one)[0])),
+        int(ref_index(one)[0]),
+        int(ref_generation(one)[0]),
+    )
