@@ -92,3 +92,12 @@ class RequestError(MemserveError):
 
 class EngineStopped(MemserveError):
     """The engine no longer takes requests."""
+
+
+class QueueFull(MemserveError):
+    """As many requests wait as may wait."""
+
+    def __init__(self, waiting: int, limit: int) -> None:
+        super().__init__(f"{waiting} requests are waiting and at most {limit} may")
+        self.waiting = waiting
+        self.limit = limit

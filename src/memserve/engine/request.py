@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from memserve.api.generate import FinishReason, SamplingParams
 from memserve.types import SHARED, Namespace, RequestId, TokenArray
@@ -96,3 +97,31 @@ class EngineStats:
     finished: int
     cancelled: int
     busy_seconds: float
+
+
+class EngineProtocol(Protocol):
+    """What an instance needs of its engine. Every call returns at once, from any thread."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def start(self, sink: OutputSink) -> None:
+        """Start the engine's thread; outputs go to `sink`, called from that thread."""
+
+    def submit(self, requests: Sequence[EngineRequest]) -> None:
+        """Queue the sequences of one call, all or none.
+
+        Raises RequestError for one that can never run (too long for the context or the pool,
+        token ids out of range, sampling values out of range), QueueFull, EngineStopped.
+        """
+
+    def cancel(self, ids: Sequence[RequestId]) -> None:
+        """Stop sequences within one step and free what they hold. Unknown ids are ignored.
+
+        No further output comes for them, not even a last one.
+        """
+
+    def stats(self) -> EngineStats: ...
+
+    def stop(self) -> None:
+        """End the thread after its present step; what still runs gets a CANCELLED output."""
