@@ -1,0 +1,222 @@
+"""Text to token ids and back, from a model directory's own files and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import tokenizers
+
+from memserve.errors import ConfigError, ModelError
+from memserve.models.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate
+
+# Transformers' tokenizer classes that begin every text with <bos> unless told otherwise, even
+# where tokenizer.json (for example one made from a GGUF file) has no post-processor for it.
+_BOS_CLASSES = frozenset({"LlamaTokenizer", "GemmaTokenizer", "CodeLlamaTokenizer"})
+
+
+class _NamedTemplate(msgspec.Struct, frozen=True):
+    name: str
+    template: str
+
+
+class _AddedToken(msgspec.Struct, frozen=True):
+    content: str
+
+
+class _TokenizerFile(msgspec.Struct, frozen=True):
+    """What we use of tokenizer_config.json."""
+
+    bos_token: str | _AddedToken | None = None
+    eos_token: str | _AddedToken | None = None
+    pad_token: str | _AddedToken | None = None
+    unk_token: str | _AddedToken | None = None
+    add_bos_token: bool | None = None
+    tokenizer_class: str | None = None
+    chat_template: str | list[_NamedTemplate] | None = None
+
+
+class _ModelFile(msgspec.Struct, frozen=True):
+    """What we use of config.json and generation_config.json."""
+
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+
+class _TemplateFile(msgspec.Struct, frozen=True):
+    chat_template: str | None = None
+
+
+_File = TypeVar("_File", bound=msgspec.Struct)
+
+
+class Tokenizer:
+    """A model's vocabulary, its chat template and the ids that begin and end a text.
+
+    Immutable after loading; every method may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token_id: int | None = None,
+        add_bos_token: bool = False,
+        eos_token_ids: Sequence[int] = (),
+        chat_template: str = DEFAULT_CHAT_TEMPLATE,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        """`backend` becomes this object's own: its truncation and padding are turned off.
+
+        `special_tokens` are the template's variables (bos_token, eos_token, ...).
+        """
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._add_bos_token = add_bos_token
+        self._chat_template = ChatTemplate(chat_template, special_tokens or {})
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.bos_token_id = bos_token_id
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.special_ids = frozenset(
+            token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        )
+        # Some decoders drop a text's leading space; behind this token every other keeps its own.
+        self._anchor = backend.encode("a", add_special_tokens=False).ids
+        self._anchor_text = self.decode(self._anchor, skip_special_tokens=False)
+
+    @classmethod
+    def load(cls, directory: Path, chat_template: str | None = None) -> Tokenizer:
+        """Read a model directory. `chat_template` is a Jinja file that replaces the model's own.
+
+        Raises ModelError for a directory without a usable tokenizer.json, ConfigError for a
+        template file that cannot be read.
+        """
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError(f"{directory} has no tokenizer.json (a 'fast' tokenizer is needed)")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for a malformed file
+            raise ModelError(f"{path}: {error}") from error
+        settings = _read(directory / "tokenizer_config.json", _TokenizerFile)
+        model = _read(directory / "config.json", _ModelFile)
+        generation = _read(directory / "generation_config.json", _ModelFile)
+        special_tokens = _special_tokens(settings)
+        bos = special_tokens.get("bos_token")
+        bos_token_id = model.bos_token_id if bos is None else backend.token_to_id(bos)
+        return cls(
+            backend,
+            bos_token_id=bos_token_id,
+            add_bos_token=_adds_bos(settings) and bos_token_id is not None,
+            eos_token_ids=_eos_token_ids(
+                backend, special_tokens.get("eos_token"), generation, model
+            ),
+            chat_template=_template_source(directory, settings, chat_template),
+            special_tokens=special_tokens,
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; <bos> stands in front, once, where the model expects it.
+
+        A text that already begins with <bos> (as a rendered chat template often does) gets
+        no second one.
+        """
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        bos = self.bos_token_id
+        if bos is None or not add_special_tokens:
+            return ids
+        if ids[:2] == [bos, bos]:
+            return ids[1:]
+        if self._add_bos_token and ids[:1] != [bos]:
+            return [bos, *ids]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that form no whole character become U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Messages (`role`, `content`) as the text that the model continues.
+
+        Raises RequestError where the template refuses them.
+        """
+        return self._chat_template.render(messages, add_generation_prompt)
+
+    def token_text(self, token_id: int) -> str:
+        """One token's text as it stands inside a text, its leading space included."""
+        text = self.decode([*self._anchor, token_id], skip_special_tokens=False)
+        return text.removeprefix(self._anchor_text)
+
+
+def _read(path: Path, kind: type[_File]) -> _File:
+    """A JSON file's fields that `kind` names; its defaults where there is no such file."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return kind()
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.DecodeError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _special_tokens(settings: _TokenizerFile) -> dict[str, str]:
+    tokens = {
+        "bos_token": settings.bos_token,
+        "eos_token": settings.eos_token,
+        "pad_token": settings.pad_token,
+        "unk_token": settings.unk_token,
+    }
+    return {
+        name: token.content if isinstance(token, _AddedToken) else token
+        for name, token in tokens.items()
+        if token is not None
+    }
+
+
+def _adds_bos(settings: _TokenizerFile) -> bool:
+    """Whether <bos> is prepended where tokenizer.json's own post-processor does not do so."""
+    if settings.add_bos_token is not None:
+        return settings.add_bos_token
+    return (settings.tokenizer_class or "").removesuffix("Fast") in _BOS_CLASSES
+
+
+def _eos_token_ids(
+    backend: tokenizers.Tokenizer, eos_token: str | None, generation: _ModelFile, model: _ModelFile
+) -> tuple[int, ...]:
+    """The tokens that end an answer: generation_config's (config's without it), tokenizer's."""
+    configured = generation.eos_token_id
+    if configured is None:
+        configured = model.eos_token_id
+    ids = [configured] if isinstance(configured, int) else list(configured or ())
+    own = None if eos_token is None else backend.token_to_id(eos_token)
+    if own is not None:
+        ids.append(own)
+    return tuple(dict.fromkeys(ids))
+
+
+def _template_source(directory: Path, settings: _TokenizerFile, override: str | None) -> str:
+    """The template to use: the override, then the places where models keep theirs, newest first."""
+    if override is not None:
+        try:
+            return Path(override).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"chat template {override}: {error.strerror}") from error
+    jinja_file = directory / "chat_template.jinja"
+    if jinja_file.is_file():
+        return jinja_file.read_text(encoding="utf-8")
+    own = (
+        _read(directory / "chat_template.json", _TemplateFile).chat_template
+        or settings.chat_template
+    )
+    if isinstance(own, list):
+        by_name = {entry.name: entry.template for entry in own}
+        own = by_name.get("default")
+    return DEFAULT_CHAT_TEMPLATE if own is None else own
