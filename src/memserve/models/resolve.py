@@ -1,0 +1,64 @@
+"""From what a configuration calls a model to a directory with its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from memserve.config import ModelConfig
+from memserve.errors import ModelError
+from memserve.models.demo import DEMO_MODEL, DEMO_NAME, prepare_demo_model
+
+# Called with one line before each step that may take over two seconds.
+Progress = Callable[[str], None]
+
+# Configuration, tokenizer and weights; never pickled weights (*.bin, *.pt).
+_WANTED_FILES = ["*.json", "*.jinja", "*.safetensors"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDirectory:
+    """A model on this machine."""
+
+    path: Path  # holds config.json, tokenizer.json and *.safetensors
+    name: str  # what the API calls it
+    revision: str | None = None  # the commit of a hub model
+
+
+def resolve_model(config: ModelConfig, progress: Progress) -> ModelDirectory:
+    """Find the model's directory: the demo model, a local directory, or a hub repository.
+
+    Converts the demo model, or downloads from the hub, where that has not been done before.
+    Raises ModelError naming what was tried and what would help.
+    """
+    name = config.served_name
+    if config.path == DEMO_MODEL:
+        return ModelDirectory(prepare_demo_model(progress), name or DEMO_NAME)
+    directory = Path(config.path).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ModelError(f"{directory} is no model directory: it has no config.json")
+        return ModelDirectory(directory.resolve(), name or config.path)
+    if config.path.startswith(("/", "~", ".")) or config.path.count("/") != 1:
+        raise ModelError(
+            f"no model '{config.path}': neither a directory nor a hub id (owner/name) "
+            f"nor '{DEMO_MODEL}'"
+        )
+    snapshot = _download(config.path, config.revision, progress)
+    return ModelDirectory(snapshot, name or config.path, revision=snapshot.name)
+
+
+def _download(repo_id: str, revision: str | None, progress: Progress) -> Path:
+    # Half a second to import, and needed for hub models only.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    progress(f"looking for {repo_id} in the hub's cache and on the hub")
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_WANTED_FILES))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ModelError(
+            f"no directory '{repo_id}' here, and the hub did not serve it: {first_line}"
+        ) from error
