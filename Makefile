@@ -1,0 +1,65 @@
+# `make serve` and `make test` need nothing but Python 3.11 or newer; the rest is installed here.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# Newer than what it was made from: nothing is installed twice.
+INSTALLED := $(VENV)/.installed
+BENCH_JSON ?= build/bench
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test lint format bench clean
+
+help:
+	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
+	@echo "make serve   serve the demo model on http://127.0.0.1:8000 (ARGS='--port 9000 ...')"
+	@echo "make test    lint, types, layers and all tests"
+	@echo "make lint    the same without the tests;   make format   put the code into shape"
+	@echo "make bench   microbenchmarks of the pool and the engine, as JSON in $(BENCH_JSON)"
+	@echo "make clean   remove what these made, the environment included"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "memserve needs Python 3.11 or newer; say which: make setup PYTHON=/path/to/python"; exit 1; }
+	@echo "==> creating $(VENV) with $$("$(PYTHON)" --version)"
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@echo "==> installing memserve and what it needs (minutes, the first time)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet \
+		--constraint constraints.txt --editable '.[demo,bench,dev]'
+	@touch $@
+	@echo "==> installed; the command is $(BIN)/memserve"
+
+serve: setup
+	@$(BIN)/memserve up $(ARGS)
+
+lint: setup
+	@echo "==> ruff format"
+	@$(BIN)/ruff format --check .
+	@echo "==> ruff check"
+	@$(BIN)/ruff check .
+	@echo "==> mypy"
+	@$(BIN)/mypy
+	@echo "==> import layers"
+	@$(BIN)/lint-imports
+
+test: lint
+	@echo "==> pytest"
+	@$(BIN)/pytest $(ARGS)
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup
+	@mkdir -p $(BENCH_JSON)
+	@echo "==> pool"
+	@$(BIN)/memserve bench pool --json $(BENCH_JSON)/pool.json
+	@echo "==> engine"
+	@$(BIN)/memserve bench engine --json $(BENCH_JSON)/engine.json
+	@echo "==> results are in $(BENCH_JSON)"
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
