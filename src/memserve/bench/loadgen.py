@@ -1,0 +1,157 @@
+"""An open-loop load generator for sessions: it keeps its own schedule, whatever the server does.
+
+Sessions arrive as a Poisson process. Within one, the next turn is sent as soon as the answer
+before it has ended, because its prompt contains that answer. A late sender makes a slow server
+look fast (coordinated omission), so times count from the schedule, and lateness is reported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from memserve.bench.openai_client import Answer, OpenAIClient
+from memserve.bench.workloads import Session, Turn
+from memserve.clock import Clock
+
+_WARM_UP_TOKENS = 4
+
+
+class RequestRecord(msgspec.Struct, frozen=True):
+    """One request. Times are seconds since the run began."""
+
+    session: str
+    turn: int
+    scheduled: float  # when it should have been sent
+    sent: float
+    first_token: float | None  # None: nothing came
+    chunk_times: tuple[float, ...]
+    end: float
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSettings:
+    """How the load is made."""
+
+    rate: float  # sessions per second, mean
+    seed: int
+    replay_answers: bool = False  # history from the data's answers instead of the server's
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """Everything that was sent, by session and turn."""
+
+    records: tuple[RequestRecord, ...]
+    unsent: int  # turns behind a failed one, which cannot be asked
+
+
+def arrival_times(count: int, rate: float, seed: int) -> tuple[float, ...]:
+    """Seconds at which `count` sessions of a Poisson process of `rate` per second arrive."""
+    gaps = random.Random(seed)
+    times: list[float] = []
+    now = 0.0
+    for _ in range(count):
+        now += gaps.expovariate(rate)
+        times.append(now)
+    return tuple(times)
+
+
+async def warm_up(client: OpenAIClient, requests: int) -> str | None:
+    """Send short requests one after the other; the first error, if any.
+
+    What a server does only once (allocations, compilation, first connections) is then done.
+    """
+    for index in range(requests):
+        messages = [{"role": "user", "content": f"This is warm-up request number {index}."}]
+        answer = await client.chat(messages, _WARM_UP_TOKENS)
+        if answer.error is not None:
+            return answer.error
+    return None
+
+
+async def generate_load(
+    client: OpenAIClient,
+    sessions: Sequence[Session],
+    settings: LoadSettings,
+    clock: Clock,
+    finished: Callable[[RequestRecord], None] = lambda _: None,
+) -> LoadResult:
+    """Send every session at its time and wait for the last answer.
+
+    `finished` is called after each request. A failed request ends its session.
+    """
+    times = arrival_times(len(sessions), settings.rate, settings.seed)
+    runs = []
+    async with asyncio.TaskGroup() as group:
+        start = clock.now()
+        for session, arrival in zip(sessions, times, strict=True):
+            run = _SessionRun(client, session, settings.replay_answers, clock, start, finished)
+            runs.append(group.create_task(run.go(arrival)))
+    records = [record for run in runs for record in run.result()]
+    turns = sum(len(session.turns) for session in sessions)
+    return LoadResult(tuple(records), unsent=turns - len(records))
+
+
+class _SessionRun:
+    """One session, turn after turn."""
+
+    def __init__(
+        self,
+        client: OpenAIClient,
+        session: Session,
+        replay_answers: bool,
+        clock: Clock,
+        start: float,
+        finished: Callable[[RequestRecord], None],
+    ) -> None:
+        self._client = client
+        self._session = session
+        self._replay_answers = replay_answers
+        self._clock = clock
+        self._start = start
+        self._finished = finished
+
+    async def go(self, arrival: float) -> list[RequestRecord]:
+        records: list[RequestRecord] = []
+        messages: list[dict[str, str]] = []
+        scheduled = arrival
+        await asyncio.sleep(max(0.0, self._start + arrival - self._clock.now()))
+        for index, turn in enumerate(self._session.turns):
+            messages.append({"role": "user", "content": turn.prompt})
+            answer = await self._client.chat(messages, turn.output_tokens)
+            record = self._record(index, scheduled, answer)
+            records.append(record)
+            self._finished(record)
+            if record.error is not None:
+                break
+            scheduled = record.end
+            messages.append({"role": "assistant", "content": self._history(turn, answer)})
+        return records
+
+    def _history(self, turn: Turn, answer: Answer) -> str:
+        return turn.answer if self._replay_answers else answer.text
+
+    def _record(self, turn: int, scheduled: float, answer: Answer) -> RequestRecord:
+        times = tuple(time - self._start for time in answer.chunk_times)
+        return RequestRecord(
+            session=self._session.id,
+            turn=turn,
+            scheduled=scheduled,
+            sent=answer.sent - self._start,
+            first_token=times[0] if times else None,
+            chunk_times=times,
+            end=answer.end - self._start,
+            prompt_tokens=answer.prompt_tokens,
+            cached_tokens=answer.cached_tokens,
+            output_tokens=answer.output_tokens,
+            error=answer.error,
+        )

@@ -1,0 +1,178 @@
+"""One streamed chat request over the OpenAI API, with the time of everything that comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from memserve.clock import Clock
+
+# Nothing may hang for ever: a server that sends nothing for this long has failed the request.
+# Queueing counts, so that it is longer than any sensible wait for a first token.
+SILENCE_TIMEOUT = 300.0
+CONNECT_TIMEOUT = 10.0
+
+# One line of a stream; a chunk with token ids and logprobs may be long.
+_MAX_LINE_BYTES = 1 << 20
+
+
+class _Delta(msgspec.Struct, frozen=True):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    delta: _Delta = _Delta()
+    token_ids: tuple[int, ...] | None = None
+    finish_reason: str | None = None
+
+
+class _PromptDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _PromptDetails | None = None
+
+
+class _Error(msgspec.Struct, frozen=True):
+    message: str = ""
+
+
+class _Chunk(msgspec.Struct, frozen=True):
+    """What we use of a `chat.completion.chunk`, or of an error in its place."""
+
+    choices: tuple[_Choice, ...] = ()
+    usage: _Usage | None = None
+    error: _Error | None = None
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server sent for one request; times are the clock's."""
+
+    sent: float
+    chunk_times: tuple[float, ...]  # of the chunks that carried tokens
+    end: float
+    text: str
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    error: str | None
+
+
+class OpenAIClient:
+    """A connection pool to one server. An async context manager."""
+
+    def __init__(self, url: str, model: str, clock: Clock) -> None:
+        """`url` is the server's root, without /v1; `model` as the server calls it."""
+        self._url = url.rstrip("/")
+        self._model = model
+        self._clock = clock
+        self._session: aiohttp.ClientSession
+
+    async def __aenter__(self) -> OpenAIClient:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=CONNECT_TIMEOUT, sock_read=SILENCE_TIMEOUT
+            ),
+            read_bufsize=_MAX_LINE_BYTES,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def chat(self, messages: Sequence[Mapping[str, str]], output_tokens: int) -> Answer:
+        """Ask for exactly `output_tokens` tokens. Never raises for what a server does wrong."""
+        body = self._body(messages, output_tokens)
+        received = _Received(self._clock)
+        sent = self._clock.now()
+        try:
+            async with self._session.post(
+                f"{self._url}/v1/chat/completions", json=body
+            ) as response:
+                if response.status == 200:
+                    async for line in response.content:
+                        received.line(line)
+                else:
+                    received.refused(response.status, await response.read())
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            # ValueError: a line over the limit, or one that is no JSON.
+            received.error = f"{type(error).__name__}: {error}"
+        return received.answer(sent)
+
+    def _body(self, messages: Sequence[Mapping[str, str]], output_tokens: int) -> dict[str, Any]:
+        return {
+            "model": self._model,
+            "messages": list(messages),
+            "max_tokens": output_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,  # some tokens have no text: their arrival counts too
+        }
+
+
+class _Received:
+    """What has come back so far."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._times: list[float] = []
+        self._texts: list[str] = []
+        self._usage = _Usage()
+        self._done = False
+        self.error: str | None = None
+
+    def line(self, line: bytes) -> None:
+        data = line.strip().removeprefix(b"data:").strip()
+        if not line.startswith(b"data:") or not data:
+            return
+        if data == b"[DONE]":
+            self._done = True
+            return
+        chunk = _decode_chunk(data)
+        if chunk.error is not None:
+            self.error = chunk.error.message or "error without a message"
+        if chunk.usage is not None:
+            self._usage = chunk.usage
+        for choice in chunk.choices:
+            text = choice.delta.content or ""
+            if text or choice.token_ids:
+                self._times.append(self._clock.now())
+                self._texts.append(text)
+
+    def refused(self, status: int, body: bytes) -> None:
+        try:
+            error = _decode_chunk(body).error
+        except msgspec.DecodeError:
+            error = None
+        said = error.message if error else body[:200].decode(errors="replace")
+        self.error = f"HTTP {status}: {said}"
+
+    def answer(self, sent: float) -> Answer:
+        usage = self._usage
+        details = usage.prompt_tokens_details or _PromptDetails()
+        if self.error is None and not self._done:
+            self.error = "the stream ended without [DONE]"
+        return Answer(
+            sent=sent,
+            chunk_times=tuple(self._times),
+            end=self._clock.now(),
+            text="".join(self._texts),
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=details.cached_tokens or 0,
+            output_tokens=usage.completion_tokens,
+            error=self.error,
+        )
