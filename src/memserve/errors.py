@@ -51,6 +51,10 @@ class ForeignBlock(PoolError):
     """A reference to another instance's block, or to no block at all."""
 
 
+class WrongMedium(PoolError):
+    """A block in DRAM where one in HBM is needed."""
+
+
 class PinnedBlock(PoolError):
     """A block that somebody is reading."""
 

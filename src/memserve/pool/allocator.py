@@ -1,0 +1,209 @@
+"""Fixed-size blocks of one medium: free list, states, generations, pins.
+
+A block is FREE, ACTIVE (whoever allocated it owns it), CACHED (the index owns it), ORPHAN
+(it left the index while somebody was reading it; the last reader's unpin frees it), or
+RETIRED (its generations are used up).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.types import (
+    GENERATION_BITS,
+    INDEX_BITS,
+    MAX_BLOCKS,
+    MAX_GENERATION,
+    MEDIUM_BITS,
+    IndexArray,
+    Medium,
+    RefArray,
+)
+
+FREE, ACTIVE, CACHED, ORPHAN, RETIRED = range(5)
+STATE_NAMES = ("free", "active", "cached", "orphaned", "retired")
+
+NOTHING: IndexArray = np.empty(0, dtype=np.int64)
+
+
+class BlockAllocator:
+    """Book-keeping for blocks `0..capacity`; the bytes are in a `BlockStore`.
+
+    Arrays are indexed by block and only ever grow: the generation of a block that was given
+    back to the system must still be known when its index comes into use again. Methods trust
+    their arguments; `Blocks` checks what comes from outside.
+    """
+
+    def __init__(self, owner: int, medium: Medium) -> None:
+        self.medium = medium
+        self.head = (owner << MEDIUM_BITS) | int(medium)  # a reference without index, generation
+        self._high_bits = self.head << (INDEX_BITS + GENERATION_BITS)
+        self.capacity = 0
+        self.state: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
+        self.generation: IndexArray = NOTHING
+        self.pins: NDArray[np.int32] = np.empty(0, dtype=np.int32)
+        self.node: IndexArray = NOTHING  # of a CACHED block: the index node that holds it
+        self._watched: NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
+        self._watches = 0
+        self._mark: IndexArray = NOTHING  # scratch for `distinct`
+        self._stack: IndexArray = NOTHING  # free blocks, the next one last
+        self.free = self.active = self.cached = self.orphan = self.retired = 0
+        self.pinned = 0  # of the cached ones
+
+    @property
+    def total(self) -> int:
+        """Blocks that can be used."""
+        return self.capacity - self.retired
+
+    def grow(self, blocks: int) -> None:
+        """Add FREE blocks at the end."""
+        start, end = self.capacity, self.capacity + blocks
+        if end > MAX_BLOCKS:
+            raise OverflowError(f"{end} {self.medium.name} blocks; {MAX_BLOCKS} can be named")
+        missing = end - len(self.state)
+        if missing > 0:
+            self.state = np.append(self.state, np.zeros(missing, dtype=np.uint8))
+            self.generation = np.append(self.generation, np.zeros(missing, dtype=np.int64))
+            self.pins = np.append(self.pins, np.zeros(missing, dtype=np.int32))
+            self.node = np.append(self.node, np.zeros(missing, dtype=np.int64))
+            self._watched = np.append(self._watched, np.zeros(missing, dtype=np.bool_))
+            self._mark = np.append(self._mark, np.zeros(missing, dtype=np.int64))
+            self._stack = np.append(self._stack, np.zeros(missing, dtype=np.int64))
+        self.capacity = end
+        added = np.arange(start, end)
+        usable = added[self.state[added] == FREE]
+        self.retired += blocks - len(usable)
+        self._push(usable)
+
+    def withhold(self, start: int) -> None:
+        """Take the free blocks from `start` on out of the free list (before `shrink`)."""
+        stack = self._stack[: self.free]
+        below = stack[stack < start]
+        self.free = len(below)
+        self._stack[: self.free] = below
+
+    def restore(self, start: int) -> None:
+        """Undo `withhold`."""
+        behind = np.arange(start, self.capacity)
+        self._push(behind[self.state[behind] == FREE])
+
+    def shrink(self, start: int) -> None:
+        """Forget the blocks from `start` on: all withheld or retired."""
+        self.retired -= int(np.count_nonzero(self.state[start : self.capacity] == RETIRED))
+        self.capacity = start
+
+    def take(self, count: int) -> IndexArray:
+        """`count` FREE blocks become ACTIVE; there must be as many. Ascending where possible."""
+        top = self.free - count
+        index: IndexArray = self._stack[top : self.free][::-1].copy()
+        self.free = top
+        self.active += count
+        self.state[index] = ACTIVE
+        return index
+
+    def refs(self, index: IndexArray) -> RefArray:
+        """References to blocks in their present generation."""
+        refs: RefArray = index << GENERATION_BITS
+        refs |= self.generation[index]
+        refs |= self._high_bits
+        return refs
+
+    def free_active(self, index: IndexArray) -> None:
+        self.active -= len(index)
+        self._free(index)
+
+    def free_cached(self, index: IndexArray) -> None:
+        """Blocks that left the index; none of them pinned."""
+        self.cached -= len(index)
+        self._free(index)
+
+    def cache(self, index: IndexArray) -> None:
+        """ACTIVE blocks become the index's."""
+        self.state[index] = CACHED
+        self.active -= len(index)
+        self.cached += len(index)
+
+    def adopt(self, index: IndexArray) -> None:
+        """ORPHAN blocks go back into the index."""
+        self.state[index] = CACHED
+        self.orphan -= len(index)
+        self.cached += len(index)
+        self.pinned += len(index)
+
+    def orphan_or_free(self, index: IndexArray) -> IndexArray:
+        """CACHED blocks whose place in the index was given to others; returns the ORPHAN ones."""
+        pinned = self.pins[index] > 0
+        kept = index[pinned]
+        if len(kept):
+            self.state[kept] = ORPHAN
+            self.cached -= len(kept)
+            self.pinned -= len(kept)
+            self.orphan += len(kept)
+            self.watch(kept)
+            index = index[~pinned]
+        self.free_cached(index)
+        return kept
+
+    def pin(self, index: IndexArray) -> None:
+        """One more reader for each CACHED block; `index` without repetition."""
+        pins = self.pins[index]
+        self.pinned += len(index) - int(np.count_nonzero(pins))
+        pins += 1
+        self.pins[index] = pins
+
+    def unpin(self, index: IndexArray) -> IndexArray:
+        """One reader less. Returns the watched blocks that nobody reads any more.
+
+        ORPHAN ones among them are FREE then.
+        """
+        pins = self.pins[index]
+        pins -= 1
+        self.pins[index] = pins
+        self.pinned -= len(index) - int(np.count_nonzero(pins))
+        if not self._watches:
+            return NOTHING
+        woken: IndexArray = index[self._watched[index] & (pins == 0)]
+        self._watched[woken] = False
+        self._watches -= len(woken)
+        orphans = woken[self.state[woken] == ORPHAN]
+        self.pinned += len(orphans)  # they were no longer counted
+        self.orphan -= len(orphans)
+        self._free(orphans)
+        return woken
+
+    def watch(self, index: IndexArray) -> None:
+        """Have `unpin` report these pinned blocks."""
+        fresh = index[~self._watched[index]]
+        self._watched[fresh] = True
+        self._watches += len(fresh)
+
+    def distinct(self, index: IndexArray) -> bool:
+        """Whether no block occurs twice, in linear time."""
+        order = np.arange(len(index))
+        self._mark[index] = order
+        return bool((self._mark[index] == order).all())
+
+    def free_list(self) -> IndexArray:
+        """The FREE blocks that are not withheld."""
+        return self._stack[: self.free]
+
+    def _free(self, index: IndexArray) -> None:
+        if not len(index):
+            return
+        generation = self.generation[index]
+        generation += 1
+        self.state[index] = FREE
+        if generation.max() > MAX_GENERATION:
+            # Wrapping around would make an old reference look valid.
+            spent = generation > MAX_GENERATION
+            self.state[index[spent]] = RETIRED
+            self.retired += int(np.count_nonzero(spent))
+            index, generation = index[~spent], generation[~spent]
+        self.generation[index] = generation
+        self._push(index)
+
+    def _push(self, index: IndexArray) -> None:
+        end = self.free + len(index)
+        self._stack[self.free : end] = index[::-1]
+        self.free = end

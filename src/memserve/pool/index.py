@@ -1,0 +1,333 @@
+"""The index: a radix tree from token prefixes to the blocks that hold their KV.
+
+An edge is a run of whole blocks, kept as the tokens' bytes; children are keyed by the bytes
+of their first block. A lookup compares whole edges with one memcmp each, and always compares
+the tokens themselves: no hash collision can name another prompt's KV. The tree is canonical:
+apart from roots no node has exactly one child, so memory follows what is stored.
+
+The index owns CACHED blocks; `BlockAllocator.node` leads from a block to its node.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from memserve.pool.blocks import Blocks
+from memserve.types import IndexArray, Medium, RefArray, ref_medium
+
+_MEDIA = (Medium.HBM, Medium.DRAM)
+_NO_REFS: RefArray = np.empty(0, dtype=np.int64)
+
+
+class Node:
+    """An edge and what hangs below it."""
+
+    __slots__ = (
+        "below",
+        "children",
+        "edge",
+        "id",
+        "own",
+        "parent",
+        "queued",
+        "refs",
+        "stamp",
+        "start",
+    )
+
+    def __init__(self, id: int, parent: Node | None, start: int, edge: bytes, refs: RefArray):
+        self.id = id
+        self.parent = parent  # None: a root, or no longer in the tree
+        self.start = start  # blocks from the root to this edge
+        self.edge = edge
+        self.refs = refs  # [blocks of the edge]
+        self.children: dict[bytes, Node] = {}
+        self.stamp = 0.0  # last access, in the eviction policy's terms
+        self.own = [0, 0]  # blocks of the edge, by medium
+        self.below = [0, 0]  # children whose subtree has blocks of the medium
+        self.queued = [0, 0]  # eviction: serial of the valid queue entry, 0 for none
+
+    def holds(self, medium: Medium) -> bool:
+        """Whether this edge or anything below has blocks of the medium."""
+        return self.own[medium] > 0 or self.below[medium] > 0
+
+    def positions(self, medium: Medium) -> IndexArray:
+        """Where in the edge its blocks of this medium are, ascending."""
+        if self.own[medium] == len(self.refs):
+            return np.arange(len(self.refs))
+        return np.flatnonzero(ref_medium(self.refs) == medium)
+
+    def subtree(self) -> Iterator[Node]:
+        """This node and all below, parents before their children."""
+        stack = [self]
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+
+class Path(NamedTuple):
+    """How far the tokens of a lookup are stored."""
+
+    nodes: list[Node]
+    refs: RefArray  # [blocks], an array of its own
+    matched: int  # blocks of the last node's edge
+
+
+class RadixIndex:
+    """One tree per namespace over the blocks of one pool.
+
+    `changed` is called with every node that may have become evictable.
+    """
+
+    def __init__(self, blocks: Blocks, block_tokens: int, changed: Callable[[Node], None]) -> None:
+        self._blocks = blocks
+        self.block_bytes = 4 * block_tokens
+        self._changed = changed
+        self._ids = itertools.count(1)
+        self._namespaces: dict[int, str] = {}  # of root ids
+        self.roots: dict[str, Node] = {}
+        self.nodes: dict[int, Node] = {}  # without roots
+
+    def walk(self, namespace: str, data: bytes, stamp: float) -> Path:
+        """The longest stored prefix, in whole blocks; marks what it passes with `stamp`."""
+        node = self.roots.get(namespace)
+        nodes: list[Node] = []
+        if node is None:
+            return Path(nodes, _NO_REFS, 0)
+        step = self.block_bytes
+        last = len(data) - step
+        at = matched = 0
+        while at <= last:
+            child = node.children.get(data[at : at + step])
+            if child is None:
+                break
+            child.stamp = stamp
+            nodes.append(child)
+            node = child
+            if data.startswith(child.edge, at):
+                at += len(child.edge)
+                continue
+            matched = _common_bytes(child.edge, data, at) // step
+            parts = [node.refs for node in nodes]
+            parts[-1] = parts[-1][:matched]
+            return Path(nodes, np.concatenate(parts), matched)
+        if not nodes:
+            return Path(nodes, _NO_REFS, 0)
+        return Path(nodes, np.concatenate([node.refs for node in nodes]), len(node.refs))
+
+    def extend(self, namespace: str, path: Path, data: bytes, refs: RefArray, stamp: float) -> None:
+        """Store `refs` [n] for the n blocks of `data` that follow `path`."""
+        if not path.nodes:
+            node = self._root(namespace)
+        else:
+            node = path.nodes[-1]
+            if path.matched < len(node.refs):
+                node = self._split(node, path.matched)
+        at = len(path.refs) * self.block_bytes
+        edge = data[at : at + len(refs) * self.block_bytes]
+        if node.parent is not None and not node.children:  # a leaf grows
+            node.edge += edge
+            node.refs = np.concatenate((node.refs, refs))
+        else:
+            start = node.start + len(node.refs)
+            child = Node(next(self._ids), node, start, edge, refs.copy())
+            child.stamp = stamp
+            node.children[edge[: self.block_bytes]] = child
+            self.nodes[child.id] = child
+            node = child
+        in_dram = self._house(node, refs)
+        for medium, count in zip(_MEDIA, (len(refs) - in_dram, in_dram), strict=True):
+            if count:
+                self._count(node, medium, node.own[medium] + count, node.below[medium])
+        self._tail_changed(node)
+
+    def repoint(self, node: Node, positions: IndexArray, refs: RefArray) -> RefArray:
+        """Give `positions` of an edge other blocks; returns those that were there."""
+        old = node.refs[positions]
+        node.refs[positions] = refs
+        self._house(node, refs)
+        self._recount(node)
+        self._tail_changed(node)
+        return old
+
+    def repoint_refs(self, old: RefArray, new: RefArray) -> None:
+        """Put block `new[i]` where CACHED block `old[i]` is, anywhere in the tree."""
+        homes = np.empty(len(old), dtype=np.int64)
+        for blocks, where, index in self._blocks.by_medium(old):
+            homes[where] = blocks.node[index]
+        for home in np.unique(homes).tolist():
+            node = self.nodes[home]
+            mine = homes == home
+            order = np.argsort(node.refs)
+            positions = order[np.searchsorted(node.refs, old[mine], sorter=order)]
+            self.repoint(node, positions, new[mine])
+
+    def cut(self, node: Node, keep: int) -> RefArray:
+        """Remove the edge's blocks from `keep` on and everything below; returns them."""
+        gone = [node.refs[keep:]]
+        for below in list(node.subtree())[1:]:
+            gone.append(below.refs)
+            self._forget(below)
+        refs = np.concatenate(gone)
+        node.children = {}
+        node.refs = node.refs[:keep].copy()
+        in_dram = int(np.count_nonzero(ref_medium(node.refs)))
+        self._count(node, Medium.HBM, keep - in_dram, 0)
+        self._count(node, Medium.DRAM, in_dram, 0)
+        if keep:
+            node.edge = node.edge[: keep * self.block_bytes]
+            self._tail_changed(node)
+        else:
+            self._detach(node)
+        return refs
+
+    def prune(self, top: Node) -> RefArray:
+        """Remove what is at and below `top`, except pinned blocks and their ancestors."""
+        held = self.held(top)
+        # Cuts that leave something of a node come first: a cut that removes a node may merge
+        # its parent into the one sibling left, which then is one that stays.
+        partial: list[Node] = []
+        whole: list[Node] = []
+        stack = [top]
+        while stack:
+            node = stack.pop()
+            if not held[node.id]:
+                whole.append(node)
+            elif any(held[child.id] for child in node.children.values()):
+                stack.extend(node.children.values())
+            elif node.children or held[node.id] < len(node.refs):
+                partial.append(node)
+        gone = [self.cut(node, held[node.id]) for node in (*partial, *whole)]
+        return np.concatenate(gone) if gone else _NO_REFS
+
+    def held(self, top: Node) -> dict[int, int]:
+        """By node at and below `top`: how many blocks of its edge pins keep in place."""
+        held: dict[int, int] = {}
+        for node in reversed(list(top.subtree())):
+            if any(held[child.id] for child in node.children.values()):
+                held[node.id] = len(node.refs)
+                continue
+            pinned = np.flatnonzero(self._blocks.pins(node.refs))
+            held[node.id] = int(pinned[-1]) + 1 if len(pinned) else 0
+        return held
+
+    def _root(self, namespace: str) -> Node:
+        root = self.roots.get(namespace)
+        if root is None:
+            root = Node(next(self._ids), None, 0, b"", _NO_REFS)
+            self.roots[namespace] = root
+            self._namespaces[root.id] = namespace
+        return root
+
+    def _split(self, node: Node, at: int) -> Node:
+        """Cut an edge in two; returns the new upper node. The lower one keeps its place in
+        the eviction queues, because its tail stays the same."""
+        assert node.parent is not None
+        step = self.block_bytes
+        upper = Node(
+            next(self._ids), node.parent, node.start, node.edge[: at * step], node.refs[:at].copy()
+        )
+        upper.stamp = node.stamp
+        node.parent.children[upper.edge[:step]] = upper
+        node.parent = upper
+        node.start += at
+        node.edge = node.edge[at * step :]
+        node.refs = node.refs[at:].copy()
+        upper.children[node.edge[:step]] = node
+        self.nodes[upper.id] = upper
+        in_dram = self._house(upper, upper.refs)
+        upper.own = [at - in_dram, in_dram]
+        node.own = [node.own[0] - upper.own[0], node.own[1] - in_dram]
+        upper.below = [int(node.holds(medium)) for medium in _MEDIA]
+        self._changed(upper)
+        return upper
+
+    def _merge(self, node: Node) -> None:
+        """Absorb a node into its only child, whose tail and children stay the same."""
+        assert node.parent is not None
+        (child,) = node.children.values()
+        child.edge = node.edge + child.edge
+        child.refs = np.concatenate((node.refs, child.refs))
+        child.start = node.start
+        child.stamp = max(node.stamp, child.stamp)
+        child.own = [a + b for a, b in zip(node.own, child.own, strict=True)]
+        child.parent = node.parent
+        node.parent.children[child.edge[: self.block_bytes]] = child
+        self._house(child, node.refs)
+        self._forget(node)
+        self._changed(child)
+
+    def _detach(self, node: Node) -> None:
+        """Take an emptied node out of the tree; its key is the start of its edge still."""
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.edge[: self.block_bytes]]
+        self._forget(node)
+        if parent.parent is None:
+            if not parent.children:
+                del self.roots[self._namespaces.pop(parent.id)]
+        elif len(parent.children) == 1:
+            self._merge(parent)
+        else:
+            self._changed(parent)
+
+    def _forget(self, node: Node) -> None:
+        del self.nodes[node.id]
+        # Queues may still name the node: it must be no candidate, and hold no memory.
+        node.parent = None
+        node.own = [0, 0]
+        node.queued = [0, 0]
+        node.edge = b""
+        node.refs = _NO_REFS
+        node.children = {}
+
+    def _house(self, node: Node, refs: RefArray) -> int:
+        """Note where blocks live now; returns how many of them are in DRAM."""
+        in_dram = 0
+        for blocks, _, index in self._blocks.by_medium(refs):
+            blocks.node[index] = node.id
+            if blocks.medium is Medium.DRAM:
+                in_dram = len(index)
+        return in_dram
+
+    def _recount(self, node: Node) -> None:
+        in_dram = int(np.count_nonzero(ref_medium(node.refs)))
+        self._count(node, Medium.HBM, len(node.refs) - in_dram, node.below[Medium.HBM])
+        self._count(node, Medium.DRAM, in_dram, node.below[Medium.DRAM])
+
+    def _count(self, node: Node, medium: Medium, own: int, below: int) -> None:
+        """Set a node's counts, and tell ancestors if its subtree gained or lost the medium."""
+        held = node.holds(medium)
+        node.own[medium] = own
+        node.below[medium] = below
+        while node.parent is not None and held != node.holds(medium):
+            parent = node.parent
+            held = parent.holds(medium)
+            parent.below[medium] += 1 if node.holds(medium) else -1
+            if not parent.below[medium] and parent.parent is not None:
+                self._changed(parent)
+            node = parent
+
+    def _tail_changed(self, node: Node) -> None:
+        """What the queues knew about this node's last blocks is void."""
+        node.queued = [0, 0]
+        self._changed(node)
+
+
+def refs_of(nodes: Iterable[Node]) -> RefArray:
+    """All blocks of some nodes."""
+    parts = [node.refs for node in nodes]
+    return np.concatenate(parts) if parts else _NO_REFS
+
+
+def _common_bytes(edge: bytes, data: bytes, at: int) -> int:
+    """Length of the common start of an edge and data[at:], in bytes of whole tokens."""
+    count = min(len(edge), len(data) - at) // 4
+    differ = np.frombuffer(edge, np.int32, count) != np.frombuffer(data, np.int32, count, at)
+    first = int(differ.argmax())
+    return 4 * (first if differ[first] else count)

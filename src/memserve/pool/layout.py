@@ -1,0 +1,88 @@
+"""How the KV cache of one model lies in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+
+import msgspec
+import torch
+
+from memserve.errors import ConfigError, LengthMismatch
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Shape, type and origin of KV blocks. Two pools exchange bytes only if these agree.
+
+    A block holds the keys and values of `block_tokens` consecutive tokens in all layers.
+    `aggregated`: a block is one contiguous run of bytes, a slab is
+    `[blocks, layers, 2, block_tokens, kv_heads, head_dim]`. Otherwise one run per layer and
+    K or V: `[layers, 2, blocks, block_tokens, kv_heads, head_dim]`.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    block_tokens: int = 16
+    aggregated: bool = True
+    model: str = ""
+    revision: str = ""
+    rope: str = ""  # positions are baked into cached keys
+    quantization: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "kv_heads", "head_dim", "block_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"KV layout: {name} is {getattr(self, name)}, at least 1 needed")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"KV layout: dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token: K and V of all layers."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * self.torch_dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        return self.block_tokens * self.token_bytes
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        """`[layers, 2, block_tokens, kv_heads, head_dim]`."""
+        return (self.layers, 2, self.block_tokens, self.kv_heads, self.head_dim)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over every field, as hex: equal exactly if the bytes mean the same."""
+        return hashlib.sha256(msgspec.json.encode(asdict(self), order="sorted")).hexdigest()
+
+    def views(self, memory: torch.Tensor, blocks: int) -> torch.Tensor:
+        """The KV tensor over flat uint8 `memory`, without a copy.
+
+        Returns `[blocks, layers, 2, block_tokens, kv_heads, head_dim]`, strided where the
+        layout is not aggregated. Raises LengthMismatch if the sizes differ.
+        """
+        if memory.numel() != blocks * self.block_bytes:
+            raise LengthMismatch(
+                f"{memory.numel()} bytes for {blocks} blocks of {self.block_bytes} bytes"
+            )
+        typed = memory.view(self.torch_dtype)
+        layers, two, *rest = self.block_shape
+        if self.aggregated:
+            return typed.view(blocks, layers, two, *rest)
+        return typed.view(layers, two, blocks, *rest).permute(2, 0, 1, 3, 4, 5)

@@ -1,0 +1,479 @@
+"""MemPool: the KV memory of one instance."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from memserve.clock import Clock, MonotonicClock
+from memserve.errors import (
+    ForeignBlock,
+    LayoutMismatch,
+    LengthMismatch,
+    NotOwned,
+    PoolError,
+    WrongMedium,
+)
+from memserve.pool import integrity
+from memserve.pool.allocator import ACTIVE, CACHED, NOTHING, ORPHAN, BlockAllocator
+from memserve.pool.blocks import Blocks, as_refs
+from memserve.pool.eviction import Eviction, make_eviction
+from memserve.pool.layout import KVLayout
+from memserve.pool.results import InsertResult, Match, MediumStats, PoolStats
+from memserve.pool.segment import sweep
+from memserve.pool.storage import BlockStore
+from memserve.pool.tiers import Tiers
+from memserve.pool.tokens import as_tokens
+from memserve.types import (
+    SHARED,
+    Epoch,
+    IndexArray,
+    InstanceId,
+    Medium,
+    Owner,
+    RefArray,
+    ref_medium,
+)
+
+# A DRAM segment unless told otherwise: large enough to be few, small enough to give back.
+SEGMENT_BYTES = 64 * 1024 * 1024
+MAX_INITIAL_SEGMENTS = 64
+
+
+class MemPool:
+    """Fixed-size KV blocks in HBM and DRAM, and the index of those that are reusable.
+
+    References are int64 arrays (see `memserve.types`); tokens are anything numpy turns into
+    int32. Every error leaves the pool as it was.
+
+    Calls may come from any thread. The bytes of a block that was allocated and not yet
+    inserted are its owner's to synchronise: the pool does not order `write`, `read` or a
+    kernel on `layer_views` against each other. Bytes of inserted blocks never change.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        hbm_blocks: int,
+        dram_blocks: int = 0,
+        instance: str = "p0",
+        device: str | torch.device = "cpu",
+        eviction: Literal["lru", "cost"] | Eviction = "lru",
+        clock: Clock | None = None,
+        dram_segment_blocks: int | None = None,
+    ) -> None:
+        """Raises SharedMemoryFull where host memory for the blocks cannot be had."""
+        self.layout = layout
+        self.owner = Owner(InstanceId(instance), _new_epoch())
+        self.device = torch.device(device)
+        self._lock = threading.RLock()
+        self._closed = False
+        self._matches: set[Match] = set()
+        self._segment_blocks = dram_segment_blocks or max(
+            1, SEGMENT_BYTES // layout.block_bytes, dram_blocks // MAX_INITIAL_SEGMENTS
+        )
+        sweep()
+        self._hbm = BlockStore(layout, self.device, pinned=False)
+        self._dram = BlockStore(layout, torch.device("cpu"), pinned=self.device.type == "cuda")
+        self._blocks = Blocks(self.owner)
+        self._policy = make_eviction(eviction, clock or MonotonicClock())
+        self._tiers = Tiers(
+            self._blocks, (self._hbm, self._dram), layout.block_tokens, self._policy
+        )
+        self._index = self._tiers.index
+        try:
+            self._hbm.grow(hbm_blocks)
+            self._blocks.hbm.grow(hbm_blocks)
+            self.grow_dram(dram_blocks)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> MemPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back. Tensors from `layer_views` stay valid; references do not."""
+        with self._lock:
+            self._closed = True
+            self._hbm.close()
+            self._dram.close()
+
+    # --- memory ---------------------------------------------------------------------------
+
+    def alloc_mem(
+        self, n: int, medium: Medium = Medium.HBM, instance: str | None = None
+    ) -> RefArray:
+        """References [n] to blocks that are the caller's until `free_mem` or `insert`.
+
+        All or nothing; evicts unpinned historical blocks as needed, HBM ones to DRAM where
+        there is room or something colder. Raises OutOfBlocks; ForeignBlock for an instance
+        that is not connected.
+        """
+        if n < 0:
+            raise LengthMismatch(f"{n} blocks asked")
+        with self._lock:
+            self._require_open()
+            if instance is not None and instance != self.owner.instance:
+                raise ForeignBlock(f"no peer {instance!r} is connected to {self.owner.instance!r}")
+            blocks = self._blocks[medium]
+            self._tiers.make_room(medium, n)
+            return blocks.refs(blocks.take(n))
+
+    def free_mem(self, refs: ArrayLike) -> None:
+        """Give allocated blocks back.
+
+        Raises DoubleFree, StaleBlock, ForeignBlock; PinnedBlock and NotOwned for blocks of
+        the index.
+        """
+        given = as_refs(refs)
+        with self._lock:
+            for blocks, _, index in self._blocks.freeable(given):
+                blocks.free_active(index)
+
+    def write(self, refs: ArrayLike, kv: torch.Tensor) -> None:
+        """Copy `kv` [n, layers, 2, block_tokens, kv_heads, head_dim] into allocated blocks.
+
+        Raises LengthMismatch, LayoutMismatch; NotOwned for blocks of the index: historical KV
+        never changes.
+        """
+        given = as_refs(refs)
+        values = torch.as_tensor(kv)
+        self._check_kv(len(given), values)
+        with self._lock:
+            self._require_open()
+            parts, state = self._blocks.live(given)
+            if (state != ACTIVE).any():
+                at = int((state != ACTIVE).argmax())
+                name = self._blocks.name(int(given[at]))
+                raise NotOwned(f"{name} (position {at}) is cached; historical KV never changes")
+            for blocks, where, index in parts:
+                part = values if isinstance(where, slice) else values[torch.from_numpy(where)]
+                self._store(blocks).scatter(index, part)
+
+    def read(self, refs: ArrayLike) -> torch.Tensor:
+        """A copy of the blocks' KV [n, layers, 2, block_tokens, kv_heads, head_dim].
+
+        On the pool's device if all blocks are in HBM, otherwise on the host. Raises
+        StaleBlock, ForeignBlock.
+        """
+        given = as_refs(refs)
+        with self._lock:
+            self._require_open()
+            parts, _ = self._blocks.live(given)
+            if len(parts) == 1:
+                return self._store(parts[0].blocks).gather(parts[0].indices)
+            shape = (len(given), *self.layout.block_shape)
+            out = torch.empty(shape, dtype=self.layout.torch_dtype)
+            for blocks, where, index in parts:
+                out[torch.from_numpy(where)] = self._store(blocks).gather(index).cpu()
+            return out
+
+    # --- index ----------------------------------------------------------------------------
+
+    def match(self, tokens: ArrayLike, namespace: str = SHARED, *, in_hbm: bool = False) -> Match:
+        """The longest cached prefix in whole blocks, pinned until `Match.release`.
+
+        `in_hbm`: move what is in DRAM to HBM first; the match is as long as HBM has room.
+        """
+        data = as_tokens(tokens).tobytes()
+        with self._lock:
+            self._require_open()
+            refs = self._index.walk(namespace, data, self._policy.stamp()).refs
+            if in_hbm and ref_medium(refs).any():
+                refs = self._bring_in(refs)
+            return self._open_match(refs)
+
+    def insert(
+        self, tokens: ArrayLike, refs: ArrayLike, namespace: str = SHARED, *, pin: bool = False
+    ) -> InsertResult:
+        """Make the KV of `tokens` [n * block_tokens] in `refs` [n] reusable.
+
+        The index takes the `new` blocks. Where it has a block for the same prefix already,
+        the caller's is `duplicate` and stays the caller's; blocks from a match of the same
+        prefix are in neither list.
+
+        `pin`: also return a match of all the tokens, made in the same step. Where the index
+        has its copy in DRAM and the caller's is in HBM, it then takes the caller's (`new`).
+
+        Raises LengthMismatch; NotOwned for blocks that the index has for other tokens, or
+        named twice; StaleBlock, ForeignBlock.
+        """
+        array, given = as_tokens(tokens), as_refs(refs)
+        if len(array) != len(given) * self.layout.block_tokens:
+            raise LengthMismatch(
+                f"{len(given)} blocks of {self.layout.block_tokens} tokens for {len(array)} tokens"
+            )
+        data = array.tobytes()
+        with self._lock:
+            self._require_open()
+            parts, state = self._blocks.live(given)
+            self._blocks.require_distinct(parts)
+            stamp = self._policy.stamp()
+            path = self._index.walk(namespace, data, stamp)
+            known = len(path.refs)
+            head, rest = given[:known], given[known:]
+            self._check_insertable(given, state, path.refs == head)
+            mine = state[:known] == ACTIVE
+            taken = mine & (ref_medium(path.refs) > ref_medium(head)) if pin else ~mine & mine
+            if taken.any():
+                self._set_cached(head[taken], state[:known][taken])
+                self._tiers.replace(path.refs[taken], head[taken])
+                path.refs[taken] = head[taken]
+            if len(rest):
+                self._set_cached(rest, state[known:])
+                self._index.extend(namespace, path, data, rest, stamp)
+            new = np.concatenate((head[taken], rest))
+            match = self._open_match(np.concatenate((path.refs, rest))) if pin else None
+            return InsertResult(new, head[mine & ~taken], match)
+
+    def delete(self, tokens: ArrayLike, namespace: str = SHARED) -> int:
+        """Forget everything that begins with the whole blocks of `tokens`, and those of their
+        own blocks that no other cached prompt shares; returns how many blocks went.
+
+        Pinned blocks and what leads to them stay. No tokens: the whole namespace.
+        """
+        array = as_tokens(tokens)
+        with self._lock:
+            root = self._index.roots.get(namespace)
+            if root is None:
+                return 0
+            if not len(array):
+                tops = list(root.children.values())
+            else:
+                blocks = len(array) // self.layout.block_tokens
+                path = self._index.walk(namespace, array.tobytes(), self._policy.stamp())
+                whole = len(path.refs) == blocks
+                # Tokens that leave an edge halfway share it with what goes on there; tokens
+                # that leave a node with children share it with those.
+                ends = path.nodes and path.matched == len(path.nodes[-1].refs)
+                shared = not path.nodes or not (whole or (ends and not path.nodes[-1].children))
+                tops = [] if shared else [path.nodes[-1]]
+            gone = [self._index.prune(top) for top in tops]
+            for refs in gone:
+                self._tiers.discard(refs)
+            return sum(len(refs) for refs in gone)
+
+    # --- tiers ----------------------------------------------------------------------------
+
+    def swap_out(self, n: int) -> int:
+        """Move up to `n` unpinned historical blocks from HBM to DRAM, coldest first; returns
+        how many went."""
+        with self._lock:
+            self._require_open()
+            return self._tiers.swap_out(n)
+
+    def swap_in(self, refs: ArrayLike) -> RefArray:
+        """References to the same KV in HBM, in the same order; HBM ones pass through.
+
+        Allocated blocks stay the caller's; for cached ones the index names the new block, and
+        readers of the old one keep it. Raises OutOfBlocks, StaleBlock, ForeignBlock; NotOwned
+        for blocks that only their readers still hold.
+        """
+        given = as_refs(refs)
+        with self._lock:
+            self._require_open()
+            parts, state = self._blocks.live(given)
+            self._blocks.require_distinct(parts)
+            if (state == ORPHAN).any():
+                name = self._blocks.name(int(given[(state == ORPHAN).argmax()]))
+                raise NotOwned(f"{name} has left the index and belongs to its readers")
+            cached = state == CACHED
+            self._pin(given[cached])  # making room must not evict them
+            moved = given
+            try:
+                moved = self._tiers.to_hbm(given)
+            finally:
+                self._unpin(moved[cached])
+            return moved
+
+    def grow_dram(self, blocks: int) -> None:
+        """Add DRAM blocks. Raises SharedMemoryFull."""
+        with self._lock:
+            before = len(self._dram.extents)
+            left = blocks
+            try:
+                while left > 0:
+                    self._dram.grow(min(left, self._segment_blocks))
+                    left -= self._segment_blocks
+            except BaseException:
+                while len(self._dram.extents) > before:
+                    self._dram.shrink()
+                raise
+            self._blocks.dram.grow(blocks)
+
+    def shrink_dram(self, blocks: int) -> int:
+        """Give up to `blocks` DRAM blocks back, in whole segments from the end; returns how
+        many went.
+
+        Historical blocks there move to other DRAM blocks, or evict what is coldest. Stops at
+        a segment with active or pinned blocks.
+        """
+        gone = 0
+        with self._lock:
+            while self._dram.extents:
+                last = self._dram.extents[-1]
+                if gone + last.blocks > blocks or not self._tiers.vacate_dram(last.start):
+                    break
+                self._blocks.dram.shrink(last.start)
+                self._dram.shrink()
+                gone += last.blocks
+        return gone
+
+    # --- for engines and operators --------------------------------------------------------
+
+    def layer_views(self) -> list[torch.Tensor]:
+        """HBM by layer, each `[hbm_blocks, 2, block_tokens, kv_heads, head_dim]`, in place."""
+        slab = self._hbm.extents[0].view
+        return [slab[:, layer] for layer in range(self.layout.layers)]
+
+    def hbm_indices(self, refs: ArrayLike) -> IndexArray:
+        """Block numbers [n] within `layer_views`. Raises WrongMedium, StaleBlock, ForeignBlock."""
+        given = as_refs(refs)
+        with self._lock:
+            parts, _ = self._blocks.live(given)
+        if not parts:
+            return NOTHING
+        if len(parts) > 1 or parts[0].blocks.medium is not Medium.HBM:
+            at = int((ref_medium(given) != Medium.HBM).argmax())
+            raise WrongMedium(
+                f"{self._blocks.name(int(given[at]))} (position {at}) is not in HBM; swap it in"
+            )
+        return parts[0].indices
+
+    def evictable(self, medium: Medium = Medium.HBM) -> int:
+        """Historical blocks that allocation may take away."""
+        with self._lock:
+            return self._tiers.evictable(medium)
+
+    def stats(self) -> PoolStats:
+        with self._lock:
+            return PoolStats(
+                hbm=_medium_stats(self._blocks.hbm),
+                dram=_medium_stats(self._blocks.dram),
+                namespaces=len(self._index.roots),
+                nodes=len(self._index.nodes),
+                matches=len(self._matches),
+                evictions=self._tiers.evictions,
+                swapped_out=self._tiers.swapped_out,
+                swapped_in=self._tiers.swapped_in,
+            )
+
+    def check_integrity(self) -> None:
+        """Every block has exactly one owner and the index agrees. Raises IntegrityError.
+
+        Reads everything: for tests and idle times.
+        """
+        with self._lock:
+            integrity.check(self._blocks, self._index, [match._pinned for match in self._matches])
+
+    # --- inside ---------------------------------------------------------------------------
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise PoolError(f"pool {self.owner.instance!r} is closed")
+
+    def _store(self, blocks: BlockAllocator) -> BlockStore:
+        return self._hbm if blocks.medium is Medium.HBM else self._dram
+
+    def _check_kv(self, count: int, kv: torch.Tensor) -> None:
+        expected = (count, *self.layout.block_shape)
+        if kv.ndim and kv.shape[0] != count:
+            raise LengthMismatch(f"KV of {kv.shape[0]} blocks for {count} references")
+        if tuple(kv.shape) != expected or kv.dtype != self.layout.torch_dtype:
+            raise LayoutMismatch(
+                f"KV is {kv.dtype} {tuple(kv.shape)}, "
+                f"the pool's is {self.layout.torch_dtype} {expected}"
+            )
+
+    def _pin(self, refs: RefArray) -> tuple[IndexArray, IndexArray]:
+        pinned = [NOTHING, NOTHING]
+        for blocks, _, index in self._blocks.by_medium(refs):
+            blocks.pin(index)
+            pinned[blocks.medium] = index
+        return pinned[0], pinned[1]
+
+    def _unpin(self, refs: RefArray) -> None:
+        for blocks, _, index in self._blocks.by_medium(refs):
+            self._tiers.wake(blocks, blocks.unpin(index))
+
+    def _open_match(self, refs: RefArray) -> Match:
+        match = Match(
+            len(refs) * self.layout.block_tokens, refs, self._pin(refs), self._release_match
+        )
+        self._matches.add(match)
+        return match
+
+    def _release_match(self, match: Match) -> None:
+        with self._lock:
+            if match not in self._matches:
+                return
+            self._matches.remove(match)
+            for blocks, index in zip(self._blocks.media, match._pinned, strict=True):
+                if len(index):
+                    self._tiers.wake(blocks, blocks.unpin(index))
+
+    def _bring_in(self, refs: RefArray) -> RefArray:
+        """As much of a cached prefix as HBM has room for, moved there."""
+        self._pin(refs)
+        room = self._blocks.hbm.free + self._tiers.evictable(Medium.HBM)
+        fits = int(np.searchsorted(np.cumsum(ref_medium(refs)), room, side="right"))
+        self._unpin(refs[fits:])
+        moved = self._tiers.to_hbm(refs[:fits])
+        self._unpin(moved)
+        return moved
+
+    def _check_insertable(self, refs: RefArray, state: np.ndarray, same: np.ndarray) -> None:
+        """Blocks of the index are only good at their own place."""
+        bad = state == CACHED
+        bad[: len(same)] &= ~same
+        if bad.any():
+            at = int(bad.argmax())
+            name = self._blocks.name(int(refs[at]))
+            raise NotOwned(f"{name} (position {at}) is cached for other tokens than these")
+
+    def _set_cached(self, refs: RefArray, state: np.ndarray) -> None:
+        """The index takes ACTIVE blocks, and ORPHAN ones that its readers give back."""
+        for blocks, where, index in self._blocks.by_medium(refs):
+            orphans = state[where] == ORPHAN
+            if orphans.any():
+                blocks.adopt(index[orphans])
+                index = index[~orphans]
+            blocks.cache(index)
+
+
+_last_epoch = 0
+_epoch_lock = threading.Lock()
+
+
+def _new_epoch() -> Epoch:
+    """Different for every pool of this process, and later than those before a restart."""
+    global _last_epoch
+    with _epoch_lock:
+        _last_epoch = max(time.time_ns(), _last_epoch + 1)
+        return Epoch(_last_epoch)
+
+
+def _medium_stats(blocks: BlockAllocator) -> MediumStats:
+    return MediumStats(
+        total=blocks.total,
+        free=blocks.free,
+        active=blocks.active,
+        cached=blocks.cached,
+        pinned=blocks.pinned,
+        orphan=blocks.orphan,
+    )
