@@ -29,6 +29,11 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 PositiveSeconds = Annotated[float, Meta(gt=0)]
 
 
+def _doc(text: str) -> Meta:
+    """What the field means, for people: the help text of its flag."""
+    return Meta(description=text)
+
+
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A table of the file."""
 
@@ -36,50 +41,50 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class ModelConfig(_Section, frozen=True):
     """Which model, and how its weights are held."""
 
-    path: str = "demo"  # "demo", a local directory, or a hub id
-    dtype: Dtype = "auto"
-    revision: str | None = None  # of a hub id
-    served_name: str | None = None  # in the API; default: the path
-    max_model_len: Positive | None = None  # default: the model's own limit
-    device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: cuda if there is one
+    path: Annotated[str, _doc("'demo', a local directory, or a hub id")] = "demo"
+    dtype: Annotated[Dtype, _doc("weights and KV; auto: the model's")] = "auto"
+    revision: Annotated[str | None, _doc("of a hub id")] = None
+    served_name: Annotated[str | None, _doc("in the API; default: the path")] = None
+    max_model_len: Annotated[Positive | None, _doc("default: the model's own limit")] = None
+    device: Annotated[str, _doc("'cpu', 'cuda', 'cuda:1'; auto: cuda if there is one")] = "auto"
 
 
 class CacheConfig(_Section, frozen=True):
     """What is cached and how it moves."""
 
-    caching: Caching = "full"
-    mode: TransferMode = "by-request-agg"
-    block_tokens: Positive = 16
-    eviction: Eviction = "lru"
-    aggregated: bool = True
+    caching: Annotated[Caching, _doc("who keeps KV for later requests")] = "full"
+    mode: Annotated[TransferMode, _doc("how a transfer is cut into writes")] = "by-request-agg"
+    block_tokens: Annotated[Positive, _doc("tokens whose KV one block holds")] = 16
+    eviction: Annotated[Eviction, _doc("what goes first when memory is short")] = "lru"
+    aggregated: Annotated[bool, _doc("a block's layers and K and V in one run of bytes")] = True
 
 
 class InstanceConfig(_Section, frozen=True):
     """`count` equal instances."""
 
-    role: Role = Role.COLOCATED
-    count: Positive = 1
-    hbm_blocks: Positive = 2048
-    dram_blocks: NonNegative = 4096
-    threads: Positive | None = None  # default: the cores this process may use
-    cpus: tuple[NonNegative, ...] | None = None  # pin to these cores
-    max_batch_tokens: Positive = 2048  # computed per step when nothing is decoding
-    mixed_batch_tokens: Positive = 256  # computed per step while others decode
-    max_running: Positive = 64  # sequences per step
-    max_waiting: Positive = 256  # sequences queued; more are answered 429
-    host: str = "127.0.0.1"
-    port: Port = 0  # 0: any
+    role: Annotated[Role, _doc("what it does for a request")] = Role.COLOCATED
+    count: Annotated[Positive, _doc("instances like this")] = 1
+    hbm_blocks: Annotated[Positive, _doc("blocks of device memory")] = 2048
+    dram_blocks: Annotated[NonNegative, _doc("blocks of host memory behind it")] = 4096
+    threads: Annotated[Positive | None, _doc("default: one for each core")] = None
+    cpus: Annotated[tuple[NonNegative, ...] | None, _doc("cores to pin to, as 0,1")] = None
+    max_batch_tokens: Annotated[Positive, _doc("per step, when none decodes")] = 2048
+    mixed_batch_tokens: Annotated[Positive, _doc("per step, while others decode")] = 256
+    max_running: Annotated[Positive, _doc("sequences per step")] = 64
+    max_waiting: Annotated[Positive, _doc("sequences queued; more are answered 429")] = 256
+    host: Annotated[str, _doc("address to listen on")] = "127.0.0.1"
+    port: Annotated[Port, _doc("port to listen on; 0: any")] = 0
 
 
 class GatewayConfig(_Section, frozen=True):
     """The process that clients talk to."""
 
-    host: str = "127.0.0.1"
-    port: Port = 8000
-    policy: Policy = "prompt-tree"
-    max_body_bytes: Positive = 16 * 1024 * 1024
-    drain_seconds: PositiveSeconds = 30.0  # how long SIGTERM waits for running requests
-    chat_template: str | None = None  # a Jinja file that replaces the model's own
+    host: Annotated[str, _doc("address to listen on")] = "127.0.0.1"
+    port: Annotated[Port, _doc("port to listen on; 0: any")] = 8000
+    policy: Annotated[Policy, _doc("how an instance is chosen")] = "prompt-tree"
+    max_body_bytes: Annotated[Positive, _doc("more is answered 413")] = 16 * 1024 * 1024
+    drain_seconds: Annotated[PositiveSeconds, _doc("how long SIGTERM waits for requests")] = 30.0
+    chat_template: Annotated[str | None, _doc("a Jinja file, for the model's own")] = None
 
 
 class ClusterConfig(_Section, frozen=True):
