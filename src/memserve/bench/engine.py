@@ -1,0 +1,242 @@
+"""The built-in engine beside Transformers' `generate`: same weights, threads and prompts.
+
+The two take turns, so that a machine whose speed drifts slows both; ratios are taken pair by
+pair.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import msgspec
+import numpy as np
+import torch
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from memserve.api.generate import SamplingParams
+from memserve.engine.batch import BatchLimits
+from memserve.engine.engine import Engine, EngineSettings
+from memserve.engine.model import Model, load_model
+from memserve.engine.request import EngineRequest, TokenOutput
+from memserve.pool.pool import MemPool
+from memserve.types import RequestId, TokenArray
+
+DECODE_TOKENS = 32
+BATCH_PROMPT_TOKENS = 64
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """Seconds of the same work in both, medians; the ratio's quartiles over the pairs."""
+
+    engine: float
+    generate: float
+    ratio: float  # engine / generate, median of pairs
+    ratio_low: float
+    ratio_high: float
+
+
+class BatchPoint(msgspec.Struct, frozen=True):
+    """Decoding `batch` sequences at once."""
+
+    batch: int
+    step_seconds: float
+    tokens_per_second: float
+    speedup: float  # tokens per second, against one sequence
+
+
+class EngineBenchReport(msgspec.Struct, frozen=True):
+    """What `run_engine_bench` measured."""
+
+    model: str
+    dtype: str
+    device: str
+    threads: int
+    repeats: int
+    prompt_tokens: int
+    prefill: Comparison
+    decode_step: Comparison
+    batches: tuple[BatchPoint, ...]
+
+
+def run_engine_bench(
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    threads: int = 1,
+    prompt_tokens: int = 1024,
+    batches: Sequence[int] = (1, 4, 16),
+    repeats: int = 7,
+    progress: Callable[[str], None] = lambda _: None,
+) -> EngineBenchReport:
+    """Measure prefill of one prompt, a decode step at batch 1, and decoding in batches."""
+    torch.set_num_threads(threads)
+    progress(f"loading {directory.name} twice")
+    model = load_model(directory, dtype, torch.device(device))
+    generate = _Generate(directory, dtype, device)
+    rng = np.random.default_rng(0)
+
+    def prompt(tokens: int) -> TokenArray:
+        return rng.integers(10, model.shape.vocab_size, tokens, dtype=np.int32)
+
+    largest = max(batches)
+    blocks = 64 + largest * (BATCH_PROMPT_TOKENS + DECODE_TOKENS) // 16
+    blocks += 2 * (prompt_tokens + DECODE_TOKENS) // 16
+    layout = model.layout(directory.name, 16, True)
+    with MemPool(layout, blocks, 0, instance="bench", device=device) as pool:
+        engine = _TimedEngine(model, pool, threads, largest)
+        try:
+            pairs = []
+            for repeat in range(repeats + 1):  # the first warms up
+                progress(f"one prompt, {repeat} of {repeats}")
+                ours = engine.run([prompt(prompt_tokens)], DECODE_TOKENS)
+                theirs = generate.run(prompt(prompt_tokens), DECODE_TOKENS)
+                pairs.append((ours, theirs))
+            points = []
+            for batch in batches:
+                progress(f"decoding {batch} at once")
+                points.append(_batch_point(engine, prompt, batch, repeats))
+        finally:
+            engine.stop()
+    return EngineBenchReport(
+        model=directory.name,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        threads=threads,
+        repeats=repeats,
+        prompt_tokens=prompt_tokens,
+        prefill=_compare([(a[0], b[0]) for a, b in pairs[1:]]),
+        decode_step=_compare([(a[1], b[1]) for a, b in pairs[1:]]),
+        batches=tuple(
+            BatchPoint(n, step, n / step, (n / step) / (points[0][0] / points[0][1]))
+            for n, step in points
+        ),
+    )
+
+
+def _batch_point(
+    engine: _TimedEngine, prompt: Callable[[int], TokenArray], batch: int, repeats: int
+) -> tuple[int, float]:
+    steps = []
+    for _ in range(max(3, repeats // 2)):
+        prompts = [prompt(BATCH_PROMPT_TOKENS) for _ in range(batch)]
+        steps.append(engine.run(prompts, DECODE_TOKENS)[1])
+    return batch, median(steps)
+
+
+def _compare(pairs: Sequence[tuple[float, float]]) -> Comparison:
+    ratios = sorted(a / b for a, b in pairs)
+    return Comparison(
+        engine=median(a for a, _ in pairs),
+        generate=median(b for _, b in pairs),
+        ratio=median(ratios),
+        ratio_low=ratios[len(ratios) // 4],
+        ratio_high=ratios[-1 - len(ratios) // 4],
+    )
+
+
+class _Generate:
+    """Transformers' generation with its own cache and its default attention."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype, device: str) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True
+        )
+        self._model.to(torch.device(device))  # type: ignore[arg-type]
+        self._model.generation_config.eos_token_id = None
+        self._device = device
+
+    def run(self, prompt: TokenArray, tokens: int) -> tuple[float, float]:
+        """Seconds to the first token, and per further token."""
+        ids = torch.from_numpy(prompt.astype(np.int64))[None].to(self._device)
+        first = self._time(ids, 1)
+        return first, (self._time(ids, tokens) - first) / (tokens - 1)
+
+    def _time(self, ids: torch.Tensor, tokens: int) -> float:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+            )
+        return time.perf_counter() - started
+
+
+class _TimedEngine:
+    """The engine as a server runs it (its own thread, greedy), with a stop-watch."""
+
+    def __init__(self, model: Model, pool: MemPool, threads: int, batch: int) -> None:
+        settings = EngineSettings(
+            name="bench",
+            threads=threads,
+            limits=BatchLimits(max_tokens=2048, mixed_tokens=2048, max_running=batch),
+            max_waiting=batch,
+        )
+        self._engine = Engine(model, pool, settings)
+        self._done = threading.Event()
+        self._times: list[float] = []
+        self._left = 0
+        self._runs = 0
+        self._engine.start(self._sink)
+
+    def _sink(self, outputs: Sequence[TokenOutput]) -> None:
+        self._times.append(time.perf_counter())
+        self._left -= sum(o.finish_reason is not None for o in outputs)
+        if not self._left:
+            self._done.set()
+
+    def run(self, prompts: Sequence[TokenArray], tokens: int) -> tuple[float, float]:
+        """Seconds to the first token, and the median decode step once all are decoding."""
+        self._times.clear()
+        self._done.clear()
+        self._left = len(prompts)
+        self._runs += 1
+        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        requests = [
+            EngineRequest(RequestId(f"{self._runs}-{i}"), prompt, params)
+            for i, prompt in enumerate(prompts)
+        ]
+        started = time.perf_counter()
+        self._engine.submit(requests)
+        self._done.wait()
+        # Prompts that together fit the step's budget all decode from the second step on.
+        steps = np.diff(self._times)
+        return self._times[0] - started, float(np.mean(steps[-(tokens - 2) :]))
+
+    def stop(self) -> None:
+        self._engine.stop()
+
+
+def engine_bench_table(report: EngineBenchReport) -> Table:
+    """The report for a person."""
+    table = Table(
+        title=f"{report.model}, {report.dtype}, {report.device}, {report.threads} threads, "
+        f"median of {report.repeats}"
+    )
+    for column in ("", "engine", "generate", "ratio (quartiles)"):
+        table.add_column(column, justify="right")
+    for name, row in (
+        (f"prefill of {report.prompt_tokens} tokens", report.prefill),
+        ("decode step, batch 1", report.decode_step),
+    ):
+        table.add_row(
+            name,
+            f"{row.engine * 1e3:.1f} ms",
+            f"{row.generate * 1e3:.1f} ms",
+            f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})",
+        )
+    for point in report.batches:
+        table.add_row(
+            f"decode step, batch {point.batch}",
+            f"{point.step_seconds * 1e3:.1f} ms",
+            "",
+            f"{point.tokens_per_second:.1f} tokens/s, {point.speedup:.1f} x batch 1",
+        )
+    return table

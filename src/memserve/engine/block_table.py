@@ -1,0 +1,125 @@
+"""The KV blocks of one running sequence: the cached prefix it shares, and its own tail.
+
+The prefix belongs to the index and is pinned through a `Match`; the tail is active memory of
+this sequence. A block moves from tail to prefix as soon as it is full and computed, so that
+other sequences share it while this one still runs. Preemption is therefore nothing but
+`release`: the prefix stays in the index as historical KV (swapped to DRAM when HBM is needed,
+dropped when DRAM is full), and only the last, partial block is lost.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.errors import OutOfBlocks
+from memserve.pool.pool import MemPool
+from memserve.pool.results import Match
+from memserve.types import Medium, Namespace, RefArray, RequestId, TokenArray, ref_medium
+
+_NO_REFS: RefArray = np.empty(0, dtype=np.int64)
+_NO_TOKENS: TokenArray = np.empty(0, dtype=np.int32)
+
+
+class BlockTable:
+    """Owned by one sequence, used by the engine's thread only."""
+
+    def __init__(self, pool: MemPool, namespace: Namespace, private: RequestId | None) -> None:
+        """`private`: nothing is shared with other sequences and nothing outlives this one
+        (caching is off); the index then only serves preemption.
+        """
+        self._pool = pool
+        self._private = private is not None
+        self._namespace = namespace if private is None else Namespace(f"private/{private}")
+        self._block_tokens = pool.layout.block_tokens
+        self._prefix: Match | None = None
+        self._tail: RefArray = _NO_REFS
+        self._indices: NDArray[np.int64] = _NO_REFS
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """HBM block indices [blocks], in token order."""
+        return self._indices
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the pinned prefix."""
+        return 0 if self._prefix is None else self._prefix.tokens
+
+    def acquire(self, tokens: TokenArray, headroom: int) -> int:
+        """Pin the longest cached prefix, brought to HBM, and reserve blocks for all `tokens`.
+
+        The last token is never taken from the cache: its logits are wanted. Raises OutOfBlocks
+        unless `headroom` blocks would be left; then nothing is held and nothing was moved.
+        Returns the tokens found.
+        """
+        assert self._prefix is None
+        assert not len(self._tail)
+        wanted = tokens[:-1]
+        with self._pool.match(wanted, self._namespace) as found:
+            in_hbm = int(np.count_nonzero(ref_medium(found.refs) == Medium.HBM))
+            missing = self._blocks(len(tokens)) - in_hbm
+            self._require(missing + headroom)
+        self._prefix = self._pool.match(wanted, self._namespace, in_hbm=True)
+        self._indices = self._pool.hbm_indices(self._prefix.refs)
+        try:
+            self.reserve(len(tokens))
+        except OutOfBlocks:
+            self.release()
+            raise
+        return self._prefix.tokens
+
+    def _require(self, blocks: int) -> None:
+        hbm, evictable = self._pool.stats().hbm, self._pool.evictable()
+        if hbm.free + evictable < blocks:
+            raise OutOfBlocks("HBM", blocks, hbm.free, evictable, hbm.total)
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self._block_tokens)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all. Raises OutOfBlocks, and then has no effect."""
+        missing = self._blocks(tokens) - len(self._indices)
+        if missing > 0:
+            refs = self._pool.alloc_mem(missing, Medium.HBM)
+            self._tail = np.concatenate([self._tail, refs])
+            self._indices = np.concatenate([self._indices, self._pool.hbm_indices(refs)])
+
+    def commit(self, tokens: TokenArray) -> None:
+        """Give the full blocks of `tokens`, whose KV is all computed, to the index.
+
+        Where another sequence was first, its block is used from now on and ours is freed.
+        """
+        blocks = len(tokens) // self._block_tokens
+        before = self.cached_tokens // self._block_tokens
+        if blocks == before:
+            return
+        full = tokens[: blocks * self._block_tokens]
+        prefix = _NO_REFS if self._prefix is None else self._prefix.refs
+        mine = self._tail[: blocks - before]
+        result = self._pool.insert(full, np.concatenate([prefix, mine]), self._namespace, pin=True)
+        assert result.match is not None
+        if self._prefix is not None:
+            self._prefix.release()
+        self._prefix = result.match
+        self._tail = self._tail[blocks - before :]
+        if len(result.duplicate):
+            self._pool.free_mem(result.duplicate)
+            self._indices = self._indices.copy()
+            self._indices[:blocks] = self._pool.hbm_indices(result.match.refs)
+
+    def release(self) -> None:
+        """Unpin the prefix (it stays cached) and free the tail. Idempotent."""
+        if self._prefix is not None:
+            self._prefix.release()
+            self._prefix = None
+        if len(self._tail):
+            self._pool.free_mem(self._tail)
+            self._tail = _NO_REFS
+        self._indices = _NO_REFS
+
+    def close(self) -> None:
+        """`release`, and forget what nobody else may find. Idempotent."""
+        self.release()
+        if self._private:
+            self._pool.delete(_NO_TOKENS, self._namespace)

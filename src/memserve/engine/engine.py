@@ -1,0 +1,340 @@
+"""The built-in engine: one thread that turns requests into tokens, step by step."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from memserve.api.generate import FinishReason, validate_sampling
+from memserve.clock import Clock, MonotonicClock
+from memserve.engine.batch import BatchLimits, BatchScheduler, StepPlan
+from memserve.engine.block_table import BlockTable
+from memserve.engine.model import Model
+from memserve.engine.paged_batch import PagedBatch, Span, Workspace
+from memserve.engine.request import (
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    OutputSink,
+    TokenOutput,
+)
+from memserve.engine.sampler import Sample, sample
+from memserve.engine.sequence import Sequence
+from memserve.errors import EngineStopped, QueueFull, RequestError
+from memserve.pool.pool import MemPool
+from memserve.types import RequestId
+
+log = logging.getLogger(__name__)
+
+# How often a step is tried again while nothing runs and the memory belongs to others (a
+# transfer, a reader): short beside a step, long beside a lock.
+STARVED_SECONDS = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What the operator chooses."""
+
+    name: str  # of the model, in the API
+    threads: int
+    limits: BatchLimits
+    max_waiting: int
+    caching: bool = True
+    max_model_len: int | None = None  # default: the model's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    ids: Seq[RequestId]
+
+
+class _Stop:
+    pass
+
+
+_Command = tuple[EngineRequest, ...] | _Cancel | _Stop
+
+
+class Engine:
+    """Implements `EngineProtocol`. Public calls come from any thread and return at once; the
+    model, the sequences and every write to the pool belong to the engine's thread.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pool: MemPool,
+        settings: EngineSettings,
+        clock: Clock | None = None,
+    ) -> None:
+        self.pool = pool
+        self._model = model
+        self._settings = settings
+        self._clock = clock or MonotonicClock()
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._accepting = False
+        self._queued = 0  # submitted, not yet seen by the thread
+        self._lock = threading.Lock()  # guards the two above
+        self._runner = _Runner(model, pool)
+        self._scheduler = BatchScheduler(settings.limits)
+        self._counters = _Counters()
+        self._arrivals = 0
+        self._starved = False  # sequences wait for memory that others hold
+        self._info = self._describe()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def _describe(self) -> EngineInfo:
+        layout = self.pool.layout
+        longest = self._model.shape.max_position
+        return EngineInfo(
+            model=self._settings.name,
+            vocab_size=self._model.shape.vocab_size,
+            max_model_len=min(longest, self._settings.max_model_len or longest),
+            pool_tokens=self.pool.stats().hbm.total * layout.block_tokens,
+            block_tokens=layout.block_tokens,
+            dtype=layout.dtype,
+            device=str(self._model.device),
+            threads=self._settings.threads,
+        )
+
+    def start(self, sink: OutputSink) -> None:
+        """Start the engine's thread; outputs go to `sink`, called from that thread."""
+        assert self._thread is None
+        self._accepting = True
+        self._thread = threading.Thread(target=self._run, args=(sink,), name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Seq[EngineRequest]) -> None:
+        """Queue the sequences of one call, all or none.
+
+        Raises RequestError for one that can never run, QueueFull, EngineStopped.
+        """
+        for request in requests:
+            self._validate(request)
+        with self._lock:
+            if not self._accepting:
+                raise EngineStopped("the engine has stopped")
+            waiting = self._queued + self._scheduler.waiting
+            if waiting + len(requests) > self._settings.max_waiting:
+                raise QueueFull(waiting, self._settings.max_waiting)
+            self._queued += len(requests)
+            self._commands.put(tuple(requests))
+
+    def _validate(self, request: EngineRequest) -> None:
+        info = self._info
+        validate_sampling(request.sampling, info.vocab_size)
+        prompt = request.prompt
+        if not len(prompt):
+            raise RequestError("the prompt is empty", "prompt")
+        low, high = int(prompt.min()), int(prompt.max())
+        if low < 0 or high >= info.vocab_size:
+            bad = low if low < 0 else high
+            raise RequestError(
+                f"token id {bad} is outside the vocabulary of {info.vocab_size}", "prompt"
+            )
+        if len(prompt) >= info.max_tokens:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; with at least one to generate, "
+                f"at most {info.max_tokens} are possible "
+                f"(context {info.max_model_len}, KV memory {info.pool_tokens})",
+                "prompt",
+            )
+
+    def cancel(self, ids: Seq[RequestId]) -> None:
+        """Stop sequences within one step and free what they hold. Unknown ids are ignored."""
+        self._commands.put(_Cancel(tuple(ids)))
+
+    def stats(self) -> EngineStats:
+        """Totals since start, and the present queues. Read without a lock: each is one int."""
+        counters = self._counters
+        return EngineStats(
+            running=self._scheduler.running,
+            waiting=self._queued + self._scheduler.waiting,
+            steps=counters.steps,
+            computed_prompt_tokens=counters.computed_prompt_tokens,
+            cached_prompt_tokens=counters.cached_prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            preemptions=self._scheduler.preemptions,
+            finished=counters.finished,
+            cancelled=counters.cancelled,
+            busy_seconds=counters.busy_seconds,
+        )
+
+    def stop(self) -> None:
+        """End the thread after its present step; what still runs gets a CANCELLED output."""
+        with self._lock:
+            self._accepting = False
+        self._commands.put(_Stop())
+        if self._thread is not None:
+            self._thread.join()
+
+    # --- the engine's thread ----------------------------------------------------------
+
+    def _run(self, sink: OutputSink) -> None:
+        torch.set_num_threads(self._settings.threads)
+        reason, error = FinishReason.CANCELLED, None
+        try:
+            with torch.inference_mode():
+                while self._take_commands():
+                    outputs = self._step()
+                    if outputs:
+                        sink(outputs)
+        except Exception as failure:
+            # Whatever went wrong, every client must hear of it rather than wait for ever.
+            log.exception("the engine failed")
+            reason, error = FinishReason.ERROR, f"the engine failed: {failure}"
+        finally:
+            self._shut_down(sink, reason, error)
+
+    def _take_commands(self) -> bool:
+        """Carry out what has been asked, waiting only if there is nothing to compute.
+
+        Returns False to stop.
+        """
+        try:
+            if not self._scheduler.running and not self._scheduler.waiting:
+                command = self._commands.get()
+            elif self._starved:
+                command = self._commands.get(timeout=STARVED_SECONDS)
+            else:
+                command = self._commands.get_nowait()
+            while True:
+                if isinstance(command, _Stop):
+                    return False
+                if isinstance(command, _Cancel):
+                    self._cancel(command.ids)
+                else:
+                    self._accept(command)
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _accept(self, requests: Seq[EngineRequest]) -> None:
+        for request in requests:
+            private = None if self._settings.caching else request.id
+            sequence = Sequence(
+                request,
+                self._arrivals,
+                BlockTable(self.pool, request.namespace, private),
+                self._model.shape.eos_token_ids,
+                self._info.max_tokens,
+            )
+            self._arrivals += 1
+            self._scheduler.add(sequence)
+        with self._lock:
+            self._queued -= len(requests)
+
+    def _cancel(self, ids: Seq[RequestId]) -> None:
+        for request_id in ids:
+            if self._scheduler.remove(request_id) is not None:
+                self._counters.cancelled += 1
+
+    def _step(self) -> list[TokenOutput]:
+        started = self._clock.now()
+        plan = self._scheduler.plan()
+        self._starved = plan is None
+        if plan is None:
+            return []
+        samples = self._runner.run(plan)
+        counters = self._counters
+        outputs = []
+        for sequence, count in ((s.sequence, s.count) for s in plan.scheduled):
+            if sequence.fresh:
+                counters.cached_prompt_tokens += sequence.cached_tokens
+            counters.computed_prompt_tokens += sequence.advance(count)
+            chosen = samples.get(sequence.id)
+            if chosen is not None:
+                outputs.append(self._emit(sequence, chosen))
+        counters.steps += 1
+        counters.busy_seconds += self._clock.now() - started
+        return outputs
+
+    def _emit(self, sequence: Sequence, chosen: Sample) -> TokenOutput:
+        finish = sequence.append(chosen.token)
+        self._counters.generated_tokens += 1
+        if finish is not None:
+            self._scheduler.remove(sequence.id)
+            self._counters.finished += 1
+        return TokenOutput(
+            id=sequence.id,
+            token_ids=(chosen.token,),
+            usage=sequence.usage,
+            logprobs=() if chosen.logprobs is None else (chosen.logprobs,),
+            finish_reason=finish,
+            stop_token=chosen.token if finish is FinishReason.STOP else None,
+        )
+
+    def _shut_down(self, sink: OutputSink, reason: FinishReason, error: str | None) -> None:
+        with self._lock:
+            self._accepting = False
+        while True:  # what was submitted before the flag fell
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(command, tuple):
+                self._accept(command)
+        left = self._scheduler.drain()
+        if left:
+            sink([TokenOutput(s.id, (), s.usage, finish_reason=reason, error=error) for s in left])
+
+
+@dataclass(slots=True)
+class _Counters:
+    steps: int = 0
+    computed_prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    busy_seconds: float = 0.0
+
+
+class _Runner:
+    """Turns a plan into tensors, runs the model, samples."""
+
+    def __init__(self, model: Model, pool: MemPool) -> None:
+        self._model = model
+        self._views = pool.layer_views()
+        self._workspace = Workspace()
+
+    def run(self, plan: StepPlan) -> dict[RequestId, Sample]:
+        """Samples of the sequences whose every token has KV after this step."""
+        spans: list[Span] = []
+        tokens, positions = [], []
+        keep, sampled = [], []
+        row = 0
+        for scheduled in plan.scheduled:
+            sequence, count = scheduled.sequence, scheduled.count
+            begin, end = sequence.computed, sequence.computed + count
+            spans.append(Span(row, count, begin, sequence.table.indices))
+            tokens.append(sequence.tokens[begin:end])
+            positions.append(np.arange(begin, end))
+            row += count
+            if end == sequence.length:
+                keep.append(row - 1)
+                sampled.append(sequence)
+        batch = PagedBatch(
+            self._views, spans, len(plan.decodes), self._model.dtype, self._workspace
+        )
+        device = self._model.device
+        logits = self._model.forward(
+            torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),
+            torch.from_numpy(np.concatenate(positions)).to(device),
+            torch.tensor(keep, dtype=torch.int64, device=device),
+            batch,
+        )
+        if not sampled:
+            return {}
+        chosen = sample(logits, [s.sampler for s in sampled])
+        return {s.id: c for s, c in zip(sampled, chosen, strict=True)}

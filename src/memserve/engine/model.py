@@ -1,0 +1,150 @@
+"""A decoder-only Transformers model, ready to run packed batches over a pool."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from memserve.engine import attention
+from memserve.engine.linear import speed_up_single_rows
+from memserve.engine.paged_batch import PagedBatch
+from memserve.errors import ModelError
+from memserve.pool.layout import KVLayout
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the pool and the scheduler need to know of a model."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    eos_token_ids: tuple[int, ...]
+    rope: str  # everything that changes cached keys, as text, for the fingerprint
+
+
+class Model:
+    """Weights on a device. Not thread-safe: one engine thread runs it."""
+
+    def __init__(self, module: nn.Module, shape: ModelShape, dtype: torch.dtype) -> None:
+        self.module = module
+        self.shape = shape
+        self.dtype = dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def layout(self, name: str, block_tokens: int, aggregated: bool) -> KVLayout:
+        """How this model's KV lies in blocks."""
+        return KVLayout(
+            layers=self.shape.layers,
+            kv_heads=self.shape.kv_heads,
+            head_dim=self.shape.head_dim,
+            dtype=str(self.dtype).removeprefix("torch."),
+            block_tokens=block_tokens,
+            aggregated=aggregated,
+            model=name,
+            rope=self.shape.rope,
+        )
+
+    def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: PagedBatch) -> Tensor:
+        """One step. tokens and positions [tokens] int64; keep [rows] int64, the rows of the
+        packed batch that need logits. Returns [rows, vocab].
+        """
+        output = self.module(
+            input_ids=tokens.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=keep,
+            kv=batch,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+
+def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Model:
+    """Load weights (safetensors) and configuration from a local directory.
+
+    Raises ModelError for what is not a decoder-only model of this Transformers version.
+    """
+    attention.register()
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        shape = read_shape(config, directory)
+        with _quiet_transformers():
+            module = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention.ATTENTION_NAME,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ModelError(f"cannot load a model from {directory}: {error}") from error
+    module.to(device)  # type: ignore[arg-type]
+    module.eval()  # type: ignore[no-untyped-call]
+    if device.type == "cpu":
+        speed_up_single_rows(module)
+    return Model(module, shape, dtype)
+
+
+def read_shape(config: PretrainedConfig, directory: Path) -> ModelShape:
+    """The shape of a text decoder. Raises ModelError where its KV has no single shape."""
+    text = config.get_text_config(decoder=True)
+    if text.is_encoder_decoder:
+        raise ModelError(f"{text.model_type} is an encoder-decoder; only decoders are served")
+    values = text.to_dict()
+    if values.get("num_kv_shared_layers"):
+        raise ModelError(f"{text.model_type} shares KV between layers, which is not supported")
+    if values.get("kv_lora_rank"):
+        raise ModelError(f"{text.model_type} uses latent attention, which is not supported")
+    heads = int(text.num_attention_heads)
+    head_dim = values.get("head_dim") or int(text.hidden_size) // heads
+    return ModelShape(
+        layers=int(text.num_hidden_layers),
+        kv_heads=int(values.get("num_key_value_heads") or heads),
+        head_dim=int(head_dim),
+        vocab_size=int(text.vocab_size),
+        max_position=int(values.get("max_position_embeddings") or 1 << 20),
+        eos_token_ids=_eos_token_ids(config, directory),
+        rope=repr(values.get("rope_parameters")),
+    )
+
+
+def _eos_token_ids(config: PretrainedConfig, directory: Path) -> tuple[int, ...]:
+    """End tokens: the generation settings win over the model's, as in `generate`."""
+    ids = config.get_text_config(decoder=True).eos_token_id
+    with contextlib.suppress(OSError):  # many models ship without generation settings
+        generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        if generation.eos_token_id is not None:
+            ids = generation.eos_token_id
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its progress bar writes over a server's log."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,324 @@
+"""Chooses the next token of each sequence from its row of logits.
+
+Filters apply in the order of vLLM's v1 sampler: `min_tokens`, `logit_bias` and penalties on
+logits, then temperature, min-p, top-k and top-p.
+
+Rows are sampled one by one on the host, by numpy on one thread: a row's result cannot depend
+on its neighbours, a row stays in the core's cache, and no barrier waits for a core that
+another process holds (which costs milliseconds, and sampling a row takes a fraction of one).
+
+Randomness is one uniform number per token, a function of the sequence's seed and the token's
+position alone. Batching, preemption, or going on elsewhere do not change a seeded sequence.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from memserve.api.generate import SamplingParams
+from memserve.engine.request import TokenLogprobs
+from memserve.types import TokenArray
+
+FloatArray = NDArray[np.float32]
+IdArray = NDArray[np.int64]
+
+GREEDY_BELOW = 1e-5  # temperatures this low are greedy, as in vLLM
+MAX_TEMPERATURE = 1e30  # uniform long before; beyond it float32 has no inverse
+
+# Whole-vocabulary reductions see the row as a matrix with so many rows: reducing it to one
+# number per column vectorises, and the column is then as small a part to look into.
+FOLD = 64
+
+# Top-p first looks among the tokens with more than (1 - top_p) / 1024 of the mass.
+FIRST_NUCLEUS = 1024
+NUCLEUS_GROWTH = 8
+
+
+class SamplerState:
+    """What the sampling of one sequence keeps between steps. Its sequence owns it."""
+
+    __slots__ = (
+        "_bias",
+        "_bias_ids",
+        "_counts",
+        "_end_ids",
+        "_generated",
+        "_prompt_tokens",
+        "_seed",
+        "params",
+    )
+
+    def __init__(
+        self, params: SamplingParams, prompt: TokenArray, eos_token_ids: Sequence[int]
+    ) -> None:
+        """`prompt` [tokens] int32. `eos_token_ids` end the sequence: () with `ignore_eos`.
+
+        Without a seed, one is drawn from the operating system.
+        """
+        self.params = params
+        self._prompt_tokens = len(prompt)
+        self._generated = 0
+        self._seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
+        self._end_ids = np.array([*eos_token_ids, *params.stop_token_ids], np.int64)
+        self._bias_ids = np.array(list(params.logit_bias), np.int64)
+        self._bias = np.array(list(params.logit_bias.values()), np.float32)
+        self._counts: TokenCounts | None = None
+        if params.repetition_penalty != 1:
+            self._counts = TokenCounts(prompt)
+        elif params.presence_penalty or params.frequency_penalty:
+            self._counts = TokenCounts(prompt[:0])
+
+    def append(self, token: int) -> None:
+        """`token` now follows the prompt and the tokens appended before."""
+        self._generated += 1
+        if self._counts is not None:
+            self._counts.add(token)
+
+    @property
+    def greedy(self) -> bool:
+        return self.params.temperature < GREEDY_BELOW
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether the next token's logits change before temperature."""
+        held_open = self._generated < self.params.min_tokens and self._end_ids.size > 0
+        return held_open or self._bias_ids.size > 0 or self._counts is not None
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the first maximum of the raw logits is all that the next step asks for."""
+        return self.greedy and not self.adjusts and self.params.logprobs is None
+
+    def adjust(self, logits: FloatArray) -> FloatArray:
+        """A copy of `logits` [vocab] after `min_tokens`, `logit_bias` and penalties."""
+        logits = logits.copy()
+        if self._generated < self.params.min_tokens:
+            logits[self._end_ids] = -np.inf
+        logits[self._bias_ids] += self._bias
+        if self._counts is not None:
+            self._counts.penalise(logits, self.params)
+        return logits
+
+    def uniform(self) -> float:
+        """The number in [0, 1) that decides the next token: a function of seed and position."""
+        position = self._prompt_tokens + self._generated
+        bits = int(np.random.Philox(key=self._seed, counter=position).random_raw())
+        return (bits >> 11) * 2.0**-53
+
+
+class TokenCounts:
+    """The distinct tokens of one sequence, and how often each was generated."""
+
+    __slots__ = ("_counts", "_ids", "_slots")
+
+    def __init__(self, prompt: TokenArray) -> None:
+        """`prompt` [tokens] int32; its tokens are seen, but not generated."""
+        self._ids = array("i", np.unique(prompt).tolist())
+        self._counts = array("i", [0]) * len(self._ids)
+        self._slots = {token: slot for slot, token in enumerate(self._ids)}
+
+    def add(self, token: int) -> None:
+        """Count one generated token."""
+        slot = self._slots.setdefault(token, len(self._ids))
+        if slot == len(self._ids):
+            self._ids.append(token)
+            self._counts.append(0)
+        self._counts[slot] += 1
+
+    def penalise(self, logits: FloatArray, params: SamplingParams) -> None:
+        """Apply repetition, frequency and presence penalties to `logits` [vocab] in place."""
+        ids = np.asarray(self._ids)
+        counts = np.asarray(self._counts)
+        values = logits[ids]
+        repetition = params.repetition_penalty
+        if repetition != 1:
+            values = np.where(values > 0, values / repetition, values * repetition)
+        values -= params.frequency_penalty * counts
+        values -= params.presence_penalty * (counts > 0)
+        logits[ids] = values
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The token chosen for one row."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None  # of the raw logits, where they were asked for
+
+
+def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sample]:
+    """One token per row of `logits` [rows, vocab] of any float dtype, on any device.
+
+    Neither logits nor states change: the caller appends what it accepts. A row that is no
+    distribution (a NaN, an infinite maximum, no token left) gives its argmax, so that one
+    broken sequence does not stop the others. ValueError if the lengths differ.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if logits.device.type == "cpu":
+            return [_sample_row(row, state) for row, state in zip(logits, states, strict=True)]
+        return _sample_from_device(logits, states)
+
+
+def _sample_from_device(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sample]:
+    """Bring over only the rows that need more than their argmax, in one copy."""
+    maxima = logits.argmax(dim=-1).tolist()
+    samples = [Sample(token) for token, _ in zip(maxima, states, strict=True)]
+    moved = [i for i, state in enumerate(states) if not state.is_argmax]
+    if moved:
+        for i, row in zip(moved, logits[moved].cpu(), strict=True):
+            samples[i] = _sample_row(row, states[i])
+    return samples
+
+
+def _sample_row(row: torch.Tensor, state: SamplerState) -> Sample:
+    params = state.params
+    raw = _float32(row)
+    logits = state.adjust(raw) if state.adjusts else raw
+    token = int(logits.argmax()) if state.greedy else _draw(logits, params, state.uniform())
+    if params.logprobs is None:
+        return Sample(token)
+    return Sample(token, _logprobs(raw, token, params.logprobs))
+
+
+def _float32(row: torch.Tensor) -> FloatArray:
+    """One row [vocab] in host memory, itself if it is float32 already."""
+    if row.dtype == torch.bfloat16:  # unknown to numpy: the upper half of a float32's bits
+        bits = row.view(torch.int16).numpy().astype(np.int32)
+        bits <<= 16
+        return bits.view(np.float32)
+    return row.numpy().astype(np.float32, copy=False)
+
+
+def _draw(logits: FloatArray, params: SamplingParams, uniform: float) -> int:
+    """The token of `logits` [vocab] at `uniform` of the filtered distribution's mass.
+
+    Candidates are laid out by probability, then id; without any filter, in a fixed order.
+    """
+    peak = float(logits.max())
+    if not math.isfinite(peak):
+        return int(logits.argmax())
+    temperature = min(params.temperature, MAX_TEMPERATURE)
+    if params.min_p > 0 or 0 < params.top_k < len(logits):
+        ids = np.flatnonzero(logits >= _floor(logits, params, peak, temperature))
+        total = None  # the survivors' own
+    else:
+        weights = _weights(logits, peak, temperature)
+        if params.top_p == 1:
+            return _draw_from_all(weights, uniform)
+        total = _total(weights)
+        ids = _nucleus_candidates(weights, total, params.top_p)
+
+    ids = _most_probable_first(logits, ids)
+    if 0 < params.top_k < len(ids):  # ties with the last one stay, as in vLLM
+        ids = ids[logits[ids] >= logits[ids[params.top_k - 1]]]
+    mass = _weights(logits[ids], peak, temperature).cumsum(dtype=np.float64)
+    if params.top_p < 1:  # up to and with the token that reaches top_p
+        target = params.top_p * (mass[-1] if total is None else total)
+        mass = mass[: np.searchsorted(mass, target) + 1]
+    return int(ids[_locate(mass, uniform)[0]])
+
+
+def _floor(logits: FloatArray, params: SamplingParams, peak: float, temperature: float) -> float:
+    """A logit that no token which passes min-p and top-k lies below; exact for min-p."""
+    floor = -math.inf
+    if params.min_p > 0:
+        floor = peak + temperature * math.log(params.min_p)
+    if 0 < params.top_k < len(logits):
+        floor = max(floor, _top_k_floor(logits, params.top_k))
+    return floor
+
+
+def _top_k_floor(logits: FloatArray, k: int) -> float:
+    """A logit that at least `k` tokens reach, seldom many more."""
+    maxima = _fold(logits, -np.inf).max(axis=0)
+    values = maxima if len(maxima) >= k else logits
+    return float(np.partition(values, len(values) - k)[len(values) - k])
+
+
+def _nucleus_candidates(weights: FloatArray, total: float, top_p: float) -> IdArray:
+    """Ids, ascending, of the tokens that make up `top_p` of the total, and some lighter ones.
+
+    Tokens below (1 - top_p) / n of the total are left out. If there are at most n of them, the
+    others must reach top_p, so n = vocabulary is sure to do; a small n does for most rows, and
+    whether it did is checked.
+    """
+    n = FIRST_NUCLEUS
+    while True:
+        ids = np.flatnonzero(weights >= (1 - top_p) * total / n)
+        if n >= len(weights) or weights[ids].sum(dtype=np.float64) >= top_p * total:
+            return ids
+        n *= NUCLEUS_GROWTH
+
+
+def _most_probable_first(logits: FloatArray, ids: IdArray) -> IdArray:
+    """`ids` by descending logit, then ascending id.
+
+    One sort of integers that hold both, ten times as fast as a stable sort of the logits.
+    """
+    bits = (logits[ids] + np.float32(0)).view(np.int32)  # + 0 turns -0.0 into 0.0
+    ranks = bits ^ (bits >> 31 & 0x7FFFFFFF)  # ordered as the floats are
+    keys = ~ranks.astype(np.int64) << 32 | ids
+    keys.sort()
+    return keys & 0xFFFFFFFF
+
+
+def _draw_from_all(weights: FloatArray, uniform: float) -> int:
+    """Inverse of the cumulative distribution of `weights` [vocab], column by column."""
+    folded = _fold(weights, 0)
+    column, rest = _locate(folded.sum(axis=0).cumsum(dtype=np.float64), uniform)
+    row, _ = _locate(folded[:, column].cumsum(dtype=np.float64), rest)
+    return row * int(folded.shape[1]) + column
+
+
+def _locate(mass: NDArray[np.float64], uniform: float) -> tuple[int, float]:
+    """Which item holds the point `uniform` (in [0, 1)) of a cumulative mass, and where in it.
+
+    The second is in [0, 1) again. The item always has mass of its own.
+    """
+    target = uniform * mass[-1]  # less than mass[-1] even when rounded
+    item = int(np.searchsorted(mass, target, side="right"))
+    before = mass[item - 1] if item else 0.0
+    return item, float((target - before) / (mass[item] - before))
+
+
+def _weights(logits: FloatArray, peak: float, temperature: float) -> FloatArray:
+    """Unnormalised probabilities: 1 for the logit `peak`."""
+    weights = logits - np.float32(peak)
+    weights *= 1 / temperature
+    np.exp(weights, out=weights)
+    return weights
+
+
+def _total(weights: FloatArray) -> float:
+    return float(_fold(weights, 0).sum(axis=0).sum(dtype=np.float64))
+
+
+def _fold(values: FloatArray, padding: float) -> FloatArray:
+    """`values` [n] as [FOLD, columns], row after row, padded at the end."""
+    missing = -len(values) % FOLD
+    if missing:
+        values = np.append(values, np.full(missing, padding, np.float32))
+    return values.reshape(FOLD, -1)
+
+
+def _logprobs(logits: FloatArray, token: int, count: int) -> TokenLogprobs:
+    """Of `token`, and of the `count` most probable tokens."""
+    peak = float(logits.max())
+    shift = peak + math.log(_total(_weights(logits, peak, 1.0)))
+    top: IdArray = np.empty(0, np.int64)
+    if count:
+        floor = _top_k_floor(logits, min(count, len(logits)))
+        top = _most_probable_first(logits, np.flatnonzero(logits >= floor))[:count]
+    return TokenLogprobs(
+        chosen=float(logits[token]) - shift,
+        rank=1 + int(np.count_nonzero(logits > logits[token])),
+        top=tuple((int(i), float(logits[i]) - shift) for i in top),
+    )

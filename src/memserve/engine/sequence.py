@@ -1,0 +1,115 @@
+"""One sequence in the engine: its tokens, how far their KV is computed, its blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from memserve.api.generate import FinishReason
+from memserve.engine.block_table import BlockTable
+from memserve.engine.request import EngineRequest, Usage
+from memserve.engine.sampler import SamplerState
+from memserve.types import RequestId, TokenArray
+
+
+class Sequence:
+    """Owned by the engine's thread.
+
+    Tokens are the prompt and what has been generated. A sequence decodes while exactly its last
+    token has no KV, and prefills while more have none.
+    """
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        arrival: int,
+        table: BlockTable,
+        eos_token_ids: tuple[int, ...],
+        max_model_len: int,
+    ) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.table = table
+        self.computed = 0  # leading tokens whose KV is in the table
+        self.cached_tokens = 0  # prompt tokens found in the index when first admitted
+        self.preemptions = 0
+        self.fresh = True  # has never been in a step
+        params = request.sampling
+        eos = () if params.ignore_eos else eos_token_ids
+        self.sampler = SamplerState(params, request.prompt, eos)
+        self.end_tokens = (*eos, *params.stop_token_ids)
+        self.limit = min(len(request.prompt) + params.max_tokens, max_model_len)
+        self._tokens = np.empty(self.limit, dtype=np.int32)
+        self._tokens[: len(request.prompt)] = request.prompt
+        self.length = len(request.prompt)
+
+    @property
+    def id(self) -> RequestId:
+        return self.request.id
+
+    @property
+    def tokens(self) -> TokenArray:
+        """[length] int32, a view."""
+        return self._tokens[: self.length]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens without KV."""
+        return self.length - self.computed
+
+    @property
+    def prefilling(self) -> bool:
+        return self.remaining > 1
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: priority, then arrival."""
+        return (self.request.priority, self.arrival)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.prompt_tokens, self.cached_tokens, self.preemptions)
+
+    def admit(self, headroom: int) -> None:
+        """Take what is cached, and room for all present tokens.
+
+        Raises OutOfBlocks unless `headroom` blocks would be left for others; then nothing is
+        held.
+        """
+        self.computed = self.table.acquire(self.tokens, headroom)
+        if self.fresh:
+            self.cached_tokens = self.computed
+
+    def advance(self, count: int) -> int:
+        """`count` more tokens have KV now; full blocks become shared.
+
+        Returns how many of them are prompt tokens.
+        """
+        before = self.computed
+        self.computed += count
+        self.fresh = False
+        self.table.commit(self.tokens[: self.computed])
+        return max(0, min(self.computed, self.prompt_tokens) - before)
+
+    def append(self, token: int) -> FinishReason | None:
+        """Add a sampled token; says whether it was the last."""
+        self._tokens[self.length] = token
+        self.length += 1
+        self.sampler.append(token)
+        if token in self.end_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.length == self.limit else None
+
+    def preempt(self) -> None:
+        """Give the memory back; cached blocks are found again at the next admission."""
+        self.table.release()
+        self.computed = 0
+        self.preemptions += 1
+
+    def close(self) -> None:
+        """The end: nothing is held any more."""
+        self.table.close()
+        self.computed = 0

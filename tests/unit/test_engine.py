@@ -1,0 +1,205 @@
+"""The engine's promises to those who call it: order, fairness, limits, cancellation."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from memserve.api.generate import FinishReason, SamplingParams
+from memserve.engine.model import Model
+from memserve.engine.request import EngineRequest
+from memserve.errors import EngineStopped, QueueFull, RequestError
+from memserve.types import RequestId
+from tests.engine_harness import load, running_engine
+from tests.tiny_models import VOCAB, save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load(save_tiny_model("llama", tmp_path_factory.mktemp("models")))
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return [int(t) for t in np.random.default_rng(seed).integers(3, VOCAB, length)]
+
+
+def test_decoding_goes_on_beside_a_long_prompt(model: Model) -> None:
+    with running_engine(model, mixed_tokens=32) as engine:
+        steady = engine.submit(prompt(10), 200)
+        engine.outputs.wait_tokens(steady, 1)
+        long = engine.submit(prompt(400, 1), 1)
+        engine.finish(long)
+        # 400 tokens are 12 full steps of 32 and a rest; each of them also decoded.
+        assert len(engine.outputs.tokens(steady)) >= 12
+        engine.finish(steady)
+
+
+def test_priority_then_arrival(model: Model) -> None:
+    with running_engine(model, max_running=1) as engine:
+        first = engine.submit(prompt(10), 40)
+        engine.outputs.wait_tokens(first, 1)
+        late = engine.submit(prompt(10, 1), 40, priority=5)
+        urgent = engine.submit(prompt(10, 2), 2, priority=-1)
+        engine.finish(urgent)
+        assert not engine.outputs.tokens(late)
+        engine.finish(first, late)
+
+
+def test_samples_of_one_prompt_share_its_blocks(model: Model) -> None:
+    with running_engine(model) as engine:
+        leader = engine.submit(prompt(100), 5)
+        others = [engine.submit(prompt(100), 5, follows=leader) for _ in range(3)]
+        answers = engine.finish(leader, *others)
+        assert all(answer == answers[0] for answer in answers)
+        assert [engine.cached(o) for o in others] == [96, 96, 96]
+        assert engine.engine.stats().computed_prompt_tokens == 100 + 3 * 4
+
+
+def test_sequences_with_equal_prefixes_share_memory_while_they_run(model: Model) -> None:
+    """Four sequences of 100 equal tokens fit where memory for one and four tails is."""
+    with running_engine(model, hbm_blocks=6 + 4 * 2, dram_blocks=0, max_tokens=100) as engine:
+        requests = [engine.submit([*prompt(96), 5 + i], 12) for i in range(4)]
+        engine.finish(*requests)
+        assert engine.engine.stats().preemptions == 0
+
+
+@pytest.mark.parametrize("wait_for", [0, 1, 5])
+def test_cancelled_requests_say_nothing_more_and_free_everything(
+    model: Model, wait_for: int
+) -> None:
+    with running_engine(model, mixed_tokens=16) as engine:
+        other = engine.submit(prompt(10, 1), 60)
+        gone = engine.submit(prompt(300), 100)
+        engine.outputs.wait_tokens(gone, wait_for)
+        engine.engine.cancel([RequestId(gone)])
+        engine.finish(other)
+        assert all(o.finish_reason is None for o in engine.outputs.of(gone))
+        assert len(engine.outputs.tokens(gone)) < 100
+        assert engine.engine.stats().cancelled == 1
+        assert engine.engine.stats().running == 0
+
+
+def test_unknown_ids_are_ignored_by_cancel(model: Model) -> None:
+    with running_engine(model) as engine:
+        engine.engine.cancel([RequestId("nobody")])
+        assert len(engine.run(prompt(5), 3)) == 3
+
+
+def test_end_tokens(model: Model) -> None:
+    with running_engine(model) as engine:
+        free = engine.run(prompt(20), 30)
+        stop = free[10]
+        until = free[: free.index(stop) + 1]
+        request = engine.submit(prompt(20), 30, stop_token_ids=(stop,))
+        assert engine.finish(request) == [until]
+        last = engine.outputs.of(request)[-1]
+        assert last.finish_reason is FinishReason.STOP
+        assert last.stop_token == stop
+        # Masked until there are enough tokens; so the answer may differ from there on.
+        longer = engine.run(prompt(20), 30, stop_token_ids=(stop,), min_tokens=20)
+        assert len(longer) >= 20
+
+
+def test_the_context_ends_an_answer(model: Model) -> None:
+    with running_engine(model, hbm_blocks=8) as engine:
+        assert engine.engine.info.max_tokens == 128
+        request = engine.submit(prompt(100), 1000)
+        [answer] = engine.finish(request)
+        assert len(answer) == 28
+        assert engine.outputs.of(request)[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_same_seed_same_tokens_in_any_company(model: Model) -> None:
+    options = {"temperature": 1.0, "seed": 7}
+    with running_engine(model) as engine:
+        alone = engine.run(prompt(30), 20, **options)
+        company = [engine.submit(prompt(40 + i, i), 30, temperature=1.0) for i in range(5)]
+        among = engine.run(prompt(30), 20, **options)
+        engine.finish(*company)
+        assert among == alone
+        assert engine.run(prompt(30), 20, temperature=1.0, seed=8) != alone
+
+
+def test_logprobs_come_with_tokens(model: Model) -> None:
+    with running_engine(model) as engine:
+        request = engine.submit(prompt(20), 5, logprobs=3)
+        engine.finish(request)
+        for output in engine.outputs.of(request):
+            [logprobs] = output.logprobs
+            assert len(logprobs.top) == 3
+            assert logprobs.rank == 1
+            assert logprobs.top[0] == (output.token_ids[0], logprobs.chosen)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ([], "empty"),
+        ([3, VOCAB], str(VOCAB)),
+        ([3, -1], "-1"),
+        ([3] * 128, "at most 128"),
+    ],
+)
+def test_prompts_that_can_never_run(model: Model, tokens: list[int], words: str) -> None:
+    with running_engine(model, hbm_blocks=8) as engine:
+        with pytest.raises(RequestError, match=words) as error:
+            engine.submit(tokens, 1)
+        assert error.value.param == "prompt"
+        assert len(engine.run(prompt(5), 3)) == 3
+
+
+def test_a_full_queue_refuses_all_of_a_call(model: Model) -> None:
+    with running_engine(model, max_running=1, max_waiting=3) as engine:
+        running = engine.submit(prompt(10), 100)
+        engine.outputs.wait_tokens(running, 1)
+        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        call = [
+            EngineRequest(RequestId(f"x{i}"), np.arange(3, 9, dtype=np.int32), params)
+            for i in range(4)
+        ]
+        with pytest.raises(QueueFull, match="at most 3"):
+            engine.engine.submit(call)
+        engine.engine.submit(call[:3])
+        with pytest.raises(QueueFull):
+            engine.engine.submit(call[3:])
+        engine.outputs.wait_finished("x0", "x1", "x2")
+
+
+def test_stopping_tells_everyone(model: Model) -> None:
+    with running_engine(model, max_running=1) as engine:
+        running, waiting = engine.submit(prompt(10), 500), engine.submit(prompt(10, 1), 500)
+        engine.outputs.wait_tokens(running, 1)
+        engine.engine.stop()
+        for request in (running, waiting):
+            assert engine.outputs.of(request)[-1].finish_reason is FinishReason.CANCELLED
+        with pytest.raises(EngineStopped):
+            engine.submit(prompt(10), 1)
+
+
+def test_a_failing_step_tells_everyone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("device lost")
+
+    with running_engine(model) as engine:
+        running = engine.submit(prompt(10), 500)
+        engine.outputs.wait_tokens(running, 1)
+        monkeypatch.setattr(model, "forward", broken)
+        engine.outputs.wait_finished(running)
+        last = engine.outputs.of(running)[-1]
+        assert last.finish_reason is FinishReason.ERROR
+        assert last.error is not None
+        assert "device lost" in last.error
+        with pytest.raises(EngineStopped):
+            engine.submit(prompt(10), 1)
+
+
+def test_an_idle_engine_does_nothing(model: Model) -> None:
+    with running_engine(model) as engine:
+        engine.run(prompt(10), 3)
+        steps, used = engine.engine.stats().steps, time.process_time()
+        time.sleep(0.2)
+        assert engine.engine.stats().steps == steps
+        assert time.process_time() - used < 0.15
