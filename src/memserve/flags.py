@@ -1,0 +1,118 @@
+"""Settings as command-line flags, and flags as settings: one spelling for both directions.
+
+A flag is the setting's name with dashes; the table it stands in is left out, as no two tables
+that meet in one command share a name. `model.path` is `--model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
+
+import msgspec
+from msgspec import inspect
+
+from memserve.config import ModelConfig
+from memserve.errors import ConfigError
+
+_Section = TypeVar("_Section", bound=msgspec.Struct)
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One setting of one table."""
+
+    section: type[msgspec.Struct]
+    field: str
+    type: Any  # with its constraints
+    default: Any
+    help: str
+
+    @property
+    def parameter(self) -> str:
+        """Its name as a Python identifier."""
+        if self.section is ModelConfig and self.field == "path":
+            return "model"
+        return self.field
+
+    @property
+    def name(self) -> str:
+        return "--" + self.parameter.replace("_", "-")
+
+    @property
+    def is_switch(self) -> bool:
+        return isinstance(self._kind, inspect.BoolType)
+
+    @property
+    def is_list(self) -> bool:
+        return isinstance(self._kind, inspect.VarTupleType)
+
+    @property
+    def values(self) -> str:
+        """What may be given, for help texts: the choices, or the kind of value."""
+        kind = self._kind
+        if isinstance(kind, inspect.LiteralType):
+            return "|".join(map(str, kind.values))
+        if isinstance(kind, inspect.EnumType):
+            return "|".join(member.value for member in kind.cls)
+        if isinstance(kind, inspect.IntType | inspect.FloatType):
+            return "NUMBER"
+        return "N,N,..." if self.is_list else "TEXT"
+
+    @property
+    def _kind(self) -> inspect.Type:
+        kind = inspect.type_info(self.type)
+        if isinstance(kind, inspect.Metadata):
+            kind = kind.type
+        if isinstance(kind, inspect.UnionType):  # with None
+            (kind,) = (t for t in kind.types if not isinstance(t, inspect.NoneType))
+        return kind
+
+
+def flags_of(section: type[msgspec.Struct]) -> Iterator[Flag]:
+    """The flags of one table, in its order."""
+    hints = get_type_hints(section, include_extras=True)
+    for field in msgspec.structs.fields(section):
+        kind = hints[field.name]
+        described = inspect.type_info(kind)
+        text = ""
+        if isinstance(described, inspect.Metadata) and described.extra_json_schema:
+            text = described.extra_json_schema["description"]
+        yield Flag(section, field.name, kind, field.default, text)
+
+
+def with_flags(section: _Section, given: Mapping[str, str | bool | None]) -> _Section:
+    """The table with the values of `given` (by parameter name) that are not None.
+
+    Raises ConfigError naming the flag whose value is refused.
+    """
+    changes: dict[str, object] = {}
+    for flag in flags_of(type(section)):
+        value = given.get(flag.parameter)
+        if value is not None:
+            changes[flag.field] = _parse(flag, value)
+    return msgspec.structs.replace(section, **changes)
+
+
+def to_flags(section: msgspec.Struct) -> list[str]:
+    """The command-line arguments that make this table; settings at their default are left out."""
+    arguments: list[str] = []
+    for flag in flags_of(type(section)):
+        value = msgspec.structs.asdict(section)[flag.field]
+        if value == flag.default:
+            continue
+        if flag.is_switch:
+            arguments.append(flag.name if value else f"--no-{flag.name[2:]}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            arguments += [flag.name, text]
+    return arguments
+
+
+def _parse(flag: Flag, value: str | bool) -> object:
+    parts: object = value.split(",") if isinstance(value, str) and flag.is_list else value
+    try:
+        return msgspec.convert(parts, flag.type, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{flag.name} {value}: {error}") from error
