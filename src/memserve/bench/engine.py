@@ -160,7 +160,7 @@ class _Generate:
     def _time(self, ids: torch.Tensor, tokens: int) -> float:
         started = time.perf_counter()
         with torch.inference_mode():
-            self._model.generate(
+            self._model.generate(  # type: ignore[misc]
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=tokens,

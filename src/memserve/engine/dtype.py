@@ -7,9 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from memserve.engine.linear import SingleRowLinear
+from memserve.engine.model import WeightCount
+
 # The work that the choice is made for: a chat turn's uncached prompt, and its answer.
 PREFILL_TOKENS = 256
 DECODE_TOKENS = 128
+# One matrix of this many weights stands for the model: it comes from memory at every decode
+# step, as the model does.
+SAMPLE_WEIGHTS = 32 * 1024 * 1024
 _REPEATS = 3
 
 
@@ -26,35 +32,39 @@ class DtypeChoice:
         return f"{name} (matrix products of one request here: {figures})"
 
 
-def choose_dtype(hidden: int, parameters: int, device: torch.device) -> DtypeChoice:
-    """Time matrix products of a model's size in each format this device computes with.
+def choose_dtype(weights: WeightCount, device: torch.device) -> DtypeChoice:
+    """Time matrix products of a model's width in each format this device computes with.
 
-    `hidden` is the model's width and `parameters` its weights that every token passes; a
-    request is `PREFILL_TOKENS` in one go and `DECODE_TOKENS` one by one. Takes well under a
-    second. On a GPU the answer is bfloat16 where there is hardware for it, else float16.
+    Takes well under a second on a CPU. On a GPU nothing is timed: it is bfloat16 where there
+    is hardware for it, else float16.
     """
     if device.type == "cuda":
         fast = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
         return DtypeChoice(fast, ())
-    # One matrix, large enough to come from memory at every decode step as a model does.
-    rows = max(1, min(parameters // hidden, 64 * 1024 * 1024 // hidden))
+    hidden = weights.hidden
+    rows = max(1, SAMPLE_WEIGHTS // hidden)
     times = []
     for dtype in (torch.bfloat16, torch.float32):
-        weight = torch.zeros(rows, hidden, dtype=dtype)
-        prefill = _seconds(torch.zeros(PREFILL_TOKENS, hidden, dtype=dtype), weight)
-        decode = _seconds(torch.zeros(1, hidden, dtype=dtype), weight)
-        total = (prefill + DECODE_TOKENS * decode) * parameters / (rows * hidden)
-        times.append((total, dtype))
+        matrix = torch.zeros(rows, hidden, dtype=dtype)
+        prefill = _seconds(torch.zeros(PREFILL_TOKENS, hidden, dtype=dtype), matrix)
+        decode = _seconds(torch.zeros(1, hidden, dtype=dtype), matrix)
+        total = prefill * weights.layers + DECODE_TOKENS * decode * (
+            weights.layers + weights.output
+        )
+        times.append((total / matrix.numel(), dtype))
     times.sort(key=lambda t: t[0])
     return DtypeChoice(times[0][1], tuple((str(d).removeprefix("torch."), s) for s, d in times))
 
 
 def _seconds(x: torch.Tensor, weight: torch.Tensor) -> float:
     best = float("inf")
+    rows, hidden = weight.shape
+    layer = SingleRowLinear(hidden, rows, bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     with torch.inference_mode():
-        torch.nn.functional.linear(x, weight)
+        layer(x)
         for _ in range(_REPEATS):
             started = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
+            layer(x)
             best = min(best, time.perf_counter() - started)
     return best

@@ -36,6 +36,15 @@ class ModelShape:
     rope: str  # everything that changes cached keys, as text, for the fingerprint
 
 
+@dataclass(frozen=True, slots=True)
+class WeightCount:
+    """Weights that a token is multiplied with."""
+
+    hidden: int  # width of the model
+    layers: int  # weights that every token passes
+    output: int  # more of them where the next token is wanted
+
+
 class Model:
     """Weights on a device. Not thread-safe: one engine thread runs it."""
 
@@ -48,7 +57,9 @@ class Model:
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
-    def layout(self, name: str, block_tokens: int, aggregated: bool) -> KVLayout:
+    def layout(
+        self, name: str, block_tokens: int, aggregated: bool, revision: str = ""
+    ) -> KVLayout:
         """How this model's KV lies in blocks."""
         return KVLayout(
             layers=self.shape.layers,
@@ -58,6 +69,7 @@ class Model:
             block_tokens=block_tokens,
             aggregated=aggregated,
             model=name,
+            revision=revision,
             rope=self.shape.rope,
         )
 
@@ -101,6 +113,24 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Mod
     if device.type == "cpu":
         speed_up_single_rows(module)
     return Model(module, shape, dtype)
+
+
+def count_weights(directory: Path) -> WeightCount:
+    """From the configuration alone, without loading a weight. Raises ModelError."""
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read a model from {directory}: {error}") from error
+    head = module.get_output_embeddings()
+    linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    output = head.weight.numel()
+    return WeightCount(
+        hidden=int(head.weight.shape[1]),
+        layers=sum(m.weight.numel() for m in linear) - output,
+        output=output,
+    )
 
 
 def read_shape(config: PretrainedConfig, directory: Path) -> ModelShape:

@@ -1,0 +1,127 @@
+"""The built-in engine and its pool, made from a configuration."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import ExitStack
+
+import msgspec
+import torch
+
+from memserve.api.status import PoolTotals
+from memserve.config import ClusterConfig, InstanceConfig, available_cores
+from memserve.engine.batch import BatchLimits
+from memserve.engine.dtype import choose_dtype
+from memserve.engine.engine import Engine, EngineSettings
+from memserve.engine.model import Model, count_weights, load_model
+from memserve.errors import ConfigError
+from memserve.instance.instance import Identity, Parts
+from memserve.models.resolve import ModelDirectory, resolve_model
+from memserve.models.tokenizer import Tokenizer
+from memserve.pool.pool import MemPool
+
+log = logging.getLogger(__name__)
+
+
+def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Identity) -> Parts:
+    """Load the model and set up engine and pool.
+
+    Raises ConfigError, ModelError, SharedMemoryFull.
+    """
+    if settings.cpus is not None:
+        _pin(settings.cpus)
+    threads = settings.threads or available_cores()
+    torch.set_num_threads(threads)
+    device = choose_device(config.model.device)
+    directory = resolve_model(config.model, log.info)
+    dtype = _dtype(config, directory, device)
+    log.info("loading %s as %s on %s", directory.name, dtype, device)
+    model = load_model(directory.path, dtype, device)
+    tokenizer = Tokenizer.load(directory.path)
+    with ExitStack() as stack:
+        pool = stack.enter_context(_make_pool(config, settings, identity, model, directory))
+        engine = Engine(
+            model,
+            pool,
+            EngineSettings(
+                name=identity.model,
+                threads=threads,
+                limits=BatchLimits(
+                    settings.max_batch_tokens, settings.mixed_batch_tokens, settings.max_running
+                ),
+                max_waiting=settings.max_waiting,
+                caching=config.cache.caching != "off",
+                max_model_len=config.model.max_model_len,
+            ),
+        )
+        close = stack.pop_all().close
+
+    def pool_totals() -> PoolTotals:
+        return msgspec.convert(pool.stats(), PoolTotals, from_attributes=True)
+
+    return Parts(engine, tokenizer, pool_totals, close)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a setting. Raises ConfigError for one that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"model.device = '{name}': {error}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"model.device = '{name}': 'cpu', 'cuda' or 'cuda:N'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"model.device = '{name}': {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def _dtype(config: ClusterConfig, directory: ModelDirectory, device: torch.device) -> torch.dtype:
+    if config.model.dtype != "auto":
+        dtype = getattr(torch, config.model.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    choice = choose_dtype(count_weights(directory.path), device)
+    log.info("dtype = auto: %s", choice)
+    return choice.dtype
+
+
+def _make_pool(
+    config: ClusterConfig,
+    settings: InstanceConfig,
+    identity: Identity,
+    model: Model,
+    directory: ModelDirectory,
+) -> MemPool:
+    layout = model.layout(
+        directory.name,
+        config.cache.block_tokens,
+        config.cache.aggregated,
+        directory.revision or "",
+    )
+    tokens = settings.hbm_blocks * layout.block_tokens
+    log.info(
+        "KV memory: HBM %d blocks (%d tokens, %.0f MiB), DRAM %d blocks (%.0f MiB)",
+        settings.hbm_blocks,
+        tokens,
+        settings.hbm_blocks * layout.block_bytes / 2**20,
+        settings.dram_blocks,
+        settings.dram_blocks * layout.block_bytes / 2**20,
+    )
+    return MemPool(
+        layout,
+        settings.hbm_blocks,
+        settings.dram_blocks,
+        instance=identity.id,
+        device=str(model.device),
+        eviction=config.cache.eviction,
+    )
+
+
+def _pin(cpus: tuple[int, ...]) -> None:
+    usable = os.sched_getaffinity(0)
+    if not set(cpus) <= usable:
+        raise ConfigError(f"instance.cpus = {list(cpus)}: this process may use {sorted(usable)}")
+    os.sched_setaffinity(0, cpus)
