@@ -7,9 +7,15 @@ gateway relays bytes and copies nothing.
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 
 import msgspec
+
+from memserve.errors import RequestError
+
+GENERATE_PATH = "/v1/generate"
+MAX_LOGPROBS = 20  # OpenAI's limit of top_logprobs
 
 
 class FinishReason(StrEnum):
@@ -24,8 +30,8 @@ class FinishReason(StrEnum):
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How the next token is chosen. Names and neutral values are vLLM's.
 
-    Source of the filters' order: penalties and `logit_bias` on logits, then temperature, then
-    top-k, top-p and min-p on probabilities (vLLM's v1 sampler).
+    Source of the filters' order, vLLM's v1 sampler: `min_tokens`, `logit_bias` and penalties
+    on logits, then temperature, then min-p, top-k and top-p on probabilities.
     """
 
     max_tokens: int = 16
@@ -42,6 +48,43 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     stop_token_ids: tuple[int, ...] = ()  # beside the model's own end tokens
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives to report besides the chosen token; None: none
+
+
+def validate_sampling(params: SamplingParams, vocab_size: int) -> None:
+    """Raise RequestError, with the allowed range, for the first value out of range.
+
+    NaN and infinity always are. Types are the decoder's business.
+    """
+    p = params
+    _require("max_tokens", p.max_tokens, p.max_tokens >= 1, "at least 1")
+    allowed = f"from 0 to max_tokens ({p.max_tokens})"
+    _require("min_tokens", p.min_tokens, 0 <= p.min_tokens <= p.max_tokens, allowed)
+    _require("temperature", p.temperature, 0 <= p.temperature < math.inf, "0 or more, and finite")
+    _require("top_k", p.top_k, p.top_k >= -1, "1 or more, or 0 or -1 for all tokens")
+    _require("top_p", p.top_p, 0 < p.top_p <= 1, "above 0 and at most 1")
+    _require("min_p", p.min_p, 0 <= p.min_p <= 1, "from 0 to 1")
+    valid = 0 < p.repetition_penalty < math.inf
+    _require("repetition_penalty", p.repetition_penalty, valid, "above 0, and finite")
+    valid = -2 <= p.presence_penalty <= 2
+    _require("presence_penalty", p.presence_penalty, valid, "from -2 to 2")
+    valid = -2 <= p.frequency_penalty <= 2
+    _require("frequency_penalty", p.frequency_penalty, valid, "from -2 to 2")
+    if p.logprobs is not None:
+        valid = 0 <= p.logprobs <= MAX_LOGPROBS
+        _require("logprobs", p.logprobs, valid, f"from 0 to {MAX_LOGPROBS}")
+    if p.seed is not None:
+        _require("seed", p.seed, -(2**63) <= p.seed < 2**63, "a signed 64-bit integer")
+    token_id = f"a token id (0 to {vocab_size - 1})"
+    for token in p.stop_token_ids:
+        _require("stop_token_ids", token, 0 <= token < vocab_size, token_id)
+    for token, bias in p.logit_bias.items():
+        _require("logit_bias", token, 0 <= token < vocab_size, token_id)
+        _require("logit_bias", bias, -100 <= bias <= 100, "from -100 to 100")
+
+
+def _require(param: str, value: float, valid: bool, allowed: str) -> None:
+    if not valid:
+        raise RequestError(f"{param}: {value} is not {allowed}", param)
 
 
 class CallKind(StrEnum):

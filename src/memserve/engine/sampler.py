@@ -33,11 +33,11 @@ IdArray = NDArray[np.int64]
 GREEDY_BELOW = 1e-5  # temperatures this low are greedy, as in vLLM
 MAX_TEMPERATURE = 1e30  # uniform long before; beyond it float32 has no inverse
 
-# Whole-vocabulary reductions see the row as a matrix with so many rows: reducing it to one
-# number per column vectorises, and the column is then as small a part to look into.
+# A row is reduced as a matrix of so many rows, to one number per column: this vectorises, and
+# what is left to search are 1/64 of the vocabulary and then the 64 tokens of one column.
 FOLD = 64
 
-# Top-p first looks among the tokens with more than (1 - top_p) / 1024 of the mass.
+# Top-p first looks at tokens with at least (1 - top_p) / 1024 of the mass, then at / 8192, ...
 FIRST_NUCLEUS = 1024
 NUCLEUS_GROWTH = 8
 
