@@ -1,0 +1,149 @@
+"""The few ASGI pieces that a gateway and an instance share: bodies, answers, hang-ups."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from http import HTTPStatus
+from types import TracebackType
+from typing import Self
+
+from starlette.types import Receive, Scope, Send
+
+from memserve.api.errors import ApiError, body_too_large
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+JSON_HEADER = (b"content-type", b"application/json")
+EVENTS_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+)
+
+
+class ClientGone(Exception):
+    """The client hung up before its request was complete."""
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    """A request header's value; `name` in lower case."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return None
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The request's body. Raises ApiError (413) without reading more than `limit` bytes.
+
+    The server below throws the rest of a refused body away as it arrives.
+    """
+    length = header(scope, b"content-length")
+    if length is not None and int(length) > limit:
+        raise body_too_large(limit)
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        body = message.get("body", b"")
+        if len(body) > limit:
+            raise body_too_large(limit)
+        return bytes(body)
+    parts = bytearray()
+    while True:
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        parts += message.get("body", b"")
+        if len(parts) > limit:
+            raise body_too_large(limit)
+        if not message.get("more_body", False):
+            return bytes(parts)
+        message = await receive()
+
+
+async def send_body(
+    send: Send,
+    status: int,
+    body: bytes,
+    headers: Headers = (),
+    media: tuple[bytes, bytes] = JSON_HEADER,
+) -> None:
+    """A whole answer."""
+    length = (b"content-length", b"%d" % len(body))
+    await send(
+        {"type": "http.response.start", "status": status, "headers": [media, length, *headers]}
+    )
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_error(send: Send, error: ApiError, headers: Headers = ()) -> None:
+    extra = list(headers)
+    if error.retry_after is not None:
+        extra.append((b"retry-after", b"%d" % error.retry_after))
+    if error.close:
+        extra.append((b"connection", b"close"))
+    await send_body(send, error.status, error.body(), extra)
+
+
+async def start_events(send: Send, headers: Headers = ()) -> None:
+    """Begin a stream of server-sent events."""
+    await send(
+        {
+            "type": "http.response.start",
+            "status": HTTPStatus.OK,
+            "headers": [*EVENTS_HEADERS, *headers],
+        }
+    )
+
+
+class Interruption:
+    """`with Interruption() as lost:` is a block that `lost.interrupt()` ends from outside.
+
+    The block's task is cancelled where it waits, and goes on after the block; `happened` tells
+    it. A cancellation from elsewhere goes through.
+    """
+
+    def __init__(self) -> None:
+        self.happened = False
+        self._task: asyncio.Task[object] | None = None
+
+    def interrupt(self) -> None:
+        if self._task is not None and not self.happened:
+            self.happened = True
+            self._task.cancel()
+
+    def __enter__(self) -> Self:
+        self._task = asyncio.current_task()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        task, self._task = self._task, None
+        if not self.happened or task is None:
+            return False
+        task.uncancel()
+        return kind is asyncio.CancelledError
+
+
+class HangUp(Interruption):
+    """A block that ends when the client hangs up. Enter it once the body has been read."""
+
+    def __init__(self, receive: Receive) -> None:
+        super().__init__()
+        self._watch = asyncio.ensure_future(self._until_disconnect(receive))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        self._watch.cancel()
+        return super().__exit__(kind, error, trace)
+
+    async def _until_disconnect(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.interrupt()

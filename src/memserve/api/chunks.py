@@ -1,0 +1,287 @@
+"""Answers in OpenAI's shape: whole JSON bodies, and the chunks of a stream.
+
+Chunks are on the hot path of every token, so all that does not change from one to the next
+is encoded once per stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from memserve.api.generate import CallKind, FinishReason, GenerateCall
+
+DONE = b"data: [DONE]\n\n"
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity; the value that vLLM uses
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token's text and log-probability, and those of the most probable tokens there."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is new of one choice (in a stream), or all of it (in a body)."""
+
+    choice: int
+    text: str
+    token_ids: Sequence[int]
+    scores: Sequence[TokenScore] = ()
+    text_offset: int = 0  # characters of tokens before this piece's, for completions' logprobs
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token or string that the client had named
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
+class CompletionUsage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> CompletionUsage:
+    return CompletionUsage(
+        prompt_tokens,
+        completion_tokens,
+        prompt_tokens + completion_tokens,
+        PromptTokensDetails(cached_tokens),
+    )
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    content: list[ChatTokenLogprob]
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    token_ids: Sequence[int] | UnsetType = UNSET
+
+
+class CompletionChoice(msgspec.Struct, frozen=True):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    token_ids: Sequence[int] | UnsetType = UNSET
+
+
+class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
+    """The body that answers `POST /v1/chat/completions`."""
+
+    id: str
+    object: str = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: CompletionUsage
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """The body that answers `POST /v1/completions`."""
+
+    id: str
+    object: str = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: CompletionUsage
+
+
+def body(call: GenerateCall, choices: Sequence[Piece], used: CompletionUsage) -> bytes:
+    """The whole answer, for a client that does not stream."""
+    if call.kind is CallKind.CHAT:
+        return _encode(
+            ChatCompletion(
+                id=call.id,
+                created=call.created,
+                model=call.model,
+                choices=[_chat_choice(call, piece) for piece in choices],
+                usage=used,
+            )
+        )
+    return _encode(
+        Completion(
+            id=call.id,
+            created=call.created,
+            model=call.model,
+            choices=[_completion_choice(call, piece) for piece in choices],
+            usage=used,
+        )
+    )
+
+
+def _chat_choice(call: GenerateCall, piece: Piece) -> ChatChoice:
+    return ChatChoice(
+        index=piece.choice,
+        message=ChatMessage("assistant", piece.text),
+        logprobs=_chat_logprobs(piece) if call.sampling.logprobs is not None else None,
+        finish_reason=piece.finish_reason,
+        stop_reason=piece.stop_reason,
+        token_ids=piece.token_ids if call.return_token_ids else UNSET,
+    )
+
+
+def _completion_choice(call: GenerateCall, piece: Piece) -> CompletionChoice:
+    return CompletionChoice(
+        index=piece.choice,
+        text=piece.text,
+        logprobs=_completion_logprobs(piece) if call.sampling.logprobs is not None else None,
+        finish_reason=piece.finish_reason,
+        stop_reason=piece.stop_reason,
+        token_ids=piece.token_ids if call.return_token_ids else UNSET,
+    )
+
+
+class StreamFormat:
+    """Formats one call's server-sent events."""
+
+    def __init__(self, call: GenerateCall) -> None:
+        chat = call.kind is CallKind.CHAT
+        name = b"chat.completion.chunk" if chat else b"text_completion"
+        self._head = b'data: {"id":%b,"object":"%b","created":%d,"model":%b' % (
+            _encode(call.id),
+            name,
+            call.created,
+            _encode(call.model),
+        )
+        # Where usage comes last, every other chunk says that it is not there yet.
+        choices = b',"usage":null' if call.include_usage else b""
+        self._choice_head = self._head + choices + b',"choices":[{"index":'
+        self._text_head = b',"delta":{"content":' if chat else b',"text":'
+        self._no_text = b',"delta":{' if chat else b',"text":""'
+        self._text_end = b'},"logprobs":' if chat else b',"logprobs":'
+        self._plain_end = self._text_end + b'null,"finish_reason":null}]}\n\n'
+        self._prefixes = [
+            b"%b%d%b" % (self._choice_head, choice, self._text_head)
+            for choice in range(len(call.prompts) * call.n)
+        ]
+        self._logprobs = (
+            None
+            if call.sampling.logprobs is None
+            else _chat_logprobs
+            if chat
+            else _completion_logprobs
+        )
+        self._token_ids = call.return_token_ids
+        self._plain = self._logprobs is None and not self._token_ids
+
+    def role(self, choice: int) -> bytes:
+        """The first chunk of a chat's choice."""
+        return (
+            b'%b%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
+            b'"finish_reason":null}]}\n\n' % (self._choice_head, choice)
+        )
+
+    def chunk(self, piece: Piece) -> bytes:
+        """One choice's new text."""
+        if self._plain and piece.finish_reason is None:
+            return self._prefixes[piece.choice] + _encode(piece.text) + self._plain_end
+        return self._full_chunk(piece)
+
+    def usage(self, used: CompletionUsage) -> bytes:
+        """The last chunk, where the client asked for it."""
+        return self._head + b',"choices":[],"usage":' + _encode(used) + b"}\n\n"
+
+    def _full_chunk(self, piece: Piece) -> bytes:
+        parts = [
+            self._prefixes[piece.choice] + _encode(piece.text)
+            if piece.text
+            else b"%b%d%b" % (self._choice_head, piece.choice, self._no_text),
+            self._text_end,
+            _encode(self._logprobs(piece)) if self._logprobs and piece.scores else b"null",
+            b',"finish_reason":',
+            _encode(piece.finish_reason),
+        ]
+        if piece.finish_reason is not None:
+            parts += (b',"stop_reason":', _encode(piece.stop_reason))
+        if self._token_ids:
+            parts += (b',"token_ids":', _encode(piece.token_ids))
+        parts.append(b"}]}\n\n")
+        return b"".join(parts)
+
+
+def _chat_logprobs(piece: Piece) -> ChatLogprobs:
+    return ChatLogprobs(
+        [
+            ChatTokenLogprob(
+                score.token,
+                _finite(score.logprob),
+                list(score.token.encode()),
+                [
+                    TopLogprob(token, _finite(logprob), list(token.encode()))
+                    for token, logprob in score.top
+                ],
+            )
+            for score in piece.scores
+        ]
+    )
+
+
+def _completion_logprobs(piece: Piece) -> CompletionLogprobs:
+    offset = piece.text_offset
+    offsets = []
+    for score in piece.scores:
+        offsets.append(offset)
+        offset += len(score.token)
+    return CompletionLogprobs(
+        text_offset=offsets,
+        token_logprobs=[_finite(score.logprob) for score in piece.scores],
+        tokens=[score.token for score in piece.scores],
+        # The chosen token is named even where it is not among the most probable.
+        top_logprobs=[
+            {
+                token: _finite(logprob)
+                for token, logprob in ((score.token, score.logprob), *score.top)
+            }
+            for score in piece.scores
+        ],
+    )
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)

@@ -1,0 +1,133 @@
+"""Errors as OpenAI's clients expect them: a status, and `{"error": {...}}` as the body."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+import msgspec
+
+from memserve.errors import MemserveError
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    error: ErrorDetail
+
+
+class ApiError(MemserveError):
+    """An HTTP answer other than success.
+
+    `retry_after` (seconds) is set where the same request may succeed later. `close` asks the
+    client to open a new connection for it, because this process is going away.
+    """
+
+    def __init__(
+        self,
+        status: HTTPStatus,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+        close: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.detail = ErrorDetail(message, type, param, code)
+        self.retry_after = retry_after
+        self.close = close
+
+    def body(self) -> bytes:
+        """The JSON body."""
+        return _encode(ErrorBody(self.detail))
+
+    def event(self) -> bytes:
+        """The same as a server-sent event: what a broken stream ends with."""
+        return b"data: " + self.body() + b"\n\n"
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A request that can never be served as it stands."""
+    return ApiError(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
+
+
+def model_not_found(model: str, served: str) -> ApiError:
+    return ApiError(
+        HTTPStatus.NOT_FOUND,
+        f"The model '{model}' does not exist; this server has '{served}'.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def path_not_found(path: str) -> ApiError:
+    return ApiError(HTTPStatus.NOT_FOUND, f"Unknown path: {path}", code="not_found")
+
+
+def method_not_allowed(method: str, path: str) -> ApiError:
+    return ApiError(
+        HTTPStatus.METHOD_NOT_ALLOWED,
+        f"{path} does not answer {method}.",
+        code="method_not_allowed",
+    )
+
+
+def body_too_large(limit: int) -> ApiError:
+    return ApiError(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        f"The request body is larger than {limit} bytes.",
+        code="request_too_large",
+    )
+
+
+def context_length_exceeded(
+    limit: int, prompt_tokens: int, max_tokens: int | None, param: str
+) -> ApiError:
+    """`max_tokens` is None where the client asked for no number and any would be too many."""
+    if max_tokens is None:
+        asked = f"Your prompt has {prompt_tokens} tokens, which leaves no room for an answer."
+    else:
+        asked = (
+            f"You requested {prompt_tokens + max_tokens} tokens: "
+            f"{prompt_tokens} in the prompt and {max_tokens} for the answer."
+        )
+    return invalid(
+        f"This model's maximum context length is {limit} tokens. {asked}",
+        param,
+        "context_length_exceeded",
+    )
+
+
+def queue_full(message: str, retry_after: int) -> ApiError:
+    return ApiError(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        message,
+        type="rate_limit_error",
+        code="queue_full",
+        retry_after=retry_after,
+    )
+
+
+def unavailable(message: str, code: str, retry_after: int = 1, close: bool = False) -> ApiError:
+    """The server cannot take the request now; another one, or this one later, may."""
+    return ApiError(
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        message,
+        type="server_error",
+        code=code,
+        retry_after=retry_after,
+        close=close,
+    )
+
+
+def internal(message: str, code: str = "internal_error") -> ApiError:
+    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, message, type="server_error", code=code)

@@ -1,0 +1,106 @@
+"""Instances' statistics as Prometheus metrics: for one (its own) or all (the gateway's)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+
+from memserve.api.histogram import Histogram
+from memserve.api.status import InstanceStats, MediumTotals
+from memserve.types import InstanceId
+
+Instances = Iterable[tuple[InstanceId, InstanceStats]]
+
+_COUNTERS: tuple[tuple[str, str, Callable[[InstanceStats], float]], ...] = (
+    ("steps", "Steps of the engine.", lambda s: s.engine.steps),
+    ("busy_seconds", "Time that the engine spent in steps.", lambda s: s.engine.busy_seconds),
+    ("generated_tokens", "Tokens generated.", lambda s: s.engine.generated_tokens),
+    ("preemptions", "Sequences set back for lack of blocks.", lambda s: s.engine.preemptions),
+    ("finished_sequences", "Sequences that came to an end.", lambda s: s.engine.finished),
+    ("evicted_blocks", "Historical blocks dropped.", lambda s: s.pool.evictions),
+    ("cancelled_sequences", "Sequences cancelled.", lambda s: s.engine.cancelled),
+)
+_GAUGES: tuple[tuple[str, str, Callable[[InstanceStats], float]], ...] = (
+    ("running_sequences", "Sequences in the batch.", lambda s: s.engine.running),
+    ("waiting_sequences", "Sequences in the queue.", lambda s: s.engine.waiting),
+    ("index_nodes", "Nodes of the index.", lambda s: s.pool.nodes),
+)
+_HISTOGRAMS: tuple[tuple[str, str, Callable[[InstanceStats], Histogram]], ...] = (
+    ("time_to_first_token_seconds", "From arrival.", lambda s: s.latencies.first_token),
+    ("inter_token_seconds", "Between a sequence's tokens.", lambda s: s.latencies.inter_token),
+    ("sequence_seconds", "From arrival to the end.", lambda s: s.latencies.whole),
+)
+# Label values: where a prompt token's KV came from, which way a block moved, what a block is.
+_SOURCES: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
+    ("computed", lambda s: s.engine.computed_prompt_tokens),
+    ("cached", lambda s: s.engine.cached_prompt_tokens),
+)
+_DIRECTIONS: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
+    ("out", lambda s: s.pool.swapped_out),
+    ("in", lambda s: s.pool.swapped_in),
+)
+_MEDIA: tuple[tuple[str, Callable[[InstanceStats], MediumTotals]], ...] = (
+    ("hbm", lambda s: s.pool.hbm),
+    ("dram", lambda s: s.pool.dram),
+)
+_BLOCK_STATES: tuple[tuple[str, Callable[[MediumTotals], float]], ...] = (
+    ("free", lambda m: m.free),
+    ("active", lambda m: m.active),
+    ("cached", lambda m: m.cached),
+    ("orphan", lambda m: m.orphan),
+)
+
+
+def instance_metrics(instances: Instances) -> Iterator[Metric]:
+    """All families, each with one series (or one per label value) for every instance."""
+    known = list(instances)
+    for name, text, counter in _COUNTERS:
+        family = CounterMetricFamily(f"memserve_instance_{name}", text, labels=["instance"])
+        for instance, stats in known:
+            family.add_metric([instance], counter(stats))
+        yield family
+    for name, text, gauge in _GAUGES:
+        gauges = GaugeMetricFamily(f"memserve_instance_{name}", text, labels=["instance"])
+        for instance, stats in known:
+            gauges.add_metric([instance], gauge(stats))
+        yield gauges
+    for name, text, histogram in _HISTOGRAMS:
+        buckets = HistogramMetricFamily(f"memserve_instance_{name}", text, labels=["instance"])
+        for instance, stats in known:
+            values = histogram(stats)
+            buckets.add_metric([instance], values.cumulative(), values.sum)
+        yield buckets
+    yield _labelled("prompt_tokens", "Prompt tokens.", "source", _SOURCES, known)
+    yield _labelled("swapped_blocks", "Blocks moved.", "direction", _DIRECTIONS, known)
+    yield _blocks(known)
+
+
+def _labelled(
+    name: str,
+    text: str,
+    label: str,
+    values: Iterable[tuple[str, Callable[[InstanceStats], float]]],
+    known: Instances,
+) -> Metric:
+    family = CounterMetricFamily(f"memserve_instance_{name}", text, labels=["instance", label])
+    for value, counter in values:
+        for instance, stats in known:
+            family.add_metric([instance, value], counter(stats))
+    return family
+
+
+def _blocks(known: Instances) -> Metric:
+    blocks = GaugeMetricFamily(
+        "memserve_instance_blocks", "Blocks.", labels=["instance", "medium", "state"]
+    )
+    for instance, stats in known:
+        for medium, of in _MEDIA:
+            for state, count in _BLOCK_STATES:
+                blocks.add_metric([instance, medium, state], count(of(stats)))
+    return blocks

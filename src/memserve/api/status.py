@@ -1,0 +1,103 @@
+"""What an instance says about itself: `GET /info` and `GET /stats`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from memserve.api.histogram import Histogram
+from memserve.types import Epoch, InstanceId, Role
+
+
+class InstanceState(StrEnum):
+    """`starting` -> `ready` -> `draining`; `dead` from any of them."""
+
+    STARTING = "starting"  # loading the model; takes no requests yet
+    READY = "ready"
+    DRAINING = "draining"  # finishes what runs, takes nothing new
+    DEAD = "dead"  # its engine has stopped, or it has not answered for too long
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What requests are checked against, and what the engine runs on."""
+
+    vocab_size: int
+    max_model_len: int  # prompt + output tokens of the model
+    pool_tokens: int  # tokens of one sequence that HBM can hold
+    max_tokens: int  # prompt + output tokens that one sequence may have
+    block_tokens: int
+    dtype: str
+    device: str
+    threads: int
+
+
+class InstanceInfo(msgspec.Struct, frozen=True):
+    id: InstanceId
+    epoch: Epoch
+    role: Role
+    state: InstanceState
+    pid: int
+    model: str
+    limits: Limits | None = None  # None until the model is loaded
+
+
+class EngineTotals(msgspec.Struct, frozen=True):
+    """The engine's counters since start, and what it is doing now."""
+
+    running: int
+    waiting: int
+    steps: int
+    computed_prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+    finished: int
+    cancelled: int
+    busy_seconds: float
+
+
+class MediumTotals(msgspec.Struct, frozen=True):
+    """The blocks of one medium: total = free + active + cached + orphan."""
+
+    total: int = 0
+    free: int = 0
+    active: int = 0  # held by running sequences
+    cached: int = 0  # held by the index
+    pinned: int = 0  # of the cached ones: being read
+    orphan: int = 0  # gone from the index, still being read
+
+
+class PoolTotals(msgspec.Struct, frozen=True):
+    """The pool's blocks and index, and its counters since start."""
+
+    hbm: MediumTotals = MediumTotals()
+    dram: MediumTotals = MediumTotals()
+    namespaces: int = 0
+    nodes: int = 0  # of the index
+    matches: int = 0  # not released
+    evictions: int = 0  # historical blocks dropped
+    swapped_out: int = 0  # blocks, HBM to DRAM
+    swapped_in: int = 0
+
+
+class Latencies(msgspec.Struct, frozen=True):
+    """Of sequences, as the instance sees them: from the call's arrival."""
+
+    first_token: Histogram = msgspec.field(default_factory=Histogram)
+    inter_token: Histogram = msgspec.field(default_factory=Histogram)
+    whole: Histogram = msgspec.field(default_factory=Histogram)
+
+
+class InstanceStats(msgspec.Struct, frozen=True):
+    engine: EngineTotals
+    pool: PoolTotals
+    latencies: Latencies
+
+
+class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`POST /cluster/members` on a gateway: the URL of an instance that joins."""
+
+    address: Annotated[str, Meta(pattern=r"^http://[^/]+$")]
