@@ -18,6 +18,10 @@ class ModelError(MemserveError):
     """A model that cannot be found, loaded or served."""
 
 
+class ClusterError(MemserveError):
+    """A process of a local cluster that failed; the message ends with what it said last."""
+
+
 # --- pool -----------------------------------------------------------------------------
 
 
@@ -81,6 +85,29 @@ class SharedMemoryFull(PoolError):
 
 class IntegrityError(PoolError):
     """`check_integrity` found a block with no owner, with two, or an index that disagrees."""
+
+
+# --- transfer -------------------------------------------------------------------------
+
+
+class TransferError(MemserveError):
+    """Blocks that could not be moved to a peer."""
+
+
+class UnknownPeer(TransferError):
+    """An instance that is not connected, or another life of it than the one that is."""
+
+
+class UnknownBlock(TransferError):
+    """A block outside of the memory that its owner has described."""
+
+
+class SegmentGone(TransferError):
+    """Shared memory that its owner has given back, or that this process cannot see."""
+
+
+class PeerLost(TransferError):
+    """The connection to a peer broke."""
 
 
 # --- engine ---------------------------------------------------------------------------

@@ -40,6 +40,9 @@ class KVLayout:
     revision: str = ""
     rope: str = ""  # positions are baked into cached keys
     quantization: str = ""
+    # A pool of one rank of a tensor-parallel group holds a range of the model's KV heads.
+    head_start: int = 0
+    total_kv_heads: int = 0  # of the model; 0: kv_heads, the pool holds them all
 
     def __post_init__(self) -> None:
         for name in ("layers", "kv_heads", "head_dim", "block_tokens"):
@@ -47,6 +50,18 @@ class KVLayout:
                 raise ConfigError(f"KV layout: {name} is {getattr(self, name)}, at least 1 needed")
         if self.dtype not in DTYPES:
             raise ConfigError(f"KV layout: dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if not self.total_kv_heads:
+            object.__setattr__(self, "total_kv_heads", self.kv_heads)
+        if not 0 <= self.head_start <= self.total_kv_heads - self.kv_heads:
+            raise ConfigError(
+                f"KV layout: heads {self.head_start} to {self.head_start + self.kv_heads} "
+                f"of {self.total_kv_heads}"
+            )
+
+    @property
+    def heads(self) -> range:
+        """The KV heads held, numbered over the whole model."""
+        return range(self.head_start, self.head_start + self.kv_heads)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -27,7 +27,7 @@ from memserve.pool.eviction import Eviction, make_eviction
 from memserve.pool.layout import KVLayout
 from memserve.pool.results import InsertResult, Match, MediumStats, PoolStats
 from memserve.pool.segment import sweep
-from memserve.pool.storage import BlockStore
+from memserve.pool.storage import BlockStore, Extent
 from memserve.pool.tiers import Tiers
 from memserve.pool.tokens import as_tokens
 from memserve.types import (
@@ -354,6 +354,12 @@ class MemPool:
                 f"{self._blocks.name(int(given[at]))} (position {at}) is not in HBM; swap it in"
             )
         return parts[0].indices
+
+    def extents(self, medium: Medium) -> tuple[Extent, ...]:
+        """The memory behind the medium's blocks now; DRAM grows and shrinks."""
+        with self._lock:
+            self._require_open()
+            return tuple((self._hbm if medium is Medium.HBM else self._dram).extents)
 
     def evictable(self, medium: Medium = Medium.HBM) -> int:
         """Historical blocks that allocation may take away."""

@@ -21,7 +21,8 @@ class Extent:
 
     start: int  # index of the first block
     blocks: int
-    view: torch.Tensor  # [blocks, layers, 2, block_tokens, kv_heads, head_dim]
+    memory: torch.Tensor  # uint8 [blocks * block_bytes]
+    view: torch.Tensor  # the same, [blocks, layers, 2, block_tokens, kv_heads, head_dim]
     segment: SharedSegment | None  # None: device memory
 
     @property
@@ -55,7 +56,7 @@ class BlockStore:
         else:
             memory = torch.zeros(size, dtype=torch.uint8, device=self.device)
         view = self.layout.views(memory, blocks)
-        self.extents.append(Extent(self.blocks, blocks, view, segment))
+        self.extents.append(Extent(self.blocks, blocks, memory, view, segment))
 
     def shrink(self) -> None:
         """Give the last extent back; nobody may use its blocks any more."""

@@ -1,0 +1,56 @@
+"""The memory of this process's pool, and whether a peer's can be mapped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from memserve.pool.layout import KVLayout
+from memserve.pool.pool import MemPool
+from memserve.pool.segment import SHM_DIRECTORY
+from memserve.transfer.base import HostId, LocalRegion, PoolRegions, Region
+from memserve.types import Medium
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def local_regions(pool: MemPool) -> tuple[LocalRegion, ...]:
+    """A pool's memory as it is now. Raises PoolError once the pool is closed."""
+    return tuple(
+        LocalRegion(
+            Region(
+                medium=medium,
+                first_block=extent.start,
+                blocks=extent.blocks,
+                address=extent.memory.data_ptr(),
+                nbytes=extent.memory.nbytes,
+                segment=None if extent.segment is None else extent.segment.name,
+                device=extent.memory.device.index if extent.memory.is_cuda else None,
+            ),
+            extent.memory,
+        )
+        for medium in Medium
+        for extent in pool.extents(medium)
+    )
+
+
+def pool_regions(layout: KVLayout, local: Sequence[LocalRegion]) -> PoolRegions:
+    """What peers are told about `local`."""
+    return PoolRegions(layout, host_id(), tuple(each.region for each in local))
+
+
+def host_id() -> HostId:
+    """Of this process. Containers on one machine differ unless they share /dev/shm."""
+    return HostId(_BOOT_ID.read_text(encoding="ascii").strip(), os.stat(SHM_DIRECTORY).st_dev)
+
+
+def mappable(memory: PoolRegions) -> bool:
+    """Whether this process can write into all of a peer's memory through /dev/shm.
+
+    The host's identity alone does not say that this user may open the peer's segments.
+    """
+    return memory.host == host_id() and all(
+        region.segment is not None and os.access(SHM_DIRECTORY / region.segment, os.R_OK | os.W_OK)
+        for region in memory.regions
+    )
