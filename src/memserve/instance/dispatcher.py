@@ -1,0 +1,64 @@
+"""From the engine's thread to the event loop: one wake-up per step, whatever it produced."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from memserve.clock import Clock
+from memserve.engine.request import TokenOutput
+from memserve.types import RequestId
+
+
+class Mailbox:
+    """The outputs of one call that nobody has taken yet. Belongs to the event loop."""
+
+    __slots__ = ("_outputs", "_waiter")
+
+    def __init__(self) -> None:
+        self._outputs: list[TokenOutput] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, output: TokenOutput) -> None:
+        self._outputs.append(output)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[TokenOutput]:
+        """All outputs since the last call, at least one. One taker at a time."""
+        if not self._outputs:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+            self._waiter = None
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+
+class Dispatcher:
+    """Routes outputs to the mailboxes of their calls."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
+        self._loop = loop
+        self._clock = clock
+        self._mailboxes: dict[RequestId, Mailbox] = {}
+        self.last_output = clock.now()  # when the engine last produced something
+
+    def sink(self, outputs: Sequence[TokenOutput]) -> None:
+        """The engine's `OutputSink`, called from its thread."""
+        self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def open(self, ids: Sequence[RequestId]) -> Mailbox:
+        mailbox = Mailbox()
+        self._mailboxes.update(dict.fromkeys(ids, mailbox))
+        return mailbox
+
+    def close(self, ids: Sequence[RequestId]) -> None:
+        for request_id in ids:
+            del self._mailboxes[request_id]
+
+    def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
+        self.last_output = self._clock.now()
+        for output in outputs:
+            mailbox = self._mailboxes.get(output.id)
+            if mailbox is not None:  # else: cancelled while this batch was on its way
+                mailbox.put(output)

@@ -1,0 +1,134 @@
+"""An instance's HTTP side, as a bare ASGI application."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+
+import msgspec
+from prometheus_client.core import CollectorRegistry, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+from starlette.types import Receive, Scope, Send
+
+from memserve.api.asgi import (
+    ClientGone,
+    HangUp,
+    read_body,
+    send_body,
+    send_error,
+    start_events,
+)
+from memserve.api.errors import ApiError, invalid, method_not_allowed, path_not_found, unavailable
+from memserve.api.generate import GENERATE_PATH, GenerateCall
+from memserve.api.instance_metrics import instance_metrics
+from memserve.instance.instance import Instance, Run
+
+log = logging.getLogger(__name__)
+
+# A call is token ids as JSON, about 7 bytes each: enough for contexts of millions of tokens.
+MAX_CALL_BYTES = 64 * 1024 * 1024
+
+_encode = msgspec.json.Encoder().encode
+_calls = msgspec.json.Decoder(GenerateCall)
+_Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class InstanceApp:
+    """`POST /v1/generate`, `POST /drain`, `GET /health /info /stats /metrics`."""
+
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
+        self._registry = CollectorRegistry()
+        self._registry.register(_OwnStats(instance))
+        self._routes: dict[str, tuple[str, _Handler]] = {
+            GENERATE_PATH: ("POST", self._generate),
+            "/drain": ("POST", self._drain),
+            "/health": ("GET", self._health),
+            "/info": ("GET", self._info),
+            "/stats": ("GET", self._stats),
+            "/metrics": ("GET", self._metrics),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            route = self._routes.get(scope["path"])
+            if route is None:
+                raise path_not_found(scope["path"])
+            method, handler = route
+            if scope["method"] != method:
+                raise method_not_allowed(scope["method"], scope["path"])
+            await handler(scope, receive, send)
+        except ApiError as error:
+            await send_error(send, error)
+        except ClientGone:
+            return
+
+    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await read_body(scope, receive, MAX_CALL_BYTES)
+        try:
+            call = _calls.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise invalid(f"not a call: {error}") from error
+        with self._instance.run(call) as run, HangUp(receive):
+            await (_stream(run, send) if call.stream else _answer(run, send))
+
+    async def _drain(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._instance.drain()
+        await self._info(scope, receive, send)
+
+    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        healthy = await self._instance.healthy()
+        status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
+        await send_body(send, status, _encode(self._instance.info()))
+
+    async def _info(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_body(send, HTTPStatus.OK, _encode(self._instance.info()))
+
+    async def _stats(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stats = self._instance.stats()
+        if stats is None:
+            raise unavailable("The model is being loaded.", "instance_starting")
+        await send_body(send, HTTPStatus.OK, _encode(stats))
+
+    async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+        text = generate_latest(self._registry)
+        media = (b"content-type", CONTENT_TYPE_LATEST.encode())
+        await send_body(send, HTTPStatus.OK, text, media=media)
+
+
+async def _answer(run: Run, send: Send) -> None:
+    while not run.generation.finished:
+        await run.step()
+    await send_body(send, HTTPStatus.OK, run.generation.body())
+
+
+async def _stream(run: Run, send: Send) -> None:
+    started = False
+    try:
+        while not run.generation.finished:
+            data = await run.step()
+            if not data:
+                continue
+            if not started:
+                started = True
+                await start_events(send)
+            more = not run.generation.finished
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+    except ApiError as error:
+        if not started:
+            raise
+        log.warning("an answer broke off: %s", error)
+        await send({"type": "http.response.body", "body": error.event()})
+
+
+class _OwnStats(Collector):
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
+
+    def collect(self) -> list[Metric]:
+        stats = self._instance.stats()
+        if stats is None:
+            return []
+        return list(instance_metrics([(self._instance.identity.id, stats)]))
