@@ -1,0 +1,172 @@
+"""The administrative endpoints, and the published schema of all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, HTTPException, Request, Response
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+import memserve
+from memserve.api.chunks import ChatCompletion, Completion
+from memserve.api.errors import (
+    ApiError,
+    ErrorBody,
+    invalid,
+    method_not_allowed,
+    model_not_found,
+    path_not_found,
+)
+from memserve.api.openai import ChatRequest, CompletionRequest
+from memserve.api.status import JoinRequest
+from memserve.cluster.membership import Membership
+from memserve.gateway.metrics import GatewayMetrics
+
+CHAT_PATH = "/v1/chat/completions"
+COMPLETIONS_PATH = "/v1/completions"
+
+_COMPONENTS = "#/components/schemas/"
+
+_encode = msgspec.json.Encoder().encode
+_joins = msgspec.json.Decoder(JoinRequest)
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    id: str
+    created: int
+    max_model_len: int | None
+    object: str = "model"
+    owned_by: str = "memserve"
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    data: list[ModelCard]
+    object: str = "list"
+
+
+class Health(msgspec.Struct, frozen=True):
+    status: str
+    ready: int  # instances
+
+
+class Version(msgspec.Struct, frozen=True):
+    version: str
+
+
+def admin_app(
+    model: str,
+    membership: Membership,
+    metrics: GatewayMetrics,
+    draining: Callable[[], bool],
+) -> FastAPI:
+    """Everything but the two endpoints that generate."""
+    app = FastAPI(title="memserve", version=memserve.__version__, redoc_url=None)
+    started = int(time.time())
+
+    def card() -> ModelCard:
+        limits = [member.limits for member in membership.ready() if member.limits is not None]
+        longest = min((limit.max_tokens for limit in limits), default=None)
+        return ModelCard(model, started, longest)
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        return _json(ModelList([card()]))
+
+    @app.get("/v1/models/{name:path}")
+    async def retrieve_model(name: str) -> Response:
+        if name != model:
+            raise model_not_found(name, model)
+        return _json(card())
+
+    @app.get("/health")
+    async def health() -> Response:
+        ready = len(membership.ready())
+        if draining():
+            return _json(Health("draining", ready), 503)
+        return _json(Health("ready", ready)) if ready else _json(Health("no instance", 0), 503)
+
+    @app.get("/cluster")
+    async def cluster() -> Response:
+        return _json(membership.view())
+
+    @app.post("/cluster/members")
+    async def join(request: Request) -> Response:
+        try:
+            joined = _joins.decode(await request.body())
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise invalid(str(error)) from error
+        membership.join(joined.address)
+        return _json(membership.view())
+
+    @app.get("/version")
+    async def version() -> Response:
+        return _json(Version(memserve.__version__))
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(StarletteHTTPException, _http_error)
+    app.openapi = _with_openai(app.openapi)  # type: ignore[method-assign]
+    return app
+
+
+def _json(value: msgspec.Struct, status: int = 200) -> Response:
+    return Response(_encode(value), status, media_type="application/json")
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return Response(error.body(), error.status, media_type="application/json")
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException | StarletteHTTPException)
+    path = request.url.path
+    shaped = {404: path_not_found(path), 405: method_not_allowed(request.method, path)}
+    found = shaped.get(error.status_code) or invalid(str(error.detail))
+    return Response(
+        found.body(), error.status_code, headers=error.headers, media_type="application/json"
+    )
+
+
+def _with_openai(base: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """The schema, with the endpoints that do without FastAPI."""
+    endpoints = {
+        CHAT_PATH: (ChatRequest, ChatCompletion),
+        COMPLETIONS_PATH: (CompletionRequest, Completion),
+    }
+
+    def schema() -> dict[str, Any]:
+        document = base()
+        types = [ErrorBody, *(kind for pair in endpoints.values() for kind in pair)]
+        _, components = msgspec.json.schema_components(
+            types,
+            ref_template=_COMPONENTS + "{name}",
+            schema_hook=lambda kind: {},  # fields that may be anything
+        )
+
+        def content(kind: type) -> dict[str, Any]:
+            reference = {"$ref": _COMPONENTS + kind.__name__}
+            return {"content": {"application/json": {"schema": reference}}}
+
+        for path, (asked, answer) in endpoints.items():
+            document["paths"][path] = {
+                "post": {
+                    "summary": asked.__name__,
+                    "requestBody": {"required": True, **content(asked)},
+                    "responses": {
+                        "200": {"description": "The answer", **content(answer)},
+                        "default": {"description": "An error", **content(ErrorBody)},
+                    },
+                }
+            }
+        document.setdefault("components", {}).setdefault("schemas", {}).update(components)
+        return document
+
+    return schema

@@ -1,0 +1,189 @@
+"""From a client's request to the call that an instance gets: checked, templated, tokenised."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from memserve.api.errors import context_length_exceeded, invalid, model_not_found
+from memserve.api.generate import CallKind, GenerateCall, validate_sampling
+from memserve.api.openai import (
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    chat_logprobs,
+    parse_chat,
+    parse_completion,
+    sampling_params,
+)
+from memserve.api.status import Limits
+from memserve.errors import RequestError
+from memserve.models.tokenizer import Tokenizer
+
+# About a millisecond of tokenising; longer texts go to a thread and leave the loop to others.
+INLINE_CHARACTERS = 4096
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+
+T = TypeVar("T")
+
+
+class CallBuilder:
+    """Builds calls for one model."""
+
+    def __init__(self, tokenizer: Tokenizer, model: str, threads: int) -> None:
+        self.model = model
+        self._tokenizer = tokenizer
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+    async def chat(self, body: bytes, limits: Limits) -> GenerateCall:
+        """Raises ApiError that says what is wrong with the request."""
+        request = parse_chat(body)
+        self._check_model(request)
+        prompt = await self._off_loop(
+            sum(len(message.text) for message in request.messages),
+            lambda: self._render(request),
+        )
+        asked = request.max_completion_tokens or request.max_tokens
+        room = _room(len(prompt), asked, limits, "messages")
+        return self._call(
+            request,
+            limits,
+            kind=CallKind.CHAT,
+            prompts=(prompt,),
+            max_tokens=asked or room,
+            logprobs=chat_logprobs(request),
+        )
+
+    async def completion(self, body: bytes, limits: Limits) -> GenerateCall:
+        """Raises ApiError that says what is wrong with the request."""
+        request = parse_completion(body)
+        self._check_model(request)
+        given = _prompts(request)
+        special = request.add_special_tokens is not False
+        prompts = await self._off_loop(
+            sum(len(prompt) for prompt in given if isinstance(prompt, str)),
+            lambda: tuple(self._token_ids(prompt, special) for prompt in given),
+        )
+        room = limits.max_tokens
+        for prompt in prompts:
+            _check_prompt(prompt, limits)
+            room = min(room, _room(len(prompt), request.max_tokens, limits, "prompt"))
+        return self._call(
+            request,
+            limits,
+            kind=CallKind.COMPLETION,
+            prompts=prompts,
+            max_tokens=request.max_tokens or min(DEFAULT_COMPLETION_TOKENS, room),
+            logprobs=request.logprobs,
+            echo=bool(request.echo),
+        )
+
+    def _call(
+        self,
+        request: ChatRequest | CompletionRequest,
+        limits: Limits,
+        *,
+        kind: CallKind,
+        prompts: tuple[tuple[int, ...], ...],
+        max_tokens: int,
+        logprobs: int | None,
+        echo: bool = False,
+    ) -> GenerateCall:
+        sampling = sampling_params(request, max_tokens, logprobs)
+        try:
+            validate_sampling(sampling, limits.vocab_size)
+        except RequestError as error:
+            raise invalid(str(error), error.param) from error
+        prefix = "chatcmpl" if kind is CallKind.CHAT else "cmpl"
+        return GenerateCall(
+            id=f"{prefix}-{uuid.uuid4().hex}",
+            kind=kind,
+            model=self.model,
+            created=int(time.time()),
+            prompts=prompts,
+            sampling=sampling,
+            n=request.samples,
+            stop=request.stop_strings,
+            include_stop_str_in_output=bool(request.include_stop_str_in_output),
+            skip_special_tokens=request.skip_special_tokens is not False,
+            stream=bool(request.stream),
+            include_usage=request.include_usage,
+            echo=echo,
+            return_token_ids=bool(request.return_token_ids),
+            cache_salt=request.cache_salt or "",
+            priority=request.priority or 0,
+        )
+
+    def _check_model(self, request: ChatRequest | CompletionRequest) -> None:
+        if request.model not in (None, self.model):
+            raise model_not_found(request.model, self.model)
+
+    def _render(self, request: ChatRequest) -> tuple[int, ...]:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [_template_message(message) for message in request.messages],
+                add_generation_prompt=request.add_generation_prompt is not False,
+            )
+        except RequestError as error:
+            raise invalid(str(error), error.param) from error
+        return self._token_ids(text, request.add_special_tokens is not False)
+
+    def _token_ids(self, prompt: str | tuple[int, ...], special: bool) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self._tokenizer.encode(prompt, add_special_tokens=special))
+        return prompt
+
+    async def _off_loop(self, characters: int, work: Callable[[], T]) -> T:
+        if characters <= INLINE_CHARACTERS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _template_message(message: Message) -> dict[str, str]:
+    # "developer" is what OpenAI now calls the system's role; templates know the old name.
+    role = "system" if message.role == "developer" else message.role
+    rendered = {"role": role, "content": message.text}
+    if message.name is not None:
+        rendered["name"] = message.name
+    return rendered
+
+
+def _prompts(request: CompletionRequest) -> list[str | tuple[int, ...]]:
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        prompt = (prompt,)
+    ids = [part for part in prompt if isinstance(part, int)]
+    several = [part for part in prompt if not isinstance(part, int)]
+    if ids and several:
+        raise invalid("'prompt' mixes token ids with prompts.", "prompt")
+    if ids:
+        several = [tuple(ids)]
+    if not several or not all(several):
+        raise invalid("'prompt' is empty; at least one token is needed.", "prompt")
+    return several
+
+
+def _check_prompt(prompt: tuple[int, ...], limits: Limits) -> None:
+    if not prompt:
+        raise invalid("'prompt' has no tokens; at least one is needed.", "prompt")
+    highest = max(prompt)
+    if highest >= limits.vocab_size:
+        raise invalid(
+            f"Token id {highest} is outside the vocabulary of {limits.vocab_size}.", "prompt"
+        )
+
+
+def _room(prompt_tokens: int, asked: int | None, limits: Limits, param: str) -> int:
+    """Tokens that are left for the answer, at least 1 and at least what was asked for."""
+    room = limits.max_tokens - prompt_tokens
+    if room < (asked or 1):
+        raise context_length_exceeded(limits.max_tokens, prompt_tokens, asked, param)
+    return room

@@ -1,0 +1,102 @@
+"""A gateway as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+
+import uvloop
+
+from memserve.api.serving import Shutdown, announce, bind, serve, url_of
+from memserve.clock import MonotonicClock
+from memserve.cluster.membership import Member, Membership
+from memserve.cluster.poller import Poller
+from memserve.config import ClusterConfig, available_cores
+from memserve.gateway.app import GatewayApp
+from memserve.gateway.call_builder import CallBuilder
+from memserve.gateway.relay import Relay, instance_session
+from memserve.gateway.router import RoundRobin
+from memserve.models.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+# How long requests that were still running after the drain have to be told that they end.
+STOP_SECONDS = 2.0
+
+
+def run_gateway(
+    config: ClusterConfig,
+    members: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    ready_fd: int | None = None,
+) -> int:
+    """Serve until SIGTERM or SIGINT; the process's exit code.
+
+    `members` are the URLs of instances; more may join. The gateway's own URL goes, as one
+    line, to `ready_fd` (closed then) or to standard output, as soon as clients can connect.
+    """
+    try:
+        sock = bind(config.gateway.host, config.gateway.port)
+    except OSError as error:
+        log.error("%s:%d: %s", config.gateway.host, config.gateway.port, error.strerror)
+        return 1
+    announce(url_of(sock), ready_fd)
+    uvloop.run(_main(config, members, tokenizer, sock))
+    return 0
+
+
+async def _main(
+    config: ClusterConfig, members: Sequence[str], tokenizer: Tokenizer, sock: socket.socket
+) -> None:
+    shutdown = Shutdown()
+    shutdown.on_signals()
+    async with Gateway(config, tokenizer) as gateway:
+        for address in members:
+            gateway.membership.join(address)
+        await gateway.serve(sock, shutdown)
+
+
+class Gateway:
+    """A gateway and what it owns: its connections to instances, and its polls of them."""
+
+    def __init__(self, config: ClusterConfig, tokenizer: Tokenizer) -> None:
+        clock = MonotonicClock()
+        self.membership = Membership(self._lost)
+        self._drain_seconds = config.gateway.drain_seconds
+        self._session = instance_session()
+        self._relay = Relay(self._session, self.membership, RoundRobin(), clock)
+        self._calls = CallBuilder(
+            tokenizer, config.model.served_name or config.model.path, available_cores()
+        )
+        self._app = GatewayApp(
+            self._calls, self.membership, self._relay, clock, config.gateway.max_body_bytes
+        )
+
+    async def __aenter__(self) -> Gateway:
+        self._polling = asyncio.ensure_future(Poller(self.membership, self._session).run())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._polling.cancel()
+        await asyncio.wait((self._polling,))
+        self._calls.close()
+        await self._session.close()
+
+    async def serve(self, sock: socket.socket, shutdown: Shutdown) -> None:
+        """Serve until the shutdown is requested and running requests are done, or told."""
+
+        async def drain() -> None:
+            log.info("the gateway drains")
+            self._app.drain()
+            if not await shutdown.wait_for(self._app.idle(), self._drain_seconds):
+                log.warning("the gateway ends with requests still running")
+                self._relay.stop()
+                await shutdown.wait_for(self._app.idle(), STOP_SECONDS)
+
+        await serve(self._app, sock, shutdown, drain)
+
+    def _lost(self, member: Member) -> None:
+        self._relay.instance_lost(member)
