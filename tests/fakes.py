@@ -1,0 +1,337 @@
+"""Stand-ins for what is slow or needs weights: a tokenizer with a tiny vocabulary, an engine
+without a model, and a gateway with instances on threads of the test's process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from memserve.api.generate import FinishReason
+from memserve.api.serving import Shutdown, bind, serve, url_of
+from memserve.api.status import PoolTotals
+from memserve.clock import MonotonicClock
+from memserve.config import ClusterConfig, GatewayConfig, ModelConfig
+from memserve.engine.request import (
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    OutputSink,
+    TokenLogprobs,
+    TokenOutput,
+    Usage,
+)
+from memserve.errors import EngineStopped, QueueFull, RequestError
+from memserve.gateway.run import Gateway
+from memserve.instance.instance import Identity, Instance, Parts
+from memserve.instance.server import InstanceApp
+from memserve.models.tokenizer import Tokenizer
+from memserve.types import Epoch, InstanceId, RequestId, Role
+
+MODEL = "tiny"
+TEXT = "the quick brown fox jumps over the lazy dog. A naïve café, 10 €; 你好 👍\n"
+T = TypeVar("T")
+
+
+def save_tiny_tokenizer(directory: Path, chat_template: str | None = None) -> None:
+    """A byte-level BPE tokenizer of a few hundred tokens, as a model directory has it."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<bos>", "<eos>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT] * 4, trainer)
+    backend.save(str(directory / "tokenizer.json"))
+    settings: dict[str, object] = {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "add_bos_token": True,
+    }
+    if chat_template is not None:
+        settings["chat_template"] = chat_template
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def tiny_tokenizer(directory: Path, chat_template: str | None = None) -> Tokenizer:
+    save_tiny_tokenizer(directory, chat_template)
+    return Tokenizer.load(directory)
+
+
+@dataclass(slots=True)
+class _Sequence:
+    request: EngineRequest
+    answer: Sequence[int]
+    tokens: int = 0
+
+
+@dataclass
+class FakeEngine:
+    """An engine whose every sequence says `answer`, over and over, one token a step.
+
+    `gate` stops the steps while it is cleared. `tokens_per_output` of them come at once.
+    """
+
+    answer: Sequence[int] | Callable[[EngineRequest], Sequence[int]] = (2, 3, 4)
+    eos_token_ids: tuple[int, ...] = (1,)
+    step_seconds: float = 0.0
+    max_waiting: int = 64
+    max_running: int = 64
+    max_model_len: int = 256
+    vocab_size: int = 320
+    cached_tokens: int = 0
+    fails: str | None = None  # the error that every sequence ends with
+    gate: threading.Event = field(default_factory=threading.Event)
+    cancels: list[RequestId] = field(default_factory=list)
+    submitted: list[EngineRequest] = field(default_factory=list)
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: list[_Sequence] = []
+        self._running: list[_Sequence] = []
+        self._stopped = False
+        self._crash = False
+        self._thread: threading.Thread | None = None
+        self._generated = self._finished = 0
+        self.gate.set()
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            model=MODEL,
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+            pool_tokens=1024,
+            block_tokens=16,
+            dtype="float32",
+            device="cpu",
+            threads=1,
+        )
+
+    def start(self, sink: OutputSink) -> None:
+        self._thread = threading.Thread(target=self._run, args=(sink,), daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[EngineRequest]) -> None:
+        with self._changed:
+            if self._stopped:
+                raise EngineStopped("stopped")
+            if len(self._waiting) + len(requests) > self.max_waiting:
+                raise QueueFull(len(self._waiting), self.max_waiting)
+            for request in requests:
+                if len(request.prompt) >= self.info.max_tokens:
+                    raise RequestError("too long", "prompt")
+                answer = self.answer(request) if callable(self.answer) else self.answer
+                self._waiting.append(_Sequence(request, answer))
+                self.submitted.append(request)
+            self._changed.notify_all()
+
+    def cancel(self, ids: Sequence[RequestId]) -> None:
+        with self._changed:
+            for queue in (self._waiting, self._running):
+                for sequence in [s for s in queue if s.request.id in ids]:
+                    queue.remove(sequence)
+                    self.cancels.append(sequence.request.id)
+            self._changed.notify_all()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            steps=self.steps,
+            computed_prompt_tokens=sum(len(r.prompt) for r in self.submitted),
+            cached_prompt_tokens=self.cached_tokens,
+            generated_tokens=self._generated,
+            preemptions=0,
+            finished=self._finished,
+            cancelled=len(self.cancels),
+            busy_seconds=0.0,
+        )
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self.gate.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def crash(self) -> None:
+        """End the thread as an error in a step would."""
+        with self._changed:
+            self._crash = self._stopped = True
+            self._changed.notify_all()
+
+    def _run(self, sink: OutputSink) -> None:
+        while True:
+            self.gate.wait()
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or self._waiting or self._running)
+                if self._stopped:
+                    break
+                room = self.max_running - len(self._running)
+                self._running += self._waiting[:room]
+                del self._waiting[:room]
+                outputs = [self._step(sequence) for sequence in list(self._running)]
+                self.steps += 1
+            sink(outputs)
+            if self.step_seconds:
+                threading.Event().wait(self.step_seconds)
+        reason = FinishReason.ERROR if self._crash else FinishReason.CANCELLED
+        left = self._running + self._waiting
+        if left:
+            usage = Usage(0, 0, 0)
+            sink([TokenOutput(s.request.id, (), usage, finish_reason=reason) for s in left])
+
+    def _step(self, sequence: _Sequence) -> TokenOutput:
+        request, sampling = sequence.request, sequence.request.sampling
+        usage = Usage(len(request.prompt), min(self.cached_tokens, len(request.prompt) - 1), 0)
+        if self.fails is not None:
+            self._running.remove(sequence)
+            error = FinishReason.ERROR
+            return TokenOutput(request.id, (), usage, finish_reason=error, error=self.fails)
+        token = sequence.answer[sequence.tokens % len(sequence.answer)]
+        sequence.tokens += 1
+        self._generated += 1
+        ends = () if sampling.ignore_eos else self.eos_token_ids
+        ended = token in (*ends, *sampling.stop_token_ids) and sequence.tokens > sampling.min_tokens
+        finish = FinishReason.STOP if ended else None
+        if finish is None and sequence.tokens == sampling.max_tokens:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            self._running.remove(sequence)
+            self._finished += 1
+        return TokenOutput(
+            request.id,
+            (token,),
+            usage,
+            logprobs=()
+            if sampling.logprobs is None
+            else (self._logprobs(token, sampling.logprobs),),
+            finish_reason=finish,
+            stop_token=token if ended else None,
+        )
+
+    def _logprobs(self, token: int, count: int) -> TokenLogprobs:
+        others = tuple(((token + i) % self.vocab_size, -0.5 - i) for i in range(count))
+        return TokenLogprobs(chosen=-0.5, rank=1, top=others)
+
+
+class FakeCluster:
+    """A gateway and instances with fake engines, on one event loop in a thread of its own."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        engines: Sequence[FakeEngine],
+        gateway: GatewayConfig | None = None,
+    ) -> None:
+        self.engines = engines
+        self.urls: list[str] = []
+        self.instances: list[Instance] = []
+        self.url = ""
+        self._tokenizer = tokenizer
+        self._config = ClusterConfig(
+            model=ModelConfig(served_name=MODEL), gateway=gateway or GatewayConfig(port=0)
+        )
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> FakeCluster:
+        self._thread.start()
+        assert self._ready.wait(30)
+        if self._failure is not None:
+            raise self._failure
+        while len(self.call(self.gateway.membership.ready)) < len(self.engines):
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.call(self._stop)
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Run a function on the cluster's loop."""
+
+        async def run() -> T:
+            return work()
+
+        return self.wait(run())
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+    def drain_gateway(self) -> None:
+        """What SIGTERM does to a gateway."""
+        self.call(self._shutdowns[-1].request)
+
+    def kill(self, index: int) -> None:
+        """Close an instance's connections and port at once, as its death would."""
+        self.call(lambda: self._servers[index].cancel() and None)
+
+    def _stop(self) -> None:
+        for engine in self.engines:
+            engine.gate.set()
+        for shutdown in self._shutdowns:
+            shutdown.request()
+            shutdown.request()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except BaseException as error:
+            self._failure = error
+            self._ready.set()
+            raise
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._shutdowns: list[Shutdown] = []
+        self._servers: list[asyncio.Task[None]] = []
+        async with Gateway(self._config, self._tokenizer) as gateway:
+            self.gateway = gateway
+            for number, engine in enumerate(self.engines):
+                await self._start_instance(number, engine)
+                gateway.membership.join(self.urls[-1])
+            sock = bind("127.0.0.1", 0)
+            self.url = url_of(sock)
+            shutdown = Shutdown()
+            self._shutdowns.append(shutdown)
+            serving = asyncio.create_task(gateway.serve(sock, shutdown))
+            self._ready.set()
+            await serving
+        await asyncio.wait(self._servers)
+        for engine in self.engines:
+            await asyncio.to_thread(engine.stop)
+
+    async def _start_instance(self, number: int, engine: FakeEngine) -> None:
+        identity = Identity(InstanceId(f"i{number}"), Epoch(number + 1), Role.COLOCATED, MODEL)
+        instance = Instance(identity, MonotonicClock())
+        await instance.start(Parts(engine, self._tokenizer, PoolTotals, lambda: None))
+        sock = bind("127.0.0.1", 0)
+        shutdown = Shutdown()
+
+        async def drain() -> None:
+            instance.drain()
+            await shutdown.wait_for(instance.idle(), 30)
+
+        self.urls.append(url_of(sock))
+        self.instances.append(instance)
+        self._shutdowns.append(shutdown)
+        self._servers.append(
+            asyncio.create_task(serve(InstanceApp(instance), sock, shutdown, drain))
+        )
