@@ -1,7 +1,7 @@
 """What goes first: policies, and the queue of blocks that may go.
 
 A node is a candidate of a medium while its edge has blocks there and nothing below it does;
-its blocks go from the end of the edge. Candidates stay in a heap whose order is repaired
+its blocks go from the end of the edge. Candidates stay in heaps whose order is repaired
 lazily, so that using a prefix costs one store and evicting O(log n), without a scan.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Literal, Protocol
 
 from memserve.clock import Clock
@@ -93,11 +94,20 @@ def make_eviction(policy: Literal["lru", "cost"] | Eviction, clock: Clock) -> Ev
     return policy
 
 
-class EvictionQueue:
-    """The candidates of one medium."""
+class Kind(IntEnum):
+    """What a queue offers."""
 
-    def __init__(self, medium: Medium, policy: Eviction, block_tokens: int) -> None:
-        self.medium = medium
+    HBM = 0  # HBM blocks, to be swapped out, or dropped with what is below them in DRAM
+    DRAM_LEAF = 1  # DRAM blocks at the end of all: nothing else goes with them
+    DRAM_COVERED = 2  # DRAM blocks with HBM ones behind, which would go with them
+
+
+class EvictionQueue:
+    """The candidates of one kind."""
+
+    def __init__(self, kind: Kind, policy: Eviction, block_tokens: int) -> None:
+        self.kind = kind
+        self.medium = Medium.HBM if kind is Kind.HBM else Medium.DRAM
         self._policy = policy
         self._block_tokens = block_tokens
         self._heap: list[tuple[float, int, Node]] = []
@@ -107,11 +117,13 @@ class EvictionQueue:
         self._parked: dict[BlockKey, tuple[Node, int]] = {}
 
     def is_candidate(self, node: Node) -> bool:
-        return node.own[self.medium] > 0 and not node.below[self.medium]
+        if not node.own[self.medium] or node.below[self.medium]:
+            return False
+        return self.kind is Kind.HBM or node.is_dram_leaf() == (self.kind is Kind.DRAM_LEAF)
 
     def offer(self, node: Node) -> None:
         """Queue a node unless it is queued, parked or no candidate."""
-        if not node.queued[self.medium] and self.is_candidate(node):
+        if not node.queued[self.kind] and self.is_candidate(node):
             self._push(node)
 
     def peek(self) -> Node | None:
@@ -119,11 +131,11 @@ class EvictionQueue:
         heap = self._heap
         while heap:
             priority, serial, node = heap[0]
-            if serial != node.queued[self.medium]:
+            if serial != node.queued[self.kind]:
                 heapq.heappop(heap)
             elif not self.is_candidate(node):
                 heapq.heappop(heap)
-                node.queued[self.medium] = 0
+                node.queued[self.kind] = 0
             elif self._priority(node) > priority:
                 heapq.heapreplace(heap, (self._priority(node), serial, node))
             else:
@@ -134,14 +146,14 @@ class EvictionQueue:
         """Set aside the node that `peek` gave until this block is released."""
         heapq.heappop(self._heap)
         serial = next(self._serials)  # no entry has it
-        node.queued[self.medium] = serial
+        node.queued[self.kind] = serial
         self._parked[pinned] = (node, serial)
 
     def released(self, block: BlockKey) -> None:
         """Nobody reads this block any more: what waited for it may go again."""
         node, serial = self._parked.pop(block, (None, 0))
-        if node is not None and node.queued[self.medium] == serial:
-            node.queued[self.medium] = 0
+        if node is not None and node.queued[self.kind] == serial:
+            node.queued[self.kind] = 0
             self.offer(node)
 
     def charge(self, node: Node) -> None:
@@ -154,13 +166,13 @@ class EvictionQueue:
 
     def _push(self, node: Node) -> None:
         serial = next(self._serials)
-        node.queued[self.medium] = serial
+        node.queued[self.kind] = serial
         heapq.heappush(self._heap, (self._priority(node), serial, node))
         if len(self._heap) > _STALE_RATIO * self._live + _STALE_SLACK:
             self._compact()
 
     def _compact(self) -> None:
-        medium = self.medium
-        self._heap = [entry for entry in self._heap if entry[1] == entry[2].queued[medium]]
+        kind = self.kind
+        self._heap = [entry for entry in self._heap if entry[1] == entry[2].queued[kind]]
         heapq.heapify(self._heap)
         self._live = len(self._heap)

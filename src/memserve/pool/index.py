@@ -49,11 +49,17 @@ class Node:
         self.stamp = 0.0  # last access, in the eviction policy's terms
         self.own = [0, 0]  # blocks of the edge, by medium
         self.below = [0, 0]  # children whose subtree has blocks of the medium
-        self.queued = [0, 0]  # eviction: serial of the valid queue entry, 0 for none
+        self.queued = [0, 0, 0]  # by eviction queue: serial of the valid entry, 0 for none
 
     def holds(self, medium: Medium) -> bool:
         """Whether this edge or anything below has blocks of the medium."""
         return self.own[medium] > 0 or self.below[medium] > 0
+
+    def is_dram_leaf(self) -> bool:
+        """Whether its last block is in DRAM and nothing hangs below."""
+        if self.children or not self.own[Medium.DRAM]:
+            return False
+        return not self.own[Medium.HBM] or bool(ref_medium(self.refs[-1:])[0])
 
     def positions(self, medium: Medium) -> IndexArray:
         """Where in the edge its blocks of this medium are, ascending."""
@@ -139,6 +145,8 @@ class RadixIndex:
             child.stamp = stamp
             node.children[edge[: self.block_bytes]] = child
             self.nodes[child.id] = child
+            if node.parent is not None:
+                self._changed(node)
             node = child
         in_dram = self._house(node, refs)
         for medium, count in zip(_MEDIA, (len(refs) - in_dram, in_dram), strict=True):
@@ -281,7 +289,7 @@ class RadixIndex:
         # Queues may still name the node: it must be no candidate, and hold no memory.
         node.parent = None
         node.own = [0, 0]
-        node.queued = [0, 0]
+        node.queued = [0, 0, 0]
         node.edge = b""
         node.refs = _NO_REFS
         node.children = {}
@@ -315,7 +323,7 @@ class RadixIndex:
 
     def _tail_changed(self, node: Node) -> None:
         """What the queues knew about this node's last blocks is void."""
-        node.queued = [0, 0]
+        node.queued = [0, 0, 0]
         self._changed(node)
 
 

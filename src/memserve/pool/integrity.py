@@ -17,17 +17,25 @@ from memserve.pool.allocator import (
     BlockAllocator,
 )
 from memserve.pool.blocks import Blocks
+from memserve.pool.eviction import EvictionQueue
 from memserve.pool.index import Node, RadixIndex
 from memserve.types import IndexArray, Medium, ref_generation, ref_index, ref_medium
 
 
 def check(
-    blocks: Blocks, index: RadixIndex, matches: Sequence[tuple[IndexArray, IndexArray]]
+    blocks: Blocks,
+    index: RadixIndex,
+    queues: Sequence[EvictionQueue],
+    matches: Sequence[tuple[IndexArray, IndexArray]],
 ) -> None:
     """Raises IntegrityError naming the first thing that disagrees."""
     nodes = [node for root in index.roots.values() for node in _checked_tree(index, root)]
     if len(nodes) != len(index.nodes) or any(index.nodes[node.id] is not node for node in nodes):
         raise IntegrityError(f"{len(nodes)} nodes hang on roots, {len(index.nodes)} are known")
+    for queue in queues:
+        for node in nodes:
+            if queue.is_candidate(node) and not node.queued[queue.kind]:
+                raise IntegrityError(f"node {node.id} may go ({queue.kind.name}) and is not queued")
     for each in blocks.media:
         _check_allocator(each)
         _check_owners(each, nodes)
@@ -65,8 +73,6 @@ def _check_node(index: RadixIndex, node: Node) -> None:
                 f"{where}: {medium.name} counts {node.own[medium]}, {node.below[medium]}; "
                 f"in truth {own}, {below}"
             )
-        if node.parent is not None and own and not below and not node.queued[medium]:
-            raise IntegrityError(f"{where}: evictable from {medium.name} and not queued")
 
 
 def _check_allocator(blocks: BlockAllocator) -> None:

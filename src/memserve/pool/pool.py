@@ -385,7 +385,8 @@ class MemPool:
         Reads everything: for tests and idle times.
         """
         with self._lock:
-            integrity.check(self._blocks, self._index, [match._pinned for match in self._matches])
+            pinned = [match._pinned for match in self._matches]
+            integrity.check(self._blocks, self._index, self._tiers.queues, pinned)
 
     # --- inside ---------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import numpy as np
 from memserve.errors import IntegrityError, OutOfBlocks
 from memserve.pool.allocator import ACTIVE, CACHED, ORPHAN, BlockAllocator
 from memserve.pool.blocks import Blocks
-from memserve.pool.eviction import Eviction, EvictionQueue
+from memserve.pool.eviction import Eviction, EvictionQueue, Kind
 from memserve.pool.index import Node, RadixIndex
 from memserve.pool.storage import BlockStore, copy_blocks
 from memserve.types import IndexArray, Medium, RefArray, ref_index, ref_medium
@@ -30,7 +30,7 @@ class Tiers:
     ) -> None:
         self._blocks = blocks
         self._stores = stores
-        self._queues = tuple(EvictionQueue(medium, policy, block_tokens) for medium in Medium)
+        self.queues = tuple(EvictionQueue(kind, policy, block_tokens) for kind in Kind)
         self.index = RadixIndex(blocks, block_tokens, self._offer)
         self.evictions = 0  # historical blocks dropped
         self.swapped_out = 0
@@ -59,8 +59,12 @@ class Tiers:
         if short > unpinned - uncertain and short > (evictable := self.evictable(medium)):
             raise OutOfBlocks(medium.name, count, blocks.free, evictable, blocks.total)
         while (short := count - blocks.free) > 0:
-            moved = self._free_hbm(short) if medium is Medium.HBM else self.drop(medium, short)
-            if not moved:
+            before = self.evictions + self.swapped_out
+            if medium is Medium.HBM:
+                self._free_hbm(short)
+            elif not self.drop(Kind.DRAM_LEAF, short):
+                self.drop(Kind.DRAM_COVERED, short)
+            if before == self.evictions + self.swapped_out:
                 raise IntegrityError(
                     f"{short} more {medium.name} blocks should be evictable and none is found"
                 )
@@ -68,16 +72,17 @@ class Tiers:
     def swap_out(self, count: int) -> int:
         """Move up to `count` unpinned blocks from HBM to DRAM; returns how many went.
 
-        Colder DRAM blocks are dropped first where DRAM is full.
+        Where DRAM is full, the coldest leaves there are dropped first.
         """
         hbm, dram = self._blocks.media
         if count > dram.free:
-            self.drop(Medium.DRAM, count - dram.free)
+            self.drop(Kind.DRAM_LEAF, count - dram.free)
         left = min(count, dram.free)
         moved = 0
-        while left and (victim := self._victim(Medium.HBM, left)) is not None:
+        queue = self.queues[Kind.HBM]
+        while left and (victim := self._victim(queue, left)) is not None:
             node, positions = victim
-            self._queues[Medium.HBM].charge(node)
+            queue.charge(node)
             source = ref_index(node.refs[positions])
             target = self._move(Medium.HBM, source, Medium.DRAM)
             dram.cache(target)
@@ -120,22 +125,23 @@ class Tiers:
         for blocks, _, index in self._blocks.by_medium(old):
             self.wake(blocks, blocks.orphan_or_free(index))
 
-    def drop(self, medium: Medium, count: int) -> int:
-        """Drop historical blocks until `count` more of the medium are free, or none is left
-        that may go; returns how many more are free."""
-        blocks = self._blocks[medium]
+    def drop(self, kind: Kind, count: int) -> int:
+        """Drop historical blocks until `count` more of the kind's medium are free, or none is
+        left that may go; returns how many more are free."""
+        queue = self.queues[kind]
+        blocks = self._blocks[queue.medium]
         before = blocks.free
         while (left := count - (blocks.free - before)) > 0:
-            victim = self._victim(medium, left)
+            victim = self._victim(queue, left)
             if victim is None:
                 break
             node, positions = victim
             keep = int(positions[0])
             pinned = self._pinned_from(node, keep)
             if pinned is not None:
-                self._park(medium, node, pinned)
+                self._park(queue, node, pinned)
                 continue
-            self._queues[medium].charge(node)
+            queue.charge(node)
             gone = self.index.cut(node, keep)
             self.discard(gone)
             self.evictions += len(gone)
@@ -160,7 +166,7 @@ class Tiers:
             dram.restore(start)
             return False
         while len(cached) > dram.free:
-            self.drop(Medium.DRAM, 1)
+            self.make_room(Medium.DRAM, dram.free + 1)
             dram.withhold(start)
             cached = cached[dram.state[cached] == CACHED]
         old = dram.refs(cached)
@@ -173,36 +179,37 @@ class Tiers:
     def wake(self, blocks: BlockAllocator, index: IndexArray) -> None:
         """Blocks that nobody reads any more, or that left the index."""
         for block in index.tolist():
-            for queue in self._queues:
+            for queue in self.queues:
                 queue.released((blocks.medium, block))
 
-    def _free_hbm(self, short: int) -> int:
-        """One step towards `short` more free HBM blocks; 0 if there is none left to take."""
+    def _free_hbm(self, short: int) -> None:
+        """One step towards `short` more free HBM blocks."""
         unpinned, uncertain = self._unpinned(Medium.DRAM)
         room = self._blocks.dram.free + max(0, unpinned - uncertain)
         # What DRAM cannot hold is dropped, and that is the coldest.
-        if short > room and (dropped := self.drop(Medium.HBM, short - room)):
-            return dropped
-        return self.swap_out(short) or self.drop(Medium.HBM, short)
+        if short > room and self.drop(Kind.HBM, short - room):
+            return
+        if not self.swap_out(short):
+            self.drop(Kind.HBM, short)
 
     def _unpinned(self, medium: Medium) -> tuple[int, int]:
         """Unpinned historical blocks, and how many of them pins below might hold."""
         blocks = self._blocks[medium]
         return blocks.cached - blocks.pinned, sum(each.orphan for each in self._blocks.media)
 
-    def _victim(self, medium: Medium, limit: int) -> tuple[Node, IndexArray] | None:
+    def _victim(self, queue: EvictionQueue, limit: int) -> tuple[Node, IndexArray] | None:
         """The candidate of least priority, and the positions of up to `limit` unpinned blocks
         of the medium at the end of its edge."""
-        pins = self._blocks[medium].pins
-        while (node := self._queues[medium].peek()) is not None:
-            positions = node.positions(medium)[-limit:]
+        pins = self._blocks[queue.medium].pins
+        while (node := queue.peek()) is not None:
+            positions = node.positions(queue.medium)[-limit:]
             index = ref_index(node.refs[positions])
             pinned = np.flatnonzero(pins[index])
             if not len(pinned):
                 return node, positions
             if pinned[-1] + 1 < len(index):
                 return node, positions[pinned[-1] + 1 :]
-            self._park(medium, node, int(node.refs[positions[-1]]))
+            self._park(queue, node, int(node.refs[positions[-1]]))
         return None
 
     def _pinned_from(self, node: Node, keep: int) -> int | None:
@@ -214,10 +221,10 @@ class Tiers:
                 return int(refs[pinned[-1]])
         return None
 
-    def _park(self, medium: Medium, node: Node, pinned: int) -> None:
+    def _park(self, queue: EvictionQueue, node: Node, pinned: int) -> None:
         (part,) = self._blocks.by_medium(np.array([pinned], dtype=np.int64))
         part.blocks.watch(part.indices)
-        self._queues[medium].park(node, (part.blocks.medium, int(part.indices[0])))
+        queue.park(node, (part.blocks.medium, int(part.indices[0])))
 
     def _move(self, source: Medium, index: IndexArray, target: Medium) -> IndexArray:
         """Copy blocks into newly taken ones of the target medium."""
@@ -226,5 +233,5 @@ class Tiers:
         return taken
 
     def _offer(self, node: Node) -> None:
-        for queue in self._queues:
+        for queue in self.queues:
             queue.offer(node)
