@@ -29,7 +29,7 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 PositiveSeconds = Annotated[float, Meta(gt=0)]
 
 
-def _doc(text: str) -> Meta:
+def doc(text: str) -> Meta:
     """What the field means, for people: the help text of its flag."""
     return Meta(description=text)
 
@@ -41,50 +41,50 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class ModelConfig(_Section, frozen=True):
     """Which model, and how its weights are held."""
 
-    path: Annotated[str, _doc("'demo', a local directory, or a hub id")] = "demo"
-    dtype: Annotated[Dtype, _doc("weights and KV; auto: the model's")] = "auto"
-    revision: Annotated[str | None, _doc("of a hub id")] = None
-    served_name: Annotated[str | None, _doc("in the API; default: the path")] = None
-    max_model_len: Annotated[Positive | None, _doc("default: the model's own limit")] = None
-    device: Annotated[str, _doc("'cpu', 'cuda', 'cuda:1'; auto: cuda if there is one")] = "auto"
+    path: Annotated[str, doc("'demo', a local directory, or a hub id")] = "demo"
+    dtype: Annotated[Dtype, doc("weights and KV; auto: the model's")] = "auto"
+    revision: Annotated[str | None, doc("of a hub id")] = None
+    served_name: Annotated[str | None, doc("in the API; default: the path")] = None
+    max_model_len: Annotated[Positive | None, doc("default: the model's own limit")] = None
+    device: Annotated[str, doc("'cpu', 'cuda', 'cuda:1'; auto: cuda if there is one")] = "auto"
 
 
 class CacheConfig(_Section, frozen=True):
     """What is cached and how it moves."""
 
-    caching: Annotated[Caching, _doc("who keeps KV for later requests")] = "full"
-    mode: Annotated[TransferMode, _doc("how a transfer is cut into writes")] = "by-request-agg"
-    block_tokens: Annotated[Positive, _doc("tokens whose KV one block holds")] = 16
-    eviction: Annotated[Eviction, _doc("what goes first when memory is short")] = "lru"
-    aggregated: Annotated[bool, _doc("a block's layers and K and V in one run of bytes")] = True
+    caching: Annotated[Caching, doc("who keeps KV for later requests")] = "full"
+    mode: Annotated[TransferMode, doc("how a transfer is cut into writes")] = "by-request-agg"
+    block_tokens: Annotated[Positive, doc("tokens whose KV one block holds")] = 16
+    eviction: Annotated[Eviction, doc("what goes first when memory is short")] = "lru"
+    aggregated: Annotated[bool, doc("a block's layers and K and V in one run of bytes")] = True
 
 
 class InstanceConfig(_Section, frozen=True):
     """`count` equal instances."""
 
-    role: Annotated[Role, _doc("what it does for a request")] = Role.COLOCATED
-    count: Annotated[Positive, _doc("instances like this")] = 1
-    hbm_blocks: Annotated[Positive, _doc("blocks of device memory")] = 2048
-    dram_blocks: Annotated[NonNegative, _doc("blocks of host memory behind it")] = 4096
-    threads: Annotated[Positive | None, _doc("default: one for each core")] = None
-    cpus: Annotated[tuple[NonNegative, ...] | None, _doc("cores to pin to, as 0,1")] = None
-    max_batch_tokens: Annotated[Positive, _doc("per step, when none decodes")] = 2048
-    mixed_batch_tokens: Annotated[Positive, _doc("per step, while others decode")] = 256
-    max_running: Annotated[Positive, _doc("sequences per step")] = 64
-    max_waiting: Annotated[Positive, _doc("sequences queued; more are answered 429")] = 256
-    host: Annotated[str, _doc("address to listen on")] = "127.0.0.1"
-    port: Annotated[Port, _doc("port to listen on; 0: any")] = 0
+    role: Annotated[Role, doc("what it does for a request")] = Role.COLOCATED
+    count: Annotated[Positive, doc("instances like this")] = 1
+    hbm_blocks: Annotated[Positive, doc("blocks of device memory")] = 2048
+    dram_blocks: Annotated[NonNegative, doc("blocks of host memory behind it")] = 4096
+    threads: Annotated[Positive | None, doc("default: one for each core")] = None
+    cpus: Annotated[tuple[NonNegative, ...] | None, doc("cores to pin to, as 0,1")] = None
+    max_batch_tokens: Annotated[Positive, doc("per step, when none decodes")] = 2048
+    mixed_batch_tokens: Annotated[Positive, doc("per step, while others decode")] = 256
+    max_running: Annotated[Positive, doc("sequences per step")] = 64
+    max_waiting: Annotated[Positive, doc("sequences queued; more are answered 429")] = 256
+    host: Annotated[str, doc("address to listen on")] = "127.0.0.1"
+    port: Annotated[Port, doc("port to listen on; 0: any")] = 0
 
 
 class GatewayConfig(_Section, frozen=True):
     """The process that clients talk to."""
 
-    host: Annotated[str, _doc("address to listen on")] = "127.0.0.1"
-    port: Annotated[Port, _doc("port to listen on; 0: any")] = 8000
-    policy: Annotated[Policy, _doc("how an instance is chosen")] = "prompt-tree"
-    max_body_bytes: Annotated[Positive, _doc("more is answered 413")] = 16 * 1024 * 1024
-    drain_seconds: Annotated[PositiveSeconds, _doc("how long SIGTERM waits for requests")] = 30.0
-    chat_template: Annotated[str | None, _doc("a Jinja file, for the model's own")] = None
+    host: Annotated[str, doc("address to listen on")] = "127.0.0.1"
+    port: Annotated[Port, doc("port to listen on; 0: any")] = 8000
+    policy: Annotated[Policy, doc("how an instance is chosen")] = "prompt-tree"
+    max_body_bytes: Annotated[Positive, doc("more is answered 413")] = 16 * 1024 * 1024
+    drain_seconds: Annotated[PositiveSeconds, doc("how long SIGTERM waits for requests")] = 30.0
+    chat_template: Annotated[str | None, doc("a Jinja file, for the model's own")] = None
 
 
 class ClusterConfig(_Section, frozen=True):
@@ -119,6 +119,20 @@ def parse_config(text: str) -> ClusterConfig:
         return msgspec.convert(data, ClusterConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(str(error)) from error
+
+
+def check_config(config: ClusterConfig) -> None:
+    """Raise ConfigError for values that contradict each other or are not served yet."""
+    for instance in config.instance:
+        if instance.role is not Role.COLOCATED:
+            raise ConfigError(
+                f"role '{instance.role}': this version serves colocated instances only"
+            )
+        if instance.port and instance.count > 1:
+            raise ConfigError(
+                f"{instance.count} instances cannot share port {instance.port}; "
+                "give each its own table, or port 0 for any"
+            )
 
 
 def _refuse_unknown_keys(data: dict[str, object]) -> None:

@@ -6,7 +6,7 @@ that meet in one command share a name. `model.path` is `--model`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
@@ -15,6 +15,9 @@ from msgspec import inspect
 
 from memserve.config import ModelConfig
 from memserve.errors import ConfigError
+
+# What a command line gave, by parameter name; None where a flag was not used.
+Given = Mapping[str, str | bool | None]
 
 _Section = TypeVar("_Section", bound=msgspec.Struct)
 
@@ -70,10 +73,12 @@ class Flag:
         return kind
 
 
-def flags_of(section: type[msgspec.Struct]) -> Iterator[Flag]:
-    """The flags of one table, in its order."""
+def flags_of(section: type[msgspec.Struct], leave_out: Collection[str] = ()) -> Iterator[Flag]:
+    """The flags of one table, in its order, without the fields in `leave_out`."""
     hints = get_type_hints(section, include_extras=True)
     for field in msgspec.structs.fields(section):
+        if field.name in leave_out:
+            continue
         kind = hints[field.name]
         described = inspect.type_info(kind)
         text = ""
@@ -82,13 +87,13 @@ def flags_of(section: type[msgspec.Struct]) -> Iterator[Flag]:
         yield Flag(section, field.name, kind, field.default, text)
 
 
-def with_flags(section: _Section, given: Mapping[str, str | bool | None]) -> _Section:
-    """The table with the values of `given` (by parameter name) that are not None.
+def with_flags(section: _Section, given: Given, leave_out: Collection[str] = ()) -> _Section:
+    """The table with what was given, except for the fields in `leave_out`.
 
     Raises ConfigError naming the flag whose value is refused.
     """
     changes: dict[str, object] = {}
-    for flag in flags_of(type(section)):
+    for flag in flags_of(type(section), leave_out):
         value = given.get(flag.parameter)
         if value is not None:
             changes[flag.field] = _parse(flag, value)

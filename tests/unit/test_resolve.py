@@ -83,7 +83,7 @@ def test_a_failed_or_killed_conversion_leaves_nothing_that_looks_finished(
         prepare_demo_model(silent)
     models = tmp_path / "memserve" / "models"
     assert not [path for path in models.iterdir() if path.is_dir()]
-    (models / f"{demo.DEMO_NAME}-{demo._CONVERSION}.unfinished-killed").mkdir()
+    (models / f"{demo._DIRECTORY}.unfinished-killed").mkdir()
 
     conversion.fail = False
     target = prepare_demo_model(silent)

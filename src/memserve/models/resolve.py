@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from memserve.config import ModelConfig
 from memserve.errors import ModelError
-from memserve.models.demo import DEMO_MODEL, DEMO_NAME, prepare_demo_model
+from memserve.models.demo import DEMO_MODEL, prepare_demo_model
 
 # Called with one line before each step that may take over two seconds.
 Progress = Callable[[str], None]
@@ -32,21 +34,26 @@ def resolve_model(config: ModelConfig, progress: Progress) -> ModelDirectory:
     Converts the demo model, or downloads from the hub, where that has not been done before.
     Raises ModelError naming what was tried and what would help.
     """
-    name = config.served_name
+    name = config.served_name or config.path
     if config.path == DEMO_MODEL:
-        return ModelDirectory(prepare_demo_model(progress), name or DEMO_NAME)
+        return ModelDirectory(prepare_demo_model(progress), name)
     directory = Path(config.path).expanduser()
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise ModelError(f"{directory} is no model directory: it has no config.json")
-        return ModelDirectory(directory.resolve(), name or config.path)
+        return ModelDirectory(directory.resolve(), name)
     if config.path.startswith(("/", "~", ".")) or config.path.count("/") != 1:
         raise ModelError(
             f"no model '{config.path}': neither a directory nor a hub id (owner/name) "
             f"nor '{DEMO_MODEL}'"
         )
     snapshot = _download(config.path, config.revision, progress)
-    return ModelDirectory(snapshot, name or config.path, revision=snapshot.name)
+    return ModelDirectory(snapshot, name, revision=snapshot.name)
+
+
+def pinned(config: ModelConfig, found: ModelDirectory) -> ModelConfig:
+    """The same model at the very revision that was found, for processes that look again."""
+    return msgspec.structs.replace(config, revision=found.revision)
 
 
 def _download(repo_id: str, revision: str | None, progress: Progress) -> Path:

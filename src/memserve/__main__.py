@@ -1,0 +1,5 @@
+"""`python -m memserve`."""
+
+from memserve.cli import main
+
+main()

@@ -1,0 +1,164 @@
+"""`memserve bench serve`: conversations against a server, or against clusters of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import aiohttp
+import msgspec
+from msgspec import Meta
+
+from memserve.api.serving import Shutdown
+from memserve.bench.loadgen import LoadSettings, RequestRecord, generate_load, warm_up
+from memserve.bench.openai_client import OpenAIClient
+from memserve.bench.report import ServingSummary, summarise
+from memserve.bench.workloads import Session, SessionLimits, choose_sessions, read_sharegpt
+from memserve.clock import MonotonicClock
+from memserve.cluster.local import LocalCluster
+from memserve.config import ClusterConfig, NonNegative, Positive, doc
+from memserve.errors import MemserveError
+from memserve.models.resolve import ModelDirectory, Progress
+from memserve.models.tokenizer import Tokenizer
+
+ASK_TIMEOUT = aiohttp.ClientTimeout(total=10.0)  # of the server's model list
+# Progress is told about this many times in a run.
+_PROGRESS_LINES = 10
+
+
+class BenchmarkError(MemserveError):
+    """A server that cannot be measured."""
+
+
+class ServeBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What is sent, how fast, and where to."""
+
+    workload: Annotated[Literal["sharegpt"], doc("what conversations")] = "sharegpt"
+    data: Annotated[str | None, doc("its file; default: the installed package's")] = None
+    url: Annotated[str, doc("the server's root, without /v1")] = "http://127.0.0.1:8000"
+    rate: Annotated[float, Meta(gt=0), doc("sessions that begin per second, mean")] = 0.1
+    sessions: Annotated[Positive, doc("how many")] = 10
+    seed: Annotated[NonNegative, doc("of the choice of sessions and of their arrival")] = 0
+    min_turns: Annotated[Positive, doc("of a session")] = 2
+    max_turns: Annotated[Positive, doc("of a session; more are cut off")] = 6
+    max_output_tokens: Annotated[Positive, doc("of a turn; more are cut off")] = 64
+    max_context_tokens: Annotated[Positive, doc("of a session; turns beyond are cut off")] = 2048
+    replay_answers: Annotated[bool, doc("history from the data, not from the server")] = False
+    warm_up: Annotated[NonNegative, doc("requests before the measured ones")] = 2
+
+    def limits(self) -> SessionLimits:
+        return SessionLimits(
+            min_turns=self.min_turns,
+            max_turns=self.max_turns,
+            max_output_tokens=self.max_output_tokens,
+            max_context_tokens=self.max_context_tokens,
+        )
+
+
+class ServeRun(msgspec.Struct, frozen=True):
+    """One measured run."""
+
+    name: str
+    summary: ServingSummary
+    requests: tuple[RequestRecord, ...]
+
+
+class ServeBenchResult(msgspec.Struct, frozen=True):
+    """Runs of the same workload."""
+
+    runs: tuple[ServeRun, ...]
+
+
+def load_sessions(
+    config: ServeBenchConfig, model: ModelDirectory, progress: Progress
+) -> tuple[Session, ...]:
+    """The workload. The model's tokenizer says how long texts are. Raises ConfigError."""
+    progress(f"choosing {config.sessions} sessions")
+    tokenizer = Tokenizer.load(model.path)
+    return choose_sessions(
+        read_sharegpt(Path(config.data) if config.data else None),
+        config.sessions,
+        config.seed,
+        config.limits(),
+        lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
+    )
+
+
+async def measure_server(
+    name: str, config: ServeBenchConfig, url: str, sessions: Sequence[Session], progress: Progress
+) -> ServeRun:
+    """Send the workload to the server at `url`. Raises BenchmarkError if it cannot be measured."""
+    clock = MonotonicClock()
+    total = sum(len(session.turns) for session in sessions)
+    done = 0
+
+    def finished(record: RequestRecord) -> None:
+        nonlocal done
+        done += 1
+        if record.error is not None:
+            progress(f"{name}: session {record.session}, turn {record.turn}: {record.error}")
+        elif done * _PROGRESS_LINES // total > (done - 1) * _PROGRESS_LINES // total:
+            progress(f"{name}: {done} of {total} requests")
+
+    async with OpenAIClient(url, await _served_model(url), clock) as client:
+        if (error := await warm_up(client, config.warm_up)) is not None:
+            raise BenchmarkError(f"{url} does not answer a warm-up request: {error}")
+        settings = LoadSettings(config.rate, config.seed, config.replay_answers)
+        load = await generate_load(client, sessions, settings, clock, finished)
+    return ServeRun(name, summarise(load), load.records)
+
+
+async def compare_caching(
+    config: ServeBenchConfig,
+    cluster: ClusterConfig,
+    sessions: Sequence[Session],
+    progress: Progress,
+) -> ServeBenchResult:
+    """Measure two clusters of the same configuration, one after the other: caching on, and off."""
+    runs = []
+    for caching in ("full", "off"):
+        name = f"caching {caching}"
+        cache = msgspec.structs.replace(cluster.cache, caching=caching)
+        gateway = msgspec.structs.replace(cluster.gateway, port=0)
+        own = msgspec.structs.replace(cluster, cache=cache, gateway=gateway)
+        runs.append(await _measure_own(name, config, own, sessions, progress))
+    return ServeBenchResult(tuple(runs))
+
+
+async def _measure_own(
+    name: str,
+    config: ServeBenchConfig,
+    cluster: ClusterConfig,
+    sessions: Sequence[Session],
+    progress: Progress,
+) -> ServeRun:
+    started = LocalCluster(cluster, Shutdown(), progress)
+    try:
+        await started.start()
+        measuring = asyncio.ensure_future(
+            measure_server(name, config, started.url, sessions, progress)
+        )
+        return await started.or_failure(measuring)
+    finally:
+        await started.stop()
+
+
+class _Model(msgspec.Struct, frozen=True):
+    id: str
+
+
+class _ModelList(msgspec.Struct, frozen=True):
+    data: tuple[_Model, ...]
+
+
+async def _served_model(url: str) -> str:
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=ASK_TIMEOUT) as session,
+            session.get(f"{url.rstrip('/')}/v1/models") as answer,
+        ):
+            return msgspec.json.decode(await answer.read(), type=_ModelList).data[0].id
+    except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError, IndexError) as error:
+        raise BenchmarkError(f"{url} does not name its models: {error}") from error

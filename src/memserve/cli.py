@@ -1,0 +1,188 @@
+"""The `memserve` command."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+
+from memserve import __version__
+from memserve.bench.cli import app as bench_app
+from memserve.cli_flags import takes_flags
+from memserve.cluster.local import LocalCluster, run_local_cluster
+from memserve.cluster.watchdog import exit_with_parent
+from memserve.config import (
+    CacheConfig,
+    ClusterConfig,
+    GatewayConfig,
+    InstanceConfig,
+    ModelConfig,
+    check_config,
+    load_config,
+)
+from memserve.errors import ConfigError, MemserveError, ModelError
+from memserve.flags import Given, flags_of, with_flags
+from memserve.models.resolve import pinned, resolve_model
+from memserve.models.tokenizer import Tokenizer
+from memserve.terminal import progress_lines
+from memserve.types import InstanceId
+
+FAILED = 1
+WRONG_USE = 2  # what the person at the keyboard can mend
+
+# A cluster's instances listen where they can; a single instance is one of its kind.
+_CLUSTER_LEAVES_OUT = ("host", "port")
+_INSTANCE_LEAVES_OUT = ("count",)
+_DRAIN_ONLY = [name for name in GatewayConfig.__struct_fields__ if name != "drain_seconds"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve large language models from instances whose KV caches are one elastic memory.",
+)
+app.add_typer(bench_app, name="bench")
+
+_ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
+
+
+def main() -> None:
+    """Run the command; an error that is raised on purpose is one line, without a traceback."""
+    try:
+        app()
+    except MemserveError as error:
+        print(f"memserve: {error}", file=sys.stderr)
+        sys.exit(WRONG_USE if isinstance(error, ConfigError | ModelError) else FAILED)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"memserve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@takes_flags(
+    flags_of(ModelConfig),
+    flags_of(GatewayConfig),
+    flags_of(CacheConfig),
+    flags_of(InstanceConfig, _CLUSTER_LEAVES_OUT),
+)
+def up(
+    config: Annotated[Path | None, typer.Argument(help="TOML; flags go before it")] = None,
+    *,
+    given: Given,
+) -> None:
+    """Run a whole cluster on this machine: a gateway and its instances."""
+    file = ClusterConfig() if config is None else load_config(config)
+    wanted = ClusterConfig(
+        model=with_flags(file.model, given),
+        gateway=with_flags(file.gateway, given),
+        cache=with_flags(file.cache, given),
+        instance=tuple(with_flags(i, given, _CLUSTER_LEAVES_OUT) for i in file.instance),
+    )
+    check_config(wanted)
+    progress = progress_lines()
+    model = resolve_model(wanted.model, progress)
+    cluster = msgspec.structs.replace(wanted, model=pinned(wanted.model, model))
+
+    def ready(running: LocalCluster) -> None:
+        running.show_output(lambda line: print(line, file=sys.stderr))
+        _show_first_steps(running.url, model.name)
+
+    asyncio.run(run_local_cluster(cluster, progress, ready))
+
+
+@app.command()
+@takes_flags(flags_of(ModelConfig), flags_of(GatewayConfig))
+def gateway(
+    instances: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="an instance's; may be repeated")
+    ] = None,
+    exit_with_parent_: _ExitWithParent = False,
+    *,
+    given: Given,
+) -> None:
+    """Run a gateway alone, in front of instances that run already or will join it."""
+    from memserve.gateway.run import run_gateway
+
+    _begin_process(exit_with_parent_)
+    config = ClusterConfig(
+        model=with_flags(ModelConfig(), given), gateway=with_flags(GatewayConfig(), given)
+    )
+    model = resolve_model(config.model, logging.info)
+    tokenizer = Tokenizer.load(model.path, config.gateway.chat_template)
+    raise typer.Exit(run_gateway(config, instances or [], tokenizer))
+
+
+@app.command()
+@takes_flags(
+    flags_of(ModelConfig),
+    flags_of(InstanceConfig, _INSTANCE_LEAVES_OUT),
+    flags_of(CacheConfig),
+    flags_of(GatewayConfig, _DRAIN_ONLY),
+)
+def instance(
+    id_: Annotated[str | None, typer.Option("--id", help="unique; default: host and pid")] = None,
+    join: Annotated[str | None, typer.Option(metavar="URL", help="a gateway's")] = None,
+    exit_with_parent_: _ExitWithParent = False,
+    *,
+    given: Given,
+) -> None:
+    """Run one instance: an engine and its part of the pool."""
+    from memserve.instance.run import run_instance
+
+    _begin_process(exit_with_parent_)
+    settings = with_flags(InstanceConfig(), given, _INSTANCE_LEAVES_OUT)
+    config = ClusterConfig(
+        model=with_flags(ModelConfig(), given),
+        cache=with_flags(CacheConfig(), given),
+        gateway=with_flags(GatewayConfig(), given, _DRAIN_ONLY),
+        instance=(settings,),
+    )
+    check_config(config)
+    name = InstanceId(id_ or f"{os.uname().nodename}-{os.getpid()}")
+    raise typer.Exit(run_instance(config, settings, name, join=join))
+
+
+@app.command()
+@takes_flags(flags_of(ModelConfig))
+def prepare(*, given: Given) -> None:
+    """Download or convert a model, so that serving it starts at once. Prints its directory."""
+    print(resolve_model(with_flags(ModelConfig(), given), progress_lines()).path)
+
+
+def _begin_process(ends_with_parent: bool) -> None:
+    """For a process that serves: logs on standard error, its address on standard output."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    if ends_with_parent:
+        exit_with_parent()
+
+
+def _show_first_steps(url: str, model: str) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"\nmemserve serves {model} on [bold]{url}[/bold]; Ctrl-C stops it. Try:\n")
+    body = f'{{"model": "{model}", "prompt": "Once upon a time", "max_tokens": 16}}'
+    console.print(
+        f"  curl {url}/v1/completions -H 'Content-Type: application/json' \\\n    -d '{body}'\n",
+        markup=False,
+    )

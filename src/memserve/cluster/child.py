@@ -1,0 +1,98 @@
+"""One child process: where it listens, what it says, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from memserve.errors import ClusterError
+
+# What is kept of a child's output until somebody wants to see it.
+_TAIL_LINES = 30
+_MAX_LINE_BYTES = 1 << 20
+# For a dead child's last output to arrive: it is in the pipe already.
+_LAST_WORDS_SECONDS = 1.0
+
+
+class Child:
+    """`memserve ARGUMENTS...` in a session of its own, so that Ctrl-C reaches the parent only.
+
+    It ends with its parent (see `watchdog`). Owned by whoever spawned it, who must end it.
+    """
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+        self.name = name
+        self._process = process
+        self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._show: Callable[[str], None] | None = None
+        self._output = asyncio.ensure_future(self._read_output())
+        self.ended = asyncio.ensure_future(process.wait())
+
+    @classmethod
+    async def spawn(cls, name: str, arguments: Sequence[str]) -> Child:
+        """Start it. What it prints is kept until `show_output`."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "memserve",
+            *arguments,
+            "--exit-with-parent",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            limit=_MAX_LINE_BYTES,
+            start_new_session=True,
+        )
+        return cls(name, process)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def address(self) -> str:
+        """The URL that it listens on, once it does. Raises ClusterError if it ends before."""
+        await asyncio.wait((self._address, self.ended), return_when=asyncio.FIRST_COMPLETED)
+        if not self._address.done():
+            raise await self.failure()
+        return self._address.result()
+
+    async def failure(self) -> ClusterError:
+        """Waits until it ends; how that was, with its last lines that nobody has seen."""
+        code = await self.ended
+        await asyncio.wait((self._output,), timeout=_LAST_WORDS_SECONDS)
+        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        said = "".join(f"\n  {line}" for line in self._tail)
+        return ClusterError(f"{self.name} ended with {how}{':' if said else ''}{said}")
+
+    def show_output(self, show: Callable[[str], None]) -> None:
+        """Hand over its lines as they come, from now on."""
+        self._tail.clear()
+        self._show = show
+
+    def terminate(self) -> None:
+        """Ask it to end in order; asked twice, it waits for no request."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            self._process.send_signal(number)
+
+    async def _read_output(self) -> None:
+        stdout = self._process.stdout
+        assert stdout is not None
+        async for data in stdout:
+            line = data.decode(errors="replace").rstrip()
+            if not self._address.done() and line.startswith("http://"):
+                self._address.set_result(line)
+            elif self._show is not None:
+                self._show(f"{self.name}: {line}")
+            else:
+                self._tail.append(line)
