@@ -107,6 +107,7 @@ class LocalCluster:
         patience = CLOSE_SECONDS + (self._config.gateway.drain_seconds if self._serving else 0)
         await self._end([self._gateway] if self._gateway else [], patience)
         await self._end(self._instances, patience)
+        sweep()  # an instance that was killed has left its shared memory behind
 
     async def _end(self, children: Sequence[Child], seconds: float) -> None:
         if not children:
@@ -125,7 +126,6 @@ class LocalCluster:
         for child in children:
             child.kill()
         await all_ended()
-        sweep()  # a killed instance leaves its shared memory behind
 
     def _children(self) -> list[Child]:
         return [*([self._gateway] if self._gateway else []), *self._instances]

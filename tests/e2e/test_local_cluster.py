@@ -1,0 +1,165 @@
+"""`memserve up` as a person runs it: it serves, and whatever ends it leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+
+from tests.fakes import save_tiny_tokenizer
+from tests.tiny_models import save_tiny_model
+
+# Failures take this long to be noticed; nothing that works comes near it.
+DEADLINE = 60.0
+SMALL = ["--port", "0", "--hbm-blocks", "64", "--dram-blocks", "8", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = save_tiny_model("llama", tmp_path_factory.mktemp("models"))
+    save_tiny_tokenizer(directory)
+    return directory
+
+
+@dataclass
+class Up:
+    """A running `memserve up` and everything it started."""
+
+    process: subprocess.Popen[str]
+    url: str
+    family: list[psutil.Process]
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def child(self, command: str) -> psutil.Process:
+        return next(p for p in self.family if command in p.cmdline())
+
+    def end(self) -> tuple[int, str]:
+        """Wait for its end; exit code and standard error."""
+        _, errors = self.process.communicate(timeout=DEADLINE)
+        return self.process.returncode, errors
+
+    def assert_nothing_is_left(self) -> None:
+        _, alive = psutil.wait_procs(self.family, timeout=DEADLINE)
+        assert not alive
+        pids = {str(process.pid) for process in self.family}
+        left = [
+            p.name for p in Path("/dev/shm").glob("memserve-*") if pids & set(p.name.split("-"))
+        ]
+        assert not left
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "memserve", "up", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def up(model: Path) -> Iterator[Up]:
+    process = start("--model", str(model), "--served-name", "tiny", *SMALL)
+    family: list[psutil.Process] = []
+    try:
+        assert process.stdout is not None
+        line = next((line for line in process.stdout if " on http://" in line), None)
+        assert line is not None, process.communicate()
+        url = line.partition(" on ")[2].partition(";")[0]
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield Up(process, url, family)
+    finally:
+        process.kill()
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.communicate()
+
+
+def test_it_serves_and_ctrl_c_lets_running_requests_finish_and_leaves_nothing(up: Up) -> None:
+    client = up.client()
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "quick"}], max_tokens=5
+    )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens <= 5
+
+    stream = client.completions.create(
+        model="tiny",
+        prompt="the lazy dog",
+        max_tokens=300,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    next(stream)
+    up.process.send_signal(signal.SIGINT)
+    last = list(stream)[-1]
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 300
+
+    code, errors = up.end()
+    assert code == 0, errors
+    up.assert_nothing_is_left()
+
+
+def test_killing_the_parent_leaves_nothing(up: Up) -> None:
+    up.process.kill()
+    up.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("command", ["instance", "gateway"])
+def test_a_child_that_dies_ends_the_cluster_with_its_name(up: Up, command: str) -> None:
+    up.child(command).kill()
+    code, errors = up.end()
+    assert code == 1
+    name = "colocated-0" if command == "instance" else "gateway"
+    assert f"memserve: {name} ended with signal SIGKILL" in errors
+    assert "Traceback" not in errors
+    up.assert_nothing_is_left()
+
+
+def test_a_model_that_does_not_load_ends_the_start_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    save_tiny_tokenizer(tmp_path)
+    process = start("--model", str(tmp_path), *SMALL)
+    _, errors = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 1
+    assert "colocated-0 ended with exit code 1" in errors
+    assert "safetensors" in errors
+
+
+def test_a_port_that_is_taken_is_named(model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        process = start("--model", str(model), *SMALL, "--port", port)
+        _, errors = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 1
+    assert f"{port}: Address already in use" in errors
+
+
+def test_ctrl_c_while_starting_leaves_nothing(model: Path) -> None:
+    process = start("--model", str(model), *SMALL)
+    assert process.stderr is not None
+    next(line for line in process.stderr if "loading" in line)
+    family = psutil.Process(process.pid).children(recursive=True)
+    drained = threading.Thread(target=process.stderr.read)
+    process.send_signal(signal.SIGINT)
+    drained.start()
+    assert process.wait(timeout=DEADLINE) == 0
+    drained.join()
+    Up(process, "", family).assert_nothing_is_left()
