@@ -1,0 +1,256 @@
+"""From engine outputs to an answer: text, stops, usage, and what is told to whom."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memserve.api.generate import CallKind, FinishReason, GenerateCall, SamplingParams
+from memserve.api.status import Latencies
+from memserve.engine.request import EngineRequest, TokenLogprobs, TokenOutput, Usage
+from memserve.instance.generation import Generation, engine_requests
+from memserve.models.tokenizer import Tokenizer
+from tests.fakes import tiny_tokenizer
+
+EOS = 1
+LOGPROBS = TokenLogprobs(-1.0, 1, ())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory: Path = tmp_path_factory.mktemp("tokenizer")
+    return tiny_tokenizer(directory)
+
+
+def call(**fields: Any) -> GenerateCall:
+    given: dict[str, Any] = {"prompts": ((5, 6, 7),), "kind": CallKind.COMPLETION, **fields}
+    return GenerateCall(id="c", model="m", created=1, **given)
+
+
+def output(
+    request: EngineRequest,
+    ids: Sequence[int],
+    finish: FinishReason | None = None,
+    *,
+    stop_token: int | None = None,
+    cached: int = 0,
+    logprobs: bool = False,
+) -> TokenOutput:
+    return TokenOutput(
+        request.id,
+        tuple(ids),
+        Usage(3, cached, 0),
+        logprobs=(LOGPROBS,) * len(ids) if logprobs else (),
+        finish_reason=finish,
+        stop_token=stop_token,
+    )
+
+
+class Driven:
+    """A generation that is fed by hand."""
+
+    def __init__(self, call: GenerateCall, tokenizer: Tokenizer) -> None:
+        self.requests = engine_requests(call)
+        self.latencies = Latencies()
+        self.generation = Generation(call, self.requests, tokenizer, self.latencies, now=0.0)
+        self.streamed = b""
+
+    def feed(self, *outputs: TokenOutput, now: float = 1.0) -> list[Any]:
+        data = self.generation.feed(outputs, now)
+        self.streamed += data
+        return events(data)
+
+    def body(self) -> Any:
+        assert self.generation.finished
+        return json.loads(self.generation.body())
+
+
+def events(data: bytes) -> list[Any]:
+    lines = [line.removeprefix(b"data: ") for line in data.split(b"\n\n") if line]
+    return [json.loads(line) if line != b"[DONE]" else "DONE" for line in lines]
+
+
+def texts(chunks: Iterable[Any]) -> str:
+    return "".join(c["choices"][0]["text"] for c in chunks if c != "DONE" and c["choices"])
+
+
+def test_sequences_of_a_call_have_their_own_names_and_seeds() -> None:
+    asked = call(prompts=((1,), (2,)), n=2, sampling=SamplingParams(seed=7), cache_salt="s")
+    requests = engine_requests(asked)
+    assert [r.id for r in requests] == ["c-0-0", "c-0-1", "c-1-0", "c-1-1"]
+    assert [r.sampling.seed for r in requests] == [7, 8, 7, 8]
+    assert [r.follows for r in requests] == [None, "c-0-0", None, "c-1-0"]
+    assert {r.namespace for r in requests} == {"s"}
+    assert requests[2].prompt.tolist() == [2]
+
+
+def test_the_largest_seed_has_a_successor() -> None:
+    requests = engine_requests(call(n=2, sampling=SamplingParams(seed=2**63 - 1)))
+    assert requests[1].sampling.seed == -(2**63)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_streaming_or_not_gives_the_text_of_all_tokens(
+    tokenizer: Tokenizer, stream: bool, at_once: int
+) -> None:
+    text = " naïve café 你好 👍"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    driven = Driven(call(stream=stream), tokenizer)
+    (request,) = driven.requests
+    for start in range(0, len(ids), at_once):
+        driven.feed(output(request, ids[start : start + at_once]))
+    driven.feed(output(request, [EOS], FinishReason.STOP, stop_token=EOS))
+    if stream:
+        chunks = events(driven.streamed)
+        assert texts(chunks) == text
+        assert chunks[-1] == "DONE"
+        assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+    else:
+        (choice,) = driven.body()["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (text, "stop")
+        assert driven.body()["usage"]["completion_tokens"] == len(ids) + 1
+
+
+@pytest.mark.parametrize(
+    ("include", "text"), [(False, " fox jumps over th"), (True, " fox jumps over the lazy")]
+)
+def test_a_stop_string_over_two_tokens_ends_the_sequence(
+    tokenizer: Tokenizer, include: bool, text: str
+) -> None:
+    ids = tokenizer.encode(" fox jumps over the lazy dog", add_special_tokens=False)
+    asked = call(
+        stream=True,
+        n=2,
+        stop=("e lazy",),
+        include_stop_str_in_output=include,
+        return_token_ids=True,
+    )
+    driven = Driven(asked, tokenizer)
+    stopped, other = driven.requests
+    chunks = driven.feed(output(stopped, ids))
+    assert driven.generation.stopped == [stopped.id]
+    assert driven.generation.unfinished == [other.id]
+    assert texts(chunks) == text
+    last = chunks[-1]["choices"][0]
+    assert (last["finish_reason"], last["stop_reason"]) == ("stop", "e lazy")
+    # Tokens up to the one that completed the stop string, and none after it.
+    assert tokenizer.decode(last["token_ids"]) == " fox jumps over the lazy"
+    # What the engine makes before it hears of it is dropped.
+    assert driven.feed(output(stopped, ids)) == []
+
+
+def test_no_stop_string_is_looked_for_in_what_min_tokens_forces_out(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(" fox fox fox", add_special_tokens=False)
+    driven = Driven(call(stop=("fox",), sampling=SamplingParams(min_tokens=2)), tokenizer)
+    driven.feed(output(driven.requests[0], ids))
+    assert driven.body()["choices"][0]["text"] == " fox fox "
+
+
+def test_text_that_might_become_a_stop_string_is_given_out_at_the_end(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(" the lazy", add_special_tokens=False)
+    driven = Driven(call(stop=("lazy dog",)), tokenizer)
+    driven.feed(output(driven.requests[0], ids, FinishReason.LENGTH))
+    (choice,) = driven.body()["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (" the lazy", "length")
+
+
+@pytest.mark.parametrize(
+    ("named", "skip", "include", "text", "reason"),
+    [
+        ((), True, False, " fox", None),
+        ((), False, False, " fox", None),
+        ((), False, True, " fox<eos>", None),
+        ((EOS,), True, True, " fox", EOS),
+    ],
+)
+def test_a_stop_token_has_text_only_where_it_was_asked_for(
+    tokenizer: Tokenizer,
+    named: tuple[int, ...],
+    skip: bool,
+    include: bool,
+    text: str,
+    reason: int | None,
+) -> None:
+    asked = call(
+        sampling=SamplingParams(stop_token_ids=named),
+        skip_special_tokens=skip,
+        include_stop_str_in_output=include,
+    )
+    driven = Driven(asked, tokenizer)
+    ids = [*tokenizer.encode(" fox", add_special_tokens=False), EOS]
+    driven.feed(output(driven.requests[0], ids, FinishReason.STOP, stop_token=EOS))
+    (choice,) = driven.body()["choices"]
+    assert (choice["text"], choice["stop_reason"]) == (text, reason)
+
+
+def test_chat_begins_every_choice_with_its_role_once(tokenizer: Tokenizer) -> None:
+    driven = Driven(call(kind=CallKind.CHAT, stream=True, n=2), tokenizer)
+    for _ in range(2):
+        driven.feed(*(output(request, [20]) for request in driven.requests))
+    driven.feed(*(output(r, [20], FinishReason.LENGTH) for r in driven.requests))
+    chunks = [c for c in events(driven.streamed) if c != "DONE"]
+    roles = [c["choices"][0]["index"] for c in chunks if "role" in c["choices"][0]["delta"]]
+    assert roles == [0, 1]
+
+
+def test_usage_counts_each_prompt_once_and_the_cache_s_part_of_it(tokenizer: Tokenizer) -> None:
+    asked = call(prompts=((5, 6, 7), (8, 9)), n=2, stream=True, include_usage=True)
+    driven = Driven(asked, tokenizer)
+    for index, request in enumerate(driven.requests):
+        # Samples after the first share its prefill: that is not the cache's merit.
+        driven.feed(output(request, [20, 21], FinishReason.LENGTH, cached=2 + index % 2))
+    usage = events(driven.streamed)[-2]["usage"]
+    assert usage["prompt_tokens"] == 5
+    assert usage["completion_tokens"] == 8
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 4
+
+
+def test_echo_puts_the_prompt_before_each_answer(tokenizer: Tokenizer) -> None:
+    prompt = tokenizer.encode("the quick")
+    driven = Driven(call(prompts=(tuple(prompt),), echo=True, stream=True), tokenizer)
+    ids = tokenizer.encode(" brown fox", add_special_tokens=False)
+    for token_id in ids:
+        driven.feed(output(driven.requests[0], [token_id]))
+    assert texts(events(driven.streamed)) == "the quick brown fox"
+
+
+def test_logprobs_of_held_back_text_are_not_lost(tokenizer: Tokenizer) -> None:
+    asked = call(stream=True, stop=("lazy dog",), sampling=SamplingParams(logprobs=0))
+    driven = Driven(asked, tokenizer)
+    ids = tokenizer.encode(" the lazy", add_special_tokens=False)
+    for token_id in ids:
+        driven.feed(output(driven.requests[0], [token_id], logprobs=True))
+    found = [
+        token
+        for chunk in events(driven.streamed)
+        for token in chunk["choices"][0]["logprobs"]["tokens"]
+    ]
+    assert "".join(found) == " the lazy"
+
+
+def test_an_engine_s_error_ends_the_answer(tokenizer: Tokenizer) -> None:
+    driven = Driven(call(stream=True, n=2), tokenizer)
+    first, second = driven.requests
+    driven.feed(output(first, [20]))
+    failed = TokenOutput(second.id, (), Usage(3, 0, 0), finish_reason=FinishReason.ERROR, error="X")
+    driven.feed(failed)
+    assert driven.generation.failure is not None
+    assert "X" in str(driven.generation.failure)
+    assert driven.generation.unfinished == [first.id]  # left for the owner to cancel
+
+
+def test_latencies_are_per_sequence(tokenizer: Tokenizer) -> None:
+    driven = Driven(call(), tokenizer)
+    (request,) = driven.requests
+    driven.feed(output(request, [20]), now=2.0)
+    driven.feed(output(request, [20, 20]), now=3.0)
+    driven.feed(output(request, [20], FinishReason.LENGTH), now=3.25)
+    latencies = driven.latencies
+    assert latencies.first_token.sum == 2.0
+    assert (latencies.inter_token.sum, sum(latencies.inter_token.counts)) == (1.25, 3)
+    assert latencies.whole.sum == 3.25
