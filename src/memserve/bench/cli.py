@@ -20,7 +20,15 @@ from memserve.bench.serve import (
     measure_server,
 )
 from memserve.cli_flags import takes_flags
-from memserve.config import ClusterConfig, ModelConfig, check_config, load_config
+from memserve.config import (
+    ClusterConfig,
+    ModelConfig,
+    Positive,
+    available_cores,
+    check_config,
+    doc,
+    load_config,
+)
 from memserve.flags import Given, flags_of, with_flags
 from memserve.models.resolve import pinned, resolve_model
 from memserve.terminal import progress_lines
@@ -65,6 +73,46 @@ def serve(
         result = ServeBenchResult((asyncio.run(run),))
     columns = [(run.name, run.summary) for run in result.runs]
     _report(json, config, result, serving_table(columns))
+
+
+class EngineBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How much the engine is given to do."""
+
+    threads: Annotated[Positive | None, doc("default: one for each core")] = None
+    prompt_tokens: Annotated[Positive, doc("of the prompt that is prefilled")] = 1024
+    repeats: Annotated[Positive, doc("measured pairs; more are steadier")] = 7
+
+
+@app.command()
+@takes_flags(flags_of(ModelConfig, ("served_name", "max_model_len")), flags_of(EngineBenchConfig))
+def engine(json: _Json = None, *, given: Given) -> None:
+    """Time the engine alone, in turns with Transformers' generate: prefill and decode."""
+    import torch
+
+    from memserve.bench.engine import engine_bench_table, run_engine_bench
+    from memserve.engine.dtype import choose_dtype
+    from memserve.engine.model import count_weights
+    from memserve.instance.build import choose_device
+
+    wanted = with_flags(ModelConfig(), given)
+    config = with_flags(EngineBenchConfig(), given)
+    progress = progress_lines()
+    device = choose_device(wanted.device)
+    model = resolve_model(wanted, progress)
+    if wanted.dtype == "auto":
+        dtype = choose_dtype(count_weights(model.path), device).dtype
+    else:
+        dtype = vars(torch)[wanted.dtype]
+    report = run_engine_bench(
+        model.path,
+        dtype=dtype,
+        device=str(device),
+        threads=config.threads or available_cores(),
+        prompt_tokens=config.prompt_tokens,
+        repeats=config.repeats,
+        progress=progress,
+    )
+    _report(json, wanted, report, engine_bench_table(report))
 
 
 def _report(json: str | None, config: msgspec.Struct, result: msgspec.Struct, table: Table) -> None:

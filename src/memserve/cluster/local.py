@@ -67,7 +67,7 @@ class LocalCluster:
 
         Raises ClusterError as soon as a process ends, with its last lines.
         """
-        for name, arguments in _instance_commands(self._config):
+        for name, arguments in instance_commands(self._config):
             self._instances.append(await Child.spawn(name, arguments))
         addresses = [await child.address() for child in self._instances]
         count = f"{len(addresses)} instance{'s' if len(addresses) > 1 else ''}"
@@ -187,8 +187,8 @@ async def run_local_cluster(
         await cluster.stop()
 
 
-def _instance_commands(config: ClusterConfig) -> Iterator[tuple[str, list[str]]]:
-    """Name and arguments of each instance."""
+def instance_commands(config: ClusterConfig) -> Iterator[tuple[str, list[str]]]:
+    """Name and `memserve` arguments of each instance."""
     settings = [table for table in config.instance for _ in range(table.count)]
     for index, table in enumerate(settings):
         name = f"{table.role}-{index}"
