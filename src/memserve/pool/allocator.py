@@ -24,6 +24,7 @@ from memserve.types import (
 FREE, ACTIVE, CACHED, ORPHAN, RETIRED = range(5)
 STATE_NAMES = ("free", "active", "cached", "orphaned", "retired")
 
+NO_REF = -1
 NOTHING: IndexArray = np.empty(0, dtype=np.int64)
 
 
@@ -38,10 +39,10 @@ class BlockAllocator:
     def __init__(self, owner: int, medium: Medium) -> None:
         self.medium = medium
         self.head = (owner << MEDIUM_BITS) | int(medium)  # a reference without index, generation
-        self._high_bits = self.head << (INDEX_BITS + GENERATION_BITS)
         self.capacity = 0
         self.state: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
-        self.generation: IndexArray = NOTHING
+        # The reference to each block as it is now; of a FREE one, as it will be given out.
+        self.ref: RefArray = NOTHING
         self.pins: NDArray[np.int32] = np.empty(0, dtype=np.int32)
         self.node: IndexArray = NOTHING  # of a CACHED block: the index node that holds it
         self._watched: NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
@@ -64,7 +65,9 @@ class BlockAllocator:
         missing = end - len(self.state)
         if missing > 0:
             self.state = np.append(self.state, np.zeros(missing, dtype=np.uint8))
-            self.generation = np.append(self.generation, np.zeros(missing, dtype=np.int64))
+            first = (self.head << INDEX_BITS | len(self.ref)) << GENERATION_BITS
+            fresh = first + (np.arange(missing) << GENERATION_BITS)
+            self.ref = np.append(self.ref, fresh)
             self.pins = np.append(self.pins, np.zeros(missing, dtype=np.int32))
             self.node = np.append(self.node, np.zeros(missing, dtype=np.int64))
             self._watched = np.append(self._watched, np.zeros(missing, dtype=np.bool_))
@@ -102,13 +105,6 @@ class BlockAllocator:
         self.state[index] = ACTIVE
         return index
 
-    def refs(self, index: IndexArray) -> RefArray:
-        """References to blocks in their present generation."""
-        refs: RefArray = index << GENERATION_BITS
-        refs |= self.generation[index]
-        refs |= self._high_bits
-        return refs
-
     def free_active(self, index: IndexArray) -> None:
         self.active -= len(index)
         self._free(index)
@@ -125,10 +121,10 @@ class BlockAllocator:
         self.cached += len(index)
 
     def adopt(self, index: IndexArray) -> None:
-        """ORPHAN blocks go back into the index."""
-        self.state[index] = CACHED
+        """ORPHAN blocks become ACTIVE, for `cache` to follow at once."""
+        self.state[index] = ACTIVE
         self.orphan -= len(index)
-        self.cached += len(index)
+        self.active += len(index)
         self.pinned += len(index)
 
     def orphan_or_free(self, index: IndexArray) -> IndexArray:
@@ -180,9 +176,12 @@ class BlockAllocator:
 
     def distinct(self, index: IndexArray) -> bool:
         """Whether no block occurs twice, in linear time."""
-        order = np.arange(len(index))
+        count = len(index)
+        if count < 2 or np.count_nonzero(index[1:] > index[:-1]) == count - 1:
+            return True
+        order = np.arange(count)
         self._mark[index] = order
-        return bool((self._mark[index] == order).all())
+        return bool(np.count_nonzero(self._mark[index] == order) == count)
 
     def free_list(self) -> IndexArray:
         """The FREE blocks that are not withheld."""
@@ -191,16 +190,17 @@ class BlockAllocator:
     def _free(self, index: IndexArray) -> None:
         if not len(index):
             return
-        generation = self.generation[index]
-        generation += 1
+        refs = self.ref[index]
+        refs += 1
+        self.ref[index] = refs
         self.state[index] = FREE
-        if generation.max() > MAX_GENERATION:
-            # Wrapping around would make an old reference look valid.
-            spent = generation > MAX_GENERATION
+        if np.count_nonzero(refs & MAX_GENERATION) < len(refs):
+            # Generations wrapped around: old references would look valid again.
+            spent = (refs & MAX_GENERATION) == 0
+            self.ref[index[spent]] = NO_REF
             self.state[index[spent]] = RETIRED
             self.retired += int(np.count_nonzero(spent))
-            index, generation = index[~spent], generation[~spent]
-        self.generation[index] = generation
+            index = index[~spent]
         self._push(index)
 
     def _push(self, index: IndexArray) -> None:

@@ -19,6 +19,7 @@ from memserve.pool.allocator import (
 from memserve.types import (
     GENERATION_BITS,
     INDEX_BITS,
+    MAX_GENERATION,
     MAX_OWNERS,
     IndexArray,
     Medium,
@@ -26,14 +27,14 @@ from memserve.types import (
     RefArray,
     intern_owner,
     owner_of,
-    ref_generation,
     ref_index,
     ref_medium,
     ref_owner,
+    unpack_ref,
 )
 
 _HEAD_SHIFT = GENERATION_BITS + INDEX_BITS
-_ALL = slice(None)
+ALL = slice(None)
 
 
 class Part(NamedTuple):
@@ -67,10 +68,11 @@ class Blocks:
         for blocks in self.media:
             where = head == blocks.head
             count = int(np.count_nonzero(where))
-            if count == len(refs):
-                return [Part(blocks, _ALL, ref_index(refs))]
             if count:
-                found.append(Part(blocks, where, ref_index(refs[where])))
+                everywhere = count == len(refs)
+                index = ref_index(refs if everywhere else refs[where])
+                self._require_known(blocks, int(index.max()))
+                found.append(Part(blocks, ALL if everywhere else where, index))
             left -= count
         if left:
             self._refuse_foreign(refs)
@@ -81,19 +83,20 @@ class Blocks:
 
         Raises ForeignBlock, and StaleBlock for references to blocks that were freed.
         """
+        part = self._all_in(self.hbm, refs)
+        if part is not None:
+            states = self.hbm.state[part.indices]
+            if np.count_nonzero(states) == len(refs):
+                return [part], states
         parts = self.parts(refs)
         state = np.empty(len(refs), dtype=np.uint8)
         for blocks, where, index in parts:
-            given = ref_generation(refs[where])
-            present = self._generations(blocks, index)
+            given = refs[where]
             states = blocks.state[index]
-            if not (given == present).all() or not states.all() or (states == RETIRED).any():
-                bad = (given != present) | (states == FREE) | (states == RETIRED)
-                at = int(bad.argmax())
-                raise StaleBlock(
-                    f"{_name(blocks, index[at], given[at])} was freed: the block is in "
-                    f"generation {present[at]} now, and {STATE_NAMES[states[at]]}"
-                )
+            good = (given == blocks.ref[index]) & (states != FREE)
+            if not good.all():
+                at = int(good.argmin())
+                raise StaleBlock(self._freed(blocks, int(index[at]), int(given[at])))
             state[where] = states
         return parts, state
 
@@ -102,26 +105,40 @@ class Blocks:
 
         Raises ForeignBlock, DoubleFree, StaleBlock, PinnedBlock, NotOwned.
         """
+        part = self._all_in(self.hbm, refs)
+        if part is not None:
+            active = np.count_nonzero(self.hbm.state[part.indices] == ACTIVE)
+            if active == len(refs) and self.hbm.distinct(part.indices):
+                return [part]
         parts = self.parts(refs)
         for blocks, where, index in parts:
-            given = ref_generation(refs[where])
-            good = (given == self._generations(blocks, index)) & (blocks.state[index] == ACTIVE)
+            given = refs[where]
+            good = (given == blocks.ref[index]) & (blocks.state[index] == ACTIVE)
             if not good.all():
                 at = int(good.argmin())
                 self._refuse_free(blocks, int(index[at]), int(given[at]))
             if not blocks.distinct(index):
-                at = _first_repetition(index)
-                name = _name(blocks, index[at], given[at])
+                name = self.name(int(given[_first_repetition(index)]))
                 raise DoubleFree(f"{name} is named twice in one call of {len(refs)} blocks")
         return parts
+
+    def _all_in(self, blocks: BlockAllocator, refs: RefArray) -> Part | None:
+        """All the references, if each is the present one to a block of this medium."""
+        if not blocks.capacity:
+            return None
+        index = ref_index(refs)
+        present = blocks.ref.take(index, mode="clip")
+        if np.count_nonzero(present == refs) < len(refs):
+            return None
+        return Part(blocks, ALL, index)
 
     def by_medium(self, refs: RefArray) -> Iterator[Part]:
         """As `parts`, for references that are known to be the pool's own."""
         medium = ref_medium(refs)
-        in_dram = int(np.count_nonzero(medium))
+        in_dram = np.count_nonzero(medium)
         if in_dram == 0 or in_dram == len(refs):
             if len(refs):
-                yield Part(self.dram if in_dram else self.hbm, _ALL, ref_index(refs))
+                yield Part(self.dram if in_dram else self.hbm, ALL, ref_index(refs))
             return
         for blocks in self.media:
             where = medium == blocks.medium
@@ -138,36 +155,33 @@ class Blocks:
         """Raises NotOwned where one block is named twice."""
         for blocks, _, index in parts:
             if not blocks.distinct(index):
-                at = _first_repetition(index)
-                name = _name(blocks, index[at], blocks.generation[index[at]])
+                name = self.name(int(blocks.ref[index[_first_repetition(index)]]))
                 raise NotOwned(f"{name} is named twice in one call")
 
     def name(self, ref: int) -> str:
         """One own reference, for an error message."""
-        one = np.array([ref], dtype=np.int64)
-        blocks = self.media[int(ref_medium(one)[0])]
-        return _name(blocks, int(ref_index(one)[0]), int(ref_generation(one)[0]))
+        block = unpack_ref(ref)
+        return f"{block.medium.name} block {block.index} of generation {block.generation}"
 
-    def _generations(self, blocks: BlockAllocator, index: IndexArray) -> IndexArray:
-        try:
-            return blocks.generation[index]
-        except IndexError:
+    def _freed(self, blocks: BlockAllocator, index: int, given: int) -> str:
+        now = f"generation {int(blocks.ref[index]) & MAX_GENERATION}"
+        return f"{self.name(given)} was freed: it is {STATE_NAMES[blocks.state[index]]} now, {now}"
+
+    def _require_known(self, blocks: BlockAllocator, index: int) -> None:
+        if index >= len(blocks.ref):
             raise ForeignBlock(
-                f"there is no {blocks.medium.name} block {int(index.max())} "
-                f"in {self.owner.instance!r}, which has {blocks.capacity}"
-            ) from None
+                f"there is no {blocks.medium.name} block {index} in {self.owner.instance!r}, "
+                f"which has {blocks.capacity}"
+            )
 
     def _refuse_free(self, blocks: BlockAllocator, index: int, given: int) -> NoReturn:
-        present, state = int(blocks.generation[index]), int(blocks.state[index])
-        name = _name(blocks, index, given)
+        state, ahead = int(blocks.state[index]), int(blocks.ref[index]) - given
+        name = self.name(given)
         error: PoolError
-        if state == FREE and present <= given + 1:
+        if state == FREE and ahead <= 1:
             error = DoubleFree(f"{name} is free already")
-        elif given != present or state in (FREE, RETIRED):
-            error = StaleBlock(
-                f"{name} was freed: the block is in generation {present} now, "
-                f"and {STATE_NAMES[state]}"
-            )
+        elif state == RETIRED or ahead:
+            error = StaleBlock(self._freed(blocks, index, given))
         elif blocks.pins[index]:
             error = PinnedBlock(f"{name} is {STATE_NAMES[state]} and has {blocks.pins[index]} pins")
         else:
@@ -202,10 +216,6 @@ def as_refs(refs: ArrayLike) -> RefArray:
             f"block references are a flat int64 array, not {array.dtype} of shape {array.shape}"
         )
     return array
-
-
-def _name(blocks: BlockAllocator, index: int, generation: int) -> str:
-    return f"{blocks.medium.name} block {index} of generation {generation}"
 
 
 def _first_repetition(index: IndexArray) -> int:

@@ -112,7 +112,7 @@ class EvictionQueue:
         self._block_tokens = block_tokens
         self._heap: list[tuple[float, int, Node]] = []
         self._serials = itertools.count(1)
-        self._live = 0
+        self._compact_at = _STALE_SLACK
         # By the pinned block that each waits for: the node, and the serial that marks it.
         self._parked: dict[BlockKey, tuple[Node, int]] = {}
 
@@ -168,11 +168,11 @@ class EvictionQueue:
         serial = next(self._serials)
         node.queued[self.kind] = serial
         heapq.heappush(self._heap, (self._priority(node), serial, node))
-        if len(self._heap) > _STALE_RATIO * self._live + _STALE_SLACK:
+        if len(self._heap) > self._compact_at:
             self._compact()
 
     def _compact(self) -> None:
         kind = self.kind
         self._heap = [entry for entry in self._heap if entry[1] == entry[2].queued[kind]]
         heapq.heapify(self._heap)
-        self._live = len(self._heap)
+        self._compact_at = _STALE_RATIO * len(self._heap) + _STALE_SLACK

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memserve.pool.blocks import Blocks
+from memserve.pool.blocks import Blocks, Part
 from memserve.types import IndexArray, Medium, RefArray, ref_medium
 
 _MEDIA = (Medium.HBM, Medium.DRAM)
@@ -82,6 +82,7 @@ class Path(NamedTuple):
     nodes: list[Node]
     refs: RefArray  # [blocks], an array of its own
     matched: int  # blocks of the last node's edge
+    in_dram: bool  # whether any may be there; False is certain
 
 
 class RadixIndex:
@@ -104,10 +105,10 @@ class RadixIndex:
         node = self.roots.get(namespace)
         nodes: list[Node] = []
         if node is None:
-            return Path(nodes, _NO_REFS, 0)
+            return Path(nodes, _NO_REFS, 0, False)
         step = self.block_bytes
         last = len(data) - step
-        at = matched = 0
+        at = in_dram = 0
         while at <= last:
             child = node.children.get(data[at : at + step])
             if child is None:
@@ -115,19 +116,29 @@ class RadixIndex:
             child.stamp = stamp
             nodes.append(child)
             node = child
+            in_dram += child.own[Medium.DRAM]
             if data.startswith(child.edge, at):
                 at += len(child.edge)
                 continue
             matched = _common_bytes(child.edge, data, at) // step
             parts = [node.refs for node in nodes]
             parts[-1] = parts[-1][:matched]
-            return Path(nodes, np.concatenate(parts), matched)
+            return Path(nodes, np.concatenate(parts), matched, in_dram > 0)
         if not nodes:
-            return Path(nodes, _NO_REFS, 0)
-        return Path(nodes, np.concatenate([node.refs for node in nodes]), len(node.refs))
+            return Path(nodes, _NO_REFS, 0, False)
+        refs = np.concatenate([node.refs for node in nodes])
+        return Path(nodes, refs, len(node.refs), in_dram > 0)
 
-    def extend(self, namespace: str, path: Path, data: bytes, refs: RefArray, stamp: float) -> None:
-        """Store `refs` [n] for the n blocks of `data` that follow `path`."""
+    def extend(
+        self,
+        namespace: str,
+        path: Path,
+        data: bytes,
+        refs: RefArray,
+        parts: Iterable[Part],
+        stamp: float,
+    ) -> None:
+        """Store `refs` [n], by medium in `parts`, for the n blocks of `data` behind `path`."""
         if not path.nodes:
             node = self._root(namespace)
         else:
@@ -139,20 +150,21 @@ class RadixIndex:
         if node.parent is not None and not node.children:  # a leaf grows
             node.edge += edge
             node.refs = np.concatenate((node.refs, refs))
+            node.queued = [0, 0, 0]
         else:
             start = node.start + len(node.refs)
             child = Node(next(self._ids), node, start, edge, refs.copy())
             child.stamp = stamp
             node.children[edge[: self.block_bytes]] = child
             self.nodes[child.id] = child
-            if node.parent is not None:
+            if node.own[Medium.DRAM]:  # no leaf any more
                 self._changed(node)
             node = child
-        in_dram = self._house(node, refs)
-        for medium, count in zip(_MEDIA, (len(refs) - in_dram, in_dram), strict=True):
-            if count:
-                self._count(node, medium, node.own[medium] + count, node.below[medium])
-        self._tail_changed(node)
+        for blocks, _, index in parts:
+            blocks.node[index] = node.id
+            medium = blocks.medium
+            self._count(node, medium, node.own[medium] + len(index), node.below[medium])
+        self._changed(node)
 
     def repoint(self, node: Node, positions: IndexArray, refs: RefArray) -> RefArray:
         """Give `positions` of an edge other blocks; returns those that were there."""
@@ -310,13 +322,14 @@ class RadixIndex:
 
     def _count(self, node: Node, medium: Medium, own: int, below: int) -> None:
         """Set a node's counts, and tell ancestors if its subtree gained or lost the medium."""
-        held = node.holds(medium)
+        held = node.own[medium] > 0 or node.below[medium] > 0
         node.own[medium] = own
         node.below[medium] = below
-        while node.parent is not None and held != node.holds(medium):
-            parent = node.parent
+        holds = own > 0 or below > 0
+        while held != holds and (parent := node.parent) is not None:
             held = parent.holds(medium)
-            parent.below[medium] += 1 if node.holds(medium) else -1
+            parent.below[medium] += 1 if holds else -1
+            holds = parent.holds(medium)
             if not parent.below[medium] and parent.parent is not None:
                 self._changed(parent)
             node = parent

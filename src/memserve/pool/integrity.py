@@ -19,7 +19,7 @@ from memserve.pool.allocator import (
 from memserve.pool.blocks import Blocks
 from memserve.pool.eviction import EvictionQueue
 from memserve.pool.index import Node, RadixIndex
-from memserve.types import IndexArray, Medium, ref_generation, ref_index, ref_medium
+from memserve.types import IndexArray, Medium, ref_index, ref_medium
 
 
 def check(
@@ -103,8 +103,8 @@ def _check_owners(blocks: BlockAllocator, nodes: list[Node]) -> None:
     for node in nodes:
         refs = node.refs[ref_medium(node.refs) == blocks.medium]
         at = ref_index(refs)
-        if not np.array_equal(refs, blocks.refs(at)):
-            bad = int(at[(ref_generation(refs) != blocks.generation[at]).argmax()])
+        if not np.array_equal(refs, blocks.ref[at]):
+            bad = int(at[(refs != blocks.ref[at]).argmax()])
             raise IntegrityError(f"node {node.id}: reference to {name} block {bad} is stale")
         if homes[at].any() or not blocks.distinct(at):
             raise IntegrityError(f"node {node.id}: a {name} block of it has a second place")

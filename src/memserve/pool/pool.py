@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from memserve.clock import Clock, MonotonicClock
 from memserve.errors import (
@@ -22,7 +22,7 @@ from memserve.errors import (
 )
 from memserve.pool import integrity
 from memserve.pool.allocator import ACTIVE, CACHED, NOTHING, ORPHAN, BlockAllocator
-from memserve.pool.blocks import Blocks, as_refs
+from memserve.pool.blocks import ALL, Blocks, Part, as_refs
 from memserve.pool.eviction import Eviction, make_eviction
 from memserve.pool.layout import KVLayout
 from memserve.pool.results import InsertResult, Match, MediumStats, PoolStats
@@ -38,6 +38,7 @@ from memserve.types import (
     Medium,
     Owner,
     RefArray,
+    ref_index,
     ref_medium,
 )
 
@@ -132,7 +133,7 @@ class MemPool:
                 raise ForeignBlock(f"no peer {instance!r} is connected to {self.owner.instance!r}")
             blocks = self._blocks[medium]
             self._tiers.make_room(medium, n)
-            return blocks.refs(blocks.take(n))
+            return blocks.ref[blocks.take(n)]
 
     def free_mem(self, refs: ArrayLike) -> None:
         """Give allocated blocks back.
@@ -193,10 +194,10 @@ class MemPool:
         data = as_tokens(tokens).tobytes()
         with self._lock:
             self._require_open()
-            refs = self._index.walk(namespace, data, self._policy.stamp()).refs
-            if in_hbm and ref_medium(refs).any():
-                refs = self._bring_in(refs)
-            return self._open_match(refs)
+            path = self._index.walk(namespace, data, self._policy.stamp())
+            if in_hbm and path.in_dram:
+                return self._open_match(self._bring_in(path.refs), in_dram=False)
+            return self._open_match(path.refs, path.in_dram)
 
     def insert(
         self, tokens: ArrayLike, refs: ArrayLike, namespace: str = SHARED, *, pin: bool = False
@@ -227,19 +228,31 @@ class MemPool:
             path = self._index.walk(namespace, data, stamp)
             known = len(path.refs)
             head, rest = given[:known], given[known:]
-            self._check_insertable(given, state, path.refs == head)
-            mine = state[:known] == ACTIVE
-            taken = mine & (ref_medium(path.refs) > ref_medium(head)) if pin else ~mine & mine
-            if taken.any():
-                self._set_cached(head[taken], state[:known][taken])
-                self._tiers.replace(path.refs[taken], head[taken])
-                path.refs[taken] = head[taken]
+            mine = state == ACTIVE
+            all_mine = np.count_nonzero(mine) == len(given)
+            duplicate, new = head.copy(), rest.copy()
+            if not all_mine:
+                self._require_own_place(given, state, path.refs)
+                duplicate = head[mine[:known]]
+            if pin and path.in_dram:
+                better = mine[:known] & (ref_medium(path.refs) > ref_medium(head))
+                duplicate = head[mine[:known] & ~better]
+                new = np.concatenate((head[better], rest))
+                self._upgrade(path.refs, head, better)
             if len(rest):
-                self._set_cached(rest, state[known:])
-                self._index.extend(namespace, path, data, rest, stamp)
-            new = np.concatenate((head[taken], rest))
-            match = self._open_match(np.concatenate((path.refs, rest))) if pin else None
-            return InsertResult(new, head[mine & ~taken], match)
+                if len(parts) == 1:
+                    behind = [Part(parts[0].blocks, ALL, parts[0].indices[known:])]
+                else:
+                    behind = list(self._blocks.by_medium(rest))
+                if not all_mine:
+                    self._adopt(behind, state[known:])
+                for blocks, _, index in behind:
+                    blocks.cache(index)
+                self._index.extend(namespace, path, data, rest, behind, stamp)
+            if not pin:
+                return InsertResult(new, duplicate)
+            refs = np.concatenate((path.refs, rest))
+            return InsertResult(new, duplicate, self._open_match(refs, in_dram=True))
 
     def delete(self, tokens: ArrayLike, namespace: str = SHARED) -> int:
         """Forget everything that begins with the whole blocks of `tokens`, and those of their
@@ -407,7 +420,12 @@ class MemPool:
                 f"the pool's is {self.layout.torch_dtype} {expected}"
             )
 
-    def _pin(self, refs: RefArray) -> tuple[IndexArray, IndexArray]:
+    def _pin(self, refs: RefArray, in_dram: bool = True) -> tuple[IndexArray, IndexArray]:
+        """Indices by medium. `in_dram`: False if it is known that none are there."""
+        if not in_dram:
+            index = ref_index(refs)
+            self._blocks.hbm.pin(index)
+            return index, NOTHING
         pinned = [NOTHING, NOTHING]
         for blocks, _, index in self._blocks.by_medium(refs):
             blocks.pin(index)
@@ -418,10 +436,9 @@ class MemPool:
         for blocks, _, index in self._blocks.by_medium(refs):
             self._tiers.wake(blocks, blocks.unpin(index))
 
-    def _open_match(self, refs: RefArray) -> Match:
-        match = Match(
-            len(refs) * self.layout.block_tokens, refs, self._pin(refs), self._release_match
-        )
+    def _open_match(self, refs: RefArray, in_dram: bool) -> Match:
+        pinned = self._pin(refs, in_dram)
+        match = Match(len(refs) * self.layout.block_tokens, refs, pinned, self._release_match)
         self._matches.add(match)
         return match
 
@@ -444,23 +461,28 @@ class MemPool:
         self._unpin(moved)
         return moved
 
-    def _check_insertable(self, refs: RefArray, state: np.ndarray, same: np.ndarray) -> None:
-        """Blocks of the index are only good at their own place."""
+    def _require_own_place(
+        self, refs: RefArray, state: NDArray[np.uint8], present: RefArray
+    ) -> None:
+        """Blocks of the index are only good where the index has them."""
         bad = state == CACHED
-        bad[: len(same)] &= ~same
+        bad[: len(present)] &= refs[: len(present)] != present
         if bad.any():
             at = int(bad.argmax())
             name = self._blocks.name(int(refs[at]))
             raise NotOwned(f"{name} (position {at}) is cached for other tokens than these")
 
-    def _set_cached(self, refs: RefArray, state: np.ndarray) -> None:
-        """The index takes ACTIVE blocks, and ORPHAN ones that its readers give back."""
-        for blocks, where, index in self._blocks.by_medium(refs):
-            orphans = state[where] == ORPHAN
-            if orphans.any():
-                blocks.adopt(index[orphans])
-                index = index[~orphans]
+    def _upgrade(self, present: RefArray, mine: RefArray, where: NDArray[np.bool_]) -> None:
+        """The index takes the caller's ACTIVE blocks `mine` instead of its own `present`."""
+        for blocks, _, index in self._blocks.by_medium(mine[where]):
             blocks.cache(index)
+        self._tiers.replace(present[where], mine[where])
+        present[where] = mine[where]
+
+    def _adopt(self, parts: list[Part], state: NDArray[np.uint8]) -> None:
+        """Readers may put ORPHAN blocks back into the index."""
+        for blocks, where, index in parts:
+            blocks.adopt(index[state[where] == ORPHAN])
 
 
 _last_epoch = 0

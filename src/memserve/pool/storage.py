@@ -52,7 +52,7 @@ class BlockStore:
             segment = SharedSegment(size)
             memory = torch.frombuffer(segment.buffer, dtype=torch.uint8)
             if self._pinned:
-                _lock_pages(memory)
+                lock_pages(memory)
         else:
             memory = torch.zeros(size, dtype=torch.uint8, device=self.device)
         view = self.layout.views(memory, blocks)
@@ -70,7 +70,7 @@ class BlockStore:
         if extent.segment is None:
             return
         if self._pinned:
-            _unlock_pages(extent.view)
+            unlock_pages(extent.memory)
         extent.segment.close()
 
     def gather(self, index: IndexArray) -> torch.Tensor:
@@ -118,13 +118,14 @@ def copy_blocks(
     torch.cuda.synchronize()
 
 
-def _lock_pages(memory: torch.Tensor) -> None:
+def lock_pages(memory: torch.Tensor) -> None:
+    """Let the GPU copy from and to host memory directly. Raises PoolError."""
     cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     status = cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
     if int(status) != 0:
         raise PoolError(f"cannot page-lock {memory.nbytes} bytes for the GPU: {status}")
 
 
-def _unlock_pages(view: torch.Tensor) -> None:
+def unlock_pages(memory: torch.Tensor) -> None:
     cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    cudart.cudaHostUnregister(view.data_ptr())
+    cudart.cudaHostUnregister(memory.data_ptr())

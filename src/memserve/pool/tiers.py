@@ -86,7 +86,7 @@ class Tiers:
             source = ref_index(node.refs[positions])
             target = self._move(Medium.HBM, source, Medium.DRAM)
             dram.cache(target)
-            self.index.repoint(node, positions, dram.refs(target))
+            self.index.repoint(node, positions, dram.ref[target])
             hbm.free_cached(source)
             moved += len(source)
             left -= len(source)
@@ -107,7 +107,7 @@ class Tiers:
         hbm, dram = self._blocks.media
         source = ref_index(old)
         target = self._move(Medium.DRAM, source, Medium.HBM)
-        new = hbm.refs(target)
+        new = hbm.ref[target]
         cached = dram.state[source] == CACHED
         dram.free_active(source[~cached])
         hbm.cache(target[cached])
@@ -169,10 +169,10 @@ class Tiers:
             self.make_room(Medium.DRAM, dram.free + 1)
             dram.withhold(start)
             cached = cached[dram.state[cached] == CACHED]
-        old = dram.refs(cached)
+        old = dram.ref[cached]
         target = self._move(Medium.DRAM, cached, Medium.DRAM)
         dram.cache(target)
-        self.replace(old, dram.refs(target))
+        self.replace(old, dram.ref[target])
         dram.withhold(start)
         return True
 
@@ -233,5 +233,9 @@ class Tiers:
         return taken
 
     def _offer(self, node: Node) -> None:
-        for queue in self.queues:
-            queue.offer(node)
+        hbm, *dram = self.queues
+        if node.own[Medium.HBM]:
+            hbm.offer(node)
+        if node.own[Medium.DRAM]:
+            for queue in dram:
+                queue.offer(node)
