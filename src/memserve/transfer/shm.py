@@ -1,0 +1,233 @@
+"""Transfers between processes of one host, through the peer's shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from memserve.errors import UnknownPeer
+from memserve.pool.layout import KVLayout
+from memserve.pool.segment import SHM_DIRECTORY
+from memserve.transfer.base import (
+    Completion,
+    LocalRegion,
+    Outcome,
+    PoolRegions,
+    Region,
+    Ticket,
+    TransportCounters,
+    WriteList,
+)
+from memserve.transfer.conversion import compatibility
+from memserve.transfer.copy_plan import RegionCopy, RegionTable, Shape, plan_copies, split_pieces
+from memserve.transfer.mapping import Mapping, PeerMemory
+from memserve.types import InstanceId, Owner
+
+# What one `poll` copies before its caller may do something else: a few milliseconds.
+POLL_BYTES = 16 * 1024 * 1024
+# What is copied in one go, between two looks at that limit.
+STEP_BYTES = 2 * 1024 * 1024
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Peer:
+    owner: Owner
+    table: RegionTable
+    memory: PeerMemory
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One ticket. The steps hold the memory on both sides until the last is done."""
+
+    peer: Owner
+    nbytes: int
+    steps: Iterator[int]  # each copies some bytes and says how many
+    to_copy: bool = True
+    cancelled: bool = False
+    dma: torch.cuda.Event | None = None  # behind the last copy that the GPU makes
+
+    def drained(self) -> bool:
+        return self.dma is None or bool(self.dma.query())  # type: ignore[no-untyped-call]
+
+
+class ShmTransport:
+    """Copies from local memory into the peer's segments: one copy, on the thread that polls.
+
+    A peer that dies does not show here: its memory stays as long as it is mapped.
+    """
+
+    name = "shm"
+    poll_interval = 0.0  # polls do the work
+
+    def __init__(self, layout: KVLayout, directory: Path = SHM_DIRECTORY) -> None:
+        """`layout`: of the local pool."""
+        self.counters = TransportCounters()
+        self._layout = layout
+        self._directory = directory
+        self._local: dict[Region, torch.Tensor] = {}
+        self._table = RegionTable(layout, ())
+        self._peers: dict[InstanceId, _Peer] = {}
+        self._jobs: dict[Ticket, _Job] = {}  # in the order in which they are copied
+        self._tickets = count(1)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._jobs)
+
+    def register(self, regions: Sequence[LocalRegion]) -> None:
+        self._local.update((each.region, each.memory) for each in regions)
+        self._table = RegionTable(self._layout, tuple(self._local))
+
+    def unregister(self, regions: Sequence[LocalRegion]) -> None:
+        for each in regions:
+            del self._local[each.region]
+        self._table = RegionTable(self._layout, tuple(self._local))
+
+    def describe(self) -> bytes:
+        return b""
+
+    def add_peer(self, peer: Owner, memory: PoolRegions, description: bytes) -> None:
+        compatibility(self._layout, memory.layout)
+        table = RegionTable(memory.layout, memory.regions)
+        known = self._peers.get(peer.instance)
+        if known is not None and known.owner != peer:
+            self.remove_peer(known.owner)
+            known = None
+        if known is None:
+            on_gpu = any(region.device is not None for region in self._local)
+            mapped = PeerMemory(self._directory, page_locked=on_gpu)
+        else:
+            mapped = known.memory
+            mapped.keep_only(table.regions)
+        self._peers[peer.instance] = _Peer(peer, table, mapped)
+
+    def remove_peer(self, peer: Owner) -> None:
+        known = self._peers.get(peer.instance)
+        if known is None or known.owner != peer:
+            return
+        del self._peers[peer.instance]
+        for ticket, job in self._jobs.items():
+            if job.peer == peer:
+                self.cancel(ticket)
+
+    def post(self, peer: Owner, writes: WriteList) -> Ticket:
+        known = self._peers.get(peer.instance)
+        if known is None or known.owner != peer:
+            raise UnknownPeer(f"{peer.instance!r} of epoch {peer.epoch} is not connected")
+        copies = [
+            (copy, self._local[copy.source], known.memory.open(copy.target))
+            for copy in plan_copies(self._table, known.table, writes)
+        ]
+        ticket = Ticket(next(self._tickets))
+        job = _Job(peer, sum(copy.nbytes for copy, *_ in copies), iter(()))
+        job.steps = self._steps(job, copies)
+        self._jobs[ticket] = job
+        self.counters.posted += 1
+        return ticket
+
+    def poll(self) -> list[Completion]:
+        left = POLL_BYTES
+        ended = []
+        for ticket, job in list(self._jobs.items()):
+            while job.to_copy and left > 0:
+                copied = next(job.steps, None)
+                job.to_copy = copied is not None
+                left -= copied or 0
+            if not job.to_copy and job.drained():
+                ended.append(self._end(ticket, job))
+        return ended
+
+    def cancel(self, ticket: Ticket) -> None:
+        job = self._jobs.get(ticket)
+        if job is not None and job.to_copy:
+            job.to_copy = False
+            job.cancelled = True
+
+    def close(self) -> None:
+        for job in self._jobs.values():
+            if job.dma is not None:
+                job.dma.synchronize()
+        self._jobs.clear()
+        self._peers.clear()
+        self._local.clear()
+        self._table = RegionTable(self._layout, ())
+
+    def _end(self, ticket: Ticket, job: _Job) -> Completion:
+        del self._jobs[ticket]
+        self.counters.ended += 1
+        if job.cancelled:
+            return Completion(ticket, Outcome.CANCELLED)
+        self.counters.bytes_moved += job.nbytes
+        return Completion(ticket, Outcome.DONE)
+
+    def _steps(
+        self, job: _Job, copies: list[tuple[RegionCopy, torch.Tensor, Mapping]]
+    ) -> Iterator[int]:
+        for copy, memory, mapping in copies:
+            if memory.is_cuda:
+                yield from self._copy_from_gpu(job, copy, memory, mapping)
+            else:
+                for copied in _copy_runs(copy, memory.numpy(), mapping.bytes):
+                    self.counters.bytes_copied += copied
+                    self.counters.pieces += 1
+                    yield copied
+
+    def _copy_from_gpu(
+        self, job: _Job, copy: RegionCopy, memory: torch.Tensor, mapping: Mapping
+    ) -> Iterator[int]:
+        """Device to page-locked host memory, piece by piece, by DMA."""
+        target = torch.from_numpy(mapping.bytes)
+        for at, to, nbytes in split_pieces(copy, STEP_BYTES):
+            # On the stream of the kernels that wrote the blocks, so behind them.
+            target[to : to + nbytes].copy_(memory[at : at + nbytes], non_blocking=True)
+            job.dma = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            job.dma.record(torch.cuda.current_stream(memory.device))
+            self.counters.pieces += 1
+            yield nbytes
+
+
+def _copy_runs(copy: RegionCopy, source: Bytes, target: Bytes) -> Iterator[int]:
+    """Copy neighbouring blocks together, `STEP_BYTES` at most but whole blocks."""
+    shape = copy.shape
+    ours, theirs = _views(copy, source, target)
+    step = max(1, STEP_BYTES // shape.block_bytes)
+    runs = zip(
+        copy.source_start.tolist(), copy.target_start.tolist(), copy.count.tolist(), strict=True
+    )
+    for at, to, blocks in runs:
+        for done in range(0, blocks, step):
+            here = min(step, blocks - done)
+            first, onto = at + done, to + done
+            theirs[onto : onto + here] = ours[first : first + here]
+            yield here * shape.block_bytes
+
+
+def _views(copy: RegionCopy, source: Bytes, target: Bytes) -> tuple[Bytes, Bytes]:
+    """Both sides as `[blocks, *axes, nbytes]`, of one shape except for the number of blocks."""
+    shape: Shape = copy.shape
+    inner = (*(axis.steps for axis in shape.axes), shape.nbytes)
+    # numpy refuses strides that leave the buffer.
+    ours: Bytes = np.ndarray(
+        (copy.source.blocks, *inner),
+        np.uint8,
+        source,
+        shape.source_offset,
+        (shape.source_stride, *(axis.source_stride for axis in shape.axes), 1),
+    )
+    theirs: Bytes = np.ndarray(
+        (copy.target.blocks, *inner),
+        np.uint8,
+        target,
+        shape.target_offset,
+        (shape.target_stride, *(axis.target_stride for axis in shape.axes), 1),
+    )
+    return ours, theirs
