@@ -75,6 +75,7 @@ class Harness:
         namespace: str = "",
         follows: str | None = None,
         priority: int = 0,
+        output: Sequence[int] = (),
         **params: object,
     ) -> str:
         """Queue a prompt for greedy generation of `tokens` tokens; returns its id."""
@@ -90,6 +91,7 @@ class Harness:
                     namespace=namespace,  # type: ignore[arg-type]
                     follows=follows,  # type: ignore[arg-type]
                     priority=priority,
+                    output=tuple(output),
                 )
             ]
         )

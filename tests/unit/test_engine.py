@@ -123,6 +123,27 @@ def test_same_seed_same_tokens_in_any_company(model: Model) -> None:
         assert engine.run(prompt(30), 20, temperature=1.0, seed=8) != alone
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 1.0, "seed": 3},
+        {"temperature": 0.8, "seed": 4, "frequency_penalty": 1.5, "repetition_penalty": 1.2},
+    ],
+)
+@pytest.mark.parametrize("done", [1, 7, 19])
+def test_taking_over_continues_as_the_first_run_would(
+    model: Model, options: dict[str, float], done: int
+) -> None:
+    with running_engine(model) as first, running_engine(model) as second:
+        whole = first.run(prompt(30), 20, **options)
+        request = second.submit(prompt(30), 20, output=whole[:done], **options)
+        assert second.finish(request) == [whole[done:]]
+        assert second.outputs.of(request)[-1].usage.prompt_tokens == 30
+        with pytest.raises(RequestError, match="exist already"):
+            second.submit(prompt(30), 20, output=whole)
+
+
 def test_logprobs_come_with_tokens(model: Model) -> None:
     with running_engine(model) as engine:
         request = engine.submit(prompt(20), 5, logprobs=3)

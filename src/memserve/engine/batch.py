@@ -155,7 +155,7 @@ class BatchScheduler:
     def _leader_prefills(self, sequence: Sequence) -> bool:
         leader_id = sequence.request.follows
         leader = None if leader_id is None else self._known.get(leader_id)
-        return leader is not None and leader.length == leader.prompt_tokens
+        return leader is not None and leader.computed < leader.prompt_tokens
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

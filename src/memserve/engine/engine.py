@@ -133,21 +133,27 @@ class Engine:
     def _validate(self, request: EngineRequest) -> None:
         info = self._info
         validate_sampling(request.sampling, info.vocab_size)
-        prompt = request.prompt
-        if not len(prompt):
+        if not len(request.prompt):
             raise RequestError("the prompt is empty", "prompt")
-        low, high = int(prompt.min()), int(prompt.max())
+        tokens = request.tokens
+        low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= info.vocab_size:
             bad = low if low < 0 else high
             raise RequestError(
                 f"token id {bad} is outside the vocabulary of {info.vocab_size}", "prompt"
             )
-        if len(prompt) >= info.max_tokens:
+        if len(tokens) >= info.max_tokens:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens; with at least one to generate, "
+                f"the prompt has {len(tokens)} tokens; with at least one to generate, "
                 f"at most {info.max_tokens} are possible "
                 f"(context {info.max_model_len}, KV memory {info.pool_tokens})",
                 "prompt",
+            )
+        if len(request.output) >= request.sampling.max_tokens:
+            raise RequestError(
+                f"{len(request.output)} of at most {request.sampling.max_tokens} tokens "
+                "exist already",
+                "max_tokens",
             )
 
     def cancel(self, ids: Seq[RequestId]) -> None:

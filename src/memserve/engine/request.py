@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from memserve.api.generate import FinishReason, SamplingParams
 from memserve.types import SHARED, Namespace, RequestId, TokenArray
 
@@ -19,9 +21,18 @@ class EngineRequest:
     sampling: SamplingParams
     namespace: Namespace = SHARED
     priority: int = 0  # lower runs first; arrival order breaks ties
+    # Generated already, by a run that another one takes over (here or on another instance).
+    # They count against `max_tokens` and are not emitted again; with a seed, or greedily, the
+    # tokens that follow are those that the first run would have produced.
+    output: tuple[int, ...] = ()
     # Another sample of the same prompt: wait until that one's prefill has put its blocks
     # into the index, then share them instead of computing them again.
     follows: RequestId | None = None
+
+    @property
+    def tokens(self) -> TokenArray:
+        """Prompt and `output`, [tokens] int32."""
+        return np.concatenate((self.prompt, np.asarray(self.output, dtype=np.int32)))
 
 
 @dataclass(frozen=True, slots=True)

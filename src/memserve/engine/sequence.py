@@ -39,8 +39,10 @@ class Sequence:
         self.end_tokens = (*eos, *params.stop_token_ids)
         self.limit = min(len(request.prompt) + params.max_tokens, max_model_len)
         self._tokens = np.empty(self.limit, dtype=np.int32)
-        self._tokens[: len(request.prompt)] = request.prompt
-        self.length = len(request.prompt)
+        self.length = len(request.prompt) + len(request.output)
+        self._tokens[: self.length] = request.tokens
+        for token in request.output:
+            self.sampler.append(token)
 
     @property
     def id(self) -> RequestId:
@@ -81,7 +83,7 @@ class Sequence:
         """
         self.computed = self.table.acquire(self.tokens, headroom)
         if self.fresh:
-            self.cached_tokens = self.computed
+            self.cached_tokens = min(self.computed, self.prompt_tokens)
 
     def advance(self, count: int) -> int:
         """`count` more tokens have KV now; full blocks become shared.
