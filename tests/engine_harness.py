@@ -127,13 +127,14 @@ def running_engine(
     mixed_tokens: int = 64,
     max_running: int = 16,
     max_waiting: int = 64,
+    threads: int = 1,
 ) -> Iterator[Harness]:
     """A started engine; on leaving it is stopped and its pool must be whole and quiet."""
     layout = model.layout("tiny", block_tokens, aggregated)
     with MemPool(layout, hbm_blocks, dram_blocks, instance="t0", device=str(model.device)) as pool:
         settings = EngineSettings(
             name="tiny",
-            threads=1,
+            threads=threads,
             limits=BatchLimits(max_tokens, mixed_tokens, max_running),
             max_waiting=max_waiting,
             caching=caching,
