@@ -80,7 +80,7 @@ class _Sequence:
 class FakeEngine:
     """An engine whose every sequence says `answer`, over and over, one token a step.
 
-    `gate` stops the steps while it is cleared. `tokens_per_output` of them come at once.
+    `gate` stops the steps while it is cleared.
     """
 
     answer: Sequence[int] | Callable[[EngineRequest], Sequence[int]] = (2, 3, 4)
@@ -176,9 +176,10 @@ class FakeEngine:
 
     def _run(self, sink: OutputSink) -> None:
         while True:
-            self.gate.wait()
             with self._changed:
                 self._changed.wait_for(lambda: self._stopped or self._waiting or self._running)
+            self.gate.wait()
+            with self._changed:
                 if self._stopped:
                     break
                 room = self.max_running - len(self._running)
@@ -229,6 +230,12 @@ class FakeEngine:
         return TokenLogprobs(chosen=-0.5, rank=1, top=others)
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what other threads do; the limit is the test's own."""
+    while not condition():
+        time.sleep(0.005)
+
+
 class FakeCluster:
     """A gateway and instances with fake engines, on one event loop in a thread of its own."""
 
@@ -255,8 +262,7 @@ class FakeCluster:
         assert self._ready.wait(30)
         if self._failure is not None:
             raise self._failure
-        while len(self.call(self.gateway.membership.ready)) < len(self.engines):
-            time.sleep(0.01)
+        self.until_ready(len(self.engines))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -279,9 +285,9 @@ class FakeCluster:
         """What SIGTERM does to a gateway."""
         self.call(self._shutdowns[-1].request)
 
-    def kill(self, index: int) -> None:
-        """Close an instance's connections and port at once, as its death would."""
-        self.call(lambda: self._servers[index].cancel() and None)
+    def until_ready(self, instances: int) -> None:
+        """Wait until the gateway sends requests to so many."""
+        until(lambda: len(self.call(self.gateway.membership.ready)) == instances)
 
     def _stop(self) -> None:
         for engine in self.engines:
@@ -302,11 +308,12 @@ class FakeCluster:
         self._loop = asyncio.get_running_loop()
         self._shutdowns: list[Shutdown] = []
         self._servers: list[asyncio.Task[None]] = []
+        for number, engine in enumerate(self.engines):
+            await self._start_instance(number, engine)
         async with Gateway(self._config, self._tokenizer) as gateway:
             self.gateway = gateway
-            for number, engine in enumerate(self.engines):
-                await self._start_instance(number, engine)
-                gateway.membership.join(self.urls[-1])
+            for url in self.urls:
+                gateway.membership.join(url)
             sock = bind("127.0.0.1", 0)
             self.url = url_of(sock)
             shutdown = Shutdown()
@@ -314,7 +321,7 @@ class FakeCluster:
             serving = asyncio.create_task(gateway.serve(sock, shutdown))
             self._ready.set()
             await serving
-        await asyncio.wait(self._servers)
+        await asyncio.gather(*self._servers)
         for engine in self.engines:
             await asyncio.to_thread(engine.stop)
 

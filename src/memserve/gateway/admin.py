@@ -148,7 +148,7 @@ def _with_openai(base: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, A
         _, components = msgspec.json.schema_components(
             types,
             ref_template=_COMPONENTS + "{name}",
-            schema_hook=lambda kind: {},  # fields that may be anything
+            schema_hook=lambda kind: {"description": "any JSON value"},  # of fields: object
         )
 
         def content(kind: type) -> dict[str, Any]:
