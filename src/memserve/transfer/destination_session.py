@@ -1,0 +1,195 @@
+"""D: the side of a transfer whose blocks are written. `session` has the protocol."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from memserve.transfer.messages import (
+    Abort,
+    Aborted,
+    AlreadyHave,
+    Commit,
+    Committed,
+    Drained,
+    Failure,
+    Prepare,
+    Prepared,
+    Query,
+    Refused,
+    SessionMessage,
+)
+from memserve.transfer.session import (
+    LEASE,
+    REMEMBER,
+    Actions,
+    Allocate,
+    Forget,
+    Free,
+    Lease,
+    Publish,
+    Quarantine,
+    Retry,
+    Revoke,
+    Send,
+    Sever,
+)
+
+
+class DestinationState(Enum):
+    ALLOCATING = "allocating"
+    OPEN = "open"
+    QUARANTINED = "quarantined"
+    COMMITTED = "committed"
+    ENDED = "ended"
+
+
+class DestinationSession:
+    """D: has blocks written by one life of a peer."""
+
+    def __init__(self, prepare: Prepare, incarnation: int, lease: Lease) -> None:
+        """`incarnation`: positive, never used before in this life. `lease`: of the source's."""
+        self.prepare = prepare
+        self.number = prepare.number
+        self.incarnation = incarnation
+        self.state = DestinationState.ALLOCATING
+        self._lease = lease
+        self._retry = Retry()
+        self._idle_since = 0.0
+        self._forget_at = float("inf")
+        self._final: SessionMessage | None = None  # what is repeated in COMMITTED
+        self._prepared: Prepared | None = None
+
+    @property
+    def wake_at(self) -> float:
+        """When `on_tick` has something to do, apart from the lease."""
+        if self.state is DestinationState.OPEN:
+            asking = self._retry.at < float("inf")
+            return self._retry.at if asking else self._idle_since + LEASE
+        return min(self._retry.at, self._forget_at)
+
+    def start(self, now: float) -> Actions:
+        self._idle_since = now
+        return [Allocate(self.prepare)]
+
+    def on_allocated(self, have: int, words: bytes, now: float) -> Actions:
+        """Blocks `have`.. are in `words`; or all are had, and `words` names them."""
+        if have == self.prepare.blocks and self.prepare.tokens is not None:
+            return [Free(), *self._committed(AlreadyHave(self.number, words), now)]
+        self.state = DestinationState.OPEN
+        self._prepared = Prepared(self.number, self.incarnation, have, words)
+        return [Send(self._prepared)]
+
+    def on_refused(self, failure: Failure) -> Actions:
+        self.state = DestinationState.ENDED
+        return [Send(Refused(self.number, failure)), Forget()]
+
+    def on_published(self, words: bytes, now: float) -> Actions:
+        return self._committed(Committed(self.number, self.incarnation, words), now)
+
+    def on_unpublishable(self, failure: Failure) -> Actions:
+        self.state = DestinationState.ENDED
+        return [Free(), Send(Aborted(self.number, self.incarnation, failure)), Forget()]
+
+    def on_message(self, message: SessionMessage, now: float) -> Actions:
+        if self.state is DestinationState.ENDED:
+            return answer_as_unaware(message)
+        if self.state is DestinationState.OPEN:
+            self._idle_since = now
+            self._retry.stop()
+        match message:
+            case Prepare():
+                return self._on_prepare()
+            case Commit():
+                return self._on_commit(message, now)
+            case Abort():
+                return self._on_abort(message, now)
+        return []
+
+    def stop(self, now: float) -> Actions:
+        """Give up, for a reason of this side."""
+        return self._quarantine(now) if self.state is DestinationState.OPEN else []
+
+    def on_gone(self, now: float) -> Actions:
+        """The source's life is over: nothing of it can land any more."""
+        state, self.state = self.state, DestinationState.ENDED
+        if state in (DestinationState.OPEN, DestinationState.QUARANTINED):
+            return [Free(), Forget()]
+        return [Forget()] if state is DestinationState.COMMITTED else []
+
+    def on_tick(self, now: float) -> Actions:
+        if self.state is DestinationState.COMMITTED:
+            if now < self._forget_at:
+                return []
+            self.state = DestinationState.ENDED
+            return [Forget()]
+        if self.state is DestinationState.OPEN and self._lease.lapsed(now):
+            return self._quarantine(now)
+        if self.state is DestinationState.QUARANTINED:
+            return [Send(self._query())] if self._retry.due(now) else []
+        if self.state is DestinationState.OPEN and now - self._idle_since >= LEASE:
+            if self._retry.at == float("inf"):
+                self._retry.start(now)
+                return [Send(self._query())]
+            if self._retry.due(now):
+                return [Send(self._query())]
+        return []
+
+    def _on_prepare(self) -> Actions:
+        if self.state is DestinationState.COMMITTED and self._final is not None:
+            return [Send(self._final)]
+        if self.state is DestinationState.QUARANTINED:
+            return [Send(self._query())]
+        return [] if self._prepared is None else [Send(self._prepared)]
+
+    def _on_commit(self, message: Commit, now: float) -> Actions:
+        if message.incarnation != self.incarnation:
+            return answer_as_unaware(message)
+        if self.state is DestinationState.OPEN:
+            return [Publish()]
+        if self.state is DestinationState.QUARANTINED:  # too late, but all its writes are done
+            return self._aborted(Drained.YES, message.incarnation)
+        return [] if self._final is None else [Send(self._final)]
+
+    def _on_abort(self, message: Abort, now: float) -> Actions:
+        if message.incarnation not in (0, self.incarnation):
+            return answer_as_unaware(message)
+        if self.state is DestinationState.COMMITTED:
+            if not message.revoke:  # an answer to a question from before the commit
+                return []
+            self.state = DestinationState.ENDED
+            answer = Aborted(self.number, message.incarnation)
+            return [Revoke(), Send(answer), Forget()]
+        if message.drained is not Drained.NO:
+            return self._aborted(message.drained, message.incarnation)
+        if self.state is DestinationState.OPEN:
+            return self._quarantine(now)[:-1]  # no question yet: it is draining
+        return []
+
+    def _aborted(self, drained: Drained, incarnation: int) -> Actions:
+        self.state = DestinationState.ENDED
+        answer = Aborted(self.number, incarnation)
+        sever: Actions = [Sever()] if drained is Drained.SEVERED else []
+        return [*sever, Free(), Send(answer), Forget()]
+
+    def _quarantine(self, now: float) -> Actions:
+        self.state = DestinationState.QUARANTINED
+        self._retry.start(now)
+        return [Quarantine(), Send(self._query())]
+
+    def _query(self) -> Query:
+        stop = self.state is DestinationState.QUARANTINED
+        return Query(self.number, self.incarnation, stop)
+
+    def _committed(self, final: SessionMessage, now: float) -> Actions:
+        self.state = DestinationState.COMMITTED
+        self._final = final
+        self._retry.stop()
+        self._forget_at = now + REMEMBER
+        return [Send(final)]
+
+
+def answer_as_unaware(message: SessionMessage) -> Actions:
+    """What D says about a transfer, or an incarnation of one, of which it has nothing."""
+    if isinstance(message, Commit | Abort):
+        return [Send(Aborted(message.number, message.incarnation))]
+    return []

@@ -1,0 +1,161 @@
+"""What pools say to each other about transfers, as msgpack.
+
+Block references travel as *words*: little-endian int64 without the owner, whose instance and
+epoch the envelope names once. Tokens travel as little-endian int32.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import msgspec
+import numpy as np
+
+from memserve.types import (
+    GENERATION_BITS,
+    INDEX_BITS,
+    MEDIUM_BITS,
+    Medium,
+    RefArray,
+    TokenArray,
+)
+
+WORD_BYTES = 8
+
+_WORD = np.dtype("<i8")
+_TOKEN = np.dtype("<i4")
+_OWNER_SHIFT = GENERATION_BITS + INDEX_BITS + MEDIUM_BITS
+_WORD_MASK = (1 << _OWNER_SHIFT) - 1
+
+
+class Drained(IntEnum):
+    """What an aborting source knows about its writes."""
+
+    NO = 0  # some may still land
+    YES = 1  # none will
+    SEVERED = 2  # none will once the destination has forgotten the broken connection
+
+
+class Failure(msgspec.Struct, frozen=True, array_like=True):
+    """An error on its way to the caller: the name of its class, and what it says."""
+
+    kind: str
+    message: str
+    numbers: tuple[int, ...] = ()
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Something about transfer `number`, which its source counts within its own life."""
+
+    number: int
+
+
+class Prepare(_Message, frozen=True, tag=1):
+    """S to D: have `blocks` blocks ready to be written.
+
+    `tokens`: what they hold, if they are to be inserted; D then allocates only what its index
+    lacks. `target`: words of blocks that somebody at D allocated for this; otherwise D does.
+    """
+
+    blocks: int
+    medium: Medium
+    namespace: str = ""
+    tokens: bytes | None = None
+    target: bytes | None = None
+
+
+class Prepared(_Message, frozen=True, tag=2):
+    """D to S: write blocks `have`.. to `words`. `incarnation` names this answer: it is
+    another one if a late copy of Prepare is taken for a new transfer."""
+
+    incarnation: int
+    have: int
+    words: bytes
+
+
+class AlreadyHave(_Message, frozen=True, tag=3):
+    """D to S: all of it is cached here, in `words`. The end."""
+
+    words: bytes
+
+
+class Refused(_Message, frozen=True, tag=4):
+    """D to S: nothing was allocated. The end."""
+
+    failure: Failure
+
+
+class Commit(_Message, frozen=True, tag=5):
+    """S to D: all is written."""
+
+    incarnation: int
+
+
+class Committed(_Message, frozen=True, tag=6):
+    """D to S: all blocks of the transfer, first to last, are whole and in `words`. The end."""
+
+    incarnation: int
+    words: bytes
+
+
+class Abort(_Message, frozen=True, tag=7):
+    """S to D: no commit will come. `incarnation` 0: of any, S has accepted none.
+
+    `revoke`: if a commit came all the same, take back what it gave to S."""
+
+    incarnation: int
+    drained: Drained
+    revoke: bool = False
+
+
+class Aborted(_Message, frozen=True, tag=8):
+    """D to S: nothing of it is left here. `failure`: why, if D gave up first. The end."""
+
+    incarnation: int
+    failure: Failure | None = None
+
+
+class Query(_Message, frozen=True, tag=9):
+    """D to S: are you still at it? `stop`: I have given up; stop and say when it is drained."""
+
+    incarnation: int
+    stop: bool
+
+
+class Keep(_Message, frozen=True, tag=10):
+    """S to D: I am still at it."""
+
+    incarnation: int
+
+
+SessionMessage = (
+    Prepare | Prepared | AlreadyHave | Refused | Commit | Committed | Abort | Aborted | Query | Keep
+)
+
+
+def is_from_source(message: SessionMessage) -> bool:
+    """Whether it is for the destination."""
+    return isinstance(message, Prepare | Commit | Abort | Keep)
+
+
+def to_words(refs: RefArray) -> bytes:
+    """References [n] without their owner."""
+    return (refs & _WORD_MASK).astype(_WORD, copy=False).tobytes()
+
+
+def from_words(words: bytes, owner: int) -> RefArray:
+    """References [n] of the interned `owner`. Raises ValueError if `words` are none."""
+    local = np.frombuffer(words, dtype=_WORD).astype(np.int64)
+    if len(local) and (int(local.min()) < 0 or int(local.max()) > _WORD_MASK):
+        raise ValueError("block words out of range")
+    local |= owner << _OWNER_SHIFT
+    return local
+
+
+def to_wire_tokens(tokens: TokenArray) -> bytes:
+    return tokens.astype(_TOKEN, copy=False).tobytes()
+
+
+def from_wire_tokens(data: bytes) -> TokenArray:
+    """Raises ValueError if the length fits no int32."""
+    return np.frombuffer(data, dtype=_TOKEN).astype(np.int32, copy=False)

@@ -1,0 +1,283 @@
+"""S: the side of a transfer that writes. `session` has the protocol."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from memserve.transfer.messages import (
+    WORD_BYTES,
+    Abort,
+    Aborted,
+    AlreadyHave,
+    Commit,
+    Committed,
+    Drained,
+    Failure,
+    Keep,
+    Prepare,
+    Prepared,
+    Query,
+    Refused,
+    SessionMessage,
+)
+from memserve.transfer.session import (
+    DEADLINE,
+    LEASE,
+    Actions,
+    CancelWrites,
+    Finish,
+    Forget,
+    Lease,
+    Release,
+    Retry,
+    Round,
+    Send,
+    Write,
+)
+
+
+class SourceState(Enum):
+    PREPARING = "preparing"
+    WRITING = "writing"
+    COMMITTING = "committing"
+    ABORTING = "aborting"
+    ENDED = "ended"
+
+
+class SourceSession:
+    """S: writes blocks into a peer's pool."""
+
+    def __init__(self, prepare: Prepare, lease: Lease, deadline: float = DEADLINE) -> None:
+        """`lease`: of the destination's life. `deadline`: seconds without progress."""
+        self.prepare = prepare
+        self.number = prepare.number
+        self.state = SourceState.PREPARING
+        self._lease = lease
+        self._patience = deadline
+        self._deadline = float("inf")
+        self._retry = Retry()
+        self._incarnation = 0
+        self._have = 0
+        self._words = b""
+        self._waiting: list[Round] = []  # rounds that came before Prepared
+        self._sealed = False
+        self._serial = 0
+        self._writing: set[int] = set()
+        self._drained = Drained.YES
+        self._released = False
+        self._unsure = False  # whether the destination may have committed
+
+    @property
+    def wake_at(self) -> float:
+        """When `on_tick` has something to do, apart from the lease."""
+        return min(self._retry.at, self._deadline)
+
+    def start(self, now: float) -> Actions:
+        self._deadline = now + self._patience
+        self._retry.start(now)
+        return [Send(self.prepare)]
+
+    def write(self, round: Round, now: float) -> Actions:
+        """Another part is ready. Nothing once the transfer has failed."""
+        if self._sealed:
+            raise ValueError("no round may follow the last one")
+        self._deadline = now + self._patience
+        if self.state is SourceState.PREPARING:
+            self._waiting.append(round)
+            return []
+        if self.state is not SourceState.WRITING:
+            return []
+        return self._write(round)
+
+    def seal(self, now: float) -> Actions:
+        """There was the last round: commit when all are written."""
+        self._sealed = True
+        return self._commit_if_written(now)
+
+    def cancel(self, now: float) -> Actions:
+        """Abort, unless it is too late: a commit on its way decides for itself."""
+        if self.state not in (SourceState.PREPARING, SourceState.WRITING):
+            return []
+        return self._abort(Failure("TransferCancelled", "cancelled"), now)
+
+    def fail(self, failure: Failure, now: float) -> Actions:
+        """Abort for a reason of this side. Nothing once a commit is on its way."""
+        if self.state not in (SourceState.PREPARING, SourceState.WRITING):
+            return []
+        return self._abort(failure, now)
+
+    def on_message(self, message: SessionMessage, now: float) -> Actions:
+        if self.state is SourceState.ENDED:
+            return answer_as_stranger(message)
+        match message:
+            case Prepared():
+                return self._on_prepared(message, now)
+            case AlreadyHave() if self.state is SourceState.PREPARING:
+                have = len(message.words) // WORD_BYTES
+                return self._end(Finish(None, message.words, have))
+            case Refused() if self.state is SourceState.PREPARING:
+                return self._end(Finish(message.failure))
+            case Committed() if self._awaits(SourceState.COMMITTING, message.incarnation):
+                return self._end(Finish(None, message.words, self._have))
+            case Aborted():
+                return self._on_aborted(message)
+            case Query():
+                return self._on_query(message, now)
+        return []
+
+    def on_write_done(
+        self, serial: int, failure: Failure | None, drained: Drained, now: float
+    ) -> Actions:
+        """A write has ended; `drained`: whether its target is quiet, too."""
+        self._writing.remove(serial)
+        if drained is Drained.SEVERED:
+            self._drained = Drained.SEVERED
+        if self.state is SourceState.ABORTING:
+            return [] if self._writing else self._all_drained(now)
+        if failure is not None:
+            return self._abort(failure, now)
+        self._deadline = now + self._patience
+        return self._commit_if_written(now)
+
+    def on_gone(self, now: float) -> Actions:
+        """The destination's life is over; its memory went with it."""
+        if self.state is SourceState.ENDED:
+            return []
+        if self.state is not SourceState.ABORTING:
+            failure = Failure("PeerLost", "the destination is gone")
+            actions: Actions = [Finish(failure)]
+            if self._writing:
+                actions.append(CancelWrites())
+        else:
+            actions = []
+        self.state = SourceState.ABORTING
+        self._retry.stop()
+        self._deadline = float("inf")
+        if not self._writing:
+            return actions + self._end(None)
+        self._lease = Lease(float("-inf"))  # nobody to tell when it has drained
+        return actions
+
+    def on_tick(self, now: float) -> Actions:
+        if self.state is SourceState.ENDED:
+            return []
+        silent = self._lease.lapsed(now)
+        if self.state is SourceState.ABORTING:
+            if silent and self._is_quiet():
+                return self._end(None)  # it will ask when it is back
+            return [Send(self._abort_message())] if self._retry.due(now) else []
+        if silent:
+            return self._abort(Failure("PeerLost", f"no word from it for {LEASE:g} s"), now)
+        if now >= self._deadline:
+            text = f"no progress for {self._patience:g} s while {self.state.value}"
+            return self._abort(Failure("TransferTimeout", text), now)
+        if self._retry.due(now):
+            if self.state is SourceState.PREPARING:
+                return [Send(self.prepare)]
+            return [Send(Commit(self.number, self._incarnation))]
+        return []
+
+    def _awaits(self, state: SourceState, incarnation: int) -> bool:
+        return self.state is state and incarnation == self._incarnation
+
+    def _on_prepared(self, message: Prepared, now: float) -> Actions:
+        if self.state is not SourceState.PREPARING:
+            if message.incarnation == self._incarnation:
+                return []
+            return answer_as_stranger(message)
+        if message.have + len(message.words) // WORD_BYTES != self.prepare.blocks:
+            return []
+        self.state = SourceState.WRITING
+        self._incarnation = message.incarnation
+        self._have = message.have
+        self._words = message.words
+        self._retry.stop()
+        self._deadline = now + self._patience
+        actions: Actions = []
+        for round in self._waiting:
+            actions += self._write(round)
+        self._waiting.clear()
+        return actions + self._commit_if_written(now)
+
+    def _on_aborted(self, message: Aborted) -> Actions:
+        if self._awaits(SourceState.COMMITTING, message.incarnation):
+            lost = Failure("TransferAborted", "the destination had given up")
+            return self._end(Finish(message.failure or lost))
+        if self._awaits(SourceState.ABORTING, message.incarnation) and not self._writing:
+            return self._end(None)
+        return []
+
+    def _on_query(self, message: Query, now: float) -> Actions:
+        if self.state is SourceState.PREPARING:
+            # Its Prepared may still be on the way: to disown it now and accept it later would
+            # be to write into blocks that are free.
+            if message.stop:
+                return self._abort(Failure("TransferAborted", "the destination gave up"), now)
+            return [Send(Keep(self.number, message.incarnation))]
+        if message.incarnation != self._incarnation:
+            return answer_as_stranger(message)
+        if self.state is SourceState.ABORTING:
+            return [Send(self._abort_message())]
+        if message.stop:
+            return self._abort(Failure("TransferAborted", "the destination gave up"), now)
+        return [Send(Keep(self.number, self._incarnation))]
+
+    def _write(self, round: Round) -> Actions:
+        first = max(round.first, self._have)
+        if first >= round.last:
+            return []
+        self._serial += 1
+        self._writing.add(self._serial)
+        at, to = ((block - self._have) * WORD_BYTES for block in (first, round.last))
+        return [Write(self._serial, round._replace(first=first), self._words[at:to])]
+
+    def _commit_if_written(self, now: float) -> Actions:
+        if self.state is not SourceState.WRITING or not self._sealed or self._writing:
+            return []
+        self.state = SourceState.COMMITTING
+        self._retry.start(now)
+        return [Send(Commit(self.number, self._incarnation))]
+
+    def _abort(self, failure: Failure, now: float) -> Actions:
+        self._unsure = self.state is SourceState.COMMITTING
+        self.state = SourceState.ABORTING
+        self._deadline = float("inf")
+        self._retry.start(now)
+        if not self._writing:
+            return [Finish(failure), *self._all_drained(now)]
+        return [Finish(failure), CancelWrites(), Send(self._abort_message())]
+
+    def _all_drained(self, now: float) -> Actions:
+        """Nothing will land any more: D may free, and so may this side's caller."""
+        if self._lease.lapsed(now) and self._is_quiet():
+            return self._end(None)
+        self._retry.start(now)
+        return [*self._release(), Send(self._abort_message())]
+
+    def _is_quiet(self) -> bool:
+        """Whether a stranger's answer, a plain Abort(YES), is all there is to say."""
+        return not self._writing and not self._unsure and self._drained is Drained.YES
+
+    def _abort_message(self) -> Abort:
+        return Abort(self.number, self._incarnation, Drained.NO if self._writing else self._drained)
+
+    def _end(self, finish: Finish | None) -> Actions:
+        self.state = SourceState.ENDED
+        self._retry.stop()
+        self._deadline = float("inf")
+        actions: Actions = [] if finish is None else [finish]
+        return [*actions, *self._release(), Forget()]
+
+    def _release(self) -> Actions:
+        if self._released:
+            return []
+        self._released = True
+        return [Release()]
+
+
+def answer_as_stranger(message: SessionMessage) -> Actions:
+    """What S says about a transfer, or an incarnation of one, that it does not know: it is
+    not writing to it, and never will."""
+    if isinstance(message, Prepared | Query):
+        return [Send(Abort(message.number, message.incarnation, Drained.YES))]
+    return []
