@@ -75,6 +75,27 @@ def serve(
     _report(json, config, result, serving_table(columns))
 
 
+class PoolBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How many prompts the pool is filled with."""
+
+    prompts: Annotated[Positive, doc("stored")] = 10_000
+    prompt_tokens: Annotated[Positive, doc("of each")] = 4096
+    prefixes: Annotated[Positive, doc("that the prompts share")] = 50
+    prefix_tokens: Annotated[Positive, doc("of each")] = 1024
+
+
+@app.command()
+@takes_flags(flags_of(PoolBenchConfig))
+def pool(json: _Json = None, *, given: Given) -> None:
+    """Time the memory pool's calls, beside an index of block hashes, and its eviction."""
+    from memserve.bench.pool import PoolWorkload, pool_bench_table, run_pool_bench
+
+    config = with_flags(PoolBenchConfig(), given)
+    workload = PoolWorkload(**msgspec.structs.asdict(config))
+    report = run_pool_bench(workload, progress=progress_lines())
+    _report(json, config, report, pool_bench_table(report))
+
+
 class EngineBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How much the engine is given to do."""
 

@@ -38,6 +38,7 @@ class Child:
         """Start it. What it prints is kept until `show_output`."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # a file here that is named like a module of Python's is none of ours
             "-m",
             "memserve",
             *arguments,

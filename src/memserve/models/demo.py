@@ -83,7 +83,8 @@ def _assemble(gguf: Path) -> None:
 
 def _run_conversion(gguf: Path, converted: Path) -> None:
     """In a process of its own, so that the caller keeps neither torch nor 2 GB of tensors."""
-    command = [sys.executable, "-m", "memserve.models.convert_gguf", str(gguf), str(converted)]
+    module = "memserve.models.convert_gguf"
+    command = [sys.executable, "-P", "-m", module, str(gguf), str(converted)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()[-10:]
