@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -107,9 +108,13 @@ def by_pieces(source: MemPool, target: MemPool, writes: WriteList) -> None:
         RegionTable(pool.layout, [each.region for each in local_regions(pool)])
         for pool in (source, target)
     ]
-    for copy in plan_copies(*tables, writes):
-        for at, to, nbytes in split_pieces(copy, limit=24):
-            memory[copy.target][to : to + nbytes] = memory[copy.source][at : at + nbytes]
+    chunk_bytes = 3 * source.layout.block_bytes
+    for chunk in chain.from_iterable(
+        copy.chunks(chunk_bytes) for copy in plan_copies(*tables, writes)
+    ):
+        assert chunk.nbytes <= chunk_bytes
+        for at, to, nbytes in split_pieces(chunk, limit=24):
+            memory[chunk.target][to : to + nbytes] = memory[chunk.source][at : at + nbytes]
 
 
 @pytest.mark.parametrize("move", [by_shm, by_pieces])

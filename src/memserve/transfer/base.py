@@ -23,6 +23,11 @@ from memserve.types import IndexArray, Medium, Owner, RefArray, ref_index, ref_m
 
 Ticket = NewType("Ticket", int)  # one posted WriteList, unique within a transport
 
+# For target blocks that a completion does not call drained. What a broken connection left in
+# the receive buffer of a living peer, some megabytes, is written within milliseconds of its
+# progress thread running again; this is long beside that and short beside leases.
+SETTLE_SECONDS = 2.0
+
 
 class Region(msgspec.Struct, frozen=True):
     """Consecutive blocks in one piece of an instance's memory, as a peer sees it."""
@@ -121,8 +126,8 @@ class Completion:
     ticket: Ticket
     outcome: Outcome
     error: TransferError | None = None  # why, if FAILED
-    # The target blocks may be reused too. False where a connection broke and its bytes may
-    # still sit in the peer's receive buffers: they are quiet once the peer has removed us.
+    # The target blocks may be reused at once too. False where a connection broke and bytes may
+    # still sit in the peer's receive buffer: they may after the peer ran for SETTLE_SECONDS.
     target_drained: bool = True
 
 
@@ -179,7 +184,7 @@ class Transport(Protocol):
         ...
 
     def remove_peer(self, peer: Owner) -> None:
-        """Forget a peer; its tickets end as CANCELLED at the next polls. Unknown: nothing."""
+        """Forget a peer and cancel its tickets. Unknown: nothing happens."""
         ...
 
     def post(self, peer: Owner, writes: WriteList) -> Ticket:
@@ -195,7 +200,12 @@ class Transport(Protocol):
         ...
 
     def cancel(self, ticket: Ticket) -> None:
-        """Ask for an early end. The completion still comes, DONE if the copy was faster."""
+        """Ask for an early end. The completion still comes, DONE if the copy was faster.
+
+        It comes when the copy has really stopped. Where a peer is silent but not known to be
+        dead that takes as long as the network needs to give up: minutes, perhaps. Until then
+        a late byte may be read from the source blocks, so they must not be reused.
+        """
         ...
 
     def close(self) -> None:

@@ -103,6 +103,27 @@ class RegionCopy:
     def nbytes(self) -> int:
         return int(self.count.sum()) * self.shape.block_bytes
 
+    def chunks(self, limit: int) -> Iterator[RegionCopy]:
+        """The same copy in parts of at most `limit` bytes, but whole blocks."""
+        step = max(1, limit // self.shape.block_bytes)
+        ends = np.cumsum(self.count)
+        starts = ends - self.count  # of each run, counted in blocks over the whole copy
+        for first in range(0, int(ends[-1]), step):
+            last = min(first + step, int(ends[-1]))
+            runs = slice(
+                int(np.searchsorted(ends, first, side="right")),
+                int(np.searchsorted(starts, last, side="left")),
+            )
+            skip = np.maximum(first - starts[runs], 0)
+            yield RegionCopy(
+                self.source,
+                self.target,
+                self.shape,
+                self.source_start[runs] + skip,
+                self.target_start[runs] + skip,
+                np.minimum(ends[runs], last) - starts[runs] - skip,
+            )
+
     def pieces(self) -> tuple[IndexArray, IndexArray, IndexArray]:
         """Contiguous runs of bytes: source and target offsets in the regions, and sizes."""
         shape = self.shape

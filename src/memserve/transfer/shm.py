@@ -176,9 +176,9 @@ class ShmTransport:
             if memory.is_cuda:
                 yield from self._copy_from_gpu(job, copy, memory, mapping)
             else:
-                for copied in _copy_runs(copy, memory.numpy(), mapping.bytes):
+                self.counters.pieces += len(copy.count)
+                for copied in _copy_blocks(copy, memory.numpy(), mapping.bytes):
                     self.counters.bytes_copied += copied
-                    self.counters.pieces += 1
                     yield copied
 
     def _copy_from_gpu(
@@ -195,20 +195,14 @@ class ShmTransport:
             yield nbytes
 
 
-def _copy_runs(copy: RegionCopy, source: Bytes, target: Bytes) -> Iterator[int]:
-    """Copy neighbouring blocks together, `STEP_BYTES` at most but whole blocks."""
-    shape = copy.shape
+def _copy_blocks(copy: RegionCopy, source: Bytes, target: Bytes) -> Iterator[int]:
+    """Copy run by run; yields the bytes of each step."""
     ours, theirs = _views(copy, source, target)
-    step = max(1, STEP_BYTES // shape.block_bytes)
-    runs = zip(
-        copy.source_start.tolist(), copy.target_start.tolist(), copy.count.tolist(), strict=True
-    )
-    for at, to, blocks in runs:
-        for done in range(0, blocks, step):
-            here = min(step, blocks - done)
-            first, onto = at + done, to + done
-            theirs[onto : onto + here] = ours[first : first + here]
-            yield here * shape.block_bytes
+    for chunk in copy.chunks(STEP_BYTES):
+        starts = zip(chunk.source_start.tolist(), chunk.target_start.tolist(), strict=True)
+        for (at, to), blocks in zip(starts, chunk.count.tolist(), strict=True):
+            theirs[to : to + blocks] = ours[at : at + blocks]
+        yield chunk.nbytes
 
 
 def _views(copy: RegionCopy, source: Bytes, target: Bytes) -> tuple[Bytes, Bytes]:
