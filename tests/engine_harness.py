@@ -76,6 +76,7 @@ class Harness:
         follows: str | None = None,
         priority: int = 0,
         output: Sequence[int] = (),
+        prefill_only: bool = False,
         **params: object,
     ) -> str:
         """Queue a prompt for greedy generation of `tokens` tokens; returns its id."""
@@ -92,6 +93,7 @@ class Harness:
                     follows=follows,  # type: ignore[arg-type]
                     priority=priority,
                     output=tuple(output),
+                    prefill_only=prefill_only,
                 )
             ]
         )

@@ -144,6 +144,17 @@ def test_taking_over_continues_as_the_first_run_would(
             second.submit(prompt(30), 20, output=whole)
 
 
+def test_prefill_only_gives_the_first_token_and_caches_the_prompt(model: Model) -> None:
+    with running_engine(model) as engine:
+        request = engine.submit(prompt(50), 20, prefill_only=True)
+        [first] = engine.finish(request)
+        assert engine.outputs.of(request)[-1].finish_reason is FinishReason.LENGTH
+        assert engine.pool.stats().hbm.cached == 3
+        rest = engine.run(prompt(50), 20, output=first)
+        assert first + rest == engine.run(prompt(50), 20)
+        assert len(first) == 1
+
+
 def test_logprobs_come_with_tokens(model: Model) -> None:
     with running_engine(model) as engine:
         request = engine.submit(prompt(20), 5, logprobs=3)

@@ -25,6 +25,8 @@ class EngineRequest:
     # They count against `max_tokens` and are not emitted again; with a seed, or greedily, the
     # tokens that follow are those that the first run would have produced.
     output: tuple[int, ...] = ()
+    # End after one token, whatever `max_tokens` says: another instance goes on from there.
+    prefill_only: bool = False
     # Another sample of the same prompt: wait until that one's prefill has put its blocks
     # into the index, then share them instead of computing them again.
     follows: RequestId | None = None

@@ -37,7 +37,8 @@ class Sequence:
         eos = () if params.ignore_eos else eos_token_ids
         self.sampler = SamplerState(params, request.prompt, eos)
         self.end_tokens = (*eos, *params.stop_token_ids)
-        self.limit = min(len(request.prompt) + params.max_tokens, max_model_len)
+        wanted = len(request.output) + 1 if request.prefill_only else params.max_tokens
+        self.limit = min(len(request.prompt) + wanted, max_model_len)
         self._tokens = np.empty(self.limit, dtype=np.int32)
         self.length = len(request.prompt) + len(request.output)
         self._tokens[: self.length] = request.tokens
