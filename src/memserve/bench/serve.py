@@ -61,6 +61,8 @@ class ServeRun(msgspec.Struct, frozen=True):
     """One measured run."""
 
     name: str
+    model: str  # as the server calls it
+    cluster: ClusterConfig | None  # None: a server that somebody else has started
     summary: ServingSummary
     requests: tuple[RequestRecord, ...]
 
@@ -102,12 +104,13 @@ async def measure_server(
         elif done * _PROGRESS_LINES // total > (done - 1) * _PROGRESS_LINES // total:
             progress(f"{name}: {done} of {total} requests")
 
-    async with OpenAIClient(url, await _served_model(url), clock) as client:
+    model = await _served_model(url)
+    async with OpenAIClient(url, model, clock) as client:
         if (error := await warm_up(client, config.warm_up)) is not None:
             raise BenchmarkError(f"{url} does not answer a warm-up request: {error}")
         settings = LoadSettings(config.rate, config.seed, config.replay_answers)
         load = await generate_load(client, sessions, settings, clock, finished)
-    return ServeRun(name, summarise(load), load.records)
+    return ServeRun(name, model, None, summarise(load), load.records)
 
 
 async def compare_caching(
@@ -140,7 +143,8 @@ async def _measure_own(
         measuring = asyncio.ensure_future(
             measure_server(name, config, started.url, sessions, progress)
         )
-        return await started.or_failure(measuring)
+        run = await started.or_failure(measuring)
+        return msgspec.structs.replace(run, cluster=cluster)
     finally:
         await started.stop()
 
