@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from memserve.api.errors import context_length_exceeded, invalid, model_not_found
 from memserve.api.generate import CallKind, GenerateCall, validate_sampling
@@ -156,19 +156,18 @@ def _template_message(message: Message) -> dict[str, str]:
     return rendered
 
 
-def _prompts(request: CompletionRequest) -> list[str | tuple[int, ...]]:
+def _prompts(request: CompletionRequest) -> Sequence[str | tuple[int, ...]]:
     prompt = request.prompt
     if isinstance(prompt, str):
         prompt = (prompt,)
-    ids = [part for part in prompt if isinstance(part, int)]
-    several = [part for part in prompt if not isinstance(part, int)]
-    if ids and several:
+    kinds = set(map(type, prompt))  # in C: a prompt may have a million token ids
+    if kinds == {int}:
+        return (cast(tuple[int, ...], prompt),)
+    if int in kinds:
         raise invalid("'prompt' mixes token ids with prompts.", "prompt")
-    if ids:
-        several = [tuple(ids)]
-    if not several or not all(several):
+    if not prompt or not all(prompt):
         raise invalid("'prompt' is empty; at least one token is needed.", "prompt")
-    return several
+    return cast(tuple[str | tuple[int, ...], ...], prompt)
 
 
 def _check_prompt(prompt: tuple[int, ...], limits: Limits) -> None:

@@ -183,26 +183,30 @@ class Relay:
     ) -> None:
         """Relay events whole, so that an error event can follow the last one at any time."""
         rest = b""
-        while data := await content.readany():
-            if rest:
-                data, rest = rest + data, b""
-            if not data.endswith(_EVENT_END):
-                end = data.rfind(_EVENT_END)
-                cut = end + len(_EVENT_END) if end >= 0 else 0
-                data, rest = data[:cut], data[cut:]
-                if not data:
-                    continue
+        done = False
+        while not done:
+            data = rest + await content.readany()
+            done = content.at_eof()
+            end = len(data) if done else _end_of_events(data)
+            data, rest = data[:end], data[end:]
+            if not data and not done:
+                continue
             if not answer.status:
                 answer.status = HTTPStatus.OK
                 answer.first_byte = self._clock.now()
                 await start_events(send, headers)
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+            await send({"type": "http.response.body", "body": data, "more_body": not done})
 
     def _failure(self) -> ApiError:
         if self._stopping:
             return unavailable("The gateway is shutting down.", "gateway_stopping", close=True)
         return unavailable("The instance that had this request was lost.", "instance_lost")
+
+
+def _end_of_events(data: bytes) -> int:
+    """Where the last event that is whole ends."""
+    end = data.rfind(_EVENT_END)
+    return end + len(_EVENT_END) if end >= 0 else 0
 
 
 def no_instance() -> ApiError:

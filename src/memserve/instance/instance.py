@@ -173,9 +173,10 @@ class Instance:
             return False
         if self._clock.now() - self._dispatcher.last_output < IDLE_SECONDS:
             return True
-        steps = self._parts.engine.stats().steps
-        if steps != self._steps_seen:  # a long prompt takes steps without producing anything
-            self._steps_seen = steps
+        stats = self._parts.engine.stats()
+        progress = stats.running and stats.steps != self._steps_seen
+        self._steps_seen = stats.steps
+        if progress:  # a long prompt takes steps without producing anything
             return True
         return await self._probe(self._parts, HEALTH_SECONDS)
 
