@@ -27,6 +27,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "==> installing memserve and what it needs (minutes, the first time)"
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet \
 		--constraint constraints.txt --editable '.[demo,bench,dev]'
+	@# With what it asks for, NIXL would bring CUDA libraries that torch's build may not fit.
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet \
+		--constraint constraints.txt --no-deps nixl nixl-cu12
 	@touch $@
 	@echo "==> installed; the command is $(BIN)/memserve"
 

@@ -1,0 +1,168 @@
+"""The part of NIXL that transfers need, typed."""
+
+from __future__ import annotations
+
+import importlib
+from enum import Enum
+from types import ModuleType
+from typing import NewType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.errors import PeerLost, TransferError
+from memserve.transfer.base import LocalRegion, Region
+from memserve.types import IndexArray
+
+Request = NewType("Request", int)
+
+# Microseconds that NIXL's progress thread sleeps between looks; it spins on a core otherwise.
+PROGRESS_DELAY = 1000
+
+_BACKEND = "UCX"
+
+
+class RequestState(Enum):
+    """How far a posted request is."""
+
+    IN_PROGRESS = "in progress"
+    DONE = "done"
+
+
+class MetadataConflict(TransferError):
+    """A peer's metadata that contradicts what is known of it; forget it first."""
+
+
+def load_bindings() -> ModuleType:
+    """NIXL's own, without the wrapper that has the progress thread spin. Raises TransferError."""
+    try:
+        return importlib.import_module("nixl._bindings")
+    except ImportError as error:
+        raise TransferError(
+            f"NIXL cannot be imported ({error}); pip install --no-deps nixl nixl-cu12"
+        ) from error
+
+
+class NixlAgent:
+    """One agent with the UCX backend. All calls from one thread."""
+
+    def __init__(self, name: str, tls: str | None = None) -> None:
+        """`tls`: the transports that UCX may use, as in UCX_TLS; None: as UCX_TLS says.
+
+        Raises TransferError.
+        """
+        nixl = load_bindings()
+        self._nixl = nixl
+        self._failures: tuple[type[Exception], ...] = (
+            nixl.nixlBackendError,
+            nixl.nixlCancelledError,
+            nixl.nixlInvalidParamError,
+            nixl.nixlMismatchError,
+            nixl.nixlNotAllowedError,
+            nixl.nixlNotFoundError,
+            nixl.nixlNotSupportedError,
+            nixl.nixlRemoteDisconnectError,
+            nixl.nixlUnknownError,
+        )
+        config = nixl.nixlAgentConfig()
+        config.useProgThread = True  # a TCP target makes no progress without
+        config.pthrDelay = PROGRESS_DELAY
+        config.syncMode = nixl.NIXL_THREAD_SYNC_STRICT
+        try:
+            self._agent = nixl.nixlAgent(name, config)
+            self._backend = self._agent.createBackend(
+                _BACKEND, {} if tls is None else {"engine_config": f"TLS={tls}"}
+            )
+        except self._failures as error:
+            raise TransferError(f"NIXL agent {name!r}: {error}") from error
+
+    def register(self, local: LocalRegion) -> object:
+        """Returns what `deregister` takes. Raises TransferError."""
+        region = local.region
+        row = np.array([[region.address, region.nbytes, region.device or 0]], dtype=np.uint64)
+        handle: object = self._nixl.nixlRegDList(self._memory_type(region), row)
+        try:
+            self._agent.registerMem(handle, [self._backend])
+        except self._failures as error:
+            raise TransferError(f"NIXL cannot register {region}: {error}") from error
+        return handle
+
+    def deregister(self, handle: object) -> None:
+        self._agent.deregisterMem(handle, [self._backend])
+
+    def metadata(self) -> bytes:
+        """How peers reach this agent and its registered memory."""
+        metadata: bytes = self._agent.getLocalMD()
+        return metadata
+
+    def load(self, metadata: bytes) -> str:
+        """Know a peer, or its newly registered memory; returns the name of its agent.
+
+        Raises MetadataConflict where a registration was replaced by another at its address;
+        TransferError.
+        """
+        try:
+            name: bytes = self._agent.loadRemoteMD(metadata)
+        except self._nixl.nixlNotAllowedError as error:
+            raise MetadataConflict(str(error)) from error
+        except self._failures as error:
+            raise TransferError(f"NIXL refuses the metadata of a peer: {error}") from error
+        return name.decode()
+
+    def forget(self, name: str) -> None:
+        """Forget a peer. What is posted to it goes on, out of sight."""
+        try:
+            self._agent.invalidateRemoteMD(name)
+        except self._nixl.nixlNotFoundError:
+            return  # a connection that broke took it away already
+
+    def write(
+        self,
+        name: str,
+        source: tuple[Region, IndexArray],
+        target: tuple[Region, IndexArray],
+        nbytes: IndexArray,
+    ) -> Request:
+        """Begin to write pieces of a local region, at offsets [n], into a peer's.
+
+        Raises PeerLost.
+        """
+        ours = self._descriptors(*source, nbytes)
+        theirs = self._descriptors(*target, nbytes)
+        request: int | None = None
+        try:
+            request = self._agent.createXferReq(
+                self._nixl.NIXL_WRITE, ours, theirs, name, "", [self._backend]
+            )
+            self._agent.postXferReq(request, "")
+        except self._failures as error:
+            if request is not None:
+                self.release(Request(request))
+            raise PeerLost(f"{name}: {error}") from error
+        return Request(request)
+
+    def state(self, request: Request) -> RequestState:
+        """Raises PeerLost for a request that failed. It has stopped."""
+        try:
+            status = self._agent.getXferStatus(request)
+        except self._failures as error:
+            raise PeerLost(str(error)) from error
+        if status == self._nixl.NIXL_IN_PROG:
+            return RequestState.IN_PROGRESS
+        return RequestState.DONE
+
+    def release(self, request: Request) -> None:
+        """Forget a request that ended. One in progress would go on, out of sight."""
+        self._agent.releaseXferReq(request)
+
+    def _descriptors(self, region: Region, offsets: IndexArray, nbytes: IndexArray) -> object:
+        rows: NDArray[np.uint64] = np.empty((len(offsets), 3), dtype=np.uint64)
+        rows[:, 0] = offsets + region.address
+        rows[:, 1] = nbytes
+        rows[:, 2] = region.device or 0
+        descriptors: object = self._nixl.nixlXferDList(self._memory_type(region), rows)
+        return descriptors
+
+    def _memory_type(self, region: Region) -> object:
+        kind: object = self._nixl.DRAM_SEG if region.device is None else self._nixl.VRAM_SEG
+        return kind
