@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from memserve.errors import PoolError
 from memserve.types import (
     GENERATION_BITS,
     INDEX_BITS,
@@ -57,11 +58,17 @@ class BlockAllocator:
         """Blocks that can be used."""
         return self.capacity - self.retired
 
+    def check_growth(self, blocks: int) -> None:
+        """Raises PoolError unless `grow` could add so many."""
+        if not 0 <= blocks <= MAX_BLOCKS - self.capacity:
+            raise PoolError(
+                f"{blocks} more {self.medium.name} blocks asked; there are {self.capacity}, "
+                f"and references can name {MAX_BLOCKS}"
+            )
+
     def grow(self, blocks: int) -> None:
         """Add FREE blocks at the end."""
         start, end = self.capacity, self.capacity + blocks
-        if end > MAX_BLOCKS:
-            raise OverflowError(f"{end} {self.medium.name} blocks; {MAX_BLOCKS} can be named")
         missing = end - len(self.state)
         if missing > 0:
             self.state = np.append(self.state, np.zeros(missing, dtype=np.uint8))

@@ -89,6 +89,7 @@ class MemPool:
         )
         self._index = self._tiers.index
         try:
+            self._blocks.hbm.check_growth(hbm_blocks)
             self._hbm.grow(hbm_blocks)
             self._blocks.hbm.grow(hbm_blocks)
             self.grow_dram(dram_blocks)
@@ -317,6 +318,8 @@ class MemPool:
     def grow_dram(self, blocks: int) -> None:
         """Add DRAM blocks. Raises SharedMemoryFull."""
         with self._lock:
+            self._require_open()
+            self._blocks.dram.check_growth(blocks)
             before = len(self._dram.extents)
             left = blocks
             try:
@@ -351,8 +354,8 @@ class MemPool:
 
     def layer_views(self) -> list[torch.Tensor]:
         """HBM by layer, each `[hbm_blocks, 2, block_tokens, kv_heads, head_dim]`, in place."""
-        slab = self._hbm.extents[0].view
-        return [slab[:, layer] for layer in range(self.layout.layers)]
+        layers = range(self.layout.layers)
+        return [slab.view[:, layer] for slab in self._hbm.extents for layer in layers]
 
     def hbm_indices(self, refs: ArrayLike) -> IndexArray:
         """Block numbers [n] within `layer_views`. Raises WrongMedium, StaleBlock, ForeignBlock."""

@@ -67,9 +67,9 @@ def sweep(directory: Path = SHM_DIRECTORY) -> list[str]:
     removed = []
     for path in directory.glob(PREFIX + "*"):
         match = _NAME.fullmatch(path.name)
-        if match is None or int(match["ns"]) != _pid_namespace():
+        if match is None or int(match["ns"]) != pid_namespace():
             continue
-        if _start_time(int(match["pid"])) == int(match["start"]):
+        if start_time(int(match["pid"])) == int(match["start"]):
             continue
         try:
             path.unlink()
@@ -86,14 +86,14 @@ def _unlink(path: Path, pid: int) -> None:
 
 def _process_tag() -> str:
     pid = os.getpid()
-    return f"{_pid_namespace()}-{pid}-{_start_time(pid)}"
+    return f"{pid_namespace()}-{pid}-{start_time(pid)}"
 
 
-def _pid_namespace() -> int:
+def pid_namespace() -> int:
     return os.stat("/proc/self/ns/pid").st_ino
 
 
-def _start_time(pid: int) -> int | None:
+def start_time(pid: int) -> int | None:
     """Clock ticks from boot to the start of a running process; None if there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
@@ -101,8 +101,9 @@ def _start_time(pid: int) -> int | None:
         return None
     # The command may hold spaces and parentheses: fields count from the last parenthesis.
     fields = stat.rpartition(")")[2].split()
-    state, start = fields[0], int(fields[19])
-    return None if state in "ZX" else start  # a zombie has no memory any more
+    state, threads, start = fields[0], int(fields[17]), int(fields[19])
+    # A zombie has no memory any more, once its last thread has gone.
+    return None if state in "ZX" and threads <= 1 else start
 
 
 def _no_room(size: int, directory: Path) -> str:

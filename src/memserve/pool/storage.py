@@ -45,7 +45,9 @@ class BlockStore:
         return self.extents[-1].end if self.extents else 0
 
     def grow(self, blocks: int) -> None:
-        """Add one extent. Raises SharedMemoryFull."""
+        """Add one extent, or none for no blocks. Raises SharedMemoryFull."""
+        if not blocks:
+            return
         size = blocks * self.layout.block_bytes
         segment = None
         if self.device.type == "cpu":
