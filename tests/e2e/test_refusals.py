@@ -51,18 +51,20 @@ def still_works(cluster: FakeCluster) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"),
+    ("method", "path", "status", "allowed"),
     [
-        ("GET", "/v1/completions", 405),
-        ("PUT", "/v1/chat/completions", 405),
-        ("DELETE", "/v1/models", 405),
-        ("GET", "/v1/nothing", 404),
-        ("POST", "/v2/chat/completions", 404),
+        ("GET", "/v1/completions", 405, "POST"),
+        ("PUT", "/v1/chat/completions", 405, "POST"),
+        ("DELETE", "/v1/models", 405, "GET"),
+        ("GET", "/v1/nothing", 404, None),
+        ("POST", "/v2/chat/completions", 404, None),
     ],
 )
-def test_wrong_methods_and_paths(cluster: FakeCluster, method: str, path: str, status: int) -> None:
+def test_wrong_methods_and_paths(
+    cluster: FakeCluster, method: str, path: str, status: int, allowed: str | None
+) -> None:
     answer = ask(cluster.url, path, method=method)
-    assert answer.status == status
+    assert (answer.status, answer.headers["Allow"]) == (status, allowed)
     assert path in answer.error["message"]
 
 
@@ -90,6 +92,13 @@ def test_an_endless_body_without_announcement(cluster: FakeCluster) -> None:
     answer = ask(cluster.url, "/v1/completions", parts())
     assert (answer.status, answer.error["code"]) == (413, "request_too_large")
     assert still_works(cluster)
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"address": "ftp://x"}', b"x" * 5000])
+def test_nobody_joins_without_an_address(cluster: FakeCluster, body: bytes) -> None:
+    answer = ask(cluster.url, "/cluster/members", body)
+    assert answer.status in (400, 413)
+    assert answer.error["type"] == "invalid_request_error"
 
 
 def test_a_request_id_comes_back(cluster: FakeCluster) -> None:

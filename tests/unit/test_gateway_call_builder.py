@@ -13,7 +13,7 @@ import pytest
 from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall
 from memserve.api.status import Limits
-from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder
+from memserve.gateway.call_builder import INLINE_CHARACTERS, MAX_SEQUENCES, CallBuilder
 from memserve.models.tokenizer import Tokenizer
 from tests.fakes import MODEL, tiny_tokenizer
 
@@ -142,6 +142,12 @@ async def test_values_out_of_range_are_refused_before_an_instance_sees_them(
     builder: CallBuilder, fields: dict[str, Any], param: str
 ) -> None:
     assert await refused(completion(builder, **fields)) == (400, param, None)
+
+
+async def test_a_request_has_only_so_many_sequences(builder: CallBuilder) -> None:
+    prompts = [[1]] * MAX_SEQUENCES
+    assert len((await completion(builder, prompts)).prompts) == MAX_SEQUENCES
+    assert await refused(completion(builder, prompts, n=2)) == (400, "n", None)
 
 
 async def test_only_the_served_model_is_known(builder: CallBuilder) -> None:

@@ -75,12 +75,7 @@ async def send_body(
 
 
 async def send_error(send: Send, error: ApiError, headers: Headers = ()) -> None:
-    extra = list(headers)
-    if error.retry_after is not None:
-        extra.append((b"retry-after", b"%d" % error.retry_after))
-    if error.close:
-        extra.append((b"connection", b"close"))
-    await send_body(send, error.status, error.body(), extra)
+    await send_body(send, error.status, error.body(), (*headers, *error.headers()))
 
 
 async def start_events(send: Send, headers: Headers = ()) -> None:

@@ -26,7 +26,8 @@ class ApiError(MemserveError):
     """An HTTP answer other than success.
 
     `retry_after` (seconds) is set where the same request may succeed later. `close` asks the
-    client to open a new connection for it, because this process is going away.
+    client to open a new connection for it, because this process is going away. `allow` is the
+    method that would have been right.
     """
 
     def __init__(
@@ -39,12 +40,25 @@ class ApiError(MemserveError):
         code: str | None = None,
         retry_after: int | None = None,
         close: bool = False,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.detail = ErrorDetail(message, type, param, code)
         self.retry_after = retry_after
         self.close = close
+        self.allow = allow
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Headers that go with it."""
+        headers = []
+        if self.retry_after is not None:
+            headers.append((b"retry-after", b"%d" % self.retry_after))
+        if self.close:
+            headers.append((b"connection", b"close"))
+        if self.allow is not None:
+            headers.append((b"allow", self.allow.encode()))
+        return headers
 
     def body(self) -> bytes:
         """The JSON body."""
@@ -73,11 +87,12 @@ def path_not_found(path: str) -> ApiError:
     return ApiError(HTTPStatus.NOT_FOUND, f"Unknown path: {path}", code="not_found")
 
 
-def method_not_allowed(method: str, path: str) -> ApiError:
+def method_not_allowed(method: str, path: str, allow: str | None) -> ApiError:
     return ApiError(
         HTTPStatus.METHOD_NOT_ALLOWED,
         f"{path} does not answer {method}.",
         code="method_not_allowed",
+        allow=allow,
     )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.exceptions import HTTPException
 
 import memserve
+from memserve.api.asgi import read_body
 from memserve.api.chunks import ChatCompletion, Completion
 from memserve.api.errors import (
     ApiError,
@@ -29,6 +31,7 @@ from memserve.gateway.metrics import GatewayMetrics
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 
+MAX_JOIN_BYTES = 4096
 _COMPONENTS = "#/components/schemas/"
 
 _encode = msgspec.json.Encoder().encode
@@ -96,7 +99,8 @@ def admin_app(
     @app.post("/cluster/members")
     async def join(request: Request) -> Response:
         try:
-            joined = _joins.decode(await request.body())
+            body = await read_body(request.scope, request.receive, MAX_JOIN_BYTES)
+            joined = _joins.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise invalid(str(error)) from error
         membership.join(joined.address)
@@ -111,7 +115,7 @@ def admin_app(
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(StarletteHTTPException, _http_error)
+    app.add_exception_handler(HTTPException, _http_error)
     app.openapi = _with_openai(app.openapi)  # type: ignore[method-assign]
     return app
 
@@ -122,17 +126,20 @@ def _json(value: msgspec.Struct, status: int = 200) -> Response:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return Response(error.body(), error.status, media_type="application/json")
+    headers = {name.decode(): value.decode() for name, value in error.headers()}
+    return Response(error.body(), error.status, headers, media_type="application/json")
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException | StarletteHTTPException)
+    """Starlette's own refusals, in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
     path = request.url.path
-    shaped = {404: path_not_found(path), 405: method_not_allowed(request.method, path)}
-    found = shaped.get(error.status_code) or invalid(str(error.detail))
-    return Response(
-        found.body(), error.status_code, headers=error.headers, media_type="application/json"
-    )
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return await _api_error(request, path_not_found(path))
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allow = (error.headers or {}).get("Allow")
+        return await _api_error(request, method_not_allowed(request.method, path, allow))
+    return await _api_error(request, ApiError(HTTPStatus(error.status_code), str(error.detail)))
 
 
 def _with_openai(base: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:

@@ -105,7 +105,7 @@ class GatewayApp:
         if self._draining:
             raise unavailable("The gateway is shutting down.", "gateway_draining", close=True)
         if scope["method"] != "POST":
-            raise method_not_allowed(scope["method"], scope["path"])
+            raise method_not_allowed(scope["method"], scope["path"], "POST")
         body = await read_body(scope, receive, self._max_body_bytes)
         limits = self._limits()
         call = await build(body, limits)

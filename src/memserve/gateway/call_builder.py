@@ -26,6 +26,7 @@ from memserve.models.tokenizer import Tokenizer
 
 # About a millisecond of tokenising; longer texts go to a thread and leave the loop to others.
 INLINE_CHARACTERS = 4096
+MAX_SEQUENCES = 1024  # of one request: prompts times samples
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 T = TypeVar("T")
@@ -97,6 +98,12 @@ class CallBuilder:
         logprobs: int | None,
         echo: bool = False,
     ) -> GenerateCall:
+        if len(prompts) * request.samples > MAX_SEQUENCES:
+            raise invalid(
+                f"{len(prompts)} prompts with {request.samples} samples each are more than the "
+                f"{MAX_SEQUENCES} sequences that one request may have.",
+                "n",
+            )
         sampling = sampling_params(request, max_tokens, logprobs)
         try:
             validate_sampling(sampling, limits.vocab_size)

@@ -58,7 +58,7 @@ class InstanceApp:
                 raise path_not_found(scope["path"])
             method, handler = route
             if scope["method"] != method:
-                raise method_not_allowed(scope["method"], scope["path"])
+                raise method_not_allowed(scope["method"], scope["path"], method)
             await handler(scope, receive, send)
         except ApiError as error:
             await send_error(send, error)
