@@ -110,6 +110,22 @@ class PeerLost(TransferError):
     """The connection to a peer broke."""
 
 
+class PeerRefused(TransferError):
+    """A peer that cannot be talked to: another secret, protocol version or identity."""
+
+
+class TransferCancelled(TransferError):
+    """The caller cancelled."""
+
+
+class TransferAborted(TransferError):
+    """The destination gave up."""
+
+
+class TransferTimeout(TransferError, TimeoutError):
+    """Not done in time; it may still be going on."""
+
+
 # --- engine ---------------------------------------------------------------------------
 
 

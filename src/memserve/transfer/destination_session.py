@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+import msgspec
+
 from memserve.transfer.messages import (
     Abort,
     Aborted,
@@ -55,17 +57,9 @@ class DestinationSession:
         self._lease = lease
         self._retry = Retry()
         self._idle_since = 0.0
-        self._forget_at = float("inf")
+        self.forget_at = float("inf")  # once it is committed
         self._final: SessionMessage | None = None  # what is repeated in COMMITTED
         self._prepared: Prepared | None = None
-
-    @property
-    def wake_at(self) -> float:
-        """When `on_tick` has something to do, apart from the lease."""
-        if self.state is DestinationState.OPEN:
-            asking = self._retry.at < float("inf")
-            return self._retry.at if asking else self._idle_since + LEASE
-        return min(self._retry.at, self._forget_at)
 
     def start(self, now: float) -> Actions:
         self._idle_since = now
@@ -105,6 +99,11 @@ class DestinationSession:
                 return self._on_abort(message, now)
         return []
 
+    def slim(self) -> None:
+        """Let go of the tokens, which nobody needs after the commit."""
+        self.prepare = msgspec.structs.replace(self.prepare, tokens=None)
+        self._prepared = None
+
     def stop(self, now: float) -> Actions:
         """Give up, for a reason of this side."""
         return self._quarantine(now) if self.state is DestinationState.OPEN else []
@@ -118,7 +117,7 @@ class DestinationSession:
 
     def on_tick(self, now: float) -> Actions:
         if self.state is DestinationState.COMMITTED:
-            if now < self._forget_at:
+            if now < self.forget_at:
                 return []
             self.state = DestinationState.ENDED
             return [Forget()]
@@ -184,7 +183,7 @@ class DestinationSession:
         self.state = DestinationState.COMMITTED
         self._final = final
         self._retry.stop()
-        self._forget_at = now + REMEMBER
+        self.forget_at = now + REMEMBER
         return [Send(final)]
 
 

@@ -7,13 +7,16 @@ epoch the envelope names once. Tokens travel as little-endian int32.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Annotated
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from memserve.types import (
     GENERATION_BITS,
     INDEX_BITS,
+    MAX_BLOCKS,
     MEDIUM_BITS,
     Medium,
     RefArray,
@@ -21,6 +24,8 @@ from memserve.types import (
 )
 
 WORD_BYTES = 8
+
+Natural = Annotated[int, Meta(ge=0)]
 
 _WORD = np.dtype("<i8")
 _TOKEN = np.dtype("<i4")
@@ -47,7 +52,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 class _Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Something about transfer `number`, which its source counts within its own life."""
 
-    number: int
+    number: Natural
 
 
 class Prepare(_Message, frozen=True, tag=1):
@@ -57,7 +62,7 @@ class Prepare(_Message, frozen=True, tag=1):
     lacks. `target`: words of blocks that somebody at D allocated for this; otherwise D does.
     """
 
-    blocks: int
+    blocks: Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
     medium: Medium
     namespace: str = ""
     tokens: bytes | None = None
@@ -68,8 +73,8 @@ class Prepared(_Message, frozen=True, tag=2):
     """D to S: write blocks `have`.. to `words`. `incarnation` names this answer: it is
     another one if a late copy of Prepare is taken for a new transfer."""
 
-    incarnation: int
-    have: int
+    incarnation: Natural
+    have: Natural
     words: bytes
 
 
@@ -88,13 +93,13 @@ class Refused(_Message, frozen=True, tag=4):
 class Commit(_Message, frozen=True, tag=5):
     """S to D: all is written."""
 
-    incarnation: int
+    incarnation: Natural
 
 
 class Committed(_Message, frozen=True, tag=6):
     """D to S: all blocks of the transfer, first to last, are whole and in `words`. The end."""
 
-    incarnation: int
+    incarnation: Natural
     words: bytes
 
 
@@ -103,7 +108,7 @@ class Abort(_Message, frozen=True, tag=7):
 
     `revoke`: if a commit came all the same, take back what it gave to S."""
 
-    incarnation: int
+    incarnation: Natural
     drained: Drained
     revoke: bool = False
 
@@ -111,21 +116,21 @@ class Abort(_Message, frozen=True, tag=7):
 class Aborted(_Message, frozen=True, tag=8):
     """D to S: nothing of it is left here. `failure`: why, if D gave up first. The end."""
 
-    incarnation: int
+    incarnation: Natural
     failure: Failure | None = None
 
 
 class Query(_Message, frozen=True, tag=9):
     """D to S: are you still at it? `stop`: I have given up; stop and say when it is drained."""
 
-    incarnation: int
+    incarnation: Natural
     stop: bool
 
 
 class Keep(_Message, frozen=True, tag=10):
     """S to D: I am still at it."""
 
-    incarnation: int
+    incarnation: Natural
 
 
 SessionMessage = (

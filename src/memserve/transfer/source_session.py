@@ -67,11 +67,6 @@ class SourceSession:
         self._released = False
         self._unsure = False  # whether the destination may have committed
 
-    @property
-    def wake_at(self) -> float:
-        """When `on_tick` has something to do, apart from the lease."""
-        return min(self._retry.at, self._deadline)
-
     def start(self, now: float) -> Actions:
         self._deadline = now + self._patience
         self._retry.start(now)

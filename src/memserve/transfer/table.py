@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import NamedTuple
 
-from memserve.transfer.destination_session import DestinationSession, answer_as_unaware
+from memserve.transfer.destination_session import (
+    DestinationSession,
+    DestinationState,
+    answer_as_unaware,
+)
 from memserve.transfer.messages import Prepare, SessionMessage, is_from_source
 from memserve.transfer.session import Action, Actions, Lease
 from memserve.transfer.source_session import SourceSession, answer_as_stranger
 from memserve.types import Owner
 
 Session = SourceSession | DestinationSession
+_Key = tuple[Owner, int]
 
 
 class Step(NamedTuple):
@@ -30,7 +36,11 @@ class SessionTable:
 
     def __init__(self) -> None:
         self._sources: dict[int, tuple[Owner, SourceSession]] = {}
-        self._destinations: dict[tuple[Owner, int], DestinationSession] = {}
+        self._destinations: dict[_Key, DestinationSession] = {}
+        # Committed ones are only remembered: there may be thousands, and nothing is due but
+        # to forget them, the oldest first.
+        self._active: set[_Key] = set()
+        self._remembered: deque[tuple[_Key, DestinationSession]] = deque()
         self._leases: dict[Owner, Lease] = {}
         self._gone: set[Owner] = set()
         self._incarnations = 0
@@ -45,11 +55,9 @@ class SessionTable:
         return len(self._destinations)
 
     @property
-    def wake_at(self) -> float:
-        """When `on_tick` is due, apart from leases."""
-        sources = (session.wake_at for _, session in self._sources.values())
-        destinations = (session.wake_at for session in self._destinations.values())
-        return min(min(sources, default=float("inf")), min(destinations, default=float("inf")))
+    def active(self) -> bool:
+        """Whether `on_tick` may have something to do soon."""
+        return bool(self._sources or self._active)
 
     def is_gone(self, peer: Owner) -> bool:
         return peer in self._gone
@@ -98,8 +106,18 @@ class SessionTable:
         done: Steps = []
         for peer, source in list(self._sources.values()):
             done += steps(peer, source, source.on_tick(now))
-        for (peer, _), destination in list(self._destinations.items()):
-            done += steps(peer, destination, destination.on_tick(now))
+        for key in list(self._active):
+            destination = self._destinations[key]
+            if destination.state is DestinationState.COMMITTED:
+                self._active.discard(key)
+                self._remembered.append((key, destination))
+                destination.slim()
+            else:
+                done += steps(key[0], destination, destination.on_tick(now))
+        while self._remembered and self._remembered[0][1].forget_at <= now:
+            key, destination = self._remembered.popleft()
+            if self._destinations.get(key) is destination:
+                done += steps(key[0], destination, destination.on_tick(now))
         return done
 
     def on_gone(self, peer: Owner, now: float) -> Steps:
@@ -122,11 +140,13 @@ class SessionTable:
             del self._sources[session.number]
         else:
             del self._destinations[peer, session.number]
+            self._active.discard((peer, session.number))
 
     def _open(self, peer: Owner, prepare: Prepare, now: float) -> Steps:
         self._incarnations += 1
         session = DestinationSession(prepare, self._incarnations, self._lease(peer, now))
         self._destinations[peer, prepare.number] = session
+        self._active.add((peer, prepare.number))
         return steps(peer, session, session.start(now))
 
     def _lease(self, peer: Owner, now: float) -> Lease:

@@ -1,0 +1,94 @@
+"""The cluster's secret: who knows it may talk to pools, nobody else can, or can listen.
+
+Connections use CURVE (RFC 26/ZMTP, Curve25519 with fresh keys for each connection): libzmq
+encrypts and authenticates every frame and refuses replayed ones. An own HMAC scheme would
+leave prompts readable on the network and the replay window to us. Both key pairs, of servers
+and of clients, derive from the secret: a server proves itself by the one, a client by the
+other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import zmq
+from zmq.utils import z85
+
+SECRET_VARIABLE = "MEMSERVE_SECRET"
+
+# A person may choose the secret: make guessing it expensive (some 50 ms and 16 MiB a guess).
+_SCRYPT_COST = 1 << 14
+_SCRYPT_BLOCK = 8
+_SALT = b"memserve pool transfer 1"
+
+_ZAP_ENDPOINT = "inproc://zeromq.zap.01"
+_ZAP_VERSION = b"1.0"
+_ZAP_DOMAIN = b"memserve"
+_CURVE = b"CURVE"
+
+
+@dataclass(frozen=True, slots=True)
+class _KeyPair:
+    public: bytes
+    private: bytes
+
+
+class ClusterKeys:
+    """What a secret becomes on sockets."""
+
+    def __init__(self, secret: str) -> None:
+        master = hashlib.scrypt(
+            secret.encode(), salt=_SALT, n=_SCRYPT_COST, r=_SCRYPT_BLOCK, p=1, dklen=32
+        )
+        self._server = _derive(master, b"server")
+        self._client = _derive(master, b"client")
+
+    def secure_server(self, socket: zmq.Socket[bytes]) -> None:
+        socket.curve_server = True
+        socket.curve_secretkey = self._server.private
+        socket.zap_domain = _ZAP_DOMAIN
+
+    def secure_client(self, socket: zmq.Socket[bytes]) -> None:
+        socket.curve_serverkey = self._server.public
+        socket.curve_publickey = self._client.public
+        socket.curve_secretkey = self._client.private
+
+    def open_gate(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+        """The socket on which libzmq asks about clients (RFC 27/ZAP); see `answer`."""
+        gate = context.socket(zmq.ROUTER)
+        gate.bind(_ZAP_ENDPOINT)
+        return gate
+
+    def answer(self, gate: zmq.Socket[bytes]) -> bool:
+        """Answer one question; returns whether the client was let in."""
+        route, _, version, request, domain, _, _, mechanism, *keys = gate.recv_multipart()
+        known = (
+            version == _ZAP_VERSION
+            and domain == _ZAP_DOMAIN
+            and mechanism == _CURVE
+            and len(keys) == 1
+            and hmac.compare_digest(z85.encode(keys[0]), self._client.public)
+        )
+        status = (b"200", b"OK") if known else (b"400", b"not of this cluster")
+        gate.send_multipart([route, b"", _ZAP_VERSION, request, *status, b"", b""])
+        return known
+
+
+def cluster_keys(secret: str | None) -> ClusterKeys | None:
+    """Of `secret`, or of MEMSERVE_SECRET; None if there is neither."""
+    chosen = os.environ.get(SECRET_VARIABLE) if secret is None else secret
+    return _cached_keys(chosen) if chosen else None
+
+
+@lru_cache(maxsize=8)
+def _cached_keys(secret: str) -> ClusterKeys:
+    return ClusterKeys(secret)
+
+
+def _derive(master: bytes, use: bytes) -> _KeyPair:
+    private = z85.encode(hmac.digest(master, use, "sha256"))
+    return _KeyPair(zmq.curve_public(private), private)
