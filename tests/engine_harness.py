@@ -77,6 +77,7 @@ class Harness:
         priority: int = 0,
         output: Sequence[int] = (),
         prefill_only: bool = False,
+        ephemeral: bool = False,
         **params: object,
     ) -> str:
         """Queue a prompt for greedy generation of `tokens` tokens; returns its id."""
@@ -94,6 +95,7 @@ class Harness:
                     priority=priority,
                     output=tuple(output),
                     prefill_only=prefill_only,
+                    ephemeral=ephemeral,
                 )
             ]
         )
@@ -124,7 +126,6 @@ def running_engine(
     dram_blocks: int = 64,
     block_tokens: int = 16,
     aggregated: bool = True,
-    caching: bool = True,
     max_tokens: int = 512,
     mixed_tokens: int = 64,
     max_running: int = 16,
@@ -139,7 +140,6 @@ def running_engine(
             threads=threads,
             limits=BatchLimits(max_tokens, mixed_tokens, max_running),
             max_waiting=max_waiting,
-            caching=caching,
         )
         engine = Engine(model, pool, settings)
         harness = Harness(engine)

@@ -105,15 +105,19 @@ def test_preemption(case: Case, dram_blocks: int) -> None:
         assert engine.engine.stats().preemptions > 0
 
 
-def test_without_caching(case: Case) -> None:
+def test_ephemeral_sequences_leave_nothing(case: Case) -> None:
     tokens = prompt(90, 11)
-    with running_engine(case.model, caching=False, hbm_blocks=12) as engine:
-        expected = case.reference.generate(tokens, 30)
-        for _ in range(2):
-            request = engine.submit(tokens, 30)
-            assert engine.finish(request) == [expected]
-            assert engine.cached(request) == 0
-        assert engine.pool.stats().hbm.cached == 0, "nothing outlives its request"
+    with running_engine(case.model, hbm_blocks=18) as engine:
+        expected = case.reference.generate(tokens, 60)
+        # Two at once do not fit: one gives way, and finds its own blocks again.
+        requests = [
+            engine.submit(tokens, 60, namespace=f"own-{i}", ephemeral=True) for i in range(3)
+        ]
+        assert engine.finish(*requests) == [expected] * 3
+        assert [engine.cached(request) for request in requests] == [0] * 3
+        assert engine.engine.stats().preemptions > 0
+        stats = engine.pool.stats()
+        assert (stats.hbm.cached, stats.dram.cached) == (0, 0)
 
 
 def test_namespaces_do_not_share(case: Case) -> None:

@@ -84,8 +84,18 @@ def test_sequences_of_a_call_have_their_own_names_and_seeds() -> None:
     assert [r.id for r in requests] == ["c-0-0", "c-0-1", "c-1-0", "c-1-1"]
     assert [r.sampling.seed for r in requests] == [7, 8, 7, 8]
     assert [r.follows for r in requests] == [None, "c-0-0", None, "c-1-0"]
-    assert {r.namespace for r in requests} == {"s"}
+    assert {r.namespace for r in requests} == {"salt:s"}
     assert requests[2].prompt.tolist() == [2]
+
+
+def test_without_caching_no_two_sequences_share_anything() -> None:
+    requests = engine_requests(call(n=2), shared=False)
+    assert all(request.ephemeral for request in requests)
+    assert requests[0].namespace != requests[1].namespace
+    assert requests[1].follows is None
+    # Whatever a client chooses as its salt, it is in no sequence's namespace.
+    [salted] = engine_requests(call(cache_salt=requests[0].namespace))
+    assert salted.namespace != requests[0].namespace
 
 
 def test_the_largest_seed_has_a_successor() -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from memserve.errors import OutOfBlocks
 from memserve.pool.pool import MemPool
 from memserve.pool.results import Match
-from memserve.types import Medium, Namespace, RefArray, RequestId, TokenArray, ref_medium
+from memserve.types import Medium, Namespace, RefArray, TokenArray, ref_medium
 
 _NO_REFS: RefArray = np.empty(0, dtype=np.int64)
 _NO_TOKENS: TokenArray = np.empty(0, dtype=np.int32)
@@ -24,13 +24,13 @@ _NO_TOKENS: TokenArray = np.empty(0, dtype=np.int32)
 class BlockTable:
     """Owned by one sequence, used by the engine's thread only."""
 
-    def __init__(self, pool: MemPool, namespace: Namespace, private: RequestId | None) -> None:
-        """`private`: nothing is shared with other sequences and nothing outlives this one
-        (caching is off); the index then only serves preemption.
+    def __init__(self, pool: MemPool, namespace: Namespace, ephemeral: bool) -> None:
+        """`ephemeral`: the namespace is this sequence's own and ends with it; the index then
+        only serves preemption.
         """
         self._pool = pool
-        self._private = private is not None
-        self._namespace = namespace if private is None else Namespace(f"private/{private}")
+        self._namespace = namespace
+        self._ephemeral = ephemeral
         self._block_tokens = pool.layout.block_tokens
         self._prefix: Match | None = None
         self._tail: RefArray = _NO_REFS
@@ -121,5 +121,5 @@ class BlockTable:
     def close(self) -> None:
         """`release`, and forget what nobody else may find. Idempotent."""
         self.release()
-        if self._private:
+        if self._ephemeral:
             self._pool.delete(_NO_TOKENS, self._namespace)

@@ -45,7 +45,6 @@ class EngineSettings:
     threads: int
     limits: BatchLimits
     max_waiting: int
-    caching: bool = True
     max_model_len: int | None = None  # default: the model's own limit
 
 
@@ -227,11 +226,10 @@ class Engine:
 
     def _accept(self, requests: Seq[EngineRequest]) -> None:
         for request in requests:
-            private = None if self._settings.caching else request.id
             sequence = Sequence(
                 request,
                 self._arrivals,
-                BlockTable(self.pool, request.namespace, private),
+                BlockTable(self.pool, request.namespace, request.ephemeral),
                 self._model.shape.eos_token_ids,
                 self._info.max_tokens,
             )

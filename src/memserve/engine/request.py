@@ -20,6 +20,8 @@ class EngineRequest:
     prompt: TokenArray  # [tokens] int32, not empty
     sampling: SamplingParams
     namespace: Namespace = SHARED
+    # Nobody else uses the namespace: what it holds is forgotten when the sequence ends.
+    ephemeral: bool = False
     priority: int = 0  # lower runs first; arrival order breaks ties
     # Generated already, by a run that another one takes over (here or on another instance).
     # They count against `max_tokens` and are not emitted again; with a seed, or greedily, the

@@ -51,7 +51,6 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
                     settings.max_batch_tokens, settings.mixed_batch_tokens, settings.max_running
                 ),
                 max_waiting=settings.max_waiting,
-                caching=config.cache.caching != "off",
                 max_model_len=config.model.max_model_len,
             ),
         )
@@ -60,7 +59,7 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
     def pool_totals() -> PoolTotals:
         return msgspec.convert(pool.stats(), PoolTotals, from_attributes=True)
 
-    return Parts(engine, tokenizer, pool_totals, close)
+    return Parts(engine, tokenizer, pool_totals, close, shared=config.cache.caching != "off")
 
 
 def choose_device(name: str) -> torch.device:

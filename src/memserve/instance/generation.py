@@ -16,13 +16,14 @@ from memserve.api.status import Latencies
 from memserve.engine.request import EngineRequest, TokenOutput
 from memserve.instance.choice import Choice
 from memserve.models.tokenizer import Tokenizer
-from memserve.types import Namespace, RequestId
+from memserve.types import SHARED, Namespace, RequestId
 
 
-def engine_requests(call: GenerateCall) -> tuple[EngineRequest, ...]:
+def engine_requests(call: GenerateCall, shared: bool = True) -> tuple[EngineRequest, ...]:
     """The sequences of a call: choice `p * n + j` is `{id}-{p}-{j}`.
 
     Samples after the first wait for its prefill and share it. Each has a seed of its own.
+    Without `shared`, every sequence computes its own KV and leaves none.
     """
     requests = []
     for p, ids in enumerate(call.prompts):
@@ -33,13 +34,21 @@ def engine_requests(call: GenerateCall) -> tuple[EngineRequest, ...]:
                 id=RequestId(f"{call.id}-{p}-{j}"),
                 prompt=prompt,
                 sampling=_seeded(call.sampling, j),
-                namespace=Namespace(call.cache_salt),
+                namespace=_namespace(call, f"{call.id}-{p}-{j}", shared),
+                ephemeral=not shared,
                 priority=call.priority,
-                follows=first if j else None,
+                follows=first if j and shared else None,
             )
             for j in range(call.n)
         ]
     return tuple(requests)
+
+
+def _namespace(call: GenerateCall, sequence: str, shared: bool) -> Namespace:
+    """Salts and sequence ids are kept apart: a client chooses its salt."""
+    if not shared:
+        return Namespace(f"sequence:{sequence}")
+    return Namespace(f"salt:{call.cache_salt}") if call.cache_salt else SHARED
 
 
 def _seeded(sampling: SamplingParams, sample: int) -> SamplingParams:

@@ -62,6 +62,7 @@ class Parts:
     tokenizer: Tokenizer
     pool_totals: Callable[[], PoolTotals]
     close: Callable[[], None]  # after the engine has stopped
+    shared: bool = True  # KV outlives its sequence and serves others
 
 
 class Run:
@@ -145,7 +146,7 @@ class Instance:
         Raises ApiError where the instance does not take it.
         """
         parts = self._ready_parts()
-        requests = engine_requests(call)
+        requests = engine_requests(call, parts.shared)
         ids = [request.id for request in requests]
         generation = Generation(call, requests, parts.tokenizer, self._latencies, self._clock.now())
         mailbox = self._dispatcher.open(ids)
