@@ -126,7 +126,9 @@ class Tokenizer:
         A text that already begins with <bos> (as a rendered chat template often does) gets
         no second one.
         """
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Unlike `encode`, a batch gives other threads the interpreter while it works.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         bos = self.bos_token_id
         if bos is None or not add_special_tokens:
             return ids
