@@ -8,7 +8,7 @@ from memserve.types import Medium
 
 if TYPE_CHECKING:
     from memserve.pool.layout import KVLayout
-    from memserve.pool.pool import MemPool
+    from memserve.transfer.mempool import MemPool
 
 __all__ = ["KVLayout", "Medium", "MemPool"]
 __version__ = "0.1.0"
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     # The pool needs torch; a gateway does not, and starts seconds sooner without it.
     if name == "MemPool":
-        from memserve.pool.pool import MemPool
+        from memserve.transfer.mempool import MemPool
 
         return MemPool
     if name == "KVLayout":

@@ -1,0 +1,190 @@
+"""Sockets between pools. They carry frames and know nothing of what these say.
+
+A pool has one ROUTER that peers connect to and one DEALER for each peer that it connects to.
+All belong to the thread that polls; others only `wake` it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from memserve.errors import ConfigError, TransferError
+from memserve.transfer.secret import SECRET_VARIABLE, ClusterKeys
+from memserve.transfer.wire import MAX_MESSAGE_BYTES
+
+# Milliseconds for the last messages to leave when a pool closes. Less than any lease: who
+# misses them finds out by the silence.
+LINGER_MS = 200
+
+# Messages taken from one socket before others, and timers, have their turn.
+RECEIVE_BATCH = 64
+
+_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+_LOOPBACK = ("127.", "localhost", "[::1]")
+
+Socket = zmq.Socket[bytes]
+
+
+@dataclass(slots=True, eq=False)
+class Dealer:
+    """A connection that this pool opened."""
+
+    address: str
+    socket: Socket
+    monitor: Socket
+    refused: int = 0  # handshakes that failed: another secret, or a peer that died meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Frames, and where to answer."""
+
+    frames: list[bytes]
+    path: Dealer | bytes  # our own connection, or the ROUTER's name for a peer's
+
+
+class Links:
+    """The sockets of one pool."""
+
+    def __init__(self, keys: ClusterKeys | None) -> None:
+        self._keys = keys
+        self._context: zmq.Context[Socket] = zmq.Context()
+        self._poller = zmq.Poller()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller.register(self._wake, zmq.POLLIN)
+        self._dealers: dict[Socket, Dealer] = {}
+        self._monitors: dict[Socket, Dealer] = {}
+        self._router: Socket | None = None
+        self._gate: Socket | None = None
+        self.strangers = 0  # clients without the secret
+        self.unsent = 0  # messages with no way to go, or no room in the queue
+
+    def listen(self, address: str) -> str:
+        """Bind; returns the address with the port. Raises TransferError; ConfigError for an
+        address that others can reach, without a secret."""
+        if self._router is not None:
+            raise TransferError("this pool is served already")
+        if self._keys is None and not is_local(address):
+            raise ConfigError(
+                f"{address} can be reached from other hosts: set {SECRET_VARIABLE} (the same "
+                "for the whole cluster), or serve on 127.0.0.1"
+            )
+        router = self._socket(zmq.ROUTER)
+        router.router_mandatory = True  # tells us when a peer is not there
+        if self._keys is not None:
+            if self._gate is None:
+                self._gate = self._keys.open_gate(self._context)
+                self._poller.register(self._gate, zmq.POLLIN)
+            self._keys.secure_server(router)
+        try:
+            router.bind(address)
+        except zmq.ZMQError as error:
+            router.close(0)
+            raise TransferError(f"cannot listen on {address}: {error}") from error
+        self._router = router
+        self._poller.register(router, zmq.POLLIN)
+        return router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def dial(self, address: str) -> Dealer:
+        """Start to connect, and do so again whenever it breaks. Raises TransferError."""
+        socket = self._socket(zmq.DEALER)
+        socket.immediate = True  # do not queue for a peer that is not there
+        socket.ipv6 = True
+        if self._keys is not None:
+            self._keys.secure_client(socket)
+        monitor = socket.get_monitor_socket(_FAILED)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError as error:
+            socket.disable_monitor()
+            monitor.close(0)
+            socket.close(0)
+            raise TransferError(f"cannot connect to {address}: {error}") from error
+        dealer = self._dealers[socket] = self._monitors[monitor] = Dealer(address, socket, monitor)
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(monitor, zmq.POLLIN)
+        return dealer
+
+    def hang_up(self, dealer: Dealer) -> None:
+        self._poller.unregister(dealer.socket)
+        self._poller.unregister(dealer.monitor)
+        del self._dealers[dealer.socket], self._monitors[dealer.monitor]
+        dealer.socket.disable_monitor()
+        dealer.monitor.close(0)
+        dealer.socket.close(LINGER_MS)
+
+    def send(self, path: Dealer | bytes, header: bytes, body: bytes) -> bool:
+        """Whether it was queued; that it arrives is another matter."""
+        try:
+            if isinstance(path, Dealer):
+                path.socket.send_multipart([header, body], zmq.NOBLOCK)
+                return True
+            if self._router is not None:
+                self._router.send_multipart([path, header, body], zmq.NOBLOCK)
+                return True
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+        self.unsent += 1
+        return False
+
+    def wake(self) -> None:
+        """End a `poll`; from any thread."""
+        os.eventfd_write(self._wake, 1)
+
+    def poll(self, timeout: float) -> Iterator[Arrival]:
+        """Wait up to `timeout` seconds; then everything that has arrived."""
+        for source, _ in self._poller.poll(int(timeout * 1000)):
+            if source == self._wake:
+                os.eventfd_read(self._wake)
+            elif source is self._gate and self._keys is not None:
+                self.strangers += not self._keys.answer(self._gate)
+            elif source in self._monitors:
+                recv_monitor_message(source)
+                self._monitors[source].refused += 1
+            elif source is self._router:
+                yield from self._receive(self._router, None)
+            elif source in self._dealers:
+                yield from self._receive(source, self._dealers[source])
+
+    def close(self) -> None:
+        for dealer in list(self._dealers.values()):
+            self.hang_up(dealer)
+        if self._router is not None:
+            self._router.close(LINGER_MS)
+        if self._gate is not None:
+            self._gate.close(0)
+        self._context.term()
+        os.close(self._wake)
+
+    def _receive(self, socket: Socket, dealer: Dealer | None) -> Iterator[Arrival]:
+        for _ in range(RECEIVE_BATCH):
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if dealer is None:
+                yield Arrival(frames[1:], frames[0])
+            else:
+                yield Arrival(frames, dealer)
+
+    def _socket(self, kind: int) -> Socket:
+        socket = self._context.socket(kind)
+        socket.maxmsgsize = MAX_MESSAGE_BYTES
+        socket.linger = LINGER_MS
+        return socket
+
+
+def is_local(address: str) -> bool:
+    """Whether only this host can reach it."""
+    scheme, _, rest = address.partition("://")
+    return scheme in ("ipc", "inproc") or rest.startswith(_LOOPBACK)

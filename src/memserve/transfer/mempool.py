@@ -1,0 +1,469 @@
+"""MemPool with peers: the memory of one instance, and the way into that of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from importlib.util import find_spec
+from itertools import count
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from memserve.clock import Clock, MonotonicClock
+from memserve.config import Eviction as EvictionName
+from memserve.config import TransferMode
+from memserve.errors import (
+    DoubleFree,
+    ForeignBlock,
+    LengthMismatch,
+    NotOwned,
+    StaleBlock,
+    TransferError,
+    UnknownPeer,
+)
+from memserve.pool import pool as local
+from memserve.pool.allocator import ACTIVE
+from memserve.pool.blocks import as_refs
+from memserve.pool.eviction import Eviction
+from memserve.pool.layout import KVLayout
+from memserve.pool.results import InsertResult, Match
+from memserve.pool.tokens import as_tokens
+from memserve.transfer.base import LocalRegion, Transport
+from memserve.transfer.conversation import Conversation
+from memserve.transfer.guards import Guards
+from memserve.transfer.links import is_local
+from memserve.transfer.messages import Prepare, to_wire_tokens, to_words
+from memserve.transfer.path import PathName
+from memserve.transfer.pending import OpenTransfer, Transfer
+from memserve.transfer.pins import still_active, with_prefixes
+from memserve.transfer.regions import local_regions
+from memserve.transfer.secret import cluster_keys
+from memserve.transfer.sender import Outgoing
+from memserve.transfer.service import Service
+from memserve.transfer.session import DEADLINE, Actions, Round
+from memserve.transfer.shm import ShmTransport
+from memserve.transfer.source_session import SourceSession
+from memserve.types import (
+    SHARED,
+    InstanceId,
+    Medium,
+    Namespace,
+    Owner,
+    RefArray,
+    intern_owner,
+    owner_of,
+    ref_owner,
+)
+
+_NONE: RefArray = np.empty(0, dtype=np.int64)
+
+MakeTransports = Callable[[Owner, KVLayout], Sequence[Transport]]
+
+
+class PeerStats(msgspec.Struct, frozen=True):
+    """What goes on with peers; the counters only grow."""
+
+    outgoing: int  # transfers from here that have not ended
+    incoming: int  # transfers to here, committed ones that are remembered included
+    quarantined: int  # blocks that a peer may still write to, and nobody may have
+    granted: int  # blocks that peers have allocated here
+    malformed: int  # messages
+    mismatched: int  # messages of another protocol version or layout
+    strangers: int  # connections without the secret
+
+
+class MemPool(local.MemPool):
+    """Fixed-size KV blocks, their index, and transfers to the pools of other instances."""
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        hbm_blocks: int,
+        dram_blocks: int = 0,
+        instance: str = "p0",
+        device: str | torch.device = "cpu",
+        eviction: EvictionName | Eviction = "lru",
+        clock: Clock | None = None,
+        dram_segment_blocks: int | None = None,
+        *,
+        secret: str | None = None,
+        path: PathName = "auto",
+        transports: MakeTransports | None = None,
+    ) -> None:
+        """`secret`: the cluster's; default: MEMSERVE_SECRET. Without one a pool can only be
+        served on this host. `path`, `transports`: how bytes go; default: whatever works.
+        """
+        self._guards = Guards()
+        self._service: Service | None = None
+        self.memory_version = 0
+        self._secret = secret
+        self._path = path
+        self._make_transports = transports
+        self._transfer_clock = clock or MonotonicClock()
+        self._numbers = count(1)
+        super().__init__(
+            layout, hbm_blocks, dram_blocks, instance, device, eviction, clock, dram_segment_blocks
+        )
+
+    def close(self) -> None:
+        """Leave the peers, then give the memory back."""
+        service, self._service = self._service, None
+        if service is not None:
+            service.close()
+        super().close()
+
+    # --- peers ----------------------------------------------------------------------------
+
+    def serve(self, address: str) -> str:
+        """Become reachable at tcp://host:port, port 0 for any; returns the address.
+
+        Raises ConfigError for an address beyond this host without a secret; TransferError.
+        """
+        service = self._started(address)
+        return service.listen(address)
+
+    def connect(self, instance: str, address: str) -> None:
+        """Know a peer; again with another address: it has moved.
+
+        Raises PeerLost where nobody answers; PeerRefused; LayoutMismatch.
+        """
+        if instance == self.owner.instance:
+            raise TransferError(f"{instance!r} is this pool itself")
+        self._started(address).connect(InstanceId(instance), address)
+
+    def peer_stats(self) -> PeerStats:
+        service = self._service
+        if service is None:
+            return PeerStats(0, 0, 0, 0, 0, 0, 0)
+
+        def look(conversation: Conversation, now: float) -> PeerStats:
+            receiver = conversation.receiver
+            return PeerStats(
+                outgoing=conversation.table.sources,
+                incoming=conversation.table.destinations,
+                quarantined=receiver.quarantined_blocks + self._guards.freed,
+                granted=receiver.granted_blocks,
+                malformed=conversation.counters.malformed,
+                mismatched=conversation.counters.mismatched,
+                strangers=service.strangers,
+            )
+
+        return service.ask(look)
+
+    # --- transfers ------------------------------------------------------------------------
+
+    def transfer(
+        self,
+        instance: str,
+        src: ArrayLike,
+        dst: ArrayLike | None = None,
+        *,
+        mode: TransferMode = "by-request-agg",
+        medium: Medium = Medium.HBM,
+    ) -> Transfer:
+        """Copy blocks `src` [n] into a peer's blocks `dst` [n], or into new ones of `medium`.
+
+        Cached source blocks are pinned meanwhile; allocated ones must neither change nor be
+        freed before the end. New blocks at the peer are this caller's to free; `dst` must have
+        been allocated there. `by-request-agg` writes whole blocks, the others layer by layer.
+
+        Raises UnknownPeer, StaleBlock, ForeignBlock, LengthMismatch; all else comes from
+        `Transfer.result`.
+        """
+        return self._open(instance, src, dst, None, SHARED, medium, DEADLINE, mode)
+
+    def transfer_with_insert(
+        self,
+        instance: str,
+        tokens: ArrayLike,
+        src: ArrayLike,
+        dst: ArrayLike | None = None,
+        *,
+        namespace: str = SHARED,
+        mode: TransferMode = "by-request-agg",
+        medium: Medium = Medium.HBM,
+    ) -> Transfer:
+        """Make the KV of `tokens` [n * block_tokens] in `src` [n] reusable at a peer.
+
+        Only blocks that the peer's index lacks are sent, and none is visible there before all
+        are whole. Errors as of `transfer`.
+        """
+        space = Namespace(namespace)
+        return self._open(instance, src, dst, tokens, space, medium, DEADLINE, mode)
+
+    def open_transfer(
+        self,
+        instance: str,
+        src: ArrayLike,
+        dst: ArrayLike | None = None,
+        *,
+        tokens: ArrayLike | None = None,
+        namespace: str = SHARED,
+        medium: Medium = Medium.HBM,
+        patience: float = DEADLINE,
+    ) -> OpenTransfer:
+        """A transfer whose layers are written as they get ready, and that the caller commits.
+
+        `tokens`: to insert. It is aborted after `patience` seconds without a write.
+        """
+        space = Namespace(namespace)
+        return self._open(instance, src, dst, tokens, space, medium, patience, None)
+
+    def claim(self, refs: ArrayLike) -> None:
+        """Blocks that a peer allocated here become this caller's: they are no longer freed
+        when the peer is gone. Raises StaleBlock if they were."""
+        given = as_refs(refs)
+        self._require_service().ask(lambda conversation, now: conversation.receiver.claim(given))
+        self.require_live(given)
+
+    # --- memory: what peers change about it -----------------------------------------------
+
+    def alloc_mem(
+        self, n: int, medium: Medium = Medium.HBM, instance: str | None = None
+    ) -> RefArray:
+        """As in `memserve.pool`; with `instance`, blocks of that peer, which come back to it
+        when this pool closes or dies. Raises UnknownPeer, PeerLost."""
+        if instance is None or instance == self.owner.instance:
+            return super().alloc_mem(n, medium)
+        if n < 0:
+            raise LengthMismatch(f"{n} blocks asked")
+        prepare = Prepare(next(self._numbers), n, medium)
+        handle = self._begin(InstanceId(instance), prepare, _NONE, _NONE, DEADLINE, [])
+        try:
+            return handle.result(DEADLINE)
+        except TimeoutError:
+            handle.cancel()
+            raise
+
+    def free_mem(self, refs: ArrayLike) -> None:
+        """As in `memserve.pool`; also blocks of one peer, allocated from here. Blocks that a
+        peer is still writing to are free once it has stopped."""
+        given = as_refs(refs)
+        if len(given) and (ref_owner(given) != intern_owner(*self.owner)).any():
+            self._free_at_peer(given)
+            return
+        with self._lock:
+            guarded = self._guards.where(given) if len(self._guards) else None
+            if guarded is None or not guarded.any():
+                super().free_mem(given)
+                return
+            self._blocks.freeable(given)
+            if self._guards.where_freed(given).any():
+                raise DoubleFree("a block is free already, as soon as a peer stops writing to it")
+            super().free_mem(given[~guarded])
+            self._guards.defer(given[guarded])
+
+    def insert(
+        self, tokens: ArrayLike, refs: ArrayLike, namespace: str = SHARED, *, pin: bool = False
+    ) -> InsertResult:
+        """As in `memserve.pool`. Raises NotOwned for blocks that a peer is writing to."""
+        with self._lock:
+            self._refuse_guarded(refs)
+            return super().insert(tokens, refs, namespace, pin=pin)
+
+    def swap_in(self, refs: ArrayLike) -> RefArray:
+        """As in `memserve.pool`. Raises NotOwned for blocks that a peer is writing to."""
+        with self._lock:
+            self._refuse_guarded(refs)
+            return super().swap_in(refs)
+
+    def grow_dram(self, blocks: int) -> None:
+        with self._lock:
+            super().grow_dram(blocks)
+            self.memory_version += 1
+        self._tell_memory()
+
+    def shrink_dram(self, blocks: int) -> int:
+        with self._lock:
+            gone = super().shrink_dram(blocks)
+            self.memory_version += 1
+        self._tell_memory()
+        return gone
+
+    # --- for the service ------------------------------------------------------------------
+
+    def local_regions(self) -> tuple[LocalRegion, ...]:
+        return local_regions(self)
+
+    def require_live(self, refs: RefArray) -> None:
+        with self._lock:
+            self._blocks.live(refs)
+
+    def still_allocated(self, refs: RefArray) -> RefArray:
+        with self._lock:
+            return refs[still_active(self._blocks, refs) & ~self._guards.where_freed(refs)]
+
+    def guard(self, refs: RefArray) -> None:
+        with self._lock:
+            self._blocks.freeable(refs)
+            self._refuse_guarded(refs)
+            self._guards.add(refs)
+
+    def unguard(self, refs: RefArray) -> None:
+        with self._lock:
+            freed = self._guards.remove(refs)
+            if len(freed):
+                super().free_mem(freed)
+
+    # --- inside ---------------------------------------------------------------------------
+
+    def _started(self, address: str) -> Service:
+        """The service; able to write to other hosts if `address` is on one."""
+        with self._lock:
+            self._require_open()
+            if self._service is None:
+                make = self._make_transports or _make_shm
+                transports = list(make(self.owner, self.layout))
+                keys = cluster_keys(self._secret)
+                self._service = Service(self, transports, self._path, keys, self._transfer_clock)
+            service = self._service
+        wanted = self._path == "nixl" or (not is_local(address) and self._path == "auto")
+        if wanted and self._make_transports is None and find_spec("nixl") is not None:
+            service.ask(self._add_nixl)
+        return service
+
+    def _add_nixl(self, conversation: Conversation, now: float) -> None:
+        if not conversation.has_transport("nixl"):
+            # Heavy, an extra, and of no use on one host.
+            from memserve.transfer.nixl import NixlTransport
+
+            conversation.add_transport(NixlTransport(self.owner, self.layout))
+
+    def _require_service(self) -> Service:
+        service = self._service
+        if service is None:
+            raise UnknownPeer(f"pool {self.owner.instance!r} is not connected to any other")
+        return service
+
+    def _open(
+        self,
+        instance: str,
+        src: ArrayLike,
+        dst: ArrayLike | None,
+        tokens: ArrayLike | None,
+        namespace: Namespace,
+        medium: Medium,
+        patience: float,
+        mode: TransferMode | None,
+    ) -> OpenTransfer:
+        source = as_refs(src)
+        target = None if dst is None else as_refs(dst)
+        if target is not None and len(target) != len(source):
+            raise LengthMismatch(f"{len(source)} source blocks for {len(target)} target blocks")
+        wire_tokens = None
+        if tokens is not None:
+            array = as_tokens(tokens)
+            if len(array) != len(source) * self.layout.block_tokens:
+                raise LengthMismatch(
+                    f"{len(source)} blocks of {self.layout.block_tokens} tokens "
+                    f"for {len(array)} tokens"
+                )
+            wire_tokens = to_wire_tokens(array)
+        words = None if target is None else to_words(target)
+        prepare = Prepare(next(self._numbers), len(source), medium, namespace, wire_tokens, words)
+        rounds = None if mode is None else self._rounds(len(source), mode)
+        return self._begin(
+            InstanceId(instance),
+            prepare,
+            source,
+            _NONE if target is None else target,
+            patience,
+            rounds,
+        )
+
+    def _rounds(self, blocks: int, mode: TransferMode) -> list[Round]:
+        if mode == "by-request-agg":
+            return [Round(0, blocks, None)]
+        return [Round(0, blocks, range(at, at + 1)) for at in range(self.layout.layers)]
+
+    def _begin(
+        self,
+        instance: InstanceId,
+        prepare: Prepare,
+        source: RefArray,
+        target: RefArray,
+        patience: float,
+        rounds: Sequence[Round] | None,
+    ) -> OpenTransfer:
+        """`rounds`: all that is to be written; None: the caller will say."""
+        service = self._require_service()
+        life = service.life(instance)
+        if len(target) and (ref_owner(target) != intern_owner(*life.owner)).any():
+            raise StaleBlock(f"not all of `dst` are blocks of the present life of {instance!r}")
+        pins = self._pin_source(source)
+        session = SourceSession(prepare, service.lease(life.owner), patience)
+
+        def act(step: Callable[[float], Actions]) -> None:
+            service.submit(lambda conversation, now: conversation.act(outgoing, step(now), now))
+
+        handle = OpenTransfer(
+            instance,
+            target,
+            cancel=lambda: None if handle.done else act(session.cancel),
+            write=lambda round: act(lambda now: session.write(round, now)),
+            seal=lambda: act(session.seal),
+            blocks=len(source),
+        )
+        outgoing = Outgoing(session, life.owner, handle, source, pins)
+
+        def begin(conversation: Conversation, now: float) -> None:
+            for round in rounds or ():
+                session.write(round, now)
+            if rounds is not None:
+                session.seal(now)
+            conversation.begin(outgoing, now)
+
+        try:
+            service.submit(begin)
+        except TransferError:
+            if pins is not None:
+                pins.release()
+            raise
+        return handle
+
+    def _pin_source(self, source: RefArray) -> Match | None:
+        with self._lock:
+            self._require_open()
+            _, state = self._blocks.live(source)
+            self._refuse_guarded(source)
+            if (state == ACTIVE).all():
+                return None
+            pinned = with_prefixes(self._blocks, self._index, source, state)
+            return self._open_match(pinned, in_dram=True)
+
+    def _free_at_peer(self, refs: RefArray) -> None:
+        number = int(ref_owner(refs)[0])
+        if self._service is None or (ref_owner(refs) != number).any():
+            super().free_mem(refs)  # says what is wrong with them
+            raise ForeignBlock("blocks of one instance at a time")
+        try:
+            owner = owner_of(number)
+        except IndexError:
+            super().free_mem(refs)
+            raise
+        freed: Future[None] = Future()
+
+        def task(conversation: Conversation, now: float) -> None:
+            if conversation.peers.current(owner.instance).owner != owner:
+                raise StaleBlock(f"{owner.instance!r} has begun another life without them")
+            message = conversation.calls.begin(owner, to_words(refs), freed, now)
+            conversation.say(owner, message)
+
+        self._service.ask(task)
+        self._service.wait(freed)
+
+    def _tell_memory(self) -> None:
+        service = self._service
+        if service is not None:
+            service.ask(lambda conversation, now: conversation.refresh_memory())
+
+    def _refuse_guarded(self, refs: ArrayLike) -> None:
+        if len(self._guards) and self._guards.where(as_refs(refs)).any():
+            raise NotOwned("a peer is writing to some of these blocks")
+
+
+def _make_shm(owner: Owner, layout: KVLayout) -> Sequence[Transport]:
+    return [ShmTransport(layout)]

@@ -1,0 +1,124 @@
+"""The source's side of transfers, on the pool: what is read, written and reported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from memserve.errors import MemserveError, PoolError, TransferError
+from memserve.pool.results import Match
+from memserve.transfer.base import BlockList, Completion, Outcome, Ticket, Transport, WriteList
+from memserve.transfer.failures import to_error, to_failure
+from memserve.transfer.messages import Drained, Failure, from_words
+from memserve.transfer.peers import Peers
+from memserve.transfer.pending import Transfer
+from memserve.transfer.session import Actions, Finish, Write
+from memserve.transfer.source_session import SourceSession
+from memserve.types import Owner, RefArray, intern_owner
+
+
+class SendingPool(Protocol):
+    """What a pool does for blocks that are sent."""
+
+    def require_live(self, refs: RefArray) -> None:
+        """Raises StaleBlock."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """One transfer."""
+
+    session: SourceSession
+    peer: Owner
+    handle: Transfer
+    source: RefArray
+    pins: Match | None  # of those source blocks that are the index's
+
+
+class Sender:
+    """Performs what `SourceSession`s ask for. Owns the pins on what is sent."""
+
+    def __init__(self, pool: SendingPool, peers: Peers) -> None:
+        self._pool = pool
+        self._peers = peers
+        self._outgoing: dict[SourceSession, Outgoing] = {}
+        self._writes: dict[tuple[Transport, Ticket], tuple[Outgoing, Write]] = {}
+
+    def __len__(self) -> int:
+        return len(self._outgoing)
+
+    @property
+    def all(self) -> list[Outgoing]:
+        return list(self._outgoing.values())
+
+    def add(self, outgoing: Outgoing) -> None:
+        self._outgoing[outgoing.session] = outgoing
+
+    def write(self, session: SourceSession, write: Write, now: float) -> Actions:
+        """Post a write. What the session does if that fails at once."""
+        outgoing = self._outgoing[session]
+        try:
+            life = self._peers.current(outgoing.peer.instance)
+            if life.owner != outgoing.peer or life.transport is None:
+                raise TransferError(life.obstacle or "it has another life now")
+            first, last, layers = write.round
+            target = from_words(write.words, 0)
+            writes = WriteList(
+                BlockList.of(outgoing.source[first:last]), BlockList.of(target), layers
+            )
+            ticket = life.transport.post(outgoing.peer, writes)
+        except (TransferError, PoolError, ValueError) as error:
+            failure = (
+                to_failure(error)
+                if isinstance(error, MemserveError)
+                else Failure("TransferError", str(error))
+            )
+            return session.on_write_done(write.serial, failure, Drained.YES, now)
+        self._writes[life.transport, ticket] = (outgoing, write)
+        return []
+
+    def cancel_writes(self, session: SourceSession) -> None:
+        for (transport, ticket), (outgoing, _) in self._writes.items():
+            if outgoing.session is session:
+                transport.cancel(ticket)
+
+    def on_completion(
+        self, transport: Transport, completion: Completion, now: float
+    ) -> tuple[Outgoing, Actions]:
+        """A write has ended."""
+        outgoing, write = self._writes.pop((transport, completion.ticket))
+        failure = None
+        if completion.outcome is not Outcome.DONE:
+            error = completion.error or TransferError(f"the write was {completion.outcome}")
+            failure = to_failure(error)
+        else:
+            # Blocks of the caller's that it freed meanwhile may hold anything by now.
+            try:
+                self._pool.require_live(outgoing.source[write.round.first : write.round.last])
+            except PoolError as error:
+                failure = to_failure(error)
+        drained = Drained.YES if completion.target_drained else Drained.SEVERED
+        return outgoing, outgoing.session.on_write_done(write.serial, failure, drained, now)
+
+    def finish(self, session: SourceSession, finish: Finish) -> None:
+        """Tell the caller."""
+        outgoing = self._outgoing[session]
+        name = outgoing.peer.instance
+        if finish.failure is not None:
+            outgoing.handle.fail(to_error(finish.failure, name))
+            return
+        try:
+            refs = from_words(finish.words, intern_owner(*outgoing.peer))
+        except ValueError as error:
+            outgoing.handle.fail(TransferError(f"{name!r} named no blocks: {error}"))
+            return
+        outgoing.handle.succeed(refs, len(outgoing.source) - finish.have)
+
+    def release(self, session: SourceSession) -> None:
+        pins = self._outgoing[session].pins
+        if pins is not None:
+            pins.release()
+
+    def forget(self, session: SourceSession) -> None:
+        del self._outgoing[session]

@@ -1,0 +1,185 @@
+"""The thread that talks to a pool's peers. It owns sockets, transports and sessions, and no
+message can stop it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from time import sleep
+from typing import TypeVar
+
+from memserve.clock import Clock
+from memserve.errors import MemserveError, TransferError, TransferTimeout
+from memserve.transfer.base import Transport
+from memserve.transfer.conversation import Conversation, ConversingPool, Counters
+from memserve.transfer.dialling import Dialled
+from memserve.transfer.links import Links
+from memserve.transfer.messages import Failure
+from memserve.transfer.path import PathName
+from memserve.transfer.peers import Life
+from memserve.transfer.secret import ClusterKeys
+from memserve.transfer.session import HEARTBEAT, LEASE, RETRY_FIRST, Lease
+from memserve.transfer.wire import Bye
+from memserve.types import InstanceId, Owner
+
+T = TypeVar("T")
+
+# Seconds. Timers are looked at every TICK: a few times in the shortest retry. A connection
+# that does not answer within CONNECT_TIMEOUT fails: as long as a silent peer is given. A call
+# from another thread waits CALL_TIMEOUT for this one, which never waits for a peer: longer
+# than any lease, so that a peer's silence is reported as that. CLOSE_TIMEOUT is for writes
+# that are being cancelled.
+TICK = RETRY_FIRST / 5
+CONNECT_TIMEOUT = LEASE
+CALL_TIMEOUT = 2 * LEASE
+CLOSE_TIMEOUT = 2.0
+
+
+class Service:
+    """Runs a `Conversation`. Methods may be called from any thread."""
+
+    def __init__(
+        self,
+        pool: ConversingPool,
+        transports: list[Transport],
+        path: PathName,
+        keys: ClusterKeys | None,
+        clock: Clock,
+    ) -> None:
+        self._pool = pool
+        self._now = clock.now
+        self._links = Links(keys)
+        self._conversation = Conversation(pool, self._links, transports, path)
+        self._transports = transports
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._running = True
+        self._thread = threading.Thread(
+            target=self._run, name=f"memserve-transfer-{pool.owner.instance}", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def counters(self) -> Counters:
+        return self._conversation.counters
+
+    @property
+    def strangers(self) -> int:
+        """Clients that did not know the secret."""
+        return self._links.strangers
+
+    def life(self, instance: InstanceId) -> Life:
+        """Of a peer, as it is known now. Raises UnknownPeer."""
+        return self._conversation.peers.current(instance)
+
+    def lease(self, owner: Owner) -> Lease:
+        return self._conversation.table.lease(owner, self._now())
+
+    # --- calls ----------------------------------------------------------------------------
+
+    def submit(self, task: Callable[[Conversation, float], None]) -> None:
+        """Have `task` run on the service's thread, soon. Raises TransferError if it ended."""
+        if not self._running:
+            raise TransferError(f"pool {self._pool.owner.instance!r} no longer talks to peers")
+        self._tasks.append(lambda: task(self._conversation, self._now()))
+        self._links.wake()
+
+    def ask(self, question: Callable[[Conversation, float], T]) -> T:
+        """The answer to a question that needs the service's thread."""
+        answer: Future[T] = Future()
+
+        def task(conversation: Conversation, now: float) -> None:
+            try:
+                answer.set_result(question(conversation, now))
+            except MemserveError as error:
+                answer.set_exception(error)
+
+        self.submit(task)
+        return self.wait(answer)
+
+    def wait(self, answer: Future[T]) -> T:
+        """Of something that the service was told to find out."""
+        try:
+            return answer.result(CALL_TIMEOUT)
+        except TimeoutError as error:
+            if answer.done():
+                raise
+            raise TransferTimeout(f"no answer for {CALL_TIMEOUT:g} s") from error
+
+    def listen(self, address: str) -> str:
+        return self.ask(lambda conversation, now: self._links.listen(address))
+
+    def connect(self, instance: InstanceId, address: str) -> Owner:
+        """Know a peer. Raises PeerLost, PeerRefused, LayoutMismatch, TransferError."""
+        outcome: Future[Owner] = Future()
+
+        def task(conversation: Conversation, now: float) -> None:
+            dealer = self._links.dial(address)
+            gives_up_at = now + CONNECT_TIMEOUT
+            conversation.dialling.begin(Dialled(instance, dealer, outcome, gives_up_at))
+
+        self.ask(task)
+        return self.wait(outcome)
+
+    def close(self) -> None:
+        """Cancel what is going on, tell the peers, and end the thread."""
+        if self._running:
+            self.submit(lambda conversation, now: self._stop())
+        self._thread.join()
+
+    # --- the thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        beat_at = tick_at = self._now()
+        conversation = self._conversation
+        try:
+            while self._running:
+                for arrival in self._links.poll(self._pause(beat_at, tick_at)):
+                    conversation.on_arrival(arrival, self._now())
+                while self._tasks:
+                    self._tasks.popleft()()
+                now = self._now()
+                conversation.poll_transports(now)
+                if now >= tick_at:
+                    conversation.on_tick(now)
+                    tick_at = now + TICK
+                if now >= beat_at:
+                    conversation.on_beat(now)
+                    beat_at = now + HEARTBEAT
+            self._farewell()
+        finally:
+            self._running = False
+            for outgoing in conversation.sender.all:
+                if not outgoing.handle.done:
+                    outgoing.handle.fail(TransferError("the pool was closed"))
+                conversation.sender.release(outgoing.session)
+            self._links.close()
+            for transport in self._transports:
+                transport.close()
+
+    def _pause(self, beat_at: float, tick_at: float) -> float:
+        """Seconds to wait for messages."""
+        conversation = self._conversation
+        interval = conversation.peers.poll_interval
+        if interval is not None:
+            if interval and not self._tasks:
+                sleep(min(interval, TICK))
+            return 0.0
+        until = min(beat_at, tick_at) if conversation.busy else beat_at
+        return max(0.0, until - self._now())
+
+    def _stop(self) -> None:
+        self._running = False
+
+    def _farewell(self) -> None:
+        """After this nothing of ours can land anywhere, and the peers know."""
+        conversation = self._conversation
+        end = self._now() + CLOSE_TIMEOUT
+        for outgoing in conversation.sender.all:
+            failure = Failure("TransferCancelled", "the pool was closed")
+            conversation.act(outgoing, outgoing.session.fail(failure, self._now()), self._now())
+        while conversation.peers.poll_interval is not None and self._now() < end:
+            conversation.poll_transports(self._now())
+        if conversation.peers.poll_interval is None:
+            conversation.say_to_all(Bye())
