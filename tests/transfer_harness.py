@@ -1,69 +1,66 @@
-"""Pools with known bytes, connected by a transport, for the tests of transfers."""
+"""Pools that are connected, for tests of transfers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-import numpy as np
 import torch
 
-from memserve import KVLayout, Medium, MemPool
-from memserve.transfer.base import BlockList, Completion, Ticket, Transport, WriteList
-from memserve.transfer.regions import local_regions, pool_regions
+from memserve import KVLayout, MemPool
 from memserve.types import RefArray
 
-# Far more than any copy of a test takes; a test that waits so long has failed.
-DEADLINE = 60.0
+LAYOUT = KVLayout(
+    layers=3, kv_heads=2, head_dim=4, dtype="float32", block_tokens=4, model="transfer-test"
+)
+LOCAL = "tcp://127.0.0.1:0"
+# Much longer than anything takes: a test that gets there has failed.
+PATIENCE = 30.0
 
 
-def random_kv(layout: KVLayout, blocks: int, seed: int) -> torch.Tensor:
-    """KV that differs in every byte position, as [blocks, *block_shape]."""
-    rng = np.random.default_rng(seed)
-    data = rng.integers(0, 256, size=blocks * layout.block_bytes, dtype=np.uint8)
-    if layout.dtype == "float32":  # no NaN: they never compare equal
-        data = data.view(np.uint32) % (1 << 20)
-        return torch.from_numpy(data.astype(np.float32)).view(blocks, *layout.block_shape)
-    return torch.from_numpy(data % 100).view(layout.torch_dtype).view(blocks, *layout.block_shape)
+@contextmanager
+def two_pools(blocks: int = 32, **options: object) -> Iterator[tuple[MemPool, MemPool]]:
+    """`a` knows `b`. Both are checked at the end: nothing may be left of any transfer."""
+    with (
+        MemPool(LAYOUT, blocks, 8, instance="a", **options) as a,  # type: ignore[arg-type]
+        MemPool(LAYOUT, blocks, 8, instance="b") as b,
+    ):
+        a.connect("b", b.serve(LOCAL))
+        yield a, b
+        for pool in (a, b):
+            quiet(pool)
 
 
-def fill(pool: MemPool, seed: int) -> dict[Medium, RefArray]:
-    """Take every block of a pool and write random KV into it."""
-    taken = {}
-    for medium, stats in zip(Medium, (pool.stats().hbm, pool.stats().dram), strict=True):
-        refs = pool.alloc_mem(stats.total, medium)
-        if len(refs):
-            pool.write(refs, random_kv(pool.layout, len(refs), seed + int(medium)))
-        taken[medium] = refs
-    return taken
+def kv_blocks(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, *LAYOUT.block_shape, generator=generator)
 
 
-def connect(transport: Transport, pool: MemPool, other: MemPool, peer: Transport) -> None:
-    """Let `transport` of `pool` write into `other`, which has `peer`."""
-    regions = local_regions(other)
-    peer.register(regions)
-    transport.register(local_regions(pool))
-    transport.add_peer(other.owner, pool_regions(other.layout, regions), peer.describe())
+def filled(pool: MemPool, count: int, seed: int = 0) -> RefArray:
+    """Allocated blocks with the bytes of `kv_blocks`."""
+    refs = pool.alloc_mem(count)
+    pool.write(refs, kv_blocks(count, seed))
+    return refs
 
 
-def drain(transport: Transport, tickets: Sequence[Ticket]) -> dict[Ticket, Completion]:
-    """Poll until every ticket has ended. Fails on one that ends twice, or never."""
-    ended: dict[Ticket, Completion] = {}
-    deadline = time.monotonic() + DEADLINE
-    while len(ended) < len(tickets):
-        assert time.monotonic() < deadline, f"{len(tickets) - len(ended)} tickets never ended"
-        for completion in transport.poll():
-            assert completion.ticket in tickets
-            assert completion.ticket not in ended
-            ended[completion.ticket] = completion
-        time.sleep(transport.poll_interval)
-    return ended
+def tokens_of(count: int) -> list[int]:
+    """Tokens of `count` blocks."""
+    return list(range(count * LAYOUT.block_tokens))
 
 
-def write_list(
-    source: RefArray,
-    target: RefArray,
-    layers: range | None = None,
-    heads: range | None = None,
-) -> WriteList:
-    return WriteList(BlockList.of(source), BlockList.of(target), layers, heads)
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"never came: {what}"
+        time.sleep(0.01)
+
+
+def quiet(pool: MemPool) -> None:
+    """Nothing of a transfer is left, and every block has exactly one owner."""
+    eventually(lambda: pool.peer_stats().outgoing == 0, "the end of every transfer")
+    eventually(lambda: pool.peer_stats().quarantined == 0, "the end of every quarantine")
+    stats = pool.stats()
+    assert stats.matches == 0
+    assert stats.hbm.pinned == stats.dram.pinned == 0
+    pool.check_integrity()

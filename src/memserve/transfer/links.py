@@ -125,10 +125,10 @@ class Links:
     def send(self, path: Dealer | bytes, header: bytes, body: bytes) -> bool:
         """Whether it was queued; that it arrives is another matter."""
         try:
-            if isinstance(path, Dealer):
+            if isinstance(path, Dealer) and path.socket in self._dealers:
                 path.socket.send_multipart([header, body], zmq.NOBLOCK)
                 return True
-            if self._router is not None:
+            if self._router is not None and isinstance(path, bytes):
                 self._router.send_multipart([path, header, body], zmq.NOBLOCK)
                 return True
         except zmq.ZMQError as error:
@@ -141,8 +141,9 @@ class Links:
         """End a `poll`; from any thread."""
         os.eventfd_write(self._wake, 1)
 
-    def poll(self, timeout: float) -> Iterator[Arrival]:
-        """Wait up to `timeout` seconds; then everything that has arrived."""
+    def poll(self, timeout: float) -> list[Arrival]:
+        """Wait up to `timeout` seconds; then what has arrived."""
+        arrivals: list[Arrival] = []
         for source, _ in self._poller.poll(int(timeout * 1000)):
             if source == self._wake:
                 os.eventfd_read(self._wake)
@@ -152,9 +153,10 @@ class Links:
                 recv_monitor_message(source)
                 self._monitors[source].refused += 1
             elif source is self._router:
-                yield from self._receive(self._router, None)
+                arrivals += self._receive(self._router, None)
             elif source in self._dealers:
-                yield from self._receive(source, self._dealers[source])
+                arrivals += self._receive(source, self._dealers[source])
+        return arrivals
 
     def close(self) -> None:
         for dealer in list(self._dealers.values()):

@@ -1,0 +1,182 @@
+"""Who may talk to a pool, and what becomes of what nobody should have said."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memserve import Medium, MemPool
+from memserve.errors import (
+    ConfigError,
+    LayoutMismatch,
+    PeerLost,
+    PeerRefused,
+    TransferError,
+)
+from memserve.transfer import wire
+from memserve.transfer.base import PoolRegions
+from memserve.transfer.process import own_process
+from memserve.transfer.regions import host_id
+from memserve.transfer.secret import SECRET_VARIABLE
+from memserve.types import Epoch, InstanceId, Owner
+from tests.transfer_harness import (
+    LAYOUT,
+    LOCAL,
+    PATIENCE,
+    eventually,
+    filled,
+    quiet,
+    tokens_of,
+)
+
+# The thread of a pool must survive everything here.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
+FINGERPRINT = bytes.fromhex(LAYOUT.fingerprint)
+
+
+@contextlib.contextmanager
+def stranger(address: str) -> Iterator[zmq.Socket[bytes]]:
+    """A socket on a pool's port."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 1000
+        socket.rcvtimeo = int(PATIENCE * 1000)
+        socket.connect(address)
+        yield socket
+
+
+def test_another_layout_is_refused_with_both_fingerprints() -> None:
+    other = dataclasses.replace(LAYOUT, layers=2)
+    with MemPool(LAYOUT, 4, instance="b") as b, MemPool(other, 4, instance="a") as a:
+        address = b.serve(LOCAL)
+        with pytest.raises(LayoutMismatch) as error:
+            a.connect("b", address)
+        assert LAYOUT.fingerprint in str(error.value)
+        assert other.fingerprint in str(error.value)
+        assert b.peer_stats().mismatched > 0
+
+
+def test_another_protocol_version_is_told_so_before_anything_is_decoded() -> None:
+    with MemPool(LAYOUT, 4, instance="b") as b, stranger(b.serve(LOCAL)) as socket:
+        later = bytearray(wire.header(FINGERPRINT))
+        later[5] = 99
+        socket.send_multipart([bytes(later), b"\xc1 no msgpack"])
+        answer = socket.recv_multipart()
+        with pytest.raises(wire.Mismatch) as mismatch:
+            wire.decode(answer, FINGERPRINT)
+        assert mismatch.value.kind is wire.Kind.REFUSAL
+        assert mismatch.value.version == wire.PROTOCOL_VERSION
+        assert b.peer_stats().malformed == 0
+
+
+def test_a_secret_is_needed_to_talk_and_the_same_one() -> None:
+    with (
+        MemPool(LAYOUT, 4, instance="b", secret="one") as b,
+        MemPool(LAYOUT, 4, instance="friend", secret="one") as friend,
+        MemPool(LAYOUT, 4, instance="liar", secret="two") as liar,
+        MemPool(LAYOUT, 4, instance="open", secret="") as without,
+    ):
+        address = b.serve(LOCAL)
+        for other in (liar, without):
+            with pytest.raises(PeerRefused, match="secret"):
+                other.connect("b", address)
+        with stranger(address) as socket:
+            socket.rcvtimeo = 300
+            socket.send_multipart([wire.header(FINGERPRINT), b""])
+            with pytest.raises(zmq.Again):
+                socket.recv_multipart()
+        assert b.peer_stats().malformed == 0  # none of it came through
+        friend.connect("b", address)
+        friend.transfer_with_insert("b", tokens_of(2), filled(friend, 2)).result(PATIENCE)
+        quiet(b)
+
+
+def test_without_a_secret_only_this_host_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SECRET_VARIABLE, raising=False)
+    here = MemPool(LAYOUT, 4, instance="a", path="shm")
+    with here, pytest.raises(ConfigError, match=SECRET_VARIABLE):
+        here.serve("tcp://0.0.0.0:0")
+    monkeypatch.setenv(SECRET_VARIABLE, "the cluster's")
+    with MemPool(LAYOUT, 4, instance="a", path="shm") as a:
+        assert a.serve("tcp://0.0.0.0:0").startswith("tcp://0.0.0.0:")
+
+
+def test_nobody_there_or_somebody_else() -> None:
+    with MemPool(LAYOUT, 4, instance="a") as a, MemPool(LAYOUT, 4, instance="b") as b:
+        address = b.serve(LOCAL)
+        with pytest.raises(PeerRefused, match="'b', not 'c'"):
+            a.connect("c", address)
+        with pytest.raises(TransferError):
+            b.serve(address)
+        with pytest.raises(TransferError):
+            a.connect("b", "nonsense")
+    with MemPool(LAYOUT, 4, instance="a") as a, pytest.raises(PeerLost, match="no pool"):
+        a.connect("b", address)
+
+
+ids = st.integers(-(2**63), 2**64 - 1)
+values = st.recursive(
+    st.none() | st.booleans() | ids | st.binary(max_size=20) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=6),
+    max_leaves=12,
+)
+frames = st.lists(st.binary(max_size=60), max_size=4)
+# Not Bye (34): nothing is heard of a life after that.
+tags = st.sampled_from([*range(1, 11), 32, 33, 35, 36])
+numbers = st.integers(0, 5)
+nonsense = st.tuples(tags, numbers, values, values).map(list)
+words = st.none() | st.binary(max_size=64)
+prepares = st.tuples(
+    st.just(1), numbers, st.integers(-1, 2**25), st.sampled_from([0, 1, 7]), st.text(), words, words
+).map(list)
+
+
+def test_noise_is_counted_and_does_not_stop_a_pool() -> None:
+    """Random frames, and messages of a peer that has lost its mind."""
+    mad = Owner(InstanceId("mad"), Epoch(1))
+    hello = wire.Hello(False, own_process(), PoolRegions(LAYOUT, host_id(), ()), ())
+    head = wire.header(FINGERPRINT)
+    with MemPool(LAYOUT, 32, instance="b") as b, MemPool(LAYOUT, 32, instance="a") as a:
+        address = b.serve(LOCAL)
+        a.connect("b", address)
+        with stranger(address) as socket:
+            socket.send_multipart([head, wire.encode(mad, Epoch(0), hello)])
+
+            @settings(max_examples=400, deadline=None)
+            @given(frames | nonsense | prepares)
+            def shout(noise: list[object]) -> None:
+                if noise and not all(isinstance(each, bytes) for each in noise):
+                    body = [mad.instance, mad.epoch, b.owner.epoch, noise]
+                    socket.send_multipart([head, msgspec.msgpack.encode(body)])
+                else:
+                    socket.send_multipart(noise or [b""])
+
+            shout()
+            eventually(lambda: b.peer_stats().malformed > 20, "the noise")
+            source = filled(a, 3)
+            a.transfer_with_insert("b", tokens_of(3), source, medium=Medium.HBM).result(PATIENCE)
+            socket.send_multipart([head, wire.encode(mad, b.owner.epoch, wire.Bye())])
+            eventually(lambda: b.stats().hbm.active == 0, "what the mad one held")
+        quiet(b)
+
+
+@given(st.lists(st.binary(max_size=80), max_size=4), st.binary(max_size=200))
+def test_decoding_raises_nothing_but_what_it_says(noise: list[bytes], body: bytes) -> None:
+    for attempt in (noise, [wire.header(FINGERPRINT), body]):
+        with contextlib.suppress(wire.Malformed, wire.Mismatch):
+            wire.decode(attempt, FINGERPRINT)
+
+
+def test_a_message_without_end_is_not_read() -> None:
+    with MemPool(LAYOUT, 4, instance="b") as b, stranger(b.serve(LOCAL)) as socket:
+        head = wire.header(FINGERPRINT)
+        socket.send_multipart([head, bytes(wire.MAX_MESSAGE_BYTES + 1)])
+        socket.send_multipart([head, b"short"])
+        eventually(lambda: b.peer_stats().malformed == 1, "the short one, on a new connection")
