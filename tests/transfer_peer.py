@@ -13,14 +13,15 @@ from typing import Any
 import msgspec
 import torch
 
-from memserve import KVLayout, Medium, MemPool
+from memserve import KVLayout, Medium
 from memserve.errors import MemserveError
+from memserve.pool.pool import MemPool
 from memserve.transfer.base import PoolRegions, Ticket, Transport, WriteList, block_list
 from memserve.transfer.nixl import NixlTransport
 from memserve.transfer.regions import local_regions, pool_regions
 from memserve.transfer.shm import ShmTransport
 from memserve.types import Owner
-from tests.transfer_harness import drain, random_kv
+from tests.copy_harness import drain, random_kv
 
 ROOT = Path(__file__).parents[1]
 

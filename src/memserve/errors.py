@@ -148,3 +148,10 @@ class QueueFull(MemserveError):
         super().__init__(f"{waiting} requests are waiting and at most {limit} may")
         self.waiting = waiting
         self.limit = limit
+
+
+# --- benchmarks -----------------------------------------------------------------------
+
+
+class EmulationError(MemserveError):
+    """A network that cannot be emulated here."""

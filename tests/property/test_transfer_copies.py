@@ -14,14 +14,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memserve import KVLayout, MemPool
+from memserve import KVLayout
+from memserve.pool.pool import MemPool
 from memserve.transfer.base import Outcome, WriteList
 from memserve.transfer.conversion import common_heads
 from memserve.transfer.copy_plan import RegionTable, plan_copies, split_pieces
 from memserve.transfer.regions import local_regions
 from memserve.transfer.shm import ShmTransport
 from memserve.types import RefArray
-from tests.transfer_harness import connect, drain, fill, write_list
+from tests.copy_harness import connect, drain, fill, write_list
 
 TOTAL_HEADS = 4
 LAYERS = 3

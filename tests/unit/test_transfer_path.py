@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from memserve import KVLayout, MemPool
+from memserve import KVLayout
 from memserve.errors import TransferError
+from memserve.pool.pool import MemPool
 from memserve.transfer.base import PoolRegions
 from memserve.transfer.path import choose_transport
 from memserve.transfer.regions import host_id, local_regions, pool_regions

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from memserve import KVLayout, Medium, MemPool
+from memserve import KVLayout, Medium
 from memserve.errors import LayoutMismatch, LengthMismatch, SegmentGone, UnknownBlock, UnknownPeer
+from memserve.pool.pool import MemPool
 from memserve.transfer import shm
 from memserve.transfer.base import Outcome, Region, WriteList, block_list
 from memserve.transfer.regions import host_id, local_regions, mappable, pool_regions
 from memserve.transfer.shm import ShmTransport
 from memserve.types import Epoch, Owner
-from tests.transfer_harness import connect, drain, fill, random_kv, write_list
+from tests.copy_harness import connect, drain, fill, random_kv, write_list
 
 LAYOUT = KVLayout(layers=2, kv_heads=2, head_dim=8, dtype="float32")
 
@@ -197,12 +198,13 @@ def test_memory_is_mappable_on_this_host_while_it_exists(target: MemPool) -> Non
 CHILD = """
 import sys
 import msgspec, numpy as np
-from memserve import KVLayout, Medium, MemPool
+from memserve import KVLayout, Medium
+from memserve.pool.pool import MemPool
 from memserve.transfer.base import PoolRegions, WriteList, block_list
 from memserve.transfer.regions import local_regions
 from memserve.transfer.shm import ShmTransport
 from memserve.types import Owner
-from tests.transfer_harness import drain, fill, write_list
+from tests.copy_harness import drain, fill, write_list
 
 owner, memory = msgspec.json.decode(sys.stdin.read(), type=tuple[Owner, PoolRegions])
 with MemPool(memory.layout, 8, 0, "child") as pool:

@@ -136,6 +136,30 @@ def engine(json: _Json = None, *, given: Given) -> None:
     _report(json, wanted, report, engine_bench_table(report))
 
 
+class TransferBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How much is copied."""
+
+    blocks: Annotated[Positive, doc("copied at once")] = 256
+    repeats: Annotated[Positive, doc("of each copy, in turns; more are steadier")] = 9
+    link: Annotated[bool, doc("also over an emulated link of 1 Gbit/s; needs root")] = False
+
+
+@app.command()
+@takes_flags(flags_of(TransferBenchConfig))
+def transfer(json: _Json = None, *, given: Given) -> None:
+    """Time the paths between pools, beside memcpy and a socket, and what layouts cost."""
+    from memserve.bench.transfer import run_transfer_bench, transfer_bench_table
+
+    config = with_flags(TransferBenchConfig(), given)
+    report = run_transfer_bench(
+        blocks=config.blocks,
+        repeats=config.repeats,
+        link=config.link,
+        progress=progress_lines(),
+    )
+    _report(json, config, report, transfer_bench_table(report))
+
+
 def _report(json: str | None, config: msgspec.Struct, result: msgspec.Struct, table: Table) -> None:
     if json is None:
         Console().print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -85,7 +86,7 @@ class Shape(NamedTuple):
     @property
     def block_bytes(self) -> int:
         """Bytes to copy for one block."""
-        return self.nbytes * int(np.prod([axis.steps for axis in self.axes], dtype=np.int64))
+        return self.nbytes * math.prod(axis.steps for axis in self.axes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
