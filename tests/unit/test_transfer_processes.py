@@ -1,0 +1,121 @@
+"""Transfers between processes, of which one is killed or stopped in the middle. Protects: the
+survivor gets every block back, and none before the other can no longer write to it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memserve import MemPool
+from memserve.errors import OutOfBlocks, PeerLost, StaleBlock, TransferError
+from memserve.types import RefArray
+from tests.transfer_child import BLOCKS, Child
+from tests.transfer_harness import (
+    LAYOUT,
+    LOCAL,
+    PATIENCE,
+    eventually,
+    filled,
+    kv_blocks,
+    quiet,
+    tokens_of,
+)
+
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+def test_bytes_go_from_process_to_process() -> None:
+    with MemPool(LAYOUT, BLOCKS, instance="b") as b, Child("a") as child:
+        child.ask(f"connect b {b.serve(LOCAL)}")
+        child.ask("send b 5")
+        eventually(lambda: b.stats().hbm.cached == 5, "the commit")
+        with b.match(tokens_of(5)) as match:
+            assert torch.equal(b.read(match.refs), kv_blocks(5))
+        quiet(b)
+
+
+def test_a_source_that_is_killed_leaves_nothing() -> None:
+    with MemPool(LAYOUT, BLOCKS, instance="b") as b, Child("a", "stuck") as child:
+        child.ask(f"connect b {b.serve(LOCAL)}")
+        child.ask("hold b 2")
+        child.ask("send b 5")
+        eventually(lambda: b.stats().hbm.active == 7, "the Prepare")
+        child.kill()
+        eventually(lambda: b.stats().hbm.active == 0, "the blocks of the dead")
+        quiet(b)
+        assert b.peer_stats().incoming == 0
+
+
+def test_a_source_that_stops_keeps_what_it_may_write_to_until_it_is_back() -> None:
+    with MemPool(LAYOUT, BLOCKS, instance="b") as b, Child("a", "stuck") as child:
+        child.ask(f"connect b {b.serve(LOCAL)}")
+        child.ask("hold b 2")
+        child.ask("send b 5")
+        eventually(lambda: b.stats().hbm.active == 7, "the Prepare")
+        child.stop()
+        eventually(lambda: b.peer_stats().quarantined == 5, "the end of the lease")
+        eventually(lambda: b.stats().hbm.active == 5, "what it cannot write to")
+        with pytest.raises(OutOfBlocks):
+            b.alloc_mem(BLOCKS)
+        child.go_on()
+        eventually(lambda: b.stats().hbm.active == 0, "that it has drained")
+        quiet(b)
+
+
+def test_a_source_that_is_killed_while_stopped_leaves_nothing() -> None:
+    with MemPool(LAYOUT, BLOCKS, instance="b") as b, Child("a", "stuck") as child:
+        child.ask(f"connect b {b.serve(LOCAL)}")
+        child.ask("send b 5")
+        eventually(lambda: b.stats().hbm.active == 5, "the Prepare")
+        child.stop()
+        eventually(lambda: b.peer_stats().quarantined == 5, "the end of the lease")
+        child.kill()
+        eventually(lambda: b.stats().hbm.active == 0, "the blocks of the dead")
+        quiet(b)
+
+
+def test_a_destination_that_stops_fails_the_transfer_and_frees_its_blocks_later() -> None:
+    with MemPool(LAYOUT, BLOCKS, instance="a") as a, Child("b") as child:
+        a.connect("b", child.address)
+        a.insert(tokens_of(4), filled(a, 4))
+        transfer = a.open_transfer("b", filled(a, 2))
+        eventually(lambda: child.ask("active") == "2", "the Prepare")
+        child.stop()
+        with a.match(tokens_of(4)) as match:
+            second = a.transfer_with_insert("b", tokens_of(4), match.refs)
+        for each in (transfer, second):
+            with pytest.raises(PeerLost):
+                each.result(PATIENCE)
+        quiet(a)
+        child.go_on()
+        eventually(lambda: child.ask("active") == "0", "that the source has given up")
+        a.transfer_with_insert("b", tokens_of(4), match.refs).result(PATIENCE)
+        quiet(a)
+
+
+def test_a_destination_that_is_killed_and_restarted_behind_its_address() -> None:
+    with MemPool(LAYOUT, BLOCKS, instance="a") as a:
+        with Child("b") as first:
+            address = first.address
+            a.connect("b", address)
+            held = a.alloc_mem(2, instance="b")
+            transfer = a.open_transfer("b", filled(a, 2))
+            eventually(lambda: first.ask("active") == "4", "the Prepare")
+            first.kill()
+            with pytest.raises(PeerLost):
+                transfer.result(PATIENCE)
+        with Child("b", address=address) as second:
+            source = filled(a, 3)
+            eventually(lambda: _sent(a, source), "the new life")
+            assert second.ask("active") == "0"
+            with pytest.raises(StaleBlock):
+                a.free_mem(held)
+        quiet(a)
+
+
+def _sent(pool: MemPool, source: RefArray) -> bool:
+    try:
+        pool.transfer_with_insert("b", tokens_of(3), source).result(PATIENCE)
+    except TransferError:
+        return False
+    return True
