@@ -14,7 +14,7 @@ help:
 	@echo "make serve   serve the demo model on http://127.0.0.1:8000 (ARGS='--port 9000 ...')"
 	@echo "make test    lint, types, layers and all tests"
 	@echo "make lint    the same without the tests;   make format   put the code into shape"
-	@echo "make bench   microbenchmarks of the pool and the engine, as JSON in $(BENCH_JSON)"
+	@echo "make bench   microbenchmarks of the pool, transfers and the engine, as JSON in $(BENCH_JSON)"
 	@echo "make clean   remove what these made, the environment included"
 
 setup: $(INSTALLED)
@@ -58,6 +58,8 @@ bench: setup
 	@mkdir -p $(BENCH_JSON)
 	@echo "==> pool"
 	@$(BIN)/memserve bench pool --json $(BENCH_JSON)/pool.json
+	@echo "==> transfer"
+	@$(BIN)/memserve bench transfer --json $(BENCH_JSON)/transfer.json
 	@echo "==> engine"
 	@$(BIN)/memserve bench engine --json $(BENCH_JSON)/engine.json
 	@echo "==> results are in $(BENCH_JSON)"
