@@ -122,12 +122,8 @@ def parse_config(text: str) -> ClusterConfig:
 
 
 def check_config(config: ClusterConfig) -> None:
-    """Raise ConfigError for values that contradict each other or are not served yet."""
+    """Raise ConfigError for values that contradict each other."""
     for instance in config.instance:
-        if instance.role is not Role.COLOCATED:
-            raise ConfigError(
-                f"role '{instance.role}': this version serves colocated instances only"
-            )
         if instance.port and instance.count > 1:
             raise ConfigError(
                 f"{instance.count} instances cannot share port {instance.port}; "

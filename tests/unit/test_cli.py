@@ -47,8 +47,6 @@ def test_starting_the_command_imports_neither_torch_nor_transformers() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["up", "--role", "prefill"], "this version serves colocated instances only"),
-        (["instance", "--role", "decode"], "this version serves colocated instances only"),
         (["up", "absent.toml"], "absent.toml: No such file or directory"),
         (["up", "--hbm-blocks", "0"], "--hbm-blocks 0: Expected `int` >= 1"),
         (["up", "--model", "no-such-model"], "no model 'no-such-model'"),

@@ -13,10 +13,11 @@ import pytest
 from memserve.api.asgi import HangUp
 from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall
+from memserve.api.http_client import instance_session
 from memserve.api.status import InstanceInfo, InstanceState
 from memserve.clock import MonotonicClock
 from memserve.cluster.membership import Membership
-from memserve.gateway.relay import MAX_ATTEMPTS, Answer, Relay, instance_session
+from memserve.gateway.relay import MAX_ATTEMPTS, Answer, Relay
 from memserve.gateway.router import RoundRobin
 from memserve.types import Epoch, InstanceId, Role
 

@@ -13,6 +13,7 @@ from enum import StrEnum
 import msgspec
 
 from memserve.errors import RequestError
+from memserve.types import InstanceId
 
 GENERATE_PATH = "/v1/generate"
 MAX_LOGPROBS = 20  # OpenAI's limit of top_logprobs
@@ -94,6 +95,13 @@ class CallKind(StrEnum):
     COMPLETION = "completion"
 
 
+class PrefillPeer(msgspec.Struct, frozen=True):
+    """A prefill instance that a decode instance may ask."""
+
+    id: InstanceId
+    address: str  # http://host:port
+
+
 class GenerateCall(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """One client request, tokenised. Choice `p * n + j` answers prompt p, sample j."""
 
@@ -113,3 +121,4 @@ class GenerateCall(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
     return_token_ids: bool = False  # the client asked for `choices[].token_ids`
     cache_salt: str = ""  # namespace of the KV cache
     priority: int = 0  # lower runs first
+    prefill: tuple[PrefillPeer, ...] = ()  # who computes the prompt, best first; (): the receiver

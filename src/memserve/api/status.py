@@ -91,10 +91,26 @@ class Latencies(msgspec.Struct, frozen=True):
     whole: Histogram = msgspec.field(default_factory=Histogram)
 
 
+class HandoffTotals(msgspec.Struct, frozen=True):
+    """A decode instance's dealings with prefill instances since start. Blocks are whole ones."""
+
+    asked: int = 0  # prefills asked for
+    failed: int = 0  # of these: not done; another was asked, or the prompt computed here
+    blocks_received: int = 0
+    blocks_spared: int = 0  # of prompts, that were here already
+    blocks_returned: int = 0
+    returns: int = 0  # sequences whose KV went back
+    returns_dropped: int = 0  # because of pressure or failure
+    prefill_seconds: float = 0.0
+    transfer_seconds: float = 0.0
+    block_bytes: int = 0  # of one block
+
+
 class InstanceStats(msgspec.Struct, frozen=True):
     engine: EngineTotals
     pool: PoolTotals
     latencies: Latencies
+    handoff: HandoffTotals = HandoffTotals()
 
 
 class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

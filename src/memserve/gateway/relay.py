@@ -13,34 +13,20 @@ from starlette.types import Send
 
 from memserve.api.asgi import Headers, Interruption, send_body, start_events
 from memserve.api.errors import ApiError, unavailable
-from memserve.api.generate import GENERATE_PATH, GenerateCall
-from memserve.api.serving import IDLE_CONNECTION_SECONDS
+from memserve.api.generate import GENERATE_PATH, GenerateCall, PrefillPeer
 from memserve.clock import Clock
 from memserve.cluster.membership import Member, Membership
-from memserve.gateway.router import Router
-from memserve.types import InstanceId, Role
+from memserve.gateway.router import Plan, Router
+from memserve.types import InstanceId
 
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3  # a call that takes instances down must not take all of them
-CONNECT_SECONDS = 2.0  # an instance accepts at once, or it is gone
-# No limit on an answer's time: it may wait in a queue. Polls find out when an instance is lost.
-_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
 _HEADERS = {"Content-Type": "application/json"}
 _EVENT_END = b"\n\n"
 _REFUSALS = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
 
 _encode = msgspec.json.Encoder().encode
-
-
-def instance_session() -> aiohttp.ClientSession:
-    """An HTTP client for instances: connections are kept and their number is not limited."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_SECONDS),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        timeout=_TIMEOUT,
-    )
 
 
 class Answer:
@@ -96,12 +82,13 @@ class Relay:
 
     async def run(self, call: GenerateCall, send: Send, headers: Headers, answer: Answer) -> None:
         """Answer a client. Raises ApiError if nothing has been sent to it yet."""
-        body = _encode(call)
         tried: set[InstanceId] = set()
         refusal: _Refusal | None = None
-        while (member := self._next(call, tried)) is not None:
+        while (plan := self._next(call, tried)) is not None:
+            member = plan.member
             tried.add(member.id)
             answer.instance = member.id
+            body = _encode(_with_prefill(call, plan))
             try:
                 refused = await self._try(member, call, body, send, headers, answer)
             except _InstanceLost:
@@ -121,15 +108,11 @@ class Relay:
         retry = (b"retry-after", (refusal.retry_after or "1").encode())
         await send_body(send, refusal.status, refusal.body, (*headers, retry))
 
-    def _next(self, call: GenerateCall, tried: set[InstanceId]) -> Member | None:
+    def _next(self, call: GenerateCall, tried: set[InstanceId]) -> Plan | None:
         if self._stopping or len(tried) == MAX_ATTEMPTS:
             return None
-        candidates = [
-            member
-            for member in self._membership.ready()
-            if member.role is Role.COLOCATED and member.id not in tried
-        ]
-        return self._router.choose(call, candidates) if candidates else None
+        members = [member for member in self._membership.ready() if member.id not in tried]
+        return self._router.plan(call, members) if members else None
 
     async def _try(
         self,
@@ -207,6 +190,13 @@ def _end_of_events(data: bytes) -> int:
     """Where the last event that is whole ends."""
     end = data.rfind(_EVENT_END)
     return end + len(_EVENT_END) if end >= 0 else 0
+
+
+def _with_prefill(call: GenerateCall, plan: Plan) -> GenerateCall:
+    if not plan.prefill:
+        return call
+    peers = tuple(PrefillPeer(member.id, member.address) for member in plan.prefill)
+    return msgspec.structs.replace(call, prefill=peers)
 
 
 def no_instance() -> ApiError:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import uvloop
 
+from memserve.api.http_client import instance_session
 from memserve.api.serving import Shutdown, announce, bind, serve, url_of
 from memserve.clock import MonotonicClock
 from memserve.cluster.membership import Member, Membership
@@ -16,7 +17,7 @@ from memserve.cluster.poller import Poller
 from memserve.config import ClusterConfig, available_cores
 from memserve.gateway.app import GatewayApp
 from memserve.gateway.call_builder import CallBuilder
-from memserve.gateway.relay import Relay, instance_session
+from memserve.gateway.relay import Relay
 from memserve.gateway.router import RoundRobin
 from memserve.models.tokenizer import Tokenizer
 

@@ -9,19 +9,29 @@ from contextlib import ExitStack
 import msgspec
 import torch
 
+from memserve.api.handoff import PoolPeer
 from memserve.api.status import PoolTotals
-from memserve.config import ClusterConfig, InstanceConfig, available_cores
+from memserve.config import Caching, ClusterConfig, InstanceConfig, available_cores
 from memserve.engine.batch import BatchLimits
 from memserve.engine.dtype import choose_dtype
 from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import Model, count_weights, load_model
 from memserve.errors import ConfigError
 from memserve.instance.instance import Identity, Parts
+from memserve.instance.kv_link import KVLink
 from memserve.models.resolve import ModelDirectory, resolve_model
 from memserve.models.tokenizer import Tokenizer
-from memserve.pool.pool import MemPool
+from memserve.transfer.mempool import MemPool
+from memserve.types import Role
 
 log = logging.getLogger(__name__)
+
+# With which steps of caching an instance keeps the KV of its own sequences for others.
+_SHARING: dict[Role, tuple[Caching, ...]] = {
+    Role.PREFILL: ("p", "pd", "full"),
+    Role.DECODE: ("pd", "full"),
+    Role.COLOCATED: ("p", "pd", "full"),
+}
 
 
 def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Identity) -> Parts:
@@ -54,12 +64,15 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
                 max_model_len=config.model.max_model_len,
             ),
         )
+        address = PoolPeer(identity.id, pool.serve(f"tcp://{settings.host}:0"))
+        link = KVLink(pool, address, config.cache.caching, config.cache.mode)
         close = stack.pop_all().close
 
     def pool_totals() -> PoolTotals:
         return msgspec.convert(pool.stats(), PoolTotals, from_attributes=True)
 
-    return Parts(engine, tokenizer, pool_totals, close, shared=config.cache.caching != "off")
+    shared = config.cache.caching in _SHARING[settings.role]
+    return Parts(engine, tokenizer, pool_totals, close, shared, link)
 
 
 def choose_device(name: str) -> torch.device:

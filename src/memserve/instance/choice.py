@@ -36,8 +36,10 @@ class Choice:
 
     def feed(self, output: TokenOutput) -> Piece:
         """What an output adds. A stop string drops the tokens that came after it."""
+        if not self.started:
+            # What comes later may have gone on from KV that somebody computed for this answer.
+            self.cached_tokens = output.usage.cached_tokens
         self.started = True
-        self.cached_tokens = output.usage.cached_tokens
         text, self._lead = [self._lead], ""
         stop: str | None = None
         ids = output.token_ids

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+from memserve.api.errors import ApiError
 from memserve.clock import Clock
 from memserve.engine.request import TokenOutput
 from memserve.types import RequestId
@@ -13,25 +15,39 @@ from memserve.types import RequestId
 class Mailbox:
     """The outputs of one call that nobody has taken yet. Belongs to the event loop."""
 
-    __slots__ = ("_outputs", "_waiter")
+    __slots__ = ("_error", "_outputs", "_waiter")
 
     def __init__(self) -> None:
         self._outputs: list[TokenOutput] = []
         self._waiter: asyncio.Future[None] | None = None
+        self._error: ApiError | None = None
 
     def put(self, output: TokenOutput) -> None:
         self._outputs.append(output)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._wake()
+
+    def fail(self, error: ApiError) -> None:
+        """Have the taker raise `error`."""
+        self._error = error
+        self._wake()
 
     async def take(self) -> list[TokenOutput]:
-        """All outputs since the last call, at least one. One taker at a time."""
-        if not self._outputs:
+        """All outputs since the last call, at least one. One taker at a time.
+
+        Raises ApiError if there will be none.
+        """
+        if not self._outputs and self._error is None:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
             self._waiter = None
+        if self._error is not None:
+            raise self._error
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class Dispatcher:
@@ -47,14 +63,16 @@ class Dispatcher:
         """The engine's `OutputSink`, called from its thread."""
         self._loop.call_soon_threadsafe(self._deliver, outputs)
 
-    def open(self, ids: Sequence[RequestId]) -> Mailbox:
+    @contextmanager
+    def mailbox(self, ids: Sequence[RequestId]) -> Iterator[Mailbox]:
+        """Collects the outputs of these sequences while the block runs."""
         mailbox = Mailbox()
         self._mailboxes.update(dict.fromkeys(ids, mailbox))
-        return mailbox
-
-    def close(self, ids: Sequence[RequestId]) -> None:
-        for request_id in ids:
-            del self._mailboxes[request_id]
+        try:
+            yield mailbox
+        finally:
+            for request_id in ids:
+                del self._mailboxes[request_id]
 
     def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
         self.last_output = self._clock.now()

@@ -26,6 +26,7 @@ def engine_requests(call: GenerateCall, shared: bool = True) -> tuple[EngineRequ
     Without `shared`, every sequence computes its own KV and leaves none.
     """
     requests = []
+    common = shared_namespace(call)
     for p, ids in enumerate(call.prompts):
         prompt = np.array(ids, dtype=np.int32)
         first = RequestId(f"{call.id}-{p}-0")
@@ -34,7 +35,7 @@ def engine_requests(call: GenerateCall, shared: bool = True) -> tuple[EngineRequ
                 id=RequestId(f"{call.id}-{p}-{j}"),
                 prompt=prompt,
                 sampling=_seeded(call.sampling, j),
-                namespace=_namespace(call, f"{call.id}-{p}-{j}", shared),
+                namespace=common if shared else _own_namespace(f"{call.id}-{p}-{j}"),
                 ephemeral=not shared,
                 priority=call.priority,
                 follows=first if j and shared else None,
@@ -44,11 +45,15 @@ def engine_requests(call: GenerateCall, shared: bool = True) -> tuple[EngineRequ
     return tuple(requests)
 
 
-def _namespace(call: GenerateCall, sequence: str, shared: bool) -> Namespace:
-    """Salts and sequence ids are kept apart: a client chooses its salt."""
-    if not shared:
-        return Namespace(f"sequence:{sequence}")
+def shared_namespace(call: GenerateCall) -> Namespace:
+    """Of prompts that reuse each other's KV. Clients choose their salts, so salts and the ids
+    of sequences are kept apart.
+    """
     return Namespace(f"salt:{call.cache_salt}") if call.cache_salt else SHARED
+
+
+def _own_namespace(sequence: str) -> Namespace:
+    return Namespace(f"sequence:{sequence}")
 
 
 def _seeded(sampling: SamplingParams, sample: int) -> SamplingParams:

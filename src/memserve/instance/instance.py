@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
-from memserve.api.errors import invalid, queue_full, unavailable
+from memserve.api.errors import unavailable
 from memserve.api.generate import GenerateCall, SamplingParams
+from memserve.api.handoff import PrefillCall, PrefillResult
 from memserve.api.status import (
     EngineTotals,
+    HandoffTotals,
     InstanceInfo,
     InstanceState,
     InstanceStats,
@@ -25,9 +27,13 @@ from memserve.api.status import (
 )
 from memserve.clock import Clock
 from memserve.engine.request import EngineProtocol, EngineRequest
-from memserve.errors import EngineStopped, MemserveError, QueueFull, RequestError
+from memserve.errors import EngineStopped, MemserveError, QueueFull
 from memserve.instance.dispatcher import Dispatcher, Mailbox
 from memserve.instance.generation import Generation, engine_requests
+from memserve.instance.kv_link import KVLink
+from memserve.instance.prefill import Prefiller
+from memserve.instance.remote_prefill import RemotePrefill
+from memserve.instance.submission import Submission
 from memserve.instance.throughput import FinishRate
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import Epoch, InstanceId, RequestId, Role
@@ -63,17 +69,19 @@ class Parts:
     pool_totals: Callable[[], PoolTotals]
     close: Callable[[], None]  # after the engine has stopped
     shared: bool = True  # KV outlives its sequence and serves others
+    link: KVLink | None = None  # to the pools of other instances
 
 
 class Run:
     """One call while it runs."""
 
     def __init__(
-        self, generation: Generation, mailbox: Mailbox, engine: EngineProtocol, clock: Clock
+        self, generation: Generation, mailbox: Mailbox, submission: Submission, clock: Clock
     ) -> None:
         self.generation = generation
+        self.produced: dict[RequestId, list[int]] = {}  # token ids by sequence
         self._mailbox = mailbox
-        self._engine = engine
+        self._submission = submission
         self._clock = clock
 
     async def step(self) -> bytes:
@@ -82,13 +90,25 @@ class Run:
         Raises ApiError where the answer cannot be completed.
         """
         outputs = await self._mailbox.take()
+        for output in outputs:
+            self.produced.setdefault(output.id, []).extend(output.token_ids)
         data = self.generation.feed(outputs, self._clock.now())
         if self.generation.failure is not None:
             raise self.generation.failure
         if self.generation.stopped:
-            self._engine.cancel(self.generation.stopped)
+            self._submission.cancel(self.generation.stopped)
             self.generation.stopped = []
         return data
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What calls run on, once the engine is there."""
+
+    parts: Parts
+    submission: Submission
+    prefiller: Prefiller | None  # for prompts that other instances go on with
+    remote: RemotePrefill | None  # for prompts that other instances compute
 
 
 class Instance:
@@ -104,7 +124,7 @@ class Instance:
         self.died = asyncio.Event()  # the engine stopped by itself
         self._idle = asyncio.Event()
         self._idle.set()
-        self._parts: Parts | None = None
+        self._served: _Served | None = None
         self._dispatcher = Dispatcher(asyncio.get_running_loop(), clock)
         self._probes = itertools.count()
         self._steps_seen = 0  # by the last health check that looked
@@ -112,13 +132,25 @@ class Instance:
 
     async def start(self, parts: Parts) -> None:
         """Start the engine and ask it for a token. Raises SelfTestFailed."""
-        self._parts = parts
+        self._served = self._serve(parts)
         parts.engine.start(self._dispatcher.sink)
         if not await self._probe(parts, FIRST_TOKEN_SECONDS):
             self._lost_engine()
             raise SelfTestFailed("the engine did not produce a first token")
         if self.state is InstanceState.STARTING:
             self.state = InstanceState.READY
+
+    def _serve(self, parts: Parts) -> _Served:
+        submission = Submission(parts.engine, self._rate, self._lost_engine)
+        if parts.link is None:
+            return _Served(parts, submission, None, None)
+        longest = parts.engine.info.max_tokens
+        return _Served(
+            parts,
+            submission,
+            Prefiller(parts.link, self._dispatcher, submission, self._clock),
+            RemotePrefill(parts.link, submission, longest),
+        )
 
     def drain(self) -> None:
         """Take no new calls. What runs goes on."""
@@ -129,15 +161,18 @@ class Instance:
         """Returns when no call is running."""
         await self._idle.wait()
 
-    def stop(self) -> None:
-        """Stop the engine; calls that still run end with an error. Blocks for a step."""
-        if self._parts is not None:
-            self._parts.engine.stop()
+    async def stop(self) -> None:
+        """Stop the engine; calls that still run end with an error. Takes up to a step."""
+        if self._served is not None:
+            await asyncio.to_thread(self._served.parts.engine.stop)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Give back what the instance holds, after `stop`."""
-        if self._parts is not None:
-            self._parts.close()
+        if self._served is None:
+            return
+        if self._served.remote is not None:
+            await self._served.remote.close()
+        await asyncio.to_thread(self._served.parts.close)
 
     @contextmanager
     def run(self, call: GenerateCall) -> Iterator[Run]:
@@ -145,41 +180,71 @@ class Instance:
 
         Raises ApiError where the instance does not take it.
         """
-        parts = self._ready_parts()
-        requests = engine_requests(call, parts.shared)
-        ids = [request.id for request in requests]
-        generation = Generation(call, requests, parts.tokenizer, self._latencies, self._clock.now())
-        mailbox = self._dispatcher.open(ids)
+        served = self._ready()
+        requests = engine_requests(call, served.parts.shared)
+        generation = Generation(
+            call, requests, served.parts.tokenizer, self._latencies, self._clock.now()
+        )
+        with self._dispatcher.mailbox([request.id for request in requests]) as mailbox:
+            handover: asyncio.Future[None] | None = None
+            if call.prefill and served.remote is not None:
+                handover = asyncio.ensure_future(served.remote.run(call, requests, mailbox))
+            else:
+                served.submission.submit(requests)
+            run = Run(generation, mailbox, served.submission, self._clock)
+            with self._counted():
+                try:
+                    yield run
+                finally:
+                    if handover is not None:
+                        handover.cancel()
+                    self._end(served, requests, run)
+
+    def _end(self, served: _Served, requests: Sequence[EngineRequest], run: Run) -> None:
+        unfinished = set(run.generation.unfinished)
+        if unfinished:
+            served.submission.cancel(list(unfinished))
+        self._rate.record(len(requests) - len(unfinished))
+        if run.generation.failure is not None:
+            self._check = asyncio.ensure_future(self._probe(served.parts, HEALTH_SECONDS))
+        if served.remote is not None:
+            busy = served.parts.engine.stats().waiting > 0
+            for request in requests:
+                output = run.produced.get(request.id, [])
+                served.remote.ended(request, output, request.id not in unfinished, busy)
+
+    async def prefill(self, call: PrefillCall) -> PrefillResult:
+        """Compute a prompt for another instance. Raises ApiError."""
+        served = self._ready()
+        if served.prefiller is None:
+            raise unavailable(f"Instance {self.identity.id} has no link to others.", "no_link")
+        with self._counted():
+            return await served.prefiller.run(call)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._running += 1
+        self._idle.clear()
         try:
-            self._submit(parts.engine, requests)
-            self._running += 1
-            self._idle.clear()
-            try:
-                yield Run(generation, mailbox, parts.engine, self._clock)
-            finally:
-                if unfinished := generation.unfinished:
-                    parts.engine.cancel(unfinished)
-                self._rate.record(len(ids) - len(unfinished))
-                if generation.failure is not None:
-                    self._check = asyncio.ensure_future(self._probe(parts, HEALTH_SECONDS))
-                self._running -= 1
-                if not self._running:
-                    self._idle.set()
+            yield
         finally:
-            self._dispatcher.close(ids)
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
 
     async def healthy(self) -> bool:
         """Whether a token can be produced now. An instance at rest is asked for one."""
-        if self.state is not InstanceState.READY or self._parts is None:
+        if self.state is not InstanceState.READY or self._served is None:
             return False
         if self._clock.now() - self._dispatcher.last_output < IDLE_SECONDS:
             return True
-        stats = self._parts.engine.stats()
+        parts = self._served.parts
+        stats = parts.engine.stats()
         progress = stats.running and stats.steps != self._steps_seen
         self._steps_seen = stats.steps
         if progress:  # a long prompt takes steps without producing anything
             return True
-        return await self._probe(self._parts, HEALTH_SECONDS)
+        return await self._probe(parts, HEALTH_SECONDS)
 
     def info(self) -> InstanceInfo:
         identity = self.identity
@@ -192,47 +257,31 @@ class Instance:
             model=identity.model,
             limits=(
                 None
-                if self._parts is None
-                else msgspec.convert(self._parts.engine.info, Limits, from_attributes=True)
+                if self._served is None
+                else msgspec.convert(self._served.parts.engine.info, Limits, from_attributes=True)
             ),
         )
 
     def stats(self) -> InstanceStats | None:
         """None until the engine is there."""
-        if self._parts is None:
+        if self._served is None:
             return None
+        parts, remote = self._served.parts, self._served.remote
         return InstanceStats(
-            engine=msgspec.convert(self._parts.engine.stats(), EngineTotals, from_attributes=True),
-            pool=self._parts.pool_totals(),
+            engine=msgspec.convert(parts.engine.stats(), EngineTotals, from_attributes=True),
+            pool=parts.pool_totals(),
             latencies=self._latencies,
+            handoff=HandoffTotals() if remote is None else remote.totals(),
         )
 
-    def _ready_parts(self) -> Parts:
-        if self.state is InstanceState.READY and self._parts is not None:
-            return self._parts
+    def _ready(self) -> _Served:
+        if self.state is InstanceState.READY and self._served is not None:
+            return self._served
         raise unavailable(
             f"Instance {self.identity.id} is {self.state}.",
             f"instance_{self.state}",
             close=self.state is InstanceState.DRAINING,
         )
-
-    def _submit(self, engine: EngineProtocol, requests: tuple[EngineRequest, ...]) -> None:
-        try:
-            engine.submit(requests)
-        except RequestError as error:
-            raise invalid(str(error), error.param) from error
-        except QueueFull as error:
-            if len(requests) > error.limit:
-                raise invalid(
-                    f"{len(requests)} sequences in one request, and at most {error.limit} may wait",
-                    "n",
-                ) from error
-            raise queue_full(str(error), self._rate.retry_after(error.waiting)) from error
-        except EngineStopped as error:
-            self._lost_engine()
-            raise unavailable(
-                f"Instance {self.identity.id} has lost its engine.", "instance_dead"
-            ) from error
 
     def _lost_engine(self) -> None:
         if self.state is not InstanceState.DRAINING:
@@ -246,19 +295,17 @@ class Instance:
             prompt=np.array([parts.tokenizer.bos_token_id or 0], dtype=np.int32),
             sampling=SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True),
         )
-        mailbox = self._dispatcher.open([probe.id])
-        try:
-            parts.engine.submit([probe])
-            async with asyncio.timeout(seconds):
-                (output,) = await mailbox.take()
-            return bool(output.token_ids)
-        except TimeoutError:
-            parts.engine.cancel([probe.id])
-            return False
-        except EngineStopped:
-            self._lost_engine()
-            return False
-        except QueueFull:
-            return True  # there is work enough to show for
-        finally:
-            self._dispatcher.close([probe.id])
+        with self._dispatcher.mailbox([probe.id]) as mailbox:
+            try:
+                parts.engine.submit([probe])
+                async with asyncio.timeout(seconds):
+                    (output,) = await mailbox.take()
+                return bool(output.token_ids)
+            except TimeoutError:
+                parts.engine.cancel([probe.id])
+                return False
+            except EngineStopped:
+                self._lost_engine()
+                return False
+            except QueueFull:
+                return True  # there is work enough to show for

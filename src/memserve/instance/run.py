@@ -77,7 +77,7 @@ async def _main(
         await asyncio.wait((loading,))
         if not await shutdown.wait_for(instance.idle(), drain_seconds):
             log.warning("%s ends with calls still running", identity.id)
-        await asyncio.to_thread(instance.stop)
+        await instance.stop()
         await shutdown.wait_for(instance.idle(), STOP_SECONDS)
 
     async with asyncio.TaskGroup() as background:
@@ -87,7 +87,7 @@ async def _main(
         await serve(InstanceApp(instance), sock, shutdown, drain)
         for helper in helpers:
             helper.cancel()
-    await asyncio.to_thread(instance.close)
+    await instance.close()
     return _exit_code(instance, loading)
 
 

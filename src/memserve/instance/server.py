@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from typing import TypeVar
 
 import msgspec
 from prometheus_client.core import CollectorRegistry, Metric
@@ -22,6 +23,7 @@ from memserve.api.asgi import (
 )
 from memserve.api.errors import ApiError, invalid, method_not_allowed, path_not_found, unavailable
 from memserve.api.generate import GENERATE_PATH, GenerateCall
+from memserve.api.handoff import PREFILL_PATH, PrefillCall
 from memserve.api.instance_metrics import instance_metrics
 from memserve.instance.instance import Instance, Run
 
@@ -32,11 +34,13 @@ MAX_CALL_BYTES = 64 * 1024 * 1024
 
 _encode = msgspec.json.Encoder().encode
 _calls = msgspec.json.Decoder(GenerateCall)
+_prefill_calls = msgspec.json.Decoder(PrefillCall)
+_Call = TypeVar("_Call")
 _Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class InstanceApp:
-    """`POST /v1/generate`, `POST /drain`, `GET /health /info /stats /metrics`."""
+    """`POST /v1/generate /v1/prefill /drain`, `GET /health /info /stats /metrics`."""
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
@@ -44,6 +48,7 @@ class InstanceApp:
         self._registry.register(_OwnStats(instance))
         self._routes: dict[str, tuple[str, _Handler]] = {
             GENERATE_PATH: ("POST", self._generate),
+            PREFILL_PATH: ("POST", self._prefill),
             "/drain": ("POST", self._drain),
             "/health": ("GET", self._health),
             "/info": ("GET", self._info),
@@ -66,13 +71,15 @@ class InstanceApp:
             return
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await read_body(scope, receive, MAX_CALL_BYTES)
-        try:
-            call = _calls.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise invalid(f"not a call: {error}") from error
+        call = await _read(_calls, scope, receive)
         with self._instance.run(call) as run, HangUp(receive):
             await (_stream(run, send) if call.stream else _answer(run, send))
+
+    async def _prefill(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = await _read(_prefill_calls, scope, receive)
+        with HangUp(receive):
+            result = await self._instance.prefill(call)
+            await send_body(send, HTTPStatus.OK, _encode(result))
 
     async def _drain(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._instance.drain()
@@ -96,6 +103,14 @@ class InstanceApp:
         text = generate_latest(self._registry)
         media = (b"content-type", CONTENT_TYPE_LATEST.encode())
         await send_body(send, HTTPStatus.OK, text, media=media)
+
+
+async def _read(decoder: msgspec.json.Decoder[_Call], scope: Scope, receive: Receive) -> _Call:
+    body = await read_body(scope, receive, MAX_CALL_BYTES)
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise invalid(f"not a call: {error}") from error
 
 
 async def _answer(run: Run, send: Send) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ class MemPool:
             self.close()
             raise
 
-    def __enter__(self) -> MemPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

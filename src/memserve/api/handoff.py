@@ -1,0 +1,58 @@
+"""What a decode instance asks of a prefill instance, and what it gets.
+
+The decode instance D posts a `PrefillCall` to the prefill instance P. P computes what its own
+index lacks of the prompt, pushes the KV that D's index lacks into D's pool, and answers with
+the first token. KV is in D's index before D reads the answer; should it be evicted before D
+uses it, D computes it again: nothing but time depends on it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from memserve.api.generate import SamplingParams
+from memserve.types import InstanceId, Namespace, RequestId
+
+PREFILL_PATH = "/v1/prefill"
+
+
+class PoolPeer(msgspec.Struct, frozen=True):
+    """Where an instance's pool talks to others."""
+
+    id: InstanceId
+    address: str  # tcp://host:port
+
+
+class PrefillCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`POST /v1/prefill`. One sequence."""
+
+    id: RequestId
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    namespace: Namespace  # of the KV at P
+    ephemeral: bool  # P forgets the KV once D has it
+    target: PoolPeer  # D's pool
+    target_namespace: Namespace  # of the KV at D
+    priority: int = 0
+
+
+class TokenScores(msgspec.Struct, frozen=True):
+    """`TokenLogprobs` on the wire."""
+
+    chosen: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+class PrefillResult(msgspec.Struct, frozen=True):
+    """The first token, and what it took. Seconds are P's."""
+
+    token: int
+    pool: PoolPeer | None  # P's, for KV that is made later; None: P keeps none
+    cached_tokens: int  # of the prompt, found in P's index
+    stop_token: int | None  # the first token, if it ends the sequence
+    logprobs: TokenScores | None
+    blocks_sent: int
+    blocks_spared: int  # whole blocks of the prompt that D had already
+    prefill_seconds: float  # queue included
+    transfer_seconds: float

@@ -1,0 +1,98 @@
+"""An instance's pool and those of its peers, for the event loop: pushes of cached KV."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import numpy as np
+
+from memserve.api.handoff import PoolPeer
+from memserve.config import Caching, TransferMode
+from memserve.errors import PeerLost, UnknownPeer
+from memserve.transfer.mempool import MemPool
+from memserve.transfer.pending import Transfer
+from memserve.types import InstanceId, Namespace, TokenArray
+
+_ALL: TokenArray = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """Whole blocks of a prompt: those that went over, and those that the peer had already."""
+
+    sent: int = 0
+    spared: int = 0
+
+
+class KVLink:
+    """Belongs to one event loop; the pool does the rest on threads of its own."""
+
+    def __init__(
+        self, pool: MemPool, address: PoolPeer, caching: Caching, mode: TransferMode
+    ) -> None:
+        """`address` is where `pool` is served."""
+        self.address = address
+        self.caching = caching
+        self._pool = pool
+        self._mode = mode
+        self._peers: dict[InstanceId, str] = {}
+
+    @property
+    def block_bytes(self) -> int:
+        return self._pool.layout.block_bytes
+
+    async def push(
+        self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace
+    ) -> Pushed:
+        """Give a peer what our index has of `tokens` and its index lacks.
+
+        Raises TransferError, or an error of the peer's pool (OutOfBlocks).
+        """
+        try:
+            return await self._push(peer, tokens, source, target)
+        except (PeerLost, UnknownPeer):
+            # A peer that was restarted is another life behind a new address: meet it once more.
+            if self._peers.pop(peer.id, None) in (None, peer.address):
+                raise
+        return await self._push(peer, tokens, source, target)
+
+    async def meet(self, peer: PoolPeer) -> None:
+        """Connect to a peer, if that has not been done. Raises TransferError."""
+        if self._peers.get(peer.id) != peer.address:
+            await asyncio.to_thread(self._pool.connect, peer.id, peer.address)
+            self._peers[peer.id] = peer.address
+
+    def forget(self, namespace: Namespace) -> None:
+        """Drop all KV of a namespace."""
+        self._pool.delete(_ALL, namespace)
+
+    async def _push(
+        self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace
+    ) -> Pushed:
+        await self.meet(peer)
+        with self._pool.match(tokens, source) as match:
+            if not match.tokens:
+                return Pushed()
+            transfer = self._pool.transfer_with_insert(
+                peer.id, tokens[: match.tokens], match.refs, namespace=target, mode=self._mode
+            )
+            await _ended(transfer)
+            transfer.result(0)
+            return Pushed(transfer.sent, len(match.refs) - transfer.sent)
+
+
+async def _ended(transfer: Transfer) -> None:
+    """Returns when the transfer has ended, however. Cancelling this cancels the transfer."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+
+    def on_done() -> None:
+        loop.call_soon_threadsafe(ended.set)
+
+    transfer.on_done(on_done)
+    try:
+        await ended.wait()
+    except asyncio.CancelledError:
+        transfer.cancel()
+        raise

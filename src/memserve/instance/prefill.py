@@ -1,0 +1,94 @@
+"""The prefill side of a hand-over: compute a prompt, push its KV, answer with one token."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import numpy as np
+
+from memserve.api.errors import internal, unavailable
+from memserve.api.generate import FinishReason
+from memserve.api.handoff import PrefillCall, PrefillResult, TokenScores
+from memserve.clock import Clock
+from memserve.engine.request import EngineRequest, TokenOutput
+from memserve.errors import PoolError, TransferError
+from memserve.instance.dispatcher import Dispatcher
+from memserve.instance.kv_link import KVLink, Pushed
+from memserve.instance.submission import Submission
+
+log = logging.getLogger(__name__)
+
+
+class Prefiller:
+    """Answers `PrefillCall`s. Cancelling one stops its sequence and its transfer."""
+
+    def __init__(
+        self, link: KVLink, dispatcher: Dispatcher, submission: Submission, clock: Clock
+    ) -> None:
+        self._link = link
+        self._dispatcher = dispatcher
+        self._submission = submission
+        self._clock = clock
+
+    async def run(self, call: PrefillCall) -> PrefillResult:
+        """Raises ApiError where the prompt cannot be computed.
+
+        A push that fails is no error: the decode instance computes what it did not get.
+        """
+        started = self._clock.now()
+        try:
+            output = await self._compute(call)
+            computed = self._clock.now()
+            pushed = await self._push(call)
+        finally:
+            if call.ephemeral:
+                self._link.forget(call.namespace)
+        return PrefillResult(
+            token=output.token_ids[0],
+            pool=None if call.ephemeral else self._link.address,
+            cached_tokens=output.usage.cached_tokens,
+            stop_token=output.stop_token,
+            logprobs=_scores(output),
+            blocks_sent=pushed.sent,
+            blocks_spared=pushed.spared,
+            prefill_seconds=computed - started,
+            transfer_seconds=self._clock.now() - computed,
+        )
+
+    async def _compute(self, call: PrefillCall) -> TokenOutput:
+        request = EngineRequest(
+            id=call.id,
+            prompt=np.array(call.prompt, dtype=np.int32),
+            sampling=call.sampling,
+            namespace=call.namespace,
+            priority=call.priority,
+            prefill_only=True,
+        )
+        with self._dispatcher.mailbox([call.id]) as mailbox:
+            self._submission.submit([request])
+            try:
+                (output,) = await mailbox.take()
+            except asyncio.CancelledError:
+                self._submission.cancel([call.id])
+                raise
+        if output.finish_reason is FinishReason.ERROR:
+            raise internal(output.error or "The engine failed.", "engine_error")
+        if output.finish_reason is FinishReason.CANCELLED:
+            raise unavailable("The instance stopped before the prefill was done.", "stopped")
+        return output
+
+    async def _push(self, call: PrefillCall) -> Pushed:
+        tokens = np.array(call.prompt, dtype=np.int32)
+        try:
+            return await self._link.push(call.target, tokens, call.namespace, call.target_namespace)
+        except (TransferError, PoolError) as error:
+            log.warning("%s: KV did not reach %s: %s", call.id, call.target.id, error)
+            return Pushed()
+
+
+def _scores(output: TokenOutput) -> TokenScores | None:
+    if not output.logprobs:
+        return None
+    (entry,) = output.logprobs
+    return TokenScores(entry.chosen, entry.rank, entry.top)

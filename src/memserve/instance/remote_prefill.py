@@ -1,0 +1,271 @@
+"""The decode side of a hand-over: have a prompt computed elsewhere, go on from its first token.
+
+Whatever goes wrong on the way costs time and nothing else: the next prefill instance is asked,
+and in the end the prompt is computed here. A prefill instance that does not answer its own
+`/info` for a while is given up, since its answer may rightly take as long as its queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
+
+import aiohttp
+import msgspec
+import numpy as np
+
+from memserve.api.errors import ApiError
+from memserve.api.generate import FinishReason, GenerateCall, PrefillPeer
+from memserve.api.handoff import PREFILL_PATH, PoolPeer, PrefillCall, PrefillResult
+from memserve.api.http_client import instance_session
+from memserve.api.status import HandoffTotals
+from memserve.engine.request import EngineRequest, TokenLogprobs, TokenOutput, Usage
+from memserve.errors import PoolError, TransferError
+from memserve.instance.dispatcher import Mailbox
+from memserve.instance.generation import shared_namespace
+from memserve.instance.kv_link import KVLink
+from memserve.instance.submission import Submission
+from memserve.types import Namespace, RequestId, TokenArray
+
+log = logging.getLogger(__name__)
+
+# How often a prefill instance that computes for us is asked whether it lives, how long one
+# answer may take, and how many may be missing: three make a death, as for the gateway.
+ALIVE_SECONDS = 1.0
+ALIVE_TIMEOUT = 1.0
+MAX_MISSES = 3
+# Returns under way at a time. More would compete with pushes that a client waits for.
+MAX_RETURNS = 4
+
+_encode = msgspec.json.Encoder().encode
+_results = msgspec.json.Decoder(PrefillResult)
+
+
+@dataclass(slots=True)
+class _Counters:
+    asked: int = 0
+    failed: int = 0
+    blocks_received: int = 0
+    blocks_spared: int = 0
+    blocks_returned: int = 0
+    returns: int = 0
+    returns_dropped: int = 0
+    prefill_seconds: float = 0.0
+    transfer_seconds: float = 0.0
+
+
+class _Unanswered(Exception):
+    """A prefill instance did not do it."""
+
+
+class RemotePrefill:
+    """Belongs to one event loop, from the first call to `close`."""
+
+    def __init__(self, link: KVLink, submission: Submission, max_tokens: int) -> None:
+        """`max_tokens`: prompt and output tokens that the engine allows."""
+        self._link = link
+        self._submission = submission
+        self._max_tokens = max_tokens
+        self._session = instance_session()
+        self._counters = _Counters()
+        self._homes: dict[RequestId, PoolPeer] = {}  # who gets the KV of running sequences back
+        self._returning = 0
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._session.close()
+
+    def totals(self) -> HandoffTotals:
+        """Counters since start, in blocks and bytes."""
+        return msgspec.convert(
+            {
+                **{name: getattr(self._counters, name) for name in _Counters.__slots__},
+                "block_bytes": self._link.block_bytes,
+            },
+            HandoffTotals,
+        )
+
+    async def run(
+        self, call: GenerateCall, requests: Sequence[EngineRequest], mailbox: Mailbox
+    ) -> None:
+        """Start all sequences of a call. Errors reach the mailbox."""
+        leaders = [request for request in requests if request.follows is None]
+        groups = [[leader, *(r for r in requests if r.follows == leader.id)] for leader in leaders]
+        try:
+            async with asyncio.TaskGroup() as group:
+                for sequences in groups:
+                    group.create_task(self._start(call, sequences, mailbox))
+        except* ApiError as errors:
+            mailbox.fail(_first(errors))
+
+    async def _start(
+        self, call: GenerateCall, sequences: Sequence[EngineRequest], mailbox: Mailbox
+    ) -> None:
+        leader, rest = sequences[0], list(sequences[1:])
+        shared = shared_namespace(call)
+        result = await self._prefill(call.prefill, leader, shared)
+        if result is None:
+            self._submission.submit([leader, *rest])
+            return
+        output = self._output(leader, result)
+        if output.finish_reason is None:
+            rest.insert(0, replace(leader, output=(result.token,)))
+        if rest:
+            self._submission.submit(rest)
+        mailbox.put(output)
+        if result.pool is not None and self._link.caching == "full":
+            self._homes.update(dict.fromkeys((s.id for s in sequences), result.pool))
+            # So that what is made here goes back without delay, before the next turn comes.
+            self._in_background(self._meet(result.pool))
+
+    def _output(self, leader: EngineRequest, result: PrefillResult) -> TokenOutput:
+        finish = None
+        if result.stop_token is not None:
+            finish = FinishReason.STOP
+        elif leader.sampling.max_tokens == 1 or len(leader.prompt) + 1 >= self._max_tokens:
+            finish = FinishReason.LENGTH
+        scores = result.logprobs
+        return TokenOutput(
+            id=leader.id,
+            token_ids=(result.token,),
+            usage=Usage(len(leader.prompt), result.cached_tokens, 0),
+            logprobs=(
+                () if scores is None else (TokenLogprobs(scores.chosen, scores.rank, scores.top),)
+            ),
+            finish_reason=finish,
+            stop_token=result.stop_token,
+        )
+
+    # --- asking ---------------------------------------------------------------------------
+
+    async def _prefill(
+        self, peers: Sequence[PrefillPeer], request: EngineRequest, shared: Namespace
+    ) -> PrefillResult | None:
+        """None: nobody did it. `shared` is the namespace of prompts that others may reuse."""
+        counters = self._counters
+        body = _encode(
+            PrefillCall(
+                id=request.id,
+                prompt=tuple(request.prompt.tolist()),
+                sampling=request.sampling,
+                namespace=request.namespace if self._link.caching == "off" else shared,
+                ephemeral=self._link.caching == "off",
+                target=self._link.address,
+                target_namespace=request.namespace,
+                priority=request.priority,
+            )
+        )
+        for peer in peers:
+            counters.asked += 1
+            try:
+                result = await self._ask(peer, body)
+            except _Unanswered as error:
+                counters.failed += 1
+                log.warning("%s: no prefill from %s: %s", request.id, peer.id, error)
+                continue
+            counters.blocks_received += result.blocks_sent
+            counters.blocks_spared += result.blocks_spared
+            counters.prefill_seconds += result.prefill_seconds
+            counters.transfer_seconds += result.transfer_seconds
+            log.info(
+                "%s: prefill at %s %.4f s, transfer %.4f s, %d tokens cached there, "
+                "%d blocks received, %d were here",
+                request.id,
+                peer.id,
+                result.prefill_seconds,
+                result.transfer_seconds,
+                result.cached_tokens,
+                result.blocks_sent,
+                result.blocks_spared,
+            )
+            return result
+        return None
+
+    async def _ask(self, peer: PrefillPeer, body: bytes) -> PrefillResult:
+        post = asyncio.ensure_future(self._post(peer, body))
+        watch = asyncio.ensure_future(self._until_silent(peer))
+        try:
+            await asyncio.wait((post, watch), return_when=asyncio.FIRST_COMPLETED)
+            if not post.done():
+                raise _Unanswered(f"{peer.id} is silent")
+            return post.result()
+        finally:
+            post.cancel()
+            watch.cancel()
+
+    async def _post(self, peer: PrefillPeer, body: bytes) -> PrefillResult:
+        try:
+            async with self._session.post(peer.address + PREFILL_PATH, data=body) as response:
+                answer = await response.read()
+                if response.status != 200:
+                    raise _Unanswered(f"{response.status} {answer[:500].decode(errors='replace')}")
+                return _results.decode(answer)
+        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+            raise _Unanswered(repr(error)) from error
+
+    async def _until_silent(self, peer: PrefillPeer) -> None:
+        misses = 0
+        timeout = aiohttp.ClientTimeout(total=ALIVE_TIMEOUT)
+        while misses < MAX_MISSES:
+            await asyncio.sleep(ALIVE_SECONDS)
+            try:
+                async with self._session.get(peer.address + "/info", timeout=timeout):
+                    misses = 0
+            except (aiohttp.ClientError, TimeoutError):
+                misses += 1
+
+    # --- giving back ----------------------------------------------------------------------
+
+    def ended(
+        self, request: EngineRequest, output: Sequence[int], finished: bool, busy: bool
+    ) -> None:
+        """A sequence is over, with these tokens generated.
+
+        What it made while decoding goes back to where its prompt was computed, unless the
+        instance is `busy` or others are on their way.
+        """
+        home = self._homes.pop(request.id, None)
+        if home is None or not finished:
+            return
+        if busy or self._returning >= MAX_RETURNS:
+            self._counters.returns_dropped += 1
+            return
+        tokens = np.concatenate((request.prompt, np.array(output, dtype=np.int32)))
+        self._returning += 1
+        self._in_background(self._give_back(request, home, tokens))
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _meet(self, peer: PoolPeer) -> None:
+        try:
+            await self._link.meet(peer)
+        except TransferError as error:
+            log.warning("%s cannot be reached for KV: %s", peer.id, error)
+
+    async def _give_back(self, request: EngineRequest, home: PoolPeer, tokens: TokenArray) -> None:
+        try:
+            pushed = await self._link.push(home, tokens, request.namespace, request.namespace)
+        except (TransferError, PoolError) as error:
+            self._counters.returns_dropped += 1
+            log.warning("%s: KV did not go back to %s: %s", request.id, home.id, error)
+            return
+        finally:
+            self._returning -= 1
+        self._counters.returns += 1
+        self._counters.blocks_returned += pushed.sent
+
+
+def _first(errors: BaseExceptionGroup[ApiError]) -> ApiError:
+    for error in errors.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            return _first(error)
+        return error
+    raise AssertionError("an exception group is not empty")
