@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from memserve import KVLayout, Medium, MemPool
+from memserve import KVLayout, Medium
+from memserve.pool.pool import MemPool
 from memserve.types import RefArray
 
 BLOCK = 4  # tokens

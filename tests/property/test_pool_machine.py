@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from memserve import KVLayout, Medium, MemPool
+from memserve import KVLayout, Medium
 from memserve.clock import ManualClock
 from memserve.errors import (
     DoubleFree,
@@ -31,13 +31,14 @@ from memserve.errors import (
     PinnedBlock,
     StaleBlock,
 )
+from memserve.pool.pool import MemPool
 from memserve.pool.results import Match
 from memserve.types import RefArray, ref_medium
 
 BLOCK = 2
 Key = tuple[str, tuple[int, ...]]  # namespace, all tokens up to the end of a block
 
-namespaces = st.sampled_from(["", "tenant"])
+namespaces = st.sampled_from(["", "", "", "tenant"])
 # Few different blocks and short prompts: prefixes meet and part all the time.
 whole_prompts = st.lists(st.sampled_from([(0, 0), (0, 1), (1, 0)]), max_size=6).map(
     lambda blocks: [token for block in blocks for token in block]
@@ -70,8 +71,8 @@ class PoolMachine(RuleBasedStateMachine):
     pool: MemPool
 
     @initialize(
-        hbm=st.integers(3, 12),
-        dram=st.integers(0, 8),
+        hbm=st.integers(3, 16),
+        dram=st.integers(0, 10),
         aggregated=st.booleans(),
         eviction=st.sampled_from(["lru", "cost"]),
     )
@@ -191,7 +192,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.expect_only_evictions()
         return refs
 
-    @rule(count=st.integers(0, 6), medium=media)
+    @rule(count=st.integers(0, 4), medium=media)
     def alloc(self, count: int, medium: Medium) -> None:
         refs = self.allocate(count, medium)
         if refs is not None:
@@ -206,6 +207,14 @@ class PoolMachine(RuleBasedStateMachine):
         self.freed.extend(refs[:cut].tolist())
         if cut < len(refs):
             self.active.append(refs[cut:])
+
+    @precondition(lambda self: self.active)
+    @rule()
+    def free_all(self) -> None:
+        while self.active:
+            refs = self.active.pop()
+            self.pool.free_mem(refs)
+            self.freed.extend(refs.tolist())
 
     @precondition(lambda self: self.freed)
     @rule(data=st.data())
@@ -332,6 +341,12 @@ class PoolMachine(RuleBasedStateMachine):
     def release_one(self, data: st.DataObject) -> None:
         self.release(data.draw(st.sampled_from(self.readers)))
 
+    @precondition(lambda self: self.readers)
+    @rule()
+    def release_all(self) -> None:
+        while self.readers:
+            self.release(self.readers[-1])
+
     @rule(tokens=prompts, namespace=namespaces)
     def delete(self, tokens: list[int], namespace: str) -> None:
         count = self.pool.delete(tokens, namespace)
@@ -439,8 +454,8 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 PoolMachine.TestCase.settings = settings(
-    max_examples=100,
-    stateful_step_count=40,
+    max_examples=150,
+    stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from memserve import Medium, MemPool
+from memserve import Medium
 from memserve.errors import (
     DoubleFree,
     ForeignBlock,
@@ -22,6 +22,7 @@ from memserve.errors import (
     StaleBlock,
     WrongMedium,
 )
+from memserve.pool.pool import MemPool
 from memserve.pool.results import PoolStats
 from memserve.types import MAX_GENERATION, RefArray
 from tests.pool_harness import BLOCK, LAYOUT, cached_blocks, keys_of, kv_of, prompt, store

@@ -8,8 +8,10 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from memserve import KVLayout, Medium, MemPool
+from memserve import KVLayout, Medium
+from memserve.errors import StaleBlock
 from memserve.pool.eviction import CostAware, LeastRecentlyUsed
+from memserve.pool.pool import MemPool
 from tests.pool_harness import BLOCK, LAYOUT, TickingClock, cached_blocks, prompt, store
 
 
@@ -64,6 +66,30 @@ def test_a_pinned_prompt_is_evictable_again_after_its_release(small: MemPool) ->
     assert small.stats().hbm.cached == 0
 
 
+def test_splitting_keeps_recency() -> None:
+    with MemPool(LAYOUT, 8, 3, clock=TickingClock()) as pool:
+        nine = store(pool, prompt(9))
+        prefix = store(pool, prompt(1, 2, 3))[:2]
+        with pool.match(prompt(9)):
+            store(pool, prompt(1, 2, 4))
+            pool.alloc_mem(5)  # 3 and 4 go to DRAM
+        pool.alloc_mem(1)
+        with pytest.raises(StaleBlock):
+            pool.read(nine)
+        pool.read(prefix)
+
+
+def test_merging_keeps_recency() -> None:
+    with MemPool(LAYOUT, 8, 0, clock=TickingClock()) as pool:
+        store(pool, prompt(9))
+        store(pool, prompt(1, 2, 3))
+        store(pool, prompt(1, 2, 4))
+        pool.delete(prompt(1, 2, 4))
+        pool.alloc_mem(5)
+        assert cached_blocks(pool, prompt(9)) == 0
+        assert cached_blocks(pool, prompt(1, 2, 3)) == 3
+
+
 def test_hbm_pressure_moves_to_dram_before_it_drops() -> None:
     with MemPool(LAYOUT, 4, 4, clock=TickingClock()) as pool:
         store(pool, prompt(1, 2, 3, 4))
@@ -95,6 +121,7 @@ def test_what_dram_cannot_hold_is_dropped_coldest_first() -> None:
         assert cached_blocks(pool, prompt(1, 11)) == 0
         assert cached_blocks(pool, prompt(2, 12)) == 2
         assert pool.stats().dram.cached == 2
+        assert pool.stats().swapped_out == 2  # nothing was moved to be dropped then
         pool.check_integrity()
 
 
@@ -145,6 +172,35 @@ def test_the_cost_policy_forgets_what_is_never_used() -> None:
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(ValueError, match="'fifo'"):
         MemPool(LAYOUT, 1, eviction="fifo")  # type: ignore[arg-type]
+
+
+def test_what_waits_for_a_reader_goes_once_the_reader_holds_a_copy() -> None:
+    with MemPool(LAYOUT, 3, 5, clock=TickingClock()) as pool:
+        store(pool, prompt(1, 2), medium=Medium.DRAM)
+        store(pool, prompt(1, 3), medium=Medium.DRAM)
+        spare = pool.alloc_mem(2, Medium.DRAM)  # no room to swap to
+        readers = [pool.match(prompt(1, 2)), pool.match(prompt(1, 3))]
+        pool.swap_in(readers[0].refs[:1])  # block 1: unpinned now, above pinned ones
+        assert pool.evictable() == 0
+        store(pool, prompt(4))
+        held = pool.alloc_mem(2)  # passes over block 1, which waits now, and drops block 4
+        assert cached_blocks(pool, prompt(4)) == 0
+        pool.free_mem(np.concatenate((held, spare)))
+        pool.swap_in(readers[1].refs[1:])
+        pool.alloc_mem(2)  # block 3 goes to DRAM again: the reader has a copy of its own
+        readers[0].release()
+        assert pool.evictable() == 1
+        assert len(pool.alloc_mem(1)) == 1
+        readers[1].release()
+        pool.check_integrity()
+
+
+def test_the_queues_forget_what_is_gone() -> None:
+    with MemPool(LAYOUT, 4, 0) as pool:
+        for block in range(1000):
+            store(pool, prompt(block))
+            pool.delete([])
+        assert sum(len(queue._heap) for queue in pool._tiers.queues) < 100
 
 
 class CountingLru(LeastRecentlyUsed):

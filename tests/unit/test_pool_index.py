@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from memserve import KVLayout, Medium, MemPool
+from memserve import KVLayout, Medium
+from memserve.pool.pool import MemPool
 from tests.pool_harness import BLOCK, LAYOUT, cached_blocks, keys_of, kv_of, prompt, store
 
 
@@ -158,9 +159,12 @@ def test_less_than_a_block_deletes_nothing(pool: MemPool) -> None:
     assert pool.delete([]) == 2
 
 
-def test_pinned_blocks_and_what_leads_to_them_stay(pool: MemPool) -> None:
-    store(pool, prompt(1, 2, 3))
-    store(pool, prompt(1, 2, 4, 5))
+@pytest.mark.parametrize("order", [((1, 2, 3), (1, 2, 4, 5)), ((1, 2, 4, 5), (1, 2, 3))])
+def test_pinned_blocks_and_what_leads_to_them_stay(
+    pool: MemPool, order: tuple[tuple[int, ...], ...]
+) -> None:
+    for blocks in order:
+        store(pool, prompt(*blocks))
     with pool.match(prompt(1, 2, 4)):
         assert pool.delete(prompt(1)) == 2  # blocks 3 and 5
         assert cached_blocks(pool, prompt(1, 2, 4, 5)) == 3

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from memserve import Medium, MemPool
+from memserve import Medium
 from memserve.errors import IntegrityError
 from memserve.pool.index import Node
+from memserve.pool.pool import MemPool
 from tests.pool_harness import LAYOUT, prompt, store
 
 

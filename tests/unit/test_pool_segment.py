@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from memserve import MemPool
 from memserve.errors import SharedMemoryFull
+from memserve.pool.pool import MemPool
 from memserve.pool.segment import SHM_DIRECTORY, SharedSegment, sweep
 from tests.pool_harness import LAYOUT
 

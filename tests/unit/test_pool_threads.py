@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from memserve import MemPool
 from memserve.errors import OutOfBlocks
+from memserve.pool.pool import MemPool
 from tests.pool_harness import LAYOUT, keys_of, kv_of, prompt
 
 ROUNDS = 300

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from memserve import KVLayout, Medium, MemPool
+from memserve import KVLayout, Medium
 from memserve.errors import NotOwned, OutOfBlocks
+from memserve.pool.pool import MemPool
 from memserve.types import ref_medium
 from tests.pool_harness import (
     BLOCK,

@@ -157,8 +157,6 @@ class RadixIndex:
             child.stamp = stamp
             node.children[edge[: self.block_bytes]] = child
             self.nodes[child.id] = child
-            if node.own[Medium.DRAM]:  # no leaf any more
-                self._changed(node)
             node = child
         for blocks, _, index in parts:
             blocks.node[index] = node.id

@@ -34,7 +34,7 @@ class SharedSegment:
     def __init__(self, size: int, directory: Path = SHM_DIRECTORY) -> None:
         """Raises SharedMemoryFull where the file system has no room."""
         self.size = size
-        self.path = directory / f"{PREFIX}{_process_tag()}-{next(_serial)}"
+        self.path = directory / new_name()
         descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
             # Reserve every page now: a full /dev/shm is SIGBUS at first touch otherwise.
@@ -56,6 +56,11 @@ class SharedSegment:
     def close(self) -> None:
         """Remove the name. The memory goes with the last tensor that views it."""
         self._unlink()
+
+
+def new_name() -> str:
+    """For a file of this process that `sweep` removes when the process is gone."""
+    return f"{PREFIX}{_process_tag()}-{next(_serial)}"
 
 
 def sweep(directory: Path = SHM_DIRECTORY) -> list[str]:
