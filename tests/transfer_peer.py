@@ -34,6 +34,7 @@ class Spec(msgspec.Struct):
     blocks: int  # in HBM
     transport: str = "nixl"
     tls: str | None = None
+    device: str = "cpu"
 
 
 class Address(msgspec.Struct):
@@ -70,8 +71,20 @@ class PeerProcess:
         """Returns why not, or None."""
         return msgspec.convert(self._call("connect", peer.address), str | None)
 
-    def post(self, peer: PeerProcess, source: list[int], target: list[int]) -> int:
-        return msgspec.convert(self._call("post", peer.address.owner, source, target), int)
+    def resize_dram(self, blocks: int) -> None:
+        """Have so many blocks of DRAM; peers must connect again to know."""
+        self.address = msgspec.convert(self._call("resize_dram", blocks), Address)
+
+    def post(
+        self,
+        peer: PeerProcess,
+        source: list[int],
+        target: list[int],
+        medium: Medium = Medium.HBM,
+    ) -> int:
+        """Begin to write HBM blocks into the peer's blocks of a medium."""
+        answer = self._call("post", peer.address.owner, source, target, medium)
+        return msgspec.convert(answer, int)
 
     def drain(self, ticket: int) -> Ended:
         """Poll until the ticket has ended."""
@@ -91,9 +104,9 @@ class PeerProcess:
         """Give all blocks the contents that belong to a seed."""
         self._call("fill", seed)
 
-    def same(self, seed: int) -> list[int]:
-        """The blocks whose contents belong to a seed."""
-        return msgspec.convert(self._call("same", seed), list[int])
+    def same(self, seed: int, medium: Medium = Medium.HBM) -> list[int]:
+        """The blocks of a medium whose contents belong to a seed."""
+        return msgspec.convert(self._call("same", seed, medium), list[int])
 
     def close_transport(self) -> None:
         self._call("close_transport")
@@ -116,8 +129,8 @@ class _Commands:
     """The same, inside of the process."""
 
     def __init__(self, spec: Spec) -> None:
-        self.pool = MemPool(spec.layout, spec.blocks, 0, spec.instance)
-        self.refs = self.pool.alloc_mem(spec.blocks)
+        self.pool = MemPool(spec.layout, spec.blocks, 0, spec.instance, spec.device)
+        self.refs = {Medium.HBM: self.pool.alloc_mem(spec.blocks)}
         self.local = local_regions(self.pool)
         self.transport: Transport = (
             NixlTransport(self.pool.owner, spec.layout, spec.tls)
@@ -138,8 +151,21 @@ class _Commands:
             return str(error)
         return None
 
-    def post(self, peer: object, source: list[int], target: list[int]) -> Ticket:
-        blocks = block_list(Medium.HBM, source), block_list(Medium.HBM, target)
+    def resize_dram(self, blocks: int) -> Address:
+        if Medium.DRAM in self.refs:
+            self.pool.free_mem(self.refs[Medium.DRAM])
+        present = self.pool.stats().dram.total
+        self.pool.shrink_dram(max(0, present - blocks))
+        self.pool.grow_dram(max(0, blocks - present))
+        self.refs[Medium.DRAM] = self.pool.alloc_mem(blocks, Medium.DRAM)
+        known, self.local = self.local, local_regions(self.pool)
+        names = {each.region for each in known}, {each.region for each in self.local}
+        self.transport.register([each for each in self.local if each.region not in names[0]])
+        self.transport.unregister([each for each in known if each.region not in names[1]])
+        return self.address()
+
+    def post(self, peer: object, source: list[int], target: list[int], medium: int) -> Ticket:
+        blocks = block_list(Medium.HBM, source), block_list(Medium(medium), target)
         return self.transport.post(msgspec.convert(peer, Owner), WriteList(*blocks))
 
     def drain(self, ticket: Ticket) -> Ended:
@@ -162,12 +188,13 @@ class _Commands:
         self.transport.remove_peer(msgspec.convert(peer, Owner))
 
     def fill(self, seed: int) -> None:
-        self.pool.write(self.refs, random_kv(self.pool.layout, len(self.refs), seed))
+        refs = self.refs[Medium.HBM]
+        self.pool.write(refs, random_kv(self.pool.layout, len(refs), seed))
 
-    def same(self, seed: int) -> list[int]:
-        wanted = random_kv(self.pool.layout, len(self.refs), seed)
-        there = self.pool.read(self.refs)
-        return [at for at in range(len(self.refs)) if torch.equal(there[at], wanted[at])]
+    def same(self, seed: int, medium: int) -> list[int]:
+        wanted = random_kv(self.pool.layout, len(self.refs[Medium.HBM]), seed)
+        there = self.pool.read(self.refs[Medium(medium)]).cpu()
+        return [at for at in range(len(there)) if torch.equal(there[at], wanted[at])]
 
     def close_transport(self) -> None:
         self.transport.close()

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from memserve import KVLayout
+from memserve import KVLayout, Medium
 from tests.transfer_peer import PeerProcess, Spec
 
 pytest.importorskip("nixl", reason="NIXL is not installed")
@@ -108,6 +108,19 @@ def test_connecting_twice_changes_nothing(start: Start) -> None:
     assert ours.connect(theirs) is None
     assert ours.drain(ours.post(theirs, [6], [6])).outcome == "done"
     assert theirs.same(1) == [5, 6]
+
+
+def test_memory_that_comes_and_goes_is_reached(start: Start) -> None:
+    ours, theirs = start("ours"), start("theirs")
+    ours.fill(1)
+    assert ours.connect(theirs) is None
+    # The same size again: memory may come back at the same address, registered anew.
+    for blocks in (8, 0, 8):
+        theirs.resize_dram(blocks)
+        assert ours.connect(theirs) is None
+        if blocks:
+            assert ours.drain(ours.post(theirs, [5, 2], [5, 2], Medium.DRAM)).outcome == "done"
+            assert theirs.same(1, Medium.DRAM) == [2, 5]
 
 
 @pytest.mark.parametrize("how", ["cancel", "remove"])
