@@ -154,7 +154,7 @@ class NixlTransport:
 
     def cancel(self, ticket: Ticket) -> None:
         job = self._jobs.get(ticket)
-        if job is not None and job.error is None and (job.to_post or job.requests):
+        if job is not None and job.to_post:  # otherwise all of it is on its way, or failed
             job.to_post = False
             job.cancelled = True
 
