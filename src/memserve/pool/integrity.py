@@ -16,7 +16,7 @@ from memserve.pool.allocator import (
     STATE_NAMES,
     BlockAllocator,
 )
-from memserve.pool.blocks import Blocks
+from memserve.pool.blocks import Blocks, Part
 from memserve.pool.eviction import EvictionQueue
 from memserve.pool.index import Node, RadixIndex
 from memserve.types import IndexArray, Medium, ref_index, ref_medium
@@ -26,9 +26,9 @@ def check(
     blocks: Blocks,
     index: RadixIndex,
     queues: Sequence[EvictionQueue],
-    matches: Sequence[tuple[IndexArray, IndexArray]],
+    pins: Sequence[Part],
 ) -> None:
-    """Raises IntegrityError naming the first thing that disagrees."""
+    """Raises IntegrityError naming the first thing that disagrees. `pins`: of open matches."""
     nodes = [node for root in index.roots.values() for node in _checked_tree(index, root)]
     if len(nodes) != len(index.nodes) or any(index.nodes[node.id] is not node for node in nodes):
         raise IntegrityError(f"{len(nodes)} nodes hang on roots, {len(index.nodes)} are known")
@@ -39,7 +39,7 @@ def check(
     for each in blocks.media:
         _check_allocator(each)
         _check_owners(each, nodes)
-        _check_pins(each, [match[each.medium] for match in matches])
+        _check_pins(each, [part.indices for part in pins if part.blocks is each])
 
 
 def _checked_tree(index: RadixIndex, root: Node) -> Iterable[Node]:
@@ -125,9 +125,9 @@ def _check_owners(blocks: BlockAllocator, nodes: list[Node]) -> None:
         )
 
 
-def _check_pins(blocks: BlockAllocator, matches: list[IndexArray]) -> None:
+def _check_pins(blocks: BlockAllocator, held_by: list[IndexArray]) -> None:
     pins = np.zeros(blocks.capacity, dtype=np.int64)
-    for index in matches:
+    for index in held_by:
         pins[index] += 1
     state = blocks.state[: blocks.capacity]
     wrong = pins != blocks.pins[: blocks.capacity]

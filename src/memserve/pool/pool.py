@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from memserve.clock import Clock, MonotonicClock
 from memserve.errors import (
@@ -21,9 +21,10 @@ from memserve.errors import (
     WrongMedium,
 )
 from memserve.pool import integrity
-from memserve.pool.allocator import ACTIVE, CACHED, NOTHING, ORPHAN, BlockAllocator
-from memserve.pool.blocks import ALL, Blocks, Part, as_refs
+from memserve.pool.allocator import ACTIVE, NOTHING, BlockAllocator
+from memserve.pool.blocks import Blocks, as_refs
 from memserve.pool.eviction import Eviction, make_eviction
+from memserve.pool.history import History
 from memserve.pool.layout import KVLayout
 from memserve.pool.results import InsertResult, Match, MediumStats, PoolStats
 from memserve.pool.segment import sweep
@@ -38,7 +39,6 @@ from memserve.types import (
     Medium,
     Owner,
     RefArray,
-    ref_index,
     ref_medium,
 )
 
@@ -83,10 +83,9 @@ class MemPool:
         self._hbm = BlockStore(layout, self.device, pinned=False)
         self._dram = BlockStore(layout, torch.device("cpu"), pinned=self.device.type == "cuda")
         self._blocks = Blocks(self.owner)
-        self._policy = make_eviction(eviction, clock or MonotonicClock())
-        self._tiers = Tiers(
-            self._blocks, (self._hbm, self._dram), layout.block_tokens, self._policy
-        )
+        policy = make_eviction(eviction, clock or MonotonicClock())
+        self._tiers = Tiers(self._blocks, (self._hbm, self._dram), layout.block_tokens, policy)
+        self._history = History(self._blocks, self._tiers, policy, layout.block_tokens)
         self._index = self._tiers.index
         try:
             self._blocks.hbm.check_growth(hbm_blocks)
@@ -195,10 +194,7 @@ class MemPool:
         data = as_tokens(tokens).tobytes()
         with self._lock:
             self._require_open()
-            path = self._index.walk(namespace, data, self._policy.stamp())
-            if in_hbm and path.in_dram:
-                return self._open_match(self._bring_in(path.refs), in_dram=False)
-            return self._open_match(path.refs, path.in_dram)
+            return self._open_match(*self._history.find(namespace, data, in_hbm))
 
     def insert(
         self, tokens: ArrayLike, refs: ArrayLike, namespace: str = SHARED, *, pin: bool = False
@@ -223,36 +219,10 @@ class MemPool:
         data = array.tobytes()
         with self._lock:
             self._require_open()
-            parts, state = self._blocks.live(given)
-            self._blocks.require_distinct(parts)
-            stamp = self._policy.stamp()
-            path = self._index.walk(namespace, data, stamp)
-            known = len(path.refs)
-            head, rest = given[:known], given[known:]
-            mine = state == ACTIVE
-            all_mine = np.count_nonzero(mine) == len(given)
-            duplicate, new = head.copy(), rest.copy()
-            if not all_mine:
-                self._require_own_place(given, state, path.refs)
-                duplicate = head[mine[:known]]
-            if pin and path.in_dram:
-                better = mine[:known] & (ref_medium(path.refs) > ref_medium(head))
-                duplicate = head[mine[:known] & ~better]
-                new = np.concatenate((head[better], rest))
-                self._upgrade(path.refs, head, better)
-            if len(rest):
-                if len(parts) == 1:
-                    behind = [Part(parts[0].blocks, ALL, parts[0].indices[known:])]
-                else:
-                    behind = list(self._blocks.by_medium(rest))
-                if not all_mine:
-                    self._adopt(behind, state[known:])
-                for blocks, _, index in behind:
-                    blocks.cache(index)
-                self._index.extend(namespace, path, data, rest, behind, stamp)
+            new, duplicate, known, rest = self._history.insert(namespace, data, given, pin)
             if not pin:
                 return InsertResult(new, duplicate)
-            refs = np.concatenate((path.refs, rest))
+            refs = np.concatenate((known, rest))
             return InsertResult(new, duplicate, self._open_match(refs, in_dram=True))
 
     def delete(self, tokens: ArrayLike, namespace: str = SHARED) -> int:
@@ -263,24 +233,10 @@ class MemPool:
         """
         array = as_tokens(tokens)
         with self._lock:
-            root = self._index.roots.get(namespace)
-            if root is None:
-                return 0
-            if not len(array):
-                tops = list(root.children.values())
-            else:
-                blocks = len(array) // self.layout.block_tokens
-                path = self._index.walk(namespace, array.tobytes(), self._policy.stamp())
-                whole = len(path.refs) == blocks
-                # Tokens that leave an edge halfway share it with what goes on there; tokens
-                # that leave a node with children share it with those.
-                ends = path.nodes and path.matched == len(path.nodes[-1].refs)
-                shared = not path.nodes or not (whole or (ends and not path.nodes[-1].children))
-                tops = [] if shared else [path.nodes[-1]]
-            gone = [self._index.prune(top) for top in tops]
-            for refs in gone:
-                self._tiers.discard(refs)
-            return sum(len(refs) for refs in gone)
+            whole = len(array) - len(array) % self.layout.block_tokens
+            if len(array) and not whole:
+                return 0  # no block begins with so few tokens
+            return self._history.delete(namespace, array[:whole].tobytes())
 
     # --- tiers ----------------------------------------------------------------------------
 
@@ -301,19 +257,7 @@ class MemPool:
         given = as_refs(refs)
         with self._lock:
             self._require_open()
-            parts, state = self._blocks.live(given)
-            self._blocks.require_distinct(parts)
-            if (state == ORPHAN).any():
-                name = self._blocks.name(int(given[(state == ORPHAN).argmax()]))
-                raise NotOwned(f"{name} has left the index and belongs to its readers")
-            cached = state == CACHED
-            self._pin(given[cached])  # making room must not evict them
-            moved = given
-            try:
-                moved = self._tiers.to_hbm(given)
-            finally:
-                self._unpin(moved[cached])
-            return moved
+            return self._history.swap_in(given)
 
     def grow_dram(self, blocks: int) -> None:
         """Add DRAM blocks. Raises SharedMemoryFull."""
@@ -385,8 +329,8 @@ class MemPool:
     def stats(self) -> PoolStats:
         with self._lock:
             return PoolStats(
-                hbm=_medium_stats(self._blocks.hbm),
-                dram=_medium_stats(self._blocks.dram),
+                hbm=MediumStats.of(self._blocks.hbm),
+                dram=MediumStats.of(self._blocks.dram),
                 namespaces=len(self._index.roots),
                 nodes=len(self._index.nodes),
                 matches=len(self._matches),
@@ -401,8 +345,8 @@ class MemPool:
         Reads everything: for tests and idle times.
         """
         with self._lock:
-            pinned = [match._pinned for match in self._matches]
-            integrity.check(self._blocks, self._index, self._tiers.queues, pinned)
+            pins = [part for match in self._matches for part in match._pinned]
+            integrity.check(self._blocks, self._index, self._tiers.queues, pins)
 
     # --- inside ---------------------------------------------------------------------------
 
@@ -423,24 +367,8 @@ class MemPool:
                 f"the pool's is {self.layout.torch_dtype} {expected}"
             )
 
-    def _pin(self, refs: RefArray, in_dram: bool = True) -> tuple[IndexArray, IndexArray]:
-        """Indices by medium. `in_dram`: False if it is known that none are there."""
-        if not in_dram:
-            index = ref_index(refs)
-            self._blocks.hbm.pin(index)
-            return index, NOTHING
-        pinned = [NOTHING, NOTHING]
-        for blocks, _, index in self._blocks.by_medium(refs):
-            blocks.pin(index)
-            pinned[blocks.medium] = index
-        return pinned[0], pinned[1]
-
-    def _unpin(self, refs: RefArray) -> None:
-        for blocks, _, index in self._blocks.by_medium(refs):
-            self._tiers.wake(blocks, blocks.unpin(index))
-
     def _open_match(self, refs: RefArray, in_dram: bool) -> Match:
-        pinned = self._pin(refs, in_dram)
+        pinned = self._history.pin(refs, in_dram)
         match = Match(len(refs) * self.layout.block_tokens, refs, pinned, self._release_match)
         self._matches.add(match)
         return match
@@ -450,42 +378,7 @@ class MemPool:
             if match not in self._matches:
                 return
             self._matches.remove(match)
-            for blocks, index in zip(self._blocks.media, match._pinned, strict=True):
-                if len(index):
-                    self._tiers.wake(blocks, blocks.unpin(index))
-
-    def _bring_in(self, refs: RefArray) -> RefArray:
-        """As much of a cached prefix as HBM has room for, moved there."""
-        self._pin(refs)
-        room = self._blocks.hbm.free + self._tiers.evictable(Medium.HBM)
-        fits = int(np.searchsorted(np.cumsum(ref_medium(refs)), room, side="right"))
-        self._unpin(refs[fits:])
-        moved = self._tiers.to_hbm(refs[:fits])
-        self._unpin(moved)
-        return moved
-
-    def _require_own_place(
-        self, refs: RefArray, state: NDArray[np.uint8], present: RefArray
-    ) -> None:
-        """Blocks of the index are only good where the index has them."""
-        bad = state == CACHED
-        bad[: len(present)] &= refs[: len(present)] != present
-        if bad.any():
-            at = int(bad.argmax())
-            name = self._blocks.name(int(refs[at]))
-            raise NotOwned(f"{name} (position {at}) is cached for other tokens than these")
-
-    def _upgrade(self, present: RefArray, mine: RefArray, where: NDArray[np.bool_]) -> None:
-        """The index takes the caller's ACTIVE blocks `mine` instead of its own `present`."""
-        for blocks, _, index in self._blocks.by_medium(mine[where]):
-            blocks.cache(index)
-        self._tiers.replace(present[where], mine[where])
-        present[where] = mine[where]
-
-    def _adopt(self, parts: list[Part], state: NDArray[np.uint8]) -> None:
-        """Readers may put ORPHAN blocks back into the index."""
-        for blocks, where, index in parts:
-            blocks.adopt(index[state[where] == ORPHAN])
+            self._history.unpin(match._pinned)
 
 
 _last_epoch = 0
@@ -498,14 +391,3 @@ def _new_epoch() -> Epoch:
     with _epoch_lock:
         _last_epoch = max(time.time_ns(), _last_epoch + 1)
         return Epoch(_last_epoch)
-
-
-def _medium_stats(blocks: BlockAllocator) -> MediumStats:
-    return MediumStats(
-        total=blocks.total,
-        free=blocks.free,
-        active=blocks.active,
-        cached=blocks.cached,
-        pinned=blocks.pinned,
-        orphan=blocks.orphan,
-    )

@@ -8,7 +8,9 @@ from types import TracebackType
 
 import msgspec
 
-from memserve.types import IndexArray, RefArray
+from memserve.pool.allocator import BlockAllocator
+from memserve.pool.blocks import Part
+from memserve.types import RefArray
 
 
 class Match:
@@ -23,12 +25,12 @@ class Match:
         self,
         tokens: int,
         refs: RefArray,
-        pinned: tuple[IndexArray, IndexArray],
+        pinned: list[Part],
         release: Callable[[Match], None],
     ) -> None:
         self.tokens = tokens
         self.refs = refs
-        self._pinned = pinned  # indices by medium; apart from refs, which callers may change
+        self._pinned = pinned  # apart from refs, which callers may change
         self._release = release
 
     def release(self) -> None:
@@ -69,6 +71,17 @@ class MediumStats(msgspec.Struct, frozen=True):
     cached: int  # owned by the index
     pinned: int  # of the cached ones: being read
     orphan: int  # gone from the index, still being read
+
+    @classmethod
+    def of(cls, blocks: BlockAllocator) -> MediumStats:
+        return cls(
+            total=blocks.total,
+            free=blocks.free,
+            active=blocks.active,
+            cached=blocks.cached,
+            pinned=blocks.pinned,
+            orphan=blocks.orphan,
+        )
 
 
 class PoolStats(msgspec.Struct, frozen=True):
