@@ -308,6 +308,15 @@ def test_a_restarted_instance_is_met_again_behind_its_address() -> None:
             assert torch.equal(second.read(refs), kv_blocks(2))
 
 
+def test_peers_of_one_host_leave_tcp_for_a_shorter_way(pools: Pools) -> None:
+    a, b = pools
+    for _ in range(3):
+        a.transfer_with_insert("b", tokens_of(2), filled(a, 2)).result(PATIENCE)
+    life = a._require_service().life(b.owner.instance)
+    assert life.shortcut is not None
+    assert life.shortcut.address.startswith("ipc://")
+
+
 def _reachable(pool: MemPool) -> bool:
     try:
         pool.alloc_mem(0, instance="b")

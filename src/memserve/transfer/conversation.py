@@ -11,13 +11,13 @@ from memserve.transfer.calls import Calls
 from memserve.transfer.destination_session import DestinationSession
 from memserve.transfer.dialling import Dialling
 from memserve.transfer.failures import to_failure
-from memserve.transfer.links import Arrival, Dealer, Links
+from memserve.transfer.links import Arrival, Dealer, Links, is_shortcut
 from memserve.transfer.messages import Failure, from_words
 from memserve.transfer.path import PathName
-from memserve.transfer.peers import Peers
+from memserve.transfer.peers import Life, Peers
 from memserve.transfer.process import own_process
 from memserve.transfer.receiver import Receiver, ReceivingPool
-from memserve.transfer.regions import pool_regions
+from memserve.transfer.regions import host_id, pool_regions
 from memserve.transfer.sender import Outgoing, Sender, SendingPool
 from memserve.transfer.session import (
     Action,
@@ -135,7 +135,7 @@ class Conversation:
         """Say who this is."""
         offers = tuple(Offer(each.name, each.describe()) for each in self._transports)
         memory = pool_regions(self._pool.layout, self._registered)
-        hello = Hello(answer, own_process(), memory, offers)
+        hello = Hello(answer, own_process(), memory, offers, self._links.shortcut)
         self._links.send(path, self._header, encode(self._pool.owner, _ANYBODY, hello))
 
     def say(self, peer: Owner, message: Message) -> None:
@@ -144,9 +144,9 @@ class Conversation:
         if known is None or known.life is None or known.life.owner != peer:
             return
         body = encode(self._pool.owner, peer.epoch, message)
-        sent = known.dealer is not None and self._links.send(known.dealer, self._header, body)
-        if not sent and known.route is not None:
-            self._links.send(known.route, self._header, body)
+        for path in (known.life.shortcut, known.dealer, known.route):
+            if path is not None and self._links.send(path, self._header, body):
+                return
 
     def say_to_all(self, message: Message) -> None:
         for peer in self.peers:
@@ -200,6 +200,9 @@ class Conversation:
 
     def on_over(self, owner: Owner, now: float) -> None:
         """A life has certainly ended, and nothing that it wrote can land any more."""
+        peer = self.peers.get(owner.instance)
+        if peer is not None and peer.life is not None and peer.life.owner == owner:
+            self._cut_short(peer.life)
         self.peers.forget(owner)
         self.perform(self.table.on_gone(owner, now), now)
         self.receiver.revoke_all(owner)
@@ -299,14 +302,17 @@ class Conversation:
         if sender.instance == self._pool.owner.instance:
             self.counters.misdirected += 1
             return
+        peer = self.peers.add(sender.instance)
+        before = peer.life
         over = self.peers.introduce(sender, hello)
         if over is None:
             self.counters.misdirected += 1
             return
+        if before is not None and before.owner != sender:
+            self._cut_short(before)
         for owner in over:
             self.on_over(owner, now)
         self.table.heard(sender, now)
-        peer = self.peers.add(sender.instance)
         if isinstance(arrival.path, bytes):
             peer.route = arrival.path
         if hello.answer:
@@ -316,6 +322,10 @@ class Conversation:
                 self._links.hang_up(peer.dealer)
             peer.dealer = dialled.dealer
             self.dialling.succeed(dialled, sender)
+        life = self.peers.current(sender.instance)
+        reachable = hello.memory.host == host_id() and is_shortcut(hello.shortcut)
+        if peer.dealer is not None and life.shortcut is None and reachable:
+            life.shortcut = self._links.dial(hello.shortcut)
 
     def _on_message(self, arrival: Arrival, envelope: Envelope, now: float) -> None:
         sender, message = envelope.sender, envelope.message
@@ -372,8 +382,15 @@ class Conversation:
             )
         self.dialling.fail(dialled, error)
 
+    def _cut_short(self, life: Life) -> None:
+        """Hang up the shortcut to a life."""
+        shortcut, life.shortcut = life.shortcut, None
+        if shortcut is not None:
+            self._links.hang_up(shortcut)
+
     def _introduce_to_all(self) -> None:
         for peer in self.peers:
-            for path in (peer.dealer, peer.route):
+            shortcut = None if peer.life is None else peer.life.shortcut
+            for path in (shortcut, peer.dealer, peer.route):
                 if path is not None:
                     self.greet(path, answer=False)

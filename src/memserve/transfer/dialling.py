@@ -9,7 +9,8 @@ from memserve.errors import MemserveError, PeerLost, PeerRefused
 from memserve.transfer.links import Dealer, Links
 from memserve.types import InstanceId, Owner
 
-# Failed handshakes after which a connection is given up. One may be a peer that died meanwhile.
+# Connections ended before a Hello after which no more are tried. Who does not know the secret
+# is hung up on; but once may be a peer that died just then.
 REFUSALS = 2
 
 
@@ -54,8 +55,8 @@ class Dialling:
         """Whom to greet again."""
         for dialled in list(self._waiting):
             address = dialled.dealer.address
-            if dialled.dealer.refused >= REFUSALS:
-                text = f"{address} refuses the connection: its secret is not this pool's"
+            if dialled.dealer.broken >= REFUSALS:
+                text = f"{address} hangs up: its secret is not this pool's"
                 self.fail(dialled, PeerRefused(text))
             elif now >= dialled.gives_up_at:
                 self.fail(dialled, PeerLost(f"no pool has answered at {address}"))

@@ -24,6 +24,7 @@ class Life:
     hello: Hello
     transport: Transport | None = None  # None: no way to write into its memory
     obstacle: str = ""  # why there is none
+    shortcut: Dealer | None = None  # our faster connection, if it is on this host
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +90,8 @@ class Peers:
             else:
                 self._watched[known.owner] = known.process
         peer.life = Life(owner, hello.process, hello.memory, hello)
+        if known is not None and known.owner == owner:
+            peer.life.shortcut = known.shortcut
         self._choose_transport(peer.life)
         return over
 

@@ -47,6 +47,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=32):
     process: ProcessTag
     memory: PoolRegions
     offers: tuple[Offer, ...]
+    shortcut: str = ""  # where peers of the same host may connect, too
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True, tag=33):
