@@ -6,7 +6,9 @@ import hashlib
 from dataclasses import asdict, dataclass
 
 import msgspec
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from memserve.errors import ConfigError, LengthMismatch
 
@@ -101,3 +103,11 @@ class KVLayout:
         if self.aggregated:
             return typed.view(blocks, layers, two, *rest)
         return typed.view(layers, two, blocks, *rest).permute(2, 0, 1, 3, 4, 5)
+
+    def runs(self, memory: NDArray[np.uint8], blocks: int) -> NDArray[np.uint8]:
+        """Flat host `memory` as the contiguous runs of bytes that each block consists of,
+        `[blocks, runs, bytes]`, without a copy."""
+        if self.aggregated:
+            return memory.reshape(blocks, 1, self.block_bytes)
+        runs = 2 * self.layers
+        return memory.reshape(runs, blocks, self.block_bytes // runs).transpose(1, 0, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ class Extent:
     memory: torch.Tensor  # uint8 [blocks * block_bytes]
     view: torch.Tensor  # the same, [blocks, layers, 2, block_tokens, kv_heads, head_dim]
     segment: SharedSegment | None  # None: device memory
+    runs: NDArray[np.uint8] | None  # host memory as runs of bytes, [blocks, runs, bytes]
 
     @property
     def end(self) -> int:
@@ -49,16 +51,17 @@ class BlockStore:
         if not blocks:
             return
         size = blocks * self.layout.block_bytes
-        segment = None
+        segment = runs = None
         if self.device.type == "cpu":
             segment = SharedSegment(size)
             memory = torch.frombuffer(segment.buffer, dtype=torch.uint8)
             if self._pinned:
                 lock_pages(memory)
+            runs = self.layout.runs(memory.numpy(), blocks)
         else:
             memory = torch.zeros(size, dtype=torch.uint8, device=self.device)
         view = self.layout.views(memory, blocks)
-        self.extents.append(Extent(self.blocks, blocks, memory, view, segment))
+        self.extents.append(Extent(self.blocks, blocks, memory, view, segment, runs))
 
     def shrink(self) -> None:
         """Give the last extent back; nobody may use its blocks any more."""
@@ -77,47 +80,62 @@ class BlockStore:
 
     def gather(self, index: IndexArray) -> torch.Tensor:
         """Copies of blocks `index` [n], on this store's device."""
-        if len(self.extents) == 1:
-            return self.extents[0].view.index_select(0, torch.from_numpy(index).to(self.device))
         shape = (len(index), *self.layout.block_shape)
         out = torch.empty(shape, dtype=self.layout.torch_dtype, device=self.device)
-        for extent, where in self._by_extent(index):
-            local = torch.from_numpy(index[where] - extent.start).to(self.device)
-            out[torch.from_numpy(where)] = extent.view.index_select(0, local)
+        if self.device.type != "cpu":
+            for slab in self.extents:
+                torch.index_select(slab.view, 0, self._on_device(index), out=out)
+            return out
+        for row, source in zip(self._rows(out), self._host_blocks(index), strict=True):
+            row[...] = source
         return out
 
     def scatter(self, index: IndexArray, kv: torch.Tensor) -> None:
         """Write `kv` [n, ...] into blocks `index` [n]."""
-        for extent, where in self._by_extent(index):
-            local = torch.from_numpy(index[where] - extent.start).to(self.device)
-            part = kv if len(self.extents) == 1 else kv[torch.from_numpy(where)]
-            extent.view[local] = part.to(self.device)
+        if self.device.type != "cpu":
+            for slab in self.extents:
+                slab.view[self._on_device(index)] = kv.to(self.device)
+            return
+        rows = self._rows(kv.cpu().contiguous())
+        for row, target in zip(rows, self._host_blocks(index), strict=True):
+            target[...] = row
 
-    def block(self, index: int) -> torch.Tensor:
-        """One block in place."""
-        for extent in self.extents:
-            if index < extent.end:
-                return extent.view[index - extent.start]
-        raise IndexError(index)
+    def copy_from(self, source: BlockStore, source_index: IndexArray, index: IndexArray) -> None:
+        """Copy blocks of another store into blocks `index`; returns when the bytes are there."""
+        if self.device.type == "cpu" and source.device.type == "cpu":
+            sources = source._host_blocks(source_index)
+            for block, target in zip(sources, self._host_blocks(index), strict=True):
+                target[...] = block
+            return
+        # Host memory is page-locked, so each copy is one DMA; blocks are large enough for that.
+        for at, to in zip(source_index.tolist(), index.tolist(), strict=True):
+            self._block(to).copy_(source._block(at), non_blocking=True)
+        torch.cuda.synchronize()
 
-    def _by_extent(self, index: IndexArray) -> Iterator[tuple[Extent, NDArray[np.bool_]]]:
-        for extent in self.extents:
-            where = (index >= extent.start) & (index < extent.end)
-            if where.any():
-                yield extent, where
+    def _rows(self, kv: torch.Tensor) -> NDArray[np.uint8]:
+        """Contiguous KV of n blocks on the host as `[n, runs, bytes]`."""
+        flat = kv.view(-1).view(torch.uint8).numpy()
+        runs = 1 if self.layout.aggregated else 2 * self.layout.layers
+        return flat.reshape(len(kv), runs, self.layout.block_bytes // runs)
 
+    def _host_blocks(self, index: IndexArray) -> Iterator[NDArray[np.uint8]]:
+        """Blocks in place, each `[runs, bytes]`.
 
-def copy_blocks(
-    source: BlockStore, source_index: IndexArray, target: BlockStore, target_index: IndexArray
-) -> None:
-    """Copy blocks between stores; returns when the bytes are there."""
-    if source.device.type == "cpu" and target.device.type == "cpu":
-        target.scatter(target_index, source.gather(source_index))
-        return
-    # Host memory is page-locked, so each copy is one DMA; blocks are large enough for that.
-    for at, to in zip(source_index.tolist(), target_index.tolist(), strict=True):
-        target.block(to).copy_(source.block(at), non_blocking=True)
-    torch.cuda.synchronize()
+        One at a time: a copy per block runs at the speed of memory, where a gather of all
+        first fills fresh pages.
+        """
+        starts = [extent.start for extent in self.extents]
+        for at in index.tolist():
+            extent = self.extents[bisect_right(starts, at) - 1]
+            assert extent.runs is not None
+            yield extent.runs[at - extent.start]
+
+    def _block(self, index: int) -> torch.Tensor:
+        extent = next(extent for extent in self.extents if index < extent.end)
+        return extent.view[index - extent.start]
+
+    def _on_device(self, index: IndexArray) -> torch.Tensor:
+        return torch.from_numpy(index).to(self.device)
 
 
 def lock_pages(memory: torch.Tensor) -> None:

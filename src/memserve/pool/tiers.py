@@ -9,7 +9,7 @@ from memserve.pool.allocator import ACTIVE, CACHED, ORPHAN, BlockAllocator
 from memserve.pool.blocks import Blocks
 from memserve.pool.eviction import Eviction, EvictionQueue, Kind
 from memserve.pool.index import Node, RadixIndex
-from memserve.pool.storage import BlockStore, copy_blocks
+from memserve.pool.storage import BlockStore
 from memserve.types import IndexArray, Medium, RefArray, ref_index, ref_medium
 
 
@@ -229,7 +229,7 @@ class Tiers:
     def _move(self, source: Medium, index: IndexArray, target: Medium) -> IndexArray:
         """Copy blocks into newly taken ones of the target medium."""
         taken = self._blocks[target].take(len(index))
-        copy_blocks(self._stores[source], index, self._stores[target], taken)
+        self._stores[target].copy_from(self._stores[source], index, taken)
         return taken
 
     def _offer(self, node: Node) -> None:
