@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -166,6 +167,9 @@ class Links:
         if self._gate is not None:
             self._gate.close(0)
         self._context.term()
+        if self.shortcut is not None:
+            # Not every libzmq removes the socket's name.
+            Path(self.shortcut.removeprefix(_IPC)).unlink(missing_ok=True)
         os.close(self._wake)
 
     def _bind_shortcut(self, router: Socket) -> None:
