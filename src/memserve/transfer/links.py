@@ -167,7 +167,7 @@ class Links:
         if self._gate is not None:
             self._gate.close(0)
         self._context.term()
-        if self.shortcut is not None:
+        if self.shortcut:
             # Not every libzmq removes the socket's name.
             Path(self.shortcut.removeprefix(_IPC)).unlink(missing_ok=True)
         os.close(self._wake)

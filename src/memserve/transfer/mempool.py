@@ -16,34 +16,27 @@ from memserve.clock import Clock, MonotonicClock
 from memserve.config import Eviction as EvictionName
 from memserve.config import TransferMode
 from memserve.errors import (
-    DoubleFree,
     ForeignBlock,
     LengthMismatch,
-    NotOwned,
     StaleBlock,
     TransferError,
     UnknownPeer,
 )
-from memserve.pool import pool as local
-from memserve.pool.allocator import ACTIVE
 from memserve.pool.blocks import as_refs
 from memserve.pool.eviction import Eviction
 from memserve.pool.layout import KVLayout
-from memserve.pool.results import InsertResult, Match
 from memserve.pool.tokens import as_tokens
-from memserve.transfer.base import LocalRegion, Transport
+from memserve.transfer.base import Transport
 from memserve.transfer.conversation import Conversation
-from memserve.transfer.guards import Guards
 from memserve.transfer.links import is_local
 from memserve.transfer.messages import Prepare, to_wire_tokens, to_words
 from memserve.transfer.path import PathName
 from memserve.transfer.pending import OpenTransfer, Transfer
-from memserve.transfer.pins import still_active, with_prefixes
-from memserve.transfer.regions import local_regions
 from memserve.transfer.secret import cluster_keys
 from memserve.transfer.sender import Outgoing
 from memserve.transfer.service import Service
 from memserve.transfer.session import DEADLINE, Actions, Round
+from memserve.transfer.shared_pool import SharedPool
 from memserve.transfer.shm import ShmTransport
 from memserve.transfer.source_session import SourceSession
 from memserve.types import (
@@ -75,7 +68,7 @@ class PeerStats(msgspec.Struct, frozen=True):
     strangers: int  # connections without the secret
 
 
-class MemPool(local.MemPool):
+class MemPool(SharedPool):
     """Fixed-size KV blocks, their index, and transfers to the pools of other instances."""
 
     def __init__(
@@ -96,9 +89,7 @@ class MemPool(local.MemPool):
         """`secret`: the cluster's; default: MEMSERVE_SECRET. Without one a pool can only be
         served on this host. `path`, `transports`: how bytes go; default: whatever works.
         """
-        self._guards = Guards()
         self._service: Service | None = None
-        self.memory_version = 0
         self._secret = secret
         self._path = path
         self._make_transports = transports
@@ -144,7 +135,7 @@ class MemPool(local.MemPool):
             return PeerStats(
                 outgoing=conversation.table.sources,
                 incoming=conversation.table.destinations,
-                quarantined=receiver.quarantined_blocks + self._guards.freed,
+                quarantined=receiver.quarantined_blocks + self.freed_by_owner,
                 granted=receiver.granted_blocks,
                 malformed=conversation.counters.malformed,
                 mismatched=conversation.counters.mismatched,
@@ -244,69 +235,17 @@ class MemPool(local.MemPool):
         given = as_refs(refs)
         if len(given) and (ref_owner(given) != intern_owner(*self.owner)).any():
             self._free_at_peer(given)
-            return
-        with self._lock:
-            guarded = self._guards.where(given) if len(self._guards) else None
-            if guarded is None or not guarded.any():
-                super().free_mem(given)
-                return
-            self._blocks.freeable(given)
-            if self._guards.where_freed(given).any():
-                raise DoubleFree("a block is free already, as soon as a peer stops writing to it")
-            super().free_mem(given[~guarded])
-            self._guards.defer(given[guarded])
-
-    def insert(
-        self, tokens: ArrayLike, refs: ArrayLike, namespace: str = SHARED, *, pin: bool = False
-    ) -> InsertResult:
-        """As in `memserve.pool`. Raises NotOwned for blocks that a peer is writing to."""
-        with self._lock:
-            self._refuse_guarded(refs)
-            return super().insert(tokens, refs, namespace, pin=pin)
-
-    def swap_in(self, refs: ArrayLike) -> RefArray:
-        """As in `memserve.pool`. Raises NotOwned for blocks that a peer is writing to."""
-        with self._lock:
-            self._refuse_guarded(refs)
-            return super().swap_in(refs)
+        else:
+            super().free_mem(given)
 
     def grow_dram(self, blocks: int) -> None:
-        with self._lock:
-            super().grow_dram(blocks)
-            self.memory_version += 1
+        super().grow_dram(blocks)
         self._tell_memory()
 
     def shrink_dram(self, blocks: int) -> int:
-        with self._lock:
-            gone = super().shrink_dram(blocks)
-            self.memory_version += 1
+        gone = super().shrink_dram(blocks)
         self._tell_memory()
         return gone
-
-    # --- for the service ------------------------------------------------------------------
-
-    def local_regions(self) -> tuple[LocalRegion, ...]:
-        return local_regions(self)
-
-    def require_live(self, refs: RefArray) -> None:
-        with self._lock:
-            self._blocks.live(refs)
-
-    def still_allocated(self, refs: RefArray) -> RefArray:
-        with self._lock:
-            return refs[still_active(self._blocks, refs) & ~self._guards.where_freed(refs)]
-
-    def guard(self, refs: RefArray) -> None:
-        with self._lock:
-            self._blocks.freeable(refs)
-            self._refuse_guarded(refs)
-            self._guards.add(refs)
-
-    def unguard(self, refs: RefArray) -> None:
-        with self._lock:
-            freed = self._guards.remove(refs)
-            if len(freed):
-                super().free_mem(freed)
 
     # --- inside ---------------------------------------------------------------------------
 
@@ -393,7 +332,7 @@ class MemPool(local.MemPool):
         life = service.life(instance)
         if len(target) and (ref_owner(target) != intern_owner(*life.owner)).any():
             raise StaleBlock(f"not all of `dst` are blocks of the present life of {instance!r}")
-        pins = self._pin_source(source)
+        pins = self.pin_source(source)
         session = SourceSession(prepare, service.lease(life.owner), patience)
 
         def act(step: Callable[[float], Actions]) -> None:
@@ -424,16 +363,6 @@ class MemPool(local.MemPool):
             raise
         return handle
 
-    def _pin_source(self, source: RefArray) -> Match | None:
-        with self._lock:
-            self._require_open()
-            _, state = self._blocks.live(source)
-            self._refuse_guarded(source)
-            if (state == ACTIVE).all():
-                return None
-            pinned = with_prefixes(self._blocks, self._index, source, state)
-            return self._open_match(pinned, in_dram=True)
-
     def _free_at_peer(self, refs: RefArray) -> None:
         number = int(ref_owner(refs)[0])
         if self._service is None or (ref_owner(refs) != number).any():
@@ -459,10 +388,6 @@ class MemPool(local.MemPool):
         service = self._service
         if service is not None:
             service.ask(lambda conversation, now: conversation.refresh_memory())
-
-    def _refuse_guarded(self, refs: ArrayLike) -> None:
-        if len(self._guards) and self._guards.where(as_refs(refs)).any():
-            raise NotOwned("a peer is writing to some of these blocks")
 
 
 def _make_shm(owner: Owner, layout: KVLayout) -> Sequence[Transport]:

@@ -1,0 +1,129 @@
+"""A pool whose blocks peers read and write: what its local callers must not do meanwhile."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from numpy.typing import ArrayLike
+
+from memserve.clock import Clock
+from memserve.errors import DoubleFree, NotOwned
+from memserve.pool import pool as local
+from memserve.pool.allocator import ACTIVE
+from memserve.pool.blocks import as_refs
+from memserve.pool.eviction import Eviction
+from memserve.pool.layout import KVLayout
+from memserve.pool.results import InsertResult, Match
+from memserve.transfer.base import LocalRegion
+from memserve.transfer.guards import Guards
+from memserve.transfer.pins import still_active, with_prefixes
+from memserve.transfer.regions import local_regions
+from memserve.types import SHARED, RefArray
+
+
+class SharedPool(local.MemPool):
+    """Keeps blocks that a peer writes to from being reused, moved or published."""
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        hbm_blocks: int,
+        dram_blocks: int = 0,
+        instance: str = "p0",
+        device: str | torch.device = "cpu",
+        eviction: Literal["lru", "cost"] | Eviction = "lru",
+        clock: Clock | None = None,
+        dram_segment_blocks: int | None = None,
+    ) -> None:
+        self._guards = Guards()
+        self.memory_version = 0  # grows whenever `local_regions` changes
+        super().__init__(
+            layout, hbm_blocks, dram_blocks, instance, device, eviction, clock, dram_segment_blocks
+        )
+
+    # --- for local callers ----------------------------------------------------------------
+
+    def free_mem(self, refs: ArrayLike) -> None:
+        """As in `memserve.pool`. Blocks that a peer is still writing to are free once it has
+        stopped."""
+        given = as_refs(refs)
+        with self._lock:
+            guarded = self._guards.where(given) if len(self._guards) else None
+            if guarded is None or not guarded.any():
+                super().free_mem(given)
+                return
+            self._blocks.freeable(given)
+            if self._guards.where_freed(given).any():
+                raise DoubleFree("a block is free already, as soon as a peer stops writing to it")
+            super().free_mem(given[~guarded])
+            self._guards.defer(given[guarded])
+
+    def insert(
+        self, tokens: ArrayLike, refs: ArrayLike, namespace: str = SHARED, *, pin: bool = False
+    ) -> InsertResult:
+        """As in `memserve.pool`. Raises NotOwned for blocks that a peer is writing to."""
+        with self._lock:
+            self._refuse_guarded(refs)
+            return super().insert(tokens, refs, namespace, pin=pin)
+
+    def swap_in(self, refs: ArrayLike) -> RefArray:
+        """As in `memserve.pool`. Raises NotOwned for blocks that a peer is writing to."""
+        with self._lock:
+            self._refuse_guarded(refs)
+            return super().swap_in(refs)
+
+    def grow_dram(self, blocks: int) -> None:
+        with self._lock:
+            super().grow_dram(blocks)
+            self.memory_version += 1
+
+    def shrink_dram(self, blocks: int) -> int:
+        with self._lock:
+            gone = super().shrink_dram(blocks)
+            self.memory_version += 1
+        return gone
+
+    # --- for peers ------------------------------------------------------------------------
+
+    def local_regions(self) -> tuple[LocalRegion, ...]:
+        return local_regions(self)
+
+    def require_live(self, refs: RefArray) -> None:
+        with self._lock:
+            self._blocks.live(refs)
+
+    def still_allocated(self, refs: RefArray) -> RefArray:
+        with self._lock:
+            return refs[still_active(self._blocks, refs) & ~self._guards.where_freed(refs)]
+
+    def guard(self, refs: RefArray) -> None:
+        with self._lock:
+            self._blocks.freeable(refs)
+            self._refuse_guarded(refs)
+            self._guards.add(refs)
+
+    def unguard(self, refs: RefArray) -> None:
+        with self._lock:
+            freed = self._guards.remove(refs)
+            if len(freed):
+                super().free_mem(freed)
+
+    def pin_source(self, source: RefArray) -> Match | None:
+        with self._lock:
+            self._require_open()
+            _, state = self._blocks.live(source)
+            self._refuse_guarded(source)
+            if (state == ACTIVE).all():
+                return None
+            pinned = with_prefixes(self._blocks, self._index, source, state)
+            return self._open_match(pinned, in_dram=True)
+
+    @property
+    def freed_by_owner(self) -> int:
+        """Blocks that their owners gave back while a peer was writing to them."""
+        return self._guards.freed
+
+    def _refuse_guarded(self, refs: ArrayLike) -> None:
+        if len(self._guards) and self._guards.where(as_refs(refs)).any():
+            raise NotOwned("a peer is writing to some of these blocks")
