@@ -71,9 +71,10 @@ class Child:
         return ClusterError(f"{self.name} ended with {how}{':' if said else ''}{said}")
 
     def show_output(self, show: Callable[[str], None]) -> None:
-        """Hand over its lines as they come, from now on."""
-        self._tail.clear()
+        """Hand over its lines: those that were kept, and all that come from now on."""
         self._show = show
+        while self._tail:
+            self._hand_over(self._tail.popleft())
 
     def terminate(self) -> None:
         """Ask it to end in order; asked twice, it waits for no request."""
@@ -94,6 +95,10 @@ class Child:
             if not self._address.done() and line.startswith("http://"):
                 self._address.set_result(line)
             elif self._show is not None:
-                self._show(f"{self.name}: {line}")
+                self._hand_over(line)
             else:
                 self._tail.append(line)
+
+    def _hand_over(self, line: str) -> None:
+        assert self._show is not None
+        self._show(f"{self.name}: {line}")
