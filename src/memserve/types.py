@@ -58,6 +58,11 @@ _MEDIUM_SHIFT = _INDEX_SHIFT + INDEX_BITS
 _OWNER_SHIFT = _MEDIUM_SHIFT + MEDIUM_BITS
 
 
+# On hot paths: converting a Python number takes numpy as long as shifting 256 references.
+_INDEX_SHIFT_ARRAY = np.array(_INDEX_SHIFT)
+_INDEX_MASK_ARRAY = np.array(MAX_BLOCKS - 1)
+
+
 class Owner(NamedTuple):
     """One life of one instance."""
 
@@ -120,7 +125,9 @@ def ref_medium(refs: RefArray) -> IndexArray:
 
 
 def ref_index(refs: RefArray) -> IndexArray:
-    return (refs >> _INDEX_SHIFT) & (MAX_BLOCKS - 1)
+    index: IndexArray = refs >> _INDEX_SHIFT_ARRAY
+    index &= _INDEX_MASK_ARRAY
+    return index
 
 
 def ref_generation(refs: RefArray) -> IndexArray:

@@ -26,6 +26,9 @@ FREE, ACTIVE, CACHED, ORPHAN, RETIRED = range(5)
 STATE_NAMES = ("free", "active", "cached", "orphaned", "retired")
 
 NO_REF = -1
+# As arrays: numpy takes as long to convert a Python number as to add it to 256 others.
+_ONE = np.array(1, dtype=np.int32)
+_GENERATION = np.array(MAX_GENERATION)
 NOTHING: IndexArray = np.empty(0, dtype=np.int64)
 
 
@@ -152,7 +155,7 @@ class BlockAllocator:
         """One more reader for each CACHED block; `index` without repetition."""
         pins = self.pins[index]
         self.pinned += len(index) - int(np.count_nonzero(pins))
-        pins += 1
+        pins += _ONE
         self.pins[index] = pins
 
     def unpin(self, index: IndexArray) -> IndexArray:
@@ -161,7 +164,7 @@ class BlockAllocator:
         ORPHAN ones among them are FREE then.
         """
         pins = self.pins[index]
-        pins -= 1
+        pins -= _ONE
         self.pins[index] = pins
         self.pinned -= len(index) - int(np.count_nonzero(pins))
         if not self._watches:
@@ -198,10 +201,10 @@ class BlockAllocator:
         if not len(index):
             return
         refs = self.ref[index]
-        refs += 1
+        refs += _ONE
         self.ref[index] = refs
         self.state[index] = FREE
-        if np.count_nonzero(refs & MAX_GENERATION) < len(refs):
+        if np.count_nonzero(refs & _GENERATION) < len(refs):
             # Generations wrapped around: old references would look valid again.
             spent = (refs & MAX_GENERATION) == 0
             self.ref[index[spent]] = NO_REF

@@ -86,7 +86,7 @@ class Blocks:
         part = self._all_in(self.hbm, refs)
         if part is not None:
             states = self.hbm.state[part.indices]
-            if np.count_nonzero(states) == len(refs):
+            if FREE not in states.tobytes():
                 return [part], states
         parts = self.parts(refs)
         state = np.empty(len(refs), dtype=np.uint8)
@@ -107,8 +107,8 @@ class Blocks:
         """
         part = self._all_in(self.hbm, refs)
         if part is not None:
-            active = np.count_nonzero(self.hbm.state[part.indices] == ACTIVE)
-            if active == len(refs) and self.hbm.distinct(part.indices):
+            states = self.hbm.state[part.indices]
+            if are_all(states, ACTIVE) and self.hbm.distinct(part.indices):
                 return [part]
         parts = self.parts(refs)
         for blocks, where, index in parts:
@@ -128,7 +128,7 @@ class Blocks:
             return None
         index = ref_index(refs)
         present = blocks.ref.take(index, mode="clip")
-        if np.count_nonzero(present == refs) < len(refs):
+        if present.tobytes() != refs.tobytes():  # a third of the time of an array comparison
             return None
         return Part(blocks, ALL, index)
 
@@ -206,8 +206,15 @@ class Blocks:
         )
 
 
+def are_all(states: NDArray[np.uint8], state: int) -> bool:
+    """Whether all are `state`; a fifth of the time of an array comparison."""
+    return states.tobytes() == bytes((state,)) * len(states)
+
+
 def as_refs(refs: ArrayLike) -> RefArray:
     """`refs` as a one-dimensional int64 array. Raises ForeignBlock if they are none."""
+    if isinstance(refs, np.ndarray) and refs.dtype == np.int64 and refs.ndim == 1:
+        return refs
     array = np.asarray(refs)
     if array.size == 0:
         return np.empty(0, dtype=np.int64)

@@ -10,18 +10,11 @@ from numpy.typing import NDArray
 
 from memserve.errors import NotOwned
 from memserve.pool.allocator import ACTIVE, CACHED, ORPHAN
-from memserve.pool.blocks import ALL, Blocks, Part
+from memserve.pool.blocks import ALL, Blocks, Part, are_all
 from memserve.pool.eviction import Eviction
-from memserve.pool.index import Node
+from memserve.pool.index import Node, Path
 from memserve.pool.tiers import Tiers
 from memserve.types import Medium, RefArray, ref_index, ref_medium
-
-
-class Found(NamedTuple):
-    """The blocks of a cached prefix."""
-
-    refs: RefArray
-    in_dram: bool  # whether any may be there; False is certain
 
 
 class Inserted(NamedTuple):
@@ -43,12 +36,12 @@ class History:
         self._policy = policy
         self._block_bytes = 4 * block_tokens
 
-    def find(self, namespace: str, data: bytes, in_hbm: bool) -> Found:
+    def find(self, namespace: str, data: bytes, in_hbm: bool) -> Path:
         """The longest cached prefix, not pinned. `in_hbm`: moved there, as much as has room."""
         path = self._index.walk(namespace, data, self._policy.stamp())
         if in_hbm and path.in_dram:
-            return Found(self._bring_in(path.refs), False)
-        return Found(path.refs, path.in_dram)
+            return path._replace(refs=self._bring_in(path.refs), in_dram=False)
+        return path
 
     def insert(self, namespace: str, data: bytes, refs: RefArray, prefer_hbm: bool) -> Inserted:
         """Store live `refs` [n] for n blocks of tokens.
@@ -62,14 +55,15 @@ class History:
         path = self._index.walk(namespace, data, stamp)
         known = len(path.refs)
         head, rest = refs[:known], refs[known:]
-        mine = state == ACTIVE
-        all_mine = np.count_nonzero(mine) == len(refs)
+        all_mine = are_all(state, ACTIVE)
+        duplicate, new = head.copy(), rest.copy()
         if not all_mine:
             self._require_own_place(refs, state, path.refs)
-        duplicate, new = head[mine[:known]], rest.copy()
+            duplicate = head[state[:known] == ACTIVE]
         if prefer_hbm and path.in_dram:
-            better = mine[:known] & (ref_medium(path.refs) > ref_medium(head))
-            duplicate = head[mine[:known] & ~better]
+            mine = state[:known] == ACTIVE
+            better = mine & (ref_medium(path.refs) > ref_medium(head))
+            duplicate = head[mine & ~better]
             new = np.concatenate((head[better], rest))
             self._upgrade(path.refs, head, better)
         if len(rest):

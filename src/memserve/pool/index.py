@@ -20,6 +20,7 @@ from memserve.pool.blocks import Blocks, Part
 from memserve.types import IndexArray, Medium, RefArray, ref_medium
 
 _MEDIA = (Medium.HBM, Medium.DRAM)
+_DRAM = int(Medium.DRAM)  # looking up an enumeration's member takes as long as a tree step
 _NO_REFS: RefArray = np.empty(0, dtype=np.int64)
 
 
@@ -116,18 +117,15 @@ class RadixIndex:
             child.stamp = stamp
             nodes.append(child)
             node = child
-            in_dram += child.own[Medium.DRAM]
+            in_dram += child.own[_DRAM]
             if data.startswith(child.edge, at):
                 at += len(child.edge)
                 continue
             matched = _common_bytes(child.edge, data, at) // step
-            parts = [node.refs for node in nodes]
-            parts[-1] = parts[-1][:matched]
-            return Path(nodes, np.concatenate(parts), matched, in_dram > 0)
+            return Path(nodes, _joined(nodes, matched), matched, in_dram > 0)
         if not nodes:
             return Path(nodes, _NO_REFS, 0, False)
-        refs = np.concatenate([node.refs for node in nodes])
-        return Path(nodes, refs, len(node.refs), in_dram > 0)
+        return Path(nodes, _joined(nodes, len(node.refs)), len(node.refs), in_dram > 0)
 
     def extend(
         self,
@@ -342,6 +340,16 @@ def refs_of(nodes: Iterable[Node]) -> RefArray:
     """All blocks of some nodes."""
     parts = [node.refs for node in nodes]
     return np.concatenate(parts) if parts else _NO_REFS
+
+
+def _joined(nodes: list[Node], matched: int) -> RefArray:
+    """The blocks of a path, `matched` of its last node, as a new array."""
+    if len(nodes) == 1:
+        return nodes[0].refs[:matched].copy()
+    parts = [node.refs for node in nodes]
+    if matched < len(parts[-1]):
+        parts[-1] = parts[-1][:matched]
+    return np.concatenate(parts)
 
 
 def _common_bytes(edge: bytes, data: bytes, at: int) -> int:

@@ -194,7 +194,8 @@ class MemPool:
         data = as_tokens(tokens).tobytes()
         with self._lock:
             self._require_open()
-            return self._open_match(*self._history.find(namespace, data, in_hbm))
+            path = self._history.find(namespace, data, in_hbm)
+            return self._open_match(path.refs, path.in_dram)
 
     def insert(
         self, tokens: ArrayLike, refs: ArrayLike, namespace: str = SHARED, *, pin: bool = False

@@ -233,9 +233,9 @@ class Tiers:
         return taken
 
     def _offer(self, node: Node) -> None:
-        hbm, *dram = self.queues
+        hbm, dram_leaf, dram_covered = self.queues
         if node.own[Medium.HBM]:
             hbm.offer(node)
         if node.own[Medium.DRAM]:
-            for queue in dram:
-                queue.offer(node)
+            dram_leaf.offer(node)
+            dram_covered.offer(node)
