@@ -24,6 +24,7 @@ from memserve.errors import (
 )
 from memserve.pool.pool import MemPool
 from memserve.pool.results import PoolStats
+from memserve.pool.storage import BlockStore
 from memserve.types import MAX_GENERATION, RefArray
 from tests.pool_harness import BLOCK, LAYOUT, cached_blocks, keys_of, kv_of, prompt, store
 
@@ -72,7 +73,29 @@ def test_allocation_does_not_take_what_is_being_read(pool: MemPool) -> None:
 def test_allocation_elsewhere_needs_a_peer(pool: MemPool) -> None:
     refuse(pool, ForeignBlock, "'p9'.*'p0'", lambda: pool.alloc_mem(1, instance="p9"))
     assert len(pool.alloc_mem(1, instance="p0")) == 1
+
+
+def test_counts_are_not_negative(pool: MemPool) -> None:
+    store(pool, prompt(1))
     refuse(pool, LengthMismatch, "-1 blocks", lambda: pool.alloc_mem(-1))
+    refuse(pool, LengthMismatch, "-2 blocks", lambda: pool.swap_out(-2))
+    refuse(pool, PoolError, "-3 more DRAM", lambda: pool.grow_dram(-3))
+    refuse(pool, PoolError, "references can name 16777216", lambda: pool.grow_dram(1 << 24))
+    assert pool.shrink_dram(-1) == 0
+
+
+def test_a_failed_copy_loses_no_block(pool: MemPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    store(pool, prompt(1, 2))
+
+    def fail(*_: object) -> None:
+        raise OSError("copy engine error")
+
+    monkeypatch.setattr(BlockStore, "copy_from", fail)
+    before = pool.stats()
+    with pytest.raises(OSError, match="copy engine"):
+        pool.swap_out(2)
+    assert pool.stats() == before
+    assert cached_blocks(pool, prompt(1, 2)) == 2
 
 
 def test_a_block_is_freed_once(pool: MemPool) -> None:

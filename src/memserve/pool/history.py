@@ -29,12 +29,11 @@ class Inserted(NamedTuple):
 class History:
     """The index, by its rules of ownership. Callers hold the pool's lock."""
 
-    def __init__(self, blocks: Blocks, tiers: Tiers, policy: Eviction, block_tokens: int) -> None:
+    def __init__(self, blocks: Blocks, tiers: Tiers, policy: Eviction) -> None:
         self._blocks = blocks
         self._tiers = tiers
         self._index = tiers.index
         self._policy = policy
-        self._block_bytes = 4 * block_tokens
 
     def find(self, namespace: str, data: bytes, in_hbm: bool) -> Path:
         """The longest cached prefix, not pinned. `in_hbm`: moved there, as much as has room."""
@@ -139,7 +138,7 @@ class History:
         if not path.nodes:
             return []
         last = path.nodes[-1]
-        if len(path.refs) == len(data) // self._block_bytes:
+        if len(path.refs) == len(data) // self._index.block_bytes:
             return [last]
         # Where the tokens part from what is stored, what is stored goes on without them.
         shared = last.children or path.matched < len(last.refs)

@@ -40,7 +40,9 @@ class Node:
         "start",
     )
 
-    def __init__(self, id: int, parent: Node | None, start: int, edge: bytes, refs: RefArray):
+    def __init__(
+        self, id: int, parent: Node | None, start: int, edge: bytes, refs: RefArray
+    ) -> None:
         self.id = id
         self.parent = parent  # None: a root, or no longer in the tree
         self.start = start  # blocks from the root to this edge
@@ -334,12 +336,6 @@ class RadixIndex:
         """What the queues knew about this node's last blocks is void."""
         node.queued = [0, 0, 0]
         self._changed(node)
-
-
-def refs_of(nodes: Iterable[Node]) -> RefArray:
-    """All blocks of some nodes."""
-    parts = [node.refs for node in nodes]
-    return np.concatenate(parts) if parts else _NO_REFS
 
 
 def _joined(nodes: list[Node], matched: int) -> RefArray:

@@ -85,7 +85,7 @@ class MemPool:
         self._blocks = Blocks(self.owner)
         policy = make_eviction(eviction, clock or MonotonicClock())
         self._tiers = Tiers(self._blocks, (self._hbm, self._dram), layout.block_tokens, policy)
-        self._history = History(self._blocks, self._tiers, policy, layout.block_tokens)
+        self._history = History(self._blocks, self._tiers, policy)
         self._index = self._tiers.index
         try:
             self._blocks.hbm.check_growth(hbm_blocks)
@@ -244,6 +244,8 @@ class MemPool:
     def swap_out(self, n: int) -> int:
         """Move up to `n` unpinned historical blocks from HBM to DRAM, coldest first; returns
         how many went."""
+        if n < 0:
+            raise LengthMismatch(f"{n} blocks asked")
         with self._lock:
             self._require_open()
             return self._tiers.swap_out(n)

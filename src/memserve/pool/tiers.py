@@ -166,7 +166,7 @@ class Tiers:
             dram.restore(start)
             return False
         while len(cached) > dram.free:
-            self.make_room(Medium.DRAM, dram.free + 1)
+            self.make_room(Medium.DRAM, len(cached))  # counts what gets free behind `start` too
             dram.withhold(start)
             cached = cached[dram.state[cached] == CACHED]
         old = dram.ref[cached]
@@ -229,7 +229,11 @@ class Tiers:
     def _move(self, source: Medium, index: IndexArray, target: Medium) -> IndexArray:
         """Copy blocks into newly taken ones of the target medium."""
         taken = self._blocks[target].take(len(index))
-        self._stores[target].copy_from(self._stores[source], index, taken)
+        try:
+            self._stores[target].copy_from(self._stores[source], index, taken)
+        except BaseException:
+            self._blocks[target].free_active(taken)
+            raise
         return taken
 
     def _offer(self, node: Node) -> None:
