@@ -177,7 +177,9 @@ def pool_bench_table(report: PoolBenchReport) -> Table:
         ("match", report.match, report.hashed_match, "us"),
         ("memory per prompt", report.bytes_per_prompt, report.hashed_bytes_per_prompt, "bytes"),
     ):
-        table.add_row(name, f"{ours:.1f} {unit}", f"{theirs:.1f} {unit}", f"{theirs / ours:.1f}")
+        # Few prompts fit into pages that the process has already: no growth to see.
+        ratio = f"{theirs / ours:.1f}" if ours > 0 else "-"
+        table.add_row(name, f"{ours:.1f} {unit}", f"{theirs:.1f} {unit}", ratio)
     for name, value in (
         ("release a match", report.release),
         (f"match, {work.turns} turns", report.conversation_match),
