@@ -187,7 +187,7 @@ class BlockAllocator:
     def distinct(self, index: IndexArray) -> bool:
         """Whether no block occurs twice, in linear time."""
         count = len(index)
-        if count < 2 or np.count_nonzero(index[1:] > index[:-1]) == count - 1:
+        if 0 not in (index[1:] > index[:-1]).tobytes():
             return True
         order = np.arange(count)
         self._mark[index] = order

@@ -35,6 +35,7 @@ from memserve.types import (
 
 _HEAD_SHIFT = GENERATION_BITS + INDEX_BITS
 ALL = slice(None)
+_REF_DTYPE = np.dtype(np.int64)
 
 
 class Part(NamedTuple):
@@ -213,7 +214,7 @@ def are_all(states: NDArray[np.uint8], state: int) -> bool:
 
 def as_refs(refs: ArrayLike) -> RefArray:
     """`refs` as a one-dimensional int64 array. Raises ForeignBlock if they are none."""
-    if isinstance(refs, np.ndarray) and refs.dtype == np.int64 and refs.ndim == 1:
+    if isinstance(refs, np.ndarray) and refs.dtype == _REF_DTYPE and refs.ndim == 1:
         return refs
     array = np.asarray(refs)
     if array.size == 0:

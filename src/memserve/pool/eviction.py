@@ -108,6 +108,9 @@ class EvictionQueue:
     def __init__(self, kind: Kind, policy: Eviction, block_tokens: int) -> None:
         self.kind = kind
         self.medium = Medium.HBM if kind is Kind.HBM else Medium.DRAM
+        # For every insertion, and enumerations are slow.
+        self._slot, self._medium = int(kind), int(self.medium)
+        self._leaves = None if kind is Kind.HBM else kind is Kind.DRAM_LEAF
         self._policy = policy
         self._block_tokens = block_tokens
         self._heap: list[tuple[float, int, Node]] = []
@@ -117,13 +120,13 @@ class EvictionQueue:
         self._parked: dict[BlockKey, tuple[Node, int]] = {}
 
     def is_candidate(self, node: Node) -> bool:
-        if not node.own[self.medium] or node.below[self.medium]:
+        if not node.own[self._medium] or node.below[self._medium]:
             return False
-        return self.kind is Kind.HBM or node.is_dram_leaf() == (self.kind is Kind.DRAM_LEAF)
+        return self._leaves is None or node.is_dram_leaf() == self._leaves
 
     def offer(self, node: Node) -> None:
         """Queue a node unless it is queued, parked or no candidate."""
-        if not node.queued[self.kind] and self.is_candidate(node):
+        if not node.queued[self._slot] and self.is_candidate(node):
             self._push(node)
 
     def peek(self) -> Node | None:
@@ -131,11 +134,11 @@ class EvictionQueue:
         heap = self._heap
         while heap:
             priority, serial, node = heap[0]
-            if serial != node.queued[self.kind]:
+            if serial != node.queued[self._slot]:
                 heapq.heappop(heap)
             elif not self.is_candidate(node):
                 heapq.heappop(heap)
-                node.queued[self.kind] = 0
+                node.queued[self._slot] = 0
             elif self._priority(node) > priority:
                 heapq.heapreplace(heap, (self._priority(node), serial, node))
             else:
@@ -146,14 +149,14 @@ class EvictionQueue:
         """Set aside the node that `peek` gave until this block is released."""
         heapq.heappop(self._heap)
         serial = next(self._serials)  # no entry has it
-        node.queued[self.kind] = serial
+        node.queued[self._slot] = serial
         self._parked[pinned] = (node, serial)
 
     def released(self, block: BlockKey) -> None:
         """Nobody reads this block any more: what waited for it may go again."""
         node, serial = self._parked.pop(block, (None, 0))
-        if node is not None and node.queued[self.kind] == serial:
-            node.queued[self.kind] = 0
+        if node is not None and node.queued[self._slot] == serial:
+            node.queued[self._slot] = 0
             self.offer(node)
 
     def charge(self, node: Node) -> None:
@@ -166,13 +169,13 @@ class EvictionQueue:
 
     def _push(self, node: Node) -> None:
         serial = next(self._serials)
-        node.queued[self.kind] = serial
+        node.queued[self._slot] = serial
         heapq.heappush(self._heap, (self._priority(node), serial, node))
         if len(self._heap) > self._compact_at:
             self._compact()
 
     def _compact(self) -> None:
-        kind = self.kind
-        self._heap = [entry for entry in self._heap if entry[1] == entry[2].queued[kind]]
+        slot = self._slot
+        self._heap = [entry for entry in self._heap if entry[1] == entry[2].queued[slot]]
         heapq.heapify(self._heap)
         self._compact_at = _STALE_RATIO * len(self._heap) + _STALE_SLACK

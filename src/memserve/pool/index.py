@@ -54,7 +54,7 @@ class Node:
         self.below = [0, 0]  # children whose subtree has blocks of the medium
         self.queued = [0, 0, 0]  # by eviction queue: serial of the valid entry, 0 for none
 
-    def holds(self, medium: Medium) -> bool:
+    def holds(self, medium: int) -> bool:
         """Whether this edge or anything below has blocks of the medium."""
         return self.own[medium] > 0 or self.below[medium] > 0
 
@@ -160,7 +160,7 @@ class RadixIndex:
             node = child
         for blocks, _, index in parts:
             blocks.node[index] = node.id
-            medium = blocks.medium
+            medium = int(blocks.medium)
             self._count(node, medium, node.own[medium] + len(index), node.below[medium])
         self._changed(node)
 
@@ -318,7 +318,7 @@ class RadixIndex:
         self._count(node, Medium.HBM, len(node.refs) - in_dram, node.below[Medium.HBM])
         self._count(node, Medium.DRAM, in_dram, node.below[Medium.DRAM])
 
-    def _count(self, node: Node, medium: Medium, own: int, below: int) -> None:
+    def _count(self, node: Node, medium: int, own: int, below: int) -> None:
         """Set a node's counts, and tell ancestors if its subtree gained or lost the medium."""
         held = node.own[medium] > 0 or node.below[medium] > 0
         node.own[medium] = own

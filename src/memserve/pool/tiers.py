@@ -238,8 +238,7 @@ class Tiers:
 
     def _offer(self, node: Node) -> None:
         hbm, dram_leaf, dram_covered = self.queues
-        if node.own[Medium.HBM]:
-            hbm.offer(node)
+        hbm.offer(node)
         if node.own[Medium.DRAM]:
             dram_leaf.offer(node)
             dram_covered.offer(node)

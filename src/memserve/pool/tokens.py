@@ -8,7 +8,8 @@ from numpy.typing import ArrayLike
 from memserve.errors import InvalidTokens
 from memserve.types import TokenArray
 
-_INT32 = np.iinfo(np.int32)
+_DTYPE = np.dtype(np.int32)
+_INT32 = np.iinfo(_DTYPE)
 
 
 def as_tokens(tokens: ArrayLike) -> TokenArray:
@@ -16,7 +17,7 @@ def as_tokens(tokens: ArrayLike) -> TokenArray:
 
     Raises InvalidTokens for anything that is not a flat sequence of integers within int32.
     """
-    if isinstance(tokens, np.ndarray) and tokens.dtype == np.int32 and tokens.ndim == 1:
+    if isinstance(tokens, np.ndarray) and tokens.dtype == _DTYPE and tokens.ndim == 1:
         return tokens
     try:
         array = np.asarray(tokens)
