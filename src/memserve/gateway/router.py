@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -42,7 +43,8 @@ class RoundRobin:
         member = answering[turn % len(answering)]
         if member.role is not Role.DECODE or not prefill:
             return Plan(member)
-        # Turns of the prefill side move on when the other side has been round once: with as
-        # many on both sides, every pair gets its turn.
-        first = (turn + turn // len(answering)) % len(prefill)
+        # Both sides go round in step; one step more after a whole cycle, so that every pair
+        # gets its turn however many there are.
+        cycle = math.lcm(len(answering), len(prefill))
+        first = (turn + turn // cycle) % len(prefill)
         return Plan(member, (*prefill[first:], *prefill[:first]))

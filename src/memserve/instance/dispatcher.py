@@ -15,9 +15,10 @@ from memserve.types import RequestId
 class Mailbox:
     """The outputs of one call that nobody has taken yet. Belongs to the event loop."""
 
-    __slots__ = ("_error", "_outputs", "_waiter")
+    __slots__ = ("_error", "_outputs", "_waiter", "closed")
 
     def __init__(self) -> None:
+        self.closed = False  # the call has ended
         self._outputs: list[TokenOutput] = []
         self._waiter: asyncio.Future[None] | None = None
         self._error: ApiError | None = None
@@ -71,6 +72,7 @@ class Dispatcher:
         try:
             yield mailbox
         finally:
+            mailbox.closed = True
             for request_id in ids:
                 del self._mailboxes[request_id]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from memserve.api.errors import unavailable
+from memserve.api.errors import internal, unavailable
 from memserve.api.generate import GenerateCall, SamplingParams
 from memserve.api.handoff import PrefillCall, PrefillResult
 from memserve.api.status import (
@@ -37,6 +38,8 @@ from memserve.instance.submission import Submission
 from memserve.instance.throughput import FinishRate
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import Epoch, InstanceId, RequestId, Role
+
+log = logging.getLogger(__name__)
 
 # The first token may wait for kernels to be compiled and weights to be read from disk.
 FIRST_TOKEN_SECONDS = 300.0
@@ -172,6 +175,8 @@ class Instance:
             return
         if self._served.remote is not None:
             await self._served.remote.close()
+        if self._served.parts.link is not None:
+            self._served.parts.link.close()
         await asyncio.to_thread(self._served.parts.close)
 
     @contextmanager
@@ -189,6 +194,7 @@ class Instance:
             handover: asyncio.Future[None] | None = None
             if call.prefill and served.remote is not None:
                 handover = asyncio.ensure_future(served.remote.run(call, requests, mailbox))
+                handover.add_done_callback(lambda done: _tell_failure(done, mailbox))
             else:
                 served.submission.submit(requests)
             run = Run(generation, mailbox, served.submission, self._clock)
@@ -309,3 +315,10 @@ class Instance:
                 return False
             except QueueFull:
                 return True  # there is work enough to show for
+
+
+def _tell_failure(handover: asyncio.Future[None], mailbox: Mailbox) -> None:
+    """Nobody may wait for tokens of a hand-over that broke in a way that was not foreseen."""
+    if not handover.cancelled() and (failure := handover.exception()) is not None:
+        log.error("a hand-over failed", exc_info=failure)
+        mailbox.fail(internal(f"The hand-over failed: {failure!r}", "handoff_error"))

@@ -12,9 +12,14 @@ from memserve.config import Caching, TransferMode
 from memserve.errors import PeerLost, UnknownPeer
 from memserve.transfer.mempool import MemPool
 from memserve.transfer.pending import Transfer
+from memserve.transfer.session import LEASE
 from memserve.types import InstanceId, Namespace, TokenArray
 
 _ALL: TokenArray = np.empty(0, dtype=np.int32)
+# What has ended for us may still hold pins, or put KV into the index: a cancelled step or
+# transfer on its last way. Longer than a step, and than a LEASE, after which the transfer of a
+# silent peer is never committed.
+LINGER_SECONDS = 2 * LEASE
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,7 @@ class KVLink:
         self._pool = pool
         self._mode = mode
         self._peers: dict[InstanceId, str] = {}
+        self._lingering: set[asyncio.TimerHandle] = set()
 
     @property
     def block_bytes(self) -> int:
@@ -64,8 +70,21 @@ class KVLink:
             self._peers[peer.id] = peer.address
 
     def forget(self, namespace: Namespace) -> None:
-        """Drop all KV of a namespace."""
+        """Drop all KV of a namespace, and a while later what was pinned or came since."""
         self._pool.delete(_ALL, namespace)
+
+        def forget_again() -> None:
+            self._lingering.discard(handle)
+            self._pool.delete(_ALL, namespace)
+
+        handle = asyncio.get_running_loop().call_later(LINGER_SECONDS, forget_again)
+        self._lingering.add(handle)
+
+    def close(self) -> None:
+        """The pool is about to be closed."""
+        for handle in self._lingering:
+            handle.cancel()
+        self._lingering.clear()
 
     async def _push(
         self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 
 import numpy as np
@@ -16,6 +17,7 @@ from memserve.errors import PoolError, TransferError
 from memserve.instance.dispatcher import Dispatcher
 from memserve.instance.kv_link import KVLink, Pushed
 from memserve.instance.submission import Submission
+from memserve.types import RequestId
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class Prefiller:
         self._dispatcher = dispatcher
         self._submission = submission
         self._clock = clock
+        self._numbers = itertools.count()
 
     async def run(self, call: PrefillCall) -> PrefillResult:
         """Raises ApiError where the prompt cannot be computed.
@@ -57,20 +60,23 @@ class Prefiller:
         )
 
     async def _compute(self, call: PrefillCall) -> TokenOutput:
+        # A gateway asks another decode instance under the same id while the first one, which
+        # it has given up, may still wait here.
+        request_id = RequestId(f"{call.id}-prefill-{next(self._numbers)}")
         request = EngineRequest(
-            id=call.id,
+            id=request_id,
             prompt=np.array(call.prompt, dtype=np.int32),
             sampling=call.sampling,
             namespace=call.namespace,
             priority=call.priority,
             prefill_only=True,
         )
-        with self._dispatcher.mailbox([call.id]) as mailbox:
+        with self._dispatcher.mailbox([request_id]) as mailbox:
             self._submission.submit([request])
             try:
                 (output,) = await mailbox.take()
             except asyncio.CancelledError:
-                self._submission.cancel([call.id])
+                self._submission.cancel([request_id])
                 raise
         if output.finish_reason is FinishReason.ERROR:
             raise internal(output.error or "The engine failed.", "engine_error")

@@ -109,6 +109,8 @@ class RemotePrefill:
         leader, rest = sequences[0], list(sequences[1:])
         shared = shared_namespace(call)
         result = await self._prefill(call.prefill, leader, shared)
+        if mailbox.closed:  # in this turn of the loop: the cancellation has not come through
+            return
         if result is None:
             self._submission.submit([leader, *rest])
             return
@@ -230,6 +232,8 @@ class RemotePrefill:
         instance is `busy` or others are on their way.
         """
         home = self._homes.pop(request.id, None)
+        if request.ephemeral:  # the engine forgets only for those that it has run
+            self._link.forget(request.namespace)
         if home is None or not finished:
             return
         if busy or self._returning >= MAX_RETURNS:
