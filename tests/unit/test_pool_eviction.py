@@ -79,11 +79,12 @@ def test_splitting_keeps_recency() -> None:
         pool.read(prefix)
 
 
-def test_merging_keeps_recency() -> None:
+def test_merging_keeps_the_later_use() -> None:
     with MemPool(LAYOUT, 8, 0, clock=TickingClock()) as pool:
-        store(pool, prompt(9))
         store(pool, prompt(1, 2, 3))
         store(pool, prompt(1, 2, 4))
+        store(pool, prompt(9))
+        cached_blocks(pool, prompt(1, 2))
         pool.delete(prompt(1, 2, 4))
         pool.alloc_mem(5)
         assert cached_blocks(pool, prompt(9)) == 0
