@@ -45,6 +45,23 @@ _DIRECTIONS: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
     ("out", lambda s: s.pool.swapped_out),
     ("in", lambda s: s.pool.swapped_in),
 )
+_HANDED_OVER: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
+    ("received", lambda s: s.handoff.blocks_received),
+    ("spared", lambda s: s.handoff.blocks_spared),
+    ("returned", lambda s: s.handoff.blocks_returned),
+)
+_PREFILLS: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
+    ("done", lambda s: s.handoff.asked - s.handoff.failed),
+    ("failed", lambda s: s.handoff.failed),
+)
+_RETURNS: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
+    ("done", lambda s: s.handoff.returns),
+    ("dropped", lambda s: s.handoff.returns_dropped),
+)
+_PHASES: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
+    ("prefill", lambda s: s.handoff.prefill_seconds),
+    ("transfer", lambda s: s.handoff.transfer_seconds),
+)
 _MEDIA: tuple[tuple[str, Callable[[InstanceStats], MediumTotals]], ...] = (
     ("hbm", lambda s: s.pool.hbm),
     ("dram", lambda s: s.pool.dram),
@@ -78,6 +95,10 @@ def instance_metrics(instances: Instances) -> Iterator[Metric]:
         yield buckets
     yield _labelled("prompt_tokens", "Prompt tokens.", "source", _SOURCES, known)
     yield _labelled("swapped_blocks", "Blocks moved.", "direction", _DIRECTIONS, known)
+    yield _labelled("handoff_blocks", "Blocks of prompts, and back.", "kind", _HANDED_OVER, known)
+    yield _labelled("remote_prefills", "Prefills asked elsewhere.", "outcome", _PREFILLS, known)
+    yield _labelled("handoff_returns", "Sequences' KV given back.", "outcome", _RETURNS, known)
+    yield _labelled("handoff_seconds", "Waited for prefills elsewhere.", "phase", _PHASES, known)
     yield _blocks(known)
 
 

@@ -75,6 +75,33 @@ def serve(
     _report(json, config, result, serving_table(columns))
 
 
+@app.command()
+@takes_flags(flags_of(ServeBenchConfig, ("url",)), flags_of(ModelConfig))
+def caching(
+    json: _Json = None,
+    cluster_file: Annotated[
+        Path | None,
+        typer.Option("--cluster", help="TOML; default: a prefill and a decode instance"),
+    ] = None,
+    *,
+    given: Given,
+) -> None:
+    """Compare what is cached between prefill and decode instances: off, p, pd, full."""
+    from memserve.bench.caching import caching_table, compare_steps, one_and_one
+
+    config = with_flags(ServeBenchConfig(), given)
+    default = ClusterConfig(instance=one_and_one())
+    cluster = load_config(cluster_file) if cluster_file else default
+    wanted = with_flags(cluster.model, given)
+    progress = progress_lines()
+    model = resolve_model(wanted, progress)
+    cluster = msgspec.structs.replace(cluster, model=pinned(wanted, model))
+    check_config(cluster)
+    sessions = load_sessions(config, model, progress)
+    result = asyncio.run(compare_steps(config, cluster, sessions, progress))
+    _report(json, config, result, caching_table(result))
+
+
 class PoolBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How many prompts the pool is filled with."""
 

@@ -129,6 +129,7 @@ def _make_pool(
         instance=identity.id,
         device=str(model.device),
         eviction=config.cache.eviction,
+        epoch=identity.epoch,
     )
 
 

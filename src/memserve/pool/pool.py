@@ -68,10 +68,13 @@ class MemPool:
         eviction: Literal["lru", "cost"] | Eviction = "lru",
         clock: Clock | None = None,
         dram_segment_blocks: int | None = None,
+        epoch: int | None = None,
     ) -> None:
-        """Raises SharedMemoryFull where host memory for the blocks cannot be had."""
+        """`epoch`: which life of the instance this is, larger than those before; by default
+        the time. Raises SharedMemoryFull where host memory for the blocks cannot be had.
+        """
         self.layout = layout
-        self.owner = Owner(InstanceId(instance), _new_epoch())
+        self.owner = Owner(InstanceId(instance), _new_epoch() if epoch is None else Epoch(epoch))
         self.device = torch.device(device)
         self._lock = threading.RLock()
         self._closed = False

@@ -81,6 +81,7 @@ class MemPool(SharedPool):
         eviction: EvictionName | Eviction = "lru",
         clock: Clock | None = None,
         dram_segment_blocks: int | None = None,
+        epoch: int | None = None,
         *,
         secret: str | None = None,
         path: PathName = "auto",
@@ -96,7 +97,15 @@ class MemPool(SharedPool):
         self._transfer_clock = clock or MonotonicClock()
         self._numbers = count(1)
         super().__init__(
-            layout, hbm_blocks, dram_blocks, instance, device, eviction, clock, dram_segment_blocks
+            layout,
+            hbm_blocks,
+            dram_blocks,
+            instance,
+            device,
+            eviction,
+            clock,
+            dram_segment_blocks,
+            epoch,
         )
 
     def close(self) -> None:

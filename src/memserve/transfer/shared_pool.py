@@ -35,11 +35,20 @@ class SharedPool(local.MemPool):
         eviction: Literal["lru", "cost"] | Eviction = "lru",
         clock: Clock | None = None,
         dram_segment_blocks: int | None = None,
+        epoch: int | None = None,
     ) -> None:
         self._guards = Guards()
         self.memory_version = 0  # grows whenever `local_regions` changes
         super().__init__(
-            layout, hbm_blocks, dram_blocks, instance, device, eviction, clock, dram_segment_blocks
+            layout,
+            hbm_blocks,
+            dram_blocks,
+            instance,
+            device,
+            eviction,
+            clock,
+            dram_segment_blocks,
+            epoch,
         )
 
     # --- for local callers ----------------------------------------------------------------
