@@ -1,0 +1,185 @@
+"""`memserve bench caching`: the same conversations with each step of caching between prefill and
+decode instances: off, at the prefill instance, at both, and with new KV given back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import get_args
+
+import aiohttp
+import msgspec
+from rich.table import Table
+
+from memserve.api.serving import Shutdown
+from memserve.api.status import HandoffTotals, InstanceStats
+from memserve.bench.loadgen import RequestRecord
+from memserve.bench.report import Distribution
+from memserve.bench.serve import (
+    ASK_TIMEOUT,
+    BenchmarkError,
+    ServeBenchConfig,
+    ServeRun,
+    measure_server,
+)
+from memserve.bench.workloads import Session
+from memserve.cluster.local import LocalCluster
+from memserve.config import Caching, ClusterConfig, InstanceConfig
+from memserve.models.resolve import Progress
+from memserve.types import Role
+
+# What the last answers made goes back after they have ended: so long is it given.
+RETURN_SECONDS = 2.0
+
+
+class TurnSummary(msgspec.Struct, frozen=True):
+    """All sessions' requests of one turn, the first is 0. Failed ones are left out. Seconds."""
+
+    turn: int
+    requests: int
+    cached_ratio: float  # of prompt tokens, found where the prompt was computed
+    ttft: Distribution | None
+    jct: Distribution | None
+
+
+class CachingRun(msgspec.Struct, frozen=True):
+    """One step of caching."""
+
+    caching: Caching
+    turns: tuple[TurnSummary, ...]
+    handoff: HandoffTotals  # of all decode instances in the whole run, warm-up included
+    run: ServeRun
+
+
+class CachingBenchResult(msgspec.Struct, frozen=True):
+    """Runs of the same workload."""
+
+    runs: tuple[CachingRun, ...]
+
+
+def one_and_one() -> tuple[InstanceConfig, ...]:
+    """The smallest cluster that hands over."""
+    return (InstanceConfig(role=Role.PREFILL), InstanceConfig(role=Role.DECODE))
+
+
+async def compare_steps(
+    config: ServeBenchConfig,
+    cluster: ClusterConfig,
+    sessions: Sequence[Session],
+    progress: Progress,
+) -> CachingBenchResult:
+    """Measure clusters that differ in their caching alone, one after the other.
+
+    Raises BenchmarkError, ClusterError.
+    """
+    runs = []
+    for caching in get_args(Caching):
+        cache = msgspec.structs.replace(cluster.cache, caching=caching)
+        gateway = msgspec.structs.replace(cluster.gateway, port=0)
+        own = msgspec.structs.replace(cluster, cache=cache, gateway=gateway)
+        started = LocalCluster(own, Shutdown(), progress)
+        try:
+            await started.start()
+            run, handoff = await started.or_failure(
+                _measure(f"caching {caching}", config, started.url, sessions, progress)
+            )
+        finally:
+            await started.stop()
+        run = msgspec.structs.replace(run, cluster=own)
+        runs.append(CachingRun(caching, by_turn(run.requests), handoff, run))
+    return CachingBenchResult(tuple(runs))
+
+
+def by_turn(records: Sequence[RequestRecord]) -> tuple[TurnSummary, ...]:
+    """Reduce the records of a run, turn by turn."""
+    done = [record for record in records if record.error is None]
+    turns = []
+    for turn in sorted({record.turn for record in done}):
+        own = [record for record in done if record.turn == turn]
+        asked = sum(record.prompt_tokens for record in own)
+        first = [r.first_token - r.scheduled for r in own if r.first_token is not None]
+        turns.append(
+            TurnSummary(
+                turn=turn,
+                requests=len(own),
+                cached_ratio=sum(r.cached_tokens for r in own) / asked if asked else 0.0,
+                ttft=Distribution.of(first),
+                jct=Distribution.of([record.end - record.scheduled for record in own]),
+            )
+        )
+    return tuple(turns)
+
+
+def caching_table(result: CachingBenchResult) -> Table:
+    """A line for each turn of each step, and one for the whole run with its blocks."""
+    table = Table()
+    for name in ("caching", "turn", "cached", "TTFT mean", "P99", "JCT mean", "P99"):
+        table.add_column(name, justify="left" if name == "caching" else "right")
+    for name in ("blocks sent", "spared", "returned"):
+        table.add_column(name, justify="right")
+    for step in result.runs:
+        for turn in step.turns:
+            cells = (*_times(turn.ttft), *_times(turn.jct))
+            table.add_row(step.caching, str(turn.turn + 1), f"{turn.cached_ratio:.1%}", *cells)
+        whole, handoff = step.run.summary, step.handoff
+        table.add_row(
+            step.caching,
+            "all",
+            f"{whole.cached_ratio:.1%}",
+            *_times(whole.ttft),
+            *_times(whole.jct),
+            str(handoff.blocks_received),
+            str(handoff.blocks_spared),
+            str(handoff.blocks_returned),
+            end_section=True,
+        )
+    return table
+
+
+def _times(figure: Distribution | None) -> tuple[str, str]:
+    return ("-", "-") if figure is None else (f"{figure.mean:.4g} s", f"{figure.p99:.4g} s")
+
+
+async def _measure(
+    name: str, config: ServeBenchConfig, url: str, sessions: Sequence[Session], progress: Progress
+) -> tuple[ServeRun, HandoffTotals]:
+    run = await measure_server(name, config, url, sessions, progress)
+    await asyncio.sleep(RETURN_SECONDS)
+    return run, await _handoff_totals(url)
+
+
+class _Member(msgspec.Struct, frozen=True):
+    role: Role
+    address: str
+
+
+class _Cluster(msgspec.Struct, frozen=True):
+    """What we use of a gateway's `GET /cluster`."""
+
+    instances: tuple[_Member, ...]
+
+
+async def _handoff_totals(url: str) -> HandoffTotals:
+    """Sums over the decode instances of a cluster."""
+    try:
+        async with aiohttp.ClientSession(timeout=ASK_TIMEOUT) as session:
+            async with session.get(f"{url}/cluster") as answer:
+                members = msgspec.json.decode(await answer.read(), type=_Cluster).instances
+            found = []
+            for member in members:
+                if member.role is Role.DECODE:
+                    async with session.get(f"{member.address}/stats") as answer:
+                        stats = msgspec.json.decode(await answer.read(), type=InstanceStats)
+                        found.append(stats.handoff)
+    except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+        raise BenchmarkError(f"{url} does not say what was handed over: {error}") from error
+    return sum_of(found)
+
+
+def sum_of(totals: Sequence[HandoffTotals]) -> HandoffTotals:
+    """All counters added up; blocks are of one size."""
+    sums: dict[str, float] = {}
+    for one in totals:
+        for name, value in msgspec.structs.asdict(one).items():
+            sums[name] = value if name == "block_bytes" else sums.get(name, 0) + value
+    return msgspec.convert(sums, HandoffTotals)
