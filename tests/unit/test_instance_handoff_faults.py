@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memserve.api.errors import ApiError
 from memserve.api.generate import PrefillPeer
 from memserve.api.handoff import PrefillResult
 from memserve.clock import MonotonicClock
@@ -233,6 +234,21 @@ async def test_leaving_as_the_first_token_comes_starts_nothing(
         after = d.engine.stats()
         assert (after.running, after.waiting) == (0, 0)
         assert after.generated_tokens == before.generated_tokens
+
+
+async def test_a_hand_over_that_breaks_is_told_to_the_client(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would wait for ever."""
+
+    async def broken(self: RemotePrefill, *_: object) -> PrefillResult:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(RemotePrefill, "_prefill", broken)
+    async with pair(model) as (p, d):
+        with pytest.raises(ApiError) as told, d.instance.run(call_of(PROMPT, prefill=[p])) as run:
+            await completed(run)
+    assert told.value.status == 500
 
 
 @pytest.mark.parametrize("caching", ["off", "pd", "full"])
