@@ -55,7 +55,7 @@ class Dialling:
         """Whom to greet again."""
         for dialled in list(self._waiting):
             address = dialled.dealer.address
-            if dialled.dealer.broken >= REFUSALS:
+            if dialled.dealer.foreign or dialled.dealer.broken >= REFUSALS:
                 text = f"{address} hangs up: its secret is not this pool's"
                 self.fail(dialled, PeerRefused(text))
             elif now >= dialled.gives_up_at:

@@ -32,6 +32,9 @@ _LOOPBACK = ("127.", "localhost", "[::1]")
 Socket = zmq.Socket[bytes]
 
 
+_WATCHED_EVENTS = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+
+
 @dataclass(slots=True, eq=False)
 class Dealer:
     """A connection that this pool opened."""
@@ -40,6 +43,7 @@ class Dealer:
     socket: Socket
     monitor: Socket
     broken: int = 0  # times that the peer, or its death, has ended the connection
+    foreign: bool = False  # the other side wants a secret and we have none, or the reverse
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,7 @@ class Links:
         socket.ipv6 = True
         if self._keys is not None:
             self._keys.secure_client(socket)
-        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        monitor = socket.get_monitor_socket(_WATCHED_EVENTS)
         try:
             socket.connect(address)
         except zmq.ZMQError as error:
@@ -151,8 +155,11 @@ class Links:
             elif source is self._gate and self._keys is not None:
                 self.strangers += not self._keys.answer(self._gate)
             elif source in self._monitors:
-                recv_monitor_message(source)
-                self._monitors[source].broken += 1
+                dealer = self._monitors[source]
+                if recv_monitor_message(source)["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                    dealer.foreign = True  # zmq does not try again
+                else:
+                    dealer.broken += 1
             elif source is self._router:
                 arrivals += self._receive(self._router, None)
             elif source in self._dealers:
