@@ -111,11 +111,12 @@ def by_turn(records: Sequence[RequestRecord]) -> tuple[TurnSummary, ...]:
 
 
 def caching_table(result: CachingBenchResult) -> Table:
-    """A line for each turn of each step, and one for the whole run with its blocks."""
+    """A line for each turn of each step, and one for the whole run with its blocks. Seconds are
+    means and P99."""
     table = Table()
-    for name in ("caching", "turn", "cached", "TTFT mean", "P99", "JCT mean", "P99"):
+    for name in ("caching", "turn", "cached", "TTFT s", "P99", "JCT s", "P99"):
         table.add_column(name, justify="left" if name == "caching" else "right")
-    for name in ("blocks sent", "spared", "returned"):
+    for name in ("sent", "spared", "returned"):
         table.add_column(name, justify="right")
     for step in result.runs:
         for turn in step.turns:
@@ -137,7 +138,7 @@ def caching_table(result: CachingBenchResult) -> Table:
 
 
 def _times(figure: Distribution | None) -> tuple[str, str]:
-    return ("-", "-") if figure is None else (f"{figure.mean:.4g} s", f"{figure.p99:.4g} s")
+    return ("-", "-") if figure is None else (f"{figure.mean:.3g}", f"{figure.p99:.3g}")
 
 
 async def _measure(
