@@ -224,7 +224,7 @@ def engine_bench_table(report: EngineBenchReport) -> Table:
         table.add_column(column, justify="right")
     for name, row in (
         (f"prefill of {report.prompt_tokens} tokens", report.prefill),
-        ("decode step, batch 1", report.decode_step),
+        (f"decode step behind {report.prompt_tokens} tokens", report.decode_step),
     ):
         table.add_row(
             name,
@@ -234,9 +234,9 @@ def engine_bench_table(report: EngineBenchReport) -> Table:
         )
     for point in report.batches:
         table.add_row(
-            f"decode step, batch {point.batch}",
+            f"decode step of {point.batch} behind {BATCH_PROMPT_TOKENS}",
             f"{point.step_seconds * 1e3:.1f} ms",
             "",
-            f"{point.tokens_per_second:.1f} tokens/s, {point.speedup:.1f} x batch 1",
+            f"{point.tokens_per_second:.0f} tokens/s ({point.speedup:.1f} x)",
         )
     return table
