@@ -220,3 +220,30 @@ def test_an_old_answer_does_not_take_back_what_was_committed() -> None:
     for _ in range(4):
         world.deliver(0)
     assert list(world.hosts[1].memory.grants.values()) == [[0, 1]]
+
+
+def test_a_cancel_that_crosses_the_last_word_ends_both_sides() -> None:
+    """D has all of it and has said so, the answer gets lost, and S has been told to stop."""
+    world = World(BLOCKS)
+    tokens = bytes(2 * TOKEN_BYTES)
+    for cancelled in (False, True):
+        outgoing = world.begin(0, 2, tokens)
+        assert outgoing is not None
+        session, source = outgoing.session, world.hosts[0]
+        peer = source.table.peer_of(session)
+        if cancelled:
+            world.deliver(0)
+            world.wire.clear()  # AlreadyHave
+            world.act(source, peer, session, session.cancel(world.now))
+        else:
+            world.deliver(0)
+            world.deliver(0)
+            world.act(source, peer, session, session.write(Round(0, 2, None), world.now))
+            for copy in list(world.copies):
+                world.land(copy)
+                world.end_copy(copy, None, Drained.YES)
+            world.act(source, peer, session, session.seal(world.now))
+        for _ in range(6):
+            if world.wire:
+                world.deliver(0)
+        assert source.table.sources == 0, session.state

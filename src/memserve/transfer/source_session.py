@@ -254,7 +254,8 @@ class SourceSession:
         return not self._writing and not self._unsure and self._drained is Drained.YES
 
     def _abort_message(self) -> Abort:
-        return Abort(self.number, self._incarnation, Drained.NO if self._writing else self._drained)
+        drained = Drained.NO if self._writing else self._drained
+        return Abort(self.number, self._incarnation, drained, revoke=True)
 
     def _end(self, finish: Finish | None) -> Actions:
         self.state = SourceState.ENDED
