@@ -7,7 +7,6 @@ from concurrent.futures import Future
 from importlib.util import find_spec
 from itertools import count
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -31,7 +30,7 @@ from memserve.transfer.conversation import Conversation
 from memserve.transfer.links import is_local
 from memserve.transfer.messages import Prepare, to_wire_tokens, to_words
 from memserve.transfer.path import PathName
-from memserve.transfer.pending import OpenTransfer, Transfer
+from memserve.transfer.pending import OpenTransfer, PeerStats, Transfer
 from memserve.transfer.secret import cluster_keys
 from memserve.transfer.sender import Outgoing
 from memserve.transfer.service import Service
@@ -54,18 +53,6 @@ from memserve.types import (
 _NONE: RefArray = np.empty(0, dtype=np.int64)
 
 MakeTransports = Callable[[Owner, KVLayout], Sequence[Transport]]
-
-
-class PeerStats(msgspec.Struct, frozen=True):
-    """What goes on with peers; the counters only grow."""
-
-    outgoing: int  # transfers from here that have not ended
-    incoming: int  # transfers to here, committed ones that are remembered included
-    quarantined: int  # blocks that a peer may still write to, and nobody may have
-    granted: int  # blocks that peers have allocated here
-    malformed: int  # messages
-    mismatched: int  # messages of another protocol version or layout
-    strangers: int  # connections without the secret
 
 
 class MemPool(SharedPool):

@@ -1,10 +1,12 @@
-"""A transfer as its caller sees it."""
+"""A transfer as its caller sees it, and what there is of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+
+import msgspec
 
 from memserve.errors import MemserveError, TransferError, TransferTimeout
 from memserve.transfer.session import Round
@@ -98,3 +100,15 @@ class OpenTransfer(Transfer):
         if not self._sealed:
             self._sealed = True
             self._seal()
+
+
+class PeerStats(msgspec.Struct, frozen=True):
+    """What goes on with peers; the counters only grow."""
+
+    outgoing: int  # transfers from here that have not ended
+    incoming: int  # transfers to here, committed ones that are remembered included
+    quarantined: int  # blocks that a peer may still write to, and nobody may have
+    granted: int  # blocks that peers have allocated here
+    malformed: int  # messages
+    mismatched: int  # messages of another protocol version or layout
+    strangers: int  # connections without the secret
