@@ -38,6 +38,9 @@ ALIVE_TIMEOUT = 1.0
 MAX_MISSES = 3
 # Returns under way at a time. More would compete with pushes that a client waits for.
 MAX_RETURNS = 4
+# The next turn of a conversation may come before what the last one made is back where it is
+# wanted. It waits so long for that: a few pushes on one host, and less than computing it again.
+RETURN_SECONDS = 0.1
 
 _encode = msgspec.json.Encoder().encode
 _results = msgspec.json.Decoder(PrefillResult)
@@ -71,7 +74,7 @@ class RemotePrefill:
         self._session = instance_session()
         self._counters = _Counters()
         self._homes: dict[RequestId, PoolPeer] = {}  # who gets the KV of running sequences back
-        self._returning = 0
+        self._returns: dict[asyncio.Task[None], TokenArray] = {}  # with the prompts they began at
         self._background: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -108,6 +111,7 @@ class RemotePrefill:
     ) -> None:
         leader, rest = sequences[0], list(sequences[1:])
         shared = shared_namespace(call)
+        await self._let_return(leader.prompt)
         result = await self._prefill(call.prefill, leader, shared)
         if mailbox.closed:  # in this turn of the loop: the cancellation has not come through
             return
@@ -236,17 +240,29 @@ class RemotePrefill:
             self._link.forget(request.namespace)
         if home is None or not finished:
             return
-        if busy or self._returning >= MAX_RETURNS:
+        if busy or len(self._returns) >= MAX_RETURNS:
             self._counters.returns_dropped += 1
             return
         tokens = np.concatenate((request.prompt, np.array(output, dtype=np.int32)))
-        self._returning += 1
-        self._in_background(self._give_back(request, home, tokens))
+        task = self._in_background(self._give_back(request, home, tokens))
+        self._returns[task] = request.prompt
+        task.add_done_callback(self._returns.pop)
 
-    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+    async def _let_return(self, prompt: TokenArray) -> None:
+        """Wait for returns that a prefill of this prompt will want, within reason."""
+        wanted = [
+            task
+            for task, start in self._returns.items()
+            if len(start) <= len(prompt) and np.array_equal(start, prompt[: len(start)])
+        ]
+        if wanted:
+            await asyncio.wait(wanted, timeout=RETURN_SECONDS)
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     async def _meet(self, peer: PoolPeer) -> None:
         try:
@@ -261,8 +277,6 @@ class RemotePrefill:
             self._counters.returns_dropped += 1
             log.warning("%s: KV did not go back to %s: %s", request.id, home.id, error)
             return
-        finally:
-            self._returning -= 1
         self._counters.returns += 1
         self._counters.blocks_returned += pushed.sent
 
