@@ -58,10 +58,8 @@ class KVLink:
         try:
             return await self._push(peer, tokens, source, target)
         except (PeerLost, UnknownPeer):
-            # A peer that was restarted is another life behind a new address: meet it once more.
-            if self._peers.pop(peer.id, None) in (None, peer.address):
-                raise
-        return await self._push(peer, tokens, source, target)
+            self._peers.pop(peer.id, None)  # to be met anew the next time
+            raise
 
     async def meet(self, peer: PoolPeer) -> None:
         """Connect to a peer, if that has not been done. Raises TransferError."""

@@ -85,13 +85,8 @@ class RemotePrefill:
 
     def totals(self) -> HandoffTotals:
         """Counters since start, in blocks and bytes."""
-        return msgspec.convert(
-            {
-                **{name: getattr(self._counters, name) for name in _Counters.__slots__},
-                "block_bytes": self._link.block_bytes,
-            },
-            HandoffTotals,
-        )
+        totals = msgspec.convert(self._counters, HandoffTotals, from_attributes=True)
+        return msgspec.structs.replace(totals, block_bytes=self._link.block_bytes)
 
     async def run(
         self, call: GenerateCall, requests: Sequence[EngineRequest], mailbox: Mailbox
