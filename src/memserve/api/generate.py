@@ -122,3 +122,8 @@ class GenerateCall(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
     cache_salt: str = ""  # namespace of the KV cache
     priority: int = 0  # lower runs first
     prefill: tuple[PrefillPeer, ...] = ()  # who computes the prompt, best first; (): the receiver
+    # Whose longer prefix the computing instance pulls before it computes the rest.
+    fetch: PrefillPeer | None = None
+    # By choice: token ids that the client has already, from an instance that was lost. The
+    # stream goes on behind them. (): a fresh call.
+    resumed: tuple[tuple[int, ...], ...] = ()

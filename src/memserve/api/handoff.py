@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
-from memserve.api.generate import SamplingParams
+from memserve.api.generate import PrefillPeer, SamplingParams
 from memserve.types import InstanceId, Namespace, RequestId
 
 PREFILL_PATH = "/v1/prefill"
@@ -34,6 +34,8 @@ class PrefillCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     target: PoolPeer  # D's pool
     target_namespace: Namespace  # of the KV at D
     priority: int = 0
+    output: tuple[int, ...] = ()  # generated already, by an instance that was lost
+    fetch: PrefillPeer | None = None  # whose longer prefix P pulls first
 
 
 class TokenScores(msgspec.Struct, frozen=True):

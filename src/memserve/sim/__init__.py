@@ -1,0 +1,1 @@
+"""The scheduler and the cost model against simulated instances, in virtual time."""
