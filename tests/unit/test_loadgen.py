@@ -21,8 +21,8 @@ from memserve.bench.loadgen import (
     warm_up,
 )
 from memserve.bench.openai_client import OpenAIClient
-from memserve.bench.workloads import Session, Turn
 from memserve.clock import MonotonicClock
+from memserve.workloads.session import Session, Turn
 
 FAST = LoadSettings(rate=1000.0, seed=0)
 

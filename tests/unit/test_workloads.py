@@ -7,13 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from memserve.bench.workloads import (
-    Exchange,
-    SessionLimits,
-    choose_sessions,
-    read_sharegpt,
-)
 from memserve.errors import ConfigError
+from memserve.workloads.session import Exchange, SessionLimits
+from memserve.workloads.sharegpt import choose_sessions, read_sharegpt
 
 
 def words(text: str) -> int:

@@ -20,9 +20,9 @@ from memserve.bench.serve import (
     BenchmarkError,
     ServeBenchConfig,
     ServeRun,
+    Work,
     measure_server,
 )
-from memserve.bench.workloads import Session
 from memserve.cluster.local import LocalCluster
 from memserve.config import Caching, ClusterConfig, InstanceConfig
 from memserve.models.resolve import Progress
@@ -65,7 +65,7 @@ def one_and_one() -> tuple[InstanceConfig, ...]:
 async def compare_steps(
     config: ServeBenchConfig,
     cluster: ClusterConfig,
-    sessions: Sequence[Session],
+    sessions: Work,
     progress: Progress,
 ) -> CachingBenchResult:
     """Measure clusters that differ in their caching alone, one after the other.
@@ -142,7 +142,7 @@ def _times(figure: Distribution | None) -> tuple[str, str]:
 
 
 async def _measure(
-    name: str, config: ServeBenchConfig, url: str, sessions: Sequence[Session], progress: Progress
+    name: str, config: ServeBenchConfig, url: str, sessions: Work, progress: Progress
 ) -> tuple[ServeRun, HandoffTotals]:
     run = await measure_server(name, config, url, sessions, progress)
     await asyncio.sleep(RETURN_SECONDS)

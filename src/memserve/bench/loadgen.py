@@ -8,6 +8,7 @@ look fast (coordinated omission), so times count from the schedule, and lateness
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 import msgspec
 
 from memserve.bench.openai_client import Answer, OpenAIClient
-from memserve.bench.workloads import Session, Turn
 from memserve.clock import Clock
+from memserve.workloads.session import Session, TokenRequest
 
 _WARM_UP_TOKENS = 4
 
@@ -80,70 +81,89 @@ async def warm_up(client: OpenAIClient, requests: int) -> str | None:
 
 async def generate_load(
     client: OpenAIClient,
-    sessions: Sequence[Session],
+    work: Sequence[Session | TokenRequest],
     settings: LoadSettings,
     clock: Clock,
     finished: Callable[[RequestRecord], None] = lambda _: None,
 ) -> LoadResult:
     """Send every session at its time and wait for the last answer.
 
-    `finished` is called after each request. A failed request ends its session.
+    Requests of token ids bring their own times. `finished` is called after each request. A
+    failed request ends its session.
     """
-    times = arrival_times(len(sessions), settings.rate, settings.seed)
+    times = arrival_times(len(work), settings.rate, settings.seed)
     runs = []
     async with asyncio.TaskGroup() as group:
         start = clock.now()
-        for session, arrival in zip(sessions, times, strict=True):
-            run = _SessionRun(client, session, settings.replay_answers, clock, start, finished)
-            runs.append(group.create_task(run.go(arrival)))
+        for item, arrival in zip(work, times, strict=True):
+            run = _Run(client, settings.replay_answers, clock, start, finished)
+            if isinstance(item, Session):
+                runs.append(group.create_task(run.session(item, arrival)))
+            else:
+                runs.append(group.create_task(run.request(item)))
     records = [record for run in runs for record in run.result()]
-    turns = sum(len(session.turns) for session in sessions)
-    return LoadResult(tuple(records), unsent=turns - len(records))
+    return LoadResult(tuple(records), unsent=sum(map(request_count, work)) - len(records))
 
 
-class _SessionRun:
-    """One session, turn after turn."""
+def request_count(item: Session | TokenRequest) -> int:
+    """How many requests it is."""
+    return len(item.turns) if isinstance(item, Session) else 1
+
+
+class _Run:
+    """One session, turn after turn, or one request."""
 
     def __init__(
         self,
         client: OpenAIClient,
-        session: Session,
         replay_answers: bool,
         clock: Clock,
         start: float,
         finished: Callable[[RequestRecord], None],
     ) -> None:
         self._client = client
-        self._session = session
         self._replay_answers = replay_answers
         self._clock = clock
         self._start = start
         self._finished = finished
 
-    async def go(self, arrival: float) -> list[RequestRecord]:
+    async def request(self, request: TokenRequest) -> list[RequestRecord]:
+        await self._wait(request.arrival)
+        answer = await self._client.complete(request.prompt, request.output_tokens)
+        return [self._record(request.id, 0, request.arrival, answer)]
+
+    async def session(self, session: Session, arrival: float) -> list[RequestRecord]:
         records: list[RequestRecord] = []
-        messages: list[dict[str, str]] = []
+        past: list[str] = []  # prompts and answers in turn
         scheduled = arrival
-        await asyncio.sleep(max(0.0, self._start + arrival - self._clock.now()))
-        for index, turn in enumerate(self._session.turns):
-            messages.append({"role": "user", "content": turn.prompt})
-            answer = await self._client.chat(messages, turn.output_tokens)
-            record = self._record(index, scheduled, answer)
+        await self._wait(arrival)
+        for index, turn in enumerate(session.turns):
+            past.append(turn.prompt)
+            answer = await self._ask(session.chat, past, turn.output_tokens)
+            record = self._record(session.id, index, scheduled, answer)
             records.append(record)
-            self._finished(record)
             if record.error is not None:
                 break
             scheduled = record.end
-            messages.append({"role": "assistant", "content": self._history(turn, answer)})
+            past.append(turn.answer if self._replay_answers else answer.text)
         return records
 
-    def _history(self, turn: Turn, answer: Answer) -> str:
-        return turn.answer if self._replay_answers else answer.text
+    async def _wait(self, arrival: float) -> None:
+        await asyncio.sleep(max(0.0, self._start + arrival - self._clock.now()))
 
-    def _record(self, turn: int, scheduled: float, answer: Answer) -> RequestRecord:
+    async def _ask(self, chat: bool, past: Sequence[str], output_tokens: int) -> Answer:
+        if not chat:
+            return await self._client.complete("".join(past), output_tokens)
+        roles = itertools.cycle(("user", "assistant"))
+        messages = [
+            {"role": role, "content": text} for role, text in zip(roles, past, strict=False)
+        ]
+        return await self._client.chat(messages, output_tokens)
+
+    def _record(self, session: str, turn: int, scheduled: float, answer: Answer) -> RequestRecord:
         times = tuple(time - self._start for time in answer.chunk_times)
-        return RequestRecord(
-            session=self._session.id,
+        record = RequestRecord(
+            session=session,
             turn=turn,
             scheduled=scheduled,
             sent=answer.sent - self._start,
@@ -155,3 +175,5 @@ class _SessionRun:
             output_tokens=answer.output_tokens,
             error=answer.error,
         )
+        self._finished(record)
+        return record

@@ -1,4 +1,4 @@
-"""One streamed chat request over the OpenAI API, with the time of everything that comes back."""
+"""One streamed request over the OpenAI API, with the time of everything that comes back."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class _Delta(msgspec.Struct, frozen=True):
 
 class _Choice(msgspec.Struct, frozen=True):
     delta: _Delta = _Delta()
+    text: str | None = None
     token_ids: tuple[int, ...] | None = None
     finish_reason: str | None = None
 
@@ -45,7 +46,7 @@ class _Error(msgspec.Struct, frozen=True):
 
 
 class _Chunk(msgspec.Struct, frozen=True):
-    """What we use of a `chat.completion.chunk`, or of an error in its place."""
+    """What we use of a chunk of either kind, or of an error in its place."""
 
     choices: tuple[_Choice, ...] = ()
     usage: _Usage | None = None
@@ -94,13 +95,19 @@ class OpenAIClient:
 
     async def chat(self, messages: Sequence[Mapping[str, str]], output_tokens: int) -> Answer:
         """Ask for exactly `output_tokens` tokens. Never raises for what a server does wrong."""
-        body = self._body(messages, output_tokens)
+        fields = {"messages": list(messages), **self._fields(output_tokens)}
+        return await self._post("/v1/chat/completions", fields)
+
+    async def complete(self, prompt: str | Sequence[int], output_tokens: int) -> Answer:
+        """The same for a plain prompt, text or token ids."""
+        given = prompt if isinstance(prompt, str) else list(prompt)
+        return await self._post("/v1/completions", {"prompt": given, **self._fields(output_tokens)})
+
+    async def _post(self, path: str, body: dict[str, Any]) -> Answer:
         received = _Received(self._clock)
         sent = self._clock.now()
         try:
-            async with self._session.post(
-                f"{self._url}/v1/chat/completions", json=body
-            ) as response:
+            async with self._session.post(self._url + path, json=body) as response:
                 if response.status == 200:
                     async for line in response.content:
                         received.line(line)
@@ -111,10 +118,9 @@ class OpenAIClient:
             received.error = f"{type(error).__name__}: {error}"
         return received.answer(sent)
 
-    def _body(self, messages: Sequence[Mapping[str, str]], output_tokens: int) -> dict[str, Any]:
+    def _fields(self, output_tokens: int) -> dict[str, Any]:
         return {
             "model": self._model,
-            "messages": list(messages),
             "max_tokens": output_tokens,
             "temperature": 0,
             "ignore_eos": True,
@@ -148,7 +154,7 @@ class _Received:
         if chunk.usage is not None:
             self._usage = chunk.usage
         for choice in chunk.choices:
-            text = choice.delta.content or ""
+            text = choice.delta.content or choice.text or ""
             if text or choice.token_ids:
                 self._times.append(self._clock.now())
                 self._texts.append(text)

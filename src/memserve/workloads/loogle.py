@@ -1,0 +1,121 @@
+"""LooGLE: questions about long documents. Long shared prompts, short answers.
+
+A session is one reader of one document: a few of its questions in a row. Several sessions read
+the same document, so that sessions share their longest part.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import msgspec
+
+from memserve.errors import ConfigError
+from memserve.workloads.session import (
+    TEMPLATE_TOKENS,
+    CountTokens,
+    Exchange,
+    Session,
+    SessionLimits,
+    cut_to_tokens,
+    data_files,
+    fitting_turns,
+    open_data,
+)
+
+# Of a session's context, kept for questions and answers.
+_QUESTION_TOKENS = 64
+_SUMMARY = "Write a summary of the text above."
+
+
+class _Record(msgspec.Struct):
+    input: str
+    title: str
+    qa_pairs: str
+    output: str = ""
+
+
+class _Question(TypedDict):
+    Q: str
+    A: str
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text, and what is asked about it."""
+
+    title: str
+    text: str
+    questions: tuple[Exchange, ...]
+
+
+def read_loogle(path: Path) -> Iterator[Document]:
+    """The documents of a LooGLE file (JSON lines), or of all `*.jsonl` in a folder.
+
+    Raises ConfigError for what is no such file.
+    """
+    decoder = msgspec.json.Decoder(_Record)
+    for file in data_files(path, "*.jsonl"):
+        with open_data(file) as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = decoder.decode(line)
+                    yield Document(record.title, record.input, _questions(record))
+                except (msgspec.DecodeError, ValueError, SyntaxError, KeyError) as error:
+                    raise ConfigError(f"{file}:{number}: {error}") from error
+
+
+def loogle_sessions(
+    documents: Iterator[Document],
+    count: int,
+    seed: int,
+    limits: SessionLimits,
+    count_tokens: CountTokens,
+) -> tuple[Session, ...]:
+    """`count` readers, each of a document and with questions that the seed decides.
+
+    Documents are cut so that `max_turns` questions fit. Raises ConfigError without documents.
+    """
+    choice = random.Random(seed)
+    found = list(documents)
+    if not found:
+        raise ConfigError("no documents in the data")
+    per_turn = _QUESTION_TOKENS + limits.max_output_tokens + 2 * TEMPLATE_TOKENS
+    room = limits.max_context_tokens - limits.max_turns * per_turn
+    if room < _QUESTION_TOKENS:
+        raise ConfigError(
+            f"{limits.max_turns} questions leave {room} of {limits.max_context_tokens} tokens "
+            "for the document"
+        )
+    texts: dict[str, str] = {}
+    sessions = []
+    for index in range(count):
+        document = choice.choice(found)
+        if document.title not in texts:
+            texts[document.title] = cut_to_tokens(document.text, room, count_tokens)
+        asked = min(limits.max_turns, len(document.questions))
+        questions = choice.sample(document.questions, asked)
+        first = questions[0]
+        opening = f"{texts[document.title]}\n\n{first.prompt}"
+        exchanges = [Exchange(opening, first.answer), *questions[1:]]
+        turns = fitting_turns(exchanges, limits, count_tokens, min_answer_tokens=1)
+        if turns:
+            sessions.append(Session(f"{document.title}-{index}", turns))
+    return tuple(sessions)
+
+
+def _questions(record: _Record) -> tuple[Exchange, ...]:
+    if record.qa_pairs == "none":
+        return (Exchange(_SUMMARY, record.output),)
+    pairs: list[_Question] = ast.literal_eval(record.qa_pairs)
+    return tuple(Exchange(pair["Q"], _text(pair["A"])) for pair in pairs)
+
+
+def _text(answer: object) -> str:
+    """Cloze questions are answered by a dictionary of masks."""
+    return answer if isinstance(answer, str) else str(answer)

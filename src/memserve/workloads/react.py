@@ -1,0 +1,99 @@
+"""ReAct: an agent that thinks, acts and reads what came of it. Long prompts that grow.
+
+Every session begins with the same few-shot prompt. Each turn is one thought and action; what
+the action brought stands in front of the next one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from memserve.errors import ConfigError
+from memserve.workloads.session import (
+    CountTokens,
+    Exchange,
+    Session,
+    SessionLimits,
+    data_files,
+    fitting_turns,
+    open_data,
+)
+
+_PROMPT_FILE = "fever_prompt.json"
+_PROMPT = "webthink_simple3"
+
+
+class _Step(msgspec.Struct):
+    thought: str
+    action: str
+    observation: str
+
+
+class _Trajectory(msgspec.Struct):
+    id: int
+    question: str
+    steps: list[_Step]
+
+
+def read_react(path: Path) -> Iterator[tuple[str, tuple[Exchange, ...]]]:
+    """The runs in a folder with `fever_prompt.json` and `*trajectories.jsonl`, each as the
+    texts that are appended and generated in turn. Raises ConfigError.
+    """
+    examples = _examples(path / _PROMPT_FILE)
+    decoder = msgspec.json.Decoder(_Trajectory)
+    for file in data_files(path, "*trajectories.jsonl"):
+        with open_data(file) as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    run = decoder.decode(line)
+                except msgspec.DecodeError as error:
+                    raise ConfigError(f"{file}:{number}: {error}") from error
+                yield f"fever-{run.id}", _exchanges(examples, run)
+
+
+def react_sessions(
+    runs: Iterator[tuple[str, tuple[Exchange, ...]]],
+    count: int,
+    seed: int,
+    limits: SessionLimits,
+    count_tokens: CountTokens,
+) -> tuple[Session, ...]:
+    """`count` runs of the agent, in an order that the seed decides, the data repeated as often
+    as needed. Raises ConfigError where none fits the limits.
+    """
+    choice = random.Random(seed)
+    pool = [run for run in runs if len(run[1]) >= limits.min_turns]
+    fitting: dict[str, Session] = {}
+    sessions: list[Session] = []
+    while len(sessions) < count:
+        choice.shuffle(pool)
+        for name, exchanges in pool[: count - len(sessions)]:
+            if name not in fitting:
+                turns = fitting_turns(exchanges, limits, count_tokens, min_answer_tokens=1)
+                fitting[name] = Session(name, turns, chat=False)
+            if len(fitting[name].turns) >= limits.min_turns:
+                sessions.append(fitting[name])
+        if not sessions:
+            raise ConfigError(f"no run of the agent fits {limits.max_context_tokens} tokens")
+    return tuple(sessions)
+
+
+def _examples(path: Path) -> str:
+    with open_data(path) as file:
+        try:
+            return msgspec.json.decode(file.read(), type=dict[str, str])[_PROMPT]
+        except (msgspec.DecodeError, KeyError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+
+def _exchanges(examples: str, run: _Trajectory) -> tuple[Exchange, ...]:
+    exchanges = []
+    lead = f"{examples}\n{run.question}\nThought 1:"
+    for number, step in enumerate(run.steps, 1):
+        exchanges.append(Exchange(lead, f" {step.thought}\nAction {number}: {step.action}"))
+        lead = f"\nObservation {number}: {step.observation}\nThought {number + 1}:"
+    return tuple(exchanges)
