@@ -73,7 +73,7 @@ def tiny_tokenizer(directory: Path, chat_template: str | None = None) -> Tokeniz
 class _Sequence:
     request: EngineRequest
     answer: Sequence[int]
-    tokens: int = 0
+    tokens: int = 0  # generated, by another run too
 
 
 @dataclass
@@ -118,6 +118,7 @@ class FakeEngine:
             dtype="float32",
             device="cpu",
             threads=1,
+            eos_token_ids=self.eos_token_ids,
         )
 
     def start(self, sink: OutputSink) -> None:
@@ -126,17 +127,21 @@ class FakeEngine:
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         with self._changed:
-            if self._stopped:
-                raise EngineStopped("stopped")
-            if len(self._waiting) + len(requests) > self.max_waiting:
-                raise QueueFull(len(self._waiting), self.max_waiting)
+            self.check(requests)
             for request in requests:
-                if len(request.prompt) >= self.info.max_tokens:
-                    raise RequestError("too long", "prompt")
                 answer = self.answer(request) if callable(self.answer) else self.answer
-                self._waiting.append(_Sequence(request, answer))
+                self._waiting.append(_Sequence(request, answer, len(request.output)))
                 self.submitted.append(request)
             self._changed.notify_all()
+
+    def check(self, requests: Sequence[EngineRequest]) -> None:
+        if self._stopped:
+            raise EngineStopped("stopped")
+        if len(self._waiting) + len(requests) > self.max_waiting:
+            raise QueueFull(len(self._waiting), self.max_waiting)
+        for request in requests:
+            if len(request.prompt) + len(request.output) >= self.info.max_tokens:
+                raise RequestError("too long", "prompt")
 
     def cancel(self, ids: Sequence[RequestId]) -> None:
         with self._changed:

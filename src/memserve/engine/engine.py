@@ -49,6 +49,12 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class _Submit:
+    requests: Seq[EngineRequest]
+    at: float  # seconds of the engine's clock
+
+
+@dataclass(frozen=True, slots=True)
 class _Cancel:
     ids: Seq[RequestId]
 
@@ -57,7 +63,7 @@ class _Stop:
     pass
 
 
-_Command = tuple[EngineRequest, ...] | _Cancel | _Stop
+_Command = _Submit | _Cancel | _Stop
 
 
 class Engine:
@@ -104,6 +110,7 @@ class Engine:
             dtype=layout.dtype,
             device=str(self._model.device),
             threads=self._settings.threads,
+            eos_token_ids=self._model.shape.eos_token_ids,
         )
 
     def start(self, sink: OutputSink) -> None:
@@ -121,13 +128,23 @@ class Engine:
         for request in requests:
             self._validate(request)
         with self._lock:
-            if not self._accepting:
-                raise EngineStopped("the engine has stopped")
-            waiting = self._queued + self._scheduler.waiting
-            if waiting + len(requests) > self._settings.max_waiting:
-                raise QueueFull(waiting, self._settings.max_waiting)
+            self._make_sure_of_room(len(requests))
             self._queued += len(requests)
-            self._commands.put(tuple(requests))
+            self._commands.put(_Submit(tuple(requests), self._clock.now()))
+
+    def check(self, requests: Seq[EngineRequest]) -> None:
+        """Raise what `submit` would raise now, and queue nothing."""
+        for request in requests:
+            self._validate(request)
+        with self._lock:
+            self._make_sure_of_room(len(requests))
+
+    def _make_sure_of_room(self, count: int) -> None:
+        if not self._accepting:
+            raise EngineStopped("the engine has stopped")
+        waiting = self._queued + self._scheduler.waiting
+        if waiting + count > self._settings.max_waiting:
+            raise QueueFull(waiting, self._settings.max_waiting)
 
     def _validate(self, request: EngineRequest) -> None:
         info = self._info
@@ -224,19 +241,20 @@ class Engine:
         except queue.Empty:
             return True
 
-    def _accept(self, requests: Seq[EngineRequest]) -> None:
-        for request in requests:
+    def _accept(self, command: _Submit) -> None:
+        for request in command.requests:
             sequence = Sequence(
                 request,
                 self._arrivals,
                 BlockTable(self.pool, request.namespace, request.ephemeral),
                 self._model.shape.eos_token_ids,
                 self._info.max_tokens,
+                command.at,
             )
             self._arrivals += 1
             self._scheduler.add(sequence)
         with self._lock:
-            self._queued -= len(requests)
+            self._queued -= len(command.requests)
 
     def _cancel(self, ids: Seq[RequestId]) -> None:
         for request_id in ids:
@@ -254,6 +272,7 @@ class Engine:
         outputs = []
         for sequence, count in ((s.sequence, s.count) for s in plan.scheduled):
             if sequence.fresh:
+                sequence.queue_seconds = started - sequence.submitted
                 counters.cached_prompt_tokens += sequence.cached_tokens
             counters.computed_prompt_tokens += sequence.advance(count)
             chosen = samples.get(sequence.id)
@@ -286,7 +305,7 @@ class Engine:
                 command = self._commands.get_nowait()
             except queue.Empty:
                 break
-            if isinstance(command, tuple):
+            if isinstance(command, _Submit):
                 self._accept(command)
         left = self._scheduler.drain()
         if left:

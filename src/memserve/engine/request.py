@@ -55,6 +55,7 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int  # prompt tokens whose KV was not computed for this request
     preemptions: int
+    queue_seconds: float = 0.0  # from `submit` to its first step
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ class EngineInfo:
     dtype: str
     device: str
     threads: int
+    eos_token_ids: tuple[int, ...] = ()  # the model's own end tokens
 
     @property
     def max_tokens(self) -> int:
@@ -129,6 +131,9 @@ class EngineProtocol(Protocol):
         Raises RequestError for one that can never run (too long for the context or the pool,
         token ids out of range, sampling values out of range), QueueFull, EngineStopped.
         """
+
+    def check(self, requests: Sequence[EngineRequest]) -> None:
+        """Raise what `submit` would raise now, and queue nothing."""
 
     def cancel(self, ids: Sequence[RequestId]) -> None:
         """Stop sequences within one step and free what they hold. Unknown ids are ignored.

@@ -25,9 +25,12 @@ class Sequence:
         table: BlockTable,
         eos_token_ids: tuple[int, ...],
         max_model_len: int,
+        submitted: float = 0.0,
     ) -> None:
         self.request = request
         self.arrival = arrival
+        self.submitted = submitted  # seconds of the engine's clock
+        self.queue_seconds = 0.0  # until its first step
         self.table = table
         self.computed = 0  # leading tokens whose KV is in the table
         self.cached_tokens = 0  # prompt tokens found in the index when first admitted
@@ -74,7 +77,7 @@ class Sequence:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self.prompt_tokens, self.cached_tokens, self.preemptions)
+        return Usage(self.prompt_tokens, self.cached_tokens, self.preemptions, self.queue_seconds)
 
     def admit(self, headroom: int) -> None:
         """Take what is cached, and room for all present tokens.
