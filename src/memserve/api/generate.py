@@ -1,8 +1,8 @@
 """The call that a gateway makes to an instance, and what sampling is asked for.
 
 `POST /v1/generate` takes one `GenerateCall` as JSON: token ids in. The answer is already in
-OpenAI's shape (a JSON body, or an SSE stream of chunks that carry token ids), so that a
-gateway relays bytes and copies nothing.
+OpenAI's shape (a JSON body, or an SSE stream whose comments carry token ids: `chunks.py`), so
+that a gateway relays bytes and copies nothing.
 """
 
 from __future__ import annotations
@@ -124,6 +124,8 @@ class GenerateCall(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
     prefill: tuple[PrefillPeer, ...] = ()  # who computes the prompt, best first; (): the receiver
     # Whose longer prefix the computing instance pulls before it computes the rest.
     fetch: PrefillPeer | None = None
-    # By choice: token ids that the client has already, from an instance that was lost. The
-    # stream goes on behind them. (): a fresh call.
+    # By choice: the token ids of the events that the client has already, from an instance that
+    # was lost. The stream goes on exactly behind them; a choice that they end (by an end token,
+    # a stop string, or max_tokens) says no more, and a stream of such choices is its usage and
+    # [DONE]. (): a fresh call. Streams only.
     resumed: tuple[tuple[int, ...], ...] = ()

@@ -4,6 +4,9 @@ The decode instance D posts a `PrefillCall` to the prefill instance P. P compute
 index lacks of the prompt, pushes the KV that D's index lacks into D's pool, and answers with
 the first token. KV is in D's index before D reads the answer; should it be evicted before D
 uses it, D computes it again: nothing but time depends on it.
+
+Whoever computes a prompt may first ask a third instance for the prefix that it has (a
+`PushCall`). That costs time if it fails, and nothing else.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from memserve.api.generate import PrefillPeer, SamplingParams
 from memserve.types import InstanceId, Namespace, RequestId
 
 PREFILL_PATH = "/v1/prefill"
+PUSH_PATH = "/v1/kv/push"
 
 
 class PoolPeer(msgspec.Struct, frozen=True):
@@ -56,5 +60,26 @@ class PrefillResult(msgspec.Struct, frozen=True):
     logprobs: TokenScores | None
     blocks_sent: int
     blocks_spared: int  # whole blocks of the prompt that D had already
-    prefill_seconds: float  # queue included
+    prefill_seconds: float  # queue included, fetch not
     transfer_seconds: float
+    queue_seconds: float = 0.0  # from submission to the first step
+    fetch_seconds: float = 0.0
+    blocks_fetched: int = 0
+
+
+class PushCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`POST /v1/kv/push`: give `target` what the receiver's index has of `tokens` and the
+    target's index lacks. The answer comes when it is in the target's index.
+    """
+
+    tokens: tuple[int, ...]
+    namespace: Namespace  # of the KV at the receiver
+    target: PoolPeer
+    target_namespace: Namespace
+
+
+class PushResult(msgspec.Struct, frozen=True):
+    """Whole blocks. Both 0: the receiver has none of these tokens."""
+
+    blocks_sent: int
+    blocks_spared: int  # that the target had already

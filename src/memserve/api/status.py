@@ -89,6 +89,13 @@ class Latencies(msgspec.Struct, frozen=True):
     first_token: Histogram = msgspec.field(default_factory=Histogram)
     inter_token: Histogram = msgspec.field(default_factory=Histogram)
     whole: Histogram = msgspec.field(default_factory=Histogram)
+    # The parts of `whole`, of sequences that came to their end. Where the prompt was computed
+    # elsewhere, queue and prefill are those there; transfer and fetch are counted where any were.
+    queue: Histogram = msgspec.field(default_factory=Histogram)
+    fetch: Histogram = msgspec.field(default_factory=Histogram)
+    prefill: Histogram = msgspec.field(default_factory=Histogram)
+    transfer: Histogram = msgspec.field(default_factory=Histogram)
+    decode: Histogram = msgspec.field(default_factory=Histogram)
 
 
 class HandoffTotals(msgspec.Struct, frozen=True):
@@ -101,8 +108,25 @@ class HandoffTotals(msgspec.Struct, frozen=True):
     blocks_returned: int = 0
     returns: int = 0  # sequences whose KV went back
     returns_dropped: int = 0  # because of pressure or failure
-    prefill_seconds: float = 0.0
+    prompt_tokens: int = 0  # of prefills that were done
+    cached_tokens_prefill: int = 0  # of these, found where they were computed
+    cached_tokens_decode: int = 0  # of these, in whole blocks that were here
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0  # queue included
     transfer_seconds: float = 0.0
+    block_bytes: int = 0  # of one block
+
+
+class FetchTotals(msgspec.Struct, frozen=True):
+    """Prefixes that third instances were asked for, and those given to others, since start."""
+
+    asked: int = 0
+    failed: int = 0  # of these: refused, lost, or not done in time
+    blocks_received: int = 0
+    seconds: float = 0.0  # waited, failures included
+    pushes: int = 0  # done for others
+    pushes_failed: int = 0
+    blocks_pushed: int = 0
     block_bytes: int = 0  # of one block
 
 
@@ -111,9 +135,16 @@ class InstanceStats(msgspec.Struct, frozen=True):
     pool: PoolTotals
     latencies: Latencies
     handoff: HandoffTotals = HandoffTotals()
+    fetch: FetchTotals = FetchTotals()
 
 
 class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`POST /cluster/members` on a gateway: the URL of an instance that joins."""
+    """`POST /cluster/members` on a gateway: the URL of an instance that joins, or has news.
+
+    An instance that joins by itself also says who it is, so that it can be told if another
+    one goes by its name.
+    """
 
     address: Annotated[str, Meta(pattern=r"^http://[^/]+$")]
+    id: InstanceId | None = None
+    epoch: Epoch | None = None
