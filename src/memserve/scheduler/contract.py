@@ -42,6 +42,7 @@ class InstanceSpec:
     block_tokens: int
     host: str  # instances of one host move KV over shared memory
     max_running: int = 64  # sequences per step
+    chunk_tokens: int = 512  # of prompts, in a step that also decodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class PromptRequest:
     id: RequestId
     tokens: TokenArray  # [prompt tokens] int32
     namespace: Namespace = SHARED
-    output_tokens: int = 128  # expected
+    output_tokens: int = 128  # at most; a scheduler expects what answers took lately, if less
     session: str | None = None  # what the `session` policy keeps together
     priority: int = 0  # lower runs first
 

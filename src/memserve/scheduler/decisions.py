@@ -1,0 +1,190 @@
+"""Decisions explain themselves: what was chosen, and what else there was.
+
+A decision keeps the figures of its best candidates as arrays, and words are made of them only
+when somebody asks: explaining must not slow down deciding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from memserve.scheduler.candidates import Candidates
+from memserve.scheduler.contract import Plan, Seconds, Terms
+from memserve.types import IndexArray, InstanceId, RequestId
+
+KEPT_DECISIONS = 1000
+KEPT_CANDIDATES = 16  # of each
+
+
+class CandidateView(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One candidate in `GET /cluster/decisions`; seconds. `score`: the least is best."""
+
+    instance: InstanceId
+    score: float
+    prefill: InstanceId | None = None
+    fetch: InstanceId | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    fetched_tokens: int = 0
+    terms: Terms = Terms()
+
+
+class DecisionView(msgspec.Struct, frozen=True):
+    """One decision in `GET /cluster/decisions`."""
+
+    request: RequestId
+    policy: str
+    at: float  # of the scheduler's clock, seconds
+    took: float  # seconds of computing
+    chosen: CandidateView
+    considered: int  # candidates in all
+    candidates: tuple[CandidateView, ...]  # the best of them, best first
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranking:
+    """The best candidates of one decision, best first, all arrays [kept]."""
+
+    instances: Sequence[InstanceId]  # by slot, as they were
+    scores: Seconds
+    figures: IndexArray  # [5, kept]: slots of who answers, computes and is pulled from; tokens
+    seconds: Seconds  # [5, kept]: the terms, in their order
+    prompt_tokens: int
+
+    @classmethod
+    def of(cls, candidates: Candidates, scores: Seconds, chosen: int) -> Ranking:
+        """`chosen` comes first, whatever its score."""
+        scores[chosen], score = -np.inf, scores[chosen]
+        if len(scores) > KEPT_CANDIDATES:
+            best = np.argpartition(scores, KEPT_CANDIDATES)[:KEPT_CANDIDATES]
+        else:
+            best = np.arange(len(scores))
+        best = best[scores[best].argsort(kind="stable")]
+        scores[chosen] = score
+        c, roster = candidates, candidates.roster
+        computes = roster.computes[best]
+        figures = (
+            roster.answers[best],
+            computes,
+            c.source[computes],
+            c.cached[computes],
+            c.fetched[computes],
+        )
+        terms = (c.queue, c.fetch, c.prefill, c.transfer, c.decode)
+        return cls(
+            instances=c.load.instances,
+            scores=scores[best],
+            figures=np.array(figures),
+            seconds=np.array([term[best] for term in terms]),
+            prompt_tokens=c.prompt_tokens,
+        )
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def plan(self, at: int) -> Plan:
+        answers, computes, source, cached, fetched = self.figures[:, at].tolist()
+        names = self.instances
+        return Plan(
+            instance=names[answers],
+            prefill=None if answers == computes else names[computes],
+            fetch=None if source < 0 else names[source],
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=cached,
+            fetched_tokens=fetched,
+            terms=Terms(*self.seconds[:, at].tolist()),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """What `Scheduler.decide` found. `plan` is reserved."""
+
+    request: RequestId
+    policy: str
+    at: float
+    plan: Plan
+    considered: int
+    took: float
+    ranking: Ranking
+
+    def view(self) -> DecisionView:
+        scores = self.ranking.scores.tolist()
+        candidates = tuple(_view(self.ranking.plan(at), s) for at, s in enumerate(scores))
+        return DecisionView(
+            request=self.request,
+            policy=self.policy,
+            at=self.at,
+            took=self.took,
+            chosen=candidates[0],
+            considered=self.considered,
+            candidates=tuple(sorted(candidates, key=lambda candidate: candidate.score)),
+        )
+
+    def summary(self) -> str:
+        """One line for the log."""
+        return f"{self.request}: {_words(self.plan)} ({self.policy}, {self.considered} candidates)"
+
+    def explanation(self) -> str:
+        """The summary, and a line of each of the best candidates."""
+        lines = [f"{self.summary()}, decided in {self.took * 1e6:.0f} us"]
+        for at, score in enumerate(self.ranking.scores.tolist()):
+            lines.append(f"  {score:.4f}: {_words(self.ranking.plan(at))}")
+        return "\n".join(lines)
+
+
+class DecisionLog:
+    """The last decisions."""
+
+    def __init__(self, kept: int = KEPT_DECISIONS) -> None:
+        self._kept: deque[Decision] = deque(maxlen=kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, decision: Decision) -> None:
+        self._kept.append(decision)
+
+    def last(self, n: int = KEPT_DECISIONS) -> list[Decision]:
+        """The newest `n`, newest first; fewer if there are no more."""
+        return list(itertools.islice(reversed(self._kept), max(n, 0)))
+
+    def views(self, n: int = KEPT_DECISIONS) -> list[DecisionView]:
+        """The same, for `GET /cluster/decisions?n=`."""
+        return [decision.view() for decision in self.last(n)]
+
+
+def _view(plan: Plan, score: float) -> CandidateView:
+    return CandidateView(
+        instance=plan.instance,
+        score=score,
+        prefill=plan.prefill,
+        fetch=plan.fetch,
+        prompt_tokens=plan.prompt_tokens,
+        cached_tokens=plan.cached_tokens,
+        fetched_tokens=plan.fetched_tokens,
+        terms=plan.terms,
+    )
+
+
+def _words(plan: Plan) -> str:
+    where = plan.instance if plan.prefill is None else f"{plan.prefill} -> {plan.instance}"
+    tokens = f"{plan.cached_tokens} of {plan.prompt_tokens} tokens cached"
+    if plan.fetch is not None:
+        tokens += f", {plan.fetched_tokens} fetched from {plan.fetch}"
+    terms = plan.terms
+    parts = {
+        "queue": terms.queue,
+        "fetch": terms.fetch,
+        "prefill": terms.prefill,
+        "transfer": terms.transfer,
+    }
+    listed = " + ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items() if seconds)
+    first = f"first token in {terms.first_token:.3f} s"
+    return f"{where}, {tokens}, {first} ({listed or 'at once'}), decode {terms.decode:.3f} s"

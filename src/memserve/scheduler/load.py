@@ -1,0 +1,308 @@
+"""What instances have to do: reservations, made with a plan and released when it ends.
+
+Each instance has a `Line`: the prompts that wait or are computed there, in order, and the
+answers that it decodes or will. The same figures stand in arrays over all instances, so that
+a decision is a few operations on arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.scheduler.contract import Costs, InstanceSpec, Seconds
+from memserve.types import IndexArray, InstanceId, Namespace, RequestId, Role, TokenArray
+
+_RECENT = 1 / 64  # weight of the newest value in a running mean
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reservation:
+    """What one request takes up. Owned by `Load` until it is released."""
+
+    request: RequestId
+    namespace: Namespace
+    tokens: TokenArray
+    cached_tokens: int  # of them, found or fetched where the prompt is computed
+    prefill_seconds: float
+    context_tokens: int  # of its sequence, half way through its answer
+    output_tokens: int
+    computes: Line
+    answers: Line
+
+
+class Line:
+    """One instance's work. Changed by `Load` alone."""
+
+    __slots__ = (
+        "answers",
+        "context_tokens",
+        "decoding",
+        "head_end",
+        "other_prefills",
+        "other_running",
+        "output_tokens",
+        "prefills",
+        "slot",
+        "spec",
+        "used",
+        "waiting_seconds",
+    )
+
+    def __init__(self, spec: InstanceSpec, used: float) -> None:
+        self.spec = spec
+        self.slot = -1  # its place in the arrays; -1: removed
+        self.used = used  # turn in which it was last chosen, for ties
+        self.prefills: dict[RequestId, Reservation] = {}  # in order; the first one runs
+        self.head_end = 0.0  # when the first should be done
+        self.waiting_seconds = 0.0  # of those behind it
+        self.answers = 0  # decoded here, or to be when their prompts are computed
+        self.decoding = 0  # of them
+        self.context_tokens = 0
+        self.output_tokens = 0
+        self.other_prefills = 0  # what the instance says it has beyond these reservations
+        self.other_running = 0
+
+    def append(self, reservation: Reservation, now: float) -> None:
+        if self.prefills:
+            self.waiting_seconds += reservation.prefill_seconds
+        else:
+            self.head_end = now + reservation.prefill_seconds
+        self.prefills[reservation.request] = reservation
+
+    def discard(self, request: RequestId, now: float) -> bool:
+        """Computed, or given up: if it was the first, the next one starts now. False: neither
+        waits nor runs here."""
+        first = next(iter(self.prefills), None)
+        reservation = self.prefills.pop(request, None)
+        if reservation is None:
+            return False
+        if request != first:
+            self.waiting_seconds -= reservation.prefill_seconds
+        elif self.prefills:
+            second = next(iter(self.prefills.values())).prefill_seconds
+            self.head_end = now + second
+            self.waiting_seconds -= second
+        if len(self.prefills) < 2:
+            self.waiting_seconds = 0.0  # and with it what rounding left
+        return True
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is reserved here."""
+        counts = (self.answers, self.decoding, self.context_tokens, self.output_tokens)
+        return not self.prefills and not any(counts) and not self.waiting_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class CostGroup:
+    """Instances whose times the same model predicts."""
+
+    costs: Costs
+    slots: IndexArray
+
+
+class Load:
+    """The lines of all instances, and their figures in arrays [instances], by slot."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = np.random.default_rng(seed)
+        self._lines: dict[InstanceId, Line] = {}
+        self._reservations: dict[RequestId, Reservation] = {}
+        self._turn = 0.0
+        self._typical_prefill = 0.0  # running means over reservations
+        self._typical_context = 0.0
+        self._typical_output = 0.0
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Give every line a slot. Members change seldom; decisions are made all the time."""
+        lines = tuple(self._lines.values())
+        n = len(lines)
+        self.lines = lines
+        self.instances = tuple(self._lines)
+        self.slots: Mapping[InstanceId, int] = {id_: at for at, id_ in enumerate(self.instances)}
+        self.head_end = np.zeros(n)
+        self.waiting_seconds = np.zeros(n)
+        self.answers = np.zeros(n)
+        self.decoding = np.zeros(n)
+        self.context_tokens = np.zeros(n)
+        self.output_tokens = np.zeros(n)
+        self.other_prefills = np.zeros(n)
+        self.other_running = np.zeros(n)
+        self.used = np.zeros(n)
+        self.block_tokens = np.array([line.spec.block_tokens for line in lines], dtype=np.int64)
+        self.max_running = np.array([float(line.spec.max_running) for line in lines])
+        self.chunk_tokens = np.array([float(line.spec.chunk_tokens) for line in lines])
+        hosts = {line.spec.host: None for line in lines}
+        numbers = {host: at for at, host in enumerate(hosts)}
+        self.host = np.array([numbers[line.spec.host] for line in lines], dtype=np.int64)
+        self.one_block_size = len({line.spec.block_tokens for line in lines}) <= 1
+        by_costs: dict[int, list[int]] = {}
+        for at, line in enumerate(lines):
+            by_costs.setdefault(id(line.spec.costs), []).append(at)
+        self.cost_groups = tuple(
+            CostGroup(lines[slots[0]].spec.costs, np.array(slots)) for slots in by_costs.values()
+        )
+        self.group = np.zeros(n, dtype=np.int64)
+        for number, group in enumerate(self.cost_groups):
+            self.group[group.slots] = number
+        for at, line in enumerate(lines):
+            line.slot = at
+            self._show(line)
+
+    def _show(self, line: Line) -> None:
+        """Copy a line's figures into the arrays."""
+        at = line.slot
+        if at < 0:
+            return
+        self.head_end[at] = line.head_end if line.prefills else 0.0
+        self.waiting_seconds[at] = line.waiting_seconds
+        self.answers[at] = line.answers
+        self.decoding[at] = line.decoding
+        self.context_tokens[at] = line.context_tokens
+        self.output_tokens[at] = line.output_tokens
+        self.other_prefills[at] = line.other_prefills
+        self.other_running[at] = line.other_running
+        self.used[at] = line.used
+
+    # --- members ------------------------------------------------------------------------
+
+    def put(self, spec: InstanceSpec) -> None:
+        """Add an instance, or replace what is known of it; its reservations stay."""
+        line = self._lines.get(spec.id)
+        if line is None:
+            # Never chosen yet, in an order of this seed: gateways that start together do not
+            # all begin with the same instance.
+            self._lines[spec.id] = Line(spec, -float(self._random.random()))
+        else:
+            line.spec = spec
+        self._rebuild()
+
+    def remove(self, instance: InstanceId) -> bool:
+        """Forget an instance and what is reserved there. False: it was not known."""
+        line = self._lines.pop(instance, None)
+        if line is None:
+            return False
+        line.slot = -1
+        self._rebuild()
+        return True
+
+    def line(self, instance: InstanceId) -> Line:
+        """KeyError for an instance that is not there."""
+        return self._lines[instance]
+
+    def with_role(self, role: Role, slots: Sequence[int]) -> list[int]:
+        return [at for at in slots if self.lines[at].spec.role is role]
+
+    def observe(self, instance: InstanceId, running: int, waiting: int) -> None:
+        """What the instance itself counts. What exceeds the reservations comes from others,
+        other gateways for example; what lacks is still on its way there."""
+        line = self._lines.get(instance)
+        if line is None:
+            return
+        prefills = len(line.prefills)
+        line.other_prefills = max(0, waiting - prefills)
+        line.other_running = max(0, running + min(waiting, prefills) - prefills - line.decoding)
+        self._show(line)
+
+    # --- reservations -------------------------------------------------------------------
+
+    def reserve(self, reservation: Reservation, now: float) -> None:
+        """From now on its prompt and its answer count. Releases what the request held before."""
+        self.release(reservation.request, now)
+        self._reservations[reservation.request] = reservation
+        computes, answers = reservation.computes, reservation.answers
+        computes.append(reservation, now)
+        answers.answers += 1
+        answers.context_tokens += reservation.context_tokens
+        answers.output_tokens += reservation.output_tokens
+        self._turn += 1.0
+        computes.used = answers.used = self._turn
+        self._show(computes)
+        if answers is not computes:
+            self._show(answers)
+        newest = max(_RECENT, 1 / self._turn)
+        self._typical_prefill += newest * (reservation.prefill_seconds - self._typical_prefill)
+        self._typical_context += newest * (reservation.context_tokens - self._typical_context)
+        self._typical_output += newest * (reservation.output_tokens - self._typical_output)
+
+    def prefilled(self, request: RequestId, now: float) -> None:
+        """Its prompt is computed. Unknown requests, and a second time, are ignored."""
+        reservation = self._reservations.get(request)
+        if reservation is None or not reservation.computes.discard(request, now):
+            return
+        reservation.answers.decoding += 1
+        self._show(reservation.computes)
+        self._show(reservation.answers)
+
+    def release(self, request: RequestId, now: float) -> Reservation | None:
+        """The request ended, however. None: nothing is reserved for it (any more)."""
+        reservation = self._reservations.pop(request, None)
+        if reservation is None:
+            return None
+        computes, answers = reservation.computes, reservation.answers
+        if not computes.discard(request, now):
+            answers.decoding -= 1
+        answers.answers -= 1
+        answers.context_tokens -= reservation.context_tokens
+        answers.output_tokens -= reservation.output_tokens
+        self._show(computes)
+        self._show(answers)
+        return reservation
+
+    @property
+    def reserved(self) -> int:
+        """Requests that hold a reservation."""
+        return len(self._reservations)
+
+    # --- as decisions see it ------------------------------------------------------------
+
+    def queue_seconds(self, now: float) -> Seconds:
+        """Until a prompt that arrives now would be computed, [instances]."""
+        queue: Seconds = np.maximum(self.head_end - now, 0.0)
+        queue += self.waiting_seconds
+        queue += self.other_prefills * self._typical_prefill
+        return queue
+
+    def running(self) -> NDArray[np.float64]:
+        """Sequences that decode now, [instances]."""
+        running: NDArray[np.float64] = self.decoding + self.other_running
+        return running
+
+    def batch(self) -> NDArray[np.float64]:
+        """Sequences that decode, or will when their prompts are computed, [instances]."""
+        batch: NDArray[np.float64] = self.answers + self.other_running
+        return batch
+
+    def batch_context(self) -> NDArray[np.float64]:
+        """Tokens that the sequences of `batch` hold, [instances]."""
+        context: NDArray[np.float64] = (
+            self.context_tokens + self.other_running * self._typical_context
+        )
+        return context
+
+    def batch_output(self) -> NDArray[np.float64]:
+        """Tokens that the sequences of `batch` give in all, [instances]."""
+        output: NDArray[np.float64] = self.output_tokens + self.other_running * self._typical_output
+        return output
+
+    def promised_tokens(self, slot: int, namespace: Namespace, tokens: TokenArray) -> int:
+        """How many of `tokens` this instance has for certain, as far as unfinished prefills
+        go: a tree counts a prompt as held as soon as it is routed."""
+        held = len(tokens)
+        for waiting in self.lines[slot].prefills.values():
+            if (
+                waiting.cached_tokens < held <= len(waiting.tokens)
+                and waiting.namespace == namespace
+                and waiting.tokens[held - 1] == tokens[held - 1]
+                and np.array_equal(waiting.tokens[:held], tokens)
+            ):
+                held = waiting.cached_tokens
+                tokens = tokens[:held]
+                if not held:
+                    break
+        return held

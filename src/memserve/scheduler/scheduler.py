@@ -1,0 +1,185 @@
+"""The facade: membership in, decisions out, and what they reserve until requests end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+from memserve.clock import Clock
+from memserve.scheduler.candidates import Roster, evaluate
+from memserve.scheduler.contract import InstanceSpec, Plan, PrefixMatches, PromptRequest
+from memserve.scheduler.decisions import Decision, DecisionLog, Ranking
+from memserve.scheduler.load import Load, Reservation
+from memserve.scheduler.policies import Placement, Situation, find_policy
+from memserve.types import InstanceId, RequestId
+
+log = logging.getLogger(__name__)
+
+DECODE_WEIGHT = 0.1  # a second of decoding, beside one before the first token
+FIRST_OUTPUT_TOKENS = 128.0  # expected before any answer has ended
+_OUTPUT_NEWEST = 1 / 32  # weight of the newest answer in what is expected
+_OUTPUT_OUTLIER = 4.0  # an answer counts as at most so many times what was expected
+_MAX_SESSIONS = 100_000  # whose placement is remembered, least recently used first out
+_MAX_ROSTERS = 16
+
+
+class OutputLength:
+    """How long answers are, from those that ended. A client's `max_tokens` says how long they
+    may be, which is misleading; a few endless answers must not either."""
+
+    def __init__(self, first: float = FIRST_OUTPUT_TOKENS) -> None:
+        self.expected = first
+        self._seen = 0
+
+    def ended(self, output_tokens: int) -> None:
+        self._seen += 1
+        weight = max(_OUTPUT_NEWEST, 1 / (self._seen + 1))
+        capped = min(float(output_tokens), _OUTPUT_OUTLIER * max(self.expected, 1.0))
+        self.expected += weight * (capped - self.expected)
+
+
+class Scheduler:
+    """Decides where requests run. One thread at a time; no call blocks.
+
+    The same calls in the same order with the same clock and seed give the same decisions.
+    """
+
+    def __init__(
+        self,
+        prefixes: PrefixMatches,
+        clock: Clock,
+        policy: str = "prompt-tree",
+        *,
+        seed: int = 0,
+        decode_weight: float = DECODE_WEIGHT,
+        overlapped: bool = False,
+        timer: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`overlapped`: KV goes to decode instances while prompts are computed. `timer` only
+        measures how long decisions take. ConfigError: there is no such policy."""
+        self._policy = find_policy(policy)
+        self.policy = policy
+        self._prefixes = prefixes
+        self._clock = clock
+        self._decode_weight = decode_weight
+        self._overlapped = overlapped
+        self._timer = timer
+        self.load = Load(seed)
+        self.output_length = OutputLength()
+        self.decisions = DecisionLog()
+        self._turn = 0
+        self._sessions: OrderedDict[str, Placement] = OrderedDict()
+        self._rosters: dict[frozenset[InstanceId] | None, Roster] = {}
+
+    # --- members ------------------------------------------------------------------------
+
+    def put(self, spec: InstanceSpec) -> None:
+        """A new instance, or what changed of one: its role, its costs. Reservations stay."""
+        self.load.put(spec)
+        self._rosters.clear()
+
+    def remove(self, instance: InstanceId) -> None:
+        """It is gone, with all that was reserved there. Unknown ones are ignored."""
+        if self.load.remove(instance):
+            self._rosters.clear()
+
+    def observe(self, instance: InstanceId, *, running: int, waiting: int) -> None:
+        """What the instance counts itself: sequences that hold memory, and those that wait.
+        What exceeds the reservations here is counted as others' work until the next call."""
+        self.load.observe(instance, running, waiting)
+
+    # --- requests -----------------------------------------------------------------------
+
+    def decide(
+        self, request: PromptRequest, among: Collection[InstanceId] | None = None
+    ) -> Decision | None:
+        """Choose where a request runs, reserve it there, and expect its prompt there.
+
+        `among`: instances that may be named in any part; None: all. None is returned if none
+        of them is there. A request that has a reservation (it is tried again) loses that first.
+        """
+        started = self._timer()
+        now = self._clock.now()
+        self.load.release(request.id, now)
+        roster = self._roster(among)
+        if not len(roster):
+            return None
+        expected = min(request.output_tokens, round(self.output_length.expected))
+        request = replace(request, output_tokens=max(expected, 1))
+        candidates = evaluate(
+            self.load,
+            roster,
+            request,
+            self._prefixes.match(request.namespace, request.tokens),
+            now,
+            fetches=self._policy.fetches,
+            overlapped=self._overlapped,
+        )
+        session = None if request.session is None else self._sessions.get(request.session)
+        situation = Situation(request, candidates, self._decode_weight, self._turn, session)
+        choice = self._policy.choose(situation)
+        self._turn += 1
+        ranking = Ranking.of(candidates, choice.scores, choice.candidate)
+        plan = ranking.plan(0)
+        self._reserve(request, plan, now)
+        decision = Decision(
+            request=request.id,
+            policy=self.policy,
+            at=now,
+            plan=plan,
+            considered=len(roster),
+            took=self._timer() - started,
+            ranking=ranking,
+        )
+        self.decisions.add(decision)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s", decision.explanation())
+        return decision
+
+    def prefilled(self, request: RequestId) -> None:
+        """Its first token came. Told twice, or of an unknown request: ignored."""
+        self.load.prefilled(request, self._clock.now())
+
+    def finished(self, request: RequestId, output_tokens: int | None = None) -> None:
+        """It ended, however; `output_tokens`: of an answer that is complete. Told twice:
+        ignored."""
+        reservation = self.load.release(request, self._clock.now())
+        if reservation is not None and output_tokens is not None:
+            self.output_length.ended(output_tokens)
+
+    def _roster(self, among: Collection[InstanceId] | None) -> Roster:
+        key = None if among is None else frozenset(among)
+        roster = self._rosters.get(key)
+        if roster is None:
+            if len(self._rosters) == _MAX_ROSTERS:
+                self._rosters.clear()
+            roster = self._rosters[key] = Roster(self.load, key)
+        return roster
+
+    def _reserve(self, request: PromptRequest, plan: Plan, now: float) -> None:
+        load, prefixes = self.load, self._prefixes
+        load.reserve(
+            Reservation(
+                request=request.id,
+                namespace=request.namespace,
+                tokens=request.tokens,
+                cached_tokens=plan.cached_tokens + plan.fetched_tokens,
+                prefill_seconds=plan.terms.prefill,
+                context_tokens=len(request.tokens) + request.output_tokens // 2,
+                output_tokens=request.output_tokens,
+                computes=load.line(plan.computes),
+                answers=load.line(plan.instance),
+            ),
+            now,
+        )
+        prefixes.expect(plan.computes, request.namespace, request.tokens, now)
+        if plan.prefill is not None:
+            prefixes.expect(plan.instance, request.namespace, request.tokens, now)
+        if request.session is not None:
+            self._sessions[request.session] = Placement(plan.instance, plan.computes)
+            self._sessions.move_to_end(request.session)
+            if len(self._sessions) > _MAX_SESSIONS:
+                self._sessions.popitem(last=False)
