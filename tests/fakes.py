@@ -338,7 +338,7 @@ class FakeCluster:
         shutdown = Shutdown()
 
         async def drain() -> None:
-            instance.drain()
+            instance.standing.end()
             await shutdown.wait_for(instance.idle(), 30)
 
         self.urls.append(url_of(sock))

@@ -190,7 +190,7 @@ async def node(
     sock, shutdown = bind("127.0.0.1", 0), Shutdown()
 
     async def drain() -> None:
-        instance.drain()
+        instance.standing.end()
         await shutdown.wait_for(instance.idle(), PATIENCE)
 
     serving = asyncio.create_task(serve(InstanceApp(instance), sock, shutdown, drain))

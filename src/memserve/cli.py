@@ -141,7 +141,9 @@ def gateway(
 )
 def instance(
     id_: Annotated[str | None, typer.Option("--id", help="unique; default: host and pid")] = None,
-    join: Annotated[str | None, typer.Option(metavar="URL", help="a gateway's")] = None,
+    join: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="a gateway's; may be repeated")
+    ] = None,
     exit_with_parent_: _ExitWithParent = False,
     *,
     given: Given,
@@ -159,7 +161,7 @@ def instance(
     )
     check_config(config)
     name = InstanceId(id_ or f"{os.uname().nodename}-{os.getpid()}")
-    raise typer.Exit(run_instance(config, settings, name, join=join))
+    raise typer.Exit(run_instance(config, settings, name, join=join or ()))
 
 
 @app.command()

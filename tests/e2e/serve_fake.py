@@ -1,6 +1,6 @@
 """A gateway or an instance with a fake engine as a process: `python -m tests.e2e.serve_fake`.
 
-Arguments: `instance NAME TOKENIZER_DIRECTORY ENGINE_AS_JSON [GATEWAY_URL]`, or
+Arguments: `instance NAME TOKENIZER_DIRECTORY ENGINE_AS_JSON GATEWAY_URL...`, or
 `gateway TOKENIZER_DIRECTORY INSTANCE_URL...`. The address comes as the first line of output.
 """
 
@@ -23,7 +23,7 @@ from tests.fakes import MODEL, FakeEngine
 CONFIG = ClusterConfig(model=ModelConfig(served_name=MODEL), gateway=GatewayConfig(port=0))
 
 
-def instance(name: str, directory: str, engine: str, join: str | None = None) -> int:
+def instance(name: str, directory: str, engine: str, *join: str) -> int:
     def build(config: ClusterConfig, settings: InstanceConfig, identity: Identity) -> Parts:
         if engine == "none":
             raise ModelError("there is no such model")

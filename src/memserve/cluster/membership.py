@@ -14,17 +14,22 @@ from memserve.api.status import (
     Limits,
     MediumTotals,
 )
+from memserve.clock import Clock, MonotonicClock
+from memserve.cluster.changes import Change, MemberChange, Observer
 from memserve.types import Epoch, InstanceId, Role
 
 log = logging.getLogger(__name__)
 
 MAX_MISSES = 3  # polls without an answer before a member counts as dead
+# How long one that is dead, or was never met, is shown and asked: longer than a restart takes,
+# a large model's load included. It is no less welcome afterwards.
+FORGET_SECONDS = 600.0
 
 
 class Member:
     """One instance as the cluster sees it. Changed by `Membership` alone."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, now: float) -> None:
         self.address = address
         self.id = InstanceId(address)  # until it has said its own
         self.role = Role.COLOCATED
@@ -34,6 +39,9 @@ class Member:
         self.limits: Limits | None = None
         self.stats: InstanceStats | None = None
         self.misses = 0  # in a row
+        self.lasting = False  # named by configuration: never forgotten
+        self.heard = now  # the last sign of life
+        self.joined = False  # this life is known to observers
 
 
 class MemberView(msgspec.Struct, frozen=True):
@@ -58,11 +66,20 @@ class ClusterView(msgspec.Struct, frozen=True):
 class Membership:
     """The members, by address. `epoch` grows with every change of who is in it or of a state."""
 
-    def __init__(self, on_death: Callable[[Member], None]) -> None:
+    def __init__(
+        self,
+        on_death: Callable[[Member], None] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
         """`on_death` is called when a member's running requests can no longer be answered."""
         self.epoch = Epoch(0)
         self._members: dict[str, Member] = {}
         self._on_death = on_death
+        self._clock = clock or MonotonicClock()
+        self._observers: list[Observer] = []
+        self._ask: Callable[[Member], None] | None = None
+
+    # --- asking ---------------------------------------------------------------------------
 
     @property
     def members(self) -> Sequence[Member]:
@@ -73,67 +90,195 @@ class Membership:
         ready = [m for m in self._members.values() if m.state is InstanceState.READY]
         return [m for m in ready if not m.misses] or ready
 
-    def join(self, address: str) -> Member:
-        """The member at this address, added if it is new."""
+    def find(self, instance: InstanceId) -> Member | None:
+        """The member of this id; of several (dead ones elsewhere) the one that is there."""
+        named = [m for m in self._members.values() if m.id == instance]
+        alive = [m for m in named if m.state is not InstanceState.DEAD]
+        return next(iter(alive or named), None)
+
+    def at(self, address: str) -> Member | None:
+        """The member at this address."""
+        return self._members.get(address)
+
+    def view(self) -> ClusterView:
+        return ClusterView(self.epoch, [view_of(member) for member in self._members.values()])
+
+    # --- following ------------------------------------------------------------------------
+
+    def on_change(self, observer: Observer) -> Callable[[], None]:
+        """Tell `observer` of every change; first, as joined, of those that are here already.
+
+        Returns what ends it. See `Change` for what comes in which order.
+        """
+        for member in self.members:
+            if member.joined:
+                observer(_change(Change.JOINED, member))
+        self._observers.append(observer)
+        return lambda: self._observers.remove(observer)
+
+    def on_question(self, ask: Callable[[Member], None]) -> None:
+        """Have `ask` called with each member that should be polled now, not at its turn."""
+        self._ask = ask
+
+    # --- what happens ---------------------------------------------------------------------
+
+    def join(self, address: str, *, lasting: bool = True) -> Member:
+        """The member at this address, added if it is new, and asked how it is.
+
+        One that is not `lasting` is forgotten `FORGET_SECONDS` after its last sign of life, of
+        which this is one.
+        """
         member = self._members.get(address)
         if member is None:
-            member = self._members[address] = Member(address)
+            member = self._members[address] = Member(address, self._clock.now())
             self._changed()
+        member.lasting |= lasting
+        member.heard = self._clock.now()
+        self._question(member)
         return member
+
+    def leave(self, address: str, epoch: Epoch | None = None) -> bool:
+        """Remove a member: it ends in order, or somebody wants it out. With `epoch`, only that
+        life of it. Whether it was there."""
+        member = self._members.get(address)
+        if member is None or (epoch is not None and member.epoch not in (None, epoch)):
+            return False
+        log.info("%s has left", member.id)
+        self._remove(member, Change.LEFT)
+        return True
 
     def answered(self, member: Member, info: InstanceInfo, stats: InstanceStats | None) -> None:
         """A poll's answer."""
         if not self._is_here(member):
             return
+        if (later := self.later_life(info.id, info.epoch, member.address)) is not None:
+            log.warning("%s at %s has a later life at %s", info.id, member.address, later.address)
+            self._remove(member, Change.DIED)
+            return
         self._replace_former(member, info)
         member.misses = 0
+        member.heard = self._clock.now()
         member.stats = stats
         member.limits = info.limits
         member.pid = info.pid
-        if member.epoch not in (None, info.epoch):
+        if (member.id, member.epoch) != (info.id, info.epoch) and member.joined:
             log.info("%s has been restarted", member.id)
-            self._on_death(member)
+            self._over(member, Change.DIED)
         before = (member.id, member.epoch, member.state, member.role)
         now = (info.id, info.epoch, info.state, info.role)
         if before != now:
             member.id, member.epoch, member.state, member.role = now
-            log.info("%s is %s", member.id, member.state)
+            log.info("%s is %s (%s)", member.id, member.state, member.role)
             self._changed()
+        self._tell_news(member, before[2], before[3])
 
     def missed(self, member: Member) -> None:
-        """A poll or a request without an answer. A member that was never met is still starting."""
+        """A poll without an answer. A member that was never met is still starting."""
         if not self._is_here(member):
             return
         member.misses += 1
-        if member.epoch is None or member.state is InstanceState.DEAD:
-            return
         if member.misses >= MAX_MISSES:
-            log.warning("%s is dead: no answer %d times", member.id, member.misses)
-            member.state = InstanceState.DEAD
-            self._on_death(member)
-            self._changed()
+            self._died(member, f"no answer {member.misses} times")
+
+    def refused(self, member: Member) -> None:
+        """Nobody listens at its address any more: its process has gone, for certain."""
+        if self._is_here(member):
+            member.misses += 1
+            self._died(member, "nobody listens there")
+
+    def doubt(self, member: Member) -> None:
+        """A request to it failed: others are preferred until a poll, at once, says how it is."""
+        if self._is_here(member) and member.state is not InstanceState.DEAD:
+            member.misses = max(member.misses, 1)
+            self._question(member)
+
+    def forget(self) -> None:
+        """Drop members that are long gone. Called from time to time."""
+        until = self._clock.now() - FORGET_SECONDS
+        for member in self.members:
+            gone = member.epoch is None or member.state is InstanceState.DEAD
+            if gone and not member.lasting and member.heard < until:
+                log.info("%s is forgotten", member.id)
+                self._remove(member, Change.LEFT)
+
+    def later_life(self, instance: InstanceId, epoch: Epoch, address: str) -> Member | None:
+        """A member elsewhere that has this id, is there, and began later."""
+        for other in self._members.values():
+            here = other.address != address and other.state is not InstanceState.DEAD
+            if other.id == instance and here and other.epoch is not None and other.epoch > epoch:
+                return other
+        return None
+
+    # --- inside ---------------------------------------------------------------------------
 
     def _is_here(self, member: Member) -> bool:
         """False for a member that was replaced while the answer was on its way."""
         return self._members.get(member.address) is member
 
+    def _question(self, member: Member) -> None:
+        if self._ask is not None:
+            self._ask(member)
+
     def _replace_former(self, member: Member, info: InstanceInfo) -> None:
         """An instance that came back at another address replaces its former life."""
         for other in self.members:
-            former = other is not member and other.id == info.id
-            if former and other.epoch is not None and other.epoch < info.epoch:
+            if other is member or other.id != info.id or other.epoch is None:
+                continue
+            # The clocks of two machines may disagree about which life came later.
+            if other.epoch < info.epoch or other.state is InstanceState.DEAD:
                 log.info("%s has moved from %s to %s", info.id, other.address, member.address)
-                del self._members[other.address]
-                self._on_death(other)
+                self._remove(other, Change.DIED)
 
-    def view(self) -> ClusterView:
-        return ClusterView(self.epoch, [_view(member) for member in self._members.values()])
+    def _died(self, member: Member, why: str) -> None:
+        if member.epoch is None or member.state is InstanceState.DEAD:
+            return
+        log.warning("%s is dead: %s", member.id, why)
+        member.state = InstanceState.DEAD
+        self._changed()
+        self._over(member, Change.DIED)
+
+    def _remove(self, member: Member, why: Change) -> None:
+        del self._members[member.address]
+        self._changed()
+        self._over(member, why)
+
+    def _tell_news(self, member: Member, state: InstanceState, role: Role) -> None:
+        """Tell of an answer; `state` and `role` are those before it."""
+        if member.state is InstanceState.DEAD:  # it says so itself: its engine has stopped
+            self._over(member, Change.DIED)
+        elif not member.joined:
+            member.joined = True
+            self._publish(Change.JOINED, member)
+        else:
+            if member.role is not role:
+                self._publish(Change.ROLE, member)
+            if member.state is not state:
+                self._publish(Change.STATE, member)
+
+    def _over(self, member: Member, change: Change) -> None:
+        """The end of a life, once."""
+        if not member.joined:
+            return
+        member.joined = False
+        if change is Change.DIED and self._on_death is not None:
+            self._on_death(member)
+        self._publish(change, member)
+
+    def _publish(self, change: Change, member: Member) -> None:
+        told = _change(change, member)
+        for observer in tuple(self._observers):
+            observer(told)
 
     def _changed(self) -> None:
         self.epoch = Epoch(self.epoch + 1)
 
 
-def _view(member: Member) -> MemberView:
+def _change(change: Change, member: Member) -> MemberChange:
+    assert member.epoch is not None  # it has been met
+    return MemberChange(change, member.id, member.epoch, member.address, member.role, member.state)
+
+
+def view_of(member: Member) -> MemberView:
     pool = None if member.stats is None else member.stats.pool
     return MemberView(
         id=member.id,

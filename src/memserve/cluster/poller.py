@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import TypeVar
 
 import aiohttp
@@ -10,11 +11,11 @@ import msgspec
 
 from memserve.api.status import InstanceInfo, InstanceState, InstanceStats
 from memserve.cluster.membership import Member, Membership
-from memserve.types import InstanceId
 
+# A heartbeat that is not answered in time is missed, and three make a death (`MAX_MISSES`).
+# A beat does not wait for the last one's answer: a member that hangs is dead after two beats
+# more than one timeout, and one that is merely late, on a crowded machine, stays alive.
 POLL_SECONDS = 1.0
-# A busy instance on a crowded machine answers late: three misses of these are far beyond that,
-# and a process that has gone refuses the connection at once.
 POLL_TIMEOUT_SECONDS = 2.0
 _TIMEOUT = aiohttp.ClientTimeout(total=POLL_TIMEOUT_SECONDS)
 
@@ -24,34 +25,56 @@ _stats = msgspec.json.Decoder(InstanceStats)
 
 
 class Poller:
-    """Polls the members of a `Membership` until cancelled."""
+    """Polls the members of a `Membership` until cancelled; between heartbeats those of whom it
+    wants to know at once."""
 
     def __init__(self, membership: Membership, session: aiohttp.ClientSession) -> None:
         self._membership = membership
         self._session = session
+        self._group: asyncio.TaskGroup | None = None  # while running
+        self._asked: set[Member] = set()  # out of turn, not answered
+        self._numbers = itertools.count(1)
+        self._latest: dict[Member, int] = {}  # the poll whose answer was the last one used
+        membership.on_question(self._ask_now)
 
     async def run(self) -> None:
-        # Each round has its own tasks, so that a member that hangs delays no other.
-        async with asyncio.TaskGroup() as polls:
-            under_way: dict[InstanceId, asyncio.Task[None]] = {}
+        # A task for each poll, so that a member that hangs delays no other.
+        async with asyncio.TaskGroup() as group:
+            self._group = group
             while True:
-                for member in self._membership.members:
-                    last = under_way.get(member.id)
-                    if last is None or last.done():
-                        under_way[member.id] = polls.create_task(self.poll(member))
+                self._membership.forget()
+                members = self._membership.members
+                self._latest = {m: self._latest.get(m, 0) for m in members}
+                for member in members:
+                    group.create_task(self.poll(member))
                 await asyncio.sleep(POLL_SECONDS)
 
     async def poll(self, member: Member) -> None:
         """Ask one member."""
+        number = next(self._numbers)
         try:
             info = await self._get(member, "/info", _info)
             stats: InstanceStats | None = None
             if info.state is not InstanceState.STARTING:
                 stats = await self._get(member, "/stats", _stats)
+        except aiohttp.ClientConnectorError as error:
+            if isinstance(error.os_error, ConnectionRefusedError):
+                self._membership.refused(member)
+            else:
+                self._membership.missed(member)
         except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError):
             self._membership.missed(member)
         else:
-            self._membership.answered(member, info, stats)
+            if number > self._latest.get(member, 0):  # not overtaken by a later one
+                self._latest[member] = number
+                self._membership.answered(member, info, stats)
+
+    def _ask_now(self, member: Member) -> None:
+        if self._group is None or member in self._asked:
+            return
+        self._asked.add(member)
+        task = self._group.create_task(self.poll(member))
+        task.add_done_callback(lambda _: self._asked.discard(member))
 
     async def _get(self, member: Member, path: str, decoder: msgspec.json.Decoder[T]) -> T:
         url = member.address + path

@@ -13,29 +13,25 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 import memserve
-from memserve.api.asgi import read_body
 from memserve.api.chunks import ChatCompletion, Completion
 from memserve.api.errors import (
     ApiError,
     ErrorBody,
-    invalid,
     method_not_allowed,
     model_not_found,
     path_not_found,
 )
 from memserve.api.openai import ChatRequest, CompletionRequest
-from memserve.api.status import JoinRequest
 from memserve.cluster.membership import Membership
+from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 
-MAX_JOIN_BYTES = 4096
 _COMPONENTS = "#/components/schemas/"
 
 _encode = msgspec.json.Encoder().encode
-_joins = msgspec.json.Decoder(JoinRequest)
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -92,20 +88,6 @@ def admin_app(
             return _json(Health("draining", ready), 503)
         return _json(Health("ready", ready)) if ready else _json(Health("no instance", 0), 503)
 
-    @app.get("/cluster")
-    async def cluster() -> Response:
-        return _json(membership.view())
-
-    @app.post("/cluster/members")
-    async def join(request: Request) -> Response:
-        try:
-            body = await read_body(request.scope, request.receive, MAX_JOIN_BYTES)
-            joined = _joins.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise invalid(str(error)) from error
-        membership.join(joined.address)
-        return _json(membership.view())
-
     @app.get("/version")
     async def version() -> Response:
         return _json(Version(memserve.__version__))
@@ -114,6 +96,7 @@ def admin_app(
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    app.include_router(cluster_routes(membership))
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.openapi = _with_openai(app.openapi)  # type: ignore[method-assign]

@@ -26,11 +26,12 @@ from memserve.types import Role
 
 log = logging.getLogger(__name__)
 
-# With which steps of caching an instance keeps the KV of its own sequences for others.
-_SHARING: dict[Role, tuple[Caching, ...]] = {
-    Role.PREFILL: ("p", "pd", "full"),
-    Role.DECODE: ("pd", "full"),
-    Role.COLOCATED: ("p", "pd", "full"),
+# By step of caching: in which roles an instance keeps the KV of its own sequences for others.
+_SHARING: dict[Caching, frozenset[Role]] = {
+    "off": frozenset(),
+    "p": frozenset({Role.PREFILL, Role.COLOCATED}),
+    "pd": frozenset(Role),
+    "full": frozenset(Role),
 }
 
 
@@ -71,8 +72,7 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
     def pool_totals() -> PoolTotals:
         return msgspec.convert(pool.stats(), PoolTotals, from_attributes=True)
 
-    shared = config.cache.caching in _SHARING[settings.role]
-    return Parts(engine, tokenizer, pool_totals, close, shared, link)
+    return Parts(engine, tokenizer, pool_totals, close, _SHARING[config.cache.caching], link)
 
 
 def choose_device(name: str) -> torch.device:

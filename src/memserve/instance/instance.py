@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from memserve.api.errors import internal, unavailable
+from memserve.api.errors import ApiError, internal, unavailable
 from memserve.api.generate import GenerateCall, SamplingParams
-from memserve.api.handoff import PrefillCall, PrefillResult
+from memserve.api.handoff import PrefillCall, PrefillResult, PushCall, PushResult
 from memserve.api.status import (
     EngineTotals,
+    FetchTotals,
     HandoffTotals,
     InstanceInfo,
     InstanceState,
@@ -30,10 +31,12 @@ from memserve.clock import Clock
 from memserve.engine.request import EngineProtocol, EngineRequest
 from memserve.errors import EngineStopped, MemserveError, QueueFull
 from memserve.instance.dispatcher import Dispatcher, Mailbox
+from memserve.instance.fetch import Fetcher
 from memserve.instance.generation import Generation, engine_requests
 from memserve.instance.kv_link import KVLink
 from memserve.instance.prefill import Prefiller
 from memserve.instance.remote_prefill import RemotePrefill
+from memserve.instance.standing import Standing
 from memserve.instance.submission import Submission
 from memserve.instance.throughput import FinishRate
 from memserve.models.tokenizer import Tokenizer
@@ -55,7 +58,7 @@ class SelfTestFailed(MemserveError):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who an instance is, and which of its lives this is."""
+    """Who an instance is, and which of its lives this is. The role is the one it starts with."""
 
     id: InstanceId
     epoch: Epoch
@@ -71,7 +74,7 @@ class Parts:
     tokenizer: Tokenizer
     pool_totals: Callable[[], PoolTotals]
     close: Callable[[], None]  # after the engine has stopped
-    shared: bool = True  # KV outlives its sequence and serves others
+    sharing: frozenset[Role] = frozenset(Role)  # in which KV outlives its sequence, for others
     link: KVLink | None = None  # to the pools of other instances
 
 
@@ -92,7 +95,8 @@ class Run:
 
         Raises ApiError where the answer cannot be completed.
         """
-        outputs = await self._mailbox.take()
+        # Where nothing is left to generate, nothing comes.
+        outputs = await self._mailbox.take() if self.generation.unfinished else []
         for output in outputs:
             self.produced.setdefault(output.id, []).extend(output.token_ids)
         data = self.generation.feed(outputs, self._clock.now())
@@ -112,6 +116,7 @@ class _Served:
     submission: Submission
     prefiller: Prefiller | None  # for prompts that other instances go on with
     remote: RemotePrefill | None  # for prompts that other instances compute
+    fetcher: Fetcher | None  # for prefixes that other instances have
 
 
 class Instance:
@@ -119,7 +124,7 @@ class Instance:
 
     def __init__(self, identity: Identity, clock: Clock) -> None:
         self.identity = identity
-        self.state = InstanceState.STARTING
+        self.standing = Standing(identity.id, identity.role)
         self._clock = clock
         self._latencies = Latencies()
         self._rate = FinishRate(clock)
@@ -141,24 +146,25 @@ class Instance:
             self._lost_engine()
             raise SelfTestFailed("the engine did not produce a first token")
         if self.state is InstanceState.STARTING:
-            self.state = InstanceState.READY
+            self.standing.become(InstanceState.READY)
+
+    @property
+    def state(self) -> InstanceState:
+        return self.standing.state
 
     def _serve(self, parts: Parts) -> _Served:
         submission = Submission(parts.engine, self._rate, self._lost_engine)
         if parts.link is None:
-            return _Served(parts, submission, None, None)
+            return _Served(parts, submission, None, None, None)
+        fetcher = Fetcher(parts.link, parts.engine.stats, self._clock)
         longest = parts.engine.info.max_tokens
         return _Served(
             parts,
             submission,
-            Prefiller(parts.link, self._dispatcher, submission, self._clock),
-            RemotePrefill(parts.link, submission, longest),
+            Prefiller(parts.link, self._dispatcher, submission, fetcher, self._clock),
+            RemotePrefill(parts.link, submission, fetcher, self._clock, longest),
+            fetcher,
         )
-
-    def drain(self) -> None:
-        """Take no new calls. What runs goes on."""
-        if self.state is not InstanceState.DEAD:
-            self.state = InstanceState.DRAINING
 
     async def idle(self) -> None:
         """Returns when no call is running."""
@@ -175,6 +181,8 @@ class Instance:
             return
         if self._served.remote is not None:
             await self._served.remote.close()
+        if self._served.fetcher is not None:
+            await self._served.fetcher.close()
         if self._served.parts.link is not None:
             self._served.parts.link.close()
         await asyncio.to_thread(self._served.parts.close)
@@ -186,16 +194,25 @@ class Instance:
         Raises ApiError where the instance does not take it.
         """
         served = self._ready()
-        requests = engine_requests(call, served.parts.shared)
+        parts, link = served.parts, served.parts.link
         generation = Generation(
-            call, requests, served.parts.tokenizer, self._latencies, self._clock.now()
+            call,
+            parts.tokenizer,
+            parts.engine.info,
+            self._latencies,
+            self._clock.now(),
+            0 if link is None else link.block_bytes,
         )
+        shared = self.standing.role in parts.sharing
+        requests = engine_requests(call, shared, generation.over)
         with self._dispatcher.mailbox([request.id for request in requests]) as mailbox:
             handover: asyncio.Future[None] | None = None
-            if call.prefill and served.remote is not None:
-                handover = asyncio.ensure_future(served.remote.run(call, requests, mailbox))
+            if served.remote is not None and (call.prefill or call.fetch is not None):
+                served.submission.check(requests)
+                start = served.remote.run(call, requests, generation.figures, mailbox)
+                handover = asyncio.ensure_future(start)
                 handover.add_done_callback(lambda done: _tell_failure(done, mailbox))
-            else:
+            elif requests:
                 served.submission.submit(requests)
             run = Run(generation, mailbox, served.submission, self._clock)
             with self._counted():
@@ -210,22 +227,33 @@ class Instance:
         unfinished = set(run.generation.unfinished)
         if unfinished:
             served.submission.cancel(list(unfinished))
+        log.info("%s", run.generation)
         self._rate.record(len(requests) - len(unfinished))
         if run.generation.failure is not None:
             self._check = asyncio.ensure_future(self._probe(served.parts, HEALTH_SECONDS))
         if served.remote is not None:
             busy = served.parts.engine.stats().waiting > 0
             for request in requests:
-                output = run.produced.get(request.id, [])
+                output = (*request.output, *run.produced.get(request.id, ()))
                 served.remote.ended(request, output, request.id not in unfinished, busy)
 
     async def prefill(self, call: PrefillCall) -> PrefillResult:
         """Compute a prompt for another instance. Raises ApiError."""
         served = self._ready()
         if served.prefiller is None:
-            raise unavailable(f"Instance {self.identity.id} has no link to others.", "no_link")
+            raise self._no_link()
         with self._counted():
             return await served.prefiller.run(call)
+
+    async def push(self, call: PushCall) -> PushResult:
+        """Give another instance KV from the index. Raises ApiError."""
+        served = self._served
+        if served is None or self.state not in (InstanceState.READY, InstanceState.DRAINING):
+            raise self._unavailable()
+        if served.fetcher is None:
+            raise self._no_link()
+        with self._counted():
+            return await served.fetcher.push(call)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -257,7 +285,7 @@ class Instance:
         return InstanceInfo(
             id=identity.id,
             epoch=identity.epoch,
-            role=identity.role,
+            role=self.standing.role,
             state=self.state,
             pid=os.getpid(),
             model=identity.model,
@@ -272,26 +300,33 @@ class Instance:
         """None until the engine is there."""
         if self._served is None:
             return None
-        parts, remote = self._served.parts, self._served.remote
+        parts, remote, fetcher = self._served.parts, self._served.remote, self._served.fetcher
         return InstanceStats(
             engine=msgspec.convert(parts.engine.stats(), EngineTotals, from_attributes=True),
             pool=parts.pool_totals(),
             latencies=self._latencies,
             handoff=HandoffTotals() if remote is None else remote.totals(),
+            fetch=FetchTotals() if fetcher is None else fetcher.totals(),
         )
 
     def _ready(self) -> _Served:
         if self.state is InstanceState.READY and self._served is not None:
             return self._served
-        raise unavailable(
+        raise self._unavailable()
+
+    def _no_link(self) -> ApiError:
+        return unavailable(f"Instance {self.identity.id} has no link to others.", "no_link")
+
+    def _unavailable(self) -> ApiError:
+        return unavailable(
             f"Instance {self.identity.id} is {self.state}.",
             f"instance_{self.state}",
             close=self.state is InstanceState.DRAINING,
         )
 
     def _lost_engine(self) -> None:
-        if self.state is not InstanceState.DRAINING:
-            self.state = InstanceState.DEAD
+        if not self.standing.ending.is_set():
+            self.standing.become(InstanceState.DEAD)
             self.died.set()
 
     async def _probe(self, parts: Parts, seconds: float) -> bool:

@@ -6,17 +6,18 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import uvloop
 
+from memserve.api.control import RESTART_EXIT_CODE
 from memserve.api.serving import Shutdown, announce, bind, serve, url_of
 from memserve.clock import MonotonicClock
 from memserve.config import ClusterConfig, InstanceConfig
 from memserve.errors import MemserveError
 from memserve.instance.instance import Identity, Instance, Parts
-from memserve.instance.join import keep_joined
+from memserve.instance.join import Registration
 from memserve.instance.server import InstanceApp
 from memserve.types import Epoch, InstanceId
 
@@ -33,14 +34,16 @@ def run_instance(
     settings: InstanceConfig,
     instance_id: InstanceId,
     *,
-    join: str | None = None,
+    join: Sequence[str] = (),
     ready_fd: int | None = None,
     build: Build | None = None,
 ) -> int:
-    """Serve until SIGTERM or SIGINT, or until the engine is lost; the process's exit code.
+    """Serve until it is asked to end (SIGTERM, SIGINT, `POST /shutdown`), or the engine is lost.
+
+    Returns the process's exit code: 0, or RESTART_EXIT_CODE if it was asked to come back.
 
     The port is open before the model is loaded. Its address goes, as one line, to `ready_fd`
-    (closed then) or to standard output. `join` is the URL of a gateway to register with.
+    (closed then) or to standard output. `join` are the URLs of gateways to register with.
     `build` makes engine and pool; by default the built-in ones.
     """
     try:
@@ -64,29 +67,35 @@ async def _main(
     make: Callable[[], Parts],
     sock: socket.socket,
     drain_seconds: float,
-    join: str | None,
+    join: Sequence[str],
 ) -> int:
     instance = Instance(identity, MonotonicClock())
+    registration = Registration(join, url_of(sock), identity.id, identity.epoch)
+    instance.standing.on_news(registration.tell)
     shutdown = Shutdown()
     shutdown.on_signals()
     loading = asyncio.ensure_future(_load(instance, make))
 
     async def drain() -> None:
         log.info("%s drains", identity.id)
-        instance.drain()
+        if not instance.standing.ending.is_set():
+            instance.standing.end()
         await asyncio.wait((loading,))
         if not await shutdown.wait_for(instance.idle(), drain_seconds):
             log.warning("%s ends with calls still running", identity.id)
         await instance.stop()
         await shutdown.wait_for(instance.idle(), STOP_SECONDS)
+        joining.cancel()
+        await asyncio.wait((joining,))
+        if loading.exception() is None and not instance.died.is_set():  # a death is to be seen
+            await registration.leave()
 
     async with asyncio.TaskGroup() as background:
-        helpers = [background.create_task(_end_when_useless(instance, loading, shutdown))]
-        if join is not None:
-            helpers.append(background.create_task(keep_joined(join, url_of(sock))))
+        joining = background.create_task(registration.run())
+        useful = background.create_task(_end_when_useless(instance, loading, shutdown))
         await serve(InstanceApp(instance), sock, shutdown, drain)
-        for helper in helpers:
-            helper.cancel()
+        useful.cancel()
+        joining.cancel()
     await instance.close()
     return _exit_code(instance, loading)
 
@@ -94,11 +103,19 @@ async def _main(
 async def _end_when_useless(
     instance: Instance, loading: asyncio.Future[None], shutdown: Shutdown
 ) -> None:
-    """Without an engine there is nothing to serve: whoever started the process starts another."""
-    await asyncio.wait((loading,))
-    if loading.exception() is None:
-        await instance.died.wait()
-    shutdown.request()
+    """Without an engine there is nothing to serve: whoever started the process starts another.
+    The same when somebody asks for an end."""
+    asked = asyncio.ensure_future(instance.standing.ending.wait())
+    died = asyncio.ensure_future(instance.died.wait())
+    try:
+        await asyncio.wait((loading, asked), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done() and loading.exception() is None:
+            await asyncio.wait((died, asked), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        asked.cancel()
+        died.cancel()
+    if not shutdown.requested.is_set():  # a second request would not wait for running calls
+        shutdown.request()
 
 
 def _exit_code(instance: Instance, loading: asyncio.Future[None]) -> int:
@@ -110,7 +127,7 @@ def _exit_code(instance: Instance, loading: asyncio.Future[None]) -> int:
     elif instance.died.is_set():
         log.error("%s: the engine stopped", instance.identity.id)
     else:
-        return 0
+        return RESTART_EXIT_CODE if instance.standing.restart else 0
     return 1
 
 

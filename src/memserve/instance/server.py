@@ -21,9 +21,18 @@ from memserve.api.asgi import (
     send_error,
     start_events,
 )
+from memserve.api.control import (
+    DRAIN_PATH,
+    MAX_CONTROL_BYTES,
+    RESUME_PATH,
+    ROLE_PATH,
+    SHUTDOWN_PATH,
+    RoleCall,
+    ShutdownCall,
+)
 from memserve.api.errors import ApiError, invalid, method_not_allowed, path_not_found, unavailable
 from memserve.api.generate import GENERATE_PATH, GenerateCall
-from memserve.api.handoff import PREFILL_PATH, PrefillCall
+from memserve.api.handoff import PREFILL_PATH, PUSH_PATH, PrefillCall, PushCall
 from memserve.api.instance_metrics import instance_metrics
 from memserve.instance.instance import Instance, Run
 
@@ -35,12 +44,16 @@ MAX_CALL_BYTES = 64 * 1024 * 1024
 _encode = msgspec.json.Encoder().encode
 _calls = msgspec.json.Decoder(GenerateCall)
 _prefill_calls = msgspec.json.Decoder(PrefillCall)
+_push_calls = msgspec.json.Decoder(PushCall)
+_role_calls = msgspec.json.Decoder(RoleCall)
+_shutdown_calls = msgspec.json.Decoder(ShutdownCall)
 _Call = TypeVar("_Call")
 _Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class InstanceApp:
-    """`POST /v1/generate /v1/prefill /drain`, `GET /health /info /stats /metrics`."""
+    """`POST /v1/generate /v1/prefill /v1/kv/push /role /drain /resume /shutdown`, `GET /health /info /stats
+    /metrics`."""
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
@@ -49,7 +62,11 @@ class InstanceApp:
         self._routes: dict[str, tuple[str, _Handler]] = {
             GENERATE_PATH: ("POST", self._generate),
             PREFILL_PATH: ("POST", self._prefill),
-            "/drain": ("POST", self._drain),
+            PUSH_PATH: ("POST", self._push),
+            ROLE_PATH: ("POST", self._role),
+            DRAIN_PATH: ("POST", self._drain),
+            RESUME_PATH: ("POST", self._resume),
+            SHUTDOWN_PATH: ("POST", self._shutdown),
             "/health": ("GET", self._health),
             "/info": ("GET", self._info),
             "/stats": ("GET", self._stats),
@@ -81,8 +98,28 @@ class InstanceApp:
             result = await self._instance.prefill(call)
             await send_body(send, HTTPStatus.OK, _encode(result))
 
+    async def _push(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = await _read(_push_calls, scope, receive)
+        with HangUp(receive):
+            result = await self._instance.push(call)
+            await send_body(send, HTTPStatus.OK, _encode(result))
+
+    async def _role(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = await _read(_role_calls, scope, receive, MAX_CONTROL_BYTES)
+        self._instance.standing.change_role(call.role)
+        await self._info(scope, receive, send)
+
     async def _drain(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._instance.drain()
+        self._instance.standing.drain()
+        await self._info(scope, receive, send)
+
+    async def _resume(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._instance.standing.resume()
+        await self._info(scope, receive, send)
+
+    async def _shutdown(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = await _read(_shutdown_calls, scope, receive, MAX_CONTROL_BYTES)
+        self._instance.standing.end(call.restart)
         await self._info(scope, receive, send)
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,8 +142,13 @@ class InstanceApp:
         await send_body(send, HTTPStatus.OK, text, media=media)
 
 
-async def _read(decoder: msgspec.json.Decoder[_Call], scope: Scope, receive: Receive) -> _Call:
-    body = await read_body(scope, receive, MAX_CALL_BYTES)
+async def _read(
+    decoder: msgspec.json.Decoder[_Call],
+    scope: Scope,
+    receive: Receive,
+    limit: int = MAX_CALL_BYTES,
+) -> _Call:
+    body = await read_body(scope, receive, limit)
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

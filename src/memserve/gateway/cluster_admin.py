@@ -1,0 +1,87 @@
+"""`/cluster`: who is there, who joins and leaves, and what each is told to be."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from memserve.api.asgi import read_body
+from memserve.api.control import (
+    MAX_CONTROL_BYTES,
+    InstanceChange,
+    LeaveRequest,
+    conflict,
+    instance_not_found,
+)
+from memserve.api.errors import invalid
+from memserve.api.status import JoinRequest
+from memserve.cluster.control import change_member
+from memserve.cluster.membership import Membership, view_of
+from memserve.types import InstanceId
+
+_encode = msgspec.json.Encoder().encode
+_joins = msgspec.json.Decoder(JoinRequest)
+_leaves = msgspec.json.Decoder(LeaveRequest)
+_changes = msgspec.json.Decoder(InstanceChange)
+T = TypeVar("T")
+
+
+def cluster_routes(membership: Membership) -> APIRouter:
+    """Errors are `ApiError`s, which the application turns into OpenAI's shape."""
+    routes = APIRouter()
+
+    @routes.get("/cluster")
+    async def cluster() -> Response:
+        """The members, and the epoch of their composition."""
+        return _json(membership.view())
+
+    @routes.post("/cluster/members")
+    async def join(request: Request) -> Response:
+        """An instance joins, joins again, or has news; its view."""
+        asked = await _read(request, _joins)
+        if asked.id is not None and asked.epoch is not None:
+            later = membership.later_life(asked.id, asked.epoch, asked.address)
+            if later is not None:
+                raise conflict(
+                    f"'{asked.id}' is the name of another instance, at {later.address}, "
+                    "that began later.",
+                    "instance_replaced",
+                )
+        return _json(view_of(membership.join(asked.address, lasting=False)))
+
+    @routes.delete("/cluster/members")
+    async def leave(request: Request) -> Response:
+        """An instance leaves, or is removed; whoever is left. One that joins by itself and is
+        not ending comes back."""
+        asked = await _read(request, _leaves)
+        if not membership.leave(asked.address, asked.epoch):
+            raise instance_not_found(asked.address)
+        return _json(membership.view())
+
+    @routes.post("/cluster/instances/{instance}")
+    async def change(instance: str, request: Request) -> Response:
+        """Change a member's role or state at run time; its view."""
+        wanted = await _read(request, _changes)
+        if wanted.role is None and wanted.state is None:
+            raise invalid("Neither 'role' nor 'state' is given.")
+        member = membership.find(InstanceId(instance))
+        if member is None:
+            raise instance_not_found(instance)
+        await change_member(membership, member, wanted)
+        return _json(view_of(member))
+
+    return routes
+
+
+async def _read(request: Request, decoder: msgspec.json.Decoder[T]) -> T:
+    body = await read_body(request.scope, request.receive, MAX_CONTROL_BYTES)
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise invalid(str(error)) from error
+
+
+def _json(value: msgspec.Struct) -> Response:
+    return Response(_encode(value), media_type="application/json")

@@ -1,0 +1,71 @@
+"""An instance's role and state, as they change at run time, and who wants to hear of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from memserve.api.control import conflict
+from memserve.api.errors import ApiError
+from memserve.api.status import InstanceState
+from memserve.types import InstanceId, Role
+
+_SERVING = (InstanceState.READY, InstanceState.DRAINING)
+
+
+class Standing:
+    """Belongs to an `Instance` and its event loop."""
+
+    def __init__(self, instance: InstanceId, role: Role) -> None:
+        self.role = role
+        self.state = InstanceState.STARTING
+        self.ending = asyncio.Event()  # it will not be ready again
+        self.restart = False  # and wants to be started anew
+        self._instance = instance
+        self._listeners: list[Callable[[], None]] = []
+
+    def on_news(self, listener: Callable[[], None]) -> None:
+        """Call `listener` after every change."""
+        self._listeners.append(listener)
+
+    def become(self, state: InstanceState) -> None:
+        if state is not self.state:
+            self.state = state
+            self._tell()
+
+    def change_role(self, role: Role) -> None:
+        """What runs goes on. Raises ApiError (409) while starting and when dead."""
+        if self.state not in _SERVING:
+            raise self._not_now("change its role")
+        if role is not self.role:
+            self.role = role
+            self._tell()
+
+    def drain(self) -> None:
+        """Take nothing new. Raises ApiError (409) while starting and when dead."""
+        if self.state not in _SERVING:
+            raise self._not_now("drain")
+        self.become(InstanceState.DRAINING)
+
+    def resume(self) -> None:
+        """Take calls again after `drain`. Raises ApiError (409)."""
+        if self.state not in _SERVING or self.ending.is_set():
+            raise self._not_now("take requests")
+        self.become(InstanceState.READY)
+
+    def end(self, restart: bool = False) -> None:
+        """For good. The last word on `restart` counts."""
+        self.restart = restart
+        self.ending.set()
+        if self.state is not InstanceState.DEAD:
+            self.become(InstanceState.DRAINING)
+
+    def _not_now(self, what: str) -> ApiError:
+        state = "ending" if self.ending.is_set() else self.state.value
+        return conflict(
+            f"Instance {self._instance} is {state} and cannot {what}.", f"instance_{state}"
+        )
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
