@@ -57,6 +57,8 @@ def paged_attention(
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     view[:, 0].index_put_((kv.write_block, kv.write_slot), k)
     view[:, 1].index_put_((kv.write_block, kv.write_slot), v)
+    if kv.on_layer is not None:
+        kv.on_layer(layer)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in kv.groups(sliding_window):
         out[group.rows] = _decode(q, view, group, kv.workspace, scale, softcap)

@@ -9,6 +9,8 @@ dropped when DRAM is full), and only the last, partial block is lost.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -40,6 +42,16 @@ class BlockTable:
     def indices(self) -> NDArray[np.int64]:
         """HBM block indices [blocks], in token order."""
         return self._indices
+
+    @property
+    def refs(self) -> RefArray:
+        """The blocks [blocks], in token order, in HBM."""
+        prefix = _NO_REFS if self._prefix is None else self._prefix.refs
+        return np.concatenate([prefix, self._tail])
+
+    @property
+    def block_tokens(self) -> int:
+        return self._block_tokens
 
     @property
     def cached_tokens(self) -> int:
@@ -85,10 +97,13 @@ class BlockTable:
             self._tail = np.concatenate([self._tail, refs])
             self._indices = np.concatenate([self._indices, self._pool.hbm_indices(refs)])
 
-    def commit(self, tokens: TokenArray) -> None:
+    def commit(
+        self, tokens: TokenArray, take_over: Callable[[RefArray], None] | None = None
+    ) -> None:
         """Give the full blocks of `tokens`, whose KV is all computed, to the index.
 
-        Where another sequence was first, its block is used from now on and ours is freed.
+        Where another sequence was first, its block is used from now on, and ours is freed, or
+        goes to `take_over`.
         """
         blocks = len(tokens) // self._block_tokens
         before = self.cached_tokens // self._block_tokens
@@ -104,7 +119,7 @@ class BlockTable:
         self._prefix = result.match
         self._tail = self._tail[blocks - before :]
         if len(result.duplicate):
-            self._pool.free_mem(result.duplicate)
+            (take_over or self._pool.free_mem)(result.duplicate)
             self._indices = self._indices.copy()
             self._indices[:blocks] = self._pool.hbm_indices(result.match.refs)
 

@@ -8,15 +8,15 @@ import threading
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from memserve.api.generate import FinishReason, validate_sampling
 from memserve.clock import Clock, MonotonicClock
-from memserve.engine.batch import BatchLimits, BatchScheduler, StepPlan
+from memserve.engine.batch import BatchLimits, BatchScheduler
 from memserve.engine.block_table import BlockTable
+from memserve.engine.fence import FencedObserver, KernelFence
 from memserve.engine.model import Model
-from memserve.engine.paged_batch import PagedBatch, Span, Workspace
+from memserve.engine.observer import PrefillObserver
 from memserve.engine.request import (
     EngineInfo,
     EngineRequest,
@@ -24,7 +24,8 @@ from memserve.engine.request import (
     OutputSink,
     TokenOutput,
 )
-from memserve.engine.sampler import Sample, sample
+from memserve.engine.runner import Runner
+from memserve.engine.sampler import Sample
 from memserve.engine.sequence import Sequence
 from memserve.errors import EngineStopped, QueueFull, RequestError
 from memserve.pool.pool import MemPool
@@ -87,7 +88,8 @@ class Engine:
         self._accepting = False
         self._queued = 0  # submitted, not yet seen by the thread
         self._lock = threading.Lock()  # guards the two above
-        self._runner = _Runner(model, pool)
+        self._runner = Runner(model, pool)
+        self._fence: KernelFence | None = None  # on a GPU, while the thread runs
         self._scheduler = BatchScheduler(settings.limits)
         self._counters = _Counters()
         self._arrivals = 0
@@ -205,6 +207,8 @@ class Engine:
     def _run(self, sink: OutputSink) -> None:
         torch.set_num_threads(self._settings.threads)
         reason, error = FinishReason.CANCELLED, None
+        if self._model.device.type == "cuda":
+            self._fence = KernelFence(self._model.device)
         try:
             with torch.inference_mode():
                 while self._take_commands():
@@ -217,6 +221,8 @@ class Engine:
             reason, error = FinishReason.ERROR, f"the engine failed: {failure}"
         finally:
             self._shut_down(sink, reason, error)
+            if self._fence is not None:
+                self._fence.close()
 
     def _take_commands(self) -> bool:
         """Carry out what has been asked, waiting only if there is nothing to compute.
@@ -255,6 +261,11 @@ class Engine:
             self._scheduler.add(sequence)
         with self._lock:
             self._queued -= len(command.requests)
+
+    def _fenced(self, observer: PrefillObserver | None) -> PrefillObserver | None:
+        if observer is None or self._fence is None:
+            return observer
+        return FencedObserver(observer, self._fence)
 
     def _cancel(self, ids: Seq[RequestId]) -> None:
         for request_id in ids:
@@ -321,43 +332,3 @@ class _Counters:
     finished: int = 0
     cancelled: int = 0
     busy_seconds: float = 0.0
-
-
-class _Runner:
-    """Turns a plan into tensors, runs the model, samples."""
-
-    def __init__(self, model: Model, pool: MemPool) -> None:
-        self._model = model
-        self._views = pool.layer_views()
-        self._workspace = Workspace()
-
-    def run(self, plan: StepPlan) -> dict[RequestId, Sample]:
-        """Samples of the sequences whose every token has KV after this step."""
-        spans: list[Span] = []
-        tokens, positions = [], []
-        keep, sampled = [], []
-        row = 0
-        for scheduled in plan.scheduled:
-            sequence, count = scheduled.sequence, scheduled.count
-            begin, end = sequence.computed, sequence.computed + count
-            spans.append(Span(row, count, begin, sequence.table.indices))
-            tokens.append(sequence.tokens[begin:end])
-            positions.append(np.arange(begin, end))
-            row += count
-            if end == sequence.length:
-                keep.append(row - 1)
-                sampled.append(sequence)
-        batch = PagedBatch(
-            self._views, spans, len(plan.decodes), self._model.dtype, self._workspace
-        )
-        device = self._model.device
-        logits = self._model.forward(
-            torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),
-            torch.from_numpy(np.concatenate(positions)).to(device),
-            torch.tensor(keep, dtype=torch.int64, device=device),
-            batch,
-        )
-        if not sampled:
-            return {}
-        chosen = sample(logits, [s.sampler for s in sampled])
-        return {s.id: c for s, c in zip(sampled, chosen, strict=True)}

@@ -6,7 +6,7 @@ once per step and per sliding window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,6 +73,8 @@ class PagedBatch:
     decodes: int  # the first `decodes` spans have length 1 and are the first rows
     dtype: torch.dtype
     workspace: Workspace  # the engine's, lent for the step
+    # Called by every layer behind the kernels that write the step's K and V into the pool.
+    on_layer: Callable[[int], None] | None = None
     write_block: Tensor = field(init=False)  # [tokens] int64
     write_slot: Tensor = field(init=False)
     _groups: dict[int | None, tuple[DecodeGroup, ...]] = field(default_factory=dict)

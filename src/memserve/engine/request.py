@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from memserve.api.generate import FinishReason, SamplingParams
+from memserve.engine.observer import PrefillObserver
 from memserve.types import SHARED, Namespace, RequestId, TokenArray
 
 
@@ -32,6 +33,8 @@ class EngineRequest:
     # Another sample of the same prompt: wait until that one's prefill has put its blocks
     # into the index, then share them instead of computing them again.
     follows: RequestId | None = None
+    # Is told of the KV of `tokens`, block by block, while it is computed.
+    observer: PrefillObserver | None = None
 
     @property
     def tokens(self) -> TokenArray:

@@ -6,6 +6,7 @@ import numpy as np
 
 from memserve.api.generate import FinishReason
 from memserve.engine.block_table import BlockTable
+from memserve.engine.observer import PrefillObserver, PrefillWatch
 from memserve.engine.request import EngineRequest, Usage
 from memserve.engine.sampler import SamplerState
 from memserve.types import RequestId, TokenArray
@@ -26,7 +27,9 @@ class Sequence:
         eos_token_ids: tuple[int, ...],
         max_model_len: int,
         submitted: float = 0.0,
+        observer: PrefillObserver | None = None,
     ) -> None:
+        """`observer`: the request's, as the engine's device has it."""
         self.request = request
         self.arrival = arrival
         self.submitted = submitted  # seconds of the engine's clock
@@ -47,6 +50,9 @@ class Sequence:
         self._tokens[: self.length] = request.tokens
         for token in request.output:
             self.sampler.append(token)
+        self._observer = observer
+        self._observed = self.length // table.block_tokens  # blocks
+        self.watch: PrefillWatch | None = None  # while it is admitted
 
     @property
     def id(self) -> RequestId:
@@ -88,6 +94,19 @@ class Sequence:
         self.computed = self.table.acquire(self.tokens, headroom)
         if self.fresh:
             self.cached_tokens = min(self.computed, self.prompt_tokens)
+        if self._observer is not None and self._observed:
+            self.watch = self._observer.begin(self.table.refs[: self._observed])
+            cached = self._observed_blocks(self.computed)
+            if self.watch is not None and cached:
+                self.watch.ready(0, cached, None)
+
+    def completes(self, count: int) -> tuple[int, int]:
+        """Which of the watched blocks, first and behind the last, get their last KV with
+        `count` more tokens."""
+        return self._observed_blocks(self.computed), self._observed_blocks(self.computed + count)
+
+    def _observed_blocks(self, tokens: int) -> int:
+        return min(tokens // self.table.block_tokens, self._observed)
 
     def advance(self, count: int) -> int:
         """`count` more tokens have KV now; full blocks become shared.
@@ -95,9 +114,13 @@ class Sequence:
         Returns how many of them are prompt tokens.
         """
         before = self.computed
+        first, last = self.completes(count)
         self.computed += count
         self.fresh = False
-        self.table.commit(self.tokens[: self.computed])
+        watch = self.watch
+        self.table.commit(self.tokens[: self.computed], None if watch is None else watch.superseded)
+        if watch is not None and first < last and not watch.by_layer:
+            watch.ready(first, last, None)
         return max(0, min(self.computed, self.prompt_tokens) - before)
 
     def append(self, token: int) -> FinishReason | None:
@@ -111,11 +134,18 @@ class Sequence:
 
     def preempt(self) -> None:
         """Give the memory back; cached blocks are found again at the next admission."""
+        self._end_watch()
         self.table.release()
         self.computed = 0
         self.preemptions += 1
 
     def close(self) -> None:
         """The end: nothing is held any more."""
+        self._end_watch()
         self.table.close()
         self.computed = 0
+
+    def _end_watch(self) -> None:
+        if self.watch is not None:
+            self.watch.released(self._observed_blocks(self.computed))
+            self.watch = None
