@@ -1,0 +1,31 @@
+"""Namespaces: which prompts may reuse each other's KV.
+
+Clients choose their salts, so salts and the ids of sequences are kept apart by a prefix.
+"""
+
+from __future__ import annotations
+
+from memserve.types import SHARED, Namespace
+
+_SALT = "salt:"
+_PRIVATE = "sequence:"
+
+
+def salted(cache_salt: str | None) -> Namespace:
+    """Of requests with this salt; none: the one that all share."""
+    return Namespace(_SALT + cache_salt) if cache_salt else SHARED
+
+
+def salt_of(namespace: Namespace) -> str | None:
+    """The salt behind a namespace, if there is one."""
+    return namespace[len(_SALT) :] if namespace.startswith(_SALT) else None
+
+
+def private(sequence: str) -> Namespace:
+    """Of one sequence alone, dropped when it ends."""
+    return Namespace(_PRIVATE + sequence)
+
+
+def is_private(namespace: str) -> bool:
+    """Whether nobody else can ever use what is there."""
+    return namespace.startswith(_PRIVATE)

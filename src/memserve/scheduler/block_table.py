@@ -1,0 +1,196 @@
+"""Where an instance's blocks are in the trees, by what the instance calls them.
+
+Events name blocks; a table gives each a small number and knows its node and depth. Two kinds:
+instances of ours name blocks by medium and index, which are dense; other engines hash them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.types import (
+    GENERATION_BITS,
+    INDEX_BITS,
+    MAX_BLOCKS,
+    IndexArray,
+)
+
+BlockHash = int | bytes
+Numbers = NDArray[np.int32]
+
+_NOWHERE = 0  # no node has this id
+_FIRST_SIZE = 1024
+_MAX_REFERENCE = (1 << (GENERATION_BITS + INDEX_BITS + 1)) - 1  # two media
+
+
+class BlockTable:
+    """Node and depth of each stored block, by number. Belongs to one instance's entry."""
+
+    def __init__(self) -> None:
+        self.node: IndexArray = np.zeros(_FIRST_SIZE, dtype=np.int64)  # ids; 0: not stored
+        self._depth: Numbers = np.zeros(_FIRST_SIZE, dtype=np.int32)  # blocks before it
+        self.stored = 0
+
+    def place(self, numbers: Numbers, node: int, start: int) -> None:
+        """Blocks that were nowhere are now `start`, `start + 1`, ... blocks deep, in `node`."""
+        self.node[numbers] = node
+        self._depth[numbers] = np.arange(start, start + len(numbers))
+        self.stored += len(numbers)
+
+    def vacate(self, numbers: Numbers) -> None:
+        """Stored blocks are nowhere."""
+        self.node[numbers] = _NOWHERE
+        self.stored -= len(numbers)
+
+    def depth(self, numbers: Numbers) -> Numbers:
+        return self._depth[numbers]
+
+    def homes(self) -> list[int]:
+        """The nodes that have blocks of this instance."""
+        return [home for home in np.unique(self.node).tolist() if home != _NOWHERE]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.node.nbytes + self._depth.nbytes
+
+    def _grow(self, size: int) -> None:
+        if size > len(self.node):
+            more = max(size, 2 * len(self.node)) - len(self.node)
+            self.node = np.append(self.node, np.zeros(more, dtype=np.int64))
+            self._depth = np.append(self._depth, np.zeros(more, dtype=np.int32))
+
+
+class Names(Protocol):
+    """What blocks are called: the part that differs between instances."""
+
+    def number(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
+        """The numbers of blocks that are about to be stored, new ones where needed."""
+
+    def known(self, hash: BlockHash) -> int | None:
+        """The number of a block that has one."""
+
+    def forget(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
+        """The numbers of those that are gone from their last medium. Unknown ones have none."""
+
+
+class References(BlockTable):
+    """Names that are packed references without their owner: generation, index and medium."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._hash: IndexArray = np.zeros(_FIRST_SIZE, dtype=np.int64)
+
+    def number(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
+        """Raises ValueError for what is no reference."""
+        given = _references(hashes)
+        numbers = _slots(given)
+        if len(numbers):
+            self._grow(int(numbers.max()) + 1)
+        self._hash[numbers] = given
+        return numbers
+
+    def known(self, hash: BlockHash) -> int | None:
+        found = self.forget((hash,), None)
+        return int(found[0]) if len(found) else None
+
+    def forget(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
+        given = _references(hashes)
+        numbers = _slots(given)
+        inside = numbers < len(self.node)
+        given, numbers = given[inside], numbers[inside]
+        present: Numbers = numbers[
+            (self._hash[numbers] == given) & (self.node[numbers] != _NOWHERE)
+        ]
+        return present
+
+    @property
+    def num_bytes(self) -> int:
+        return super().num_bytes + self._hash.nbytes
+
+    def _grow(self, size: int) -> None:
+        super()._grow(size)
+        more = len(self.node) - len(self._hash)
+        if more:
+            self._hash = np.append(self._hash, np.zeros(more, dtype=np.int64))
+
+
+class Hashes(BlockTable):
+    """Names of any kind. One block may be in several media under one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers: dict[BlockHash, int] = {}
+        self._names: list[BlockHash] = []
+        self._free: list[int] = []
+        self._media: dict[str | None, int] = {}  # bit of each medium seen
+        self._copies: NDArray[np.uint8] = np.zeros(_FIRST_SIZE, dtype=np.uint8)  # media bits
+
+    def number(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
+        numbers = np.array([self._number(name) for name in hashes], dtype=np.int32)
+        self._copies[numbers] |= self._bit(medium)
+        return numbers
+
+    def known(self, hash: BlockHash) -> int | None:
+        return self._numbers.get(hash)
+
+    def forget(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
+        known = [number for name in hashes if (number := self._numbers.get(name)) is not None]
+        numbers = np.unique(np.array(known, dtype=np.int32))
+        self._copies[numbers] &= ~np.uint8(self._bit(medium))
+        gone: Numbers = numbers[(self._copies[numbers] == 0) & (self.node[numbers] != _NOWHERE)]
+        return gone
+
+    def vacate(self, numbers: Numbers) -> None:
+        super().vacate(numbers)
+        self._copies[numbers] = 0
+        for number in numbers.tolist():
+            del self._numbers[self._names[number]]
+            self._names[number] = 0
+            self._free.append(number)
+
+    @property
+    def num_bytes(self) -> int:
+        entry = 170  # of dictionary, list, key and number
+        return super().num_bytes + self._copies.nbytes + entry * len(self._numbers)
+
+    def _number(self, name: BlockHash) -> int:
+        number = self._numbers.get(name)
+        if number is None:
+            if self._free:
+                number = self._free.pop()
+                self._names[number] = name
+            else:
+                number = len(self._names)
+                self._names.append(name)
+                self._grow(number + 1)
+            self._numbers[name] = number
+        return number
+
+    def _bit(self, medium: str | None) -> int:
+        # Seven media are told apart; engines know three.
+        return self._media.setdefault(medium, 1 << min(len(self._media), 7))
+
+    def _grow(self, size: int) -> None:
+        super()._grow(size)
+        more = len(self.node) - len(self._copies)
+        if more:
+            self._copies = np.append(self._copies, np.zeros(more, dtype=np.uint8))
+
+
+def _references(hashes: Sequence[BlockHash]) -> IndexArray:
+    given = np.array(hashes)
+    if not len(given):
+        return np.empty(0, dtype=np.int64)
+    if given.dtype != np.int64 or int(given.min()) < 0 or int(given.max()) > _MAX_REFERENCE:
+        raise ValueError(f"block names are no references of an instance: {hashes[0]!r}, ...")
+    return given
+
+
+def _slots(references: IndexArray) -> Numbers:
+    index = (references >> GENERATION_BITS) & (MAX_BLOCKS - 1)
+    medium = references >> (GENERATION_BITS + INDEX_BITS)
+    return (2 * index + medium).astype(np.int32)

@@ -1,0 +1,366 @@
+"""The global prompt trees: which instance holds the KV of which prefixes.
+
+Logically one tree for each role; in memory one radix tree per namespace and block size, whose
+edges carry a bit for each holder, and a mask of bits for each role. One lookup therefore
+answers for all instances, and a change of role moves nothing. Fed by the instances' KV events;
+between a decision and its events, by what the decision expects.
+
+No I/O and no clock of its own. Belongs to one thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from memserve.scheduler.block_table import BlockHash, BlockTable, Hashes, Numbers, References
+from memserve.scheduler.holder_tree import HolderTree, Node, Trunk
+from memserve.types import InstanceId, Namespace, Role, TokenArray
+
+# How long a routed prompt counts as held without a word from its instance: longer than a
+# prompt waits and computes, because until then it looks as if nobody had it.
+EXPECT_SECONDS = 60.0
+
+Prefix = tuple[Namespace, bytes]  # of one block and all before it
+
+
+class _Holder:
+    """One instance's entry."""
+
+    def __init__(
+        self, instance: InstanceId, slot: int, block_tokens: int, role: Role, references: bool
+    ) -> None:
+        self.instance = instance
+        self.slot = slot
+        self.bit = 1 << slot
+        self.block_tokens = block_tokens
+        self.role = role
+        self.references = references
+        self.table: References | Hashes = References() if references else Hashes()
+
+
+class _Expectation(NamedTuple):
+    deadline: float
+    slot: int
+    tree: HolderTree
+    data: bytes
+
+
+class PromptTreeStats(msgspec.Struct, frozen=True):
+    """The trees at one moment."""
+
+    instances: int
+    namespaces: int
+    nodes: int
+    held_blocks: int  # counted once for each holder
+    tree_blocks: int  # counted once
+    expectations: int
+    num_bytes: int  # of tokens, tables and block numbers, without what Python adds
+
+
+class PromptTree:
+    """Longest known prefixes, by instance."""
+
+    def __init__(self, expect_seconds: float = EXPECT_SECONDS) -> None:
+        self._expect_seconds = expect_seconds
+        self._trunk = Trunk()
+        self._trees: dict[Namespace, dict[int, HolderTree]] = {}  # by block_tokens
+        self._holders: dict[InstanceId, _Holder] = {}
+        self._by_slot: list[_Holder | None] = []
+        self._roles = dict.fromkeys(Role, 0)  # masks
+        self._expected: deque[_Expectation] = deque()  # by deadline
+
+    # --- members --------------------------------------------------------------------------
+
+    def join(
+        self,
+        instance: InstanceId,
+        block_tokens: int,
+        role: Role = Role.COLOCATED,
+        *,
+        references: bool = False,
+    ) -> None:
+        """Know an instance; it begins empty, also if it was known.
+
+        `references`: it names its blocks by packed references without owner (as our instances
+        do); otherwise by hashes of any kind.
+        """
+        if block_tokens < 1:
+            raise ValueError(f"blocks of {block_tokens} tokens")
+        self.leave(instance)
+        slot = next((s for s, h in enumerate(self._by_slot) if h is None), len(self._by_slot))
+        holder = _Holder(instance, slot, block_tokens, role, references)
+        if slot == len(self._by_slot):
+            self._by_slot.append(holder)
+        else:
+            self._by_slot[slot] = holder
+        self._holders[instance] = holder
+        self._trunk.tables[slot] = holder.table
+        self._roles[role] |= holder.bit
+
+    def leave(self, instance: InstanceId) -> None:
+        """Cut an instance out; no match names it from now on. Unknown ones are ignored."""
+        holder = self._holders.pop(instance, None)
+        if holder is None:
+            return
+        self._empty(holder)
+        self._roles[holder.role] &= ~holder.bit
+        self._by_slot[holder.slot] = None
+        del self._trunk.tables[holder.slot]
+
+    def set_role(self, instance: InstanceId, role: Role) -> None:
+        """What it holds stays. Raises KeyError for an instance that is not known."""
+        holder = self._holders[instance]
+        self._roles[holder.role] &= ~holder.bit
+        self._roles[role] |= holder.bit
+        holder.role = role
+
+    def __contains__(self, instance: InstanceId) -> bool:
+        return instance in self._holders
+
+    @property
+    def instances(self) -> list[InstanceId]:
+        return list(self._holders)
+
+    # --- events ---------------------------------------------------------------------------
+
+    def stored(
+        self,
+        instance: InstanceId,
+        namespace: Namespace,
+        parent: BlockHash | None,
+        hashes: Sequence[BlockHash],
+        tokens: TokenArray,
+        medium: str | None = None,
+    ) -> bool:
+        """An instance holds blocks `hashes` [n] for `tokens` [n * block_tokens], behind its
+        block `parent` or, without, at the beginning of a prompt of `namespace` (which is only
+        looked at then).
+
+        Returns False if it is not known to hold the parent: something was missed. Raises
+        KeyError for an unknown instance, ValueError for what cannot be.
+        """
+        holder = self._holders[instance]
+        if len(tokens) != len(hashes) * holder.block_tokens or len(set(hashes)) != len(hashes):
+            raise ValueError(
+                f"{instance}: {len(set(hashes))} different blocks of {holder.block_tokens} "
+                f"tokens for {len(hashes)} hashes and {len(tokens)} tokens"
+            )
+        if not hashes:
+            return True
+        place = self._behind(holder, parent, namespace)
+        if place is None:
+            return False
+        numbers, data = holder.table.number(hashes, medium), tokens.tobytes()
+        if holder.table.node[numbers].any():
+            astray = place[0].tree.differing(*place, data, holder.slot, numbers)
+            if len(astray):  # their removal was missed, or comes later
+                # Named anew afterwards: hashes forget what they called a block that is gone.
+                self._drop(holder, astray)
+                numbers = holder.table.number(hashes, medium)
+                place = self._behind(holder, parent, namespace)
+                if place is None:
+                    return False
+        place[0].tree.store(*place, data, holder.slot, numbers)
+        return True
+
+    def removed(
+        self, instance: InstanceId, hashes: Sequence[BlockHash], medium: str | None = None
+    ) -> int:
+        """An instance no longer holds these blocks in this medium; how many that were known
+        are gone from its last one. Raises KeyError for an unknown instance."""
+        holder = self._holders[instance]
+        numbers = holder.table.forget(hashes, medium)
+        self._drop(holder, np.unique(numbers))
+        return len(numbers)
+
+    def cleared(self, instance: InstanceId) -> None:
+        """An instance holds nothing, and nothing is expected of it any more. Raises KeyError
+        for an unknown one."""
+        holder = self._holders[instance]
+        self._empty(holder)
+        holder.table = References() if holder.references else Hashes()
+        self._trunk.tables[holder.slot] = holder.table
+
+    # --- lookups --------------------------------------------------------------------------
+
+    def match(
+        self, namespace: Namespace, tokens: TokenArray, role: Role | None = None
+    ) -> dict[InstanceId, int]:
+        """Longest known prefix in tokens, in whole blocks, by instance that has any; of one
+        role, if given."""
+        found: dict[InstanceId, int] = {}
+        trees = self._trees.get(namespace)
+        if trees is None:
+            return found
+        data = tokens.tobytes()
+        alive = (1 << len(self._by_slot)) - 1 if role is None else self._roles[role]
+        for tree in trees.values():
+            for ended, at in tree.walk(data, alive):
+                length = at >> 2
+                while ended:
+                    low = ended & -ended
+                    holder = self._by_slot[low.bit_length() - 1]
+                    assert holder is not None
+                    found[holder.instance] = length
+                    ended ^= low
+        return found
+
+    def expect(
+        self, instance: InstanceId, namespace: Namespace, tokens: TokenArray, now: float
+    ) -> None:
+        """Count a prompt as held where it was routed to, until events of its blocks say so or
+        otherwise, or the time is over. Unknown instances are ignored."""
+        holder = self._holders.get(instance)
+        if holder is None:
+            return
+        whole = len(tokens) - len(tokens) % holder.block_tokens
+        if not whole:
+            return
+        data = tokens[:whole].tobytes()
+        tree = self._tree(namespace, holder.block_tokens)
+        deadline = now + self._expect_seconds
+        if tree.expect(data, holder.slot, deadline):
+            self._expected.append(_Expectation(deadline, holder.slot, tree, data))
+
+    def expire(self, now: float) -> int:
+        """Give up what was expected for too long; returns how many prompts that were. Call it
+        now and then, with the clock of `expect`."""
+        count = 0
+        while self._expected and self._expected[0].deadline <= now:
+            _, slot, tree, data = self._expected.popleft()
+            tree.give_up(data, slot, now)
+            self._drop_if_empty(tree)
+            count += 1
+        return count
+
+    # --- for tests, operators and metrics -------------------------------------------------
+
+    def held(self, instance: InstanceId) -> set[Prefix]:
+        """What an instance is known (not merely expected) to hold, to compare with
+        `prefixes_of` what it does hold. Reads everything."""
+        holder = self._holders[instance]
+        found: set[Prefix] = set()
+        for by_size in self._trees.values():
+            tree = by_size.get(holder.block_tokens)
+            if tree is None:
+                continue
+            digests: dict[int, bytes] = {}  # at the end of each node
+            for node in tree.subtree():
+                assert node.parent is not None
+                chain = block_digests(node.edge, tree.step, digests.get(node.parent.id, b""))
+                digests[node.id] = chain[-1]
+                if holder.slot in node.blocks:
+                    found.update((tree.namespace, digest) for digest in chain)
+        return found
+
+    def held_blocks(self, instance: InstanceId) -> int:
+        return self._holders[instance].table.stored
+
+    def stats(self) -> PromptTreeStats:
+        """Reads every node."""
+        nodes = list(self._trunk.nodes.values())
+        tables: list[BlockTable] = [holder.table for holder in self._holders.values()]
+        numbers = sum(each.nbytes for node in nodes for each in node.blocks.values())
+        return PromptTreeStats(
+            instances=len(self._holders),
+            namespaces=len(self._trees),
+            nodes=len(nodes),
+            held_blocks=sum(table.stored for table in tables),
+            tree_blocks=sum(map(len, nodes)),
+            expectations=len(self._expected),
+            num_bytes=sum(len(node.edge) for node in nodes)
+            + sum(table.num_bytes for table in tables)
+            + numbers
+            + sum(len(each.data) for each in self._expected),
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where nodes, tables and trees disagree. Reads everything."""
+        nodes: dict[int, Node] = {}
+        for by_size in self._trees.values():
+            for tree in by_size.values():
+                assert tree, f"an empty tree of {tree.namespace!r}"
+                for node in tree.subtree():
+                    node.check()
+                    nodes[node.id] = node
+        assert nodes == self._trunk.nodes
+        for holder in self._holders.values():
+            mine = [node for node in nodes.values() if holder.slot in node.blocks]
+            assert holder.table.stored == sum(map(len, mine))
+            assert sorted(node.id for node in mine) == holder.table.homes()
+            for node in mine:
+                numbers = node.blocks[holder.slot]
+                assert (holder.table.node[numbers] == node.id).all()
+                depths = np.arange(node.start, node.start + len(node))
+                assert (holder.table.depth(numbers) == depths).all()
+
+    # --- inside ---------------------------------------------------------------------------
+
+    def _behind(
+        self, holder: _Holder, parent: BlockHash | None, namespace: Namespace
+    ) -> tuple[Node, int] | None:
+        """The node of the parent block and the depth behind it, if it is stored."""
+        if parent is None:
+            return self._tree(namespace, holder.block_tokens).root, 0
+        number = holder.table.known(parent)
+        if number is None or not (home := int(holder.table.node[number])):
+            return None
+        one = np.array([number], dtype=np.int32)
+        return self._trunk.nodes[home], int(holder.table.depth(one)[0]) + 1
+
+    def _drop(self, holder: _Holder, numbers: Numbers) -> None:
+        """Forget where stored blocks are; `numbers` without repetition."""
+        homes, depths = holder.table.node[numbers], holder.table.depth(numbers)
+        for home in np.unique(homes).tolist():
+            # Nodes may have been joined since; a joined one keeps the id of its lower part.
+            node = self._trunk.nodes.get(home)
+            mine = homes == home
+            if node is None or node.blocks.get(holder.slot) is None:
+                self._drop(holder, numbers[mine])
+                continue
+            tree = node.tree
+            tree.drop(node, holder.slot, np.sort(depths[mine]) - node.start)
+            self._drop_if_empty(tree)
+
+    def _empty(self, holder: _Holder) -> None:
+        for each in [each for each in self._expected if each.slot == holder.slot]:
+            each.tree.give_up(each.data, holder.slot, np.inf)
+            self._drop_if_empty(each.tree)
+        self._expected = deque(each for each in self._expected if each.slot != holder.slot)
+        for home in holder.table.homes():
+            node = self._trunk.nodes.get(home)  # joined with another: that one's turn comes
+            if node is not None and holder.slot in node.blocks:
+                tree = node.tree
+                tree.drop(node, holder.slot, np.arange(len(node)))
+                self._drop_if_empty(tree)
+
+    def _tree(self, namespace: Namespace, block_tokens: int) -> HolderTree:
+        by_size = self._trees.setdefault(namespace, {})
+        tree = by_size.get(block_tokens)
+        if tree is None:
+            tree = by_size[block_tokens] = HolderTree(self._trunk, namespace, block_tokens)
+        return tree
+
+    def _drop_if_empty(self, tree: HolderTree) -> None:
+        by_size = self._trees.get(tree.namespace, {})
+        block_tokens = tree.step // 4
+        if not tree and by_size.get(block_tokens) is tree:
+            del by_size[block_tokens]
+            if not by_size:
+                del self._trees[tree.namespace]
+
+
+def block_digests(data: bytes, step: int, before: bytes = b"") -> list[bytes]:
+    """Of each block of `data`, `step` bytes long, a digest of it and all that lead to it;
+    `before` is the digest of the last one before, if there is one."""
+    chain = []
+    for at in range(0, len(data) - step + 1, step):
+        before = blake2b(before + data[at : at + step], digest_size=16).digest()
+        chain.append(before)
+    return chain
