@@ -25,18 +25,20 @@ def call(kind: CallKind, **fields: Any) -> GenerateCall:
 
 
 def event(data: bytes) -> Any:
-    assert data.startswith(b"data: ")
     assert data.endswith(b"\n\n")
-    assert data.count(b"\n") == 2  # one line, or clients would see two events
-    return json.loads(data[len(b"data: ") :])
+    *comment, line = data.removesuffix(b"\n\n").split(b"\n")
+    assert len(comment) <= 1  # and one line of data, or clients would see two events
+    assert all(line.startswith(b":") for line in comment)
+    assert line.startswith(b"data: ")
+    return json.loads(line[len(b"data: ") :])
 
 
 @pytest.mark.parametrize("asked", [{}, {"return_token_ids": True}])
 def test_chat_chunks_are_openai_s(asked: dict[str, Any]) -> None:
     form = StreamFormat(call(CallKind.CHAT, **asked))
-    role = ChatCompletionChunk.model_validate(event(form.role(1)))
-    assert role.choices[0].delta.role == "assistant"
-    text = event(form.chunk(Piece(1, AWKWARD, (3,))))
+    role = ChatCompletionChunk.model_validate(event(form.event(Piece(1, "x", (4,)), role=True)))
+    assert (role.choices[0].delta.role, role.choices[0].delta.content) == ("assistant", "x")
+    text = event(form.event(Piece(1, AWKWARD, (3,))))
     chunk = ChatCompletionChunk.model_validate(text)
     assert (chunk.id, chunk.created, chunk.model) == ("x-1", 7, 'm"1')
     assert (chunk.choices[0].index, chunk.choices[0].delta.content) == (1, AWKWARD)
@@ -46,22 +48,22 @@ def test_chat_chunks_are_openai_s(asked: dict[str, Any]) -> None:
 
 def test_the_last_chunk_of_a_choice_says_why_it_ended() -> None:
     form = StreamFormat(call(CallKind.CHAT))
-    with_text = event(form.chunk(Piece(0, "x", (), finish_reason=FinishReason.LENGTH)))
+    with_text = event(form.event(Piece(0, "x", (), finish_reason=FinishReason.LENGTH)))
     assert with_text["choices"][0]["delta"] == {"content": "x"}
     assert with_text["choices"][0]["finish_reason"] == "length"
     stop = Piece(0, "", (), finish_reason=FinishReason.STOP, stop_reason="END")
-    without = event(form.chunk(stop))["choices"][0]
+    without = event(form.event(stop))["choices"][0]
     assert (without["delta"], without["stop_reason"]) == ({}, "END")
 
 
 def test_usage_is_null_until_the_last_chunk_where_it_was_asked_for() -> None:
     form = StreamFormat(call(CallKind.COMPLETION, include_usage=True))
-    assert event(form.chunk(Piece(0, "x", (3,))))["usage"] is None
+    assert event(form.event(Piece(0, "x", (3,))))["usage"] is None
     last = event(form.usage(USED))
     assert last["choices"] == []
     assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
     assert last["usage"]["total_tokens"] == 7
-    assert "usage" not in event(StreamFormat(call(CallKind.COMPLETION)).chunk(Piece(0, "x", (3,))))
+    assert "usage" not in event(StreamFormat(call(CallKind.COMPLETION)).event(Piece(0, "x", (3,))))
 
 
 @pytest.mark.parametrize("kind", CallKind)
@@ -77,7 +79,7 @@ def test_a_body_is_openai_s(kind: CallKind) -> None:
 
 def test_logprobs_of_chat() -> None:
     form = StreamFormat(call(CallKind.CHAT, sampling=SamplingParams(logprobs=2)))
-    entry = event(form.chunk(Piece(0, "é", (3,), (SCORE,))))["choices"][0]["logprobs"]["content"][0]
+    entry = event(form.event(Piece(0, "é", (3,), (SCORE,))))["choices"][0]["logprobs"]["content"][0]
     assert (entry["token"], entry["logprob"]) == ("é", -0.25)
     assert entry["bytes"] == list("é".encode())
     assert entry["top_logprobs"][1]["logprob"] == chunks.LOWEST_LOGPROB  # JSON has no infinity
@@ -86,7 +88,7 @@ def test_logprobs_of_chat() -> None:
 def test_logprobs_of_completions_know_where_each_token_starts() -> None:
     form = StreamFormat(call(CallKind.COMPLETION, sampling=SamplingParams(logprobs=1)))
     piece = Piece(0, "éé", (3, 3), (SCORE, SCORE), text_offset=10)
-    logprobs = event(form.chunk(piece))["choices"][0]["logprobs"]
+    logprobs = event(form.event(piece))["choices"][0]["logprobs"]
     assert logprobs["text_offset"] == [10, 11]
     assert logprobs["tokens"] == ["é", "é"]
     assert logprobs["top_logprobs"][0] == {"é": -0.25, "e": chunks.LOWEST_LOGPROB}

@@ -11,13 +11,14 @@ import pytest
 
 from memserve.api.generate import CallKind, FinishReason, GenerateCall, SamplingParams
 from memserve.api.status import Latencies
-from memserve.engine.request import EngineRequest, TokenLogprobs, TokenOutput, Usage
+from memserve.engine.request import EngineInfo, EngineRequest, TokenLogprobs, TokenOutput, Usage
 from memserve.instance.generation import Generation, engine_requests
 from memserve.models.tokenizer import Tokenizer
 from tests.fakes import tiny_tokenizer
 
 EOS = 1
 LOGPROBS = TokenLogprobs(-1.0, 1, ())
+ENGINE = EngineInfo("m", 320, 256, 1024, 16, "float32", "cpu", 1, (EOS,))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ class Driven:
     def __init__(self, call: GenerateCall, tokenizer: Tokenizer) -> None:
         self.requests = engine_requests(call)
         self.latencies = Latencies()
-        self.generation = Generation(call, self.requests, tokenizer, self.latencies, now=0.0)
+        self.generation = Generation(call, tokenizer, ENGINE, self.latencies, 0.0)
         self.streamed = b""
 
     def feed(self, *outputs: TokenOutput, now: float = 1.0) -> list[Any]:
@@ -70,7 +71,7 @@ class Driven:
 
 
 def events(data: bytes) -> list[Any]:
-    lines = [line.removeprefix(b"data: ") for line in data.split(b"\n\n") if line]
+    lines = [line[6:] for line in data.split(b"\n") if line.startswith(b"data: ")]
     return [json.loads(line) if line != b"[DONE]" else "DONE" for line in lines]
 
 

@@ -1,5 +1,18 @@
 """Answers in OpenAI's shape: whole JSON bodies, and the chunks of a stream.
 
+An instance's stream tells a gateway which tokens its events stand for, so that it can be
+continued elsewhere. Each output of the engine is one event, which begins with a comment line
+(SSE's: clients ignore it) and ends with an empty line:
+
+    :<choice> <token id>[,<token id>...]\n
+    data: {...}\n                           (missing while the text is held back)
+    \n
+
+The event names all token ids that it adds, whether they have text or not, and a chat's role
+comes in the first event of its choice. What a client has of a choice is therefore the token ids
+of the events that it has got whole: `GenerateCall.resumed`. Events without a comment (usage,
+errors, [DONE]) add no tokens. No line of JSON begins with a colon.
+
 Chunks are on the hot path of every token, so all that does not change from one to the next
 is encoded once per stream.
 """
@@ -12,6 +25,7 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from memserve.api.figures import RequestFigures
 from memserve.api.generate import CallKind, FinishReason, GenerateCall
 
 DONE = b"data: [DONE]\n\n"
@@ -51,14 +65,21 @@ class CompletionUsage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    memserve: RequestFigures | UnsetType = UNSET  # no part of OpenAI's
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> CompletionUsage:
+def usage(
+    prompt_tokens: int,
+    completion_tokens: int,
+    cached_tokens: int,
+    figures: RequestFigures | None = None,
+) -> CompletionUsage:
     return CompletionUsage(
         prompt_tokens,
         completion_tokens,
         prompt_tokens + completion_tokens,
         PromptTokensDetails(cached_tokens),
+        figures or UNSET,
     )
 
 
@@ -194,6 +215,7 @@ class StreamFormat:
         self._choice_head = self._head + choices + b',"choices":[{"index":'
         self._text_head = b',"delta":{"content":' if chat else b',"text":'
         self._no_text = b',"delta":{' if chat else b',"text":""'
+        self._role_head = b',"delta":{"role":"assistant","content":'
         self._text_end = b'},"logprobs":' if chat else b',"logprobs":'
         self._plain_end = self._text_end + b'null,"finish_reason":null}]}\n\n'
         self._prefixes = [
@@ -210,28 +232,35 @@ class StreamFormat:
         self._token_ids = call.return_token_ids
         self._plain = self._logprobs is None and not self._token_ids
 
-    def role(self, choice: int) -> bytes:
-        """The first chunk of a chat's choice."""
-        return (
-            b'%b%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
-            b'"finish_reason":null}]}\n\n' % (self._choice_head, choice)
-        )
-
-    def chunk(self, piece: Piece) -> bytes:
-        """One choice's new text."""
-        if self._plain and piece.finish_reason is None:
-            return self._prefixes[piece.choice] + _encode(piece.text) + self._plain_end
-        return self._full_chunk(piece)
+    def event(self, piece: Piece, role: bool = False) -> bytes:
+        """One choice's new tokens, and their text if there is any. With `role`, a chat's role."""
+        ids = piece.token_ids
+        named = b"%d" % ids[0] if len(ids) == 1 else ",".join(map(str, ids)).encode()
+        comment = b":%d %b\n" % (piece.choice, named)
+        if role or piece.finish_reason is not None or not self._plain:
+            # Held-back text makes pieces without any; their ids and scores still matter.
+            wanted = role or piece.text or piece.finish_reason is not None
+            if wanted or self._token_ids or piece.scores:
+                return comment + self._full_chunk(piece, role)
+        elif piece.text:
+            chunk = self._prefixes[piece.choice] + _encode(piece.text)
+            return comment + chunk + self._plain_end
+        return comment + b"\n"
 
     def usage(self, used: CompletionUsage) -> bytes:
         """The last chunk, where the client asked for it."""
         return self._head + b',"choices":[],"usage":' + _encode(used) + b"}\n\n"
 
-    def _full_chunk(self, piece: Piece) -> bytes:
+    def _full_chunk(self, piece: Piece, role: bool) -> bytes:
+        if role:
+            head = b"%b%d%b" % (self._choice_head, piece.choice, self._role_head)
+            head += _encode(piece.text)
+        elif piece.text:
+            head = self._prefixes[piece.choice] + _encode(piece.text)
+        else:
+            head = b"%b%d%b" % (self._choice_head, piece.choice, self._no_text)
         parts = [
-            self._prefixes[piece.choice] + _encode(piece.text)
-            if piece.text
-            else b"%b%d%b" % (self._choice_head, piece.choice, self._no_text),
+            head,
             self._text_end,
             _encode(self._logprobs(piece)) if self._logprobs and piece.scores else b"null",
             b',"finish_reason":',

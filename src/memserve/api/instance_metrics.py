@@ -35,6 +35,11 @@ _HISTOGRAMS: tuple[tuple[str, str, Callable[[InstanceStats], Histogram]], ...] =
     ("time_to_first_token_seconds", "From arrival.", lambda s: s.latencies.first_token),
     ("inter_token_seconds", "Between a sequence's tokens.", lambda s: s.latencies.inter_token),
     ("sequence_seconds", "From arrival to the end.", lambda s: s.latencies.whole),
+    ("queue_seconds", "Until a sequence's first step.", lambda s: s.latencies.queue),
+    ("fetch_seconds", "For prefixes of third instances.", lambda s: s.latencies.fetch),
+    ("prefill_seconds", "From the first step to a token.", lambda s: s.latencies.prefill),
+    ("transfer_seconds", "For the prompt's KV to arrive.", lambda s: s.latencies.transfer),
+    ("decode_seconds", "From the first token to the last.", lambda s: s.latencies.decode),
 )
 # Label values: where a prompt token's KV came from, which way a block moved, what a block is.
 _SOURCES: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
@@ -50,6 +55,26 @@ _HANDED_OVER: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
     ("spared", lambda s: s.handoff.blocks_spared),
     ("returned", lambda s: s.handoff.blocks_returned),
 )
+_HANDED_OVER_BYTES: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
+    ("received", lambda s: s.handoff.blocks_received * s.handoff.block_bytes),
+    ("spared", lambda s: s.handoff.blocks_spared * s.handoff.block_bytes),
+    ("returned", lambda s: s.handoff.blocks_returned * s.handoff.block_bytes),
+    ("fetched", lambda s: s.fetch.blocks_received * s.fetch.block_bytes),
+    ("pushed", lambda s: s.fetch.blocks_pushed * s.fetch.block_bytes),
+)
+_HANDED_OVER_TOKENS: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
+    ("none", lambda s: s.handoff.prompt_tokens - s.handoff.cached_tokens_prefill),
+    ("prefill", lambda s: s.handoff.cached_tokens_prefill),
+    ("decode", lambda s: s.handoff.cached_tokens_decode),
+)
+_FETCHES: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
+    ("done", lambda s: s.fetch.asked - s.fetch.failed),
+    ("failed", lambda s: s.fetch.failed),
+)
+_PUSHES: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
+    ("done", lambda s: s.fetch.pushes),
+    ("failed", lambda s: s.fetch.pushes_failed),
+)
 _PREFILLS: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
     ("done", lambda s: s.handoff.asked - s.handoff.failed),
     ("failed", lambda s: s.handoff.failed),
@@ -59,7 +84,8 @@ _RETURNS: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
     ("dropped", lambda s: s.handoff.returns_dropped),
 )
 _PHASES: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
-    ("prefill", lambda s: s.handoff.prefill_seconds),
+    ("queue", lambda s: s.handoff.queue_seconds),
+    ("prefill", lambda s: s.handoff.prefill_seconds - s.handoff.queue_seconds),
     ("transfer", lambda s: s.handoff.transfer_seconds),
 )
 _MEDIA: tuple[tuple[str, Callable[[InstanceStats], MediumTotals]], ...] = (
@@ -96,6 +122,16 @@ def instance_metrics(instances: Instances) -> Iterator[Metric]:
     yield _labelled("prompt_tokens", "Prompt tokens.", "source", _SOURCES, known)
     yield _labelled("swapped_blocks", "Blocks moved.", "direction", _DIRECTIONS, known)
     yield _labelled("handoff_blocks", "Blocks of prompts, and back.", "kind", _HANDED_OVER, known)
+    yield _labelled("handoff_bytes", "Bytes of such blocks.", "kind", _HANDED_OVER_BYTES, known)
+    yield _labelled(
+        "handoff_prompt_tokens",
+        "Of prompts that were handed over: computed, and found at either side.",
+        "cached_at",
+        _HANDED_OVER_TOKENS,
+        known,
+    )
+    yield _labelled("fetches", "Prefixes asked of others.", "outcome", _FETCHES, known)
+    yield _labelled("pushes", "Prefixes given to others.", "outcome", _PUSHES, known)
     yield _labelled("remote_prefills", "Prefills asked elsewhere.", "outcome", _PREFILLS, known)
     yield _labelled("handoff_returns", "Sequences' KV given back.", "outcome", _RETURNS, known)
     yield _labelled("handoff_seconds", "Waited for prefills elsewhere.", "phase", _PHASES, known)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from memserve.api.chunks import Piece, TokenScore
 from memserve.api.detokenizer import Detokenizer
+from memserve.api.errors import invalid
 from memserve.api.generate import FinishReason, GenerateCall
 from memserve.api.stop_strings import StopStrings
 from memserve.engine.request import TokenLogprobs, TokenOutput
@@ -23,10 +24,9 @@ class Choice:
         self, index: int, call: GenerateCall, tokenizer: Tokenizer, prompt: Sequence[int]
     ) -> None:
         self.index = index
-        self.started = False
+        self.started = False  # the client has tokens of it
         self.finished = False
         self.tokens = 0  # generated so far
-        self.cached_tokens = 0  # of the prompt
         self._call = call
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(self._decode, prompt)
@@ -36,14 +36,39 @@ class Choice:
 
     def feed(self, output: TokenOutput) -> Piece:
         """What an output adds. A stop string drops the tokens that came after it."""
-        if not self.started:
-            # What comes later may have gone on from KV that somebody computed for this answer.
-            self.cached_tokens = output.usage.cached_tokens
+        return self._add(output.token_ids, output.finish_reason, output.stop_token, output.logprobs)
+
+    def resume(self, token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> None:
+        """Begin behind tokens that the client has already. They may have ended the choice.
+
+        `eos_token_ids` are the model's. Raises ApiError for tokens that come after the end.
+        """
+        params = self._call.sampling
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+        for token_id in token_ids:
+            if self.finished:
+                raise invalid(f"choice {self.index} ends before its last token", "resumed")
+            stop_token = token_id if token_id in ends else None
+            reason = None
+            if stop_token is not None:
+                reason = FinishReason.STOP
+            elif self.tokens + 1 == params.max_tokens:
+                reason = FinishReason.LENGTH
+            self._add((token_id,), reason, stop_token, ())
+            if params.logprobs is not None:
+                self._text_offset += len(self._tokenizer.token_text(token_id))
+
+    def _add(
+        self,
+        ids: Sequence[int],
+        reason: FinishReason | None,
+        stop_token: int | None,
+        logprobs: Sequence[TokenLogprobs],
+    ) -> Piece:
         self.started = True
         text, self._lead = [self._lead], ""
         stop: str | None = None
-        ids = output.token_ids
-        silent = output.stop_token is not None and not self._call.include_stop_str_in_output
+        silent = stop_token is not None and not self._call.include_stop_str_in_output
         for position, token_id in enumerate(ids):
             self.tokens += 1
             if silent and position == len(ids) - 1:
@@ -53,7 +78,6 @@ class Choice:
             if stop is not None:
                 ids = ids[: position + 1]
                 break
-        reason = output.finish_reason
         if stop is None and reason is not None:
             rest, stop = self._search(self._detokenizer.flush())
             text.append(rest)
@@ -62,7 +86,7 @@ class Choice:
         if stop is not None:
             reason = FinishReason.STOP
         self.finished = reason is not None
-        scores = self._scores(ids, output.logprobs)
+        scores = self._scores(ids, logprobs)
         offset = self._text_offset
         self._text_offset += sum(len(score.token) for score in scores)
         return Piece(
@@ -72,7 +96,7 @@ class Choice:
             scores=scores,
             text_offset=offset,
             finish_reason=reason,
-            stop_reason=stop if stop is not None else self._named(output.stop_token),
+            stop_reason=stop if stop is not None else self._named(stop_token),
         )
 
     def _search(self, text: str) -> tuple[str, str | None]:

@@ -2,47 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 
 import msgspec
-import numpy as np
 
 from memserve.api import chunks
 from memserve.api.chunks import Piece, StreamFormat
-from memserve.api.errors import ApiError, internal, unavailable
+from memserve.api.errors import ApiError, internal, invalid, unavailable
+from memserve.api.figures import RequestFigures
 from memserve.api.generate import CallKind, FinishReason, GenerateCall, SamplingParams
 from memserve.api.status import Latencies
-from memserve.engine.request import EngineRequest, TokenOutput
+from memserve.engine.request import EngineInfo, EngineRequest, TokenOutput
 from memserve.instance.choice import Choice
+from memserve.instance.figures import SequenceFigures, combined
+from memserve.instance.submission import token_array
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import SHARED, Namespace, RequestId
 
 
-def engine_requests(call: GenerateCall, shared: bool = True) -> tuple[EngineRequest, ...]:
-    """The sequences of a call: choice `p * n + j` is `{id}-{p}-{j}`.
+def engine_requests(
+    call: GenerateCall, shared: bool = True, over: Container[RequestId] = ()
+) -> tuple[EngineRequest, ...]:
+    """The sequences of a call that are not `over`: choice `p * n + j` is `{id}-{p}-{j}`.
 
     Samples after the first wait for its prefill and share it. Each has a seed of its own.
-    Without `shared`, every sequence computes its own KV and leaves none.
+    Without `shared`, every sequence computes its own KV and leaves none. Raises ApiError for
+    what can be no token ids.
     """
     requests = []
     common = shared_namespace(call)
     for p, ids in enumerate(call.prompts):
-        prompt = np.array(ids, dtype=np.int32)
-        first = RequestId(f"{call.id}-{p}-0")
-        requests += [
-            EngineRequest(
-                id=RequestId(f"{call.id}-{p}-{j}"),
-                prompt=prompt,
-                sampling=_seeded(call.sampling, j),
-                namespace=common if shared else _own_namespace(f"{call.id}-{p}-{j}"),
-                ephemeral=not shared,
-                priority=call.priority,
-                follows=first if j and shared else None,
+        prompt = token_array(ids, "prompt")
+        first: RequestId | None = None
+        for j in range(call.n):
+            request_id = sequence_id(call, p * call.n + j)
+            if request_id in over:
+                continue
+            output = call.resumed[p * call.n + j] if call.resumed else ()
+            token_array(output, "resumed")
+            requests.append(
+                EngineRequest(
+                    id=request_id,
+                    prompt=prompt,
+                    sampling=_seeded(call.sampling, j),
+                    namespace=common if shared else _own_namespace(request_id),
+                    ephemeral=not shared,
+                    priority=call.priority,
+                    output=output,
+                    follows=first if shared else None,
+                )
             )
-            for j in range(call.n)
-        ]
+            first = first or request_id
     return tuple(requests)
+
+
+def sequence_id(call: GenerateCall, choice: int) -> RequestId:
+    """Which sequence answers a choice."""
+    return RequestId(f"{call.id}-{choice // call.n}-{choice % call.n}")
 
 
 def shared_namespace(call: GenerateCall) -> Namespace:
@@ -67,33 +84,55 @@ class Generation:
     """Turns the engine's outputs for one call into its answer. No I/O.
 
     `feed` returns the bytes to stream; without streaming it returns none and `body` has all.
+    The end comes with the outputs that finish the last choice; where none is left to finish
+    from the start, with a `feed` of nothing.
     """
 
     def __init__(
         self,
         call: GenerateCall,
-        requests: Sequence[EngineRequest],
         tokenizer: Tokenizer,
+        engine: EngineInfo,
         latencies: Latencies,
         now: float,
+        block_bytes: int = 0,
     ) -> None:
-        """`requests` are the call's `engine_requests`; `now` is when it arrived."""
+        """`now` is when the call arrived; `block_bytes` those of a block that may be moved.
+
+        Raises ApiError for a call that cannot be resumed.
+        """
         self.failure: ApiError | None = None  # why the answer cannot be completed
         self.stopped: list[RequestId] = []  # ended by a stop string: the owner cancels them
+        self.finished = False
         self._call = call
         self._latencies = latencies
         self._arrived = now
-        self._choices = {
-            request.id: Choice(index, call, tokenizer, call.prompts[index // call.n])
-            for index, request in enumerate(requests)
-        }
-        self._last = dict.fromkeys(self._choices, now)  # when each had its last token
+        self._block_bytes = block_bytes
+        self._choices: dict[RequestId, Choice] = {}
+        try:
+            for index in range(len(call.prompts) * call.n):
+                choice = Choice(index, call, tokenizer, call.prompts[index // call.n])
+                self._choices[sequence_id(call, index)] = choice
+            if call.resumed:
+                self._resume(call, engine.eos_token_ids)
+        except OverflowError as error:  # the tokenizer's word for them
+            raise invalid(f"a token id is outside the vocabulary: {error}", "prompt") from error
+        self.over = frozenset(id for id, choice in self._choices.items() if choice.finished)
+        # What each took that ran here.
+        self.figures = {id: SequenceFigures(now) for id in self._choices if id not in self.over}
+        self._last = dict.fromkeys(self.figures, now)  # when each had its last token
         self._format = StreamFormat(call) if call.stream else None
         self._pieces: list[list[Piece]] = [[] for _ in self._choices]  # without streaming
 
-    @property
-    def finished(self) -> bool:
-        return not self._last
+    def _resume(self, call: GenerateCall, eos_token_ids: Sequence[int]) -> None:
+        if not call.stream:
+            raise invalid("only streams can be resumed", "resumed")
+        if len(call.resumed) != len(self._choices):
+            raise invalid(
+                f"{len(self._choices)} choices, and tokens of {len(call.resumed)}", "resumed"
+            )
+        for choice, token_ids in zip(self._choices.values(), call.resumed, strict=True):
+            choice.resume(token_ids, eos_token_ids)
 
     @property
     def unfinished(self) -> list[RequestId]:
@@ -116,31 +155,24 @@ class Generation:
             if choice.finished:
                 del self._last[output.id]
                 self._latencies.whole.observe(now - self._arrived)
+                self.figures[output.id].end(self._latencies, now)
                 if output.finish_reason is None:
                     self.stopped.append(output.id)
             if self._format is None:
                 self._pieces[choice.index].append(piece)
             else:
-                parts += self._events(self._format, piece, first)
-        if self._format is not None and self.finished and self.failure is None:
-            if self._call.include_usage:
-                parts.append(self._format.usage(self._usage()))
-            parts.append(chunks.DONE)
+                parts.append(self._format.event(piece, first and self._call.kind is CallKind.CHAT))
+        if not self._last and not self.finished:
+            self.finished = True
+            if self._format is not None and self.failure is None:
+                if self._call.include_usage:
+                    parts.append(self._format.usage(self._usage()))
+                parts.append(chunks.DONE)
         return b"".join(parts)
 
     def body(self) -> bytes:
         """The whole answer, once finished (without streaming)."""
         return chunks.body(self._call, [_joined(pieces) for pieces in self._pieces], self._usage())
-
-    def _events(self, form: StreamFormat, piece: Piece, first: bool) -> list[bytes]:
-        events = []
-        if first and self._call.kind is CallKind.CHAT:
-            events.append(form.role(piece.choice))
-        # Held-back text makes pieces without any; their token ids and scores still matter.
-        wanted = self._call.return_token_ids or piece.scores
-        if piece.text or piece.finish_reason is not None or wanted:
-            events.append(form.chunk(piece))
-        return events
 
     def _measure(self, output: TokenOutput, first: bool, now: float) -> None:
         if first:
@@ -150,14 +182,35 @@ class Generation:
             gap = (now - self._last[output.id]) / count
             self._latencies.inter_token.observe(gap, count)
         self._last[output.id] = now
+        self.figures[output.id].take(output.usage, now)
+
+    @property
+    def generated_tokens(self) -> int:
+        """By all runs of this call."""
+        return sum(choice.tokens for choice in self._choices.values())
+
+    def totals(self) -> RequestFigures:
+        """What all sequences took, so far."""
+        firsts: dict[int, SequenceFigures] = {}
+        for id, figures in self.figures.items():
+            firsts.setdefault(self._choices[id].index // self._call.n, figures)
+        return combined(self.figures.values(), firsts.values(), self._block_bytes)
+
+    def __str__(self) -> str:
+        how = "failed" if self.failure is not None else "done" if self.finished else "given up"
+        prompt_tokens = sum(map(len, self._call.prompts))
+        return (
+            f"{self._call.id} {how}: {prompt_tokens} prompt tokens, {self.generated_tokens} "
+            f"generated; {self.totals()}"
+        )
 
     def _usage(self) -> chunks.CompletionUsage:
-        choices = list(self._choices.values())
+        figures = self.totals()
         return chunks.usage(
             prompt_tokens=sum(map(len, self._call.prompts)),
-            completion_tokens=sum(choice.tokens for choice in choices),
-            # Later samples share the first one's prefill: that saving is not the cache's.
-            cached_tokens=sum(choice.cached_tokens for choice in choices[:: self._call.n]),
+            completion_tokens=self.generated_tokens,
+            cached_tokens=figures.cached_tokens_prefill,
+            figures=figures,
         )
 
 

@@ -48,6 +48,15 @@ class KVLink:
     def block_bytes(self) -> int:
         return self._pool.layout.block_bytes
 
+    @property
+    def block_tokens(self) -> int:
+        return self._pool.layout.block_tokens
+
+    def cached(self, tokens: TokenArray, namespace: Namespace) -> int:
+        """How many leading tokens have KV in our index."""
+        with self._pool.match(tokens, namespace) as match:
+            return match.tokens
+
     async def push(
         self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace
     ) -> Pushed:

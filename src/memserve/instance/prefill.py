@@ -6,8 +6,6 @@ import asyncio
 import itertools
 import logging
 
-import numpy as np
-
 from memserve.api.errors import internal, unavailable
 from memserve.api.generate import FinishReason
 from memserve.api.handoff import PrefillCall, PrefillResult, TokenScores
@@ -15,9 +13,10 @@ from memserve.clock import Clock
 from memserve.engine.request import EngineRequest, TokenOutput
 from memserve.errors import PoolError, TransferError
 from memserve.instance.dispatcher import Dispatcher
+from memserve.instance.fetch import Fetcher
 from memserve.instance.kv_link import KVLink, Pushed
-from memserve.instance.submission import Submission
-from memserve.types import RequestId
+from memserve.instance.submission import Submission, token_array
+from memserve.types import RequestId, TokenArray
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +25,17 @@ class Prefiller:
     """Answers `PrefillCall`s. Cancelling one stops its sequence and its transfer."""
 
     def __init__(
-        self, link: KVLink, dispatcher: Dispatcher, submission: Submission, clock: Clock
+        self,
+        link: KVLink,
+        dispatcher: Dispatcher,
+        submission: Submission,
+        fetcher: Fetcher,
+        clock: Clock,
     ) -> None:
         self._link = link
         self._dispatcher = dispatcher
         self._submission = submission
+        self._fetcher = fetcher
         self._clock = clock
         self._numbers = itertools.count()
 
@@ -39,11 +44,18 @@ class Prefiller:
 
         A push that fails is no error: the decode instance computes what it did not get.
         """
+        # With what an instance that was lost had generated: its KV is wanted like the prompt's.
+        tokens = token_array((*call.prompt, *call.output), "prompt")
+        request = self._request(call)
+        self._submission.check([request])
+        fetched = await self._fetcher.fetch(
+            call.fetch, call.id, tokens, call.namespace, call.namespace
+        )
         started = self._clock.now()
         try:
-            output = await self._compute(call)
+            output = await self._compute(request)
             computed = self._clock.now()
-            pushed = await self._push(call)
+            pushed = await self._push(call, tokens)
         finally:
             if call.ephemeral:
                 self._link.forget(call.namespace)
@@ -57,26 +69,32 @@ class Prefiller:
             blocks_spared=pushed.spared,
             prefill_seconds=computed - started,
             transfer_seconds=self._clock.now() - computed,
+            queue_seconds=output.usage.queue_seconds,
+            fetch_seconds=fetched.seconds,
+            blocks_fetched=fetched.blocks,
         )
 
-    async def _compute(self, call: PrefillCall) -> TokenOutput:
+    def _request(self, call: PrefillCall) -> EngineRequest:
         # A gateway asks another decode instance under the same id while the first one, which
         # it has given up, may still wait here.
         request_id = RequestId(f"{call.id}-prefill-{next(self._numbers)}")
-        request = EngineRequest(
+        return EngineRequest(
             id=request_id,
-            prompt=np.array(call.prompt, dtype=np.int32),
+            prompt=token_array(call.prompt, "prompt"),
             sampling=call.sampling,
             namespace=call.namespace,
             priority=call.priority,
+            output=call.output,
             prefill_only=True,
         )
-        with self._dispatcher.mailbox([request_id]) as mailbox:
+
+    async def _compute(self, request: EngineRequest) -> TokenOutput:
+        with self._dispatcher.mailbox([request.id]) as mailbox:
             self._submission.submit([request])
             try:
                 (output,) = await mailbox.take()
             except asyncio.CancelledError:
-                self._submission.cancel([request_id])
+                self._submission.cancel([request.id])
                 raise
         if output.finish_reason is FinishReason.ERROR:
             raise internal(output.error or "The engine failed.", "engine_error")
@@ -84,8 +102,7 @@ class Prefiller:
             raise unavailable("The instance stopped before the prefill was done.", "stopped")
         return output
 
-    async def _push(self, call: PrefillCall) -> Pushed:
-        tokens = np.array(call.prompt, dtype=np.int32)
+    async def _push(self, call: PrefillCall, tokens: TokenArray) -> Pushed:
         try:
             return await self._link.push(call.target, tokens, call.namespace, call.target_namespace)
         except (TransferError, PoolError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import aiohttp
@@ -21,9 +21,12 @@ from memserve.api.generate import FinishReason, GenerateCall, PrefillPeer
 from memserve.api.handoff import PREFILL_PATH, PoolPeer, PrefillCall, PrefillResult
 from memserve.api.http_client import instance_session
 from memserve.api.status import HandoffTotals
+from memserve.clock import Clock
 from memserve.engine.request import EngineRequest, TokenLogprobs, TokenOutput, Usage
 from memserve.errors import PoolError, TransferError
 from memserve.instance.dispatcher import Mailbox
+from memserve.instance.fetch import Fetcher
+from memserve.instance.figures import SequenceFigures
 from memserve.instance.generation import shared_namespace
 from memserve.instance.kv_link import KVLink
 from memserve.instance.submission import Submission
@@ -55,6 +58,10 @@ class _Counters:
     blocks_returned: int = 0
     returns: int = 0
     returns_dropped: int = 0
+    prompt_tokens: int = 0
+    cached_tokens_prefill: int = 0
+    cached_tokens_decode: int = 0
+    queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     transfer_seconds: float = 0.0
 
@@ -66,10 +73,19 @@ class _Unanswered(Exception):
 class RemotePrefill:
     """Belongs to one event loop, from the first call to `close`."""
 
-    def __init__(self, link: KVLink, submission: Submission, max_tokens: int) -> None:
+    def __init__(
+        self,
+        link: KVLink,
+        submission: Submission,
+        fetcher: Fetcher,
+        clock: Clock,
+        max_tokens: int,
+    ) -> None:
         """`max_tokens`: prompt and output tokens that the engine allows."""
         self._link = link
         self._submission = submission
+        self._fetcher = fetcher
+        self._clock = clock
         self._max_tokens = max_tokens
         self._session = instance_session()
         self._counters = _Counters()
@@ -89,33 +105,53 @@ class RemotePrefill:
         return msgspec.structs.replace(totals, block_bytes=self._link.block_bytes)
 
     async def run(
-        self, call: GenerateCall, requests: Sequence[EngineRequest], mailbox: Mailbox
+        self,
+        call: GenerateCall,
+        requests: Sequence[EngineRequest],
+        figures: Mapping[RequestId, SequenceFigures],
+        mailbox: Mailbox,
     ) -> None:
-        """Start all sequences of a call. Errors reach the mailbox."""
+        """Start all sequences of a call; what that takes goes to their `figures`. Errors reach
+        the mailbox.
+        """
         leaders = [request for request in requests if request.follows is None]
         groups = [[leader, *(r for r in requests if r.follows == leader.id)] for leader in leaders]
         try:
             async with asyncio.TaskGroup() as group:
                 for sequences in groups:
-                    group.create_task(self._start(call, sequences, mailbox))
+                    group.create_task(self._start(call, sequences, figures, mailbox))
         except* ApiError as errors:
             mailbox.fail(_first(errors))
 
     async def _start(
-        self, call: GenerateCall, sequences: Sequence[EngineRequest], mailbox: Mailbox
+        self,
+        call: GenerateCall,
+        sequences: Sequence[EngineRequest],
+        figures: Mapping[RequestId, SequenceFigures],
+        mailbox: Mailbox,
     ) -> None:
         leader, rest = sequences[0], list(sequences[1:])
-        shared = shared_namespace(call)
-        await self._let_return(leader.prompt)
-        result = await self._prefill(call.prefill, leader, shared)
+        shared, own = shared_namespace(call), figures[leader.id]
+        result: PrefillResult | None = None
+        if call.prefill:
+            await self._let_return(leader.prompt)
+            result = await self._prefill(call, leader, shared)
+        if result is None:
+            fetched = await self._fetcher.fetch(
+                call.fetch, leader.id, leader.tokens, shared, leader.namespace
+            )
+            own.blocks_fetched, own.fetch_seconds = fetched.blocks, fetched.seconds
         if mailbox.closed:  # in this turn of the loop: the cancellation has not come through
             return
+        for sequence in sequences:
+            figures[sequence.id].submitted = self._clock.now()
         if result is None:
             self._submission.submit([leader, *rest])
             return
+        self._note(result, leader, own)
         output = self._output(leader, result)
         if output.finish_reason is None:
-            rest.insert(0, replace(leader, output=(result.token,)))
+            rest.insert(0, replace(leader, output=(*leader.output, result.token)))
         if rest:
             self._submission.submit(rest)
         mailbox.put(output)
@@ -128,8 +164,11 @@ class RemotePrefill:
         finish = None
         if result.stop_token is not None:
             finish = FinishReason.STOP
-        elif leader.sampling.max_tokens == 1 or len(leader.prompt) + 1 >= self._max_tokens:
-            finish = FinishReason.LENGTH
+        else:
+            output = len(leader.output) + 1
+            whole = len(leader.prompt) + output >= self._max_tokens
+            if whole or output == leader.sampling.max_tokens:
+                finish = FinishReason.LENGTH
         scores = result.logprobs
         return TokenOutput(
             id=leader.id,
@@ -144,8 +183,30 @@ class RemotePrefill:
 
     # --- asking ---------------------------------------------------------------------------
 
+    def _note(self, result: PrefillResult, leader: EngineRequest, own: SequenceFigures) -> None:
+        own.handed_over = True
+        own.cached_tokens_prefill = result.cached_tokens
+        here = result.blocks_spared * self._link.block_tokens
+        own.cached_tokens_decode = min(here, len(leader.prompt))
+        own.blocks_fetched = result.blocks_fetched
+        own.blocks_received = result.blocks_sent
+        own.blocks_spared = result.blocks_spared
+        own.queue_seconds = result.queue_seconds
+        own.fetch_seconds = result.fetch_seconds
+        own.prefill_seconds = result.prefill_seconds - result.queue_seconds
+        own.transfer_seconds = result.transfer_seconds
+        counters = self._counters
+        counters.prompt_tokens += len(leader.prompt)
+        counters.cached_tokens_prefill += own.cached_tokens_prefill
+        counters.cached_tokens_decode += own.cached_tokens_decode
+        counters.blocks_received += own.blocks_received
+        counters.blocks_spared += own.blocks_spared
+        counters.queue_seconds += result.queue_seconds
+        counters.prefill_seconds += result.prefill_seconds
+        counters.transfer_seconds += result.transfer_seconds
+
     async def _prefill(
-        self, peers: Sequence[PrefillPeer], request: EngineRequest, shared: Namespace
+        self, call: GenerateCall, request: EngineRequest, shared: Namespace
     ) -> PrefillResult | None:
         """None: nobody did it. `shared` is the namespace of prompts that others may reuse."""
         counters = self._counters
@@ -159,9 +220,11 @@ class RemotePrefill:
                 target=self._link.address,
                 target_namespace=request.namespace,
                 priority=request.priority,
+                output=request.output,
+                fetch=call.fetch,
             )
         )
-        for peer in peers:
+        for peer in call.prefill:
             counters.asked += 1
             try:
                 result = await self._ask(peer, body)
@@ -169,21 +232,7 @@ class RemotePrefill:
                 counters.failed += 1
                 log.warning("%s: no prefill from %s: %s", request.id, peer.id, error)
                 continue
-            counters.blocks_received += result.blocks_sent
-            counters.blocks_spared += result.blocks_spared
-            counters.prefill_seconds += result.prefill_seconds
-            counters.transfer_seconds += result.transfer_seconds
-            log.info(
-                "%s: prefill at %s %.4f s, transfer %.4f s, %d tokens cached there, "
-                "%d blocks received, %d were here",
-                request.id,
-                peer.id,
-                result.prefill_seconds,
-                result.transfer_seconds,
-                result.cached_tokens,
-                result.blocks_sent,
-                result.blocks_spared,
-            )
+            log.info("%s: prefill at %s", request.id, peer.id)
             return result
         return None
 
@@ -274,6 +323,8 @@ class RemotePrefill:
             return
         self._counters.returns += 1
         self._counters.blocks_returned += pushed.sent
+        size = pushed.sent * self._link.block_bytes
+        log.info("%s: %d blocks (%d bytes) back to %s", request.id, pushed.sent, size, home.id)
 
 
 def _first(errors: BaseExceptionGroup[ApiError]) -> ApiError:

@@ -52,8 +52,8 @@ _Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class InstanceApp:
-    """`POST /v1/generate /v1/prefill /v1/kv/push /role /drain /resume /shutdown`, `GET /health /info /stats
-    /metrics`."""
+    """`POST /v1/generate /v1/prefill /v1/kv/push /role /drain /resume /shutdown`, `GET /health
+    /info /stats /metrics`."""
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance

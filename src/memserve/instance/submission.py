@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
 
 from memserve.api.errors import invalid, queue_full, unavailable
 from memserve.engine.request import EngineProtocol, EngineRequest
 from memserve.errors import EngineStopped, QueueFull, RequestError
 from memserve.instance.throughput import FinishRate
-from memserve.types import RequestId
+from memserve.types import RequestId, TokenArray
 
 
 class Submission:
@@ -21,9 +24,24 @@ class Submission:
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         """Raises ApiError where the engine does not take them."""
-        try:
+        with self._refusals(requests):
             self._engine.submit(requests)
+
+    def check(self, requests: Sequence[EngineRequest]) -> None:
+        """Raise what `submit` would raise now: before others are asked to work for them."""
+        with self._refusals(requests):
+            self._engine.check(requests)
+
+    @contextmanager
+    def _refusals(self, requests: Sequence[EngineRequest]) -> Iterator[None]:
+        try:
+            yield
         except RequestError as error:
+            if any(request.output for request in requests):
+                # It ran elsewhere until now: what is wrong with it is that it is here.
+                raise unavailable(
+                    f"This instance cannot go on: {error}", "cannot_resume"
+                ) from error
             raise invalid(str(error), error.param) from error
         except QueueFull as error:
             if len(requests) > error.limit:
@@ -38,3 +56,11 @@ class Submission:
 
     def cancel(self, ids: Sequence[RequestId]) -> None:
         self._engine.cancel(ids)
+
+
+def token_array(token_ids: Sequence[int], param: str) -> TokenArray:
+    """[tokens] int32. Raises ApiError for numbers that are no token ids of any model."""
+    try:
+        return np.array(token_ids, dtype=np.int32)
+    except OverflowError as error:
+        raise invalid(f"a token id is no 32-bit integer: {error}", param) from error

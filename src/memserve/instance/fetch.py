@@ -1,0 +1,158 @@
+"""A longer prefix from a third instance, before a prompt is computed; and the same for others.
+
+The instance that is to compute a prompt asks the one that has more of it to push its KV here.
+Whatever goes wrong costs time and nothing else, and never much more of it than computing what
+was asked for would have cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import aiohttp
+import msgspec
+
+from memserve.api.errors import ApiError, invalid, unavailable
+from memserve.api.generate import PrefillPeer
+from memserve.api.handoff import PUSH_PATH, PushCall, PushResult
+from memserve.api.http_client import instance_session
+from memserve.api.status import FetchTotals
+from memserve.clock import Clock
+from memserve.engine.request import EngineStats
+from memserve.errors import PoolError, TransferError
+from memserve.instance.kv_link import KVLink
+from memserve.instance.submission import token_array
+from memserve.types import Namespace, RequestId, TokenArray
+
+log = logging.getLogger(__name__)
+
+# How long a fetch may take: as long as computing the same tokens would, as far as the engine's
+# pace so far tells it, but no less than two instances need to meet for the first time, and no
+# more than an instance that has stopped answering may keep a client waiting.
+MIN_FETCH_SECONDS = 0.25
+MAX_FETCH_SECONDS = 5.0
+
+_encode = msgspec.json.Encoder().encode
+_results = msgspec.json.Decoder(PushResult)
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What a fetch brought: whole blocks; and how long it took."""
+
+    blocks: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _Counters:
+    asked: int = 0
+    failed: int = 0
+    blocks_received: int = 0
+    seconds: float = 0.0
+    pushes: int = 0
+    pushes_failed: int = 0
+    blocks_pushed: int = 0
+
+
+class _Unanswered(Exception):
+    """The third instance did not do it."""
+
+
+class Fetcher:
+    """Belongs to one event loop, until `close`."""
+
+    def __init__(self, link: KVLink, pace: Callable[[], EngineStats], clock: Clock) -> None:
+        """`pace`: the engine's totals."""
+        self._link = link
+        self._pace = pace
+        self._clock = clock
+        self._session = instance_session()
+        self._counters = _Counters()
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    def totals(self) -> FetchTotals:
+        """Counters since start, in blocks and bytes."""
+        totals = msgspec.convert(self._counters, FetchTotals, from_attributes=True)
+        return msgspec.structs.replace(totals, block_bytes=self._link.block_bytes)
+
+    async def fetch(
+        self,
+        peer: PrefillPeer | None,
+        request: RequestId,
+        tokens: TokenArray,
+        source: Namespace,
+        target: Namespace,
+    ) -> Fetched:
+        """Have `peer` push what it has of `tokens`, of its namespace `source`, into ours.
+
+        Nobody is asked where nothing useful is missing here: of the tokens, all but the last
+        need KV.
+        """
+        if peer is None or peer.id == self._link.address.id or self._link.caching == "off":
+            return Fetched()
+        size = self._link.block_tokens
+        useful = (len(tokens) - 1) // size * size
+        missing = useful - self._link.cached(tokens[:useful], target)
+        if missing <= 0:
+            return Fetched()
+        call = PushCall(tuple(tokens[:useful].tolist()), source, self._link.address, target)
+        counters, started = self._counters, self._clock.now()
+        counters.asked += 1
+        blocks = 0
+        try:
+            async with asyncio.timeout(self._patience(missing)):
+                blocks = (await self._ask(peer, call)).blocks_sent
+        except (_Unanswered, TimeoutError) as error:
+            counters.failed += 1
+            log.warning("%s: no prefix from %s: %s", request, peer.id, error or "not in time")
+        finally:
+            seconds = self._clock.now() - started
+            counters.seconds += seconds
+        counters.blocks_received += blocks
+        log.info("%s: %d blocks fetched from %s in %.4f s", request, blocks, peer.id, seconds)
+        return Fetched(blocks, seconds)
+
+    async def push(self, call: PushCall) -> PushResult:
+        """Give another instance what it asks for. Raises ApiError where that cannot be done."""
+        tokens = token_array(call.tokens, "tokens")
+        if call.target.id == self._link.address.id:
+            raise invalid("an instance does not push to itself", "target")
+        try:
+            pushed = await self._link.push(
+                call.target, tokens, call.namespace, call.target_namespace
+            )
+        except (TransferError, PoolError) as error:
+            self._counters.pushes_failed += 1
+            raise _not_pushed(call, error) from error
+        self._counters.pushes += 1
+        self._counters.blocks_pushed += pushed.sent
+        return PushResult(pushed.sent, pushed.spared)
+
+    def _patience(self, tokens: int) -> float:
+        """Seconds that computing so many tokens would take, within limits."""
+        stats = self._pace()
+        if not stats.computed_prompt_tokens:
+            return MAX_FETCH_SECONDS
+        computing = tokens * stats.busy_seconds / stats.computed_prompt_tokens
+        return min(max(computing, MIN_FETCH_SECONDS), MAX_FETCH_SECONDS)
+
+    async def _ask(self, peer: PrefillPeer, call: PushCall) -> PushResult:
+        try:
+            url = peer.address + PUSH_PATH
+            async with self._session.post(url, data=_encode(call)) as response:
+                answer = await response.read()
+                if response.status != 200:
+                    raise _Unanswered(f"{response.status} {answer[:500].decode(errors='replace')}")
+                return _results.decode(answer)
+        except (aiohttp.ClientError, msgspec.DecodeError, ValueError) as error:
+            raise _Unanswered(repr(error)) from error
+
+
+def _not_pushed(call: PushCall, error: Exception) -> ApiError:
+    return unavailable(f"KV did not reach {call.target.id}: {error}", "not_pushed")

@@ -1,0 +1,82 @@
+"""What the sequences of a call took, put together from all who had a part in it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from memserve.api.figures import RequestFigures
+from memserve.api.status import Latencies
+from memserve.engine.request import Usage
+
+
+@dataclass(slots=True)
+class SequenceFigures:
+    """Of one sequence. Whoever hands its prompt over or fetches a prefix fills in what that
+    took; its generation does the rest. Times are the instance's clock's, blocks whole ones.
+    """
+
+    submitted: float  # when the engine here was asked for it
+    handed_over: bool = False  # the prompt was computed elsewhere
+    cached_tokens_prefill: int = 0
+    cached_tokens_decode: int = 0
+    blocks_fetched: int = 0
+    blocks_received: int = 0
+    blocks_spared: int = 0
+    queue_seconds: float = 0.0
+    fetch_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    transfer_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    preemptions: int = 0
+    _first_token: float | None = None
+    _queued_here: bool = False
+
+    def take(self, usage: Usage, now: float) -> None:
+        """Another output has come."""
+        self.preemptions = usage.preemptions
+        if self._first_token is None:
+            self._first_token = now
+            if not self.handed_over:
+                self.queue_seconds = usage.queue_seconds
+                self.prefill_seconds = max(0.0, now - self.submitted - usage.queue_seconds)
+                # What comes later may have gone on from KV that was computed for this answer.
+                self.cached_tokens_prefill = self.cached_tokens_decode = usage.cached_tokens
+        elif self.handed_over and not self._queued_here:
+            self._queued_here = True  # the first of its own: before, it waited here once more
+            self.queue_seconds += usage.queue_seconds
+            self._first_token = min(now, self._first_token + usage.queue_seconds)
+
+    def end(self, latencies: Latencies, now: float) -> None:
+        """It has come to its end."""
+        if self._first_token is not None:
+            self.decode_seconds = now - self._first_token
+        latencies.queue.observe(self.queue_seconds)
+        latencies.prefill.observe(self.prefill_seconds)
+        latencies.decode.observe(self.decode_seconds)
+        if self.fetch_seconds:
+            latencies.fetch.observe(self.fetch_seconds)
+        if self.handed_over:
+            latencies.transfer.observe(self.transfer_seconds)
+
+
+def combined(
+    sequences: Collection[SequenceFigures], first: Collection[SequenceFigures], block_bytes: int
+) -> RequestFigures:
+    """A request's figures. `first` are those of each prompt's first sample: later ones share its
+    prefill, and that saving is not the cache's."""
+    received = sum(s.blocks_received for s in sequences)
+    return RequestFigures(
+        cached_tokens_prefill=sum(s.cached_tokens_prefill for s in first),
+        cached_tokens_decode=sum(s.cached_tokens_decode for s in first),
+        blocks_fetched=sum(s.blocks_fetched for s in sequences),
+        blocks_received=received,
+        bytes_received=received * block_bytes,
+        bytes_avoided=sum(s.blocks_spared for s in sequences) * block_bytes,
+        queue_seconds=max((s.queue_seconds for s in sequences), default=0.0),
+        fetch_seconds=max((s.fetch_seconds for s in sequences), default=0.0),
+        prefill_seconds=max((s.prefill_seconds for s in sequences), default=0.0),
+        transfer_seconds=max((s.transfer_seconds for s in sequences), default=0.0),
+        decode_seconds=max((s.decode_seconds for s in sequences), default=0.0),
+        preemptions=sum(s.preemptions for s in sequences),
+    )
