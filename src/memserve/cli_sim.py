@@ -1,0 +1,79 @@
+"""`memserve sim`: policies and cluster shapes against each other, without the hardware."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, get_args
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from memserve.cli_flags import takes_flags
+from memserve.config import ModelConfig, Policy
+from memserve.flags import Given, flags_of, with_flags
+from memserve.models.resolve import Progress, resolve_model
+from memserve.models.tokenizer import Tokenizer
+from memserve.sim.inputs import Encode
+from memserve.sim.run import SimConfig, SimResult, simulate
+from memserve.terminal import progress_lines
+
+_FIGURES = ("cached_ratio", "ttft_mean", "ttft_p99", "tpot_mean", "jct_mean", "jct_p99")
+
+
+@takes_flags(flags_of(SimConfig))
+def sim(
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="write JSON; - is standard output")
+    ] = None,
+    all_policies: Annotated[
+        bool, typer.Option("--all-policies", help="each policy in turn, instead of one")
+    ] = False,
+    *,
+    given: Given,
+) -> None:
+    """Simulate a cluster: the real scheduler, a cost model, and a virtual clock."""
+    config = with_flags(SimConfig(), given)
+    progress = progress_lines()
+    encode = None if config.workload is None else _encoder(config.tokenizer, progress)
+    policies = get_args(Policy) if all_policies else (config.policy,)
+    results = [
+        simulate(msgspec.structs.replace(config, policy=policy), progress, encode)
+        for policy in policies
+    ]
+    if json is None:
+        Console().print(_table(results))
+        return
+    data = msgspec.json.encode(results if all_policies else results[0])
+    text = msgspec.json.format(data, indent=2) + b"\n"
+    if json == "-":
+        sys.stdout.write(text.decode())
+    else:
+        Path(json).write_bytes(text)
+
+
+def _encoder(name: str, progress: Progress) -> Encode:
+    tokenizer = Tokenizer.load(resolve_model(ModelConfig(path=name), progress).path)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    return encode
+
+
+def _table(results: list[SimResult]) -> Table:
+    table = Table()
+    table.add_column("policy")
+    for name in _FIGURES:
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_column("imbalance", justify="right")
+    for result in results:
+        figures = msgspec.structs.asdict(result)
+        table.add_row(
+            result.policy,
+            *(f"{figures[name]:.4g}" for name in _FIGURES),
+            f"{result.load_imbalance:.2f}",
+        )
+    return table

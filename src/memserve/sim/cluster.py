@@ -1,0 +1,242 @@
+"""Simulated instances behind the real scheduler: requests in, times out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from memserve.config import Caching
+from memserve.scheduler.contract import InstanceSpec, Path, Plan, PromptRequest
+from memserve.scheduler.prompt_tree import PromptTree
+from memserve.scheduler.scheduler import Scheduler
+from memserve.sim.cache import SimCache
+from memserve.sim.instance import InstanceShape, Job, SimInstance
+from memserve.sim.prompt import BlockKey, SimRequest, SimSession
+from memserve.sim.timeline import Timeline
+from memserve.types import SHARED, InstanceId, Role
+
+# With which steps of caching an instance of a role keeps KV for later requests.
+KEEPS: dict[Role, tuple[Caching, ...]] = {
+    Role.PREFILL: ("p", "pd", "full"),
+    Role.DECODE: ("pd", "full"),
+    Role.COLOCATED: ("p", "pd", "full"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """How KV moves between the instances."""
+
+    path: Path = "nixl"
+    aggregated: bool = True  # a block is one piece; else two for each layer
+    layers: int = 1
+
+
+class SimCluster:
+    """Runs sessions to their end. Deterministic: its inputs alone decide what comes out."""
+
+    def __init__(
+        self,
+        shapes: Sequence[InstanceShape],
+        policy: str,
+        caching: Caching = "full",
+        network: Network | None = None,
+    ) -> None:
+        self.timeline = Timeline()
+        self.tree = PromptTree()
+        self.scheduler = Scheduler(self.tree, self.timeline, policy)
+        self.fetched_tokens = 0
+        self._caching = caching
+        self._network = network or Network()
+        self._begun: dict[InstanceId, float] = {}
+        self.instances: dict[InstanceId, SimInstance] = {}
+        for shape in shapes:
+            self._add(shape)
+
+    def _add(self, shape: InstanceShape) -> None:
+        cache = SimCache(shape.hbm_blocks, shape.dram_blocks, _Removals(shape.id, self.tree))
+        self.instances[shape.id] = SimInstance(shape, cache, self.timeline, self._stored)
+        self.tree.join(shape.id, shape.block_tokens, shape.role)
+        host = "here" if self._network.path == "shm" else shape.id
+        self.scheduler.put(
+            InstanceSpec(
+                shape.id, shape.role, shape.costs, shape.block_tokens, host, shape.max_running
+            )
+        )
+
+    def run(self, sessions: Sequence[SimSession], done: Callable[[SimRequest], None]) -> None:
+        """Until the last answer has ended; `done` is called with each request."""
+        for session in sessions:
+            _SessionRun(self, session, done).start()
+        while self.timeline.step():
+            pass
+
+    # --- one request ----------------------------------------------------------------------
+
+    def submit(self, request: SimRequest, ended: Callable[[SimRequest], None]) -> None:
+        """Have the scheduler place a request, now."""
+        request.arrival = self.timeline.now()
+        decision = self.scheduler.decide(
+            PromptRequest(
+                id=request.id,
+                tokens=request.tokens,
+                output_tokens=request.output_tokens,
+                session=request.session,
+            )
+        )
+        assert decision is not None  # there are instances, and none leaves
+        _RequestRun(self, request, decision.plan, ended).start()
+
+    def transfer_seconds(self, source: InstanceId, blocks: int) -> float:
+        """Moving blocks from an instance to another."""
+        shape, network = self.instances[source].shape, self._network
+        pieces = blocks if network.aggregated else blocks * 2 * network.layers
+        size = blocks * shape.block_tokens * shape.costs.kv_bytes_per_token
+        return float(shape.costs.transfer_seconds(size, pieces, network.path))
+
+    @property
+    def returns(self) -> bool:
+        """Whether what was made while decoding goes back to the prefill instance."""
+        return self._caching == "full"
+
+    def _stored(
+        self,
+        instance: InstanceId,
+        keys: Sequence[BlockKey],
+        request: SimRequest,
+        positions: Sequence[int],
+    ) -> None:
+        tokens = request.tokens if request.final_tokens is None else request.final_tokens
+        size = self.instances[instance].shape.block_tokens
+        for first, last in _runs(positions):
+            self.tree.stored(
+                instance,
+                SHARED,
+                keys[first - 1] if first else None,
+                keys[first:last],
+                tokens[first * size : last * size],
+            )
+
+
+def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending positions as ranges."""
+    runs: list[tuple[int, int]] = []
+    for position in positions:
+        if runs and runs[-1][1] == position:
+            runs[-1] = (runs[-1][0], position + 1)
+        else:
+            runs.append((position, position + 1))
+    return runs
+
+
+class _Removals:
+    """Tells the prompt tree what an instance drops."""
+
+    def __init__(self, instance: InstanceId, tree: PromptTree) -> None:
+        self._instance = instance
+        self._tree = tree
+
+    def removed(self, key: BlockKey) -> None:
+        self._tree.removed(self._instance, (key,))
+
+
+class _SessionRun:
+    def __init__(
+        self, cluster: SimCluster, session: SimSession, done: Callable[[SimRequest], None]
+    ) -> None:
+        self._cluster = cluster
+        self._session = session
+        self._done = done
+        self._next = iter(session.requests)
+
+    def start(self) -> None:
+        self._cluster.timeline.at(self._session.arrival, self._go_on)
+
+    def _go_on(self) -> None:
+        request = next(self._next, None)
+        if request is not None:
+            self._cluster.submit(request, self._ended)
+
+    def _ended(self, request: SimRequest) -> None:
+        self._done(request)
+        self._cluster.timeline.after(self._session.think, self._go_on)
+
+
+class _RequestRun:
+    """One request on its way through the plan."""
+
+    def __init__(
+        self,
+        cluster: SimCluster,
+        request: SimRequest,
+        plan: Plan,
+        ended: Callable[[SimRequest], None],
+    ) -> None:
+        self._cluster = cluster
+        self._request = request
+        self._plan = plan
+        self._ended = ended
+        self._answers = cluster.instances[plan.instance]
+        self._computes = cluster.instances[plan.computes]
+
+    def start(self) -> None:
+        source = self._plan.fetch
+        if source is None:
+            self._compute()
+            return
+        request, size = self._request, self._computes.shape.block_tokens
+        wanted = (self._plan.cached_tokens + self._plan.fetched_tokens) // size
+        # What the source still has, and the other lacks: the tree may know better days.
+        there = self._cluster.instances[source].cache.found(request.keys[:wanted])
+        here = self._computes.cache.found(request.keys[:wanted])
+        if there <= here:
+            self._compute()
+            return
+        request.fetched_tokens = (there - here) * size
+        self._cluster.fetched_tokens += request.fetched_tokens
+
+        def arrived() -> None:
+            self._computes.store(request.keys[:there], request)
+            self._compute()
+
+        seconds = self._cluster.transfer_seconds(source, there - here)
+        self._cluster.timeline.after(seconds, arrived)
+
+    def _compute(self) -> None:
+        self._computes.submit(self._job(prefill_only=self._plan.prefill is not None))
+
+    def _job(self, prefill_only: bool) -> Job:
+        return Job(self._request, prefill_only, self._prefilled, self._finished, [])
+
+    def _prefilled(self, job: Job) -> None:
+        if not job.prefill_only:
+            self._first_token()
+            return
+        request, target = self._request, self._answers
+        size = target.shape.block_tokens
+        held = target.cache.found(request.keys) if target.shape.caches else 0
+        missing = -(-request.prompt_tokens // size) - held
+        request.moved_tokens = missing * size
+
+        def arrived() -> None:
+            self._first_token()
+            target.decode(self._job(prefill_only=False))
+
+        seconds = self._cluster.transfer_seconds(self._plan.computes, missing)
+        self._cluster.timeline.after(seconds, arrived)
+
+    def _first_token(self) -> None:
+        self._request.first_token = self._cluster.timeline.now()
+        self._cluster.scheduler.prefilled(self._request.id)
+
+    def _finished(self, job: Job) -> None:
+        request, cluster = self._request, self._cluster
+        request.end = cluster.timeline.now()
+        cluster.scheduler.finished(request.id)
+        if self._plan.prefill is not None and cluster.returns and request.final_keys:
+            missing = len(request.final_keys) - self._computes.cache.found(request.final_keys)
+            cluster.timeline.after(
+                cluster.transfer_seconds(self._plan.instance, missing),
+                lambda: self._computes.store(request.final_keys, request),
+            )
+        self._ended(request)

@@ -1,0 +1,74 @@
+"""Requests for the simulator, from traces and from sessions of text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from memserve.errors import ConfigError
+from memserve.sim.prompt import BlockKeys, SimRequest, SimSession
+from memserve.types import RequestId
+from memserve.workloads.session import Session
+from memserve.workloads.trace import TraceLine, TraceScale, prompt_tokens
+
+Encode = Callable[[str], Sequence[int]]
+
+
+def trace_sessions(
+    lines: Iterable[TraceLine], keys: BlockKeys, speed: float = 1.0
+) -> Iterator[SimSession]:
+    """Every request of a trace as a session of its own, but named by the conversation that it
+    belongs to as far as the trace shows: by the longest prompt before that it goes on from.
+
+    `speed` 2: everything comes twice as fast.
+    """
+    scale = TraceScale(block_tokens=keys.block_tokens)
+    owner: dict[int, str] = {}  # of the last hash id, the conversation
+    for number, line in enumerate(lines):
+        name = next((owner[h] for h in reversed(line.hash_ids) if h in owner), f"trace-{number}")
+        # The first id is most often a system prompt that all share: no conversation.
+        owner.update((h, name) for h in line.hash_ids[1:])
+        tokens = prompt_tokens(line, scale)
+        request = SimRequest(
+            id=RequestId(f"trace-{number}"),
+            tokens=tokens,
+            keys=keys.of(tokens),
+            output_tokens=max(1, line.output_length),
+            session=name,
+        )
+        yield SimSession(line.timestamp / 1000 / speed, (request,))
+
+
+def text_sessions(
+    sessions: Sequence[Session], keys: BlockKeys, encode: Encode, rate: float, seed: int
+) -> Iterator[SimSession]:
+    """Sessions of text in Poisson arrivals; answers are the data's."""
+    if rate <= 0:
+        raise ConfigError(f"a rate of {rate} sessions per second")
+    gaps = random.Random(seed)
+    now = 0.0
+    for number, session in enumerate(sessions):
+        now += gaps.expovariate(rate)
+        requests = []
+        past: list[int] = []
+        for index, turn in enumerate(session.turns):
+            past += encode(turn.prompt)
+            prompt = np.array(past, dtype=np.int32)
+            answer = list(encode(turn.answer))[: turn.output_tokens]
+            past += answer
+            # The last token of an answer is never computed on: it has no KV yet.
+            final = np.array(past[:-1], dtype=np.int32)
+            requests.append(
+                SimRequest(
+                    id=RequestId(f"{session.id}-{number}-{index}"),
+                    tokens=prompt,
+                    keys=keys.of(prompt),
+                    output_tokens=max(1, len(answer)),
+                    session=f"{session.id}-{number}",
+                    final_tokens=final,
+                    final_keys=keys.of(final),
+                )
+            )
+        yield SimSession(now, tuple(requests))

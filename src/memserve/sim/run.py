@@ -1,0 +1,256 @@
+"""One simulation: from settings to figures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from memserve.config import (
+    Caching,
+    NonNegative,
+    Policy,
+    Positive,
+    TransferMode,
+    doc,
+)
+from memserve.errors import ConfigError
+from memserve.scheduler.architecture import ARCHITECTURES, Architecture
+from memserve.scheduler.hardware import cost_model
+from memserve.sim.cluster import KEEPS, Network, SimCluster
+from memserve.sim.inputs import Encode, text_sessions, trace_sessions
+from memserve.sim.instance import InstanceShape
+from memserve.sim.prompt import BlockKeys, SimRequest, SimSession
+from memserve.types import InstanceId, Role
+from memserve.workloads.loogle import loogle_sessions, read_loogle
+from memserve.workloads.react import react_sessions, read_react
+from memserve.workloads.session import Session, SessionLimits
+from memserve.workloads.sharegpt import choose_sessions, read_sharegpt
+from memserve.workloads.trace import BLOCK_TOKENS, read_trace
+
+_GB = 10**9
+_PROGRESS_LINES = 10
+
+Progress = Callable[[str], None]
+Amount = Annotated[float, Meta(gt=0)]
+
+
+class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What runs on what."""
+
+    trace: Annotated[str | None, doc("requests in Mooncake's format")] = None
+    workload: Annotated[
+        Literal["sharegpt", "loogle", "react"] | None, doc("sessions of text, for a trace")
+    ] = None
+    data: Annotated[str | None, doc("of the workload: its file or folder")] = None
+    tokenizer: Annotated[str, doc("of the workload: a model's")] = "demo"
+    sessions: Annotated[Positive, doc("of the workload")] = 200
+    rate: Annotated[Amount, doc("sessions of the workload that begin per second")] = 1.0
+    max_turns: Annotated[Positive, doc("of a session of the workload")] = 8
+    max_output_tokens: Annotated[Positive, doc("of a turn of the workload")] = 512
+    max_context_tokens: Annotated[Positive, doc("of a session of the workload")] = 8192
+    seed: Annotated[NonNegative, doc("of sessions and arrivals")] = 0
+    limit: Annotated[Positive | None, doc("requests of the trace; default: all")] = None
+    speed: Annotated[Amount, doc("2: the trace comes twice as fast")] = 1.0
+    colocated: Annotated[NonNegative, doc("instances")] = 0
+    prefill: Annotated[NonNegative, doc("instances")] = 0
+    decode: Annotated[NonNegative, doc("instances")] = 0
+    policy: Annotated[Policy, doc("how an instance is chosen")] = "prompt-tree"
+    caching: Annotated[Caching, doc("who keeps KV for later requests")] = "full"
+    mode: Annotated[TransferMode, doc("how a transfer is cut into pieces")] = "by-request-agg"
+    path: Annotated[Literal["shm", "nixl"], doc("between instances: one host, or many")] = "nixl"
+    model: Annotated[str, doc("an architecture, as llama2-13b")] = "llama2-13b"
+    hardware: Annotated[str, doc("of each instance, as h800")] = "h800"
+    tp: Annotated[Positive, doc("devices of an instance")] = 2
+    device_gb: Annotated[Amount, doc("memory of a device")] = 80.0
+    dram_gb: Annotated[float, Meta(ge=0), doc("host memory for KV of an instance")] = 256.0
+    max_running: Annotated[Positive, doc("sequences per step")] = 256
+    chunk_tokens: Annotated[Positive, doc("prefilled per step")] = 2048
+
+
+class SimResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a simulation found; seconds, and shares of 1. The same settings give the same."""
+
+    policy: str
+    instances: int
+    requests: int
+    prompt_tokens: int
+    cached_ratio: float  # of prompt tokens, found or fetched where the prompt was computed
+    ttft_mean: float
+    ttft_p50: float
+    ttft_p99: float
+    tpot_mean: float
+    tpot_p99: float
+    jct_mean: float
+    jct_p50: float
+    jct_p99: float
+    duration: float  # to the end of the last answer
+    load_imbalance: float  # busy time of the busiest instance over the mean of its role, largest
+    computed_tokens: int
+    fetched_tokens: int  # pulled from third instances
+    moved_tokens: int  # from prefill to decode instances
+
+
+def simulate(config: SimConfig, progress: Progress, encode: Encode | None = None) -> SimResult:
+    """Raises ConfigError. `encode` is needed for workloads of text."""
+    shapes = _shapes(config)
+    keys = BlockKeys(shapes[0].block_tokens)
+    sessions = list(_sessions(config, keys, encode, progress))
+    _check_room(shapes[0], sessions)
+    architecture = _architecture(config)
+    network = Network(config.path, config.mode == "by-request-agg", architecture.layers)
+    cluster = SimCluster(shapes, config.policy, config.caching, network)
+    total = sum(len(session.requests) for session in sessions)
+    done: list[SimRequest] = []
+
+    def ended(request: SimRequest) -> None:
+        done.append(request)
+        count = len(done)
+        if count * _PROGRESS_LINES // total > (count - 1) * _PROGRESS_LINES // total:
+            at = cluster.timeline.now()
+            progress(f"{config.policy}: {count} of {total} requests, {at:.0f} s simulated")
+
+    cluster.run(sessions, ended)
+    return _summarise(config, cluster, done)
+
+
+def _architecture(config: SimConfig) -> Architecture:
+    try:
+        return ARCHITECTURES[config.model]
+    except KeyError:
+        names = ", ".join(sorted(ARCHITECTURES))
+        raise ConfigError(f"no architecture '{config.model}'; known: {names}") from None
+
+
+def _shapes(config: SimConfig) -> list[InstanceShape]:
+    counts = {
+        Role.COLOCATED: config.colocated,
+        Role.PREFILL: config.prefill,
+        Role.DECODE: config.decode,
+    }
+    if not any(counts.values()):
+        raise ConfigError("no instances: give --colocated N, or --prefill N and --decode M")
+    if config.decode and not (config.prefill or config.colocated):
+        raise ConfigError("decode instances alone: give --prefill N too")
+    architecture = _architecture(config)
+    costs = cost_model(config.hardware, config.model, config.tp, config.chunk_tokens)
+    block_tokens = BLOCK_TOKENS if config.trace is not None else 16
+    # A tenth of the memory is left to activations and to what the runtime needs.
+    device = config.device_gb * _GB * config.tp * 0.9
+    weights = architecture.parameters * architecture.weight_bytes
+    block_bytes = block_tokens * architecture.kv_bytes_per_token
+    hbm_blocks = int((device - weights) // block_bytes)
+    if hbm_blocks < 1:
+        raise ConfigError(
+            f"the weights of {config.model} ({weights / _GB:.0f} GB) leave no room for KV "
+            f"in {device / _GB:.0f} GB"
+        )
+    return [
+        InstanceShape(
+            id=InstanceId(f"{role}-{index}"),
+            role=role,
+            costs=costs,
+            block_tokens=block_tokens,
+            hbm_blocks=hbm_blocks,
+            dram_blocks=int(config.dram_gb * _GB // block_bytes),
+            max_running=config.max_running,
+            chunk_tokens=config.chunk_tokens,
+            caches=config.caching in KEEPS[role],
+        )
+        for role, count in counts.items()
+        for index in range(count)
+    ]
+
+
+def _sessions(
+    config: SimConfig, keys: BlockKeys, encode: Encode | None, progress: Progress
+) -> Iterator[SimSession]:
+    if (config.trace is None) == (config.workload is None):
+        raise ConfigError("give either --trace FILE or --workload NAME")
+    if config.trace is not None:
+        progress(f"reading {config.trace}")
+        lines = read_trace(Path(config.trace), config.limit)
+        yield from trace_sessions(lines, keys, config.speed)
+        return
+    assert encode is not None
+    progress(f"choosing {config.sessions} sessions")
+    texts = _texts(config, encode)
+    yield from text_sessions(texts, keys, encode, config.rate, config.seed)
+
+
+def _texts(config: SimConfig, encode: Encode) -> Sequence[Session]:
+    limits = SessionLimits(
+        max_turns=config.max_turns,
+        max_output_tokens=config.max_output_tokens,
+        max_context_tokens=config.max_context_tokens,
+    )
+
+    def count_tokens(text: str) -> int:
+        return len(encode(text))
+
+    path = None if config.data is None else Path(config.data)
+    choose = (config.sessions, config.seed, limits, count_tokens)
+    if config.workload == "sharegpt":
+        return choose_sessions(read_sharegpt(path), *choose)
+    if path is None:
+        raise ConfigError(f"the workload {config.workload} needs --data: its file or folder")
+    if config.workload == "loogle":
+        return loogle_sessions(read_loogle(path), *choose)
+    return react_sessions(read_react(path), *choose)
+
+
+def _check_room(shape: InstanceShape, sessions: Sequence[SimSession]) -> None:
+    requests = itertools.chain.from_iterable(session.requests for session in sessions)
+    longest = max((r.prompt_tokens + r.output_tokens for r in requests), default=0)
+    if longest == 0:
+        raise ConfigError("no requests in the data")
+    room = shape.hbm_blocks * shape.block_tokens
+    if longest > room:
+        raise ConfigError(f"a request of {longest} tokens does not fit into KV memory of {room}")
+
+
+def _summarise(config: SimConfig, cluster: SimCluster, done: Sequence[SimRequest]) -> SimResult:
+    ttft, tpot, jct = [], [], []
+    for request in done:
+        assert request.first_token is not None
+        assert request.end is not None
+        ttft.append(request.first_token - request.arrival)
+        jct.append(request.end - request.arrival)
+        if request.output_tokens > 1:
+            tpot.append((request.end - request.first_token) / (request.output_tokens - 1))
+    prompt_tokens = sum(request.prompt_tokens for request in done)
+    return SimResult(
+        policy=config.policy,
+        instances=len(cluster.instances),
+        requests=len(done),
+        prompt_tokens=prompt_tokens,
+        cached_ratio=sum(request.cached_tokens for request in done) / prompt_tokens,
+        ttft_mean=float(np.mean(ttft)),
+        ttft_p50=float(np.percentile(ttft, 50)),
+        ttft_p99=float(np.percentile(ttft, 99)),
+        tpot_mean=float(np.mean(tpot)) if tpot else 0.0,
+        tpot_p99=float(np.percentile(tpot, 99)) if tpot else 0.0,
+        jct_mean=float(np.mean(jct)),
+        jct_p50=float(np.percentile(jct, 50)),
+        jct_p99=float(np.percentile(jct, 99)),
+        duration=max(request.end or 0.0 for request in done),
+        load_imbalance=_imbalance(cluster),
+        computed_tokens=sum(one.computed_tokens for one in cluster.instances.values()),
+        fetched_tokens=cluster.fetched_tokens,
+        moved_tokens=sum(request.moved_tokens for request in done),
+    )
+
+
+def _imbalance(cluster: SimCluster) -> float:
+    worst = 1.0
+    for role in Role:
+        busy = [i.busy_seconds for i in cluster.instances.values() if i.shape.role is role]
+        mean = sum(busy) / len(busy) if busy else 0.0
+        if mean:
+            worst = max(worst, max(busy) / mean)
+    return worst
