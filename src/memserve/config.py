@@ -21,6 +21,7 @@ Caching = Literal["off", "p", "pd", "full"]
 TransferMode = Literal["by-layer", "by-request", "by-request-agg"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Eviction = Literal["lru", "cost"]
+Profiling = Literal["auto", "off"]
 Policy = Literal["prompt-tree", "session", "least-load", "round-robin"]
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -74,6 +75,7 @@ class InstanceConfig(_Section, frozen=True):
     max_waiting: Annotated[Positive, doc("sequences queued; more are answered 429")] = 256
     host: Annotated[str, doc("address to listen on")] = "127.0.0.1"
     port: Annotated[Port, doc("port to listen on; 0: any")] = 0
+    profile: Annotated[Profiling, doc("auto: measure the cost model at the first start")] = "auto"
 
 
 class GatewayConfig(_Section, frozen=True):
@@ -85,6 +87,7 @@ class GatewayConfig(_Section, frozen=True):
     max_body_bytes: Annotated[Positive, doc("more is answered 413")] = 16 * 1024 * 1024
     drain_seconds: Annotated[PositiveSeconds, doc("how long SIGTERM waits for requests")] = 30.0
     chat_template: Annotated[str | None, doc("a Jinja file, for the model's own")] = None
+    access_log: Annotated[bool, doc("a line for every request, not only for failures")] = False
 
 
 class ClusterConfig(_Section, frozen=True):

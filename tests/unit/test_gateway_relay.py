@@ -5,126 +5,137 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from contextlib import AsyncExitStack, suppress
 
 import pytest
 
-from memserve.api.asgi import HangUp
 from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall
-from memserve.api.http_client import instance_session
-from memserve.api.status import InstanceInfo, InstanceState
 from memserve.clock import MonotonicClock
-from memserve.cluster.membership import Membership
+from memserve.cluster.membership import Member, Membership
 from memserve.gateway.relay import MAX_ATTEMPTS, Answer, Relay
-from memserve.gateway.router import RoundRobin
-from memserve.types import Epoch, InstanceId, Role
+from memserve.gateway.router import Plan, RoundRobin
+from memserve.gateway.upstream import Upstream
+from tests.gateway_harness import (
+    END,
+    STREAM,
+    Client,
+    Parts,
+    Script,
+    answer_to,
+    chunk,
+    impostor,
+    ready_members,
+)
 
-STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 WHOLE = (
     b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 14\r\n\r\n{"whole":true'
 )
-END = b"0\r\n\r\n"
-Parts = Sequence[bytes]
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
+ONE_EVENT = [STREAM, chunk(b"data: 1\n\n"), END]
 
 
 def refusal(status: int) -> bytes:
     return b"HTTP/1.1 %d No\r\nretry-after: 7\r\ncontent-length: 2\r\n\r\n{}" % status
 
 
-@asynccontextmanager
-async def impostor(parts: Parts, pause: float = 0.02) -> AsyncIterator[str]:
-    """An instance's address; each connection is answered with `parts` and then closed."""
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        for part in parts:
-            writer.write(part)
-            await asyncio.sleep(pause)
-        writer.close()
-
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.close()
+def good(call: GenerateCall) -> Parts:
+    return [STREAM, *map(chunk, answer_to(call)), END]
 
 
-def ready_members(*addresses: str) -> Membership:
-    membership = Membership(lambda member: None)
-    for number, address in enumerate(addresses):
-        name, role = InstanceId(f"i{number}"), Role.COLOCATED
-        info = InstanceInfo(name, Epoch(1), role, InstanceState.READY, 1, "m")
-        membership.answered(membership.join(address), info, None)
-    return membership
+def lost_after(events: int, more: bytes = b"") -> Script:
+    """An instance that is gone after so many events, and a few bytes."""
+
+    def script(call: GenerateCall) -> Parts:
+        parts = [STREAM, *map(chunk, answer_to(call)[:events])]
+        return [*parts, chunk(more)] if more else parts
+
+    return script
 
 
-class Client:
-    """What the relay sends."""
+class Tickets(RoundRobin):
+    """Round-robin that hears what becomes of its plans."""
 
     def __init__(self) -> None:
-        self.status = 0
-        self.headers: dict[bytes, bytes] = {}
-        self.bodies: list[bytes] = []
-        self.complete = False
+        super().__init__()
+        self.heard: list[str] = []
 
-    async def send(self, message: Any) -> None:
-        if message["type"] == "http.response.start":
-            assert not self.status
-            self.status, self.headers = message["status"], dict(message["headers"])
-        else:
-            self.bodies.append(message["body"])
-            self.complete = not message.get("more_body", False)
+    def plan(self, call: GenerateCall, members: Sequence[Member]) -> Plan:
+        self.heard.append(f"{members[0].id} of {len(members)}")
+        return Plan(members[0], ticket=self)
+
+    def first_token(self) -> None:
+        self.heard.append("first token")
+
+    def ended(self) -> None:
+        self.heard.append("ended")
+
+
+class Cluster:
+    """A relay in front of impostors, asked in order."""
+
+    def __init__(self, upstream: Upstream, stack: AsyncExitStack) -> None:
+        self.router = Tickets()
+        self.calls: list[GenerateCall] = []  # as the instances got them
+        self.answer = Answer()
+        self.membership = Membership()
+        self._upstream = upstream
+        self._stack = stack
+
+    async def start(self, *instances: Parts | Script | str) -> Relay:
+        addresses = [
+            it
+            if isinstance(it, str)
+            else await self._stack.enter_async_context(impostor(it, self.calls))
+            for it in instances
+        ]
+        self.membership = ready_members(*addresses)
+        return Relay(self._upstream, self.membership, self.router, MonotonicClock())
+
+    async def ask(
+        self,
+        *instances: Parts | Script | str,
+        stream: bool = True,
+        kind: CallKind = CallKind.CHAT,
+        n: int = 1,
+        usage: bool = False,
+    ) -> Client:
+        relay = await self.start(*instances)
+        call = GenerateCall("c", kind, "m", 1, ((1,),), n=n, stream=stream, include_usage=usage)
+        client, self.answer = Client(), Answer()
+        await relay.run(call, client.reply, (), self.answer)
+        assert self.router.heard.count("ended") == sum("of" in h for h in self.router.heard)
+        return client
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[Cluster]:
+    async with AsyncExitStack() as stack:
+        upstream = Upstream()
+        stack.callback(upstream.close)
+        yield Cluster(upstream, stack)
 
 
 Ask = Callable[..., Awaitable[Client]]
 
 
-@pytest.fixture
-async def ask() -> AsyncIterator[Ask]:
-    """Relay a call to impostors with these answers, in this order."""
-    async with AsyncExitStack() as stack:
-        session = await stack.enter_async_context(instance_session())
-
-        async def run(*answers: Parts | str, stream: bool = True) -> Client:
-            addresses = [
-                parts
-                if isinstance(parts, str)
-                else await stack.enter_async_context(impostor(parts))
-                for parts in answers
-            ]
-            membership = ready_members(*addresses)
-            relay = Relay(session, membership, RoundRobin(), MonotonicClock())
-            call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=stream)
-            client = Client()
-            await relay.run(call, client.send, (), Answer())
-            return client
-
-        yield run
-
-
-async def test_events_are_relayed_whole_however_they_arrive(ask: Ask) -> None:
+async def test_events_are_relayed_whole_however_they_arrive(cluster: Cluster) -> None:
     events = [b"data: 1\n\n", b"data: 22\n\n", b"data: [DONE]\n\n"]
     text = b"".join(events)
-    pieces = [text[:4], text[4:9], text[9:15], text[15:]]
-    client = await ask([STREAM, *map(chunk, pieces), END])
+    client = await cluster.ask(
+        [STREAM, *map(chunk, [text[:4], text[4:9], text[9:15], text[15:]]), END]
+    )
     assert (client.status, client.complete) == (200, True)
-    assert b"".join(client.bodies) == text
-    assert all(body.endswith(b"\n\n") for body in client.bodies if body)
+    assert client.body == text
 
 
-async def test_a_stream_that_breaks_off_ends_with_an_error_event_of_its_own(ask: Ask) -> None:
-    client = await ask([STREAM, chunk(b"data: 1\n\n"), chunk(b"data: {half")])
-    first, error = b"".join(client.bodies).split(b"\n\n")[:2]
-    assert first == b"data: 1"
-    assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "instance_lost"
+async def test_a_stream_that_cannot_be_resumed_ends_with_an_error_event(cluster: Cluster) -> None:
+    broken = [STREAM, chunk(b"data: 1\n\n"), chunk(b"data: {half")]
+    client = await cluster.ask(broken, ONE_EVENT)
+    first, error = client.events
+    assert first == b"1"
+    assert json.loads(error)["error"]["code"] == "instance_lost"
     assert client.complete
+    assert cluster.answer.broken
 
 
 @pytest.mark.parametrize(
@@ -133,62 +144,176 @@ async def test_a_stream_that_breaks_off_ends_with_an_error_event_of_its_own(ask:
         pytest.param([], id="closed without an answer"),
         pytest.param([STREAM], id="closed after the headers"),
         pytest.param([STREAM, chunk(b"data: ha")], id="closed within the first event"),
+        pytest.param([b"HTTP/1.1 200 OK\r\nwhat: is"], id="closed within the headers"),
+        pytest.param([b"SSH-2.0-OpenSSH_9.2\r\n"], id="not HTTP"),
         pytest.param([refusal(503)], id="refused: draining"),
         pytest.param([refusal(429)], id="refused: full"),
         pytest.param("http://127.0.0.1:9", id="not there"),
     ],
 )
 async def test_another_instance_answers_where_nothing_was_sent_yet(
-    ask: Ask, broken: Parts | str
+    cluster: Cluster, broken: Parts | str
 ) -> None:
-    client = await ask(broken, [STREAM, chunk(b"data: 1\n\n"), END])
-    assert (client.status, b"".join(client.bodies)) == (200, b"data: 1\n\n")
+    client = await cluster.ask(broken, ONE_EVENT)
+    assert (client.status, client.body) == (200, b"data: 1\n\n")
+    assert cluster.answer.failovers == 0
+    assert not cluster.answer.pauses
 
 
-async def test_a_body_is_sent_when_it_is_whole(ask: Ask) -> None:
-    client = await ask([WHOLE], [WHOLE + b"}"], stream=False)
-    assert (client.status, client.bodies) == (200, [b'{"whole":true}'])
+async def test_a_body_is_sent_when_it_is_whole(cluster: Cluster) -> None:
+    client = await cluster.ask([WHOLE], [WHOLE + b"}"], stream=False)
+    assert (client.status, client.body) == (200, b'{"whole":true}')
 
 
-async def test_a_full_queue_says_more_than_an_instance_that_leaves(ask: Ask) -> None:
-    client = await ask([refusal(429)], [refusal(503)])
+async def test_a_full_queue_says_more_than_an_instance_that_leaves(cluster: Cluster) -> None:
+    client = await cluster.ask([refusal(429)], [refusal(503)])
     assert (client.status, client.headers[b"retry-after"]) == (429, b"7")
 
 
-async def test_a_call_is_not_tried_everywhere(ask: Ask) -> None:
-    good = [STREAM, chunk(b"data: 1\n\n"), END]
+async def test_a_call_is_not_tried_everywhere(cluster: Cluster) -> None:
     with pytest.raises(ApiError) as lost:
-        await ask(*[[]] * MAX_ATTEMPTS, good)
+        await cluster.ask(*[[]] * MAX_ATTEMPTS, ONE_EVENT)
     assert (lost.value.status, lost.value.detail.code) == (503, "instance_lost")
     assert lost.value.retry_after is not None
 
 
-async def test_a_client_that_hangs_up_closes_the_connection_to_the_instance() -> None:
+@pytest.mark.parametrize("kind", list(CallKind))
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(
+    ("events", "more"),
+    [
+        pytest.param(1, b"", id="after the first event"),
+        pytest.param(4, b"", id="between events"),
+        pytest.param(4, b':0 5\ndata: {"id', id="within an event"),
+        pytest.param(5, b":0", id="within a comment"),
+        pytest.param(-1, b"", id="before [DONE]"),
+    ],
+)
+async def test_another_instance_goes_on(
+    cluster: Cluster, kind: CallKind, n: int, events: int, more: bytes
+) -> None:
+    client = await cluster.ask(lost_after(events, more), good, kind=kind, n=n, usage=True)
+    answer, heard = cluster.answer, list(cluster.router.heard)
+    undisturbed = await cluster.ask(good, kind=kind, n=n, usage=True)
+    assert client.complete
+    assert [client.text(c) for c in range(n)] == [undisturbed.text(c) for c in range(n)]
+    # What was held back at the loss may come in chunks of another size, and nothing else may.
+    assert client.events[-2:] == undisturbed.events[-2:]
+    roles = [event for event in client.events if b'"role"' in event]
+    assert len(roles) == (n if kind is CallKind.CHAT else 0)
+    if events < 0:  # the client had all that matters
+        assert len(cluster.calls) == 2
+        return
+    assert answer.failovers == len(answer.pauses) == 1
+    assert sum(map(len, cluster.calls[1].resumed)) == events
+    assert heard == ["i0 of 2", "first token", "ended", "i1 of 1", "first token", "ended"]
+
+
+async def test_a_stream_survives_instances_that_fall_one_after_the_other(cluster: Cluster) -> None:
+    client = await cluster.ask(lost_after(2), lost_after(2), good)
+    assert client.text() == "".join(f"<{i}>" for i in range(6))
+    assert [call.resumed for call in cluster.calls] == [(), ((0, 1),), ((0, 1, 2, 3),)]
+    assert len(cluster.answer.pauses) == 2
+
+
+async def test_with_nobody_left_the_client_is_told(cluster: Cluster) -> None:
+    client = await cluster.ask(lost_after(1), lost_after(1), lost_after(1), good)
+    assert len(cluster.calls) == MAX_ATTEMPTS
+    assert json.loads(client.events[-1])["error"]["code"] == "instance_lost"
+    assert client.complete
+    assert cluster.answer.broken
+
+
+async def test_an_instance_that_fails_in_order_is_replaced_too(cluster: Cluster) -> None:
+    error = b'data: {"error":{"message":"stopped"}}\n\n'
+    fails = lambda call: [STREAM, chunk(answer_to(call)[0]), chunk(error), END]  # noqa: E731
+    client = await cluster.ask(fails, good)
+    assert client.text() == "".join(f"<{i}>" for i in range(6))
+    alone = await cluster.ask(fails)
+    assert alone.events[-1] == error.strip().removeprefix(b"data: ")
+
+
+async def test_an_instance_that_refuses_to_go_on_is_passed_over(cluster: Cluster) -> None:
+    client = await cluster.ask(lost_after(3), [refusal(503)], good)
+    assert client.text() == "".join(f"<{i}>" for i in range(6))
+    assert len(cluster.answer.pauses) == 1
+
+
+async def test_an_instance_that_is_silent_is_left_when_it_is_declared_dead(
+    cluster: Cluster,
+) -> None:
+    hangs = asyncio.Event()
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(STREAM + chunk(answer_to(call)[0]))
+        with suppress(ConnectionError):
+            while await reader.read(65536):
+                pass
+        hangs.set()
+
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
+    server = await asyncio.start_server(hang, "127.0.0.1", 0)
+    relay = await cluster.start(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", good)
+    client = Client()
+    running = asyncio.create_task(relay.run(call, client.reply, (), cluster.answer))
+    await client.begun.wait()
+    relay.instance_lost(cluster.membership.members[0])
+    await running
+    await hangs.wait()  # it is told, should it still be there
+    assert client.text() == "".join(f"<{i}>" for i in range(6))
+    server.close()
+
+
+async def test_a_client_that_hangs_up_closes_the_connection_to_the_instance(
+    cluster: Cluster,
+) -> None:
     closed = asyncio.Event()
-    gone = asyncio.Event()
 
     async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(STREAM + chunk(b"data: 1\n\n"))
-        while await reader.read(65536):
-            pass
+        with suppress(ConnectionError):
+            while await reader.read(65536):
+                pass
         closed.set()
 
-    async def receive() -> dict[str, Any]:
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        if message.get("body"):
-            gone.set()
-
     server = await asyncio.start_server(endless, "127.0.0.1", 0)
-    membership = ready_members(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    async with instance_session() as session:
-        relay = Relay(session, membership, RoundRobin(), MonotonicClock())
-        call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
-        with HangUp(receive) as hang_up:
-            await relay.run(call, send, (), Answer())
-        assert hang_up.happened
-        await closed.wait()
+    relay = await cluster.start(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
+    client = Client()
+    running = asyncio.create_task(relay.run(call, client.reply, (), Answer()))
+    await client.begun.wait()
+    client.reply.hung_up()
+    await running
+    await closed.wait()
+    assert cluster.router.heard[-1] == "ended"
+    server.close()
+
+
+async def test_connections_are_kept_and_a_dead_one_costs_no_attempt(cluster: Cluster) -> None:
+    connections = 0
+    answered = 0
+
+    async def twice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answers two calls on each connection, and closes it when the third one comes."""
+        nonlocal connections, answered
+        connections += 1
+        for _ in range(2):
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.split(b"content-length: ")[1]))
+            answered += 1
+            writer.write(b"".join(ONE_EVENT))
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(twice, "127.0.0.1", 0)
+    relay = await cluster.start(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
+    for _ in range(6):
+        client = Client()
+        await relay.run(call, client.reply, (), Answer())
+        assert client.body == b"data: 1\n\n"
+    assert (connections, answered) == (3, 6)
+    assert cluster.router.heard.count("ended") == 6
     server.close()

@@ -1,24 +1,17 @@
-"""The few ASGI pieces that a gateway and an instance share: bodies, answers, hang-ups."""
+"""ASGI, where speed is not all: an adapter to the server, and bodies, answers, hang-ups."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from http import HTTPStatus
 from types import TracebackType
 from typing import Self
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memserve.api.errors import ApiError, body_too_large
-
-Headers = Iterable[tuple[bytes, bytes]]
-
-JSON_HEADER = (b"content-type", b"application/json")
-EVENTS_HEADERS = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-)
+from memserve.api.http_message import EVENTS_HEADERS, JSON_HEADER, Headers, Reply, Request
+from memserve.api.http_server import Handler
 
 
 class ClientGone(Exception):
@@ -142,3 +135,79 @@ class HangUp(Interruption):
         while (await receive())["type"] != "http.disconnect":
             pass
         self.interrupt()
+
+
+def asgi_handler(app: ASGIApp) -> Handler:
+    """The server's handler that runs an ASGI application."""
+
+    async def handle(request: Request, reply: Reply) -> None:
+        await app(_scope(request), *_channels(request, reply))
+
+    return handle
+
+
+def _scope(request: Request) -> Scope:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.0" if request.http_10 else "1.1",
+        "method": request.method,
+        "scheme": "http",
+        "path": request.path,
+        "raw_path": request.target.partition(b"?")[0],
+        "query_string": request.query,
+        "root_path": "",
+        "headers": request.headers,
+        "client": None,
+        "server": None,
+    }
+
+
+def _channels(request: Request, reply: Reply) -> tuple[Receive, Send]:
+    gone = asyncio.Event()
+    flowing = asyncio.Event()
+    flowing.set()
+    body: bytes | None = request.body
+    head: tuple[int, list[tuple[bytes, bytes]]] = (0, [])
+
+    def hung_up() -> None:
+        gone.set()
+        flowing.set()
+
+    def flow(paused: bool) -> None:
+        if paused:
+            flowing.clear()
+        else:
+            flowing.set()
+
+    async def receive() -> Message:
+        nonlocal body
+        if body is not None:
+            message = {"type": "http.request", "body": body, "more_body": False}
+            body = None
+            return message
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        nonlocal head
+        if message["type"] == "http.response.start":
+            head = (message["status"], list(message["headers"]))
+            return
+        data, more = message.get("body", b""), message.get("more_body", False)
+        if not reply.started:
+            sized = any(name.lower() == b"content-length" for name, _ in head[1])
+            reply.start(*head, sized=sized)
+        if not more:
+            reply.end(data)
+            gone.set()  # as far as the application can tell
+            return
+        if data:
+            reply.write(data)
+        if not reply.writable:
+            await flowing.wait()
+
+    reply.on_gone, reply.on_flow = hung_up, flow
+    if not reply.writable:
+        flowing.clear()
+    return receive, send

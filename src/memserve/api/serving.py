@@ -1,26 +1,26 @@
 """An HTTP server that goes away politely: refuse what is new, finish what runs, exit.
 
-Order of the limits: a client's idle connection (IDLE_CONNECTION_SECONDS) is closed by the
-client before the server would (SERVER_KEEP_ALIVE_SECONDS), so that no request meets a
-connection that is just being closed. After draining, connections have CLOSE_SECONDS to end.
+After draining, connections have CLOSE_SECONDS to end.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
-import uvicorn
 from starlette.types import ASGIApp
 
+from memserve.api.asgi import asgi_handler
+from memserve.api.http_server import Handler, HttpServer
+
 BACKLOG = 2048
-IDLE_CONNECTION_SECONDS = 30.0
-SERVER_KEEP_ALIVE_SECONDS = 75
-CLOSE_SECONDS = 2
+IDLE_CONNECTION_SECONDS = 30.0  # of a client's connection; see http_server
+CLOSE_SECONDS = 2.0
+# An application refuses bodies itself; those of instances are token ids, about 7 bytes each.
+MAX_BODY_BYTES = 128 * 1024 * 1024
 
 
 class Shutdown:
@@ -95,41 +95,27 @@ async def serve(
     sock: socket.socket,
     shutdown: Shutdown,
     drain: Callable[[], Awaitable[None]],
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> None:
+    """`serve_http` for an ASGI application, which is given bodies whole."""
+    await serve_http(asgi_handler(app), sock, shutdown, drain, max_body_bytes)
+
+
+async def serve_http(
+    handler: Handler,
+    sock: socket.socket,
+    shutdown: Shutdown,
+    drain: Callable[[], Awaitable[None]],
+    max_body_bytes: int,
 ) -> None:
     """Serve until a shutdown is requested, then wait for `drain`, then close.
 
-    While draining, connections are still accepted: the application refuses the requests.
+    While draining, connections are still accepted: the handler refuses the requests.
     """
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            loop="none",
-            lifespan="off",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=SERVER_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=CLOSE_SECONDS,
-            backlog=BACKLOG,
-        )
-    )
-    serving = asyncio.ensure_future(server.serve(sockets=[sock]))
-    requested = asyncio.ensure_future(shutdown.requested.wait())
-    await asyncio.wait((serving, requested), return_when=asyncio.FIRST_COMPLETED)
-    requested.cancel()
-    if not serving.done():
+    server = HttpServer(handler, max_body_bytes)
+    await server.start(sock, BACKLOG)
+    try:
+        await shutdown.requested.wait()
         await drain()
-        server.should_exit = True
-    await serving
-
-
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        # Signals are `Shutdown`'s: uvicorn would close the socket before the drain, and end
-        # the process by the signal instead of with exit code 0.
-        yield
+    finally:
+        await server.close(CLOSE_SECONDS)

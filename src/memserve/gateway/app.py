@@ -1,4 +1,4 @@
-"""The gateway's ASGI application. The endpoints that generate go around every framework."""
+"""What a gateway does with a request. The endpoints that generate go around every framework."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from memserve.api.asgi import ClientGone, HangUp, header, read_body, send_error
+from memserve.api.asgi import asgi_handler
 from memserve.api.errors import ApiError, method_not_allowed, unavailable
 from memserve.api.generate import GenerateCall
+from memserve.api.http_message import Header, Reply, Request
+from memserve.api.http_server import Handler
 from memserve.api.status import Limits
 from memserve.clock import Clock
 from memserve.cluster.membership import Membership
@@ -18,11 +18,13 @@ from memserve.gateway.admin import CHAT_PATH, COMPLETIONS_PATH, admin_app
 from memserve.gateway.call_builder import CallBuilder
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.relay import Answer, Relay, no_instance
+from memserve.types import Epoch
 
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_ID = 256  # bytes of X-Request-Id that are echoed
 HUNG_UP = 499  # the status of a request whose client has left, in log and metrics
+FAILED = 500  # and above: worth a line in the log
 
 _Build = Callable[[bytes, Limits], Awaitable[GenerateCall]]
 
@@ -36,22 +38,23 @@ class GatewayApp:
         membership: Membership,
         relay: Relay,
         clock: Clock,
-        max_body_bytes: int,
+        access_log: bool = False,
     ) -> None:
         self._membership = membership
         self._relay = relay
         self._clock = clock
-        self._max_body_bytes = max_body_bytes
+        # A line costs as much as a third of the rest of a request.
+        self._access_log = access_log
         self._metrics = GatewayMetrics(membership)
         self._generating: dict[str, _Build] = {
             CHAT_PATH: calls.chat,
             COMPLETIONS_PATH: calls.completion,
         }
-        self._admin: ASGIApp = admin_app(
-            calls.model, membership, self._metrics, lambda: self._draining
+        self._admin: Handler = asgi_handler(
+            admin_app(calls.model, membership, self._metrics, lambda: self._draining)
         )
+        self._smallest: tuple[Epoch, Limits] | None = None  # as of that membership epoch
         self._draining = False
-        self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -63,87 +66,96 @@ class GatewayApp:
         """Returns when no request is running."""
         await self._idle.wait()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        build = self._generating.get(scope["path"])
+    async def handle(self, request: Request, reply: Reply) -> None:
+        """The server's handler."""
+        build = self._generating.get(request.path)
         if build is None:
-            await self._admin(scope, receive, send)
+            await self._admin(request, reply)
             return
-        self._running += 1
+        self._metrics.running += 1
         self._idle.clear()
-        self._metrics.running.inc()
         try:
-            await self._generate(build, scope, receive, send)
+            await self._generate(build, request, reply)
         finally:
-            self._metrics.running.dec()
-            self._running -= 1
-            if not self._running:
+            self._metrics.running -= 1
+            if not self._metrics.running:
                 self._idle.set()
 
-    async def _generate(self, build: _Build, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _generate(self, build: _Build, request: Request, reply: Reply) -> None:
         started = self._clock.now()
         answer = Answer()
-        request_id = header(scope, b"x-request-id")
-        echoed = () if request_id is None else ((b"x-request-id", request_id[:MAX_REQUEST_ID]),)
+        given = request.header(b"x-request-id")
+        headers: tuple[Header, ...] = ()
+        if given is not None:
+            headers = ((b"x-request-id", given[:MAX_REQUEST_ID]),)
         call: GenerateCall | None = None
         try:
-            call = await self._accept(build, scope, receive)
-            if request_id is None:
-                echoed = ((b"x-request-id", call.id.encode()),)
-            with HangUp(receive) as hang_up:
-                await self._relay.run(call, send, echoed, answer)
-            if hang_up.happened:
-                answer.status = HUNG_UP
-                self._metrics.hang_ups.inc()
+            call = await self._accept(build, request)
+            if given is None:
+                headers = ((b"x-request-id", call.id.encode()),)
+            if not reply.gone:
+                await self._relay.run(call, reply, headers, answer)
         except ApiError as error:
-            answer.status = error.status
-            await send_error(send, error, echoed)
-        except ClientGone:
-            answer.status = HUNG_UP
-        self._record(scope["path"], request_id, call, answer, started)
+            reply.send_error(error, headers)
+        self._record(request, given, call, reply, answer, started)
 
-    async def _accept(self, build: _Build, scope: Scope, receive: Receive) -> GenerateCall:
+    async def _accept(self, build: _Build, request: Request) -> GenerateCall:
         if self._draining:
             raise unavailable("The gateway is shutting down.", "gateway_draining", close=True)
-        if scope["method"] != "POST":
-            raise method_not_allowed(scope["method"], scope["path"], "POST")
-        body = await read_body(scope, receive, self._max_body_bytes)
-        limits = self._limits()
-        call = await build(body, limits)
-        self._metrics.prompt_tokens.inc(sum(map(len, call.prompts)))
+        if request.method != "POST":
+            raise method_not_allowed(request.method, request.path, "POST")
+        call = await build(request.body, self._limits())
+        self._metrics.prompt_tokens += sum(map(len, call.prompts))
         return call
 
     def _limits(self) -> Limits:
         """Those of the smallest instance: what is accepted, any of them can serve."""
+        epoch = self._membership.epoch
+        if self._smallest is not None and self._smallest[0] == epoch:
+            return self._smallest[1]
         known = [m.limits for m in self._membership.ready() if m.limits is not None]
         if not known:
             raise no_instance()
-        return known[0] if len(known) == 1 else min(known, key=lambda limits: limits.max_tokens)
+        smallest = min(known, key=lambda limits: limits.max_tokens)
+        self._smallest = (epoch, smallest)
+        return smallest
 
     def _record(
         self,
-        path: str,
+        request: Request,
         request_id: bytes | None,
         call: GenerateCall | None,
+        reply: Reply,
         answer: Answer,
         started: float,
     ) -> None:
-        now = self._clock.now()
+        took = self._clock.now() - started
+        first = None if answer.first_byte is None else answer.first_byte - started
+        status = HUNG_UP if reply.gone and not reply.ended else reply.status
         metrics = self._metrics
-        metrics.requests.labels(path, str(int(answer.status))).inc()
-        metrics.whole.observe(now - started)
-        if answer.first_byte is not None:
-            metrics.first_token.observe(answer.first_byte - started)
-        if answer.broken:
-            metrics.broken.inc()
-        log.info(
-            "%s request=%s call=%s instance=%s status=%d%s prompt_tokens=%s first=%s total=%.4f",
-            path,
+        metrics.requests[request.path, status] += 1
+        metrics.request_seconds.observe(took)
+        metrics.client_hang_ups += status == HUNG_UP
+        metrics.streams_broken += answer.broken
+        metrics.failovers += answer.failovers
+        if first is not None:
+            metrics.time_to_first_token_seconds.observe(first)
+        for pause in answer.pauses:
+            metrics.failover_pause_seconds.observe(pause)
+        bad = status >= FAILED or answer.broken or answer.failovers
+        if not self._access_log and not bad:
+            return
+        log.log(
+            logging.WARNING if bad else logging.INFO,
+            "%s request=%s call=%s instance=%s status=%d%s prompt_tokens=%s first=%s total=%.4f%s",
+            request.path,
             "-" if request_id is None else request_id.decode("latin-1"),
             "-" if call is None else call.id,
             answer.instance or "-",
-            answer.status,
+            status,
             " broken" if answer.broken else "",
             "-" if call is None else sum(map(len, call.prompts)),
-            "-" if answer.first_byte is None else f"{answer.first_byte - started:.4f}",
-            now - started,
+            "-" if first is None else f"{first:.4f}",
+            took,
+            "".join(f" pause={pause:.3f}" for pause in answer.pauses),
         )

@@ -1,65 +1,88 @@
-"""What Prometheus gets from a gateway: its own requests, and every instance's statistics."""
+"""What Prometheus gets from a gateway: its own requests, and every instance's statistics.
+
+Counts are plain numbers that one event loop owns; Prometheus' objects are made when asked for.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import Metric
+from prometheus_client.core import (
+    CollectorRegistry,
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from memserve.api.histogram import LATENCY_BOUNDS
+from memserve.api.histogram import Histogram
 from memserve.api.instance_metrics import instance_metrics
 from memserve.cluster.membership import Membership
 
+_COUNTERS = (
+    ("streams_broken", "Streams that ended with an error."),
+    ("client_hang_ups", "Clients that left before the end."),
+    ("prompt_tokens", "Prompt tokens of requests sent on."),
+    ("failovers", "Streams that another instance went on with."),
+)
+_HISTOGRAMS = (
+    ("time_to_first_token_seconds", "From a streamed request's arrival to its first bytes."),
+    ("request_seconds", "From a request's arrival to its last byte."),
+    ("failover_pause_seconds", "Without bytes for the client, from an instance's to the next's."),
+)
 
-class GatewayMetrics:
+
+class GatewayMetrics(Collector):
     """One registry, so that several gateways fit into one process."""
 
     def __init__(self, membership: Membership) -> None:
-        self._registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "memserve_requests",
-            "Requests answered.",
-            ("endpoint", "status"),
-            registry=registry,
-        )
-        self.running = Gauge("memserve_requests_running", "Requests not done.", registry=registry)
-        self.broken = Counter(
-            "memserve_streams_broken", "Streams that ended with an error.", registry=registry
-        )
-        self.hang_ups = Counter(
-            "memserve_client_hang_ups", "Clients that left before the end.", registry=registry
-        )
-        self.prompt_tokens = Counter(
-            "memserve_prompt_tokens", "Prompt tokens of requests sent on.", registry=registry
-        )
-        self.first_token = Histogram(
-            "memserve_time_to_first_token_seconds",
-            "From a streamed request's arrival to its first bytes.",
-            registry=registry,
-            buckets=LATENCY_BOUNDS,
-        )
-        self.whole = Histogram(
-            "memserve_request_seconds",
-            "From a request's arrival to its last byte.",
-            registry=registry,
-            buckets=LATENCY_BOUNDS,
-        )
-        registry.register(_Instances(membership))
+        self._membership = membership
+        self.requests: Counter[tuple[str, int]] = Counter()  # by endpoint and status
+        self.running = 0
+        self.streams_broken = 0
+        self.client_hang_ups = 0
+        self.prompt_tokens = 0
+        self.failovers = 0
+        self.time_to_first_token_seconds = Histogram()
+        self.request_seconds = Histogram()
+        self.failover_pause_seconds = Histogram()
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
 
     def text(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self._registry)
 
-
-class _Instances(Collector):
-    def __init__(self, membership: Membership) -> None:
-        self._membership = membership
-
     def collect(self) -> Iterable[Metric]:
-        return instance_metrics(
+        """Prometheus' own name for it."""
+        requests = CounterMetricFamily(
+            "memserve_requests", "Requests answered.", labels=["endpoint", "status"]
+        )
+        for (endpoint, status), count in self.requests.items():
+            requests.add_metric([endpoint, str(status)], count)
+        yield requests
+        yield GaugeMetricFamily("memserve_requests_running", "Requests not done.", self.running)
+        counts = (
+            self.streams_broken,
+            self.client_hang_ups,
+            self.prompt_tokens,
+            self.failovers,
+        )
+        for (name, text), value in zip(_COUNTERS, counts, strict=True):
+            yield CounterMetricFamily(f"memserve_{name}", text, value)
+        histograms = (
+            self.time_to_first_token_seconds,
+            self.request_seconds,
+            self.failover_pause_seconds,
+        )
+        for (name, text), histogram in zip(_HISTOGRAMS, histograms, strict=True):
+            family = HistogramMetricFamily(f"memserve_{name}", text)
+            family.add_metric([], histogram.cumulative(), histogram.sum)
+            yield family
+        yield from instance_metrics(
             (member.id, member.stats)
             for member in self._membership.members
             if member.stats is not None

@@ -1,29 +1,28 @@
-"""Sends a call to an instance and its answer's bytes to the client."""
+"""Sends a call to an instance and its answer's bytes to the client; where the instance is lost,
+to another one, which goes on where the first one stopped."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
 from http import HTTPStatus
-from typing import NamedTuple
 
-import aiohttp
 import msgspec
-from starlette.types import Send
 
-from memserve.api.asgi import Headers, Interruption, send_body, start_events
+from memserve.api.asgi import Interruption
 from memserve.api.errors import ApiError, unavailable
-from memserve.api.generate import GENERATE_PATH, GenerateCall, PrefillPeer
+from memserve.api.generate import GenerateCall, PrefillPeer
+from memserve.api.http_message import Headers, Reply
 from memserve.clock import Clock
 from memserve.cluster.membership import Member, Membership
-from memserve.gateway.router import Plan, Router
-from memserve.types import InstanceId
+from memserve.gateway.router import Plan, Router, Ticket
+from memserve.gateway.stream import ClientStream
+from memserve.gateway.upstream import Flow, Unreachable, Upstream
+from memserve.types import Epoch, InstanceId
 
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3  # a call that takes instances down must not take all of them
-_HEADERS = {"Content-Type": "application/json"}
-_EVENT_END = b"\n\n"
 _REFUSALS = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
 
 _encode = msgspec.json.Encoder().encode
@@ -32,36 +31,62 @@ _encode = msgspec.json.Encoder().encode
 class Answer:
     """What happened to a call, for the log and the metrics. Filled while it is relayed."""
 
+    __slots__ = ("broken", "failovers", "first_byte", "instance", "pauses")
+
     def __init__(self) -> None:
-        self.status = 0  # 0: nothing was sent to the client
         self.instance: InstanceId | None = None  # the last one tried
         self.first_byte: float | None = None  # when it reached the client; streams only
         self.broken = False  # ended by an error in mid-stream
+        self.failovers = 0  # times that another instance went on with a stream
+        self.pauses: list[float] = []  # that the client saw then, seconds
 
 
-class _InstanceLost(Exception):
-    """An instance failed while it had the call."""
+class Attempt:
+    """A call at one instance, and the instance's answer."""
 
+    def __init__(self, ticket: Ticket, reply: Reply, stream: ClientStream | None) -> None:
+        self.status = 0
+        self.retry_after: bytes | None = None
+        self.body = b""  # unless it is streamed
+        self.lost: str | None = None  # how the instance failed
+        self._ticket = ticket
+        self._reply = reply
+        self._stream = stream
+        self._streaming = False
+        self._first = True
 
-class _Refusal(NamedTuple):
-    """An instance's answer that another instance may improve on."""
+    def begin(self, flow: Flow) -> None:
+        reply = self._reply
+        reply.on_flow = lambda paused: flow.pause() if paused else flow.resume()
+        if not reply.writable:
+            flow.pause()
 
-    status: int
-    body: bytes
-    retry_after: str | None
+    def head(self, status: int, retry_after: bytes | None) -> None:
+        self.status, self.retry_after = status, retry_after
+        self._streaming = self._stream is not None and status == HTTPStatus.OK
+
+    def received(self, data: bytes, last: bool) -> None:
+        if self._first and self.status == HTTPStatus.OK:
+            self._first = False
+            self._ticket.first_token()
+        if self._streaming and self._stream is not None:
+            self._stream.received(data, last)
+        else:
+            # Whole before the first byte goes out: until then another may answer.
+            self.body += data
+
+    @property
+    def refused(self) -> bool:
+        return self.status in _REFUSALS
 
 
 class Relay:
-    """Relays calls. An instance that fails before its first byte is replaced by another."""
+    """Relays calls, each to one instance at a time and to MAX_ATTEMPTS in all."""
 
     def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        membership: Membership,
-        router: Router,
-        clock: Clock,
+        self, upstream: Upstream, membership: Membership, router: Router, clock: Clock
     ) -> None:
-        self._session = session
+        self._upstream = upstream
         self._membership = membership
         self._router = router
         self._clock = clock
@@ -80,105 +105,92 @@ class Relay:
             for attempt in attempts:
                 attempt.interrupt()
 
-    async def run(self, call: GenerateCall, send: Send, headers: Headers, answer: Answer) -> None:
+    async def run(self, call: GenerateCall, reply: Reply, headers: Headers, answer: Answer) -> None:
         """Answer a client. Raises ApiError if nothing has been sent to it yet."""
-        tried: set[InstanceId] = set()
-        refusal: _Refusal | None = None
+        stream = ClientStream(call, reply, headers, self._clock) if call.stream else None
+        tried: set[tuple[InstanceId, Epoch | None]] = set()
+        refusal: Attempt | None = None
         while (plan := self._next(call, tried)) is not None:
             member = plan.member
-            tried.add(member.id)
+            tried.add((member.id, member.epoch))
             answer.instance = member.id
-            body = _encode(_with_prefill(call, plan))
-            try:
-                refused = await self._try(member, call, body, send, headers, answer)
-            except _InstanceLost:
-                if answer.status:
-                    answer.broken = True
-                    await send({"type": "http.response.body", "body": self._failure().event()})
-                    return
-            else:
-                if refused is None:
-                    return
+            attempt = await self._try(plan, call, reply, stream)
+            if stream is not None:
+                answer.first_byte, answer.pauses = stream.first_byte, stream.pauses
+            if reply.gone or reply.ended:
+                return
+            if attempt.lost is not None:
+                log.warning("%s: %s failed: %s", call.id, member.id, attempt.lost)
+                if stream is not None:
+                    if stream.finish() or not stream.resumable:
+                        break
+                    call = _behind(call, stream, answer)
+            elif attempt.refused:
                 # A full queue says more than an instance that is going away.
-                if refusal is None or refused.status == HTTPStatus.TOO_MANY_REQUESTS:
-                    refusal = refused
-        if refusal is None or self._stopping:
-            raise self._failure() if tried else no_instance()
-        answer.status = refusal.status
-        retry = (b"retry-after", (refusal.retry_after or "1").encode())
-        await send_body(send, refusal.status, refusal.body, (*headers, retry))
+                if refusal is None or attempt.status == HTTPStatus.TOO_MANY_REQUESTS:
+                    refusal = attempt
+            elif reply.started:  # an instance that should have gone on, and will not
+                log.warning("%s: %s refuses to go on: %r", call.id, member.id, attempt.body)
+            else:
+                reply.send(attempt.status, attempt.body, headers)
+                return
+        self._end(reply, headers, stream, answer, refusal, bool(tried))
 
-    def _next(self, call: GenerateCall, tried: set[InstanceId]) -> Plan | None:
+    def _next(self, call: GenerateCall, tried: set[tuple[InstanceId, Epoch | None]]) -> Plan | None:
         if self._stopping or len(tried) == MAX_ATTEMPTS:
             return None
-        members = [member for member in self._membership.ready() if member.id not in tried]
+        members = self._membership.ready()
+        if tried:
+            members = [member for member in members if (member.id, member.epoch) not in tried]
         return self._router.plan(call, members) if members else None
 
     async def _try(
-        self,
-        member: Member,
-        call: GenerateCall,
-        body: bytes,
-        send: Send,
-        headers: Headers,
-        answer: Answer,
-    ) -> _Refusal | None:
-        """None: the client has its answer. Raises _InstanceLost."""
-        attempt = Interruption()
-        self._under_way[member.id].add(attempt)
+        self, plan: Plan, call: GenerateCall, reply: Reply, stream: ClientStream | None
+    ) -> Attempt:
+        member = plan.member
+        attempt = Attempt(plan.ticket, reply, stream)
+        if stream is not None:
+            stream.begin_attempt()
+        interruption = Interruption()
+        under_way = self._under_way[member.id]
+        under_way.add(interruption)
+        reply.on_gone = interruption.interrupt
         try:
-            with attempt:
-                return await self._exchange(member, call, body, send, headers, answer)
-            log.warning("%s: given up at %s", call.id, member.id)
-            raise _InstanceLost
-        except (aiohttp.ClientError, TimeoutError) as error:
-            log.warning("%s: %s failed: %r", call.id, member.id, error)
-            self._membership.missed(member)
-            raise _InstanceLost from error
+            with interruption:
+                await self._upstream.call(member.address, _encode(_planned(call, plan)), attempt)
+            if interruption.happened:
+                attempt.lost = "given up"
+            elif stream is not None and attempt.status == HTTPStatus.OK and not stream.complete:
+                attempt.lost = "ended before the answer did"
+        except Unreachable as error:
+            attempt.lost = str(error)
+            self._membership.doubt(member)
         finally:
-            self._under_way[member.id].discard(attempt)
+            under_way.discard(interruption)
+            reply.on_gone = reply.on_flow = None
+            plan.ticket.ended()
+        return attempt
 
-    async def _exchange(
+    def _end(
         self,
-        member: Member,
-        call: GenerateCall,
-        body: bytes,
-        send: Send,
+        reply: Reply,
         headers: Headers,
+        stream: ClientStream | None,
         answer: Answer,
-    ) -> _Refusal | None:
-        url = member.address + GENERATE_PATH
-        async with self._session.post(url, data=body, headers=_HEADERS) as response:
-            if response.status in _REFUSALS:
-                retry_after = response.headers.get("Retry-After")
-                return _Refusal(response.status, await response.read(), retry_after)
-            if call.stream and response.status == HTTPStatus.OK:
-                await self._stream(response.content, send, headers, answer)
-            else:
-                # Whole before the first byte goes out: until then another may answer.
-                whole = await response.read()
-                answer.status = response.status
-                await send_body(send, response.status, whole, headers)
-        return None
-
-    async def _stream(
-        self, content: aiohttp.StreamReader, send: Send, headers: Headers, answer: Answer
+        refusal: Attempt | None,
+        tried: bool,
     ) -> None:
-        """Relay events whole, so that an error event can follow the last one at any time."""
-        rest = b""
-        done = False
-        while not done:
-            data = rest + await content.readany()
-            done = content.at_eof()
-            end = len(data) if done else _end_of_events(data)
-            data, rest = data[:end], data[end:]
-            if not data and not done:
-                continue
-            if not answer.status:
-                answer.status = HTTPStatus.OK
-                answer.first_byte = self._clock.now()
-                await start_events(send, headers)
-            await send({"type": "http.response.body", "body": data, "more_body": not done})
+        """No instance is left."""
+        if reply.ended:
+            return
+        if stream is not None and (reply.started or stream.error is not None):
+            answer.broken = True
+            stream.fail(self._failure().event())
+        elif refusal is None or self._stopping:
+            raise self._failure() if tried else no_instance()
+        else:
+            retry = (b"retry-after", refusal.retry_after or b"1")
+            reply.send(refusal.status, refusal.body, (*headers, retry))
 
     def _failure(self) -> ApiError:
         if self._stopping:
@@ -186,17 +198,26 @@ class Relay:
         return unavailable("The instance that had this request was lost.", "instance_lost")
 
 
-def _end_of_events(data: bytes) -> int:
-    """Where the last event that is whole ends."""
-    end = data.rfind(_EVENT_END)
-    return end + len(_EVENT_END) if end >= 0 else 0
-
-
-def _with_prefill(call: GenerateCall, plan: Plan) -> GenerateCall:
-    if not plan.prefill:
+def _behind(call: GenerateCall, stream: ClientStream, answer: Answer) -> GenerateCall:
+    """The call that goes on with what the client has."""
+    if not (tokens := stream.tokens()):
         return call
-    peers = tuple(PrefillPeer(member.id, member.address) for member in plan.prefill)
-    return msgspec.structs.replace(call, prefill=peers)
+    answer.failovers += 1
+    return msgspec.structs.replace(call, resumed=tokens)
+
+
+def _planned(call: GenerateCall, plan: Plan) -> GenerateCall:
+    if not plan.prefill and plan.fetch is None:
+        return call
+    return msgspec.structs.replace(
+        call,
+        prefill=tuple(map(_peer, plan.prefill)),
+        fetch=None if plan.fetch is None else _peer(plan.fetch),
+    )
+
+
+def _peer(member: Member) -> PrefillPeer:
+    return PrefillPeer(member.id, member.address)
 
 
 def no_instance() -> ApiError:

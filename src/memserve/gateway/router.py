@@ -13,20 +13,46 @@ from memserve.cluster.membership import Member
 from memserve.types import Role
 
 
+class Ticket(Protocol):
+    """What a router hears of a plan of its own. Called on the event loop."""
+
+    def first_token(self) -> None:
+        """The first bytes of an answer have come; not called for plans that came to nothing."""
+
+    def ended(self) -> None:
+        """The plan is over, however it ended. Called once."""
+
+
+class _NoTicket:
+    def first_token(self) -> None:
+        pass
+
+    def ended(self) -> None:
+        pass
+
+
+NO_TICKET: Ticket = _NoTicket()
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """`member` answers. Its prompt is computed by the first of `prefill` that can, or by
-    itself."""
+    itself, after the prefix that `fetch` has longest was pulled from there."""
 
     member: Member
     prefill: tuple[Member, ...] = ()
+    fetch: Member | None = None
+    ticket: Ticket = NO_TICKET
 
 
 class Router(Protocol):
     """Chooses among members that would take the call. Called on the event loop, so it is quick."""
 
     def plan(self, call: GenerateCall, members: Sequence[Member]) -> Plan:
-        """A plan for one of `members`, which are ready and not empty."""
+        """A plan for one of `members`, which are ready and not empty.
+
+        `call.resumed` has what earlier plans for this call, which have ended, brought about.
+        """
 
 
 class RoundRobin:

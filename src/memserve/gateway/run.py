@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import uvloop
 
 from memserve.api.http_client import instance_session
-from memserve.api.serving import Shutdown, announce, bind, serve, url_of
+from memserve.api.serving import Shutdown, announce, bind, serve_http, url_of
 from memserve.clock import MonotonicClock
 from memserve.cluster.membership import Member, Membership
 from memserve.cluster.poller import Poller
@@ -19,6 +19,7 @@ from memserve.gateway.app import GatewayApp
 from memserve.gateway.call_builder import CallBuilder
 from memserve.gateway.relay import Relay
 from memserve.gateway.router import RoundRobin
+from memserve.gateway.upstream import Upstream
 from memserve.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -68,12 +69,14 @@ class Gateway:
         self.membership = Membership(self._lost)
         self._drain_seconds = config.gateway.drain_seconds
         self._session = instance_session()
-        self._relay = Relay(self._session, self.membership, RoundRobin(), clock)
+        self._upstream = Upstream()
+        self._max_body_bytes = config.gateway.max_body_bytes
+        self._relay = Relay(self._upstream, self.membership, RoundRobin(), clock)
         self._calls = CallBuilder(
             tokenizer, config.model.served_name or config.model.path, available_cores()
         )
         self._app = GatewayApp(
-            self._calls, self.membership, self._relay, clock, config.gateway.max_body_bytes
+            self._calls, self.membership, self._relay, clock, config.gateway.access_log
         )
 
     async def __aenter__(self) -> Gateway:
@@ -84,6 +87,7 @@ class Gateway:
         self._polling.cancel()
         await asyncio.wait((self._polling,))
         self._calls.close()
+        self._upstream.close()
         await self._session.close()
 
     async def serve(self, sock: socket.socket, shutdown: Shutdown) -> None:
@@ -97,7 +101,7 @@ class Gateway:
                 self._relay.stop()
                 await shutdown.wait_for(self._app.idle(), STOP_SECONDS)
 
-        await serve(self._app, sock, shutdown, drain)
+        await serve_http(self._app.handle, sock, shutdown, drain, self._max_body_bytes)
 
     def _lost(self, member: Member) -> None:
         self._relay.instance_lost(member)

@@ -1,0 +1,191 @@
+"""A request as a handler gets it, and the reply that it gives: whole, or as a stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import NamedTuple, Protocol
+
+from memserve.api.errors import ApiError
+
+Header = tuple[bytes, bytes]
+Headers = Iterable[Header]
+
+JSON_HEADER = (b"content-type", b"application/json")
+EVENTS_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+)
+_STATUS_LINES = {
+    status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus
+}
+
+
+class Request(NamedTuple):
+    """A whole request. Header names are in lower case."""
+
+    method: str
+    path: str  # decoded, without the query
+    query: bytes
+    headers: list[Header]
+    body: bytes
+    http_10: bool
+    keep_alive: bool  # the client may send another one
+    target: bytes  # as it came
+
+    def header(self, name: bytes) -> bytes | None:
+        """A header's value; `name` in lower case."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
+
+
+class Wire(Protocol):
+    """The connection under a reply."""
+
+    def send(self, data: bytes) -> None: ...
+
+    def replied(self, keep_alive: bool) -> None:
+        """The reply is complete."""
+
+
+class Reply:
+    """The answer to one request. Its handler owns it; writing to a client that has gone is no
+    error and does nothing.
+
+    `on_gone` is called once when the client hangs up before the end; `on_flow` with True when
+    the client reads too slowly for what was written, with False when it has caught up.
+    """
+
+    __slots__ = (
+        "_bare",
+        "_chunked",
+        "_http_10",
+        "_keep_alive",
+        "_pending",
+        "_wire",
+        "ended",
+        "gone",
+        "on_flow",
+        "on_gone",
+        "started",
+        "status",
+        "writable",
+    )
+
+    def __init__(self, wire: Wire, request: Request, writable: bool = True) -> None:
+        self._wire = wire
+        self._http_10 = request.http_10
+        self._bare = request.method == "HEAD"
+        self._keep_alive = request.keep_alive
+        self._chunked = False
+        self._pending = b""  # the head of a stream, until its first bytes
+        self.status = 0  # 0: nothing was sent
+        self.started = False
+        self.ended = False
+        self.gone = False
+        self.writable = writable
+        self.on_gone: Callable[[], None] | None = None
+        self.on_flow: Callable[[bool], None] | None = None
+
+    def send(
+        self, status: int, body: bytes, headers: Headers = (), media: Header = JSON_HEADER
+    ) -> None:
+        """A whole answer."""
+        length = (b"content-length", b"%d" % len(body))
+        self.started = True
+        head = self._head(status, (media, length, *headers))
+        self._finish(head if self._bare else head + body)
+
+    def send_error(self, error: ApiError, headers: Headers = ()) -> None:
+        self.send(error.status, error.body(), (*headers, *error.headers()))
+
+    def start(self, status: int, headers: Headers, *, sized: bool = False) -> None:
+        """Begin a stream. `sized`: `headers` have its length."""
+        self.started = True
+        framing: tuple[Header, ...] = ()
+        if not sized and not self._bare:
+            if self._http_10:
+                self._keep_alive = False  # its end is the connection's
+            else:
+                self._chunked = True
+                framing = ((b"transfer-encoding", b"chunked"),)
+        self._pending = self._head(status, (*headers, *framing))
+
+    def write(self, data: bytes) -> None:
+        """More of a stream, not empty. Goes out at once, as one write."""
+        if self._bare:
+            return
+        if self._chunked:
+            data = b"%b%x\r\n%b\r\n" % (self._pending, len(data), data)
+        elif self._pending:
+            data = self._pending + data
+        self._pending = b""
+        if not self.gone:
+            self._wire.send(data)
+
+    def end(self, data: bytes = b"") -> None:
+        """The end of a stream, with its last bytes."""
+        if self._bare:
+            data = b""
+        if self._chunked:
+            last = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+            data = b"%b%b0\r\n\r\n" % (self._pending, last)
+        else:
+            data = self._pending + data
+        self._pending = b""
+        self._finish(data)
+
+    def abort(self) -> None:
+        """End without an end: the client sees that something is missing."""
+        self._keep_alive = False
+        self._finish(b"")
+
+    def hung_up(self) -> None:
+        """The connection's word that the client has gone."""
+        self.gone = True
+        tell, self.on_gone, self.on_flow = self.on_gone, None, None
+        if tell is not None:
+            tell()
+
+    def _finish(self, data: bytes) -> None:
+        if self.ended:
+            raise RuntimeError("a reply ends once")
+        self.ended = True
+        self.on_gone = self.on_flow = None
+        if not self.gone:
+            if data:
+                self._wire.send(data)
+            self._wire.replied(self._keep_alive)
+
+    def _head(self, status: int, headers: Headers) -> bytes:
+        self.status = status
+        parts = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status, _date()]
+        for name, value in headers:
+            if name == b"connection":
+                self._keep_alive = self._keep_alive and value.lower() != b"close"
+            else:
+                parts += (name, b": ", value, b"\r\n")
+        if not self._keep_alive:
+            parts.append(b"connection: close\r\n")
+        elif self._http_10:
+            parts.append(b"connection: keep-alive\r\n")
+        parts.append(b"\r\n")
+        return b"".join(parts)
+
+
+class _Date:
+    second = 0
+    line = b""
+
+
+def _date() -> bytes:
+    """The Date header, made once a second."""
+    now = int(time.time())
+    if now != _Date.second:
+        _Date.second = now
+        _Date.line = b"date: %b\r\n" % formatdate(now, usegmt=True).encode()
+    return _Date.line
