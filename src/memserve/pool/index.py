@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memserve.pool.blocks import Blocks, Part
+from memserve.pool.listener import IndexListener, StoredRun, moved_runs
 from memserve.types import IndexArray, Medium, RefArray, ref_medium
 
 _MEDIA = (Medium.HBM, Medium.DRAM)
@@ -47,7 +48,7 @@ class Node:
         self.parent = parent  # None: a root, or no longer in the tree
         self.start = start  # blocks from the root to this edge
         self.edge = edge
-        self.refs = refs  # [blocks of the edge]
+        self.refs = refs  # [blocks of the edge]; replaced, never changed
         self.children: dict[bytes, Node] = {}
         self.stamp = 0.0  # last access, in the eviction policy's terms
         self.own = [0, 0]  # blocks of the edge, by medium
@@ -98,6 +99,7 @@ class RadixIndex:
         self._blocks = blocks
         self.block_bytes = 4 * block_tokens
         self._changed = changed
+        self.listener: IndexListener | None = None
         self._ids = itertools.count(1)
         self._namespaces: dict[int, str] = {}  # of root ids
         self.roots: dict[str, Node] = {}
@@ -163,14 +165,22 @@ class RadixIndex:
             medium = int(blocks.medium)
             self._count(node, medium, node.own[medium] + len(index), node.below[medium])
         self._changed(node)
+        if self.listener is not None:
+            parent = int(path.refs[-1]) if len(path.refs) else None
+            self.listener.stored(StoredRun(namespace, parent, node.refs[-len(refs) :], edge))
 
     def repoint(self, node: Node, positions: IndexArray, refs: RefArray) -> RefArray:
         """Give `positions` of an edge other blocks; returns those that were there."""
         old = node.refs[positions]
+        node.refs = node.refs.copy()  # listeners share the array
         node.refs[positions] = refs
         self._house(node, refs)
         self._recount(node)
         self._tail_changed(node)
+        if self.listener is not None:
+            namespace = self._namespace(node)
+            for run, part in moved_runs(namespace, node, positions, self.block_bytes):
+                self.listener.moved(run, old[part])
         return old
 
     def repoint_refs(self, old: RefArray, new: RefArray) -> None:
@@ -192,6 +202,8 @@ class RadixIndex:
             gone.append(below.refs)
             self._forget(below)
         refs = np.concatenate(gone)
+        if self.listener is not None:
+            self.listener.removed(self._namespace(node), refs)
         node.children = {}
         node.refs = node.refs[:keep].copy()
         in_dram = int(np.count_nonzero(ref_medium(node.refs)))
@@ -233,6 +245,11 @@ class RadixIndex:
             pinned = np.flatnonzero(self._blocks.pins(node.refs))
             held[node.id] = int(pinned[-1]) + 1 if len(pinned) else 0
         return held
+
+    def _namespace(self, node: Node) -> str:
+        while node.parent is not None:
+            node = node.parent
+        return self._namespaces[node.id]
 
     def _root(self, namespace: str) -> Node:
         root = self.roots.get(namespace)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Self
 
@@ -23,9 +23,11 @@ from memserve.errors import (
 from memserve.pool import integrity
 from memserve.pool.allocator import ACTIVE, NOTHING, BlockAllocator
 from memserve.pool.blocks import Blocks, as_refs
+from memserve.pool.epochs import new_epoch
 from memserve.pool.eviction import Eviction, make_eviction
 from memserve.pool.history import History
 from memserve.pool.layout import KVLayout
+from memserve.pool.listener import IndexListener, StoredRun, stored_runs
 from memserve.pool.results import InsertResult, Match, MediumStats, PoolStats
 from memserve.pool.segment import sweep
 from memserve.pool.storage import BlockStore, Extent
@@ -74,7 +76,7 @@ class MemPool:
         the time. Raises SharedMemoryFull where host memory for the blocks cannot be had.
         """
         self.layout = layout
-        self.owner = Owner(InstanceId(instance), _new_epoch() if epoch is None else Epoch(epoch))
+        self.owner = Owner(InstanceId(instance), new_epoch() if epoch is None else Epoch(epoch))
         self.device = torch.device(device)
         self._lock = threading.RLock()
         self._closed = False
@@ -327,6 +329,16 @@ class MemPool:
             self._require_open()
             return tuple((self._hbm if medium is Medium.HBM else self._dram).extents)
 
+    def listen(self, listener: IndexListener | None) -> None:
+        """Have one listener told, under the pool's lock, of what enters and leaves the index."""
+        self._index.listener = listener
+
+    def indexed(self, mark: Callable[[], None]) -> list[StoredRun]:
+        """All that the index has, parents first; `mark` is called before the next change."""
+        with self._lock:
+            mark()
+            return list(stored_runs(self._index.roots))
+
     def evictable(self, medium: Medium = Medium.HBM) -> int:
         """Historical blocks that allocation may take away."""
         with self._lock:
@@ -385,15 +397,3 @@ class MemPool:
                 return
             self._matches.remove(match)
             self._history.unpin(match._pinned)
-
-
-_last_epoch = 0
-_epoch_lock = threading.Lock()
-
-
-def _new_epoch() -> Epoch:
-    """Different for every pool of this process, and later than those before a restart."""
-    global _last_epoch
-    with _epoch_lock:
-        _last_epoch = max(time.time_ns(), _last_epoch + 1)
-        return Epoch(_last_epoch)
