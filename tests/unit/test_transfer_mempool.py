@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from memserve.transfer.base import Transport
 from memserve.transfer.faulty import Delay, Drop, Fail, Fault, FaultyTransport, listed
 from memserve.transfer.mempool import MakeTransports
 from memserve.transfer.shm import ShmTransport
+from memserve.transfer.shortcut import DATAGRAM_BYTES, is_shortcut
 from memserve.types import Owner
 from tests.transfer_harness import (
     LAYOUT,
@@ -310,16 +312,27 @@ def test_a_restarted_instance_is_met_again_behind_its_address() -> None:
 
 def test_peers_of_one_host_leave_tcp_for_a_shorter_way(pools: Pools) -> None:
     a, b = pools
-    for _ in range(3):
-        a.transfer_with_insert("b", tokens_of(2), filled(a, 2)).result(PATIENCE)
     life = a._require_service().life(b.owner.instance)
     assert life.shortcut is not None
-    assert life.shortcut.address.startswith("ipc://")
+    assert is_shortcut(life.shortcut.address)
+    for _ in range(3):
+        a.transfer_with_insert("b", tokens_of(2), filled(a, 2)).result(PATIENCE)
+
+
+def test_a_message_too_long_for_the_shorter_way_takes_the_other() -> None:
+    layout = replace(LAYOUT, block_tokens=4096)
+    tokens = np.arange(16 * layout.block_tokens)
+    assert tokens.astype(np.int32).nbytes > DATAGRAM_BYTES
+    with MemPool(layout, 16, instance="a") as a, MemPool(layout, 16, instance="b") as b:
+        a.connect("b", b.serve(LOCAL))
+        a.transfer_with_insert("b", tokens, a.alloc_mem(16)).result(PATIENCE)
+        with b.match(tokens) as match:
+            assert match.tokens == len(tokens)
 
 
 def _reachable(pool: MemPool) -> bool:
     try:
         pool.alloc_mem(0, instance="b")
-    except UnknownPeer:
+    except (UnknownPeer, PeerLost):
         return False
     return True

@@ -22,6 +22,7 @@ from memserve.errors import (
 )
 from memserve.transfer import wire
 from memserve.transfer.base import PoolRegions
+from memserve.transfer.conversion import meaning
 from memserve.transfer.process import own_process
 from memserve.transfer.regions import host_id
 from memserve.transfer.secret import SECRET_VARIABLE
@@ -39,7 +40,7 @@ from tests.transfer_harness import (
 # The thread of a pool must survive everything here.
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
-FINGERPRINT = bytes.fromhex(LAYOUT.fingerprint)
+HEADER = wire.header(LAYOUT)
 
 
 @contextlib.contextmanager
@@ -65,12 +66,12 @@ def test_another_layout_is_refused_with_both_fingerprints() -> None:
 
 def test_another_protocol_version_is_told_so_before_anything_is_decoded() -> None:
     with MemPool(LAYOUT, 4, instance="b") as b, stranger(b.serve(LOCAL)) as socket:
-        later = bytearray(wire.header(FINGERPRINT))
+        later = bytearray(HEADER)
         later[5] = 99
         socket.send_multipart([bytes(later), b"\xc1 no msgpack"])
         answer = socket.recv_multipart()
         with pytest.raises(wire.Mismatch) as mismatch:
-            wire.decode(answer, FINGERPRINT)
+            wire.decode(answer, meaning(LAYOUT))
         assert mismatch.value.kind is wire.Kind.REFUSAL
         assert mismatch.value.version == wire.PROTOCOL_VERSION
         assert b.peer_stats().malformed == 0
@@ -89,7 +90,7 @@ def test_a_secret_is_needed_to_talk_and_the_same_one() -> None:
                 other.connect("b", address)
         with stranger(address) as socket:
             socket.rcvtimeo = 300
-            socket.send_multipart([wire.header(FINGERPRINT), b""])
+            socket.send_multipart([HEADER, b""])
             with pytest.raises(zmq.Again):
                 socket.recv_multipart()
         assert b.peer_stats().malformed == 0  # none of it came through
@@ -142,19 +143,18 @@ def test_noise_is_counted_and_does_not_stop_a_pool() -> None:
     """Random frames, and messages of a peer that has lost its mind."""
     mad = Owner(InstanceId("mad"), Epoch(1))
     hello = wire.Hello(False, own_process(), PoolRegions(LAYOUT, host_id(), ()), ())
-    head = wire.header(FINGERPRINT)
     with MemPool(LAYOUT, 32, instance="b") as b, MemPool(LAYOUT, 32, instance="a") as a:
         address = b.serve(LOCAL)
         a.connect("b", address)
         with stranger(address) as socket:
-            socket.send_multipart([head, wire.encode(mad, Epoch(0), hello)])
+            socket.send_multipart([HEADER, wire.encode(mad, Epoch(0), hello)])
 
             @settings(max_examples=400, deadline=None)
             @given(frames | nonsense | prepares)
             def shout(noise: list[object]) -> None:
                 if noise and not all(isinstance(each, bytes) for each in noise):
                     body = [mad.instance, mad.epoch, b.owner.epoch, noise]
-                    socket.send_multipart([head, msgspec.msgpack.encode(body)])
+                    socket.send_multipart([HEADER, msgspec.msgpack.encode(body)])
                 else:
                     socket.send_multipart(noise or [b""])
 
@@ -162,21 +162,20 @@ def test_noise_is_counted_and_does_not_stop_a_pool() -> None:
             eventually(lambda: b.peer_stats().malformed > 20, "the noise")
             source = filled(a, 3)
             a.transfer_with_insert("b", tokens_of(3), source, medium=Medium.HBM).result(PATIENCE)
-            socket.send_multipart([head, wire.encode(mad, b.owner.epoch, wire.Bye())])
+            socket.send_multipart([HEADER, wire.encode(mad, b.owner.epoch, wire.Bye())])
             eventually(lambda: b.stats().hbm.active == 0, "what the mad one held")
         quiet(b)
 
 
 @given(st.lists(st.binary(max_size=80), max_size=4), st.binary(max_size=200))
 def test_decoding_raises_nothing_but_what_it_says(noise: list[bytes], body: bytes) -> None:
-    for attempt in (noise, [wire.header(FINGERPRINT), body]):
+    for attempt in (noise, [HEADER, body]):
         with contextlib.suppress(wire.Malformed, wire.Mismatch):
-            wire.decode(attempt, FINGERPRINT)
+            wire.decode(attempt, meaning(LAYOUT))
 
 
 def test_a_message_without_end_is_not_read() -> None:
     with MemPool(LAYOUT, 4, instance="b") as b, stranger(b.serve(LOCAL)) as socket:
-        head = wire.header(FINGERPRINT)
-        socket.send_multipart([head, bytes(wire.MAX_MESSAGE_BYTES + 1)])
-        socket.send_multipart([head, b"short"])
+        socket.send_multipart([HEADER, bytes(wire.MAX_MESSAGE_BYTES + 1)])
+        socket.send_multipart([HEADER, b"short"])
         eventually(lambda: b.peer_stats().malformed == 1, "the short one, on a new connection")

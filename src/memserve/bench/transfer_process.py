@@ -180,7 +180,8 @@ class _Worker:
         begin = time.perf_counter()
         self._transport.post(self._peer.owner, writes)
         while not (ended := self._transport.poll()):
-            pass
+            if self._transport.poll_interval:  # as the pools' own thread does
+                time.sleep(self._transport.poll_interval)
         seconds = time.perf_counter() - begin
         if ended[0].outcome is not Outcome.DONE:
             raise TransferError(f"a copy ended as {ended[0].outcome}: {ended[0].error}")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import msgspec
 
 from memserve.errors import LayoutMismatch
 from memserve.pool.layout import KVLayout
@@ -24,6 +28,14 @@ class Convertible:
     complete: bool  # they are all that the target holds; otherwise other shards send the rest
 
 
+@lru_cache(maxsize=64)
+def meaning(layout: KVLayout) -> bytes:
+    """SHA-256 over what the bytes mean, wherever they lie: pools that differ in it have
+    nothing to say to each other."""
+    fields = {name: value for name, value in asdict(layout).items() if name not in _PLACEMENT}
+    return hashlib.sha256(msgspec.json.encode(fields, order="sorted")).digest()
+
+
 def compatibility(source: KVLayout, target: KVLayout) -> Identical | Convertible:
     """How blocks of `source` go into blocks of `target`.
 
@@ -42,6 +54,16 @@ def compatibility(source: KVLayout, target: KVLayout) -> Identical | Convertible
     if not heads:
         raise _mismatch(source, target, [f"KV heads {source.heads} and {target.heads}"])
     return Convertible(heads, complete=heads == target.heads)
+
+
+def require_filled(source: KVLayout, target: KVLayout, what: str) -> None:
+    """Raises LayoutMismatch unless blocks of `source` make whole blocks of `target`."""
+    heads = common_heads(source, target)
+    if heads != target.heads:
+        raise LayoutMismatch(
+            f"{what} takes KV heads {target.heads} of layout {target.fingerprint}, and layout "
+            f"{source.fingerprint} has {heads} of them; send into blocks of the receiver's (dst)"
+        )
 
 
 def common_heads(source: KVLayout, target: KVLayout) -> range:

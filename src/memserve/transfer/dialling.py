@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from memserve.errors import MemserveError, PeerLost, PeerRefused
-from memserve.transfer.links import Dealer, Links
+from memserve.transfer.links import Dealer, Links, Way
 from memserve.types import InstanceId, Owner
 
 # Connections ended before a Hello after which no more are tried. Who does not know the secret
@@ -37,7 +37,7 @@ class Dialling:
     def begin(self, dialled: Dialled) -> None:
         self._waiting.append(dialled)
 
-    def by(self, path: Dealer | bytes) -> Dialled | None:
+    def by(self, path: Way) -> Dialled | None:
         """Who waits for what comes this way."""
         return next((each for each in self._waiting if each.dealer is path), None)
 

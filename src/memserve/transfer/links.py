@@ -1,7 +1,7 @@
 """Sockets between pools. They carry frames and know nothing of what these say.
 
-A pool has one ROUTER that peers connect to and one DEALER for each peer that it connects to.
-All belong to the thread that polls; others only `wake` it.
+A pool has one ROUTER that peers connect to, one DEALER for each peer that it connects to, and
+a shortcut to pools of its host. All belong to the thread that polls; others only `wake` it.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from memserve.errors import ConfigError, TransferError
-from memserve.pool.segment import PREFIX, SHM_DIRECTORY, new_name
 from memserve.transfer.secret import SECRET_VARIABLE, ClusterKeys
-from memserve.transfer.wire import MAX_MESSAGE_BYTES
+from memserve.transfer.shortcut import Neighbour, Shortcut
+from memserve.transfer.wire import HEADER_BYTES, MAX_MESSAGE_BYTES
 
 # Milliseconds for the last messages to leave when a pool closes. Less than any lease: who
 # misses them finds out by the silence.
@@ -26,7 +25,6 @@ LINGER_MS = 200
 # Messages taken from one socket before others, and timers, have their turn.
 RECEIVE_BATCH = 64
 
-_IPC = "ipc://"
 _LOOPBACK = ("127.", "localhost", "[::1]")
 
 Socket = zmq.Socket[bytes]
@@ -51,13 +49,18 @@ class Arrival:
     """Frames, and where to answer."""
 
     frames: list[bytes]
-    path: Dealer | bytes  # our own connection, or the ROUTER's name for a peer's
+    path: Way
+
+
+# Our own connection, the ROUTER's name for a peer's, or a socket of this host.
+Way = Dealer | bytes | Neighbour
 
 
 class Links:
     """The sockets of one pool."""
 
-    def __init__(self, keys: ClusterKeys | None) -> None:
+    def __init__(self, keys: ClusterKeys | None, shortcut: bool = True) -> None:
+        """`shortcut`: whether pools of this host may leave the network out."""
         self._keys = keys
         self._context: zmq.Context[Socket] = zmq.Context()
         self._poller = zmq.Poller()
@@ -66,10 +69,17 @@ class Links:
         self._dealers: dict[Socket, Dealer] = {}
         self._monitors: dict[Socket, Dealer] = {}
         self._router: Socket | None = None
-        self.shortcut = ""  # where peers of this host reach the ROUTER sooner than by TCP
+        self._shortcut = Shortcut() if shortcut else None
+        if self._shortcut is not None:
+            self._poller.register(self._shortcut.fileno(), zmq.POLLIN)
         self._gate: Socket | None = None
         self.strangers = 0  # clients without the secret
         self.unsent = 0  # messages with no way to go, or no room in the queue
+
+    @property
+    def shortcut(self) -> str:
+        """Where peers of this host reach this pool soonest; empty if they do not."""
+        return "" if self._shortcut is None else self._shortcut.address
 
     def listen(self, address: str) -> str:
         """Bind; returns the address with the port. Raises TransferError; ConfigError for an
@@ -95,9 +105,7 @@ class Links:
             raise TransferError(f"cannot listen on {address}: {error}") from error
         self._router = router
         self._poller.register(router, zmq.POLLIN)
-        endpoint = router.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._bind_shortcut(router)
-        return endpoint
+        return router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def dial(self, address: str) -> Dealer:
         """Start to connect, and do so again whenever it breaks. Raises TransferError."""
@@ -127,8 +135,10 @@ class Links:
         dealer.monitor.close(0)
         dealer.socket.close(LINGER_MS)
 
-    def send(self, path: Dealer | bytes, header: bytes, body: bytes) -> bool:
+    def send(self, path: Way, header: bytes, body: bytes) -> bool:
         """Whether it was queued; that it arrives is another matter."""
+        if isinstance(path, Neighbour):
+            return self._shortcut is not None and self._shortcut.send(path, [header, body])
         try:
             if isinstance(path, Dealer) and path.socket in self._dealers:
                 path.socket.send_multipart([header, body], zmq.NOBLOCK)
@@ -152,6 +162,8 @@ class Links:
         for source, _ in self._poller.poll(int(timeout * 1000)):
             if source == self._wake:
                 os.eventfd_read(self._wake)
+            elif self._shortcut is not None and source == self._shortcut.fileno():
+                arrivals += self._receive_datagrams(self._shortcut)
             elif source is self._gate and self._keys is not None:
                 self.strangers += not self._keys.answer(self._gate)
             elif source in self._monitors:
@@ -174,20 +186,17 @@ class Links:
         if self._gate is not None:
             self._gate.close(0)
         self._context.term()
-        if self.shortcut:
-            # Not every libzmq removes the socket's name.
-            Path(self.shortcut.removeprefix(_IPC)).unlink(missing_ok=True)
+        if self._shortcut is not None:
+            self._shortcut.close()
         os.close(self._wake)
 
-    def _bind_shortcut(self, router: Socket) -> None:
-        """Also listen on a Unix socket: a third of TCP's latency. Beside the segments, since
-        who can reach those can reach it."""
-        path = SHM_DIRECTORY / new_name()
-        try:
-            router.bind(f"{_IPC}{path}")
-        except zmq.ZMQError:  # no such directory, or no right to it: there is TCP
-            return
-        self.shortcut = f"{_IPC}{path}"
+    def _receive_datagrams(self, shortcut: Shortcut) -> Iterator[Arrival]:
+        for _ in range(RECEIVE_BATCH):
+            received = shortcut.receive()
+            if received is None:
+                return
+            data, sender = received
+            yield Arrival([data[:HEADER_BYTES], data[HEADER_BYTES:]], sender)
 
     def _receive(self, socket: Socket, dealer: Dealer | None) -> Iterator[Arrival]:
         for _ in range(RECEIVE_BATCH):
@@ -205,13 +214,6 @@ class Links:
         socket.maxmsgsize = MAX_MESSAGE_BYTES
         socket.linger = LINGER_MS
         return socket
-
-
-def is_shortcut(address: str) -> bool:
-    """Whether it looks like one; it came over a wire and must not lead anywhere else."""
-    return address.startswith(f"{_IPC}{SHM_DIRECTORY / PREFIX}") and address.count("/") == (
-        f"{_IPC}{SHM_DIRECTORY}/".count("/")
-    )
 
 
 def is_local(address: str) -> bool:

@@ -27,6 +27,7 @@ from memserve.pool.layout import KVLayout
 from memserve.pool.tokens import as_tokens
 from memserve.transfer.base import Transport
 from memserve.transfer.conversation import Conversation
+from memserve.transfer.conversion import require_filled
 from memserve.transfer.links import is_local
 from memserve.transfer.messages import Prepare, to_wire_tokens, to_words
 from memserve.transfer.path import PathName
@@ -261,11 +262,12 @@ class MemPool(SharedPool):
         return service
 
     def _add_nixl(self, conversation: Conversation, now: float) -> None:
-        if not conversation.has_transport("nixl"):
+        introductions = conversation.introductions
+        if not introductions.has_transport("nixl"):
             # Heavy, an extra, and of no use on one host.
             from memserve.transfer.nixl import NixlTransport
 
-            conversation.add_transport(NixlTransport(self.owner, self.layout))
+            introductions.add_transport(NixlTransport(self.owner, self.layout))
 
     def _require_service(self) -> Service:
         service = self._service
@@ -328,6 +330,8 @@ class MemPool(SharedPool):
         life = service.life(instance)
         if len(target) and (ref_owner(target) != intern_owner(*life.owner)).any():
             raise StaleBlock(f"not all of `dst` are blocks of the present life of {instance!r}")
+        if len(source) and (prepare.tokens is not None or prepare.target is None):
+            require_filled(self.layout, life.memory.layout, "a transfer of whole blocks")
         pins = self.pin_source(source)
         session = SourceSession(prepare, service.lease(life.owner), patience)
 
@@ -383,7 +387,7 @@ class MemPool(SharedPool):
     def _tell_memory(self) -> None:
         service = self._service
         if service is not None:
-            service.ask(lambda conversation, now: conversation.refresh_memory())
+            service.ask(lambda conversation, now: conversation.introductions.refresh_memory())
 
 
 def _make_shm(owner: Owner, layout: KVLayout) -> Sequence[Transport]:

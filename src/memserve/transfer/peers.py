@@ -10,6 +10,8 @@ from memserve.transfer.base import Completion, PoolRegions, Transport
 from memserve.transfer.links import Dealer
 from memserve.transfer.path import PathName, choose_transport
 from memserve.transfer.process import ProcessTag, is_known_dead, is_visible
+from memserve.transfer.regions import host_id
+from memserve.transfer.shortcut import Neighbour, is_shortcut
 from memserve.transfer.wire import Hello
 from memserve.types import InstanceId, Owner
 
@@ -24,7 +26,7 @@ class Life:
     hello: Hello
     transport: Transport | None = None  # None: no way to write into its memory
     obstacle: str = ""  # why there is none
-    shortcut: Dealer | None = None  # our faster connection, if it is on this host
+    shortcut: Neighbour | None = None  # if it is on this host
 
 
 @dataclass(slots=True, eq=False)
@@ -90,8 +92,8 @@ class Peers:
             else:
                 self._watched[known.owner] = known.process
         peer.life = Life(owner, hello.process, hello.memory, hello)
-        if known is not None and known.owner == owner:
-            peer.life.shortcut = known.shortcut
+        if hello.memory.host == host_id() and is_shortcut(hello.shortcut):
+            peer.life.shortcut = Neighbour(hello.shortcut)
         self._choose_transport(peer.life)
         return over
 

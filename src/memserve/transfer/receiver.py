@@ -11,7 +11,9 @@ from numpy.typing import ArrayLike
 from memserve.errors import LengthMismatch
 from memserve.pool.layout import KVLayout
 from memserve.pool.results import InsertResult, Match
+from memserve.transfer.conversion import common_heads, require_filled
 from memserve.transfer.destination_session import DestinationSession
+from memserve.transfer.guards import Guard
 from memserve.transfer.messages import (
     Prepare,
     from_wire_tokens,
@@ -41,21 +43,22 @@ class ReceivingPool(Protocol):
         """Those that are still what they were: allocated, not inserted, not freed."""
         ...
 
-    def guard(self, refs: RefArray) -> None:
-        """Allocated blocks will be written by a peer. Raises as `free_mem` does."""
+    def guard(self, refs: RefArray, heads: range) -> Guard:
+        """Allocated blocks will be written by a peer. Raises as `free_mem` does; NotOwned if
+        another writes these heads."""
         ...
 
-    def unguard(self, refs: RefArray) -> None: ...
+    def unguard(self, guard: Guard) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """What a session has: at most one of `own` and `target` is not empty."""
+    """What a session has: either blocks of its `own`, or a `guard`."""
 
     tokens: TokenArray | None
     match: Match | None
     own: RefArray  # allocated for the session
-    target: RefArray  # allocated by a local caller, guarded
+    guard: Guard | None = None  # on blocks that a local caller allocated
 
 
 class Receiver:
@@ -78,20 +81,23 @@ class Receiver:
     def granted_blocks(self) -> int:
         return sum(len(refs) for refs in self._grants.values())
 
-    def allocate(self, session: DestinationSession) -> tuple[int, bytes]:
+    def allocate(self, session: DestinationSession, source: KVLayout) -> tuple[int, bytes]:
         """How many blocks are cached already, and the words of the others (or of all, if all
-        are cached). Raises PoolError; then nothing is held."""
+        are cached). `source`: of the peer's pool. Raises PoolError; then nothing is held."""
         prepare = session.prepare
+        tokens = None
+        if prepare.tokens is not None:
+            require_filled(source, self._pool.layout, "an insert")
+            tokens = self._tokens(prepare, prepare.tokens)
         if prepare.target is not None:
-            tokens = None if prepare.tokens is None else self._tokens(prepare, prepare.tokens)
-            target = self._guard_target(prepare, prepare.target)
-            self._held[session] = _Held(tokens, None, _NONE, target)
+            heads = common_heads(source, self._pool.layout)
+            guard = self._guard_target(prepare, prepare.target, heads)
+            self._held[session] = _Held(tokens, None, _NONE, guard)
             return 0, prepare.target
-        if prepare.tokens is None:
+        if tokens is None:
             own = self._pool.alloc_mem(prepare.blocks, prepare.medium)
-            self._held[session] = _Held(None, None, own, _NONE)
+            self._held[session] = _Held(None, None, own)
             return 0, to_words(own)
-        tokens = self._tokens(prepare, prepare.tokens)
         match = self._pool.match(tokens, prepare.namespace)
         missing = prepare.blocks - len(match.refs)
         own = _NONE
@@ -101,14 +107,14 @@ class Receiver:
             except BaseException:
                 match.release()
                 raise
-        self._held[session] = _Held(tokens, match, own, _NONE)
+        self._held[session] = _Held(tokens, match, own)
         return len(match.refs), to_words(own if missing else match.refs)
 
     def publish(self, peer: Owner, session: DestinationSession) -> bytes:
         """Everything is written. Returns the words of all blocks. Raises PoolError."""
         held = self._held[session]
         if held.tokens is None:
-            refs = held.target if session.prepare.target is not None else held.own
+            refs = held.own if held.guard is None else held.guard.refs
             if len(held.own):
                 self._grants[peer, session.number] = held.own
                 held.own = _NONE
@@ -132,8 +138,8 @@ class Receiver:
             held.match.release()
         if len(held.own):
             self._pool.free_mem(held.own)
-        if len(held.target):
-            self._pool.unguard(held.target)
+        if held.guard is not None:
+            self._pool.unguard(held.guard)
 
     def revoke(self, peer: Owner, number: int) -> None:
         """Take back a grant, less what was freed or inserted meanwhile."""
@@ -169,11 +175,12 @@ class Receiver:
 
     def _insert(self, held: _Held, tokens: TokenArray, namespace: str) -> RefArray:
         """Returns the index's blocks for the tokens."""
-        if held.match is None:  # into blocks of a local caller; duplicates stay the caller's
-            given, held.target = held.target, _NONE
-            self._pool.unguard(given)
-            result = self._pool.insert(tokens, given, namespace, pin=True)
+        guard, held.guard = held.guard, None
+        if guard is not None:  # into blocks of a local caller; duplicates stay the caller's
+            self._pool.unguard(guard)
+            result = self._pool.insert(tokens, guard.refs, namespace, pin=True)
         else:
+            assert held.match is not None
             given = np.concatenate((held.match.refs, held.own))
             result = self._pool.insert(tokens, given, namespace, pin=True)
             held.own = result.duplicate  # somebody else was faster
@@ -181,12 +188,11 @@ class Receiver:
         result.match.release()
         return result.match.refs
 
-    def _guard_target(self, prepare: Prepare, words: bytes) -> RefArray:
+    def _guard_target(self, prepare: Prepare, words: bytes, heads: range) -> Guard:
         target = _refs(words, self._owner_number)
         if len(target) != prepare.blocks:
             raise LengthMismatch(f"{prepare.blocks} blocks for {len(target)} references")
-        self._pool.guard(target)
-        return target
+        return self._pool.guard(target, heads)
 
     def _tokens(self, prepare: Prepare, data: bytes) -> TokenArray:
         block_bytes = 4 * self._pool.layout.block_tokens

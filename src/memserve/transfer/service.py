@@ -13,8 +13,9 @@ from typing import TypeVar
 from memserve.clock import Clock
 from memserve.errors import MemserveError, TransferError, TransferTimeout
 from memserve.transfer.base import Transport
-from memserve.transfer.conversation import Conversation, ConversingPool, Counters
+from memserve.transfer.conversation import Conversation, ConversingPool
 from memserve.transfer.dialling import Dialled
+from memserve.transfer.introductions import Counters
 from memserve.transfer.links import Links
 from memserve.transfer.messages import Failure
 from memserve.transfer.path import PathName
@@ -50,7 +51,8 @@ class Service:
     ) -> None:
         self._pool = pool
         self._now = clock.now
-        self._links = Links(keys)
+        # Whoever wants the network wants all of it to go there.
+        self._links = Links(keys, shortcut=path != "nixl")
         self._conversation = Conversation(pool, self._links, transports, path)
         self._transports = transports
         self._tasks: deque[Callable[[], None]] = deque()
@@ -117,7 +119,9 @@ class Service:
         def task(conversation: Conversation, now: float) -> None:
             dealer = self._links.dial(address)
             gives_up_at = now + CONNECT_TIMEOUT
-            conversation.dialling.begin(Dialled(instance, dealer, outcome, gives_up_at))
+            conversation.introductions.dialling.begin(
+                Dialled(instance, dealer, outcome, gives_up_at)
+            )
 
         self.ask(task)
         return self.wait(outcome)

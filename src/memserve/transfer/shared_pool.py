@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import cached_property
 
-import torch
 from numpy.typing import ArrayLike
 
-from memserve.clock import Clock
 from memserve.errors import DoubleFree, NotOwned
 from memserve.pool import pool as local
 from memserve.pool.allocator import ACTIVE
 from memserve.pool.blocks import as_refs
-from memserve.pool.eviction import Eviction
-from memserve.pool.layout import KVLayout
 from memserve.pool.results import InsertResult, Match
 from memserve.transfer.base import LocalRegion
-from memserve.transfer.guards import Guards
+from memserve.transfer.guards import Guard, Guards
 from memserve.transfer.pins import still_active, with_prefixes
 from memserve.transfer.regions import local_regions
 from memserve.types import SHARED, RefArray
@@ -25,31 +21,11 @@ from memserve.types import SHARED, RefArray
 class SharedPool(local.MemPool):
     """Keeps blocks that a peer writes to from being reused, moved or published."""
 
-    def __init__(
-        self,
-        layout: KVLayout,
-        hbm_blocks: int,
-        dram_blocks: int = 0,
-        instance: str = "p0",
-        device: str | torch.device = "cpu",
-        eviction: Literal["lru", "cost"] | Eviction = "lru",
-        clock: Clock | None = None,
-        dram_segment_blocks: int | None = None,
-        epoch: int | None = None,
-    ) -> None:
-        self._guards = Guards()
-        self.memory_version = 0  # grows whenever `local_regions` changes
-        super().__init__(
-            layout,
-            hbm_blocks,
-            dram_blocks,
-            instance,
-            device,
-            eviction,
-            clock,
-            dram_segment_blocks,
-            epoch,
-        )
+    memory_version = 0  # grows whenever `local_regions` changes
+
+    @cached_property
+    def _guards(self) -> Guards:
+        return Guards()
 
     # --- for local callers ----------------------------------------------------------------
 
@@ -106,15 +82,16 @@ class SharedPool(local.MemPool):
         with self._lock:
             return refs[still_active(self._blocks, refs) & ~self._guards.where_freed(refs)]
 
-    def guard(self, refs: RefArray) -> None:
+    def guard(self, refs: RefArray, heads: range) -> Guard:
         with self._lock:
             self._blocks.freeable(refs)
-            self._refuse_guarded(refs)
-            self._guards.add(refs)
+            if self._guards.where_freed(refs).any() or self._guards.contested(refs, heads):
+                raise NotOwned("a peer is writing to some of these blocks")
+            return self._guards.add(refs, heads)
 
-    def unguard(self, refs: RefArray) -> None:
+    def unguard(self, guard: Guard) -> None:
         with self._lock:
-            freed = self._guards.remove(refs)
+            freed = self._guards.remove(guard)
             if len(freed):
                 super().free_mem(freed)
 

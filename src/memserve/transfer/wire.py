@@ -1,8 +1,9 @@
 """Frames between pools: a fixed header that is checked before anything is decoded.
 
-A message is two frames. The header is magic, protocol version, kind and the sender's layout
-fingerprint; it stays as it is in every version, so that any two can tell each other why they
-do not talk. The body is a msgpack envelope.
+A message is two frames. The header is magic, protocol version, kind, and the fingerprints of
+the sender's layout and of what its bytes mean wherever they lie; it stays as it is in every
+version, so that any two can tell each other why they do not talk. The body is a msgpack
+envelope.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from memserve.pool.layout import KVLayout
 from memserve.transfer.base import PoolRegions
+from memserve.transfer.conversion import meaning
 from memserve.transfer.messages import Failure, SessionMessage
 from memserve.transfer.process import ProcessTag
 from memserve.types import Epoch, InstanceId, Owner
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 # The largest messages carry a prompt: a million tokens and their references take 4.5 MiB.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
-_HEADER = struct.Struct("!4sHH32s")
+_HEADER = struct.Struct("!4sHH32s32s")
+HEADER_BYTES = _HEADER.size
 _MAGIC = b"MSKV"
 
 
@@ -47,7 +51,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=32):
     process: ProcessTag
     memory: PoolRegions
     offers: tuple[Offer, ...]
-    shortcut: str = ""  # where peers of the same host may connect, too
+    shortcut: str = ""  # where peers of the same host may send to, too
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True, tag=33):
@@ -93,7 +97,7 @@ class Malformed(Exception):
 
 
 class Mismatch(Exception):
-    """Frames of another protocol version or KV layout."""
+    """Frames of another protocol version, or of KV that means something else."""
 
     def __init__(self, version: int, fingerprint: bytes, kind: Kind) -> None:
         super().__init__(version, fingerprint)
@@ -106,24 +110,26 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Envelope)
 
 
-def header(fingerprint: bytes, kind: Kind = Kind.MESSAGE) -> bytes:
-    """`fingerprint`: 32 bytes."""
-    return _HEADER.pack(_MAGIC, PROTOCOL_VERSION, kind, fingerprint)
+def header(layout: KVLayout, kind: Kind = Kind.MESSAGE) -> bytes:
+    """`layout`: of the sender's pool."""
+    fingerprints = bytes.fromhex(layout.fingerprint), meaning(layout)
+    return _HEADER.pack(_MAGIC, PROTOCOL_VERSION, kind, *fingerprints)
 
 
 def encode(sender: Owner, receiver: Epoch, message: Message) -> bytes:
     return _encoder.encode(Envelope(sender.instance, sender.epoch, receiver, message))
 
 
-def decode(frames: Sequence[bytes], fingerprint: bytes) -> Envelope:
-    """Raises Malformed; Mismatch, before it has looked at the body."""
+def decode(frames: Sequence[bytes], wanted: bytes) -> Envelope:
+    """`wanted`: what the sender's bytes must mean. Raises Malformed; Mismatch, before it has
+    looked at the body."""
     if len(frames) != 2 or len(frames[0]) != _HEADER.size:
         raise Malformed(f"{len(frames)} frames of {[len(frame) for frame in frames]} bytes")
-    magic, version, kind, theirs = _HEADER.unpack(frames[0])
+    magic, version, kind, fingerprint, theirs = _HEADER.unpack(frames[0])
     if magic != _MAGIC or kind not in (Kind.MESSAGE, Kind.REFUSAL):
         raise Malformed(f"header {frames[0].hex()}")
-    if version != PROTOCOL_VERSION or theirs != fingerprint or kind == Kind.REFUSAL:
-        raise Mismatch(version, theirs, Kind(kind))
+    if version != PROTOCOL_VERSION or theirs != wanted or kind == Kind.REFUSAL:
+        raise Mismatch(version, fingerprint, Kind(kind))
     try:
         return _decoder.decode(frames[1])
     except (msgspec.DecodeError, msgspec.ValidationError) as error:

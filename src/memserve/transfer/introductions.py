@@ -1,0 +1,179 @@
+"""How pools get to know each other: what each says of itself, and who is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from memserve.errors import LayoutMismatch, MemserveError, PeerRefused
+from memserve.pool.layout import KVLayout
+from memserve.transfer.base import LocalRegion, Transport
+from memserve.transfer.conversion import compatibility, meaning
+from memserve.transfer.dialling import Dialling
+from memserve.transfer.links import Arrival, Links, Way
+from memserve.transfer.peers import Peers
+from memserve.transfer.process import own_process
+from memserve.transfer.regions import pool_regions
+from memserve.transfer.wire import (
+    PROTOCOL_VERSION,
+    Envelope,
+    Hello,
+    Kind,
+    Mismatch,
+    Offer,
+    decode,
+    encode,
+    header,
+)
+from memserve.types import Epoch, Owner
+
+_ANYBODY = Epoch(0)  # the receiver of a Hello to whoever is there
+
+
+class IntroducedPool(Protocol):
+    """A pool, as far as others must know it."""
+
+    layout: KVLayout
+    owner: Owner
+    memory_version: int  # grows whenever `local_regions` changes
+
+    def local_regions(self) -> tuple[LocalRegion, ...]:
+        """Its memory as it is now."""
+        ...
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start."""
+
+    malformed: int = 0  # messages that no pool sends; dropped
+    mismatched: int = 0  # messages of another protocol version or KV layout; refused
+    misdirected: int = 0  # messages to or from a life that is not the current one; dropped
+
+
+class Introductions:
+    """Owns what peers are told of this pool, and the connections that have not answered yet."""
+
+    def __init__(
+        self, pool: IntroducedPool, links: Links, transports: list[Transport], peers: Peers
+    ) -> None:
+        """`transports`: this object's to fill, and shared with `peers`."""
+        self._pool = pool
+        self._links = links
+        self._transports = transports
+        self._peers = peers
+        self._meaning = meaning(pool.layout)
+        self.header = header(pool.layout)
+        self._refusal = header(pool.layout, Kind.REFUSAL)
+        self._registered: tuple[LocalRegion, ...] = ()
+        self._memory_version = -1
+        self.dialling = Dialling(links)
+        self.counters = Counters()
+
+    # --- this side ------------------------------------------------------------------------
+
+    def add_transport(self, transport: Transport) -> None:
+        """Raises TransferError."""
+        transport.register(self._registered)
+        self._transports.append(transport)
+        self._introduce_to_all()
+
+    def has_transport(self, name: str) -> bool:
+        return any(transport.name == name for transport in self._transports)
+
+    def refresh_memory(self) -> None:
+        """The pool's memory may have grown or shrunk: tell transports and peers."""
+        if self._memory_version == self._pool.memory_version:
+            return
+        self._memory_version = self._pool.memory_version
+        present = self._pool.local_regions()
+        known = {each.region for each in self._registered}
+        wanted = {each.region for each in present}
+        added = [each for each in present if each.region not in known]
+        gone = [each for each in self._registered if each.region not in wanted]
+        for transport in self._transports:
+            transport.register(added)
+            transport.unregister(gone)
+        self._registered = present
+        self._introduce_to_all()
+
+    def greet(self, path: Way, *, answer: bool) -> None:
+        """Say who this is."""
+        offers = tuple(Offer(each.name, each.describe()) for each in self._transports)
+        memory = pool_regions(self._pool.layout, self._registered)
+        hello = Hello(answer, own_process(), memory, offers, self._links.shortcut)
+        self._links.send(path, self.header, encode(self._pool.owner, _ANYBODY, hello))
+
+    def greet_the_lost(self) -> None:
+        """Those whose life has ended: another may have begun behind the same address."""
+        for peer in self._peers:
+            if peer.life is None and peer.dealer is not None:
+                self.greet(peer.dealer, answer=True)
+
+    # --- the other side -------------------------------------------------------------------
+
+    def read(self, arrival: Arrival) -> Envelope:
+        """Raises Malformed; Mismatch."""
+        return decode(arrival.frames, self._meaning)
+
+    def on_hello(self, arrival: Arrival, sender: Owner, hello: Hello) -> list[Owner] | None:
+        """Returns the lives that this ends; None if it is not to be talked to."""
+        dialled = self.dialling.by(arrival.path)
+        if dialled is not None and sender.instance != dialled.instance:
+            text = f"at {dialled.dealer.address} is {sender.instance!r}, not {dialled.instance!r}"
+            self.dialling.fail(dialled, PeerRefused(text))
+            return None
+        try:
+            compatibility(self._pool.layout, hello.memory.layout)
+        except LayoutMismatch as error:
+            self.counters.mismatched += 1
+            if hello.answer:  # so that it finds the same
+                self.greet(arrival.path, answer=False)
+            if dialled is not None:
+                self.dialling.fail(dialled, error)
+            return None
+        if sender.instance == self._pool.owner.instance:
+            self.counters.misdirected += 1
+            return None
+        peer = self._peers.add(sender.instance)
+        over = self._peers.introduce(sender, hello)
+        if over is None:
+            self.counters.misdirected += 1
+            return None
+        if isinstance(arrival.path, bytes):
+            peer.route = arrival.path
+        if hello.answer:
+            self.greet(arrival.path, answer=False)
+        if dialled is not None:
+            if peer.dealer is not None:
+                self._links.hang_up(peer.dealer)
+            peer.dealer = dialled.dealer
+            self.dialling.succeed(dialled, sender)
+        return over
+
+    def on_mismatch(self, arrival: Arrival, mismatch: Mismatch) -> None:
+        self.counters.mismatched += 1
+        if mismatch.kind is Kind.MESSAGE:
+            self._links.send(arrival.path, self._refusal, b"")
+        dialled = self.dialling.by(arrival.path)
+        if dialled is None:
+            return
+        name = dialled.instance
+        error: MemserveError
+        if mismatch.version != PROTOCOL_VERSION:
+            error = PeerRefused(
+                f"{name!r} speaks version {mismatch.version} of the protocol, "
+                f"this is version {PROTOCOL_VERSION}"
+            )
+        else:
+            error = LayoutMismatch(
+                f"KV of layout {mismatch.fingerprint.hex()}, which {name!r} has, does not mean "
+                f"what this pool's does, {self._pool.layout.fingerprint}"
+            )
+        self.dialling.fail(dialled, error)
+
+    def _introduce_to_all(self) -> None:
+        for peer in self._peers:
+            for path in (peer.dealer, peer.route):
+                if path is not None:
+                    self.greet(path, answer=False)
