@@ -11,7 +11,8 @@ continued elsewhere. Each output of the engine is one event, which begins with a
 The event names all token ids that it adds, whether they have text or not, and a chat's role
 comes in the first event of its choice. What a client has of a choice is therefore the token ids
 of the events that it has got whole: `GenerateCall.resumed`. Events without a comment (usage,
-errors, [DONE]) add no tokens. No line of JSON begins with a colon.
+errors, [DONE]) add no tokens; who has the usage already goes on without `include_usage`. No line
+of JSON begins with a colon.
 
 Chunks are on the hot path of every token, so all that does not change from one to the next
 is encoded once per stream.
