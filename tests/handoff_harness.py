@@ -18,7 +18,7 @@ import pytest
 
 from memserve.api.generate import CallKind, GenerateCall, PrefillPeer, SamplingParams
 from memserve.api.serving import Shutdown, bind, serve, url_of
-from memserve.api.status import HandoffTotals
+from memserve.api.status import FetchTotals, HandoffTotals
 from memserve.clock import MonotonicClock
 from memserve.config import CacheConfig, Caching, ClusterConfig, InstanceConfig, ModelConfig
 from memserve.engine.engine import Engine
@@ -83,6 +83,12 @@ class Node:
         stats = self.instance.stats()
         assert stats is not None
         return stats.handoff
+
+    @property
+    def fetches(self) -> FetchTotals:
+        stats = self.instance.stats()
+        assert stats is not None
+        return stats.fetch
 
     def has(self, tokens: Sequence[int], namespace: Namespace = SHARED) -> int:
         """How many leading tokens have KV in the index."""
@@ -177,7 +183,11 @@ async def node(
         cache=CacheConfig(caching=caching),
     )
     own = InstanceConfig(
-        role=role, threads=1, hbm_blocks=hbm_blocks, **{"dram_blocks": 32, **settings}
+        role=role,
+        threads=1,
+        hbm_blocks=hbm_blocks,
+        profile="off",
+        **{"dram_blocks": 32, **settings},
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "MemPool", partial(MemPool, transports=transports))

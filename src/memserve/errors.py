@@ -150,6 +150,13 @@ class QueueFull(MemserveError):
         self.limit = limit
 
 
+# --- scheduler ------------------------------------------------------------------------
+
+
+class ProfileError(MemserveError):
+    """Measurements that no cost model can be made of."""
+
+
 # --- benchmarks -----------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import ExitStack
+from typing import Literal
 
 import msgspec
 import torch
@@ -15,12 +16,17 @@ from memserve.config import Caching, ClusterConfig, InstanceConfig, available_co
 from memserve.engine.batch import BatchLimits
 from memserve.engine.dtype import choose_dtype
 from memserve.engine.engine import Engine, EngineSettings
-from memserve.engine.model import Model, count_weights, load_model
+from memserve.engine.model import count_weights, load_model
 from memserve.errors import ConfigError
 from memserve.instance.instance import Identity, Parts
 from memserve.instance.kv_link import KVLink
+from memserve.instance.profiling import ProfiledEngine, instance_profile
 from memserve.models.resolve import ModelDirectory, resolve_model
 from memserve.models.tokenizer import Tokenizer
+from memserve.pool.eviction import CostAware, Eviction
+from memserve.pool.layout import KVLayout
+from memserve.scheduler.cost_model import recompute_cost
+from memserve.scheduler.profiles import Profile, ProfileStore
 from memserve.transfer.mempool import MemPool
 from memserve.types import Role
 
@@ -50,21 +56,26 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
     log.info("loading %s as %s on %s", directory.name, dtype, device)
     model = load_model(directory.path, dtype, device)
     tokenizer = Tokenizer.load(directory.path)
+    layout = model.layout(
+        directory.name,
+        config.cache.block_tokens,
+        config.cache.aggregated,
+        directory.revision or "",
+    )
+    engine_settings = EngineSettings(
+        name=identity.model,
+        threads=threads,
+        limits=BatchLimits(
+            settings.max_batch_tokens, settings.mixed_batch_tokens, settings.max_running
+        ),
+        max_waiting=settings.max_waiting,
+        max_model_len=config.model.max_model_len,
+    )
+    measured = ProfiledEngine(model, layout, engine_settings, directory.path)
+    profile = instance_profile(measured, settings.profile, ProfileStore())
     with ExitStack() as stack:
-        pool = stack.enter_context(_make_pool(config, settings, identity, model, directory))
-        engine = Engine(
-            model,
-            pool,
-            EngineSettings(
-                name=identity.model,
-                threads=threads,
-                limits=BatchLimits(
-                    settings.max_batch_tokens, settings.mixed_batch_tokens, settings.max_running
-                ),
-                max_waiting=settings.max_waiting,
-                max_model_len=config.model.max_model_len,
-            ),
-        )
+        pool = stack.enter_context(_make_pool(config, settings, identity, layout, device, profile))
+        engine = Engine(model, pool, engine_settings)
         address = PoolPeer(identity.id, pool.serve(f"tcp://{settings.host}:0"))
         link = KVLink(pool, address, config.cache.caching, config.cache.mode)
         close = stack.pop_all().close
@@ -72,7 +83,8 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
     def pool_totals() -> PoolTotals:
         return msgspec.convert(pool.stats(), PoolTotals, from_attributes=True)
 
-    return Parts(engine, tokenizer, pool_totals, close, _SHARING[config.cache.caching], link)
+    sharing = _SHARING[config.cache.caching]
+    return Parts(engine, tokenizer, pool_totals, close, sharing, link, profile)
 
 
 def choose_device(name: str) -> torch.device:
@@ -104,15 +116,13 @@ def _make_pool(
     config: ClusterConfig,
     settings: InstanceConfig,
     identity: Identity,
-    model: Model,
-    directory: ModelDirectory,
+    layout: KVLayout,
+    device: torch.device,
+    profile: Profile,
 ) -> MemPool:
-    layout = model.layout(
-        directory.name,
-        config.cache.block_tokens,
-        config.cache.aggregated,
-        directory.revision or "",
-    )
+    eviction: Eviction | Literal["lru"] = "lru"
+    if config.cache.eviction == "cost":
+        eviction = CostAware(recompute_cost(profile.costs, layout.block_tokens))
     tokens = settings.hbm_blocks * layout.block_tokens
     log.info(
         "KV memory: HBM %d blocks (%d tokens, %.0f MiB), DRAM %d blocks (%.0f MiB)",
@@ -127,8 +137,8 @@ def _make_pool(
         settings.hbm_blocks,
         settings.dram_blocks,
         instance=identity.id,
-        device=str(model.device),
-        eviction=config.cache.eviction,
+        device=str(device),
+        eviction=eviction,
         epoch=identity.epoch,
     )
 

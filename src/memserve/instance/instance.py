@@ -40,6 +40,7 @@ from memserve.instance.standing import Standing
 from memserve.instance.submission import Submission
 from memserve.instance.throughput import FinishRate
 from memserve.models.tokenizer import Tokenizer
+from memserve.scheduler.profiles import Profile
 from memserve.types import Epoch, InstanceId, RequestId, Role
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Parts:
     close: Callable[[], None]  # after the engine has stopped
     sharing: frozenset[Role] = frozenset(Role)  # in which KV outlives its sequence, for others
     link: KVLink | None = None  # to the pools of other instances
+    profile: Profile | None = None  # what it costs
 
 
 class Run:
@@ -295,6 +297,10 @@ class Instance:
                 else msgspec.convert(self._served.parts.engine.info, Limits, from_attributes=True)
             ),
         )
+
+    def profile(self) -> Profile | None:
+        """None until the engine is there, and where nobody knows what it costs."""
+        return None if self._served is None else self._served.parts.profile
 
     def stats(self) -> InstanceStats | None:
         """None until the engine is there."""

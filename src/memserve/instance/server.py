@@ -35,6 +35,7 @@ from memserve.api.generate import GENERATE_PATH, GenerateCall
 from memserve.api.handoff import PREFILL_PATH, PUSH_PATH, PrefillCall, PushCall
 from memserve.api.instance_metrics import instance_metrics
 from memserve.instance.instance import Instance, Run
+from memserve.scheduler.profiles import encode_profile
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ _Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 class InstanceApp:
     """`POST /v1/generate /v1/prefill /v1/kv/push /role /drain /resume /shutdown`, `GET /health
-    /info /stats /metrics`."""
+    /info /stats /profile /metrics`."""
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
@@ -70,6 +71,7 @@ class InstanceApp:
             "/health": ("GET", self._health),
             "/info": ("GET", self._info),
             "/stats": ("GET", self._stats),
+            "/profile": ("GET", self._profile),
             "/metrics": ("GET", self._metrics),
         }
 
@@ -135,6 +137,12 @@ class InstanceApp:
         if stats is None:
             raise unavailable("The model is being loaded.", "instance_starting")
         await send_body(send, HTTPStatus.OK, _encode(stats))
+
+    async def _profile(self, scope: Scope, receive: Receive, send: Send) -> None:
+        profile = self._instance.profile()
+        if profile is None:
+            raise unavailable("This instance has no cost model, or not yet.", "no_profile")
+        await send_body(send, HTTPStatus.OK, encode_profile(profile))
 
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         text = generate_latest(self._registry)

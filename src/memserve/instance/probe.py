@@ -1,0 +1,129 @@
+"""A stop-watch for one engine: how long a prefill, a decode step or a transfer takes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from memserve.api.generate import SamplingParams
+from memserve.engine.engine import Engine
+from memserve.engine.request import EngineRequest, TokenOutput
+from memserve.errors import MemserveError
+from memserve.types import Namespace, RequestId, TokenArray
+
+# A point that takes longer than this is no use to a scheduler, and the engine has hung.
+POINT_SECONDS = 300.0
+
+_NO_TOKENS: TokenArray = np.empty(0, dtype=np.int32)
+
+
+class ProbeFailed(MemserveError):
+    """The engine did not do what it was asked to be timed at."""
+
+
+class EngineProbe:
+    """Runs an engine that is nobody else's, and times it. Leaves its pool as it was.
+
+    What counts as cached is made up: blocks of whatever bytes under a namespace of the probe's
+    own, which is gone before the call returns. Computing on them takes as long as on real ones.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """`engine`: not started yet; the context manager starts and stops it."""
+        self._engine = engine
+        self._pool = engine.pool
+        self._changed = threading.Condition()
+        self._times: list[float] = []  # of the steps that produced something
+        self._left = 0
+        self._cached: list[int] = []  # tokens, as the engine reported them
+        self._error: str | None = None
+        self._calls = 0
+        self._rng = np.random.default_rng(0)
+
+    def __enter__(self) -> Self:
+        self._engine.start(self._sink)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._engine.stop()
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens that a timed prompt may have."""
+        return self._engine.info.max_tokens - 1
+
+    def prefill(self, prompt_tokens: int, cached_tokens: int) -> float:
+        """Seconds from the call to the first token; `cached_tokens`: whole blocks."""
+        started = self._run(1, prompt_tokens, cached_tokens, 1)
+        return self._times[0] - started
+
+    def decode(self, sequences: int, context_tokens: int, steps: int) -> float:
+        """Median seconds of a step of sequences with so much context each, about."""
+        block = self._pool.layout.block_tokens
+        cached = (context_tokens - 1) // block * block
+        self._run(sequences, context_tokens, cached, steps + 1)
+        return float(np.median(np.diff(self._times)[-steps:]))
+
+    def _run(self, sequences: int, prompt: int, cached: int, outputs: int) -> float:
+        """Generate `outputs` tokens for each of so many prompts; when that began."""
+        self._calls += 1
+        namespace = Namespace(f"memserve-probe-{id(self)}-{self._calls}")
+        prompts = [self._prompt(prompt) for _ in range(sequences)]
+        try:
+            for tokens in prompts:
+                self._pretend_cached(tokens[:cached], namespace)
+            return self._time(prompts, cached, outputs, namespace)
+        finally:
+            self._pool.delete(_NO_TOKENS, namespace)
+
+    def _prompt(self, tokens: int) -> TokenArray:
+        return self._rng.integers(0, self._engine.info.vocab_size, tokens, dtype=np.int32)
+
+    def _pretend_cached(self, tokens: TokenArray, namespace: Namespace) -> None:
+        blocks = len(tokens) // self._pool.layout.block_tokens
+        if blocks:
+            self._pool.insert(tokens, self._pool.alloc_mem(blocks), namespace)
+
+    def _time(
+        self, prompts: Sequence[TokenArray], cached: int, outputs: int, namespace: Namespace
+    ) -> float:
+        params = SamplingParams(max_tokens=outputs, temperature=0.0, ignore_eos=True)
+        requests = [
+            EngineRequest(RequestId(f"{namespace}-{i}"), prompt, params, namespace)
+            for i, prompt in enumerate(prompts)
+        ]
+        with self._changed:
+            self._times.clear()
+            self._cached.clear()
+            self._left = len(prompts)
+            started = time.perf_counter()
+            self._engine.submit(requests)
+            if not self._changed.wait_for(lambda: not self._left, POINT_SECONDS):
+                raise ProbeFailed(f"a probe of the engine took over {POINT_SECONDS:.0f} s")
+        if self._error is not None:
+            raise ProbeFailed(self._error)
+        if any(found != cached for found in self._cached):
+            raise ProbeFailed(f"{cached} tokens were to be cached and {self._cached} were found")
+        return started
+
+    def _sink(self, outputs: Sequence[TokenOutput]) -> None:
+        """On the engine's thread."""
+        now = time.perf_counter()
+        with self._changed:
+            self._times.append(now)
+            for output in outputs:
+                if output.finish_reason is not None:
+                    self._error = output.error
+                    self._cached.append(output.usage.cached_tokens)
+                    self._left -= 1
+            self._changed.notify_all()

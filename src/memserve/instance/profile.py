@@ -1,0 +1,228 @@
+"""Measuring an instance in its own process: what its cost model is fitted to."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from memserve.clock import Clock
+from memserve.config import TransferMode
+from memserve.engine.engine import Engine
+from memserve.errors import TransferError
+from memserve.instance.probe import EngineProbe
+from memserve.pool.layout import KVLayout
+from memserve.scheduler.contract import Path
+from memserve.scheduler.measurements import (
+    DecodePoint,
+    Measurements,
+    PrefillPoint,
+    TransferPoint,
+)
+from memserve.transfer.mempool import MemPool
+
+log = logging.getLogger(__name__)
+
+Effort = Literal["quick", "full"]
+Progress = Callable[[str], None]
+
+# Steps timed at each decode point, behind the one that admits the sequences.
+_STEPS = 3
+_WARM_TOKENS = 64
+_TRANSFERS = 5  # of each size
+_FAR = "profile-far"
+_TRANSFER_SECONDS = 30.0  # a scratch pool that does not answer is broken
+
+
+@dataclass(frozen=True, slots=True)
+class ProfilePlan:
+    """What is measured. Points of most use first: what does not fit the time is left out."""
+
+    prefill: Sequence[tuple[int, int]]  # (tokens to compute, cached tokens)
+    decode: Sequence[tuple[int, int]]  # (sequences, context tokens of each)
+    blocks: Sequence[int]  # moved at once
+    rounds: int
+    seconds: float  # no point is begun after that, except in the first `needed`
+    needed: int  # of each kind
+    pool_tokens: int  # whose KV is held at once
+
+
+QUICK = ProfilePlan(
+    prefill=((1, 0), (256, 0), (64, 4096), (1024, 0), (64, 0), (256, 2048)),
+    decode=((1, 64), (8, 64), (8, 512), (16, 256)),
+    blocks=(1, 16),
+    rounds=1,
+    seconds=3.5,  # loading the model is to stay most of the start
+    needed=2,
+    pool_tokens=6 * 1024,
+)
+FULL = ProfilePlan(
+    prefill=(
+        *((n, 0) for n in (1, 16, 64, 128, 256, 512, 1024, 2048)),
+        *((n, 2048) for n in (1, 64, 256, 512, 1024, 2048)),
+        *((n, 6144) for n in (1, 16, 64, 128, 256, 1024)),
+        (4096, 0),
+    ),
+    decode=(
+        *((s, 64) for s in (1, 2, 4, 8, 16, 32)),
+        *((s, 512) for s in (1, 4, 8, 16)),
+        *((s, 3072) for s in (1, 2, 4)),
+    ),
+    blocks=(1, 4, 16, 64, 128),
+    rounds=3,
+    seconds=75.0,
+    needed=100,
+    pool_tokens=17 * 1024,
+)
+PLANS: dict[Effort, ProfilePlan] = {"quick": QUICK, "full": FULL}
+
+
+class Profiler:
+    """Measures one engine that is nobody else's and not started."""
+
+    def __init__(self, engine: Engine, clock: Clock, progress: Progress) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._progress = progress
+        layout = engine.pool.layout
+        self._block = layout.block_tokens
+        self._room = engine.pool.stats().hbm.total * self._block
+        self._rng = np.random.default_rng(0)
+
+    def measure(self, plan: ProfilePlan, most_sequences: int) -> Measurements:
+        """Run a plan, as far as the engine's limits let it. `most_sequences`: of a step."""
+        prefill = list(dict.fromkeys(self._fitting_prefills(plan.prefill)))
+        decode = list(dict.fromkeys(self._fitting_decodes(plan.decode, most_sequences)))
+        prefill_times: dict[tuple[int, int], list[float]] = {}
+        decode_times: dict[tuple[int, int], list[float]] = {}
+        end = self._clock.now() + plan.seconds
+        with EngineProbe(self._engine) as probe:
+            self._warm_up(probe)
+            for turn in range(plan.rounds):
+                if turn:
+                    if self._clock.now() > end:
+                        break
+                    # What disturbs one round's point is to disturb another's next time.
+                    self._rng.shuffle(prefill)
+                    self._rng.shuffle(decode)
+                self._progress(f"prefill and decode steps, round {turn + 1} of {plan.rounds}")
+                needed = plan.needed if turn == 0 else 0
+                for at, (tokens, cached) in enumerate(prefill):
+                    if at < needed or self._clock.now() < end:
+                        seconds = probe.prefill(tokens + cached, cached)
+                        prefill_times.setdefault((tokens, cached), []).append(seconds)
+                for at, (sequences, context) in enumerate(decode):
+                    if at < needed or self._clock.now() < end:
+                        seconds = probe.decode(sequences, context, _STEPS)
+                        decode_times.setdefault((sequences, context), []).append(seconds)
+        return Measurements(
+            prefill=tuple(
+                PrefillPoint(tokens + cached, cached, _middle(times))
+                for (tokens, cached), times in prefill_times.items()
+            ),
+            decode=tuple(
+                # The steps that are timed see the context grow.
+                DecodePoint(s, s * (context + 1 + _STEPS // 2), _middle(times))
+                for (s, context), times in decode_times.items()
+            ),
+        )
+
+    def measure_prefills(
+        self, points: Sequence[tuple[int, int]], rounds: int
+    ) -> tuple[PrefillPoint, ...]:
+        """Points of one's own, (prompt tokens, cached tokens): for checks of a model."""
+        points = [(x, c // self._block * self._block) for x, c in points]
+        times: dict[tuple[int, int], list[float]] = {}
+        with EngineProbe(self._engine) as probe:
+            self._warm_up(probe)
+            for turn in range(rounds):
+                self._progress(f"held-out points, round {turn + 1} of {rounds}")
+                for x, c in self._rng.permutation(points).tolist():
+                    times.setdefault((x, c), []).append(probe.prefill(x, c))
+        return tuple(PrefillPoint(x, c, _middle(seconds)) for (x, c), seconds in times.items())
+
+    def _warm_up(self, probe: EngineProbe) -> None:
+        """Kernels are chosen and pages are touched the first time."""
+        probe.prefill(min(_WARM_TOKENS, probe.longest_prompt), 0)
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens that a measured prompt may have."""
+        return min(self._engine.info.max_tokens, self._room - 2 * self._block) - 1
+
+    def _fitting_prefills(self, wanted: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """Shortened where the context or the pool is smaller."""
+        longest = self.longest_prompt
+        for tokens, cached in wanted:
+            computed = max(1, min(tokens, longest // 2))
+            before = min(cached, longest - computed) // self._block * self._block
+            yield computed, before
+
+    def _fitting_decodes(
+        self, wanted: Sequence[tuple[int, int]], most: int
+    ) -> Iterator[tuple[int, int]]:
+        for sequences, context in wanted:
+            there = min(sequences, most, self._room // (4 * self._block))
+            longest = min(
+                self._engine.info.max_tokens - _STEPS - 2,
+                self._room // max(1, there) - 2 * self._block - _STEPS,
+            )
+            if there >= 1 and longest >= 1:
+                yield there, min(context, longest)
+
+
+def measure_transfers(
+    layout: KVLayout, device: str, paths: Sequence[Path], blocks: Sequence[int], progress: Progress
+) -> tuple[TransferPoint, ...]:
+    """Times between two small pools of this process, by every path that works here."""
+    points: list[TransferPoint] = []
+    for path in paths:
+        progress(f"transfers, {path}")
+        try:
+            points += _time_path(layout, device, path, blocks)
+        except TransferError as error:
+            log.info("transfers by %s are not measured: %s", path, error)
+    return tuple(points)
+
+
+def _time_path(
+    layout: KVLayout, device: str, path: Path, blocks: Sequence[int]
+) -> list[TransferPoint]:
+    most = max(blocks)
+    rng = np.random.default_rng(0)
+    points = []
+    modes: tuple[tuple[TransferMode, int], ...] = (
+        ("by-request-agg", 1 if layout.aggregated else 2 * layout.layers),
+        ("by-request", layout.layers if layout.aggregated else 2 * layout.layers),
+    )
+    with ExitStack() as stack:
+        near, far = (
+            stack.enter_context(MemPool(layout, 2 * most, 0, name, device, path=path))
+            for name in ("profile-near", _FAR)
+        )
+        near.connect(_FAR, far.serve("tcp://127.0.0.1:0"))
+        source = rng.permutation(near.alloc_mem(2 * most))
+        target = rng.permutation(far.alloc_mem(2 * most))
+        for count in blocks:
+            # Whole blocks, and the same layer by layer: many pieces instead of few.
+            for mode, pieces in modes:
+                times = []
+                for _ in range(_TRANSFERS):
+                    started = time.perf_counter()
+                    copy = near.transfer(_FAR, source[:count], target[:count], mode=mode)
+                    copy.result(_TRANSFER_SECONDS)
+                    times.append(time.perf_counter() - started)
+                points.append(
+                    TransferPoint(path, count * layout.block_bytes, count * pieces, _middle(times))
+                )
+    return points
+
+
+def _middle(times: Sequence[float]) -> float:
+    """The median; of an even number the lower one, as disturbances only make slower."""
+    return sorted(times)[(len(times) - 1) // 2]

@@ -1,0 +1,145 @@
+"""The profile of an instance: the stored one, or one measured before it takes requests."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from memserve.clock import MonotonicClock
+from memserve.config import Profiling
+from memserve.engine.engine import Engine, EngineSettings
+from memserve.engine.model import Model
+from memserve.errors import OutOfBlocks, ProfileError, SharedMemoryFull
+from memserve.instance.probe import ProbeFailed
+from memserve.instance.profile import PLANS, Effort, Profiler, Progress, measure_transfers
+from memserve.pool.layout import KVLayout
+from memserve.pool.pool import MemPool
+from memserve.scheduler.architecture import read_architecture
+from memserve.scheduler.contract import Path as TransferPath
+from memserve.scheduler.fit import fit_costs
+from memserve.scheduler.hardware import HARDWARE, cores, derive
+from memserve.scheduler.measurements import Measurements
+from memserve.scheduler.profiles import (
+    Profile,
+    ProfileStore,
+    Subject,
+    host_hardware,
+    make_profile,
+)
+
+log = logging.getLogger(__name__)
+
+# What a GPU that no figures are known of is taken for.
+_TYPICAL_GPU = "a100"
+_MOST_WAITING = 64  # more than any plan submits at once
+# Of the pool that is measured on: contexts get shorter where a token's KV is large.
+_POOL_BYTES = 1 << 30
+_FEWEST_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ProfiledEngine:
+    """A model as an engine is to run it."""
+
+    model: Model
+    layout: KVLayout
+    settings: EngineSettings
+    directory: Path  # of the model
+
+    @property
+    def subject(self) -> Subject:
+        """What a profile of it is a profile of. Raises ModelError."""
+        device = self.model.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        dtype = self.layout.dtype
+        return Subject(
+            hardware=host_hardware(name, self.settings.threads),
+            architecture=read_architecture(self.directory, self.directory.name, dtype),
+            dtype=dtype,
+            max_batch_tokens=self.settings.limits.max_tokens,
+        )
+
+    @contextmanager
+    def profiler(self, effort: Effort, progress: Progress) -> Iterator[Profiler]:
+        """A stop-watch on an engine and a pool that nobody else sees. Raises SharedMemoryFull."""
+        tokens = PLANS[effort].pool_tokens
+        blocks = min(tokens, max(_POOL_BYTES // self.layout.token_bytes, _FEWEST_TOKENS))
+        blocks = -(-blocks // self.layout.block_tokens)
+        device = str(self.model.device)
+        settings = replace(self.settings, max_waiting=_MOST_WAITING)
+        with MemPool(self.layout, blocks, 0, f"profile-{os.getpid()}", device) as pool:
+            yield Profiler(Engine(self.model, pool, settings), MonotonicClock(), progress)
+
+
+def instance_profile(engine: ProfiledEngine, mode: Profiling, store: ProfileStore) -> Profile:
+    """The stored profile; else, with "auto", a quick one, which is stored; else a typical one.
+
+    Raises ModelError.
+    """
+    subject = engine.subject
+    with ExitStack() as stack:
+        if store.load(subject) is None and mode == "auto":
+            try:
+                stack.enter_context(store.measuring(subject))
+            except OSError as error:
+                log.warning("profiles cannot be kept in %s: %s", store.directory, error)
+        stored = store.load(subject)  # another process may have measured it meanwhile
+        if stored is not None:
+            log.info("cost model: %s profile of %s", stored.effort, stored.measured)
+            return stored
+        if mode == "off":
+            return default_profile(subject)
+        log.info("cost model: measuring this instance, for a few seconds and only once")
+        try:
+            profile = measure_profile(engine, subject, "quick", log.info)
+        except (ProfileError, ProbeFailed, OutOfBlocks, SharedMemoryFull) as error:
+            log.warning("the instance was not measured: %s", error)
+            return default_profile(subject)
+        try:
+            log.info("cost model: stored in %s", store.save(profile))
+        except OSError as error:
+            log.warning("the profile was not stored: %s", error)
+        return profile
+
+
+def measure_profile(
+    engine: ProfiledEngine, subject: Subject, effort: Effort, progress: Progress
+) -> Profile:
+    """Measure and fit. Raises ProfileError, ProbeFailed, OutOfBlocks, SharedMemoryFull."""
+    measured = take_measurements(engine, effort, progress)
+    costs = fit_costs(measured, subject.architecture, subject.max_batch_tokens)
+    return make_profile(effort, subject, costs)
+
+
+def take_measurements(engine: ProfiledEngine, effort: Effort, progress: Progress) -> Measurements:
+    """Prefills, decode steps, and transfers by the paths that are here. Raises ProbeFailed,
+    OutOfBlocks, SharedMemoryFull."""
+    plan = PLANS[effort]
+    with engine.profiler(effort, progress) as profiler:
+        measured = profiler.measure(plan, engine.settings.limits.max_running)
+    paths: list[TransferPath] = ["shm"]
+    if effort == "full" and find_spec("nixl") is not None:
+        paths.append("nixl")
+    transfers = measure_transfers(
+        engine.layout, str(engine.model.device), paths, plan.blocks, progress
+    )
+    return Measurements(measured.prefill, measured.decode, transfers)
+
+
+def default_profile(subject: Subject) -> Profile:
+    """From the figures of typical hardware, for a subject that was not measured."""
+    device = subject.hardware.device.lower()
+    named = [name for name in HARDWARE if name in device and name != "cpu"]
+    if named or "nvidia" in device:
+        hardware = HARDWARE[named[0] if named else _TYPICAL_GPU]
+    else:
+        hardware = cores(HARDWARE["cpu"], subject.hardware.threads)
+    costs = derive(hardware, subject.architecture, subject.max_batch_tokens)
+    return make_profile("default", subject, costs)

@@ -1,0 +1,187 @@
+"""Cost models of hardware that is not here, from its published figures.
+
+Sources and checks against published measurements: docs/cost-model.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from memserve.errors import ConfigError
+from memserve.scheduler.architecture import ARCHITECTURES, Architecture
+from memserve.scheduler.compute import Waves
+from memserve.scheduler.cost_model import AttentionCost, CostModel, LinkCost
+
+_Rate = Annotated[float, Meta(gt=0)]
+_Share = Annotated[float, Meta(gt=0, le=1)]
+HardwareName = Literal["h800", "h100", "a100", "cpu"]
+
+
+class Hardware(msgspec.Struct, frozen=True, kw_only=True):
+    """One device, by its data sheet, and what share of each peak serving software reaches."""
+
+    name: str
+    units: Annotated[int, Meta(ge=1)]  # streaming multiprocessors, or cores
+    flops: _Rate  # dense, 16 bits, all units, per second
+    memory_bandwidth: _Rate  # bytes per second
+    device_bandwidth: _Rate  # to another device of the host, one direction
+    network_bandwidth: _Rate  # to another host, one direction
+    tile: tuple[int, int]  # rows and columns of the product that one unit computes at once
+    matmul_efficiency: _Share
+    memory_efficiency: _Share
+    attention_efficiency: _Share
+    link_efficiency: _Share
+    layer_seconds: float  # launches and small operators of one layer
+    step_seconds: float  # scheduling, sampling
+    collective_seconds: float  # latency of one all-reduce
+    transfer_seconds: float  # of a transfer to another instance, before its first byte
+    piece_seconds: float  # of each piece that is sent on its own
+
+
+_H100 = Hardware(
+    name="h100",
+    units=132,
+    flops=989.4e12,
+    memory_bandwidth=3.35e12,
+    device_bandwidth=450e9,
+    network_bandwidth=50e9,
+    tile=(128, 256),
+    matmul_efficiency=0.60,
+    memory_efficiency=0.80,
+    attention_efficiency=0.40,
+    link_efficiency=0.75,
+    layer_seconds=40e-6,
+    step_seconds=0.5e-3,
+    collective_seconds=15e-6,
+    transfer_seconds=0.2e-3,
+    piece_seconds=5e-6,
+)
+HARDWARE: dict[str, Hardware] = {
+    "h100": _H100,
+    # The H100's die; NVLink is cut to 400 GB/s in both directions together.
+    "h800": msgspec.structs.replace(_H100, name="h800", device_bandwidth=200e9),
+    "a100": Hardware(
+        name="a100",
+        units=108,
+        flops=312e12,
+        memory_bandwidth=2.039e12,
+        device_bandwidth=300e9,
+        network_bandwidth=25e9,
+        tile=(128, 128),
+        matmul_efficiency=0.72,
+        memory_efficiency=0.85,
+        attention_efficiency=0.55,
+        link_efficiency=0.75,
+        layer_seconds=50e-6,
+        step_seconds=1e-3,
+        collective_seconds=25e-6,
+        transfer_seconds=0.2e-3,
+        piece_seconds=5e-6,
+    ),
+    # Per core; a server core with 512-bit vectors at 2.5 GHz, without matrix units.
+    "cpu": Hardware(
+        name="cpu",
+        units=1,
+        flops=160e9,
+        memory_bandwidth=12e9,
+        device_bandwidth=6e9,
+        network_bandwidth=1.25e9,
+        tile=(1, 16),
+        matmul_efficiency=0.50,
+        memory_efficiency=0.80,
+        attention_efficiency=0.25,
+        link_efficiency=0.80,
+        layer_seconds=200e-6,
+        step_seconds=2e-3,
+        collective_seconds=50e-6,
+        transfer_seconds=2e-3,
+        piece_seconds=2e-6,
+    ),
+}
+
+
+def cost_model(
+    hardware: str, architecture: str | Architecture, tp: int = 1, max_batch_tokens: int = 2048
+) -> CostModel:
+    """The cost model of an architecture on `tp` devices.
+
+    `max_batch_tokens`: prefill tokens of a step. Raises ConfigError for unknown names.
+    """
+    device = HARDWARE.get(hardware)
+    if device is None:
+        raise ConfigError(f"no hardware '{hardware}'; known: {', '.join(sorted(HARDWARE))}")
+    if isinstance(architecture, str):
+        known = ARCHITECTURES.get(architecture)
+        if known is None:
+            names = ", ".join(sorted(ARCHITECTURES))
+            raise ConfigError(f"no architecture '{architecture}'; known: {names}")
+        architecture = known
+    return derive(
+        device, msgspec.structs.replace(architecture, tensor_parallel=tp), max_batch_tokens
+    )
+
+
+def cores(hardware: Hardware, count: int) -> Hardware:
+    """So many cores of a CPU whose figures are per core."""
+    return msgspec.structs.replace(
+        hardware,
+        units=hardware.units * count,
+        flops=hardware.flops * count,
+        memory_bandwidth=hardware.memory_bandwidth * count**0.5,  # they share it
+    )
+
+
+def derive(hardware: Hardware, model: Architecture, max_batch_tokens: int = 2048) -> CostModel:
+    """The cost model that a device's figures give."""
+    pair = model.pair_flops / (hardware.flops * hardware.attention_efficiency)
+    bandwidth = hardware.memory_bandwidth * hardware.memory_efficiency
+    per_layer = hardware.layer_seconds + _collectives(hardware, model)
+    # A device holds at least one KV head, whatever the parallelism.
+    held = max(1, -(-model.kv_heads // model.tensor_parallel))
+    read = 2 * held * model.head_dim * model.kv_bytes / bandwidth
+    return CostModel(
+        architecture=model,
+        max_batch_tokens=max_batch_tokens,
+        compute=Waves(
+            units=hardware.units,
+            tile=hardware.tile,
+            flops=hardware.flops * hardware.matmul_efficiency,
+            bandwidth=bandwidth,
+            step_seconds=hardware.step_seconds + model.layers * per_layer,
+            token_seconds=_reduced(hardware, model),
+        ),
+        attention=AttentionCost(
+            pair=pair,
+            masked_pair=pair,
+            context_pair=pair,
+            window_pair=pair,
+            gather=read,
+            decode=read,
+            decode_window=read,
+        ),
+        shm=_link(hardware, hardware.device_bandwidth * model.tensor_parallel),
+        nixl=_link(hardware, hardware.network_bandwidth * model.tensor_parallel),
+    )
+
+
+def _collectives(hardware: Hardware, model: Architecture) -> float:
+    """Latency of the two all-reduces of a layer."""
+    return 2 * hardware.collective_seconds if model.tensor_parallel > 1 else 0.0
+
+
+def _reduced(hardware: Hardware, model: Architecture) -> float:
+    """Seconds that a token's all-reduces take: a ring moves 2 (tp - 1) / tp of the data."""
+    tp = model.tensor_parallel
+    moved = 2 * (tp - 1) / tp * model.hidden * model.weight_bytes * 2 * model.layers
+    return moved / (hardware.device_bandwidth * hardware.link_efficiency)
+
+
+def _link(hardware: Hardware, bandwidth: float) -> LinkCost:
+    return LinkCost(
+        hardware.transfer_seconds,
+        1 / (bandwidth * hardware.link_efficiency),
+        hardware.piece_seconds,
+    )
