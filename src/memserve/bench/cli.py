@@ -12,6 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from memserve.bench.report import serving_table, write_json
+from memserve.bench.scheduler import (
+    SchedulerWorkload,
+    run_scheduler_bench,
+    scheduler_bench_table,
+)
 from memserve.bench.serve import (
     ServeBenchConfig,
     ServeBenchResult,
@@ -23,7 +28,9 @@ from memserve.cli_flags import takes_flags
 from memserve.config import (
     ClusterConfig,
     ModelConfig,
+    Policy,
     Positive,
+    PositiveSeconds,
     available_cores,
     check_config,
     doc,
@@ -123,6 +130,15 @@ def pool(json: _Json = None, *, given: Given) -> None:
     _report(json, config, report, pool_bench_table(report))
 
 
+@app.command()
+@takes_flags(flags_of(SchedulerWorkload))
+def scheduler(json: _Json = None, *, given: Given) -> None:
+    """Time the scheduler's decisions: every policy, colocated and with roles apart."""
+    workload = with_flags(SchedulerWorkload(), given)
+    report = run_scheduler_bench(workload, progress=progress_lines())
+    _report(json, workload, report, scheduler_bench_table(report))
+
+
 class EngineBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How much the engine is given to do."""
 
@@ -185,6 +201,29 @@ def transfer(json: _Json = None, *, given: Given) -> None:
         progress=progress_lines(),
     )
     _report(json, config, report, transfer_bench_table(report))
+
+
+class GatewayBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What is sent through a gateway."""
+
+    streams: Annotated[Positive, doc("at the same time")] = 64
+    prompt_tokens: Annotated[Positive, doc("of each prompt; 400 are 2 KB")] = 400
+    gap_seconds: Annotated[PositiveSeconds, doc("between a stream's chunks, where paced")] = 0.01
+    seconds: Annotated[PositiveSeconds, doc("of each run")] = 4.0
+    repeats: Annotated[Positive, doc("of all runs, in turns; figures are medians")] = 3
+    policy: Annotated[Policy, doc("of our gateway")] = "prompt-tree"
+
+
+@app.command()
+@takes_flags(flags_of(GatewayBenchConfig))
+def gateway(json: _Json = None, *, given: Given) -> None:
+    """Take a gateway's CPU time per request and chunk, beside other routers if installed."""
+    from memserve.bench.gateway import GatewayWorkload, gateway_bench_table, run_gateway_bench
+
+    config = with_flags(GatewayBenchConfig(), given)
+    workload = GatewayWorkload(**msgspec.structs.asdict(config))
+    report = run_gateway_bench(workload, progress_lines())
+    _report(json, config, report, gateway_bench_table(report))
 
 
 def _report(json: str | None, config: msgspec.Struct, result: msgspec.Struct, table: Table) -> None:

@@ -47,6 +47,9 @@ class Roster:
         self.pair_computes = pairs_p
         self.pair_group = load.group[pairs_p]
         self.pair_near = (load.host[pairs_p] == load.host[pairs_d]).astype(np.int64)
+        # Which predictions of transfers the pairs need.
+        kinds = zip(self.pair_group.tolist(), self.pair_near.tolist(), strict=True)
+        self.transfer_kinds = sorted(set(kinds))
         self.decode = np.array(decode, dtype=np.int64)
         # As roles are meant: a decode instance computes prompts only where nobody else does.
         self.answering = colocated + (decode or self.prefill)
@@ -102,6 +105,7 @@ class Fetches:
     source: IndexArray  # slot; -1: nobody's
     tokens: IndexArray
     seconds: Seconds
+    prefill: Seconds  # of what then remains
 
 
 def cached_tokens(load: Load, matches: Mapping[InstanceId, int], prompt_tokens: int) -> IndexArray:
@@ -143,9 +147,8 @@ def evaluate(
     if fetches:
         pulled = _best_fetches(load, roster, request, cached, prefill, slowed)
     else:
-        pulled = _no_fetches(len(cached))
-    if pulled.tokens.any():
-        prefill = _prefill_seconds(load, prompt, cached + pulled.tokens)[1] * slowed
+        pulled = _no_fetches(prefill)
+    prefill = pulled.prefill
     answering, slot_wait = steps.decode_seconds(load, output)
     queue = load.queue_seconds(now)
     stall = steps.stall_seconds(load, prefill)
@@ -183,15 +186,13 @@ def evaluate(
 
 def _prefill_seconds(load: Load, prompt: int, cached: IndexArray) -> tuple[Seconds, Seconds]:
     """exec(x, 0) and exec(x, y), [instances] each."""
-    n = len(cached)
-    whole, prefill = np.empty(n), np.empty(n)
+    asked = np.zeros((2, len(cached)), dtype=np.int64)
+    asked[1] = cached
+    seconds = np.empty(asked.shape)
     for group in load.cost_groups:
-        asked = np.zeros(len(group.slots) + 1, dtype=np.int64)
-        asked[1:] = cached[group.slots]
-        seconds = group.costs.prefill_seconds(prompt, asked)
-        whole[group.slots] = seconds[0]
-        prefill[group.slots] = seconds[1:]
-    return whole, prefill
+        at = group.slots
+        seconds[:, at] = group.costs.prefill_seconds(prompt, asked[:, at])
+    return seconds[0], seconds[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,10 +208,10 @@ class _Steps:
     @classmethod
     def predict(cls, load: Load, context_tokens: float) -> _Steps:
         running, batch, context = load.running(), load.batch(), load.batch_context()
-        share = running / np.maximum(batch, 1.0)
-        sequences = np.stack([running, batch, batch + 1.0])
-        contexts = np.stack([context * share, context, context + context_tokens])
-        seconds = np.empty(sequences.shape)
+        sequences, contexts, seconds = np.empty((3, 3, len(batch)))
+        sequences[0], sequences[1], sequences[2] = running, batch, batch + 1.0
+        contexts[0] = context * running / np.maximum(batch, 1.0)
+        contexts[1], contexts[2] = context, context + context_tokens
         # Beyond what fits into a batch, sequences wait and do not slow it down.
         full = np.minimum(1.0, load.max_running / np.maximum(sequences, 1.0))
         sequences *= full
@@ -252,18 +253,18 @@ def _transfer_seconds(load: Load, roster: Roster, prompt: int, cached: IndexArra
     lacking = prompt - cached[slots]
     pieces = -(-lacking // load.block_tokens[slots])
     seconds = np.zeros((len(load.cost_groups), 2, len(cached)))
-    for number in np.unique(roster.pair_group).tolist():
+    for number, near in roster.transfer_kinds:
         costs = load.cost_groups[number].costs
         num_bytes = lacking * costs.kv_bytes_per_token
-        for near in np.unique(roster.pair_near).tolist():
-            moved = costs.transfer_seconds(num_bytes, pieces, _PATHS[near])
-            seconds[number, near, slots] = moved
+        seconds[number, near, slots] = costs.transfer_seconds(num_bytes, pieces, _PATHS[near])
     moves: Seconds = seconds[roster.pair_group, roster.pair_near, roster.pair_answers]
     return moves
 
 
-def _no_fetches(n: int) -> Fetches:
-    return Fetches(np.full(n, -1, dtype=np.int64), np.zeros(n, dtype=np.int64), np.zeros(n))
+def _no_fetches(prefill: Seconds) -> Fetches:
+    n = len(prefill)
+    nobody = np.full(n, -1, dtype=np.int64)
+    return Fetches(nobody, np.zeros(n, dtype=np.int64), np.zeros(n), prefill)
 
 
 def _best_fetches(
@@ -275,30 +276,31 @@ def _best_fetches(
     slowed: Seconds,
 ) -> Fetches:
     """For each instance the prefix worth pulling: it costs no more than it saves."""
-    none = _no_fetches(len(cached))
     sources = _sources(load, roster, request, cached)
     if not sources:
-        return none
+        return _no_fetches(prefill)
     prompt, slots = len(request.tokens), np.array([slot for slot, _ in sources])
     held = np.array([tokens for _, tokens in sources])[:, None]
     usable = _usable(np.broadcast_to(held, (len(slots), len(cached))), load.block_tokens, prompt)
     extra = np.maximum(usable - cached, 0)
     computed = np.empty(usable.shape)
     for group in load.cost_groups:
-        at = group.slots
-        computed[:, at] = group.costs.prefill_seconds(prompt, usable[:, at]) * slowed[at]
+        of = group.slots
+        computed[:, of] = group.costs.prefill_seconds(prompt, usable[:, of])
+    computed *= slowed
     moved = _pull_seconds(load, slots, extra)
-    pays = (extra > 0) & (moved <= prefill - computed)
-    total = np.where(pays, moved + computed, _NEVER)
+    total = moved + computed
+    total[(extra == 0) | (total > prefill)] = _NEVER
     best = total.argmin(axis=0)
-    every = np.arange(len(cached))
-    pays = pays[best, every]
+    at = best, np.arange(len(cached))
+    pays = total[at] < _NEVER
     if not pays.any():
-        return none
+        return _no_fetches(prefill)
     return Fetches(
         source=np.where(pays, slots[best], -1),
-        tokens=np.where(pays, extra[best, every], 0),
-        seconds=np.where(pays, moved[best, every], 0.0),
+        tokens=extra[at] * pays,
+        seconds=moved[at] * pays,
+        prefill=np.where(pays, computed[at], prefill),
     )
 
 
@@ -310,31 +312,32 @@ def _sources(
     least = worth[roster.computes].min() if len(roster) else 0
     if worth.max(initial=0) <= least:
         return []
-    hosts = int(load.host.max()) + 1
-    keys, first = np.unique(worth * hosts + load.host, return_index=True)
-    found: list[tuple[int, int]] = []
-    for key, slot in zip(keys[::-1].tolist(), first[::-1].tolist(), strict=True):
-        tokens = key // hosts
+    found: dict[tuple[int, int], int] = {}  # by host and length in the tree
+    for slot in (-worth).argsort(kind="stable").tolist():
+        tokens = int(worth[slot])
         if tokens <= least or len(found) == MAX_SOURCES:
             break
-        tokens = load.promised_tokens(slot, request.namespace, request.tokens[:tokens])
-        if tokens > least:
-            found.append((slot, tokens))
-    return found
+        found.setdefault((int(load.host[slot]), tokens), slot)
+    sources = []
+    for (_, tokens), slot in found.items():
+        sure = load.promised_tokens(slot, request.namespace, request.tokens[:tokens])
+        if sure > least:
+            sources.append((slot, sure))
+    return sources
 
 
 def _pull_seconds(load: Load, slots: IndexArray, extra: IndexArray) -> Seconds:
     """Pulling `extra` [sources, instances] tokens from `slots` [sources]."""
-    seconds = np.empty(extra.shape)
     pieces = -(-extra // load.block_tokens[slots][:, None])
     near = load.host[slots][:, None] == load.host
-    for number, group in enumerate(load.cost_groups):
-        rows = load.group[slots] == number
-        if not rows.any():
-            continue
-        num_bytes = extra[rows] * group.costs.kv_bytes_per_token
+    seconds = np.empty(extra.shape)
+    groups = load.group[slots]
+    for number in set(groups.tolist()):
+        costs = load.cost_groups[number].costs
+        rows = slice(None) if len(load.cost_groups) == 1 else groups == number
+        num_bytes = extra[rows] * costs.kv_bytes_per_token
         shm, nixl = (
-            group.costs.transfer_seconds(num_bytes, pieces[rows], path) for path in ("shm", "nixl")
+            costs.transfer_seconds(num_bytes, pieces[rows], path) for path in ("shm", "nixl")
         )
         seconds[rows] = np.where(near[rows], shm, nixl)
     return seconds

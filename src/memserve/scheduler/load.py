@@ -102,7 +102,7 @@ class CostGroup:
     """Instances whose times the same model predicts."""
 
     costs: Costs
-    slots: IndexArray
+    slots: IndexArray | slice  # a slice where it is all instances: indexing copies nothing
 
 
 class Load:
@@ -141,15 +141,17 @@ class Load:
         numbers = {host: at for at, host in enumerate(hosts)}
         self.host = np.array([numbers[line.spec.host] for line in lines], dtype=np.int64)
         self.one_block_size = len({line.spec.block_tokens for line in lines}) <= 1
-        by_costs: dict[int, list[int]] = {}
-        for at, line in enumerate(lines):
-            by_costs.setdefault(id(line.spec.costs), []).append(at)
-        self.cost_groups = tuple(
-            CostGroup(lines[slots[0]].spec.costs, np.array(slots)) for slots in by_costs.values()
-        )
         self.group = np.zeros(n, dtype=np.int64)
-        for number, group in enumerate(self.cost_groups):
-            self.group[group.slots] = number
+        groups: list[Costs] = []
+        for at, line in enumerate(lines):
+            if line.spec.costs not in groups:
+                groups.append(line.spec.costs)
+            self.group[at] = groups.index(line.spec.costs)
+        one = len(groups) == 1
+        self.cost_groups = tuple(
+            CostGroup(costs, slice(None) if one else (self.group == number).nonzero()[0])
+            for number, costs in enumerate(groups)
+        )
         for at, line in enumerate(lines):
             line.slot = at
             self._show(line)

@@ -1,0 +1,241 @@
+"""`memserve bench scheduler`: how long deciding takes, with many instances and known prompts."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+from rich.table import Table
+
+from memserve.clock import ManualClock
+from memserve.config import Positive, doc
+from memserve.scheduler.contract import Costs, InstanceSpec, PromptRequest
+from memserve.scheduler.hardware import cost_model
+from memserve.scheduler.policies import POLICIES
+from memserve.scheduler.prompt_tree import PromptTree
+from memserve.scheduler.scheduler import Scheduler
+from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role, TokenArray
+
+BLOCK_TOKENS = 16
+VOCABULARY = 128_000
+INSTANCES_PER_HOST = 8
+# Holders of a known prompt: shared beginnings are held by many, the rest by a few.
+_MOST_HOLDERS = 4
+_RUNNING_PER_INSTANCE = 8  # requests whose answers go on while others are decided
+_WARM_UP = 200  # decisions that are not counted
+_LOAD = 0.8  # of the prefill seconds that the instances could compute
+
+Layout = Literal["colocated", "prefill + decode"]
+
+
+class SchedulerWorkload(msgspec.Struct, frozen=True, kw_only=True):
+    """What there is to decide about."""
+
+    instances: Annotated[Positive, doc("half of them prefill where roles are apart")] = 64
+    prompts: Annotated[Positive, doc("known to the prompt trees")] = 10_000
+    prompt_tokens: Annotated[Positive, doc("of each")] = 4096
+    prefixes: Annotated[Positive, doc("that the prompts share")] = 50
+    prefix_tokens: Annotated[Positive, doc("of each")] = 1024
+    decisions: Annotated[Positive, doc("timed, with each policy")] = 3000
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """Microseconds of one step."""
+
+    p50: float
+    p99: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        p50, p99 = np.percentile(seconds, [50, 99])
+        return cls(float(p50) * 1e6, float(p99) * 1e6)
+
+
+class PolicyTiming(msgspec.Struct, frozen=True):
+    """One policy on one layout. `decide` is all of it: matching, choosing, reserving, and
+    telling the trees. `cpu` is the same without what other processes took."""
+
+    layout: Layout
+    policy: str
+    candidates: int
+    decide: Timing
+    cpu: Timing
+    match: Timing
+    expect: Timing
+    fetches: int  # plans that pull a prefix from a third instance
+
+
+class SchedulerBenchReport(msgspec.Struct, frozen=True):
+    """Every policy on both layouts."""
+
+    workload: SchedulerWorkload
+    policies: tuple[PolicyTiming, ...]
+
+
+class _TimedTree:
+    """The trees, with a note of what each call took."""
+
+    def __init__(self, tree: PromptTree) -> None:
+        self._tree = tree
+        self.matches: list[float] = []
+        self.expects: list[float] = []
+
+    def match(self, namespace: Namespace, tokens: TokenArray) -> dict[InstanceId, int]:
+        started = time.perf_counter()
+        found = self._tree.match(namespace, tokens)
+        self.matches.append(time.perf_counter() - started)
+        return found
+
+    def expect(
+        self, instance: InstanceId, namespace: Namespace, tokens: TokenArray, now: float
+    ) -> None:
+        started = time.perf_counter()
+        self._tree.expect(instance, namespace, tokens, now)
+        self.expects.append(time.perf_counter() - started)
+
+
+class _Prompts:
+    """Known prompts, and requests that share some, little or nothing with them."""
+
+    def __init__(self, workload: SchedulerWorkload) -> None:
+        self._workload = workload
+        self._rng = np.random.default_rng(0)
+        size = (workload.prefixes, min(workload.prefix_tokens, workload.prompt_tokens))
+        self._prefixes = self._new(size)
+        self._known: list[TokenArray] = []
+
+    def _new(self, size: int | tuple[int, int]) -> TokenArray:
+        return self._rng.integers(0, VOCABULARY, size, np.int32)
+
+    def store(self, tree: PromptTree, holders: Sequence[InstanceId]) -> None:
+        """Give every known prompt to a few of `holders`, by events as instances send them."""
+        workload, blocks = self._workload, self._workload.prompt_tokens // BLOCK_TOKENS
+        rng = np.random.default_rng(1)
+        self._known = []
+        for number in range(workload.prompts):
+            beginning = number % workload.prefixes
+            tokens = self._behind(self._prefixes[beginning])
+            self._known.append(tokens)
+            shared = self._prefixes.shape[1] // BLOCK_TOKENS
+            hashes = [beginning * shared + block for block in range(shared)]
+            own = (1 + workload.prefixes + number) * blocks
+            hashes += range(own, own + blocks - shared)
+            chosen = rng.choice(len(holders), rng.integers(1, _MOST_HOLDERS + 1))
+            for holder in set(chosen.tolist()):
+                stored = tokens[: blocks * BLOCK_TOKENS]
+                tree.stored(holders[holder], SHARED, None, hashes, stored)
+
+    def requests(self) -> Iterator[PromptRequest]:
+        """Half go on behind part of a known prompt; a third share a beginning; the rest is
+        new."""
+        rng, workload = self._rng, self._workload
+        for number in range(_WARM_UP + workload.decisions):
+            kind = rng.random()
+            known = self._known[int(rng.integers(len(self._known)))]
+            if kind < 1 / 2:
+                tokens = self._behind(known[: int(rng.integers(len(known) + 1))])
+            elif kind < 5 / 6:
+                tokens = self._behind(known[: self._prefixes.shape[1]])
+            else:
+                tokens = self._new(workload.prompt_tokens)
+            session = f"session-{int(rng.integers(workload.prompts))}"
+            yield PromptRequest(RequestId(str(number)), tokens, session=session)
+
+    def _behind(self, beginning: TokenArray) -> TokenArray:
+        rest = self._new(self._workload.prompt_tokens - len(beginning))
+        return np.concatenate((beginning, rest))
+
+
+def run_scheduler_bench(
+    workload: SchedulerWorkload | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> SchedulerBenchReport:
+    """Every policy on both layouts, with the cost model of a 13B model on two H800."""
+    workload = workload or SchedulerWorkload()
+    costs = cost_model("h800", "llama2-13b", tp=2)
+    timings = []
+    layouts: tuple[Layout, Layout] = ("colocated", "prefill + decode")
+    for layout in layouts:
+        for policy in POLICIES:
+            progress(f"{layout}, {policy}")
+            timings.append(_time_policy(workload, layout, policy, costs))
+    return SchedulerBenchReport(workload, tuple(timings))
+
+
+def _instances(workload: SchedulerWorkload, layout: Layout, costs: Costs) -> list[InstanceSpec]:
+    specs = []
+    for number in range(workload.instances):
+        role = Role.COLOCATED
+        if layout == "prefill + decode":
+            role = Role.PREFILL if number % 2 else Role.DECODE
+        host = f"host-{number // INSTANCES_PER_HOST}"
+        specs.append(InstanceSpec(InstanceId(f"i{number}"), role, costs, BLOCK_TOKENS, host))
+    return specs
+
+
+def _time_policy(
+    workload: SchedulerWorkload, layout: Layout, policy: str, costs: Costs
+) -> PolicyTiming:
+    clock = ManualClock()
+    tree = PromptTree()
+    timed = _TimedTree(tree)
+    scheduler = Scheduler(timed, clock, policy, timer=time.thread_time)
+    specs = _instances(workload, layout, costs)
+    for spec in specs:
+        scheduler.put(spec)
+        tree.join(spec.id, spec.block_tokens, spec.role)
+    holders = [spec.id for spec in specs if spec.role is not Role.DECODE]
+    prompts = _Prompts(workload)
+    prompts.store(tree, holders or [spec.id for spec in specs])
+    whole = float(costs.prefill_seconds(workload.prompt_tokens, 0))
+    pause = whole / (_LOAD * max(len(holders), 1))
+    wall, cpu, fetches, considered = [], [], 0, 0
+    computing: deque[RequestId] = deque()
+    decoding: deque[RequestId] = deque()
+    for request in prompts.requests():
+        started = time.perf_counter()
+        decision = scheduler.decide(request)
+        wall.append(time.perf_counter() - started)
+        assert decision is not None  # all instances are there
+        cpu.append(decision.took)
+        fetches += decision.plan.fetch is not None
+        considered = decision.considered
+        clock.advance(pause)
+        tree.expire(clock.now())
+        computing.append(request.id)
+        if len(computing) > len(holders):
+            scheduler.prefilled(computing[0])
+            decoding.append(computing.popleft())
+        if len(decoding) > _RUNNING_PER_INSTANCE * len(specs):
+            scheduler.finished(decoding.popleft(), request.output_tokens)
+    return PolicyTiming(
+        layout=layout,
+        policy=policy,
+        candidates=considered,
+        decide=Timing.of(wall[_WARM_UP:]),
+        cpu=Timing.of(cpu[_WARM_UP:]),
+        match=Timing.of(timed.matches[_WARM_UP:]),
+        expect=Timing.of(timed.expects[_WARM_UP:]),
+        fetches=fetches,
+    )
+
+
+def scheduler_bench_table(report: SchedulerBenchReport) -> Table:
+    """The report for a person."""
+    work = report.workload
+    table = Table(
+        title=f"{work.instances} instances, {work.prompts} known prompts of "
+        f"{work.prompt_tokens} tokens; microseconds, median / P99"
+    )
+    names = ("", "policy", "plans", "decide", "CPU", "match", "expect", "fetches")
+    for number, name in enumerate(names):
+        table.add_column(name, justify="left" if number < 2 else "right")
+    for row in report.policies:
+        timings = (row.decide, row.cpu, row.match, row.expect)
+        figures = [f"{each.p50:.0f} / {each.p99:.0f}" for each in timings]
+        table.add_row(row.layout, row.policy, str(row.candidates), *figures, str(row.fetches))
+    return table
