@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -74,16 +75,15 @@ def run_profile(
 ) -> ProfileReport:
     """Measure, fit, store and check. Raises ProfileError, ProbeFailed, OutOfBlocks, OSError."""
     subject = engine.subject
-    measured = take_measurements(engine, "full", progress)
+    measured, points = take_measurements(
+        engine, "full", progress, partial(held_out_points, config.held_out), config.rounds
+    )
     costs = fit_costs(measured, subject.architecture, subject.max_batch_tokens)
     profile = make_profile("full", subject, costs)
     path = store.save(profile)
     progress(f"stored in {path}")
     checked: tuple[CheckedPoint, ...] = ()
-    if config.held_out:
-        with engine.profiler("full", progress) as profiler:
-            wanted = held_out_points(config.held_out, profiler.longest_prompt)
-            points = profiler.measure_prefills(wanted, config.rounds)
+    if points:
         checked = _check(costs, ArchitectureLevel(measured.prefill, subject.architecture), points)
     truth = np.array([point.measured for point in checked])
     ours = np.array([point.predicted for point in checked])

@@ -25,8 +25,8 @@ class ProfileConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     threads: Annotated[Positive | None, doc("default: one for each core")] = None
     max_batch_tokens: Annotated[Positive, doc("as the instances' setting")] = 2048
+    rounds: Annotated[Positive, doc("of all points; more are steadier")] = 3
     held_out: Annotated[NonNegative, doc("points to check the model on; 0: none")] = 24
-    rounds: Annotated[Positive, doc("of the held-out points; medians are taken")] = 3
 
 
 @takes_flags(flags_of(ModelConfig, ("served_name", "max_model_len")), flags_of(ProfileConfig))

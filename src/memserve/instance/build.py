@@ -19,6 +19,7 @@ from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import count_weights, load_model
 from memserve.errors import ConfigError
 from memserve.instance.instance import Identity, Parts
+from memserve.instance.kv_events import KVEventPublisher
 from memserve.instance.kv_link import KVLink
 from memserve.instance.profiling import ProfiledEngine, instance_profile
 from memserve.models.resolve import ModelDirectory, resolve_model
@@ -28,6 +29,7 @@ from memserve.pool.layout import KVLayout
 from memserve.scheduler.cost_model import recompute_cost
 from memserve.scheduler.profiles import Profile, ProfileStore
 from memserve.transfer.mempool import MemPool
+from memserve.transfer.secret import cluster_keys
 from memserve.types import Role
 
 log = logging.getLogger(__name__)
@@ -78,13 +80,15 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
         engine = Engine(model, pool, engine_settings)
         address = PoolPeer(identity.id, pool.serve(f"tcp://{settings.host}:0"))
         link = KVLink(pool, address, config.cache.caching, config.cache.mode)
+        events = KVEventPublisher(pool, settings.host, cluster_keys(None))
+        stack.callback(events.close)
         close = stack.pop_all().close
 
     def pool_totals() -> PoolTotals:
         return msgspec.convert(pool.stats(), PoolTotals, from_attributes=True)
 
     sharing = _SHARING[config.cache.caching]
-    return Parts(engine, tokenizer, pool_totals, close, sharing, link, profile)
+    return Parts(engine, tokenizer, pool_totals, close, sharing, link, profile, events)
 
 
 def choose_device(name: str) -> torch.device:

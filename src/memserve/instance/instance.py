@@ -29,10 +29,11 @@ from memserve.api.status import (
 )
 from memserve.clock import Clock
 from memserve.engine.request import EngineProtocol, EngineRequest
-from memserve.errors import EngineStopped, MemserveError, QueueFull
+from memserve.errors import EngineStopped, MemserveError, QueueFull, TransferError
 from memserve.instance.dispatcher import Dispatcher, Mailbox
 from memserve.instance.fetch import Fetcher
 from memserve.instance.generation import Generation, engine_requests
+from memserve.instance.kv_events import KVEventPublisher
 from memserve.instance.kv_link import KVLink
 from memserve.instance.prefill import Prefiller
 from memserve.instance.remote_prefill import RemotePrefill
@@ -78,6 +79,7 @@ class Parts:
     sharing: frozenset[Role] = frozenset(Role)  # in which KV outlives its sequence, for others
     link: KVLink | None = None  # to the pools of other instances
     profile: Profile | None = None  # what it costs
+    events: KVEventPublisher | None = None  # what its pool's index holds
 
 
 class Run:
@@ -296,7 +298,21 @@ class Instance:
                 if self._served is None
                 else msgspec.convert(self._served.parts.engine.info, Limits, from_attributes=True)
             ),
+            kv_events=None if (events := self._events()) is None else events.info,
         )
+
+    async def kv_snapshot(self) -> bytes:
+        """A `KVSnapshot`. Raises ApiError where no KV events are published."""
+        events = self._events()
+        if events is None:
+            raise unavailable(f"Instance {self.identity.id} publishes no KV events.", "no_events")
+        try:
+            return await asyncio.to_thread(events.snapshot)
+        except TransferError as error:
+            raise unavailable(str(error), "no_events") from error
+
+    def _events(self) -> KVEventPublisher | None:
+        return None if self._served is None else self._served.parts.events
 
     def profile(self) -> Profile | None:
         """None until the engine is there, and where nobody knows what it costs."""

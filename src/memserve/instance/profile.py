@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -75,11 +75,27 @@ FULL = ProfilePlan(
     ),
     blocks=(1, 4, 16, 64, 128),
     rounds=3,
-    seconds=75.0,
+    seconds=90.0,
     needed=100,
     pool_tokens=17 * 1024,
 )
 PLANS: dict[Effort, ProfilePlan] = {"quick": QUICK, "full": FULL}
+
+
+class _Times:
+    """Points, each named once, and the seconds that they took."""
+
+    def __init__(self, points: Iterable[tuple[int, int]]) -> None:
+        self.points = list(dict.fromkeys(points))
+        self.taken: dict[tuple[int, int], list[float]] = {}
+
+
+def _prefill_points(times: _Times) -> tuple[PrefillPoint, ...]:
+    """Of points (tokens to compute, cached tokens)."""
+    return tuple(
+        PrefillPoint(tokens + cached, cached, _middle(seconds))
+        for (tokens, cached), seconds in times.taken.items()
+    )
 
 
 class Profiler:
@@ -94,61 +110,58 @@ class Profiler:
         self._room = engine.pool.stats().hbm.total * self._block
         self._rng = np.random.default_rng(0)
 
-    def measure(self, plan: ProfilePlan, most_sequences: int) -> Measurements:
-        """Run a plan, as far as the engine's limits let it. `most_sequences`: of a step."""
-        prefill = list(dict.fromkeys(self._fitting_prefills(plan.prefill)))
-        decode = list(dict.fromkeys(self._fitting_decodes(plan.decode, most_sequences)))
-        prefill_times: dict[tuple[int, int], list[float]] = {}
-        decode_times: dict[tuple[int, int], list[float]] = {}
+    def measure(
+        self, plan: ProfilePlan, most_sequences: int, held_out: Sequence[tuple[int, int]] = ()
+    ) -> tuple[Measurements, tuple[PrefillPoint, ...]]:
+        """Run a plan, as far as the engine's limits let it. `most_sequences`: of a step.
+
+        `held_out`: further prefills, (prompt tokens, cached tokens), measured in the same rounds,
+        so that a machine whose speed drifts is as fast for them; returned beside the rest.
+        """
+        block = self._block
+        prefill = _Times(self._fitting_prefills(plan.prefill))
+        decode = _Times(self._fitting_decodes(plan.decode, most_sequences))
+        others = _Times((x - c // block * block, c // block * block) for x, c in held_out)
         end = self._clock.now() + plan.seconds
         with EngineProbe(self._engine) as probe:
-            self._warm_up(probe)
+            # Kernels are chosen and pages are touched the first time.
+            probe.prefill(min(_WARM_TOKENS, probe.longest_prompt), 0)
+
+            def time_prefill(tokens: int, cached: int) -> float:
+                return probe.prefill(tokens + cached, cached)
+
+            def time_decode(sequences: int, context: int) -> float:
+                return probe.decode(sequences, context, _STEPS)
+
             for turn in range(plan.rounds):
-                if turn:
-                    if self._clock.now() > end:
-                        break
-                    # What disturbs one round's point is to disturb another's next time.
-                    self._rng.shuffle(prefill)
-                    self._rng.shuffle(decode)
                 self._progress(f"prefill and decode steps, round {turn + 1} of {plan.rounds}")
                 needed = plan.needed if turn == 0 else 0
-                for at, (tokens, cached) in enumerate(prefill):
-                    if at < needed or self._clock.now() < end:
-                        seconds = probe.prefill(tokens + cached, cached)
-                        prefill_times.setdefault((tokens, cached), []).append(seconds)
-                for at, (sequences, context) in enumerate(decode):
-                    if at < needed or self._clock.now() < end:
-                        seconds = probe.decode(sequences, context, _STEPS)
-                        decode_times.setdefault((sequences, context), []).append(seconds)
-        return Measurements(
-            prefill=tuple(
-                PrefillPoint(tokens + cached, cached, _middle(times))
-                for (tokens, cached), times in prefill_times.items()
-            ),
+                self._turn(prefill, time_prefill, needed, end)
+                self._turn(decode, time_decode, needed, end)
+                if others.points:
+                    self._progress(f"held-out points, round {turn + 1} of {plan.rounds}")
+                    self._turn(others, time_prefill, len(others.points), end)
+                if self._clock.now() > end:
+                    break
+        measured = Measurements(
+            prefill=_prefill_points(prefill),
             decode=tuple(
                 # The steps that are timed see the context grow.
                 DecodePoint(s, s * (context + 1 + _STEPS // 2), _middle(times))
-                for (s, context), times in decode_times.items()
+                for (s, context), times in decode.taken.items()
             ),
         )
+        return measured, _prefill_points(others)
 
-    def measure_prefills(
-        self, points: Sequence[tuple[int, int]], rounds: int
-    ) -> tuple[PrefillPoint, ...]:
-        """Points of one's own, (prompt tokens, cached tokens): for checks of a model."""
-        points = [(x, c // self._block * self._block) for x, c in points]
-        times: dict[tuple[int, int], list[float]] = {}
-        with EngineProbe(self._engine) as probe:
-            self._warm_up(probe)
-            for turn in range(rounds):
-                self._progress(f"held-out points, round {turn + 1} of {rounds}")
-                for x, c in self._rng.permutation(points).tolist():
-                    times.setdefault((x, c), []).append(probe.prefill(x, c))
-        return tuple(PrefillPoint(x, c, _middle(seconds)) for (x, c), seconds in times.items())
-
-    def _warm_up(self, probe: EngineProbe) -> None:
-        """Kernels are chosen and pages are touched the first time."""
-        probe.prefill(min(_WARM_TOKENS, probe.longest_prompt), 0)
+    def _turn(
+        self, times: _Times, run: Callable[[int, int], float], needed: int, end: float
+    ) -> None:
+        """Each point once; the first `needed` ones even if it is too late."""
+        for at, (first, second) in enumerate(times.points):
+            if at < needed or self._clock.now() < end:
+                times.taken.setdefault((first, second), []).append(run(first, second))
+        # What disturbs one turn's point is to disturb another's the next time.
+        self._rng.shuffle(times.points)
 
     @property
     def longest_prompt(self) -> int:

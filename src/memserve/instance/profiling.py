@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ from memserve.scheduler.architecture import read_architecture
 from memserve.scheduler.contract import Path as TransferPath
 from memserve.scheduler.fit import fit_costs
 from memserve.scheduler.hardware import HARDWARE, cores, derive
-from memserve.scheduler.measurements import Measurements
+from memserve.scheduler.measurements import Measurements, PrefillPoint
 from memserve.scheduler.profiles import (
     Profile,
     ProfileStore,
@@ -113,24 +113,37 @@ def measure_profile(
     engine: ProfiledEngine, subject: Subject, effort: Effort, progress: Progress
 ) -> Profile:
     """Measure and fit. Raises ProfileError, ProbeFailed, OutOfBlocks, SharedMemoryFull."""
-    measured = take_measurements(engine, effort, progress)
+    measured, _ = take_measurements(engine, effort, progress)
     costs = fit_costs(measured, subject.architecture, subject.max_batch_tokens)
     return make_profile(effort, subject, costs)
 
 
-def take_measurements(engine: ProfiledEngine, effort: Effort, progress: Progress) -> Measurements:
-    """Prefills, decode steps, and transfers by the paths that are here. Raises ProbeFailed,
-    OutOfBlocks, SharedMemoryFull."""
+def take_measurements(
+    engine: ProfiledEngine,
+    effort: Effort,
+    progress: Progress,
+    held_out: Callable[[int], Sequence[tuple[int, int]]] = lambda _: (),
+    rounds: int | None = None,
+) -> tuple[Measurements, tuple[PrefillPoint, ...]]:
+    """Prefills, decode steps, and transfers by the paths that are here; and the prefills
+    `held_out` (prompt tokens, cached tokens), chosen by the longest possible prompt.
+
+    Raises ProbeFailed, OutOfBlocks, SharedMemoryFull.
+    """
     plan = PLANS[effort]
+    if rounds is not None:
+        plan = replace(plan, rounds=rounds, seconds=plan.seconds / plan.rounds * rounds)
     with engine.profiler(effort, progress) as profiler:
-        measured = profiler.measure(plan, engine.settings.limits.max_running)
+        measured, others = profiler.measure(
+            plan, engine.settings.limits.max_running, held_out(profiler.longest_prompt)
+        )
     paths: list[TransferPath] = ["shm"]
     if effort == "full" and find_spec("nixl") is not None:
         paths.append("nixl")
     transfers = measure_transfers(
         engine.layout, str(engine.model.device), paths, plan.blocks, progress
     )
-    return Measurements(measured.prefill, measured.decode, transfers)
+    return Measurements(measured.prefill, measured.decode, transfers), others
 
 
 def default_profile(subject: Subject) -> Profile:

@@ -34,6 +34,7 @@ from memserve.api.errors import ApiError, invalid, method_not_allowed, path_not_
 from memserve.api.generate import GENERATE_PATH, GenerateCall
 from memserve.api.handoff import PREFILL_PATH, PUSH_PATH, PrefillCall, PushCall
 from memserve.api.instance_metrics import instance_metrics
+from memserve.api.kv_events import SNAPSHOT_PATH
 from memserve.instance.instance import Instance, Run
 from memserve.scheduler.profiles import encode_profile
 
@@ -54,7 +55,7 @@ _Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 class InstanceApp:
     """`POST /v1/generate /v1/prefill /v1/kv/push /role /drain /resume /shutdown`, `GET /health
-    /info /stats /profile /metrics`."""
+    /info /stats /profile /kv/snapshot /metrics`."""
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
@@ -72,6 +73,7 @@ class InstanceApp:
             "/info": ("GET", self._info),
             "/stats": ("GET", self._stats),
             "/profile": ("GET", self._profile),
+            SNAPSHOT_PATH: ("GET", self._kv_snapshot),
             "/metrics": ("GET", self._metrics),
         }
 
@@ -143,6 +145,11 @@ class InstanceApp:
         if profile is None:
             raise unavailable("This instance has no cost model, or not yet.", "no_profile")
         await send_body(send, HTTPStatus.OK, encode_profile(profile))
+
+    async def _kv_snapshot(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await self._instance.kv_snapshot()
+        media = (b"content-type", b"application/msgpack")
+        await send_body(send, HTTPStatus.OK, body, media=media)
 
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         text = generate_latest(self._registry)
