@@ -121,6 +121,7 @@ class GenerateCall(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
     return_token_ids: bool = False  # the client asked for `choices[].token_ids`
     cache_salt: str = ""  # namespace of the KV cache
     priority: int = 0  # lower runs first
+    session: str | None = None  # what the `session` policy keeps together
     prefill: tuple[PrefillPeer, ...] = ()  # who computes the prompt, best first; (): the receiver
     # Whose longer prefix the computing instance pulls before it computes the rest.
     fetch: PrefillPeer | None = None

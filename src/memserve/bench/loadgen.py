@@ -139,7 +139,7 @@ class _Run:
         await self._wait(arrival)
         for index, turn in enumerate(session.turns):
             past.append(turn.prompt)
-            answer = await self._ask(session.chat, past, turn.output_tokens)
+            answer = await self._ask(session, past, turn.output_tokens)
             record = self._record(session.id, index, scheduled, answer)
             records.append(record)
             if record.error is not None:
@@ -151,14 +151,14 @@ class _Run:
     async def _wait(self, arrival: float) -> None:
         await asyncio.sleep(max(0.0, self._start + arrival - self._clock.now()))
 
-    async def _ask(self, chat: bool, past: Sequence[str], output_tokens: int) -> Answer:
-        if not chat:
-            return await self._client.complete("".join(past), output_tokens)
+    async def _ask(self, session: Session, past: Sequence[str], output_tokens: int) -> Answer:
+        if not session.chat:
+            return await self._client.complete("".join(past), output_tokens, session.id)
         roles = itertools.cycle(("user", "assistant"))
         messages = [
             {"role": role, "content": text} for role, text in zip(roles, past, strict=False)
         ]
-        return await self._client.chat(messages, output_tokens)
+        return await self._client.chat(messages, output_tokens, session.id)
 
     def _record(self, session: str, turn: int, scheduled: float, answer: Answer) -> RequestRecord:
         times = tuple(time - self._start for time in answer.chunk_times)

@@ -93,21 +93,33 @@ class OpenAIClient:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def chat(self, messages: Sequence[Mapping[str, str]], output_tokens: int) -> Answer:
-        """Ask for exactly `output_tokens` tokens. Never raises for what a server does wrong."""
-        fields = {"messages": list(messages), **self._fields(output_tokens)}
-        return await self._post("/v1/chat/completions", fields)
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        output_tokens: int,
+        session: str | None = None,
+    ) -> Answer:
+        """Ask for exactly `output_tokens` tokens. Never raises for what a server does wrong.
 
-    async def complete(self, prompt: str | Sequence[int], output_tokens: int) -> Answer:
+        `session`: told to servers that keep a session's requests together.
+        """
+        fields = {"messages": list(messages), **self._fields(output_tokens)}
+        return await self._post("/v1/chat/completions", fields, session)
+
+    async def complete(
+        self, prompt: str | Sequence[int], output_tokens: int, session: str | None = None
+    ) -> Answer:
         """The same for a plain prompt, text or token ids."""
         given = prompt if isinstance(prompt, str) else list(prompt)
-        return await self._post("/v1/completions", {"prompt": given, **self._fields(output_tokens)})
+        fields = {"prompt": given, **self._fields(output_tokens)}
+        return await self._post("/v1/completions", fields, session)
 
-    async def _post(self, path: str, body: dict[str, Any]) -> Answer:
+    async def _post(self, path: str, body: dict[str, Any], session: str | None) -> Answer:
+        headers = {} if session is None else {"X-Session-Id": session}
         received = _Received(self._clock)
         sent = self._clock.now()
         try:
-            async with self._session.post(self._url + path, json=body) as response:
+            async with self._session.post(self._url + path, json=body, headers=headers) as response:
                 if response.status == 200:
                     async for line in response.content:
                         received.line(line)

@@ -1,0 +1,108 @@
+"""`memserve bench policies`: the same sessions with each policy, on clusters of each shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+from rich.table import Table
+
+from memserve.api.serving import Shutdown
+from memserve.bench.report import Distribution
+from memserve.bench.serve import ServeBenchConfig, ServeRun, Work, measure_server
+from memserve.cluster.local import LocalCluster
+from memserve.config import ClusterConfig, InstanceConfig, Policy
+from memserve.models.resolve import Progress
+from memserve.types import Role
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Instances of one core each, as many as there are cores on the smallest machine."""
+
+    name: str
+    instances: tuple[InstanceConfig, ...]
+
+
+def shapes(like: InstanceConfig) -> tuple[Shape, ...]:
+    """Equal hardware: two instances that do everything, or one of each role."""
+
+    def instance(role: Role, count: int) -> InstanceConfig:
+        return msgspec.structs.replace(like, role=role, count=count)
+
+    return (
+        Shape("2 colocated", (instance(Role.COLOCATED, 2),)),
+        Shape("1P1D", (instance(Role.PREFILL, 1), instance(Role.DECODE, 1))),
+    )
+
+
+class PolicyRun(msgspec.Struct, frozen=True):
+    """One policy on one shape."""
+
+    shape: str
+    policy: Policy
+    run: ServeRun
+
+
+class PoliciesBenchResult(msgspec.Struct, frozen=True):
+    """Runs of the same workload."""
+
+    runs: tuple[PolicyRun, ...]
+
+
+async def compare_policies(
+    config: ServeBenchConfig,
+    cluster: ClusterConfig,
+    policies: Sequence[Policy],
+    sessions: Work,
+    progress: Progress,
+) -> PoliciesBenchResult:
+    """Measure clusters that differ in shape and policy alone, one after the other.
+
+    Raises BenchmarkError, ClusterError.
+    """
+    runs = []
+    for shape in shapes(cluster.instance[0]):
+        for policy in policies:
+            gateway = msgspec.structs.replace(cluster.gateway, port=0, policy=policy)
+            own = msgspec.structs.replace(cluster, gateway=gateway, instance=shape.instances)
+            name = f"{shape.name}, {policy}"
+            started = LocalCluster(own, Shutdown(), progress)
+            try:
+                await started.start()
+                run = await started.or_failure(
+                    measure_server(name, config, started.url, sessions, progress)
+                )
+            finally:
+                await started.stop()
+            run = msgspec.structs.replace(run, cluster=own)
+            runs.append(PolicyRun(shape.name, policy, run))
+    return PoliciesBenchResult(tuple(runs))
+
+
+def policies_table(result: PoliciesBenchResult) -> Table:
+    """A line for each run; seconds, means and P99."""
+    table = Table()
+    for name in ("instances", "policy"):
+        table.add_column(name)
+    for name in ("cached", "TTFT s", "P99", "TPOT ms", "P99", "JCT s", "P99", "failed"):
+        table.add_column(name, justify="right")
+    for one in result.runs:
+        summary = one.run.summary
+        table.add_row(
+            one.shape,
+            one.policy,
+            f"{summary.cached_ratio:.1%}",
+            *_pair(summary.ttft, 1.0),
+            *_pair(summary.tpot, 1000.0),
+            *_pair(summary.jct, 1.0),
+            str(summary.failed + summary.unsent),
+        )
+    return table
+
+
+def _pair(figure: Distribution | None, scale: float) -> tuple[str, str]:
+    if figure is None:
+        return ("-", "-")
+    return (f"{figure.mean * scale:.3g}", f"{figure.p99 * scale:.3g}")

@@ -1,0 +1,218 @@
+"""The global scheduler as the gateway's router: members, events and polls in, plans out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from urllib.parse import urlsplit
+
+import aiohttp
+import numpy as np
+
+from memserve.api.generate import GenerateCall
+from memserve.api.namespaces import salted
+from memserve.api.status import EngineTotals
+from memserve.clock import Clock
+from memserve.cluster.changes import Change, MemberChange
+from memserve.cluster.kv_feed import KvFeed
+from memserve.cluster.membership import Member, Membership
+from memserve.gateway.instance_costs import InstanceCosts, StepTimes
+from memserve.gateway.router import Plan as MemberPlan
+from memserve.gateway.router import RoundRobin
+from memserve.scheduler.contract import InstanceSpec, Plan, PromptRequest
+from memserve.scheduler.decisions import DecisionView
+from memserve.scheduler.prompt_tree import PromptTree
+from memserve.scheduler.refined_costs import RefinedCosts
+from memserve.scheduler.scheduler import Scheduler
+from memserve.types import Epoch, InstanceId, RequestId, Role, TokenArray
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0  # between looks at what polls have brought: as often as they are made
+# What a member's block size is taken for until it has told its limits.
+_BLOCK_TOKENS = 16
+# A first token teaches what a prefill costs where hardly anything else was predicted.
+_PURE_PREFILL = 0.9
+
+
+@dataclass(slots=True)
+class _Known:
+    """A member's present life, as the scheduler knows it."""
+
+    epoch: Epoch
+    spec: InstanceSpec
+    steps: StepTimes
+    asking: asyncio.Task[None] | None = None
+    totals: EngineTotals | None = None
+
+
+class GlobalRouter:
+    """Implements `Router`. Belongs to the event loop, from creation to `close`."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        session: aiohttp.ClientSession,
+        clock: Clock,
+        policy: str,
+    ) -> None:
+        self.tree = PromptTree()
+        self.scheduler = Scheduler(self.tree, clock, policy)
+        self.feed = KvFeed(self.tree, session, clock)
+        self._membership = membership
+        self._clock = clock
+        self._costs = InstanceCosts(session)
+        self._known: dict[InstanceId, _Known] = {}
+        # Members whose first sign of life is on its way: any order is as good as another.
+        self._unmet = RoundRobin()
+        self._unfollow = membership.on_change(self._changed)
+        self._looking = asyncio.ensure_future(self._look())
+
+    async def close(self) -> None:
+        self._unfollow()
+        self._looking.cancel()
+        asking = [known.asking for known in self._known.values() if known.asking is not None]
+        for task in asking:
+            task.cancel()
+        await asyncio.wait((self._looking, *asking))
+        await self.feed.close()
+
+    def plan(self, call: GenerateCall, members: Sequence[Member]) -> MemberPlan:
+        """Where a call runs; reserved until the plan's ticket has ended."""
+        by_id = {member.id: member for member in members}
+        request = PromptRequest(
+            id=RequestId(call.id),
+            tokens=_tokens(call),
+            namespace=salted(call.cache_salt),
+            output_tokens=call.sampling.max_tokens * call.n * len(call.prompts),
+            session=call.session,
+            priority=call.priority,
+        )
+        decision = self.scheduler.decide(request, by_id.keys())
+        if decision is None:
+            return self._unmet.plan(call, members)
+        plan = decision.plan
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s", decision.summary())
+        others = (m for m in members if m.role is Role.PREFILL and m.id != plan.prefill)
+        return MemberPlan(
+            member=by_id[plan.instance],
+            prefill=() if plan.prefill is None else (by_id[plan.prefill], *others),
+            fetch=None if plan.fetch is None else by_id[plan.fetch],
+            ticket=_Reservation(self, request.id, plan, self._clock.now()),
+        )
+
+    def decisions(self, n: int) -> list[DecisionView]:
+        """The last `n`, newest first."""
+        return self.scheduler.decisions.views(n)
+
+    def first_token(self, request: RequestId, plan: Plan, planned: float) -> None:
+        """A plan of the time `planned` has come to its first token."""
+        seconds = self._clock.now() - planned
+        self.scheduler.prefilled(request)
+        terms = plan.terms
+        if terms.prefill < _PURE_PREFILL * terms.first_token:
+            return
+        costs = self._known[plan.computes].spec.costs if plan.computes in self._known else None
+        if isinstance(costs, RefinedCosts):
+            others = terms.first_token - terms.prefill
+            costs.observe_prefill(plan.prompt_tokens, plan.cached_tokens, seconds - others)
+
+    # --- members --------------------------------------------------------------------------
+
+    def _changed(self, change: MemberChange) -> None:
+        self.feed.observe(change)
+        if change.change in (Change.LEFT, Change.DIED):
+            known = self._known.get(change.id)
+            if known is not None and known.epoch == change.epoch:
+                self._forget(change.id)
+            return
+        known = self._known.get(change.id)
+        if known is None or known.epoch != change.epoch:
+            self._forget(change.id)
+            self._meet(change)
+        elif known.spec.role is not change.role:
+            self._put(known, replace(known.spec, role=change.role))
+
+    def _meet(self, change: MemberChange) -> None:
+        spec = InstanceSpec(
+            id=change.id,
+            role=change.role,
+            costs=self._costs.unknown(),
+            block_tokens=_BLOCK_TOKENS,
+            host=urlsplit(change.address).hostname or change.address,
+        )
+        known = self._known[change.id] = _Known(change.epoch, spec, StepTimes())
+        self.scheduler.put(spec)
+        known.asking = asyncio.ensure_future(self._ask_costs(known, change.address))
+
+    async def _ask_costs(self, known: _Known, address: str) -> None:
+        costs = await self._costs.of(address)
+        self._put(known, replace(known.spec, costs=costs))
+
+    def _put(self, known: _Known, spec: InstanceSpec) -> None:
+        if self._known.get(spec.id) is known:
+            known.spec = spec
+            self.scheduler.put(spec)
+
+    def _forget(self, instance: InstanceId) -> None:
+        known = self._known.pop(instance, None)
+        if known is not None and known.asking is not None:
+            known.asking.cancel()
+        self.scheduler.remove(instance)
+
+    # --- polls ----------------------------------------------------------------------------
+
+    async def _look(self) -> None:
+        while True:
+            for member in self._membership.members:
+                known = self._known.get(member.id)
+                if known is not None and member.stats is not None and known.epoch == member.epoch:
+                    self._take_in(known, member, member.stats.engine)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _take_in(self, known: _Known, member: Member, totals: EngineTotals) -> None:
+        if member.limits is not None and member.limits.block_tokens != known.spec.block_tokens:
+            self._put(known, replace(known.spec, block_tokens=member.limits.block_tokens))
+        self.scheduler.observe(member.id, running=totals.running, waiting=totals.waiting)
+        context = self.scheduler.load.line(member.id).context_tokens
+        known.steps.learn(known.spec, totals, context)
+        last, known.totals = known.totals, totals
+        if last is None or known.spec.role is Role.PREFILL:
+            return  # of prefill instances an answer is one token, whatever it comes to elsewhere
+        finished = totals.finished - last.finished
+        if finished > 0:
+            mean = (totals.generated_tokens - last.generated_tokens) / finished
+            self.scheduler.output_length.ended(round(mean))
+
+
+class _Reservation:
+    """A plan's ticket."""
+
+    __slots__ = ("_at", "_plan", "_request", "_router")
+
+    def __init__(self, router: GlobalRouter, request: RequestId, plan: Plan, at: float) -> None:
+        self._router = router
+        self._request = request
+        self._plan = plan
+        self._at = at
+
+    def first_token(self) -> None:
+        router = self._router
+        router.first_token(self._request, self._plan, self._at)
+
+    def ended(self) -> None:
+        self._router.scheduler.finished(self._request)
+
+
+def _tokens(call: GenerateCall) -> TokenArray:
+    """The prompt, and what was generated of it elsewhere, [tokens] int32. Of several prompts
+    the first: all of them run in one place."""
+    prompt = call.prompts[0]
+    if call.resumed and call.resumed[0]:
+        prompt = prompt + call.resumed[0]
+    # Several times faster than numpy with a sequence of Python's integers.
+    return np.frombuffer(array("i", prompt), dtype=np.int32)
