@@ -271,6 +271,25 @@ async def test_a_push_that_does_not_end_well(
             assert (await completed(run)).cached == 32
 
 
+async def test_a_third_instance_that_ends_in_mid_push_is_noticed_at_once(
+    model: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "MIN_FETCH_SECONDS", 600.0)
+    monkeypatch.setattr(fetch, "MAX_FETCH_SECONDS", 600.0)
+    async with (
+        node(model, Role.COLOCATED) as one,
+        node(model, Role.COLOCATED, transports=faulty(Drop())) as third,
+    ):
+        await third.complete(*PROMPT)
+        with one.instance.run(fetch_call(third)) as run:
+            await until(lambda: third.pool.peer_stats().outgoing == 1, "the transfer")
+            third.shutdown.request()
+            third.shutdown.request()
+            assert (await completed(run)).tokens == [expected]
+        assert (one.fetches.asked, one.fetches.failed) == (1, 1)
+        await third.settled()
+
+
 async def test_a_client_that_leaves_stops_the_fetch(model: Path, expected: list[int]) -> None:
     async with (
         node(model, Role.COLOCATED) as one,
