@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from memserve.api.histogram import Histogram
+from memserve.api.kv_events import KVEventsInfo
 from memserve.types import Epoch, InstanceId, Role
 
 
@@ -42,6 +43,7 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     pid: int
     model: str
     limits: Limits | None = None  # None until the model is loaded
+    kv_events: KVEventsInfo | None = None  # likewise, and where there are none
 
 
 class EngineTotals(msgspec.Struct, frozen=True):

@@ -12,13 +12,14 @@ from memserve.api.chunks import Piece, StreamFormat
 from memserve.api.errors import ApiError, internal, invalid, unavailable
 from memserve.api.figures import RequestFigures
 from memserve.api.generate import CallKind, FinishReason, GenerateCall, SamplingParams
+from memserve.api.namespaces import private, salted
 from memserve.api.status import Latencies
 from memserve.engine.request import EngineInfo, EngineRequest, TokenOutput
 from memserve.instance.choice import Choice
 from memserve.instance.figures import SequenceFigures, combined
 from memserve.instance.submission import token_array
 from memserve.models.tokenizer import Tokenizer
-from memserve.types import SHARED, Namespace, RequestId
+from memserve.types import Namespace, RequestId
 
 
 def engine_requests(
@@ -46,7 +47,7 @@ def engine_requests(
                     id=request_id,
                     prompt=prompt,
                     sampling=_seeded(call.sampling, j),
-                    namespace=common if shared else _own_namespace(request_id),
+                    namespace=common if shared else private(request_id),
                     ephemeral=not shared,
                     priority=call.priority,
                     output=output,
@@ -66,11 +67,7 @@ def shared_namespace(call: GenerateCall) -> Namespace:
     """Of prompts that reuse each other's KV. Clients choose their salts, so salts and the ids
     of sequences are kept apart.
     """
-    return Namespace(f"salt:{call.cache_salt}") if call.cache_salt else SHARED
-
-
-def _own_namespace(sequence: str) -> Namespace:
-    return Namespace(f"sequence:{sequence}")
+    return salted(call.cache_salt)
 
 
 def _seeded(sampling: SamplingParams, sample: int) -> SamplingParams:

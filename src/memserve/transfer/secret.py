@@ -14,6 +14,7 @@ import hmac
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import zmq
 from zmq.utils import z85
@@ -29,6 +30,8 @@ _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _ZAP_VERSION = b"1.0"
 _ZAP_DOMAIN = b"memserve"
 _CURVE = b"CURVE"
+
+_Received = TypeVar("_Received")  # what a socket's `recv` returns: bytes, or a future
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class ClusterKeys:
         socket.curve_secretkey = self._server.private
         socket.zap_domain = _ZAP_DOMAIN
 
-    def secure_client(self, socket: zmq.Socket[bytes]) -> None:
+    def secure_client(self, socket: zmq.Socket[_Received]) -> None:
         socket.curve_serverkey = self._server.public
         socket.curve_publickey = self._client.public
         socket.curve_secretkey = self._client.private

@@ -1,0 +1,167 @@
+"""KV events on the wire: what an instance's cache holds, as it changes.
+
+Batches, events and the sockets' frames are vLLM's (0.32): `[topic, sequence as 8 bytes
+big-endian, msgpack]` on a PUB socket; on the replay socket a request is `[b"", first sequence]`
+and the answers `[b"", topic, sequence, msgpack]`, the last with sequence -1. A snapshot, which
+vLLM has not, is ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from memserve.api.namespaces import salt_of, salted
+from memserve.types import Epoch, InstanceId, Namespace, TokenArray
+
+SNAPSHOT_PATH = "/kv/snapshot"
+SEQUENCE_BYTES = 8
+END_OF_REPLAY = (-1).to_bytes(SEQUENCE_BYTES, "big", signed=True)
+# An idle publisher says so this often, with an empty batch: a subscriber that has missed the
+# last ones before finds out.
+BEAT_SECONDS = 1.0
+
+BlockHash = int | bytes
+# A salt or the name of an adapter (str), or what stands for an image (its identifier and offset)
+# or for embeddings (bytes): msgspec knows no union of str and bytes.
+ExtraKey = Any
+
+_NAMESPACE = "namespace"  # an extra key of ours, for namespaces that are no salts
+
+
+class KVEvent(msgspec.Struct, omit_defaults=True, tag=True):
+    """A map with its type in `type`."""
+
+
+class BlockStored(KVEvent):
+    """Consecutive blocks of one prompt. Our instances' hashes are ints that name a block's
+    life within the life of the instance."""
+
+    block_hashes: list[BlockHash]
+    parent_block_hash: BlockHash | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: int | None = None
+    medium: str | None = None
+    lora_name: str | None = None
+    extra_keys: list[tuple[ExtraKey, ...] | None] | None = None  # of each block
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
+    kv_cache_spec_sliding_window: int | None = None
+    locality: str | None = None
+    ownership: str | None = None
+    session_id: str | None = None
+
+
+class BlockRemoved(KVEvent):
+    block_hashes: list[BlockHash]
+    medium: str | None = None
+    group_idx: int | None = None
+    locality: str | None = None
+    ownership: str | None = None
+
+
+class AllBlocksCleared(KVEvent):
+    """Nothing is held any more."""
+
+
+class EventBatch(msgspec.Struct, array_like=True, omit_defaults=True):
+    """`ts`: wall-clock seconds when it was made."""
+
+    ts: float
+    events: list[BlockStored | BlockRemoved | AllBlocksCleared]
+    data_parallel_rank: int | None = None
+
+
+class KVEventsInfo(msgspec.Struct, frozen=True):
+    """Where an instance's events come from; part of `GET /info`."""
+
+    endpoint: str  # of the PUB socket
+    replay_endpoint: str  # of the ROUTER socket
+    topic: str
+    block_tokens: int
+    secured: bool = False  # CURVE, with the cluster's secret
+
+
+class StoredBlocks(msgspec.Struct, array_like=True, frozen=True):
+    """Consecutive blocks of one prompt in a snapshot; a hundredth of the work of lists."""
+
+    namespace: Namespace
+    parent: int | None
+    blocks: bytes  # little-endian int64 [n]
+    tokens: bytes  # little-endian int32 [n * block_tokens]
+
+    @property
+    def hashes(self) -> list[BlockHash]:
+        found: list[BlockHash] = np.frombuffer(self.blocks, "<i8").tolist()
+        return found
+
+    @property
+    def token_array(self) -> TokenArray:
+        return np.frombuffer(self.tokens, "<i4")
+
+
+class KVSnapshot(msgspec.Struct, frozen=True):
+    """`GET /kv/snapshot`: all that was held after the batch of this sequence, parents first."""
+
+    instance: InstanceId
+    epoch: Epoch
+    sequence: int
+    block_tokens: int
+    blocks: list[StoredBlocks]
+
+
+_batches = msgspec.msgpack.Decoder(EventBatch)
+
+
+def decode_batch(payload: bytes) -> EventBatch:
+    """Raises msgspec.DecodeError."""
+    return _batches.decode(payload)
+
+
+def topic_of(instance: InstanceId, epoch: Epoch) -> str:
+    """Of one life: what another one says, from the same port, is never mistaken for it."""
+    return f"kv@{instance}@{epoch}"
+
+
+def extra_keys(namespace: Namespace, blocks: int) -> list[tuple[ExtraKey, ...] | None] | None:
+    """Of the first blocks of a prompt, as vLLM has them of a `cache_salt`."""
+    if not namespace:
+        return None
+    salt = salt_of(namespace)
+    key: ExtraKey = (_NAMESPACE, namespace) if salt is None else salt
+    return [(key,), *[None] * (blocks - 1)]
+
+
+def namespace_of(event: BlockStored) -> Namespace:
+    """Of blocks that begin a prompt."""
+    keys = (event.extra_keys[0] if event.extra_keys else None) or ()
+    salt: Namespace | None = None
+    for key in keys:
+        if _is_namespace(key):
+            salt = Namespace(str(key[1]))
+        elif isinstance(key, str) and key != event.lora_name:
+            salt = salted(key)
+    if event.lora_name is None:
+        return salted(None) if salt is None else salt
+    return Namespace(f"lora:{event.lora_name}:{salt or ''}")
+
+
+def text_blocks(event: BlockStored) -> int:
+    """How many of the blocks are known by their tokens alone: up to the first with an image."""
+    for at, keys in enumerate(event.extra_keys or ()):
+        if any(_is_media(key) for key in keys or ()):
+            return at
+    return len(event.block_hashes)
+
+
+def _is_media(key: ExtraKey) -> bool:
+    """Neither a salt nor the name of an adapter: tokens stand for something else."""
+    return not isinstance(key, str) and not _is_namespace(key)
+
+
+def _is_namespace(key: ExtraKey) -> bool:
+    pair = isinstance(key, list | tuple) and len(key) == 2
+    return pair and key[0] == _NAMESPACE and isinstance(key[1], str)

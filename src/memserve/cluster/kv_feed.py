@@ -1,0 +1,225 @@
+"""The feed of the prompt trees: subscribes to every member's KV events. One per gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+import zmq.asyncio
+
+from memserve.api.kv_events import SNAPSHOT_PATH, KVEventsInfo
+from memserve.api.status import InstanceInfo, InstanceState
+from memserve.clock import Clock, MonotonicClock
+from memserve.cluster.changes import Change, MemberChange
+from memserve.cluster.kv_subscription import (
+    BACKOFF_SECONDS,
+    MAX_BACKOFF_SECONDS,
+    EventSource,
+    Subscription,
+)
+from memserve.scheduler.event_stream import EventCounts
+from memserve.scheduler.prompt_tree import PromptTree
+from memserve.transfer.secret import cluster_keys
+from memserve.types import Epoch, InstanceId, Role
+
+log = logging.getLogger(__name__)
+
+EXPIRE_SECONDS = 1.0  # between looks for expectations that are over: much less than they last
+_INFO_TIMEOUT = aiohttp.ClientTimeout(total=2.0)  # as long as a poll may take
+_WILDCARDS = ("0.0.0.0", "*", "[::]", "::")
+_info = msgspec.json.Decoder(InstanceInfo)
+
+
+class MemberFeed(msgspec.Struct, frozen=True):
+    """How the events of one member come in."""
+
+    instance: InstanceId
+    subscribed: bool  # False: it has not said yet where its events are
+    synchronised: bool  # the trees have all that was heard of
+    sequence: int | None  # the last batch applied
+    lag: int  # batches heard of and not applied
+    silent_seconds: float  # since the last batch; beats come every second
+    blocks: int  # held
+    counts: EventCounts
+
+
+class _Followed:
+    """One member while it is followed."""
+
+    def __init__(self, epoch: Epoch | None, role: Role) -> None:
+        self.epoch = epoch
+        self.role = role
+        self.finding: asyncio.Task[None] | None = None
+        self.subscription: Subscription | None = None
+
+
+class KvFeed:
+    """Keeps a `PromptTree` in step with the members. Belongs to the event loop."""
+
+    def __init__(
+        self,
+        tree: PromptTree,
+        session: aiohttp.ClientSession,
+        clock: Clock | None = None,
+        secret: str | None = None,
+    ) -> None:
+        """`session` is for HTTP calls to instances; `clock` is the one that `tree.expect` is
+        called with; `secret` the cluster's, by default MEMSERVE_SECRET."""
+        self._tree = tree
+        self._session = session
+        self._clock = clock or MonotonicClock()
+        self._keys = cluster_keys(secret)
+        self._context = zmq.asyncio.Context()
+        self._followed: dict[InstanceId, _Followed] = {}
+        self._counts: dict[InstanceId, EventCounts] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._expiring = asyncio.ensure_future(self._expire())
+
+    # --- members --------------------------------------------------------------------------
+
+    def observe(self, change: MemberChange) -> None:
+        """What the membership tells: give this to `Membership.on_change`."""
+        gone = change.change in (Change.LEFT, Change.DIED) or change.state is InstanceState.DEAD
+        if not gone:
+            self.follow(change.id, change.epoch, change.address, change.role)
+        elif self._is(change.id, change.epoch):
+            self.forget(change.id)
+
+    def follow(self, instance: InstanceId, epoch: Epoch, address: str, role: Role) -> None:
+        """Follow this life of a member at a URL; any other life of it is cut out. One that is
+        followed already only takes on its role."""
+        if self._is(instance, epoch):
+            self._take_on(instance, role)
+            return
+        self.forget(instance)
+        followed = self._followed[instance] = _Followed(epoch, role)
+        followed.finding = asyncio.ensure_future(self._find(instance, epoch, address, followed))
+
+    def follow_source(self, source: EventSource) -> None:
+        """Follow a publisher that is no member of ours, as a vLLM with `--kv-events-config`:
+        until `forget`. Another source for the same instance replaces the last one."""
+        self.forget(source.instance)
+        followed = self._followed[source.instance] = _Followed(source.epoch, source.role)
+        self._subscribe(source, followed)
+
+    def forget(self, instance: InstanceId) -> None:
+        """Cut an instance out of the trees, now. One that is not followed is ignored."""
+        followed = self._followed.pop(instance, None)
+        if followed is None:
+            return
+        if followed.finding is not None:
+            followed.finding.cancel()
+        if followed.subscription is not None:
+            followed.subscription.close()
+            ending = asyncio.ensure_future(followed.subscription.closed())
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
+        self._tree.leave(instance)
+
+    async def close(self) -> None:
+        """Forget all, and close the connections."""
+        finding = [each.finding for each in self._followed.values() if each.finding is not None]
+        for instance in list(self._followed):
+            self.forget(instance)
+        self._expiring.cancel()
+        await asyncio.wait((self._expiring, *finding, *self._ending))
+        self._context.destroy(linger=0)
+
+    # --- what it is doing -----------------------------------------------------------------
+
+    def synchronised(self, instance: InstanceId) -> bool:
+        """Whether the trees have all that was heard of the instance."""
+        followed = self._followed.get(instance)
+        if followed is None or followed.subscription is None:
+            return False
+        return followed.subscription.synchronised
+
+    def members(self) -> list[MemberFeed]:
+        """For metrics. The counts of an instance go on over its lives."""
+        return [self._view(instance, each) for instance, each in self._followed.items()]
+
+    def _view(self, instance: InstanceId, followed: _Followed) -> MemberFeed:
+        subscription = followed.subscription
+        counts = self._counts.get(instance, EventCounts())
+        if subscription is None:
+            return MemberFeed(instance, False, False, None, 0, 0.0, 0, counts)
+        stream = subscription.stream
+        return MemberFeed(
+            instance=instance,
+            subscribed=True,
+            synchronised=subscription.synchronised,
+            sequence=stream.position,
+            lag=stream.lag,
+            silent_seconds=self._clock.now() - subscription.heard,
+            blocks=self._tree.held_blocks(instance),
+            counts=counts,
+        )
+
+    # --- inside ---------------------------------------------------------------------------
+
+    def _is(self, instance: InstanceId, epoch: Epoch) -> bool:
+        followed = self._followed.get(instance)
+        return followed is not None and followed.epoch == epoch
+
+    def _take_on(self, instance: InstanceId, role: Role) -> None:
+        followed = self._followed[instance]
+        followed.role = role
+        if instance in self._tree:
+            self._tree.set_role(instance, role)
+
+    async def _find(
+        self, instance: InstanceId, epoch: Epoch, address: str, followed: _Followed
+    ) -> None:
+        """Ask the member where its events are, until it knows, and subscribe."""
+        pause = BACKOFF_SECONDS
+        while True:
+            try:
+                async with self._session.get(
+                    f"{address}/info", timeout=_INFO_TIMEOUT, raise_for_status=True
+                ) as answer:
+                    info = _info.decode(await answer.read())
+            except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+                log.debug("%s does not say where its events are: %s", instance, error)
+            else:
+                if (info.id, info.epoch) == (instance, epoch) and info.kv_events is not None:
+                    self._subscribe(_source(info, info.kv_events, address, followed.role), followed)
+                    return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MAX_BACKOFF_SECONDS)
+
+    def _subscribe(self, source: EventSource, followed: _Followed) -> None:
+        counts = self._counts.setdefault(source.instance, EventCounts())
+        followed.subscription = Subscription(
+            source, self._tree, self._session, self._context, self._keys, self._clock, counts
+        )
+
+    async def _expire(self) -> None:
+        while True:
+            self._tree.expire(self._clock.now())
+            await asyncio.sleep(EXPIRE_SECONDS)
+
+
+def _source(info: InstanceInfo, events: KVEventsInfo, address: str, role: Role) -> EventSource:
+    host = urlsplit(address).hostname or ""
+    return EventSource(
+        instance=info.id,
+        endpoint=_reachable(events.endpoint, host),
+        block_tokens=events.block_tokens,
+        topic=events.topic,
+        replay_endpoint=_reachable(events.replay_endpoint, host),
+        snapshot_url=address + SNAPSHOT_PATH,
+        epoch=info.epoch,
+        role=role,
+        secured=events.secured,
+    )
+
+
+def _reachable(endpoint: str, host: str) -> str:
+    """An endpoint at all of a machine's addresses is at the one that we know it by."""
+    name, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
+    if name not in _WILDCARDS:
+        return endpoint
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"

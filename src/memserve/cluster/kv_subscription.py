@@ -1,0 +1,234 @@
+"""The subscription to one instance's KV events: receives, and closes gaps as they open."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import aiohttp
+import msgspec
+import zmq
+import zmq.asyncio
+
+from memserve.api.kv_events import (
+    BEAT_SECONDS,
+    END_OF_REPLAY,
+    SEQUENCE_BYTES,
+    KVSnapshot,
+    decode_batch,
+)
+from memserve.clock import Clock
+from memserve.scheduler.event_stream import EventCounts, EventStream
+from memserve.scheduler.prompt_tree import PromptTree
+from memserve.transfer.secret import ClusterKeys
+from memserve.types import Epoch, InstanceId, Role
+
+log = logging.getLogger(__name__)
+
+# How long events may hold the event loop, which serves clients, before others get a turn.
+SLICE_SECONDS = 0.002
+# Between attempts to recover: less than the instance's beat at first, so that one beat finds
+# one gap; at most a few polls of the membership, which finds out whether it is gone.
+BACKOFF_SECONDS = 0.1
+MAX_BACKOFF_SECONDS = 5.0
+# Without a batch of it for so long a replay has failed; an instance answers between two batches.
+REPLAY_SECONDS = 2.0
+# A large cache's snapshot takes a second to make, and some to send over a slow network.
+SNAPSHOT_TIMEOUT = aiohttp.ClientTimeout(total=60.0, sock_connect=2.0, sock_read=30.0)
+RECEIVE_HIGH_WATER = 100_000  # batches
+HEARTBEAT_MS = int(2000 * BEAT_SECONDS)  # of the connection: it is made anew when one is missed
+
+Context = zmq.asyncio.Context
+_snapshots = msgspec.msgpack.Decoder(KVSnapshot)
+
+
+@dataclass(frozen=True, slots=True)
+class EventSource:
+    """Where one life of an instance publishes its KV events, and how what was missed is had.
+
+    Our instances have a snapshot. Without one (vLLM) gaps are closed by a replay, if there is
+    an endpoint for it, and otherwise by forgetting and learning again.
+    """
+
+    instance: InstanceId
+    endpoint: str  # of the PUB socket
+    block_tokens: int
+    topic: str = ""
+    replay_endpoint: str | None = None
+    snapshot_url: str | None = None
+    epoch: Epoch | None = None  # of whoever has a snapshot
+    role: Role = Role.COLOCATED
+    secured: bool = False
+
+
+class Subscription:
+    """Keeps one instance in the trees until it is closed. Belongs to the event loop."""
+
+    def __init__(
+        self,
+        source: EventSource,
+        tree: PromptTree,
+        session: aiohttp.ClientSession,
+        context: Context,
+        keys: ClusterKeys | None,
+        clock: Clock,
+        counts: EventCounts,
+    ) -> None:
+        self._source = source
+        self._tree = tree
+        self._session = session
+        self._context = context
+        self._keys = keys if source.secured else None
+        self._clock = clock
+        self._turn = 0.0  # when this task last let others run
+        self.heard = clock.now()
+        self.counts = counts
+        native = source.snapshot_url is not None
+        tree.join(source.instance, source.block_tokens, source.role, references=native)
+        self.stream = self._new_stream()
+        self._recovery: asyncio.Task[None] | None = None
+        self._receiving = asyncio.ensure_future(self._receive())
+        self._receiving.add_done_callback(_log_failure)
+
+    def close(self) -> None:
+        """From now on nothing of it reaches the trees. The caller cuts the instance out."""
+        self.stream.close()
+        self._receiving.cancel()
+        if self._recovery is not None:
+            self._recovery.cancel()
+
+    async def closed(self) -> None:
+        """Returns when its sockets are closed, too."""
+        tasks = [task for task in (self._receiving, self._recovery) if task is not None]
+        await asyncio.wait(tasks)
+
+    @property
+    def synchronised(self) -> bool:
+        """Whether the trees have all that was heard of."""
+        return not self.stream.gap and (self._recovery is None or self._recovery.done())
+
+    # --- receiving ------------------------------------------------------------------------
+
+    async def _receive(self) -> None:
+        with self._socket(zmq.SUB) as socket:
+            socket.rcvhwm = RECEIVE_HIGH_WATER
+            socket.subscribe(self._source.topic.encode())
+            socket.connect(self._source.endpoint)
+            self._recover_in_background()
+            while True:
+                self._offer(await socket.recv_multipart())
+                if self.stream.gap:
+                    self._recover_in_background()
+                await self._breathe()
+
+    def _offer(self, frames: list[bytes]) -> None:
+        self.heard = self._clock.now()
+        if len(frames) < 2 or len(frames[-2]) != SEQUENCE_BYTES:
+            self.counts.malformed += 1
+            return
+        sequence = int.from_bytes(frames[-2], "big")
+        try:
+            batch = decode_batch(frames[-1])
+        except msgspec.DecodeError as error:
+            log.debug("%s: a batch of KV events is malformed: %s", self._source.instance, error)
+            self.counts.malformed += 1
+            return
+        if self._source.snapshot_url is None and self.stream.restarted(sequence, batch):
+            log.info("%s counts its KV events anew: it was restarted", self._source.instance)
+            self.stream.close()
+            self._tree.cleared(self._source.instance)
+            self.counts.resets += 1
+            self.stream = self._new_stream()
+        self.stream.offer(sequence, batch)
+
+    def _new_stream(self) -> EventStream:
+        source = self._source
+        # Those without snapshots begin to count at 0 with their first event.
+        start = -1 if source.snapshot_url is None else None
+        return EventStream(self._tree, source.instance, source.block_tokens, self.counts, start)
+
+    # --- recovering -----------------------------------------------------------------------
+
+    def _recover_in_background(self) -> None:
+        if self._recovery is None or self._recovery.done():
+            self._recovery = asyncio.ensure_future(self._recover())
+            self._recovery.add_done_callback(_log_failure)
+
+    async def _recover(self) -> None:
+        pause = BACKOFF_SECONDS
+        while True:
+            if self.stream.position is not None:
+                await self._replay()
+            if self._source.snapshot_url is None:
+                if self.stream.gap:
+                    self.stream.skip()
+            elif self.stream.gap and not await self._restore(self._source.snapshot_url):
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, MAX_BACKOFF_SECONDS)
+                continue
+            if not self.stream.gap:
+                return
+
+    async def _restore(self, url: str) -> bool:
+        """Take the state from a snapshot; False if there is none to be had now."""
+        try:
+            async with self._session.get(
+                url, timeout=SNAPSHOT_TIMEOUT, raise_for_status=True
+            ) as answer:
+                body = await answer.read()
+            snapshot = await asyncio.to_thread(_snapshots.decode, body)
+        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+            log.debug("%s gives no snapshot: %s", self._source.instance, error)
+            return False
+        if (snapshot.instance, snapshot.epoch) != (self._source.instance, self._source.epoch):
+            return False  # another life, or somebody else: the membership will find out
+        for _ in self.stream.restore(snapshot):
+            await self._breathe()
+        return True
+
+    async def _replay(self) -> None:
+        """Ask for the batches that are missing. Some, or all, may no longer be had."""
+        endpoint, position = self._source.replay_endpoint, self.stream.position
+        if endpoint is None or position is None:
+            return
+        self.counts.replays += 1
+        with self._socket(zmq.DEALER) as socket:
+            socket.connect(endpoint)
+            first = (position + 1).to_bytes(SEQUENCE_BYTES, "big")
+            await socket.send_multipart((b"", first))
+            try:
+                while True:
+                    async with asyncio.timeout(REPLAY_SECONDS):
+                        frames = await socket.recv_multipart()
+                    if len(frames) >= 2 and frames[-2] == END_OF_REPLAY:
+                        return
+                    self._offer(frames)
+                    await self._breathe()
+            except TimeoutError:
+                log.debug("%s does not answer for replay", self._source.instance)
+
+    async def _breathe(self) -> None:
+        """Let others run, if it has been long."""
+        now = self._clock.now()
+        if now - self._turn > SLICE_SECONDS:
+            await asyncio.sleep(0)
+            self._turn = self._clock.now()
+
+    def _socket(self, kind: int) -> zmq.asyncio.Socket:
+        socket = self._context.socket(kind)
+        socket.linger = 0
+        socket.reconnect_ivl = int(1000 * BACKOFF_SECONDS)
+        socket.reconnect_ivl_max = int(1000 * MAX_BACKOFF_SECONDS / 2)
+        socket.heartbeat_ivl = HEARTBEAT_MS
+        socket.heartbeat_timeout = 2 * HEARTBEAT_MS
+        socket.ipv6 = True
+        if self._keys is not None:
+            self._keys.secure_client(socket)
+        return socket
+
+
+def _log_failure(task: asyncio.Future[None]) -> None:
+    """Tasks that nobody awaits must not fail in silence."""
+    if not task.cancelled() and (failure := task.exception()) is not None:
+        log.error("a subscription to KV events failed", exc_info=failure)

@@ -1,0 +1,318 @@
+"""Publishes what enters and leaves a pool's index, as vLLM publishes its own.
+
+The pool's callers only append to a queue. One thread numbers, encodes and sends, a few
+milliseconds' worth at a time, and answers replay requests. If the queue overflows, what does
+not fit is lost and a sequence number is left out, which subscribers notice.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import zmq
+
+from memserve.api.kv_events import (
+    BEAT_SECONDS,
+    END_OF_REPLAY,
+    SEQUENCE_BYTES,
+    BlockHash,
+    BlockRemoved,
+    BlockStored,
+    EventBatch,
+    KVEventsInfo,
+    KVSnapshot,
+    StoredBlocks,
+    extra_keys,
+    topic_of,
+)
+from memserve.api.namespaces import is_private
+from memserve.errors import ConfigError, TransferError
+from memserve.pool.listener import StoredRun
+from memserve.pool.pool import MemPool
+from memserve.transfer.secret import ClusterKeys
+from memserve.types import (
+    GENERATION_BITS,
+    INDEX_BITS,
+    MEDIUM_BITS,
+    Medium,
+    Namespace,
+    RefArray,
+    ref_medium,
+)
+
+# What a subscriber learns later than it happens; many steps' events then go together.
+BATCH_SECONDS = 0.005
+MAX_PENDING = 100_000  # changes of the index that wait to be sent
+# What a subscriber that was away for a moment may ask for again, instead of a snapshot.
+REPLAY_BATCHES = 10_000
+REPLAY_BYTES = 32 * 1024 * 1024
+SEND_HIGH_WATER = 10_000  # batches for one slow subscriber; then it misses some
+# Many times what the thread needs to get to a mark in the queue.
+SNAPSHOT_SECONDS = 30.0
+
+_NAME_MASK = (1 << (GENERATION_BITS + INDEX_BITS + MEDIUM_BITS)) - 1  # without the owner
+_MEDIA = {Medium.HBM: "GPU", Medium.DRAM: "CPU"}  # vLLM's names
+
+
+@dataclass(frozen=True, slots=True)
+class _Removal:
+    refs: RefArray
+
+
+@dataclass(slots=True)
+class _Mark:
+    """A place in the queue: `sequence` is the last one before it."""
+
+    sequence: int = -1
+    passed: threading.Event = field(default_factory=threading.Event)
+
+
+class KVEventPublisher:
+    """The listener of one pool. `close` it before the pool."""
+
+    def __init__(
+        self,
+        pool: MemPool,
+        host: str,
+        keys: ClusterKeys | None = None,
+        buffer_batches: int = REPLAY_BATCHES,
+    ) -> None:
+        """Begin, at any free ports of `host`. With `keys`, only who knows the cluster's secret
+        can listen. Raises ConfigError for a host that nothing can listen at.
+        """
+        self._pool = pool
+        self._queue: deque[StoredRun | _Removal | _Mark] = deque()
+        self._overflow = False
+        self._awake = False
+        self._stopping = threading.Event()
+        self._sent: deque[tuple[int, bytes]] = deque(maxlen=buffer_batches)
+        self._sent_bytes = 0
+        self._next = 0  # sequence
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._context = zmq.Context[zmq.Socket[bytes]]()
+        self._gate = None if keys is None else keys.open_gate(self._context)
+        self._keys = keys
+        self._publisher = self._socket(zmq.PUB)
+        self._replay = self._socket(zmq.ROUTER)
+        instance, epoch = pool.owner
+        self._instance, self._epoch = instance, epoch
+        self.info = KVEventsInfo(
+            endpoint=self._bind(self._publisher, host),
+            replay_endpoint=self._bind(self._replay, host),
+            topic=topic_of(instance, epoch),
+            block_tokens=pool.layout.block_tokens,
+            secured=keys is not None,
+        )
+        self._topic = self.info.topic.encode()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name="kv-events", daemon=True)
+        self._thread.start()
+        pool.listen(self)
+
+    def close(self) -> None:
+        """Send what waits, and end."""
+        self._pool.listen(None)
+        self._stopping.set()
+        self._wake()
+        self._thread.join()
+
+    def snapshot(self) -> bytes:
+        """A `KVSnapshot`. Waits for the thread; raises TransferError once it has ended."""
+        if self._stopping.is_set():
+            raise TransferError("KV events are no longer published")
+        mark = _Mark()
+        runs = self._pool.indexed(lambda: self._put(mark))
+        if not mark.passed.wait(SNAPSHOT_SECONDS):
+            raise TransferError("the publisher of KV events has stopped")
+        return self._encode(
+            KVSnapshot(
+                instance=self._instance,
+                epoch=self._epoch,
+                sequence=mark.sequence,
+                block_tokens=self._pool.layout.block_tokens,
+                blocks=[_stored_blocks(run) for run in runs if not is_private(run.namespace)],
+            )
+        )
+
+    # --- the pool's listener: under its lock ----------------------------------------------
+
+    def stored(self, run: StoredRun) -> None:
+        if not is_private(run.namespace):
+            self._put(run)
+
+    def removed(self, namespace: str, refs: RefArray) -> None:
+        if not is_private(namespace):
+            self._put(_Removal(refs))
+
+    def moved(self, run: StoredRun, old: RefArray) -> None:
+        if not is_private(run.namespace):
+            self._put(run)
+            self._put(_Removal(old))
+
+    def _put(self, change: StoredRun | _Removal | _Mark) -> None:
+        if len(self._queue) >= MAX_PENDING and not isinstance(change, _Mark):
+            self._overflow = True
+        else:
+            self._queue.append(change)
+        if not self._awake:
+            self._awake = True
+            self._wake()
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._wake_fd, 1)
+
+    # --- the thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake_fd, zmq.POLLIN)
+        poller.register(self._replay, zmq.POLLIN)
+        if self._gate is not None:
+            poller.register(self._gate, zmq.POLLIN)
+        last = time.monotonic()
+        try:
+            while not self._stopping.is_set():
+                rest = last + BEAT_SECONDS - time.monotonic()
+                ready = dict(poller.poll(max(0, int(1000 * rest))))
+                if self._gate is not None and self._gate in ready and self._keys is not None:
+                    self._keys.answer(self._gate)
+                if self._replay in ready:
+                    self._answer_replay()
+                if self._wake_fd in ready:
+                    os.eventfd_read(self._wake_fd)
+                    self._stopping.wait(BATCH_SECONDS)
+                before = self._next
+                self._flush()
+                now = time.monotonic()
+                if now >= last + BEAT_SECONDS and self._next == before:
+                    self._publish([])
+                if self._next != before:
+                    last = now
+            self._flush()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        for mark in self._queue:
+            if isinstance(mark, _Mark):
+                mark.passed.set()
+        for socket in (self._publisher, self._replay, self._gate):
+            if socket is not None:
+                socket.close(linger=0)
+        self._context.term()
+        os.close(self._wake_fd)
+
+    def _flush(self) -> None:
+        """Send all that waits."""
+        self._awake = False  # before looking: what comes later wakes us again
+        events: list[BlockStored | BlockRemoved] = []
+        while self._queue:
+            change = self._queue.popleft()
+            if isinstance(change, _Mark):
+                self._publish_any(events)
+                change.sequence = self._next - 1
+                change.passed.set()
+            elif isinstance(change, _Removal):
+                events += _removals(change.refs)
+            else:
+                events += self._stores(change)
+        self._publish_any(events)
+        if self._overflow:
+            self._overflow = False
+            self._next += 1  # nobody will get this one
+
+    def _publish_any(self, events: list[BlockStored | BlockRemoved]) -> None:
+        if events:
+            self._publish(events)
+            events.clear()
+
+    def _publish(self, events: list[BlockStored | BlockRemoved]) -> None:
+        payload = self._encode(EventBatch(time.time(), [*events], 0))
+        sequence = self._next
+        self._next += 1
+        if len(self._sent) == self._sent.maxlen:
+            self._sent_bytes -= len(self._sent[0][1])
+        self._sent.append((sequence, payload))
+        self._sent_bytes += len(payload)
+        while self._sent_bytes > REPLAY_BYTES:
+            self._sent_bytes -= len(self._sent.popleft()[1])
+        frames = (self._topic, sequence.to_bytes(SEQUENCE_BYTES, "big"), payload)
+        self._publisher.send_multipart(frames)
+
+    def _answer_replay(self) -> None:
+        frames = self._replay.recv_multipart()
+        if len(frames) != 3 or len(frames[2]) != SEQUENCE_BYTES:
+            return
+        client, first = frames[0], int.from_bytes(frames[2], "big")
+        for sequence, payload in self._sent:
+            if sequence >= first:
+                number = sequence.to_bytes(SEQUENCE_BYTES, "big")
+                self._replay.send_multipart((client, b"", self._topic, number, payload))
+        self._replay.send_multipart((client, b"", b"", END_OF_REPLAY, b""))
+
+    def _stores(self, run: StoredRun) -> list[BlockStored]:
+        """One event for each stretch in one medium."""
+        size = self._pool.layout.block_tokens
+        medium = ref_medium(run.refs)
+        cuts = (np.flatnonzero(np.diff(medium)) + 1).tolist()
+        names: list[BlockHash] = (run.refs & _NAME_MASK).tolist()
+        tokens = np.frombuffer(run.data, np.int32)
+        parent: BlockHash | None = None if run.parent is None else run.parent & _NAME_MASK
+        events = []
+        for first, end in zip([0, *cuts], [*cuts, len(names)], strict=True):
+            keys = None if parent is not None else extra_keys(Namespace(run.namespace), end - first)
+            events.append(
+                BlockStored(
+                    block_hashes=names[first:end],
+                    parent_block_hash=parent,
+                    token_ids=tokens[first * size : end * size].tolist(),
+                    block_size=size,
+                    medium=_MEDIA[Medium(int(medium[first]))],
+                    extra_keys=keys,
+                )
+            )
+            parent = names[end - 1]
+        return events
+
+    # --- sockets --------------------------------------------------------------------------
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.sndhwm = SEND_HIGH_WATER
+        if self._keys is not None:
+            self._keys.secure_server(socket)
+        return socket
+
+    def _bind(self, socket: zmq.Socket[bytes], host: str) -> str:
+        address = f"tcp://[{host}]:0" if ":" in host else f"tcp://{host}:0"
+        socket.ipv6 = ":" in host
+        try:
+            socket.bind(address)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"KV events cannot be published at {address}: {error}") from error
+        return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def _removals(refs: RefArray) -> list[BlockRemoved]:
+    medium = ref_medium(refs)
+    names = refs & _NAME_MASK
+    return [
+        BlockRemoved(names[medium == each].tolist(), name)
+        for each, name in _MEDIA.items()
+        if (medium == each).any()
+    ]
+
+
+def _stored_blocks(run: StoredRun) -> StoredBlocks:
+    return StoredBlocks(
+        namespace=Namespace(run.namespace),
+        parent=None if run.parent is None else run.parent & _NAME_MASK,
+        blocks=(run.refs & _NAME_MASK).astype("<i8").tobytes(),
+        tokens=run.data,
+    )

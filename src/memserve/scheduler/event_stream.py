@@ -1,0 +1,207 @@
+"""One instance's KV events, put in order and applied to the trees. No I/O.
+
+Batches may be lost, repeated or late. What cannot be applied yet is kept; whoever feeds the
+stream sees the `gap` and closes it by what is missing (a replay), by a snapshot, or, where
+there is neither, by forgetting what the instance held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+
+from memserve.api.kv_events import (
+    AllBlocksCleared,
+    BlockHash,
+    BlockRemoved,
+    BlockStored,
+    EventBatch,
+    KVSnapshot,
+    namespace_of,
+    text_blocks,
+)
+from memserve.scheduler.prompt_tree import PromptTree
+from memserve.types import InstanceId, Namespace, TokenArray
+
+# Batches kept while a gap is closed: minutes of them. With more, a snapshot is needed anyway.
+MAX_AHEAD = 20_000
+# Kinds of vLLM's cache groups whose blocks are no prefixes: they keep a window, or a state.
+_NO_PREFIXES = ("sliding", "chunked", "mamba", "linear", "conv")
+
+
+class EventCounts(msgspec.Struct):
+    """Of one instance since it was first followed."""
+
+    batches: int = 0  # applied
+    events: int = 0
+    duplicates: int = 0  # batches that were applied before
+    gaps: int = 0
+    unplaced: int = 0  # stored events whose parent is not known
+    malformed: int = 0
+    snapshots: int = 0
+    replays: int = 0
+    resets: int = 0  # forgotten, to be learned again
+
+
+class EventStream:
+    """The events of one life of one instance that has joined the trees."""
+
+    def __init__(
+        self,
+        tree: PromptTree,
+        instance: InstanceId,
+        block_tokens: int,
+        counts: EventCounts,
+        position: int | None = None,
+    ) -> None:
+        """`position`: the last sequence that counts as applied; None: only a snapshot knows."""
+        self.position = position
+        self.counts = counts
+        self.newest = -1  # sequence seen
+        self.applied_at = 0.0  # `ts` of the last batch applied
+        self._tree = tree
+        self._instance = instance
+        self._block_tokens = block_tokens
+        self._closed = False
+        self._ahead: dict[int, EventBatch] = {}
+
+    @property
+    def gap(self) -> bool:
+        """Whether something is missing."""
+        return self.position is None or bool(self._ahead)
+
+    @property
+    def lag(self) -> int:
+        """Batches seen and not applied."""
+        return max(0, self.newest - (-1 if self.position is None else self.position))
+
+    def close(self) -> None:
+        """Whatever still comes is not applied: the instance has left, or begins anew."""
+        self._closed = True
+
+    def closed(self) -> bool:
+        return self._closed
+
+    def offer(self, sequence: int, batch: EventBatch) -> None:
+        """A batch, from wherever it comes."""
+        if self._closed:
+            return
+        self.newest = max(self.newest, sequence)
+        if self.position is not None and sequence <= self.position:
+            self.counts.duplicates += 1
+        elif self.position is not None and sequence == self.position + 1:
+            self._apply(sequence, batch)
+            self._catch_up()
+        else:
+            if not self.gap:
+                self.counts.gaps += 1
+            if len(self._ahead) >= MAX_AHEAD:
+                self._ahead.clear()
+            self._ahead[sequence] = batch
+
+    def restarted(self, sequence: int, batch: EventBatch) -> bool:
+        """Whether a batch comes from a later life that counts anew, where nothing else tells."""
+        seen = self.position is not None and sequence <= self.position
+        return seen and batch.ts > self.applied_at
+
+    def restore(self, snapshot: KVSnapshot) -> Iterator[None]:
+        """Replace what the instance holds; to be iterated to its end, pausing at will, while
+        nothing else but `offer` is called. A snapshot that is late changes nothing."""
+        late = self.position is not None and self.position >= snapshot.sequence
+        if late or self.closed():
+            return
+        self.counts.snapshots += 1
+        self.position = None  # until the end, nothing else is applied
+        self._tree.cleared(self._instance)
+        for each in snapshot.blocks:
+            self._store(each.namespace, each.parent, each.hashes, each.token_array)
+            yield
+            if self.closed():
+                return
+        self.position = snapshot.sequence
+        self.newest = max(self.newest, snapshot.sequence)
+        self._ahead = {s: batch for s, batch in self._ahead.items() if s > snapshot.sequence}
+        self._catch_up()
+
+    def skip(self) -> None:
+        """What is missing will never come: forget everything and go on with what there is."""
+        if self._closed:
+            return
+        self.counts.resets += 1
+        self._tree.cleared(self._instance)
+        if self._ahead:
+            self.position = min(self._ahead) - 1
+            self._catch_up()
+
+    # --- inside ---------------------------------------------------------------------------
+
+    def _catch_up(self) -> None:
+        while self._ahead and self.position is not None:
+            batch = self._ahead.pop(self.position + 1, None)
+            if batch is None:
+                return
+            self._apply(self.position + 1, batch)
+
+    def _apply(self, sequence: int, batch: EventBatch) -> None:
+        self.position = sequence
+        self.applied_at = batch.ts
+        self.counts.batches += 1
+        self.counts.events += len(batch.events)
+        for event in batch.events:
+            if isinstance(event, BlockStored):
+                self._apply_stored(event)
+            elif isinstance(event, BlockRemoved):
+                self._apply_removed(event)
+            elif isinstance(event, AllBlocksCleared):
+                self._tree.cleared(self._instance)
+
+    def _apply_stored(self, event: BlockStored) -> None:
+        kind = event.kv_cache_spec_kind or ""
+        if event.locality == "REMOTE" or any(part in kind for part in _NO_PREFIXES):
+            return
+        if event.kv_cache_spec_sliding_window is not None:
+            return
+        count = text_blocks(event)
+        if event.block_size != self._block_tokens:
+            self.counts.malformed += 1
+            return
+        try:
+            tokens = np.array(event.token_ids[: count * event.block_size], dtype=np.int32)
+        except OverflowError:
+            self.counts.malformed += 1
+            return
+        names = event.block_hashes[:count]
+        space = namespace_of(event)
+        self._store(space, event.parent_block_hash, names, tokens, _place(event))
+
+    def _store(
+        self,
+        namespace: Namespace,
+        parent: BlockHash | None,
+        names: list[BlockHash],
+        tokens: TokenArray,
+        place: str | None = None,
+    ) -> None:
+        try:
+            placed = self._tree.stored(self._instance, namespace, parent, names, tokens, place)
+        except ValueError:
+            self.counts.malformed += 1
+        else:
+            self.counts.unplaced += not placed
+
+    def _apply_removed(self, event: BlockRemoved) -> None:
+        if event.locality == "REMOTE":
+            return
+        try:
+            self._tree.removed(self._instance, event.block_hashes, _place(event))
+        except ValueError:
+            self.counts.malformed += 1
+
+
+def _place(event: BlockStored | BlockRemoved) -> str | None:
+    """What tells copies of one hash apart: engines keep one for each medium and cache group."""
+    if not event.group_idx:
+        return event.medium
+    return f"{event.medium}/{event.group_idx}"

@@ -1,0 +1,199 @@
+"""KV events from real pools through real sockets into prompt trees."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from memserve.api.kv_events import END_OF_REPLAY, BlockRemoved, BlockStored, decode_batch
+from memserve.api.status import InstanceState
+from memserve.cluster.changes import Change, MemberChange
+from memserve.models.tokenizer import Tokenizer
+from memserve.types import Role
+from tests.fakes import tiny_tokenizer
+from tests.kv_events_harness import following, publishing, until
+from tests.pool_harness import BLOCK, prompt
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory: Path = tmp_path_factory.mktemp("tokenizer")
+    return tiny_tokenizer(directory)
+
+
+async def test_inserts_swaps_evictions_and_deletions_arrive(tokenizer: Tokenizer) -> None:
+    async with publishing(tokenizer, hbm_blocks=8, dram_blocks=4) as one, following() as gateway:
+        gateway.follow(one)
+        await gateway.until_equal(one)
+        one.store(*prompt(1, 2, 3))
+        one.store(*prompt(1, 2, 4), namespace="salt:x")
+        await gateway.until_equal(one)
+        assert gateway.matches(prompt(1, 2, 3, 9)) == {"p0": 3 * BLOCK}
+        assert gateway.matches(prompt(1, 2, 3), "salt:x") == {"p0": 2 * BLOCK}
+        assert gateway.matches(prompt(1, 2, 3), "salt:y") == {}
+        one.pool.swap_out(3)
+        with one.pool.match(prompt(1, 2, 3), in_hbm=True):
+            pass
+        for number in range(10, 22):  # more than there is room for
+            one.store(*prompt(1, number))
+        one.pool.delete(prompt(1, 2))
+        await gateway.until_equal(one)
+        assert gateway.of(one).counts.unplaced == 0
+
+
+async def test_private_namespaces_stay_private(tokenizer: Tokenizer) -> None:
+    async with publishing(tokenizer) as one, following() as gateway:
+        one.store(*prompt(1), namespace="sequence:a")
+        gateway.follow(one)
+        one.store(*prompt(2), namespace="sequence:b")
+        one.store(*prompt(3))
+        await until(lambda: bool(gateway.matches(prompt(3))), "the shared prompt")
+        assert gateway.tree.held_blocks(one.id) == 1
+        assert gateway.matches(prompt(2), "sequence:b") == {}
+        one.pool.delete([], "sequence:a")
+        one.pool.delete([], "sequence:b")
+
+
+async def test_a_late_joiner_begins_with_a_snapshot(tokenizer: Tokenizer) -> None:
+    async with publishing(tokenizer) as one:
+        for number in range(6):
+            one.store(*prompt(0, number % 3, number))
+        async with following() as first, following() as second:
+            first.follow(one)
+            second.follow(one)
+            one.store(*prompt(7, 8))  # meanwhile
+            await first.until_equal(one)
+            await second.until_equal(one)
+            assert first.of(one).counts.snapshots >= 1
+
+
+async def test_a_gap_is_closed_by_replay(tokenizer: Tokenizer) -> None:
+    async with publishing(tokenizer) as one, following() as gateway:
+        gateway.follow(one)
+        await gateway.until_equal(one)
+        await _lose(one, 3)
+        one.store(*prompt(1, 9))
+        await gateway.until_equal(one)
+        counts = gateway.of(one).counts
+        assert (counts.snapshots, counts.gaps) == (1, 1)
+        assert counts.replays >= 1
+
+
+async def test_a_gap_beyond_the_replay_is_closed_by_a_snapshot(tokenizer: Tokenizer) -> None:
+    async with publishing(tokenizer, buffer_batches=1) as one, following() as gateway:
+        gateway.follow(one)
+        await gateway.until_equal(one)
+        await _lose(one, 3)
+        one.store(*prompt(1, 9))
+        await gateway.until_equal(one)
+        assert gateway.of(one).counts.snapshots >= 2
+
+
+async def test_what_the_queue_had_no_room_for_is_noticed(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memserve.instance.kv_events.MAX_PENDING", 2)
+    async with publishing(tokenizer) as one, following() as gateway:
+        gateway.follow(one)
+        await gateway.until_equal(one)
+        for number in range(8):
+            one.store(*prompt(number))
+        await gateway.until_equal(one)
+        assert gateway.of(one).counts.gaps >= 1
+
+
+async def test_a_restart_begins_empty_and_the_former_life_is_cut_out(tokenizer: Tokenizer) -> None:
+    async with following() as gateway, publishing(tokenizer) as one:
+        one.store(*prompt(1, 2))
+        gateway.follow(one)
+        await gateway.until_equal(one)
+        async with publishing(tokenizer) as again:
+            assert again.id == one.id
+            again.store(*prompt(3))
+            gateway.follow(again)
+            assert gateway.matches(prompt(1, 2)) == {}
+            one.store(*prompt(5))  # its last words
+            await gateway.until_equal(again)
+            assert gateway.matches(prompt(5)) == {}
+            gateway.feed.forget(again.id)
+            assert gateway.matches(prompt(3)) == {}
+
+
+async def test_a_gateway_that_was_killed_learns_everything_again(tokenizer: Tokenizer) -> None:
+    async with publishing(tokenizer) as p, publishing(tokenizer, "d0", Role.DECODE) as d:
+        async with following() as gateway:
+            gateway.follow(p, d)
+            p.store(*prompt(1, 2))
+            await gateway.until_equal(p, d)
+        d.store(*prompt(1, 2, 3))
+        async with following() as gateway:
+            gateway.follow(p, d)
+            await gateway.until_equal(p, d)
+            assert gateway.matches(prompt(1, 2, 3)) == {"p0": 2 * BLOCK, "d0": 3 * BLOCK}
+
+
+async def test_the_membership_decides_who_is_followed(tokenizer: Tokenizer) -> None:
+    async with publishing(tokenizer) as one, following() as gateway:
+
+        def tell(change: Change, role: Role, epoch: int = one.epoch) -> None:
+            ready = InstanceState.READY
+            gateway.feed.observe(MemberChange(change, one.id, epoch, one.url, role, ready))
+
+        one.store(*prompt(1))
+        tell(Change.JOINED, Role.COLOCATED)
+        await gateway.until_equal(one)
+        tell(Change.ROLE, Role.DECODE)
+        tokens = one.snapshot().blocks[0].token_array
+        assert gateway.tree.match("", tokens, Role.COLOCATED) == {}
+        assert gateway.tree.match("", tokens, Role.DECODE) == {one.id: BLOCK}
+        tell(Change.DIED, Role.DECODE, one.epoch - 1)  # a former life
+        assert gateway.matches(prompt(1))
+        tell(Change.DIED, Role.DECODE)
+        assert gateway.matches(prompt(1)) == {}
+        assert gateway.feed.members() == []
+
+
+async def test_the_wire_is_vllms(tokenizer: Tokenizer) -> None:
+    """Frames, events and replay, as a subscriber of vLLM's expects them."""
+    async with publishing(tokenizer) as one:
+        context = zmq.asyncio.Context()
+        with context.socket(zmq.DEALER) as socket:
+            one.store(*prompt(1, 2), namespace="salt:x")
+            one.pool.swap_out(1)
+            one.snapshot()  # by then it has been sent
+            socket.connect(one.events.info.replay_endpoint)
+            await socket.send_multipart((b"", bytes(8)))
+            events = []
+            while True:
+                async with asyncio.timeout(10):
+                    _, topic, sequence, payload = await socket.recv_multipart()
+                if sequence == END_OF_REPLAY:
+                    break
+                assert topic.decode() == one.events.info.topic
+                events += decode_batch(payload).events
+        context.destroy(linger=0)
+        stored, moved, removed = events
+        assert isinstance(stored, BlockStored)
+        assert stored.token_ids == prompt(1, 2)
+        assert stored.parent_block_hash is None
+        assert stored.extra_keys == [("x",), None]
+        assert (stored.block_size, stored.medium) == (BLOCK, "GPU")
+        assert isinstance(moved, BlockStored)
+        assert (moved.medium, moved.token_ids) == ("CPU", prompt(2))
+        assert moved.parent_block_hash == stored.block_hashes[0]
+        assert removed == BlockRemoved(stored.block_hashes[1:], "GPU")
+
+
+async def _lose(one: object, batches: int) -> None:
+    """Have the publisher leave batches out that it can replay."""
+    events = one.events  # type: ignore[attr-defined]
+    send, lost = events._publisher.send_multipart, []
+    events._publisher.send_multipart = lost.append
+    for number in range(batches):
+        one.store(*prompt(number))  # type: ignore[attr-defined]
+        await until(lambda want=number: len(lost) > want, "a batch to lose")
+    events._publisher.send_multipart = send
