@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -60,11 +61,6 @@ _NAME_MASK = (1 << (GENERATION_BITS + INDEX_BITS + MEDIUM_BITS)) - 1  # without 
 _MEDIA = {Medium.HBM: "GPU", Medium.DRAM: "CPU"}  # vLLM's names
 
 
-@dataclass(frozen=True, slots=True)
-class _Removal:
-    refs: RefArray
-
-
 @dataclass(slots=True)
 class _Mark:
     """A place in the queue: `sequence` is the last one before it."""
@@ -87,7 +83,7 @@ class KVEventPublisher:
         can listen. Raises ConfigError for a host that nothing can listen at.
         """
         self._pool = pool
-        self._queue: deque[StoredRun | _Removal | _Mark] = deque()
+        self._queue: deque[StoredRun | RefArray | _Mark] = deque()
         self._overflow = False
         self._awake = False
         self._stopping = threading.Event()
@@ -136,7 +132,7 @@ class KVEventPublisher:
                 epoch=self._epoch,
                 sequence=mark.sequence,
                 block_tokens=self._pool.layout.block_tokens,
-                blocks=[_stored_blocks(run) for run in runs if not is_private(run.namespace)],
+                blocks=[stored_blocks(run) for run in runs if not is_private(run.namespace)],
             )
         )
 
@@ -148,14 +144,14 @@ class KVEventPublisher:
 
     def removed(self, namespace: str, refs: RefArray) -> None:
         if not is_private(namespace):
-            self._put(_Removal(refs))
+            self._put(refs)
 
     def moved(self, run: StoredRun, old: RefArray) -> None:
         if not is_private(run.namespace):
             self._put(run)
-            self._put(_Removal(old))
+            self._put(old)
 
-    def _put(self, change: StoredRun | _Removal | _Mark) -> None:
+    def _put(self, change: StoredRun | RefArray | _Mark) -> None:
         if len(self._queue) >= MAX_PENDING and not isinstance(change, _Mark):
             self._overflow = True
         else:
@@ -218,10 +214,8 @@ class KVEventPublisher:
                 self._publish_any(events)
                 change.sequence = self._next - 1
                 change.passed.set()
-            elif isinstance(change, _Removal):
-                events += _removals(change.refs)
             else:
-                events += self._stores(change)
+                events += wire_events(change, self.info.block_tokens)
         self._publish_any(events)
         if self._overflow:
             self._overflow = False
@@ -256,30 +250,6 @@ class KVEventPublisher:
                 self._replay.send_multipart((client, b"", self._topic, number, payload))
         self._replay.send_multipart((client, b"", b"", END_OF_REPLAY, b""))
 
-    def _stores(self, run: StoredRun) -> list[BlockStored]:
-        """One event for each stretch in one medium."""
-        size = self._pool.layout.block_tokens
-        medium = ref_medium(run.refs)
-        cuts = (np.flatnonzero(np.diff(medium)) + 1).tolist()
-        names: list[BlockHash] = (run.refs & _NAME_MASK).tolist()
-        tokens = np.frombuffer(run.data, np.int32)
-        parent: BlockHash | None = None if run.parent is None else run.parent & _NAME_MASK
-        events = []
-        for first, end in zip([0, *cuts], [*cuts, len(names)], strict=True):
-            keys = None if parent is not None else extra_keys(Namespace(run.namespace), end - first)
-            events.append(
-                BlockStored(
-                    block_hashes=names[first:end],
-                    parent_block_hash=parent,
-                    token_ids=tokens[first * size : end * size].tolist(),
-                    block_size=size,
-                    medium=_MEDIA[Medium(int(medium[first]))],
-                    extra_keys=keys,
-                )
-            )
-            parent = names[end - 1]
-        return events
-
     # --- sockets --------------------------------------------------------------------------
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
@@ -299,9 +269,13 @@ class KVEventPublisher:
         return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
-def _removals(refs: RefArray) -> list[BlockRemoved]:
-    medium = ref_medium(refs)
-    names = refs & _NAME_MASK
+def wire_events(
+    change: StoredRun | RefArray, block_tokens: int
+) -> list[BlockStored | BlockRemoved]:
+    """What is said of blocks that were stored, or (only their references) are gone."""
+    if isinstance(change, StoredRun):
+        return [*_stores(change, block_tokens)]
+    medium, names = ref_medium(change), change & _NAME_MASK
     return [
         BlockRemoved(names[medium == each].tolist(), name)
         for each, name in _MEDIA.items()
@@ -309,7 +283,28 @@ def _removals(refs: RefArray) -> list[BlockRemoved]:
     ]
 
 
-def _stored_blocks(run: StoredRun) -> StoredBlocks:
+def _stores(run: StoredRun, size: int) -> Iterator[BlockStored]:
+    """One event for each stretch in one medium."""
+    medium = ref_medium(run.refs)
+    cuts = (np.flatnonzero(np.diff(medium)) + 1).tolist()
+    names: list[BlockHash] = (run.refs & _NAME_MASK).tolist()
+    tokens = np.frombuffer(run.data, np.int32)
+    parent: BlockHash | None = None if run.parent is None else run.parent & _NAME_MASK
+    for first, end in zip([0, *cuts], [*cuts, len(names)], strict=True):
+        keys = extra_keys(Namespace(run.namespace), end - first) if parent is None else None
+        yield BlockStored(
+            block_hashes=names[first:end],
+            parent_block_hash=parent,
+            token_ids=tokens[first * size : end * size].tolist(),
+            block_size=size,
+            medium=_MEDIA[Medium(int(medium[first]))],
+            extra_keys=keys,
+        )
+        parent = names[end - 1]
+
+
+def stored_blocks(run: StoredRun) -> StoredBlocks:
+    """A run in a snapshot."""
     return StoredBlocks(
         namespace=Namespace(run.namespace),
         parent=None if run.parent is None else run.parent & _NAME_MASK,
