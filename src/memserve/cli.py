@@ -15,6 +15,7 @@ from rich.console import Console
 
 from memserve import __version__
 from memserve.bench.cli import app as bench_app
+from memserve.bench.profile_cli import profile
 from memserve.cli_flags import takes_flags
 from memserve.cluster.local import LocalCluster, run_local_cluster
 from memserve.cluster.watchdog import exit_with_parent
@@ -49,6 +50,7 @@ app = typer.Typer(
     help="Serve large language models from instances whose KV caches are one elastic memory.",
 )
 app.add_typer(bench_app, name="bench")
+app.command()(profile)
 
 _ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 
