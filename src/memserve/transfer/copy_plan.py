@@ -152,14 +152,21 @@ def plan_copies(source: RegionTable, target: RegionTable, writes: WriteList) -> 
     to_region, to_index = target.locate(writes.target)
     pair = from_region * len(target.regions) + to_region
     copies = []
-    for key in np.unique(pair).tolist():
-        where = pair == key
+    for key, where in _groups(pair):
         ours = source.regions[key // len(target.regions)]
         theirs = target.regions[key % len(target.regions)]
-        shape = _shape(source.layout, ours, target.layout, theirs, writes)
+        sides = (source.layout, ours.blocks), (target.layout, theirs.blocks)
+        shape = _shape(*sides, writes.layers, writes.heads)
         runs = _runs(from_index[where], to_index[where])
         copies.append(RegionCopy(ours, theirs, shape, *runs))
     return copies
+
+
+def _groups(keys: IndexArray) -> list[tuple[int, NDArray[np.bool_] | slice]]:
+    """The different keys, and where they are. Mostly it is one."""
+    if len(keys) and (keys == keys[0]).all():
+        return [(int(keys[0]), slice(None))]
+    return [(key, keys == key) for key in np.unique(keys).tolist()]
 
 
 def split_pieces(copy: RegionCopy, limit: int) -> Iterator[tuple[int, int, int]]:
@@ -172,21 +179,30 @@ def split_pieces(copy: RegionCopy, limit: int) -> Iterator[tuple[int, int, int]]
 def _runs(source: IndexArray, target: IndexArray) -> tuple[IndexArray, IndexArray, IndexArray]:
     """Starts on both sides and lengths of the runs that ascend by one on both."""
     breaks: NDArray[np.bool_] = np.ones(len(source), dtype=np.bool_)
-    breaks[1:] = (np.diff(source) != 1) | (np.diff(target) != 1)
+    breaks[1:] = (source[1:] - source[:-1] != 1) | (target[1:] - target[:-1] != 1)
     first = np.flatnonzero(breaks)
-    return source[first], target[first], np.diff(first, append=len(source))
+    count = np.empty_like(first)
+    count[:-1] = first[1:] - first[:-1]
+    count[-1:] = len(source) - first[-1:]
+    return source[first], target[first], count
 
 
+@lru_cache(maxsize=1024)
 def _shape(
-    source: KVLayout, ours: Region, target: KVLayout, theirs: Region, writes: WriteList
+    ours: tuple[KVLayout, int],
+    theirs: tuple[KVLayout, int],
+    some_layers: range | None,
+    some_heads: range | None,
 ) -> Shape:
-    layers = range(source.layers) if writes.layers is None else writes.layers
+    """Of copies from a region to another, each a layout and a number of blocks."""
+    source, target = ours[0], theirs[0]
+    layers = range(source.layers) if some_layers is None else some_layers
     common = common_heads(source, target)
-    heads = common if writes.heads is None else writes.heads
+    heads = common if some_heads is None else some_heads
     _require_within("layers", layers, range(source.layers))
     _require_within("KV heads", heads, common)
-    from_block, *from_inner = _strides(source, ours.blocks)
-    to_block, *to_inner = _strides(target, theirs.blocks)
+    from_block, *from_inner = _strides(*ours)
+    to_block, *to_inner = _strides(*theirs)
     head_bytes = source.head_dim * source.torch_dtype.itemsize
     counts = (len(layers), 2, source.block_tokens, len(heads))
     axes = list(map(Axis, counts, from_inner, to_inner))
@@ -212,7 +228,6 @@ def _require_within(what: str, asked: range, there: range) -> None:
         raise TransferError(f"{what} {asked}; both sides have {there}")
 
 
-@lru_cache(maxsize=1024)
 def _strides(layout: KVLayout, blocks: int) -> tuple[int, ...]:
     """Bytes from one block, layer, K or V, token and head to the next."""
     memory = torch.empty(blocks * layout.block_bytes, dtype=torch.uint8, device="meta")

@@ -51,6 +51,11 @@ class Dialling:
         self._links.hang_up(dialled.dealer)
         dialled.outcome.set_exception(error)
 
+    def abandon(self) -> None:
+        """The pool was closed: nobody will answer."""
+        for dialled in list(self._waiting):
+            self.fail(dialled, PeerLost("the pool was closed"))
+
     def on_tick(self, now: float) -> list[Dealer]:
         """Whom to greet again."""
         for dialled in list(self._waiting):

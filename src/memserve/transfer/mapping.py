@@ -16,6 +16,10 @@ from memserve.pool.segment import PREFIX
 from memserve.pool.storage import lock_pages, unlock_pages
 from memserve.transfer.base import Region
 
+# Segments up to this size get their page table at once, 40 ms for each GiB. One by one, the page
+# faults of first writes take as long as the copy; but heartbeats must not wait for seconds.
+POPULATE_BYTES = 4 * 1024 * 1024 * 1024
+
 
 class Mapping:
     """One segment. The memory stays as long as this object lives, whatever its owner does."""
@@ -32,7 +36,10 @@ class Mapping:
         size = os.fstat(descriptor).st_size
         if size != nbytes:
             raise SegmentGone(f"shared memory {path} has {size} bytes, {nbytes} were announced")
-        self.bytes: NDArray[np.uint8] = np.frombuffer(mmap.mmap(descriptor, nbytes), dtype=np.uint8)
+        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if nbytes <= POPULATE_BYTES else 0)
+        self.bytes: NDArray[np.uint8] = np.frombuffer(
+            mmap.mmap(descriptor, nbytes, flags), dtype=np.uint8
+        )
         if page_locked:
             memory = torch.from_numpy(self.bytes)
             lock_pages(memory)

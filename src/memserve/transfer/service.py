@@ -158,6 +158,7 @@ class Service:
                 if not outgoing.handle.done:
                     outgoing.handle.fail(TransferError("the pool was closed"))
                 conversation.sender.release(outgoing.session)
+            conversation.introductions.dialling.abandon()
             self._links.close()
             for transport in self._transports:
                 transport.close()
