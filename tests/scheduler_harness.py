@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from memserve.clock import ManualClock
-from memserve.scheduler.contract import InstanceSpec, Path, PromptRequest, Seconds
+from memserve.scheduler.contract import Costs, InstanceSpec, Path, PromptRequest, Seconds
 from memserve.scheduler.scheduler import DECODE_WEIGHT, Scheduler
 from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role, TokenArray
 
@@ -74,7 +74,7 @@ class Cluster:
         *names: str,
         role: Role = Role.COLOCATED,
         host: str = "h",
-        costs: LinearCosts | None = None,
+        costs: Costs | None = None,
         max_running: int = 64,
     ) -> None:
         for name in names:

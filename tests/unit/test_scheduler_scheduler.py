@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from memserve.scheduler.decisions import KEPT_CANDIDATES, Decision
+from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role
 from tests.scheduler_harness import Cluster, LinearCosts, request
 
@@ -251,6 +252,21 @@ def test_another_namespace_is_no_promise() -> None:
     assert (plan.instance, plan.fetch, plan.fetched_tokens) == ("b", "a", 1008)
 
 
+def test_what_was_learnt_of_an_instance_counts() -> None:
+    cluster = Cluster()
+    learnt = {name: RefinedCosts(cluster.costs) for name in "ab"}
+    for name, costs in learnt.items():
+        cluster.add(name, costs=costs)
+    for _ in range(100):
+        learnt["a"].observe_prefill(1000, 0, 2.0)  # twice what was predicted
+    cluster.scheduler.observe(InstanceId("a"), running=0, waiting=0)
+
+    assert len(cluster.scheduler.load.cost_groups) == 1
+    slow = decided(cluster.scheduler.decide(request(1), among=[InstanceId("a")])).plan
+    assert slow.terms.prefill == pytest.approx(2 * 1.024, rel=0.01)
+    assert decided(cluster.scheduler.decide(request(2))).plan.instance == "b"
+
+
 def test_sessions_stay_where_they_are_while_that_lives() -> None:
     cluster = Cluster("session")
     cluster.add("p0", "p1", role=Role.PREFILL)
@@ -342,6 +358,14 @@ def test_a_late_end_does_not_touch_the_next_life_of_an_instance() -> None:
     cluster.scheduler.finished(RequestId("old"))
 
     assert cluster.scheduler.load.line(InstanceId("a")).answers == 1
+
+
+def test_what_a_prompt_costs_at_admission() -> None:
+    cluster = Cluster()
+    assert cluster.scheduler.whole_prefill_seconds(1000) == 0.0
+    cluster.add("a")
+    cluster.add("b", costs=LinearCosts(token_seconds=3e-3))
+    assert cluster.scheduler.whole_prefill_seconds(1000) == pytest.approx(2.0)
 
 
 def test_nobody_there() -> None:

@@ -184,6 +184,11 @@ def evaluate(
     )
 
 
+def whole_prefill_seconds(load: Load, prompt: int) -> Seconds:
+    """exec(x, 0), [instances]."""
+    return _prefill_seconds(load, prompt, np.zeros(len(load.lines), dtype=np.int64))[0]
+
+
 def _prefill_seconds(load: Load, prompt: int, cached: IndexArray) -> tuple[Seconds, Seconds]:
     """exec(x, 0) and exec(x, y), [instances] each."""
     asked = np.zeros((2, len(cached)), dtype=np.int64)
@@ -192,6 +197,7 @@ def _prefill_seconds(load: Load, prompt: int, cached: IndexArray) -> tuple[Secon
     for group in load.cost_groups:
         at = group.slots
         seconds[:, at] = group.costs.prefill_seconds(prompt, asked[:, at])
+    seconds *= load.prefill_factor
     return seconds[0], seconds[1]
 
 
@@ -220,6 +226,7 @@ class _Steps:
             at = group.slots
             seconds[:, at] = group.costs.decode_step_seconds(sequences[:, at], contexts[:, at])
         seconds[:2] *= sequences[:2] > 0
+        seconds *= load.step_factor
         return cls(seconds[0], seconds[1], seconds[2], running, batch)
 
     def prefill_slowdown(self, load: Load, prompt: int, whole: Seconds) -> Seconds:
@@ -258,6 +265,7 @@ def _transfer_seconds(load: Load, roster: Roster, prompt: int, cached: IndexArra
         num_bytes = lacking * costs.kv_bytes_per_token
         seconds[number, near, slots] = costs.transfer_seconds(num_bytes, pieces, _PATHS[near])
     moves: Seconds = seconds[roster.pair_group, roster.pair_near, roster.pair_answers]
+    moves *= load.transfer_factor[roster.pair_computes]
     return moves
 
 
@@ -287,7 +295,7 @@ def _best_fetches(
     for group in load.cost_groups:
         of = group.slots
         computed[:, of] = group.costs.prefill_seconds(prompt, usable[:, of])
-    computed *= slowed
+    computed *= load.prefill_factor * slowed
     moved = _pull_seconds(load, slots, extra)
     total = moved + computed
     total[(extra == 0) | (total > prefill)] = _NEVER
@@ -340,4 +348,5 @@ def _pull_seconds(load: Load, slots: IndexArray, extra: IndexArray) -> Seconds:
             costs.transfer_seconds(num_bytes, pieces[rows], path) for path in ("shm", "nixl")
         )
         seconds[rows] = np.where(near[rows], shm, nixl)
+    seconds *= load.transfer_factor[slots][:, None]
     return seconds

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.scheduler.contract import Costs, InstanceSpec, Seconds
+from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.types import IndexArray, InstanceId, Namespace, RequestId, Role, TokenArray
 
 _RECENT = 1 / 64  # weight of the newest value in a running mean
@@ -99,7 +100,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class CostGroup:
-    """Instances whose times the same model predicts."""
+    """Instances whose times the same model predicts, but for a factor of each."""
 
     costs: Costs
     slots: IndexArray | slice  # a slice where it is all instances: indexing copies nothing
@@ -141,12 +142,17 @@ class Load:
         numbers = {host: at for at, host in enumerate(hosts)}
         self.host = np.array([numbers[line.spec.host] for line in lines], dtype=np.int64)
         self.one_block_size = len({line.spec.block_tokens for line in lines}) <= 1
+        self.prefill_factor = np.ones(n)
+        self.step_factor = np.ones(n)
+        self.transfer_factor = np.ones(n)
         self.group = np.zeros(n, dtype=np.int64)
         groups: list[Costs] = []
         for at, line in enumerate(lines):
-            if line.spec.costs not in groups:
-                groups.append(line.spec.costs)
-            self.group[at] = groups.index(line.spec.costs)
+            costs = line.spec.costs
+            model = costs.model if isinstance(costs, RefinedCosts) else costs
+            if model not in groups:
+                groups.append(model)
+            self.group[at] = groups.index(model)
         one = len(groups) == 1
         self.cost_groups = tuple(
             CostGroup(costs, slice(None) if one else (self.group == number).nonzero()[0])
@@ -170,6 +176,12 @@ class Load:
         self.other_prefills[at] = line.other_prefills
         self.other_running[at] = line.other_running
         self.used[at] = line.used
+        costs = line.spec.costs
+        if isinstance(costs, RefinedCosts):
+            # One model for instances that are alike, and what was learnt of each beside it.
+            self.prefill_factor[at] = costs.factor("prefill")
+            self.step_factor[at] = costs.factor("decode")
+            self.transfer_factor[at] = costs.factor("transfer")
 
     # --- members ------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from memserve.clock import Clock
-from memserve.scheduler.candidates import Roster, evaluate
+from memserve.scheduler.candidates import Roster, evaluate, whole_prefill_seconds
 from memserve.scheduler.contract import InstanceSpec, Plan, PrefixMatches, PromptRequest
 from memserve.scheduler.decisions import Decision, DecisionLog, Ranking
 from memserve.scheduler.load import Load, Reservation
@@ -138,6 +138,13 @@ class Scheduler:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", decision.explanation())
         return decision
+
+    def whole_prefill_seconds(self, prompt_tokens: int) -> float:
+        """What a prompt costs to compute with nothing cached, as `Admission` counts it: the mean
+        over instances, 0.0 without any."""
+        if not self.load.lines:
+            return 0.0
+        return float(whole_prefill_seconds(self.load, prompt_tokens).mean())
 
     def prefilled(self, request: RequestId) -> None:
         """Its first token came. Told twice, or of an unknown request: ignored."""
