@@ -16,6 +16,7 @@ from rich.console import Console
 from memserve import __version__
 from memserve.bench.cli import app as bench_app
 from memserve.bench.profile_cli import profile
+from memserve.cli_cluster import app as cluster_app
 from memserve.cli_flags import takes_flags
 from memserve.cluster.local import LocalCluster, run_local_cluster
 from memserve.cluster.watchdog import exit_with_parent
@@ -33,7 +34,7 @@ from memserve.flags import Given, flags_of, with_flags
 from memserve.models.resolve import pinned, resolve_model
 from memserve.models.tokenizer import Tokenizer
 from memserve.terminal import progress_lines
-from memserve.types import InstanceId
+from memserve.types import InstanceId, Role
 
 FAILED = 1
 WRONG_USE = 2  # what the person at the keyboard can mend
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.command()(profile)
+app.add_typer(cluster_app, name="cluster")
 
 _ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 
@@ -92,8 +94,11 @@ def up(
     *,
     given: Given,
 ) -> None:
-    """Run a whole cluster on this machine: a gateway and its instances."""
-    file = ClusterConfig() if config is None else load_config(config)
+    """Run a whole cluster on this machine: a gateway and its instances.
+
+    Without a file: one prefill and one decode instance; with --role or --count: these.
+    """
+    file = _without_file(given) if config is None else load_config(config)
     wanted = ClusterConfig(
         model=with_flags(file.model, given),
         gateway=with_flags(file.gateway, given),
@@ -171,6 +176,15 @@ def instance(
 def prepare(*, given: Given) -> None:
     """Download or convert a model, so that serving it starts at once. Prints its directory."""
     print(resolve_model(with_flags(ModelConfig(), given), progress_lines()).path)
+
+
+def _without_file(given: Given) -> ClusterConfig:
+    """The smallest cluster that hands over, unless other instances are asked for."""
+    if given["role"] is not None or given["count"] is not None:
+        return ClusterConfig()
+    return ClusterConfig(
+        instance=(InstanceConfig(role=Role.PREFILL), InstanceConfig(role=Role.DECODE))
+    )
 
 
 def _begin_process(ends_with_parent: bool) -> None:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import openai
 import psutil
 import pytest
 
-from tests.fakes import save_tiny_tokenizer
+from tests.fakes import save_tiny_tokenizer, until
 from tests.tiny_models import save_tiny_model
 
 # Failures take this long to be noticed; nothing that works comes near it.
 DEADLINE = 60.0
-SMALL = ["--port", "0", "--hbm-blocks", "64", "--dram-blocks", "8", "--dtype", "float32"]
+MEMORY = ["--port", "0", "--hbm-blocks", "64", "--dram-blocks", "8", "--dtype", "float32"]
+SMALL = [*MEMORY, "--role", "colocated"]
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +58,14 @@ class Up:
     def assert_nothing_is_left(self) -> None:
         _, alive = psutil.wait_procs(self.family, timeout=DEADLINE)
         assert not alive
+        assert not self.segments()
+
+    def segments(self) -> list[str]:
+        """Shared memory of the processes that were there at first."""
         pids = {str(process.pid) for process in self.family}
-        left = [
+        return [
             p.name for p in Path("/dev/shm").glob("memserve-*") if pids & set(p.name.split("-"))
         ]
-        assert not left
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -69,9 +77,8 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.fixture
-def up(model: Path) -> Iterator[Up]:
-    process = start("--model", str(model), "--served-name", "tiny", *SMALL)
+@contextmanager
+def serving(process: subprocess.Popen[str]) -> Iterator[Up]:
     family: list[psutil.Process] = []
     try:
         assert process.stdout is not None
@@ -85,7 +92,30 @@ def up(model: Path) -> Iterator[Up]:
         for child in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
-        process.communicate()
+        process.wait()
+
+
+@pytest.fixture
+def up(model: Path) -> Iterator[Up]:
+    with serving(start("--model", str(model), "--served-name", "tiny", *SMALL)) as running:
+        yield running
+
+
+class Collected:
+    """Reads what a process prints, so that it never waits for somebody to."""
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        assert stream is not None
+        self._stream = stream
+        self._lines: list[str] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def text(self) -> str:
+        return "".join(self._lines)
+
+    def _read(self) -> None:
+        for line in self._stream:
+            self._lines.append(line)
 
 
 def test_it_serves_and_ctrl_c_lets_running_requests_finish_and_leaves_nothing(up: Up) -> None:
@@ -120,15 +150,52 @@ def test_killing_the_parent_leaves_nothing(up: Up) -> None:
     up.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("command", ["instance", "gateway"])
-def test_a_child_that_dies_ends_the_cluster_with_its_name(up: Up, command: str) -> None:
-    up.child(command).kill()
-    code, errors = up.end()
-    assert code == 1
-    name = "colocated-0" if command == "instance" else "gateway"
-    assert f"memserve: {name} ended with signal SIGKILL" in errors
-    assert "Traceback" not in errors
+def test_what_is_killed_comes_back_and_its_memory_is_not_left(up: Up) -> None:
+    errors = Collected(up.process.stderr)
+    instance, gateway = up.child("instance"), up.child("gateway")
+    asked = {"model": "tiny", "prompt": [3, 4, 5], "max_tokens": 2}
+    before = up.client().completions.create(**asked)
+    instance.kill()
+    gateway.kill()
+
+    def answers() -> bool:
+        try:
+            return up.client().completions.create(**asked).choices == before.choices
+        except openai.APIError:
+            return False
+
+    until(answers)  # at the same address
+    for name in ("gateway", "colocated-0"):
+        assert f"{name} ended with signal SIGKILL; starting it again" in errors.text()
+    assert not up.segments()
+    up.family += psutil.Process(up.process.pid).children(recursive=True)
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(timeout=DEADLINE) == 0
     up.assert_nothing_is_left()
+
+
+def test_without_a_file_it_is_one_prefill_and_one_decode_instance(model: Path) -> None:
+    process = start("--model", str(model), "--served-name", "tiny", *MEMORY)
+    with serving(process) as up:
+        asked = {"model": "tiny", "prompt": list(range(3, 40)), "max_tokens": 4}
+        answer = up.client().completions.create(**asked)
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 4
+        listed = subprocess.run(
+            [sys.executable, "-m", "memserve", "cluster", "list", "--url", up.url, "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        view = json.loads(listed.stdout)
+        members = sorted((m["id"], m["role"], m["state"]) for m in view["instances"])
+        assert members == [
+            ("decode-1", "decode", "ready"),
+            ("prefill-0", "prefill", "ready"),
+        ]
+        (decode,) = (m for m in view["instances"] if m["role"] == "decode")
+        with urllib.request.urlopen(decode["address"] + "/stats") as stats:
+            assert json.load(stats)["handoff"]["asked"] == 1  # prefilled by the other
 
 
 def test_a_model_that_does_not_load_ends_the_start_with_the_reason(tmp_path: Path) -> None:

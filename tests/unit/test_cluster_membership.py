@@ -6,6 +6,9 @@ import json
 
 import msgspec
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from memserve.api.status import (
     EngineTotals,
@@ -16,7 +19,9 @@ from memserve.api.status import (
     MediumTotals,
     PoolTotals,
 )
-from memserve.cluster.membership import MAX_MISSES, Member, Membership
+from memserve.clock import ManualClock
+from memserve.cluster.changes import Change, MemberChange
+from memserve.cluster.membership import FORGET_SECONDS, MAX_MISSES, Member, Membership
 from memserve.types import Epoch, InstanceId, Role
 
 STATS = InstanceStats(
@@ -27,15 +32,19 @@ STATS = InstanceStats(
 
 
 def info(
-    name: str = "p0", epoch: int = 1, state: InstanceState = InstanceState.READY
+    name: str = "p0",
+    epoch: int = 1,
+    state: InstanceState = InstanceState.READY,
+    role: Role = Role.COLOCATED,
 ) -> InstanceInfo:
-    return InstanceInfo(InstanceId(name), Epoch(epoch), Role.COLOCATED, state, 42, "m")
+    return InstanceInfo(InstanceId(name), Epoch(epoch), role, state, 42, "m")
 
 
 class Cluster:
     def __init__(self) -> None:
         self.deaths: list[str] = []
-        self.membership = Membership(lambda member: self.deaths.append(member.address))
+        self.clock = ManualClock()
+        self.membership = Membership(lambda member: self.deaths.append(member.address), self.clock)
 
     def ready(self, address: str, name: str = "p0", epoch: int = 1) -> Member:
         member = self.membership.join(address)
@@ -141,3 +150,182 @@ def test_the_view_has_the_published_shape(cluster: Cluster) -> None:
     assert set(met) == set(unmet) == keys
     assert (met["id"], met["pid"], met["hbm"]["total"]) == ("p0", 42, 8)
     assert (unmet["state"], unmet["pid"], unmet["hbm"]) == ("starting", None, {})
+
+
+def test_a_process_that_has_gone_is_dead_at_once(cluster: Cluster) -> None:
+    member = cluster.ready("http://a")
+    cluster.membership.refused(member)
+    assert (member.state, cluster.deaths) == (InstanceState.DEAD, ["http://a"])
+    # One that nobody has met yet, and that joined by itself, was there and has gone.
+    cluster.membership.refused(cluster.membership.join("http://b", lasting=False))
+    cluster.membership.refused(cluster.membership.join("http://c"))  # configured: not there yet
+    assert [m.address for m in cluster.membership.members] == ["http://a", "http://c"]
+
+
+def test_a_doubtful_member_is_avoided_and_asked_about(cluster: Cluster) -> None:
+    asked: list[Member] = []
+    cluster.membership.on_question(asked.append)
+    first, second = cluster.ready("http://a", "p0"), cluster.ready("http://b", "p1")
+    asked.clear()
+    for _ in range(2 * MAX_MISSES):  # requests that failed together are no misses in a row
+        cluster.membership.doubt(first)
+    assert set(asked) == {first}
+    assert cluster.membership.ready() == [second]
+    cluster.membership.answered(first, info("p0"), STATS)
+    assert cluster.membership.ready() == [first, second]
+
+
+def test_one_that_leaves_is_gone_at_once_and_a_late_leave_takes_no_later_life(
+    cluster: Cluster,
+) -> None:
+    member = cluster.ready("http://a", epoch=2)
+    assert not cluster.membership.leave("http://a", Epoch(1))
+    assert cluster.membership.members == [member]
+    assert cluster.membership.leave("http://a", Epoch(2))
+    assert cluster.membership.members == []
+    assert cluster.deaths == []  # what it runs comes to an end
+    cluster.membership.answered(member, info(epoch=2), STATS)  # a poll that was on its way
+    assert cluster.membership.members == []
+    assert not cluster.membership.leave("http://a")
+
+
+def test_the_dead_are_shown_for_a_while_and_then_forgotten(cluster: Cluster) -> None:
+    membership = cluster.membership
+    for address, lasting in (("http://a", False), ("http://b", True), ("http://c", False)):
+        member = membership.join(address, lasting=lasting)
+        membership.answered(member, info(address), STATS)
+        if address != "http://c":
+            cluster.lose(member)
+    cluster.clock.advance(FORGET_SECONDS)
+    membership.forget()
+    assert len(membership.members) == 3
+    cluster.clock.advance(1)
+    membership.forget()
+    # Without `c`, which lives, and `b`, which was configured, whatever has become of it.
+    assert [m.address for m in membership.members] == ["http://b", "http://c"]
+
+
+def test_two_instances_of_one_name_do_not_take_turns(cluster: Cluster) -> None:
+    first = cluster.ready("http://a", epoch=1)
+    second = cluster.ready("http://b", epoch=2)
+    assert cluster.membership.members == [second]
+    assert cluster.membership.later_life(InstanceId("p0"), Epoch(1), first.address) is second
+    again = cluster.membership.join("http://a")
+    cluster.membership.answered(again, info(epoch=1), STATS)
+    assert cluster.membership.members == [second]
+    # Unless the later one is dead: the clocks of two hosts may disagree.
+    cluster.lose(second)
+    assert cluster.ready("http://a", epoch=1).state is InstanceState.READY
+    assert len(cluster.membership.members) == 1
+
+
+def test_an_observer_hears_of_each_change_once_and_in_order(cluster: Cluster) -> None:
+    told: list[MemberChange] = []
+    early = cluster.ready("http://a", "p0")
+    forget = cluster.membership.on_change(told.append)
+    member = cluster.membership.join("http://b")
+    for state, role in (
+        (InstanceState.STARTING, Role.PREFILL),
+        (InstanceState.READY, Role.PREFILL),
+        (InstanceState.READY, Role.PREFILL),
+        (InstanceState.READY, Role.DECODE),
+        (InstanceState.DRAINING, Role.DECODE),
+    ):
+        cluster.membership.answered(member, info("p1", 1, state, role), STATS)
+    cluster.membership.answered(member, info("p1", 2), STATS)
+    cluster.lose(early)
+    cluster.lose(early)
+    cluster.membership.leave("http://b")
+    assert [(c.change, c.id, c.epoch) for c in told] == [
+        (Change.JOINED, "p0", 1),  # was here before the observer
+        (Change.JOINED, "p1", 1),
+        (Change.STATE, "p1", 1),
+        (Change.ROLE, "p1", 1),
+        (Change.STATE, "p1", 1),
+        (Change.DIED, "p1", 1),
+        (Change.JOINED, "p1", 2),
+        (Change.DIED, "p0", 1),
+        (Change.LEFT, "p1", 2),
+    ]
+    forget()
+    cluster.ready("http://c", "p2")
+    assert len(told) == 9
+
+
+class MembershipMachine(RuleBasedStateMachine):
+    """Whatever happens: an observer that follows the changes knows who is there."""
+
+    addresses = st.sampled_from([f"http://{name}" for name in "abc"])
+    names = st.sampled_from(["p0", "p1"])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = ManualClock()
+        self.deaths = 0
+        self.membership = Membership(self._die, self.clock)
+        self.here: dict[tuple[str, int], MemberChange] = {}
+        self.membership.on_change(self._follow)
+
+    def _die(self, member: Member) -> None:
+        self.deaths += 1
+
+    def _follow(self, change: MemberChange) -> None:
+        life = (change.id, change.epoch)
+        assert (change.change is Change.JOINED) == (life not in self.here)
+        if change.change in (Change.LEFT, Change.DIED):
+            del self.here[life]
+            self.deaths -= change.change is Change.DIED
+        else:
+            assert change.state is not InstanceState.DEAD
+            self.here[life] = change
+
+    @rule(address=addresses, lasting=st.booleans())
+    def join(self, address: str, lasting: bool) -> None:
+        self.membership.join(address, lasting=lasting)
+
+    @rule(
+        address=addresses,
+        name=names,
+        epoch=st.integers(1, 3),
+        state=st.sampled_from(InstanceState),
+        role=st.sampled_from(Role),
+    )
+    def answer(self, address: str, name: str, epoch: int, state: InstanceState, role: Role) -> None:
+        if (member := self.membership.at(address)) is not None:
+            # Ids and epochs that no two processes have at once: one life, one address.
+            epoch = 10 * epoch + ord(address[-1]) % 10
+            self.membership.answered(member, info(name, epoch, state, role), STATS)
+
+    @rule(address=addresses, how=st.sampled_from(["missed", "refused", "doubt"]))
+    def trouble(self, address: str, how: str) -> None:
+        if (member := self.membership.at(address)) is not None:
+            {
+                "missed": self.membership.missed,
+                "refused": self.membership.refused,
+                "doubt": self.membership.doubt,
+            }[how](member)
+
+    @rule(address=addresses)
+    def leave(self, address: str) -> None:
+        self.membership.leave(address)
+
+    @rule()
+    def time_passes(self) -> None:
+        self.clock.advance(FORGET_SECONDS + 1)
+        self.membership.forget()
+
+    @invariant()
+    def observers_know_who_is_there(self) -> None:
+        alive = {
+            (m.id, m.epoch): (m.address, m.role, m.state)
+            for m in self.membership.members
+            if m.epoch is not None and m.state is not InstanceState.DEAD
+        }
+        followed = {life: (c.address, c.role, c.state) for life, c in self.here.items()}
+        assert followed == alive
+        assert self.deaths == 0  # one call of `on_death` for each life that died
+        assert len({m.id for m in self.membership.members if m.joined}) == len(alive)
+
+
+TestMembershipMachine = MembershipMachine.TestCase
+TestMembershipMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

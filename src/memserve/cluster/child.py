@@ -19,7 +19,8 @@ _LAST_WORDS_SECONDS = 1.0
 
 
 class Child:
-    """`memserve ARGUMENTS...` in a session of its own, so that Ctrl-C reaches the parent only.
+    """`python -m MODULE ARGUMENTS...` in a session of its own, so that Ctrl-C reaches the
+    parent only.
 
     It ends with its parent (see `watchdog`). Owned by whoever spawned it, who must end it.
     """
@@ -28,19 +29,20 @@ class Child:
         self.name = name
         self._process = process
         self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)  # that nobody has seen
+        self._last: deque[str] = deque(maxlen=_TAIL_LINES)
         self._show: Callable[[str], None] | None = None
         self._output = asyncio.ensure_future(self._read_output())
         self.ended = asyncio.ensure_future(process.wait())
 
     @classmethod
-    async def spawn(cls, name: str, arguments: Sequence[str]) -> Child:
+    async def spawn(cls, name: str, arguments: Sequence[str], module: str = "memserve") -> Child:
         """Start it. What it prints is kept until `show_output`."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",  # a file here that is named like a module of Python's is none of ours
             "-m",
-            "memserve",
+            module,
             *arguments,
             "--exit-with-parent",
             stdin=asyncio.subprocess.PIPE,
@@ -62,12 +64,13 @@ class Child:
             raise await self.failure()
         return self._address.result()
 
-    async def failure(self) -> ClusterError:
-        """Waits until it ends; how that was, with its last lines that nobody has seen."""
+    async def failure(self, whole: bool = False) -> ClusterError:
+        """Waits until it ends; how that was, with its last lines that nobody has seen, or all
+        of its last lines."""
         code = await self.ended
         await asyncio.wait((self._output,), timeout=_LAST_WORDS_SECONDS)
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-        said = "".join(f"\n  {line}" for line in self._tail)
+        said = "".join(f"\n  {line}" for line in (self._last if whole else self._tail))
         return ClusterError(f"{self.name} ended with {how}{':' if said else ''}{said}")
 
     def show_output(self, show: Callable[[str], None]) -> None:
@@ -94,7 +97,9 @@ class Child:
             line = data.decode(errors="replace").rstrip()
             if not self._address.done() and line.startswith("http://"):
                 self._address.set_result(line)
-            elif self._show is not None:
+                continue
+            self._last.append(line)
+            if self._show is not None:
                 self._hand_over(line)
             else:
                 self._tail.append(line)

@@ -6,21 +6,23 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TypeVar
 
-import aiohttp
 import msgspec
 
 from memserve.api.serving import Shutdown
 from memserve.api.status import InstanceState
+from memserve.clock import Clock, MonotonicClock
 from memserve.cluster.child import Child
+from memserve.cluster.client import ClusterClient, GatewayUnreachable
+from memserve.cluster.port import ReservedPort
+from memserve.cluster.restarts import RestartLimits, Restarts
+from memserve.cluster.supervised import Supervised
 from memserve.config import ClusterConfig, InstanceConfig, available_cores
 from memserve.errors import ClusterError
 from memserve.flags import to_flags
 from memserve.models.resolve import Progress
 from memserve.pool.segment import sweep
 
-# How often a starting cluster is asked for its state, and how long one question may take.
-POLL_SECONDS = 0.2
-POLL_TIMEOUT = 5.0
+POLL_SECONDS = 0.2  # how often a starting cluster is asked for its state
 # A child drains for `drain_seconds`, if it has come to serve requests, and then needs up to
 # CLOSE_SECONDS to close connections, end its engine's step and give memory back. One that is
 # asked twice does not drain; after KILL_SECONDS more it is not asked any more.
@@ -28,17 +30,6 @@ CLOSE_SECONDS = 10.0
 KILL_SECONDS = 5.0
 
 _T = TypeVar("_T")
-
-
-class _Member(msgspec.Struct, frozen=True):
-    id: str
-    state: InstanceState
-
-
-class _Cluster(msgspec.Struct, frozen=True):
-    """What we use of a gateway's `GET /cluster`."""
-
-    instances: tuple[_Member, ...]
 
 
 class LocalCluster:
@@ -49,17 +40,26 @@ class LocalCluster:
         config: ClusterConfig,
         shutdown: Shutdown,
         progress: Progress,
+        *,
+        limits: RestartLimits | None = None,
+        clock: Clock | None = None,
+        module: str = "memserve",
     ) -> None:
         """Every process resolves the model again: it should be on this machine by now.
 
-        `shutdown.forced` ends waiting for running requests in `stop`.
+        `shutdown.forced` ends waiting for running requests in `stop`. `limits` are those of
+        `supervise`; `module` is what Python runs for each process.
         """
         self.url = ""  # of the gateway, once `start` has returned
         self._config = config
         self._shutdown = shutdown
         self._progress = progress
-        self._gateway: Child | None = None
-        self._instances: list[Child] = []
+        self._limits = limits or RestartLimits()
+        self._clock = clock or MonotonicClock()
+        self._module = module
+        self._port: ReservedPort | None = None
+        self._gateway: Supervised | None = None
+        self._instances: list[Supervised] = []
         self._serving = False
 
     async def start(self) -> None:
@@ -67,13 +67,20 @@ class LocalCluster:
 
         Raises ClusterError as soon as a process ends, with its last lines.
         """
+        self._port = ReservedPort(self._config.gateway.host, self._config.gateway.port)
         for name, arguments in instance_commands(self._config):
-            self._instances.append(await Child.spawn(name, arguments))
-        addresses = [await child.address() for child in self._instances]
-        count = f"{len(addresses)} instance{'s' if len(addresses) > 1 else ''}"
+            one = self._supervised(name, [*arguments, "--join", self._port.url])
+            self._instances.append(one)
+            await one.start()
+        gateway = msgspec.structs.replace(self._config.gateway, port=self._port.number)
+        command = ["gateway", *to_flags(self._config.model), *to_flags(gateway)]
+        self._gateway = self._supervised("gateway", command)
+        await self._gateway.start()
+        for one in self._instances:
+            await one.child.address()
+        count = f"{len(self._instances)} instance{'s' if len(self._instances) > 1 else ''}"
         self._progress(f"loading {self._config.model.path} into {count}")
-        self._gateway = await Child.spawn("gateway", self._gateway_command(addresses))
-        self.url = await self._gateway.address()
+        self.url = await self._gateway.child.address()
         await self.or_failure(self._all_ready())
         self._serving = True
 
@@ -83,6 +90,34 @@ class LocalCluster:
         await asyncio.wait([c.ended for c in children], return_when=asyncio.FIRST_COMPLETED)
         dead = next(child for child in children if child.ended.done())
         raise await dead.failure()
+
+    async def supervise(self) -> None:
+        """Start again what crashes, as long as that leaves anything useful.
+
+        Raises ClusterError when the gateway is lost for good, or the last instance.
+        """
+        assert self._gateway is not None
+        keeping = {asyncio.ensure_future(one.keep()): one for one in self._all()}
+        lost: ClusterError | None = None
+        try:
+            while True:
+                await asyncio.wait(keeping, return_when=asyncio.FIRST_COMPLETED)
+                for task in [task for task in keeping if task.done()]:
+                    one = keeping.pop(task)
+                    failure = task.exception()
+                    if failure is None and one is self._gateway:
+                        failure = ClusterError("the gateway has ended, as it was asked to")
+                    if isinstance(failure, ClusterError) and one is not self._gateway:
+                        lost = failure
+                        self._progress(str(failure))
+                    elif failure is not None:
+                        raise failure
+                if set(keeping.values()) == {self._gateway}:
+                    raise lost or ClusterError("every instance has ended, as it was asked to")
+        finally:
+            for task in keeping:
+                task.cancel()
+            await asyncio.gather(*keeping, return_exceptions=True)
 
     async def or_failure(self, work: Awaitable[_T]) -> _T:
         """The result of `work`; ClusterError if a process ends before. `work` is cancelled then."""
@@ -99,14 +134,17 @@ class LocalCluster:
 
     def show_output(self, show: Callable[[str], None]) -> None:
         """Hand over what the processes print from now on, line by line."""
-        for child in self._children():
-            child.show_output(show)
+        for one in self._all():
+            one.show_output(show)
 
     async def stop(self) -> None:
         """End the gateway, which lets running requests finish, then the instances."""
         patience = CLOSE_SECONDS + (self._config.gateway.drain_seconds if self._serving else 0)
-        await self._end([self._gateway] if self._gateway else [], patience)
-        await self._end(self._instances, patience)
+        gateway = [self._gateway] if self._gateway is not None else []
+        for group in (gateway, self._instances):
+            await self._end([one.child for one in group if one.started], patience)
+        if self._port is not None:
+            self._port.close()
         sweep()  # an instance that was killed has left its shared memory behind
 
     async def _end(self, children: Sequence[Child], seconds: float) -> None:
@@ -127,32 +165,29 @@ class LocalCluster:
             child.kill()
         await all_ended()
 
-    def _children(self) -> list[Child]:
+    def _supervised(self, name: str, arguments: Sequence[str]) -> Supervised:
+        restarts = Restarts(self._limits, self._clock)
+        return Supervised(name, arguments, restarts, self._progress, self._module)
+
+    def _all(self) -> list[Supervised]:
         return [*([self._gateway] if self._gateway else []), *self._instances]
 
-    def _gateway_command(self, instances: Sequence[str]) -> list[str]:
-        members = [argument for url in instances for argument in ("--instances", url)]
-        return ["gateway", *members, *to_flags(self._config.model), *to_flags(self._config.gateway)]
+    def _children(self) -> list[Child]:
+        return [one.child for one in self._all()]
 
     async def _all_ready(self) -> None:
         ready: set[str] = set()
-        timeout = aiohttp.ClientTimeout(total=POLL_TIMEOUT)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
+        async with ClusterClient(self.url) as client:
             while len(ready) < len(self._instances):
-                for member in await self._members(session):
+                try:
+                    members = (await client.view()).instances
+                except GatewayUnreachable:  # one that has ended is noticed by `watch`
+                    members = ()
+                for member in members:
                     if member.state is InstanceState.READY and member.id not in ready:
                         ready.add(member.id)
                         self._progress(f"{member.id} is ready")
                 await asyncio.sleep(POLL_SECONDS)
-
-    async def _members(self, session: aiohttp.ClientSession) -> tuple[_Member, ...]:
-        try:
-            async with session.get(f"{self.url}/cluster") as answer:
-                if answer.status != 200:
-                    raise ClusterError(f"GET /cluster: {answer.status} {await answer.text()}")
-                return msgspec.json.decode(await answer.read(), type=_Cluster).instances
-        except (aiohttp.ClientError, TimeoutError):
-            return ()  # not yet; a gateway that has ended is noticed by `watch`
 
 
 async def run_local_cluster(
@@ -162,7 +197,8 @@ async def run_local_cluster(
 ) -> None:
     """Run a cluster until SIGINT or SIGTERM; a second one does not wait for requests.
 
-    `ready` is called when it serves. Raises ClusterError when a process of it fails.
+    `ready` is called when it serves. Raises ClusterError when a process fails before that, or
+    so often afterwards that nothing useful is left.
     """
     shutdown = Shutdown()
     shutdown.on_signals()
@@ -171,7 +207,7 @@ async def run_local_cluster(
     async def serve() -> None:
         await cluster.start()
         ready(cluster)
-        await cluster.watch()
+        await cluster.supervise()
 
     serving = asyncio.ensure_future(serve())
     requested = asyncio.ensure_future(shutdown.requested.wait())

@@ -182,8 +182,12 @@ class Membership:
 
     def refused(self, member: Member) -> None:
         """Nobody listens at its address any more: its process has gone, for certain."""
-        if self._is_here(member):
-            member.misses += 1
+        if not self._is_here(member):
+            return
+        member.misses += 1
+        if member.epoch is None and not member.lasting:  # gone before anybody met it
+            self._remove(member, Change.LEFT)
+        else:
             self._died(member, "nobody listens there")
 
     def doubt(self, member: Member) -> None:

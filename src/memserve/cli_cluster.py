@@ -1,0 +1,155 @@
+"""`memserve cluster`: look at a running cluster and change it, through its gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Annotated, TypeVar
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from memserve.api.control import InstanceChange, WantedState
+from memserve.api.status import MediumTotals
+from memserve.clock import MonotonicClock
+from memserve.cluster.client import ClusterClient, ClusterSummary
+from memserve.cluster.rolling import RESTART_SECONDS, remove, restart
+from memserve.config import GatewayConfig
+from memserve.errors import ConfigError
+from memserve.terminal import progress_lines
+from memserve.types import Role
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Look at a running cluster and change it. To add an instance to it, on any machine: "
+    "memserve instance --join URL.",
+)
+
+_DEFAULT_URL = f"http://{GatewayConfig().host}:{GatewayConfig().port}"
+_Url = Annotated[str, typer.Option(metavar="URL", help="a gateway's")]
+_Json = Annotated[bool, typer.Option("--json", help="print the cluster's view as JSON")]
+_Id = Annotated[str, typer.Argument(metavar="ID", help="an instance's, as `list` shows it")]
+_Seconds = Annotated[float, typer.Option(metavar="SECONDS", help="for each instance")]
+T = TypeVar("T")
+
+
+@app.command("list")
+def list_(url: _Url = _DEFAULT_URL, json: _Json = False) -> None:
+    """Show the instances: role, state, memory in use."""
+
+    async def look(client: ClusterClient) -> None:
+        pass
+
+    _run(url, json, look)
+
+
+@app.command()
+def role(
+    id_: _Id,
+    role: Annotated[Role, typer.Argument(help="what it is to do from now on")],
+    url: _Url = _DEFAULT_URL,
+    json: _Json = False,
+) -> None:
+    """Change an instance's role while it runs; its requests go on."""
+    _run(url, json, lambda client: client.change(id_, InstanceChange(role=role)))
+
+
+@app.command()
+def drain(id_: _Id, url: _Url = _DEFAULT_URL, json: _Json = False) -> None:
+    """Send no new requests to an instance; those that run go on."""
+    wanted = InstanceChange(state=WantedState.DRAINING)
+    _run(url, json, lambda client: client.change(id_, wanted))
+
+
+@app.command()
+def resume(id_: _Id, url: _Url = _DEFAULT_URL, json: _Json = False) -> None:
+    """Send requests to a drained instance again."""
+    wanted = InstanceChange(state=WantedState.READY)
+    _run(url, json, lambda client: client.change(id_, wanted))
+
+
+@app.command("restart")
+def restart_(
+    id_: Annotated[str | None, typer.Argument(metavar="ID")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="every instance, one by one")] = False,
+    seconds: _Seconds = RESTART_SECONDS,
+    url: _Url = _DEFAULT_URL,
+    json: _Json = False,
+) -> None:
+    """Restart instances that something supervises, as `memserve up` does: each finishes what it
+    runs, and is ready again before the next one ends."""
+    if (id_ is None) is not all_:
+        raise ConfigError("give the ID of an instance, or --all")
+
+    async def run(client: ClusterClient) -> None:
+        names = [m.id for m in (await client.view()).instances] if id_ is None else [id_]
+        await restart(client, names, MonotonicClock(), progress_lines(), seconds)
+
+    _run(url, json, run)
+
+
+@app.command()
+def add(
+    address: Annotated[str, typer.Argument(metavar="URL", help="an instance's")],
+    url: _Url = _DEFAULT_URL,
+    json: _Json = False,
+) -> None:
+    """Make an instance that runs already a member (`memserve instance --join` does it itself)."""
+    _run(url, json, lambda client: client.add(address))
+
+
+@app.command("remove")
+def remove_(
+    id_: _Id,
+    seconds: _Seconds = RESTART_SECONDS,
+    url: _Url = _DEFAULT_URL,
+    json: _Json = False,
+) -> None:
+    """End an instance for good, once it has finished what it runs; a dead one is forgotten."""
+    _run(
+        url,
+        json,
+        lambda client: remove(client, id_, MonotonicClock(), progress_lines(), seconds),
+    )
+
+
+def _run(url: str, json: bool, work: Callable[[ClusterClient], Awaitable[object]]) -> None:
+    """Do it, then show what the cluster is like."""
+
+    async def run() -> ClusterSummary:
+        async with ClusterClient(url) as client:
+            await work(client)
+            return await client.view()
+
+    view = asyncio.run(run())
+    if json:
+        print(msgspec.json.encode(view).decode())
+    else:
+        # A table in a file or a pipe is not cut to the width of a terminal that is not there.
+        wide = None if sys.stdout.isatty() else 200
+        Console(highlight=False, width=wide).print(cluster_table(view))
+
+
+def cluster_table(view: ClusterSummary) -> Table:
+    """A line for each instance. Memory is blocks in use (active or cached) of all."""
+    table = Table(title=f"epoch {view.epoch}", title_justify="left")
+    for name in ("id", "role", "state", "address", "pid", "HBM", "DRAM"):
+        table.add_column(name, justify="right" if name in ("pid", "HBM", "DRAM") else "left")
+    for member in sorted(view.instances, key=lambda member: member.id):
+        table.add_row(
+            member.id,
+            member.role,
+            member.state,
+            member.address,
+            "" if member.pid is None else str(member.pid),
+            _used(member.hbm),
+            _used(member.dram),
+        )
+    return table
+
+
+def _used(medium: MediumTotals) -> str:
+    return f"{medium.total - medium.free}/{medium.total}" if medium.total else ""
