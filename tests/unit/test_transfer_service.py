@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
@@ -20,7 +22,7 @@ from memserve.errors import (
     PeerRefused,
     TransferError,
 )
-from memserve.transfer import wire
+from memserve.transfer import service, wire
 from memserve.transfer.base import PoolRegions
 from memserve.transfer.conversion import meaning
 from memserve.transfer.process import own_process
@@ -179,3 +181,17 @@ def test_a_message_without_end_is_not_read() -> None:
         socket.send_multipart([HEADER, bytes(wire.MAX_MESSAGE_BYTES + 1)])
         socket.send_multipart([HEADER, b"short"])
         eventually(lambda: b.peer_stats().malformed == 1, "the short one, on a new connection")
+
+
+def test_closing_a_pool_ends_the_wait_for_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("CONNECT_TIMEOUT", "CALL_TIMEOUT"):
+        monkeypatch.setattr(service, limit, 10 * PATIENCE)
+    with ThreadPoolExecutor(1) as thread, socket.create_server(("127.0.0.1", 0)) as silent:
+        pool = MemPool(LAYOUT, 4, instance="a")
+        pool.serve(LOCAL)
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        connecting = thread.submit(pool.connect, "b", address)
+        silent.accept()[0].close()
+        pool.close()
+        with pytest.raises(PeerLost):
+            connecting.result(PATIENCE)
