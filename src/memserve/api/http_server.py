@@ -179,7 +179,12 @@ class Connection(asyncio.Protocol):
         self._in_head = True
 
     def on_url(self, url: bytes) -> None:
-        self._url += url
+        self._silent = 0
+        self._size += len(url)
+        if self._size > MAX_HEAD_BYTES:
+            self._refuse(_head_too_large())
+        else:
+            self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
 
-from memserve.api.errors import context_length_exceeded, invalid, model_not_found
+from memserve.api.errors import ApiError, context_length_exceeded, invalid, model_not_found
 from memserve.api.generate import CallKind, GenerateCall, validate_sampling
 from memserve.api.openai import (
     ChatRequest,
@@ -38,6 +39,8 @@ class CallBuilder:
     def __init__(self, tokenizer: Tokenizer, model: str, threads: int) -> None:
         self.model = model
         self._tokenizer = tokenizer
+        self._life = os.urandom(10).hex()  # in every id, so that gateways' differ
+        self._numbers = itertools.count(1)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
 
     def close(self) -> None:
@@ -110,8 +113,9 @@ class CallBuilder:
         except RequestError as error:
             raise invalid(str(error), error.param) from error
         prefix = "chatcmpl" if kind is CallKind.CHAT else "cmpl"
+        number = next(self._numbers)
         return GenerateCall(
-            id=f"{prefix}-{uuid.uuid4().hex}",
+            id=f"{prefix}-{self._life}{number:012x}",
             kind=kind,
             model=self.model,
             created=int(time.time()),
@@ -167,11 +171,10 @@ def _prompts(request: CompletionRequest) -> Sequence[str | tuple[int, ...]]:
     prompt = request.prompt
     if isinstance(prompt, str):
         prompt = (prompt,)
-    kinds = set(map(type, prompt))  # in C: a prompt may have a million token ids
-    if kinds == {int}:
-        return (cast(tuple[int, ...], prompt),)
-    if int in kinds:
-        raise invalid("'prompt' mixes token ids with prompts.", "prompt")
+    if prompt and type(prompt[0]) is int:
+        return (cast(tuple[int, ...], prompt),)  # `_check_prompt` looks at all of it
+    if int in set(map(type, prompt)):
+        raise _mixed()
     if not prompt or not all(prompt):
         raise invalid("'prompt' is empty; at least one token is needed.", "prompt")
     return cast(tuple[str | tuple[int, ...], ...], prompt)
@@ -180,11 +183,18 @@ def _prompts(request: CompletionRequest) -> Sequence[str | tuple[int, ...]]:
 def _check_prompt(prompt: tuple[int, ...], limits: Limits) -> None:
     if not prompt:
         raise invalid("'prompt' has no tokens; at least one is needed.", "prompt")
-    highest = max(prompt)
+    try:
+        highest = max(prompt)
+    except TypeError as error:
+        raise _mixed() from error
     if highest >= limits.vocab_size:
         raise invalid(
             f"Token id {highest} is outside the vocabulary of {limits.vocab_size}.", "prompt"
         )
+
+
+def _mixed() -> ApiError:
+    return invalid("'prompt' mixes token ids with prompts.", "prompt")
 
 
 def _room(prompt_tokens: int, asked: int | None, limits: Limits, param: str) -> int:
