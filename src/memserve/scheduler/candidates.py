@@ -46,7 +46,7 @@ class Roster:
         self.pair_answers = pairs_d
         self.pair_computes = pairs_p
         self.pair_group = load.group[pairs_p]
-        self.pair_near = (load.host[pairs_p] == load.host[pairs_d]).astype(np.int64)
+        self.pair_near = load.near[pairs_p, pairs_d].astype(np.int64)
         # Which predictions of transfers the pairs need.
         kinds = zip(self.pair_group.tolist(), self.pair_near.tolist(), strict=True)
         self.transfer_kinds = sorted(set(kinds))
@@ -121,8 +121,8 @@ def cached_tokens(load: Load, matches: Mapping[InstanceId, int], prompt_tokens: 
 
 
 def _usable(tokens: IndexArray, block_tokens: IndexArray, prompt_tokens: int) -> IndexArray:
-    usable: IndexArray = np.minimum(tokens, max(prompt_tokens - 1, 0))
-    usable -= usable % block_tokens
+    most = np.minimum(tokens, max(prompt_tokens - 1, 0))
+    usable: IndexArray = most - most % block_tokens
     return usable
 
 
@@ -141,13 +141,12 @@ def evaluate(
     prompt, output = len(request.tokens), max(request.output_tokens, 1)
     cached = cached_tokens(load, matches, prompt)
     steps = _Steps.predict(load, prompt + output / 2)
-    whole, prefill = _prefill_seconds(load, prompt, cached)
-    slowed = steps.prefill_slowdown(load, prompt, whole)
-    prefill *= slowed
-    if fetches:
-        pulled = _best_fetches(load, roster, request, cached, prefill, slowed)
-    else:
-        pulled = _no_fetches(prefill)
+    sources = _sources(load, roster, request, cached) if fetches else []
+    asked = _asked(load, prompt, cached, sources)
+    seconds = _prefill_seconds(load, prompt, asked)
+    whole = seconds[0]
+    seconds[1:] *= steps.prefill_slowdown(load, prompt, whole)
+    pulled = _best_fetches(load, sources, asked[1:], seconds[1:])
     prefill = pulled.prefill
     answering, slot_wait = steps.decode_seconds(load, output)
     queue = load.queue_seconds(now)
@@ -180,25 +179,37 @@ def evaluate(
         prefill=all_prefill,
         transfer=transfer,
         decode=decode,
-        whole_prefill=float(whole[computes].min()),
+        whole_prefill=float(whole.min()),
     )
 
 
 def whole_prefill_seconds(load: Load, prompt: int) -> Seconds:
     """exec(x, 0), [instances]."""
-    return _prefill_seconds(load, prompt, np.zeros(len(load.lines), dtype=np.int64))[0]
+    asked = np.zeros((1, len(load.lines)), dtype=np.int64)
+    seconds: Seconds = _prefill_seconds(load, prompt, asked)[0]
+    return seconds
 
 
-def _prefill_seconds(load: Load, prompt: int, cached: IndexArray) -> tuple[Seconds, Seconds]:
-    """exec(x, 0) and exec(x, y), [instances] each."""
-    asked = np.zeros((2, len(cached)), dtype=np.int64)
+def _asked(
+    load: Load, prompt: int, cached: IndexArray, sources: list[tuple[int, int]]
+) -> IndexArray:
+    """Cached tokens with which prefills are predicted, [2 + sources, instances]: none, those
+    that are there, and those of each source."""
+    asked = np.zeros((2 + len(sources), len(cached)), dtype=np.int64)
     asked[1] = cached
+    for row, (_, tokens) in enumerate(sources, start=2):
+        asked[row] = _usable(np.full(1, tokens), load.block_tokens, prompt)
+    return asked
+
+
+def _prefill_seconds(load: Load, prompt: int, asked: IndexArray) -> Seconds:
+    """exec(x, y), [rows, instances] as asked."""
     seconds = np.empty(asked.shape)
     for group in load.cost_groups:
         at = group.slots
         seconds[:, at] = group.costs.prefill_seconds(prompt, asked[:, at])
     seconds *= load.prefill_factor
-    return seconds[0], seconds[1]
+    return seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,39 +287,30 @@ def _no_fetches(prefill: Seconds) -> Fetches:
 
 
 def _best_fetches(
-    load: Load,
-    roster: Roster,
-    request: PromptRequest,
-    cached: IndexArray,
-    prefill: Seconds,
-    slowed: Seconds,
+    load: Load, sources: list[tuple[int, int]], held: IndexArray, prefill: Seconds
 ) -> Fetches:
-    """For each instance the prefix worth pulling: it costs no more than it saves."""
-    sources = _sources(load, roster, request, cached)
+    """For each instance the prefix worth pulling: it costs no more than it saves.
+
+    `held` and `prefill` [1 + sources, instances]: tokens and seconds without, and with each.
+    """
+    alone = prefill[0]
     if not sources:
-        return _no_fetches(prefill)
-    prompt, slots = len(request.tokens), np.array([slot for slot, _ in sources])
-    held = np.array([tokens for _, tokens in sources])[:, None]
-    usable = _usable(np.broadcast_to(held, (len(slots), len(cached))), load.block_tokens, prompt)
-    extra = np.maximum(usable - cached, 0)
-    computed = np.empty(usable.shape)
-    for group in load.cost_groups:
-        of = group.slots
-        computed[:, of] = group.costs.prefill_seconds(prompt, usable[:, of])
-    computed *= load.prefill_factor * slowed
+        return _no_fetches(alone)
+    slots = np.array([slot for slot, _ in sources])
+    extra = np.maximum(held[1:] - held[0], 0)
     moved = _pull_seconds(load, slots, extra)
-    total = moved + computed
-    total[(extra == 0) | (total > prefill)] = _NEVER
+    total = moved + prefill[1:]
+    total[(extra == 0) | (total > alone)] = _NEVER
     best = total.argmin(axis=0)
-    at = best, np.arange(len(cached))
+    at = best, load.every
     pays = total[at] < _NEVER
     if not pays.any():
-        return _no_fetches(prefill)
+        return _no_fetches(alone)
     return Fetches(
         source=np.where(pays, slots[best], -1),
         tokens=extra[at] * pays,
         seconds=moved[at] * pays,
-        prefill=np.where(pays, computed[at], prefill),
+        prefill=np.where(pays, prefill[1:][at], alone),
     )
 
 
@@ -336,17 +338,17 @@ def _sources(
 
 def _pull_seconds(load: Load, slots: IndexArray, extra: IndexArray) -> Seconds:
     """Pulling `extra` [sources, instances] tokens from `slots` [sources]."""
-    pieces = -(-extra // load.block_tokens[slots][:, None])
-    near = load.host[slots][:, None] == load.host
+    pieces = -(-extra // load.block_tokens[slots, None])
+    near = load.near[slots]
     seconds = np.empty(extra.shape)
     groups = load.group[slots]
-    for number in set(groups.tolist()):
-        costs = load.cost_groups[number].costs
+    for number, group in enumerate(load.cost_groups):
+        # A slice copies nothing, and most often there is one group.
         rows = slice(None) if len(load.cost_groups) == 1 else groups == number
-        num_bytes = extra[rows] * costs.kv_bytes_per_token
+        num_bytes = extra[rows] * group.costs.kv_bytes_per_token
         shm, nixl = (
-            costs.transfer_seconds(num_bytes, pieces[rows], path) for path in ("shm", "nixl")
+            group.costs.transfer_seconds(num_bytes, pieces[rows], path) for path in ("shm", "nixl")
         )
         seconds[rows] = np.where(near[rows], shm, nixl)
-    seconds *= load.transfer_factor[slots][:, None]
+    seconds *= load.transfer_factor[slots, None]
     return seconds

@@ -141,7 +141,8 @@ class Load:
         hosts = {line.spec.host: None for line in lines}
         numbers = {host: at for at, host in enumerate(hosts)}
         self.host = np.array([numbers[line.spec.host] for line in lines], dtype=np.int64)
-        self.one_block_size = len({line.spec.block_tokens for line in lines}) <= 1
+        self.near = self.host[:, None] == self.host  # [instances, instances], on one host
+        self.every = np.arange(n)
         self.prefill_factor = np.ones(n)
         self.step_factor = np.ones(n)
         self.transfer_factor = np.ones(n)
