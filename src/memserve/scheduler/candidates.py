@@ -197,8 +197,9 @@ def _asked(
     that are there, and those of each source."""
     asked = np.zeros((2 + len(sources), len(cached)), dtype=np.int64)
     asked[1] = cached
-    for row, (_, tokens) in enumerate(sources, start=2):
-        asked[row] = _usable(np.full(1, tokens), load.block_tokens, prompt)
+    if sources:
+        held = np.array([[tokens] for _, tokens in sources])
+        asked[2:] = _usable(held, load.block_tokens, prompt)
     return asked
 
 
