@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from memserve.config import Caching
 from memserve.instance import kv_link, remote_prefill
 from memserve.instance.remote_prefill import RemotePrefill
 from memserve.pool.layout import KVLayout
+from memserve.transfer.base import Transport
 from memserve.transfer.faulty import Drop, Fail, Fault, FaultyTransport, listed
 from memserve.transfer.mempool import MakeTransports
 from memserve.transfer.shm import ShmTransport
@@ -193,10 +194,16 @@ async def test_leaving_while_the_prompt_is_queued_cancels_it(
 async def test_leaving_in_mid_transfer_stops_it(
     model: Path, expected: list[int], caching: Caching
 ) -> None:
-    async with pair(model, caching, transports=faulty(Drop())) as (p, d):
+    made: list[Transport] = []
+
+    def transports(owner: Owner, layout: KVLayout) -> Sequence[Transport]:
+        made.extend(faulty(Drop())(owner, layout))
+        return made
+
+    async with pair(model, caching, transports=transports) as (p, d):
         with d.instance.run(call_of(PROMPT, prefill=[p])):
-            await until(lambda: p.pool.peer_stats().outgoing == 1, "the transfer")
-            await until(lambda: d.pool.peer_stats().incoming == 1, "the transfer")
+            await until(lambda: any(each.in_flight for each in made), "a write")
+            assert d.pool.peer_stats().incoming == 1
         await nothing_is_left(caching, p, d)
         assert (await d.complete(*PROMPT, tokens=12, prefill=[p])).tokens == [expected]
 

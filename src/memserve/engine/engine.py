@@ -256,6 +256,7 @@ class Engine:
                 self._model.shape.eos_token_ids,
                 self._info.max_tokens,
                 command.at,
+                self._fenced(request.observer),
             )
             self._arrivals += 1
             self._scheduler.add(sequence)

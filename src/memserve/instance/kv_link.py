@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 
 from memserve.api.handoff import PoolPeer
 from memserve.config import Caching, TransferMode
-from memserve.errors import PeerLost, UnknownPeer
+from memserve.errors import PeerLost, PoolError, TransferError, TransferTimeout, UnknownPeer
+from memserve.instance.kv_stream import KVStream, ended
 from memserve.transfer.mempool import MemPool
-from memserve.transfer.pending import Transfer
 from memserve.transfer.session import LEASE
 from memserve.types import InstanceId, Namespace, TokenArray
+
+log = logging.getLogger(__name__)
 
 _ALL: TokenArray = np.empty(0, dtype=np.int32)
 # What has ended for us may still hold pins, or put KV into the index: a cancelled step or
@@ -70,6 +73,30 @@ class KVLink:
             self._peers.pop(peer.id, None)  # to be met anew the next time
             raise
 
+    async def stream(
+        self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace
+    ) -> KVStream:
+        """An observer for the prefill of `tokens`, which sends what is ready of it to a peer.
+
+        Its owner calls `deliver` when all is computed, and `close` in any case. Raises
+        TransferError where the peer cannot be reached.
+        """
+        await self.meet(peer)
+        return KVStream(self._pool, self._mode, peer, tokens, source, target)
+
+    async def deliver(self, stream: KVStream) -> Pushed:
+        """Publish at the peer what was computed. Raises as `push`."""
+        try:
+            sent = await stream.finish()
+            return Pushed(sent, stream.blocks - sent)
+        except (PeerLost, UnknownPeer, TransferTimeout):
+            self._peers.pop(stream.peer.id, None)
+            raise
+        except (TransferError, PoolError) as error:
+            # The peer had no room then, or the sequence lost its memory.
+            log.info("KV was not sent to %s while it was computed: %s", stream.peer.id, error)
+        return await self.push(stream.peer, stream.tokens, stream.source, stream.target)
+
     async def meet(self, peer: PoolPeer) -> None:
         """Connect to a peer, if that has not been done. Raises TransferError."""
         if self._peers.get(peer.id) != peer.address:
@@ -103,22 +130,6 @@ class KVLink:
             transfer = self._pool.transfer_with_insert(
                 peer.id, tokens[: match.tokens], match.refs, namespace=target, mode=self._mode
             )
-            await _ended(transfer)
+            await ended(transfer)
             transfer.result(0)
             return Pushed(transfer.sent, len(match.refs) - transfer.sent)
-
-
-async def _ended(transfer: Transfer) -> None:
-    """Returns when the transfer has ended, however. Cancelling this cancels the transfer."""
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-
-    def on_done() -> None:
-        loop.call_soon_threadsafe(ended.set)
-
-    transfer.on_done(on_done)
-    try:
-        await ended.wait()
-    except asyncio.CancelledError:
-        transfer.cancel()
-        raise

@@ -1,20 +1,23 @@
-"""The prefill side of a hand-over: compute a prompt, push its KV, answer with one token."""
+"""The prefill side of a hand-over: compute a prompt, send its KV, answer with one token."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import logging
+from dataclasses import replace
 
 from memserve.api.errors import internal, unavailable
 from memserve.api.generate import FinishReason
 from memserve.api.handoff import PrefillCall, PrefillResult, TokenScores
+from memserve.api.namespaces import is_private
 from memserve.clock import Clock
 from memserve.engine.request import EngineRequest, TokenOutput
 from memserve.errors import PoolError, TransferError
 from memserve.instance.dispatcher import Dispatcher
 from memserve.instance.fetch import Fetcher
 from memserve.instance.kv_link import KVLink, Pushed
+from memserve.instance.kv_stream import KVStream
 from memserve.instance.submission import Submission, token_array
 from memserve.types import RequestId, TokenArray
 
@@ -42,7 +45,7 @@ class Prefiller:
     async def run(self, call: PrefillCall) -> PrefillResult:
         """Raises ApiError where the prompt cannot be computed.
 
-        A push that fails is no error: the decode instance computes what it did not get.
+        KV that does not arrive is no error: the decode instance computes what it did not get.
         """
         # With what an instance that was lost had generated: its KV is wanted like the prompt's.
         tokens = token_array((*call.prompt, *call.output), "prompt")
@@ -52,11 +55,14 @@ class Prefiller:
             call.fetch, call.id, tokens, call.namespace, call.namespace
         )
         started = self._clock.now()
+        stream = await self._stream(call, tokens)
         try:
-            output = await self._compute(request)
+            output = await self._compute(replace(request, observer=stream))
             computed = self._clock.now()
-            pushed = await self._push(call, tokens)
+            pushed = await self._deliver(call, output, stream)
         finally:
+            if stream is not None:
+                stream.close()
             if call.ephemeral:
                 self._link.forget(call.namespace)
         return PrefillResult(
@@ -102,12 +108,34 @@ class Prefiller:
             raise unavailable("The instance stopped before the prefill was done.", "stopped")
         return output
 
-    async def _push(self, call: PrefillCall, tokens: TokenArray) -> Pushed:
+    async def _stream(self, call: PrefillCall, tokens: TokenArray) -> KVStream | None:
+        """What sends the KV while it is computed. None: nothing will be sent."""
+        last = len(call.output) + 1 >= call.sampling.max_tokens
+        if len(tokens) < self._link.block_tokens or (last and not _is_kept(call)):
+            return None
         try:
-            return await self._link.push(call.target, tokens, call.namespace, call.target_namespace)
+            return await self._link.stream(
+                call.target, tokens, call.namespace, call.target_namespace
+            )
+        except TransferError as error:
+            log.warning("%s: %s cannot be reached for KV: %s", call.id, call.target.id, error)
+            return None
+
+    async def _deliver(
+        self, call: PrefillCall, output: TokenOutput, stream: KVStream | None
+    ) -> Pushed:
+        if stream is None or (output.stop_token is not None and not _is_kept(call)):
+            return Pushed()
+        try:
+            return await self._link.deliver(stream)
         except (TransferError, PoolError) as error:
             log.warning("%s: KV did not reach %s: %s", call.id, call.target.id, error)
             return Pushed()
+
+
+def _is_kept(call: PrefillCall) -> bool:
+    """Whether the decode instance has a use for the KV when the answer is over."""
+    return not is_private(call.target_namespace)
 
 
 def _scores(output: TokenOutput) -> TokenScores | None:
