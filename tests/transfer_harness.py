@@ -32,15 +32,15 @@ def two_pools(blocks: int = 32, **options: object) -> Iterator[tuple[MemPool, Me
             quiet(pool)
 
 
-def kv_blocks(count: int, seed: int = 0) -> torch.Tensor:
+def kv_blocks(count: int, seed: int = 0, layout: KVLayout = LAYOUT) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, *LAYOUT.block_shape, generator=generator)
+    return torch.randn(count, *layout.block_shape, generator=generator)
 
 
 def filled(pool: MemPool, count: int, seed: int = 0) -> RefArray:
     """Allocated blocks with the bytes of `kv_blocks`."""
     refs = pool.alloc_mem(count)
-    pool.write(refs, kv_blocks(count, seed))
+    pool.write(refs, kv_blocks(count, seed, pool.layout))
     return refs
 
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zmq
 
-from memserve import MemPool
+from memserve import Medium, MemPool
+from memserve.clock import ManualClock
 from memserve.errors import OutOfBlocks, PeerLost, StaleBlock, TransferError
-from memserve.types import RefArray
+from memserve.transfer.base import HostId, PoolRegions
+from memserve.transfer.messages import Prepare
+from memserve.transfer.process import ProcessTag
+from memserve.transfer.session import FORSAKE, LEASE
+from memserve.transfer.wire import Hello, encode, header
+from memserve.types import Epoch, InstanceId, Owner, RefArray
 from tests.transfer_child import BLOCKS, Child
 from tests.transfer_harness import (
     LAYOUT,
@@ -119,3 +126,33 @@ def _sent(pool: MemPool, source: RefArray) -> bool:
     except TransferError:
         return False
     return True
+
+
+def test_blocks_of_a_host_that_is_never_heard_of_again_come_back() -> None:
+    """Nobody says that it has died. Protects: not sooner than TCP has given it up."""
+    clock = ManualClock()
+    lost = Owner(InstanceId("lost"), Epoch(1))
+    elsewhere = ProcessTag("another kernel", 0, 1, 1)
+    memory = PoolRegions(LAYOUT, HostId("another kernel", 0), ())
+    prepare = Prepare(1, 5, Medium.HBM)
+    with (
+        MemPool(LAYOUT, BLOCKS, instance="b", clock=clock) as b,
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as socket,
+    ):
+        socket.connect(b.serve(LOCAL))
+        for message, receiver in (
+            (Hello(False, elsewhere, memory, ()), 0),
+            (prepare, b.owner.epoch),
+        ):
+            body = encode(lost, Epoch(receiver), message)
+            socket.send_multipart([header(LAYOUT), body])
+        eventually(lambda: b.stats().hbm.active == 5, "the Prepare")
+        clock.advance(LEASE)
+        eventually(lambda: b.peer_stats().quarantined == 5, "the end of the lease")
+        clock.advance(FORSAKE - 2 * LEASE)
+        b.peer_stats()  # answered by the thread that looks at its clock
+        assert b.peer_stats().quarantined == 5
+        clock.advance(2 * LEASE)
+        eventually(lambda: b.stats().hbm.active == 0, "that it is forsaken")
+        quiet(b)

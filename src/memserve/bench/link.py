@@ -66,6 +66,13 @@ class EmulatedLink:
             self._cleanup = made.pop_all()
         return self
 
+    def cut(self) -> None:
+        """Nothing gets through any more, and nobody is told."""
+        _run("ip", "-n", self.far.namespace, "link", "set", _DEVICE, "down")
+
+    def mend(self) -> None:
+        _run("ip", "-n", self.far.namespace, "link", "set", _DEVICE, "up")
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

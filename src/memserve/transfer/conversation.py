@@ -120,6 +120,10 @@ class Conversation:
         """Once a heartbeat."""
         for owner in self.peers.ended():
             self.on_over(owner, now)
+        for owner in self.table.forsaken(now):
+            if not self.peers.sees(owner):
+                self.peers.sever(owner)
+                self.perform(self.table.forsake(owner, now), now)
         self.say_to_all(Beat(answer=True))
         self.introductions.greet_the_lost()
         self.receiver.prune()

@@ -106,6 +106,13 @@ class Peers:
             self.forget(owner)
         return over
 
+    def sees(self, owner: Owner) -> bool:
+        """Whether `ended` would tell of the end of this life."""
+        peer = self._by_instance.get(owner.instance)
+        if peer is not None and peer.life is not None and peer.life.owner == owner:
+            return is_visible(peer.life.process)
+        return owner in self._watched
+
     def drop(self, owner: Owner) -> None:
         """Do not write to this life any more."""
         for transport in self._transports:

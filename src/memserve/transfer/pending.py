@@ -40,7 +40,9 @@ class Transfer:
         return self._outcome.done()
 
     def result(self, timeout: float | None = None) -> RefArray:
-        """`refs`, when every byte is there (and published). Raises TransferTimeout after
+        """`refs`, when every byte is there (and published); the source blocks are no longer
+        pinned then. After a failure they are until what was being written has drained, which
+        `cancel` and the peer's death do not wait for. Raises TransferTimeout after
         `timeout` seconds, and the transfer goes on; TransferCancelled; PeerLost; OutOfBlocks
         and other errors of the peer's pool; TransferError."""
         try:

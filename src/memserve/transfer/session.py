@@ -19,8 +19,9 @@ Abort, from any state of S before ENDED (cancelled, a write failed, deadline, D 
     ENDED      <-------------------------- Aborted --   ENDED
 
 D gives up (S silent, or told to): QUARANTINED, and it asks Query(stop) until S has drained.
-D never frees blocks that S may write to because of time alone, but for one of these reasons:
-S said drained (Abort YES or SEVERED; a Commit says it too), or S's life is over (`on_gone`).
+D never frees blocks that S may write to because of a lapsed lease, but for one of these reasons:
+S said drained (Abort YES or SEVERED; a Commit says it too); S's life is over (`on_gone`); or S is
+on another host and has been silent for `FORSAKE`, by when TCP has given its connections up.
 
 What makes lost, repeated and late messages harmless:
 - S repeats Prepare, Commit and Abort until they are answered; D repeats Query.
@@ -52,6 +53,10 @@ RETRY_FIRST = 0.25
 RETRY_MAX = 2.0
 DEADLINE = 60.0
 REMEMBER = DEADLINE + 2 * LEASE
+# Of a host that has died nobody says that it is gone. The kernel gives up a TCP connection whose
+# other side is not there after 16 minutes at most (UCX, by its own probes, after 16 s); blocks
+# that such a silent peer of another host might write to come back after this.
+FORSAKE = 1200.0
 
 
 class Lease:
@@ -67,6 +72,9 @@ class Lease:
 
     def lapsed(self, now: float) -> bool:
         return now - self.heard >= LEASE
+
+    def forsaken(self, now: float) -> bool:
+        return now - self.heard >= FORSAKE
 
 
 # --- actions --------------------------------------------------------------------------------
@@ -103,7 +111,9 @@ class CancelWrites:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """S: tell the caller, once. `words`: all blocks at D from number `have` on, or all."""
+    """S: tell the caller, once; behind the Release, unless writes still drain.
+
+    `words`: all blocks at D from number `have` on, or all."""
 
     failure: Failure | None
     words: bytes = b""

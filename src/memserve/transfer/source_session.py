@@ -139,10 +139,10 @@ class SourceSession:
         if self.state is SourceState.ENDED:
             return []
         if self.state is not SourceState.ABORTING:
-            failure = Failure("PeerLost", "the destination is gone")
-            actions: Actions = [Finish(failure)]
-            if self._writing:
-                actions.append(CancelWrites())
+            finish = Finish(Failure("PeerLost", "the destination is gone"))
+            actions: Actions = (
+                [finish, CancelWrites()] if self._writing else [*self._release(), finish]
+            )
         else:
             actions = []
         self.state = SourceState.ABORTING
@@ -239,7 +239,7 @@ class SourceSession:
         self._deadline = float("inf")
         self._retry.start(now)
         if not self._writing:
-            return [Finish(failure), *self._all_drained(now)]
+            return [*self._release(), Finish(failure), *self._all_drained(now)]
         return [Finish(failure), CancelWrites(), Send(self._abort_message())]
 
     def _all_drained(self, now: float) -> Actions:
@@ -262,7 +262,7 @@ class SourceSession:
         self._retry.stop()
         self._deadline = float("inf")
         actions: Actions = [] if finish is None else [finish]
-        return [*actions, *self._release(), Forget()]
+        return [*self._release(), *actions, Forget()]
 
     def _release(self) -> Actions:
         if self._released:

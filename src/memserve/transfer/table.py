@@ -134,6 +134,26 @@ class SessionTable:
                 done += steps(owner, destination, destination.on_gone(now))
         return done
 
+    def forsaken(self, now: float) -> set[Owner]:
+        """Lives silent for so long that, if they are of another host, nothing of theirs can be
+        on its way; only such as have blocks in quarantine here."""
+        return {
+            peer
+            for peer, number in self._active
+            if self._destinations[peer, number].state is DestinationState.QUARANTINED
+            and self._lease(peer, now).forsaken(now)
+        }
+
+    def forsake(self, peer: Owner, now: float) -> Steps:
+        """Take back what is in quarantine because of a life. If it comes back all the same, it
+        finds its transfers aborted."""
+        done: Steps = []
+        for owner, number in list(self._active):
+            destination = self._destinations[owner, number]
+            if owner == peer and destination.state is DestinationState.QUARANTINED:
+                done += steps(owner, destination, destination.on_gone(now))
+        return done
+
     def forget(self, peer: Owner, session: Session) -> None:
         """The session has ended."""
         if isinstance(session, SourceSession):
