@@ -247,7 +247,18 @@ class Instance:
         if served.prefiller is None:
             raise self._no_link()
         with self._counted():
-            return await served.prefiller.run(call)
+            result = await served.prefiller.run(call)
+        log.info(
+            "%s: prefill for %s, %d of %d tokens cached, %d blocks fetched, %d sent, %d were there",
+            call.id,
+            call.target.id,
+            result.cached_tokens,
+            len(call.prompt),
+            result.blocks_fetched,
+            result.blocks_sent,
+            result.blocks_spared,
+        )
+        return result
 
     async def push(self, call: PushCall) -> PushResult:
         """Give another instance KV from the index. Raises ApiError."""
