@@ -20,7 +20,14 @@ from memserve.api.generate import CallKind, GenerateCall, PrefillPeer, SamplingP
 from memserve.api.serving import Shutdown, bind, serve, url_of
 from memserve.api.status import FetchTotals, HandoffTotals
 from memserve.clock import MonotonicClock
-from memserve.config import CacheConfig, Caching, ClusterConfig, InstanceConfig, ModelConfig
+from memserve.config import (
+    CacheConfig,
+    Caching,
+    ClusterConfig,
+    InstanceConfig,
+    ModelConfig,
+    TransferMode,
+)
 from memserve.engine.engine import Engine
 from memserve.instance import build
 from memserve.instance.instance import Identity, Instance, Run
@@ -103,11 +110,14 @@ class Node:
 
     async def complete(self, *prompt: int, **options: Any) -> Completion:
         """Have it answer, and wait for what follows the answer."""
-        call = call_of(prompt, **options)
-        with self.instance.run(call) as run:
-            completion = await completed(run)
+        completion = await self.answer(*prompt, **options)
         await self.settled()
         return completion
+
+    async def answer(self, *prompt: int, **options: Any) -> Completion:
+        """Have it answer; others may be answered meanwhile."""
+        with self.instance.run(call_of(prompt, **options)) as run:
+            return await completed(run)
 
     async def settled(self) -> None:
         """Until no sequence runs and no block is held, for a sequence or a peer."""
@@ -173,6 +183,7 @@ async def node(
     *,
     name: str | None = None,
     transports: MakeTransports | None = None,
+    mode: TransferMode = "by-request-agg",
     hbm_blocks: int = 128,
     **settings: Any,
 ) -> AsyncIterator[Node]:
@@ -180,7 +191,7 @@ async def node(
     identity = Identity(InstanceId(name or f"{role}-{next(_ids)}"), Epoch(next(_ids)), role, "tiny")
     config = ClusterConfig(
         model=ModelConfig(path=str(model), dtype="float32", device="cpu"),
-        cache=CacheConfig(caching=caching),
+        cache=CacheConfig(caching=caching, mode=mode),
     )
     own = InstanceConfig(
         role=role,
