@@ -36,10 +36,12 @@ caching = "{caching}"
 mode = "{mode}"
 [[instance]]
 role = "prefill"
+profile = "off"
 hbm_blocks = 14
 dram_blocks = 6
 [[instance]]
 role = "decode"
+profile = "off"
 hbm_blocks = 14
 dram_blocks = 6
 """

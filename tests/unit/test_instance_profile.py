@@ -25,6 +25,7 @@ from memserve.engine.batch import BatchLimits
 from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import Model
 from memserve.errors import ConfigError, ProfileError
+from memserve.instance import profile as profile_module
 from memserve.instance.instance import Identity, Instance, Parts
 from memserve.instance.probe import EngineProbe
 from memserve.instance.profile import PLANS, QUICK, ProfilePlan, Profiler
@@ -113,8 +114,12 @@ def test_what_does_not_fit_the_time_is_left_out(tiny: tuple[Model, Path]) -> Non
 
 
 def test_a_first_start_measures_and_the_next_one_reads(
-    engine: ProfiledEngine, store: ProfileStore, caplog: pytest.LogCaptureFixture
+    engine: ProfiledEngine,
+    store: ProfileStore,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(profile_module, "seconds_waited", lambda: 0.0)
     caplog.set_level(logging.INFO)
     first = instance_profile(engine, "auto", store)
     assert first.effort == "quick"
@@ -127,6 +132,16 @@ def test_a_first_start_measures_and_the_next_one_reads(
     assert (seconds > 0).all()
     assert (seconds < 5).all()
     assert float(first.costs.transfer_seconds(10**6, 16, "shm")) > 0
+
+
+def test_a_busy_machine_is_measured_again_the_next_time(
+    engine: ProfiledEngine, store: ProfileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = iter([0.0, 1e6] * 2)
+    monkeypatch.setattr(profile_module, "seconds_waited", lambda: next(waits))
+    assert instance_profile(engine, "auto", store).effort == "quick"
+    assert store.load(engine.subject) is None
+    assert instance_profile(engine, "auto", store).effort == "quick"
 
 
 def test_without_a_measurement_a_typical_machine_is_assumed(

@@ -17,6 +17,7 @@ from memserve.scheduler.architecture import GEMMA3_270M, read_architecture
 from memserve.scheduler.compute import Measured
 from memserve.scheduler.cost_model import AttentionCost, CostModel, LinkCost
 from memserve.scheduler.fit import ArchitectureLevel, fit_costs, relative_errors
+from memserve.scheduler.hardware import HARDWARE, cores, derive
 from memserve.scheduler.least_squares import fit_relative, non_negative
 from memserve.scheduler.measurements import (
     DecodePoint,
@@ -140,6 +141,31 @@ def test_one_step_size_is_no_measurement(
 ) -> None:
     with pytest.raises(ProfileError, match="at least two are needed"):
         fit_costs(measured(prefill, decode), GEMMA3_270M, LIMIT)
+
+
+def test_what_was_not_measured_follows_a_typical_machine() -> None:
+    """Two small points of each kind: nothing of contexts, nothing of large steps."""
+    points = measured(((1, 0), (64, 0)), ((1, 64), (8, 64)))
+    typical = derive(cores(HARDWARE["cpu"], 1), GEMMA3_270M, LIMIT)
+    alone = fit_costs(points, GEMMA3_270M, LIMIT)
+    leaning = fit_costs(points, GEMMA3_270M, LIMIT, typical)
+    for costs in (alone, leaning):
+        assert float(costs.prefill_seconds(64, 0)) == pytest.approx(
+            float(TRUTH.prefill_seconds(64, 0)), rel=0.1
+        )
+    assert float(alone.decode_step_seconds(8, 50_000)) < 0.2
+    assert float(leaning.decode_step_seconds(8, 50_000)) > float(
+        leaning.decode_step_seconds(8, 1000)
+    )
+    assert np.median(errors(leaning)) < np.median(errors(alone))
+
+
+def test_measured_points_win_over_a_typical_machine() -> None:
+    typical = derive(cores(HARDWARE["cpu"], 16), GEMMA3_270M, LIMIT)
+    points = measured(QUICK.prefill, QUICK.decode)
+    found = errors(fit_costs(points, GEMMA3_270M, LIMIT, typical))
+    assert np.median(found) < 0.1
+    assert np.percentile(found, 95) < 0.25
 
 
 def test_a_path_that_was_not_measured_has_a_cost_nevertheless() -> None:

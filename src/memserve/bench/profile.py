@@ -15,7 +15,7 @@ from rich.table import Table
 from memserve.bench.profile_cli import ProfileConfig
 from memserve.bench.scatter import Series, scatter_svg
 from memserve.errors import ConfigError
-from memserve.instance.profiling import ProfiledEngine, take_measurements
+from memserve.instance.profiling import MOST_WAITED, ProfiledEngine, take_measurements
 from memserve.scheduler.cost_model import CostModel
 from memserve.scheduler.fit import ArchitectureLevel, fit_costs, relative_errors
 from memserve.scheduler.measurements import Measurements, PrefillPoint
@@ -82,6 +82,11 @@ def run_profile(
     profile = make_profile("full", subject, costs)
     path = store.save(profile)
     progress(f"stored in {path}")
+    if measured.waited > MOST_WAITED:
+        progress(
+            f"the machine was busy: threads waited for cores for {measured.waited:.0%} of the "
+            "time; measure again when it is not"
+        )
     checked: tuple[CheckedPoint, ...] = ()
     if points:
         checked = _check(costs, ArchitectureLevel(measured.prefill, subject.architecture), points)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from memserve.engine.engine import Engine
 from memserve.errors import TransferError
 from memserve.instance.probe import EngineProbe
 from memserve.pool.layout import KVLayout
-from memserve.scheduler.contract import Path
+from memserve.scheduler.contract import Path as TransferPath
 from memserve.scheduler.measurements import (
     DecodePoint,
     Measurements,
@@ -36,6 +37,7 @@ _STEPS = 3
 _WARM_TOKENS = 64
 _TRANSFERS = 5  # of each size
 _FAR = "profile-far"
+_INSTANT = 1e-9
 _TRANSFER_SECONDS = 30.0  # a scratch pool that does not answer is broken
 
 
@@ -53,7 +55,7 @@ class ProfilePlan:
 
 
 QUICK = ProfilePlan(
-    prefill=((1, 0), (256, 0), (64, 4096), (1024, 0), (64, 0), (256, 2048)),
+    prefill=((1, 0), (64, 0), (256, 0), (64, 4096), (1024, 0), (256, 2048)),
     decode=((1, 64), (8, 64), (8, 512), (16, 256)),
     blocks=(1, 16),
     rounds=1,
@@ -122,7 +124,9 @@ class Profiler:
         prefill = _Times(self._fitting_prefills(plan.prefill))
         decode = _Times(self._fitting_decodes(plan.decode, most_sequences))
         others = _Times((x - c // block * block, c // block * block) for x, c in held_out)
-        end = self._clock.now() + plan.seconds
+        begin = self._clock.now()
+        end = begin + plan.seconds
+        waited = seconds_waited()
         with EngineProbe(self._engine) as probe:
             # Kernels are chosen and pages are touched the first time.
             probe.prefill(min(_WARM_TOKENS, probe.longest_prompt), 0)
@@ -150,6 +154,7 @@ class Profiler:
                 DecodePoint(s, s * (context + 1 + _STEPS // 2), _middle(times))
                 for (s, context), times in decode.taken.items()
             ),
+            waited=(seconds_waited() - waited) / max(self._clock.now() - begin, _INSTANT),
         )
         return measured, _prefill_points(others)
 
@@ -189,8 +194,24 @@ class Profiler:
                 yield there, min(context, longest)
 
 
+def seconds_waited() -> float:
+    """For how long threads of this process have waited for a core so far, in all; 0.0 where the
+    kernel does not say."""
+    nanoseconds = 0
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            nanoseconds += int(task.read_text().split()[1])
+        except OSError:
+            continue  # a thread that has ended
+    return nanoseconds * 1e-9
+
+
 def measure_transfers(
-    layout: KVLayout, device: str, paths: Sequence[Path], blocks: Sequence[int], progress: Progress
+    layout: KVLayout,
+    device: str,
+    paths: Sequence[TransferPath],
+    blocks: Sequence[int],
+    progress: Progress,
 ) -> tuple[TransferPoint, ...]:
     """Times between two small pools of this process, by every path that works here."""
     points: list[TransferPoint] = []
@@ -204,7 +225,7 @@ def measure_transfers(
 
 
 def _time_path(
-    layout: KVLayout, device: str, path: Path, blocks: Sequence[int]
+    layout: KVLayout, device: str, path: TransferPath, blocks: Sequence[int]
 ) -> list[TransferPoint]:
     most = max(blocks)
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import msgspec
 import torch
 
 from memserve.clock import MonotonicClock
@@ -39,6 +40,9 @@ log = logging.getLogger(__name__)
 # What a GPU that no figures are known of is taken for.
 _TYPICAL_GPU = "a100"
 _MOST_WAITING = 64  # more than any plan submits at once
+# Of the time of a measurement that its threads may wait for a core: with more, what else runs on
+# the machine was measured too. OpenMP's threads spin for each other, which multiplies it.
+MOST_WAITED = 0.15
 # Of the pool that is measured on: contexts get shorter where a token's KV is large.
 _POOL_BYTES = 1 << 30
 _FEWEST_TOKENS = 1024
@@ -98,24 +102,24 @@ def instance_profile(engine: ProfiledEngine, mode: Profiling, store: ProfileStor
             return default_profile(subject)
         log.info("cost model: measuring this instance, for a few seconds and only once")
         try:
-            profile = measure_profile(engine, subject, "quick", log.info)
+            measured, _ = take_measurements(engine, "quick", log.info)
+            like = default_profile(subject).costs
+            costs = fit_costs(measured, subject.architecture, subject.max_batch_tokens, like)
         except (ProfileError, ProbeFailed, OutOfBlocks, SharedMemoryFull) as error:
             log.warning("the instance was not measured: %s", error)
             return default_profile(subject)
+        profile = make_profile("quick", subject, costs)
+        if measured.waited > MOST_WAITED:
+            log.warning(
+                "the machine was busy, so the profile is not kept: 'memserve profile' measures a "
+                "better one when it is not"
+            )
+            return profile
         try:
             log.info("cost model: stored in %s", store.save(profile))
         except OSError as error:
             log.warning("the profile was not stored: %s", error)
         return profile
-
-
-def measure_profile(
-    engine: ProfiledEngine, subject: Subject, effort: Effort, progress: Progress
-) -> Profile:
-    """Measure and fit. Raises ProfileError, ProbeFailed, OutOfBlocks, SharedMemoryFull."""
-    measured, _ = take_measurements(engine, effort, progress)
-    costs = fit_costs(measured, subject.architecture, subject.max_batch_tokens)
-    return make_profile(effort, subject, costs)
 
 
 def take_measurements(
@@ -143,7 +147,7 @@ def take_measurements(
     transfers = measure_transfers(
         engine.layout, str(engine.model.device), paths, plan.blocks, progress
     )
-    return Measurements(measured.prefill, measured.decode, transfers), others
+    return msgspec.structs.replace(measured, transfer=transfers), others
 
 
 def default_profile(subject: Subject) -> Profile:

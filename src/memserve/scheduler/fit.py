@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from memserve.errors import ProfileError
 from memserve.scheduler.architecture import Architecture
 from memserve.scheduler.compute import Measured
+from memserve.scheduler.contract import Costs
 from memserve.scheduler.cost_model import (
     AttentionCost,
     CostModel,
@@ -31,20 +33,30 @@ _TOKEN_KNOTS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # A masked step computes the pairs that its mask hides as well, and so do the tiles of a sliding
 # window: two for each one that counts.
 _HIDDEN = 2.0
+# Of a point that was not measured, against one that was: enough where there is nothing else.
+_IMAGINED_WEIGHT = 1e-3
 # Over a network, until that has been measured: a 10 Gbit/s link.
 _UNMEASURED = LinkCost(2e-3, 1 / 1.1e9, 20e-6)
 
 
 def fit_costs(
-    measured: Measurements, architecture: Architecture, max_batch_tokens: int
+    measured: Measurements,
+    architecture: Architecture,
+    max_batch_tokens: int,
+    like: Costs | None = None,
 ) -> CostModel:
     """The cost model nearest to the measurements, by relative error.
 
-    Few points are enough: what they cannot tell apart shares a coefficient. Raises ProfileError
+    Few points are enough: what they cannot tell apart shares a coefficient, and where there are
+    none the curves of `like` are followed, at the measured points' speed. Raises ProfileError
     for less than two prefills or decode steps of different sizes.
     """
-    prefill, prompt, attention = _fit_prefill(measured.prefill, architecture, max_batch_tokens)
-    decode, in_full, in_window = _fit_decode(measured.decode, architecture)
+    prefills, decodes = _Weighed(measured.prefill), _Weighed(measured.decode)
+    if like is not None and measured.prefill and measured.decode:
+        prefills.lean_on(_imagined_prefills(like, measured.prefill, max_batch_tokens))
+        decodes.lean_on(_imagined_decodes(like, measured.decode))
+    prefill, prompt, attention = _fit_prefill(prefills, architecture, max_batch_tokens)
+    decode, in_full, in_window = _fit_decode(decodes, architecture)
     shm = _fit_link([p for p in measured.transfer if p.path == "shm"])
     nixl = _fit_link([p for p in measured.transfer if p.path == "nixl"])
     pair, masked, context, window, gather = attention
@@ -67,12 +79,62 @@ def fit_costs(
 
 
 _Knots = tuple[tuple[int, float], ...]
+_Point = TypeVar("_Point", PrefillPoint, DecodePoint)
+
+
+class _Weighed(Generic[_Point]):
+    """Points, and how much each counts."""
+
+    def __init__(self, points: Sequence[_Point]) -> None:
+        self.points: list[_Point] = list(points)
+        self.measured = len(points)  # the first ones
+        self.weights = [1.0] * len(points)
+
+    def lean_on(self, imagined: Sequence[_Point]) -> None:
+        self.points += imagined
+        self.weights += [_IMAGINED_WEIGHT] * len(imagined)
+
+
+def _imagined_prefills(
+    like: Costs, measured: Sequence[PrefillPoint], limit: int
+) -> list[PrefillPoint]:
+    prompt = np.array([p.prompt_tokens for p in measured])
+    cached = np.array([p.cached_tokens for p in measured])
+    ratios = np.array([p.seconds for p in measured]) / like.prefill_seconds(prompt, cached)
+    wanted = [(n, 0) for n in (1, 64, 256, 1024, 4096) if n <= 2 * limit]
+    wanted += [(64, 4096), (512, 4096)]
+    return [
+        PrefillPoint(n + c, c, speed * float(like.prefill_seconds(n + c, c)))
+        for n, c in wanted
+        for speed in [_nearby(n, prompt - cached, ratios)]
+    ]
+
+
+def _imagined_decodes(like: Costs, measured: Sequence[DecodePoint]) -> list[DecodePoint]:
+    sequences = np.array([p.sequences for p in measured])
+    context = np.array([p.context_tokens for p in measured])
+    ratios = np.array([p.seconds for p in measured])
+    ratios = ratios / like.decode_step_seconds(sequences, context)
+    wanted = [(s, s * length) for s in (1, 8, 32) for length in (64, 2048)]
+    return [
+        DecodePoint(s, c, speed * float(like.decode_step_seconds(s, c)))
+        for s, c in wanted
+        for speed in [_nearby(s, sequences, ratios)]
+    ]
+
+
+def _nearby(size: int, sizes: NDArray[np.int64], ratios: NDArray[np.float64]) -> float:
+    """What is measured over what is typical for steps of about a size: a machine may be as fast
+    as usual with memory and much faster with arithmetic."""
+    order = np.argsort(sizes, kind="stable")
+    return float(np.interp(np.log(size), np.log(sizes[order]), ratios[order]))
 
 
 def _fit_prefill(
-    points: Sequence[PrefillPoint], model: Architecture, limit: int
+    weighed: _Weighed[PrefillPoint], model: Architecture, limit: int
 ) -> tuple[_Knots, float, tuple[float, float, float, float, float]]:
     """The curve over step sizes, seconds per prompt, and attention's coefficients."""
+    points = weighed.points
     cached = np.array([p.cached_tokens for p in points], dtype=np.int64)
     prompt = np.array([p.prompt_tokens for p in points], dtype=np.int64)
     n = prompt - cached
@@ -92,28 +154,33 @@ def _fit_prefill(
         windowed *= model.window_layers
     gather = full * (cached * steps.steps + np.where(behind, first, 0) + steps.gathered)
     pairs = [causal, _HIDDEN * masked + context, _HIDDEN * windowed]
-    columns = pairs if len(points) > len(knots) + 6 else [np.sum(pairs, axis=0)]
+    columns = pairs if weighed.measured > len(knots) + 6 else [np.sum(pairs, axis=0)]
     # Only prompts of several steps tell what is once per prompt from what is once per step.
     once = np.where((steps.steps > 1).any(), np.ones(len(points)), 0.0)
     matrix = np.column_stack([curve, once, *columns, gather])
-    found = fit_relative(matrix, np.array([p.seconds for p in points])).tolist()
+    found = fit_relative(
+        matrix, np.array([p.seconds for p in points]), np.array(weighed.weights)
+    ).tolist()
     increments, (constant, *costs, read) = found[: len(knots)], found[len(knots) :]
     pair, behind_pair, window = costs if len(costs) > 1 else costs * 3
     attention = (pair, _HIDDEN * behind_pair, behind_pair, _HIDDEN * window, read)
     return _curve(knots, increments), constant, attention
 
 
-def _fit_decode(points: Sequence[DecodePoint], model: Architecture) -> tuple[_Knots, float, float]:
+def _fit_decode(weighed: _Weighed[DecodePoint], model: Architecture) -> tuple[_Knots, float, float]:
     """The curve over sequences, and seconds per token of context in a layer of either kind."""
+    points = weighed.points
     sequences = np.array([p.sequences for p in points], dtype=np.int64)
     context = np.array([p.context_tokens for p in points], dtype=np.int64)
     knots = _knots(sequences, sorted(set(sequences.tolist())), None)
     in_window = model.window_layers * np.minimum(context, sequences * model.window)
     attention = [model.full_layers * context, in_window]
-    if len(points) <= len(knots) + 2:
+    if weighed.measured <= len(knots) + 2:
         attention = [attention[0] + attention[1]]
     matrix = np.column_stack([_hats(sequences, knots), *attention])
-    found = fit_relative(matrix, np.array([p.seconds for p in points])).tolist()
+    found = fit_relative(
+        matrix, np.array([p.seconds for p in points]), np.array(weighed.weights)
+    ).tolist()
     per_token = found[len(knots) :]
     return _curve(knots, found[: len(knots)]), per_token[0], per_token[-1]
 

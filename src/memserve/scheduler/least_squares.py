@@ -14,19 +14,21 @@ _ROUNDS = 5
 _TOLERANCE = 1e-10
 
 
-def fit_relative(features: Matrix, seconds: Vector) -> Vector:
+def fit_relative(features: Matrix, seconds: Vector, weights: Vector | None = None) -> Vector:
     """Coefficients >= 0 [columns] with least relative error of `features` [points, columns] @
-    coefficients against `seconds` [points] > 0. Outliers count linearly, not squared.
+    coefficients against `seconds` [points] > 0. Outliers count linearly, not squared; `weights`
+    [points] are of the squares.
     """
     scaled = features / seconds[:, None]
     ones = np.ones(len(seconds))
-    weights = ones
+    given = ones if weights is None else weights
+    pull = given
     coefficients = np.zeros(features.shape[1])
     for _ in range(_ROUNDS):
-        root = np.sqrt(weights)
+        root = np.sqrt(pull)
         coefficients = non_negative(scaled * root[:, None], ones * root)
         off = np.abs(scaled @ coefficients - 1)
-        weights = _HUBER / np.maximum(off, _HUBER)
+        pull = given * _HUBER / np.maximum(off, _HUBER)
     return coefficients
 
 

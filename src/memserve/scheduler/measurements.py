@@ -44,3 +44,6 @@ class Measurements(msgspec.Struct, frozen=True):
     prefill: tuple[PrefillPoint, ...] = ()
     decode: tuple[DecodePoint, ...] = ()
     transfer: tuple[TransferPoint, ...] = ()
+    # Of the time of prefills and decode steps, how much their threads waited for a core that
+    # something else had. Such times are not the instance's own.
+    waited: Annotated[float, Meta(ge=0)] = 0.0
