@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from memserve.scheduler.contract import Path, PromptRequest, Seconds
 from memserve.scheduler.load import Load
@@ -51,6 +50,7 @@ class Roster:
         kinds = zip(self.pair_group.tolist(), self.pair_near.tolist(), strict=True)
         self.transfer_kinds = sorted(set(kinds))
         self.decode = np.array(decode, dtype=np.int64)
+        self.computing = np.unique(self.computes)
         # As roles are meant: a decode instance computes prompts only where nobody else does.
         self.answering = colocated + (decode or self.prefill)
         self.usual = np.ones(len(self.answers), dtype=bool)
@@ -220,26 +220,19 @@ class _Steps:
     now: Seconds
     before: Seconds
     after: Seconds
-    running: NDArray[np.float64]
-    batch: NDArray[np.float64]
 
     @classmethod
     def predict(cls, load: Load, context_tokens: float) -> _Steps:
-        running, batch, context = load.running(), load.batch(), load.batch_context()
-        sequences, contexts, seconds = np.empty((3, 3, len(batch)))
-        sequences[0], sequences[1], sequences[2] = running, batch, batch + 1.0
-        contexts[0] = context * running / np.maximum(batch, 1.0)
-        contexts[1], contexts[2] = context, context + context_tokens
-        # Beyond what fits into a batch, sequences wait and do not slow it down.
-        full = np.minimum(1.0, load.max_running / np.maximum(sequences, 1.0))
-        sequences *= full
-        contexts *= full
+        contexts = load.step_contexts.copy()
+        contexts[2] += context_tokens
+        seconds = np.empty(contexts.shape)
         for group in load.cost_groups:
             at = group.slots
-            seconds[:, at] = group.costs.decode_step_seconds(sequences[:, at], contexts[:, at])
-        seconds[:2] *= sequences[:2] > 0
+            seconds[:, at] = group.costs.decode_step_seconds(
+                load.step_sequences[:, at], contexts[:, at]
+            )
         seconds *= load.step_factor
-        return cls(seconds[0], seconds[1], seconds[2], running, batch)
+        return cls(seconds[0], seconds[1], seconds[2])
 
     def prefill_slowdown(self, load: Load, prompt: int, whole: Seconds) -> Seconds:
         """How many times longer a prefill takes because each chunk's step decodes too."""
@@ -251,18 +244,16 @@ class _Steps:
     def decode_seconds(self, load: Load, output: int) -> tuple[Seconds, Seconds]:
         """Of the answer, with what it costs the answers beside it; and the time until a full
         batch has room."""
-        others = np.maximum(self.batch, 1.0)
-        remaining = load.batch_output() / (2.0 * others)  # half of theirs is behind them
         decode = (output - 1) * self.after
         slower = np.maximum(self.after - self.before, 0.0)
-        decode += self.batch * np.minimum(remaining, output) * slower
-        excess = np.maximum(self.batch + 1.0 - load.max_running, 0.0)
-        wait = excess / load.max_running * remaining * self.before
-        return decode, wait
+        slower *= load.batch
+        slower *= np.minimum(load.remaining, output)
+        decode += slower
+        return decode, load.wait_steps * self.before
 
     def stall_seconds(self, load: Load, prefill: Seconds) -> Seconds:
         """What a prefill costs the answers that are decoded beside it, together."""
-        stall: Seconds = self.running * prefill
+        stall: Seconds = load.running * prefill
         return stall
 
 
@@ -320,7 +311,7 @@ def _sources(
 ) -> list[tuple[int, int]]:
     """(slot, tokens) of the longest prefixes, one of each length and host."""
     worth = np.where(roster.is_allowed, cached, 0)
-    least = worth[roster.computes].min() if len(roster) else 0
+    least = int(worth[roster.computing].min())
     if worth.max(initial=0) <= least:
         return []
     found: dict[tuple[int, int], int] = {}  # by host and length in the tree

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from memserve.scheduler.contract import Costs, InstanceSpec, Seconds
 from memserve.scheduler.refined_costs import RefinedCosts
@@ -128,15 +127,16 @@ class Load:
         self.slots: Mapping[InstanceId, int] = {id_: at for at, id_ in enumerate(self.instances)}
         self.head_end = np.zeros(n)
         self.waiting_seconds = np.zeros(n)
-        self.answers = np.zeros(n)
-        self.decoding = np.zeros(n)
-        self.context_tokens = np.zeros(n)
-        self.output_tokens = np.zeros(n)
-        self.other_prefills = np.zeros(n)
-        self.other_running = np.zeros(n)
+        self.running = np.zeros(n)  # sequences that decode now
+        self.batch = np.zeros(n)  # and those that will when their prompts are computed
+        self.remaining = np.zeros(n)  # tokens of each of their answers to come, in the mean
+        self.wait_steps = np.zeros(n)  # until a full batch has room for one more
+        # Decode steps as they are now, with the whole batch, and with one more sequence.
+        self.step_sequences = np.zeros((3, n))
+        self.step_contexts = np.zeros((3, n))
+        self.step_factor = np.ones((3, n))
         self.used = np.zeros(n)
         self.block_tokens = np.array([line.spec.block_tokens for line in lines], dtype=np.int64)
-        self.max_running = np.array([float(line.spec.max_running) for line in lines])
         self.chunk_tokens = np.array([float(line.spec.chunk_tokens) for line in lines])
         hosts = {line.spec.host: None for line in lines}
         numbers = {host: at for at, host in enumerate(hosts)}
@@ -144,7 +144,6 @@ class Load:
         self.near = self.host[:, None] == self.host  # [instances, instances], on one host
         self.every = np.arange(n)
         self.prefill_factor = np.ones(n)
-        self.step_factor = np.ones(n)
         self.transfer_factor = np.ones(n)
         self.group = np.zeros(n, dtype=np.int64)
         groups: list[Costs] = []
@@ -169,20 +168,31 @@ class Load:
         if at < 0:
             return
         self.head_end[at] = line.head_end if line.prefills else 0.0
-        self.waiting_seconds[at] = line.waiting_seconds
-        self.answers[at] = line.answers
-        self.decoding[at] = line.decoding
-        self.context_tokens[at] = line.context_tokens
-        self.output_tokens[at] = line.output_tokens
-        self.other_prefills[at] = line.other_prefills
-        self.other_running[at] = line.other_running
+        others = line.other_prefills * self._typical_prefill
+        self.waiting_seconds[at] = line.waiting_seconds + others
         self.used[at] = line.used
+        running = line.decoding + line.other_running
+        batch = line.answers + line.other_running
+        context = line.context_tokens + line.other_running * self._typical_context
+        output = line.output_tokens + line.other_running * self._typical_output
+        remaining = output / (2 * batch) if batch else 0.0  # half of it is behind them
+        room = line.spec.max_running
+        self.running[at], self.batch[at], self.remaining[at] = running, batch, remaining
+        self.wait_steps[at] = max(batch + 1 - room, 0) / room * remaining
+        each = context / batch if batch else 0.0
+        step_factor = 1.0
         costs = line.spec.costs
         if isinstance(costs, RefinedCosts):
             # One model for instances that are alike, and what was learnt of each beside it.
             self.prefill_factor[at] = costs.factor("prefill")
-            self.step_factor[at] = costs.factor("decode")
             self.transfer_factor[at] = costs.factor("transfer")
+            step_factor = costs.factor("decode")
+        # Beyond what fits into a batch, sequences wait and do not slow it down.
+        for row, sequences in enumerate((running, batch, batch + 1)):
+            fitting = min(sequences, room)
+            self.step_sequences[row, at] = fitting
+            self.step_contexts[row, at] = each * min(fitting, batch)
+            self.step_factor[row, at] = step_factor if sequences else 0.0
 
     # --- members ------------------------------------------------------------------------
 
@@ -280,40 +290,20 @@ class Load:
         """Until a prompt that arrives now would be computed, [instances]."""
         queue: Seconds = np.maximum(self.head_end - now, 0.0)
         queue += self.waiting_seconds
-        queue += self.other_prefills * self._typical_prefill
         return queue
-
-    def running(self) -> NDArray[np.float64]:
-        """Sequences that decode now, [instances]."""
-        running: NDArray[np.float64] = self.decoding + self.other_running
-        return running
-
-    def batch(self) -> NDArray[np.float64]:
-        """Sequences that decode, or will when their prompts are computed, [instances]."""
-        batch: NDArray[np.float64] = self.answers + self.other_running
-        return batch
-
-    def batch_context(self) -> NDArray[np.float64]:
-        """Tokens that the sequences of `batch` hold, [instances]."""
-        context: NDArray[np.float64] = (
-            self.context_tokens + self.other_running * self._typical_context
-        )
-        return context
-
-    def batch_output(self) -> NDArray[np.float64]:
-        """Tokens that the sequences of `batch` give in all, [instances]."""
-        output: NDArray[np.float64] = self.output_tokens + self.other_running * self._typical_output
-        return output
 
     def promised_tokens(self, slot: int, namespace: Namespace, tokens: TokenArray) -> int:
         """How many of `tokens` this instance has for certain, as far as unfinished prefills
         go: a tree counts a prompt as held as soon as it is routed."""
         held = len(tokens)
-        for waiting in self.lines[slot].prefills.values():
+        prefills = self.lines[slot].prefills
+        if not prefills:
+            return held
+        for waiting in prefills.values():
             if (
                 waiting.cached_tokens < held <= len(waiting.tokens)
                 and waiting.namespace == namespace
-                and waiting.tokens[held - 1] == tokens[held - 1]
+                and waiting.tokens[held - 1] == tokens[held - 1]  # spares most comparisons
                 and np.array_equal(waiting.tokens[:held], tokens)
             ):
                 held = waiting.cached_tokens
