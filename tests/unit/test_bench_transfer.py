@@ -21,9 +21,10 @@ def test_paths_are_compared_with_a_plain_copy(monkeypatch: pytest.MonkeyPatch) -
         blocks=4, repeats=1, link=True, block_bytes=[64 * KIB], piece_bytes=[8 * KIB]
     )
     (blocks,) = report.blocks
-    assert [speed.path for speed in blocks.paths] == ["memcpy", "shm", "socket"]
-    assert [speed.copies for speed in blocks.paths] == [1, 1, 0]
+    assert [speed.path for speed in blocks.paths] == ["memcpy", "memcpy by block", "shm", "socket"]
+    assert [speed.copies for speed in blocks.paths] == [1, 1, 1, 0]
     assert [(point.path, point.piece_bytes) for point in report.layouts] == [("shm", 8 * KIB)]
+    assert [(point.blocks, point.copies) for point in report.overheads] == [(1, 1), (4, 1)]
     assert report.missing == ("NIXL cannot be imported",)
     console = Console(record=True, width=200)
     console.print(transfer_bench_table(report))

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from memserve.bench.link import EmulatedLink, End
+from memserve.bench.transfer_overhead import OverheadPoint, measure_overhead
 from memserve.bench.transfer_process import (
     BenchProcess,
     Connect,
@@ -35,18 +36,23 @@ PIECE_BYTES = (8 * KIB, 32 * KIB, 160 * KIB)
 PIECES_TOTAL = 64 * MIB  # moved in each comparison of layouts
 LINK_BITS = 10**9
 
-PathName = Literal["memcpy", "shm", "nixl", "nixl tcp", "socket"]
+OVERHEAD_BLOCKS = (1, 16, 256)
+OVERHEAD_TURNS = 5  # for each repeat: they are short, and a scheduler's whims are not
+
+PathName = Literal["memcpy", "memcpy by block", "shm", "nixl", "nixl tcp", "socket"]
 _TRANSPORTS: tuple[PathName, ...] = ("shm", "nixl", "nixl tcp")
 _BLOCK_TOKENS = 16
 _LAYERS = 16
 
 
 class PathSpeed(msgspec.Struct, frozen=True):
-    """The median of one path."""
+    """The median of one path. Beside them: one memcpy call, which from some size on bypasses the
+    cache, and one for each block, as transfers of scattered blocks must; a socket."""
 
     path: PathName
     bytes_per_second: float
-    of_memcpy: float  # median of the ratios to the memcpy of the same turn
+    of_memcpy: float  # medians of the ratios to the memcpy of the same turn
+    of_socket: float
     copies: float  # bytes that the sender's CPU copied, by bytes moved
 
 
@@ -82,6 +88,7 @@ class TransferBenchReport(msgspec.Struct, frozen=True):
 
     blocks: tuple[BlockPoint, ...]
     layouts: tuple[LayoutPoint, ...]
+    overheads: tuple[OverheadPoint, ...]
     link: LinkPoint | None
     missing: tuple[str, ...]
 
@@ -100,8 +107,8 @@ class _Pair:
     def stream(self) -> Timing:
         return self.sender.run(Stream(self.source))
 
-    def memcpy(self, nbytes: int) -> Timing:
-        return self.sender.run(Memcpy(nbytes))
+    def memcpy(self, nbytes: int, piece: int) -> Timing:
+        return self.sender.run(Memcpy(nbytes, piece))
 
 
 def run_transfer_bench(
@@ -131,6 +138,9 @@ def run_transfer_bench(
     for size, path in itertools.product(piece_bytes, transports):
         progress(f"pieces of {size // KIB} KiB, {path}")
         layout_points.append(_measure_layouts(size, repeats, path))
+    progress("transfers with insert")
+    overhead_blocks = sorted({min(count, blocks) for count in OVERHEAD_BLOCKS})
+    overheads = measure_overhead(_layout(block_bytes[0]), overhead_blocks, OVERHEAD_TURNS * repeats)
     if link and "nixl tcp" in transports:
         progress("an emulated link")
         try:
@@ -138,7 +148,7 @@ def run_transfer_bench(
         except EmulationError as error:
             missing.append(str(error))
     return TransferBenchReport(
-        tuple(block_points), tuple(layout_points), link_point, tuple(missing)
+        tuple(block_points), tuple(layout_points), overheads, link_point, tuple(missing)
     )
 
 
@@ -151,15 +161,23 @@ def _measure_blocks(
             path: stack.enter_context(_pair(_layout(size), blocks, path)) for path in transports
         }
         runs: dict[PathName, Callable[[], Timing]] = {
-            "memcpy": partial(pairs["shm"].memcpy, nbytes),
+            "memcpy": partial(pairs["shm"].memcpy, nbytes, nbytes),
+            "memcpy by block": partial(pairs["shm"].memcpy, nbytes, size),
             **{path: pair.write for path, pair in pairs.items()},
             "socket": pairs["shm"].stream,
         }
         turns = _in_turns(list(runs.values()), repeats)
     speeds = []
     for path, timings in zip(runs, zip(*turns, strict=True), strict=True):
-        ratios = [turn[0].seconds / mine.seconds for turn, mine in zip(turns, timings, strict=True)]
-        speeds.append(PathSpeed(path, _speed(timings), median(ratios), timings[0].copied / nbytes))
+        of_memcpy, of_socket = (
+            median(
+                turn[beside].seconds / mine.seconds
+                for turn, mine in zip(turns, timings, strict=True)
+            )
+            for beside in (0, -1)
+        )
+        copies = timings[0].copied / nbytes
+        speeds.append(PathSpeed(path, _speed(timings), of_memcpy, of_socket, copies))
     return BlockPoint(size, blocks, tuple(speeds))
 
 
@@ -225,14 +243,30 @@ def _pair(
 
 
 def transfer_bench_table(report: TransferBenchReport) -> Table:
-    """Blocks, layouts, and the link and what is missing, one below the other."""
+    """Blocks, layouts, overheads, the link and what is missing, one below the other."""
     table = Table.grid()
     table.add_row(_block_table(report))
     table.add_row(_layout_table(report))
+    table.add_row(_overhead_table(report))
     if report.link is not None:
         table.add_row(_link_table(report.link))
     for reason in report.missing:
         table.add_row(f"not measured: {escape(reason)}")
+    return table
+
+
+def _overhead_table(report: TransferBenchReport) -> Table:
+    table = Table(
+        "transfer_with_insert", "whole us", "bare copy us", "overhead us", "copied / moved"
+    )
+    for point in report.overheads:
+        table.add_row(
+            f"{point.blocks} x {point.block_bytes // KIB} KiB",
+            f"{point.transfer_seconds * 1e6:.0f}",
+            f"{point.copy_seconds * 1e6:.0f}",
+            f"{point.overhead_seconds * 1e6:.0f}",
+            f"{point.copies:g}",
+        )
     return table
 
 
@@ -244,7 +278,7 @@ def _link_table(link: LinkPoint) -> Table:
 
 
 def _block_table(report: TransferBenchReport) -> Table:
-    table = Table("blocks", "path", "GB/s", "of memcpy", "copies")
+    table = Table("blocks", "path", "GB/s", "of memcpy", "of socket", "bytes copied / moved")
     for point in report.blocks:
         for speed in point.paths:
             table.add_row(
@@ -252,6 +286,7 @@ def _block_table(report: TransferBenchReport) -> Table:
                 speed.path,
                 f"{speed.bytes_per_second / 1e9:.2f}",
                 f"{speed.of_memcpy:.2f}",
+                f"{speed.of_socket:.2f}",
                 f"{speed.copies:g}",
             )
     return table

@@ -68,9 +68,10 @@ class Write(msgspec.Struct, frozen=True, tag=True):
 
 
 class Memcpy(msgspec.Struct, frozen=True, tag=True):
-    """Copy so many bytes into the peer's mapped memory, in one call."""
+    """Copy so many bytes into the peer's mapped memory, one piece after the other."""
 
     nbytes: int
+    piece: int  # bytes of one call
 
 
 class Stream(msgspec.Struct, frozen=True, tag=True):
@@ -161,8 +162,8 @@ class _Worker:
                 return self._connect(peer)
             case Write(source, target):
                 return self._write(source, target)
-            case Memcpy(nbytes):
-                return self._memcpy(nbytes)
+            case Memcpy(nbytes, piece):
+                return self._memcpy(nbytes, piece)
             case Stream(source):
                 return self._stream(source)
 
@@ -188,11 +189,12 @@ class _Worker:
         copied = self._transport.counters.bytes_copied - copied
         return Timing(seconds, len(source) * self._block_bytes, copied)
 
-    def _memcpy(self, nbytes: int) -> Timing:
+    def _memcpy(self, nbytes: int, piece: int) -> Timing:
         theirs = self._mapping.open(self._peer.memory.regions[0]).bytes
         ours = self._local[0].memory.numpy()
         begin = time.perf_counter()
-        np.copyto(theirs[:nbytes], ours[:nbytes])
+        for at in range(0, nbytes, piece):
+            np.copyto(theirs[at : at + piece], ours[at : at + piece])
         return Timing(time.perf_counter() - begin, nbytes, nbytes)
 
     def _stream(self, source: list[int]) -> Timing:
