@@ -196,9 +196,12 @@ class Load:
 
     # --- members ------------------------------------------------------------------------
 
-    def put(self, spec: InstanceSpec) -> None:
-        """Add an instance, or replace what is known of it; its reservations stay."""
+    def put(self, spec: InstanceSpec) -> bool:
+        """Add an instance, or replace what is known of it; its reservations stay. False:
+        nothing is new."""
         line = self._lines.get(spec.id)
+        if line is not None and line.spec == spec:
+            return False
         if line is None:
             # Never chosen yet, in an order of this seed: gateways that start together do not
             # all begin with the same instance.
@@ -206,6 +209,7 @@ class Load:
         else:
             line.spec = spec
         self._rebuild()
+        return True
 
     def remove(self, instance: InstanceId) -> bool:
         """Forget an instance and what is reserved there. False: it was not known."""

@@ -78,8 +78,8 @@ class Scheduler:
 
     def put(self, spec: InstanceSpec) -> None:
         """A new instance, or what changed of one: its role, its costs. Reservations stay."""
-        self.load.put(spec)
-        self._rosters.clear()
+        if self.load.put(spec):
+            self._rosters.clear()
 
     def remove(self, instance: InstanceId) -> None:
         """It is gone, with all that was reserved there. Unknown ones are ignored."""
