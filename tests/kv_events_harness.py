@@ -23,6 +23,7 @@ from memserve.instance.server import InstanceApp
 from memserve.models.tokenizer import Tokenizer
 from memserve.pool.pool import MemPool
 from memserve.scheduler.prompt_tree import Prefix, PromptTree, block_digests
+from memserve.transfer.secret import cluster_keys
 from memserve.types import Epoch, InstanceId, Namespace, Role
 from tests.fakes import MODEL, FakeEngine
 from tests.pool_harness import LAYOUT
@@ -88,10 +89,12 @@ async def publishing(
     hbm_blocks: int = 32,
     dram_blocks: int = 32,
     buffer_batches: int = 1000,
+    secret: str | None = None,
 ) -> AsyncIterator[Publishing]:
     epoch = Epoch(next(_epochs))
     pool = MemPool(LAYOUT, hbm_blocks, dram_blocks, instance=name, epoch=epoch)
-    events = KVEventPublisher(pool, "127.0.0.1", buffer_batches=buffer_batches)
+    keys = None if secret is None else cluster_keys(secret)
+    events = KVEventPublisher(pool, "127.0.0.1", keys, buffer_batches)
     engine = FakeEngine()
 
     def close() -> None:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 import zmq.asyncio
 
-from memserve.api.kv_events import END_OF_REPLAY, BlockRemoved, BlockStored, decode_batch
+from memserve.api.kv_events import (
+    END_OF_REPLAY,
+    BlockRemoved,
+    BlockStored,
+    EventBatch,
+    KVEvent,
+    decode_batch,
+)
 from memserve.api.status import InstanceState
 from memserve.cluster.changes import Change, MemberChange
+from memserve.cluster.kv_subscription import EventSource
 from memserve.models.tokenizer import Tokenizer
-from memserve.types import Role
+from memserve.types import InstanceId, Role
 from tests.fakes import tiny_tokenizer
-from tests.kv_events_harness import following, publishing, until
+from tests.kv_events_harness import Following, Publishing, following, publishing, until
 from tests.pool_harness import BLOCK, prompt
 
 
@@ -188,12 +199,143 @@ async def test_the_wire_is_vllms(tokenizer: Tokenizer) -> None:
         assert removed == BlockRemoved(stored.block_hashes[1:], "GPU")
 
 
-async def _lose(one: object, batches: int) -> None:
+async def test_only_who_knows_the_secret_hears_events(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with publishing(tokenizer, secret="of the cluster") as one:
+        monkeypatch.setenv("MEMSERVE_SECRET", "of the cluster")
+        async with following() as gateway:
+            gateway.follow(one)
+            await gateway.until_equal(one)
+            one.store(*prompt(1, 2))
+            await gateway.until_equal(one)
+            await until(lambda: gateway.of(one).counts.events > 0, "events beside the snapshot")
+
+
+# --- publishers that are not ours ---------------------------------------------------------
+
+
+class VLLM:
+    """Publishes as a vLLM with `--kv-events-config` does; can lose batches and begin anew."""
+
+    def __init__(self, context: zmq.asyncio.Context) -> None:
+        self._publisher = context.socket(zmq.PUB)
+        self._replay = context.socket(zmq.ROUTER)
+        self.endpoint = self._bind(self._publisher)
+        self.replay_endpoint = self._bind(self._replay)
+        self._answering = asyncio.create_task(self._answer())
+        self._sent: list[bytes] = []
+        self._time = 0.0
+
+    def source(self, replay: bool = True) -> EventSource:
+        end = self.replay_endpoint if replay else None
+        return EventSource(V, self.endpoint, BLOCK, "kv-events", end)
+
+    def restart(self) -> None:
+        self._sent = []
+
+    async def say(self, *events: KVEvent, lost: bool = False) -> None:
+        self._time += 1.0
+        payload = msgspec.msgpack.encode(EventBatch(self._time, [*events], 0))
+        number = len(self._sent).to_bytes(8, "big")
+        self._sent.append(payload)
+        if not lost:
+            await self._publisher.send_multipart((b"kv-events", number, payload))
+
+    async def close(self) -> None:
+        self._answering.cancel()
+        await asyncio.wait((self._answering,))
+        self._publisher.close(0)
+        self._replay.close(0)
+
+    async def _answer(self) -> None:
+        while True:
+            client, _, first = await self._replay.recv_multipart()
+            for number, payload in enumerate(self._sent):
+                if number >= int.from_bytes(first, "big"):
+                    frames = (client, b"", b"kv-events", number.to_bytes(8, "big"), payload)
+                    await self._replay.send_multipart(frames)
+            await self._replay.send_multipart((client, b"", b"", END_OF_REPLAY, b""))
+
+    def _bind(self, socket: zmq.asyncio.Socket) -> str:
+        socket.bind("tcp://127.0.0.1:0")
+        return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+V = InstanceId("vllm")
+
+
+@asynccontextmanager
+async def vllm() -> AsyncIterator[VLLM]:
+    context = zmq.asyncio.Context()
+    engine = VLLM(context)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+        context.destroy(linger=0)
+
+
+def stored(*numbers: int, parent: int | None = None) -> BlockStored:
+    return BlockStored([*numbers], parent, prompt(*numbers), BLOCK, medium="GPU")
+
+
+async def heard(gateway: Following, engine: VLLM) -> None:
+    """Until what the engine says arrives: subscribing takes a moment."""
+    before = gateway.feed.members()[0].counts
+    seen = before.batches + before.duplicates
+    while before.batches + before.duplicates == seen:
+        await engine.say()
+        await asyncio.sleep(0.01)
+
+
+async def test_a_vllm_is_followed_from_its_first_event_on(tokenizer: Tokenizer) -> None:
+    async with vllm() as engine, following() as gateway:
+        await engine.say(stored(1, 2))  # before anybody listens
+        gateway.feed.follow_source(engine.source())
+        await until(lambda: gateway.matches(prompt(1, 2)) == {V: 2 * BLOCK}, "the replay")
+        await heard(gateway, engine)
+        await engine.say(stored(3, parent=2), lost=True)
+        await engine.say(BlockRemoved([1], "GPU"), stored(7))
+        await until(lambda: gateway.matches(prompt(7)) == {V: BLOCK}, "what comes after the gap")
+        assert gateway.matches(prompt(1, 2, 3)) == {}
+        await engine.say(stored(1))
+        await until(lambda: gateway.matches(prompt(1, 2, 3)) == {V: 3 * BLOCK}, "all of it")
+
+
+async def test_a_vllm_that_restarts_begins_empty(tokenizer: Tokenizer) -> None:
+    async with vllm() as engine, following() as gateway:
+        gateway.feed.follow_source(engine.source())
+        await heard(gateway, engine)
+        await engine.say(stored(1, 2))
+        await until(lambda: bool(gateway.matches(prompt(1))), "the first life")
+        engine.restart()
+        await engine.say(stored(5))
+        await until(lambda: gateway.matches(prompt(5)) == {V: BLOCK}, "the second life")
+        assert gateway.matches(prompt(1)) == {}
+
+
+async def test_a_vllm_without_replay_is_learned_again_after_a_gap(tokenizer: Tokenizer) -> None:
+    async with vllm() as engine, following() as gateway:
+        await engine.say(stored(9))
+        gateway.feed.follow_source(engine.source(replay=False))
+        await heard(gateway, engine)
+        await engine.say(stored(1, 2))
+        await until(lambda: bool(gateway.matches(prompt(1))), "what it said")
+        await engine.say(BlockRemoved([1], "GPU"), lost=True)
+        await engine.say(stored(5))
+        await until(lambda: gateway.matches(prompt(5)) == {V: BLOCK}, "what comes after the gap")
+        assert gateway.matches(prompt(1)) == {}
+        gateway.feed.forget(V)
+        assert gateway.matches(prompt(5)) == {}
+
+
+async def _lose(one: Publishing, batches: int) -> None:
     """Have the publisher leave batches out that it can replay."""
-    events = one.events  # type: ignore[attr-defined]
+    events = one.events
     send, lost = events._publisher.send_multipart, []
     events._publisher.send_multipart = lost.append
     for number in range(batches):
-        one.store(*prompt(number))  # type: ignore[attr-defined]
+        one.store(*prompt(number))
         await until(lambda want=number: len(lost) > want, "a batch to lose")
     events._publisher.send_multipart = send

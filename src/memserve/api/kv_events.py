@@ -131,7 +131,7 @@ def extra_keys(namespace: Namespace, blocks: int) -> list[tuple[ExtraKey, ...] |
     if not namespace:
         return None
     salt = salt_of(namespace)
-    key: ExtraKey = (_NAMESPACE, namespace) if salt is None else salt
+    key: ExtraKey = salt or (_NAMESPACE, namespace)
     return [(key,), *[None] * (blocks - 1)]
 
 

@@ -191,6 +191,8 @@ class KvFeed:
             pause = min(2 * pause, MAX_BACKOFF_SECONDS)
 
     def _subscribe(self, source: EventSource, followed: _Followed) -> None:
+        if source.secured and self._keys is None:
+            log.error("%s tells its events only who has MEMSERVE_SECRET", source.instance)
         counts = self._counts.setdefault(source.instance, EventCounts())
         followed.subscription = Subscription(
             source, self._tree, self._session, self._context, self._keys, self._clock, counts
