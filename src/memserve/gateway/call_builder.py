@@ -71,11 +71,14 @@ class CallBuilder:
         request = parse_completion(body)
         self._check_model(request)
         given = _prompts(request)
-        special = request.add_special_tokens is not False
-        prompts = await self._off_loop(
-            sum(len(prompt) for prompt in given if isinstance(prompt, str)),
-            lambda: tuple(self._token_ids(prompt, special) for prompt in given),
-        )
+        if any(isinstance(prompt, str) for prompt in given):
+            special = request.add_special_tokens is not False
+            prompts = await self._off_loop(
+                sum(len(prompt) for prompt in given if isinstance(prompt, str)),
+                lambda: tuple(self._token_ids(prompt, special) for prompt in given),
+            )
+        else:
+            prompts = cast(tuple[tuple[int, ...], ...], given)
         room = limits.max_tokens
         for prompt in prompts:
             _check_prompt(prompt, limits)

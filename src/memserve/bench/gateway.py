@@ -1,0 +1,303 @@
+"""What a gateway costs: its CPU per request and per chunk, and how long it holds chunks back.
+
+Between a backend that echoes and a load generator, each a process of its own, stands the gateway
+that is measured; or none, to know what the two can do. CPU is the gateway process's own, from
+/proc. Requests per second are taken with chunks as fast as the backend writes them; CPU and gaps
+with chunks that are paced, so that each is a read and a write of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from urllib.parse import urlsplit
+
+import msgspec
+import numpy as np
+from rich.table import Table
+
+from memserve.bench.gateway_process import LoadConfig, LoadSeen
+from memserve.config import Policy
+from memserve.errors import MemserveError
+
+_MODULE = "memserve.bench.gateway_process"
+READY_SECONDS = 30.0  # for a gateway to have found its backend
+WARM_SECONDS = 0.5  # of load before it counts
+FEW, MANY = 8, 64  # chunks per stream; between them lies what a chunk costs
+_TICK = 1 / os.sysconf("SC_CLK_TCK")
+_ROUTERS = {"vllm-router": (), "sglang-router": ("launch",)}  # and their subcommands
+_TEXTS = ("sglang-router",)  # refuses prompts of token ids
+
+
+class GatewayWorkload(msgspec.Struct, frozen=True):
+    """What is sent through each gateway."""
+
+    streams: int
+    prompt_tokens: int  # as token ids; 5 digits each
+    gap_seconds: float  # between chunks, where they are paced
+    seconds: float  # of each run
+    repeats: int
+    policy: Policy
+
+
+class GatewayRun(msgspec.Struct, frozen=True):
+    """One load through one gateway."""
+
+    requests: int
+    requests_per_second: float
+    cpu_us_per_request: float
+    gap_p50_ms: float
+    gap_p99_ms: float
+
+
+class GatewayFigures(msgspec.Struct, frozen=True):
+    """Medians over the repeats."""
+
+    name: str
+    requests_per_second: float  # 8 chunks per stream, not paced
+    cpu_us_per_request: float  # in these runs
+    paced_cpu_us_per_request: float  # 8 chunks per stream, paced
+    cpu_us_per_chunk: float  # slope between 8 and 64 chunks per stream, paced
+    gap_p50_ms: float  # paced
+    gap_p99_ms: float
+
+
+class GatewayBenchReport(msgspec.Struct, frozen=True):
+    figures: tuple[GatewayFigures, ...]
+    skipped: dict[str, str]  # name of a router: why it was not measured
+
+
+class _Target(msgspec.Struct, frozen=True):
+    name: str
+    texts: bool  # takes no token ids: prompts are as many bytes of text
+    command: tuple[str, ...] | None  # with {url}, {port} and {metrics}; None: no gateway at all
+
+
+def run_gateway_bench(
+    workload: GatewayWorkload, progress: Callable[[str], None]
+) -> GatewayBenchReport:
+    """Measure ours and those that are installed, in turns. Raises MemserveError."""
+    targets = [
+        _Target("none", False, None),
+        _Target("memserve", False, _ours(workload.policy)),
+    ]
+    skipped = {}
+    for name in _ROUTERS:
+        command = _installed(name)
+        if command is None:
+            skipped[name] = f"no command '{name}' beside this Python or on the PATH"
+        else:
+            targets.append(_Target(name, name in _TEXTS, command))
+    runs: dict[str, list[tuple[GatewayRun, GatewayRun, GatewayRun]]] = {t.name: [] for t in targets}
+    for repeat in range(workload.repeats):
+        for target in targets:
+            if target.name in skipped:
+                continue
+            progress(f"{target.name}, run {repeat + 1} of {workload.repeats}")
+            try:
+                runs[target.name].append(_measure(target, workload))
+            except MemserveError as error:
+                if target.name not in _ROUTERS:
+                    raise
+                skipped[target.name] = str(error)
+    figures = tuple(_figures(name, made) for name, made in runs.items() if made)
+    return GatewayBenchReport(figures, skipped)
+
+
+def gateway_bench_table(report: GatewayBenchReport) -> Table:
+    notes = [f"{name}: skipped, {why}" for name, why in report.skipped.items()]
+    notes += [f"{f.name}: prompts are text" for f in report.figures if f.name in _TEXTS]
+    table = Table(caption="\n".join(notes))
+    for column in (
+        "gateway",
+        "requests/s",
+        "CPU us/request",
+        "paced: CPU us/request",
+        "CPU us/chunk",
+        "gap P50 ms",
+        "gap P99 ms",
+    ):
+        table.add_column(column, justify="left" if column == "gateway" else "right")
+    for f in report.figures:
+        table.add_row(
+            f.name,
+            f"{f.requests_per_second:.0f}",
+            f"{f.cpu_us_per_request:.1f}",
+            f"{f.paced_cpu_us_per_request:.1f}",
+            f"{f.cpu_us_per_chunk:.2f}",
+            f"{f.gap_p50_ms:.2f}",
+            f"{f.gap_p99_ms:.2f}",
+        )
+    return table
+
+
+def _figures(
+    name: str, runs: Sequence[tuple[GatewayRun, GatewayRun, GatewayRun]]
+) -> GatewayFigures:
+    def middle(of: Callable[[tuple[GatewayRun, GatewayRun, GatewayRun]], float]) -> float:
+        return median(map(of, runs))
+
+    return GatewayFigures(
+        name,
+        middle(lambda run: run[0].requests_per_second),
+        middle(lambda run: run[0].cpu_us_per_request),
+        middle(lambda run: run[1].cpu_us_per_request),
+        middle(lambda run: (run[2].cpu_us_per_request - run[1].cpu_us_per_request) / (MANY - FEW)),
+        middle(lambda run: run[2].gap_p50_ms),
+        middle(lambda run: run[2].gap_p99_ms),
+    )
+
+
+def _measure(
+    target: _Target, workload: GatewayWorkload
+) -> tuple[GatewayRun, GatewayRun, GatewayRun]:
+    """Not paced with few chunks, paced with few, paced with many."""
+    runs = []
+    for gap, loads in ((0.0, (FEW,)), (workload.gap_seconds, (FEW, MANY))):
+        with ExitStack() as stack:
+            backend = stack.enter_context(_serving("backend", str(gap)))
+            url, pid = backend, None
+            if target.command is not None:
+                url, pid = stack.enter_context(_gateway(target, backend))
+            _load(url, workload, FEW, WARM_SECONDS, target.texts)
+            runs += [_run(url, pid, workload, chunks, target.texts) for chunks in loads]
+    return runs[0], runs[1], runs[2]
+
+
+def _run(
+    url: str, pid: int | None, workload: GatewayWorkload, chunks: int, texts: bool
+) -> GatewayRun:
+    before = _cpu_seconds(pid)
+    seen = _load(url, workload, chunks, workload.seconds, texts)
+    used = _cpu_seconds(pid) - before
+    p50, p99 = np.percentile(seen.gaps or [0.0], [50, 99]) * 1000
+    return GatewayRun(
+        seen.requests,
+        seen.requests / seen.seconds,
+        used / seen.requests * 1e6,
+        float(p50),
+        float(p99),
+    )
+
+
+def _load(
+    url: str, workload: GatewayWorkload, chunks: int, seconds: float, texts: bool
+) -> LoadSeen:
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    config = LoadConfig(
+        parts.hostname,
+        parts.port,
+        workload.streams,
+        chunks,
+        seconds,
+        workload.prompt_tokens,
+        texts,
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", _MODULE, "load", msgspec.json.encode(config).decode()],
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    if done.returncode:
+        raise MemserveError(f"the load generator at {url} ended with {done.returncode}")
+    seen = msgspec.json.decode(done.stdout, type=LoadSeen)
+    if seen.failed or not seen.requests:
+        raise MemserveError(f"{seen.failed} of {seen.requests} requests to {url} failed")
+    return seen
+
+
+def _cpu_seconds(pid: int | None) -> float:
+    """User and system time of all threads of a process."""
+    if pid is None:
+        return 0.0
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * _TICK
+
+
+@contextmanager
+def _serving(*arguments: str) -> Iterator[str]:
+    """A process of this benchmark's that prints its URL."""
+    with _process((sys.executable, "-m", _MODULE, *arguments)) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().decode().strip()
+
+
+@contextmanager
+def _gateway(target: _Target, backend: str) -> Iterator[tuple[str, int]]:
+    """URL and pid of a gateway that is ready."""
+    assert target.command is not None
+    port, metrics = _free_port(), _free_port()
+    command = [part.format(url=backend, port=port, metrics=metrics) for part in target.command]
+    with _process(command) as process:
+        url = f"http://127.0.0.1:{port}"
+        if target.name == "memserve":
+            assert process.stdout is not None
+            url = process.stdout.readline().decode().strip()
+        _until_ready(target, url, process)
+        yield url, process.pid
+
+
+@contextmanager
+def _process(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _until_ready(target: _Target, url: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a request is answered."""
+    parts = urlsplit(url)
+    prompt = b'"a b"' if target.texts else b"[1,2]"
+    body = b'{"model":"echo","prompt":%b,"max_tokens":1,"stream":true}' % prompt
+    request = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n"
+        b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+    )
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with socket.create_connection((parts.hostname or "", parts.port or 0), 1.0) as client:
+                client.sendall(request)
+                if client.recv(64).split(b" ", 2)[1:2] == [b"200"]:
+                    return
+        except OSError:
+            pass
+        time.sleep(0.05)
+    raise MemserveError(f"{target.name} did not answer a request within {READY_SECONDS:.0f} s")
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _ours(policy: Policy) -> tuple[str, ...]:
+    return (sys.executable, "-m", _MODULE, "gateway", policy, "{url}")
+
+
+def _installed(name: str) -> tuple[str, ...] | None:
+    beside = Path(sys.executable).with_name(name)
+    program = str(beside) if beside.exists() else shutil.which(name)
+    if program is None:
+        return None
+    return (
+        *(program, *_ROUTERS[name], "--host", "127.0.0.1", "--port", "{port}"),
+        *("--worker-urls", "{url}", "--policy", "cache_aware"),
+        *("--prometheus-port", "{metrics}", "--log-level", "error"),
+    )

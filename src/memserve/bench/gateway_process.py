@@ -1,0 +1,309 @@
+"""The processes around a gateway that is measured: `python -m memserve.bench.gateway_process`.
+
+`backend GAP_SECONDS` answers every generating call with as many chunks as it asks for, on bare
+protocols; `load JSON` sends requests and prints what it saw; `gateway URL...` is ours, with a
+vocabulary and no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import cast
+
+import httptools
+import msgspec
+import numpy as np
+import uvloop
+
+from memserve.api.generate import GENERATE_PATH
+from memserve.api.serving import bind, url_of
+from memserve.api.status import (
+    EngineTotals,
+    InstanceInfo,
+    InstanceState,
+    InstanceStats,
+    Latencies,
+    Limits,
+    PoolTotals,
+)
+from memserve.config import ClusterConfig, GatewayConfig, ModelConfig, Policy
+from memserve.types import Epoch, InstanceId, Role
+
+MODEL = "echo"
+VOCABULARY = 50_000
+_EVENT = (
+    b'data: {"id":"cmpl-0123456789abcdef","object":"text_completion","created":1700000000,'
+    b'"model":"echo","choices":[{"index":0,"text":" word","logprobs":null,'
+    b'"finish_reason":null}]}\n\n'
+)
+_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+    b"transfer-encoding: chunked\r\n\r\n"
+)
+_DONE = b"data: [DONE]\n\n"
+_encode = msgspec.json.Encoder().encode
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+_PLAIN = _chunk(_EVENT)
+_NAMED = _chunk(b":0 12345\n" + _EVENT)  # as an instance's events are
+_END = _chunk(_DONE) + b"0\r\n\r\n"
+
+
+class _Sampling(msgspec.Struct, frozen=True):
+    max_tokens: int = 8
+
+
+class _Call(msgspec.Struct):
+    """What the backend reads of a client's request and of a gateway's call."""
+
+    max_tokens: int = 0
+    sampling: _Sampling = _Sampling()
+
+
+_calls = msgspec.json.Decoder(_Call)
+
+
+class Backend(asyncio.Protocol):
+    """One connection to the backend."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, gap: float) -> None:
+        self._loop = loop
+        self._gap = gap
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self._url = self._body = self._event = b""
+        self._left = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:  # routers try HTTP/2 too
+            self._transport.close()
+
+    def on_message_begin(self) -> None:
+        self._url = self._body = b""
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        if self._parser.get_method() != b"POST":
+            self._transport.write(_whole(_described(self._url)))
+            return
+        call = _calls.decode(self._body)
+        self._left = call.max_tokens or call.sampling.max_tokens
+        self._event = _NAMED if self._url == GENERATE_PATH.encode() else _PLAIN
+        self._transport.write(_HEAD)
+        self._step()
+
+    def _step(self) -> None:
+        if self._transport.is_closing():
+            return
+        self._left -= 1
+        if not self._left:
+            self._transport.write(self._event + _END)
+            return
+        self._transport.write(self._event)
+        if self._gap:
+            self._loop.call_later(self._gap, self._step)
+        else:
+            self._loop.call_soon(self._step)
+
+
+def _whole(body: bytes) -> bytes:
+    return (
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        % len(body)
+        + body
+    )
+
+
+def _described(url: bytes) -> bytes:
+    """What gateways and routers ask before they trust an instance."""
+    if url == b"/info":
+        limits = Limits(VOCABULARY, 8192, 8192, 8192, 16, "float32", "cpu", 1)
+        identity = InstanceId("echo"), Epoch(1), Role.COLOCATED, InstanceState.READY
+        return _encode(InstanceInfo(*identity, os.getpid(), MODEL, limits))
+    if url == b"/stats":
+        totals = EngineTotals(0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
+        return _encode(InstanceStats(totals, PoolTotals(), Latencies()))
+    if url == b"/v1/models":
+        return b'{"object":"list","data":[{"id":"echo","object":"model","max_model_len":8192}]}'
+    return b'{"model_path":"echo","model_id":"echo","served_model_name":"echo","status":"ok"}'
+
+
+async def _backend(gap: float) -> None:
+    loop = asyncio.get_running_loop()
+    sock = bind("127.0.0.1", 0)
+    server = await loop.create_server(lambda: Backend(loop, gap), sock=sock)
+    print(url_of(sock), flush=True)
+    await server.serve_forever()
+
+
+class LoadConfig(msgspec.Struct, frozen=True):
+    """What to send. Every stream is a connection that sends its next request when it has the
+    last one's answer."""
+
+    host: str
+    port: int
+    streams: int
+    chunks: int
+    seconds: float
+    prompt_tokens: int
+    texts: bool = False  # the same bytes, as a text
+
+
+class LoadSeen(msgspec.Struct, frozen=True):
+    requests: int
+    seconds: float
+    failed: int
+    gaps: list[float]  # between reads of one stream, seconds
+
+
+class ClientRequest(msgspec.Struct, frozen=True):
+    model: str
+    prompt: list[int] | str
+    max_tokens: int
+    stream: bool = True
+
+
+class _Client(asyncio.Protocol):
+    """One stream after the other on one connection."""
+
+    def __init__(self, load: _Load, requests: Sequence[bytes], turn: int) -> None:
+        self._load = load
+        self._requests = requests
+        self._turn = turn
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self._last = 0.0
+        self._events = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._send()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._load.closed()
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def _send(self) -> None:
+        if time.perf_counter() > self._load.until:
+            self._transport.close()
+            return
+        self._turn += 1
+        self._last, self._events = 0.0, 0
+        self._transport.write(self._requests[self._turn % len(self._requests)])
+
+    def on_body(self, body: bytes) -> None:
+        now = time.perf_counter()
+        if self._last:
+            self._load.gaps.append(now - self._last)
+        self._last = now
+        self._events += body.count(b"\n\n")
+
+    def on_message_complete(self) -> None:
+        self._load.requests += 1
+        self._load.failed += self._events != self._load.config.chunks + 1
+        self._send()
+
+
+class _Load:
+    def __init__(self, config: LoadConfig) -> None:
+        self.config = config
+        self.until = time.perf_counter() + config.seconds
+        self.requests = self.failed = 0
+        self.gaps: list[float] = []
+        self._open = config.streams
+        self._done = asyncio.Event()
+
+    def closed(self) -> None:
+        self._open -= 1
+        if not self._open:
+            self._done.set()
+
+    async def run(self) -> LoadSeen:
+        loop, config = asyncio.get_running_loop(), self.config
+        requests = _requests(config)
+        started = time.perf_counter()
+        for number in range(config.streams):
+            client = _Client(self, requests, number * len(requests) // config.streams)
+            await loop.create_connection(partial(_same, client), config.host, config.port)
+        await self._done.wait()
+        return LoadSeen(self.requests, time.perf_counter() - started, self.failed, self.gaps)
+
+
+def _same(client: _Client) -> _Client:
+    return client
+
+
+def _requests(config: LoadConfig) -> list[bytes]:
+    """256 prompts of token ids; every 16 of them share their first half."""
+    rng = np.random.default_rng(1)
+    half = config.prompt_tokens // 2
+    shared = rng.integers(10_000, VOCABULARY, (16, half))
+    requests = []
+    for number in range(256):
+        own = rng.integers(10_000, VOCABULARY, config.prompt_tokens - half)
+        prompt = [*shared[number % 16].tolist(), *own.tolist()]
+        body = _encode(
+            ClientRequest(
+                MODEL, " ".join(map(str, prompt)) if config.texts else prompt, config.chunks
+            )
+        )
+        requests.append(
+            b"POST /v1/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n" % len(body) + body
+        )
+    return requests
+
+
+async def _load(config: LoadConfig) -> None:
+    seen = await _Load(config).run()
+    sys.stdout.buffer.write(_encode(seen))
+
+
+def _gateway(policy: Policy, members: Sequence[str]) -> int:
+    import tokenizers
+    from tokenizers.models import WordLevel
+
+    from memserve.gateway.run import run_gateway
+    from memserve.models.tokenizer import Tokenizer
+
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = Tokenizer(tokenizers.Tokenizer(WordLevel({**words, "a": VOCABULARY}, "a")))
+    gateway = GatewayConfig(port=0, policy=policy)
+    config = ClusterConfig(model=ModelConfig(served_name=MODEL), gateway=gateway)
+    return run_gateway(config, members, tokenizer)
+
+
+def main(kind: str, *arguments: str) -> int:
+    if kind == "backend":
+        uvloop.run(_backend(float(arguments[0])))
+    elif kind == "load":
+        uvloop.run(_load(msgspec.json.decode(arguments[0], type=LoadConfig)))
+    else:
+        policy, *members = arguments
+        return _gateway(msgspec.convert(policy, Policy), members)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,50 @@
+"""The benchmark's own two ends, against each other and without a gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from memserve.api.serving import bind
+from memserve.bench.gateway import FEW, MANY, GatewayRun, _cpu_seconds, _figures
+from memserve.bench.gateway_process import Backend, LoadConfig, LoadSeen, _Load
+
+
+async def seen(gap: float, chunks: int, texts: bool = False) -> LoadSeen:
+    loop = asyncio.get_running_loop()
+    sock = bind("127.0.0.1", 0)
+    server = await loop.create_server(lambda: Backend(loop, gap), sock=sock)
+    try:
+        return await _Load(LoadConfig(*sock.getsockname(), 4, chunks, 0.05, 20, texts)).run()
+    finally:
+        server.close()
+
+
+async def test_every_stream_gets_the_chunks_that_it_asked_for() -> None:
+    for texts in (False, True):
+        answered = await seen(0.0, 8, texts)
+        assert answered.requests >= 4
+        assert answered.failed == 0
+
+
+async def test_paced_chunks_arrive_one_by_one() -> None:
+    answered = await seen(0.002, 8)
+    assert answered.failed == 0
+    # Seven gaps to a stream; [DONE] may come with the last chunk or behind it.
+    assert 7 <= len(answered.gaps) / answered.requests <= 8
+    assert sorted(answered.gaps)[len(answered.gaps) // 2] >= 0.001
+
+
+def test_a_chunk_costs_what_more_of_them_cost_more() -> None:
+    def run(cpu: float) -> GatewayRun:
+        return GatewayRun(1, 1.0, cpu, 1.0, 1.0)
+
+    figures = _figures("x", [(run(50.0), run(100.0), run(100.0 + 3.0 * (MANY - FEW)))])
+    assert figures.cpu_us_per_request == 50.0
+    assert figures.paced_cpu_us_per_request == 100.0
+    assert figures.cpu_us_per_chunk == 3.0
+
+
+def test_a_process_s_own_time_is_read() -> None:
+    times = os.times()
+    assert abs(_cpu_seconds(os.getpid()) - times.user - times.system) < 0.1
