@@ -91,9 +91,7 @@ async def test_tokens_are_those_of_generate(
         node(expected.directory, Role.PREFILL, caching, **options) as p,
         node(expected.directory, Role.DECODE, caching, **options) as d,
     ):
-        # In the second round all that was kept is there, has moved to DRAM, or was dropped.
-        for _ in range(2):
-            await asyncio.gather(*(talk(p, d, turns, mode) for turns in expected.conversations))
+        await asyncio.gather(*(talk(p, d, turns, mode) for turns in expected.conversations))
         await p.settled()
         await d.settled()
         assert d.totals.failed == 0
