@@ -57,7 +57,8 @@ class Supervised:
 
         Raises ClusterError, with its last lines, when it has crashed too often.
         """
-        while (code := await self.child.ended) != 0:
+        # Shielded: giving up watching must not end what others wait for too.
+        while (code := await asyncio.shield(self.child.ended)) != 0:
             sweep()  # what was its shared memory; that of living processes stays
             pause = 0.0
             if code == RESTART_EXIT_CODE:

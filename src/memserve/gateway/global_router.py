@@ -14,7 +14,7 @@ import numpy as np
 
 from memserve.api.generate import GenerateCall
 from memserve.api.namespaces import salted
-from memserve.api.status import EngineTotals
+from memserve.api.status import EngineTotals, InstanceState
 from memserve.clock import Clock
 from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.kv_feed import KvFeed
@@ -87,7 +87,7 @@ class GlobalRouter:
             id=RequestId(call.id),
             tokens=_tokens(call),
             namespace=salted(call.cache_salt),
-            output_tokens=call.sampling.max_tokens * call.n * len(call.prompts),
+            output_tokens=call.sampling.max_tokens,
             session=call.session,
             priority=call.priority,
         )
@@ -119,7 +119,8 @@ class GlobalRouter:
         costs = self._known[plan.computes].spec.costs if plan.computes in self._known else None
         if isinstance(costs, RefinedCosts):
             others = terms.first_token - terms.prefill
-            costs.observe_prefill(plan.prompt_tokens, plan.cached_tokens, seconds - others)
+            cached = plan.cached_tokens + plan.fetched_tokens
+            costs.observe_prefill(plan.prompt_tokens, cached, seconds - others)
 
     # --- members --------------------------------------------------------------------------
 
@@ -136,6 +137,9 @@ class GlobalRouter:
             self._meet(change)
         elif known.spec.role is not change.role:
             self._put(known, replace(known.spec, role=change.role))
+        known = self._known[change.id]
+        if known.asking is None and change.state is not InstanceState.STARTING:
+            known.asking = asyncio.ensure_future(self._ask_costs(known, change.address))
 
     def _meet(self, change: MemberChange) -> None:
         spec = InstanceSpec(
@@ -145,9 +149,8 @@ class GlobalRouter:
             block_tokens=_BLOCK_TOKENS,
             host=urlsplit(change.address).hostname or change.address,
         )
-        known = self._known[change.id] = _Known(change.epoch, spec, StepTimes())
+        self._known[change.id] = _Known(change.epoch, spec, StepTimes())
         self.scheduler.put(spec)
-        known.asking = asyncio.ensure_future(self._ask_costs(known, change.address))
 
     async def _ask_costs(self, known: _Known, address: str) -> None:
         costs = await self._costs.of(address)

@@ -23,10 +23,9 @@ log = logging.getLogger(__name__)
 
 PROFILE_PATH = "/profile"
 _TIMEOUT = aiohttp.ClientTimeout(total=5.0)  # it is a small file, held in memory
-# Between questions for a profile; an instance that has none yet is measuring it.
+# Between questions for a profile; an instance that serves has measured it, or never will.
 RETRY_SECONDS = 2.0
-# Of an instance that gives no profile: after so many questions it has none.
-MAX_QUESTIONS = 5
+MAX_QUESTIONS = 3
 # A step's mean over fewer steps than this says little.
 _MIN_STEPS = 8
 

@@ -18,8 +18,8 @@ from memserve.cluster.poller import Poller
 from memserve.config import ClusterConfig, available_cores
 from memserve.gateway.app import GatewayApp
 from memserve.gateway.call_builder import CallBuilder
+from memserve.gateway.global_router import GlobalRouter
 from memserve.gateway.relay import Relay
-from memserve.gateway.router import RoundRobin
 from memserve.gateway.upstream import Upstream
 from memserve.models.tokenizer import Tokenizer
 
@@ -81,7 +81,8 @@ class Gateway:
         self._session = instance_session()
         self._upstream = Upstream()
         self._max_body_bytes = config.gateway.max_body_bytes
-        self._relay = Relay(self._upstream, self.membership, RoundRobin(), clock)
+        self._router = GlobalRouter(self.membership, self._session, clock, config.gateway.policy)
+        self._relay = Relay(self._upstream, self.membership, self._router, clock)
         self._calls = CallBuilder(
             tokenizer, config.model.served_name or config.model.path, available_cores()
         )
@@ -98,6 +99,7 @@ class Gateway:
         await asyncio.wait((self._polling,))
         self._calls.close()
         self._upstream.close()
+        await self._router.close()
         await self._session.close()
 
     async def serve(self, sock: socket.socket, shutdown: Shutdown) -> None:
