@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -25,11 +26,12 @@ from memserve.engine.batch import BatchLimits
 from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import Model
 from memserve.errors import ConfigError, ProfileError
-from memserve.instance import profile as profile_module
+from memserve.instance import samples as samples_module
 from memserve.instance.instance import Identity, Instance, Parts
 from memserve.instance.probe import EngineProbe
 from memserve.instance.profile import PLANS, QUICK, ProfilePlan, Profiler
 from memserve.instance.profiling import ProfiledEngine, default_profile, instance_profile
+from memserve.instance.samples import Samples
 from memserve.instance.server import InstanceApp
 from memserve.pool.pool import MemPool
 from memserve.scheduler.profiles import (
@@ -64,6 +66,12 @@ def engine(tiny: tuple[Model, Path]) -> ProfiledEngine:
 @pytest.fixture
 def store(tmp_path: Path) -> ProfileStore:
     return ProfileStore(tmp_path / "profiles")
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else runs on the machine, as far as anybody can tell."""
+    monkeypatch.setattr(samples_module, "seconds_waited", lambda: 0.0)
 
 
 def test_a_probe_times_what_it_says_and_leaves_nothing(tiny: tuple[Model, Path]) -> None:
@@ -113,13 +121,27 @@ def test_what_does_not_fit_the_time_is_left_out(tiny: tuple[Model, Path]) -> Non
     assert [p.sequences for p in measured.decode] == [1, 2]
 
 
+def test_undisturbed_times_are_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = iter([0.0, 0.0, 0.0, 1e6, 1e6, 1e6, 1e6, 1e6, 1e6, 2e6, 2e6, 4e6])
+    monkeypatch.setattr(samples_module, "seconds_waited", lambda: next(waits))
+    samples = Samples([(1, 0), (1, 0), (2, 0)])
+    assert samples.points == [(1, 0), (2, 0)]
+    for seconds in (5.0, 90.0, 4.0, 7.0):  # the second one waited
+        samples.take((1, 0), lambda *_, seconds=seconds: seconds)  # type: ignore[misc]
+    for seconds in (30.0, 40.0):
+        samples.take((2, 0), lambda *_, seconds=seconds: seconds)  # type: ignore[misc]
+    assert samples.disturbed == [(2, 0)]
+    assert {point: sample.seconds for point, sample in samples.believed.items()} == {
+        (1, 0): 5.0,
+        (2, 0): 30.0,
+    }
+
+
 def test_a_first_start_measures_and_the_next_one_reads(
     engine: ProfiledEngine,
     store: ProfileStore,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(profile_module, "seconds_waited", lambda: 0.0)
     caplog.set_level(logging.INFO)
     first = instance_profile(engine, "auto", store)
     assert first.effort == "quick"
@@ -137,8 +159,10 @@ def test_a_first_start_measures_and_the_next_one_reads(
 def test_a_busy_machine_is_measured_again_the_next_time(
     engine: ProfiledEngine, store: ProfileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits = iter([0.0, 1e6] * 2)
-    monkeypatch.setattr(profile_module, "seconds_waited", lambda: next(waits))
+    waits = count()
+    monkeypatch.setattr(samples_module, "seconds_waited", lambda: float(next(waits)))
+    # What was disturbed is measured again while there is time; here there is little.
+    monkeypatch.setitem(PLANS, "quick", replace(QUICK, seconds=0.0))
     assert instance_profile(engine, "auto", store).effort == "quick"
     assert store.load(engine.subject) is None
     assert instance_profile(engine, "auto", store).effort == "quick"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from memserve.config import TransferMode
 from memserve.engine.engine import Engine
 from memserve.errors import TransferError
 from memserve.instance.probe import EngineProbe
+from memserve.instance.samples import Point, Samples
 from memserve.pool.layout import KVLayout
 from memserve.scheduler.contract import Path as TransferPath
 from memserve.scheduler.measurements import (
@@ -35,9 +36,10 @@ Progress = Callable[[str], None]
 # Steps timed at each decode point, behind the one that admits the sequences.
 _STEPS = 3
 _WARM_TOKENS = 64
+# How often points are measured once more that other processes disturbed, as time allows.
+_AGAIN = 3
 _TRANSFERS = 5  # of each size
 _FAR = "profile-far"
-_INSTANT = 1e-9
 _TRANSFER_SECONDS = 30.0  # a scratch pool that does not answer is broken
 
 
@@ -84,19 +86,11 @@ FULL = ProfilePlan(
 PLANS: dict[Effort, ProfilePlan] = {"quick": QUICK, "full": FULL}
 
 
-class _Times:
-    """Points, each named once, and the seconds that they took."""
-
-    def __init__(self, points: Iterable[tuple[int, int]]) -> None:
-        self.points = list(dict.fromkeys(points))
-        self.taken: dict[tuple[int, int], list[float]] = {}
-
-
-def _prefill_points(times: _Times) -> tuple[PrefillPoint, ...]:
+def _prefill_points(samples: Samples) -> tuple[PrefillPoint, ...]:
     """Of points (tokens to compute, cached tokens)."""
     return tuple(
-        PrefillPoint(tokens + cached, cached, _middle(seconds))
-        for (tokens, cached), seconds in times.taken.items()
+        PrefillPoint(tokens + cached, cached, sample.seconds)
+        for (tokens, cached), sample in samples.believed.items()
     )
 
 
@@ -121,12 +115,10 @@ class Profiler:
         so that a machine whose speed drifts is as fast for them; returned beside the rest.
         """
         block = self._block
-        prefill = _Times(self._fitting_prefills(plan.prefill))
-        decode = _Times(self._fitting_decodes(plan.decode, most_sequences))
-        others = _Times((x - c // block * block, c // block * block) for x, c in held_out)
-        begin = self._clock.now()
-        end = begin + plan.seconds
-        waited = seconds_waited()
+        prefill = Samples(self._fitting_prefills(plan.prefill))
+        decode = Samples(self._fitting_decodes(plan.decode, most_sequences))
+        others = Samples((x - c // block * block, c // block * block) for x, c in held_out)
+        end = self._clock.now() + plan.seconds
         with EngineProbe(self._engine) as probe:
             # Kernels are chosen and pages are touched the first time.
             probe.prefill(min(_WARM_TOKENS, probe.longest_prompt), 0)
@@ -140,33 +132,47 @@ class Profiler:
             for turn in range(plan.rounds):
                 self._progress(f"prefill and decode steps, round {turn + 1} of {plan.rounds}")
                 needed = plan.needed if turn == 0 else 0
-                self._turn(prefill, time_prefill, needed, end)
-                self._turn(decode, time_decode, needed, end)
+                self._turn(prefill, prefill.points, time_prefill, needed, end)
+                self._turn(decode, decode.points, time_decode, needed, end)
                 if others.points:
                     self._progress(f"held-out points, round {turn + 1} of {plan.rounds}")
-                    self._turn(others, time_prefill, len(others.points), end)
+                    self._turn(others, others.points, time_prefill, len(others.points), end)
                 if self._clock.now() > end:
                     break
+            for _ in range(_AGAIN):
+                disturbed = prefill.disturbed + decode.disturbed + others.disturbed
+                if not disturbed or self._clock.now() > end:
+                    break
+                self._progress("again what other processes disturbed")
+                self._turn(prefill, prefill.disturbed, time_prefill, 0, end)
+                self._turn(decode, decode.disturbed, time_decode, 0, end)
+                self._turn(others, others.disturbed, time_prefill, 0, end)
+        believed = [*prefill.believed.values(), *decode.believed.values()]
         measured = Measurements(
             prefill=_prefill_points(prefill),
             decode=tuple(
                 # The steps that are timed see the context grow.
-                DecodePoint(s, s * (context + 1 + _STEPS // 2), _middle(times))
-                for (s, context), times in decode.taken.items()
+                DecodePoint(s, s * (context + 1 + _STEPS // 2), sample.seconds)
+                for (s, context), sample in decode.believed.items()
             ),
-            waited=(seconds_waited() - waited) / max(self._clock.now() - begin, _INSTANT),
+            waited=fmean(sample.waited for sample in believed) if believed else 0.0,
         )
         return measured, _prefill_points(others)
 
     def _turn(
-        self, times: _Times, run: Callable[[int, int], float], needed: int, end: float
+        self,
+        samples: Samples,
+        points: Sequence[Point],
+        run: Callable[[int, int], float],
+        needed: int,
+        end: float,
     ) -> None:
         """Each point once; the first `needed` ones even if it is too late."""
-        for at, (first, second) in enumerate(times.points):
+        for at, point in enumerate(points):
             if at < needed or self._clock.now() < end:
-                times.taken.setdefault((first, second), []).append(run(first, second))
+                samples.take(point, run)
         # What disturbs one turn's point is to disturb another's the next time.
-        self._rng.shuffle(times.points)
+        self._rng.shuffle(samples.points)
 
     @property
     def longest_prompt(self) -> int:
@@ -192,18 +198,6 @@ class Profiler:
             )
             if there >= 1 and longest >= 1:
                 yield there, min(context, longest)
-
-
-def seconds_waited() -> float:
-    """For how long threads of this process have waited for a core so far, in all; 0.0 where the
-    kernel does not say."""
-    nanoseconds = 0
-    for task in Path("/proc/self/task").glob("*/schedstat"):
-        try:
-            nanoseconds += int(task.read_text().split()[1])
-        except OSError:
-            continue  # a thread that has ended
-    return nanoseconds * 1e-9
 
 
 def measure_transfers(
