@@ -16,7 +16,6 @@ from memserve.clock import Clock, MonotonicClock
 from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.kv_subscription import (
     BACKOFF_SECONDS,
-    MAX_BACKOFF_SECONDS,
     EventSource,
     Subscription,
 )
@@ -28,6 +27,8 @@ from memserve.types import Epoch, InstanceId, Role
 log = logging.getLogger(__name__)
 
 EXPIRE_SECONDS = 1.0  # between looks for expectations that are over: much less than they last
+# Between questions to a member that loads its model: it is ready, and known, in one of them.
+MAX_FIND_SECONDS = 1.0
 _INFO_TIMEOUT = aiohttp.ClientTimeout(total=2.0)  # as long as a poll may take
 _WILDCARDS = ("0.0.0.0", "*", "[::]", "::")
 _info = msgspec.json.Decoder(InstanceInfo)
@@ -184,11 +185,16 @@ class KvFeed:
             except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
                 log.debug("%s does not say where its events are: %s", instance, error)
             else:
-                if (info.id, info.epoch) == (instance, epoch) and info.kv_events is not None:
-                    self._subscribe(_source(info, info.kv_events, address, followed.role), followed)
+                same = (info.id, info.epoch) == (instance, epoch)
+                if same and info.kv_events is not None:
+                    source = _source(info, info.kv_events, address, followed.role)
+                    self._subscribe(source, followed)
+                    return
+                if same and info.state is not InstanceState.STARTING:
+                    log.warning("%s publishes no KV events: it is routed to blindly", instance)
                     return
             await asyncio.sleep(pause)
-            pause = min(2 * pause, MAX_BACKOFF_SECONDS)
+            pause = min(2 * pause, MAX_FIND_SECONDS)
 
     def _subscribe(self, source: EventSource, followed: _Followed) -> None:
         if source.secured and self._keys is None:
