@@ -18,7 +18,6 @@ from memserve.api.http_client import instance_session
 from memserve.api.instance_metrics import instance_metrics
 from memserve.instance import fetch, kv_link
 from memserve.transfer.faulty import Drop, Fail
-from memserve.transfer.mempool import MakeTransports
 from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import (
@@ -52,8 +51,10 @@ def expected(model: Path) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_link, "LINGER_SECONDS", 0.3)
+    # What should succeed has time for it, on any machine.
+    monkeypatch.setattr(fetch, "MIN_FETCH_SECONDS", 5.0)
 
 
 async def fetching(one: Node, peer: Node | PrefillPeer, **options: Any) -> Completion:
@@ -244,26 +245,32 @@ async def test_nothing_is_cached_there(model: Path, expected: list[int]) -> None
         assert (one.fetches.asked, one.fetches.failed, one.fetches.blocks_received) == (1, 0, 0)
 
 
-BROKEN: dict[str, MakeTransports] = {"breaks": faulty(Fail(0.5)), "stalls": faulty(Drop())}
-
-
-@pytest.mark.parametrize("how", BROKEN)
-async def test_a_push_that_does_not_end_well(
-    model: Path, expected: list[int], how: str, monkeypatch: pytest.MonkeyPatch
+async def test_a_push_that_stalls_is_given_up(
+    model: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "MIN_FETCH_SECONDS", 0.3)
-    monkeypatch.setattr(fetch, "MAX_FETCH_SECONDS", 0.3)
+    monkeypatch.setattr(fetch, "MIN_FETCH_SECONDS", 0.2)
+    monkeypatch.setattr(fetch, "MAX_FETCH_SECONDS", 0.2)
     async with (
         node(model, Role.COLOCATED) as one,
-        node(model, Role.COLOCATED, transports=BROKEN[how]) as third,
+        node(model, Role.COLOCATED, transports=faulty(Drop())) as third,
     ):
         await third.complete(*PROMPT)
         assert (await fetching(one, third)).tokens == [expected]
         assert (one.fetches.asked, one.fetches.failed) == (1, 1)
         await third.settled()
-        assert (third.fetches.pushes, third.fetches.pushes_failed) == (0, how == "breaks")
-        # The next one succeeds.
-        await one.settled()
+
+
+async def test_a_push_that_breaks_is_the_only_one_that_fails(
+    model: Path, expected: list[int]
+) -> None:
+    async with (
+        node(model, Role.COLOCATED) as one,
+        node(model, Role.COLOCATED, transports=faulty(Fail(0.5))) as third,
+    ):
+        await third.complete(*PROMPT)
+        assert (await fetching(one, third)).tokens == [expected]
+        assert (one.fetches.asked, one.fetches.failed) == (1, 1)
+        assert (third.fetches.pushes, third.fetches.pushes_failed) == (0, 1)
         other = prompt_of(40, 3)
         await third.complete(*other)
         call = msgspec.structs.replace(call_of(other), fetch=third.peer)

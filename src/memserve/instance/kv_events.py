@@ -117,6 +117,7 @@ class KVEventPublisher:
         self._stopping.set()
         self._wake()
         self._thread.join()
+        os.close(self._wake_fd)  # not before: the number may be somebody else's by then
 
     def snapshot(self) -> bytes:
         """A `KVSnapshot`. Waits for the thread; raises TransferError once it has ended."""
@@ -202,7 +203,6 @@ class KVEventPublisher:
             if socket is not None:
                 socket.close(linger=0)
         self._context.term()
-        os.close(self._wake_fd)
 
     def _flush(self) -> None:
         """Send all that waits."""
