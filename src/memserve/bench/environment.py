@@ -15,7 +15,7 @@ import msgspec
 from memserve import __version__
 from memserve.config import available_cores
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "aiohttp", "uvicorn", "uvloop")
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "aiohttp", "httptools", "uvloop")
 # For git and nvidia-smi, which answer at once or hang on a broken driver.
 _TOOL_TIMEOUT = 10.0
 
