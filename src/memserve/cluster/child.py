@@ -33,7 +33,7 @@ class Child:
         self._last: deque[str] = deque(maxlen=_TAIL_LINES)
         self._show: Callable[[str], None] | None = None
         self._output = asyncio.ensure_future(self._read_output())
-        self.ended = asyncio.ensure_future(process.wait())
+        self.ended = asyncio.ensure_future(self._end())  # its exit code
 
     @classmethod
     async def spawn(cls, name: str, arguments: Sequence[str], module: str = "memserve") -> Child:
@@ -68,7 +68,6 @@ class Child:
         """Waits until it ends; how that was, with its last lines that nobody has seen, or all
         of its last lines."""
         code = await self.ended
-        await asyncio.wait((self._output,), timeout=_LAST_WORDS_SECONDS)
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
         said = "".join(f"\n  {line}" for line in (self._last if whole else self._tail))
         return ClusterError(f"{self.name} ended with {how}{':' if said else ''}{said}")
@@ -85,6 +84,11 @@ class Child:
 
     def kill(self) -> None:
         self._signal(signal.SIGKILL)
+
+    async def _end(self) -> int:
+        code = await self._process.wait()
+        await asyncio.wait((self._output,), timeout=_LAST_WORDS_SECONDS)
+        return code
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has just ended by itself

@@ -1,0 +1,290 @@
+"""A cluster of processes that are killed, told to change, and restarted, under load.
+
+The engines have no model and stream slowly; all else is what `memserve up` runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+import openai
+import pytest
+
+from memserve.api.control import InstanceChange, WantedState
+from memserve.api.serving import Shutdown
+from memserve.api.status import InstanceState
+from memserve.clock import MonotonicClock
+from memserve.cluster.client import ClusterClient, ClusterSummary, GatewayUnreachable, MemberSummary
+from memserve.cluster.local import LocalCluster
+from memserve.cluster.restarts import RestartLimits
+from memserve.cluster.rolling import remove, restart
+from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelConfig
+from memserve.errors import ClusterError
+from memserve.types import Role
+from tests.fakes import MODEL, save_tiny_tokenizer, until
+
+T = TypeVar("T")
+STEP_SECONDS = 0.02
+TOKENS = 40
+QUICK = RestartLimits(first_pause=0.01, longest_pause=0.05, max_crashes=3)
+
+
+class Supervised:
+    """A cluster of two instances on an event loop of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.said: list[str] = []
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        config = ClusterConfig(
+            model=ModelConfig(path=str(directory), served_name=MODEL),
+            gateway=GatewayConfig(port=0),
+            instance=(InstanceConfig(role=Role.PREFILL), InstanceConfig(role=Role.DECODE)),
+        )
+        self.shutdown = Shutdown()
+        self.cluster = LocalCluster(
+            config,
+            self.shutdown,
+            self.said.append,
+            limits=QUICK,
+            module="tests.e2e.fake_memserve",
+        )
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(120)
+
+    def begin(self) -> None:
+        self._thread.start()
+        self.run(self.cluster.start())
+        self.cluster.show_output(self.said.append)
+        self.ended = asyncio.run_coroutine_threadsafe(self.cluster.supervise(), self.loop)
+
+    def end(self) -> None:
+        self.ended.cancel()
+        self.shutdown.forced.set()
+        self.run(self.cluster.stop())
+        self.run(asyncio.sleep(0))  # pipes are closed in the loop's next turn
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+    def ask(self, work: Callable[[ClusterClient], Coroutine[Any, Any, T]]) -> T:
+        async def run() -> T:
+            async with ClusterClient(self.cluster.url) as client:
+                return await work(client)
+
+        return self.run(run())
+
+    def change(self, instance: str, wanted: InstanceChange) -> MemberSummary:
+        return self.ask(lambda client: client.change(instance, wanted))
+
+    def view(self) -> ClusterSummary:
+        return self.ask(lambda client: client.view())
+
+    def until(self, condition: Callable[[ClusterSummary], bool]) -> ClusterSummary:
+        """Wait until the gateway, if there is one, shows this."""
+
+        async def look(client: ClusterClient) -> ClusterSummary:
+            while True:
+                try:
+                    if condition(view := await client.view()):
+                        return view
+                except GatewayUnreachable:
+                    pass
+                await asyncio.sleep(0.02)
+
+        return self.ask(look)
+
+    def until_ready(self) -> ClusterSummary:
+        return self.until(lambda view: len(ready(view)) == 2)
+
+
+def ready(view: ClusterSummary) -> dict[str, int | None]:
+    return {m.id: m.pid for m in view.instances if m.state is InstanceState.READY}
+
+
+@contextmanager
+def supervised(directory: Path) -> Iterator[Supervised]:
+    running = Supervised(directory)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MEMSERVE_FAKE_ENGINE", json.dumps({"step_seconds": STEP_SECONDS}))
+        environment.setenv("PYTHONPATH", os.pathsep.join([*_paths(), str(Path.cwd())]))
+        try:
+            running.begin()
+            yield running
+        finally:
+            running.end()
+
+
+def _paths() -> list[str]:
+    return [path for path in [os.environ.get("PYTHONPATH", "")] if path]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    save_tiny_tokenizer(directory)
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def running(model: Path) -> Iterator[Supervised]:
+    with supervised(model) as cluster:
+        yield cluster
+
+
+class Load:
+    """Clients that stream without a pause; every answer must be whole."""
+
+    def __init__(self, url: str, clients: int = 4) -> None:
+        self.whole = 0
+        self.failures: list[str] = []
+        self._url = url
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._client) for _ in range(clients)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def more(self, answers: int) -> None:
+        """Wait for so many more, or a failure."""
+        wanted = self.whole + answers
+        until(lambda: self.whole >= wanted or bool(self.failures))
+
+    def _client(self) -> None:
+        with openai.OpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0) as client:
+            while not self._over.is_set():
+                try:
+                    stream = client.completions.create(
+                        model=MODEL, prompt=[5, 6, 7], max_tokens=TOKENS, stream=True
+                    )
+                    chunks = [chunk.choices[0] for chunk in stream]
+                except openai.APIError as error:
+                    self.failures.append(repr(error))
+                    return
+                if chunks[-1].finish_reason != "length":
+                    self.failures.append(f"cut off after {len(chunks)} chunks")
+                self.whole += 1
+
+
+def test_a_killed_instance_comes_back_in_a_new_life(running: Supervised) -> None:
+    before = running.until_ready()
+    victim = next(m for m in before.instances if m.id == "decode-1")
+    assert victim.pid is not None
+    os.kill(victim.pid, signal.SIGKILL)
+    running.until(lambda view: "decode-1" not in ready(view))  # its death is visible
+    after = running.until_ready()
+    assert ready(after)["prefill-0"] == ready(before)["prefill-0"]
+    assert ready(after)["decode-1"] != victim.pid
+    assert [m.role for m in after.instances if m.id == "decode-1"] == [Role.DECODE]
+    assert after.epoch > before.epoch
+    assert len(after.instances) == 2
+    assert any("decode-1 ended with signal SIGKILL; starting it again" in s for s in running.said)
+
+
+def test_a_killed_gateway_comes_back_at_its_port_and_knows_its_members(
+    running: Supervised,
+) -> None:
+    before = running.until_ready()
+    gateway = running.cluster._gateway
+    assert gateway is not None
+    killed = gateway.child
+    killed.kill()
+    running.run(asyncio.wait_for(asyncio.shield(killed.ended), 30))
+    after = running.until_ready()
+    assert ready(after) == ready(before)  # the instances were left alone
+    assert {m.role for m in after.instances} == {Role.PREFILL, Role.DECODE}
+
+
+def test_roles_change_and_instances_drain_under_load(running: Supervised) -> None:
+    running.until_ready()
+    with Load(running.cluster.url) as load:
+        for role in (Role.COLOCATED, Role.PREFILL, Role.DECODE):
+            assert running.change("decode-1", InstanceChange(role=role)).role is role
+            load.more(4)
+        drained = running.change("decode-1", InstanceChange(state=WantedState.DRAINING))
+        assert drained.state is InstanceState.DRAINING
+        load.more(8)  # the other one does it all
+        back = running.change("decode-1", InstanceChange(state=WantedState.READY))
+        assert back.state is InstanceState.READY
+    assert load.failures == []
+    assert len(ready(running.view())) == 2
+
+
+def test_a_rolling_restart_loses_no_request(running: Supervised) -> None:
+    before = ready(running.until_ready())
+    lines: list[str] = []
+    with Load(running.cluster.url) as load:
+        running.ask(
+            lambda client: restart(client, sorted(before), MonotonicClock(), lines.append, 60)
+        )
+        seen = load.whole
+    assert load.failures == []
+    assert seen > 0
+    after = ready(running.view())
+    assert set(after) == set(before)
+    assert all(after[name] != before[name] for name in before)
+    assert [line.split(" ")[0] for line in lines] == [
+        "decode-1",
+        "decode-1",
+        "prefill-0",
+        "prefill-0",
+    ]
+
+
+def test_what_cannot_be_done_is_said(running: Supervised) -> None:
+    running.until_ready()
+
+    async def post(path: str, body: str) -> tuple[int, str | None]:
+        async with aiohttp.ClientSession() as session:
+            url = f"{running.cluster.url}{path}"
+            async with session.post(url, data=body) as answer:
+                return answer.status, (await answer.json())["error"]["code"]
+
+    instance = "/cluster/instances/decode-1"
+    assert running.run(post("/cluster/instances/x", '{"role": "decode"}')) == (
+        404,
+        "instance_not_found",
+    )
+    assert running.run(post(instance, '{"role": "cook"}'))[0] == 400
+    assert running.run(post(instance, '{"state": "dead"}'))[0] == 400
+    assert running.run(post(instance, "{}"))[0] == 400
+    with pytest.raises(ClusterError, match="there is no instance 'x'; there are: "):
+        running.ask(lambda client: client.member("x"))
+
+
+def test_an_instance_that_is_removed_does_not_come_back(model: Path) -> None:
+    """And a cluster whose last instance crashes over and over ends with what that said."""
+    with supervised(model) as running:
+        running.until_ready()
+        running.ask(lambda client: remove(client, "prefill-0", MonotonicClock(), print, 60))
+        assert [m.id for m in running.view().instances] == ["decode-1"]
+        (model / "broken").touch()
+        try:
+            pid = ready(running.view())["decode-1"]
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(ClusterError) as given_up:
+                running.ended.result(120)
+        finally:
+            (model / "broken").unlink()
+        assert "decode-1 crashed too often and is given up" in str(given_up.value)
+        assert "the weights are broken" in str(given_up.value)
+        assert any("prefill-0 has ended, as it was asked to" in line for line in running.said)
