@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Literal, Self
 
 import numpy as np
@@ -104,12 +103,7 @@ class MemPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -331,7 +325,8 @@ class MemPool:
 
     def listen(self, listener: IndexListener | None) -> None:
         """Have one listener told, under the pool's lock, of what enters and leaves the index."""
-        self._index.listener = listener
+        with self._lock:
+            self._index.listener = listener
 
     def indexed(self, mark: Callable[[], None]) -> list[StoredRun]:
         """All that the index has, parents first; `mark` is called before the next change."""
