@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from memserve.api.kv_events import (
 from memserve.api.status import InstanceState
 from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.kv_subscription import EventSource
+from memserve.errors import OutOfBlocks
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import InstanceId, Role
 from tests.fakes import tiny_tokenizer
@@ -54,6 +57,36 @@ async def test_inserts_swaps_evictions_and_deletions_arrive(tokenizer: Tokenizer
         one.pool.delete(prompt(1, 2))
         await gateway.until_equal(one)
         assert gateway.of(one).counts.unplaced == 0
+
+
+async def test_threads_that_change_the_pool_while_gateways_come_and_go(
+    tokenizer: Tokenizer,
+) -> None:
+    def work(seed: int) -> None:
+        choose = random.Random(seed)
+        for _ in range(120):
+            tokens = prompt(*(choose.randrange(3) for _ in range(choose.randint(1, 6))))
+            with contextlib.suppress(OutOfBlocks):
+                one.store(*tokens, namespace=choose.choice(["", "salt:x"]))
+            with one.pool.match(tokens, in_hbm=choose.random() < 0.5):
+                one.pool.swap_out(choose.randint(0, 4))
+            if choose.random() < 0.1:
+                one.pool.delete(tokens[: choose.randint(0, len(tokens))])
+
+    async with publishing(tokenizer, hbm_blocks=48, dram_blocks=16) as one, following() as first:
+        first.follow(one)
+        working = asyncio.gather(*(asyncio.to_thread(work, seed) for seed in range(3)))
+        while not working.done():  # each begins with a snapshot in the middle of it
+            async with following() as other:
+                other.follow(one)
+                await until(lambda: other.feed.synchronised(one.id), "a snapshot")
+        await working
+        async with following() as last:
+            last.follow(one)
+            await first.until_equal(one)
+            await last.until_equal(one)
+        assert first.of(one).counts.unplaced == 0
+        one.pool.check_integrity()
 
 
 async def test_private_namespaces_stay_private(tokenizer: Tokenizer) -> None:
