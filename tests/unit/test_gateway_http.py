@@ -323,6 +323,27 @@ async def test_a_slow_reader_stops_who_writes_and_is_told_when_to_go_on() -> Non
         assert flow == [True, False]
 
 
+async def test_a_client_that_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "STALLED_SECONDS", 0.01)
+    monkeypatch.setattr(http_server, "SWEEP_SECONDS", 0.01)
+    given_up = asyncio.Event()
+
+    async def flood(request: Request, reply: Reply) -> None:
+        reply.on_gone = given_up.set
+        reply.start(200, ())
+        while reply.writable:
+            reply.write(b"x" * 10_000)
+            await asyncio.sleep(0)
+        await given_up.wait()
+        reply.end()
+
+    async with serving(flood) as served:
+        client = await served.connect()
+        client.say(post(b""))
+        await given_up.wait()
+        client.writer.close()
+
+
 async def test_a_client_that_hangs_up_is_noticed_at_once() -> None:
     gone = asyncio.Event()
     tried = asyncio.Event()

@@ -317,3 +317,43 @@ async def test_connections_are_kept_and_a_dead_one_costs_no_attempt(cluster: Clu
     assert (connections, answered) == (3, 6)
     assert cluster.router.heard.count("ended") == 6
     server.close()
+
+
+async def test_a_slow_client_stops_the_instance_and_not_the_gateway_s_memory(
+    cluster: Cluster,
+) -> None:
+    stuck = asyncio.Event()
+    event = b"data: %b\n\n" % (b"x" * 100_000)
+    sent = 0
+
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(STREAM)
+        while not stuck.is_set():
+            writer.write(chunk(event))
+            sent += 1
+            try:
+                async with asyncio.timeout(0.3):
+                    await writer.drain()
+            except TimeoutError:
+                stuck.set()
+        writer.write(END)
+        writer.close()
+
+    server = await asyncio.start_server(flood, "127.0.0.1", 0)
+    relay = await cluster.start(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
+    client = Client()
+    running = asyncio.create_task(relay.run(call, client.reply, (), Answer()))
+    await client.begun.wait()
+    assert client.reply.on_flow is not None
+    client.reply.on_flow(True)
+    had = len(client.body)
+    await stuck.wait()
+    assert len(client.body) <= had + len(event)  # what was being read
+    assert not running.done()
+    client.reply.on_flow(False)
+    await running
+    assert client.body == event * sent
+    server.close()

@@ -7,6 +7,7 @@ Order of the limits: a client's idle connection (IDLE_CONNECTION_SECONDS) is clo
 client before the server would (SERVER_KEEP_ALIVE_SECONDS), so that no request meets a
 connection that is just being closed. What follows a refused request is thrown away for
 LINGER_SECONDS, since a client that is still sending would lose the refusal with the connection.
+A client that reads nothing of what waits for it has STALLED_SECONDS, as it keeps what answers it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from memserve.api.http_message import Header, Reply, Request
 
 SERVER_KEEP_ALIVE_SECONDS = 75.0  # without a byte from a client that has the word
 LINGER_SECONDS = 30.0
-SWEEP_SECONDS = 5.0  # how often connections are looked through for these two
+STALLED_SECONDS = 300.0
+SWEEP_SECONDS = 5.0  # how often connections are looked through for these three
 MAX_HEAD_BYTES = 64 * 1024  # of request line and headers
 
 Handler = Callable[[Request, Reply], Coroutine[object, object, None]]
@@ -119,6 +121,7 @@ class Connection(asyncio.Protocol):
         self._last = False  # no further request is taken
         self._discards = False  # what comes is thrown away: something was refused
         self._deadline = 0.0  # while the client has the word
+        self._stalled = 0.0  # since when nothing more can be written
         # Of the request that is being read:
         self._url = b""
         self._headers: list[Header] = []
@@ -266,8 +269,10 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def check(self, now: float) -> None:
-        """Close a connection whose client has kept it for too long."""
-        if self._reply is None and now > self._deadline:
+        """Close a connection that its client has kept for too long."""
+        if not self._writable and now > self._stalled + STALLED_SECONDS:
+            self._transport.abort()
+        elif self._reply is None and now > self._deadline:
             self._transport.close()
 
     def _listen(self, seconds: float) -> None:
@@ -303,6 +308,7 @@ class Connection(asyncio.Protocol):
 
     def _flow(self, writable: bool) -> None:
         self._writable = writable
+        self._stalled = self._server.loop.time()
         if self._reply is not None:
             self._reply.writable = writable
             if self._reply.on_flow is not None:
