@@ -83,6 +83,7 @@ def test_an_unknown_flag_is_refused_with_the_nearest(
         ("gateway", ["--instances", "--model", "--policy"]),
         ("instance", ["--role", "--join", "--id", "--port", "--cpus", "--drain-seconds"]),
         ("bench", ["serve", "engine", "pool"]),
+        ("profile", ["--model", "--threads", "--held-out", "--plot"]),
     ],
 )
 def test_help_names_the_flags(
