@@ -200,6 +200,36 @@ def test_the_cluster_shows_an_instance_that_joins_and_dies(
     assert get(cluster.url, "/cluster")[1]["epoch"] > view["epoch"]
 
 
+def test_an_instance_joins_several_gateways_and_leaves_them_in_order(
+    start_cluster: StartCluster, spawn: Spawn
+) -> None:
+    gateways = [start_cluster(), start_cluster()]
+    joined = spawn("instance", [gateway.url for gateway in gateways])
+    for gateway in gateways:
+        gateway.until_ready(1)
+        assert completes(gateway.url)
+    joined.process.send_signal(signal.SIGTERM)
+    assert joined.process.wait() == 0
+    for gateway in gateways:
+        assert get(gateway.url, "/cluster")[1]["instances"] == []
+
+
+def test_a_name_that_another_instance_has_is_refused(
+    start_cluster: StartCluster, spawn: Spawn
+) -> None:
+    cluster = start_cluster()
+    spawn("instance", [cluster.url], name="twin")
+    cluster.until_ready(1)
+    later = spawn("instance", [cluster.url], name="twin")
+
+    def addresses() -> list[str]:
+        return [m["address"] for m in get(cluster.url, "/cluster")[1]["instances"]]
+
+    until(lambda: addresses() == [later.url])  # and not the first one's, which still runs
+    cluster.until_ready(1)
+    assert completes(cluster.url)
+
+
 @pytest.fixture
 def doomed(start_cluster: StartCluster, spawn: Spawn) -> tuple[FakeCluster, Served]:
     """A gateway in front of one instance, in a process of its own, that is slow."""
