@@ -310,7 +310,7 @@ async def vllm() -> AsyncIterator[VLLM]:
 
 
 def stored(*numbers: int, parent: int | None = None) -> BlockStored:
-    return BlockStored([*numbers], parent, prompt(*numbers), BLOCK, medium="GPU")
+    return BlockStored([*numbers], parent, prompt(*numbers), BLOCK, None, "GPU", None)
 
 
 async def heard(gateway: Following, engine: VLLM) -> None:

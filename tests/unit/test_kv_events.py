@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 
 from memserve.api.kv_events import (
+    AllBlocksCleared,
     BlockStored,
+    EventBatch,
     decode_batch,
     extra_keys,
     namespace_of,
     text_blocks,
 )
 from memserve.api.namespaces import is_private, private, salt_of, salted
+from memserve.instance.kv_events import wire_events
+from memserve.pool.listener import StoredRun
 from memserve.scheduler.event_stream import EventCounts, EventStream
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.types import InstanceId, Namespace
@@ -152,9 +156,33 @@ def test_without_a_replay_what_is_held_is_learned_anew() -> None:
     assert follower.match() == 8
 
 
+def test_events_are_encoded_as_vllm_does() -> None:
+    """Its type demands some fields, and has defaults for the others."""
+    run = StoredRun("salt:x", None, np.array([1 << 24, (1 << 48) | 5]), bytes(range(32)))
+    events = [*wire_events(run, 4), *wire_events(run.refs, 4), AllBlocksCleared()]
+    payload = msgspec.msgpack.encode(EventBatch(1.5, [*events], 0))
+    always = {"block_hashes", "parent_block_hash", "token_ids", "block_size"}
+    always |= {"type", "lora_id", "medium", "lora_name"}
+    time, told, rank = msgspec.msgpack.decode(payload)
+    assert (time, rank) == (1.5, 0)
+    assert [event["type"] for event in told] == [
+        "BlockStored",
+        "BlockStored",
+        "BlockRemoved",
+        "BlockRemoved",
+        "AllBlocksCleared",
+    ]
+    assert set(told[0]) == always | {"extra_keys"}
+    assert set(told[1]) == always
+    assert told[1]["parent_block_hash"] == told[0]["block_hashes"][0]
+    assert [event["medium"] for event in told[:4]] == ["GPU", "CPU", "GPU", "CPU"]
+    assert set(told[2]) == {"type", "block_hashes", "medium"}
+
+
 @pytest.mark.parametrize("namespace", ["", "salt:x", "salt:", "tenant", "namespace"])
 def test_namespaces_survive_the_wire(namespace: str) -> None:
-    event = BlockStored([1, 2], None, TOKENS, 4, extra_keys=extra_keys(Namespace(namespace), 2))
+    keys = extra_keys(Namespace(namespace), 2)
+    event = BlockStored([1, 2], None, TOKENS, 4, None, "GPU", None, keys)
     event = msgspec.msgpack.decode(msgspec.msgpack.encode(event), type=BlockStored)
     assert namespace_of(event) == namespace
     assert text_blocks(event) == 2

@@ -43,9 +43,9 @@ class BlockStored(KVEvent):
     parent_block_hash: BlockHash | None
     token_ids: list[int]
     block_size: int
-    lora_id: int | None = None
-    medium: str | None = None
-    lora_name: str | None = None
+    lora_id: int | None  # always sent, as the next two: vLLM's own type has no defaults for them
+    medium: str | None
+    lora_name: str | None
     extra_keys: list[tuple[ExtraKey, ...] | None] | None = None  # of each block
     group_idx: int | None = None
     kv_cache_spec_kind: str | None = None
@@ -57,7 +57,7 @@ class BlockStored(KVEvent):
 
 class BlockRemoved(KVEvent):
     block_hashes: list[BlockHash]
-    medium: str | None = None
+    medium: str | None
     group_idx: int | None = None
     locality: str | None = None
     ownership: str | None = None

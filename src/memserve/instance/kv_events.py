@@ -297,7 +297,9 @@ def _stores(run: StoredRun, size: int) -> Iterator[BlockStored]:
             parent_block_hash=parent,
             token_ids=tokens[first * size : end * size].tolist(),
             block_size=size,
+            lora_id=None,
             medium=_MEDIA[Medium(int(medium[first]))],
+            lora_name=None,
             extra_keys=keys,
         )
         parent = names[end - 1]
