@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memserve.api.control import InstanceChange, WantedState
-from memserve.api.status import MediumTotals
+from memserve.api.status import InstanceState, MediumTotals
 from memserve.clock import MonotonicClock
 from memserve.cluster.client import ClusterClient, ClusterSummary
 from memserve.cluster.rolling import RESTART_SECONDS, remove, restart
@@ -85,7 +85,9 @@ def restart_(
         raise ConfigError("give the ID of an instance, or --all")
 
     async def run(client: ClusterClient) -> None:
-        names = [m.id for m in (await client.view()).instances] if id_ is None else [id_]
+        members = (await client.view()).instances
+        alive = sorted(m.id for m in members if m.state is not InstanceState.DEAD)
+        names = alive if id_ is None else [id_]
         await restart(client, names, MonotonicClock(), progress_lines(), seconds)
 
     _run(url, json, run)

@@ -106,8 +106,10 @@ class ClusterClient:
         try:
             async with self._session.request(method, self._url + path, data=body) as answer:
                 data = await answer.read()
+        except aiohttp.ClientConnectorError as error:
+            raise GatewayUnreachable(f"{self._url}: {error.os_error.strerror}") from error
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise GatewayUnreachable(f"no answer from {self._url}: {error}") from error
+            raise GatewayUnreachable(f"no answer from {self._url}: {error!r}") from error
         if answer.status != HTTPStatus.OK:
             raise ClusterError(_words(data))
         return data
