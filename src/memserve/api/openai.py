@@ -108,7 +108,7 @@ class _Request(_Unsupported, frozen=True, kw_only=True):
     frequency_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
     seed: int | None = None
-    user: str | None = None  # this and the next four change nothing
+    user: str | None = None  # requests of one are kept together by the policy `session`
     metadata: dict[str, object] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

@@ -25,6 +25,7 @@ from memserve.api.openai import ChatRequest, CompletionRequest
 from memserve.cluster.membership import Membership
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
+from memserve.scheduler.decisions import KEPT_DECISIONS, DecisionView
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -32,6 +33,8 @@ COMPLETIONS_PATH = "/v1/completions"
 _COMPONENTS = "#/components/schemas/"
 
 _encode = msgspec.json.Encoder().encode
+
+Decisions = Callable[[int], list[DecisionView]]  # the last so many, newest first
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -61,6 +64,7 @@ def admin_app(
     membership: Membership,
     metrics: GatewayMetrics,
     draining: Callable[[], bool],
+    decisions: Decisions,
 ) -> FastAPI:
     """Everything but the two endpoints that generate."""
     app = FastAPI(title="memserve", version=memserve.__version__, redoc_url=None)
@@ -95,6 +99,11 @@ def admin_app(
     @app.get("/metrics")
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/cluster/decisions")
+    async def last_decisions(n: int = KEPT_DECISIONS) -> Response:
+        """Where the last requests were sent, newest first, and what else there was."""
+        return Response(_encode(decisions(n)), media_type="application/json")
 
     app.include_router(cluster_routes(membership))
     app.add_exception_handler(ApiError, _api_error)

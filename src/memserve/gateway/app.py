@@ -6,6 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+import msgspec
+
 from memserve.api.asgi import asgi_handler
 from memserve.api.errors import ApiError, method_not_allowed, unavailable
 from memserve.api.generate import GenerateCall
@@ -14,8 +16,9 @@ from memserve.api.http_server import Handler
 from memserve.api.status import Limits
 from memserve.clock import Clock
 from memserve.cluster.membership import Membership
-from memserve.gateway.admin import CHAT_PATH, COMPLETIONS_PATH, admin_app
+from memserve.gateway.admin import CHAT_PATH, COMPLETIONS_PATH, Decisions, admin_app
 from memserve.gateway.call_builder import CallBuilder
+from memserve.gateway.desk import ClientLeft, Desk
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.relay import Answer, Relay, no_instance
 from memserve.types import Epoch
@@ -38,10 +41,13 @@ class GatewayApp:
         membership: Membership,
         relay: Relay,
         clock: Clock,
+        desk: Desk,
+        decisions: Decisions,
         access_log: bool = False,
     ) -> None:
         self._membership = membership
         self._relay = relay
+        self._desk = desk
         self._clock = clock
         # A line costs as much as a third of the rest of a request.
         self._access_log = access_log
@@ -51,7 +57,7 @@ class GatewayApp:
             COMPLETIONS_PATH: calls.completion,
         }
         self._admin: Handler = asgi_handler(
-            admin_app(calls.model, membership, self._metrics, lambda: self._draining)
+            admin_app(calls.model, membership, self._metrics, lambda: self._draining, decisions)
         )
         self._smallest: tuple[Epoch, Limits] | None = None  # as of that membership epoch
         self._draining = False
@@ -93,10 +99,16 @@ class GatewayApp:
             call = await self._accept(build, request)
             if given is None:
                 headers = ((b"x-request-id", call.id.encode()),)
+            await self._desk.enter(call, _tenant(request, call), reply)
             if not reply.gone:
                 await self._relay.run(call, reply, headers, answer)
         except ApiError as error:
             reply.send_error(error, headers)
+        except ClientLeft:
+            log.debug("a client left while its request waited")
+        finally:
+            if call is not None:
+                self._desk.leave(call.id)
         self._record(request, given, call, reply, answer, started)
 
     async def _accept(self, build: _Build, request: Request) -> GenerateCall:
@@ -105,6 +117,9 @@ class GatewayApp:
         if request.method != "POST":
             raise method_not_allowed(request.method, request.path, "POST")
         call = await build(request.body, self._limits())
+        session = request.header(b"x-session-id")
+        if session is not None:
+            call = msgspec.structs.replace(call, session=session.decode("latin-1"))
         self._metrics.prompt_tokens += sum(map(len, call.prompts))
         return call
 
@@ -159,3 +174,9 @@ class GatewayApp:
             took,
             "".join(f" pause={pause:.3f}" for pause in answer.pauses),
         )
+
+
+def _tenant(request: Request, call: GenerateCall) -> str:
+    """Who takes turns with others: the holder of an API key, or else of a salt."""
+    key = request.header(b"authorization")
+    return call.cache_salt if key is None else key.decode("latin-1")

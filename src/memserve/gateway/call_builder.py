@@ -133,6 +133,7 @@ class CallBuilder:
             echo=echo,
             return_token_ids=bool(request.return_token_ids),
             cache_salt=request.cache_salt or "",
+            session=request.user,
             priority=request.priority or 0,
         )
 

@@ -19,9 +19,11 @@ from memserve.clock import Clock
 from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.kv_feed import KvFeed
 from memserve.cluster.membership import Member, Membership
+from memserve.gateway.desk import Desk
 from memserve.gateway.instance_costs import InstanceCosts, StepTimes
 from memserve.gateway.router import Plan as MemberPlan
 from memserve.gateway.router import RoundRobin
+from memserve.scheduler.admission import Admission
 from memserve.scheduler.contract import InstanceSpec, Plan, PromptRequest
 from memserve.scheduler.decisions import DecisionView
 from memserve.scheduler.prompt_tree import PromptTree
@@ -62,6 +64,7 @@ class GlobalRouter:
         self.tree = PromptTree()
         self.scheduler = Scheduler(self.tree, clock, policy)
         self.feed = KvFeed(self.tree, session, clock)
+        self.desk = Desk(Admission(), self.scheduler.whole_prefill_seconds, clock)
         self._membership = membership
         self._clock = clock
         self._costs = InstanceCosts(session)
@@ -97,12 +100,16 @@ class GlobalRouter:
         plan = decision.plan
         if log.isEnabledFor(logging.INFO):
             log.info("%s", decision.summary())
+        ticket = _Reservation(self, request.id, plan, self._clock.now(), call.stream)
+        if not call.stream:  # nothing will be heard of its first token: it is taken for granted
+            seconds = plan.terms.first_token
+            asyncio.get_running_loop().call_later(seconds, self._prefilled, request.id)
         others = (m for m in members if m.role is Role.PREFILL and m.id != plan.prefill)
         return MemberPlan(
             member=by_id[plan.instance],
             prefill=() if plan.prefill is None else (by_id[plan.prefill], *others),
             fetch=None if plan.fetch is None else by_id[plan.fetch],
-            ticket=_Reservation(self, request.id, plan, self._clock.now()),
+            ticket=ticket,
         )
 
     def decisions(self, n: int) -> list[DecisionView]:
@@ -112,7 +119,7 @@ class GlobalRouter:
     def first_token(self, request: RequestId, plan: Plan, planned: float) -> None:
         """A plan of the time `planned` has come to its first token."""
         seconds = self._clock.now() - planned
-        self.scheduler.prefilled(request)
+        self._prefilled(request)
         terms = plan.terms
         if terms.prefill < _PURE_PREFILL * terms.first_token:
             return
@@ -122,10 +129,15 @@ class GlobalRouter:
             cached = plan.cached_tokens + plan.fetched_tokens
             costs.observe_prefill(plan.prompt_tokens, cached, seconds - others)
 
+    def _prefilled(self, request: RequestId) -> None:
+        self.scheduler.prefilled(request)
+        self.desk.prefilled(request)
+
     # --- members --------------------------------------------------------------------------
 
     def _changed(self, change: MemberChange) -> None:
         self.feed.observe(change)
+        self.desk.resize(self._computing())
         if change.change in (Change.LEFT, Change.DIED):
             known = self._known.get(change.id)
             if known is not None and known.epoch == change.epoch:
@@ -175,7 +187,14 @@ class GlobalRouter:
                 known = self._known.get(member.id)
                 if known is not None and member.stats is not None and known.epoch == member.epoch:
                     self._take_in(known, member, member.stats.engine)
+            self.desk.resize(self._computing())
             await asyncio.sleep(LOOK_SECONDS)
+
+    def _computing(self) -> int:
+        """How many instances compute prompts."""
+        roles = [member.role for member in self._membership.ready()]
+        decode = roles.count(Role.DECODE)
+        return len(roles) - decode or decode
 
     def _take_in(self, known: _Known, member: Member, totals: EngineTotals) -> None:
         if member.limits is not None and member.limits.block_tokens != known.spec.block_tokens:
@@ -195,17 +214,20 @@ class GlobalRouter:
 class _Reservation:
     """A plan's ticket."""
 
-    __slots__ = ("_at", "_plan", "_request", "_router")
+    __slots__ = ("_at", "_plan", "_request", "_router", "_streams")
 
-    def __init__(self, router: GlobalRouter, request: RequestId, plan: Plan, at: float) -> None:
+    def __init__(
+        self, router: GlobalRouter, request: RequestId, plan: Plan, at: float, streams: bool
+    ) -> None:
         self._router = router
         self._request = request
         self._plan = plan
         self._at = at
+        self._streams = streams
 
     def first_token(self) -> None:
-        router = self._router
-        router.first_token(self._request, self._plan, self._at)
+        if self._streams:  # otherwise the first bytes are the last ones too
+            self._router.first_token(self._request, self._plan, self._at)
 
     def ended(self) -> None:
         self._router.scheduler.finished(self._request)

@@ -3,6 +3,7 @@ to another one, which goes on where the first one stopped."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import defaultdict
 from http import HTTPStatus
@@ -90,6 +91,7 @@ class Relay:
         self._membership = membership
         self._router = router
         self._clock = clock
+        self._loop = asyncio.get_running_loop()
         self._under_way: defaultdict[InstanceId, set[Interruption]] = defaultdict(set)
         self._stopping = False
 
@@ -151,7 +153,7 @@ class Relay:
         attempt = Attempt(plan.ticket, reply, stream)
         if stream is not None:
             stream.begin_attempt()
-        interruption = Interruption()
+        interruption = Interruption(self._loop)
         under_way = self._under_way[member.id]
         under_way.add(interruption)
         reply.on_gone = interruption.interrupt

@@ -87,7 +87,13 @@ class Gateway:
             tokenizer, config.model.served_name or config.model.path, available_cores()
         )
         self._app = GatewayApp(
-            self._calls, self.membership, self._relay, clock, config.gateway.access_log
+            self._calls,
+            self.membership,
+            self._relay,
+            clock,
+            self._router.desk,
+            self._router.decisions,
+            config.gateway.access_log,
         )
 
     async def __aenter__(self) -> Gateway:
@@ -110,6 +116,7 @@ class Gateway:
             self._app.drain()
             if not await shutdown.wait_for(self._app.idle(), self._drain_seconds):
                 log.warning("the gateway ends with requests still running")
+                self._router.desk.stop()
                 self._relay.stop()
                 await shutdown.wait_for(self._app.idle(), STOP_SECONDS)
 

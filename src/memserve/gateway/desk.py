@@ -1,0 +1,120 @@
+"""Where requests wait when instances are saturated, in the order that `Admission` decides."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from memserve.api.errors import ApiError, queue_full, unavailable
+from memserve.api.generate import GenerateCall
+from memserve.api.http_message import Reply
+from memserve.clock import Clock
+from memserve.scheduler.admission import Admission, Refusal, Tenant, Ticket
+
+_COST_STEP = 64  # prompts that differ by fewer tokens cost the same here
+_MAX_COSTS = 4096
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Desk:
+    """Belongs to the event loop. Every request that has entered must `leave`."""
+
+    def __init__(
+        self, admission: Admission, prefill_seconds: Callable[[int], float], clock: Clock
+    ) -> None:
+        """`prefill_seconds`: what a prompt of so many tokens takes with nothing cached."""
+        self._admission = admission
+        self._prefill_seconds = prefill_seconds
+        self._clock = clock
+        self._costs: dict[int, float] = {}
+        self._tickets: dict[str, Ticket] = {}
+        self._waiters: dict[Ticket, asyncio.Future[None]] = {}
+        self._stopping = False
+
+    @property
+    def waiting(self) -> int:
+        return self._admission.waiting
+
+    async def enter(self, call: GenerateCall, tenant: str, reply: Reply) -> None:
+        """Returns when the call may start. Raises ApiError, ClientLeft."""
+        tokens = sum(map(len, call.prompts))
+        ticket = self._admission.enter(
+            Tenant(tenant), self._cost(tokens), call.priority, self._clock.now()
+        )
+        if isinstance(ticket, Refusal):
+            raise queue_full(f"Too many requests: {ticket}.", ticket.retry_after)
+        self._tickets[call.id] = ticket
+        if not ticket.admitted:
+            await self._wait(call, ticket, reply)
+
+    def prefilled(self, call_id: str) -> None:
+        """Its prompt is computed. Unknown ones are ignored."""
+        ticket = self._tickets.get(call_id)
+        if ticket is not None:
+            self._admission.prefilled(ticket)
+            if self._waiters:
+                self._let_through()
+
+    def leave(self, call_id: str) -> None:
+        """It ended, however. Told twice: ignored."""
+        ticket = self._tickets.pop(call_id, None)
+        if ticket is not None:
+            self._admission.leave(ticket)
+            if self._waiters:
+                self._let_through()
+
+    def resize(self, instances: int) -> None:
+        """So many instances compute prompts now, and perhaps at other prices."""
+        self._costs.clear()
+        self._admission.resize(instances)
+        self._let_through()
+
+    def stop(self) -> None:
+        """Refuse those that wait, and all that come."""
+        self._stopping = True
+        for waiter in self._waiters.values():
+            if not waiter.done():
+                waiter.set_exception(_stopping())
+
+    async def _wait(self, call: GenerateCall, ticket: Ticket, reply: Reply) -> None:
+        if self._stopping:
+            self.leave(call.id)
+            raise _stopping()
+        waiter = self._waiters[ticket] = asyncio.get_running_loop().create_future()
+
+        def client_left() -> None:
+            if not waiter.done():
+                waiter.set_exception(ClientLeft())
+
+        reply.on_gone = client_left
+        try:
+            await waiter
+        except BaseException:
+            self.leave(call.id)
+            raise
+        finally:
+            reply.on_gone = None
+            del self._waiters[ticket]
+
+    def _let_through(self) -> None:
+        now = self._clock.now()
+        while (ticket := self._admission.next(now)) is not None:
+            waiter = self._waiters.get(ticket)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+
+    def _cost(self, tokens: int) -> float:
+        step = tokens // _COST_STEP
+        cost = self._costs.get(step)
+        if cost is None:
+            if len(self._costs) >= _MAX_COSTS:
+                self._costs.clear()
+            cost = self._costs[step] = self._prefill_seconds(max(tokens, 1))
+        return cost
+
+
+def _stopping() -> ApiError:
+    return unavailable("The gateway is shutting down.", "gateway_stopping", close=True)
