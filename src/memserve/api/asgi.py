@@ -89,8 +89,10 @@ class Interruption:
     it. A cancellation from elsewhere goes through.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """`loop` is the running one; it takes a system call to ask for it."""
         self.happened = False
+        self._loop = loop
         self._task: asyncio.Task[object] | None = None
 
     def interrupt(self) -> None:
@@ -99,7 +101,7 @@ class Interruption:
             self._task.cancel()
 
     def __enter__(self) -> Self:
-        self._task = asyncio.current_task()
+        self._task = asyncio.current_task(self._loop)
         return self
 
     def __exit__(

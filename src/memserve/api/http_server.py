@@ -47,7 +47,7 @@ class HttpServer:
         self.loop = asyncio.get_running_loop()
         self._server: asyncio.Server | None = None
         self._sweeping: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[Reply, asyncio.Task[None]] = {}  # the loop's references are weak
 
     async def start(self, sock: socket.socket, backlog: int) -> None:
         """Accept connections on a listening socket, which the server owns from now on."""
@@ -79,25 +79,21 @@ class HttpServer:
         if self.closing and not self._connections:
             self._empty.set()
 
-    def watch(self, task: asyncio.Task[None], reply: Reply) -> None:
-        """Keep a handler's task, and the client from waiting for one that has failed."""
-        self._tasks.add(task)
+    def answer(self, request: Request, reply: Reply) -> None:
+        """Run the handler."""
+        self._tasks[reply] = self.loop.create_task(self._answer(request, reply))
 
-        def ended(task: asyncio.Task[None]) -> None:
-            self._tasks.discard(task)
-            error = None if task.cancelled() else task.exception()
-            if error is not None:
-                self.loop.call_exception_handler(
-                    {"message": "a request's handler failed", "exception": error, "task": task}
-                )
-            if reply.ended:
-                return
-            if reply.started:
-                reply.abort()
-            else:
-                reply.send_error(internal("The server failed while it had this request."))
-
-        task.add_done_callback(ended)
+    async def _answer(self, request: Request, reply: Reply) -> None:
+        try:
+            await self.handler(request, reply)
+        finally:
+            # What the handler has raised, asyncio logs; its client does not wait for ever.
+            del self._tasks[reply]
+            if not reply.ended:
+                if reply.started:
+                    reply.abort()
+                else:
+                    reply.send_error(internal("The server failed while it had this request."))
 
     def _sweep(self) -> None:
         now = self.loop.time()
@@ -297,8 +293,7 @@ class Connection(asyncio.Protocol):
             reply.send_error(work)
             return
         self._reply = reply = Reply(self, work, self._writable)
-        task = self._server.loop.create_task(self._server.handler(work, reply))
-        self._server.watch(task, reply)
+        self._server.answer(work, reply)
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what cannot be read, and read no more."""
