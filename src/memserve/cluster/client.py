@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from http import HTTPStatus
 from types import TracebackType
 from typing import Self
@@ -107,7 +108,9 @@ class ClusterClient:
             async with self._session.request(method, self._url + path, data=body) as answer:
                 data = await answer.read()
         except aiohttp.ClientConnectorError as error:
-            raise GatewayUnreachable(f"{self._url}: {error.os_error.strerror}") from error
+            number = error.os_error.errno or 0
+            why = os.strerror(number) if number > 0 else str(error.os_error)
+            raise GatewayUnreachable(f"{self._url}: {why}") from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise GatewayUnreachable(f"no answer from {self._url}: {error!r}") from error
         if answer.status != HTTPStatus.OK:
