@@ -247,6 +247,8 @@ class Connection(asyncio.Protocol):
     def replied(self, keep_alive: bool) -> None:
         """The reply is complete: the client, or what it has pipelined, has the word."""
         self._reply = None
+        if self._transport.is_closing():
+            return
         if self._waiting and keep_alive:
             self._begin(self._waiting.popleft())
         elif self._discards and not self._waiting:
