@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from memserve.api.figures import RequestFigures
 from memserve.api.status import HandoffTotals
 from memserve.bench.caching import by_turn, sum_of
 from memserve.bench.loadgen import RequestRecord
 
 
 def record(turn: int, cached: int, first: float, end: float, error: str | None) -> RequestRecord:
-    return RequestRecord("s", turn, 1.0, 1.0, first, (first, end), end, 100, cached, 2, error)
+    figures = RequestFigures(cached, cached // 2, 0, 3, 300, 200, 0, 0, 0, 0, 0, 0)
+    times = (1.0, 1.0, first, (first, end), end)
+    return RequestRecord("s", turn, *times, 100, cached, 2, error, figures)
 
 
 def test_turns_are_reduced_apart_and_without_failures() -> None:
@@ -24,6 +27,9 @@ def test_turns_are_reduced_apart_and_without_failures() -> None:
     assert (first.turn, first.requests, first.cached_ratio) == (0, 1, 0.0)
     assert (second.turn, second.requests) == (1, 2)
     assert second.cached_ratio == pytest.approx(0.6)
+    assert second.cached_ratio_decode == pytest.approx(0.3)
+    assert second.computed_tokens == pytest.approx(40)
+    assert (second.blocks_sent, second.bytes_sent, second.bytes_avoided) == (6, 600, 400)
     assert second.ttft is not None
     assert second.ttft.mean == pytest.approx(0.375)
     assert second.jct is not None

@@ -30,6 +30,7 @@ from memserve.types import Role
 
 # What the last answers made goes back after they have ended: so long is it given.
 RETURN_SECONDS = 2.0
+_MB = 1e6
 
 
 class TurnSummary(msgspec.Struct, frozen=True):
@@ -38,6 +39,11 @@ class TurnSummary(msgspec.Struct, frozen=True):
     turn: int
     requests: int
     cached_ratio: float  # of prompt tokens, found where the prompt was computed
+    cached_ratio_decode: float  # of prompt tokens, found where the answer was decoded
+    computed_tokens: float  # of a prompt, mean
+    blocks_sent: int  # from prefill to decode
+    bytes_sent: int
+    bytes_avoided: int  # that the decode instance had
     ttft: Distribution | None
     jct: Distribution | None
 
@@ -97,12 +103,21 @@ def by_turn(records: Sequence[RequestRecord]) -> tuple[TurnSummary, ...]:
     for turn in sorted({record.turn for record in done}):
         own = [record for record in done if record.turn == turn]
         asked = sum(record.prompt_tokens for record in own)
+        cached = sum(record.cached_tokens for record in own)
+        told = [record.figures for record in own if record.figures is not None]
         first = [r.first_token - r.scheduled for r in own if r.first_token is not None]
         turns.append(
             TurnSummary(
                 turn=turn,
                 requests=len(own),
-                cached_ratio=sum(r.cached_tokens for r in own) / asked if asked else 0.0,
+                cached_ratio=cached / asked if asked else 0.0,
+                cached_ratio_decode=(
+                    sum(f.cached_tokens_decode for f in told) / asked if asked else 0.0
+                ),
+                computed_tokens=(asked - cached) / len(own),
+                blocks_sent=sum(f.blocks_received for f in told),
+                bytes_sent=sum(f.bytes_received for f in told),
+                bytes_avoided=sum(f.bytes_avoided for f in told),
                 ttft=Distribution.of(first),
                 jct=Distribution.of([record.end - record.scheduled for record in own]),
             )
@@ -111,27 +126,41 @@ def by_turn(records: Sequence[RequestRecord]) -> tuple[TurnSummary, ...]:
 
 
 def caching_table(result: CachingBenchResult) -> Table:
-    """A line for each turn of each step, and one for the whole run with its blocks. Seconds are
-    means and P99."""
+    """A line for each turn of each step, and one for the whole run. `computed` is tokens of a
+    prompt, mean; what is sent, avoided and given back is in megabytes. Seconds are means and
+    P99."""
     table = Table()
-    for name in ("caching", "turn", "cached", "TTFT s", "P99", "JCT s", "P99"):
+    for name in ("caching", "turn", "P has", "D has", "computed", "sent MB", "avoided"):
         table.add_column(name, justify="left" if name == "caching" else "right")
-    for name in ("sent", "spared", "returned"):
+    for name in ("back", "TTFT s", "P99", "JCT s", "P99"):
         table.add_column(name, justify="right")
     for step in result.runs:
         for turn in step.turns:
-            cells = (*_times(turn.ttft), *_times(turn.jct))
-            table.add_row(step.caching, str(turn.turn + 1), f"{turn.cached_ratio:.1%}", *cells)
+            table.add_row(
+                step.caching,
+                str(turn.turn + 1),
+                f"{turn.cached_ratio:.1%}",
+                f"{turn.cached_ratio_decode:.1%}",
+                f"{turn.computed_tokens:.0f}",
+                f"{turn.bytes_sent / _MB:.1f}",
+                f"{turn.bytes_avoided / _MB:.1f}",
+                "",
+                *_times(turn.ttft),
+                *_times(turn.jct),
+            )
         whole, handoff = step.run.summary, step.handoff
+        block = handoff.block_bytes / _MB
         table.add_row(
             step.caching,
             "all",
             f"{whole.cached_ratio:.1%}",
+            "",
+            "",
+            f"{handoff.blocks_received * block:.1f}",
+            f"{handoff.blocks_spared * block:.1f}",
+            f"{handoff.blocks_returned * block:.1f}",
             *_times(whole.ttft),
             *_times(whole.jct),
-            str(handoff.blocks_received),
-            str(handoff.blocks_spared),
-            str(handoff.blocks_returned),
             end_section=True,
         )
     return table

@@ -27,6 +27,7 @@ from memserve.bench.serve import (
 from memserve.cli_flags import takes_flags
 from memserve.config import (
     ClusterConfig,
+    GatewayConfig,
     ModelConfig,
     Policy,
     Positive,
@@ -97,7 +98,8 @@ def caching(
     from memserve.bench.caching import caching_table, compare_steps, one_and_one
 
     config = with_flags(ServeBenchConfig(), given)
-    default = ClusterConfig(instance=one_and_one())
+    # Every prompt is to be computed by the prefill instance, whatever would be faster.
+    default = ClusterConfig(gateway=GatewayConfig(policy="round-robin"), instance=one_and_one())
     cluster = load_config(cluster_file) if cluster_file else default
     wanted = with_flags(cluster.model, given)
     progress = progress_lines()
@@ -107,6 +109,36 @@ def caching(
     sessions = load_sessions(config, model, progress)
     result = asyncio.run(compare_steps(config, cluster, sessions, progress))
     _report(json, config, result, caching_table(result))
+
+
+@app.command()
+@takes_flags(flags_of(ServeBenchConfig, ("url",)), flags_of(ModelConfig))
+def policies(
+    json: _Json = None,
+    cluster_file: Annotated[
+        Path | None,
+        typer.Option("--cluster", help="TOML; its first [[instance]] is what each looks like"),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="a policy; may be repeated; default: all")
+    ] = None,
+    *,
+    given: Given,
+) -> None:
+    """Compare how instances are chosen: two colocated ones, and one of each role."""
+    from memserve.bench.policies import chosen_policies, compare_policies, policies_table
+
+    config = with_flags(ServeBenchConfig(), given)
+    names = chosen_policies(only)
+    cluster = load_config(cluster_file) if cluster_file else ClusterConfig()
+    wanted = with_flags(cluster.model, given)
+    progress = progress_lines()
+    model = resolve_model(wanted, progress)
+    cluster = msgspec.structs.replace(cluster, model=pinned(wanted, model))
+    check_config(cluster)
+    sessions = load_sessions(config, model, progress)
+    result = asyncio.run(compare_policies(config, cluster, names, sessions, progress))
+    _report(json, config, result, policies_table(result))
 
 
 class PoolBenchConfig(msgspec.Struct, frozen=True, kw_only=True):

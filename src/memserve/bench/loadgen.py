@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from memserve.api.figures import RequestFigures
 from memserve.bench.openai_client import Answer, OpenAIClient
 from memserve.clock import Clock
 from memserve.workloads.session import Session, TokenRequest
@@ -36,6 +37,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
     cached_tokens: int
     output_tokens: int
     error: str | None
+    figures: RequestFigures | None = None  # of servers that tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,7 @@ class _Run:
             cached_tokens=answer.cached_tokens,
             output_tokens=answer.output_tokens,
             error=answer.error,
+            figures=answer.figures,
         )
         self._finished(record)
         return record

@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from memserve.api.figures import RequestFigures
 from memserve.clock import Clock
 
 # Nothing may hang for ever: a server that sends nothing for this long has failed the request.
@@ -39,6 +40,7 @@ class _Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _PromptDetails | None = None
+    memserve: RequestFigures | None = None  # servers of ours
 
 
 class _Error(msgspec.Struct, frozen=True):
@@ -67,6 +69,7 @@ class Answer:
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    figures: RequestFigures | None
     error: str | None
 
 
@@ -192,5 +195,6 @@ class _Received:
             prompt_tokens=usage.prompt_tokens,
             cached_tokens=details.cached_tokens or 0,
             output_tokens=usage.completion_tokens,
+            figures=usage.memserve,
             error=self.error,
         )

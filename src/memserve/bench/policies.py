@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import msgspec
 from rich.table import Table
@@ -13,6 +14,7 @@ from memserve.bench.report import Distribution
 from memserve.bench.serve import ServeBenchConfig, ServeRun, Work, measure_server
 from memserve.cluster.local import LocalCluster
 from memserve.config import ClusterConfig, InstanceConfig, Policy
+from memserve.errors import ConfigError
 from memserve.models.resolve import Progress
 from memserve.types import Role
 
@@ -35,6 +37,14 @@ def shapes(like: InstanceConfig) -> tuple[Shape, ...]:
         Shape("2 colocated", (instance(Role.COLOCATED, 2),)),
         Shape("1P1D", (instance(Role.PREFILL, 1), instance(Role.DECODE, 1))),
     )
+
+
+def chosen_policies(names: Sequence[str] | None) -> tuple[Policy, ...]:
+    """All, or those that are named. Raises ConfigError."""
+    known: tuple[Policy, ...] = get_args(Policy)
+    if unknown := set(names or ()) - set(known):
+        raise ConfigError(f"policy {', '.join(unknown)} is none of {', '.join(known)}")
+    return tuple(policy for policy in known if not names or policy in names)
 
 
 class PolicyRun(msgspec.Struct, frozen=True):
