@@ -19,7 +19,8 @@ def test_every_step_reports_what_it_cached_and_sent(tmp_path: Path) -> None:
     data.write_text(json.dumps([conversation(name, 3) for name in "abcd"]), encoding="utf-8")
     cluster = tmp_path / "cluster.toml"
     instance = '[[instance]]\nrole = "{}"\nhbm_blocks = 256\ndram_blocks = 8\n'
-    cluster.write_text(instance.format("prefill") + instance.format("decode"))
+    gateway = '[gateway]\npolicy = "round-robin"\n'
+    cluster.write_text(gateway + instance.format("prefill") + instance.format("decode"))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "memserve", "bench", "caching"),

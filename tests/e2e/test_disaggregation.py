@@ -31,6 +31,7 @@ dtype = "float32"
 device = "cpu"
 [gateway]
 port = 0
+policy = "round-robin"  # by what is faster, tiny prompts would not be handed over
 [cache]
 caching = "{caching}"
 mode = "{mode}"

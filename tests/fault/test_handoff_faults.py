@@ -94,7 +94,8 @@ class Processes:
 
     def gateway(self, *instances: Served) -> Served:
         urls = [word for instance in instances for word in ("--instances", instance.url)]
-        gateway = self.start("gateway", *urls)
+        # By what is faster, tiny prompts would not be handed over.
+        gateway = self.start("gateway", *urls, "--policy", "round-robin")
         until(lambda: len(ready(gateway)) == len(instances), "instances that are ready")
         return gateway
 
