@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 import msgspec
+from prometheus_client.registry import Collector
 
 from memserve.api.asgi import asgi_handler
 from memserve.api.errors import ApiError, method_not_allowed, unavailable
@@ -43,6 +44,7 @@ class GatewayApp:
         clock: Clock,
         desk: Desk,
         decisions: Decisions,
+        routing: Collector,
         access_log: bool = False,
     ) -> None:
         self._membership = membership
@@ -52,6 +54,7 @@ class GatewayApp:
         # A line costs as much as a third of the rest of a request.
         self._access_log = access_log
         self._metrics = GatewayMetrics(membership)
+        self._metrics.register(routing)
         self._generating: dict[str, _Build] = {
             CHAT_PATH: calls.chat,
             COMPLETIONS_PATH: calls.completion,

@@ -23,6 +23,7 @@ from memserve.gateway.desk import Desk
 from memserve.gateway.instance_costs import InstanceCosts, StepTimes
 from memserve.gateway.router import Plan as MemberPlan
 from memserve.gateway.router import RoundRobin
+from memserve.gateway.routing_metrics import RoutingMetrics
 from memserve.scheduler.admission import Admission
 from memserve.scheduler.contract import InstanceSpec, Plan, PromptRequest
 from memserve.scheduler.decisions import DecisionView
@@ -65,6 +66,7 @@ class GlobalRouter:
         self.scheduler = Scheduler(self.tree, clock, policy)
         self.feed = KvFeed(self.tree, session, clock)
         self.desk = Desk(Admission(), self.scheduler.whole_prefill_seconds, clock)
+        self.metrics = RoutingMetrics(policy, self.tree, self.feed, self.desk)
         self._membership = membership
         self._clock = clock
         self._costs = InstanceCosts(session)
@@ -98,6 +100,7 @@ class GlobalRouter:
         if decision is None:
             return self._unmet.plan(call, members)
         plan = decision.plan
+        self.metrics.planned(plan, decision.took)
         if log.isEnabledFor(logging.INFO):
             log.info("%s", decision.summary())
         ticket = _Reservation(self, request.id, plan, self._clock.now(), call.stream)
@@ -120,6 +123,7 @@ class GlobalRouter:
         """A plan of the time `planned` has come to its first token."""
         seconds = self._clock.now() - planned
         self._prefilled(request)
+        self.metrics.first_token(seconds)
         terms = plan.terms
         if terms.prefill < _PURE_PREFILL * terms.first_token:
             return

@@ -52,6 +52,10 @@ class GatewayMetrics(Collector):
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
+    def register(self, collector: Collector) -> None:
+        """Give Prometheus what this one collects, too."""
+        self._registry.register(collector)
+
     def text(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self._registry)

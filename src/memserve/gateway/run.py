@@ -93,6 +93,7 @@ class Gateway:
             clock,
             self._router.desk,
             self._router.decisions,
+            self._router.metrics,
             config.gateway.access_log,
         )
 
