@@ -7,8 +7,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from memserve.api.generate import FinishReason, SamplingParams
+from memserve.engine.batch import share_budget
 from memserve.engine.model import Model
 from memserve.engine.request import EngineRequest
 from memserve.errors import EngineStopped, QueueFull, RequestError
@@ -35,6 +38,44 @@ def test_decoding_goes_on_beside_a_long_prompt(model: Model) -> None:
         # 400 tokens are 12 full steps of 32 and a rest; each of them also decoded.
         assert len(engine.outputs.tokens(steady)) >= 12
         engine.finish(steady)
+
+
+def test_a_short_prompt_passes_a_long_one_which_does_not_starve(model: Model) -> None:
+    with running_engine(model, max_tokens=32) as engine:
+        long = engine.submit(prompt(480), 1)
+        shorts = [engine.submit(prompt(20, seed), 1) for seed in range(1, 5)]
+        engine.finish(*shorts)
+        assert not engine.outputs.tokens(long)
+        engine.finish(long)
+        # Half of every step was the long prompt's: 80 tokens of others, and 480 in 32 a step.
+        assert engine.engine.stats().steps <= (480 + 80) // 32 + 3
+
+
+def test_prompts_that_have_most_in_common_are_computed_once(model: Model) -> None:
+    with running_engine(model, max_tokens=32) as engine:
+        requests = [engine.submit([*prompt(160), 5 + i, 6], 3) for i in range(3)]
+        other = engine.submit(prompt(40, 9), 3)
+        answers = engine.finish(*requests)
+        engine.finish(other)
+        assert [engine.cached(r) for r in requests] == [0, 160, 160]
+        assert engine.engine.stats().computed_prompt_tokens == 162 + 2 + 2 + 40
+    with running_engine(model) as engine:
+        assert engine.run([*prompt(160), 6, 6], 3) == answers[1]
+
+
+@given(st.integers(1, 100), st.lists(st.integers(1, 120), max_size=8))
+def test_a_steps_budget_is_used_up_and_half_of_it_is_the_firsts(
+    budget: int, remaining: list[int]
+) -> None:
+    counts = share_budget(budget, remaining)
+    assert sum(counts) == min(budget, sum(remaining))
+    assert all(0 <= count <= left for count, left in zip(counts, remaining, strict=True))
+    if remaining:
+        assert counts[0] >= min(remaining[0], budget - budget // 2)
+    done = [at for at in range(1, len(remaining)) if counts[at] == remaining[at]]
+    for at in range(1, len(remaining)):
+        if at not in done:  # nothing shorter waits for something longer
+            assert all(remaining[other] <= remaining[at] for other in done)
 
 
 def test_priority_then_arrival(model: Model) -> None:

@@ -2,19 +2,24 @@
 
 Every decoding sequence is in every step. Prefill takes what is left of the step's token
 budget, which is small while anything decodes (a long prompt must not hold up the others'
-next token) and large otherwise. Memory is taken in the order of priority and arrival; who
-came last gives way.
+next token) and large otherwise. Half of it goes to the first prompt in the order of priority
+and arrival, which therefore never starves, the rest to the shortest ones: a long prompt does
+not hold up short ones behind it. Memory is taken in the order of priority and arrival; who came
+last gives way.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from memserve.engine.sequence import Sequence
 from memserve.errors import OutOfBlocks
 from memserve.types import RequestId
+
+# Prompts computed at a time: each more holds memory longer than it must.
+MAX_PREFILLING = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +91,19 @@ class BatchScheduler:
         """The next step, with memory reserved for it; None when there is nothing to run."""
         decodes = self._plan_decodes()
         budget = self._limits.mixed_tokens if decodes else self._limits.max_tokens
-        prefills: list[ScheduledSequence] = []
-        for sequence in self._running:
-            if sequence.prefilling and budget > 0:
-                count = min(budget, sequence.remaining)
-                prefills.append(ScheduledSequence(sequence, count))
-                budget -= count
-        for sequence in self._admit(budget):
-            count = min(budget, sequence.remaining)
-            prefills.append(ScheduledSequence(sequence, count))
-            budget -= count
+        self._admit()
+        decoding = {scheduled.sequence for scheduled in decodes}
+        # With those whose prompt was all cached but for the last token.
+        prefilling = [sequence for sequence in self._running if sequence not in decoding]
+        counts = share_budget(budget, [sequence.remaining for sequence in prefilling])
+        prefills = tuple(
+            ScheduledSequence(sequence, count)
+            for sequence, count in zip(prefilling, counts, strict=True)
+            if count
+        )
         if not decodes and not prefills:
             return None
-        return StepPlan(tuple(decodes), tuple(prefills))
+        return StepPlan(tuple(decodes), prefills)
 
     def _plan_decodes(self) -> list[ScheduledSequence]:
         """Reserve one token for every decoding sequence, at the expense of the last ones."""
@@ -129,18 +134,20 @@ class BatchScheduler:
         self.preemptions += 1
         bisect.insort(self._waiting, victim, key=_order)
 
-    def _admit(self, budget: int) -> Iterable[Sequence]:
-        """Start waiting sequences in order while there is budget and memory.
+    def _admit(self) -> None:
+        """Start waiting sequences in order while there is memory.
 
         A sequence whose prompt another one is computing right now is passed over, not waited
         for; one that does not fit stops the queue, or small ones would starve it. Each that
         runs is left a block to grow into, or it would be preempted at once.
         """
-        admitted: list[Sequence] = []
+        prefilling = [sequence for sequence in self._running if sequence.prefilling]
         for sequence in list(self._waiting):
-            if budget <= 0 or len(self._running) >= self._limits.max_running:
+            if len(self._running) >= self._limits.max_running or len(prefilling) >= MAX_PREFILLING:
                 break
-            if self._leader_prefills(sequence):
+            if self._leader_prefills(sequence) or any(
+                sequence.gains_from(other) for other in prefilling
+            ):
                 continue
             try:
                 sequence.admit(headroom=len(self._running))
@@ -148,14 +155,31 @@ class BatchScheduler:
                 break
             self._waiting.remove(sequence)
             bisect.insort(self._running, sequence, key=_order)
-            admitted.append(sequence)
-            budget -= min(budget, sequence.remaining)
-        return admitted
+            if sequence.prefilling:
+                prefilling.append(sequence)
 
     def _leader_prefills(self, sequence: Sequence) -> bool:
         leader_id = sequence.request.follows
         leader = None if leader_id is None else self._known.get(leader_id)
         return leader is not None and leader.computed < leader.prompt_tokens
+
+
+def share_budget(budget: int, remaining: Seq[int]) -> list[int]:
+    """How many tokens of each prompt are computed in a step of `budget` tokens, given how many
+    each lacks, first come first.
+
+    The first has half of it, and what the shortest ones leave.
+    """
+    if not remaining:
+        return []
+    counts = [0] * len(remaining)
+    counts[0] = min(remaining[0], budget - budget // 2)
+    left = budget - counts[0]
+    for at in sorted(range(1, len(remaining)), key=remaining.__getitem__):
+        counts[at] = min(remaining[at], left)
+        left -= counts[at]
+    counts[0] += min(remaining[0] - counts[0], left)
+    return counts
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

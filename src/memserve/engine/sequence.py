@@ -11,6 +11,9 @@ from memserve.engine.request import EngineRequest, Usage
 from memserve.engine.sampler import SamplerState
 from memserve.types import RequestId, TokenArray
 
+# The part of a prompt that must be saved for it to wait for another that has it in common.
+_WORTH_WAITING = 0.5
+
 
 class Sequence:
     """Owned by the engine's thread.
@@ -99,6 +102,21 @@ class Sequence:
             cached = self._observed_blocks(self.computed)
             if self.watch is not None and cached:
                 self.watch.ready(0, cached, None)
+
+    def gains_from(self, other: Sequence) -> bool:
+        """Whether to let `other`, which prefills, go ahead: it is about to compute a good part
+        of what this one, which waits, would compute too."""
+        if self.request.ephemeral or self.request.namespace != other.request.namespace:
+            return False
+        mine, others = self.tokens, other.tokens
+        most = min(len(mine) - 1, len(others))
+        # Most prompts differ from the start: looking at one token is enough.
+        if most <= other.computed or mine[other.computed] != others[other.computed]:
+            return False
+        differ = np.flatnonzero(mine[:most] != others[:most])
+        common = int(differ[0]) if len(differ) else most
+        gained = common - common % self.table.block_tokens - other.computed
+        return gained >= _WORTH_WAITING * (len(mine) - other.computed)
 
     def completes(self, count: int) -> tuple[int, int]:
         """Which of the watched blocks, first and behind the last, get their last KV with
