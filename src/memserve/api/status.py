@@ -33,6 +33,8 @@ class Limits(msgspec.Struct, frozen=True):
     dtype: str
     device: str
     threads: int
+    max_running: int = 64  # sequences per step
+    mixed_batch_tokens: int = 256  # prefilled in a step that also decodes
 
 
 class InstanceInfo(msgspec.Struct, frozen=True):

@@ -112,6 +112,8 @@ class Engine:
             dtype=layout.dtype,
             device=str(self._model.device),
             threads=self._settings.threads,
+            max_running=self._settings.limits.max_running,
+            mixed_batch_tokens=self._settings.limits.mixed_tokens,
             eos_token_ids=self._model.shape.eos_token_ids,
         )
 

@@ -96,6 +96,8 @@ class EngineInfo:
     device: str
     threads: int
     eos_token_ids: tuple[int, ...] = ()  # the model's own end tokens
+    max_running: int = 64  # sequences per step
+    mixed_batch_tokens: int = 256  # prefilled in a step that also decodes
 
     @property
     def max_tokens(self) -> int:

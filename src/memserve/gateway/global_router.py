@@ -14,7 +14,7 @@ import numpy as np
 
 from memserve.api.generate import GenerateCall
 from memserve.api.namespaces import salted
-from memserve.api.status import EngineTotals, InstanceState
+from memserve.api.status import EngineTotals, InstanceState, Limits
 from memserve.clock import Clock
 from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.kv_feed import KvFeed
@@ -50,6 +50,7 @@ class _Known:
     steps: StepTimes
     asking: asyncio.Task[None] | None = None
     totals: EngineTotals | None = None
+    limits: Limits | None = None
 
 
 class GlobalRouter:
@@ -201,8 +202,9 @@ class GlobalRouter:
         return len(roles) - decode or decode
 
     def _take_in(self, known: _Known, member: Member, totals: EngineTotals) -> None:
-        if member.limits is not None and member.limits.block_tokens != known.spec.block_tokens:
-            self._put(known, replace(known.spec, block_tokens=member.limits.block_tokens))
+        if (limits := member.limits) is not None and limits != known.limits:
+            known.limits = limits
+            self._put(known, _with_limits(known.spec, limits))
         self.scheduler.observe(member.id, running=totals.running, waiting=totals.waiting)
         context = self.scheduler.load.line(member.id).context_tokens
         known.steps.learn(known.spec, totals, context)
@@ -235,6 +237,16 @@ class _Reservation:
 
     def ended(self) -> None:
         self._router.scheduler.finished(self._request)
+
+
+def _with_limits(spec: InstanceSpec, limits: Limits) -> InstanceSpec:
+    return replace(
+        spec,
+        block_tokens=limits.block_tokens,
+        max_running=limits.max_running,
+        chunk_tokens=limits.mixed_batch_tokens,
+        kv_tokens=limits.pool_tokens,
+    )
 
 
 def _tokens(call: GenerateCall) -> TokenArray:
