@@ -1,178 +1,160 @@
-"""Prefill and decode instances that are killed or stopped in the middle of a request."""
+"""Hand-overs whose prefill or decode instance is killed, or whose client leaves, at every step.
+
+Each step is one that lasts until the test is done with it: a queue behind a long prompt, a long
+prompt that is computed a token at a time, or a write that the transport does not end.
+"""
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from tests.fakes import save_tiny_tokenizer
+from memserve.config import TransferMode
+from memserve.transfer.faulty import Drop, Fault, Mute
+from memserve.types import Role
+from tests.fault.conftest import Expected
+from tests.fault.processes import Client, Processes, Served, until, until_ready
+from tests.fault.table import FaultTable
 from tests.handoff_harness import prompt_of
-from tests.tiny_models import Reference, save_tiny_model
 
-# Much longer than anything takes, leases included: a test that gets there has failed.
-PATIENCE = 45.0
-# Prefilled one token a step, so that there is time to end the instance that does it.
-PROMPT = prompt_of(900, seed=1)
-SLOW = ("--max-batch-tokens", "1", "--mixed-batch-tokens", "1")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = save_tiny_model("llama", tmp_path_factory.mktemp("models"))
-    save_tiny_tokenizer(directory)
-    return directory
+PROMPT = prompt_of(100, seed=1)
+LONG = prompt_of(500, seed=2)
+OTHER = prompt_of(40, seed=3)
+SHORT_ANSWER, LONG_ANSWER = 8, 250
+Who = Literal["prefill", "decode", "client"]
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, f"never came: {what}"
-        time.sleep(0.02)
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A moment of a request, and how it is made to last."""
+
+    prompt: list[int] = field(default_factory=lambda: PROMPT)
+    tokens: int = SHORT_ANSWER
+    mode: TransferMode = "by-request-agg"
+    prefill: dict[str, Any] = field(default_factory=dict)  # settings
+    prefill_faults: tuple[Fault | None, ...] = ()  # of writes
+    decode_faults: tuple[Fault | None, ...] = ()
 
 
-def get(url: str | urllib.request.Request) -> Any:
-    with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
-        return json.load(answer)
+SLOW = {"max_batch_tokens": 1, "mixed_batch_tokens": 1}
+STEPS = {
+    "queued, before Prepare": Step(prefill={**SLOW, "max_running": 1}),
+    "in prefill": Step(prompt=LONG, prefill=SLOW),
+    "between layers": Step(mode="by-layer", prefill_faults=(None, Drop(), Drop())),
+    "in transfer": Step(prefill_faults=(Drop(),)),
+    "after the last write, before Commit": Step(prefill_faults=(Mute(),)),
+    "in decode": Step(tokens=LONG_ANSWER),
+    "in the back-transfer": Step(tokens=30, decode_faults=(Drop(),)),
+}
+CASES = [
+    pytest.param(step, who, id=f"{who} {step}")
+    for step in STEPS
+    for who in ("prefill", "decode", "client")
+    if (step, who) != ("in the back-transfer", "client")  # who has its answer already
+]
 
 
-def quiet(instance: Served) -> bool:
-    """No sequence, and no block that a sequence or a peer holds."""
-    stats = get(f"{instance.url}/stats")
-    media = (stats["pool"]["hbm"], stats["pool"]["dram"])
-    held = sum(medium["active"] + medium["pinned"] for medium in media)
-    return not held + stats["pool"]["matches"] + stats["engine"]["running"]
+class Pair:
+    """A prefill and a decode instance behind a gateway."""
 
-
-@dataclass
-class Served:
-    """A process that serves."""
-
-    process: subprocess.Popen[str]
-    url: str
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-@dataclass
-class Processes:
-    """Everything is ended with the test."""
-
-    model: Path
-    running: list[Served] = field(default_factory=list)
-
-    def start(self, *arguments: str) -> Served:
-        options = ("--model", str(self.model), "--served-name", "tiny", "--port", "0")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "memserve", *arguments, *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
+    def __init__(self, processes: Processes, step: Step) -> None:
+        self.prefill = processes.instance(
+            Role.PREFILL, "prefill", *step.prefill_faults, mode=step.mode, **step.prefill
         )
-        assert process.stdout is not None
-        served = Served(process, process.stdout.readline().strip())
-        self.running.append(served)
-        return served
+        self.decode = processes.instance(Role.DECODE, "decode", *step.decode_faults, mode=step.mode)
+        self.gateway = processes.gateway(self.prefill, self.decode)
+        until_ready(self.gateway, "prefill", "decode")
 
-    def instance(self, role: str, *settings: str) -> Served:
-        sizes = ("--dtype", "float32", "--threads", "1", "--hbm-blocks", "128")
-        return self.start("instance", "--role", role, "--id", role, *sizes, *settings)
-
-    def gateway(self, *instances: Served) -> Served:
-        urls = [word for instance in instances for word in ("--instances", instance.url)]
-        # By what is faster, tiny prompts would not be handed over.
-        gateway = self.start("gateway", *urls, "--policy", "round-robin")
-        until(lambda: len(ready(gateway)) == len(instances), "instances that are ready")
-        return gateway
-
-
-def ready(gateway: Served) -> list[str]:
-    members = get(f"{gateway.url}/cluster")["instances"]
-    return [member["id"] for member in members if member["state"] == "ready"]
-
-
-@pytest.fixture
-def processes(model: Path) -> Iterator[Processes]:
-    started = Processes(model)
-    yield started
-    for served in started.running:
-        served.kill()
-        assert served.process.stdout is not None
-        served.process.stdout.close()
+    def begin(self, name: str, step: Step) -> list[Client]:
+        """Ask, and wait for that step. The client of the request, and others."""
+        p, d = self.prefill, self.decode
+        others: list[Client] = []
+        if name.startswith("queued"):
+            others.append(Client(self.gateway, LONG, SHORT_ANSWER))
+            until(lambda: p.state.running == 1, "one that is in the way")
+        client = Client(self.gateway, step.prompt, step.tokens)
+        match name:
+            case "queued, before Prepare":
+                until(lambda: p.state.waiting == 1, "the queue")
+            case "in prefill":
+                start = p.state.steps
+                until(lambda: p.state.steps > start + 20, "the prompt at work")
+            case "between layers":
+                until(lambda: p.state.posted == 3, "the layers' writes")
+            case "in transfer" | "after the last write, before Commit":
+                until(lambda: p.state.posted == 1, "the write")
+            case "in decode":
+                client.wait(5)
+            case "in the back-transfer":
+                client.result()
+                until(lambda: d.state.posted == 1, "the write")
+        return [client, *others]
 
 
-def ask(gateway: Served, prompt: list[int], tokens: int, stream: bool = False) -> Any:
-    body = {
-        "model": "tiny",
-        "prompt": prompt,
-        "max_tokens": tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "stream": stream,
-    }
-    return urllib.request.Request(
-        f"{gateway.url}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
+@pytest.mark.parametrize(("name", "who"), CASES)
+def test_a_request_survives_what_ends(
+    processes: Processes, expected: Expected, table: FaultTable, name: str, who: Who
+) -> None:
+    step = STEPS[name]
+    pair = Pair(processes, step)
+    client, *others = pair.begin(name, step)
+    survivors = {"prefill": pair.prefill, "decode": pair.decode}
+    fault = time.monotonic()
+    if who == "client":
+        client.leave()
+    else:
+        survivors.pop(who).signal(signal.SIGKILL)
+        assert client.result() == expected(step.prompt, step.tokens)
+    for other in others:
+        assert other.result() == expected(LONG, SHORT_ANSWER)
+    for each in survivors.values():
+        until(lambda each=each: each.quiet, f"{each.name} at rest")  # type: ignore[misc]
+    until_ready(pair.gateway, *survivors)
+    whole = time.monotonic() - fault
+    serves_on(pair.gateway, expected, step)
+    nothing_is_lost(*survivors.values())
+    handoff = pair.decode.stats["handoff"] if who != "decode" else None
+    table.note(
+        f"{name}: {_fault(who)}",
+        _happened(name, who, handoff),
+        whole,
+        None if who == "client" or name == "in the back-transfer" else client.pause(fault),
     )
 
 
-def tokens_of(answer: Any) -> list[int]:
-    tokens: list[int] = answer["choices"][0]["token_ids"]
-    return tokens
+def serves_on(gateway: Served, expected: Expected, step: Step) -> None:
+    """The right tokens, of what had been cut off and of something new."""
+    for prompt in (step.prompt, OTHER):
+        again = Client(gateway, prompt, SHORT_ANSWER)
+        assert again.result() == expected(prompt, SHORT_ANSWER)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_what_a_lost_prefill_instance_had_is_computed_by_the_decode_instance(
-    processes: Processes, model: Path, how: signal.Signals
-) -> None:
-    prefill, decode = processes.instance("prefill", *SLOW), processes.instance("decode")
-    gateway = processes.gateway(prefill, decode)
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor())
-        answer = pool.submit(get, ask(gateway, PROMPT, 8))
-        until(lambda: get(f"{prefill.url}/stats")["engine"]["steps"] > 20, "the prompt at work")
-        prefill.process.send_signal(how)
-        expected = Reference(model).generate(PROMPT, 8)
-        assert tokens_of(answer.result(PATIENCE)) == expected
-    until(lambda: quiet(decode), "the end of all leases")
-    handoff = get(f"{decode.url}/stats")["handoff"]
-    assert (handoff["asked"], handoff["failed"]) == (1, 1)
-    until(lambda: ready(gateway) == ["decode"], "the prefill instance's end")
-    assert tokens_of(get(ask(gateway, PROMPT[:50], 8)))
-    assert get(f"{decode.url}/stats")["handoff"]["asked"] == 1
+def nothing_is_lost(*instances: Served) -> None:
+    for each in instances:
+        until(lambda each=each: each.quiet, f"{each.name} at rest")  # type: ignore[misc]
+        assert each.state.blocks == 160 + 16
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_decode_instance_ends_its_streams_and_holds_nothing_elsewhere(
-    processes: Processes, model: Path, how: signal.Signals
-) -> None:
-    prefill, decode = processes.instance("prefill"), processes.instance("decode")
-    gateway = processes.gateway(prefill, decode)
-    with urllib.request.urlopen(ask(gateway, PROMPT[:50], 950, stream=True)) as stream:
-        first = next(line for line in stream if line.startswith(b"data:"))
-        assert b"token_ids" in first
-        decode.process.send_signal(how)
-        events = [line for line in stream if line.startswith(b"data:")]
-    error = json.loads(events[-1].removeprefix(b"data:"))["error"]
-    assert error["code"] == "instance_lost"
-    until(lambda: quiet(prefill), "the end of all leases")
-    until(lambda: ready(gateway) == ["prefill"], "the decode instance's end")
-    # Roles are soft: who is left does all of it.
-    answer = get(ask(gateway, PROMPT[:50], 8))
-    assert tokens_of(answer) == Reference(model).generate(PROMPT[:50], 8)
+def _fault(who: Who) -> str:
+    return "the client leaves" if who == "client" else f"{who[0].upper()} killed"
+
+
+def _happened(name: str, who: Who, handoff: Any) -> str:
+    if who == "client":
+        return "cancelled on both sides"
+    if who == "decode":
+        begun = name in ("in decode", "in the back-transfer")
+        return (
+            "whole answer"
+            if name == "in the back-transfer"
+            else (
+                "P went on behind what the client had" if begun else "the gateway asked P instead"
+            )
+        )
+    if handoff["failed"]:
+        return "D computed the prompt"
+    return "D went on undisturbed"

@@ -36,6 +36,11 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Mute:
+    """Everything is copied, and nothing is said of it until it is cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
 class Duplicate:
     """Everything is copied twice."""
 
@@ -47,7 +52,7 @@ class Fail:
     part: float = 0.5
 
 
-Fault = Delay | Drop | Duplicate | Fail
+Fault = Delay | Drop | Mute | Duplicate | Fail
 # What happens to the post of a number, from 0; None: what should.
 Plan = Callable[[int], Fault | None]
 
@@ -72,6 +77,7 @@ class _Job:
     failure: TransferError | None  # how it ends, if the writes go well
     inner: Ticket | None = None  # of the write in progress
     cancelled: bool = False
+    mute: bool = False
 
 
 class FaultyTransport:
@@ -124,6 +130,8 @@ class FaultyTransport:
                 job.start += seconds
             case Drop():
                 job.start = math.inf
+            case Mute():
+                job.mute = True
             case Duplicate():
                 job.writes = [writes, writes]
             case Fail(part):
@@ -147,7 +155,7 @@ class FaultyTransport:
         job = self._jobs.get(ticket)
         if job is None:
             return
-        job.cancelled = job.cancelled or bool(job.writes)
+        job.cancelled = job.cancelled or job.mute or bool(job.writes)
         job.writes.clear()
         if job.inner is not None:
             self._inner.cancel(job.inner)
@@ -170,6 +178,8 @@ class FaultyTransport:
             return self._end(Completion(ticket, Outcome.CANCELLED))
         if job.writes:
             return self._post_next(ticket, job)
+        if job.mute:
+            return None
         if job.failure is not None:
             return self._end(Completion(ticket, Outcome.FAILED, job.failure, target_drained=False))
         return self._end(Completion(ticket, Outcome.DONE))
