@@ -87,7 +87,7 @@ class GatewayConfig(_Section, frozen=True):
     max_body_bytes: Annotated[Positive, doc("more is answered 413")] = 16 * 1024 * 1024
     drain_seconds: Annotated[PositiveSeconds, doc("how long SIGTERM waits for requests")] = 30.0
     chat_template: Annotated[str | None, doc("a Jinja file, for the model's own")] = None
-    access_log: Annotated[bool, doc("a line for every request, not only for failures")] = False
+    access_log: Annotated[bool, doc("a line for every request that explains its routing")] = True
 
 
 class ClusterConfig(_Section, frozen=True):

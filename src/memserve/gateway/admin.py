@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
@@ -17,6 +19,7 @@ from memserve.api.chunks import ChatCompletion, Completion
 from memserve.api.errors import (
     ApiError,
     ErrorBody,
+    invalid,
     method_not_allowed,
     model_not_found,
     path_not_found,
@@ -25,7 +28,7 @@ from memserve.api.openai import ChatRequest, CompletionRequest
 from memserve.cluster.membership import Membership
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
-from memserve.scheduler.decisions import KEPT_DECISIONS, DecisionView
+from memserve.scheduler.decisions import Decision
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -34,7 +37,8 @@ _COMPONENTS = "#/components/schemas/"
 
 _encode = msgspec.json.Encoder().encode
 
-Decisions = Callable[[int], list[DecisionView]]  # the last so many, newest first
+Decisions = Callable[[int], Sequence[Decision]]  # the last so many, newest first
+SHOWN_DECISIONS = 100  # unless another number is asked for
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -101,19 +105,26 @@ def admin_app(
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/cluster/decisions")
-    async def last_decisions(n: int = KEPT_DECISIONS) -> Response:
+    async def last_decisions(n: Annotated[int, Query(ge=0)] = SHOWN_DECISIONS) -> Response:
         """Where the last requests were sent, newest first, and what else there was."""
-        return Response(_encode(decisions(n)), media_type="application/json")
+        # Decisions never change; a thousand of them are words after a tenth of a second.
+        body = await asyncio.to_thread(_explained, decisions(n))
+        return Response(body, media_type="application/json")
 
     app.include_router(cluster_routes(membership))
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _parameter_error)
     app.openapi = _with_openai(app.openapi)  # type: ignore[method-assign]
     return app
 
 
 def _json(value: msgspec.Struct, status: int = 200) -> Response:
     return Response(_encode(value), status, media_type="application/json")
+
+
+def _explained(decisions: Sequence[Decision]) -> bytes:
+    return _encode([decision.view() for decision in decisions])
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
@@ -132,6 +143,14 @@ async def _http_error(request: Request, error: Exception) -> Response:
         allow = (error.headers or {}).get("Allow")
         return await _api_error(request, method_not_allowed(request.method, path, allow))
     return await _api_error(request, ApiError(HTTPStatus(error.status_code), str(error.detail)))
+
+
+async def _parameter_error(request: Request, error: Exception) -> Response:
+    """FastAPI's own refusals, likewise."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return await _api_error(request, invalid(f"'{name}': {first['msg']}.", name))
 
 
 def _with_openai(base: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:

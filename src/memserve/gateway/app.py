@@ -10,7 +10,7 @@ import msgspec
 from prometheus_client.registry import Collector
 
 from memserve.api.asgi import asgi_handler
-from memserve.api.errors import ApiError, method_not_allowed, unavailable
+from memserve.api.errors import ApiError, method_not_allowed
 from memserve.api.generate import GenerateCall
 from memserve.api.http_message import Header, Reply, Request
 from memserve.api.http_server import Handler
@@ -21,7 +21,8 @@ from memserve.gateway.admin import CHAT_PATH, COMPLETIONS_PATH, Decisions, admin
 from memserve.gateway.call_builder import CallBuilder
 from memserve.gateway.desk import ClientLeft, Desk
 from memserve.gateway.metrics import GatewayMetrics
-from memserve.gateway.relay import Answer, Relay, no_instance
+from memserve.gateway.refusals import draining, no_instance
+from memserve.gateway.relay import Answer, Relay
 from memserve.types import Epoch
 
 log = logging.getLogger(__name__)
@@ -45,13 +46,12 @@ class GatewayApp:
         desk: Desk,
         decisions: Decisions,
         routing: Collector,
-        access_log: bool = False,
+        access_log: bool = True,
     ) -> None:
         self._membership = membership
         self._relay = relay
         self._desk = desk
         self._clock = clock
-        # A line costs as much as a third of the rest of a request.
         self._access_log = access_log
         self._metrics = GatewayMetrics(membership)
         self._metrics.register(routing)
@@ -116,12 +116,12 @@ class GatewayApp:
 
     async def _accept(self, build: _Build, request: Request) -> GenerateCall:
         if self._draining:
-            raise unavailable("The gateway is shutting down.", "gateway_draining", close=True)
+            raise draining()
         if request.method != "POST":
             raise method_not_allowed(request.method, request.path, "POST")
         call = await build(request.body, self._limits())
         session = request.header(b"x-session-id")
-        if session is not None:
+        if session:
             call = msgspec.structs.replace(call, session=session.decode("latin-1"))
         self._metrics.prompt_tokens += sum(map(len, call.prompts))
         return call
@@ -161,22 +161,33 @@ class GatewayApp:
         for pause in answer.pauses:
             metrics.failover_pause_seconds.observe(pause)
         bad = status >= FAILED or answer.broken or answer.failovers
-        if not self._access_log and not bad:
-            return
-        log.log(
-            logging.WARNING if bad else logging.INFO,
-            "%s request=%s call=%s instance=%s status=%d%s prompt_tokens=%s first=%s total=%.4f%s",
-            request.path,
-            "-" if request_id is None else request_id.decode("latin-1"),
-            "-" if call is None else call.id,
-            answer.instance or "-",
-            status,
-            " broken" if answer.broken else "",
-            "-" if call is None else sum(map(len, call.prompts)),
-            "-" if first is None else f"{first:.4f}",
-            took,
-            "".join(f" pause={pause:.3f}" for pause in answer.pauses),
-        )
+        level = logging.WARNING if bad else logging.INFO
+        if (bad or self._access_log) and log.isEnabledFor(level):
+            log.log(level, _line(request, request_id, call, answer, status, first, took))
+
+
+def _line(
+    request: Request,
+    request_id: bytes | None,
+    call: GenerateCall | None,
+    answer: Answer,
+    status: int,
+    first: float | None,
+    took: float,
+) -> str:
+    """What the log has of a request: how it went, and why it went there."""
+    plan = answer.plan
+    return (
+        f"{request.path}"
+        f" request={'-' if request_id is None else ascii(request_id[:MAX_REQUEST_ID])[2:-1]}"
+        f" call={'-' if call is None else call.id}"
+        f" instance={'-' if plan is None else plan.member.id}"
+        f" status={status}{' broken' if answer.broken else ''}"
+        f" prompt_tokens={'-' if call is None else sum(map(len, call.prompts))}"
+        f" first={'-' if first is None else f'{first:.4f}'} total={took:.4f}"
+        f"{''.join(f' pause={pause:.3f}' for pause in answer.pauses)}"
+        f"{'' if plan is None else f' plan={plan.explain()}'}"
+    )
 
 
 def _tenant(request: Request, call: GenerateCall) -> str:

@@ -133,7 +133,7 @@ class CallBuilder:
             echo=echo,
             return_token_ids=bool(request.return_token_ids),
             cache_salt=request.cache_salt or "",
-            session=request.user,
+            session=request.user or None,
             priority=request.priority or 0,
         )
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from memserve.api.errors import ApiError, queue_full, unavailable
+from memserve.api.errors import ApiError, queue_full
 from memserve.api.generate import GenerateCall
 from memserve.api.http_message import Reply
 from memserve.clock import Clock
+from memserve.gateway.refusals import no_instance, stopping
 from memserve.scheduler.admission import Admission, Refusal, Tenant, Ticket
 
 _COST_STEP = 64  # prompts that differ by fewer tokens cost the same here
 _MAX_COSTS = 4096
+# Without any instance: longer than most restarts, much less than clients' own timeouts.
+NO_INSTANCE_SECONDS = 30.0
 
 
 class ClientLeft(Exception):
@@ -33,6 +36,7 @@ class Desk:
         self._tickets: dict[str, Ticket] = {}
         self._waiters: dict[Ticket, asyncio.Future[None]] = {}
         self._stopping = False
+        self._none_since: float | None = None  # None: there are some
 
     @property
     def waiting(self) -> int:
@@ -67,22 +71,34 @@ class Desk:
                 self._let_through()
 
     def resize(self, instances: int) -> None:
-        """So many instances compute prompts now, and perhaps at other prices."""
+        """So many instances compute prompts now, and perhaps at other prices. Called again and
+        again: without any for too long, those that wait are refused."""
         self._costs.clear()
         self._admission.resize(instances)
-        self._let_through()
+        if instances:
+            self._none_since = None
+            self._let_through()
+            return
+        now = self._clock.now()
+        if self._none_since is None:
+            self._none_since = now
+        elif now - self._none_since >= NO_INSTANCE_SECONDS:
+            self._refuse(no_instance)
 
     def stop(self) -> None:
         """Refuse those that wait, and all that come."""
         self._stopping = True
+        self._refuse(stopping)
+
+    def _refuse(self, error: Callable[[], ApiError]) -> None:
         for waiter in self._waiters.values():
             if not waiter.done():
-                waiter.set_exception(_stopping())
+                waiter.set_exception(error())
 
     async def _wait(self, call: GenerateCall, ticket: Ticket, reply: Reply) -> None:
-        if self._stopping:
+        if self._stopping or reply.gone:
             self.leave(call.id)
-            raise _stopping()
+            raise stopping() if self._stopping else ClientLeft
         waiter = self._waiters[ticket] = asyncio.get_running_loop().create_future()
 
         def client_left() -> None:
@@ -114,7 +130,3 @@ class Desk:
                 self._costs.clear()
             cost = self._costs[step] = self._prefill_seconds(max(tokens, 1))
         return cost
-
-
-def _stopping() -> ApiError:
-    return unavailable("The gateway is shutting down.", "gateway_stopping", close=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,22 +19,20 @@ from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.kv_feed import KvFeed
 from memserve.cluster.membership import Member, Membership
 from memserve.gateway.desk import Desk
-from memserve.gateway.instance_costs import InstanceCosts, StepTimes
+from memserve.gateway.instance_costs import InstanceCosts, StepTimes, answer_tokens
 from memserve.gateway.router import Plan as MemberPlan
 from memserve.gateway.router import RoundRobin
 from memserve.gateway.routing_metrics import RoutingMetrics
 from memserve.scheduler.admission import Admission
 from memserve.scheduler.contract import InstanceSpec, Plan, PromptRequest
-from memserve.scheduler.decisions import DecisionView
+from memserve.scheduler.decisions import Decision
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.scheduler.scheduler import Scheduler
 from memserve.types import Epoch, InstanceId, RequestId, Role, TokenArray
 
-log = logging.getLogger(__name__)
-
 LOOK_SECONDS = 1.0  # between looks at what polls have brought: as often as they are made
-# What a member's block size is taken for until it has told its limits.
+# A member's block size, until it has loaded its model and told its limits.
 _BLOCK_TOKENS = 16
 # A first token teaches what a prefill costs where hardly anything else was predicted.
 _PURE_PREFILL = 0.9
@@ -48,6 +45,7 @@ class _Known:
     epoch: Epoch
     spec: InstanceSpec
     steps: StepTimes
+    profiled: bool = False  # its costs are its own, and not a guess
     asking: asyncio.Task[None] | None = None
     totals: EngineTotals | None = None
     limits: Limits | None = None
@@ -93,7 +91,7 @@ class GlobalRouter:
             id=RequestId(call.id),
             tokens=_tokens(call),
             namespace=salted(call.cache_salt),
-            output_tokens=call.sampling.max_tokens,
+            output_tokens=call.sampling.max_tokens - _resumed(call),
             session=call.session,
             priority=call.priority,
         )
@@ -102,28 +100,24 @@ class GlobalRouter:
             return self._unmet.plan(call, members)
         plan = decision.plan
         self.metrics.planned(plan, decision.took)
-        if log.isEnabledFor(logging.INFO):
-            log.info("%s", decision.summary())
         ticket = _Reservation(self, request.id, plan, self._clock.now(), call.stream)
-        if not call.stream:  # nothing will be heard of its first token: it is taken for granted
-            seconds = plan.terms.first_token
-            asyncio.get_running_loop().call_later(seconds, self._prefilled, request.id)
         others = (m for m in members if m.role is Role.PREFILL and m.id != plan.prefill)
         return MemberPlan(
             member=by_id[plan.instance],
             prefill=() if plan.prefill is None else (by_id[plan.prefill], *others),
             fetch=None if plan.fetch is None else by_id[plan.fetch],
             ticket=ticket,
+            explain=lambda: decision.summary().partition(": ")[2],  # without the request's id
         )
 
-    def decisions(self, n: int) -> list[DecisionView]:
+    def decisions(self, n: int) -> list[Decision]:
         """The last `n`, newest first."""
-        return self.scheduler.decisions.views(n)
+        return self.scheduler.decisions.last(n)
 
     def first_token(self, request: RequestId, plan: Plan, planned: float) -> None:
         """A plan of the time `planned` has come to its first token."""
         seconds = self._clock.now() - planned
-        self._prefilled(request)
+        self.prefilled(request)
         self.metrics.first_token(seconds)
         terms = plan.terms
         if terms.prefill < _PURE_PREFILL * terms.first_token:
@@ -134,7 +128,8 @@ class GlobalRouter:
             cached = plan.cached_tokens + plan.fetched_tokens
             costs.observe_prefill(plan.prompt_tokens, cached, seconds - others)
 
-    def _prefilled(self, request: RequestId) -> None:
+    def prefilled(self, request: RequestId) -> None:
+        """Its prompt is computed, or should be by now."""
         self.scheduler.prefilled(request)
         self.desk.prefilled(request)
 
@@ -155,6 +150,9 @@ class GlobalRouter:
         elif known.spec.role is not change.role:
             self._put(known, replace(known.spec, role=change.role))
         known = self._known[change.id]
+        member = self._membership.find(change.id)
+        if member is not None and member.epoch == known.epoch:
+            self._take_limits(known, member.limits)
         if known.asking is None and change.state is not InstanceState.STARTING:
             known.asking = asyncio.ensure_future(self._ask_costs(known, change.address))
 
@@ -171,7 +169,13 @@ class GlobalRouter:
 
     async def _ask_costs(self, known: _Known, address: str) -> None:
         costs = await self._costs.of(address)
+        if costs is None:
+            return
+        known.profiled = True
         self._put(known, replace(known.spec, costs=costs))
+        for other in tuple(self._known.values()):
+            if not other.profiled:  # the next best guess
+                self._put(other, replace(other.spec, costs=self._costs.unknown()))
 
     def _put(self, known: _Known, spec: InstanceSpec) -> None:
         if self._known.get(spec.id) is known:
@@ -201,26 +205,29 @@ class GlobalRouter:
         decode = roles.count(Role.DECODE)
         return len(roles) - decode or decode
 
-    def _take_in(self, known: _Known, member: Member, totals: EngineTotals) -> None:
-        if (limits := member.limits) is not None and limits != known.limits:
+    def _take_limits(self, known: _Known, limits: Limits | None) -> None:
+        if limits is not None and limits != known.limits:
             known.limits = limits
             self._put(known, _with_limits(known.spec, limits))
+
+    def _take_in(self, known: _Known, member: Member, totals: EngineTotals) -> None:
+        self._take_limits(known, member.limits)
         self.scheduler.observe(member.id, running=totals.running, waiting=totals.waiting)
         context = self.scheduler.load.line(member.id).context_tokens
         known.steps.learn(known.spec, totals, context)
         last, known.totals = known.totals, totals
         if last is None or known.spec.role is Role.PREFILL:
             return  # of prefill instances an answer is one token, whatever it comes to elsewhere
-        finished = totals.finished - last.finished
-        if finished > 0:
-            mean = (totals.generated_tokens - last.generated_tokens) / finished
-            self.scheduler.output_length.ended(round(mean))
+        length = answer_tokens(last, totals)
+        if length is not None:
+            self.scheduler.output_length.ended(round(length))
 
 
 class _Reservation:
-    """A plan's ticket."""
+    """A plan's ticket. Where nothing will be heard of a first token, since the answer comes
+    whole, the prompt counts as computed when it was predicted to be."""
 
-    __slots__ = ("_at", "_plan", "_request", "_router", "_streams")
+    __slots__ = ("_at", "_expected", "_plan", "_request", "_router")
 
     def __init__(
         self, router: GlobalRouter, request: RequestId, plan: Plan, at: float, streams: bool
@@ -229,13 +236,18 @@ class _Reservation:
         self._request = request
         self._plan = plan
         self._at = at
-        self._streams = streams
+        self._expected: asyncio.TimerHandle | None = None
+        if not streams:
+            loop = asyncio.get_running_loop()
+            self._expected = loop.call_later(plan.terms.first_token, router.prefilled, request)
 
     def first_token(self) -> None:
-        if self._streams:  # otherwise the first bytes are the last ones too
+        if self._expected is None:  # otherwise the first bytes are the last ones too
             self._router.first_token(self._request, self._plan, self._at)
 
     def ended(self) -> None:
+        if self._expected is not None:
+            self._expected.cancel()  # another try of the same request starts anew
         self._router.scheduler.finished(self._request)
 
 
@@ -249,11 +261,16 @@ def _with_limits(spec: InstanceSpec, limits: Limits) -> InstanceSpec:
     )
 
 
+def _resumed(call: GenerateCall) -> int:
+    """How many tokens were generated elsewhere."""
+    return len(call.resumed[0]) if call.resumed else 0
+
+
 def _tokens(call: GenerateCall) -> TokenArray:
     """The prompt, and what was generated of it elsewhere, [tokens] int32. Of several prompts
     the first: all of them run in one place."""
     prompt = call.prompts[0]
-    if call.resumed and call.resumed[0]:
+    if _resumed(call):
         prompt = prompt + call.resumed[0]
     # Several times faster than numpy with a sequence of Python's integers.
     return np.frombuffer(array("i", prompt), dtype=np.int32)

@@ -29,7 +29,7 @@ MAX_QUESTIONS = 3
 # A step's mean over fewer steps than this says little.
 _MIN_STEPS = 8
 
-# For instances that say nothing, until what they do is known: right are only the proportions.
+# Where no instance has said anything, until what they do is known: right are the proportions.
 UNKNOWN: Costs = derive(HARDWARE["cpu"], GEMMA3_270M)
 
 
@@ -39,19 +39,22 @@ class InstanceCosts:
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
         self._models: dict[str, RefinedCosts] = {}
+        self._typical: Costs = UNKNOWN
 
     def unknown(self) -> RefinedCosts:
-        """For an instance whose profile has not come."""
-        return self._models.setdefault("", RefinedCosts(UNKNOWN))
+        """For an instance that has given no profile: most probably it is like the others. What
+        is learnt of it is its own."""
+        return RefinedCosts(self._typical)
 
-    async def of(self, address: str) -> RefinedCosts:
-        """The costs of the instance at a URL; of one that gives none, the unknown ones."""
+    async def of(self, address: str) -> RefinedCosts | None:
+        """The costs of the instance at a URL; None: it gives none."""
         for _ in range(MAX_QUESTIONS):
             try:
                 async with self._session.get(address + PROFILE_PATH, timeout=_TIMEOUT) as answer:
                     if answer.status == 200:
                         profile = decode_profile(await answer.read())
                         fingerprint = profile.subject.fingerprint
+                        self._typical = profile.costs
                         return self._models.setdefault(fingerprint, RefinedCosts(profile.costs))
             except (aiohttp.ClientError, TimeoutError) as error:
                 log.debug("%s does not give its costs: %s", address, error)
@@ -60,7 +63,7 @@ class InstanceCosts:
                 break
             await asyncio.sleep(RETRY_SECONDS)
         log.info("%s has no cost model; it is treated as an unknown one", address)
-        return self.unknown()
+        return None
 
 
 class StepTimes:
@@ -71,13 +74,27 @@ class StepTimes:
 
     def learn(self, spec: InstanceSpec, now: EngineTotals, context_tokens: float) -> None:
         """`context_tokens`: that its running sequences hold in all, about."""
-        last, self._last = self._last, now
-        if last is None or now.steps < last.steps + _MIN_STEPS:
+        last = self._last
+        if last is None or now.computed_prompt_tokens != last.computed_prompt_tokens:
+            self._last = now  # not only decode steps
             return
-        if now.computed_prompt_tokens != last.computed_prompt_tokens:
-            return  # not only decode steps
+        if now.steps < last.steps + _MIN_STEPS:
+            return
+        self._last = now
         steps = now.steps - last.steps
         sequences = max(1, round((now.generated_tokens - last.generated_tokens) / steps))
         seconds = (now.busy_seconds - last.busy_seconds) / steps
         if isinstance(spec.costs, RefinedCosts):
             spec.costs.observe_decode_step(sequences, int(context_tokens), seconds)
+
+
+def answer_tokens(last: EngineTotals, now: EngineTotals) -> float | None:
+    """How long answers were between two polls, in tokens; None: that cannot be told.
+
+    What was generated belongs to those that ended, and to those that run now and did not then:
+    they are half way, as those were that ran then and do not now.
+    """
+    ended = now.finished - last.finished
+    answers = ended + (now.running - last.running) / 2
+    generated = now.generated_tokens - last.generated_tokens
+    return generated / answers if ended > 0 and answers > 0 else None

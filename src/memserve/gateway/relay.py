@@ -16,6 +16,7 @@ from memserve.api.generate import GenerateCall, PrefillPeer
 from memserve.api.http_message import Headers, Reply
 from memserve.clock import Clock
 from memserve.cluster.membership import Member, Membership
+from memserve.gateway.refusals import no_instance, stopping
 from memserve.gateway.router import Plan, Router, Ticket
 from memserve.gateway.stream import ClientStream
 from memserve.gateway.upstream import Flow, Unreachable, Upstream
@@ -32,10 +33,10 @@ _encode = msgspec.json.Encoder().encode
 class Answer:
     """What happened to a call, for the log and the metrics. Filled while it is relayed."""
 
-    __slots__ = ("broken", "failovers", "first_byte", "instance", "pauses")
+    __slots__ = ("broken", "failovers", "first_byte", "pauses", "plan")
 
     def __init__(self) -> None:
-        self.instance: InstanceId | None = None  # the last one tried
+        self.plan: Plan | None = None  # the last one tried
         self.first_byte: float | None = None  # when it reached the client; streams only
         self.broken = False  # ended by an error in mid-stream
         self.failovers = 0  # times that another instance went on with a stream
@@ -115,7 +116,7 @@ class Relay:
         while (plan := self._next(call, tried)) is not None:
             member = plan.member
             tried.add((member.id, member.epoch))
-            answer.instance = member.id
+            answer.plan = plan
             attempt = await self._try(plan, call, reply, stream)
             if stream is not None:
                 answer.first_byte, answer.pauses = stream.first_byte, stream.pauses
@@ -196,7 +197,7 @@ class Relay:
 
     def _failure(self) -> ApiError:
         if self._stopping:
-            return unavailable("The gateway is shutting down.", "gateway_stopping", close=True)
+            return stopping()
         return unavailable("The instance that had this request was lost.", "instance_lost")
 
 
@@ -220,7 +221,3 @@ def _planned(call: GenerateCall, plan: Plan) -> GenerateCall:
 
 def _peer(member: Member) -> PrefillPeer:
     return PrefillPeer(member.id, member.address)
-
-
-def no_instance() -> ApiError:
-    return unavailable("No instance is ready.", "no_instance")

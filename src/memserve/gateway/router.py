@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,15 +34,21 @@ class _NoTicket:
 NO_TICKET: Ticket = _NoTicket()
 
 
+def _by_turns() -> str:
+    return "by turns"
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """`member` answers. Its prompt is computed by the first of `prefill` that can, or by
-    itself, after the prefix that `fetch` has longest was pulled from there."""
+    itself, after the prefix that `fetch` has longest was pulled from there. `explain` says why,
+    in one line, to those who ask."""
 
     member: Member
     prefill: tuple[Member, ...] = ()
     fetch: Member | None = None
     ticket: Ticket = NO_TICKET
+    explain: Callable[[], str] = _by_turns
 
 
 class Router(Protocol):
