@@ -10,8 +10,8 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -35,15 +35,13 @@ from memserve.pool.segment import sweep
 from memserve.scheduler.prompt_tree import Prefix, block_digests
 from memserve.transfer.faulty import Fault
 from memserve.types import Role
-from tests.fault.served import GatewayProcess, InstanceProcess, Machine, State, serve
+from tests.fault.served import GatewayProcess, InstanceProcess, Machine, State, serve, set_network
 
 # Much longer than anything takes, leases included: a test that gets there has failed.
 PATIENCE = 60.0
 _forking = multiprocessing.get_context("forkserver")
 _forking.set_forkserver_preload(["tests.fault.served", "tests.fault.preloaded"])
 _snapshots = msgspec.msgpack.Decoder(KVSnapshot)
-# Enters the place where a thread's connections begin.
-Where = Callable[[], AbstractContextManager[object]]
 
 
 def until(condition: Callable[[], bool], what: str) -> float:
@@ -107,6 +105,12 @@ class Served:
     @property
     def stats(self) -> Any:
         return get(f"{self.url}/stats")
+
+    @property
+    def life(self) -> tuple[int, int]:
+        """Process and epoch of an instance."""
+        info = get(f"{self.url}/info")
+        return info["pid"], info["epoch"]
 
     @property
     def indexed(self) -> set[Prefix]:
@@ -193,6 +197,17 @@ class Processes:
         return served
 
 
+@contextmanager
+def entered(machine: Machine) -> Iterator[None]:
+    """What this thread, and threads that it starts, connect to is seen from there."""
+    with Path("/proc/thread-self/ns/net").open("rb") as home:
+        machine.enter_network()
+        try:
+            yield
+        finally:
+            set_network(home.fileno())
+
+
 def ready(gateway: Served) -> list[str]:
     """Names of the instances that the gateway finds ready."""
     members = get(f"{gateway.url}/cluster")["instances"]
@@ -208,15 +223,13 @@ def until_ready(gateway: Served, *names: str) -> float:
 class Client:
     """Asks, and reads the answer's stream on a thread of its own; keeps the time of each event."""
 
-    def __init__(
-        self, gateway: Served, prompt: list[int], tokens: int, where: Where = nullcontext
-    ) -> None:
+    def __init__(self, gateway: Served, prompt: list[int], tokens: int) -> None:
         self.tokens: list[int] = []
         self.times: list[float] = []  # of events with tokens
         self.error: str | None = None  # what the stream ended with, if not in order
+        self.refused = False  # there was no gateway, or no instance
         self.usage: Any = None
         self._asked = time.monotonic()
-        self._where = where
         self._address = urlsplit(gateway.url)
         self._body = json.dumps(
             {
@@ -235,10 +248,13 @@ class Client:
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
-    def result(self) -> list[int]:
-        """All tokens. The stream must have ended in order."""
+    def join(self) -> None:
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the answer never ended"
+
+    def result(self) -> list[int]:
+        """All tokens. The stream must have ended in order."""
+        self.join()
         assert self.error is None, self.error
         return self.tokens
 
@@ -264,8 +280,9 @@ class Client:
 
     def _run(self) -> None:
         try:
-            with self._where():
-                self._read()
+            self._read()
+        except ConnectionRefusedError as error:
+            self.error, self.refused = repr(error), True
         except (OSError, http.client.HTTPException) as error:
             self.error = None if self._left else repr(error)
 
@@ -277,6 +294,7 @@ class Client:
         answer = self._connection.getresponse()
         if answer.status != 200:
             self.error = f"{answer.status} {answer.read().decode()}"
+            self.refused = answer.status == 503
             return
         for line in answer:
             if not line.startswith(b"data: "):

@@ -39,6 +39,7 @@ from memserve.types import InstanceId, Owner
 CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000
 MS_REC, MS_PRIVATE = 0x4000, 0x40000
 PATIENCE = 20.0
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +50,20 @@ class Machine:
 
     def enter(self) -> None:
         """Only before the process has threads that matter."""
-        libc = ctypes.CDLL(None, use_errno=True)
+        self.enter_network()
+        _check(_libc.unshare(CLONE_NEWNS))
+        _check(_libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
+        _check(_libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=256m"))
+        # Which devices there are, UCX reads there.
+        _check(_libc.mount(b"sysfs", b"/sys", b"sysfs", 0, None))
+
+    def enter_network(self) -> None:
+        """With this thread alone."""
         handle = os.open(f"/run/netns/{self.namespace}", os.O_RDONLY)
-        _check(libc.setns(handle, CLONE_NEWNET))
-        os.close(handle)
-        _check(libc.unshare(CLONE_NEWNS))
-        _check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
-        _check(libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=256m"))
+        try:
+            set_network(handle)
+        finally:
+            os.close(handle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +225,11 @@ def _gateway(what: GatewayProcess, ready_fd: int) -> tuple[Callable[[], Any], Ca
             return gateway_run.run_gateway(what.config, what.members, tokenizer, ready_fd=ready_fd)
 
     return answer, run
+
+
+def set_network(handle: int) -> None:
+    """Move this thread into a network namespace."""
+    _check(_libc.setns(handle, CLONE_NEWNET))
 
 
 def _check(code: int) -> None:

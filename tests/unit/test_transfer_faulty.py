@@ -18,6 +18,7 @@ from memserve.transfer.faulty import (
     Duplicate,
     Fail,
     FaultyTransport,
+    Mute,
     Plan,
     listed,
     seeded,
@@ -95,6 +96,16 @@ def test_dropped_writes_end_when_they_are_given_up(bench: Bench, how: str) -> No
         transport.remove_peer(bench.target.owner)
     assert bench.poll(transport) == [Completion(ticket, Outcome.CANCELLED)]
     assert not any(bench.arrived())
+    assert transport.in_flight == 0
+
+
+def test_muted_writes_arrive_and_end_when_they_are_given_up(bench: Bench) -> None:
+    transport = bench.transport(listed(Mute()))
+    ticket = bench.post(transport)
+    assert bench.poll(transport) == []
+    assert all(bench.arrived())
+    transport.cancel(ticket)
+    assert bench.poll(transport) == [Completion(ticket, Outcome.CANCELLED)]
     assert transport.in_flight == 0
 
 

@@ -1,0 +1,127 @@
+"""Instances that are killed where there are others of their kind."""
+
+from __future__ import annotations
+
+import signal
+import time
+import urllib.request
+
+from memserve.types import Role
+from tests.fault.conftest import Expected
+from tests.fault.processes import PATIENCE, Client, Processes, Served, until, until_ready
+from tests.fault.table import FaultTable
+from tests.handoff_harness import prompt_of
+
+PROMPT = prompt_of(100, seed=1)
+LONG = prompt_of(500, seed=2)
+
+
+def busy(*instances: Served) -> Served:
+    """The one that has the request."""
+    until(lambda: any(each.state.running for each in instances), "the request")
+    return next(each for each in instances if each.state.running)
+
+
+def metric(gateway: Served, name: str) -> float:
+    with urllib.request.urlopen(f"{gateway.url}/metrics", timeout=PATIENCE) as answer:
+        lines = answer.read().decode().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(name + " "))
+
+
+def test_another_decode_instance_goes_on_with_the_prefill_instances_prefix(
+    processes: Processes, expected: Expected, table: FaultTable
+) -> None:
+    decodes = [processes.instance(Role.DECODE, f"decode-{n}") for n in range(2)]
+    prefill = processes.instance(Role.PREFILL, "prefill")
+    gateway = processes.gateway(prefill, *decodes)
+    until_ready(gateway, "prefill", "decode-0", "decode-1")
+    client = Client(gateway, PROMPT, 250)
+    client.wait(5)
+    lost = busy(*decodes)
+    (other,) = [each for each in decodes if each is not lost]
+    fault = time.monotonic()
+    lost.signal(signal.SIGKILL)
+    until_ready(gateway, "prefill", other.name)
+    assert client.result() == expected(PROMPT, 250)
+    until(lambda: prefill.quiet and other.quiet, "the end of all leases")
+    whole = time.monotonic() - fault
+    handoff = other.stats["handoff"]
+    assert (handoff["asked"], handoff["failed"]) == (1, 0)
+    assert handoff["cached_tokens_prefill"] >= len(PROMPT) // 16 * 16
+    assert metric(gateway, "memserve_failovers_total") == 1
+    assert metric(gateway, "memserve_failover_pause_seconds_count") == 1
+    happened = "the other D went on, with the prompt's KV from P"
+    table.note("in decode: one of two D killed", happened, whole, client.pause(fault))
+
+
+def test_another_colocated_instance_goes_on(
+    processes: Processes, expected: Expected, table: FaultTable
+) -> None:
+    both = [processes.instance(Role.COLOCATED, f"colocated-{n}") for n in range(2)]
+    gateway = processes.gateway(*both)
+    until_ready(gateway, *[each.name for each in both])
+    client = Client(gateway, PROMPT, 250)
+    client.wait(5)
+    lost = busy(*both)
+    (other,) = [each for each in both if each is not lost]
+    fault = time.monotonic()
+    lost.signal(signal.SIGKILL)
+    until_ready(gateway, other.name)
+    assert client.result() == expected(PROMPT, 250)
+    until(lambda: other.quiet, "the end of the request")
+    whole = time.monotonic() - fault
+    assert Client(gateway, LONG, 8).result() == expected(LONG, 8)
+    assert metric(gateway, "memserve_failovers_total") == 1
+    table.note(
+        "in decode: one of two colocated instances killed",
+        "the other one computed the prompt and went on",
+        whole,
+        client.pause(fault),
+    )
+
+
+def test_another_prefill_instance_computes_the_prompt(
+    processes: Processes, expected: Expected, table: FaultTable
+) -> None:
+    slow = {"max_batch_tokens": 1, "mixed_batch_tokens": 1}
+    prefills = [processes.instance(Role.PREFILL, f"prefill-{n}", **slow) for n in range(2)]
+    decode = processes.instance(Role.DECODE, "decode")
+    gateway = processes.gateway(*prefills, decode)
+    until_ready(gateway, "prefill-0", "prefill-1", "decode")
+    client = Client(gateway, LONG, 8)
+    lost = busy(*prefills)
+    (other,) = [each for each in prefills if each is not lost]
+    fault = time.monotonic()
+    lost.signal(signal.SIGKILL)
+    until_ready(gateway, "decode", other.name)
+    assert client.result() == expected(LONG, 8)
+    until(lambda: decode.quiet and other.quiet, "the end of all leases")
+    whole = time.monotonic() - fault
+    handoff = decode.stats["handoff"]
+    assert (handoff["asked"], handoff["failed"]) == (2, 1)
+    assert handoff["blocks_received"] == len(LONG) // 16
+    happened = "D asked the other P"
+    table.note("in prefill: one of two P killed", happened, whole, client.pause(fault))
+
+
+def test_where_no_other_is_left_the_client_is_told(processes: Processes, table: FaultTable) -> None:
+    only = processes.instance(Role.COLOCATED, "only")
+    gateway = processes.gateway(only)
+    until_ready(gateway, "only")
+    client = Client(gateway, PROMPT, 250)
+    client.wait(5)
+    fault = time.monotonic()
+    only.signal(signal.SIGKILL)
+    client.join()
+    assert client.error == "instance_lost"
+    told = time.monotonic() - fault
+    until_ready(gateway)
+    refused = Client(gateway, PROMPT, 8)
+    refused.join()
+    assert refused.refused
+    table.note(
+        "in decode: the only instance killed",
+        "the stream ended with `instance_lost` (pause: until then), the next was answered 503",
+        time.monotonic() - fault,
+        told,
+    )
