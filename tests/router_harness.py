@@ -1,0 +1,193 @@
+"""A `GlobalRouter` whose members are what tests say, and whose profiles come from one server."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import msgspec
+from aiohttp import web
+
+from memserve.api.generate import CallKind, GenerateCall, SamplingParams
+from memserve.api.http_client import instance_session
+from memserve.api.status import (
+    EngineTotals,
+    InstanceInfo,
+    InstanceState,
+    InstanceStats,
+    Latencies,
+    Limits,
+    PoolTotals,
+)
+from memserve.clock import ManualClock
+from memserve.cluster.membership import Member, Membership
+from memserve.gateway.global_router import GlobalRouter
+from memserve.gateway.router import Plan
+from memserve.scheduler.architecture import GEMMA3_270M
+from memserve.scheduler.contract import InstanceSpec
+from memserve.scheduler.hardware import HARDWARE, derive
+from memserve.scheduler.profiles import Hardware, Subject, encode_profile, make_profile
+from memserve.types import Epoch, InstanceId, Role
+
+LIMITS = Limits(
+    vocab_size=320,
+    max_model_len=4096,
+    pool_tokens=8192,
+    max_tokens=4096,
+    block_tokens=32,
+    dtype="float32",
+    device="cpu",
+    threads=1,
+    max_running=7,
+    mixed_batch_tokens=128,
+)
+PATIENCE = 15.0
+_ids = itertools.count()
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"never came: {what}"
+        await asyncio.sleep(0.002)
+
+
+def call_of(
+    *prompt: int,
+    tokens: int = 16,
+    stream: bool = True,
+    session: str | None = None,
+    priority: int = 0,
+    cache_salt: str = "",
+) -> GenerateCall:
+    return GenerateCall(
+        id=f"call-{next(_ids)}",
+        kind=CallKind.COMPLETION,
+        model="tiny",
+        created=1,
+        prompts=(prompt or tuple(range(100)),),
+        sampling=SamplingParams(max_tokens=tokens),
+        stream=stream,
+        session=session,
+        priority=priority,
+        cache_salt=cache_salt,
+    )
+
+
+def profile_of(hardware: str) -> bytes:
+    """What an instance says of a device that `HARDWARE` lists."""
+    subject = Subject(
+        hardware=Hardware(device=hardware, threads=1, software="test"),
+        architecture=GEMMA3_270M,
+        dtype="float32",
+        max_batch_tokens=2048,
+    )
+    return encode_profile(make_profile("full", subject, derive(HARDWARE[hardware], GEMMA3_270M)))
+
+
+def totals(**figures: int | float) -> EngineTotals:
+    idle = EngineTotals(
+        running=0,
+        waiting=0,
+        steps=0,
+        computed_prompt_tokens=0,
+        cached_prompt_tokens=0,
+        generated_tokens=0,
+        preemptions=0,
+        finished=0,
+        cancelled=0,
+        busy_seconds=0.0,
+    )
+    return msgspec.structs.replace(idle, **figures)
+
+
+class Routed:
+    """A router and its surroundings. Instances answer with `profiles[name]`, or with 503."""
+
+    def __init__(self, router: GlobalRouter, membership: Membership, clock: ManualClock) -> None:
+        self.router = router
+        self.membership = membership
+        self.clock = clock
+        self.profiles: dict[str, bytes] = {}
+        self.asked: list[str] = []  # for profiles
+        self.url = ""
+
+    def member(
+        self,
+        name: str,
+        role: Role = Role.COLOCATED,
+        *,
+        epoch: int = 1,
+        state: InstanceState = InstanceState.READY,
+        limits: Limits | None = LIMITS,
+        **engine: int | float,
+    ) -> Member:
+        """A member answers a poll: it is new, or has news."""
+        info = InstanceInfo(InstanceId(name), Epoch(epoch), role, state, 1, "tiny", limits)
+        stats = InstanceStats(totals(**engine), PoolTotals(), Latencies()) if engine else None
+        found = self.membership.join(f"{self.url}/{name}")
+        self.membership.answered(found, info, stats)
+        return found
+
+    def plan(self, call: GenerateCall) -> Plan:
+        return self.router.plan(call, self.membership.ready())
+
+    def plan_and_end(self, call: GenerateCall) -> InstanceId:
+        """Who answers a call that is over at once."""
+        plan = self.plan(call)
+        plan.ticket.first_token()
+        plan.ticket.ended()
+        return plan.member.id
+
+    def spec(self, name: str) -> InstanceSpec:
+        return self.router.scheduler.load.line(InstanceId(name)).spec
+
+    @property
+    def known(self) -> dict[str, Role]:
+        """What the scheduler knows."""
+        return {line.spec.id: line.spec.role for line in self.router.scheduler.load.lines}
+
+    async def profiled(self, name: str) -> None:
+        """Until an instance has been asked for its costs, and that is over."""
+        tasks = self.router._known[InstanceId(name)].asking
+        assert tasks is not None
+        await asyncio.wait((tasks,))
+
+    async def close(self) -> None:
+        """Nothing may be left of what was planned."""
+        load = self.router.scheduler.load
+        assert load.reserved == 0
+        assert all(line.idle for line in load.lines)
+
+
+@asynccontextmanager
+async def routed(policy: str = "prompt-tree") -> AsyncIterator[Routed]:
+    membership, clock = Membership(), ManualClock(100.0)
+    async with instance_session() as session:
+        router = GlobalRouter(membership, session, clock, policy)
+        made = Routed(router, membership, clock)
+
+        async def answer(request: web.Request) -> web.Response:
+            name, what = request.match_info["name"], request.match_info["what"]
+            if what != "profile":
+                return web.Response(status=404)
+            made.asked.append(name)
+            profile = made.profiles.get(name)
+            return web.Response(status=503) if profile is None else web.Response(body=profile)
+
+        app = web.Application()
+        app.router.add_get("/{name}/{what}", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            yield made
+            await made.close()
+        finally:
+            await router.close()
+            await runner.cleanup()
