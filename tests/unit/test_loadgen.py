@@ -179,3 +179,29 @@ def test_arrivals_are_poisson_with_the_rate_and_repeat_with_the_seed() -> None:
     variance = sum((gap - mean) ** 2 for gap in gaps) / len(gaps)
     assert mean == pytest.approx(0.25, rel=0.05)
     assert variance == pytest.approx(mean**2, rel=0.1)  # as an exponential's
+
+
+async def test_a_closed_loop_keeps_so_many_sessions_going_and_no_more() -> None:
+    closed = LoadSettings(rate=0.001, seed=0, concurrency=2)
+    result = await FakeServer().run([session(name) for name in "abcde"], closed)
+    assert [r.session for r in result.records] == [n for n in "abcde" for _ in range(3)]
+    spans = [(r.sent, r.end) for r in result.records]
+    at_once = [sum(sent <= start < end for sent, end in spans) for start, _ in spans]
+    assert max(at_once) == 2
+    assert result.unsent == 0
+
+
+async def test_a_closed_loops_sessions_are_scheduled_when_there_is_room() -> None:
+    closed = LoadSettings(rate=0.001, seed=0, concurrency=1)
+    first, second = (await FakeServer().run([session("a", 1), session("b", 1)], closed)).records
+    assert first.end <= second.scheduled <= second.sent
+
+
+async def test_a_salt_is_sent_with_every_request_only_if_there_is_one() -> None:
+    server = FakeServer()
+    await server.run([session("a", 1)])
+    async with server.client() as client:
+        salted = OpenAIClient(client.url, "m", MonotonicClock(), cache_salt="x")
+        async with salted:
+            await generate_load(salted, [session("a", 2)], FAST, MonotonicClock())
+    assert [body.get("cache_salt") for body in server.bodies] == [None, "x", "x"]

@@ -9,8 +9,16 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from memserve.api.figures import RequestFigures
 from memserve.bench.loadgen import LoadResult, RequestRecord
-from memserve.bench.report import Distribution, serving_table, summarise, write_json
+from memserve.bench.report import (
+    Distribution,
+    Slo,
+    append_lines,
+    serving_table,
+    summarise,
+    write_json,
+)
 from memserve.config import ModelConfig
 
 
@@ -88,3 +96,48 @@ def test_json_holds_all_that_is_needed_to_measure_again(
     assert {"commit", "cpu", "cores", "packages", "memserve", "time"} <= set(written["environment"])
     write_json("-", ModelConfig(), summary)
     assert json.loads(capsys.readouterr().out)["result"] == written["result"]
+
+
+def test_inter_token_times_are_of_all_requests_together() -> None:
+    late = record(chunk_times=(2.0, 2.9), output_tokens=2)
+    summary = summarise(LoadResult((record(), late), unsent=0))
+    assert summary.inter_token is not None
+    assert summary.inter_token.count == 3
+    assert summary.inter_token.mean == pytest.approx((0.3 + 0.3 + 0.9) / 3)
+
+
+@pytest.mark.parametrize(
+    ("slo", "good"),
+    [
+        (Slo(), 3),
+        (Slo(ttft=1.0), 2),
+        (Slo(tpot=0.25), 3),
+        (Slo(tpot=0.1), 2),  # one token has no time per token
+        (Slo(ttft=0.9, tpot=0.25), 0),
+    ],
+)
+def test_good_requests_keep_every_part_of_the_slo(slo: Slo, good: int) -> None:
+    slow = record(first_token=2.5, chunk_times=(2.5, 2.6, 2.7), end=4.0)
+    single = record(output_tokens=1, chunk_times=(2.0,))
+    failed = record(error="HTTP 500")
+    summary = summarise(LoadResult((record(), slow, single, failed), unsent=0), slo)
+    assert summary.good_requests == good
+    assert summary.goodput == pytest.approx(good / 4)
+
+
+def test_what_moved_is_known_only_of_servers_that_tell() -> None:
+    assert summarise(LoadResult((record(),), unsent=0)).moved_bytes is None
+    figures = RequestFigures(25, 16, 2, 3, 300, 200, 0, 0, 0, 0, 0, 0)
+    summary = summarise(LoadResult((record(figures=figures), record()), unsent=0))
+    assert (summary.moved_blocks, summary.moved_bytes, summary.avoided_bytes) == (5, 300, 200)
+    assert summary.computed_tokens == 150
+
+
+def test_lines_are_added_and_each_can_be_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "runs.jsonl"
+    summary = summarise(LoadResult((record(),), unsent=0))
+    append_lines(path, ModelConfig(path="m"), [summary, summary])
+    append_lines(path, ModelConfig(path="n"), [summary])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["config"]["path"] for line in lines] == ["m", "m", "n"]
+    assert all({"command", "environment", "result"} <= set(line) for line in lines)

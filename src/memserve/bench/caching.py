@@ -11,19 +11,17 @@ import aiohttp
 import msgspec
 from rich.table import Table
 
-from memserve.api.serving import Shutdown
 from memserve.api.status import HandoffTotals, InstanceStats
 from memserve.bench.loadgen import RequestRecord
-from memserve.bench.report import Distribution
-from memserve.bench.serve import (
+from memserve.bench.measure import (
     ASK_TIMEOUT,
     BenchmarkError,
-    ServeBenchConfig,
     ServeRun,
-    Work,
-    measure_server,
+    StartedCluster,
+    measure_cluster,
 )
-from memserve.cluster.local import LocalCluster
+from memserve.bench.report import Distribution
+from memserve.bench.work import ServeBenchConfig, Work
 from memserve.config import Caching, ClusterConfig, InstanceConfig
 from memserve.models.resolve import Progress
 from memserve.types import Role
@@ -53,7 +51,7 @@ class CachingRun(msgspec.Struct, frozen=True):
 
     caching: Caching
     turns: tuple[TurnSummary, ...]
-    handoff: HandoffTotals  # of all decode instances in the whole run, warm-up included
+    handoff: HandoffTotals  # of all decode instances in all repeats, warm-up included
     run: ServeRun
 
 
@@ -78,22 +76,15 @@ async def compare_steps(
 
     Raises BenchmarkError, ClusterError.
     """
-    runs = []
+    found = []
     for caching in get_args(Caching):
         cache = msgspec.structs.replace(cluster.cache, caching=caching)
-        gateway = msgspec.structs.replace(cluster.gateway, port=0)
-        own = msgspec.structs.replace(cluster, cache=cache, gateway=gateway)
-        started = LocalCluster(own, Shutdown(), progress)
-        try:
-            await started.start()
-            run, handoff = await started.or_failure(
-                _measure(f"caching {caching}", config, started.url, sessions, progress)
-            )
-        finally:
-            await started.stop()
-        run = msgspec.structs.replace(run, cluster=own)
-        runs.append(CachingRun(caching, by_turn(run.requests), handoff, run))
-    return CachingBenchResult(tuple(runs))
+        own = msgspec.structs.replace(cluster, cache=cache)
+        runs, handoff = await measure_cluster(
+            f"caching {caching}", config, own, sessions, progress, _given_back
+        )
+        found += [CachingRun(caching, by_turn(run.requests), handoff, run) for run in runs]
+    return CachingBenchResult(tuple(found))
 
 
 def by_turn(records: Sequence[RequestRecord]) -> tuple[TurnSummary, ...]:
@@ -170,12 +161,9 @@ def _times(figure: Distribution | None) -> tuple[str, str]:
     return ("-", "-") if figure is None else (f"{figure.mean:.3g}", f"{figure.p99:.3g}")
 
 
-async def _measure(
-    name: str, config: ServeBenchConfig, url: str, sessions: Work, progress: Progress
-) -> tuple[ServeRun, HandoffTotals]:
-    run = await measure_server(name, config, url, sessions, progress)
+async def _given_back(cluster: StartedCluster) -> HandoffTotals:
     await asyncio.sleep(RETURN_SECONDS)
-    return run, await _handoff_totals(url)
+    return await cluster.or_failure(_handoff_totals(cluster.url))
 
 
 class _Member(msgspec.Struct, frozen=True):

@@ -11,19 +11,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from memserve.bench.report import serving_table, write_json
+from memserve.bench.environment import capture_environment
+from memserve.bench.html import write_page
+from memserve.bench.measure import measure_repeats
+from memserve.bench.report import append_lines, serving_table, write_json
 from memserve.bench.scheduler import (
     SchedulerWorkload,
     run_scheduler_bench,
     scheduler_bench_table,
 )
-from memserve.bench.serve import (
-    ServeBenchConfig,
-    ServeBenchResult,
-    compare_caching,
-    load_sessions,
-    measure_server,
-)
+from memserve.bench.serve import ServeBenchResult, compare_caching
+from memserve.bench.serving_page import repeats_table, serving_page
+from memserve.bench.work import ServeBenchConfig, Work, load_sessions
 from memserve.cli_flags import takes_flags
 from memserve.config import (
     ClusterConfig,
@@ -38,7 +37,7 @@ from memserve.config import (
     load_config,
 )
 from memserve.flags import Given, flags_of, with_flags
-from memserve.models.resolve import pinned, resolve_model
+from memserve.models.resolve import Progress, pinned, resolve_model
 from memserve.terminal import progress_lines
 
 app = typer.Typer(no_args_is_help=True, help="Measure, and say on what.")
@@ -52,6 +51,12 @@ _Json = Annotated[
 @takes_flags(flags_of(ServeBenchConfig), flags_of(ModelConfig))
 def serve(
     json: _Json = None,
+    lines: Annotated[
+        Path | None, typer.Option(help="add a line of JSON for each run to this file")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="write a report with plots, one file, to this path")
+    ] = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -65,22 +70,27 @@ def serve(
     *,
     given: Given,
 ) -> None:
-    """Send conversations to a server: TTFT, TPOT, JCT, and what the cache saved."""
+    """Send conversations to a server: TTFT, TPOT, JCT, and what the cache saved.
+
+    Any server with OpenAI's API will do; --model is the one whose tokenizer says how long the
+    data's texts are.
+    """
     config = with_flags(ServeBenchConfig(), given)
-    cluster = load_config(cluster_file) if cluster_file else ClusterConfig()
-    wanted = with_flags(cluster.model, given)
-    progress = progress_lines()
-    model = resolve_model(wanted, progress)
-    cluster = msgspec.structs.replace(cluster, model=pinned(wanted, model))
-    check_config(cluster)
-    sessions = load_sessions(config, model, progress)
+    cluster, sessions, progress = _prepare(config, cluster_file, ClusterConfig(), given)
     if compare:
         result = asyncio.run(compare_caching(config, cluster, sessions, progress))
     else:
-        run = measure_server("server", config, config.url, sessions, progress)
-        result = ServeBenchResult((asyncio.run(run),))
-    columns = [(run.name, run.summary) for run in result.runs]
-    _report(json, config, result, serving_table(columns))
+        runs = asyncio.run(measure_repeats("server", config, sessions, progress))
+        result = ServeBenchResult(runs)
+    if lines is not None:
+        append_lines(lines, config, result.runs)
+    if html is not None:
+        write_page(html, serving_page(capture_environment(), config, result.runs))
+    if config.repeats > 1:
+        _report(json, config, result, repeats_table(result.runs))
+    else:
+        columns = [(run.name, run.summary) for run in result.runs]
+        _report(json, config, result, serving_table(columns))
 
 
 @app.command()
@@ -100,13 +110,7 @@ def caching(
     config = with_flags(ServeBenchConfig(), given)
     # Every prompt is to be computed by the prefill instance, whatever would be faster.
     default = ClusterConfig(gateway=GatewayConfig(policy="round-robin"), instance=one_and_one())
-    cluster = load_config(cluster_file) if cluster_file else default
-    wanted = with_flags(cluster.model, given)
-    progress = progress_lines()
-    model = resolve_model(wanted, progress)
-    cluster = msgspec.structs.replace(cluster, model=pinned(wanted, model))
-    check_config(cluster)
-    sessions = load_sessions(config, model, progress)
+    cluster, sessions, progress = _prepare(config, cluster_file, default, given)
     result = asyncio.run(compare_steps(config, cluster, sessions, progress))
     _report(json, config, result, caching_table(result))
 
@@ -130,15 +134,22 @@ def policies(
 
     config = with_flags(ServeBenchConfig(), given)
     names = chosen_policies(only)
-    cluster = load_config(cluster_file) if cluster_file else ClusterConfig()
+    cluster, sessions, progress = _prepare(config, cluster_file, ClusterConfig(), given)
+    result = asyncio.run(compare_policies(config, cluster, names, sessions, progress))
+    _report(json, config, result, policies_table(result))
+
+
+def _prepare(
+    config: ServeBenchConfig, cluster_file: Path | None, default: ClusterConfig, given: Given
+) -> tuple[ClusterConfig, Work, Progress]:
+    """The cluster with the model that is meant, and what is sent."""
+    cluster = load_config(cluster_file) if cluster_file else default
     wanted = with_flags(cluster.model, given)
     progress = progress_lines()
     model = resolve_model(wanted, progress)
     cluster = msgspec.structs.replace(cluster, model=pinned(wanted, model))
     check_config(cluster)
-    sessions = load_sessions(config, model, progress)
-    result = asyncio.run(compare_policies(config, cluster, names, sessions, progress))
-    _report(json, config, result, policies_table(result))
+    return cluster, load_sessions(config, model, progress), progress
 
 
 class PoolBenchConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,8 +1,12 @@
-"""An open-loop load generator for sessions: it keeps its own schedule, whatever the server does.
+"""A load generator for sessions.
 
-Sessions arrive as a Poisson process. Within one, the next turn is sent as soon as the answer
-before it has ended, because its prompt contains that answer. A late sender makes a slow server
-look fast (coordinated omission), so times count from the schedule, and lateness is reported.
+Open loop: it keeps its own schedule, whatever the server does. Sessions arrive as a Poisson
+process. Within one, the next turn is sent as soon as the answer before it has ended, because
+its prompt contains that answer. A late sender makes a slow server look fast (coordinated
+omission), so times count from the schedule, and lateness is reported.
+
+Closed loop: so many sessions at a time; the next one begins when one has ended. The server sets
+the pace: such runs say what it can do at most, and nothing of how long people would wait.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ class LoadSettings:
     rate: float  # sessions per second, mean
     seed: int
     replay_answers: bool = False  # history from the data's answers instead of the server's
+    concurrency: int | None = None  # sessions at a time: a closed loop, without a rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +95,43 @@ async def generate_load(
 ) -> LoadResult:
     """Send every session at its time and wait for the last answer.
 
-    Requests of token ids bring their own times. `finished` is called after each request. A
-    failed request ends its session.
+    Requests of token ids bring their own times, which a closed loop leaves aside. `finished` is
+    called after each request. A failed request ends its session.
     """
-    times = arrival_times(len(work), settings.rate, settings.seed)
-    runs = []
-    async with asyncio.TaskGroup() as group:
-        start = clock.now()
-        for item, arrival in zip(work, times, strict=True):
-            run = _Run(client, settings.replay_answers, clock, start, finished)
-            if isinstance(item, Session):
-                runs.append(group.create_task(run.session(item, arrival)))
-            else:
-                runs.append(group.create_task(run.request(item)))
-    records = [record for run in runs for record in run.result()]
+    run = _Run(client, settings.replay_answers, clock, clock.now(), finished)
+    if settings.concurrency is None:
+        records = await _open_loop(run, work, settings)
+    else:
+        records = await _closed_loop(run, work, settings.concurrency)
     return LoadResult(tuple(records), unsent=sum(map(request_count, work)) - len(records))
+
+
+async def _open_loop(
+    run: _Run, work: Sequence[Session | TokenRequest], settings: LoadSettings
+) -> list[RequestRecord]:
+    times = arrival_times(len(work), settings.rate, settings.seed)
+    tasks = []
+    async with asyncio.TaskGroup() as group:
+        for item, arrival in zip(work, times, strict=True):
+            at = arrival if isinstance(item, Session) else item.arrival
+            tasks.append(group.create_task(run.item(item, at)))
+    return [record for task in tasks for record in task.result()]
+
+
+async def _closed_loop(
+    run: _Run, work: Sequence[Session | TokenRequest], concurrency: int
+) -> list[RequestRecord]:
+    found: list[list[RequestRecord]] = [[] for _ in work]
+    waiting = iter(enumerate(work))
+
+    async def user() -> None:
+        for index, item in waiting:  # one iterator for all: each takes the next session
+            found[index] = await run.item(item, run.elapsed())
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(concurrency, len(work))):
+            group.create_task(user())
+    return [record for records in found for record in records]
 
 
 def request_count(item: Session | TokenRequest) -> int:
@@ -113,7 +140,7 @@ def request_count(item: Session | TokenRequest) -> int:
 
 
 class _Run:
-    """One session, turn after turn, or one request."""
+    """Sends sessions, turn after turn, and requests. Times are seconds since `start`."""
 
     def __init__(
         self,
@@ -129,16 +156,20 @@ class _Run:
         self._start = start
         self._finished = finished
 
-    async def request(self, request: TokenRequest) -> list[RequestRecord]:
-        await self._wait(request.arrival)
-        answer = await self._client.complete(request.prompt, request.output_tokens)
-        return [self._record(request.id, 0, request.arrival, answer)]
+    def elapsed(self) -> float:
+        return self._clock.now() - self._start
 
-    async def session(self, session: Session, arrival: float) -> list[RequestRecord]:
+    async def item(self, item: Session | TokenRequest, arrival: float) -> list[RequestRecord]:
+        await asyncio.sleep(max(0.0, arrival - self.elapsed()))
+        if isinstance(item, Session):
+            return await self._session(item, arrival)
+        answer = await self._client.complete(item.prompt, item.output_tokens)
+        return [self._record(item.id, 0, arrival, answer)]
+
+    async def _session(self, session: Session, arrival: float) -> list[RequestRecord]:
         records: list[RequestRecord] = []
         past: list[str] = []  # prompts and answers in turn
         scheduled = arrival
-        await self._wait(arrival)
         for index, turn in enumerate(session.turns):
             past.append(turn.prompt)
             answer = await self._ask(session, past, turn.output_tokens)
@@ -149,9 +180,6 @@ class _Run:
             scheduled = record.end
             past.append(turn.answer if self._replay_answers else answer.text)
         return records
-
-    async def _wait(self, arrival: float) -> None:
-        await asyncio.sleep(max(0.0, self._start + arrival - self._clock.now()))
 
     async def _ask(self, session: Session, past: Sequence[str], output_tokens: int) -> Answer:
         if not session.chat:

@@ -76,11 +76,16 @@ class Answer:
 class OpenAIClient:
     """A connection pool to one server. An async context manager."""
 
-    def __init__(self, url: str, model: str, clock: Clock) -> None:
-        """`url` is the server's root, without /v1; `model` as the server calls it."""
-        self._url = url.rstrip("/")
+    def __init__(self, url: str, model: str, clock: Clock, cache_salt: str | None = None) -> None:
+        """`url` is the server's root, without /v1; `model` as the server calls it.
+
+        With a `cache_salt`, servers that know it (vLLM, ours) reuse nothing that was sent with
+        another one.
+        """
+        self.url = url.rstrip("/")
         self._model = model
         self._clock = clock
+        self._salt = {} if cache_salt is None else {"cache_salt": cache_salt}
         self._session: aiohttp.ClientSession
 
     async def __aenter__(self) -> OpenAIClient:
@@ -122,7 +127,7 @@ class OpenAIClient:
         received = _Received(self._clock)
         sent = self._clock.now()
         try:
-            async with self._session.post(self._url + path, json=body, headers=headers) as response:
+            async with self._session.post(self.url + path, json=body, headers=headers) as response:
                 if response.status == 200:
                     async for line in response.content:
                         received.line(line)
@@ -142,6 +147,7 @@ class OpenAIClient:
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_token_ids": True,  # some tokens have no text: their arrival counts too
+            **self._salt,
         }
 
 

@@ -9,10 +9,9 @@ from typing import get_args
 import msgspec
 from rich.table import Table
 
-from memserve.api.serving import Shutdown
+from memserve.bench.measure import ServeRun, measure_cluster, nothing_else
 from memserve.bench.report import Distribution
-from memserve.bench.serve import ServeBenchConfig, ServeRun, Work, measure_server
-from memserve.cluster.local import LocalCluster
+from memserve.bench.work import ServeBenchConfig, Work
 from memserve.config import ClusterConfig, InstanceConfig, Policy
 from memserve.errors import ConfigError
 from memserve.models.resolve import Progress
@@ -72,23 +71,16 @@ async def compare_policies(
 
     Raises BenchmarkError, ClusterError.
     """
-    runs = []
+    found = []
     for shape in shapes(cluster.instance[0]):
         for policy in policies:
-            gateway = msgspec.structs.replace(cluster.gateway, port=0, policy=policy)
+            gateway = msgspec.structs.replace(cluster.gateway, policy=policy)
             own = msgspec.structs.replace(cluster, gateway=gateway, instance=shape.instances)
-            name = f"{shape.name}, {policy}"
-            started = LocalCluster(own, Shutdown(), progress)
-            try:
-                await started.start()
-                run = await started.or_failure(
-                    measure_server(name, config, started.url, sessions, progress)
-                )
-            finally:
-                await started.stop()
-            run = msgspec.structs.replace(run, cluster=own)
-            runs.append(PolicyRun(shape.name, policy, run))
-    return PoliciesBenchResult(tuple(runs))
+            runs, _ = await measure_cluster(
+                f"{shape.name}, {policy}", config, own, sessions, progress, nothing_else
+            )
+            found += [PolicyRun(shape.name, policy, run) for run in runs]
+    return PoliciesBenchResult(tuple(found))
 
 
 def policies_table(result: PoliciesBenchResult) -> Table:

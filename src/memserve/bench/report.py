@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +35,30 @@ class Distribution(msgspec.Struct, frozen=True):
         return cls(len(values), float(np.mean(values)), float(p50), float(p90), float(p99))
 
 
+class Slo(msgspec.Struct, frozen=True):
+    """What a request must keep to be good, in seconds. None: anything will do."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.ttft is not None or self.tpot is not None
+
+    def kept(self, record: RequestRecord) -> bool:
+        if record.error is not None or record.first_token is None:
+            return False
+        if self.ttft is not None and record.first_token - record.scheduled > self.ttft:
+            return False
+        per_token = tpot(record)
+        return self.tpot is None or per_token is None or per_token <= self.tpot
+
+
 class ServingSummary(msgspec.Struct, frozen=True):
-    """What a load run measured; seconds. Failed requests count in `failed` only."""
+    """What a load run measured; seconds. Failed requests count in `failed` only.
+
+    Tokens are those of prompts: reused where they were computed, moved between instances. What
+    moved is known of servers that tell (`usage.memserve`).
+    """
 
     requests: int
     failed: int
@@ -51,15 +74,25 @@ class ServingSummary(msgspec.Struct, frozen=True):
     cached_ratio: float  # of prompt tokens
     requests_per_second: float
     output_tokens_per_second: float
+    inter_token: Distribution | None = None  # between chunks with tokens, of all requests
+    computed_tokens: int = 0  # prompt tokens that were not cached
+    moved_blocks: int | None = None  # handed over or fetched; None: the server does not tell
+    moved_bytes: int | None = None  # handed over
+    avoided_bytes: int | None = None  # that were where they would have been handed to
+    slo: Slo = Slo()
+    good_requests: int = 0  # that kept it
+    goodput: float = 0.0  # of these, per second
 
 
-def summarise(load: LoadResult) -> ServingSummary:
+def summarise(load: LoadResult, slo: Slo = Slo()) -> ServingSummary:  # noqa: B008 - frozen
     """Reduce the records of a run."""
     done = [record for record in load.records if record.error is None]
     duration = max((record.end for record in load.records), default=0.0)
     prompt_tokens = sum(record.prompt_tokens for record in done)
     cached_tokens = sum(record.cached_tokens for record in done)
     output_tokens = sum(record.output_tokens for record in done)
+    told = [record.figures for record in done if record.figures is not None]
+    good = sum(map(slo.kept, load.records))
     return ServingSummary(
         requests=len(load.records),
         failed=len(load.records) - len(done),
@@ -68,7 +101,7 @@ def summarise(load: LoadResult) -> ServingSummary:
         ttft=Distribution.of(
             [r.first_token - r.scheduled for r in done if r.first_token is not None]
         ),
-        tpot=Distribution.of([tpot for r in done if (tpot := _tpot(r)) is not None]),
+        tpot=Distribution.of([value for r in done if (value := tpot(r)) is not None]),
         jct=Distribution.of([r.end - r.scheduled for r in done]),
         lateness=Distribution.of([r.sent - r.scheduled for r in load.records]),
         prompt_tokens=prompt_tokens,
@@ -77,13 +110,31 @@ def summarise(load: LoadResult) -> ServingSummary:
         cached_ratio=_ratio(cached_tokens, prompt_tokens),
         requests_per_second=_ratio(len(done), duration),
         output_tokens_per_second=_ratio(output_tokens, duration),
+        inter_token=Distribution.of([gap for r in done for gap in inter_token_times(r)]),
+        computed_tokens=prompt_tokens - cached_tokens,
+        moved_blocks=sum(f.blocks_received + f.blocks_fetched for f in told) if told else None,
+        moved_bytes=sum(f.bytes_received for f in told) if told else None,
+        avoided_bytes=sum(f.bytes_avoided for f in told) if told else None,
+        slo=slo,
+        good_requests=good,
+        goodput=_ratio(good, duration),
     )
 
 
-def _tpot(record: RequestRecord) -> float | None:
+def inter_token_times(record: RequestRecord) -> list[float]:
+    """Seconds between the chunks of one answer."""
+    return [after - before for before, after in itertools.pairwise(record.chunk_times)]
+
+
+def tpot(record: RequestRecord) -> float | None:
+    """Seconds per token behind the first; None where there is none behind it."""
     if record.first_token is None or record.output_tokens < 2:
         return None
     return (record.chunk_times[-1] - record.first_token) / (record.output_tokens - 1)
+
+
+def _megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e6:.1f}"
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -91,7 +142,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 class _Report(msgspec.Struct, frozen=True):
-    """One result file."""
+    """One result file, or one line of several runs."""
 
     command: tuple[str, ...]
     environment: Environment
@@ -101,7 +152,7 @@ class _Report(msgspec.Struct, frozen=True):
 
 def write_json(destination: str, config: msgspec.Struct, result: msgspec.Struct) -> None:
     """Write a result with its settings and its environment; "-" is standard output."""
-    report = _Report(("memserve", *sys.argv[1:]), capture_environment(), config, result)
+    report = _report(config, result)
     text = msgspec.json.format(msgspec.json.encode(report), indent=2)
     if destination == STDOUT:
         sys.stdout.write(text.decode() + "\n")
@@ -109,6 +160,18 @@ def write_json(destination: str, config: msgspec.Struct, result: msgspec.Struct)
     path = Path(destination)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text + b"\n")
+
+
+def append_lines(path: Path, config: msgspec.Struct, results: Sequence[msgspec.Struct]) -> None:
+    """Add a line of JSON for each result, each with all that is needed to measure it again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        for result in results:
+            file.write(msgspec.json.encode(_report(config, result)) + b"\n")
+
+
+def _report(config: msgspec.Struct, result: msgspec.Struct) -> _Report:
+    return _Report(("memserve", *sys.argv[1:]), capture_environment(), config, result)
 
 
 def serving_table(columns: Sequence[tuple[str, ServingSummary]]) -> Table:
@@ -131,6 +194,7 @@ def _rows(summary: ServingSummary) -> list[tuple[str, str]]:
     for label, figure, scale in (
         ("TTFT s", summary.ttft, 1.0),
         ("TPOT ms", summary.tpot, 1000.0),
+        ("inter-token ms", summary.inter_token, 1000.0),
         ("JCT s", summary.jct, 1.0),
         ("sent late ms", summary.lateness, 1000.0),
     ):
@@ -142,6 +206,11 @@ def _rows(summary: ServingSummary) -> list[tuple[str, str]]:
         rows += [(f"{label} {name}", cell) for name, cell in zip(names, cells, strict=True)]
     rows += [
         ("cached prompt tokens", f"{summary.cached_ratio:.1%}"),
+        ("prompt tokens computed", str(summary.computed_tokens)),
+        ("MB handed over", _megabytes(summary.moved_bytes)),
+        ("requests/s", f"{summary.requests_per_second:.4g}"),
         ("output tokens/s", f"{summary.output_tokens_per_second:.4g}"),
     ]
+    if summary.slo:
+        rows.append(("good requests/s", f"{summary.goodput:.4g}"))
     return rows

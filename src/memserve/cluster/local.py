@@ -84,6 +84,10 @@ class LocalCluster:
         await self.or_failure(self._all_ready())
         self._serving = True
 
+    def pids(self) -> dict[str, int]:
+        """Of the processes that run now, by name."""
+        return {one.name: one.child.pid for one in self._all() if one.started}
+
     async def watch(self) -> None:
         """Runs until a process ends, and raises ClusterError then."""
         children = self._children()

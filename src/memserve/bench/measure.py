@@ -1,0 +1,188 @@
+"""Measuring a server, and clusters of a given configuration that are started for it."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import aiohttp
+import msgspec
+
+from memserve.api.serving import Shutdown
+from memserve.bench.loadgen import (
+    LoadSettings,
+    RequestRecord,
+    generate_load,
+    request_count,
+    warm_up,
+)
+from memserve.bench.openai_client import OpenAIClient
+from memserve.bench.processes import ProcessFigures, ProcessMeter
+from memserve.bench.report import ServingSummary, summarise
+from memserve.bench.work import ServeBenchConfig, Work
+from memserve.clock import MonotonicClock
+from memserve.cluster.local import LocalCluster
+from memserve.config import ClusterConfig
+from memserve.errors import MemserveError
+from memserve.models.resolve import Progress
+
+ASK_TIMEOUT = aiohttp.ClientTimeout(total=10.0)  # of the server's model list
+GENERATOR = "load generator"
+# Progress is told about this many times in a run.
+_PROGRESS_LINES = 10
+
+_T = TypeVar("_T")
+
+
+class BenchmarkError(MemserveError):
+    """A server that cannot be measured."""
+
+
+class ServeRun(msgspec.Struct, frozen=True):
+    """One measured run."""
+
+    name: str
+    model: str  # as the server calls it
+    cluster: ClusterConfig | None  # None: a server that somebody else has started
+    summary: ServingSummary
+    requests: tuple[RequestRecord, ...]
+    repeat: int = 0
+    seed: int = 0  # of the arrivals
+    processes: tuple[ProcessFigures, ...] = ()  # of clusters that were started for the run
+
+
+class StartedCluster:
+    """A cluster that runs and can be measured, any number of times."""
+
+    def __init__(self, cluster: LocalCluster, config: ClusterConfig) -> None:
+        self._cluster = cluster
+        self._config = config
+
+    @property
+    def url(self) -> str:
+        return self._cluster.url
+
+    async def or_failure(self, work: Awaitable[_T]) -> _T:
+        """The result of `work`; ClusterError if a process ends before."""
+        return await self._cluster.or_failure(work)
+
+    async def run(
+        self, name: str, config: ServeBenchConfig, work: Work, progress: Progress, repeat: int = 0
+    ) -> ServeRun:
+        """Measure it once. Raises BenchmarkError, ClusterError."""
+        pids = {**self._cluster.pids(), GENERATOR: os.getpid()}
+        measuring = measure_server(name, config, self.url, work, progress, repeat=repeat, pids=pids)
+        return msgspec.structs.replace(await self.or_failure(measuring), cluster=self._config)
+
+
+@asynccontextmanager
+async def started_cluster(
+    config: ClusterConfig, progress: Progress
+) -> AsyncIterator[StartedCluster]:
+    """Start a cluster on a port that is free, and end it. Raises ClusterError."""
+    gateway = msgspec.structs.replace(config.gateway, port=0)
+    config = msgspec.structs.replace(config, gateway=gateway)
+    cluster = LocalCluster(config, Shutdown(), progress)
+    try:
+        await cluster.start()
+        yield StartedCluster(cluster, config)
+    finally:
+        await cluster.stop()
+
+
+async def measure_cluster(
+    name: str,
+    config: ServeBenchConfig,
+    cluster: ClusterConfig,
+    work: Work,
+    progress: Progress,
+    then: Callable[[StartedCluster], Awaitable[_T]],
+) -> tuple[tuple[ServeRun, ...], _T]:
+    """All repeats on one cluster, and what `then` finds out before it ends.
+
+    Raises BenchmarkError, ClusterError.
+    """
+    async with started_cluster(cluster, progress) as started:
+        runs = [
+            await started.run(name, config, work, progress, repeat)
+            for repeat in range(config.repeats)
+        ]
+        return tuple(runs), await then(started)
+
+
+async def nothing_else(_: StartedCluster) -> None:
+    """For `measure_cluster`."""
+
+
+async def measure_repeats(
+    name: str, config: ServeBenchConfig, work: Work, progress: Progress
+) -> tuple[ServeRun, ...]:
+    """Measure the server at `config.url`, so often as the configuration says."""
+    return tuple(
+        [
+            await measure_server(name, config, config.url, work, progress, repeat=repeat)
+            for repeat in range(config.repeats)
+        ]
+    )
+
+
+async def measure_server(
+    name: str,
+    config: ServeBenchConfig,
+    url: str,
+    work: Work,
+    progress: Progress,
+    *,
+    repeat: int = 0,
+    pids: dict[str, int] | None = None,
+) -> ServeRun:
+    """Send the workload to the server at `url`; `pids`: its processes, if they are here.
+
+    Of several repeats, each finds the cache empty. Raises BenchmarkError if it cannot be measured.
+    """
+    clock = MonotonicClock()
+    total = sum(map(request_count, work))
+    done = 0
+
+    def finished(record: RequestRecord) -> None:
+        nonlocal done
+        done += 1
+        if record.error is not None:
+            progress(f"{name}: session {record.session}, turn {record.turn}: {record.error}")
+        elif done * _PROGRESS_LINES // total > (done - 1) * _PROGRESS_LINES // total:
+            progress(f"{name}: {done} of {total} requests")
+
+    model = await _served_model(url)
+    salt = None if config.repeats == 1 else uuid.uuid4().hex
+    async with OpenAIClient(url, model, clock, salt) as client:
+        if (error := await warm_up(client, config.warm_up)) is not None:
+            raise BenchmarkError(f"{url} does not answer a warm-up request: {error}")
+        seed = config.seed + repeat
+        settings = LoadSettings(config.rate, seed, config.replay_answers, config.concurrency)
+        meter = ProcessMeter(pids or {})
+        load = await generate_load(client, work, settings, clock, finished)
+        processes = meter.read()
+    summary = summarise(load, config.slo())
+    return ServeRun(name, model, None, summary, load.records, repeat, seed, processes)
+
+
+class _Model(msgspec.Struct, frozen=True):
+    id: str
+
+
+class _ModelList(msgspec.Struct, frozen=True):
+    data: tuple[_Model, ...]
+
+
+async def _served_model(url: str) -> str:
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=ASK_TIMEOUT) as session,
+            session.get(f"{url.rstrip('/')}/v1/models") as answer,
+        ):
+            return msgspec.json.decode(await answer.read(), type=_ModelList).data[0].id
+    except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError, IndexError) as error:
+        raise BenchmarkError(f"{url} does not name its models: {error}") from error

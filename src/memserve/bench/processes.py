@@ -1,0 +1,68 @@
+"""What processes of this machine used: CPU seconds and peak memory, from /proc."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_RESET_PEAK = b"5"  # to `clear_refs`: the peak counts from now on
+
+
+class ProcessFigures(msgspec.Struct, frozen=True):
+    """One process during one run."""
+
+    name: str
+    cpu_seconds: float  # user and system, all threads
+    peak_bytes: int  # resident, with shared pages; since the run began, if Linux lets us
+
+
+class ProcessMeter:
+    """Measures processes from its making to `read`. Those that end before are left out."""
+
+    def __init__(self, pids: Mapping[str, int]) -> None:
+        """Process ids by name; only what this user may look at."""
+        self._pids = dict(pids)
+        self._before = {}
+        for name, pid in self._pids.items():
+            _reset_peak(pid)
+            if (used := _cpu_seconds(pid)) is not None:
+                self._before[name] = used
+
+    def read(self) -> tuple[ProcessFigures, ...]:
+        figures = []
+        for name, before in self._before.items():
+            pid = self._pids[name]
+            used, peak = _cpu_seconds(pid), _peak_bytes(pid)
+            if used is not None and peak is not None:
+                figures.append(ProcessFigures(name, used - before, peak))
+        return tuple(figures)
+
+
+def _cpu_seconds(pid: int) -> float | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    # The second field is the program's name, in brackets and with whatever is in it.
+    fields = text.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def _peak_bytes(pid: int) -> int | None:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = next((line for line in lines if line.startswith("VmHWM:")), None)
+    return None if found is None else int(found.split()[1]) * 1024
+
+
+def _reset_peak(pid: int) -> None:
+    try:
+        Path(f"/proc/{pid}/clear_refs").write_bytes(_RESET_PEAK)
+    except OSError:
+        return  # another user's, or gone: the peak is then of its whole life

@@ -1,0 +1,115 @@
+"""What is sent to a server: a workload's sessions, chosen and cut to size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from memserve.bench.report import Slo
+from memserve.config import NonNegative, Positive, PositiveSeconds, doc
+from memserve.errors import ConfigError
+from memserve.models.resolve import ModelDirectory, Progress
+from memserve.models.tokenizer import Tokenizer
+from memserve.workloads.loogle import loogle_sessions, read_loogle
+from memserve.workloads.react import react_sessions, read_react
+from memserve.workloads.session import Session, SessionLimits, TokenRequest
+from memserve.workloads.sharegpt import choose_sessions, read_sharegpt
+from memserve.workloads.synthetic import SharedPrefixes, shared_prefix_requests
+from memserve.workloads.trace import TraceScale, read_trace, token_requests
+
+Workload = Literal["sharegpt", "loogle", "react", "trace", "synthetic"]
+Work = Sequence[Session | TokenRequest]
+
+
+class ServeBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What is sent, how fast, and where to."""
+
+    workload: Annotated[Workload, doc("what is asked")] = "sharegpt"
+    data: Annotated[str | None, doc("its file or folder; default: the installed ShareGPT")] = None
+    url: Annotated[str, doc("the server's root, without /v1")] = "http://127.0.0.1:8000"
+    rate: Annotated[float, Meta(gt=0), doc("sessions that begin per second, mean")] = 0.1
+    trace_block_tokens: Annotated[
+        int, Meta(ge=2), doc("of a trace: tokens for each of its blocks of 512")
+    ] = 512
+    sessions: Annotated[Positive, doc("how many")] = 10
+    seed: Annotated[NonNegative, doc("of the choice of sessions and of their arrival")] = 0
+    min_turns: Annotated[Positive, doc("of a session")] = 2
+    max_turns: Annotated[Positive, doc("of a session; more are cut off")] = 6
+    max_output_tokens: Annotated[Positive, doc("of a turn; more are cut off")] = 64
+    max_context_tokens: Annotated[Positive, doc("of a session; turns beyond are cut off")] = 2048
+    replay_answers: Annotated[bool, doc("history from the data, not from the server")] = False
+    warm_up: Annotated[NonNegative, doc("requests before the measured ones")] = 2
+
+    concurrency: Annotated[
+        Positive | None, doc("sessions at a time: a closed loop, instead of a rate")
+    ] = None
+    repeats: Annotated[
+        Positive, doc("runs, each with arrivals and a cache of its own (cache_salt)")
+    ] = 1
+    slo_ttft: Annotated[
+        PositiveSeconds | None, doc("seconds to the first token of a good request")
+    ] = None
+    slo_tpot: Annotated[PositiveSeconds | None, doc("seconds per token of a good request")] = None
+
+    def slo(self) -> Slo:
+        return Slo(self.slo_ttft, self.slo_tpot)
+
+    def limits(self) -> SessionLimits:
+        return SessionLimits(
+            min_turns=self.min_turns,
+            max_turns=self.max_turns,
+            max_output_tokens=self.max_output_tokens,
+            max_context_tokens=self.max_context_tokens,
+        )
+
+
+def load_sessions(config: ServeBenchConfig, model: ModelDirectory, progress: Progress) -> Work:
+    """The workload. The model's tokenizer says how long texts are. Raises ConfigError."""
+    progress(f"choosing {config.sessions} sessions")
+    if config.workload == "synthetic":
+        shape = SharedPrefixes(
+            requests=config.sessions, rate=config.rate, output_tokens=config.max_output_tokens
+        )
+        return tuple(shared_prefix_requests(shape, config.seed))
+    if config.workload == "trace":
+        return _trace(config)
+    tokenizer = Tokenizer.load(model.path)
+    path = Path(config.data) if config.data else None
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    if config.workload == "sharegpt":
+        conversations = read_sharegpt(path)
+        return choose_sessions(
+            conversations, config.sessions, config.seed, config.limits(), count_tokens
+        )
+    folder = _required_data(config)
+    choose = (config.sessions, config.seed, config.limits(), count_tokens)
+    if config.workload == "loogle":
+        return loogle_sessions(read_loogle(folder), *choose)
+    return react_sessions(read_react(folder), *choose)
+
+
+def _trace(config: ServeBenchConfig) -> tuple[TokenRequest, ...]:
+    """The first requests of a trace, at `rate` per second in the mean."""
+    lines = list(read_trace(_required_data(config), config.sessions))
+    if not lines:
+        raise ConfigError(f"{config.data}: no requests in it")
+    taken = max(lines[-1].timestamp, 1) / 1000  # seconds
+    scale = TraceScale(
+        block_tokens=config.trace_block_tokens,
+        time=len(lines) / config.rate / taken,
+        max_output_tokens=config.max_output_tokens,
+    )
+    return tuple(token_requests(iter(lines), scale))
+
+
+def _required_data(config: ServeBenchConfig) -> Path:
+    if config.data is None:
+        raise ConfigError(f"the workload {config.workload} needs --data: its file or folder")
+    return Path(config.data)
