@@ -183,7 +183,7 @@ def _time_policy(
     clock = ManualClock()
     tree = PromptTree()
     timed = _TimedTree(tree)
-    scheduler = Scheduler(timed, clock, policy, timer=time.thread_time)
+    scheduler = Scheduler(timed, clock, policy)
     specs = _instances(workload, layout, costs)
     for spec in specs:
         scheduler.put(spec)
@@ -197,11 +197,12 @@ def _time_policy(
     computing: deque[RequestId] = deque()
     decoding: deque[RequestId] = deque()
     for request in prompts.requests():
+        cpu_started = time.thread_time()
         started = time.perf_counter()
         decision = scheduler.decide(request)
         wall.append(time.perf_counter() - started)
+        cpu.append(time.thread_time() - cpu_started)
         assert decision is not None  # all instances are there
-        cpu.append(decision.took)
         fetches += decision.plan.fetch is not None
         considered = decision.considered
         clock.advance(pause)

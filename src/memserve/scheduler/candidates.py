@@ -12,12 +12,12 @@ import numpy as np
 
 from memserve.scheduler.contract import Path, PromptRequest, Seconds
 from memserve.scheduler.load import Load
+from memserve.scheduler.steps import Steps
 from memserve.types import IndexArray, InstanceId, Role
 
 MAX_SOURCES = 4  # holders of longer prefixes that are looked at
 _PATHS: tuple[Path, Path] = ("nixl", "shm")  # by `near`
 _NEVER = np.inf
-_INSTANT = 1e-9  # no prefill is faster
 
 
 class Roster:
@@ -83,19 +83,32 @@ class Candidates:
     cached: IndexArray  # [instances]
     source: IndexArray  # [instances] whose longer prefix is pulled; -1: nobody's
     fetched: IndexArray  # [instances] tokens
-    queue: Seconds  # [candidates], as the rest
+    # Of computing the prompt, [instances].
     fetch: Seconds
     prefill: Seconds
+    delays: Seconds
+    stall: Seconds  # that answers there see of it, together
+    work: Seconds  # before it, whatever it takes itself
+    # [candidates]
     transfer: Seconds
-    decode: Seconds
+    decode: Seconds  # without `stall`
+    first_token: Seconds
     whole_prefill: float  # the least, of the prompt with nothing cached
 
-    @property
-    def first_token(self) -> Seconds:
-        total: Seconds = self.queue + self.fetch
-        total += self.prefill
-        total += self.transfer
-        return total
+    def terms(self, which: IndexArray) -> list[Seconds]:
+        """Those of some candidates, in the order of `Terms`."""
+        at = self.roster.computes[which]
+        waits = self.first_token[which] - self.transfer[which]
+        waits -= (self.fetch + self.prefill)[at]
+        np.maximum(waits, 0.0, out=waits)  # what rounding left
+        return [
+            waits,
+            self.fetch[at],
+            self.prefill[at],
+            self.transfer[which],
+            self.decode[which] + self.stall[at],
+            self.delays[at],
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +153,7 @@ def evaluate(
     goes to the decode instance while the prompt is computed."""
     prompt, output = len(request.tokens), max(request.output_tokens, 1)
     cached = cached_tokens(load, matches, prompt)
-    steps = _Steps.predict(load, prompt + output / 2)
+    steps = Steps.predict(load, prompt + output / 2)
     sources = _sources(load, roster, request, cached) if fetches else []
     asked = _asked(load, prompt, cached, sources)
     seconds = _prefill_seconds(load, prompt, asked)
@@ -149,24 +162,30 @@ def evaluate(
     pulled = _best_fetches(load, sources, asked[1:], seconds[1:])
     prefill = pulled.prefill
     answering, slot_wait = steps.decode_seconds(load, output)
-    queue = load.queue_seconds(now)
-    stall = steps.stall_seconds(load, prefill)
+    queues = load.queues(now, prefill)
+    queue = np.maximum(queues.wait, _memory_wait(load, request, cached, steps, now))
+    _wait_for_promises(load, request, cached, queue)
+    stall = steps.stall_seconds(load, roster.answering, prefill)
 
-    computes, answers, alone = roster.computes, roster.answers, len(roster.solo)
-    all_queue, all_prefill = queue[computes], prefill[computes]
-    decode = answering[answers]
-    decode += stall[computes]
-    all_queue[:alone] += slot_wait[roster.solo]
+    alone = len(roster.solo)
+    computed = queue + pulled.seconds
+    computed += prefill
+    first_token = computed[roster.computes]
+    first_token[:alone] += slot_wait[roster.solo]
+    decode = answering[roster.answers]
     transfer = np.zeros(len(roster))
     if roster.pairs:
-        moved = _transfer_seconds(load, roster, prompt, cached)
+        ready = first_token[alone:]
+        moved = transfer[alone:]
+        moved += _transfer_seconds(load, roster, prompt, cached)
         if overlapped:
-            moved = np.maximum(moved - all_prefill[alone:], 0.0)
-        transfer[alone:] = moved
+            moved -= prefill[roster.pair_computes]
+            np.maximum(moved, 0.0, out=moved)
+        ready += moved
         # A full batch, or prompts that the decode instance computes itself, hold it up.
-        ready = all_queue[alone:] + all_prefill[alone:] + moved
-        held_up = slot_wait + queue
-        decode[alone:] += np.maximum(held_up[roster.pair_answers] - ready, 0.0)
+        held_up = (slot_wait + queue)[roster.pair_answers]
+        held_up -= ready
+        decode[alone:] += np.maximum(held_up, 0.0, out=held_up)
     return Candidates(
         load=load,
         roster=roster,
@@ -174,11 +193,14 @@ def evaluate(
         cached=cached,
         source=pulled.source,
         fetched=pulled.tokens,
-        queue=all_queue,
-        fetch=pulled.seconds[computes],
-        prefill=all_prefill,
+        fetch=pulled.seconds,
+        prefill=prefill,
+        delays=queues.delays,
+        stall=stall,
+        work=queues.work,
         transfer=transfer,
         decode=decode,
+        first_token=first_token,
         whole_prefill=float(whole.min()),
     )
 
@@ -213,48 +235,34 @@ def _prefill_seconds(load: Load, prompt: int, asked: IndexArray) -> Seconds:
     return seconds
 
 
-@dataclass(frozen=True, slots=True)
-class _Steps:
-    """Decode steps, [instances]: as they are now, with what is to come, with this request."""
+def _memory_wait(
+    load: Load, request: PromptRequest, cached: IndexArray, steps: Steps, now: float
+) -> Seconds:
+    """Until there is HBM for the sequence, [instances]."""
+    wait = np.zeros(len(cached))
+    needed = len(request.tokens) + request.output_tokens
+    short = load.kv_tokens + needed > load.kv_capacity
+    for slot in short.nonzero()[0].tolist():
+        tokens = request.tokens[: cached[slot]]
+        own = needed - load.shared_tokens(slot, request.namespace, tokens)
+        if load.kv_tokens[slot] + own > load.kv_capacity[slot]:
+            wait[slot] = load.memory_wait(slot, own, float(steps.before[slot]), now)
+    return wait
 
-    now: Seconds
-    before: Seconds
-    after: Seconds
 
-    @classmethod
-    def predict(cls, load: Load, context_tokens: float) -> _Steps:
-        contexts = load.step_contexts.copy()
-        contexts[2] += context_tokens
-        seconds = np.empty(contexts.shape)
-        for group in load.cost_groups:
-            at = group.slots
-            seconds[:, at] = group.costs.decode_step_seconds(
-                load.step_sequences[:, at], contexts[:, at]
-            )
-        seconds *= load.step_factor
-        return cls(seconds[0], seconds[1], seconds[2])
-
-    def prefill_slowdown(self, load: Load, prompt: int, whole: Seconds) -> Seconds:
-        """How many times longer a prefill takes because each chunk's step decodes too."""
-        slowed: Seconds = self.now * (prompt / load.chunk_tokens)
-        slowed /= np.maximum(whole, _INSTANT)
-        slowed += 1.0
-        return slowed
-
-    def decode_seconds(self, load: Load, output: int) -> tuple[Seconds, Seconds]:
-        """Of the answer, with what it costs the answers beside it; and the time until a full
-        batch has room."""
-        decode = (output - 1) * self.after
-        slower = np.maximum(self.after - self.before, 0.0)
-        slower *= load.batch
-        slower *= np.minimum(load.remaining, output)
-        decode += slower
-        return decode, load.wait_steps * self.before
-
-    def stall_seconds(self, load: Load, prefill: Seconds) -> Seconds:
-        """What a prefill costs the answers that are decoded beside it, together."""
-        stall: Seconds = load.running * prefill
-        return stall
+def _wait_for_promises(
+    load: Load, request: PromptRequest, cached: IndexArray, queue: Seconds
+) -> None:
+    """A prefix that others' prompts have yet to bring is there when they are computed. Looks at
+    the longest prefixes alone: what many instances have is there, or costs little."""
+    longest = (-cached).argsort(kind="stable")[:MAX_SOURCES]
+    for slot in longest.tolist():
+        tokens = int(cached[slot])
+        if not tokens or load.left_total[slot] <= queue[slot]:
+            continue
+        sure = load.promised_tokens(slot, request.namespace, request.tokens[:tokens])
+        if sure < tokens:
+            queue[slot] = load.left_total[slot]
 
 
 def _transfer_seconds(load: Load, roster: Roster, prompt: int, cached: IndexArray) -> Seconds:

@@ -43,6 +43,8 @@ class InstanceSpec:
     host: str  # instances of one host move KV over shared memory
     max_running: int = 64  # sequences per step
     chunk_tokens: int = 512  # of prompts, in a step that also decodes
+    kv_tokens: int | None = None  # that HBM holds; None: not known, no limit
+    short_share: float = 0.5  # of a chunk, for the shortest prompt; 0: all in order, as vLLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class Terms:
     prefill: float = 0.0  # exec(x, y)
     transfer: float = 0.0  # KV from P to D
     decode: float = 0.0  # all output tokens, with what they and the others cost each other
+    delays: float = 0.0  # that its prefill makes for other prompts there, together
 
     @property
     def first_token(self) -> float:

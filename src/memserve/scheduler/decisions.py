@@ -54,7 +54,7 @@ class Ranking:
     instances: Sequence[InstanceId]  # by slot, as they were
     scores: Seconds
     figures: IndexArray  # [5, kept]: slots of who answers, computes and is pulled from; tokens
-    seconds: Seconds  # [5, kept]: the terms, in their order
+    seconds: Seconds  # [6, kept]: the terms, in their order
     prompt_tokens: int
 
     @classmethod
@@ -76,12 +76,11 @@ class Ranking:
             c.cached[computes],
             c.fetched[computes],
         )
-        terms = (c.queue, c.fetch, c.prefill, c.transfer, c.decode)
         return cls(
             instances=c.load.instances,
             scores=scores[best],
             figures=np.array(figures),
-            seconds=np.array([term[best] for term in terms]),
+            seconds=np.array(c.terms(best)),
             prompt_tokens=c.prompt_tokens,
         )
 

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from memserve.scheduler.contract import Costs, InstanceSpec, Seconds
+from memserve.scheduler.queue import PrefillQueue
 from memserve.scheduler.refined_costs import RefinedCosts
+from memserve.scheduler.residents import Resident, Residents
 from memserve.types import IndexArray, InstanceId, Namespace, RequestId, Role, TokenArray
 
+MAX_ROWS = 64  # of prompts in an instance's queue that are told apart
+_NOTHING = 1e-9  # seconds, instead of none in a quotient
 _RECENT = 1 / 64  # weight of the newest value in a running mean
 
 
@@ -30,6 +34,7 @@ class Reservation:
     prefill_seconds: float
     context_tokens: int  # of its sequence, half way through its answer
     output_tokens: int
+    kv_tokens: int  # that it takes up in HBM where it is answered, besides what is shared
     computes: Line
     answers: Line
 
@@ -41,24 +46,24 @@ class Line:
         "answers",
         "context_tokens",
         "decoding",
-        "head_end",
         "other_prefills",
         "other_running",
         "output_tokens",
         "prefills",
+        "queue",
+        "residents",
         "slot",
         "spec",
         "used",
-        "waiting_seconds",
     )
 
     def __init__(self, spec: InstanceSpec, used: float) -> None:
         self.spec = spec
         self.slot = -1  # its place in the arrays; -1: removed
         self.used = used  # turn in which it was last chosen, for ties
-        self.prefills: dict[RequestId, Reservation] = {}  # in order; the first one runs
-        self.head_end = 0.0  # when the first should be done
-        self.waiting_seconds = 0.0  # of those behind it
+        self.queue = PrefillQueue(spec.short_share)
+        self.prefills: dict[RequestId, Reservation] = {}  # those of the queue, in order
+        self.residents = Residents()
         self.answers = 0  # decoded here, or to be when their prompts are computed
         self.decoding = 0  # of them
         self.context_tokens = 0
@@ -67,34 +72,19 @@ class Line:
         self.other_running = 0
 
     def append(self, reservation: Reservation, now: float) -> None:
-        if self.prefills:
-            self.waiting_seconds += reservation.prefill_seconds
-        else:
-            self.head_end = now + reservation.prefill_seconds
+        self.queue.append(reservation.request, reservation.prefill_seconds, now)
         self.prefills[reservation.request] = reservation
 
     def discard(self, request: RequestId, now: float) -> bool:
-        """Computed, or given up: if it was the first, the next one starts now. False: neither
-        waits nor runs here."""
-        first = next(iter(self.prefills), None)
-        reservation = self.prefills.pop(request, None)
-        if reservation is None:
-            return False
-        if request != first:
-            self.waiting_seconds -= reservation.prefill_seconds
-        elif self.prefills:
-            second = next(iter(self.prefills.values())).prefill_seconds
-            self.head_end = now + second
-            self.waiting_seconds -= second
-        if len(self.prefills) < 2:
-            self.waiting_seconds = 0.0  # and with it what rounding left
-        return True
+        """Computed, or given up. False: neither waits nor runs here."""
+        self.prefills.pop(request, None)
+        return self.queue.discard(request, now)
 
     @property
     def idle(self) -> bool:
         """Nothing is reserved here."""
         counts = (self.answers, self.decoding, self.context_tokens, self.output_tokens)
-        return not self.prefills and not any(counts) and not self.waiting_seconds
+        return not self.prefills and not self.residents and not any(counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +93,15 @@ class CostGroup:
 
     costs: Costs
     slots: IndexArray | slice  # a slice where it is all instances: indexing copies nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Queues:
+    """What a prompt would meet on each instance, [instances]."""
+
+    wait: Seconds  # how much later it would be computed
+    delays: Seconds  # how much later the others would be, together
+    work: Seconds  # all that waits or is computed there
 
 
 class Load:
@@ -125,8 +124,20 @@ class Load:
         self.lines = lines
         self.instances = tuple(self._lines)
         self.slots: Mapping[InstanceId, int] = {id_: at for at, id_ in enumerate(self.instances)}
-        self.head_end = np.zeros(n)
-        self.waiting_seconds = np.zeros(n)
+        self._rows = 1
+        self.left = np.zeros((1, n))  # [prompts, instances] seconds of each that waits or runs
+        self.left_at = np.zeros(n)  # the time of these figures
+        self.left_total = np.zeros(n)
+        self.under_way = np.zeros(n)  # of it, before one of the prompts has ended
+        self.kv_tokens = np.zeros(n)  # reserved in HBM
+        self.kv_capacity = np.array(
+            [np.inf if line.spec.kv_tokens is None else line.spec.kv_tokens for line in lines]
+        )
+        shares = np.array([line.spec.short_share for line in lines])
+        self.shares = shares > 0
+        # What the oldest prompt gets while the shortest gets one second.
+        self.oldest_rate = np.full(n, np.inf)
+        self.oldest_rate[self.shares] = (1 - shares[self.shares]) / shares[self.shares]
         self.running = np.zeros(n)  # sequences that decode now
         self.batch = np.zeros(n)  # and those that will when their prompts are computed
         self.remaining = np.zeros(n)  # tokens of each of their answers to come, in the mean
@@ -167,9 +178,8 @@ class Load:
         at = line.slot
         if at < 0:
             return
-        self.head_end[at] = line.head_end if line.prefills else 0.0
-        others = line.other_prefills * self._typical_prefill
-        self.waiting_seconds[at] = line.waiting_seconds + others
+        self._show_queue(line)
+        self.kv_tokens[at] = line.residents.kv_tokens + line.other_running * self._typical_context
         self.used[at] = line.used
         running = line.decoding + line.other_running
         batch = line.answers + line.other_running
@@ -194,6 +204,24 @@ class Load:
             self.step_contexts[row, at] = each * min(fitting, batch)
             self.step_factor[row, at] = step_factor if sequences else 0.0
 
+    def _show_queue(self, line: Line) -> None:
+        """The queue's figures, others' prompts at its end."""
+        at, queue = line.slot, line.queue
+        left = list(queue.left())
+        left += [self._typical_prefill] * line.other_prefills
+        if len(left) > MAX_ROWS:
+            left[MAX_ROWS - 1 :] = [sum(left[MAX_ROWS - 1 :])]
+        if len(left) > self._rows:
+            more = np.zeros((len(left) - self._rows, len(self.lines)))
+            self.left = np.concatenate([self.left, more])
+            self._rows = len(left)
+        column = self.left[:, at]
+        column[:] = 0.0
+        column[: len(left)] = left
+        self.left_at[at] = queue.updated
+        self.left_total[at] = sum(left)
+        self.under_way[at] = queue.under_way()
+
     # --- members ------------------------------------------------------------------------
 
     def put(self, spec: InstanceSpec) -> bool:
@@ -208,6 +236,7 @@ class Load:
             self._lines[spec.id] = Line(spec, -float(self._random.random()))
         else:
             line.spec = spec
+            line.queue.short_share = spec.short_share
         self._rebuild()
         return True
 
@@ -246,6 +275,12 @@ class Load:
         self._reservations[reservation.request] = reservation
         computes, answers = reservation.computes, reservation.answers
         computes.append(reservation, now)
+        request, prompt = reservation.request, reservation.tokens
+        held = (reservation.namespace, prompt)
+        own = Resident(*held, reservation.kv_tokens, reservation.output_tokens)
+        answers.residents.add(request, own)
+        if answers is not computes:
+            computes.residents.add(request, Resident(*held, len(prompt), 0))
         answers.answers += 1
         answers.context_tokens += reservation.context_tokens
         answers.output_tokens += reservation.output_tokens
@@ -264,7 +299,10 @@ class Load:
         reservation = self._reservations.get(request)
         if reservation is None or not reservation.computes.discard(request, now):
             return
-        reservation.answers.decoding += 1
+        computes, answers = reservation.computes, reservation.answers
+        for line in (computes,) if computes is answers else (computes, answers):
+            line.residents.prefilled(request, now)
+        answers.decoding += 1
         self._show(reservation.computes)
         self._show(reservation.answers)
 
@@ -279,6 +317,8 @@ class Load:
         answers.answers -= 1
         answers.context_tokens -= reservation.context_tokens
         answers.output_tokens -= reservation.output_tokens
+        computes.residents.remove(request)
+        answers.residents.remove(request)
         self._show(computes)
         self._show(answers)
         return reservation
@@ -290,11 +330,32 @@ class Load:
 
     # --- as decisions see it ------------------------------------------------------------
 
-    def queue_seconds(self, now: float) -> Seconds:
-        """Until a prompt that arrives now would be computed, [instances]."""
-        queue: Seconds = np.maximum(self.head_end - now, 0.0)
-        queue += self.waiting_seconds
-        return queue
+    def queues(self, now: float, prefill: Seconds) -> Queues:
+        """What prompts of `prefill` [instances] seconds would meet there."""
+        # Between events time is taken off all prompts alike: which is computed matters little
+        # until one of them ends.
+        gone = np.minimum(now - self.left_at, self.under_way)
+        left = self.left * (1.0 - gone / np.maximum(self.left_total, _NOTHING))
+        shorter = left <= prefill
+        total = left.sum(axis=0)
+        before: Seconds = np.where(shorter, left, 0.0).sum(axis=0)
+        longer = total - before
+        # With the shorter ones it gets its share; the oldest ones get theirs meanwhile.
+        meanwhile = (before + prefill) * self.oldest_rate
+        wait = before + np.minimum(meanwhile, longer)
+        held_up = (len(left) - shorter.sum(axis=0)) * self.shares
+        return Queues(wait, held_up * prefill, total)
+
+    def memory_wait(self, slot: int, needed: float, step: float, now: float) -> float:
+        """Until an instance has HBM for a sequence of `needed` tokens, if those there end as
+        expected, with decode steps of `step` seconds."""
+        excess = float(self.kv_tokens[slot]) + needed - float(self.kv_capacity[slot])
+        queue = float(self.left_total[slot])
+        return self.lines[slot].residents.wait(excess, queue, step, now)
+
+    def shared_tokens(self, slot: int, namespace: Namespace, tokens: TokenArray) -> int:
+        """How many of `tokens`, which are cached there, a sequence there holds in HBM too."""
+        return self.lines[slot].residents.shared(namespace, tokens)
 
     def promised_tokens(self, slot: int, namespace: Namespace, tokens: TokenArray) -> int:
         """How many of `tokens` this instance has for certain, as far as unfinished prefills

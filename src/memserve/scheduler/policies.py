@@ -57,23 +57,27 @@ class Policy:
 def prompt_tree(situation: Situation) -> Choice:
     """The least predicted time to the first token plus weighted decode time."""
     candidates = situation.candidates
-    scores = candidates.first_token
-    scores += situation.decode_weight * candidates.decode
+    weight = situation.decode_weight
+    others = candidates.delays + weight * candidates.stall
+    scores = weight * candidates.decode
+    scores += candidates.first_token
+    scores += others[candidates.roster.computes]
     return _least(candidates, scores)
 
 
 def least_load(situation: Situation) -> Choice:
     """The shortest queues, as if nobody had anything cached."""
-    return _least(situation.candidates, _load_scores(situation))
+    candidates = situation.candidates
+    return _least(candidates, _load_scores(situation), candidates.roster.usual)
 
 
 def session(situation: Situation) -> Choice:
     """Where the session ran before, as long as that is there; else by least load."""
     scores = _load_scores(situation)
     candidates, former = situation.candidates, situation.session
-    if former is None:
-        return _least(candidates, scores)
     roster, slots = candidates.roster, candidates.load.slots
+    if former is None:
+        return _least(candidates, scores, roster.usual)
     answers, computes = slots.get(former.answers), slots.get(former.computes)
     if answers is not None and computes is not None:
         same = roster.find(answers, computes)
@@ -83,7 +87,7 @@ def session(situation: Situation) -> Choice:
         partly = roster.usual & (now == kept)
         if kept is not None and partly.any():
             return _least(candidates, scores, partly)
-    return _least(candidates, scores)
+    return _least(candidates, scores, roster.usual)
 
 
 def round_robin(situation: Situation) -> Choice:
@@ -120,7 +124,9 @@ def find_policy(name: str) -> Policy:
 
 def _load_scores(situation: Situation) -> Seconds:
     candidates = situation.candidates
-    return candidates.queue + situation.decode_weight * candidates.decode
+    scores: Seconds = situation.decode_weight * candidates.decode
+    scores += candidates.work[candidates.roster.computes]
+    return scores
 
 
 def _least(

@@ -166,6 +166,15 @@ class Scheduler:
             roster = self._rosters[key] = Roster(self.load, key)
         return roster
 
+    def _kv_tokens(self, request: PromptRequest, plan: Plan) -> int:
+        """What its sequence takes up where it is answered."""
+        load, needed = self.load, len(request.tokens) + request.output_tokens
+        slot = load.slots[plan.instance]
+        if load.kv_tokens[slot] + needed < load.kv_capacity[slot] / 2:
+            return needed  # it does not matter yet how much of it is shared
+        held = plan.cached_tokens if plan.prefill is None else plan.prompt_tokens
+        return needed - load.shared_tokens(slot, request.namespace, request.tokens[:held])
+
     def _reserve(self, request: PromptRequest, plan: Plan, now: float) -> None:
         load, prefixes = self.load, self._prefixes
         load.reserve(
@@ -177,6 +186,7 @@ class Scheduler:
                 prefill_seconds=plan.terms.prefill,
                 context_tokens=len(request.tokens) + request.output_tokens // 2,
                 output_tokens=request.output_tokens,
+                kv_tokens=self._kv_tokens(request, plan),
                 computes=load.line(plan.computes),
                 answers=load.line(plan.instance),
             ),

@@ -60,7 +60,15 @@ class SimCluster:
         host = "here" if self._network.path == "shm" else shape.id
         self.scheduler.put(
             InstanceSpec(
-                shape.id, shape.role, shape.costs, shape.block_tokens, host, shape.max_running
+                shape.id,
+                shape.role,
+                shape.costs,
+                shape.block_tokens,
+                host,
+                shape.max_running,
+                shape.chunk_tokens,
+                shape.hbm_blocks * shape.block_tokens,
+                shape.short_share,
             )
         )
 
@@ -232,7 +240,7 @@ class _RequestRun:
     def _finished(self, job: Job) -> None:
         request, cluster = self._request, self._cluster
         request.end = cluster.timeline.now()
-        cluster.scheduler.finished(request.id)
+        cluster.scheduler.finished(request.id, request.output_tokens)
         if self._plan.prefill is not None and cluster.returns and request.final_keys:
             missing = len(request.final_keys) - self._computes.cache.found(request.final_keys)
             cluster.timeline.after(

@@ -1,16 +1,18 @@
 """A simulated instance: continuous batching with chunked prefill, by the cost model.
 
 Time passes in phases in which the batch does not change: so many equal steps, then the next
-phase is planned. What arrives in between waits for the end of a step, as in the engine. One
-prompt is prefilled at a time, in chunks, and every step also serves all decoding sequences.
+phase is planned. What arrives in between waits for the end of a step, as in the engine. Prompts
+are prefilled in chunks, and every step also serves all decoding sequences. A part of a step's
+chunk goes to the prompt of which the least is left, the rest to the others in their order.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memserve.scheduler.contract import Costs
 from memserve.sim.cache import SimCache
@@ -31,6 +33,7 @@ class InstanceShape:
     dram_blocks: int = 0
     max_running: int = 256
     chunk_tokens: int = 2048  # prefilled per step
+    short_share: float = 0.5  # of it, for the shortest prompt; 0: all in order, as vLLM
     caches: bool = True  # keeps KV for later requests
     swap_bytes_per_second: float = 25e9  # DRAM to HBM
 
@@ -45,8 +48,10 @@ class Job:
     ended: Callable[[Job], None]  # its last token is there; never for `prefill_only`
     pinned: list[BlockKey]
     private: int = 0  # blocks without a key
-    chunks: int = 0  # of its prefill, left
-    chunk_seconds: float = 0.0
+    admitted: bool = False  # its prompt has memory here
+    number: int = 0  # in the order of arrival
+    uncached: int = 0  # tokens of its prompt that are not computed
+    token_seconds: float = 0.0  # of computing each
     left: int = 0  # tokens to decode
     context: int = 0  # tokens with KV
 
@@ -56,6 +61,7 @@ class _Phase:
     begun: float
     step_seconds: float
     steps: int
+    chunks: Sequence[tuple[Job, int]]  # prompts, and tokens of each in a step
 
 
 class SimInstance:
@@ -74,9 +80,10 @@ class SimInstance:
         self.computed_tokens = 0
         self._timeline = timeline
         self._stored = stored
-        self._queue: deque[Job] = deque()  # prompts to compute
+        self._jobs = 0
+        self._queue: list[Job] = []  # prompts that hold no memory yet, in order
         self._arrived: deque[Job] = deque()  # prompts computed elsewhere, to decode
-        self._prefilling: Job | None = None
+        self._prefilling: list[Job] = []  # those that do, in order
         self._decoding: list[Job] = []
         self._phase: _Phase | None = None
         self._phase_number = 0
@@ -85,6 +92,9 @@ class SimInstance:
 
     def submit(self, job: Job) -> None:
         """Compute a prompt, and decode unless it is `prefill_only`."""
+        job.number = self._jobs
+        self._jobs += 1
+        job.uncached = job.request.prompt_tokens - self._reusable(job) * self.shape.block_tokens
         self._queue.append(job)
         self._disturb()
 
@@ -106,7 +116,7 @@ class SimInstance:
 
     @property
     def running(self) -> int:
-        return len(self._decoding) + (self._prefilling is not None)
+        return len(self._decoding) + len(self._prefilling)
 
     # --- phases ---------------------------------------------------------------------------
 
@@ -115,40 +125,40 @@ class SimInstance:
         phase = self._phase
         if phase is None:
             self._begin()
-        elif self._prefilling is None:
+        else:
             done = math.ceil((self._timeline.now() - phase.begun) / phase.step_seconds)
-            self._plan_end(phase.begun, phase.step_seconds, min(phase.steps, max(done, 1)))
+            self._plan_end(replace(phase, steps=min(phase.steps, max(done, 1))))
 
     def _begin(self) -> None:
         self._take_arrived()
-        if self._prefilling is None:
-            self._prefilling = self._next_prompt()
+        chunks = self._next_chunks()
         batch = self._decoding
-        if self._prefilling is None and not batch:
+        if not chunks and not batch:
             self._phase = None
             return
         steps = min((job.left for job in batch), default=1 << 30)
         seconds = 0.0
-        if self._prefilling is not None:
-            steps = min(steps, self._prefilling.chunks)
-            seconds += self._prefilling.chunk_seconds
+        for job, tokens in chunks:
+            steps = min(steps, job.uncached // tokens)
+            seconds += tokens * job.token_seconds
         if batch:
             context = sum(job.context for job in batch) + len(batch) * (steps // 2)
             seconds += float(self.shape.costs.decode_step_seconds(len(batch), context))
-        self._plan_end(self._timeline.now(), max(seconds, 1e-9), steps)
+        self._plan_end(_Phase(self._timeline.now(), max(seconds, 1e-9), steps, chunks))
 
-    def _plan_end(self, begun: float, step_seconds: float, steps: int) -> None:
-        self._phase = _Phase(begun, step_seconds, steps)
+    def _plan_end(self, phase: _Phase) -> None:
+        self._phase = phase
         self._phase_number += 1
         number = self._phase_number
-        end = max(self._timeline.now(), begun + step_seconds * steps)
+        end = max(self._timeline.now(), phase.begun + phase.step_seconds * phase.steps)
         self._timeline.at(end, lambda: self._end_phase(number))
 
     def _end_phase(self, number: int) -> None:
-        if number != self._phase_number or self._phase is None:
+        phase = self._phase
+        if number != self._phase_number or phase is None:
             return  # planned anew since
-        steps = self._phase.steps
-        self.busy_seconds += steps * self._phase.step_seconds
+        steps = phase.steps
+        self.busy_seconds += steps * phase.step_seconds
         self._phase = None
         finished = []
         for job in self._decoding:
@@ -159,43 +169,77 @@ class SimInstance:
         for job in finished:
             self._decoding.remove(job)
             self._finish(job)
-        job_or_none = self._prefilling
-        if job_or_none is not None:
-            job_or_none.chunks -= steps
-            if not job_or_none.chunks:
-                self._prefilling = None
-                self._prefilled(job_or_none)
+        for job, tokens in phase.chunks:
+            job.uncached -= steps * tokens
+            if not job.uncached:
+                self._prefilling.remove(job)
+                self._prefilled(job)
         if self._phase is None:  # a callback may have begun one
             self._begin()
 
     # --- prompts --------------------------------------------------------------------------
 
-    def _next_prompt(self) -> Job | None:
-        if not self._queue or len(self._decoding) >= self.shape.max_running:
-            return None
-        job = self._queue[0]
+    def _next_chunks(self) -> list[tuple[Job, int]]:
+        """What the next step computes of which prompts; those that get any hold memory."""
+        if not self._queue and not self._prefilling:
+            return []
+        budget = self.shape.chunk_tokens
+        chunks: dict[int, tuple[Job, int]] = {}
+        short = int(budget * self.shape.short_share)
+        if short:
+            # What does not fit stops those behind it, or small ones would starve it.
+            fits = self._queue and self._admit(self._queue[0])
+            job = min(
+                (*self._prefilling, *(self._queue if fits else ())), key=_remaining, default=None
+            )
+            if job is not None and self._admit(job):
+                tokens = min(short, job.uncached)
+                chunks[job.number] = job, tokens
+                budget -= tokens
+        for job in sorted((*self._prefilling, *self._queue), key=_arrival):
+            if not budget or not self._admit(job):
+                break
+            _, given = chunks.get(job.number, (job, 0))
+            tokens = min(budget, job.uncached - given)
+            chunks[job.number] = job, given + tokens
+            budget -= tokens
+        return list(chunks.values())
+
+    def _reusable(self, job: Job) -> int:
+        """How many leading blocks of its prompt are here."""
         request, shape = job.request, self.shape
         # The last token is computed in any case: its logits are wanted.
-        reusable = request.keys[: (request.prompt_tokens - 1) // shape.block_tokens]
-        found = self.cache.found(reusable) if shape.caches else 0
+        most = (request.prompt_tokens - 1) // shape.block_tokens
+        return self.cache.found(request.keys[:most]) if shape.caches else 0
+
+    def _admit(self, job: Job) -> bool:
+        """Give a prompt memory, unless it has some; False if there is none for it."""
+        if job.admitted:
+            return True
+        if self.running >= self.shape.max_running:
+            return False
+        request, shape = job.request, self.shape
+        found = self._reusable(job)
         total = request.prompt_tokens + (0 if job.prefill_only else request.output_tokens)
         private = -(-total // shape.block_tokens) - found
-        swapped = self.cache.acquire(reusable[:found], private)
+        keys = request.keys[:found]
+        swapped = self.cache.acquire(keys, private)
         if swapped is None:  # until something that runs here has ended
-            return None
-        self._queue.popleft()
+            return False
+        self._queue.remove(job)
+        bisect.insort(self._prefilling, job, key=_arrival)
         cached = found * shape.block_tokens
-        job.pinned, job.private = list(reusable[:found]), private
+        job.admitted = True
+        job.pinned, job.private = list(keys), private
         request.cached_tokens = cached
         request.computed_at = shape.id
-        new = request.prompt_tokens - cached
-        self.computed_tokens += new
+        job.uncached = request.prompt_tokens - cached
+        self.computed_tokens += job.uncached
         seconds = float(shape.costs.prefill_seconds(request.prompt_tokens, cached))
         moved = swapped * shape.block_tokens * shape.costs.kv_bytes_per_token
         seconds += moved / shape.swap_bytes_per_second
-        job.chunks = -(-new // shape.chunk_tokens)
-        job.chunk_seconds = seconds / job.chunks
-        return job
+        job.token_seconds = seconds / job.uncached
+        return True
 
     def _prefilled(self, job: Job) -> None:
         request = job.request
@@ -246,3 +290,11 @@ class SimInstance:
         self._publish(job, job.request.final_keys[: len(job.pinned) + job.private])
         self.cache.release(job.pinned, job.private)
         job.ended(job)
+
+
+def _remaining(job: Job) -> tuple[int, int]:
+    return job.uncached, job.number
+
+
+def _arrival(job: Job) -> int:
+    return job.number

@@ -21,7 +21,7 @@ from memserve.config import (
 )
 from memserve.errors import ConfigError
 from memserve.scheduler.architecture import ARCHITECTURES, Architecture
-from memserve.scheduler.hardware import cost_model
+from memserve.scheduler.hardware import HARDWARE, cost_model
 from memserve.sim.cluster import KEEPS, Network, SimCluster
 from memserve.sim.inputs import Encode, text_sessions, trace_sessions
 from memserve.sim.instance import InstanceShape
@@ -35,6 +35,9 @@ from memserve.workloads.trace import BLOCK_TOKENS, read_trace
 
 _GB = 10**9
 _PROGRESS_LINES = 10
+# Bytes per second between a device and its host's memory, one direction, by the data sheets:
+# PCIe 5 and PCIe 4 with 16 lanes. On a CPU both tiers are the same memory.
+_HOST_BANDWIDTH: dict[str, float] = {"h800": 64e9, "h100": 64e9, "a100": 32e9, "cpu": 12e9}
 
 Progress = Callable[[str], None]
 Amount = Annotated[float, Meta(gt=0)]
@@ -71,6 +74,9 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     dram_gb: Annotated[float, Meta(ge=0), doc("host memory for KV of an instance")] = 256.0
     max_running: Annotated[Positive, doc("sequences per step")] = 256
     chunk_tokens: Annotated[Positive, doc("prefilled per step")] = 2048
+    short_share: Annotated[
+        float, Meta(ge=0, lt=1), doc("of it for the shortest prompt; 0: all in order, as vLLM")
+    ] = 0.5
 
 
 class SimResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,11 +166,19 @@ def _shapes(config: SimConfig) -> list[InstanceShape]:
             dram_blocks=int(config.dram_gb * _GB // block_bytes),
             max_running=config.max_running,
             chunk_tokens=config.chunk_tokens,
+            short_share=config.short_share,
+            swap_bytes_per_second=_swap_bandwidth(config),
             caches=config.caching in KEEPS[role],
         )
         for role, count in counts.items()
         for index in range(count)
     ]
+
+
+def _swap_bandwidth(config: SimConfig) -> float:
+    """Of all devices of an instance: each holds its part of the KV."""
+    link = HARDWARE[config.hardware].link_efficiency
+    return _HOST_BANDWIDTH[config.hardware] * link * config.tp
 
 
 def _sessions(
