@@ -43,13 +43,13 @@ def completes(url: str) -> bool:
         return bool(answer.choices[0].finish_reason == "length")
 
 
-def send_request(url: str, asked: dict[str, Any]) -> socket.socket:
+def send_request(url: str, asked: dict[str, Any], headers: str = "") -> socket.socket:
     """A connection on which a request is under way."""
     host, port = urlsplit(url).netloc.split(":")
     body = json.dumps(asked).encode()
     connection = socket.create_connection((host, int(port)))
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
-    connection.sendall(head.encode() + body)
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    connection.sendall(f"{head}{headers}\r\n".encode() + body)
     return connection
 
 
