@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.fakes import save_tiny_tokenizer
 from tests.fault.processes import Processes
@@ -48,6 +49,7 @@ class Expected:
     """What Transformers generates, computed once."""
 
     def __init__(self, model: Path) -> None:
+        torch.set_num_threads(1)  # for matrices this small more are slower, and have to be free
         reference = Reference(model)
         self._generate = cache(lambda prompt, tokens: reference.generate(list(prompt), tokens))
 

@@ -152,6 +152,7 @@ class Processes:
         name: str,
         *faults: Fault | None,
         mode: TransferMode = "by-request-agg",
+        step_seconds: float = 0.0,
         join: Sequence[str] = (),
         environment: tuple[tuple[str, str], ...] = (),
         machine: Machine | None = None,
@@ -162,7 +163,9 @@ class Processes:
         config = self._config(CacheConfig(mode=mode))
         own = InstanceConfig(role=role, **{**sizes, **settings})
         return self._start(
-            InstanceProcess(name, config, own, faults, tuple(join), environment, machine)
+            InstanceProcess(
+                name, config, own, faults, step_seconds, tuple(join), environment, machine
+            )
         )
 
     def gateway(

@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,9 @@ import pytest
 
 from memserve.clock import MonotonicClock
 from memserve.config import ClusterConfig, InstanceConfig
+from memserve.engine.batch import StepPlan
+from memserve.engine.runner import Runner
+from memserve.engine.sampler import Sample
 from memserve.gateway import run as gateway_run
 from memserve.gateway.global_router import GlobalRouter
 from memserve.instance import build
@@ -34,7 +38,7 @@ from memserve.transfer.base import Transport
 from memserve.transfer.faulty import Fault, FaultyTransport, listed
 from memserve.transfer.mempool import MemPool
 from memserve.transfer.shm import ShmTransport
-from memserve.types import InstanceId, Owner
+from memserve.types import InstanceId, Owner, RequestId
 
 CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000
 MS_REC, MS_PRIVATE = 0x4000, 0x40000
@@ -97,6 +101,7 @@ class InstanceProcess:
     config: ClusterConfig
     settings: InstanceConfig
     faults: tuple[Fault | None, ...] = ()
+    step_seconds: float = 0.0  # that a step of the engine takes longer
     join: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     machine: Machine | None = None
@@ -143,6 +148,8 @@ def _talk(url: int, answers: Connection, answer: Callable[[], Any]) -> None:
 
 def _instance(what: InstanceProcess, ready_fd: int) -> tuple[Callable[[], Any], Callable[[], int]]:
     os.environ.update(what.environment)
+    if what.step_seconds:
+        _slow_down(what.step_seconds)
     made: list[tuple[Parts, MemPool]] = []
     faulty: list[_Counted] = []
 
@@ -189,6 +196,17 @@ def _instance(what: InstanceProcess, ready_fd: int) -> tuple[Callable[[], Any], 
         )
 
     return answer, run
+
+
+def _slow_down(seconds: float) -> None:
+    """For good: the process has one engine."""
+    run = Runner.run
+
+    def slowly(self: Runner, plan: StepPlan) -> dict[RequestId, Sample]:
+        time.sleep(seconds)
+        return run(self, plan)
+
+    Runner.run = slowly  # type: ignore[method-assign]
 
 
 class _Counted(FaultyTransport):

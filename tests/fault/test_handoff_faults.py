@@ -22,9 +22,9 @@ from tests.fault.table import FaultTable
 from tests.handoff_harness import prompt_of
 
 PROMPT = prompt_of(100, seed=1)
-LONG = prompt_of(500, seed=2)
+LONG = prompt_of(300, seed=2)
 OTHER = prompt_of(40, seed=3)
-SHORT_ANSWER, LONG_ANSWER = 8, 250
+SHORT_ANSWER, LONG_ANSWER = 8, 50
 Who = Literal["prefill", "decode", "client"]
 
 
@@ -37,19 +37,22 @@ class Step:
     mode: TransferMode = "by-request-agg"
     prefill: dict[str, Any] = field(default_factory=dict)  # settings
     prefill_faults: tuple[Fault | None, ...] = ()  # of writes
+    decode: dict[str, Any] = field(default_factory=dict)
     decode_faults: tuple[Fault | None, ...] = ()
 
 
-SLOW = {"max_batch_tokens": 1, "mixed_batch_tokens": 1}
+SLOW = {"max_batch_tokens": 1, "mixed_batch_tokens": 1, "step_seconds": 0.002}
 STEPS = {
     "queued, before Prepare": Step(prefill={**SLOW, "max_running": 1}),
     "in prefill": Step(prompt=LONG, prefill=SLOW),
     "between layers": Step(mode="by-layer", prefill_faults=(None, Drop(), Drop())),
     "in transfer": Step(prefill_faults=(Drop(),)),
     "after the last write, before Commit": Step(prefill_faults=(Mute(),)),
-    "in decode": Step(tokens=LONG_ANSWER),
+    "in decode": Step(tokens=LONG_ANSWER, decode={"step_seconds": 0.02}),
     "in the back-transfer": Step(tokens=30, decode_faults=(Drop(),)),
 }
+# Something may be on its way, and D has nothing yet.
+HALFWAY = tuple(STEPS)[1:5]
 CASES = [
     pytest.param(step, who, id=f"{who} {step}")
     for step in STEPS
@@ -65,7 +68,9 @@ class Pair:
         self.prefill = processes.instance(
             Role.PREFILL, "prefill", *step.prefill_faults, mode=step.mode, **step.prefill
         )
-        self.decode = processes.instance(Role.DECODE, "decode", *step.decode_faults, mode=step.mode)
+        self.decode = processes.instance(
+            Role.DECODE, "decode", *step.decode_faults, mode=step.mode, **step.decode
+        )
         self.gateway = processes.gateway(self.prefill, self.decode)
         until_ready(self.gateway, "prefill", "decode")
 
@@ -89,6 +94,7 @@ class Pair:
                 until(lambda: p.state.posted == 1, "the write")
             case "in decode":
                 client.wait(5)
+                assert d.state.running == 1
             case "in the back-transfer":
                 client.result()
                 until(lambda: d.state.posted == 1, "the write")
@@ -100,6 +106,7 @@ def test_a_request_survives_what_ends(
     processes: Processes, expected: Expected, table: FaultTable, name: str, who: Who
 ) -> None:
     step = STEPS[name]
+    wanted, also_wanted = expected(step.prompt, step.tokens), expected(LONG, SHORT_ANSWER)
     pair = Pair(processes, step)
     client, *others = pair.begin(name, step)
     survivors = {"prefill": pair.prefill, "decode": pair.decode}
@@ -108,13 +115,17 @@ def test_a_request_survives_what_ends(
         client.leave()
     else:
         survivors.pop(who).signal(signal.SIGKILL)
-        assert client.result() == expected(step.prompt, step.tokens)
+        assert client.result() == wanted
     for other in others:
-        assert other.result() == expected(LONG, SHORT_ANSWER)
+        assert other.result() == also_wanted
     for each in survivors.values():
         until(lambda each=each: each.quiet, f"{each.name} at rest")  # type: ignore[misc]
     until_ready(pair.gateway, *survivors)
     whole = time.monotonic() - fault
+    if name in HALFWAY and who == "client":
+        assert pair.decode.state.cached == 0  # what has not all come is not to be seen
+    if name == "in the back-transfer" and who == "decode":
+        assert pair.prefill.state.cached == len(PROMPT) // 16
     serves_on(pair.gateway, expected, step)
     nothing_is_lost(*survivors.values())
     handoff = pair.decode.stats["handoff"] if who != "decode" else None
@@ -144,17 +155,13 @@ def _fault(who: Who) -> str:
 
 
 def _happened(name: str, who: Who, handoff: Any) -> str:
+    answering = name in ("in decode", "in the back-transfer")
     if who == "client":
         return "cancelled on both sides"
-    if who == "decode":
-        begun = name in ("in decode", "in the back-transfer")
-        return (
-            "whole answer"
-            if name == "in the back-transfer"
-            else (
-                "P went on behind what the client had" if begun else "the gateway asked P instead"
-            )
-        )
-    if handoff["failed"]:
-        return "D computed the prompt"
-    return "D went on undisturbed"
+    if who == "prefill":
+        others = name.startswith("queued")  # which were asked for, too
+        assert handoff["failed"] == (0 if answering else 1 + others)
+        return "D went on undisturbed" if answering else "D computed the prompt"
+    if name == "in the back-transfer":
+        return "the client had its answer"
+    return "P went on behind what the client had" if answering else "the gateway asked P instead"

@@ -13,7 +13,10 @@ from tests.fault.table import FaultTable
 from tests.handoff_harness import prompt_of
 
 PROMPT = prompt_of(100, seed=1)
-LONG = prompt_of(500, seed=2)
+LENGTH = 50
+# An answer lasts a second, so that there is time to end the instance that makes it.
+SLOW = 0.02
+LONG = prompt_of(300, seed=2)
 
 
 def busy(*instances: Served) -> Served:
@@ -31,18 +34,19 @@ def metric(gateway: Served, name: str) -> float:
 def test_another_decode_instance_goes_on_with_the_prefill_instances_prefix(
     processes: Processes, expected: Expected, table: FaultTable
 ) -> None:
-    decodes = [processes.instance(Role.DECODE, f"decode-{n}") for n in range(2)]
+    wanted = expected(PROMPT, LENGTH)
+    decodes = [processes.instance(Role.DECODE, f"decode-{n}", step_seconds=SLOW) for n in range(2)]
     prefill = processes.instance(Role.PREFILL, "prefill")
     gateway = processes.gateway(prefill, *decodes)
     until_ready(gateway, "prefill", "decode-0", "decode-1")
-    client = Client(gateway, PROMPT, 250)
+    client = Client(gateway, PROMPT, LENGTH)
     client.wait(5)
     lost = busy(*decodes)
     (other,) = [each for each in decodes if each is not lost]
     fault = time.monotonic()
     lost.signal(signal.SIGKILL)
     until_ready(gateway, "prefill", other.name)
-    assert client.result() == expected(PROMPT, 250)
+    assert client.result() == wanted
     until(lambda: prefill.quiet and other.quiet, "the end of all leases")
     whole = time.monotonic() - fault
     handoff = other.stats["handoff"]
@@ -57,17 +61,19 @@ def test_another_decode_instance_goes_on_with_the_prefill_instances_prefix(
 def test_another_colocated_instance_goes_on(
     processes: Processes, expected: Expected, table: FaultTable
 ) -> None:
-    both = [processes.instance(Role.COLOCATED, f"colocated-{n}") for n in range(2)]
+    wanted = expected(PROMPT, LENGTH)
+    names = ("colocated-0", "colocated-1")
+    both = [processes.instance(Role.COLOCATED, name, step_seconds=SLOW) for name in names]
     gateway = processes.gateway(*both)
-    until_ready(gateway, *[each.name for each in both])
-    client = Client(gateway, PROMPT, 250)
+    until_ready(gateway, *names)
+    client = Client(gateway, PROMPT, LENGTH)
     client.wait(5)
     lost = busy(*both)
     (other,) = [each for each in both if each is not lost]
     fault = time.monotonic()
     lost.signal(signal.SIGKILL)
     until_ready(gateway, other.name)
-    assert client.result() == expected(PROMPT, 250)
+    assert client.result() == wanted
     until(lambda: other.quiet, "the end of the request")
     whole = time.monotonic() - fault
     assert Client(gateway, LONG, 8).result() == expected(LONG, 8)
@@ -83,8 +89,9 @@ def test_another_colocated_instance_goes_on(
 def test_another_prefill_instance_computes_the_prompt(
     processes: Processes, expected: Expected, table: FaultTable
 ) -> None:
-    slow = {"max_batch_tokens": 1, "mixed_batch_tokens": 1}
-    prefills = [processes.instance(Role.PREFILL, f"prefill-{n}", **slow) for n in range(2)]
+    wanted = expected(LONG, 8)
+    small = {"max_batch_tokens": 1, "mixed_batch_tokens": 1, "step_seconds": 0.002}
+    prefills = [processes.instance(Role.PREFILL, f"prefill-{n}", **small) for n in range(2)]
     decode = processes.instance(Role.DECODE, "decode")
     gateway = processes.gateway(*prefills, decode)
     until_ready(gateway, "prefill-0", "prefill-1", "decode")
@@ -94,7 +101,7 @@ def test_another_prefill_instance_computes_the_prompt(
     fault = time.monotonic()
     lost.signal(signal.SIGKILL)
     until_ready(gateway, "decode", other.name)
-    assert client.result() == expected(LONG, 8)
+    assert client.result() == wanted
     until(lambda: decode.quiet and other.quiet, "the end of all leases")
     whole = time.monotonic() - fault
     handoff = decode.stats["handoff"]
@@ -105,10 +112,10 @@ def test_another_prefill_instance_computes_the_prompt(
 
 
 def test_where_no_other_is_left_the_client_is_told(processes: Processes, table: FaultTable) -> None:
-    only = processes.instance(Role.COLOCATED, "only")
+    only = processes.instance(Role.COLOCATED, "only", step_seconds=SLOW)
     gateway = processes.gateway(only)
     until_ready(gateway, "only")
-    client = Client(gateway, PROMPT, 250)
+    client = Client(gateway, PROMPT, LENGTH)
     client.wait(5)
     fault = time.monotonic()
     only.signal(signal.SIGKILL)

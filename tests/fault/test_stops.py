@@ -19,7 +19,8 @@ BLOCKS = len(LONG) // 16
 def test_what_a_stopped_prefill_instance_may_still_write_to_is_not_given_away(
     processes: Processes, expected: Expected, table: FaultTable
 ) -> None:
-    slow = {"max_batch_tokens": 1, "mixed_batch_tokens": 1}
+    wanted = expected(LONG, 8)
+    slow = {"max_batch_tokens": 1, "mixed_batch_tokens": 1, "step_seconds": 0.002}
     prefill = processes.instance(Role.PREFILL, "prefill", **slow)
     decode = processes.instance(Role.DECODE, "decode")
     gateway = processes.gateway(prefill, decode)
@@ -29,7 +30,7 @@ def test_what_a_stopped_prefill_instance_may_still_write_to_is_not_given_away(
     until(lambda: prefill.state.steps > start + 20, "the prompt at work")
     fault = time.monotonic()
     prefill.signal(signal.SIGSTOP)
-    assert client.result() == expected(LONG, 8)
+    assert client.result() == wanted
     until(lambda: decode.state.quarantined == BLOCKS, "the quarantine")
     until_ready(gateway, "decode")
     assert Client(gateway, SHORT, 8).result() == expected(SHORT, 8)
@@ -50,15 +51,16 @@ def test_what_a_stopped_prefill_instance_may_still_write_to_is_not_given_away(
 def test_a_stopped_decode_instance_is_followed_by_another(
     processes: Processes, expected: Expected, table: FaultTable
 ) -> None:
+    wanted = expected(SHORT, 50)
     prefill = processes.instance(Role.PREFILL, "prefill")
-    decode = processes.instance(Role.DECODE, "decode")
+    decode = processes.instance(Role.DECODE, "decode", step_seconds=0.02)
     gateway = processes.gateway(prefill, decode)
     until_ready(gateway, "prefill", "decode")
-    client = Client(gateway, SHORT, 250)
+    client = Client(gateway, SHORT, 50)
     client.wait(5)
     fault = time.monotonic()
     decode.signal(signal.SIGSTOP)
-    assert client.result() == expected(SHORT, 250)
+    assert client.result() == wanted
     until(lambda: prefill.quiet, "the end of all leases")
     until_ready(gateway, "prefill")
     back = time.monotonic()
