@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -44,15 +43,7 @@ LIMITS = Limits(
     max_running=7,
     mixed_batch_tokens=128,
 )
-PATIENCE = 15.0
 _ids = itertools.count()
-
-
-async def until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, f"never came: {what}"
-        await asyncio.sleep(0.002)
 
 
 def call_of(

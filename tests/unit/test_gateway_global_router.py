@@ -17,7 +17,8 @@ from memserve.scheduler.contract import InstanceSpec
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.types import InstanceId, RequestId, Role
-from tests.router_harness import LIMITS, Routed, call_of, profile_of, routed, totals, until
+from tests.kv_events_harness import until
+from tests.router_harness import LIMITS, Routed, call_of, profile_of, routed, totals
 from tests.scheduler_harness import LinearCosts
 
 A, B = InstanceId("a"), InstanceId("b")

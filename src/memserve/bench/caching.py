@@ -22,7 +22,9 @@ from memserve.bench.measure import (
 )
 from memserve.bench.report import Distribution
 from memserve.bench.work import ServeBenchConfig, Work
+from memserve.cluster.client import ClusterClient
 from memserve.config import Caching, ClusterConfig, InstanceConfig
+from memserve.errors import ClusterError
 from memserve.models.resolve import Progress
 from memserve.types import Role
 
@@ -166,30 +168,19 @@ async def _given_back(cluster: StartedCluster) -> HandoffTotals:
     return await cluster.or_failure(_handoff_totals(cluster.url))
 
 
-class _Member(msgspec.Struct, frozen=True):
-    role: Role
-    address: str
-
-
-class _Cluster(msgspec.Struct, frozen=True):
-    """What we use of a gateway's `GET /cluster`."""
-
-    instances: tuple[_Member, ...]
-
-
 async def _handoff_totals(url: str) -> HandoffTotals:
     """Sums over the decode instances of a cluster."""
     try:
+        async with ClusterClient(url) as client:
+            members = (await client.view()).instances
+        found = []
         async with aiohttp.ClientSession(timeout=ASK_TIMEOUT) as session:
-            async with session.get(f"{url}/cluster") as answer:
-                members = msgspec.json.decode(await answer.read(), type=_Cluster).instances
-            found = []
             for member in members:
                 if member.role is Role.DECODE:
                     async with session.get(f"{member.address}/stats") as answer:
                         stats = msgspec.json.decode(await answer.read(), type=InstanceStats)
                         found.append(stats.handoff)
-    except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+    except (ClusterError, aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
         raise BenchmarkError(f"{url} does not say what was handed over: {error}") from error
     return sum_of(found)
 
