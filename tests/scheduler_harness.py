@@ -76,10 +76,21 @@ class Cluster:
         host: str = "h",
         costs: Costs | None = None,
         max_running: int = 64,
+        kv_tokens: int | None = None,
+        short_share: float = 0.5,
     ) -> None:
         for name in names:
             self.scheduler.put(
-                InstanceSpec(InstanceId(name), role, costs or self.costs, BLOCK, host, max_running)
+                InstanceSpec(
+                    InstanceId(name),
+                    role,
+                    costs or self.costs,
+                    BLOCK,
+                    host,
+                    max_running,
+                    kv_tokens=kv_tokens,
+                    short_share=short_share,
+                )
             )
 
     def cache(self, **tokens: int) -> None:

@@ -18,6 +18,7 @@ from memserve.bench.cli import app as bench_app
 from memserve.bench.profile_cli import profile
 from memserve.cli_cluster import app as cluster_app
 from memserve.cli_flags import takes_flags
+from memserve.cli_sim import sim
 from memserve.cluster.local import LocalCluster, run_local_cluster
 from memserve.cluster.watchdog import exit_with_parent
 from memserve.config import (
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.command()(profile)
+app.command()(sim)
 app.add_typer(cluster_app, name="cluster")
 
 _ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]

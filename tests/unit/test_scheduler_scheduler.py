@@ -105,6 +105,79 @@ def test_the_next_prompt_starts_when_the_first_is_computed() -> None:
     assert queue == pytest.approx(1.024 - 0.25)
 
 
+def test_a_short_prompt_passes_a_long_one() -> None:
+    cluster = Cluster()
+    cluster.add("a")
+    cluster.scheduler.decide(request("long", 8192))
+    terms = decided(cluster.scheduler.decide(request("short", 512))).plan.terms
+    assert terms.queue == pytest.approx(0.512)  # half of each step until it is done
+    assert terms.delays == pytest.approx(0.512)
+
+    cluster = Cluster()
+    cluster.add("a", short_share=0.0)
+    cluster.scheduler.decide(request("long", 8192))
+    terms = decided(cluster.scheduler.decide(request("short", 512))).plan.terms
+    assert terms.queue == pytest.approx(8.192)
+    assert terms.delays == 0.0
+
+
+def test_a_prompt_goes_where_it_delays_nobody() -> None:
+    cluster = Cluster()
+    cluster.add("a", "b")
+    cluster.cache(a=1024)
+    cluster.scheduler.decide(request("long", 8192), among=[InstanceId("a")])
+
+    # On a it would be done in 7.2 + 7.2 s, on b in 8.2 s.
+    plan = decided(cluster.scheduler.decide(request("other", np.full(8192, 7, np.int32)))).plan
+
+    assert plan.instance == "b"
+
+
+def test_a_full_memory_waits_for_answers_to_end() -> None:
+    cluster = Cluster()
+    cluster.add("a", kv_tokens=2048)
+    first = np.full(1500, 7, np.int32)
+    cluster.scheduler.decide(request("first", first, output=100))
+    cluster.scheduler.prefilled(RequestId("first"))
+
+    # 100 steps of 10.1 ms, and what each context costs.
+    terms = decided(cluster.scheduler.decide(request("x", output=100))).plan.terms
+    assert terms.queue == pytest.approx(1.01, rel=0.01)
+
+    cluster.add("b", kv_tokens=2048)
+    assert decided(cluster.scheduler.decide(request("y", output=100))).plan.instance == "b"
+
+
+def test_what_is_shared_needs_no_memory_twice() -> None:
+    cluster = Cluster()
+    cluster.add("a", kv_tokens=2048)
+    cluster.cache(a=1008)
+    for n in range(3):
+        cluster.scheduler.decide(request(n, 1024, output=100))
+        cluster.scheduler.prefilled(RequestId(str(n)))
+
+    terms = decided(cluster.scheduler.decide(request("x", 1024, output=100))).plan.terms
+
+    assert terms.queue == 0.0
+    assert cluster.scheduler.load.line(InstanceId("a")).residents.kv_tokens < 2048
+
+
+def test_a_decode_instance_that_will_be_busy_computes_no_prompts() -> None:
+    cluster = Cluster(decode_weight=1.0)
+    cluster.add("p0", role=Role.PREFILL)
+    cluster.add("d0", "d1", role=Role.DECODE)
+    for n in range(6):
+        among = [P0, D0]
+        cluster.scheduler.decide(request(n, 16, output=100), among=among)
+        cluster.scheduler.prefilled(RequestId(str(n)))
+    cluster.cache(d1=512)
+
+    # d1 decodes nothing, but half of the answers will be there.
+    plan = decided(cluster.scheduler.decide(request("x"))).plan
+
+    assert (plan.prefill, plan.instance) == (P0, D1)
+
+
 def test_prefill_and_decode_instances_share_a_request() -> None:
     cluster = Cluster()
     cluster.add("p0", "p1", role=Role.PREFILL)
@@ -282,6 +355,17 @@ def test_sessions_stay_where_they_are_while_that_lives() -> None:
 
     assert plan.instance == first.instance
     assert plan.prefill == ({P0, P1} - {first.prefill}).pop()
+
+
+@pytest.mark.parametrize("policy", ["session", "least-load", "round-robin"])
+def test_only_the_prompt_tree_computes_prompts_where_answers_are_decoded(policy: str) -> None:
+    cluster = Cluster(policy)
+    cluster.add("p0", role=Role.PREFILL)
+    cluster.add("d0", role=Role.DECODE)
+    cluster.cache(d0=1008)
+    plans = [decided(cluster.scheduler.decide(request(n))).plan for n in range(8)]
+
+    assert {(plan.prefill, plan.instance) for plan in plans} == {(P0, D0)}
 
 
 def test_least_load_ignores_what_is_cached() -> None:

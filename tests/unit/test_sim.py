@@ -34,7 +34,13 @@ class UnitCosts:
         return np.asarray(num_bytes, dtype=np.float64) * 0.01
 
 
-def shape(name: str, role: Role = Role.COLOCATED, hbm: int = 100, dram: int = 0) -> InstanceShape:
+def shape(
+    name: str,
+    role: Role = Role.COLOCATED,
+    hbm: int = 100,
+    dram: int = 0,
+    short_share: float = 0.5,
+) -> InstanceShape:
     return InstanceShape(
         InstanceId(name),
         role,
@@ -43,6 +49,7 @@ def shape(name: str, role: Role = Role.COLOCATED, hbm: int = 100, dram: int = 0)
         hbm,
         dram,
         chunk_tokens=8,
+        short_share=short_share,
         swap_bytes_per_second=1e9,
     )
 
@@ -137,6 +144,42 @@ def test_a_prompt_waits_for_memory_and_evicts_history_for_it() -> None:
     assert a.end is not None
     assert b.first_token >= a.end + 20 - 1e-9
     assert c.cached_tokens == 16
+
+
+@pytest.mark.parametrize(("share", "short", "long"), [(0.5, 16.0, 48.0), (0.0, 48.0, 40.0)])
+def test_a_short_prompt_has_its_share_of_steps(share: float, short: float, long: float) -> None:
+    requests = Requests()
+    a, b = requests.make(range(40), 1), requests.make(range(50, 58), 1)
+    cluster = SimCluster([shape("a", short_share=share)], "round-robin")
+    play(cluster, SimSession(0.0, [a]), SimSession(0.5, [b]))
+    # The first step is not shared. Then each has four of eight tokens until the short one ends.
+    assert b.first_token == pytest.approx(8.0 + short if share else short)
+    assert a.first_token == pytest.approx(long)
+
+
+def test_a_prompt_waits_for_another_that_brings_its_prefix() -> None:
+    requests = Requests()
+    a, b = requests.make(range(40), 1), requests.make([*range(40), 7], 1)
+    c = requests.make(range(200, 208), 1)
+    cluster = SimCluster([shape("a")], "round-robin")
+    play(cluster, *(SimSession(float(at), [r]) for at, r in enumerate((a, b, c))))
+    assert b.cached_tokens == 40
+    assert a.first_token == pytest.approx(48.0)  # with the other one in between
+    assert c.first_token == pytest.approx(24.0)
+    assert b.first_token == pytest.approx(49.0)
+
+
+def test_nothing_passes_what_waits_for_memory() -> None:
+    requests = Requests()
+    a = requests.make(range(20), 101)  # 31 of 36 blocks
+    b = requests.make(range(200, 220), 1)  # six
+    c = requests.make(range(300, 304), 1)  # two: there is room
+    cluster = SimCluster([shape("a", hbm=36)], "round-robin")
+    done = play(cluster, *(SimSession(float(at), [r]) for at, r in enumerate((a, b, c))))
+    assert a.end is not None
+    assert done[0] is a
+    assert c.first_token is not None
+    assert c.first_token > a.end
 
 
 def test_the_same_inputs_give_the_same_times() -> None:

@@ -38,7 +38,7 @@ class InstanceShape:
     swap_bytes_per_second: float = 25e9  # DRAM to HBM
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """A sequence on one instance."""
 
@@ -50,6 +50,7 @@ class Job:
     private: int = 0  # blocks without a key
     admitted: bool = False  # its prompt has memory here
     number: int = 0  # in the order of arrival
+    follows: Job | None = None  # computes what this one will find
     uncached: int = 0  # tokens of its prompt that are not computed
     token_seconds: float = 0.0  # of computing each
     left: int = 0  # tokens to decode
@@ -94,7 +95,9 @@ class SimInstance:
         """Compute a prompt, and decode unless it is `prefill_only`."""
         job.number = self._jobs
         self._jobs += 1
-        job.uncached = job.request.prompt_tokens - self._reusable(job) * self.shape.block_tokens
+        found = self._reusable(job)
+        job.uncached = job.request.prompt_tokens - found * self.shape.block_tokens
+        job.follows = self._leader(job, found)
         self._queue.append(job)
         self._disturb()
 
@@ -181,29 +184,36 @@ class SimInstance:
 
     def _next_chunks(self) -> list[tuple[Job, int]]:
         """What the next step computes of which prompts; those that get any hold memory."""
-        if not self._queue and not self._prefilling:
-            return []
+        ready = [job for job in self._queue if job.follows is None or not job.follows.uncached]
         budget = self.shape.chunk_tokens
         chunks: dict[int, tuple[Job, int]] = {}
         short = int(budget * self.shape.short_share)
-        if short:
-            # What does not fit stops those behind it, or small ones would starve it.
-            fits = self._queue and self._admit(self._queue[0])
-            job = min(
-                (*self._prefilling, *(self._queue if fits else ())), key=_remaining, default=None
-            )
-            if job is not None and self._admit(job):
-                tokens = min(short, job.uncached)
-                chunks[job.number] = job, tokens
-                budget -= tokens
-        for job in sorted((*self._prefilling, *self._queue), key=_arrival):
+        # What does not fit stops those behind it, or small ones would starve it.
+        passing = ready if short and ready and self._admit(ready[0]) else ()
+        shortest = min({*self._prefilling, *passing}, key=_remaining, default=None)
+        if short and shortest is not None and self._admit(shortest):
+            tokens = min(short, shortest.uncached)
+            chunks[shortest.number] = shortest, tokens
+            budget -= tokens
+        for job in sorted({*self._prefilling, *ready}, key=_arrival):
             if not budget or not self._admit(job):
                 break
             _, given = chunks.get(job.number, (job, 0))
             tokens = min(budget, job.uncached - given)
-            chunks[job.number] = job, given + tokens
-            budget -= tokens
+            if tokens:
+                chunks[job.number] = job, given + tokens
+                budget -= tokens
         return list(chunks.values())
+
+    def _leader(self, job: Job, found: int) -> Job | None:
+        """Whose prompt goes on from the blocks that are here as this one does."""
+        keys = job.request.keys[found : found + 1]
+        if not keys or not self.shape.caches:
+            return None
+        for other in (*self._prefilling, *self._queue):
+            if other.request.keys[found : found + 1] == keys:
+                return other
+        return None
 
     def _reusable(self, job: Job) -> int:
         """How many leading blocks of its prompt are here."""
