@@ -34,6 +34,9 @@ from memserve.types import Epoch, InstanceId, RequestId, Role, TokenArray
 LOOK_SECONDS = 1.0  # between looks at what polls have brought: as often as they are made
 # A member's block size, until it has loaded its model and told its limits.
 _BLOCK_TOKENS = 16
+# Where costs are but guessed, only the number of requests bounds what is let through; tenants
+# still take turns in proportion.
+_GUESSED = 1e-3
 # A first token teaches what a prefill costs where hardly anything else was predicted.
 _PURE_PREFILL = 0.9
 
@@ -64,7 +67,7 @@ class GlobalRouter:
         self.tree = PromptTree()
         self.scheduler = Scheduler(self.tree, clock, policy)
         self.feed = KvFeed(self.tree, session, clock)
-        self.desk = Desk(Admission(), self.scheduler.whole_prefill_seconds, clock)
+        self.desk = Desk(Admission(), self._prefill_seconds, clock)
         self.metrics = RoutingMetrics(policy, self.tree, self.feed, self.desk)
         self._membership = membership
         self._clock = clock
@@ -198,6 +201,12 @@ class GlobalRouter:
                     self._take_in(known, member, member.stats.engine)
             self.desk.resize(self._computing())
             await asyncio.sleep(LOOK_SECONDS)
+
+    def _prefill_seconds(self, tokens: int) -> float:
+        """Of a prompt with nothing cached, as admission counts it."""
+        seconds = self.scheduler.whole_prefill_seconds(tokens)
+        told = any(known.profiled for known in self._known.values())
+        return seconds if told else _GUESSED * seconds
 
     def _computing(self) -> int:
         """How many instances compute prompts."""

@@ -1,0 +1,181 @@
+"""What a gateway takes its instances to cost, and what it learns of that."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from memserve.gateway import global_router, instance_costs
+from memserve.gateway.instance_costs import UNKNOWN, StepTimes, answer_tokens
+from memserve.scheduler.contract import InstanceSpec
+from memserve.scheduler.refined_costs import RefinedCosts
+from memserve.types import InstanceId, Role
+from tests.gateway_harness import Client
+from tests.kv_events_harness import until
+from tests.router_harness import Routed, call_of, profile_of, routed, totals
+from tests.scheduler_harness import LinearCosts
+
+A = InstanceId("a")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instance_costs, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(global_router, "LOOK_SECONDS", 0.002)
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[Routed]:
+    async with routed() as made:
+        yield made
+
+
+async def test_instances_of_one_fingerprint_share_their_costs(world: Routed) -> None:
+    world.profiles.update(a=profile_of("h100"), b=profile_of("h100"), c=profile_of("cpu"))
+    for name in "abc":
+        world.member(name)
+    for name in "abc":
+        await world.profiled(name)
+    assert world.spec("a").costs is world.spec("b").costs
+    assert world.spec("a").costs is not world.spec("c").costs
+    assert len(world.router.scheduler.load.cost_groups) == 2
+
+
+async def test_an_instance_without_a_profile_is_taken_to_be_like_the_others(
+    world: Routed,
+) -> None:
+    world.profiles["a"] = profile_of("h100")
+    world.member("b")
+    await world.profiled("b")
+    assert world.asked == ["b"] * instance_costs.MAX_QUESTIONS
+    guessed = world.spec("b").costs
+    assert isinstance(guessed, RefinedCosts)
+    assert guessed.model == UNKNOWN
+    world.member("a")
+    await world.profiled("a")
+    known, guess = world.spec("a").costs, world.spec("b").costs
+    assert isinstance(known, RefinedCosts)
+    assert isinstance(guess, RefinedCosts)
+    assert guess.model == known.model
+    assert guess is not known  # what is learnt of it is its own
+    assert len(world.router.scheduler.load.cost_groups) == 1
+
+
+async def test_guessed_costs_do_not_hold_requests_back(world: Routed) -> None:
+    world.member("a")
+    await world.profiled("a")
+    calls = [call_of(*range(4000)) for _ in range(64)]
+    for call in calls:  # on the machine that is guessed, more than a minute's work
+        await world.router.desk.enter(call, "t", Client().reply)
+    assert world.router.desk.waiting == 0
+    for call in calls:
+        world.router.desk.leave(call.id)
+    # An instance that says that it is such a machine gets no more than it can do.
+    world.profiles["b"] = profile_of("cpu")
+    world.member("b")
+    await world.profiled("b")
+    seconds = world.router.scheduler.whole_prefill_seconds(4000)
+    world.router.desk.resize(1)
+    entering = []
+    while not world.router.desk.waiting:
+        call = call_of(*range(4000))
+        entering.append(asyncio.create_task(world.router.desk.enter(call, "t", Client().reply)))
+        await asyncio.sleep(0)
+    assert len(entering) * seconds > 10.0
+    assert len(entering) < 64
+    world.router.desk.stop()
+    await asyncio.wait(entering)
+
+
+async def test_a_profile_that_cannot_be_read_is_asked_for_once(world: Routed) -> None:
+    world.profiles["a"] = b"\xff{}"
+    world.member("a")
+    await world.profiled("a")
+    assert world.asked == ["a"]
+    assert world.plan_and_end(call_of()) == "a"
+
+
+async def test_first_tokens_teach_what_prefills_cost(world: Routed) -> None:
+    world.member("a")
+    await world.profiled("a")
+    costs = world.spec("a").costs
+    assert isinstance(costs, RefinedCosts)
+    for _ in range(40):
+        plan = world.plan(call_of())
+        predicted = float(costs.model.prefill_seconds(100, 0))
+        world.clock.advance(2 * predicted)
+        plan.ticket.first_token()
+        plan.ticket.ended()
+    assert 1.5 < costs.factor("prefill") <= 2.01
+    # Where most of the wait was something else, nothing is learnt of prefills.
+    before = costs.factor("prefill")
+    plans = [world.plan(call_of()) for _ in range(8)]
+    world.clock.advance(1000.0)
+    for plan in plans[1:]:
+        plan.ticket.first_token()
+    for plan in plans:
+        plan.ticket.ended()
+    assert costs.factor("prefill") == before
+
+
+def test_decode_steps_are_learnt_from_polls_that_saw_nothing_else() -> None:
+    costs = RefinedCosts(LinearCosts())
+    spec = spec_of(costs)
+    times = StepTimes()
+    figures = {"computed_prompt_tokens": 5, "steps": 0, "generated_tokens": 0}
+    step = float(LinearCosts().decode_step_seconds(2, 100))
+    times.learn(spec, totals(**figures), 100)
+    for number in range(1, 200):  # two steps a poll: too few for one to say much
+        figures.update(steps=2 * number, generated_tokens=4 * number)
+        times.learn(spec, totals(**figures, busy_seconds=2 * number * step * 3), 100)
+    assert 2.5 < costs.factor("decode") < 3.01
+    other = RefinedCosts(LinearCosts())
+    for number in range(1, 200):  # always with a prompt in between
+        figures.update(steps=10 * number, generated_tokens=20 * number)
+        figures.update(computed_prompt_tokens=number)
+        times.learn(spec_of(other), totals(**figures, busy_seconds=number * 9.0), 100)
+    assert other.factor("decode") == 1.0
+
+
+def test_answers_lengths_are_told_while_a_batch_fills_and_empties() -> None:
+    idle = totals()
+    assert answer_tokens(idle, totals(generated_tokens=900, running=9)) is None  # none has ended
+    steady = totals(running=4, finished=10, generated_tokens=500)
+    later = totals(running=4, finished=20, generated_tokens=1000)
+    assert answer_tokens(steady, later) == 50
+    # Sixty-four at once, of which one has ended: most of the tokens are others'.
+    filling = totals(running=63, finished=1, generated_tokens=64 * 20)
+    assert answer_tokens(idle, filling) == pytest.approx(64 * 20 / 32.5)
+    emptied = totals(finished=64, generated_tokens=64 * 40)
+    assert answer_tokens(filling, emptied) == pytest.approx(64 * 20 / 31.5)
+    # All were cancelled but one.
+    assert answer_tokens(filling, totals(finished=2, generated_tokens=64 * 20)) is None
+
+
+async def test_polls_teach_the_length_of_answers(world: Routed) -> None:
+    expected = world.router.scheduler.output_length
+    world.member("p", Role.PREFILL, finished=0, steps=1)
+    world.member("a", finished=0, generated_tokens=0, steps=1)
+    known = world.router._known
+    await until(lambda: all(each.totals is not None for each in known.values()), "the first look")
+    before = expected.expected
+    world.member("p", Role.PREFILL, finished=100, generated_tokens=100, steps=2)
+    seen = known[InstanceId("p")]
+    await until(lambda: seen.totals is not None and seen.totals.finished == 100, "the next look")
+    assert expected.expected == before  # one token is all that a prefill instance answers
+    world.member("a", finished=10, generated_tokens=400, steps=2)
+    await until(lambda: expected.expected != before, "the lesson")
+    assert expected.expected == pytest.approx((before + 40) / 2)
+
+
+async def test_others_work_shows_in_the_load(world: Routed) -> None:
+    world.member("a", running=5, waiting=3, steps=1)
+    line = world.router.scheduler.load.line(A)
+    await until(lambda: line.other_running == 5, "the look")
+    assert line.other_prefills == 3
+
+
+def spec_of(costs: RefinedCosts) -> InstanceSpec:
+    return InstanceSpec(A, Role.COLOCATED, costs, 16, "h")
