@@ -53,6 +53,8 @@ class Roster:
         self.computing = np.unique(self.computes)
         # As roles are meant: a decode instance computes prompts only where nobody else does.
         self.answering = colocated + (decode or self.prefill)
+        self.is_answering = np.zeros(len(load.lines))
+        self.is_answering[self.answering] = 1.0
         self.usual = np.ones(len(self.answers), dtype=bool)
         if self.pairs:
             self.usual[len(colocated) : len(solo)] = False
@@ -124,13 +126,13 @@ class Fetches:
 def cached_tokens(load: Load, matches: Mapping[InstanceId, int], prompt_tokens: int) -> IndexArray:
     """What each instance need not compute, [instances]: whole blocks, and never all of it,
     since the last token's logits are needed."""
-    cached = np.zeros(len(load.lines), dtype=np.int64)
+    cached = [0] * len(load.lines)
     slots = load.slots
     for instance, tokens in matches.items():
         slot = slots.get(instance)
         if slot is not None:
             cached[slot] = tokens
-    return _usable(cached, load.block_tokens, prompt_tokens)
+    return _usable(np.array(cached, dtype=np.int64), load.block_tokens, prompt_tokens)
 
 
 def _usable(tokens: IndexArray, block_tokens: IndexArray, prompt_tokens: int) -> IndexArray:
@@ -165,7 +167,7 @@ def evaluate(
     queues = load.queues(now, prefill)
     queue = np.maximum(queues.wait, _memory_wait(load, request, cached, steps, now))
     _wait_for_promises(load, request, cached, queue)
-    stall = steps.stall_seconds(load, roster.answering, prefill)
+    stall = steps.stall_seconds(load, roster.is_answering, prefill)
 
     alone = len(roster.solo)
     computed = queue + pulled.seconds

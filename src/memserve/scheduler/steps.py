@@ -52,11 +52,14 @@ class Steps:
         decode += slower
         return decode, load.wait_steps * self.before
 
-    def stall_seconds(self, load: Load, answering: list[int], prefill: Seconds) -> Seconds:
+    def stall_seconds(self, load: Load, answering: Seconds, prefill: Seconds) -> Seconds:
         """What a prefill costs the answers that are decoded beside it, together. If there are
-        fewer than on the others, more will come before it ends, or crowd elsewhere."""
-        running = load.running.copy()
-        usual = running[answering].sum() / len(answering)
-        running[answering] = np.maximum(running[answering], usual)
-        running *= STALL * prefill
-        return running
+        fewer than on the others, more will come before it ends, or crowd elsewhere.
+
+        `answering` [instances]: 1 where answers are decoded as roles are meant, else 0.
+        """
+        usual = float(load.running @ answering) / float(answering.sum())
+        stall: Seconds = np.maximum(load.running, usual * answering)
+        stall *= STALL
+        stall *= prefill
+        return stall
