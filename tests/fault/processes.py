@@ -272,13 +272,13 @@ class Client:
         self._connection.sock.shutdown(2)
         self._thread.join(PATIENCE)
 
-    def pause(self, fault: float) -> float:
+    def pause(self, fault: float) -> float | None:
         """Seconds without a token around the time of a fault; before the first token, from the
-        fault on. 0: the answer was over."""
+        fault on. None: it was over, or this client left."""
         after = next((at for at in self.times if at > fault), None)
         before = [at for at in self.times if at <= fault]
-        if after is None:
-            return 0.0
+        if after is None or self._left:
+            return None
         return after - (before[-1] if before else fault)
 
     def _run(self) -> None:

@@ -125,9 +125,11 @@ def serve(what: InstanceProcess | GatewayProcess, log_file: Path, answers: Conne
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", force=True)
     if what.machine is not None:
         what.machine.enter()
-    begin = _instance if isinstance(what, InstanceProcess) else _gateway
     url, ready_fd = os.pipe()
-    answer, run = begin(what, ready_fd)  # type: ignore[operator]
+    if isinstance(what, InstanceProcess):
+        answer, run = _instance(what, ready_fd)
+    else:
+        answer, run = _gateway(what, ready_fd)
     threading.Thread(target=_talk, args=(url, answers, answer), daemon=True).start()
     os._exit(run())
 

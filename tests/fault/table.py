@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
+
+from memserve.bench.environment import Environment, capture_environment
 
 _HEAD = """# Faults
 
@@ -14,7 +17,7 @@ the pool's integrity checked. *Pause*: the longest time that the client was with
 the fault; -: it had left, or its answer was over. Tokens are greedy, and equal to those of
 Transformers' `generate` in every row.
 
-`pytest tests/fault --fault-table benchmarks/faults.md` (`.json`: the same as JSON).
+`pytest tests/fault --fault-table benchmarks/faults.md` (`.json`: the same as JSON), {where}.
 
 | case | what happened | whole, s | pause, s |
 | --- | --- | --- | --- |
@@ -29,6 +32,12 @@ class Row:
     pause_seconds: float | None  # without a token for the client; None: nobody waited
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    environment: Environment
+    rows: list[Row]
+
+
 class FaultTable:
     """Collects rows in the order of the tests."""
 
@@ -37,14 +46,20 @@ class FaultTable:
 
     def note(self, case: str, happened: str, whole: float, pause: float | None = None) -> None:
         """Seconds."""
-        self.rows.append(Row(case, happened, round(whole, 2), pause and round(pause, 2)))
+        self.rows.append(
+            Row(case, happened, round(whole, 2), None if pause is None else round(pause, 2))
+        )
 
     def write(self, file: Path) -> None:
         """As JSON if the file is called so, or as Markdown."""
+        environment = capture_environment()
         if file.suffix == ".json":
-            text = json.dumps([asdict(row) for row in self.rows], indent=1) + "\n"
+            found = _Found(environment, self.rows)
+            text = msgspec.json.format(msgspec.json.encode(found)).decode() + "\n"
         else:
-            text = _HEAD + "".join(map(_line, self.rows))
+            where = f"{environment.time}, {environment.cores} cores, {environment.cpu}, "
+            where += f"commit {environment.commit}"
+            text = _HEAD.format(where=where) + "".join(map(_line, self.rows))
         file.write_text(text, encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ import itertools
 import signal
 import threading
 import time
+from typing import Any
 from urllib.parse import urlsplit
 
 from memserve.types import Role
@@ -16,7 +17,7 @@ from tests.fault.table import FaultTable
 from tests.handoff_harness import prompt_of
 
 # Less than what is asked for: blocks go to DRAM, and from there for good.
-SMALL = {"hbm_blocks": 40, "dram_blocks": 20}
+SMALL: dict[str, Any] = {"hbm_blocks": 40, "dram_blocks": 20}
 SHARED = prompt_of(64, seed=50)
 LAST = prompt_of(100, seed=1)
 ROLES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "colocated": Role.COLOCATED}

@@ -133,7 +133,7 @@ def test_a_request_survives_what_ends(
         f"{name}: {_fault(who)}",
         _happened(name, who, handoff),
         whole,
-        None if who == "client" or name == "in the back-transfer" else client.pause(fault),
+        client.pause(fault),
     )
 
 

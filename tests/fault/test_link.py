@@ -44,6 +44,13 @@ def in_transfer(prefill: Served, decode: Served) -> None:
     assert prefill.state.outgoing == 1
 
 
+def handed_over(gateway: Served, decode: Served) -> bool:
+    """Ask something. Not handed over while the gateway doubts that P is there."""
+    asked: int = decode.stats["handoff"]["asked"]
+    Client(gateway, OTHER, 1).result()
+    return bool(decode.stats["handoff"]["asked"] > asked)
+
+
 def test_a_cut_cable_delays_a_hand_over_or_ends_it(
     cable: EmulatedLink, processes: Processes, expected: Expected, table: FaultTable
 ) -> None:
@@ -81,6 +88,7 @@ def test_a_cut_cable_delays_a_hand_over_or_ends_it(
             client.pause(fault),
         )
 
+        until(lambda: handed_over(gateway, decode), "the gateway's trust")
         client = Client(gateway, LEFT, 8)
         in_transfer(prefill, decode)
         fault = time.monotonic()
@@ -95,6 +103,7 @@ def test_a_cut_cable_delays_a_hand_over_or_ends_it(
         happened = "cancelled on both sides when the link was back"
         table.note("in transfer: the link cut for 1 s, the client leaves", happened, whole)
 
+        until(lambda: handed_over(gateway, decode), "the gateway's trust")
         client = Client(gateway, PROMPTS[1], 8)
         in_transfer(prefill, decode)
         fault = time.monotonic()

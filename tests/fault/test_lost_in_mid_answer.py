@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 import urllib.request
+from typing import Any
 
 from memserve.types import Role
 from tests.fault.conftest import Expected
@@ -90,7 +91,7 @@ def test_another_prefill_instance_computes_the_prompt(
     processes: Processes, expected: Expected, table: FaultTable
 ) -> None:
     wanted = expected(LONG, 8)
-    small = {"max_batch_tokens": 1, "mixed_batch_tokens": 1, "step_seconds": 0.002}
+    small: dict[str, Any] = {"max_batch_tokens": 1, "mixed_batch_tokens": 1, "step_seconds": 0.002}
     prefills = [processes.instance(Role.PREFILL, f"prefill-{n}", **small) for n in range(2)]
     decode = processes.instance(Role.DECODE, "decode")
     gateway = processes.gateway(*prefills, decode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from typing import Any
 
 from memserve.types import Role
 from tests.fault.conftest import Expected
@@ -20,7 +21,7 @@ def test_what_a_stopped_prefill_instance_may_still_write_to_is_not_given_away(
     processes: Processes, expected: Expected, table: FaultTable
 ) -> None:
     wanted = expected(LONG, 8)
-    slow = {"max_batch_tokens": 1, "mixed_batch_tokens": 1, "step_seconds": 0.002}
+    slow: dict[str, Any] = {"max_batch_tokens": 1, "mixed_batch_tokens": 1, "step_seconds": 0.002}
     prefill = processes.instance(Role.PREFILL, "prefill", **slow)
     decode = processes.instance(Role.DECODE, "decode")
     gateway = processes.gateway(prefill, decode)
