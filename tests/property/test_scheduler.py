@@ -128,15 +128,21 @@ class Life(RuleBasedStateMachine):
 
 def check_load(load: Load) -> None:
     """The arrays show what the lines hold."""
+    load.refresh()
     for at, line in enumerate(load.lines):
         assert load.slots[line.spec.id] == line.slot == at
         assert line.answers >= line.decoding >= 0
         assert load.running[at] == line.decoding + line.other_running
         assert load.batch[at] == line.answers + line.other_running
         assert min(line.context_tokens, line.output_tokens) >= 0
-        waiting = [each.prefill_seconds for each in line.prefills.values()][1:]
-        assert np.isclose(line.waiting_seconds, sum(waiting))
-        assert load.waiting_seconds[at] >= line.waiting_seconds
+        assert list(line.prefills) == [
+            request for request in line.prefills if request in line.queue
+        ]
+        assert len(line.queue) == len(line.prefills)
+        promised = sum(each.prefill_seconds for each in line.prefills.values())
+        left = sum(line.queue.left())
+        assert 0 <= left <= promised + 1e-9
+        assert load.left_total[at] >= left - 1e-9
 
 
 TestLife = Life.TestCase

@@ -153,6 +153,7 @@ def evaluate(
 ) -> Candidates:
     """Predict every candidate. `request.output_tokens` is what is expected; `overlapped`: KV
     goes to the decode instance while the prompt is computed."""
+    load.refresh()
     prompt, output = len(request.tokens), max(request.output_tokens, 1)
     cached = cached_tokens(load, matches, prompt)
     steps = Steps.predict(load, prompt + output / 2)
@@ -209,6 +210,7 @@ def evaluate(
 
 def whole_prefill_seconds(load: Load, prompt: int) -> Seconds:
     """exec(x, 0), [instances]."""
+    load.refresh()
     asked = np.zeros((1, len(load.lines)), dtype=np.int64)
     seconds: Seconds = _prefill_seconds(load, prompt, asked)[0]
     return seconds

@@ -13,78 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from memserve.scheduler.contract import Costs, InstanceSpec, Seconds
-from memserve.scheduler.queue import PrefillQueue
+from memserve.scheduler.line import Line, Reservation
 from memserve.scheduler.refined_costs import RefinedCosts
-from memserve.scheduler.residents import Resident, Residents
+from memserve.scheduler.residents import Resident
 from memserve.types import IndexArray, InstanceId, Namespace, RequestId, Role, TokenArray
 
 MAX_ROWS = 64  # of prompts in an instance's queue that are told apart
 _NOTHING = 1e-9  # seconds, instead of none in a quotient
 _RECENT = 1 / 64  # weight of the newest value in a running mean
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Reservation:
-    """What one request takes up. Owned by `Load` until it is released."""
-
-    request: RequestId
-    namespace: Namespace
-    tokens: TokenArray
-    cached_tokens: int  # of them, found or fetched where the prompt is computed
-    prefill_seconds: float
-    context_tokens: int  # of its sequence, half way through its answer
-    output_tokens: int
-    kv_tokens: int  # that it takes up in HBM where it is answered, besides what is shared
-    computes: Line
-    answers: Line
-
-
-class Line:
-    """One instance's work. Changed by `Load` alone."""
-
-    __slots__ = (
-        "answers",
-        "context_tokens",
-        "decoding",
-        "other_prefills",
-        "other_running",
-        "output_tokens",
-        "prefills",
-        "queue",
-        "residents",
-        "slot",
-        "spec",
-        "used",
-    )
-
-    def __init__(self, spec: InstanceSpec, used: float) -> None:
-        self.spec = spec
-        self.slot = -1  # its place in the arrays; -1: removed
-        self.used = used  # turn in which it was last chosen, for ties
-        self.queue = PrefillQueue(spec.short_share)
-        self.prefills: dict[RequestId, Reservation] = {}  # those of the queue, in order
-        self.residents = Residents()
-        self.answers = 0  # decoded here, or to be when their prompts are computed
-        self.decoding = 0  # of them
-        self.context_tokens = 0
-        self.output_tokens = 0
-        self.other_prefills = 0  # what the instance says it has beyond these reservations
-        self.other_running = 0
-
-    def append(self, reservation: Reservation, now: float) -> None:
-        self.queue.append(reservation.request, reservation.prefill_seconds, now)
-        self.prefills[reservation.request] = reservation
-
-    def discard(self, request: RequestId, now: float) -> bool:
-        """Computed, or given up. False: neither waits nor runs here."""
-        self.prefills.pop(request, None)
-        return self.queue.discard(request, now)
-
-    @property
-    def idle(self) -> bool:
-        """Nothing is reserved here."""
-        counts = (self.answers, self.decoding, self.context_tokens, self.output_tokens)
-        return not self.prefills and not self.residents and not any(counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +107,13 @@ class Load:
         )
         for at, line in enumerate(lines):
             line.slot = at
+        self._stale = set(lines)
+
+    def refresh(self) -> None:
+        """Bring the arrays up to date, before they are read."""
+        for line in self._stale:
             self._show(line)
+        self._stale.clear()
 
     def _show(self, line: Line) -> None:
         """Copy a line's figures into the arrays."""
@@ -265,7 +207,7 @@ class Load:
         prefills = len(line.prefills)
         line.other_prefills = max(0, waiting - prefills)
         line.other_running = max(0, running + min(waiting, prefills) - prefills - line.decoding)
-        self._show(line)
+        self._stale.add(line)
 
     # --- reservations -------------------------------------------------------------------
 
@@ -286,9 +228,7 @@ class Load:
         answers.output_tokens += reservation.output_tokens
         self._turn += 1.0
         computes.used = answers.used = self._turn
-        self._show(computes)
-        if answers is not computes:
-            self._show(answers)
+        self._stale.update((computes, answers))
         newest = max(_RECENT, 1 / self._turn)
         self._typical_prefill += newest * (reservation.prefill_seconds - self._typical_prefill)
         self._typical_context += newest * (reservation.context_tokens - self._typical_context)
@@ -303,8 +243,7 @@ class Load:
         for line in (computes,) if computes is answers else (computes, answers):
             line.residents.prefilled(request, now)
         answers.decoding += 1
-        self._show(reservation.computes)
-        self._show(reservation.answers)
+        self._stale.update((computes, answers))
 
     def release(self, request: RequestId, now: float) -> Reservation | None:
         """The request ended, however. None: nothing is reserved for it (any more)."""
@@ -319,8 +258,7 @@ class Load:
         answers.output_tokens -= reservation.output_tokens
         computes.residents.remove(request)
         answers.residents.remove(request)
-        self._show(computes)
-        self._show(answers)
+        self._stale.update((computes, answers))
         return reservation
 
     @property

@@ -12,7 +12,8 @@ from memserve.clock import Clock
 from memserve.scheduler.candidates import Roster, evaluate, whole_prefill_seconds
 from memserve.scheduler.contract import InstanceSpec, Plan, PrefixMatches, PromptRequest
 from memserve.scheduler.decisions import Decision, DecisionLog, Ranking
-from memserve.scheduler.load import Load, Reservation
+from memserve.scheduler.line import Reservation
+from memserve.scheduler.load import Load
 from memserve.scheduler.policies import Placement, Situation, find_policy
 from memserve.types import InstanceId, RequestId
 
