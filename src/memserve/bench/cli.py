@@ -15,6 +15,7 @@ from memserve.bench.environment import capture_environment
 from memserve.bench.html import write_page
 from memserve.bench.measure import measure_repeats
 from memserve.bench.report import append_lines, serving_table, write_json
+from memserve.bench.report_cli import paper, readme
 from memserve.bench.scheduler import (
     SchedulerWorkload,
     run_scheduler_bench,
@@ -41,6 +42,8 @@ from memserve.models.resolve import Progress, pinned, resolve_model
 from memserve.terminal import progress_lines
 
 app = typer.Typer(no_args_is_help=True, help="Measure, and say on what.")
+app.command()(paper)
+app.command()(readme)
 
 _Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="write JSON; - is standard output")

@@ -1,0 +1,129 @@
+"""`memserve bench paper`: the paper's evaluation on this machine, and simulated on its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from memserve.bench.environment import capture_environment
+from memserve.bench.html import write_page
+from memserve.bench.paper_matrix import PaperConfig, groups
+from memserve.bench.paper_page import paper_page
+from memserve.bench.paper_run import Budget, Kept, TimeIsUp, measure_groups, run_command
+from memserve.bench.paper_sim import SimMatrix, sim_findings, sim_notes, simulate_matrix
+from memserve.bench.paper_tables import PaperResult, reduce_runs
+from memserve.bench.report import append_lines, write_json
+from memserve.bench.results import SavedResult, read_result
+from memserve.clock import Clock
+from memserve.config import ModelConfig
+from memserve.models.resolve import ModelDirectory, Progress
+from memserve.models.tokenizer import Tokenizer
+
+_TIME_IS_UP = "time was up"
+
+# File and command of each.
+_MICRO: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("pool", ("bench", "pool", "--prompts", "2000")),
+    (
+        "policies",
+        (
+            *("bench", "policies", "--rate", "0.8", "--sessions", "6"),
+            *("--max-turns", "3", "--max-output-tokens", "16"),
+        ),
+    ),
+    ("profile", ("profile", "--threads", "1", "--rounds", "1", "--held-out", "12")),
+    ("transfer", ("bench", "transfer", "--blocks", "64", "--repeats", "3")),
+)
+_QUICK_MICRO: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("pool", ("bench", "pool", "--prompts", "500")),
+)
+
+
+def run_paper(
+    directory: Path,
+    config: PaperConfig,
+    wanted: ModelConfig,
+    model: ModelDirectory,
+    clock: Clock,
+    progress: Progress,
+) -> PaperResult:
+    """Measure what `directory` does not have yet, and write the report there.
+
+    Raises BenchmarkError, ClusterError, ConfigError.
+    """
+    budget = Budget(config.minutes * 60, clock)
+    kept = Kept(directory)
+    planned = list(groups(config, wanted))
+    cells = [cell for group in planned for cell in group.cells]
+    # Alone it takes seconds, and nothing is measured beside it.
+    simulated = _simulated(directory, config, model, progress)
+    try:
+        asyncio.run(measure_groups(planned, kept, model, budget, progress))
+    except TimeIsUp:
+        progress(_TIME_IS_UP)
+    missing = [
+        f"{cell.topology}, {cell.config.workload}, {cell.rate:g}/s, repeat {cell.repeat + 1}: "
+        f"{_TIME_IS_UP}"
+        for cell in cells
+        if not kept.has(cell)
+    ]
+    micro, not_done = _micro(directory, config, budget, progress)
+    missing += not_done
+    result = reduce_runs(kept.of(cells), sim_findings(simulated), sim_notes(simulated), missing)
+    write_json(str(directory / "paper.json"), config, result)
+    write_page(directory / "report.html", paper_page(capture_environment(), result, micro))
+    progress(f"the report is {directory / 'report.html'}")
+    return result
+
+
+class _SimLine(msgspec.Struct, frozen=True):
+    result: SimMatrix
+
+
+def _simulated(
+    directory: Path, config: PaperConfig, model: ModelDirectory, progress: Progress
+) -> SimMatrix:
+    path = directory / ("simulated-quick.jsonl" if config.quick else "simulated.jsonl")
+    if path.exists():
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=_SimLine).result
+        except msgspec.DecodeError:
+            progress(f"{path} is of another version, and simulated again")
+            path.unlink()
+    tokenizer = Tokenizer.load(model.path)
+
+    def encode(text: str) -> Sequence[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    matrix = simulate_matrix(Path(config.data), config.quick, encode, progress)
+    append_lines(path, config, [matrix])
+    return matrix
+
+
+def _micro(
+    directory: Path, config: PaperConfig, budget: Budget, progress: Progress
+) -> tuple[list[SavedResult], list[str]]:
+    """What was measured, and what was not and why."""
+    found, missing = [], []
+    for name, arguments in _QUICK_MICRO if config.quick else _MICRO:
+        path = directory / "micro" / f"{name}.json"
+        command = " ".join(("memserve", *arguments))
+        try:
+            if not path.exists():
+                budget.check()
+            if run_command(arguments, path, progress):
+                found.append(read_result(path))
+            else:
+                missing.append(f"{command}: it failed")
+        except TimeIsUp:
+            missing.append(f"{command}: {_TIME_IS_UP}")
+    if config.quick:
+        missing += [
+            f"memserve {' '.join(arguments)}: --quick leaves it out"
+            for name, arguments in _MICRO
+            if name not in dict(_QUICK_MICRO)
+        ]
+    return found, missing

@@ -1,0 +1,65 @@
+"""`memserve bench readme`: the tables of `benchmarks/README.md`, from the files of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.table import Table
+
+from memserve.bench.html import plain, rows_of, tables_of
+from memserve.bench.results import SavedResult, read_result
+from memserve.errors import ConfigError
+
+_HEAD = """# Measured
+
+Made by `memserve bench readme`: do not edit it. Each table comes from the file in `results/` that
+is named above it; the file has the configuration, the seeds and all versions. What is said below
+a table comes from the file of the same name with the ending `.md`. Machines are shared and drift:
+read ratios within a table.
+"""
+
+
+def render_readme(results: Path) -> str:
+    """Markdown of all `*.json` in a folder, in order of their names.
+
+    Raises ConfigError for files that cannot be read, all of them at once.
+    """
+    parts, refused = [_HEAD], []
+    for path in sorted(results.glob("*.json")):
+        try:
+            parts += _section(read_result(path))
+        except ConfigError as error:
+            refused.append(str(error))
+    if refused:
+        raise ConfigError("\n".join(refused))
+    return "\n".join(parts)
+
+
+def _section(result: SavedResult) -> Iterator[str]:
+    environment = result.environment
+    gpus = f", {', '.join(environment.gpus)}" if environment.gpus else ""
+    yield f"## {result.path.stem.replace('-', ' ').capitalize()}"
+    yield (
+        f"`{result.command}` ([{result.path.name}]({result.path.parent.name}/{result.path.name})), "
+        f"{environment.time[:10]}, commit {environment.commit or 'unknown'}, "
+        f"{environment.cpu}, {environment.cores} cores, "
+        f"{environment.memory_bytes / 2**30:.0f} GiB{gpus}.\n"
+    )
+    for shown in tables_of(result.table):
+        yield from _table(shown) if isinstance(shown, Table) else (f"{shown}\n",)
+    words = result.path.with_suffix(".md")
+    if words.exists():
+        yield words.read_text(encoding="utf-8")
+
+
+def _table(shown: Table) -> Iterator[str]:
+    headers, rows = rows_of(shown)
+    if not rows:
+        return
+    if shown.title:
+        yield f"{plain(shown.title)}:\n"
+    sides = ["---:" if column.justify == "right" else "---" for column in shown.columns]
+    for cells in (headers, sides, *rows):
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    yield ""
