@@ -64,6 +64,11 @@ def test_each_table_says_what_made_it(results: Path) -> None:
     assert "not measured: x: time was up" in text
 
 
+def test_words_without_a_table_are_a_section(results: Path) -> None:
+    (results / "b-side.md").write_text("See elsewhere.\n")
+    assert "\n## B side\nSee elsewhere.\n\n## Paper\n" in render_readme(results)
+
+
 def test_repeats_are_one_line_with_their_spread(tmp_path: Path) -> None:
     folder = tmp_path / "results"
     save(folder / "r.json", "memserve bench serve", ServeBenchConfig(), serve_result(3))

@@ -14,21 +14,29 @@ from memserve.errors import ConfigError
 _HEAD = """# Measured
 
 Made by `memserve bench readme`: do not edit it. Each table comes from the file in `results/` that
-is named above it; the file has the configuration, the seeds and all versions. What is said below
-a table comes from the file of the same name with the ending `.md`. Machines are shared and drift:
-read ratios within a table.
+is named above it; the file has the configuration, the seeds and all versions. Everything else
+comes from files with the ending `.md` there. Machines are shared and drift: read ratios within a
+table.
 """
 
 
 def render_readme(results: Path) -> str:
-    """Markdown of all `*.json` in a folder, in order of their names.
+    """Markdown of all `*.json` in a folder, in order of their names, each with the words of the
+    `*.md` of the same name; one that stands alone is a section without a table.
 
     Raises ConfigError for files that cannot be read, all of them at once.
     """
     parts, refused = [_HEAD], []
-    for path in sorted(results.glob("*.json")):
+    names = {
+        path.with_suffix("") for ending in ("json", "md") for path in results.glob(f"*.{ending}")
+    }
+    for name in sorted(names):
+        parts.append(f"## {name.name.replace('-', ' ').capitalize()}")
         try:
-            parts += _section(read_result(path))
+            if (path := name.with_suffix(".json")).exists():
+                parts += _section(read_result(path))
+            if (words := name.with_suffix(".md")).exists():
+                parts.append(words.read_text(encoding="utf-8"))
         except ConfigError as error:
             refused.append(str(error))
     if refused:
@@ -39,7 +47,6 @@ def render_readme(results: Path) -> str:
 def _section(result: SavedResult) -> Iterator[str]:
     environment = result.environment
     gpus = f", {', '.join(environment.gpus)}" if environment.gpus else ""
-    yield f"## {result.path.stem.replace('-', ' ').capitalize()}"
     yield (
         f"`{result.command}` ([{result.path.name}]({result.path.parent.name}/{result.path.name})), "
         f"{environment.time[:10]}, commit {environment.commit or 'unknown'}, "
@@ -48,9 +55,6 @@ def _section(result: SavedResult) -> Iterator[str]:
     )
     for shown in tables_of(result.table):
         yield from _table(shown) if isinstance(shown, Table) else (f"{shown}\n",)
-    words = result.path.with_suffix(".md")
-    if words.exists():
-        yield words.read_text(encoding="utf-8")
 
 
 def _table(shown: Table) -> Iterator[str]:
