@@ -8,7 +8,7 @@ import msgspec
 
 from memserve.bench.loadgen import LoadResult, RequestRecord
 from memserve.bench.measure import ServeRun
-from memserve.bench.paper_matrix import Cell, CellRun, PaperConfig, groups
+from memserve.bench.paper_matrix import Cell, CellRun, PaperConfig, groups, step_groups
 from memserve.bench.processes import ProcessFigures
 from memserve.bench.report import summarise
 from memserve.config import ModelConfig
@@ -17,7 +17,8 @@ CONFIG = PaperConfig(data="data")
 
 
 def cells(config: PaperConfig = CONFIG) -> list[Cell]:
-    return [cell for group in groups(config, ModelConfig()) for cell in group.cells]
+    planned = (*groups(config, ModelConfig()), *step_groups(config, ModelConfig()))
+    return [cell for group in planned for cell in group.cells]
 
 
 def made_up_run(cell: Cell, ttft: float, busy: float = 0.5) -> CellRun:

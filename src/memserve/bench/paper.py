@@ -10,7 +10,7 @@ import msgspec
 
 from memserve.bench.environment import capture_environment
 from memserve.bench.html import write_page
-from memserve.bench.paper_matrix import PaperConfig, groups
+from memserve.bench.paper_matrix import Group, PaperConfig, groups, step_groups
 from memserve.bench.paper_page import paper_page
 from memserve.bench.paper_run import Budget, Kept, TimeIsUp, measure_groups, run_command
 from memserve.bench.paper_sim import SimMatrix, sim_findings, sim_notes, simulate_matrix
@@ -32,6 +32,7 @@ _MICRO: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             *("bench", "policies", "--rate", "0.8", "--sessions", "6"),
             *("--max-turns", "3", "--max-output-tokens", "16"),
+            *("--only", "prompt-tree", "--only", "session"),
         ),
     ),
     ("profile", ("profile", "--threads", "1", "--rounds", "1", "--held-out", "12")),
@@ -56,22 +57,26 @@ def run_paper(
     """
     budget = Budget(config.minutes * 60, clock)
     kept = Kept(directory)
-    planned = list(groups(config, wanted))
-    cells = [cell for group in planned for cell in group.cells]
+    compared, steps = list(groups(config, wanted)), list(step_groups(config, wanted))
     # Alone it takes seconds, and nothing is measured beside it.
     simulated = _simulated(directory, config, model, progress)
-    try:
-        asyncio.run(measure_groups(planned, kept, model, budget, progress))
-    except TimeIsUp:
-        progress(_TIME_IS_UP)
-    missing = [
+
+    def measure(planned: Sequence[Group]) -> None:
+        try:
+            asyncio.run(measure_groups(planned, kept, model, budget, progress))
+        except TimeIsUp:
+            progress(_TIME_IS_UP)
+
+    measure(compared)
+    micro, missing = _micro(directory, config, budget, progress)
+    measure(steps)
+    cells = [cell for group in (*compared, *steps) for cell in group.cells]
+    missing += [
         f"{cell.topology}, {cell.config.workload}, {cell.rate:g}/s, repeat {cell.repeat + 1}: "
         f"{_TIME_IS_UP}"
         for cell in cells
         if not kept.has(cell)
     ]
-    micro, not_done = _micro(directory, config, budget, progress)
-    missing += not_done
     result = reduce_runs(kept.of(cells), sim_findings(simulated), sim_notes(simulated), missing)
     write_json(str(directory / "paper.json"), config, result)
     write_page(directory / "report.html", paper_page(capture_environment(), result, micro))
