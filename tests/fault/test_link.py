@@ -20,8 +20,8 @@ from tests.handoff_harness import prompt_of
 
 pytest.importorskip("nixl", reason="NIXL is not installed")
 
-# The KV of these takes more than two seconds through the cable, a busy machine prefills in less.
-BITS_PER_SECOND = 2_000_000
+# The KV of these takes more than a second through the cable.
+BITS_PER_SECOND = 4_000_000
 PROMPTS = [prompt_of(900, seed) for seed in (1, 2)]
 LEFT = prompt_of(900, seed=5)
 OTHER = prompt_of(100, seed=3)
@@ -40,8 +40,8 @@ def cable() -> Iterator[EmulatedLink]:
 
 
 def in_transfer(prefill: Served, decode: Served) -> None:
-    until(lambda: decode.state.held >= BLOCKS and not prefill.state.running, "the transfer")
-    assert prefill.state.outgoing == 1
+    # Blocks leave while the prompt is computed: on a busy machine it may be both at once.
+    until(lambda: prefill.state.outgoing == 1 and decode.state.held >= BLOCKS, "the transfer")
 
 
 def handed_over(gateway: Served, decode: Served) -> bool:
