@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 
@@ -19,6 +20,14 @@ from tests.fault.table import FaultTable
 from tests.handoff_harness import prompt_of
 
 pytest.importorskip("nixl", reason="NIXL is not installed")
+
+# Between a cut and the lease there are seconds, of which TCP's pauses after the cut and what is
+# queued in so slow a cable take most: on a busy machine a transfer that should survive does not.
+ASKED_FOR = "MEMSERVE_TEST_CABLE"
+pytestmark = pytest.mark.skipif(
+    ASKED_FOR not in os.environ,
+    reason=f"needs a quiet machine and half a minute: set {ASKED_FOR}=1",
+)
 
 # The KV of these takes more than a second through the cable.
 BITS_PER_SECOND = 4_000_000
