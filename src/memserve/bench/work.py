@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
@@ -14,14 +13,12 @@ from memserve.config import NonNegative, Positive, PositiveSeconds, doc
 from memserve.errors import ConfigError
 from memserve.models.resolve import ModelDirectory, Progress
 from memserve.models.tokenizer import Tokenizer
-from memserve.workloads.loogle import loogle_sessions, read_loogle
-from memserve.workloads.react import react_sessions, read_react
 from memserve.workloads.session import Session, SessionLimits, TokenRequest
-from memserve.workloads.sharegpt import choose_sessions, read_sharegpt
 from memserve.workloads.synthetic import SharedPrefixes, shared_prefix_requests
+from memserve.workloads.text import TextWorkload, required_data, text_sessions
 from memserve.workloads.trace import TraceScale, read_trace, token_requests
 
-Workload = Literal["sharegpt", "loogle", "react", "trace", "synthetic"]
+Workload = Literal[TextWorkload, "trace", "synthetic"]
 Work = Sequence[Session | TokenRequest]
 
 
@@ -78,26 +75,17 @@ def load_sessions(config: ServeBenchConfig, model: ModelDirectory, progress: Pro
     if config.workload == "trace":
         return _trace(config)
     tokenizer = Tokenizer.load(model.path)
-    path = Path(config.data) if config.data else None
 
     def count_tokens(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False))
 
-    if config.workload == "sharegpt":
-        conversations = read_sharegpt(path)
-        return choose_sessions(
-            conversations, config.sessions, config.seed, config.limits(), count_tokens
-        )
-    folder = _required_data(config)
     choose = (config.sessions, config.seed, config.limits(), count_tokens)
-    if config.workload == "loogle":
-        return loogle_sessions(read_loogle(folder), *choose)
-    return react_sessions(read_react(folder), *choose)
+    return text_sessions(config.workload, config.data, *choose)
 
 
 def _trace(config: ServeBenchConfig) -> tuple[TokenRequest, ...]:
     """The first requests of a trace, at `rate` per second in the mean."""
-    lines = list(read_trace(_required_data(config), config.sessions))
+    lines = list(read_trace(required_data(config.workload, config.data), config.sessions))
     if not lines:
         raise ConfigError(f"{config.data}: no requests in it")
     taken = max(lines[-1].timestamp, 1) / 1000  # seconds
@@ -107,9 +95,3 @@ def _trace(config: ServeBenchConfig) -> tuple[TokenRequest, ...]:
         max_output_tokens=config.max_output_tokens,
     )
     return tuple(token_requests(iter(lines), scale))
-
-
-def _required_data(config: ServeBenchConfig) -> Path:
-    if config.data is None:
-        raise ConfigError(f"the workload {config.workload} needs --data: its file or folder")
-    return Path(config.data)
