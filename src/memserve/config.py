@@ -24,6 +24,14 @@ Eviction = Literal["lru", "cost"]
 Profiling = Literal["auto", "off"]
 Policy = Literal["prompt-tree", "session", "least-load", "round-robin"]
 
+# By step of caching: in which roles an instance keeps the KV of its own sequences for others.
+KEEPING_ROLES: dict[Caching, frozenset[Role]] = {
+    "off": frozenset(),
+    "p": frozenset({Role.PREFILL, Role.COLOCATED}),
+    "pd": frozenset(Role),
+    "full": frozenset(Role),
+}
+
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]

@@ -12,7 +12,7 @@ import torch
 
 from memserve.api.handoff import PoolPeer
 from memserve.api.status import PoolTotals
-from memserve.config import Caching, ClusterConfig, InstanceConfig, available_cores
+from memserve.config import KEEPING_ROLES, ClusterConfig, InstanceConfig, available_cores
 from memserve.engine.batch import BatchLimits
 from memserve.engine.dtype import choose_dtype
 from memserve.engine.engine import Engine, EngineSettings
@@ -30,17 +30,8 @@ from memserve.scheduler.cost_model import recompute_cost
 from memserve.scheduler.profiles import Profile, ProfileStore
 from memserve.transfer.mempool import MemPool
 from memserve.transfer.secret import cluster_keys
-from memserve.types import Role
 
 log = logging.getLogger(__name__)
-
-# By step of caching: in which roles an instance keeps the KV of its own sequences for others.
-_SHARING: dict[Caching, frozenset[Role]] = {
-    "off": frozenset(),
-    "p": frozenset({Role.PREFILL, Role.COLOCATED}),
-    "pd": frozenset(Role),
-    "full": frozenset(Role),
-}
 
 
 def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Identity) -> Parts:
@@ -87,7 +78,7 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
     def pool_totals() -> PoolTotals:
         return msgspec.convert(pool.stats(), PoolTotals, from_attributes=True)
 
-    sharing = _SHARING[config.cache.caching]
+    sharing = KEEPING_ROLES[config.cache.caching]
     return Parts(engine, tokenizer, pool_totals, close, sharing, link, profile, events)
 
 

@@ -13,14 +13,7 @@ from memserve.sim.cache import SimCache
 from memserve.sim.instance import InstanceShape, Job, SimInstance
 from memserve.sim.prompt import BlockKey, SimRequest, SimSession
 from memserve.sim.timeline import Timeline
-from memserve.types import SHARED, InstanceId, Role
-
-# With which steps of caching an instance of a role keeps KV for later requests.
-KEEPS: dict[Role, tuple[Caching, ...]] = {
-    Role.PREFILL: ("p", "pd", "full"),
-    Role.DECODE: ("pd", "full"),
-    Role.COLOCATED: ("p", "pd", "full"),
-}
+from memserve.types import SHARED, InstanceId
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import numpy as np
 from msgspec import Meta
 
 from memserve.config import (
+    KEEPING_ROLES,
     Caching,
     NonNegative,
     Policy,
@@ -22,15 +23,14 @@ from memserve.config import (
 from memserve.errors import ConfigError
 from memserve.scheduler.architecture import ARCHITECTURES, Architecture
 from memserve.scheduler.hardware import HARDWARE, cost_model
-from memserve.sim.cluster import KEEPS, Network, SimCluster
+from memserve.sim.cluster import Network, SimCluster
 from memserve.sim.inputs import Encode, text_sessions, trace_sessions
 from memserve.sim.instance import InstanceShape
 from memserve.sim.prompt import BlockKeys, SimRequest, SimSession
 from memserve.types import InstanceId, Role
-from memserve.workloads.loogle import loogle_sessions, read_loogle
-from memserve.workloads.react import react_sessions, read_react
 from memserve.workloads.session import Session, SessionLimits
-from memserve.workloads.sharegpt import choose_sessions, read_sharegpt
+from memserve.workloads.text import TextWorkload
+from memserve.workloads.text import text_sessions as chosen_sessions
 from memserve.workloads.trace import BLOCK_TOKENS, read_trace
 
 _GB = 10**9
@@ -47,9 +47,7 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What runs on what."""
 
     trace: Annotated[str | None, doc("requests in Mooncake's format")] = None
-    workload: Annotated[
-        Literal["sharegpt", "loogle", "react"] | None, doc("sessions of text, for a trace")
-    ] = None
+    workload: Annotated[TextWorkload | None, doc("sessions of text, for a trace")] = None
     data: Annotated[str | None, doc("of the workload: its file or folder")] = None
     tokenizer: Annotated[str, doc("of the workload: a model's")] = "demo"
     sessions: Annotated[Positive, doc("of the workload")] = 200
@@ -168,7 +166,7 @@ def _shapes(config: SimConfig) -> list[InstanceShape]:
             chunk_tokens=config.chunk_tokens,
             short_share=config.short_share,
             swap_bytes_per_second=_swap_bandwidth(config),
-            caches=config.caching in KEEPS[role],
+            caches=role in KEEPING_ROLES[config.caching],
         )
         for role, count in counts.items()
         for index in range(count)
@@ -207,15 +205,9 @@ def _texts(config: SimConfig, encode: Encode) -> Sequence[Session]:
     def count_tokens(text: str) -> int:
         return len(encode(text))
 
-    path = None if config.data is None else Path(config.data)
+    assert config.workload is not None  # or there is a trace
     choose = (config.sessions, config.seed, limits, count_tokens)
-    if config.workload == "sharegpt":
-        return choose_sessions(read_sharegpt(path), *choose)
-    if path is None:
-        raise ConfigError(f"the workload {config.workload} needs --data: its file or folder")
-    if config.workload == "loogle":
-        return loogle_sessions(read_loogle(path), *choose)
-    return react_sessions(read_react(path), *choose)
+    return chosen_sessions(config.workload, config.data, *choose)
 
 
 def _check_room(shape: InstanceShape, sessions: Sequence[SimSession]) -> None:
