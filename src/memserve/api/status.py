@@ -102,7 +102,7 @@ class Latencies(msgspec.Struct, frozen=True):
     decode: Histogram = msgspec.field(default_factory=Histogram)
 
 
-class HandoffTotals(msgspec.Struct, frozen=True):
+class HandoffTotals(msgspec.Struct):
     """A decode instance's dealings with prefill instances since start. Blocks are whole ones."""
 
     asked: int = 0  # prefills asked for
@@ -121,7 +121,7 @@ class HandoffTotals(msgspec.Struct, frozen=True):
     block_bytes: int = 0  # of one block
 
 
-class FetchTotals(msgspec.Struct, frozen=True):
+class FetchTotals(msgspec.Struct):
     """Prefixes that third instances were asked for, and those given to others, since start."""
 
     asked: int = 0
@@ -138,8 +138,8 @@ class InstanceStats(msgspec.Struct, frozen=True):
     engine: EngineTotals
     pool: PoolTotals
     latencies: Latencies
-    handoff: HandoffTotals = HandoffTotals()
-    fetch: FetchTotals = FetchTotals()
+    handoff: HandoffTotals = msgspec.field(default_factory=HandoffTotals)
+    fetch: FetchTotals = msgspec.field(default_factory=FetchTotals)
 
 
 class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
 import aiohttp
@@ -47,17 +48,6 @@ class Fetched:
     seconds: float = 0.0
 
 
-@dataclass(slots=True)
-class _Counters:
-    asked: int = 0
-    failed: int = 0
-    blocks_received: int = 0
-    seconds: float = 0.0
-    pushes: int = 0
-    pushes_failed: int = 0
-    blocks_pushed: int = 0
-
-
 class _Unanswered(Exception):
     """The third instance did not do it."""
 
@@ -71,15 +61,14 @@ class Fetcher:
         self._pace = pace
         self._clock = clock
         self._session = instance_session()
-        self._counters = _Counters()
+        self._counters = FetchTotals(block_bytes=link.block_bytes)
 
     async def close(self) -> None:
         await self._session.close()
 
     def totals(self) -> FetchTotals:
         """Counters since start, in blocks and bytes."""
-        totals = msgspec.convert(self._counters, FetchTotals, from_attributes=True)
-        return msgspec.structs.replace(totals, block_bytes=self._link.block_bytes)
+        return copy(self._counters)
 
     async def fetch(
         self,

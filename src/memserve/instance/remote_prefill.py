@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import replace
 
 import aiohttp
 import msgspec
@@ -49,23 +50,6 @@ _encode = msgspec.json.Encoder().encode
 _results = msgspec.json.Decoder(PrefillResult)
 
 
-@dataclass(slots=True)
-class _Counters:
-    asked: int = 0
-    failed: int = 0
-    blocks_received: int = 0
-    blocks_spared: int = 0
-    blocks_returned: int = 0
-    returns: int = 0
-    returns_dropped: int = 0
-    prompt_tokens: int = 0
-    cached_tokens_prefill: int = 0
-    cached_tokens_decode: int = 0
-    queue_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    transfer_seconds: float = 0.0
-
-
 class _Unanswered(Exception):
     """A prefill instance did not do it."""
 
@@ -88,7 +72,7 @@ class RemotePrefill:
         self._clock = clock
         self._max_tokens = max_tokens
         self._session = instance_session()
-        self._counters = _Counters()
+        self._counters = HandoffTotals(block_bytes=link.block_bytes)
         self._homes: dict[RequestId, PoolPeer] = {}  # who gets the KV of running sequences back
         self._returns: dict[asyncio.Task[None], TokenArray] = {}  # with the prompts they began at
         self._background: set[asyncio.Task[None]] = set()
@@ -101,8 +85,7 @@ class RemotePrefill:
 
     def totals(self) -> HandoffTotals:
         """Counters since start, in blocks and bytes."""
-        totals = msgspec.convert(self._counters, HandoffTotals, from_attributes=True)
-        return msgspec.structs.replace(totals, block_bytes=self._link.block_bytes)
+        return copy(self._counters)
 
     async def run(
         self,
