@@ -108,7 +108,7 @@ class Desk:
         reply.on_gone = client_left
         try:
             await waiter
-        except BaseException:
+        except (ApiError, ClientLeft, asyncio.CancelledError):
             self.leave(call.id)
             raise
         finally:

@@ -178,17 +178,12 @@ def evaluate(
     decode = answering[roster.answers]
     transfer = np.zeros(len(roster))
     if roster.pairs:
-        ready = first_token[alone:]
         moved = transfer[alone:]
         moved += _transfer_seconds(load, roster, prompt, cached)
         if overlapped:
             moved -= prefill[roster.pair_computes]
             np.maximum(moved, 0.0, out=moved)
-        ready += moved
-        # A full batch, or prompts that the decode instance computes itself, hold it up.
-        held_up = (slot_wait + queue)[roster.pair_answers]
-        held_up -= ready
-        decode[alone:] += np.maximum(held_up, 0.0, out=held_up)
+        _hand_over(roster, moved, slot_wait + queue, first_token, decode)
     return Candidates(
         load=load,
         roster=roster,
@@ -206,6 +201,20 @@ def evaluate(
         first_token=first_token,
         whole_prefill=float(whole.min()),
     )
+
+
+def _hand_over(
+    roster: Roster, moved: Seconds, busy: Seconds, first_token: Seconds, decode: Seconds
+) -> None:
+    """Add to pairs that KV moves for `moved` [pairs] seconds, to instances that have no time for
+    `busy` [instances] seconds: to `first_token` and `decode`, [candidates]."""
+    alone = len(roster.solo)
+    ready = first_token[alone:]
+    ready += moved
+    # A full batch, or prompts that the decode instance computes itself, hold it up.
+    held_up = busy[roster.pair_answers]
+    held_up -= ready
+    decode[alone:] += np.maximum(held_up, 0.0, out=held_up)
 
 
 def whole_prefill_seconds(load: Load, prompt: int) -> Seconds:
