@@ -122,6 +122,7 @@ class FakeEngine:
         )
 
     def start(self, sink: OutputSink) -> None:
+        self.sink = sink  # for tests that have more to say than the answer
         self._thread = threading.Thread(target=self._run, args=(sink,), daemon=True)
         self._thread.start()
 

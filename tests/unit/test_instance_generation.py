@@ -55,7 +55,7 @@ class Driven:
     """A generation that is fed by hand."""
 
     def __init__(self, call: GenerateCall, tokenizer: Tokenizer) -> None:
-        self.requests = engine_requests(call)
+        self.requests = engine_requests(call, 0)
         self.latencies = Latencies()
         self.generation = Generation(call, tokenizer, ENGINE, self.latencies, 0.0)
         self.streamed = b""
@@ -81,26 +81,26 @@ def texts(chunks: Iterable[Any]) -> str:
 
 def test_sequences_of_a_call_have_their_own_names_and_seeds() -> None:
     asked = call(prompts=((1,), (2,)), n=2, sampling=SamplingParams(seed=7), cache_salt="s")
-    requests = engine_requests(asked)
-    assert [r.id for r in requests] == ["c-0-0", "c-0-1", "c-1-0", "c-1-1"]
+    requests = engine_requests(asked, 0)
+    assert [r.id for r in requests] == ["c.0-0-0", "c.0-0-1", "c.0-1-0", "c.0-1-1"]
     assert [r.sampling.seed for r in requests] == [7, 8, 7, 8]
-    assert [r.follows for r in requests] == [None, "c-0-0", None, "c-1-0"]
+    assert [r.follows for r in requests] == [None, "c.0-0-0", None, "c.0-1-0"]
     assert {r.namespace for r in requests} == {"salt:s"}
     assert requests[2].prompt.tolist() == [2]
 
 
 def test_without_caching_no_two_sequences_share_anything() -> None:
-    requests = engine_requests(call(n=2), shared=False)
+    requests = engine_requests(call(n=2), 0, shared=False)
     assert all(request.ephemeral for request in requests)
     assert requests[0].namespace != requests[1].namespace
     assert requests[1].follows is None
     # Whatever a client chooses as its salt, it is in no sequence's namespace.
-    [salted] = engine_requests(call(cache_salt=requests[0].namespace))
+    [salted] = engine_requests(call(cache_salt=requests[0].namespace), 0)
     assert salted.namespace != requests[0].namespace
 
 
 def test_the_largest_seed_has_a_successor() -> None:
-    requests = engine_requests(call(n=2, sampling=SamplingParams(seed=2**63 - 1)))
+    requests = engine_requests(call(n=2, sampling=SamplingParams(seed=2**63 - 1)), 0)
     assert requests[1].sampling.seed == -(2**63)
 
 

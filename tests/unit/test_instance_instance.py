@@ -99,7 +99,7 @@ async def test_leaving_a_run_early_cancels_its_sequences(start: Start) -> None:
         await asyncio.sleep(0)
         assert not idle.done()
     await idle
-    assert engine.cancels == ["c-0-0", "c-0-1"]
+    assert engine.cancels == ["c.0-0-0", "c.0-0-1"]
 
 
 async def test_a_run_to_the_end_cancels_nothing(start: Start) -> None:

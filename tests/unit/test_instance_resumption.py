@@ -118,15 +118,35 @@ async def test_a_stream_may_be_cut_more_than_once(tokenizer: Tokenizer) -> None:
         assert by_choice(call, seen) == by_choice(call, whole)
 
 
+async def test_what_an_earlier_run_left_on_its_way_is_not_the_next_one_s(
+    tokenizer: Tokenizer,
+) -> None:
+    call = call_of(stop=("e lazy",))
+    engine = FakeEngine(answer=tokenizer.encode(TEXT, add_special_tokens=False))
+    made = Instance(Identity(InstanceId("i"), Epoch(1), Role.COLOCATED, "m"), ManualClock())
+    await made.start(Parts(engine, tokenizer, PoolTotals, lambda: None))
+    try:
+        first = events_of(await stream_of(made, call))
+        late = TokenOutput(id=engine.submitted[-1].id, token_ids=(309,), usage=Usage(1, 0, 9))
+        with made.run(resumed(call, first[:2])) as run:
+            engine.sink([late])
+            rest = b""
+            while not run.generation.finished:
+                rest += await run.step()
+        assert by_choice(call, [*first[:2], *events_of(rest)]) == by_choice(call, first)
+    finally:
+        engine.stop()
+
+
 def test_only_what_is_not_over_is_generated_and_the_first_of_it_leads(
     tokenizer: Tokenizer,
 ) -> None:
     call = call_of(n=3, max_tokens=2, resumed=((5, 5), (5,), ()))
     generation = Generation(call, tokenizer, ENGINE, Latencies(), 0.0)
-    assert generation.over == {"c-0-0"}
-    leader, follower = engine_requests(call, over=generation.over)
-    assert (leader.id, leader.follows, leader.output) == ("c-0-1", None, (5,))
-    assert (follower.id, follower.follows, follower.output) == ("c-0-2", "c-0-1", ())
+    assert generation.over == {"c.0-0-0"}
+    leader, follower = engine_requests(call, 0, over=generation.over)
+    assert (leader.id, leader.follows, leader.output) == ("c.0-0-1", None, (5,))
+    assert (follower.id, follower.follows, follower.output) == ("c.0-0-2", "c.0-0-1", ())
 
 
 REFUSED = {

@@ -23,9 +23,9 @@ from memserve.types import Namespace, RequestId
 
 
 def engine_requests(
-    call: GenerateCall, shared: bool = True, over: Container[RequestId] = ()
+    call: GenerateCall, run: int, shared: bool = True, over: Container[RequestId] = ()
 ) -> tuple[EngineRequest, ...]:
-    """The sequences of a call that are not `over`: choice `p * n + j` is `{id}-{p}-{j}`.
+    """The sequences of a call's `run` here that are not `over`: see `sequence_id`.
 
     Samples after the first wait for its prefill and share it. Each has a seed of its own.
     Without `shared`, every sequence computes its own KV and leaves none. Raises ApiError for
@@ -37,7 +37,7 @@ def engine_requests(
         prompt = token_array(ids, "prompt")
         first: RequestId | None = None
         for j in range(call.n):
-            request_id = sequence_id(call, p * call.n + j)
+            request_id = sequence_id(call, run, p * call.n + j)
             if request_id in over:
                 continue
             output = call.resumed[p * call.n + j] if call.resumed else ()
@@ -58,9 +58,11 @@ def engine_requests(
     return tuple(requests)
 
 
-def sequence_id(call: GenerateCall, choice: int) -> RequestId:
-    """Which sequence answers a choice."""
-    return RequestId(f"{call.id}-{choice // call.n}-{choice % call.n}")
+def sequence_id(call: GenerateCall, run: int, choice: int) -> RequestId:
+    """Which sequence answers a choice. A call whose stream was cut may come back to an instance
+    that still has outputs of its earlier run on their way, so each run has names of its own.
+    """
+    return RequestId(f"{call.id}.{run}-{choice // call.n}-{choice % call.n}")
 
 
 def shared_namespace(call: GenerateCall) -> Namespace:
@@ -92,9 +94,11 @@ class Generation:
         engine: EngineInfo,
         latencies: Latencies,
         now: float,
+        run: int = 0,
         block_bytes: int = 0,
     ) -> None:
-        """`now` is when the call arrived; `block_bytes` those of a block that may be moved.
+        """`now` is when the call arrived, `run` the number of this run of it among all runs
+        here, `block_bytes` those of a block that may be moved.
 
         Raises ApiError for a call that cannot be resumed.
         """
@@ -109,7 +113,7 @@ class Generation:
         try:
             for index in range(len(call.prompts) * call.n):
                 choice = Choice(index, call, tokenizer, call.prompts[index // call.n])
-                self._choices[sequence_id(call, index)] = choice
+                self._choices[sequence_id(call, run, index)] = choice
             if call.resumed:
                 self._resume(call, engine.eos_token_ids)
         except OverflowError as error:  # the tokenizer's word for them

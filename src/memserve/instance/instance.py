@@ -139,6 +139,7 @@ class Instance:
         self._served: _Served | None = None
         self._dispatcher = Dispatcher(asyncio.get_running_loop(), clock)
         self._probes = itertools.count()
+        self._runs = itertools.count()
         self._steps_seen = 0  # by the last health check that looked
         self._check: asyncio.Future[bool] | None = None  # the last one after a failure
 
@@ -199,16 +200,18 @@ class Instance:
         """
         served = self._ready()
         parts, link = served.parts, served.parts.link
+        number = next(self._runs)
         generation = Generation(
             call,
             parts.tokenizer,
             parts.engine.info,
             self._latencies,
             self._clock.now(),
+            number,
             0 if link is None else link.block_bytes,
         )
         shared = self.standing.role in parts.sharing
-        requests = engine_requests(call, shared, generation.over)
+        requests = engine_requests(call, number, shared, generation.over)
         with self._dispatcher.mailbox([request.id for request in requests]) as mailbox:
             handover: asyncio.Future[None] | None = None
             if served.remote is not None and (call.prefill or call.fetch is not None):
