@@ -24,12 +24,18 @@ from memserve.errors import (
     TransferTimeout,
     UnknownPeer,
 )
-from memserve.transfer.base import Transport
+from memserve.transfer.base import PoolRegions, Region, Transport
+from memserve.transfer.conversion import meaning
 from memserve.transfer.faulty import Delay, Drop, Fail, Fault, FaultyTransport, listed
+from memserve.transfer.links import Links, Way
 from memserve.transfer.mempool import MakeTransports
+from memserve.transfer.peers import Peers
+from memserve.transfer.process import own_process
+from memserve.transfer.regions import host_id
 from memserve.transfer.shm import ShmTransport
-from memserve.transfer.shortcut import DATAGRAM_BYTES, is_shortcut
-from memserve.types import Owner
+from memserve.transfer.shortcut import DATAGRAM_BYTES, Neighbour, is_shortcut
+from memserve.transfer.wire import Hello, decode
+from memserve.types import Epoch, InstanceId, Owner
 from tests.transfer_harness import (
     LAYOUT,
     LOCAL,
@@ -233,6 +239,43 @@ def test_blocks_in_memory_added_later_are_reached(pools: Pools) -> None:
     a.free_mem(refs)
     b.free_mem(held)
     assert b.shrink_dram(64) == 64
+
+
+def test_memory_added_later_is_known_before_what_is_said_of_it(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What says it over TCP is overtaken by what goes the short way."""
+    a, b = pools
+    send, held_up = Links.send, []
+
+    def slow(links: Links, path: Way, header: bytes, body: bytes) -> bool:
+        message = decode([header, body], meaning(LAYOUT)).message
+        if isinstance(message, Hello) and not isinstance(path, Neighbour):
+            held_up.append(message)
+            return True
+        return send(links, path, header, body)
+
+    monkeypatch.setattr(Links, "send", slow)
+    b.grow_dram(64)
+    refs = a.transfer("b", filled(a, 32), medium=Medium.DRAM).result(PATIENCE)
+    assert torch.equal(b.read(refs), kv_blocks(32))
+    assert held_up
+    a.free_mem(refs)
+
+
+def test_an_introduction_that_comes_late_does_not_undo_a_later_one() -> None:
+    peers = Peers([], "auto")
+    owner = Owner(InstanceId("a"), Epoch(1))
+    small, large = (
+        PoolRegions(LAYOUT, host_id(), (Region(Medium.DRAM, 0, blocks, 0, 1, None, None),))
+        for blocks in (4, 8)
+    )
+    for memory, edition in ((small, 1), (large, 2), (small, 1)):
+        assert peers.introduce(owner, Hello(False, own_process(), memory, (), "", edition)) == []
+    assert peers.current(owner.instance).memory is large
+    large_again = Hello(False, own_process(), large, (), "", 2)
+    assert peers.introduce(owner, large_again) == []
+    assert peers.current(owner.instance).hello is large_again
 
 
 def test_both_ways_at_once(pools: Pools) -> None:

@@ -67,6 +67,7 @@ class Introductions:
         self._refusal = header(pool.layout, Kind.REFUSAL)
         self._registered: tuple[LocalRegion, ...] = ()
         self._memory_version = -1
+        self._edition = 0
         self.dialling = Dialling(links)
         self.counters = Counters()
 
@@ -97,12 +98,12 @@ class Introductions:
         self._registered = present
         self._introduce_to_all()
 
-    def greet(self, path: Way, *, answer: bool) -> None:
-        """Say who this is."""
+    def greet(self, path: Way, *, answer: bool) -> bool:
+        """Say who this is. Whether that was queued."""
         offers = tuple(Offer(each.name, each.describe()) for each in self._transports)
         memory = pool_regions(self._pool.layout, self._registered)
-        hello = Hello(answer, own_process(), memory, offers, self._links.shortcut)
-        self._links.send(path, self.header, encode(self._pool.owner, _ANYBODY, hello))
+        hello = Hello(answer, own_process(), memory, offers, self._links.shortcut, self._edition)
+        return self._links.send(path, self.header, encode(self._pool.owner, _ANYBODY, hello))
 
     def greet_the_lost(self) -> None:
         """Those whose life has ended: another may have begun behind the same address."""
@@ -173,7 +174,14 @@ class Introductions:
         self.dialling.fail(dialled, error)
 
     def _introduce_to_all(self) -> None:
+        """What is said next may rely on it, so it must not come sooner, on whatever way."""
+        self._edition += 1
         for peer in self._peers:
             for path in (peer.dealer, peer.route):
                 if path is not None:
                     self.greet(path, answer=False)
+            life = peer.life
+            if life is None or life.shortcut is None:
+                continue
+            if not self.greet(life.shortcut, answer=False):
+                life.shortcut = None

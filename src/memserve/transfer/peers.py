@@ -91,6 +91,8 @@ class Peers:
                 over.append(known.owner)
             else:
                 self._watched[known.owner] = known.process
+        elif known is not None and hello.edition < known.hello.edition:
+            return over  # on its way for longer than a later one
         peer.life = Life(owner, hello.process, hello.memory, hello)
         if hello.memory.host == host_id() and is_shortcut(hello.shortcut):
             peer.life.shortcut = Neighbour(hello.shortcut)

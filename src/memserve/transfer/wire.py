@@ -52,6 +52,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=32):
     memory: PoolRegions
     offers: tuple[Offer, ...]
     shortcut: str = ""  # where peers of the same host may send to, too
+    edition: int = 0  # grows with every change of what a life says of itself
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True, tag=33):
