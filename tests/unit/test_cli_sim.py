@@ -12,6 +12,9 @@ from typer.testing import CliRunner
 
 from memserve.cli import app
 from memserve.config import Policy
+from memserve.errors import ConfigError
+from memserve.scheduler.hardware import cost_model
+from memserve.scheduler.profiles import Hardware, Subject, encode_profile, make_profile
 
 CONTRACT = ("cached_ratio", "ttft_mean", "ttft_p99", "jct_mean", "jct_p99")
 
@@ -66,3 +69,25 @@ def test_each_policy_runs_and_the_prompt_tree_leads(trace: Path) -> None:
     for name in ("least-load", "round-robin"):
         assert best["cached_ratio"] > found[name]["cached_ratio"]
         assert best["ttft_mean"] < found[name]["ttft_mean"]
+
+
+def test_a_measured_profile_takes_the_place_of_model_and_hardware(
+    trace: Path, tmp_path: Path
+) -> None:
+    """The same costs by name and by file give the same figures."""
+    costs = cost_model("h100", "llama-3-8b", tp=1, max_batch_tokens=2048)
+    subject = Subject(
+        hardware=Hardware(device="mine", threads=1, software="none"),
+        architecture=costs.architecture,
+        dtype="bfloat16",
+        max_batch_tokens=2048,
+    )
+    path = tmp_path / "profile.json"
+    path.write_bytes(encode_profile(make_profile("quick", subject, costs)))
+    where = ("--colocated", "2", "--hardware", "h100", "--tp", "1", "--hbm-blocks", "200")
+    by_name = simulated(trace, *where, "--model", "llama-3-8b")
+    assert simulated(trace, *where, "--profile", str(path)) == by_name
+    path.write_text("{}")
+    result = CliRunner().invoke(app, ["sim", "--trace", str(trace), *where, "--profile", str(path)])
+    assert isinstance(result.exception, ConfigError)
+    assert "profile.json: not a profile" in str(result.exception)

@@ -20,9 +20,11 @@ from memserve.config import (
     TransferMode,
     doc,
 )
-from memserve.errors import ConfigError
+from memserve.errors import ConfigError, ProfileError
 from memserve.scheduler.architecture import ARCHITECTURES, Architecture
+from memserve.scheduler.cost_model import CostModel
 from memserve.scheduler.hardware import HARDWARE, cost_model
+from memserve.scheduler.profiles import decode_profile
 from memserve.sim.cluster import Network, SimCluster
 from memserve.sim.inputs import Encode, text_sessions, trace_sessions
 from memserve.sim.instance import InstanceShape
@@ -67,8 +69,14 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     path: Annotated[Literal["shm", "nixl"], doc("between instances: one host, or many")] = "nixl"
     model: Annotated[str, doc("an architecture, as llama2-13b")] = "llama2-13b"
     hardware: Annotated[str, doc("of each instance, as h800")] = "h800"
+    profile: Annotated[
+        str | None, doc("measured costs of an instance, as GET /profile tells: for model, hardware")
+    ] = None
     tp: Annotated[Positive, doc("devices of an instance")] = 2
     device_gb: Annotated[Amount, doc("memory of a device")] = 80.0
+    hbm_blocks: Annotated[
+        Positive | None, doc("of each instance; default: what its devices have room for")
+    ] = None
     dram_gb: Annotated[float, Meta(ge=0), doc("host memory for KV of an instance")] = 256.0
     max_running: Annotated[Positive, doc("sequences per step")] = 256
     chunk_tokens: Annotated[Positive, doc("prefilled per step")] = 2048
@@ -106,7 +114,7 @@ def simulate(config: SimConfig, progress: Progress, encode: Encode | None = None
     keys = BlockKeys(shapes[0].block_tokens)
     sessions = list(_sessions(config, keys, encode, progress))
     _check_room(shapes[0], sessions)
-    architecture = _architecture(config)
+    architecture, _ = _costs(config)
     network = Network(config.path, config.mode == "by-request-agg", architecture.layers)
     cluster = SimCluster(shapes, config.policy, config.caching, network)
     total = sum(len(session.requests) for session in sessions)
@@ -123,12 +131,19 @@ def simulate(config: SimConfig, progress: Progress, encode: Encode | None = None
     return _summarise(config, cluster, done)
 
 
-def _architecture(config: SimConfig) -> Architecture:
+def _costs(config: SimConfig) -> tuple[Architecture, CostModel]:
+    if config.profile is not None:
+        try:
+            costs = decode_profile(Path(config.profile).read_bytes()).costs
+        except (OSError, ProfileError) as error:
+            raise ConfigError(f"{config.profile}: {error}") from error
+        return costs.architecture, costs
     try:
-        return ARCHITECTURES[config.model]
+        architecture = ARCHITECTURES[config.model]
     except KeyError:
         names = ", ".join(sorted(ARCHITECTURES))
         raise ConfigError(f"no architecture '{config.model}'; known: {names}") from None
+    return architecture, cost_model(config.hardware, config.model, config.tp, config.chunk_tokens)
 
 
 def _shapes(config: SimConfig) -> list[InstanceShape]:
@@ -141,17 +156,16 @@ def _shapes(config: SimConfig) -> list[InstanceShape]:
         raise ConfigError("no instances: give --colocated N, or --prefill N and --decode M")
     if config.decode and not (config.prefill or config.colocated):
         raise ConfigError("decode instances alone: give --prefill N too")
-    architecture = _architecture(config)
-    costs = cost_model(config.hardware, config.model, config.tp, config.chunk_tokens)
+    architecture, costs = _costs(config)
     block_tokens = BLOCK_TOKENS if config.trace is not None else 16
     # A tenth of the memory is left to activations and to what the runtime needs.
     device = config.device_gb * _GB * config.tp * 0.9
     weights = architecture.parameters * architecture.weight_bytes
     block_bytes = block_tokens * architecture.kv_bytes_per_token
-    hbm_blocks = int((device - weights) // block_bytes)
+    hbm_blocks = config.hbm_blocks or int((device - weights) // block_bytes)
     if hbm_blocks < 1:
         raise ConfigError(
-            f"the weights of {config.model} ({weights / _GB:.0f} GB) leave no room for KV "
+            f"the weights of {architecture.name} ({weights / _GB:.0f} GB) leave no room for KV "
             f"in {device / _GB:.0f} GB"
         )
     return [
