@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from array import array
-from collections.abc import Sequence
+import itertools
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
@@ -21,7 +22,6 @@ from memserve.cluster.membership import Member, Membership
 from memserve.gateway.desk import Desk
 from memserve.gateway.instance_costs import InstanceCosts, StepTimes, answer_tokens
 from memserve.gateway.router import Plan as MemberPlan
-from memserve.gateway.router import RoundRobin
 from memserve.gateway.routing_metrics import RoutingMetrics
 from memserve.scheduler.admission import Admission
 from memserve.scheduler.contract import InstanceSpec, Plan, PromptRequest
@@ -73,8 +73,8 @@ class GlobalRouter:
         self._clock = clock
         self._costs = InstanceCosts(session)
         self._known: dict[InstanceId, _Known] = {}
-        # Members whose first sign of life is on its way: any order is as good as another.
-        self._unmet = RoundRobin()
+        self._unmet_turns = itertools.count()  # of members that the scheduler has not met
+        self._eligible = _Eligible((), Epoch(-1))
         self._unfollow = membership.on_change(self._changed)
         self._looking = asyncio.ensure_future(self._look())
 
@@ -89,7 +89,9 @@ class GlobalRouter:
 
     def plan(self, call: GenerateCall, members: Sequence[Member]) -> MemberPlan:
         """Where a call runs; reserved until the plan's ticket has ended."""
-        by_id = {member.id: member for member in members}
+        eligible = self._eligible
+        if not eligible.are(members, self._membership.epoch):
+            eligible = self._eligible = _Eligible(members, self._membership.epoch)
         request = PromptRequest(
             id=RequestId(call.id),
             tokens=_tokens(call),
@@ -98,20 +100,19 @@ class GlobalRouter:
             session=call.session,
             priority=call.priority,
         )
-        decision = self.scheduler.decide(request, by_id.keys())
-        if decision is None:
-            return self._unmet.plan(call, members)
+        decision = self.scheduler.decide(request, eligible.ids)
+        if decision is None:  # their first sign of life is on its way
+            return MemberPlan(members[next(self._unmet_turns) % len(members)])
         plan = decision.plan
         self.metrics.planned(plan, decision.took)
-        ticket = _Reservation(self, request.id, plan, self._clock.now(), call.stream)
-        others = (m for m in members if m.role is Role.PREFILL and m.id != plan.prefill)
-        return MemberPlan(
-            member=by_id[plan.instance],
-            prefill=() if plan.prefill is None else (by_id[plan.prefill], *others),
-            fetch=None if plan.fetch is None else by_id[plan.fetch],
-            ticket=ticket,
-            explain=lambda: decision.summary().partition(": ")[2],  # without the request's id
-        )
+        ticket = _Reservation(self, request.id, decision, self._clock.now(), call.stream)
+        by_id = eligible.by_id
+        prefill: tuple[Member, ...] = ()
+        if plan.prefill is not None:
+            others = (m for m in eligible.prefill if m.id != plan.prefill)
+            prefill = (by_id[plan.prefill], *others)
+        fetch = None if plan.fetch is None else by_id[plan.fetch]
+        return MemberPlan(by_id[plan.instance], prefill, fetch, ticket, ticket.explain)
 
     def decisions(self, n: int) -> list[Decision]:
         """The last `n`, newest first."""
@@ -232,27 +233,47 @@ class GlobalRouter:
             self.scheduler.output_length.ended(round(length))
 
 
+class _Eligible:
+    """Members that may be chosen. They are the same for one request after the other, until
+    something changes in the cluster, and then they need not be looked through again."""
+
+    def __init__(self, members: Sequence[Member], epoch: Epoch) -> None:
+        self._members = members
+        self._epoch = epoch
+        self.by_id: Mapping[InstanceId, Member] = {member.id: member for member in members}
+        self.ids = frozenset(self.by_id)
+        self.prefill = [member for member in members if member.role is Role.PREFILL]
+
+    def are(self, members: Sequence[Member], epoch: Epoch) -> bool:
+        """Nothing has changed: members' ids, roles and states are those of a cluster's epoch."""
+        return self._epoch == epoch and self._members == members
+
+
 class _Reservation:
     """A plan's ticket. Where nothing will be heard of a first token, since the answer comes
     whole, the prompt counts as computed when it was predicted to be."""
 
-    __slots__ = ("_at", "_expected", "_plan", "_request", "_router")
+    __slots__ = ("_at", "_decision", "_expected", "_request", "_router")
 
     def __init__(
-        self, router: GlobalRouter, request: RequestId, plan: Plan, at: float, streams: bool
+        self, router: GlobalRouter, request: RequestId, decision: Decision, at: float, streams: bool
     ) -> None:
         self._router = router
         self._request = request
-        self._plan = plan
+        self._decision = decision
         self._at = at
         self._expected: asyncio.TimerHandle | None = None
         if not streams:
             loop = asyncio.get_running_loop()
-            self._expected = loop.call_later(plan.terms.first_token, router.prefilled, request)
+            expected = decision.plan.terms.first_token
+            self._expected = loop.call_later(expected, router.prefilled, request)
+
+    def explain(self) -> str:
+        return self._decision.summary().partition(": ")[2]  # without the request's id
 
     def first_token(self) -> None:
         if self._expected is None:  # otherwise the first bytes are the last ones too
-            self._router.first_token(self._request, self._plan, self._at)
+            self._router.first_token(self._request, self._decision.plan, self._at)
 
     def ended(self) -> None:
         if self._expected is not None:
@@ -282,4 +303,4 @@ def _tokens(call: GenerateCall) -> TokenArray:
     if _resumed(call):
         prompt = prompt + call.resumed[0]
     # Several times faster than numpy with a sequence of Python's integers.
-    return np.frombuffer(array("i", prompt), dtype=np.int32)
+    return np.frombuffer(struct.pack(f"{len(prompt)}i", *prompt), dtype=np.int32)

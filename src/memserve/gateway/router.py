@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from memserve.api.generate import GenerateCall
 from memserve.cluster.membership import Member
-from memserve.types import Role
 
 
 class Ticket(Protocol):
@@ -38,8 +34,7 @@ def _by_turns() -> str:
     return "by turns"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """`member` answers. Its prompt is computed by the first of `prefill` that can, or by
     itself, after the prefix that `fetch` has longest was pulled from there. `explain` says why,
     in one line, to those who ask."""
@@ -59,24 +54,3 @@ class Router(Protocol):
 
         `call.resumed` has what earlier plans for this call, which have ended, brought about.
         """
-
-
-class RoundRobin:
-    """One after the other, in each role. Roles are soft: where nobody decodes, a prefill
-    instance does all of it."""
-
-    def __init__(self) -> None:
-        self._turns = itertools.count()
-
-    def plan(self, call: GenerateCall, members: Sequence[Member]) -> Plan:
-        prefill = [m for m in members if m.role is Role.PREFILL]
-        answering = [m for m in members if m.role is not Role.PREFILL] or prefill
-        turn = next(self._turns)
-        member = answering[turn % len(answering)]
-        if member.role is not Role.DECODE or not prefill:
-            return Plan(member)
-        # Both sides go round in step; one step more after a whole cycle, so that every pair
-        # gets its turn however many there are.
-        cycle = math.lcm(len(answering), len(prefill))
-        first = (turn + turn // cycle) % len(prefill)
-        return Plan(member, (*prefill[first:], *prefill[:first]))
