@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from memserve.scheduler import kernels
 from memserve.scheduler.contract import InstanceSpec
 from memserve.scheduler.load import Load
 from memserve.scheduler.policies import POLICIES
@@ -132,8 +133,9 @@ def check_load(load: Load) -> None:
     for at, line in enumerate(load.lines):
         assert load.slots[line.spec.id] == line.slot == at
         assert line.answers >= line.decoding >= 0
-        assert load.running[at] == line.decoding + line.other_running
-        assert load.batch[at] == line.answers + line.other_running
+        figures = load.figures[at]
+        assert figures[kernels.RUNNING] == line.decoding + line.other_running
+        assert figures[kernels.BATCH] == line.answers + line.other_running
         assert min(line.context_tokens, line.output_tokens) >= 0
         assert list(line.prefills) == [
             request for request in line.prefills if request in line.queue
@@ -142,7 +144,7 @@ def check_load(load: Load) -> None:
         promised = sum(each.prefill_seconds for each in line.prefills.values())
         left = sum(line.queue.left())
         assert 0 <= left <= promised + 1e-9
-        assert load.left_total[at] >= left - 1e-9
+        assert figures[kernels.LEFT_TOTAL] >= left - 1e-9
 
 
 TestLife = Life.TestCase

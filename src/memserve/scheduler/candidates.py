@@ -1,23 +1,26 @@
 """Every way to run one request, and how long each should take.
 
-All arrays over `[instances]` go by slot of `Load`, those over `[candidates]` by `Roster`.
+Here is asked for what a prediction needs, of the load, of prompts that wait and of cost models;
+`kernels` computes it. All arrays over `[instances]` go by slot of `Load`, those over
+`[candidates]` by `Roster`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from memserve.scheduler.contract import Path, PromptRequest, Seconds
+from memserve.scheduler import choosing
+from memserve.scheduler import kernels as k
+from memserve.scheduler.contract import PromptRequest, Seconds
 from memserve.scheduler.load import Load
-from memserve.scheduler.steps import Steps
 from memserve.types import IndexArray, InstanceId, Role
 
-MAX_SOURCES = 4  # holders of longer prefixes that are looked at
-_PATHS: tuple[Path, Path] = ("nixl", "shm")  # by `near`
-_NEVER = np.inf
+_NO_SOURCES: IndexArray = np.empty((2, 0), dtype=np.int64)
+_NO_MOVES: Seconds = np.empty((0, 2, 0, 0))
 
 
 class Roster:
@@ -35,37 +38,23 @@ class Roster:
         colocated = load.with_role(Role.COLOCATED, self.allowed)
         # Roles are soft: where nobody decodes, a prefill instance answers.
         alone = colocated + (decode or self.prefill)
-        pairs_p = np.repeat(np.array(self.prefill, dtype=np.int64), len(decode))
-        pairs_d = np.tile(np.array(decode, dtype=np.int64), len(self.prefill))
-        solo = np.array(alone, dtype=np.int64)
-        self.answers: IndexArray = np.concatenate([solo, pairs_d])
-        self.computes: IndexArray = np.concatenate([solo, pairs_p])
-        self.solo = solo
-        self.pairs = len(pairs_p)
-        self.pair_answers = pairs_d
-        self.pair_computes = pairs_p
-        self.pair_group = load.group[pairs_p]
-        self.pair_near = load.near[pairs_p, pairs_d].astype(np.int64)
-        # Which predictions of transfers the pairs need.
-        kinds = zip(self.pair_group.tolist(), self.pair_near.tolist(), strict=True)
-        self.transfer_kinds = sorted(set(kinds))
-        self.decode = np.array(decode, dtype=np.int64)
-        self.computing = np.unique(self.computes)
+        pairs = [(d, p) for p in self.prefill for d in decode]
+        whole = [(at, at) for at in alone]
+        table = np.array(whole + pairs, dtype=np.int64).reshape(-1, 2).T
+        self.table: IndexArray = np.ascontiguousarray(table)
+        self.answers, self.computes = self.table
+        self.pairs = len(pairs)
         # As roles are meant: a decode instance computes prompts only where nobody else does.
         self.answering = colocated + (decode or self.prefill)
-        self.is_answering = np.zeros(len(load.lines))
-        self.is_answering[self.answering] = 1.0
-        self.usual = np.ones(len(self.answers), dtype=bool)
-        if self.pairs:
-            self.usual[len(colocated) : len(solo)] = False
-        self.is_allowed = np.zeros(len(load.lines), dtype=bool)
-        self.is_allowed[self.allowed] = True
-        self._find = {
-            (a, c): at
-            for at, (a, c) in enumerate(
-                zip(self.answers.tolist(), self.computes.tolist(), strict=True)
-            )
-        }
+        self.usual: NDArray[np.bool_] = np.ones(len(self), dtype=np.bool_)
+        if pairs:
+            self.usual[len(colocated) : len(alone)] = False
+        self.every: NDArray[np.bool_] = np.ones(len(self), dtype=np.bool_)
+        self.parts: IndexArray = np.zeros((len(load.lines), k.PARTS), dtype=np.int64)
+        self.parts[self.allowed, k.ALLOWED] = 1
+        self.parts[self.computes, k.COMPUTING] = 1
+        self.parts[self.answering, k.ANSWERING] = 1
+        self._find = {ways: at for at, ways in enumerate(whole + pairs)}
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -75,8 +64,7 @@ class Roster:
         return self._find.get((answers, computes))
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
+class Candidates(msgspec.Struct, frozen=True, eq=False):
     """Predicted seconds of every candidate for one request."""
 
     load: Load
@@ -89,132 +77,149 @@ class Candidates:
     fetch: Seconds
     prefill: Seconds
     delays: Seconds
-    stall: Seconds  # that answers there see of it, together
+    stalls: Seconds  # that answers there see of it, together
     work: Seconds  # before it, whatever it takes itself
     # [candidates]
     transfer: Seconds
-    decode: Seconds  # without `stall`
+    decode: Seconds  # without `stalls`
     first_token: Seconds
     whole_prefill: float  # the least, of the prompt with nothing cached
 
-    def terms(self, which: IndexArray) -> list[Seconds]:
-        """Those of some candidates, in the order of `Terms`."""
-        at = self.roster.computes[which]
-        waits = self.first_token[which] - self.transfer[which]
-        waits -= (self.fetch + self.prefill)[at]
-        np.maximum(waits, 0.0, out=waits)  # what rounding left
-        return [
-            waits,
-            self.fetch[at],
-            self.prefill[at],
-            self.transfer[which],
-            self.decode[which] + self.stall[at],
-            self.delays[at],
-        ]
+    def weigh(
+        self,
+        *,
+        first_token: float = 0.0,
+        decode: float = 0.0,
+        delays: float = 0.0,
+        stalls: float = 0.0,
+        work: float = 0.0,
+    ) -> Seconds:
+        """Their weighted sum, [candidates]."""
+        scores = np.empty(len(self.first_token))
+        choosing.weigh(
+            self.roster.computes,
+            self.first_token,
+            self.decode,
+            self.delays,
+            self.stalls,
+            self.work,
+            first_token,
+            decode,
+            delays,
+            stalls,
+            work,
+            scores,
+        )
+        return scores
 
+    def least(self, scores: Seconds, allowed: NDArray[np.bool_] | None = None) -> int:
+        """The least score. Of those as good as equal: roles as they are meant and no copies of KV
+        that are not needed, then what was used the longest ago.
 
-@dataclass(frozen=True, slots=True)
-class Fetches:
-    """The prefix that each instance would pull first, [instances]."""
-
-    source: IndexArray  # slot; -1: nobody's
-    tokens: IndexArray
-    seconds: Seconds
-    prefill: Seconds  # of what then remains
-
-
-def cached_tokens(load: Load, matches: Mapping[InstanceId, int], prompt_tokens: int) -> IndexArray:
-    """What each instance need not compute, [instances]: whole blocks, and never all of it,
-    since the last token's logits are needed."""
-    cached = [0] * len(load.lines)
-    slots = load.slots
-    for instance, tokens in matches.items():
-        slot = slots.get(instance)
-        if slot is not None:
-            cached[slot] = tokens
-    return _usable(np.array(cached, dtype=np.int64), load.block_tokens, prompt_tokens)
-
-
-def _usable(tokens: IndexArray, block_tokens: IndexArray, prompt_tokens: int) -> IndexArray:
-    most = np.minimum(tokens, max(prompt_tokens - 1, 0))
-    usable: IndexArray = most - most % block_tokens
-    return usable
+        `allowed` [candidates]: only these; the scores of the others become infinite.
+        """
+        roster = self.roster
+        return choosing.least(
+            roster.answers,
+            roster.computes,
+            roster.usual,
+            roster.every if allowed is None else allowed,
+            self.fetched,
+            self.load.used,
+            self.whole_prefill,
+            scores,
+        )
 
 
 def evaluate(
     load: Load,
     roster: Roster,
     request: PromptRequest,
+    output_tokens: int,
     matches: Mapping[InstanceId, int],
     now: float,
     *,
     fetches: bool,
     overlapped: bool = False,
 ) -> Candidates:
-    """Predict every candidate. `request.output_tokens` is what is expected; `overlapped`: KV
+    """Predict every candidate. `output_tokens` is what is expected, at least 1; `overlapped`: KV
     goes to the decode instance while the prompt is computed."""
     load.refresh()
-    prompt, output = len(request.tokens), max(request.output_tokens, 1)
-    cached = cached_tokens(load, matches, prompt)
-    steps = Steps.predict(load, prompt + output / 2)
-    sources = _sources(load, roster, request, cached) if fetches else []
-    asked = _asked(load, prompt, cached, sources)
-    seconds = _prefill_seconds(load, prompt, asked)
-    whole = seconds[0]
-    seconds[1:] *= steps.prefill_slowdown(load, prompt, whole)
-    pulled = _best_fetches(load, sources, asked[1:], seconds[1:])
-    prefill = pulled.prefill
-    answering, slot_wait = steps.decode_seconds(load, output)
-    queues = load.queues(now, prefill)
-    queue = np.maximum(queues.wait, _memory_wait(load, request, cached, steps, now))
-    _wait_for_promises(load, request, cached, queue)
-    stall = steps.stall_seconds(load, roster.is_answering, prefill)
-
-    alone = len(roster.solo)
-    computed = queue + pulled.seconds
-    computed += prefill
-    first_token = computed[roster.computes]
-    first_token[:alone] += slot_wait[roster.solo]
-    decode = answering[roster.answers]
-    transfer = np.zeros(len(roster))
-    if roster.pairs:
-        moved = transfer[alone:]
-        moved += _transfer_seconds(load, roster, prompt, cached)
-        if overlapped:
-            moved -= prefill[roster.pair_computes]
-            np.maximum(moved, 0.0, out=moved)
-        _hand_over(roster, moved, slot_wait + queue, first_token, decode)
-    return Candidates(
-        load=load,
-        roster=roster,
-        prompt_tokens=prompt,
-        cached=cached,
-        source=pulled.source,
-        fetched=pulled.tokens,
-        fetch=pulled.seconds,
-        prefill=prefill,
-        delays=queues.delays,
-        stall=stall,
-        work=queues.work,
-        transfer=transfer,
-        decode=decode,
-        first_token=first_token,
-        whole_prefill=float(whole.min()),
+    n, prompt = len(load.lines), len(request.tokens)
+    needed = prompt + output_tokens
+    asked = np.empty((2 + k.MAX_SOURCES, n), np.int64)
+    moved = np.empty((2, 1 + k.MAX_SOURCES, n), np.int64)
+    sequences, contexts = np.empty((3, n), np.int64), np.empty((3, n))
+    found = np.empty((k.FOUND, k.MAX_SOURCES), np.int64)
+    k.survey(
+        load.figures,
+        load.kinds,
+        roster.parts,
+        _held(load, matches),
+        prompt,
+        prompt + output_tokens / 2,
+        needed,
+        fetches,
+        asked,
+        moved,
+        sequences,
+        contexts,
+        found,
     )
-
-
-def _hand_over(
-    roster: Roster, moved: Seconds, busy: Seconds, first_token: Seconds, decode: Seconds
-) -> None:
-    """Add to pairs that KV moves for `moved` [pairs] seconds, to instances that have no time for
-    `busy` [instances] seconds: to `first_token` and `decode`, [candidates]."""
-    alone = len(roster.solo)
-    ready = first_token[alone:]
-    ready += moved
-    # A full batch, or prompts that the decode instance computes itself, hold it up.
-    held_up = busy[roster.pair_answers]
-    held_up -= ready
-    decode[alone:] += np.maximum(held_up, 0.0, out=held_up)
+    longest, slots, tokens, (least, short, *_) = found.tolist()
+    sources = _NO_SOURCES
+    if slots[0] >= 0:
+        sources = _sure_sources(load, request, slots, tokens, least)
+        k.survey_sources(load.kinds, sources, prompt, asked, moved)
+    count = sources.shape[1]
+    steps = _step_seconds(load, sequences, contexts)
+    floor = load.unhindered
+    if short or max(longest) >= 0:
+        floor = _memory_wait(load, request, needed, asked[1], steps, now)
+        _wait_for_promises(load, request, longest, asked[1], floor)
+    by_instance = np.empty((k.PER_INSTANCE, n))
+    pulled = np.empty((k.PULLED, n), np.int64)
+    by_candidate = np.empty((k.PER_CANDIDATE, len(roster)))
+    whole = k.predict(
+        load.figures,
+        load.left,
+        load.kinds,
+        roster.parts,
+        roster.table,
+        asked,
+        steps,
+        _prefill_seconds(load, prompt, asked[: 2 + count]),
+        _move_seconds(load, moved[:, : 1 + count]) if count or roster.pairs else _NO_MOVES,
+        sources,
+        floor,
+        now,
+        prompt,
+        output_tokens,
+        overlapped,
+        by_instance,
+        pulled,
+        by_candidate,
+    )
+    fetch, prefill, delays, stalls, work, *_ = by_instance
+    source, fetched = pulled
+    transfer, decode, first_token = by_candidate
+    return Candidates(
+        load,
+        roster,
+        prompt,
+        asked[1],
+        source,
+        fetched,
+        fetch,
+        prefill,
+        delays,
+        stalls,
+        work,
+        transfer,
+        decode,
+        first_token,
+        whole,
+    )
 
 
 def whole_prefill_seconds(load: Load, prompt: int) -> Seconds:
@@ -222,20 +227,48 @@ def whole_prefill_seconds(load: Load, prompt: int) -> Seconds:
     load.refresh()
     asked = np.zeros((1, len(load.lines)), dtype=np.int64)
     seconds: Seconds = _prefill_seconds(load, prompt, asked)[0]
+    seconds *= load.figures[:, k.PREFILL_FACTOR]
     return seconds
 
 
-def _asked(
-    load: Load, prompt: int, cached: IndexArray, sources: list[tuple[int, int]]
+def _held(load: Load, matches: Mapping[InstanceId, int]) -> IndexArray:
+    """What each instance is known to have, [instances] tokens."""
+    held = [0] * len(load.lines)
+    slots = load.slots
+    for instance, tokens in matches.items():
+        slot = slots.get(instance)
+        if slot is not None:
+            held[slot] = tokens
+    return np.array(held, dtype=np.int64)
+
+
+def _sure_sources(
+    load: Load, request: PromptRequest, slots: list[int], tokens: list[int], least: int
 ) -> IndexArray:
-    """Cached tokens with which prefills are predicted, [2 + sources, instances]: none, those
-    that are there, and those of each source."""
-    asked = np.zeros((2 + len(sources), len(cached)), dtype=np.int64)
-    asked[1] = cached
-    if sources:
-        held = np.array([[tokens] for _, tokens in sources])
-        asked[2:] = _usable(held, load.block_tokens, prompt)
-    return asked
+    """Slots and tokens [2, sources] of prefixes that are there for certain, and longer than what
+    every instance has. `slots` and `tokens` as `survey` found them."""
+    sources = []
+    for slot, held in zip(slots, tokens, strict=True):
+        if slot < 0:
+            break
+        sure = load.promised_tokens(slot, request.namespace, request.tokens[:held])
+        if sure > least:
+            sources.append((slot, sure))
+    if not sources:
+        return _NO_SOURCES
+    return np.ascontiguousarray(np.array(sources, dtype=np.int64).T)
+
+
+# --- what cost models are asked -----------------------------------------------------------
+
+
+def _step_seconds(load: Load, sequences: IndexArray, contexts: Seconds) -> Seconds:
+    """Of decode steps, in the shape of the batches."""
+    seconds = np.empty(sequences.shape)
+    for group in load.cost_groups:
+        at = group.slots
+        seconds[:, at] = group.costs.decode_step_seconds(sequences[:, at], contexts[:, at])
+    return seconds
 
 
 def _prefill_seconds(load: Load, prompt: int, asked: IndexArray) -> Seconds:
@@ -244,124 +277,56 @@ def _prefill_seconds(load: Load, prompt: int, asked: IndexArray) -> Seconds:
     for group in load.cost_groups:
         at = group.slots
         seconds[:, at] = group.costs.prefill_seconds(prompt, asked[:, at])
-    seconds *= load.prefill_factor
     return seconds
 
 
+def _move_seconds(load: Load, moved: IndexArray) -> Seconds:
+    """From an instance of each group, far and near: [groups, 2, rows, instances], with `moved`
+    [2, rows, instances] tokens and blocks."""
+    tokens, blocks = moved
+    seconds = np.empty((len(load.cost_groups), 2, *tokens.shape))
+    for number, group in enumerate(load.cost_groups):
+        costs = group.costs
+        num_bytes = tokens * costs.kv_bytes_per_token
+        for near, path in load.paths:
+            seconds[number, near] = costs.transfer_seconds(num_bytes, blocks, path)
+    return seconds
+
+
+# --- what a prompt waits for, besides others' turns ---------------------------------------
+
+
 def _memory_wait(
-    load: Load, request: PromptRequest, cached: IndexArray, steps: Steps, now: float
+    load: Load,
+    request: PromptRequest,
+    needed: int,
+    cached: IndexArray,
+    steps: Seconds,
+    now: float,
 ) -> Seconds:
-    """Until there is HBM for the sequence, [instances]."""
+    """Until there is HBM for a sequence of `needed` tokens, [instances]."""
+    figures = load.figures
     wait = np.zeros(len(cached))
-    needed = len(request.tokens) + request.output_tokens
-    short = load.kv_tokens + needed > load.kv_capacity
+    short = figures[:, k.KV_TOKENS] + needed > figures[:, k.KV_CAPACITY]
     for slot in short.nonzero()[0].tolist():
         tokens = request.tokens[: cached[slot]]
         own = needed - load.shared_tokens(slot, request.namespace, tokens)
-        if load.kv_tokens[slot] + own > load.kv_capacity[slot]:
-            wait[slot] = load.memory_wait(slot, own, float(steps.before[slot]), now)
+        if figures[slot, k.KV_TOKENS] + own > figures[slot, k.KV_CAPACITY]:
+            busy = figures[slot, k.BATCH] > 0
+            step = float(steps[1, slot] * figures[slot, k.STEP_FACTOR]) if busy else 0.0
+            wait[slot] = load.memory_wait(slot, own, step, now)
     return wait
 
 
 def _wait_for_promises(
-    load: Load, request: PromptRequest, cached: IndexArray, queue: Seconds
+    load: Load, request: PromptRequest, longest: list[int], cached: IndexArray, wait: Seconds
 ) -> None:
     """A prefix that others' prompts have yet to bring is there when they are computed. Looks at
     the longest prefixes alone: what many instances have is there, or costs little."""
-    longest = (-cached).argsort(kind="stable")[:MAX_SOURCES]
-    for slot in longest.tolist():
-        tokens = int(cached[slot])
-        if not tokens or load.left_total[slot] <= queue[slot]:
+    for slot in longest:
+        if slot < 0:
             continue
+        tokens = int(cached[slot])
         sure = load.promised_tokens(slot, request.namespace, request.tokens[:tokens])
         if sure < tokens:
-            queue[slot] = load.left_total[slot]
-
-
-def _transfer_seconds(load: Load, roster: Roster, prompt: int, cached: IndexArray) -> Seconds:
-    """From P to D what D lacks, [pairs]."""
-    slots = roster.decode
-    lacking = prompt - cached[slots]
-    pieces = -(-lacking // load.block_tokens[slots])
-    seconds = np.zeros((len(load.cost_groups), 2, len(cached)))
-    for number, near in roster.transfer_kinds:
-        costs = load.cost_groups[number].costs
-        num_bytes = lacking * costs.kv_bytes_per_token
-        seconds[number, near, slots] = costs.transfer_seconds(num_bytes, pieces, _PATHS[near])
-    moves: Seconds = seconds[roster.pair_group, roster.pair_near, roster.pair_answers]
-    moves *= load.transfer_factor[roster.pair_computes]
-    return moves
-
-
-def _no_fetches(prefill: Seconds) -> Fetches:
-    n = len(prefill)
-    nobody = np.full(n, -1, dtype=np.int64)
-    return Fetches(nobody, np.zeros(n, dtype=np.int64), np.zeros(n), prefill)
-
-
-def _best_fetches(
-    load: Load, sources: list[tuple[int, int]], held: IndexArray, prefill: Seconds
-) -> Fetches:
-    """For each instance the prefix worth pulling: it costs no more than it saves.
-
-    `held` and `prefill` [1 + sources, instances]: tokens and seconds without, and with each.
-    """
-    alone = prefill[0]
-    if not sources:
-        return _no_fetches(alone)
-    slots = np.array([slot for slot, _ in sources])
-    extra = np.maximum(held[1:] - held[0], 0)
-    moved = _pull_seconds(load, slots, extra)
-    total = moved + prefill[1:]
-    total[(extra == 0) | (total > alone)] = _NEVER
-    best = total.argmin(axis=0)
-    at = best, load.every
-    pays = total[at] < _NEVER
-    if not pays.any():
-        return _no_fetches(alone)
-    return Fetches(
-        source=np.where(pays, slots[best], -1),
-        tokens=extra[at] * pays,
-        seconds=moved[at] * pays,
-        prefill=np.where(pays, prefill[1:][at], alone),
-    )
-
-
-def _sources(
-    load: Load, roster: Roster, request: PromptRequest, cached: IndexArray
-) -> list[tuple[int, int]]:
-    """(slot, tokens) of the longest prefixes, one of each length and host."""
-    worth = np.where(roster.is_allowed, cached, 0)
-    least = int(worth[roster.computing].min())
-    if worth.max(initial=0) <= least:
-        return []
-    found: dict[tuple[int, int], int] = {}  # by host and length in the tree
-    for slot in (-worth).argsort(kind="stable").tolist():
-        tokens = int(worth[slot])
-        if tokens <= least or len(found) == MAX_SOURCES:
-            break
-        found.setdefault((int(load.host[slot]), tokens), slot)
-    sources = []
-    for (_, tokens), slot in found.items():
-        sure = load.promised_tokens(slot, request.namespace, request.tokens[:tokens])
-        if sure > least:
-            sources.append((slot, sure))
-    return sources
-
-
-def _pull_seconds(load: Load, slots: IndexArray, extra: IndexArray) -> Seconds:
-    """Pulling `extra` [sources, instances] tokens from `slots` [sources]."""
-    pieces = -(-extra // load.block_tokens[slots, None])
-    near = load.near[slots]
-    seconds = np.empty(extra.shape)
-    groups = load.group[slots]
-    for number, group in enumerate(load.cost_groups):
-        # A slice copies nothing, and most often there is one group.
-        rows = slice(None) if len(load.cost_groups) == 1 else groups == number
-        num_bytes = extra[rows] * group.costs.kv_bytes_per_token
-        shm, nixl = (
-            group.costs.transfer_seconds(num_bytes, pieces[rows], path) for path in ("shm", "nixl")
-        )
-        seconds[rows] = np.where(near[rows], shm, nixl)
-    seconds *= load.transfer_factor[slots, None]
-    return seconds
+            wait[slot] = max(wait[slot], load.figures[slot, k.LEFT_TOTAL])

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from memserve.scheduler.candidates import Candidates
+from memserve.scheduler.choosing import rank
 from memserve.scheduler.contract import Plan, Seconds, Terms
 from memserve.types import IndexArray, InstanceId, RequestId
 
@@ -47,45 +48,48 @@ class DecisionView(msgspec.Struct, frozen=True):
     candidates: tuple[CandidateView, ...]  # the best of them, best first
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Ranking:
-    """The best candidates of one decision, best first, all arrays [kept]."""
+class Ranking(msgspec.Struct, frozen=True, eq=False):
+    """The best candidates of one decision: what was chosen, then the others, best first."""
 
     instances: Sequence[InstanceId]  # by slot, as they were
-    scores: Seconds
     figures: IndexArray  # [5, kept]: slots of who answers, computes and is pulled from; tokens
-    seconds: Seconds  # [6, kept]: the terms, in their order
+    seconds: Seconds  # [7, kept]: the terms, in their order, and the score
     prompt_tokens: int
 
     @classmethod
     def of(cls, candidates: Candidates, scores: Seconds, chosen: int) -> Ranking:
         """`chosen` comes first, whatever its score."""
-        scores[chosen], score = -np.inf, scores[chosen]
-        if len(scores) > KEPT_CANDIDATES:
-            best = np.argpartition(scores, KEPT_CANDIDATES)[:KEPT_CANDIDATES]
-        else:
-            best = np.arange(len(scores))
-        best = best[scores[best].argsort(kind="stable")]
-        scores[chosen] = score
+        kept = min(len(scores), KEPT_CANDIDATES)
+        figures, seconds = np.empty((5, kept), np.int64), np.empty((7, kept))
         c, roster = candidates, candidates.roster
-        computes = roster.computes[best]
-        figures = (
-            roster.answers[best],
-            computes,
-            c.source[computes],
-            c.cached[computes],
-            c.fetched[computes],
+        rank(
+            chosen,
+            scores,
+            roster.answers,
+            roster.computes,
+            c.source,
+            c.cached,
+            c.fetched,
+            c.fetch,
+            c.prefill,
+            c.delays,
+            c.stalls,
+            c.transfer,
+            c.decode,
+            c.first_token,
+            figures,
+            seconds,
         )
-        return cls(
-            instances=c.load.instances,
-            scores=scores[best],
-            figures=np.array(figures),
-            seconds=np.array(c.terms(best)),
-            prompt_tokens=c.prompt_tokens,
-        )
+        return cls(c.load.instances, figures, seconds, c.prompt_tokens)
+
+    @property
+    def scores(self) -> Seconds:
+        """[kept]; the least is best."""
+        scores: Seconds = self.seconds[6]
+        return scores
 
     def __len__(self) -> int:
-        return len(self.scores)
+        return int(self.figures.shape[1])
 
     def plan(self, at: int) -> Plan:
         answers, computes, source, cached, fetched = self.figures[:, at].tolist()
@@ -97,7 +101,7 @@ class Ranking:
             prompt_tokens=self.prompt_tokens,
             cached_tokens=cached,
             fetched_tokens=fetched,
-            terms=Terms(*self.seconds[:, at].tolist()),
+            terms=Terms(*self.seconds[:6, at].tolist()),
         )
 
 

@@ -1,8 +1,8 @@
 """What instances have to do: reservations, made with a plan and released when it ends.
 
 Each instance has a `Line`: the prompts that wait or are computed there, in order, and the
-answers that it decodes or will. The same figures stand in arrays over all instances, so that
-a decision is a few operations on arrays.
+answers that it decodes or will. The same figures stand in arrays over all instances, laid out
+as `kernels` reads them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memserve.scheduler.contract import Costs, InstanceSpec, Seconds
+from memserve.scheduler import kernels as k
+from memserve.scheduler.contract import Costs, InstanceSpec, Path, Seconds
 from memserve.scheduler.line import Line, Reservation
 from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.scheduler.residents import Resident
 from memserve.types import IndexArray, InstanceId, Namespace, RequestId, Role, TokenArray
 
 MAX_ROWS = 64  # of prompts in an instance's queue that are told apart
-_NOTHING = 1e-9  # seconds, instead of none in a quotient
 _RECENT = 1 / 64  # weight of the newest value in a running mean
 
 
@@ -29,15 +29,6 @@ class CostGroup:
 
     costs: Costs
     slots: IndexArray | slice  # a slice where it is all instances: indexing copies nothing
-
-
-@dataclass(frozen=True, slots=True)
-class Queues:
-    """What a prompt would meet on each instance, [instances]."""
-
-    wait: Seconds  # how much later it would be computed
-    delays: Seconds  # how much later the others would be, together
-    work: Seconds  # all that waits or is computed there
 
 
 class Load:
@@ -60,109 +51,90 @@ class Load:
         self.lines = lines
         self.instances = tuple(self._lines)
         self.slots: Mapping[InstanceId, int] = {id_: at for at, id_ in enumerate(self.instances)}
-        self._rows = 1
-        self.left = np.zeros((1, n))  # [prompts, instances] seconds of each that waits or runs
-        self.left_at = np.zeros(n)  # the time of these figures
-        self.left_total = np.zeros(n)
-        self.under_way = np.zeros(n)  # of it, before one of the prompts has ended
-        self.kv_tokens = np.zeros(n)  # reserved in HBM
-        self.kv_capacity = np.array(
-            [np.inf if line.spec.kv_tokens is None else line.spec.kv_tokens for line in lines]
-        )
-        shares = np.array([line.spec.short_share for line in lines])
-        self.shares = shares > 0
-        # What the oldest prompt gets while the shortest gets one second.
-        self.oldest_rate = np.full(n, np.inf)
-        self.oldest_rate[self.shares] = (1 - shares[self.shares]) / shares[self.shares]
-        self.running = np.zeros(n)  # sequences that decode now
-        self.batch = np.zeros(n)  # and those that will when their prompts are computed
-        self.remaining = np.zeros(n)  # tokens of each of their answers to come, in the mean
-        self.wait_steps = np.zeros(n)  # until a full batch has room for one more
-        # Decode steps as they are now, with the whole batch, and with one more sequence.
-        self.step_sequences = np.zeros((3, n))
-        self.step_contexts = np.zeros((3, n))
-        self.step_factor = np.ones((3, n))
-        self.used = np.zeros(n)
-        self.block_tokens = np.array([line.spec.block_tokens for line in lines], dtype=np.int64)
-        self.chunk_tokens = np.array([float(line.spec.chunk_tokens) for line in lines])
-        hosts = {line.spec.host: None for line in lines}
-        numbers = {host: at for at, host in enumerate(hosts)}
-        self.host = np.array([numbers[line.spec.host] for line in lines], dtype=np.int64)
-        self.near = self.host[:, None] == self.host  # [instances, instances], on one host
-        self.every = np.arange(n)
-        self.prefill_factor = np.ones(n)
-        self.transfer_factor = np.ones(n)
-        self.group = np.zeros(n, dtype=np.int64)
+        self.figures: Seconds = np.zeros((n, k.FIGURES))
+        self.left: Seconds = np.zeros((n, 1))  # [instances, prompts] seconds of each in a queue
+        self.unhindered: Seconds = np.zeros(n)  # nobody writes to it
+        hosts: dict[str, int] = {}
         groups: list[Costs] = []
-        for at, line in enumerate(lines):
-            costs = line.spec.costs
-            model = costs.model if isinstance(costs, RefinedCosts) else costs
-            if model not in groups:
-                groups.append(model)
-            self.group[at] = groups.index(model)
-        one = len(groups) == 1
-        self.cost_groups = tuple(
-            CostGroup(costs, slice(None) if one else (self.group == number).nonzero()[0])
-            for number, costs in enumerate(groups)
-        )
+        self.kinds: IndexArray = np.zeros((n, k.KINDS), dtype=np.int64)
         for at, line in enumerate(lines):
             line.slot = at
+            spec = line.spec
+            model = spec.costs.model if isinstance(spec.costs, RefinedCosts) else spec.costs
+            if model not in groups:
+                groups.append(model)
+            host = hosts.setdefault(spec.host, len(hosts))
+            self.kinds[at] = spec.block_tokens, host, groups.index(model)
+            capacity = np.inf if spec.kv_tokens is None else spec.kv_tokens
+            fixed = (capacity, spec.short_share, spec.chunk_tokens, spec.max_running)
+            self.figures[at, k.KV_CAPACITY :] = fixed
+        of_group = self.kinds[:, k.GROUP]
+        self.cost_groups = tuple(
+            CostGroup(costs, slice(None) if len(groups) == 1 else np.flatnonzero(of_group == at))
+            for at, costs in enumerate(groups)
+        )
+        # How KV can move between any two of them; `near` of a host, as `kernels` counts it.
+        paths: list[tuple[int, Path]] = []
+        if len(hosts) > 1:
+            paths.append((0, "nixl"))
+        if len(hosts) < n:
+            paths.append((1, "shm"))
+        self.paths = tuple(paths)
         self._stale = set(lines)
 
     def refresh(self) -> None:
         """Bring the arrays up to date, before they are read."""
         for line in self._stale:
-            self._show(line)
+            if line.slot >= 0:
+                self._show(line)
         self._stale.clear()
 
     def _show(self, line: Line) -> None:
         """Copy a line's figures into the arrays."""
-        at = line.slot
-        if at < 0:
-            return
-        self._show_queue(line)
-        self.kv_tokens[at] = line.residents.kv_tokens + line.other_running * self._typical_context
-        self.used[at] = line.used
-        running = line.decoding + line.other_running
-        batch = line.answers + line.other_running
-        context = line.context_tokens + line.other_running * self._typical_context
-        output = line.output_tokens + line.other_running * self._typical_output
+        at, others = line.slot, line.other_running
+        queued, total = self._show_queue(line)
+        batch = line.answers + others
+        context = line.context_tokens + others * self._typical_context
+        output = line.output_tokens + others * self._typical_output
         remaining = output / (2 * batch) if batch else 0.0  # half of it is behind them
         room = line.spec.max_running
-        self.running[at], self.batch[at], self.remaining[at] = running, batch, remaining
-        self.wait_steps[at] = max(batch + 1 - room, 0) / room * remaining
-        each = context / batch if batch else 0.0
-        step_factor = 1.0
+        prefill_factor = step_factor = transfer_factor = 1.0
         costs = line.spec.costs
         if isinstance(costs, RefinedCosts):
             # One model for instances that are alike, and what was learnt of each beside it.
-            self.prefill_factor[at] = costs.factor("prefill")
-            self.transfer_factor[at] = costs.factor("transfer")
+            prefill_factor, transfer_factor = costs.factor("prefill"), costs.factor("transfer")
             step_factor = costs.factor("decode")
-        # Beyond what fits into a batch, sequences wait and do not slow it down.
-        for row, sequences in enumerate((running, batch, batch + 1)):
-            fitting = min(sequences, room)
-            self.step_sequences[row, at] = fitting
-            self.step_contexts[row, at] = each * min(fitting, batch)
-            self.step_factor[row, at] = step_factor if sequences else 0.0
+        self.figures[at, : k.KV_CAPACITY] = (
+            queued,
+            line.queue.updated,
+            total,
+            line.queue.under_way(),
+            line.residents.kv_tokens + others * self._typical_context,
+            line.decoding + others,
+            batch,
+            context / batch if batch else 0.0,
+            remaining,
+            max(batch + 1 - room, 0) / room * remaining,
+            line.used,
+            prefill_factor,
+            step_factor,
+            transfer_factor,
+        )
 
-    def _show_queue(self, line: Line) -> None:
-        """The queue's figures, others' prompts at its end."""
-        at, queue = line.slot, line.queue
-        left = list(queue.left())
-        left += [self._typical_prefill] * line.other_prefills
+    def _show_queue(self, line: Line) -> tuple[int, float]:
+        """The queue's prompts, others' at its end; how many, and their seconds."""
+        left = list(line.queue.left())
+        if line.other_prefills:
+            left += [self._typical_prefill] * line.other_prefills
+        if not left:
+            return 0, 0.0
         if len(left) > MAX_ROWS:
             left[MAX_ROWS - 1 :] = [sum(left[MAX_ROWS - 1 :])]
-        if len(left) > self._rows:
-            more = np.zeros((len(left) - self._rows, len(self.lines)))
-            self.left = np.concatenate([self.left, more])
-            self._rows = len(left)
-        column = self.left[:, at]
-        column[:] = 0.0
-        column[: len(left)] = left
-        self.left_at[at] = queue.updated
-        self.left_total[at] = sum(left)
-        self.under_way[at] = queue.under_way()
+        missing = len(left) - self.left.shape[1]
+        if missing > 0:
+            self.left = np.concatenate([self.left, np.zeros((len(self.lines), missing))], axis=1)
+        self.left[line.slot, : len(left)] = left
+        return len(left), sum(left)
 
     # --- members ------------------------------------------------------------------------
 
@@ -262,33 +234,28 @@ class Load:
         return reservation
 
     @property
+    def used(self) -> Seconds:
+        """The turn in which each was last chosen, [instances], as `refresh` found it."""
+        return self.figures[:, k.USED]
+
+    @property
     def reserved(self) -> int:
         """Requests that hold a reservation."""
         return len(self._reservations)
 
     # --- as decisions see it ------------------------------------------------------------
 
-    def queues(self, now: float, prefill: Seconds) -> Queues:
-        """What prompts of `prefill` [instances] seconds would meet there."""
-        # Between events time is taken off all prompts alike: which is computed matters little
-        # until one of them ends.
-        gone = np.minimum(now - self.left_at, self.under_way)
-        left = self.left * (1.0 - gone / np.maximum(self.left_total, _NOTHING))
-        shorter = left <= prefill
-        total = left.sum(axis=0)
-        before: Seconds = np.where(shorter, left, 0.0).sum(axis=0)
-        longer = total - before
-        # With the shorter ones it gets its share; the oldest ones get theirs meanwhile.
-        meanwhile = (before + prefill) * self.oldest_rate
-        wait = before + np.minimum(meanwhile, longer)
-        held_up = (len(left) - shorter.sum(axis=0)) * self.shares
-        return Queues(wait, held_up * prefill, total)
+    def has_room(self, slot: int, needed: float) -> bool:
+        """Whether HBM is half empty with `needed` tokens more, as `refresh` found it."""
+        reserved, capacity = self.figures[slot, k.KV_TOKENS], self.figures[slot, k.KV_CAPACITY]
+        return bool(reserved + needed < capacity / 2)
 
     def memory_wait(self, slot: int, needed: float, step: float, now: float) -> float:
         """Until an instance has HBM for a sequence of `needed` tokens, if those there end as
         expected, with decode steps of `step` seconds."""
-        excess = float(self.kv_tokens[slot]) + needed - float(self.kv_capacity[slot])
-        queue = float(self.left_total[slot])
+        figures = self.figures[slot].tolist()
+        excess = figures[k.KV_TOKENS] + needed - figures[k.KV_CAPACITY]
+        queue = figures[k.LEFT_TOTAL]
         return self.lines[slot].residents.wait(excess, queue, step, now)
 
     def shared_tokens(self, slot: int, namespace: Namespace, tokens: TokenArray) -> int:

@@ -6,17 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from memserve.errors import ConfigError
 from memserve.scheduler.candidates import Candidates
 from memserve.scheduler.contract import PromptRequest, Seconds
 from memserve.types import InstanceId
-
-# Plans whose predictions differ by less than this part of the prompt's own prefill are equal:
-# predictions are not better than that, and equal ones take turns.
-NEAR_TIE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +49,15 @@ class Policy:
 
 def prompt_tree(situation: Situation) -> Choice:
     """The least predicted time to the first token plus weighted decode time."""
-    candidates = situation.candidates
-    weight = situation.decode_weight
-    others = candidates.delays + weight * candidates.stall
-    scores = weight * candidates.decode
-    scores += candidates.first_token
-    scores += others[candidates.roster.computes]
-    return _least(candidates, scores)
+    candidates, weight = situation.candidates, situation.decode_weight
+    scores = candidates.weigh(first_token=1.0, decode=weight, delays=1.0, stalls=weight)
+    return Choice(candidates.least(scores), scores)
 
 
 def least_load(situation: Situation) -> Choice:
     """The shortest queues, as if nobody had anything cached."""
-    candidates = situation.candidates
-    return _least(candidates, _load_scores(situation), candidates.roster.usual)
+    candidates, scores = situation.candidates, _load_scores(situation)
+    return Choice(candidates.least(scores, candidates.roster.usual), scores)
 
 
 def session(situation: Situation) -> Choice:
@@ -77,7 +66,7 @@ def session(situation: Situation) -> Choice:
     candidates, former = situation.candidates, situation.session
     roster, slots = candidates.roster, candidates.load.slots
     if former is None:
-        return _least(candidates, scores, roster.usual)
+        return Choice(candidates.least(scores, roster.usual), scores)
     answers, computes = slots.get(former.answers), slots.get(former.computes)
     if answers is not None and computes is not None:
         same = roster.find(answers, computes)
@@ -86,8 +75,8 @@ def session(situation: Situation) -> Choice:
     for kept, now in ((answers, roster.answers), (computes, roster.computes)):
         partly = roster.usual & (now == kept)
         if kept is not None and partly.any():
-            return _least(candidates, scores, partly)
-    return _least(candidates, scores, roster.usual)
+            return Choice(candidates.least(scores, partly), scores)
+    return Choice(candidates.least(scores, roster.usual), scores)
 
 
 def round_robin(situation: Situation) -> Choice:
@@ -123,27 +112,4 @@ def find_policy(name: str) -> Policy:
 
 
 def _load_scores(situation: Situation) -> Seconds:
-    candidates = situation.candidates
-    scores: Seconds = situation.decode_weight * candidates.decode
-    scores += candidates.work[candidates.roster.computes]
-    return scores
-
-
-def _least(
-    candidates: Candidates, scores: Seconds, allowed: NDArray[np.bool_] | None = None
-) -> Choice:
-    """The least score. Of those as good as equal: roles as they are meant and no copies of KV
-    that are not needed, then what was used the longest ago."""
-    if allowed is not None:
-        scores = np.where(allowed, scores, np.inf)
-    limit = scores.min() + NEAR_TIE * candidates.whole_prefill
-    near = (scores <= limit).nonzero()[0]
-    if len(near) == 1:
-        return Choice(int(near[0]), scores)
-    roster, used = candidates.roster, candidates.load.used
-    computes = roster.computes[near]
-    turns = used[roster.answers[near]] + used[computes]
-    plain = roster.usual[near] & (candidates.fetched[computes] == 0)
-    if plain.any():
-        turns[~plain] = np.inf
-    return Choice(int(near[turns.argmin()]), scores)
+    return situation.candidates.weigh(decode=situation.decode_weight, work=1.0)

@@ -6,10 +6,10 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import replace
 
 from memserve.clock import Clock
 from memserve.scheduler.candidates import Roster, evaluate, whole_prefill_seconds
+from memserve.scheduler.compiled import prepare
 from memserve.scheduler.contract import InstanceSpec, Plan, PrefixMatches, PromptRequest
 from memserve.scheduler.decisions import Decision, DecisionLog, Ranking
 from memserve.scheduler.line import Reservation
@@ -62,6 +62,7 @@ class Scheduler:
         """`overlapped`: KV goes to decode instances while prompts are computed. `timer` only
         measures how long decisions take. ConfigError: there is no such policy."""
         self._policy = find_policy(policy)
+        prepare()
         self.policy = policy
         self._prefixes = prefixes
         self._clock = clock
@@ -108,12 +109,13 @@ class Scheduler:
         roster = self._roster(among)
         if not len(roster):
             return None
-        expected = min(request.output_tokens, round(self.output_length.expected))
-        request = replace(request, output_tokens=max(expected, 1))
+        output_tokens = min(request.output_tokens, round(self.output_length.expected))
+        output_tokens = max(output_tokens, 1)
         candidates = evaluate(
             self.load,
             roster,
             request,
+            output_tokens,
             self._prefixes.match(request.namespace, request.tokens),
             now,
             fetches=self._policy.fetches,
@@ -125,7 +127,7 @@ class Scheduler:
         self._turn += 1
         ranking = Ranking.of(candidates, choice.scores, choice.candidate)
         plan = ranking.plan(0)
-        self._reserve(request, plan, now)
+        self._reserve(request, output_tokens, plan, now)
         decision = Decision(
             request=request.id,
             policy=self.policy,
@@ -167,16 +169,16 @@ class Scheduler:
             roster = self._rosters[key] = Roster(self.load, key)
         return roster
 
-    def _kv_tokens(self, request: PromptRequest, plan: Plan) -> int:
+    def _kv_tokens(self, request: PromptRequest, output_tokens: int, plan: Plan) -> int:
         """What its sequence takes up where it is answered."""
-        load, needed = self.load, len(request.tokens) + request.output_tokens
+        load, needed = self.load, len(request.tokens) + output_tokens
         slot = load.slots[plan.instance]
-        if load.kv_tokens[slot] + needed < load.kv_capacity[slot] / 2:
+        if load.has_room(slot, needed):
             return needed  # it does not matter yet how much of it is shared
         held = plan.cached_tokens if plan.prefill is None else plan.prompt_tokens
         return needed - load.shared_tokens(slot, request.namespace, request.tokens[:held])
 
-    def _reserve(self, request: PromptRequest, plan: Plan, now: float) -> None:
+    def _reserve(self, request: PromptRequest, output_tokens: int, plan: Plan, now: float) -> None:
         load, prefixes = self.load, self._prefixes
         load.reserve(
             Reservation(
@@ -185,9 +187,9 @@ class Scheduler:
                 tokens=request.tokens,
                 cached_tokens=plan.cached_tokens + plan.fetched_tokens,
                 prefill_seconds=plan.terms.prefill,
-                context_tokens=len(request.tokens) + request.output_tokens // 2,
-                output_tokens=request.output_tokens,
-                kv_tokens=self._kv_tokens(request, plan),
+                context_tokens=len(request.tokens) + output_tokens // 2,
+                output_tokens=output_tokens,
+                kv_tokens=self._kv_tokens(request, output_tokens, plan),
                 computes=load.line(plan.computes),
                 answers=load.line(plan.instance),
             ),

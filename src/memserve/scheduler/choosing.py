@@ -1,0 +1,150 @@
+"""What policies and explanations do with the seconds of candidates, compiled.
+
+Arrays over `[instances]` go by slot of `Load`, those over `[candidates]` by `Roster`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.scheduler.compiled import compiled, inlined
+from memserve.scheduler.contract import Seconds
+from memserve.types import IndexArray
+
+# Plans whose predictions differ by less than this part of the prompt's own prefill are equal:
+# predictions are not better than that, and equal ones take turns.
+NEAR_TIE = 0.01
+
+_Bools = NDArray[np.bool_]
+
+
+@compiled(
+    "void(int64[::1], float64[::1], float64[::1], float64[::1], float64[::1], float64[::1], "
+    "float64, float64, float64, float64, float64, float64[::1])"
+)
+def weigh(
+    computes: IndexArray,
+    first_token: Seconds,
+    decode: Seconds,
+    delays: Seconds,
+    stalls: Seconds,
+    work: Seconds,
+    of_first_token: float,
+    of_decode: float,
+    of_delays: float,
+    of_stalls: float,
+    of_work: float,
+    scores: Seconds,
+) -> None:
+    """Fill `scores` [candidates] with weighted sums. `computes` [candidates] slots, `first_token`
+    and `decode` [candidates], the rest [instances]."""
+    for at in range(len(scores)):
+        c = computes[at]
+        others = of_delays * delays[c] + of_stalls * stalls[c]
+        own = of_decode * decode[at] + of_first_token * first_token[at]
+        scores[at] = own + others + of_work * work[c]
+
+
+@compiled(
+    "int64(int64[::1], int64[::1], boolean[::1], boolean[::1], int64[::1], float64[:], float64, "
+    "float64[::1])"
+)
+def least(
+    answers: IndexArray,
+    computes: IndexArray,
+    usual: _Bools,
+    allowed: _Bools,
+    fetched: IndexArray,
+    used: Seconds,
+    whole_prefill: float,
+    scores: Seconds,
+) -> int:
+    """The candidate with the least score. Of those as good as equal: roles as they are meant and
+    no copies of KV that are not needed, then what was used the longest ago.
+
+    `allowed` [candidates], one at least: the scores of the others become infinite. `fetched` and
+    `used` [instances]: tokens that would be pulled, and the turn of the last time.
+    """
+    limit = np.inf
+    for at in range(len(scores)):
+        if not allowed[at]:
+            scores[at] = np.inf
+        limit = min(limit, scores[at])
+    limit += NEAR_TIE * whole_prefill
+    best, best_plain, best_turn = -1, False, np.inf
+    for at in range(len(scores)):
+        if scores[at] > limit:
+            continue
+        c = computes[at]
+        plain = usual[at] and fetched[c] == 0
+        turn = used[answers[at]] + used[c]
+        better = turn < best_turn if plain == best_plain else plain
+        if best < 0 or better:
+            best, best_plain, best_turn = at, plain, turn
+    return best
+
+
+@inlined
+def _best_first(scores: Seconds, chosen: int, best: IndexArray) -> None:
+    """`chosen`, and behind it those of the least other scores, in order."""
+    best[0] = chosen
+    last, count = len(best) - 1, 1
+    for at in range(len(scores)):
+        if at == chosen or last == 0:
+            continue
+        if count <= last:
+            place = count
+            count += 1
+        elif scores[at] < scores[best[last]]:
+            place = last
+        else:
+            continue
+        while place > 1 and scores[best[place - 1]] > scores[at]:
+            best[place] = best[place - 1]
+            place -= 1
+        best[place] = at
+
+
+@compiled(
+    "void(int64, float64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], "
+    "float64[::1], float64[::1], float64[::1], float64[::1], float64[::1], float64[::1], "
+    "float64[::1], int64[:,::1], float64[:,::1])"
+)
+def rank(
+    chosen: int,
+    scores: Seconds,
+    answers: IndexArray,
+    computes: IndexArray,
+    source: IndexArray,
+    cached: IndexArray,
+    fetched: IndexArray,
+    fetch: Seconds,
+    prefill: Seconds,
+    delays: Seconds,
+    stalls: Seconds,
+    transfer: Seconds,
+    decode: Seconds,
+    first_token: Seconds,
+    figures: IndexArray,
+    seconds: Seconds,
+) -> None:
+    """Fill `figures` [5, kept] and `seconds` [7, kept], the terms and the score, with those of
+    `chosen` and then of the best others, kept <= candidates.
+
+    `source`, `cached`, `fetched`, `fetch`, `prefill`, `delays`, `stalls` [instances]; the rest
+    [candidates].
+    """
+    kept = figures.shape[1]
+    best = np.empty(kept, np.int64)
+    _best_first(scores, chosen, best)
+    for k in range(kept):
+        at = best[k]
+        c = computes[at]
+        figures[0, k], figures[1, k] = answers[at], c
+        figures[2, k], figures[3, k], figures[4, k] = source[c], cached[c], fetched[c]
+        waits = first_token[at] - transfer[at] - (fetch[c] + prefill[c])
+        seconds[0, k] = max(waits, 0.0)  # what rounding left
+        seconds[1, k], seconds[2, k], seconds[3, k] = fetch[c], prefill[c], transfer[at]
+        seconds[4, k], seconds[5, k] = decode[at] + stalls[c], delays[c]
+        seconds[6, k] = scores[at]

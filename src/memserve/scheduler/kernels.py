@@ -1,0 +1,360 @@
+"""The arithmetic of predictions, compiled: from what instances have to do to seconds.
+
+Arrays over `[instances]` go by slot of `Load`, those over `[candidates]` by `Roster`. Their
+columns and rows are numbered here, because what is compiled is kept until its own file changes.
+Everything is written out one figure at a time: for a few instances an operation on a whole array
+takes longer to begin than to do, and for many no array is written that is read only once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from memserve.scheduler.compiled import compiled, inlined
+from memserve.scheduler.contract import Seconds
+from memserve.types import IndexArray
+
+MAX_SOURCES = 4  # holders of longer prefixes that are looked at
+# A second in which an answer stands still, beside one in which it is decoded.
+STALL = 2.0
+_INSTANT = 1e-9  # seconds, instead of none in a quotient
+
+# `Load.figures` [instances, FIGURES], float64.
+QUEUED = 0  # prompts that are told apart in `Load.left`
+LEFT_AT = 1  # the time of the queue's figures
+LEFT_TOTAL = 2  # seconds in the queue
+UNDER_WAY = 3  # of them, before one of the prompts has ended
+KV_TOKENS = 4  # reserved in HBM
+RUNNING = 5  # sequences that decode now
+BATCH = 6  # and those that will when their prompts are computed
+CONTEXT = 7  # tokens of each of them
+REMAINING = 8  # tokens of each of their answers to come, in the mean
+WAIT_STEPS = 9  # until a full batch has room for one more
+USED = 10  # turn in which it was last chosen, for ties
+PREFILL_FACTOR = 11  # what was learnt beside the cost model
+STEP_FACTOR = 12
+TRANSFER_FACTOR = 13
+KV_CAPACITY = 14  # from here on what only members change
+SHORT_SHARE = 15
+CHUNK_TOKENS = 16
+MAX_RUNNING = 17
+FIGURES = 18
+
+# `Load.kinds` [instances, KINDS], int64.
+BLOCK_TOKENS = 0
+HOST = 1
+GROUP = 2  # of instances with the same cost model
+KINDS = 3
+
+# `Roster.parts` [instances, PARTS], int64: 1 or 0.
+ALLOWED = 0
+COMPUTING = 1
+ANSWERING = 2  # as roles are meant
+PARTS = 3
+
+# `Roster.table` [2, candidates], int64.
+ANSWERS = 0  # slot
+COMPUTES = 1  # slot
+
+# `found` of `survey` [FOUND, MAX_SOURCES], int64; -1: nobody.
+LONGEST = 0  # slots of the longest prefixes where prompts wait
+SOURCE = 1  # slots of prefixes that may be worth pulling, one of each length and host
+SOURCE_TOKENS = 2
+SUMMARY = 3  # the least that is cached where prompts are computed; instances short of HBM
+FOUND = 4
+
+# `by_instance` [PER_INSTANCE, instances], float64: seconds, of computing the prompt there.
+FETCH = 0
+PREFILL = 1
+DELAYS = 2
+STALLS = 3  # that answers there see of it, together
+WORK = 4  # before it, whatever it takes itself
+COMPUTED = 5  # until it is
+BUSY = 6  # until somebody else's prompt could be answered there
+ROOM = 7  # until a full batch has room
+DECODE = 8  # of the answer, without STALLS
+PER_INSTANCE = 9
+
+# `pulled` [PULLED, instances], int64.
+FROM = 0  # slot whose longer prefix is pulled; -1: nobody's
+FETCHED = 1  # tokens
+PULLED = 2
+
+# `by_candidate` [PER_CANDIDATE, candidates], float64: seconds.
+TRANSFER = 0
+DECODES = 1  # without STALLS
+FIRST_TOKEN = 2
+PER_CANDIDATE = 3
+
+
+@inlined
+def _usable(tokens: int, block_tokens: int, prompt: int) -> int:
+    """Whole blocks, and never all of a prompt, since the last token's logits are needed."""
+    most = min(tokens, max(prompt - 1, 0))
+    return most - most % block_tokens
+
+
+@compiled(
+    "void(float64[:,::1], int64[:,::1], int64[:,::1], int64[::1], int64, float64, float64, "
+    "boolean, int64[:,::1], int64[:,:,::1], int64[:,::1], float64[:,::1], int64[:,::1])"
+)
+def survey(
+    figures: Seconds,
+    kinds: IndexArray,
+    parts: IndexArray,
+    held: IndexArray,
+    prompt: int,
+    context: float,
+    needed: float,
+    fetches: bool,
+    asked: IndexArray,
+    moved: IndexArray,
+    sequences: IndexArray,
+    contexts: Seconds,
+    found: IndexArray,
+) -> None:
+    """What there is to ask cost models about a prompt of `prompt` tokens, of which instances have
+    `held` [instances], whose answer needs `context` tokens half way and `needed` in the end.
+
+    Fills `found`, `asked` [2 or more, instances] (nothing, and what is there), `moved`
+    [2, 1 or more, instances] (the tokens that each lacks, and their blocks) and the batches
+    [3, instances] of decode steps: as they are now, with what is to come, and with this request.
+    """
+    n = len(figures)
+    short, least = 0, prompt
+    for i in range(n):
+        block = kinds[i, BLOCK_TOKENS]
+        cached = _usable(held[i], block, prompt)
+        asked[0, i], asked[1, i] = 0, cached
+        moved[0, 0, i] = prompt - cached
+        moved[1, 0, i] = -(-(prompt - cached) // block)
+        if parts[i, COMPUTING]:
+            least = min(least, cached)
+        short += figures[i, KV_TOKENS] + needed > figures[i, KV_CAPACITY]
+        running, batch = figures[i, RUNNING], figures[i, BATCH]
+        most, each = figures[i, MAX_RUNNING], figures[i, CONTEXT]
+        # Beyond what fits into a batch, sequences wait and do not slow it down.
+        now, before, after = min(running, most), min(batch, most), min(batch + 1, most)
+        sequences[0, i], sequences[1, i], sequences[2, i] = int(now), int(before), int(after)
+        contexts[0, i] = each * min(now, batch)
+        contexts[1, i] = each * before
+        contexts[2, i] = each * min(after, batch) + context
+    found[:] = -1
+    found[SUMMARY, 0], found[SUMMARY, 1] = least, short
+    _find_longest(figures, asked[1], found)
+    if fetches:
+        _find_sources(kinds, parts, asked[1], least, found)
+
+
+@inlined
+def _find_longest(figures: Seconds, cached: IndexArray, found: IndexArray) -> None:
+    """Of equal ones the first, as everywhere."""
+    below, behind = np.iinfo(np.int64).max, -1
+    for at in range(MAX_SOURCES):
+        best = -1
+        for i in range(len(cached)):
+            follows = cached[i] < below or (cached[i] == below and i > behind)
+            if follows and cached[i] > 0 and (best < 0 or cached[i] > cached[best]):
+                best = i
+        if best < 0:
+            return
+        below, behind = cached[best], best
+        if figures[best, LEFT_TOTAL] > 0:
+            found[LONGEST, at] = best
+
+
+@inlined
+def _find_sources(
+    kinds: IndexArray, parts: IndexArray, cached: IndexArray, least: int, found: IndexArray
+) -> None:
+    for at in range(MAX_SOURCES):
+        best = -1
+        for i in range(len(cached)):
+            if not parts[i, ALLOWED] or cached[i] <= least:
+                continue
+            if best >= 0 and cached[i] <= cached[best]:
+                continue
+            new = True
+            for k in range(at):
+                alike = found[SOURCE_TOKENS, k] == cached[i]
+                if alike and kinds[found[SOURCE, k], HOST] == kinds[i, HOST]:
+                    new = False
+            if new:
+                best = i
+        if best < 0:
+            return
+        found[SOURCE, at], found[SOURCE_TOKENS, at] = best, cached[best]
+
+
+@compiled("void(int64[:,::1], int64[:,::1], int64, int64[:,::1], int64[:,:,::1])")
+def survey_sources(
+    kinds: IndexArray, sources: IndexArray, prompt: int, asked: IndexArray, moved: IndexArray
+) -> None:
+    """What each of `sources` [2, sources] (slots, tokens) would give each instance: adds to
+    `asked`, from row 2 on, what it then has, and to `moved`, from row 1 on, what it would pull."""
+    for s in range(sources.shape[1]):
+        block = kinds[sources[0, s], BLOCK_TOKENS]
+        for i in range(len(kinds)):
+            has = _usable(sources[1, s], kinds[i, BLOCK_TOKENS], prompt)
+            extra = max(has - asked[1, i], 0)
+            asked[2 + s, i] = has
+            moved[0, 1 + s, i] = extra
+            moved[1, 1 + s, i] = -(-extra // block)
+
+
+@inlined
+def _best_source(
+    figures: Seconds,
+    kinds: IndexArray,
+    asked: IndexArray,
+    seconds: Seconds,
+    moves: Seconds,
+    sources: IndexArray,
+    i: int,
+    alone: float,
+    factor: float,
+) -> tuple[int, float]:
+    """Which of `sources` is worth pulling from, -1: none, and seconds of that: it costs no more
+    than it saves of `alone`, the prefill without. `factor`: of predicted prefills there."""
+    best, least, pulling = -1, np.inf, 0.0
+    for s in range(sources.shape[1]):
+        if asked[2 + s, i] <= asked[1, i]:
+            continue
+        slot = sources[0, s]
+        near = int(kinds[slot, HOST] == kinds[i, HOST])
+        moving = moves[kinds[slot, GROUP], near, 1 + s, i] * figures[slot, TRANSFER_FACTOR]
+        total = moving + seconds[2 + s, i] * figures[i, PREFILL_FACTOR] * factor
+        if total <= alone and total < least:
+            best, least, pulling = s, total, moving
+    return best, pulling
+
+
+@inlined
+def _queue(
+    figures: Seconds, left: Seconds, i: int, now: float, prefill: float
+) -> tuple[float, float, float]:
+    """What a prompt of `prefill` seconds would meet: how much later it would be computed, how
+    much later the others would be, together, and all that is there."""
+    # Between events time is taken off all prompts alike: which is computed matters little
+    # until one of them ends.
+    gone = min(now - figures[i, LEFT_AT], figures[i, UNDER_WAY])
+    rest = 1.0 - gone / max(figures[i, LEFT_TOTAL], _INSTANT)
+    total, before, longer = 0.0, 0.0, 0
+    for row in range(int(figures[i, QUEUED])):
+        seconds = left[i, row] * rest
+        total += seconds
+        if seconds <= prefill:
+            before += seconds
+        else:
+            longer += 1
+    share = figures[i, SHORT_SHARE]
+    if share <= 0:
+        return total, 0.0, total
+    # With the shorter ones it gets its share; the oldest ones get theirs meanwhile.
+    meanwhile = (before + prefill) * ((1 - share) / share)
+    return before + min(meanwhile, total - before), longer * prefill, total
+
+
+@compiled(
+    "float64(float64[:,::1], float64[:,::1], int64[:,::1], int64[:,::1], int64[:,::1], "
+    "int64[:,::1], float64[:,::1], float64[:,::1], float64[:,:,:,::1], int64[:,::1], "
+    "float64[::1], float64, int64, int64, boolean, float64[:,::1], int64[:,::1], float64[:,::1])"
+)
+def predict(
+    figures: Seconds,
+    left: Seconds,
+    kinds: IndexArray,
+    parts: IndexArray,
+    table: IndexArray,
+    asked: IndexArray,
+    steps: Seconds,
+    seconds: Seconds,
+    moves: Seconds,
+    sources: IndexArray,
+    floor: Seconds,
+    now: float,
+    prompt: int,
+    output: int,
+    overlapped: bool,
+    by_instance: Seconds,
+    pulled: IndexArray,
+    by_candidate: Seconds,
+) -> float:
+    """Fill the last three; returns the least prefill of the prompt with nothing cached.
+
+    `left` [instances, rows] seconds of each prompt in the queue; `steps` [3, instances] and
+    `seconds` [2 + sources, instances] as cost models answer `survey`; `moves` [groups, far or
+    near, 1 + sources, instances] likewise; `floor` [instances] seconds that the prompt waits at
+    least; `overlapped`: KV goes to the decode instance while the prompt is computed.
+    """
+    n = len(figures)
+    usual, answering, least = 0.0, 0, np.inf
+    for i in range(n):
+        if parts[i, ANSWERING]:
+            usual += figures[i, RUNNING]
+            answering += 1
+    usual /= answering
+    for i in range(n):
+        running, batch = figures[i, RUNNING], figures[i, BATCH]
+        factor = figures[i, STEP_FACTOR]
+        step = steps[0, i] * factor if running > 0 else 0.0
+        before = steps[1, i] * factor if batch > 0 else 0.0
+        after = steps[2, i] * factor
+        whole = seconds[0, i] * figures[i, PREFILL_FACTOR]
+        least = min(least, whole)
+        # Each chunk of the prompt takes as long as a step of decoding does besides.
+        slowed = step * (prompt / figures[i, CHUNK_TOKENS]) / max(whole, _INSTANT) + 1.0
+        alone = seconds[1, i] * figures[i, PREFILL_FACTOR] * slowed
+        prefill, fetch, pulled[FROM, i], pulled[FETCHED, i] = alone, 0.0, -1, 0
+        if sources.shape[1]:
+            best, pulling = _best_source(
+                figures, kinds, asked, seconds, moves, sources, i, alone, slowed
+            )
+            if best >= 0:
+                prefill = seconds[2 + best, i] * figures[i, PREFILL_FACTOR] * slowed
+                fetch = pulling
+                pulled[FROM, i] = sources[0, best]
+                pulled[FETCHED, i] = asked[2 + best, i] - asked[1, i]
+        wait, delays, work = _queue(figures, left, i, now, prefill)
+        queue, room = max(wait, floor[i]), figures[i, WAIT_STEPS] * before
+        # The answer, and what it costs those beside it.
+        slower = max(after - before, 0.0) * batch * min(figures[i, REMAINING], float(output))
+        # If fewer are decoded than on the others, more will come before the prefill ends, or
+        # crowd elsewhere.
+        stalled = max(running, usual * parts[i, ANSWERING])
+        by_instance[FETCH, i], by_instance[PREFILL, i] = fetch, prefill
+        by_instance[DELAYS, i], by_instance[WORK, i] = delays, work
+        by_instance[STALLS, i] = stalled * STALL * prefill
+        by_instance[COMPUTED, i] = queue + fetch + prefill
+        by_instance[ROOM, i], by_instance[BUSY, i] = room, room + queue
+        by_instance[DECODE, i] = (output - 1) * after + slower
+    _candidates(figures, kinds, table, moves, overlapped, by_instance, by_candidate)
+    return least
+
+
+@inlined
+def _candidates(
+    figures: Seconds,
+    kinds: IndexArray,
+    table: IndexArray,
+    moves: Seconds,
+    overlapped: bool,
+    by_instance: Seconds,
+    by_candidate: Seconds,
+) -> None:
+    for at in range(table.shape[1]):
+        a, c = table[ANSWERS, at], table[COMPUTES, at]
+        move, ready, decode = 0.0, by_instance[COMPUTED, c], by_instance[DECODE, a]
+        if a == c:
+            ready += by_instance[ROOM, c]
+        else:
+            near = int(kinds[c, HOST] == kinds[a, HOST])
+            move = moves[kinds[c, GROUP], near, 0, a] * figures[c, TRANSFER_FACTOR]
+            if overlapped:
+                move = max(move - by_instance[PREFILL, c], 0.0)
+            ready += move
+            # A full batch, or prompts that the decode instance computes itself, hold it up.
+            decode += max(by_instance[BUSY, a] - ready, 0.0)
+        by_candidate[TRANSFER, at] = move
+        by_candidate[DECODES, at] = decode
+        by_candidate[FIRST_TOKEN, at] = ready
