@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,6 +111,16 @@ def test_decoding_goes_on_while_another_prompt_is_computed() -> None:
     # Two chunks of eight tokens, each with a decode step in it, from the end of a running step.
     assert b.first_token == pytest.approx(9.0 + 2 * 8.1, abs=0.11)
     assert a.end == pytest.approx(8.0 + 100 * 0.1 + 16.0, abs=0.11)
+
+
+def test_without_mixed_steps_answers_wait_for_prompts_and_every_step_for_its_host() -> None:
+    requests = Requests()
+    a, b = requests.make(range(8), 101), requests.make(range(50, 66), 1)
+    old = replace(shape("a"), mixed_steps=False, step_overhead=0.05)
+    play(SimCluster([old], "prompt-tree"), SimSession(0.0, [a]), SimSession(9.0, [b]))
+    # Two chunks, no decode step in either; 100 decode steps before and after.
+    assert b.first_token == pytest.approx(9.0 + 2 * 8.05, abs=0.16)
+    assert a.end == pytest.approx(8.05 + 100 * 0.15 + 2 * 8.05, abs=0.01)
 
 
 @pytest.mark.parametrize(("caching", "cached"), [("off", 0), ("p", 16), ("pd", 16), ("full", 28)])

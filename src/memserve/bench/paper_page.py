@@ -32,11 +32,13 @@ _INTRODUCTION = (
     "'full' are the steps of caching under this policy."
 )
 _SIMULATED = (
-    "Four instances of two H800 each: 4 colocated against 2 prefill and 2 decode. Prompts are "
-    "computed whole and in order, as the engines of the paper did. Where sizes differ: how fast "
-    "sessions arrive is not in the paper, and its gains grow with the load; its colocated "
-    "baseline stops decoding for whole prompts, where ours computes them in the same step; and "
-    "the data here are samples of its data."
+    "Four instances of two H800 each: 4 colocated against 2 prefill and 2 decode. As in the "
+    "paper's engine, prompts are computed whole, in order, in steps in which no answer is decoded, "
+    "and each step waits for its host, as its authors measured. Where sizes differ: how fast "
+    "sessions arrive is not in the paper, and its gains grow with the load; half as many "
+    "instances decode in batches twice as large, which costs bandwidth here; the data here are "
+    "samples of its data. Caching cannot take more from a request than its time before the first "
+    "token."
 )
 
 

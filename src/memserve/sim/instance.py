@@ -36,6 +36,8 @@ class InstanceShape:
     short_share: float = 0.5  # of it, for the shortest prompt; 0: all in order, as vLLM
     caches: bool = True  # keeps KV for later requests
     swap_bytes_per_second: float = 25e9  # DRAM to HBM
+    step_overhead: float = 0.0  # seconds of the host's work in each step, its devices idle
+    mixed_steps: bool = True  # False: no answer is decoded in a step that computes prompts
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +65,7 @@ class _Phase:
     step_seconds: float
     steps: int
     chunks: Sequence[tuple[Job, int]]  # prompts, and tokens of each in a step
+    decodes: bool  # every decoding sequence gets a token in each step
 
 
 class SimInstance:
@@ -135,19 +138,19 @@ class SimInstance:
     def _begin(self) -> None:
         self._take_arrived()
         chunks = self._next_chunks()
-        batch = self._decoding
+        batch = self._decoding if self.shape.mixed_steps or not chunks else []
         if not chunks and not batch:
             self._phase = None
             return
         steps = min((job.left for job in batch), default=1 << 30)
-        seconds = 0.0
+        seconds = self.shape.step_overhead
         for job, tokens in chunks:
             steps = min(steps, job.uncached // tokens)
             seconds += tokens * job.token_seconds
         if batch:
             context = sum(job.context for job in batch) + len(batch) * (steps // 2)
             seconds += float(self.shape.costs.decode_step_seconds(len(batch), context))
-        self._plan_end(_Phase(self._timeline.now(), max(seconds, 1e-9), steps, chunks))
+        self._plan_end(_Phase(self._timeline.now(), max(seconds, 1e-9), steps, chunks, bool(batch)))
 
     def _plan_end(self, phase: _Phase) -> None:
         self._phase = phase
@@ -164,7 +167,7 @@ class SimInstance:
         self.busy_seconds += steps * phase.step_seconds
         self._phase = None
         finished = []
-        for job in self._decoding:
+        for job in self._decoding if phase.decodes else ():
             job.left -= steps
             job.context += steps
             if not job.left:

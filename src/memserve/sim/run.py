@@ -83,6 +83,12 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     short_share: Annotated[
         float, Meta(ge=0, lt=1), doc("of it for the shortest prompt; 0: all in order, as vLLM")
     ] = 0.5
+    mixed_steps: Annotated[
+        bool, doc("prompts and answers in one step; without: answers wait for prompts")
+    ] = True
+    step_overhead: Annotated[
+        float, Meta(ge=0), doc("seconds of the engine's host in each step, its devices idle")
+    ] = 0.0
 
 
 class SimResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,6 +186,8 @@ def _shapes(config: SimConfig) -> list[InstanceShape]:
             chunk_tokens=config.chunk_tokens,
             short_share=config.short_share,
             swap_bytes_per_second=_swap_bandwidth(config),
+            step_overhead=config.step_overhead,
+            mixed_steps=config.mixed_steps,
             caches=role in KEEPING_ROLES[config.caching],
         )
         for role, count in counts.items()
