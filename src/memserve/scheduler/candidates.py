@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -64,26 +63,116 @@ class Roster:
         return self._find.get((answers, computes))
 
 
-class Candidates(msgspec.Struct, frozen=True, eq=False):
-    """Predicted seconds of every candidate for one request."""
+class Candidates:
+    """Every candidate of a roster, and its predicted seconds for one request.
 
-    load: Load
-    roster: Roster
-    prompt_tokens: int
-    cached: IndexArray  # [instances]
-    source: IndexArray  # [instances] whose longer prefix is pulled; -1: nobody's
-    fetched: IndexArray  # [instances] tokens
-    # Of computing the prompt, [instances].
-    fetch: Seconds
-    prefill: Seconds
-    delays: Seconds
-    stalls: Seconds  # that answers there see of it, together
-    work: Seconds  # before it, whatever it takes itself
-    # [candidates]
-    transfer: Seconds
-    decode: Seconds  # without `stalls`
-    first_token: Seconds
-    whole_prefill: float  # the least, of the prompt with nothing cached
+    The arrays are made once, and `predict` fills them again for the next request: whoever wants
+    to keep figures takes copies.
+    """
+
+    def __init__(self, load: Load, roster: Roster) -> None:
+        self.load = load
+        self.roster = roster
+        self.prompt_tokens = 0
+        self.whole_prefill = 0.0  # seconds, the least, of the prompt with nothing cached
+        n = len(load.lines)
+        self._held: IndexArray = np.empty(n, np.int64)
+        self._asked: IndexArray = np.empty((2 + k.MAX_SOURCES, n), np.int64)
+        self._moved: IndexArray = np.empty((2, 1 + k.MAX_SOURCES, n), np.int64)
+        self._sequences: IndexArray = np.empty((3, n), np.int64)
+        self._contexts: Seconds = np.empty((3, n))
+        self._found: IndexArray = np.empty((k.FOUND, k.MAX_SOURCES), np.int64)
+        self._by_instance: Seconds = np.empty((k.PER_INSTANCE, n))
+        self._pulled: IndexArray = np.empty((k.PULLED, n), np.int64)
+        self._by_candidate: Seconds = np.empty((k.PER_CANDIDATE, len(roster)))
+        # [instances]: tokens, and of those that are pulled whose they are; -1: nobody's
+        self.cached: IndexArray = self._asked[1]
+        self.source: IndexArray = self._pulled[k.FROM]
+        self.fetched: IndexArray = self._pulled[k.FETCHED]
+        # [instances]: of computing the prompt
+        self.fetch: Seconds = self._by_instance[k.FETCH]
+        self.prefill: Seconds = self._by_instance[k.PREFILL]
+        self.delays: Seconds = self._by_instance[k.DELAYS]
+        self.stalls: Seconds = self._by_instance[k.STALLS]  # that answers there see, together
+        self.work: Seconds = self._by_instance[k.WORK]  # before it, whatever it takes itself
+        # [candidates]
+        self.transfer: Seconds = self._by_candidate[k.TRANSFER]
+        self.decode: Seconds = self._by_candidate[k.DECODES]  # without `stalls`
+        self.first_token: Seconds = self._by_candidate[k.FIRST_TOKEN]
+
+    def predict(
+        self,
+        request: PromptRequest,
+        output_tokens: int,
+        matches: Mapping[InstanceId, int],
+        now: float,
+        *,
+        fetches: bool,
+        overlapped: bool = False,
+    ) -> None:
+        """Predict every candidate. `output_tokens` is what is expected, at least 1; `matches` what
+        instances are known to hold of the prompt; `overlapped`: KV goes to the decode instance
+        while the prompt is computed."""
+        load, roster, asked, moved = self.load, self.roster, self._asked, self._moved
+        load.refresh()
+        prompt = self.prompt_tokens = len(request.tokens)
+        needed = prompt + output_tokens
+        self._hold(matches)
+        k.survey(
+            load.figures,
+            load.kinds,
+            roster.parts,
+            self._held,
+            prompt,
+            prompt + output_tokens / 2,
+            needed,
+            fetches,
+            asked,
+            moved,
+            self._sequences,
+            self._contexts,
+            self._found,
+        )
+        longest, slots, tokens, (least, short, *_) = self._found.tolist()
+        sources = _NO_SOURCES
+        if slots[0] >= 0:
+            sources = _sure_sources(load, request, slots, tokens, least)
+            k.survey_sources(load.kinds, sources, prompt, asked, moved)
+        count = sources.shape[1]
+        steps = _step_seconds(load, self._sequences, self._contexts)
+        floor = load.unhindered
+        if short:
+            floor = _memory_wait(load, request, needed, self.cached, steps, now)
+        if max(longest) >= 0:
+            floor = _wait_for_promises(load, request, longest, self.cached, floor)
+        self.whole_prefill = k.predict(
+            load.figures,
+            load.left,
+            load.kinds,
+            roster.parts,
+            roster.table,
+            asked,
+            steps,
+            _prefill_seconds(load, prompt, asked[: 2 + count]),
+            _move_seconds(load, moved[:, : 1 + count]) if count or roster.pairs else _NO_MOVES,
+            sources,
+            floor,
+            now,
+            prompt,
+            output_tokens,
+            overlapped,
+            self._by_instance,
+            self._pulled,
+            self._by_candidate,
+        )
+
+    def _hold(self, matches: Mapping[InstanceId, int]) -> None:
+        held, slots = self._held, self.load.slots
+        held.fill(0)
+        for instance, tokens in matches.items():
+            slot = slots.get(instance)
+            if slot is not None:
+                held[slot] = tokens
 
     def weigh(
         self,
@@ -131,97 +220,6 @@ class Candidates(msgspec.Struct, frozen=True, eq=False):
         )
 
 
-def evaluate(
-    load: Load,
-    roster: Roster,
-    request: PromptRequest,
-    output_tokens: int,
-    matches: Mapping[InstanceId, int],
-    now: float,
-    *,
-    fetches: bool,
-    overlapped: bool = False,
-) -> Candidates:
-    """Predict every candidate. `output_tokens` is what is expected, at least 1; `overlapped`: KV
-    goes to the decode instance while the prompt is computed."""
-    load.refresh()
-    n, prompt = len(load.lines), len(request.tokens)
-    needed = prompt + output_tokens
-    asked = np.empty((2 + k.MAX_SOURCES, n), np.int64)
-    moved = np.empty((2, 1 + k.MAX_SOURCES, n), np.int64)
-    sequences, contexts = np.empty((3, n), np.int64), np.empty((3, n))
-    found = np.empty((k.FOUND, k.MAX_SOURCES), np.int64)
-    k.survey(
-        load.figures,
-        load.kinds,
-        roster.parts,
-        _held(load, matches),
-        prompt,
-        prompt + output_tokens / 2,
-        needed,
-        fetches,
-        asked,
-        moved,
-        sequences,
-        contexts,
-        found,
-    )
-    longest, slots, tokens, (least, short, *_) = found.tolist()
-    sources = _NO_SOURCES
-    if slots[0] >= 0:
-        sources = _sure_sources(load, request, slots, tokens, least)
-        k.survey_sources(load.kinds, sources, prompt, asked, moved)
-    count = sources.shape[1]
-    steps = _step_seconds(load, sequences, contexts)
-    floor = load.unhindered
-    if short or max(longest) >= 0:
-        floor = _memory_wait(load, request, needed, asked[1], steps, now)
-        _wait_for_promises(load, request, longest, asked[1], floor)
-    by_instance = np.empty((k.PER_INSTANCE, n))
-    pulled = np.empty((k.PULLED, n), np.int64)
-    by_candidate = np.empty((k.PER_CANDIDATE, len(roster)))
-    whole = k.predict(
-        load.figures,
-        load.left,
-        load.kinds,
-        roster.parts,
-        roster.table,
-        asked,
-        steps,
-        _prefill_seconds(load, prompt, asked[: 2 + count]),
-        _move_seconds(load, moved[:, : 1 + count]) if count or roster.pairs else _NO_MOVES,
-        sources,
-        floor,
-        now,
-        prompt,
-        output_tokens,
-        overlapped,
-        by_instance,
-        pulled,
-        by_candidate,
-    )
-    fetch, prefill, delays, stalls, work, *_ = by_instance
-    source, fetched = pulled
-    transfer, decode, first_token = by_candidate
-    return Candidates(
-        load,
-        roster,
-        prompt,
-        asked[1],
-        source,
-        fetched,
-        fetch,
-        prefill,
-        delays,
-        stalls,
-        work,
-        transfer,
-        decode,
-        first_token,
-        whole,
-    )
-
-
 def whole_prefill_seconds(load: Load, prompt: int) -> Seconds:
     """exec(x, 0), [instances]."""
     load.refresh()
@@ -229,17 +227,6 @@ def whole_prefill_seconds(load: Load, prompt: int) -> Seconds:
     seconds: Seconds = _prefill_seconds(load, prompt, asked)[0]
     seconds *= load.figures[:, k.PREFILL_FACTOR]
     return seconds
-
-
-def _held(load: Load, matches: Mapping[InstanceId, int]) -> IndexArray:
-    """What each instance is known to have, [instances] tokens."""
-    held = [0] * len(load.lines)
-    slots = load.slots
-    for instance, tokens in matches.items():
-        slot = slots.get(instance)
-        if slot is not None:
-            held[slot] = tokens
-    return np.array(held, dtype=np.int64)
 
 
 def _sure_sources(
@@ -320,13 +307,18 @@ def _memory_wait(
 
 def _wait_for_promises(
     load: Load, request: PromptRequest, longest: list[int], cached: IndexArray, wait: Seconds
-) -> None:
-    """A prefix that others' prompts have yet to bring is there when they are computed. Looks at
-    the longest prefixes alone: what many instances have is there, or costs little."""
+) -> Seconds:
+    """`wait` [instances], and where a prefix counts that others' prompts have yet to bring, until
+    they are computed. Looks at the `longest` prefixes alone (slots, -1: none): what many instances
+    have is there, or costs little."""
+    waits = None
     for slot in longest:
         if slot < 0:
             continue
         tokens = int(cached[slot])
         sure = load.promised_tokens(slot, request.namespace, request.tokens[:tokens])
         if sure < tokens:
-            wait[slot] = max(wait[slot], load.figures[slot, k.LEFT_TOTAL])
+            if waits is None:
+                waits = wait.copy()
+            waits[slot] = max(waits[slot], load.figures[slot, k.LEFT_TOTAL])
+    return wait if waits is None else waits

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -47,8 +48,7 @@ class InstanceSpec:
     short_share: float = 0.5  # of a chunk, for the shortest prompt; 0: all in order, as vLLM
 
 
-@dataclass(frozen=True, slots=True)
-class PromptRequest:
+class PromptRequest(msgspec.Struct, frozen=True, eq=False):
     """What a decision needs to know of a request."""
 
     id: RequestId
@@ -59,8 +59,7 @@ class PromptRequest:
     priority: int = 0  # lower runs first
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(msgspec.Struct, frozen=True):
     """Why a plan takes as long as it does: its predicted seconds."""
 
     queue: float = 0.0  # until its prefill starts
@@ -75,8 +74,7 @@ class Terms:
         return self.queue + self.fetch + self.prefill + self.transfer
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """Where a request runs. `instance` answers; `prefill`, if any, computes its prompt."""
 
     instance: InstanceId

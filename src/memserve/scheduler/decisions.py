@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -105,8 +104,7 @@ class Ranking(msgspec.Struct, frozen=True, eq=False):
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, eq=False):
     """What `Scheduler.decide` found. `plan` is reserved."""
 
     request: RequestId

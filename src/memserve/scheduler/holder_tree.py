@@ -186,22 +186,25 @@ class HolderTree:
     def expect(self, data: bytes, slot: int, deadline: float) -> bool:
         """Count `slot` as a holder of all of `data` until `deadline`; False if it is one."""
         touched: list[Node] = []
-        node, done, total = self.root, 0, len(data) // self.step
-        while done < total:
-            child = node.children.get(data[done * self.step : (done + 1) * self.step])
+        node, at, end, step = self.root, 0, len(data), self.step
+        while at < end:
+            child = node.children.get(data[at : at + step])
             if child is None:
-                child = self._add(node, data[done * self.step : total * self.step])
-            count = _common_blocks(child.edge, 0, data, done * self.step, self.step)
+                child = self._add(node, data[at:])
+            size = common = len(child.edge)
+            if not data.startswith(child.edge, at):
+                common = _common_blocks(child.edge, 0, data, at, step) * step
+            at += common
             if slot not in child.blocks:
-                if count < len(child):
+                if common < size:
                     touched.append(child)
-                    child = self._split(child, count)
+                    child = self._split(child, common // step)
+                    size = common
                 child.expected[slot] = max(deadline, child.expected.get(slot, deadline))
                 child.mask |= 1 << slot
                 touched.append(child)
-            done += count
-            if count < len(child) and done < total:  # held so far, and parts from there
-                child = self._split(child, count)
+            if common < size and at < end:  # held so far, and parts from there
+                child = self._split(child, common // step)
                 touched.append(child)
             node = child
         self._tidy_all(touched)
@@ -354,12 +357,17 @@ class HolderTree:
 def _common_blocks(edge: bytes, offset: int, data: bytes, at: int, step: int) -> int:
     """Whole blocks that an edge from block `offset` on and data[at:] have in common."""
     start = offset * step
-    count = min(len(edge) - start, len(data) - at) // 4
-    mine = np.frombuffer(edge, np.int32, count, start)
-    theirs = np.frombuffer(data, np.int32, count, at)
-    differ = mine != theirs
-    first = int(differ.argmax()) if count else 0
-    return 4 * (first if count and differ[first] else count) // step
+    common, most = 0, min(len(edge) - start, len(data) - at) // step
+    # All of them, as a rule; else by halves.
+    middle = most
+    while common < most:
+        first = common * step
+        if data.startswith(edge[start + first : start + middle * step], at + first):
+            common = middle
+        else:
+            most = middle - 1
+        middle = (common + most + 1) // 2
+    return common
 
 
 def _runs(positions: IndexArray) -> list[tuple[int, int]]:

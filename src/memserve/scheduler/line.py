@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from memserve.scheduler.contract import InstanceSpec
 from memserve.scheduler.queue import PrefillQueue
@@ -10,8 +10,7 @@ from memserve.scheduler.residents import Residents
 from memserve.types import Namespace, RequestId, TokenArray
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Reservation:
+class Reservation(msgspec.Struct, frozen=True, eq=False):
     """What one request takes up. Owned by `Load` until it is released."""
 
     request: RequestId

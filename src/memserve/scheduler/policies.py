@@ -6,22 +6,22 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import msgspec
+
 from memserve.errors import ConfigError
 from memserve.scheduler.candidates import Candidates
 from memserve.scheduler.contract import PromptRequest, Seconds
 from memserve.types import InstanceId
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True):
     """Where a session ran last."""
 
     answers: InstanceId
     computes: InstanceId
 
 
-@dataclass(frozen=True, slots=True)
-class Situation:
+class Situation(msgspec.Struct, frozen=True, eq=False):
     """What a policy sees. It changes nothing."""
 
     request: PromptRequest
@@ -31,8 +31,7 @@ class Situation:
     session: Placement | None  # of the request's session
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True, eq=False):
     """A candidate and by which figures [candidates] it was chosen, the least being best."""
 
     candidate: int

@@ -59,7 +59,7 @@ class PrefillQueue:
 
     def _served(self) -> tuple[RequestId, RequestId]:
         oldest = next(iter(self._left))
-        if not self.short_share:
+        if not self.short_share or len(self._left) == 1:
             return oldest, oldest
         return oldest, min(self._left, key=self._left.__getitem__)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from memserve.types import Namespace, RequestId, TokenArray
 
 
-@dataclass(slots=True, eq=False)
-class Resident:
+class Resident(msgspec.Struct, eq=False):
     """One request's share of HBM."""
 
     namespace: Namespace

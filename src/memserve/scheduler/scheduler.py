@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 
 from memserve.clock import Clock
-from memserve.scheduler.candidates import Roster, evaluate, whole_prefill_seconds
+from memserve.scheduler.candidates import Candidates, Roster, whole_prefill_seconds
 from memserve.scheduler.compiled import prepare
 from memserve.scheduler.contract import InstanceSpec, Plan, PrefixMatches, PromptRequest
 from memserve.scheduler.decisions import Decision, DecisionLog, Ranking
@@ -74,19 +74,19 @@ class Scheduler:
         self.decisions = DecisionLog()
         self._turn = 0
         self._sessions: OrderedDict[str, Placement] = OrderedDict()
-        self._rosters: dict[frozenset[InstanceId] | None, Roster] = {}
+        self._candidates: dict[frozenset[InstanceId] | None, Candidates] = {}
 
     # --- members ------------------------------------------------------------------------
 
     def put(self, spec: InstanceSpec) -> None:
         """A new instance, or what changed of one: its role, its costs. Reservations stay."""
         if self.load.put(spec):
-            self._rosters.clear()
+            self._candidates.clear()
 
     def remove(self, instance: InstanceId) -> None:
         """It is gone, with all that was reserved there. Unknown ones are ignored."""
         if self.load.remove(instance):
-            self._rosters.clear()
+            self._candidates.clear()
 
     def observe(self, instance: InstanceId, *, running: int, waiting: int) -> None:
         """What the instance counts itself: sequences that hold memory, and those that wait.
@@ -101,19 +101,18 @@ class Scheduler:
         """Choose where a request runs, reserve it there, and expect its prompt there.
 
         `among`: instances that may be named in any part; None: all. None is returned if none
-        of them is there. A request that has a reservation (it is tried again) loses that first.
+        of them is there. Whoever asks for the same ones again passes the same frozenset, which
+        remembers its hash. A request that has a reservation (it is tried again) loses that first.
         """
         started = self._timer()
         now = self._clock.now()
         self.load.release(request.id, now)
-        roster = self._roster(among)
-        if not len(roster):
+        candidates = self._candidates_of(among)
+        if not len(candidates.roster):
             return None
         output_tokens = min(request.output_tokens, round(self.output_length.expected))
         output_tokens = max(output_tokens, 1)
-        candidates = evaluate(
-            self.load,
-            roster,
+        candidates.predict(
             request,
             output_tokens,
             self._prefixes.match(request.namespace, request.tokens),
@@ -133,7 +132,7 @@ class Scheduler:
             policy=self.policy,
             at=now,
             plan=plan,
-            considered=len(roster),
+            considered=len(candidates.roster),
             took=self._timer() - started,
             ranking=ranking,
         )
@@ -160,14 +159,15 @@ class Scheduler:
         if reservation is not None and output_tokens is not None:
             self.output_length.ended(output_tokens)
 
-    def _roster(self, among: Collection[InstanceId] | None) -> Roster:
+    def _candidates_of(self, among: Collection[InstanceId] | None) -> Candidates:
         key = None if among is None else frozenset(among)
-        roster = self._rosters.get(key)
-        if roster is None:
-            if len(self._rosters) == _MAX_ROSTERS:
-                self._rosters.clear()
-            roster = self._rosters[key] = Roster(self.load, key)
-        return roster
+        candidates = self._candidates.get(key)
+        if candidates is None:
+            if len(self._candidates) == _MAX_ROSTERS:
+                self._candidates.clear()
+            candidates = Candidates(self.load, Roster(self.load, key))
+            self._candidates[key] = candidates
+        return candidates
 
     def _kv_tokens(self, request: PromptRequest, output_tokens: int, plan: Plan) -> int:
         """What its sequence takes up where it is answered."""
