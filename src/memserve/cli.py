@@ -31,7 +31,7 @@ from memserve.config import (
     load_config,
 )
 from memserve.errors import ConfigError, MemserveError, ModelError
-from memserve.flags import Given, flags_of, with_flags
+from memserve.flags import Given, flags_of, to_flags, with_flags
 from memserve.models.resolve import pinned, resolve_model
 from memserve.models.tokenizer import Tokenizer
 from memserve.terminal import progress_lines
@@ -126,19 +126,27 @@ def gateway(
         list[str] | None, typer.Option(metavar="URL", help="an instance's; may be repeated")
     ] = None,
     exit_with_parent_: _ExitWithParent = False,
+    worker: Annotated[str | None, typer.Option(hidden=True)] = None,
     *,
     given: Given,
 ) -> None:
     """Run a gateway alone, in front of instances that run already or will join it."""
     from memserve.gateway.run import run_gateway
+    from memserve.gateway.workers import WorkerPlace, run_workers
 
     _begin_process(exit_with_parent_)
     config = ClusterConfig(
         model=with_flags(ModelConfig(), given), gateway=with_flags(GatewayConfig(), given)
     )
     model = resolve_model(config.model, logging.info)
+    members = instances or []
+    if worker is None and config.gateway.workers > 1:
+        command = ["gateway", *to_flags(pinned(config.model, model)), *to_flags(config.gateway)]
+        command += [part for url in members for part in ("--instances", url)]
+        raise typer.Exit(run_workers(config.gateway, command, exits_with_parent=exit_with_parent_))
     tokenizer = Tokenizer.load(model.path, config.gateway.chat_template)
-    raise typer.Exit(run_gateway(config, instances or [], tokenizer))
+    place = None if worker is None else WorkerPlace.parse(worker)
+    raise typer.Exit(run_gateway(config, members, tokenizer, worker=place))
 
 
 @app.command()

@@ -91,6 +91,7 @@ class GatewayConfig(_Section, frozen=True):
 
     host: Annotated[str, doc("address to listen on")] = "127.0.0.1"
     port: Annotated[Port, doc("port to listen on; 0: any")] = 8000
+    workers: Annotated[Positive, doc("processes that share the port, for as many cores")] = 1
     policy: Annotated[Policy, doc("how an instance is chosen")] = "prompt-tree"
     max_body_bytes: Annotated[Positive, doc("more is answered 413")] = 16 * 1024 * 1024
     drain_seconds: Annotated[PositiveSeconds, doc("how long SIGTERM waits for requests")] = 30.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+from subprocess import PIPE, Popen
 
 from memserve.api.serving import bind
 from memserve.bench.gateway import FEW, MANY, GatewayRun, _cpu_seconds, _figures
@@ -45,6 +47,20 @@ def test_a_chunk_costs_what_more_of_them_cost_more() -> None:
     assert figures.cpu_us_per_chunk == 3.0
 
 
-def test_a_process_s_own_time_is_read() -> None:
-    times = os.times()
-    assert abs(_cpu_seconds(os.getpid()) - times.user - times.system) < 0.1
+_BUSY = """
+import sys, time
+while time.process_time() < 0.3: pass
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_time_of_a_process_and_its_workers_is_read() -> None:
+    me = os.getpid()
+    before = _cpu_seconds(me)
+    with Popen([sys.executable, "-S", "-c", _BUSY], stdin=PIPE, stdout=PIPE) as worker:
+        assert worker.stdout is not None
+        worker.stdout.readline()
+        assert 0.25 <= _cpu_seconds(worker.pid) < 2.0
+        assert _cpu_seconds(me) >= before + 0.25
+    assert _cpu_seconds(me) >= before + 0.25  # and it has not forgotten those that have ended

@@ -53,8 +53,9 @@ class Shutdown:
         return work in finished
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket: from here on clients can connect, and wait. Port 0: any.
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A listening socket: from here on clients can connect, and wait. Port 0: any. `shared`:
+    other processes of this user's listen on the port too; each connection comes to one of them.
 
     Raises OSError.
     """
@@ -65,6 +66,8 @@ def bind(host: str, port: int) -> socket.socket:
         # client's delayed acknowledgement of the headers, 40 ms.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind((host, port))
         sock.listen(BACKLOG)
     except OSError:

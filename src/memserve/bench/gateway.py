@@ -1,9 +1,10 @@
 """What a gateway costs: its CPU per request and per chunk, and how long it holds chunks back.
 
 Between a backend that echoes and a load generator, each a process of its own, stands the gateway
-that is measured; or none, to know what the two can do. CPU is the gateway process's own, from
-/proc. Requests per second are taken with chunks as fast as the backend writes them; CPU and gaps
-with chunks that are paced, so that each is a read and a write of its own.
+that is measured; or none, to know what the two can do. CPU is the gateway's own, from /proc, that
+of all its workers if it has several. Requests per second are taken with chunks as fast as the
+backend writes them; CPU and gaps with chunks that are paced, so that each is a read and a write
+of its own.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ import msgspec
 import numpy as np
 from rich.table import Table
 
-from memserve.bench.gateway_process import LoadConfig, LoadSeen
+from memserve.bench.gateway_process import MODULE, LoadConfig, LoadSeen
 from memserve.config import Policy
 from memserve.errors import MemserveError
 
-_MODULE = "memserve.bench.gateway_process"
 READY_SECONDS = 30.0  # for a gateway to have found its backend
 WARM_SECONDS = 0.5  # of load before it counts
 FEW, MANY = 8, 64  # chunks per stream; between them lies what a chunk costs
@@ -46,6 +46,7 @@ class GatewayWorkload(msgspec.Struct, frozen=True):
     seconds: float  # of each run
     repeats: int
     policy: Policy
+    workers: int = 1  # processes of our gateway
 
 
 class GatewayRun(msgspec.Struct, frozen=True):
@@ -87,7 +88,7 @@ def run_gateway_bench(
     """Measure ours and those that are installed, in turns. Raises MemserveError."""
     targets = [
         _Target("none", False, None),
-        _Target("memserve", False, _ours(workload.policy)),
+        _Target("memserve", False, _ours(workload)),
     ]
     skipped = {}
     for name in _ROUTERS:
@@ -204,7 +205,7 @@ def _load(
         texts,
     )
     done = subprocess.run(
-        [sys.executable, "-m", _MODULE, "load", msgspec.json.encode(config).decode()],
+        [sys.executable, "-m", MODULE, "load", msgspec.json.encode(config).decode()],
         stdout=subprocess.PIPE,
         check=False,
     )
@@ -217,17 +218,24 @@ def _load(
 
 
 def _cpu_seconds(pid: int | None) -> float:
-    """User and system time of all threads of a process."""
+    """User and system time of all threads of a process and its children, those that have
+    ended too."""
     if pid is None:
         return 0.0
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * _TICK
+    process = Path(f"/proc/{pid}")
+    fields = (process / "stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    children = [
+        int(child)
+        for task in (process / "task").iterdir()
+        for child in (task / "children").read_text(encoding="ascii").split()
+    ]
+    return sum(map(int, fields[11:15])) * _TICK + sum(map(_cpu_seconds, children))
 
 
 @contextmanager
 def _serving(*arguments: str) -> Iterator[str]:
     """A process of this benchmark's that prints its URL."""
-    with _process((sys.executable, "-m", _MODULE, *arguments)) as process:
+    with _process((sys.executable, "-m", MODULE, *arguments)) as process:
         assert process.stdout is not None
         yield process.stdout.readline().decode().strip()
 
@@ -287,8 +295,9 @@ def _free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def _ours(policy: Policy) -> tuple[str, ...]:
-    return (sys.executable, "-m", _MODULE, "gateway", policy, "{url}")
+def _ours(workload: GatewayWorkload) -> tuple[str, ...]:
+    ours = "gateway", workload.policy, str(workload.workers), "{url}"
+    return (sys.executable, "-m", MODULE, *ours)
 
 
 def _installed(name: str) -> tuple[str, ...] | None:

@@ -1,13 +1,15 @@
 """The processes around a gateway that is measured: `python -m memserve.bench.gateway_process`.
 
 `backend GAP_SECONDS` answers every generating call with as many chunks as it asks for, on bare
-protocols; `load JSON` sends requests and prints what it saw; `gateway URL...` is ours, with a
-vocabulary and no model.
+protocols; `load JSON` sends requests and prints what it saw; `gateway POLICY WORKERS URL...` is
+ours, with a vocabulary and no model.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import logging
 import os
 import sys
 import time
@@ -31,9 +33,11 @@ from memserve.api.status import (
     Limits,
     PoolTotals,
 )
+from memserve.cluster.watchdog import exit_with_parent
 from memserve.config import ClusterConfig, GatewayConfig, ModelConfig, Policy
 from memserve.types import Epoch, InstanceId, Role
 
+MODULE = "memserve.bench.gateway_process"
 MODEL = "echo"
 VOCABULARY = 50_000
 _EVENT = (
@@ -280,18 +284,32 @@ async def _load(config: LoadConfig) -> None:
     sys.stdout.buffer.write(_encode(seen))
 
 
-def _gateway(policy: Policy, members: Sequence[str]) -> int:
+def _gateway(arguments: Sequence[str]) -> int:
     import tokenizers
     from tokenizers.models import WordLevel
 
     from memserve.gateway.run import run_gateway
+    from memserve.gateway.workers import WorkerPlace, run_workers
     from memserve.models.tokenizer import Tokenizer
 
+    parser = argparse.ArgumentParser("gateway")
+    parser.add_argument("policy", type=lambda name: msgspec.convert(name, Policy))
+    parser.add_argument("workers", type=int)
+    parser.add_argument("members", nargs="*")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--worker", type=WorkerPlace.parse)
+    parser.add_argument("--exit-with-parent", action="store_true")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING)  # lines with a prefix: one that is a URL is ours
+    if given.exit_with_parent:
+        exit_with_parent()
+    gateway = GatewayConfig(port=given.port, policy=given.policy, workers=given.workers)
+    if given.worker is None and gateway.workers > 1:
+        return run_workers(gateway, ["gateway", *arguments], module=MODULE)
     words = {f"w{number}": number for number in range(VOCABULARY)}
     tokenizer = Tokenizer(tokenizers.Tokenizer(WordLevel({**words, "a": VOCABULARY}, "a")))
-    gateway = GatewayConfig(port=0, policy=policy)
     config = ClusterConfig(model=ModelConfig(served_name=MODEL), gateway=gateway)
-    return run_gateway(config, members, tokenizer)
+    return run_gateway(config, given.members, tokenizer, worker=given.worker)
 
 
 def main(kind: str, *arguments: str) -> int:
@@ -300,8 +318,7 @@ def main(kind: str, *arguments: str) -> int:
     elif kind == "load":
         uvloop.run(_load(msgspec.json.decode(arguments[0], type=LoadConfig)))
     else:
-        policy, *members = arguments
-        return _gateway(msgspec.convert(policy, Policy), members)
+        return _gateway(arguments)
     return 0
 
 

@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from memserve.api.serving import Shutdown
 from memserve.errors import ClusterError
 
 # What is kept of a child's output until somebody wants to see it.
@@ -111,3 +112,26 @@ class Child:
     def _hand_over(self, line: str) -> None:
         assert self._show is not None
         self._show(f"{self.name}: {line}")
+
+
+async def end_children(
+    children: Sequence[Child], shutdown: Shutdown, seconds: float, kill_seconds: float
+) -> None:
+    """Ask them to end; after so many seconds, or as soon as the shutdown is forced, once more;
+    after `kill_seconds` more kill those that are left."""
+    if not children:
+        return
+
+    async def all_ended() -> None:
+        await asyncio.wait([child.ended for child in children])
+
+    for child in children:
+        child.terminate()
+    if await shutdown.wait_for(all_ended(), seconds):
+        return
+    for child in children:
+        child.terminate()
+    await asyncio.wait([child.ended for child in children], timeout=kill_seconds)
+    for child in children:
+        child.kill()
+    await all_ended()

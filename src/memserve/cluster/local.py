@@ -11,7 +11,7 @@ import msgspec
 from memserve.api.serving import Shutdown
 from memserve.api.status import InstanceState
 from memserve.clock import Clock, MonotonicClock
-from memserve.cluster.child import Child
+from memserve.cluster.child import Child, end_children
 from memserve.cluster.client import ClusterClient, GatewayUnreachable
 from memserve.cluster.port import ReservedPort
 from memserve.cluster.restarts import RestartLimits, Restarts
@@ -146,28 +146,11 @@ class LocalCluster:
         patience = CLOSE_SECONDS + (self._config.gateway.drain_seconds if self._serving else 0)
         gateway = [self._gateway] if self._gateway is not None else []
         for group in (gateway, self._instances):
-            await self._end([one.child for one in group if one.started], patience)
+            children = [one.child for one in group if one.started]
+            await end_children(children, self._shutdown, patience, KILL_SECONDS)
         if self._port is not None:
             self._port.close()
         sweep()  # an instance that was killed has left its shared memory behind
-
-    async def _end(self, children: Sequence[Child], seconds: float) -> None:
-        if not children:
-            return
-
-        async def all_ended() -> None:
-            await asyncio.wait([child.ended for child in children])
-
-        for child in children:
-            child.terminate()
-        if await self._shutdown.wait_for(all_ended(), seconds):
-            return
-        for child in children:
-            child.terminate()
-        await asyncio.wait([child.ended for child in children], timeout=KILL_SECONDS)
-        for child in children:
-            child.kill()
-        await all_ended()
 
     def _supervised(self, name: str, arguments: Sequence[str]) -> Supervised:
         restarts = Restarts(self._limits, self._clock)

@@ -28,14 +28,19 @@ from memserve.api.openai import ChatRequest, CompletionRequest
 from memserve.cluster.membership import Membership
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
-from memserve.scheduler.decisions import Decision
+from memserve.gateway.siblings import Siblings
+from memserve.gateway.worker_metrics import merged
+from memserve.scheduler.decisions import Decision, DecisionView
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
+DECISIONS_PATH = "/cluster/decisions"
+OWN_METRICS_PATH = "/cluster/worker/metrics"  # what workers ask each other for
 
 _COMPONENTS = "#/components/schemas/"
 
 _encode = msgspec.json.Encoder().encode
+_decisions = msgspec.json.Decoder(list[DecisionView])
 
 Decisions = Callable[[int], Sequence[Decision]]  # the last so many, newest first
 SHOWN_DECISIONS = 100  # unless another number is asked for
@@ -69,8 +74,10 @@ def admin_app(
     metrics: GatewayMetrics,
     draining: Callable[[], bool],
     decisions: Decisions,
+    siblings: Siblings | None = None,
 ) -> FastAPI:
-    """Everything but the two endpoints that generate."""
+    """Everything but the two endpoints that generate. With `siblings`, for all workers
+    together; otherwise for this process alone."""
     app = FastAPI(title="memserve", version=memserve.__version__, redoc_url=None)
     started = int(time.time())
 
@@ -102,16 +109,26 @@ def admin_app(
 
     @app.get("/metrics")
     async def prometheus() -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        own = metrics.own()
+        if siblings is not None:
+            own = merged({siblings.index: own, **await siblings.answers(OWN_METRICS_PATH)})
+        return Response(own + metrics.instances(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/cluster/decisions")
+    @app.get(OWN_METRICS_PATH, include_in_schema=False)
+    async def own_metrics() -> Response:
+        return Response(metrics.own(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get(DECISIONS_PATH)
     async def last_decisions(n: Annotated[int, Query(ge=0)] = SHOWN_DECISIONS) -> Response:
         """Where the last requests were sent, newest first, and what else there was."""
         # Decisions never change; a thousand of them are words after a tenth of a second.
         body = await asyncio.to_thread(_explained, decisions(n))
+        if siblings is not None:
+            others = await siblings.answers(f"{DECISIONS_PATH}?n={n}")
+            body = await asyncio.to_thread(_newest, n, (body, *others.values()))
         return Response(body, media_type="application/json")
 
-    app.include_router(cluster_routes(membership))
+    app.include_router(cluster_routes(membership, siblings))
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _parameter_error)
@@ -125,6 +142,13 @@ def _json(value: msgspec.Struct, status: int = 200) -> Response:
 
 def _explained(decisions: Sequence[Decision]) -> bytes:
     return _encode([decision.view() for decision in decisions])
+
+
+def _newest(n: int, lists: Sequence[bytes]) -> bytes:
+    """Of several workers' decisions the last, newest first: their clock is the machine's."""
+    found = [decision for body in lists for decision in _decisions.decode(body)]
+    found.sort(key=lambda decision: decision.at, reverse=True)
+    return _encode(found[:n])
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

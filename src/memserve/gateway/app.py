@@ -23,6 +23,7 @@ from memserve.gateway.desk import ClientLeft, Desk
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.refusals import draining, no_instance
 from memserve.gateway.relay import Answer, Relay
+from memserve.gateway.siblings import Siblings
 from memserve.types import Epoch
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,9 @@ class GatewayApp:
         decisions: Decisions,
         routing: Collector,
         access_log: bool = True,
+        siblings: Siblings | None = None,
     ) -> None:
+        self._draining = False
         self._membership = membership
         self._relay = relay
         self._desk = desk
@@ -59,11 +62,13 @@ class GatewayApp:
             CHAT_PATH: calls.chat,
             COMPLETIONS_PATH: calls.completion,
         }
-        self._admin: Handler = asgi_handler(
-            admin_app(calls.model, membership, self._metrics, lambda: self._draining, decisions)
+        admin = calls.model, membership, self._metrics, lambda: self._draining, decisions
+        self._admin: Handler = asgi_handler(admin_app(*admin, siblings))
+        # What siblings ask is answered for this worker alone, and not passed on again.
+        self.handle_sibling: Handler = (
+            self._admin if siblings is None else asgi_handler(admin_app(*admin))
         )
         self._smallest: tuple[Epoch, Limits] | None = None  # as of that membership epoch
-        self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 

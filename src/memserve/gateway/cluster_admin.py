@@ -19,6 +19,7 @@ from memserve.api.errors import invalid
 from memserve.api.status import JoinRequest
 from memserve.cluster.control import change_member
 from memserve.cluster.membership import Membership, view_of
+from memserve.gateway.siblings import Siblings
 from memserve.types import InstanceId
 
 _encode = msgspec.json.Encoder().encode
@@ -28,8 +29,9 @@ _changes = msgspec.json.Decoder(InstanceChange)
 T = TypeVar("T")
 
 
-def cluster_routes(membership: Membership) -> APIRouter:
-    """Errors are `ApiError`s, which the application turns into OpenAI's shape."""
+def cluster_routes(membership: Membership, siblings: Siblings | None) -> APIRouter:
+    """Errors are `ApiError`s, which the application turns into OpenAI's shape. What this worker
+    is told of members, its `siblings` hear too."""
     routes = APIRouter()
 
     @routes.get("/cluster")
@@ -49,14 +51,20 @@ def cluster_routes(membership: Membership) -> APIRouter:
                     "that began later.",
                     "instance_replaced",
                 )
-        return _json(view_of(membership.join(asked.address, lasting=False)))
+        member = membership.join(asked.address, lasting=False)
+        if siblings is not None:
+            await siblings.joined(asked)
+        return _json(view_of(member))
 
     @routes.delete("/cluster/members")
     async def leave(request: Request) -> Response:
         """An instance leaves, or is removed; whoever is left. One that joins by itself and is
         not ending comes back."""
         asked = await _read(request, _leaves)
-        if not membership.leave(asked.address, asked.epoch):
+        left = membership.leave(asked.address, asked.epoch)
+        if siblings is not None:
+            await siblings.left(asked)
+        if not left:
             raise instance_not_found(asked.address)
         return _json(membership.view())
 
@@ -70,6 +78,8 @@ def cluster_routes(membership: Membership) -> APIRouter:
         if member is None:
             raise instance_not_found(instance)
         await change_member(membership, member, wanted)
+        if siblings is not None:
+            await siblings.joined(JoinRequest(member.address))  # they ask it how it is now
         return _json(view_of(member))
 
     return routes

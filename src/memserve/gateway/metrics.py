@@ -39,7 +39,6 @@ class GatewayMetrics(Collector):
     """One registry, so that several gateways fit into one process."""
 
     def __init__(self, membership: Membership) -> None:
-        self._membership = membership
         self.requests: Counter[tuple[str, int]] = Counter()  # by endpoint and status
         self.running = 0
         self.streams_broken = 0
@@ -49,16 +48,22 @@ class GatewayMetrics(Collector):
         self.time_to_first_token_seconds = Histogram()
         self.request_seconds = Histogram()
         self.failover_pause_seconds = Histogram()
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
+        self._own = CollectorRegistry()
+        self._own.register(self)
+        self._instances = CollectorRegistry()
+        self._instances.register(_Instances(membership))
 
     def register(self, collector: Collector) -> None:
         """Give Prometheus what this one collects, too."""
-        self._registry.register(collector)
+        self._own.register(collector)
 
-    def text(self) -> bytes:
-        """Prometheus' text format."""
-        return generate_latest(self._registry)
+    def own(self) -> bytes:
+        """What this gateway itself has counted, in Prometheus' text format."""
+        return generate_latest(self._own)
+
+    def instances(self) -> bytes:
+        """What the instances have told last, likewise."""
+        return generate_latest(self._instances)
 
     def collect(self) -> Iterable[Metric]:
         """Prometheus' own name for it."""
@@ -86,6 +91,14 @@ class GatewayMetrics(Collector):
             family = HistogramMetricFamily(f"memserve_{name}", text)
             family.add_metric([], histogram.cumulative(), histogram.sum)
             yield family
+
+
+class _Instances(Collector):
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+
+    def collect(self) -> Iterable[Metric]:
+        """Prometheus' own name for it."""
         yield from instance_metrics(
             (member.id, member.stats)
             for member in self._membership.members

@@ -6,21 +6,34 @@ import asyncio
 import gc
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import uvloop
 
+from memserve.api.control import MAX_CONTROL_BYTES
 from memserve.api.http_client import instance_session
-from memserve.api.serving import Shutdown, announce, bind, serve_http, url_of
+from memserve.api.http_server import HttpServer
+from memserve.api.serving import (
+    BACKLOG,
+    CLOSE_SECONDS,
+    Shutdown,
+    announce,
+    bind,
+    serve_http,
+    url_of,
+)
 from memserve.clock import MonotonicClock
 from memserve.cluster.membership import Member, Membership
 from memserve.cluster.poller import Poller
 from memserve.config import ClusterConfig, available_cores
+from memserve.errors import ClusterError
 from memserve.gateway.app import GatewayApp
 from memserve.gateway.call_builder import CallBuilder
 from memserve.gateway.global_router import GlobalRouter
 from memserve.gateway.relay import Relay
+from memserve.gateway.siblings import MEET_SECONDS, Siblings
 from memserve.gateway.upstream import Upstream
+from memserve.gateway.workers import LOOPBACK, WorkerPlace
 from memserve.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -34,22 +47,41 @@ def run_gateway(
     members: Sequence[str],
     tokenizer: Tokenizer,
     *,
+    worker: WorkerPlace | None = None,
     ready_fd: int | None = None,
 ) -> int:
-    """Serve until SIGTERM or SIGINT; the process's exit code.
+    """Serve until SIGTERM or SIGINT; the process's exit code. `config.gateway.workers` is for
+    `run_workers`: this is one gateway, and with `worker` one of several on its port.
 
     `members` are the URLs of instances; more may join. The gateway's own URL goes, as one
     line, to `ready_fd` (closed then) or to standard output, as soon as clients can connect.
     """
+
+    def listen() -> socket.socket:
+        sock = _bound(config.gateway.host, config.gateway.port, shared=worker is not None)
+        announce(url_of(sock), ready_fd)
+        return sock
+
     try:
-        sock = bind(config.gateway.host, config.gateway.port)
-    except OSError as error:
-        log.error("%s:%d: %s", config.gateway.host, config.gateway.port, error.strerror)
+        if worker is None:
+            sock = listen()  # from here on clients can connect, and wait
+            _spare_the_collector()
+            uvloop.run(_alone(config, members, tokenizer, sock))
+        else:
+            sock = _bound(LOOPBACK, worker.port)
+            _spare_the_collector()
+            uvloop.run(_with_siblings(config, members, tokenizer, worker, sock, listen))
+    except ClusterError as error:
+        log.error("%s", error)
         return 1
-    announce(url_of(sock), ready_fd)
-    _spare_the_collector()
-    uvloop.run(_main(config, members, tokenizer, sock))
     return 0
+
+
+def _bound(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    try:
+        return bind(host, port, shared=shared)
+    except OSError as error:
+        raise ClusterError(f"{host}:{port}: {error.strerror}") from error
 
 
 def _spare_the_collector() -> None:
@@ -60,7 +92,7 @@ def _spare_the_collector() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
-async def _main(
+async def _alone(
     config: ClusterConfig, members: Sequence[str], tokenizer: Tokenizer, sock: socket.socket
 ) -> None:
     shutdown = Shutdown()
@@ -71,10 +103,32 @@ async def _main(
         await gateway.serve(sock, shutdown)
 
 
+async def _with_siblings(
+    config: ClusterConfig,
+    members: Sequence[str],
+    tokenizer: Tokenizer,
+    worker: WorkerPlace,
+    private: socket.socket,
+    listen: Callable[[], socket.socket],
+) -> None:
+    shutdown = Shutdown()
+    shutdown.on_signals()
+    async with Gateway(config, tokenizer, worker) as gateway:
+        for address in members:
+            gateway.membership.join(address)
+        await gateway.hear_siblings(private)
+        await shutdown.wait_for(gateway.meet_members(), MEET_SECONDS)
+        if not shutdown.requested.is_set():
+            await gateway.serve(listen(), shutdown)
+
+
 class Gateway:
     """A gateway and what it owns: its connections to instances, and its polls of them."""
 
-    def __init__(self, config: ClusterConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: ClusterConfig, tokenizer: Tokenizer, worker: WorkerPlace | None = None
+    ) -> None:
+        """`worker`: it is one of several on the port."""
         clock = MonotonicClock()
         self.membership = Membership(self._lost)
         self._drain_seconds = config.gateway.drain_seconds
@@ -86,6 +140,10 @@ class Gateway:
         self._calls = CallBuilder(
             tokenizer, config.model.served_name or config.model.path, available_cores()
         )
+        self._siblings: Siblings | None = None
+        if worker is not None:
+            self._siblings = Siblings(self._session, worker.index, worker.siblings)
+        self._private: HttpServer | None = None
         self._app = GatewayApp(
             self._calls,
             self.membership,
@@ -95,6 +153,7 @@ class Gateway:
             self._router.decisions,
             self._router.metrics,
             config.gateway.access_log,
+            self._siblings,
         )
 
     async def __aenter__(self) -> Gateway:
@@ -102,12 +161,38 @@ class Gateway:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        if self._private is not None:
+            await self._private.close(CLOSE_SECONDS)
         self._polling.cancel()
         await asyncio.wait((self._polling,))
         self._calls.close()
         self._upstream.close()
         await self._router.close()
         await self._session.close()
+
+    async def hear_siblings(self, sock: socket.socket) -> None:
+        """Answer the other workers, until the end."""
+        self._private = HttpServer(self._app.handle_sibling, MAX_CONTROL_BYTES)
+        await self._private.start(sock, BACKLOG)
+
+    async def meet_members(self) -> None:
+        """Join the members that siblings have. Returns when those that take requests there do
+        so here too."""
+        if self._siblings is None:
+            return
+        ready = set()
+        for address, is_ready in await self._siblings.members():
+            self.membership.join(address, lasting=False)
+            if is_ready:
+                ready.add(address)
+        changed = asyncio.Event()
+        unfollow = self.membership.on_change(lambda change: changed.set())
+        try:
+            while not ready <= {member.address for member in self.membership.ready()}:
+                changed.clear()
+                await changed.wait()
+        finally:
+            unfollow()
 
     async def serve(self, sock: socket.socket, shutdown: Shutdown) -> None:
         """Serve until the shutdown is requested and running requests are done, or told."""

@@ -1,0 +1,200 @@
+"""Several gateways on one port, so that they use several cores.
+
+Each worker is a gateway of its own: with its trees, its polls and its queue. They share the
+members alone. The kernel spreads clients' connections over the workers that listen; what is told
+to one worker about members, it passes on (`Siblings`). A process that serves nothing keeps the
+workers running, as `memserve up` does with all of its processes.
+
+Order of the limits: a worker that is asked to end needs `drain_seconds`, then up to the gateway's
+STOP_SECONDS and the server's CLOSE_SECONDS. After WORKER_CLOSE_SECONDS beyond the drain it is
+asked again, and after WORKER_KILL_SECONDS more killed: before whoever started the gateway does
+the same to the whole of it (`cluster/local.py`). Workers whose parent was killed need up to
+`watchdog.FORCE_SECONDS` and a drain cut short to give the port back: less than ORPHAN_SECONDS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memserve.api.serving import Shutdown, announce
+from memserve.clock import Clock, MonotonicClock
+from memserve.cluster.child import Child, end_children
+from memserve.cluster.port import ReservedPort
+from memserve.cluster.restarts import RestartLimits, Restarts
+from memserve.cluster.supervised import Supervised
+from memserve.config import GatewayConfig
+from memserve.errors import ClusterError, ConfigError
+
+log = logging.getLogger(__name__)
+
+WORKER_CLOSE_SECONDS = 6.0
+WORKER_KILL_SECONDS = 2.0
+ORPHAN_SECONDS = 10.0
+_RETRY_SECONDS = 0.25  # between looks whether the port is free
+
+LOOPBACK = "127.0.0.1"  # where workers hear each other
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlace:
+    """Which of several workers a process is, and where each of them listens for the others."""
+
+    index: int
+    ports: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> WorkerPlace:
+        """From `INDEX:PORT,PORT,...`. Raises ConfigError."""
+        index, _, ports = text.partition(":")
+        try:
+            place = cls(int(index), tuple(map(int, ports.split(","))))
+        except ValueError as error:
+            raise ConfigError(f"{text!r} is not a worker's place") from error
+        if not 0 <= place.index < len(place.ports):
+            raise ConfigError(f"{text!r} is not a worker's place")
+        return place
+
+    def __str__(self) -> str:
+        return f"{self.index}:{','.join(map(str, self.ports))}"
+
+    @property
+    def port(self) -> int:
+        return self.ports[self.index]
+
+    @property
+    def siblings(self) -> dict[int, str]:
+        """URLs of the others, by index."""
+        return {
+            index: f"http://{LOOPBACK}:{port}"
+            for index, port in enumerate(self.ports)
+            if index != self.index
+        }
+
+
+class Workers:
+    """Owns the workers' processes from `start` to `stop`; `stop` must be called."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        command: Sequence[str],
+        shutdown: Shutdown,
+        *,
+        module: str = "memserve",
+        limits: RestartLimits | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """`command` are the arguments with which `python -m module` is a worker, but for
+        `--port` and `--worker`."""
+        self.url = ""  # once `start` has returned
+        self._config = config
+        self._command = command
+        self._shutdown = shutdown
+        self._module = module
+        self._limits = limits or RestartLimits()
+        self._clock = clock or MonotonicClock()
+        self._ports: list[ReservedPort] = []
+        self._workers: list[Supervised] = []
+
+    async def start(self, orphans: bool = False) -> None:
+        """Start them, and wait until all of them listen. `orphans`: who has the port may be
+        workers of a former life, that are ending. Raises ClusterError."""
+        port = await self._reserved(orphans)
+        private = [ReservedPort(LOOPBACK, 0) for _ in range(self._config.workers)]
+        self._ports += [port, *private]
+        numbers = tuple(one.number for one in private)
+        for index in range(self._config.workers):
+            place = WorkerPlace(index, numbers)
+            arguments = [*self._command, "--port", str(port.number), "--worker", str(place)]
+            restarts = Restarts(self._limits, self._clock)
+            worker = Supervised(f"worker-{index}", arguments, restarts, log.warning, self._module)
+            self._workers.append(worker)
+            await worker.start()
+            worker.show_output(_show)
+        for worker in self._workers:
+            self.url = await worker.child.address()  # the same of all
+
+    async def supervise(self) -> None:
+        """Start again what crashes; returns when all have ended in order. Raises ClusterError
+        when one crashes again and again."""
+        keeping = [asyncio.ensure_future(worker.keep()) for worker in self._workers]
+        try:
+            await asyncio.gather(*keeping)
+        finally:
+            for task in keeping:
+                task.cancel()
+            await asyncio.gather(*keeping, return_exceptions=True)
+
+    def pids(self) -> list[int]:
+        """Of the workers that run now, in their order."""
+        return [worker.child.pid for worker in self._workers if worker.started]
+
+    async def stop(self) -> None:
+        """End them; running requests have their time to finish."""
+        children: list[Child] = [worker.child for worker in self._workers if worker.started]
+        seconds = self._config.drain_seconds + WORKER_CLOSE_SECONDS
+        await end_children(children, self._shutdown, seconds, WORKER_KILL_SECONDS)
+        for port in self._ports:
+            port.close()
+
+    async def _reserved(self, orphans: bool) -> ReservedPort:
+        until = self._clock.now() + (ORPHAN_SECONDS if orphans else 0.0)
+        while True:
+            try:
+                return ReservedPort(self._config.host, self._config.port)
+            except ClusterError:
+                if self._clock.now() >= until:
+                    raise
+            await asyncio.sleep(_RETRY_SECONDS)
+
+
+def run_workers(
+    config: GatewayConfig,
+    command: Sequence[str],
+    *,
+    module: str = "memserve",
+    exits_with_parent: bool = False,
+    ready_fd: int | None = None,
+) -> int:
+    """Run `config.workers` gateways until SIGTERM or SIGINT; the process's exit code. The rest
+    as in `run_gateway` and `Workers`. Raises ClusterError."""
+    asyncio.run(_main(config, command, module, exits_with_parent, ready_fd))
+    return 0
+
+
+async def _main(
+    config: GatewayConfig,
+    command: Sequence[str],
+    module: str,
+    exits_with_parent: bool,
+    ready_fd: int | None,
+) -> None:
+    shutdown = Shutdown()
+    shutdown.on_signals()
+    workers = Workers(config, command, shutdown, module=module)
+
+    async def serve() -> None:
+        await workers.start(orphans=exits_with_parent)
+        announce(workers.url, ready_fd)
+        await workers.supervise()
+
+    serving = asyncio.ensure_future(serve())
+    requested = asyncio.ensure_future(shutdown.requested.wait())
+    try:
+        await asyncio.wait((serving, requested), return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+    finally:
+        serving.cancel()
+        requested.cancel()
+        await asyncio.wait((serving,))  # or it would start a process behind our back
+        await workers.stop()
+
+
+def _show(line: str) -> None:
+    # The worker has said when, and how bad it is.
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,156 @@
+"""A gateway of several processes, in front of backends that echo."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+
+from memserve.api.serving import Shutdown, bind, url_of
+from memserve.bench.gateway_process import MODULE, Backend
+from memserve.config import GatewayConfig
+from memserve.errors import ClusterError
+from memserve.gateway.workers import Workers
+
+MANY = 40  # connections: that all of them come to one worker is as good as impossible
+LONGEST = 60.0  # seconds for a process to start on a busy machine
+_served = re.compile(
+    r'memserve_requests_total\{endpoint="/v1/completions",status="200",worker="(\d)"\} (\d+)'
+)
+
+
+@asynccontextmanager
+async def backend(gap: float = 0.0) -> AsyncIterator[str]:
+    loop = asyncio.get_running_loop()
+    sock = bind("127.0.0.1", 0)
+    server = await loop.create_server(lambda: Backend(loop, gap), sock=sock)
+    try:
+        yield url_of(sock)
+    finally:
+        server.close()
+
+
+class Gateway:
+    """Two workers, and a client that opens a connection for each request."""
+
+    def __init__(self, workers: Workers, client: aiohttp.ClientSession) -> None:
+        self.workers = workers
+        self._client = client
+
+    async def ask(self, method: str, path: str, **body: Any) -> tuple[int, str]:
+        url = self.workers.url + path
+        async with self._client.request(method, url, json=body or None) as answer:
+            return answer.status, await answer.text()
+
+    async def generate(self, chunks: int = 2) -> str:
+        """An answer whose last word is DONE."""
+        asked = {"prompt": [1, 2, 3], "max_tokens": chunks, "stream": True}
+        status, text = await self.ask("POST", "/v1/completions", **asked)
+        assert status == 200, text
+        assert text.endswith("data: [DONE]\n\n")
+        return text
+
+    async def members(self) -> list[set[str]]:
+        """Addresses, as both workers know them, each several times."""
+        found = await asyncio.gather(*(self.ask("GET", "/cluster") for _ in range(MANY)))
+        return [set(re.findall(r'"address":"([^"]+)"', text)) for _, text in found]
+
+    async def served(self) -> dict[str, int]:
+        """Requests answered, by worker."""
+        _, text = await self.ask("GET", "/metrics")
+        return {worker: int(float(count)) for worker, count in _served.findall(text)}
+
+
+@asynccontextmanager
+async def running(*members: str) -> AsyncIterator[Gateway]:
+    config = GatewayConfig(port=0, workers=2)
+    command = ["gateway", "prompt-tree", "2", *members]
+    workers = Workers(config, command, Shutdown(), module=MODULE)
+    connector = aiohttp.TCPConnector(force_close=True, limit=0)
+    async with aiohttp.ClientSession(connector=connector) as client:
+        try:
+            async with asyncio.timeout(LONGEST):
+                await workers.start()
+            yield Gateway(workers, client)
+        finally:
+            await workers.stop()
+
+
+async def test_workers_are_one_gateway() -> None:
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(backend())
+        second = await stack.enter_async_context(backend())
+        gateway = await stack.enter_async_context(running(first))
+        # Each takes a part of the requests, and any of them tells of all.
+        async with asyncio.TaskGroup() as group:
+            for _ in range(MANY):
+                group.create_task(gateway.generate())
+        served = await gateway.served()
+        assert set(served) == {"0", "1"}
+        assert sum(served.values()) == MANY
+        _, decisions = await gateway.ask("GET", f"/cluster/decisions?n={MANY + 1}")
+        times = [float(at) for at in re.findall(r'"at":([0-9.]+)', decisions)]
+        assert len(times) == MANY
+        assert times == sorted(times, reverse=True)
+        _, metrics = await gateway.ask("GET", "/metrics")
+        assert metrics.count('memserve_instance_running_sequences{instance="echo"}') == 1
+        # What one is told of members, all know.
+        assert await gateway.members() == [{first}] * MANY
+        assert (await gateway.ask("POST", "/cluster/members", address=second))[0] == 200
+        assert await gateway.members() == [{first, second}] * MANY
+        assert (await gateway.ask("DELETE", "/cluster/members", address=second))[0] == 200
+        assert await gateway.members() == [{first}] * MANY
+        assert (await gateway.ask("DELETE", "/cluster/members", address=second))[0] == 404
+
+
+async def test_a_killed_worker_comes_back_and_knows_the_members() -> None:
+    async with backend() as address, running() as gateway:
+        supervising = asyncio.ensure_future(gateway.workers.supervise())
+        # Once, as people do it: nobody says it again.
+        assert (await gateway.ask("POST", "/cluster/members", address=address))[0] == 200
+        before = gateway.workers.pids()
+        killed = gateway.workers._workers[0].child
+        os.kill(killed.pid, signal.SIGKILL)
+        await asyncio.shield(killed.ended)  # and with it its socket
+        served: dict[str, int] = {}
+        async with asyncio.timeout(LONGEST):
+            while "0" not in served:  # none that reaches either of them fails
+                await gateway.generate()
+                served = await gateway.served()
+        assert await gateway.members() == [{address}] * MANY
+        after = gateway.workers.pids()
+        assert (after[0] != before[0], after[1]) == (True, before[1])
+        supervising.cancel()
+
+
+async def test_workers_end_when_their_requests_have() -> None:
+    async with backend(gap=0.05) as address, running(address) as gateway:
+        supervising = asyncio.ensure_future(gateway.workers.supervise())
+        running_requests = [asyncio.ensure_future(gateway.generate(chunks=10)) for _ in range(8)]
+        async with asyncio.timeout(LONGEST):
+            while 'memserve_requests_running{worker="0"} 0' in (text := await metrics_of(gateway)):
+                assert 'worker="1"' in text
+        await gateway.workers.stop()
+        for request in running_requests:
+            assert (await request).count('"text":" word"') == 10
+        await supervising  # they have ended as they were asked to
+
+
+async def metrics_of(gateway: Gateway) -> str:
+    return (await gateway.ask("GET", "/metrics"))[1]
+
+
+async def test_a_port_that_is_taken_is_named() -> None:
+    with bind("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+        workers = Workers(GatewayConfig(port=port, workers=2), [], Shutdown(), module=MODULE)
+        with pytest.raises(ClusterError, match=f"{port}: Address already in use"):
+            await workers.start()
+        await workers.stop()
