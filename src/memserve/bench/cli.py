@@ -258,7 +258,7 @@ class GatewayBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
     seconds: Annotated[PositiveSeconds, doc("of each run")] = 4.0
     repeats: Annotated[Positive, doc("of all runs, in turns; figures are medians")] = 3
     policy: Annotated[Policy, doc("of our gateway")] = "prompt-tree"
-    workers: Annotated[Positive, doc("processes of our gateway")] = 1
+    workers: Annotated[Positive, doc("of our gateway, measured beside one alone")] = 1
 
 
 @app.command()

@@ -46,7 +46,7 @@ class GatewayWorkload(msgspec.Struct, frozen=True):
     seconds: float  # of each run
     repeats: int
     policy: Policy
-    workers: int = 1  # processes of our gateway
+    workers: int = 1  # processes of our gateway; more are measured beside one
 
 
 class GatewayRun(msgspec.Struct, frozen=True):
@@ -80,6 +80,7 @@ class _Target(msgspec.Struct, frozen=True):
     name: str
     texts: bool  # takes no token ids: prompts are as many bytes of text
     command: tuple[str, ...] | None  # with {url}, {port} and {metrics}; None: no gateway at all
+    ours: bool = False  # it chooses its port itself
 
 
 def run_gateway_bench(
@@ -88,8 +89,11 @@ def run_gateway_bench(
     """Measure ours and those that are installed, in turns. Raises MemserveError."""
     targets = [
         _Target("none", False, None),
-        _Target("memserve", False, _ours(workload)),
+        _ours("memserve", workload.policy, 1),
     ]
+    if workload.workers > 1:
+        name = f"memserve, {workload.workers} workers"
+        targets.append(_ours(name, workload.policy, workload.workers))
     skipped = {}
     for name in _ROUTERS:
         command = _installed(name)
@@ -248,7 +252,7 @@ def _gateway(target: _Target, backend: str) -> Iterator[tuple[str, int]]:
     command = [part.format(url=backend, port=port, metrics=metrics) for part in target.command]
     with _process(command) as process:
         url = f"http://127.0.0.1:{port}"
-        if target.name == "memserve":
+        if target.ours:
             assert process.stdout is not None
             url = process.stdout.readline().decode().strip()
         _until_ready(target, url, process)
@@ -295,9 +299,9 @@ def _free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def _ours(workload: GatewayWorkload) -> tuple[str, ...]:
-    ours = "gateway", workload.policy, str(workload.workers), "{url}"
-    return (sys.executable, "-m", MODULE, *ours)
+def _ours(name: str, policy: Policy, workers: int) -> _Target:
+    command = (sys.executable, "-m", MODULE, "gateway", policy, str(workers), "{url}")
+    return _Target(name, False, command, ours=True)
 
 
 def _installed(name: str) -> tuple[str, ...] | None:
