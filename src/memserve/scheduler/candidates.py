@@ -78,7 +78,7 @@ class Candidates:
         n = len(load.lines)
         self._held: IndexArray = np.empty(n, np.int64)
         self._asked: IndexArray = np.empty((2 + k.MAX_SOURCES, n), np.int64)
-        self._moved: IndexArray = np.empty((2, 1 + k.MAX_SOURCES, n), np.int64)
+        self._moved: Seconds = np.empty((2, 1 + k.MAX_SOURCES, n))
         self._sequences: IndexArray = np.empty((3, n), np.int64)
         self._contexts: Seconds = np.empty((3, n))
         self._found: IndexArray = np.empty((k.FOUND, k.MAX_SOURCES), np.int64)
@@ -118,7 +118,7 @@ class Candidates:
         prompt = self.prompt_tokens = len(request.tokens)
         needed = prompt + output_tokens
         self._hold(matches)
-        k.survey(
+        k.survey.run(
             load.figures,
             load.kinds,
             roster.parts,
@@ -137,7 +137,7 @@ class Candidates:
         sources = _NO_SOURCES
         if slots[0] >= 0:
             sources = _sure_sources(load, request, slots, tokens, least)
-            k.survey_sources(load.kinds, sources, prompt, asked, moved)
+            k.survey_sources.run(load.kinds, sources, prompt, asked, moved)
         count = sources.shape[1]
         steps = _step_seconds(load, self._sequences, self._contexts)
         floor = load.unhindered
@@ -145,7 +145,7 @@ class Candidates:
             floor = _memory_wait(load, request, needed, self.cached, steps, now)
         if max(longest) >= 0:
             floor = _wait_for_promises(load, request, longest, self.cached, floor)
-        self.whole_prefill = k.predict(
+        self.whole_prefill = k.predict.run(
             load.figures,
             load.left,
             load.kinds,
@@ -185,7 +185,7 @@ class Candidates:
     ) -> Seconds:
         """Their weighted sum, [candidates]."""
         scores = np.empty(len(self.first_token))
-        choosing.weigh(
+        choosing.weigh.run(
             self.roster.computes,
             self.first_token,
             self.decode,
@@ -208,7 +208,7 @@ class Candidates:
         `allowed` [candidates]: only these; the scores of the others become infinite.
         """
         roster = self.roster
-        return choosing.least(
+        return choosing.least.run(
             roster.answers,
             roster.computes,
             roster.usual,
@@ -252,6 +252,9 @@ def _sure_sources(
 def _step_seconds(load: Load, sequences: IndexArray, contexts: Seconds) -> Seconds:
     """Of decode steps, in the shape of the batches."""
     seconds = np.empty(sequences.shape)
+    if len(load.cost_groups) == 1:
+        seconds[...] = load.cost_groups[0].costs.decode_step_seconds(sequences, contexts)
+        return seconds
     for group in load.cost_groups:
         at = group.slots
         seconds[:, at] = group.costs.decode_step_seconds(sequences[:, at], contexts[:, at])
@@ -261,13 +264,16 @@ def _step_seconds(load: Load, sequences: IndexArray, contexts: Seconds) -> Secon
 def _prefill_seconds(load: Load, prompt: int, asked: IndexArray) -> Seconds:
     """exec(x, y), [rows, instances] as asked."""
     seconds = np.empty(asked.shape)
+    if len(load.cost_groups) == 1:
+        seconds[...] = load.cost_groups[0].costs.prefill_seconds(prompt, asked)
+        return seconds
     for group in load.cost_groups:
         at = group.slots
         seconds[:, at] = group.costs.prefill_seconds(prompt, asked[:, at])
     return seconds
 
 
-def _move_seconds(load: Load, moved: IndexArray) -> Seconds:
+def _move_seconds(load: Load, moved: Seconds) -> Seconds:
     """From an instance of each group, far and near: [groups, 2, rows, instances], with `moved`
     [2, rows, instances] tokens and blocks."""
     tokens, blocks = moved

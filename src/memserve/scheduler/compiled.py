@@ -3,6 +3,9 @@
 numba keeps what it compiled beside the source (`__pycache__`), or in the user's cache folder
 where that is read-only; `NUMBA_CACHE_DIR` names another one. Where it can write nowhere, each
 process compiles when it starts, and says so.
+
+Only who calls `prepare` imports numba. Without, the same functions run as the Python that they
+are: enough for an instance, which asks its cost model a few times when it starts.
 """
 
 from __future__ import annotations
@@ -10,10 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
-
-from numba import njit
-from numba.core.dispatcher import Dispatcher
+from typing import Any, Generic, ParamSpec, TypeVar
 
 log = logging.getLogger(__name__)
 
@@ -22,40 +22,67 @@ _R = TypeVar("_R")
 
 _LOADED_SECONDS = 1.0  # what takes longer was compiled, and not found
 
-# numba's stubs do not say what a compiled function takes.
-_jit: Any = njit(error_model="numpy")
-_unprepared: list[tuple[Dispatcher[Any], str]] = []
+
+class Compiled(Generic[_P, _R]):
+    """A function for certain types. Once prepared, `run` raises TypeError for others instead of
+    compiling."""
+
+    __slots__ = ("python", "run", "signature")
+
+    def __init__(self, python: Callable[_P, _R], signature: str) -> None:
+        self.python = python
+        self.signature = signature
+        self.run: Callable[_P, _R] = python
 
 
-def compiled(signature: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Compile a function for these types, when `prepare` is called, and for no others.
+_unprepared: list[Compiled[..., Any]] = []
+_parts: list[Callable[..., Any]] = []
+
+
+def compiled(signature: str) -> Callable[[Callable[_P, _R]], Compiled[_P, _R]]:
+    """Compile a function for these types, when `prepare` is called.
 
     What is compiled is found again until the function's own file changes: the functions that it
     calls and the constants that it reads must stand in the same file.
     """
 
-    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
-        dispatcher: Callable[_P, _R] = _jit(function)
-        if isinstance(dispatcher, Dispatcher):  # not so with NUMBA_DISABLE_JIT
-            _unprepared.append((dispatcher, signature))
-        return dispatcher
+    def decorate(function: Callable[_P, _R]) -> Compiled[_P, _R]:
+        kernel = Compiled(function, signature)
+        _unprepared.append(kernel)
+        return kernel
 
     return decorate
 
 
 def inlined(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """A part of functions that are `compiled`, in the same file."""
-    part: Callable[_P, _R] = _jit(function)
-    return part
+    _parts.append(function)
+    return function
 
 
 def prepare() -> None:
-    """Compile what is not compiled yet, or load it. From then on a call with other types raises
-    TypeError instead of compiling. OSError: the folder of compiled code cannot be read."""
+    """Compile what is not compiled yet, or load it; with NUMBA_DISABLE_JIT it stays Python.
+
+    OSError: the folder of compiled code cannot be read.
+    """
+    if not _unprepared:
+        return
     started = time.perf_counter()
+    # Imports numba: a sixth of a second and some 60 MB.
+    from numba import njit
+    from numba.extending import register_jitable
+
+    while _parts:
+        register_jitable(_parts.pop())
+    jit: Any = njit(error_model="numpy")
     kept = True
     while _unprepared:
-        kept &= _prepare(*_unprepared.pop())
+        kernel = _unprepared.pop()
+        dispatcher = jit(kernel.python)
+        if dispatcher is kernel.python:  # NUMBA_DISABLE_JIT
+            continue
+        kept &= _compile(dispatcher, kernel.signature)
+        kernel.run = dispatcher
     took = time.perf_counter() - started
     if not kept:
         log.warning("compiled the scheduler in %.1f s; no folder can be written to keep it", took)
@@ -63,7 +90,7 @@ def prepare() -> None:
         log.info("compiled the scheduler in %.1f s", took)
 
 
-def _prepare(dispatcher: Dispatcher[Any], signature: str) -> bool:
+def _compile(dispatcher: Any, signature: str) -> bool:
     """Whether the next process will find it."""
     kept = True
     try:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 import numpy as np
@@ -24,9 +24,12 @@ from numpy.typing import ArrayLike, NDArray
 from memserve.scheduler.architecture import Architecture
 from memserve.scheduler.compute import Measured, Table, Waves
 from memserve.scheduler.contract import Costs, Path, Seconds
+from memserve.scheduler.look_ups import decode_look_up, link_seconds, prefill_look_up
 
 _Seconds = Annotated[float, Meta(ge=0)]
 _Ints = NDArray[np.int64]
+_Number = TypeVar("_Number", np.int64, np.float64)
+_Other = TypeVar("_Other", np.int64, np.float64)
 
 # Table entries to begin with; they double as longer prompts and larger batches come.
 _FIRST_TOKENS = 1 << 13
@@ -80,12 +83,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """
         prompt = np.asarray(prompt_tokens, dtype=np.int64)
         cached = np.asarray(cached_tokens, dtype=np.int64)
-        tables = self._prefill
-        try:
-            return tables.look_up(prompt, cached)
-        except IndexError:
-            tables.grow(int(prompt.max()))
-            return tables.look_up(prompt, cached)
+        return self._prefill.look_up(*_together(prompt, cached))
 
     def decode_step_seconds(self, sequences: ArrayLike, context_tokens: ArrayLike) -> Seconds:
         """One step of a batch whose sequences hold `context_tokens` in all; nothing takes 0 s.
@@ -93,21 +91,18 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         Raises ValueError for over MAX_TOKENS sequences.
         """
         rows = np.asarray(sequences, dtype=np.int64)
-        tables = self._decode
-        try:
-            return tables.look_up(rows, context_tokens)
-        except IndexError:
-            tables.grow(int(rows.max()))
-            return tables.look_up(rows, context_tokens)
+        context = np.asarray(context_tokens, dtype=np.float64)
+        return self._decode.look_up(*_together(rows, context))
 
     def transfer_seconds(self, num_bytes: ArrayLike, pieces: ArrayLike, path: Path) -> Seconds:
         """Moving KV to another instance in so many contiguous pieces."""
         link = self.shm if path == "shm" else self.nixl
-        seconds: Seconds = (
-            link.seconds
-            + link.seconds_per_byte * np.asarray(num_bytes)
-            + link.seconds_per_piece * np.asarray(pieces)
-        )
+        first = np.asarray(num_bytes, dtype=np.float64)
+        moved, runs, shape = _together(first, np.asarray(pieces, dtype=np.float64))
+        each = np.empty(shape)
+        per_byte, per_piece = link.seconds_per_byte, link.seconds_per_piece
+        link_seconds.run(moved, runs, link.seconds, per_byte, per_piece, each.reshape(-1))
+        seconds: Seconds = each[()]
         return seconds
 
     @cached_property
@@ -131,6 +126,16 @@ def recompute_cost(costs: Costs, block_tokens: int) -> Callable[[int], float]:
         return block_tokens * (first + slope * end)
 
     return cost
+
+
+def _together(
+    first: NDArray[_Number], second: NDArray[_Other]
+) -> tuple[NDArray[_Number], NDArray[_Other], tuple[int, ...]]:
+    """Two arguments as the look-ups take them, one after the other, and the shape of both."""
+    if first.ndim and second.ndim and first.shape != second.shape:
+        shape = np.broadcast_shapes(first.shape, second.shape)
+        first, second = np.broadcast_to(first, shape), np.broadcast_to(second, shape)
+    return first.ravel(), second.ravel(), second.shape if second.ndim else first.shape
 
 
 class Steps(msgspec.Struct, frozen=True):
@@ -170,17 +175,21 @@ class _PrefillTables:
 
     def __init__(self, model: CostModel) -> None:
         self._model = model
-        self._windows: Table | None = None
+        self._windows: Table = np.empty(0)
         self._build(_FIRST_TOKENS)
 
-    def look_up(self, prompt: _Ints, cached: _Ints) -> Seconds:
-        # Every operation here costs half a microsecond, whatever the arrays' size.
-        tokens = np.maximum(prompt - cached, 1)
-        seconds: Seconds = self._base[tokens] + (cached > 0) * self._behind[tokens]
-        seconds += self._slope[tokens] * cached
-        if self._windows is not None:
-            seconds += self._windows[prompt] - self._windows[cached]
+    def look_up(self, prompt: _Ints, cached: _Ints, shape: tuple[int, ...]) -> Seconds:
+        each = np.empty(shape)
+        longest = self._look_up(prompt, cached, each)
+        if longest:
+            self.grow(longest)
+            self._look_up(prompt, cached, each)
+        seconds: Seconds = each[()]
         return seconds
+
+    def _look_up(self, prompt: _Ints, cached: _Ints, each: Seconds) -> int:
+        tables = self._base, self._behind, self._slope, self._windows
+        return prefill_look_up.run(prompt, cached, *tables, each.reshape(-1))
 
     def grow(self, longest: int) -> None:
         """Hold prompts of `longest` tokens. Raises ValueError for too many."""
@@ -227,11 +236,18 @@ class _DecodeTables:
         self._window = architecture.window
         self._build(_FIRST_SEQUENCES)
 
-    def look_up(self, sequences: _Ints, context: ArrayLike) -> Seconds:
-        seconds: Seconds = self._base[sequences] + self._full * np.asarray(context)
-        if self._windowed:
-            seconds += self._windowed * np.minimum(context, sequences * self._window)
+    def look_up(self, sequences: _Ints, context: Seconds, shape: tuple[int, ...]) -> Seconds:
+        each = np.empty(shape)
+        most = self._look_up(sequences, context, each)
+        if most:
+            self.grow(most)
+            self._look_up(sequences, context, each)
+        seconds: Seconds = each[()]
         return seconds
+
+    def _look_up(self, sequences: _Ints, context: Seconds, each: Seconds) -> int:
+        costs = self._full, self._windowed, self._window
+        return decode_look_up.run(sequences, context, self._base, *costs, each.reshape(-1))
 
     def grow(self, most: int) -> None:
         """Hold batches of `most` sequences. Raises ValueError for too many."""

@@ -61,7 +61,7 @@ class Ranking(msgspec.Struct, frozen=True, eq=False):
         kept = min(len(scores), KEPT_CANDIDATES)
         figures, seconds = np.empty((5, kept), np.int64), np.empty((7, kept))
         c, roster = candidates, candidates.roster
-        rank(
+        rank.run(
             chosen,
             scores,
             roster.answers,

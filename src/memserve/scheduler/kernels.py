@@ -96,7 +96,7 @@ def _usable(tokens: int, block_tokens: int, prompt: int) -> int:
 
 @compiled(
     "void(float64[:,::1], int64[:,::1], int64[:,::1], int64[::1], int64, float64, float64, "
-    "boolean, int64[:,::1], int64[:,:,::1], int64[:,::1], float64[:,::1], int64[:,::1])"
+    "boolean, int64[:,::1], float64[:,:,::1], int64[:,::1], float64[:,::1], int64[:,::1])"
 )
 def survey(
     figures: Seconds,
@@ -108,7 +108,7 @@ def survey(
     needed: float,
     fetches: bool,
     asked: IndexArray,
-    moved: IndexArray,
+    moved: Seconds,
     sequences: IndexArray,
     contexts: Seconds,
     found: IndexArray,
@@ -186,9 +186,9 @@ def _find_sources(
         found[SOURCE, at], found[SOURCE_TOKENS, at] = best, cached[best]
 
 
-@compiled("void(int64[:,::1], int64[:,::1], int64, int64[:,::1], int64[:,:,::1])")
+@compiled("void(int64[:,::1], int64[:,::1], int64, int64[:,::1], float64[:,:,::1])")
 def survey_sources(
-    kinds: IndexArray, sources: IndexArray, prompt: int, asked: IndexArray, moved: IndexArray
+    kinds: IndexArray, sources: IndexArray, prompt: int, asked: IndexArray, moved: Seconds
 ) -> None:
     """What each of `sources` [2, sources] (slots, tokens) would give each instance: adds to
     `asked`, from row 2 on, what it then has, and to `moved`, from row 1 on, what it would pull."""

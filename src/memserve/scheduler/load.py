@@ -31,7 +31,7 @@ class CostGroup:
     """Instances whose times the same model predicts, but for a factor of each."""
 
     costs: Costs
-    slots: IndexArray | slice  # a slice where it is all instances: indexing copies nothing
+    slots: IndexArray
 
 
 class Load:
@@ -75,8 +75,7 @@ class Load:
             self.figures[at, k.KV_CAPACITY :] = fixed
         of_group = self.kinds[:, k.GROUP]
         self.cost_groups = tuple(
-            CostGroup(costs, slice(None) if len(groups) == 1 else np.flatnonzero(of_group == at))
-            for at, costs in enumerate(groups)
+            CostGroup(costs, np.flatnonzero(of_group == at)) for at, costs in enumerate(groups)
         )
         # How KV can move between any two of them; `near` of a host, as `kernels` counts it.
         paths: list[tuple[int, Path]] = []
