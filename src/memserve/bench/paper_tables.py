@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -184,8 +185,9 @@ def _because(result: PaperResult, workload: str, before: str, after: str) -> str
     told = "; ".join(shares)
     if before == "PD":
         why = (
-            "One core decodes here where two did, both share one memory bus, and the prompts of "
-            "a 270M model cost too little for their absence from the decoding core to pay for it"
+            "Supposed, not measured: one core decodes here where two did, both share one memory "
+            "bus, and the prompts of a 270M model cost too little for their absence from the "
+            "decoding core to pay for it"
         )
     elif _idle(result, workload, after):
         why = (
@@ -193,15 +195,25 @@ def _because(result: PaperResult, workload: str, before: str, after: str) -> str
             "prefill instance idle, so that this is one core against two"
         )
     else:
-        why = "Decoding is most of a request's time here, and caching saves none of it"
+        ttft, jct = (_mean(result, workload, before, f) for f in ("TTFT mean s", "JCT mean s"))
+        why = (
+            f"Of a request's {jct:.2f} s in {before}, {ttft:.2f} s are before its first token, and "
+            "caching saves of nothing else"
+        )
     return f"{why}. {told}."
 
 
 def _tpot(result: PaperResult, workload: str, topology: str) -> str:
-    index = [label for label, _, _ in FIGURES].index("TPOT mean ms")
+    mean = _mean(result, workload, topology, "TPOT mean ms")
+    return "without TPOT" if math.isnan(mean) else f"TPOT {mean * 1e3:.0f} ms"
+
+
+def _mean(result: PaperResult, workload: str, topology: str, label: str) -> float:
+    """Of all rates, seconds; NaN where there is none."""
+    index = [name for name, _, _ in FIGURES].index(label)
     own = [row for row in result.rows if (row.workload, row.topology) == (workload, topology)]
     means = [value.mean for row in own if (value := row.figures[index]) is not None]
-    return f"TPOT {sum(means) / len(means) * 1e3:.0f} ms" if means else "without TPOT"
+    return sum(means) / len(means) if means else math.nan
 
 
 def _idle(result: PaperResult, workload: str, topology: str) -> bool:
