@@ -57,35 +57,40 @@ def validate_sampling(params: SamplingParams, vocab_size: int) -> None:
     NaN and infinity always are. Types are the decoder's business.
     """
     p = params
-    _require("max_tokens", p.max_tokens, p.max_tokens >= 1, "at least 1")
-    allowed = f"from 0 to max_tokens ({p.max_tokens})"
-    _require("min_tokens", p.min_tokens, 0 <= p.min_tokens <= p.max_tokens, allowed)
-    _require("temperature", p.temperature, 0 <= p.temperature < math.inf, "0 or more, and finite")
-    _require("top_k", p.top_k, p.top_k >= -1, "1 or more, or 0 or -1 for all tokens")
-    _require("top_p", p.top_p, 0 < p.top_p <= 1, "above 0 and at most 1")
-    _require("min_p", p.min_p, 0 <= p.min_p <= 1, "from 0 to 1")
-    valid = 0 < p.repetition_penalty < math.inf
-    _require("repetition_penalty", p.repetition_penalty, valid, "above 0, and finite")
-    valid = -2 <= p.presence_penalty <= 2
-    _require("presence_penalty", p.presence_penalty, valid, "from -2 to 2")
-    valid = -2 <= p.frequency_penalty <= 2
-    _require("frequency_penalty", p.frequency_penalty, valid, "from -2 to 2")
-    if p.logprobs is not None:
-        valid = 0 <= p.logprobs <= MAX_LOGPROBS
-        _require("logprobs", p.logprobs, valid, f"from 0 to {MAX_LOGPROBS}")
-    if p.seed is not None:
-        _require("seed", p.seed, -(2**63) <= p.seed < 2**63, "a signed 64-bit integer")
-    token_id = f"a token id (0 to {vocab_size - 1})"
+    if p.max_tokens < 1:
+        raise _refused("max_tokens", p.max_tokens, "at least 1")
+    if not 0 <= p.min_tokens <= p.max_tokens:
+        raise _refused("min_tokens", p.min_tokens, f"from 0 to max_tokens ({p.max_tokens})")
+    if not 0 <= p.temperature < math.inf:
+        raise _refused("temperature", p.temperature, "0 or more, and finite")
+    if p.top_k < -1:
+        raise _refused("top_k", p.top_k, "1 or more, or 0 or -1 for all tokens")
+    if not 0 < p.top_p <= 1:
+        raise _refused("top_p", p.top_p, "above 0 and at most 1")
+    if not 0 <= p.min_p <= 1:
+        raise _refused("min_p", p.min_p, "from 0 to 1")
+    if not 0 < p.repetition_penalty < math.inf:
+        raise _refused("repetition_penalty", p.repetition_penalty, "above 0, and finite")
+    if not -2 <= p.presence_penalty <= 2:
+        raise _refused("presence_penalty", p.presence_penalty, "from -2 to 2")
+    if not -2 <= p.frequency_penalty <= 2:
+        raise _refused("frequency_penalty", p.frequency_penalty, "from -2 to 2")
+    if p.logprobs is not None and not 0 <= p.logprobs <= MAX_LOGPROBS:
+        raise _refused("logprobs", p.logprobs, f"from 0 to {MAX_LOGPROBS}")
+    if p.seed is not None and not -(2**63) <= p.seed < 2**63:
+        raise _refused("seed", p.seed, "a signed 64-bit integer")
     for token in p.stop_token_ids:
-        _require("stop_token_ids", token, 0 <= token < vocab_size, token_id)
+        if not 0 <= token < vocab_size:
+            raise _refused("stop_token_ids", token, f"a token id (0 to {vocab_size - 1})")
     for token, bias in p.logit_bias.items():
-        _require("logit_bias", token, 0 <= token < vocab_size, token_id)
-        _require("logit_bias", bias, -100 <= bias <= 100, "from -100 to 100")
+        if not 0 <= token < vocab_size:
+            raise _refused("logit_bias", token, f"a token id (0 to {vocab_size - 1})")
+        if not -100 <= bias <= 100:
+            raise _refused("logit_bias", bias, "from -100 to 100")
 
 
-def _require(param: str, value: float, valid: bool, allowed: str) -> None:
-    if not valid:
-        raise RequestError(f"{param}: {value} is not {allowed}", param)
+def _refused(param: str, value: float, allowed: str) -> RequestError:
+    return RequestError(f"{param}: {value} is not {allowed}", param)
 
 
 class CallKind(StrEnum):
