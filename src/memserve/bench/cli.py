@@ -225,6 +225,30 @@ def engine(json: _Json = None, *, given: Given) -> None:
     _report(json, wanted, report, engine_bench_table(report))
 
 
+class PrefillBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Which prompts are computed."""
+
+    threads: Annotated[Positive | None, doc("default: one for each core")] = None
+    max_batch_tokens: Annotated[Positive, doc("as the instances' setting")] = 2048
+    longest: Annotated[Positive, doc("tokens; shorter ones are quarters of it")] = 4096
+    repeats: Annotated[Positive, doc("of every prompt, in turns; figures are medians")] = 3
+
+
+@app.command()
+@takes_flags(flags_of(ModelConfig, ("served_name", "max_model_len")), flags_of(PrefillBenchConfig))
+def prefill(json: _Json = None, *, given: Given) -> None:
+    """Time prompts of several lengths of which more and more is cached, on the engine alone."""
+    from memserve.bench.own_engine import load_own_engine
+    from memserve.bench.prefill import prefill_bench_table, run_prefill_bench
+
+    wanted = with_flags(ModelConfig(), given)
+    config = with_flags(PrefillBenchConfig(), given)
+    progress = progress_lines()
+    own = load_own_engine(wanted, config.threads, config.max_batch_tokens, progress)
+    report = run_prefill_bench(own, config.longest, config.repeats, progress)
+    _report(json, config, report, prefill_bench_table(report))
+
+
 class TransferBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How much is copied."""
 

@@ -35,6 +35,7 @@ _MICRO: tuple[tuple[str, tuple[str, ...]], ...] = (
             *("--only", "prompt-tree", "--only", "session"),
         ),
     ),
+    ("prefill", ("bench", "prefill", "--threads", "1", "--longest", "2048")),
     ("profile", ("profile", "--threads", "1", "--rounds", "1", "--held-out", "12")),
     ("transfer", ("bench", "transfer", "--blocks", "64", "--repeats", "3")),
 )

@@ -80,6 +80,12 @@ def _engine(raw: msgspec.Raw) -> RenderableType:
     return _reader(EngineBenchReport, engine_bench_table, raw)
 
 
+def _prefill(raw: msgspec.Raw) -> RenderableType:
+    from memserve.bench.prefill import PrefillBenchReport, prefill_bench_table
+
+    return _reader(PrefillBenchReport, prefill_bench_table, raw)
+
+
 def _transfer(raw: msgspec.Raw) -> RenderableType:
     from memserve.bench.transfer import TransferBenchReport, transfer_bench_table
 
@@ -136,6 +142,7 @@ def _paper(raw: msgspec.Raw) -> RenderableType:
 _READERS: dict[str, Callable[[msgspec.Raw], RenderableType]] = {
     "bench pool": _pool,
     "bench engine": _engine,
+    "bench prefill": _prefill,
     "bench transfer": _transfer,
     "bench gateway": _gateway,
     "bench scheduler": _scheduler,

@@ -1,0 +1,40 @@
+"""An engine as instances run it, for measurements in this process."""
+
+from __future__ import annotations
+
+import torch
+
+from memserve.config import ModelConfig, available_cores
+from memserve.engine.batch import BatchLimits
+from memserve.engine.dtype import choose_dtype
+from memserve.engine.engine import EngineSettings
+from memserve.engine.model import count_weights, load_model
+from memserve.instance.build import choose_device
+from memserve.instance.profiling import ProfiledEngine
+from memserve.models.resolve import Progress, resolve_model
+
+_MIXED_TOKENS = 256  # nothing is prefilled beside decoding sequences here
+_MAX_RUNNING = 64
+_BLOCK_TOKENS = 16
+
+
+def load_own_engine(
+    wanted: ModelConfig, threads: int | None, max_batch_tokens: int, progress: Progress
+) -> ProfiledEngine:
+    """Load a model as the command line wants it; `threads` None: one for each core, and this
+    process has as many from now on. Raises ModelError.
+    """
+    device = choose_device(wanted.device)
+    model = resolve_model(wanted, progress)
+    threads = threads or available_cores()
+    torch.set_num_threads(threads)
+    if wanted.dtype == "auto":
+        dtype = choose_dtype(count_weights(model.path), device).dtype
+    else:
+        dtype = vars(torch)[wanted.dtype]
+    progress(f"loading {model.name} as {dtype} on {device}, {threads} threads")
+    loaded = load_model(model.path, dtype, device)
+    limits = BatchLimits(max_batch_tokens, _MIXED_TOKENS, _MAX_RUNNING)
+    settings = EngineSettings(model.name, threads, limits, max_waiting=_MAX_RUNNING)
+    layout = loaded.layout(model.name, _BLOCK_TOKENS, True, model.revision or "")
+    return ProfiledEngine(loaded, layout, settings, model.path)
