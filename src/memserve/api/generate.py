@@ -8,10 +8,12 @@ that a gateway relays bytes and copies nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from enum import StrEnum
 
 import msgspec
 
+from memserve.api.token_ids import TokenIds
 from memserve.errors import RequestError
 from memserve.types import InstanceId
 
@@ -114,7 +116,7 @@ class GenerateCall(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
     kind: CallKind
     model: str  # echoed
     created: int  # Unix seconds, echoed
-    prompts: tuple[tuple[int, ...], ...]  # token ids; chat has exactly one
+    prompts: tuple[Sequence[int], ...]  # token ids; chat has exactly one
     sampling: SamplingParams = SamplingParams()
     n: int = 1
     stop: tuple[str, ...] = ()  # stop strings
@@ -135,3 +137,12 @@ class GenerateCall(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
     # a stop string, or max_tokens) says no more, and a stream of such choices is its usage and
     # [DONE]. (): a fresh call. Streams only.
     resumed: tuple[tuple[int, ...], ...] = ()
+
+
+def _encodable(value: object) -> msgspec.Raw:
+    if isinstance(value, TokenIds):
+        return value.json
+    raise NotImplementedError(f"{type(value)} is no part of a call")
+
+
+encode_call = msgspec.json.Encoder(enc_hook=_encodable).encode

@@ -7,6 +7,7 @@ its neutral values (null, [], {}, the default) are accepted, because clients sen
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Annotated, Final, Literal, TypeVar
 
@@ -15,6 +16,7 @@ from msgspec import Meta
 
 from memserve.api.errors import ApiError, invalid
 from memserve.api.generate import MAX_LOGPROBS, SamplingParams
+from memserve.api.token_ids import TokenIds
 
 MAX_STOP_STRINGS = 16  # OpenAI: 4
 MAX_STOP_LENGTH = 4096  # characters; text this long may be held back while streaming
@@ -147,12 +149,21 @@ class _Request(_Unsupported, frozen=True, kw_only=True):
 Prompts = str | tuple[str | TokenId | tuple[TokenId, ...], ...]
 
 
-class CompletionRequest(_Request, frozen=True, kw_only=True):
+class CompletionFields(_Request, frozen=True, kw_only=True):
+    """All of a completion but its prompt."""
+
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class CompletionRequest(CompletionFields, frozen=True, kw_only=True):
     """`POST /v1/completions`."""
 
     prompt: Prompts
-    echo: bool | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class _AnyPrompt(CompletionFields, frozen=True, kw_only=True):
+    prompt: msgspec.Raw
 
 
 class TextPart(
@@ -197,16 +208,31 @@ RequestT = TypeVar("RequestT", CompletionRequest, ChatRequest)
 
 _NO_SAMPLING = SamplingParams()
 _completion = msgspec.json.Decoder(CompletionRequest)
+_any_prompt = msgspec.json.Decoder(_AnyPrompt)
 _chat = msgspec.json.Decoder(ChatRequest)
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """Raises ApiError (400) that names the field at fault."""
     request = _decode(_completion, body)
-    _check_common(request)
-    if request.echo and request.logprobs is not None:
-        raise invalid("'echo' cannot be combined with 'logprobs' here.", "echo")
+    _check_completion(request)
     return request
+
+
+def parse_token_completion(
+    body: bytes, plain: Callable[[msgspec.Raw], TokenIds | None]
+) -> tuple[CompletionFields, TokenIds] | None:
+    """The same for one prompt of token ids, without an object for each; `plain` makes them of
+    JSON that it recognises. None: `parse_completion` has to look at this body. Raises ApiError."""
+    try:
+        request = _any_prompt.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    ids = plain(request.prompt)
+    if ids is None:
+        return None
+    _check_completion(request)
+    return request, ids
 
 
 def parse_chat(body: bytes) -> ChatRequest:
@@ -225,7 +251,7 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 
 def sampling_params(
-    request: CompletionRequest | ChatRequest, max_tokens: int, logprobs: int | None
+    request: CompletionFields | ChatRequest, max_tokens: int, logprobs: int | None
 ) -> SamplingParams:
     """What the engine is asked for; fields that were not given take their neutral values."""
     neutral = _NO_SAMPLING
@@ -279,7 +305,13 @@ def _refusal(message: str) -> ApiError:
     return invalid(message, field.group(1) if field else None)
 
 
-def _check_common(request: CompletionRequest | ChatRequest) -> None:
+def _check_completion(request: CompletionFields) -> None:
+    _check_common(request)
+    if request.echo and request.logprobs is not None:
+        raise invalid("'echo' cannot be combined with 'logprobs' here.", "echo")
+
+
+def _check_common(request: CompletionFields | ChatRequest) -> None:
     values = _unsupported_values(request)
     if values != _ALL_ABSENT:
         for name, value in zip(_UNSUPPORTED, values, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import struct
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,15 +15,19 @@ from memserve.api.errors import ApiError, context_length_exceeded, invalid, mode
 from memserve.api.generate import CallKind, GenerateCall, validate_sampling
 from memserve.api.openai import (
     ChatRequest,
+    CompletionFields,
     CompletionRequest,
     Message,
     chat_logprobs,
     parse_chat,
     parse_completion,
+    parse_token_completion,
     sampling_params,
 )
 from memserve.api.status import Limits
+from memserve.api.token_ids import TokenIds
 from memserve.errors import RequestError
+from memserve.gateway.token_parser import plain_token_ids
 from memserve.models.tokenizer import Tokenizer
 
 # About a millisecond of tokenising; longer texts go to a thread and leave the loop to others.
@@ -68,17 +73,20 @@ class CallBuilder:
 
     async def completion(self, body: bytes, limits: Limits) -> GenerateCall:
         """Raises ApiError that says what is wrong with the request."""
-        request = parse_completion(body)
-        self._check_model(request)
-        given = _prompts(request)
-        if any(isinstance(prompt, str) for prompt in given):
+        request: CompletionFields
+        if (found := parse_token_completion(body, plain_token_ids)) is not None:
+            request, ids = found
+            self._check_model(request)
+            prompts: tuple[TokenIds, ...] = (ids,)
+        else:
+            request = parse_completion(body)
+            self._check_model(request)
+            given = _prompts(request)
             special = request.add_special_tokens is not False
             prompts = await self._off_loop(
                 sum(len(prompt) for prompt in given if isinstance(prompt, str)),
                 lambda: tuple(self._token_ids(prompt, special) for prompt in given),
             )
-        else:
-            prompts = cast(tuple[tuple[int, ...], ...], given)
         room = limits.max_tokens
         for prompt in prompts:
             _check_prompt(prompt, limits)
@@ -95,11 +103,11 @@ class CallBuilder:
 
     def _call(
         self,
-        request: ChatRequest | CompletionRequest,
+        request: ChatRequest | CompletionFields,
         limits: Limits,
         *,
         kind: CallKind,
-        prompts: tuple[tuple[int, ...], ...],
+        prompts: tuple[TokenIds, ...],
         max_tokens: int,
         logprobs: int | None,
         echo: bool = False,
@@ -137,11 +145,11 @@ class CallBuilder:
             priority=request.priority or 0,
         )
 
-    def _check_model(self, request: ChatRequest | CompletionRequest) -> None:
+    def _check_model(self, request: ChatRequest | CompletionFields) -> None:
         if request.model not in (None, self.model):
             raise model_not_found(request.model, self.model)
 
-    def _render(self, request: ChatRequest) -> tuple[int, ...]:
+    def _render(self, request: ChatRequest) -> TokenIds:
         try:
             text = self._tokenizer.apply_chat_template(
                 [_template_message(message) for message in request.messages],
@@ -151,10 +159,13 @@ class CallBuilder:
             raise invalid(str(error), error.param) from error
         return self._token_ids(text, request.add_special_tokens is not False)
 
-    def _token_ids(self, prompt: str | tuple[int, ...], special: bool) -> tuple[int, ...]:
+    def _token_ids(self, prompt: str | tuple[int, ...], special: bool) -> TokenIds:
         if isinstance(prompt, str):
-            return tuple(self._tokenizer.encode(prompt, add_special_tokens=special))
-        return prompt
+            return TokenIds.of(self._tokenizer.encode(prompt, add_special_tokens=special))
+        try:
+            return TokenIds.of(prompt)
+        except struct.error as error:
+            raise _mixed() from error
 
     async def _off_loop(self, characters: int, work: Callable[[], T]) -> T:
         if characters <= INLINE_CHARACTERS:
@@ -176,7 +187,7 @@ def _prompts(request: CompletionRequest) -> Sequence[str | tuple[int, ...]]:
     if isinstance(prompt, str):
         prompt = (prompt,)
     if prompt and type(prompt[0]) is int:
-        return (cast(tuple[int, ...], prompt),)  # `_check_prompt` looks at all of it
+        return (cast(tuple[int, ...], prompt),)  # `TokenIds` looks at all of it
     if int in set(map(type, prompt)):
         raise _mixed()
     if not prompt or not all(prompt):
@@ -184,13 +195,10 @@ def _prompts(request: CompletionRequest) -> Sequence[str | tuple[int, ...]]:
     return cast(tuple[str | tuple[int, ...], ...], prompt)
 
 
-def _check_prompt(prompt: tuple[int, ...], limits: Limits) -> None:
+def _check_prompt(prompt: TokenIds, limits: Limits) -> None:
     if not prompt:
         raise invalid("'prompt' has no tokens; at least one is needed.", "prompt")
-    try:
-        highest = max(prompt)
-    except TypeError as error:
-        raise _mixed() from error
+    highest = int(prompt.array.max())
     if highest >= limits.vocab_size:
         raise invalid(
             f"Token id {highest} is outside the vocabulary of {limits.vocab_size}.", "prompt"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
@@ -15,6 +14,7 @@ import numpy as np
 from memserve.api.generate import GenerateCall
 from memserve.api.namespaces import salted
 from memserve.api.status import EngineTotals, InstanceState, Limits
+from memserve.api.token_ids import TokenIds
 from memserve.clock import Clock
 from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.kv_feed import KvFeed
@@ -299,8 +299,7 @@ def _resumed(call: GenerateCall) -> int:
 def _tokens(call: GenerateCall) -> TokenArray:
     """The prompt, and what was generated of it elsewhere, [tokens] int32. Of several prompts
     the first: all of them run in one place."""
-    prompt = call.prompts[0]
-    if _resumed(call):
-        prompt = prompt + call.resumed[0]
-    # Several times faster than numpy with a sequence of Python's integers.
-    return np.frombuffer(struct.pack(f"{len(prompt)}i", *prompt), dtype=np.int32)
+    prompt = TokenIds.of(call.prompts[0]).array
+    if not _resumed(call):
+        return prompt
+    return np.concatenate((prompt, np.array(call.resumed[0], dtype=np.int32)))

@@ -12,7 +12,7 @@ import msgspec
 
 from memserve.api.asgi import Interruption
 from memserve.api.errors import ApiError, unavailable
-from memserve.api.generate import GenerateCall, PrefillPeer
+from memserve.api.generate import GenerateCall, PrefillPeer, encode_call
 from memserve.api.http_message import Headers, Reply
 from memserve.clock import Clock
 from memserve.cluster.membership import Member, Membership
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3  # a call that takes instances down must not take all of them
 _REFUSALS = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
-
-_encode = msgspec.json.Encoder().encode
 
 
 class Answer:
@@ -160,7 +158,9 @@ class Relay:
         reply.on_gone = interruption.interrupt
         try:
             with interruption:
-                await self._upstream.call(member.address, _encode(_planned(call, plan)), attempt)
+                await self._upstream.call(
+                    member.address, encode_call(_planned(call, plan)), attempt
+                )
             if interruption.happened:
                 attempt.lost = "given up"
             elif stream is not None and attempt.status == HTTPStatus.OK and not stream.complete:
