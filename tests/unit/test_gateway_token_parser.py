@@ -33,6 +33,7 @@ def test_ids_are_found_however_they_are_spaced(ids: list[int], separators: tuple
     assert found is not None
     assert found.array.dtype == np.int32
     assert found == ids
+    assert found.highest == max(ids)
     assert bytes(found.json) == text
 
 
@@ -96,6 +97,7 @@ def test_what_cannot_be_read_is_left_to_who_says_why(body: bytes) -> None:
 def test_ids_are_a_sequence_as_any_other() -> None:
     ids = TokenIds.of((5, 6, 7))
     assert TokenIds.of(ids) is ids
+    assert (ids.highest, TokenIds.of(()).highest) == (7, -1)
     assert (len(ids), ids[0], ids[1:], list(ids), 6 in ids) == (3, 5, [6, 7], [5, 6, 7], True)
     assert ids == [5, 6, 7]
     assert ids != (5, 6)

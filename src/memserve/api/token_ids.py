@@ -19,11 +19,12 @@ class TokenIds(Sequence[int]):
     sent. Equal to any sequence of the same ids. Never changes."""
 
     __hash__ = None  # type: ignore[assignment]
-    __slots__ = ("array", "json")
+    __slots__ = ("array", "highest", "json")
 
-    def __init__(self, array: TokenArray, json: msgspec.Raw) -> None:
+    def __init__(self, array: TokenArray, json: msgspec.Raw, highest: int) -> None:
         self.array = array
         self.json = json
+        self.highest = highest  # of them; -1: there are none
 
     @classmethod
     def of(cls, ids: Sequence[int]) -> TokenIds:
@@ -32,7 +33,7 @@ class TokenIds(Sequence[int]):
             return ids
         # Several times faster than numpy with a sequence of Python's integers.
         array = np.frombuffer(struct.pack(f"{len(ids)}i", *ids), dtype=np.int32)
-        return cls(array, msgspec.Raw(_encode(ids)))
+        return cls(array, msgspec.Raw(_encode(ids)), max(ids, default=-1))
 
     def __len__(self) -> int:
         return len(self.array)

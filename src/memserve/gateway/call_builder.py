@@ -198,10 +198,9 @@ def _prompts(request: CompletionRequest) -> Sequence[str | tuple[int, ...]]:
 def _check_prompt(prompt: TokenIds, limits: Limits) -> None:
     if not prompt:
         raise invalid("'prompt' has no tokens; at least one is needed.", "prompt")
-    highest = int(prompt.array.max())
-    if highest >= limits.vocab_size:
+    if prompt.highest >= limits.vocab_size:
         raise invalid(
-            f"Token id {highest} is outside the vocabulary of {limits.vocab_size}.", "prompt"
+            f"Token id {prompt.highest} is outside the vocabulary of {limits.vocab_size}.", "prompt"
         )
 
 

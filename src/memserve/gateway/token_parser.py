@@ -13,7 +13,7 @@ from memserve.types import TokenArray
 
 _OPEN, _CLOSE, _COMMA, _ZERO, _NINE, _SPACE = map(ord, "[],09 ")
 _HIGHEST = 2**31 - 1
-_NOT_PLAIN = -1
+_NOT_PLAIN = (-1, -1)
 
 
 def plain_token_ids(json: msgspec.Raw) -> TokenIds | None:
@@ -21,16 +21,17 @@ def plain_token_ids(json: msgspec.Raw) -> TokenIds | None:
     are a text, several prompts, or wrong."""
     text: NDArray[np.uint8] = np.frombuffer(json, dtype=np.uint8)
     room = np.empty(len(text) // 2 + 1, dtype=np.int32)  # an id takes two bytes with its comma
-    count = _parse.run(text, room)
-    return TokenIds(room[:count], json) if count > 0 else None
+    count, highest = _parse.run(text, room)
+    return TokenIds(room[:count], json, highest) if count > 0 else None
 
 
-@compiled("int64(Array(uint8, 1, 'C', readonly=True), int32[::1])")
-def _parse(text: NDArray[np.uint8], ids: TokenArray) -> int:
-    """How many ids there are: decimal numbers between brackets, with commas and maybe spaces."""
+@compiled("UniTuple(int64, 2)(Array(uint8, 1, 'C', readonly=True), int32[::1])")
+def _parse(text: NDArray[np.uint8], ids: TokenArray) -> tuple[int, int]:
+    """How many ids there are, and the highest of them: decimal numbers between brackets, with
+    commas and maybe spaces."""
     if len(text) < 3 or text[0] != _OPEN or text[-1] != _CLOSE:
         return _NOT_PLAIN
-    count, value, digits = 0, np.int64(0), 0
+    count, value, digits, highest = 0, np.int64(0), 0, np.int64(0)
     over = False  # a space stands behind the number
     for at in range(1, len(text)):
         byte = np.int64(text[at])
@@ -45,9 +46,10 @@ def _parse(text: NDArray[np.uint8], ids: TokenArray) -> int:
             if not digits:
                 return _NOT_PLAIN
             ids[count] = value
+            highest = max(highest, value)
             count, value, digits, over = count + 1, np.int64(0), 0, False
         elif byte == _SPACE:
             over = digits > 0
         else:
             return _NOT_PLAIN
-    return count
+    return count, int(highest)
