@@ -41,6 +41,18 @@ class SchedulerWorkload(msgspec.Struct, frozen=True, kw_only=True):
     prefixes: Annotated[Positive, doc("that the prompts share")] = 50
     prefix_tokens: Annotated[Positive, doc("of each")] = 1024
     decisions: Annotated[Positive, doc("timed, with each policy")] = 3000
+    few_instances: Annotated[Positive, doc("of the small cluster, measured too")] = 2
+    few_tokens: Annotated[Positive, doc("of each prompt there")] = 400
+
+    def small(self) -> SchedulerWorkload:
+        """The small cluster: its prompts share as large a part."""
+        shared = self.prefix_tokens * self.few_tokens // self.prompt_tokens
+        return msgspec.structs.replace(
+            self,
+            instances=self.few_instances,
+            prompt_tokens=self.few_tokens,
+            prefix_tokens=max(shared, 1),
+        )
 
 
 class Timing(msgspec.Struct, frozen=True):
@@ -57,7 +69,8 @@ class Timing(msgspec.Struct, frozen=True):
 
 class PolicyTiming(msgspec.Struct, frozen=True):
     """One policy on one layout. `decide` is all of it: matching, choosing, reserving, and
-    telling the trees. `cpu` is the same without what other processes took."""
+    telling the trees. `cpu` is the same without what other processes took. `release` is telling
+    the scheduler of a first token and of an end."""
 
     layout: Layout
     policy: str
@@ -67,10 +80,13 @@ class PolicyTiming(msgspec.Struct, frozen=True):
     match: Timing
     expect: Timing
     fetches: int  # plans that pull a prefix from a third instance
+    instances: int = SchedulerWorkload().instances
+    prompt_tokens: int = SchedulerWorkload().prompt_tokens
+    release: Timing | None = None  # None: not measured then
 
 
 class SchedulerBenchReport(msgspec.Struct, frozen=True):
-    """Every policy on both layouts."""
+    """Every policy on both layouts, with many instances and with few."""
 
     workload: SchedulerWorkload
     policies: tuple[PolicyTiming, ...]
@@ -154,15 +170,17 @@ def run_scheduler_bench(
     workload: SchedulerWorkload | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> SchedulerBenchReport:
-    """Every policy on both layouts, with the cost model of a 13B model on two H800."""
+    """Every policy on both layouts, with many instances and with few; the cost model is that of a
+    13B model on two H800."""
     workload = workload or SchedulerWorkload()
     costs = cost_model("h800", "llama2-13b", tp=2)
     timings = []
     layouts: tuple[Layout, Layout] = ("colocated", "prefill + decode")
-    for layout in layouts:
-        for policy in POLICIES:
-            progress(f"{layout}, {policy}")
-            timings.append(_time_policy(workload, layout, policy, costs))
+    for size in (workload, workload.small()):
+        for layout in layouts:
+            for policy in POLICIES:
+                progress(f"{size.instances} instances, {layout}, {policy}")
+                timings.append(_time_policy(size, layout, policy, costs))
     return SchedulerBenchReport(workload, tuple(timings))
 
 
@@ -188,18 +206,20 @@ def _time_policy(
     for spec in specs:
         scheduler.put(spec)
         tree.join(spec.id, spec.block_tokens, spec.role)
+    among = frozenset(spec.id for spec in specs)  # as a gateway names its members
     holders = [spec.id for spec in specs if spec.role is not Role.DECODE]
+    holders = holders or [spec.id for spec in specs]
     prompts = _Prompts(workload)
-    prompts.store(tree, holders or [spec.id for spec in specs])
+    prompts.store(tree, holders)
     whole = float(costs.prefill_seconds(workload.prompt_tokens, 0))
-    pause = whole / (_LOAD * max(len(holders), 1))
-    wall, cpu, fetches, considered = [], [], 0, 0
+    pause = whole / (_LOAD * len(holders))
+    wall, cpu, release, fetches, considered = [], [], [], 0, 0
     computing: deque[RequestId] = deque()
     decoding: deque[RequestId] = deque()
     for request in prompts.requests():
         cpu_started = time.thread_time()
         started = time.perf_counter()
-        decision = scheduler.decide(request)
+        decision = scheduler.decide(request, among)
         wall.append(time.perf_counter() - started)
         cpu.append(time.thread_time() - cpu_started)
         assert decision is not None  # all instances are there
@@ -208,11 +228,13 @@ def _time_policy(
         clock.advance(pause)
         tree.expire(clock.now())
         computing.append(request.id)
+        started = time.perf_counter()
         if len(computing) > len(holders):
             scheduler.prefilled(computing[0])
             decoding.append(computing.popleft())
         if len(decoding) > _RUNNING_PER_INSTANCE * len(specs):
             scheduler.finished(decoding.popleft(), request.output_tokens)
+        release.append(time.perf_counter() - started)
     return PolicyTiming(
         layout=layout,
         policy=policy,
@@ -222,21 +244,22 @@ def _time_policy(
         match=Timing.of(timed.matches[_WARM_UP:]),
         expect=Timing.of(timed.expects[_WARM_UP:]),
         fetches=fetches,
+        instances=workload.instances,
+        prompt_tokens=workload.prompt_tokens,
+        release=Timing.of(release[_WARM_UP:]),
     )
 
 
 def scheduler_bench_table(report: SchedulerBenchReport) -> Table:
     """The report for a person."""
     work = report.workload
-    table = Table(
-        title=f"{work.instances} instances, {work.prompts} known prompts of "
-        f"{work.prompt_tokens} tokens; microseconds, median / P99"
-    )
-    names = ("", "policy", "plans", "decide", "CPU", "match", "expect", "fetches")
+    table = Table(title=f"{work.prompts} known prompts; microseconds, median / P99")
+    names = ("", "policy", "plans", "decide", "CPU", "match", "expect", "release", "fetches")
     for number, name in enumerate(names):
         table.add_column(name, justify="left" if number < 2 else "right")
     for row in report.policies:
-        timings = (row.decide, row.cpu, row.match, row.expect)
-        figures = [f"{each.p50:.0f} / {each.p99:.0f}" for each in timings]
-        table.add_row(row.layout, row.policy, str(row.candidates), *figures, str(row.fetches))
+        timings = (row.decide, row.cpu, row.match, row.expect, row.release)
+        figures = [f"{each.p50:.0f} / {each.p99:.0f}" if each else "" for each in timings]
+        size = f"{row.instances} {row.layout}, {row.prompt_tokens} tokens"
+        table.add_row(size, row.policy, str(row.candidates), *figures, str(row.fetches))
     return table

@@ -76,6 +76,7 @@ class Candidates:
         self.prompt_tokens = 0
         self.whole_prefill = 0.0  # seconds, the least, of the prompt with nothing cached
         n = len(load.lines)
+        self._used: Seconds = load.figures[:, k.USED]
         self._held: IndexArray = np.empty(n, np.int64)
         self._asked: IndexArray = np.empty((2 + k.MAX_SOURCES, n), np.int64)
         self._moved: Seconds = np.empty((2, 1 + k.MAX_SOURCES, n))
@@ -214,7 +215,7 @@ class Candidates:
             roster.usual,
             roster.every if allowed is None else allowed,
             self.fetched,
-            self.load.used,
+            self._used,
             self.whole_prefill,
             scores,
         )
@@ -238,7 +239,7 @@ def _sure_sources(
     for slot, held in zip(slots, tokens, strict=True):
         if slot < 0:
             break
-        sure = load.promised_tokens(slot, request.namespace, request.tokens[:held])
+        sure = load.promised_tokens(slot, request.namespace, request.tokens, held)
         if sure > least:
             sources.append((slot, sure))
     if not sources:
@@ -322,7 +323,7 @@ def _wait_for_promises(
         if slot < 0:
             continue
         tokens = int(cached[slot])
-        sure = load.promised_tokens(slot, request.namespace, request.tokens[:tokens])
+        sure = load.promised_tokens(slot, request.namespace, request.tokens, tokens)
         if sure < tokens:
             if waits is None:
                 waits = wait.copy()

@@ -83,7 +83,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """
         prompt = np.asarray(prompt_tokens, dtype=np.int64)
         cached = np.asarray(cached_tokens, dtype=np.int64)
-        return self._prefill.look_up(*_together(prompt, cached))
+        return self._prefill.look_up(prompt, cached)
 
     def decode_step_seconds(self, sequences: ArrayLike, context_tokens: ArrayLike) -> Seconds:
         """One step of a batch whose sequences hold `context_tokens` in all; nothing takes 0 s.
@@ -92,18 +92,16 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """
         rows = np.asarray(sequences, dtype=np.int64)
         context = np.asarray(context_tokens, dtype=np.float64)
-        return self._decode.look_up(*_together(rows, context))
+        return self._decode.look_up(rows, context)
 
     def transfer_seconds(self, num_bytes: ArrayLike, pieces: ArrayLike, path: Path) -> Seconds:
         """Moving KV to another instance in so many contiguous pieces."""
         link = self.shm if path == "shm" else self.nixl
-        first = np.asarray(num_bytes, dtype=np.float64)
-        moved, runs, shape = _together(first, np.asarray(pieces, dtype=np.float64))
-        each = np.empty(shape)
+        moved = np.asarray(num_bytes, dtype=np.float64)
+        moved, runs, each = _together(moved, np.asarray(pieces, dtype=np.float64))
         per_byte, per_piece = link.seconds_per_byte, link.seconds_per_piece
         link_seconds.run(moved, runs, link.seconds, per_byte, per_piece, each.reshape(-1))
-        seconds: Seconds = each[()]
-        return seconds
+        return each
 
     @cached_property
     def _prefill(self) -> _PrefillTables:
@@ -130,12 +128,14 @@ def recompute_cost(costs: Costs, block_tokens: int) -> Callable[[int], float]:
 
 def _together(
     first: NDArray[_Number], second: NDArray[_Other]
-) -> tuple[NDArray[_Number], NDArray[_Other], tuple[int, ...]]:
-    """Two arguments as the look-ups take them, one after the other, and the shape of both."""
+) -> tuple[NDArray[_Number], NDArray[_Other], Seconds]:
+    """Two arguments as the look-ups take them, one after the other, and room for what they find,
+    in the shape of both."""
     if first.ndim and second.ndim and first.shape != second.shape:
         shape = np.broadcast_shapes(first.shape, second.shape)
         first, second = np.broadcast_to(first, shape), np.broadcast_to(second, shape)
-    return first.ravel(), second.ravel(), second.shape if second.ndim else first.shape
+    each = np.empty(second.shape if second.ndim else first.shape)
+    return first.ravel(), second.ravel(), each
 
 
 class Steps(msgspec.Struct, frozen=True):
@@ -178,18 +178,14 @@ class _PrefillTables:
         self._windows: Table = np.empty(0)
         self._build(_FIRST_TOKENS)
 
-    def look_up(self, prompt: _Ints, cached: _Ints, shape: tuple[int, ...]) -> Seconds:
-        each = np.empty(shape)
-        longest = self._look_up(prompt, cached, each)
-        if longest:
+    def look_up(self, prompt: _Ints, cached: _Ints) -> Seconds:
+        x, c, each = _together(prompt, cached)
+        flat = each.reshape(-1)
+        while longest := prefill_look_up.run(
+            x, c, self._base, self._behind, self._slope, self._windows, flat
+        ):
             self.grow(longest)
-            self._look_up(prompt, cached, each)
-        seconds: Seconds = each[()]
-        return seconds
-
-    def _look_up(self, prompt: _Ints, cached: _Ints, each: Seconds) -> int:
-        tables = self._base, self._behind, self._slope, self._windows
-        return prefill_look_up.run(prompt, cached, *tables, each.reshape(-1))
+        return each
 
     def grow(self, longest: int) -> None:
         """Hold prompts of `longest` tokens. Raises ValueError for too many."""
@@ -236,18 +232,14 @@ class _DecodeTables:
         self._window = architecture.window
         self._build(_FIRST_SEQUENCES)
 
-    def look_up(self, sequences: _Ints, context: Seconds, shape: tuple[int, ...]) -> Seconds:
-        each = np.empty(shape)
-        most = self._look_up(sequences, context, each)
-        if most:
+    def look_up(self, sequences: _Ints, context: Seconds) -> Seconds:
+        rows, tokens, each = _together(sequences, context)
+        flat = each.reshape(-1)
+        while most := decode_look_up.run(
+            rows, tokens, self._base, self._full, self._windowed, self._window, flat
+        ):
             self.grow(most)
-            self._look_up(sequences, context, each)
-        seconds: Seconds = each[()]
-        return seconds
-
-    def _look_up(self, sequences: _Ints, context: Seconds, each: Seconds) -> int:
-        costs = self._full, self._windowed, self._window
-        return decode_look_up.run(sequences, context, self._base, *costs, each.reshape(-1))
+        return each
 
     def grow(self, most: int) -> None:
         """Hold batches of `most` sequences. Raises ValueError for too many."""

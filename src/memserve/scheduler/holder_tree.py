@@ -93,11 +93,12 @@ class HolderTree:
         """Whether anything is stored."""
         return bool(self.root.children)
 
-    def walk(self, data: bytes, alive: int) -> Iterator[tuple[int, int]]:
+    def walk(self, data: bytes, alive: int) -> list[tuple[int, int]]:
         """Where holders among `alive` end along `data`: their mask, and bytes, ascending.
 
         A holder that lacks a block on the way ends there, whatever it has behind.
         """
+        ends: list[tuple[int, int]] = []
         node, step = self.root, self.step
         last, at = len(data) - step, 0
         while at <= last:
@@ -107,18 +108,18 @@ class HolderTree:
             left = alive & child.mask
             if left != alive:
                 if at:
-                    yield alive & ~left, at
+                    ends.append((alive & ~left, at))
                 alive = left
                 if not alive:
-                    return
-            if data.startswith(child.edge, at):
-                at += len(child.edge)
-                node = child
-                continue
-            at += _common_blocks(child.edge, 0, data, at, step) * step
-            break
+                    return ends
+            if not data.startswith(child.edge, at):
+                at += _common_blocks(child.edge, 0, data, at, step) * step
+                break
+            at += len(child.edge)
+            node = child
         if at:
-            yield alive, at
+            ends.append((alive, at))
+        return ends
 
     def differing(self, at: Node, depth: int, data: bytes, slot: int, numbers: Numbers) -> Numbers:
         """Which of `numbers`, stored somewhere, are not where `store` would put them."""

@@ -129,11 +129,9 @@ class Load:
 
     def _show_queue(self, line: Line) -> tuple[int, float]:
         """The queue's prompts, others' at its end; how many, and their seconds."""
-        left = list(line.queue.left())
-        if line.other_prefills:
-            left += [self._typical_prefill] * line.other_prefills
-        if not left:
+        if not line.prefills and not line.other_prefills:
             return 0, 0.0
+        left = [*line.queue.left(), *[self._typical_prefill] * line.other_prefills]
         if len(left) > MAX_ROWS:
             left[MAX_ROWS - 1 :] = [sum(left[MAX_ROWS - 1 :])]
         missing = len(left) - self.left.shape[1]
@@ -240,11 +238,6 @@ class Load:
         return reservation
 
     @property
-    def used(self) -> Seconds:
-        """The turn in which each was last chosen, [instances], as `refresh` found it."""
-        return self.figures[:, k.USED]
-
-    @property
     def reserved(self) -> int:
         """Requests that hold a reservation."""
         return len(self._reservations)
@@ -268,10 +261,11 @@ class Load:
         """How many of `tokens`, which are cached there, a sequence there holds in HBM too."""
         return self.lines[slot].residents.shared(namespace, tokens)
 
-    def promised_tokens(self, slot: int, namespace: Namespace, tokens: TokenArray) -> int:
-        """How many of `tokens` this instance has for certain, as far as unfinished prefills
-        go: a tree counts a prompt as held as soon as it is routed."""
-        held = len(tokens)
+    def promised_tokens(
+        self, slot: int, namespace: Namespace, tokens: TokenArray, held: int
+    ) -> int:
+        """How many of the first `held` tokens this instance has for certain, as far as unfinished
+        prefills go: a tree counts a prompt as held as soon as it is routed."""
         prefills = self.lines[slot].prefills
         if not prefills:
             return held
@@ -280,10 +274,9 @@ class Load:
                 waiting.cached_tokens < held <= len(waiting.tokens)
                 and waiting.namespace == namespace
                 and waiting.tokens[held - 1] == tokens[held - 1]  # spares most comparisons
-                and np.array_equal(waiting.tokens[:held], tokens)
+                and np.array_equal(waiting.tokens[:held], tokens[:held])
             ):
                 held = waiting.cached_tokens
-                tokens = tokens[:held]
                 if not held:
                     break
         return held

@@ -219,10 +219,10 @@ class PromptTree:
         holder = self._holders.get(instance)
         if holder is None:
             return
-        whole = len(tokens) - len(tokens) % holder.block_tokens
-        if not whole:
+        rest = len(tokens) % holder.block_tokens
+        if rest == len(tokens):
             return
-        data = tokens[:whole].tobytes()
+        data = (tokens[:-rest] if rest else tokens).tobytes()
         tree = self._tree(namespace, holder.block_tokens)
         deadline = now + self._expect_seconds
         if tree.expect(data, holder.slot, deadline):
