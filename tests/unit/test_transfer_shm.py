@@ -131,7 +131,22 @@ def test_a_long_copy_leaves_room_between_polls(
     while transport.in_flight:
         transport.poll()
         copied.append(transport.counters.bytes_copied // LAYOUT.block_bytes)
-    assert copied == [2, 4, 6, 8, 8]
+    assert copied == [2, 4, 6, 8]
+
+
+def test_a_copy_that_an_exception_has_ended_is_not_done(
+    transport: ShmTransport, target: MemPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    ticket = transport.post(target.owner, whole(8))
+    with monkeypatch.context() as patch:
+        patch.setattr(shm, "_copy_runs", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            transport.poll()
+    (ended,) = transport.poll()
+    assert (ended.ticket, ended.outcome) == (ticket, Outcome.FAILED)
 
 
 def test_nothing_to_copy_is_done_at_once(transport: ShmTransport, target: MemPool) -> None:

@@ -1,12 +1,16 @@
 """Sockets between pools. They carry frames and know nothing of what these say.
 
 A pool has one ROUTER that peers connect to, one DEALER for each peer that it connects to, and
-a shortcut to pools of its host. All belong to the thread that polls; others only `wake` it.
+a shortcut to pools of its host. All belong to the thread that polls. Others may `wake` it and
+`send`, one at a time: through the shortcut at once, and by the polling thread otherwise, because
+sockets of ZeroMQ may not be touched while it waits for them.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -73,8 +77,14 @@ class Links:
         if self._shortcut is not None:
             self._poller.register(self._shortcut.fileno(), zmq.POLLIN)
         self._gate: Socket | None = None
+        self._poller_thread = threading.get_ident()
+        self._left: deque[tuple[Way, bytes, bytes]] = deque()  # to send, by the polling thread
         self.strangers = 0  # clients without the secret
         self.unsent = 0  # messages with no way to go, or no room in the queue
+
+    def adopt(self) -> None:
+        """The calling thread is the one that polls from now on."""
+        self._poller_thread = threading.get_ident()
 
     @property
     def shortcut(self) -> str:
@@ -139,6 +149,10 @@ class Links:
         """Whether it was queued; that it arrives is another matter."""
         if isinstance(path, Neighbour):
             return self._shortcut is not None and self._shortcut.send(path, [header, body])
+        if threading.get_ident() != self._poller_thread:
+            self._left.append((path, header, body))
+            self.wake()
+            return True
         try:
             if isinstance(path, Dealer) and path.socket in self._dealers:
                 path.socket.send_multipart([header, body], zmq.NOBLOCK)
@@ -176,6 +190,8 @@ class Links:
                 arrivals += self._receive(self._router, None)
             elif source in self._dealers:
                 arrivals += self._receive(source, self._dealers[source])
+        while self._left:  # behind the end of the wake that came with it
+            self.send(*self._left.popleft())
         return arrivals
 
     def close(self) -> None:

@@ -356,7 +356,7 @@ class MemPool(SharedPool):
             conversation.begin(outgoing, now)
 
         try:
-            service.submit(begin)
+            service.run(begin)
         except TransferError:
             if pins is not None:
                 pins.release()

@@ -151,7 +151,7 @@ def to_words(refs: RefArray) -> bytes:
 def from_words(words: bytes, owner: int) -> RefArray:
     """References [n] of the interned `owner`. Raises ValueError if `words` are none."""
     local = np.frombuffer(words, dtype=_WORD).astype(np.int64)
-    if len(local) and (int(local.min()) < 0 or int(local.max()) > _WORD_MASK):
+    if (local >> _OWNER_SHIFT).any():  # negative ones, too
         raise ValueError("block words out of range")
     local |= owner << _OWNER_SHIFT
     return local

@@ -56,6 +56,8 @@ class Service:
         self._conversation = Conversation(pool, self._links, transports, path)
         self._transports = transports
         self._tasks: deque[Callable[[], None]] = deque()
+        # Held by whoever is in the conversation; never while waiting for anything but it.
+        self._floor = threading.Lock()
         self._running = True
         self._thread = threading.Thread(
             target=self._run, name=f"memserve-transfer-{pool.owner.instance}", daemon=True
@@ -86,6 +88,19 @@ class Service:
             raise TransferError(f"pool {self._pool.owner.instance!r} no longer talks to peers")
         self._tasks.append(lambda: task(self._conversation, self._now()))
         self._links.wake()
+
+    def run(self, task: Callable[[Conversation, float], None]) -> None:
+        """As `submit`, but on the calling thread if the service's only waits for messages: to
+        wake that takes longer than what it would do. For tasks that neither post writes nor
+        answer: nobody looks after them before the next heartbeat."""
+        if self._floor.acquire(blocking=False):
+            try:
+                if self._running and not self._tasks:  # tasks go on in the order of the calls
+                    task(self._conversation, self._now())
+                    return
+            finally:
+                self._floor.release()
+        self.submit(task)
 
     def ask(self, question: Callable[[Conversation, float], T]) -> T:
         """The answer to a question that needs the service's thread."""
@@ -137,31 +152,29 @@ class Service:
     def _run(self) -> None:
         beat_at = tick_at = self._now()
         conversation = self._conversation
+        self._links.adopt()
         try:
             while self._running:
-                for arrival in self._links.poll(self._pause(beat_at, tick_at)):
-                    conversation.on_arrival(arrival, self._now())
-                while self._tasks:
-                    self._tasks.popleft()()
-                now = self._now()
-                conversation.poll_transports(now)
-                if now >= tick_at:
-                    conversation.on_tick(now)
-                    tick_at = now + TICK
-                if now >= beat_at:
-                    conversation.on_beat(now)
-                    beat_at = now + HEARTBEAT
-            self._farewell()
+                arrivals = self._links.poll(self._pause(beat_at, tick_at))
+                with self._floor:
+                    for arrival in arrivals:
+                        conversation.on_arrival(arrival, self._now())
+                    while self._tasks:
+                        self._tasks.popleft()()
+                    now = self._now()
+                    conversation.poll_transports(now)
+                    if now >= tick_at:
+                        conversation.on_tick(now)
+                        tick_at = now + TICK
+                    if now >= beat_at:
+                        conversation.on_beat(now)
+                        beat_at = now + HEARTBEAT
+            with self._floor:
+                self._farewell()
         finally:
-            self._running = False
-            for outgoing in conversation.sender.all:
-                if not outgoing.handle.done:
-                    outgoing.handle.fail(TransferError("the pool was closed"))
-                conversation.sender.release(outgoing.session)
-            conversation.introductions.dialling.abandon()
-            self._links.close()
-            for transport in self._transports:
-                transport.close()
+            with self._floor:
+                self._running = False
+                self._tear_down()
 
     def _pause(self, beat_at: float, tick_at: float) -> float:
         """Seconds to wait for messages."""
@@ -173,6 +186,17 @@ class Service:
             return 0.0
         until = min(beat_at, tick_at) if conversation.busy else beat_at
         return max(0.0, until - self._now())
+
+    def _tear_down(self) -> None:
+        conversation = self._conversation
+        for outgoing in conversation.sender.all:
+            if not outgoing.handle.done:
+                outgoing.handle.fail(TransferError("the pool was closed"))
+            conversation.sender.release(outgoing.session)
+        conversation.introductions.dialling.abandon()
+        self._links.close()
+        for transport in self._transports:
+            transport.close()
 
     def _stop(self) -> None:
         self._running = False

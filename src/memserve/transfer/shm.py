@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memserve.errors import UnknownPeer
+from memserve.errors import TransferError, UnknownPeer
 from memserve.pool.layout import KVLayout
 from memserve.pool.segment import SHM_DIRECTORY
 from memserve.transfer.base import (
@@ -59,6 +59,7 @@ class _Job:
     peer: Owner
     nbytes: int
     steps: Iterator[int]  # each copies some bytes and says how many
+    copied: int = 0
     to_copy: bool = True
     cancelled: bool = False
     dma: torch.cuda.Event | None = None  # behind the last copy that the GPU makes
@@ -150,7 +151,8 @@ class ShmTransport:
         for ticket, job in list(self._jobs.items()):
             while job.to_copy and left > 0:
                 copied = next(job.steps, None)
-                job.to_copy = copied is not None
+                job.copied += copied or 0
+                job.to_copy = copied is not None and job.copied < job.nbytes
                 left -= copied or 0
             if not job.to_copy and job.drained():
                 ended.append(self._end(ticket, job))
@@ -177,6 +179,8 @@ class ShmTransport:
         self.counters.ended += 1
         if job.cancelled:
             return Completion(ticket, Outcome.CANCELLED)
+        if job.copied < job.nbytes:  # an exception has ended the steps
+            return Completion(ticket, Outcome.FAILED, TransferError("the copy was interrupted"))
         self.counters.bytes_moved += job.nbytes
         return Completion(ticket, Outcome.DONE)
 
