@@ -51,6 +51,15 @@ def test_blocks_arrive(start: Start, tls: str | None) -> None:
     assert theirs.same(2) == [at for at in EVERY if at not in (3, 4, 9)]
 
 
+def test_a_user_may_have_tcp_send_more_ahead(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCX_TCP_TX_SEG_SIZE", "32k")  # UCX refuses to read less ahead
+    ours, theirs = start("ours", tls="tcp"), start("theirs", tls="tcp")
+    ours.fill(1)
+    assert ours.connect(theirs) is None
+    assert ours.drain(ours.post(theirs, [3], [3])).outcome == "done"
+    assert theirs.same(1) == [3]
+
+
 def test_layouts_are_converted(start: Start) -> None:
     ours, theirs = start("ours"), start("theirs", replace(LAYOUT, aggregated=False))
     ours.fill(1)

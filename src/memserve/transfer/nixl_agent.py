@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Mapping
 from enum import Enum
 from types import ModuleType
 from typing import NewType
@@ -21,9 +23,12 @@ PROGRESS_DELAY = 1000
 
 _BACKEND = "UCX"
 # The progress thread and the one that posts share a lock. By default they spin for it, which took
-# 40 % of a sender's time over TCP. And what TCP reads ahead, 64 KiB by default, it copies once more
-# to its place: a fifth of a receiver's time. UCX_* variables of these names come first.
-_UCX_OPTIONS = ("USE_MT_MUTEX=y", "TCP_RX_SEG_SIZE=16k")
+# 40 % of a sender's time over TCP. UCX_* variables of these names come first.
+_UCX_OPTIONS = ("USE_MT_MUTEX=y",)
+# What TCP reads ahead, 64 KiB by default, is copied once more to its place: a fifth of a receiver's
+# time. It may not be less than what is sent ahead, 8 KiB unless that is set.
+_READ_AHEAD = "TCP_RX_SEG_SIZE=8k"
+_SENT_AHEAD = "UCX_TCP_TX_SEG_SIZE"
 
 
 class RequestState(Enum):
@@ -45,6 +50,16 @@ def load_bindings() -> ModuleType:
         raise TransferError(
             f"NIXL cannot be imported ({error}); pip install --no-deps nixl nixl-cu12"
         ) from error
+
+
+def ucx_options(tls: str | None, environment: Mapping[str, str]) -> list[str]:
+    """What UCX is told, unless variables of the `environment` say otherwise: NAME=value."""
+    options = list(_UCX_OPTIONS)
+    if _SENT_AHEAD not in environment:
+        options.append(_READ_AHEAD)
+    if tls is not None:
+        options.append(f"TLS={tls}")
+    return options
 
 
 class NixlAgent:
@@ -72,11 +87,10 @@ class NixlAgent:
         config.useProgThread = True  # a TCP target makes no progress without
         config.pthrDelay = PROGRESS_DELAY
         config.syncMode = nixl.NIXL_THREAD_SYNC_STRICT
-        options = (*_UCX_OPTIONS, *(() if tls is None else (f"TLS={tls}",)))
         try:
             self._agent = nixl.nixlAgent(name, config)
             self._backend = self._agent.createBackend(
-                _BACKEND, {"engine_config": ",".join(options)}
+                _BACKEND, {"engine_config": ",".join(ucx_options(tls, os.environ))}
             )
         except self._failures as error:
             raise TransferError(f"NIXL agent {name!r}: {error}") from error
