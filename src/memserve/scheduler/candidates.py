@@ -252,10 +252,10 @@ def _sure_sources(
 
 def _step_seconds(load: Load, sequences: IndexArray, contexts: Seconds) -> Seconds:
     """Of decode steps, in the shape of the batches."""
-    seconds = np.empty(sequences.shape)
     if len(load.cost_groups) == 1:
-        seconds[...] = load.cost_groups[0].costs.decode_step_seconds(sequences, contexts)
-        return seconds
+        costs = load.cost_groups[0].costs
+        return _filled(costs.decode_step_seconds(sequences, contexts), sequences)
+    seconds = np.empty(sequences.shape)
     for group in load.cost_groups:
         at = group.slots
         seconds[:, at] = group.costs.decode_step_seconds(sequences[:, at], contexts[:, at])
@@ -264,14 +264,20 @@ def _step_seconds(load: Load, sequences: IndexArray, contexts: Seconds) -> Secon
 
 def _prefill_seconds(load: Load, prompt: int, asked: IndexArray) -> Seconds:
     """exec(x, y), [rows, instances] as asked."""
-    seconds = np.empty(asked.shape)
     if len(load.cost_groups) == 1:
-        seconds[...] = load.cost_groups[0].costs.prefill_seconds(prompt, asked)
-        return seconds
+        return _filled(load.cost_groups[0].costs.prefill_seconds(prompt, asked), asked)
+    seconds = np.empty(asked.shape)
     for group in load.cost_groups:
         at = group.slots
         seconds[:, at] = group.costs.prefill_seconds(prompt, asked[:, at])
     return seconds
+
+
+def _filled(seconds: Seconds, asked: IndexArray) -> Seconds:
+    """For each that was asked for, as compiled code reads it, also if they are all the same."""
+    if seconds.shape != asked.shape:
+        seconds = np.broadcast_to(seconds, asked.shape)
+    return np.ascontiguousarray(seconds)
 
 
 def _move_seconds(load: Load, moved: Seconds) -> Seconds:

@@ -96,7 +96,7 @@ class Load:
     def _show(self, line: Line) -> None:
         """Copy a line's figures into the arrays."""
         at, others = line.slot, line.other_running
-        queued, total = self._show_queue(line)
+        queued, total, under_way = self._show_queue(line)
         batch = line.answers + others
         context = line.context_tokens + others * self._typical_context
         output = line.output_tokens + others * self._typical_output
@@ -114,7 +114,7 @@ class Load:
             queued,
             line.queue.updated,
             total,
-            line.queue.under_way(),
+            under_way,
             line.residents.kv_tokens + others * self._typical_context,
             line.decoding + others,
             batch,
@@ -127,10 +127,11 @@ class Load:
             transfer_factor,
         )
 
-    def _show_queue(self, line: Line) -> tuple[int, float]:
-        """The queue's prompts, others' at its end; how many, and their seconds."""
+    def _show_queue(self, line: Line) -> tuple[int, float, float]:
+        """The queue's prompts, others' at its end; how many, their seconds, and those before one
+        has ended."""
         if not line.prefills and not line.other_prefills:
-            return 0, 0.0
+            return 0, 0.0, 0.0
         left = [*line.queue.left(), *[self._typical_prefill] * line.other_prefills]
         if len(left) > MAX_ROWS:
             left[MAX_ROWS - 1 :] = [sum(left[MAX_ROWS - 1 :])]
@@ -138,7 +139,7 @@ class Load:
         if missing > 0:
             self.left = np.concatenate([self.left, np.zeros((len(self.lines), missing))], axis=1)
         self.left[line.slot, : len(left)] = left
-        return len(left), sum(left)
+        return len(left), sum(left), line.queue.under_way()
 
     # --- members ------------------------------------------------------------------------
 

@@ -110,8 +110,7 @@ class Scheduler:
         candidates = self._candidates_of(among)
         if not len(candidates.roster):
             return None
-        output_tokens = min(request.output_tokens, round(self.output_length.expected))
-        output_tokens = max(output_tokens, 1)
+        output_tokens = max(min(request.output_tokens, round(self.output_length.expected)), 1)
         candidates.predict(
             request,
             output_tokens,
