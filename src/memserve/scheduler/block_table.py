@@ -7,7 +7,7 @@ instances of ours name blocks by medium and index, which are dense; other engine
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from memserve.types import (
 
 BlockHash = int | bytes
 Numbers = NDArray[np.int32]
+_Number = TypeVar("_Number", np.int32, np.int64)
 
 _NOWHERE = 0  # no node has this id
 _FIRST_SIZE = 1024
@@ -139,7 +140,7 @@ class Hashes(BlockTable):
 
     def forget(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
         known = [number for name in hashes if (number := self._numbers.get(name)) is not None]
-        numbers = np.unique(np.array(known, dtype=np.int32))
+        numbers = distinct(np.array(known, dtype=np.int32))
         self._copies[numbers] &= ~np.uint8(self._bit(medium))
         gone: Numbers = numbers[(self._copies[numbers] == 0) & (self.node[numbers] != _NOWHERE)]
         return gone
@@ -179,6 +180,11 @@ class Hashes(BlockTable):
         more = len(self.node) - len(self._copies)
         if more:
             self._copies = np.append(self._copies, np.zeros(more, dtype=np.uint8))
+
+
+def distinct(numbers: NDArray[_Number]) -> NDArray[_Number]:
+    """Ascending, each once. Most events are about one block: it needs no sorting."""
+    return numbers if len(numbers) < 2 else np.unique(numbers)
 
 
 def _references(hashes: Sequence[BlockHash]) -> IndexArray:

@@ -373,8 +373,8 @@ def _common_blocks(edge: bytes, offset: int, data: bytes, at: int, step: int) ->
 
 def _runs(positions: IndexArray) -> list[tuple[int, int]]:
     """Ascending positions as runs: first, end."""
-    if not len(positions):
-        return []
+    if len(positions) < 2:
+        return [(first, first + 1) for first in positions.tolist()]
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
     firsts = positions[np.concatenate(([0], breaks))]
     lasts = positions[np.concatenate((breaks - 1, [len(positions) - 1]))]

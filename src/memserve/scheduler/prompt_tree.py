@@ -18,7 +18,14 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from memserve.scheduler.block_table import BlockHash, BlockTable, Hashes, Numbers, References
+from memserve.scheduler.block_table import (
+    BlockHash,
+    BlockTable,
+    Hashes,
+    Numbers,
+    References,
+    distinct,
+)
 from memserve.scheduler.holder_tree import HolderTree, Node, Trunk
 from memserve.types import InstanceId, Namespace, Role, TokenArray
 
@@ -176,7 +183,7 @@ class PromptTree:
         are gone from its last one. Raises KeyError for an unknown instance."""
         holder = self._holders[instance]
         numbers = holder.table.forget(hashes, medium)
-        self._drop(holder, np.unique(numbers))
+        self._drop(holder, distinct(numbers))
         return len(numbers)
 
     def cleared(self, instance: InstanceId) -> None:
@@ -317,7 +324,7 @@ class PromptTree:
     def _drop(self, holder: _Holder, numbers: Numbers) -> None:
         """Forget where stored blocks are; `numbers` without repetition."""
         homes, depths = holder.table.node[numbers], holder.table.depth(numbers)
-        for home in np.unique(homes).tolist():
+        for home in distinct(homes).tolist():
             # Nodes may have been joined since; a joined one keeps the id of its lower part.
             node = self._trunk.nodes.get(home)
             mine = homes == home
