@@ -14,6 +14,7 @@ from rich.table import Table
 from memserve.bench.environment import capture_environment
 from memserve.bench.html import write_page
 from memserve.bench.measure import measure_repeats
+from memserve.bench.peers.command import peers
 from memserve.bench.report import append_lines, serving_table, write_json
 from memserve.bench.report_cli import paper, readme
 from memserve.bench.scheduler import (
@@ -43,6 +44,7 @@ from memserve.terminal import progress_lines
 
 app = typer.Typer(no_args_is_help=True, help="Measure, and say on what.")
 app.command()(paper)
+app.command()(peers)
 app.command()(readme)
 
 _Json = Annotated[

@@ -139,6 +139,12 @@ def _paper(raw: msgspec.Raw) -> RenderableType:
     return _reader(PaperResult, paper_tables, raw)
 
 
+def _peers(raw: msgspec.Raw) -> RenderableType:
+    from memserve.bench.peers.report import PeersResult, peers_tables
+
+    return _reader(PeersResult, peers_tables, raw)
+
+
 _READERS: dict[str, Callable[[msgspec.Raw], RenderableType]] = {
     "bench pool": _pool,
     "bench engine": _engine,
@@ -150,5 +156,6 @@ _READERS: dict[str, Callable[[msgspec.Raw], RenderableType]] = {
     "bench caching": _caching,
     "bench policies": _policies,
     "bench paper": _paper,
+    "bench peers": _peers,
     "profile": _profile,
 }

@@ -1,0 +1,27 @@
+"""How much `memserve bench peers` measures."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from memserve.config import Dtype, NonNegative, Positive, doc
+
+Part = Literal["serving", "pair", "index", "gateway"]
+PARTS: tuple[Part, ...] = ("serving", "pair", "index", "gateway")
+QUICK_PARTS: tuple[Part, ...] = ("serving", "index", "gateway")
+
+
+class PeersConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How much is measured."""
+
+    repeats: Annotated[Positive, doc("rounds, each in the opposite order of the last")] = 3
+    seed: Annotated[NonNegative, doc("of the choice of sessions and of their arrival")] = 0
+    dtype: Annotated[Dtype, doc("weights and KV, of all servers")] = "bfloat16"
+    threads: Annotated[Positive | None, doc("and cores of one instance; default: all")] = None
+    rate: Annotated[float, msgspec.Meta(gt=0), doc("sessions per second, open loop")] = 0.5
+    concurrency: Annotated[Positive, doc("sessions at a time, closed loop")] = 3
+    sessions: Annotated[Positive, doc("of ShareGPT, in each load")] = 3
+    max_turns: Annotated[Positive, doc("of a session")] = 3
+    max_output_tokens: Annotated[Positive, doc("of a turn")] = 16

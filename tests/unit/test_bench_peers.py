@@ -1,0 +1,163 @@
+"""Peers: what is installed, how they are started, and what is said of them."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from memserve.bench.loadgen import LoadResult, RequestRecord
+from memserve.bench.peers.command import chosen_parts
+from memserve.bench.peers.config import PARTS, QUICK_PARTS
+from memserve.bench.peers.index import IndexShape, index_table, run_index_bench
+from memserve.bench.peers.install import (
+    PEERS,
+    TORCH,
+    Peer,
+    PeerNotInstalled,
+    install,
+    install_all,
+    run_command,
+    without_cuda,
+)
+from memserve.bench.peers.places import why_missing
+from memserve.bench.peers.process import PeerFailed, serving
+from memserve.bench.peers.report import NOT_MEASURED, PeersResult, peers_tables
+from memserve.bench.peers.serving import Contest, PeerRun
+from memserve.bench.peers.vllm import VllmSettings, vllm_command
+from memserve.bench.report import summarise
+from memserve.errors import ConfigError
+
+SHAPE = IndexShape(count=20, tokens=256, prefixes=2, prefix_tokens=64, samples=5)
+
+
+class Commands:
+    """Stands for pip and the environments' Pythons."""
+
+    def __init__(self, fails: str = "", brought: str = "numpy torch") -> None:
+        self.ran: list[str] = []
+        self._fails = fails
+        self._brought = brought
+
+    def __call__(self, command: Sequence[str]) -> str:
+        line = " ".join(command)
+        self.ran.append(line)
+        if self._fails and self._fails in line:
+            raise PeerNotInstalled("no such distribution")
+        if "requires(" in line:
+            return "numpy>=2\ntorch==2.13.0\ntorchvision\nzmq; extra == 'all'\n"
+        return self._brought if "distributions()" in line else ""
+
+
+def test_requirements_that_bring_cuda_are_left_out() -> None:
+    lines = ["numpy<3", "torch==2", "Torch_Vision", "torchvision>1", "triton", 'x; extra == "y"']
+    assert without_cuda([*lines, "regex; python_version > '3'"]) == [
+        "numpy<3",
+        "Torch_Vision",
+        "regex; python_version > '3'",
+    ]
+
+
+def test_a_peer_gets_our_torch_and_is_not_installed_twice(tmp_path: Path) -> None:
+    peer = Peer(name="p", bare=("engine==1", TORCH), of="engine")
+    commands = Commands()
+    assert why_missing("p", tmp_path) is not None
+    (tmp_path / "p").mkdir()
+    install(peer, tmp_path, commands)
+    assert why_missing("p", tmp_path) is None
+    (bare,) = (line for line in commands.ran if "--no-deps" in line)
+    assert bare.endswith(f"engine==1 {TORCH}")
+    (rest,) = (line for line in commands.ran if "numpy>=2" in line)
+    assert rest.endswith(f"install numpy>=2 {TORCH}")
+    ran = len(commands.ran)
+    install(peer, tmp_path, commands)
+    assert len(commands.ran) == ran
+    install(msgspec.structs.replace(peer, bare=("engine==2", TORCH)), tmp_path, commands)
+    assert len(commands.ran) > ran
+
+
+def test_what_brought_cuda_does_not_count_as_installed(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    with pytest.raises(PeerNotInstalled, match="nvidia-cublas"):
+        install(Peer(name="p"), tmp_path, Commands(brought="torch nvidia-cublas"))
+    assert why_missing("p", tmp_path) is not None
+
+
+def test_one_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    for peer in PEERS:
+        (tmp_path / peer.name).mkdir()
+    said: list[str] = []
+    assert install_all((), tmp_path, Commands(fails="vllm-router"), said.append) == 1
+    assert [line.split(":")[0] for line in said] == [peer.name for peer in PEERS]
+    assert "routers: skipped: no such distribution" in said
+    with pytest.raises(ValueError, match="no peer typo"):
+        install_all(("typo",), tmp_path, Commands(), said.append)
+
+
+def test_a_command_that_fails_says_its_last_lines() -> None:
+    assert run_command((sys.executable, "-c", "print(7)")) == "7\n"
+    with pytest.raises(PeerNotInstalled, match="why"):
+        run_command((sys.executable, "-c", "import sys; sys.exit('why')"))
+    with pytest.raises(PeerNotInstalled):
+        run_command(("/no/such/program",))
+
+
+def test_vllm_gets_its_own_flag_for_a_cache_that_is_off() -> None:
+    on = vllm_command(Path("p"), VllmSettings(model="m", port=1))
+    off = vllm_command(Path("p"), VllmSettings(model="m", port=1, prefix_caching=False))
+    assert set(on) ^ set(off) == {"--enable-prefix-caching", "--no-enable-prefix-caching"}
+
+
+def test_a_server_that_ends_says_why() -> None:
+    command = [sys.executable, "-c", "import sys; sys.exit('no room')"]
+    with (
+        serving("peer", command, {}, 1) as server,
+        pytest.raises(PeerFailed, match="peer ended while it started: no room"),
+    ):
+        server.wait_ready(60.0)
+
+
+def test_our_indexes_are_measured_and_missing_peers_are_skipped(tmp_path: Path) -> None:
+    said: list[str] = []
+    report = run_index_bench(SHAPE, 1, said.append, tmp_path)
+    assert [f.name for f in report.figures] == ["memserve pool", "memserve prompt trees"]
+    assert all(f.insert_us > 0 and f.match_us > 0 for f in report.figures)
+    assert set(report.skipped) == {"SGLang RadixCache", "vLLM block hashes", "Dynamo RadixTree"}
+    assert all("make peers" in why for why in report.skipped.values())
+    assert index_table(report).row_count == 2
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    runs = [run("memserve", 0, 1.0), run("memserve", 1, 4.0)]
+    runs += [run("vLLM", 0, 2.0), run("vLLM", 1, 2.0), run("slow", 1, 8.0)]
+    contest = Contest("One instance", (2,), tuple(runs), {"other": "not installed"})
+    text = shown(PeersResult((contest,), None, None, NOT_MEASURED))
+    assert "1.00 (0.50-2.00)" in text
+    assert "0.50 (0.50-0.50)" in text
+    assert "other: skipped: not installed" in text
+    assert "not measured: Transformers' continuous batching" in text
+
+
+def test_parts_may_be_chosen() -> None:
+    assert chosen_parts(None, QUICK_PARTS) == QUICK_PARTS
+    assert chosen_parts(["gateway", "index"], PARTS) == ("index", "gateway")
+    with pytest.raises(ConfigError, match="--only typo: there are serving"):
+        chosen_parts(["typo"], PARTS)
+
+
+def run(server: str, repeat: int, seconds: float) -> PeerRun:
+    """One request with a first token after so many seconds, and three more, as long apart."""
+    times = tuple(seconds * (at + 1) for at in range(4))
+    record = RequestRecord("s", 0, 0.0, 0.0, seconds, times, times[-1], 10, 5, 4, None)
+    return PeerRun(server, "open", repeat, summarise(LoadResult((record,), 0)))
+
+
+def shown(result: PeersResult) -> str:
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(peers_tables(result))
+    return console.export_text()
