@@ -40,6 +40,7 @@ from memserve.types import Epoch, InstanceId, Role
 MODULE = "memserve.bench.gateway_process"
 MODEL = "echo"
 VOCABULARY = 50_000
+POOL_TOKENS = 1 << 20
 _EVENT = (
     b'data: {"id":"cmpl-0123456789abcdef","object":"text_completion","created":1700000000,'
     b'"model":"echo","choices":[{"index":0,"text":" word","logprobs":null,'
@@ -140,7 +141,9 @@ def _whole(body: bytes) -> bytes:
 def _described(url: bytes) -> bytes:
     """What gateways and routers ask before they trust an instance."""
     if url == b"/info":
-        limits = Limits(VOCABULARY, 8192, 8192, 8192, 16, "float32", "cpu", 1)
+        # Room for all that it is sent at once, since it answers all of it at once. To predict how
+        # long a request waits for memory takes a gateway longer.
+        limits = Limits(VOCABULARY, 8192, POOL_TOKENS, 8192, 16, "float32", "cpu", 1)
         identity = InstanceId("echo"), Epoch(1), Role.COLOCATED, InstanceState.READY
         return _encode(InstanceInfo(*identity, os.getpid(), MODEL, limits))
     if url == b"/stats":
