@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -232,3 +233,14 @@ def test_machine_code_computes_what_python_does(asked: Asked) -> None:
     compiled = figures()
     with as_python():
         assert figures() == compiled
+
+
+def test_a_roster_of_former_members_is_refused() -> None:
+    """Compiled code would write behind the ends of its arrays."""
+    cluster = Cluster()
+    cluster.add("a")
+    load = cluster.scheduler.load
+    candidates = Candidates(load, Roster(load))
+    cluster.add("b")
+    with pytest.raises(RuntimeError, match="former members"):
+        candidates.predict(request("r"), 1, {}, 0.0, fetches=True)

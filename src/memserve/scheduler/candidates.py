@@ -73,6 +73,7 @@ class Candidates:
     def __init__(self, load: Load, roster: Roster) -> None:
         self.load = load
         self.roster = roster
+        self._lines = load.lines
         self.prompt_tokens = 0
         self.whole_prefill = 0.0  # seconds, the least, of the prompt with nothing cached
         n = len(load.lines)
@@ -113,8 +114,13 @@ class Candidates:
     ) -> None:
         """Predict every candidate. `output_tokens` is what is expected, at least 1; `matches` what
         instances are known to hold of the prompt; `overlapped`: KV goes to the decode instance
-        while the prompt is computed."""
+        while the prompt is computed.
+
+        RuntimeError: members have changed since the roster was made.
+        """
         load, roster, asked, moved = self.load, self.roster, self._asked, self._moved
+        if load.lines is not self._lines:  # compiled code does not look where arrays end
+            raise RuntimeError("a roster of former members")
         load.refresh()
         prompt = self.prompt_tokens = len(request.tokens)
         needed = prompt + output_tokens
