@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
 import pytest
 from rich.console import Console
 
+from memserve.bench.environment import capture_environment
 from memserve.bench.loadgen import LoadResult, RequestRecord
+from memserve.bench.openai_client import OpenAIClient
 from memserve.bench.peers.command import chosen_parts
-from memserve.bench.peers.config import PARTS, QUICK_PARTS
+from memserve.bench.peers.config import PARTS, QUICK_PARTS, PeersConfig
 from memserve.bench.peers.index import IndexShape, index_table, run_index_bench
 from memserve.bench.peers.install import (
     PEERS,
@@ -28,10 +33,15 @@ from memserve.bench.peers.install import (
 from memserve.bench.peers.places import why_missing
 from memserve.bench.peers.process import PeerFailed, serving
 from memserve.bench.peers.report import NOT_MEASURED, PeersResult, peers_tables
-from memserve.bench.peers.serving import Contest, PeerRun
+from memserve.bench.peers.serving import Contest, Loads, PeerRun, start_generate
 from memserve.bench.peers.vllm import VllmSettings, vllm_command
+from memserve.bench.readme import render_readme
 from memserve.bench.report import summarise
+from memserve.clock import MonotonicClock
 from memserve.errors import ConfigError
+from memserve.models.tokenizer import Tokenizer
+from tests.fakes import tiny_tokenizer
+from tests.tiny_models import Reference, save_tiny_model
 
 SHAPE = IndexShape(count=20, tokens=256, prefixes=2, prefix_tokens=64, samples=5)
 
@@ -141,6 +151,49 @@ def test_ratios_are_of_the_same_round() -> None:
     assert "0.50 (0.50-0.50)" in text
     assert "other: skipped: not installed" in text
     assert "not measured: Transformers' continuous batching" in text
+
+
+def test_the_results_are_shown_in_the_readme(tmp_path: Path) -> None:
+    runs = (run("memserve", 0, 1.0), run("vLLM", 0, 2.0))
+    result = PeersResult((Contest("One instance", (2,), runs, {}),), None, None, ())
+    file = {
+        "command": ["memserve", "bench", "peers", "--quick"],
+        "environment": capture_environment(),
+        "config": PeersConfig(),
+        "result": result,
+    }
+    (tmp_path / "peers.json").write_bytes(msgspec.json.encode(file))
+    text = render_readme(tmp_path)
+    assert "`memserve bench peers --quick`" in text
+    assert "| vLLM | 2000 |" in text
+
+
+async def test_generate_behind_the_api_is_generate(tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path)
+    model = save_tiny_model("llama", tmp_path)
+    (model / "tokenizer.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
+    prompt = list(range(3, 40))
+    loads = Loads(
+        dtype="float32",
+        repeats=1,
+        seed=0,
+        rate=1.0,
+        concurrency=1,
+        sessions=1,
+        max_turns=1,
+        max_output_tokens=6,
+    )
+    async with AsyncExitStack() as stack:
+        server = start_generate(stack, loads, model, sorted(os.sched_getaffinity(0))[:1])
+        await asyncio.to_thread(server.wait_ready, 100.0)
+        async with OpenAIClient(server.url, "peer", MonotonicClock()) as client:
+            answers = await asyncio.gather(client.complete(prompt, 6), client.complete(prompt, 6))
+    wanted = Tokenizer.load(model).decode(Reference(model).generate(prompt, 6))
+    for answer in answers:
+        assert answer.error is None
+        assert answer.text == wanted
+        assert (answer.prompt_tokens, answer.output_tokens) == (len(prompt), 6)
+        assert len(answer.chunk_times) == 6
 
 
 def test_parts_may_be_chosen() -> None:

@@ -80,7 +80,7 @@ async def one_instance(
         else:
             for title, caching in (("vLLM", True), ("vLLM, no prefix cache", False)):
                 peers.append((title, _vllm(stack, loads, model.path, cores, caching)))
-        peers.append(("Transformers generate", _generate(stack, loads, model.path, cores)))
+        peers.append(("Transformers generate", start_generate(stack, loads, model.path, cores)))
         ours = stack.enter_async_context(_ours(loads, model, [cores], progress))
         urls = {OURS: await ours}
         urls |= await _ready(peers, skipped, START_SECONDS, progress)
@@ -133,7 +133,7 @@ async def _rounds(
                     if run.summary.failed:
                         raise PeerFailed(f"{run.summary.failed} requests failed")
                 except (BenchmarkError, PeerFailed) as error:
-                    if server.startswith(OURS):
+                    if OURS in server:
                         raise
                     skipped[server] = str(error)
                 else:
@@ -202,7 +202,9 @@ def _template(model: Path, folder: Path) -> tuple[str, ...]:
     return "--chat-template", str(file)
 
 
-def _generate(stack: AsyncExitStack, loads: Loads, model: Path, cores: Sequence[int]) -> PeerServer:
+def start_generate(
+    stack: AsyncExitStack, loads: Loads, model: Path, cores: Sequence[int]
+) -> PeerServer:
     port = _free_port()
     where = (str(len(cores)), ",".join(map(str, cores)), str(port))
     command = [sys.executable, "-P", "-m", _TRANSFORMERS, str(model), loads.dtype, *where]
