@@ -140,15 +140,15 @@ def peers_tables(result: PeersResult) -> Group:
 
 def _contest_table(contest: Contest, title: str, runs: Sequence[PeerRun]) -> Table:
     table = Table(
-        title=f"{title}: means over the rounds; ours / theirs of the same round, geometric mean "
-        "(lowest-highest); below 1 ours is faster"
+        title=f"{title}; means over the rounds, then ours / theirs of the same round: geometric "
+        "mean (lowest-highest), below 1 where ours is faster"
     )
     table.add_column("server")
     for label, _ in _FIGURES:
         for column in _COLUMNS:
             table.add_column(f"{label} {column}", justify="right")
-        table.add_column("ours / theirs: mean", justify="right")
-        table.add_column("P99", justify="right")
+        table.add_column("ratio of means", justify="right")
+        table.add_column("of P99", justify="right")
     table.add_column("output tokens/s", justify="right")
     table.add_column("cached", justify="right")
     own = [run for run in runs if OURS in run.server]
