@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from memserve.engine.linear import SingleRowLinear
+from memserve.engine.linear import speed_up_products
 from memserve.engine.model import WeightCount
 
 # The work that the choice is made for: a chat turn's uncached prompt, and its answer.
@@ -59,8 +59,9 @@ def choose_dtype(weights: WeightCount, device: torch.device) -> DtypeChoice:
 def _seconds(x: torch.Tensor, weight: torch.Tensor) -> float:
     best = float("inf")
     rows, hidden = weight.shape
-    layer = SingleRowLinear(hidden, rows, bias=False, device="meta")
+    layer = torch.nn.Linear(hidden, rows, bias=False, device="meta")
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    speed_up_products(layer)  # as the engine will
     with torch.inference_mode():
         layer(x)
         for _ in range(_REPEATS):

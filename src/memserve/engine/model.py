@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from memserve.engine import attention
-from memserve.engine.linear import speed_up_single_rows
+from memserve.engine.fused import fuse
+from memserve.engine.linear import speed_up_products
 from memserve.engine.paged_batch import PagedBatch
 from memserve.errors import ModelError
 from memserve.pool.layout import KVLayout
@@ -110,8 +111,10 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Mod
         raise ModelError(f"cannot load a model from {directory}: {error}") from error
     module.to(device)  # type: ignore[arg-type]
     module.eval()  # type: ignore[no-untyped-call]
+    module.requires_grad_(False)
     if device.type == "cpu":
-        speed_up_single_rows(module)
+        speed_up_products(module)
+        fuse(module)
     return Model(module, shape, dtype)
 
 

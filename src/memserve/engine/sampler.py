@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from memserve.api.generate import SamplingParams
+from memserve.engine import kernels
 from memserve.engine.request import TokenLogprobs
 from memserve.types import TokenArray
 
@@ -162,9 +163,27 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sample]
     broken sequence does not stop the others. ValueError if the lengths differ.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        if logits.device.type == "cpu":
-            return [_sample_row(row, state) for row, state in zip(logits, states, strict=True)]
-        return _sample_from_device(logits, states)
+        if logits.device.type != "cpu":
+            return _sample_from_device(logits, states)
+        maxima = _column_maxima(logits) if any(state.is_argmax for state in states) else None
+        return [
+            Sample(int(maxima[i]))
+            if maxima is not None and maxima[i] >= 0 and state.is_argmax
+            else _sample_row(row, state)
+            for i, (row, state) in enumerate(zip(logits, states, strict=True))
+        ]
+
+
+def _column_maxima(logits: torch.Tensor) -> IdArray | None:
+    """Where the rows of `logits` have their first maxima, -1 for a row that is left to others;
+    None for all of them: only columns of bfloat16 are worth it, as products of shared weights
+    leave them (see linear.py)."""
+    if logits.dtype != torch.bfloat16 or not logits.t().is_contiguous():
+        return None
+    out = np.empty(len(logits), np.int64)
+    kernels.prepare()
+    kernels.first_maxima(logits.t().view(torch.int16).numpy(), out)
+    return out
 
 
 def _sample_from_device(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sample]:

@@ -1,0 +1,190 @@
+"""What lies between the matrix products of a step in bfloat16 on a CPU, compiled.
+
+PyTorch has no bfloat16 kernel for most of it: it converts to float32, and every operation of a
+formula is a call of its own that goes over the data again. Here each formula is one pass over
+rows that stay in the core's cache. Results are rounded where Transformers' models round them,
+and a row's result depends on that row alone. One thread does it: for the few rows of a decode
+step a barrier costs more than the work, and a prompt's rows take a few percent of its products.
+
+Arrays of bfloat16 are uint16 here, the upper half of a float32's bits.
+
+numba keeps what it compiled beside this file or in the user's cache folder, and finds it again
+until this file changes: what the kernels call must stand in it too.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+Bits = NDArray[np.uint16]
+Floats = NDArray[np.float32]
+
+_F = TypeVar("_F", bound=Callable[..., object])
+_LOADED_SECONDS = 1.0  # what takes longer was compiled, and not found
+
+# Sums may be taken in any order, so that they vectorise; NaN and infinities stay what they are.
+_REORDER = {"reassoc", "contract", "nsz"}
+
+_kernels: list[tuple[Any, str]] = []
+
+
+def _compiled(signature: str) -> Callable[[_F], _F]:
+    def decorate(function: _F) -> _F:
+        kernel: Any = njit(fastmath=_REORDER, error_model="numpy", nogil=True)(function)
+        _kernels.append((kernel, signature))
+        return kernel  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def _part(function: _F) -> _F:
+    inlined: Any = njit(inline="always")(function)
+    return inlined  # type: ignore[no-any-return]
+
+
+def prepare() -> None:
+    """Compile the kernels or load them, so that no request waits for it. Idempotent."""
+    started = time.perf_counter()
+    kept = True
+    while _kernels:
+        kernel, signature = _kernels.pop()
+        try:
+            kernel.enable_caching()
+        except RuntimeError:  # nowhere to write
+            kept = False
+        kernel.compile(signature)
+        kernel.disable_compile()
+    took = time.perf_counter() - started
+    if not kept:
+        log.warning("compiled the engine in %.1f s; no folder can be written to keep it", took)
+    elif took > _LOADED_SECONDS:
+        log.info("compiled the engine in %.1f s", took)
+
+
+@_part
+def _up(bits: np.uint16) -> np.float32:
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@_part
+def _down(value: np.float32) -> np.uint16:
+    """To the nearest, ties to even; what is no number becomes some NaN or infinity."""
+    bits = np.float32(value).view(np.uint32)
+    even = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16((bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
+
+
+@_part
+def _round(value: np.float32) -> np.float32:
+    return _up(_down(value))
+
+
+@_part
+def _normalise(row: Bits, gain: Floats, eps: float, early: bool, out: Bits) -> None:
+    """RMS norm of one row. `early`: round before the gain, as Llama does, not only after it."""
+    width = len(row)
+    squares = np.float32(0)
+    for i in range(width):
+        value = _up(row[i])
+        squares += value * value
+    factor = np.float32(1) / np.sqrt(squares / np.float32(width) + eps)
+    if early:
+        for i in range(width):
+            out[i] = _down(_round(_up(row[i]) * factor) * gain[i])
+    else:
+        for i in range(width):
+            out[i] = _down(_up(row[i]) * factor * gain[i])
+
+
+@_compiled("void(uint16[:,::1],float32[::1],float32,boolean,uint16[:,::1])")
+def rms_norm(x: Bits, gain: Floats, eps: float, early: bool, out: Bits) -> None:
+    """out = norm(x), [rows, width]."""
+    for row in range(x.shape[0]):
+        _normalise(x[row], gain, eps, early, out[row])
+
+
+@_compiled("void(uint16[:,::1],uint16[:,::1],float32[::1],float32,boolean,uint16[:,::1])")
+def add_and_norm(residual: Bits, x: Bits, gain: Floats, eps: float, early: bool, out: Bits) -> None:
+    """residual += x; out = norm(residual), [rows, width]."""
+    for row in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            residual[row, i] = _down(_up(residual[row, i]) + _up(x[row, i]))
+        _normalise(residual[row], gain, eps, early, out[row])
+
+
+@_compiled("void(uint16[:,::1],uint16[:,::1],float32[::1],float32,boolean)")
+def norm_and_add(residual: Bits, x: Bits, gain: Floats, eps: float, early: bool) -> None:
+    """x = norm(x); residual += x, [rows, width]."""
+    for row in range(x.shape[0]):
+        _normalise(x[row], gain, eps, early, x[row])
+        for i in range(x.shape[1]):
+            residual[row, i] = _down(_up(residual[row, i]) + _up(x[row, i]))
+
+
+@_part
+def _rotate_row(x: Bits, cos: Bits, sin: Bits) -> None:
+    half = len(x) // 2
+    for i in range(half):
+        a, b = _up(x[i]), _up(x[i + half])
+        x[i] = _down(_round(a * _up(cos[i])) + _round(-b * _up(sin[i])))
+        x[i + half] = _down(_round(b * _up(cos[i + half])) + _round(a * _up(sin[i + half])))
+
+
+@_compiled("void(uint16[:,:,::1],uint16[:,::1],uint16[:,::1])")
+def rotate(x: Bits, cos: Bits, sin: Bits) -> None:
+    """Rotary position embedding of `x` [rows, heads, dim] in place; cos and sin [rows, dim]."""
+    for row in range(x.shape[0]):
+        for head in range(x.shape[1]):
+            _rotate_row(x[row, head], cos[row], sin[row])
+
+
+@_part
+def _ordered(bits: np.int16) -> np.int16:
+    """An integer that is ordered as the numbers are, but -0.0 before 0.0 and every NaN last."""
+    sign = np.int16(np.int16(bits >> np.int16(15)) & np.int16(0x7FFF))
+    value = np.int16(bits ^ sign)
+    return np.int16(0x7FFF) if value < np.int16(-0x7F81) else value
+
+
+@_compiled("void(int16[:,::1],int64[::1])")
+def first_maxima(columns: NDArray[np.int16], out: NDArray[np.int64]) -> None:
+    """The first maximum of each column of `columns` [length, n] of bfloat16 into `out` [n]; -1
+    where there is a NaN, or where it is infinite or zero (of either sign): look there yourself.
+
+    Blocks of rows are reduced to one number per column, which vectorises; then the block of the
+    maximum is searched.
+    """
+    length, n = columns.shape
+    best = np.full(n, -0x8000, np.int16)
+    block = np.zeros(n, np.int64)
+    here = np.empty(n, np.int16)
+    for begin in range(0, length, _BLOCK_ROWS):
+        here[:] = -0x8000
+        for i in range(begin, min(begin + _BLOCK_ROWS, length)):
+            for column in range(n):
+                here[column] = max(here[column], _ordered(columns[i, column]))
+        for column in range(n):
+            if here[column] > best[column]:
+                best[column] = here[column]
+                block[column] = begin
+    for column in range(n):
+        out[column] = -1
+        if abs(best[column]) >= _INFINITY or best[column] == 0 or best[column] == -1:
+            continue
+        for i in range(block[column], length):
+            if _ordered(columns[i, column]) == best[column]:
+                out[column] = i
+                break
+
+
+_BLOCK_ROWS = 64
+_INFINITY = 0x7F80  # as `_ordered` has it
