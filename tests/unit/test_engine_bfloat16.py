@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own convention
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -158,6 +159,19 @@ def test_rotation() -> None:
     expected, _ = apply_rotary_pos_emb(heads_first, heads_first, cos[None], sin[None])
     kernels.rotate(*(t.view(torch.uint16).numpy() for t in (x, cos, sin)))
     assert torch.equal(x, expected[0].transpose(0, 1))
+
+
+def test_gelu_of_every_number() -> None:
+    kernels.prepare()
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(BF16).view(1, -1)
+    factor = torch.full_like(x, 1.5)
+    expected = F.gelu(x.double(), approximate="tanh").to(BF16) * factor
+    gate = x.clone()
+    kernels.gelu_gate(*(t.view(torch.uint16).numpy() for t in (gate, factor)))
+    finite = x.isfinite()
+    # A unit, where the other one does not lose its digits to cancellation.
+    torch.testing.assert_close(gate[finite], expected[finite], atol=1e-6, rtol=0.008)
+    assert gate[x.isnan()].isnan().all()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16])

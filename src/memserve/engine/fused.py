@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.activations import GELUTanh
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
@@ -142,8 +143,13 @@ def _attend(
 
 
 def _feed_forward(mlp: nn.Module, x: Tensor) -> Tensor:
-    gate: Tensor = mlp.act_fn(mlp.gate_proj(x))  # type: ignore[operator]
-    result: Tensor = mlp.down_proj(gate.mul_(mlp.up_proj(x)))  # type: ignore[operator]
+    gate: Tensor = mlp.gate_proj(x)  # type: ignore[operator]
+    up: Tensor = mlp.up_proj(x)  # type: ignore[operator]
+    if isinstance(mlp.act_fn, GELUTanh):  # PyTorch's takes three times as long
+        kernels.gelu_gate(_bits(gate), _bits(up))
+    else:
+        gate = mlp.act_fn(gate).mul_(up)  # type: ignore[operator]
+    result: Tensor = mlp.down_proj(gate)  # type: ignore[operator]
     return result
 
 

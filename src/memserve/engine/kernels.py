@@ -148,6 +148,39 @@ def rotate(x: Bits, cos: Bits, sin: Bits) -> None:
 
 
 @_part
+def _exp(x: np.float32) -> np.float32:
+    """To float32's precision from -87 to 87, and held there beyond. 2 to the nearest integer
+    power, times Cephes' polynomial of what is left; the library's would be a call per number."""
+    x = min(max(x, np.float32(-87)), np.float32(87))
+    power = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    # ln 2 in two parts, the first one exact in products with `power`.
+    rest = x - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
+    value = np.float32(1.9875691500e-4)
+    value = value * rest + np.float32(1.3981999507e-3)
+    value = value * rest + np.float32(8.3334519073e-3)
+    value = value * rest + np.float32(4.1665795894e-2)
+    value = value * rest + np.float32(1.6666665459e-1)
+    value = value * rest + np.float32(5.0000001201e-1)
+    value = value * rest * rest + rest + np.float32(1)
+    scale: np.float32 = np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return np.float32(value * scale)
+
+
+@_compiled("void(uint16[:,::1],uint16[:,::1])")
+def gelu_gate(gate: Bits, up: Bits) -> None:
+    """gate = gelu(gate) * up, [rows, width]; the tanh form of gelu, which is x sigmoid(2 ...)."""
+    for row in range(gate.shape[0]):
+        for i in range(gate.shape[1]):
+            x = _up(gate[row, i])
+            inner = x * (np.float32(1) + np.float32(0.044715) * x * x)
+            inner *= np.float32(-1.5957691216)
+            active = x / (np.float32(1) + _exp(inner))
+            if inner > np.float32(87):  # beyond what `_exp` tells apart
+                active = np.float32(0)
+            gate[row, i] = _down(_round(active) * _up(up[row, i]))
+
+
+@_part
 def _ordered(bits: np.int16) -> np.int16:
     """An integer that is ordered as the numbers are, but -0.0 before 0.0 and every NaN last."""
     sign = np.int16(np.int16(bits >> np.int16(15)) & np.int16(0x7FFF))
