@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from memserve.config import Dtype, NonNegative, Positive, doc
+from memserve.config import Dtype, NonNegative, Positive, PositiveSeconds, doc
 
 Part = Literal["serving", "pair", "index", "gateway"]
 PARTS: tuple[Part, ...] = ("serving", "pair", "index", "gateway")
@@ -25,3 +25,6 @@ class PeersConfig(msgspec.Struct, frozen=True, kw_only=True):
     sessions: Annotated[Positive, doc("of ShareGPT, in each load")] = 3
     max_turns: Annotated[Positive, doc("of a session")] = 3
     max_output_tokens: Annotated[Positive, doc("of a turn")] = 16
+    contest_minutes: Annotated[
+        PositiveSeconds, doc("of a contest of servers: no round is begun that would exceed it")
+    ] = 4.0

@@ -83,6 +83,7 @@ async def _contests(
         sessions=config.sessions,
         max_turns=config.max_turns,
         max_output_tokens=config.max_output_tokens,
+        seconds=60 * config.contest_minutes,
     )
     found = []
     if "serving" in parts or "pair" in parts:
@@ -150,6 +151,7 @@ def _contest_table(contest: Contest, title: str, runs: Sequence[PeerRun]) -> Tab
         table.add_column("ratio of means", justify="right")
         table.add_column("of P99", justify="right")
     table.add_column("output tokens/s", justify="right")
+    table.add_column("rounds", justify="right")
     table.add_column("cached", justify="right")
     own = [run for run in runs if OURS in run.server]
     for name in dict.fromkeys(run.server for run in runs):
@@ -157,7 +159,7 @@ def _contest_table(contest: Contest, title: str, runs: Sequence[PeerRun]) -> Tab
         cells = [cell for _, figure in _FIGURES for cell in _cells(own, mine, figure)]
         rate = sum(run.summary.output_tokens_per_second for run in mine) / len(mine)
         cached = sum(run.summary.cached_ratio for run in mine) / len(mine)
-        table.add_row(name, *cells, f"{rate:.1f}", f"{cached:.0%}")
+        table.add_row(name, *cells, f"{rate:.1f}", str(len(mine)), f"{cached:.0%}")
     return table
 
 

@@ -23,10 +23,12 @@ from memserve.bench.peers.process import PeerFailed, PeerServer, serving
 from memserve.bench.peers.vllm import START_SECONDS, VllmSettings, vllm_command, vllm_environment
 from memserve.bench.report import ServingSummary
 from memserve.bench.work import ServeBenchConfig, Work
+from memserve.clock import MonotonicClock
 from memserve.config import ClusterConfig, Dtype, GatewayConfig, InstanceConfig, ModelConfig
 from memserve.models.chat_template import DEFAULT_CHAT_TEMPLATE
 from memserve.models.resolve import ModelDirectory, Progress
 
+_clock = MonotonicClock()
 OURS = "memserve"
 _ROUTER_SECONDS = 60.0  # to find its instances
 _TRANSFORMERS = "memserve.bench.peers.transformers_process"
@@ -47,6 +49,7 @@ class Loads(msgspec.Struct, frozen=True, kw_only=True):
     sessions: int
     max_turns: int
     max_output_tokens: int
+    seconds: float = float("inf")  # of a contest, its start included: no round is begun behind it
 
 
 class PeerRun(msgspec.Struct, frozen=True):
@@ -71,6 +74,7 @@ async def one_instance(
     loads: Loads, model: ModelDirectory, cores: Sequence[int], work: Work, progress: Progress
 ) -> Contest:
     """One instance with all cores: ours, vLLM with and without its prefix cache, and generate."""
+    started = _clock.now()
     name = f"One instance on {len(cores)} cores"
     async with AsyncExitStack() as stack:
         skipped: dict[str, str] = {}
@@ -84,7 +88,7 @@ async def one_instance(
         ours = stack.enter_async_context(_ours(loads, model, [cores], progress))
         urls = {OURS: await ours}
         urls |= await _ready(peers, skipped, START_SECONDS, progress)
-        runs = await _rounds(loads, urls, work, skipped, progress)
+        runs = await _rounds(loads, started, urls, work, skipped, progress)
     return Contest(name, (len(cores),), runs, skipped)
 
 
@@ -92,6 +96,7 @@ async def two_instances(
     loads: Loads, model: ModelDirectory, cores: Sequence[int], work: Work, progress: Progress
 ) -> Contest:
     """An instance on each of two cores: ours behind our gateway, vLLM behind vllm-router."""
+    started = _clock.now()
     name = "Two instances of one core"
     each = [(cores[0],), (cores[-1],)]
     async with AsyncExitStack() as stack:
@@ -109,16 +114,26 @@ async def two_instances(
         if pair in found and pair not in skipped:
             router = _router(stack, [server.url for _, server in peers])
             urls |= await _ready([(pair, router)], skipped, _ROUTER_SECONDS, progress)
-        runs = await _rounds(loads, urls, work, skipped, progress)
+        runs = await _rounds(loads, started, urls, work, skipped, progress)
     return Contest(name, (1, 1), runs, skipped)
 
 
 async def _rounds(
-    loads: Loads, urls: dict[str, str], work: Work, skipped: dict[str, str], progress: Progress
+    loads: Loads,
+    started: float,
+    urls: dict[str, str],
+    work: Work,
+    skipped: dict[str, str],
+    progress: Progress,
 ) -> tuple[PeerRun, ...]:
     """All servers under all loads, so often as is asked for; every second time backwards."""
     found: list[PeerRun] = []
+    begun = _clock.now()
     for repeat in range(loads.repeats):
+        now = _clock.now()
+        if repeat and now + (now - begun) / repeat > started + loads.seconds:
+            progress(f"no time for more than {repeat} of {loads.repeats} rounds")
+            break
         for load in LOADS:
             config = load_config(loads, load)
             order = list(urls) if repeat % 2 == 0 else list(urls)[::-1]
