@@ -157,7 +157,7 @@ def test_rotation() -> None:
     cos, sin = angles.cos().to(BF16), angles.sin().to(BF16)
     heads_first = x.transpose(0, 1)[None]
     expected, _ = apply_rotary_pos_emb(heads_first, heads_first, cos[None], sin[None])
-    kernels.rotate(*(t.view(torch.uint16).numpy() for t in (x, cos, sin)))
+    kernels.rotate.run(*(t.view(torch.uint16).numpy() for t in (x, cos, sin)))
     assert torch.equal(x, expected[0].transpose(0, 1))
 
 
@@ -167,7 +167,7 @@ def test_gelu_of_every_number() -> None:
     factor = torch.full_like(x, 1.5)
     expected = F.gelu(x.double(), approximate="tanh").to(BF16) * factor
     gate = x.clone()
-    kernels.gelu_gate(*(t.view(torch.uint16).numpy() for t in (gate, factor)))
+    kernels.gelu_gate.run(*(t.view(torch.uint16).numpy() for t in (gate, factor)))
     finite = x.isfinite()
     # A unit, where the other one does not lose its digits to cancellation.
     torch.testing.assert_close(gate[finite], expected[finite], atol=1e-6, rtol=0.008)

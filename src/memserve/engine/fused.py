@@ -88,7 +88,7 @@ class RowNorm(nn.Module):
         x = x.contiguous()
         out = torch.empty_like(x)
         norm = self.norm
-        kernels.rms_norm(_bits(x), norm.gain, norm.eps, norm.early, _bits(out))
+        kernels.rms_norm.run(_bits(x), norm.gain, norm.eps, norm.early, _bits(out))
         return out
 
 
@@ -97,7 +97,7 @@ def _add_and_norm(residual: Tensor, x: Tensor, module: nn.Module) -> Tensor:
     assert isinstance(module, RowNorm)
     out = torch.empty_like(x)
     norm = module.norm
-    kernels.add_and_norm(_bits(residual), _bits(x), norm.gain, norm.eps, norm.early, _bits(out))
+    kernels.add_and_norm.run(_bits(residual), _bits(x), norm.gain, norm.eps, norm.early, _bits(out))
     return out
 
 
@@ -105,7 +105,7 @@ def _norm_and_add(residual: Tensor, x: Tensor, module: nn.Module) -> None:
     """Replaces `x` by its norm, and adds that to `residual`."""
     assert isinstance(module, RowNorm)
     norm = module.norm
-    kernels.norm_and_add(_bits(residual), _bits(x), norm.gain, norm.eps, norm.early)
+    kernels.norm_and_add.run(_bits(residual), _bits(x), norm.gain, norm.eps, norm.early)
 
 
 def _attend(
@@ -126,7 +126,7 @@ def _attend(
     if norms is not None:
         query, key = norms[0](query), norms[1](key)
     for part in (query, key):
-        kernels.rotate(part.view(torch.uint16).numpy(), cos, sin)
+        kernels.rotate.run(part.view(torch.uint16).numpy(), cos, sin)
     query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
     out, _ = paged_attention(
         attention,
@@ -146,7 +146,7 @@ def _feed_forward(mlp: nn.Module, x: Tensor) -> Tensor:
     gate: Tensor = mlp.gate_proj(x)  # type: ignore[operator]
     up: Tensor = mlp.up_proj(x)  # type: ignore[operator]
     if isinstance(mlp.act_fn, GELUTanh):  # PyTorch's takes three times as long
-        kernels.gelu_gate(_bits(gate), _bits(up))
+        kernels.gelu_gate.run(_bits(gate), _bits(up))
     else:
         gate = mlp.act_fn(gate).mul_(up)  # type: ignore[operator]
     result: Tensor = mlp.down_proj(gate)  # type: ignore[operator]

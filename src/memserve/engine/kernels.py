@@ -8,74 +8,33 @@ step a barrier costs more than the work, and a prompt's rows take a few percent 
 
 Arrays of bfloat16 are uint16 here, the upper half of a float32's bits.
 
-numba keeps what it compiled beside this file or in the user's cache folder, and finds it again
-until this file changes: what the kernels call must stand in it too.
+What the kernels call must stand in this file, see `compiled.py`.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-log = logging.getLogger(__name__)
+from memserve.compiled import Kernels
 
 Bits = NDArray[np.uint16]
 Floats = NDArray[np.float32]
 
-_F = TypeVar("_F", bound=Callable[..., object])
-_LOADED_SECONDS = 1.0  # what takes longer was compiled, and not found
 
 # Sums may be taken in any order, so that they vectorise; NaN and infinities stay what they are.
 _REORDER = {"reassoc", "contract", "nsz"}
 
-_kernels: list[tuple[Any, str]] = []
+_KERNELS = Kernels("the engine", fastmath=_REORDER, without_gil=True)
+prepare = _KERNELS.prepare  # so that no request waits for it
 
 
-def _compiled(signature: str) -> Callable[[_F], _F]:
-    def decorate(function: _F) -> _F:
-        kernel: Any = njit(fastmath=_REORDER, error_model="numpy", nogil=True)(function)
-        _kernels.append((kernel, signature))
-        return kernel  # type: ignore[no-any-return]
-
-    return decorate
-
-
-def _part(function: _F) -> _F:
-    inlined: Any = njit(inline="always")(function)
-    return inlined  # type: ignore[no-any-return]
-
-
-def prepare() -> None:
-    """Compile the kernels or load them, so that no request waits for it. Idempotent."""
-    started = time.perf_counter()
-    kept = True
-    while _kernels:
-        kernel, signature = _kernels.pop()
-        try:
-            kernel.enable_caching()
-        except RuntimeError:  # nowhere to write
-            kept = False
-        kernel.compile(signature)
-        kernel.disable_compile()
-    took = time.perf_counter() - started
-    if not kept:
-        log.warning("compiled the engine in %.1f s; no folder can be written to keep it", took)
-    elif took > _LOADED_SECONDS:
-        log.info("compiled the engine in %.1f s", took)
-
-
-@_part
+@_KERNELS.inlined
 def _up(bits: np.uint16) -> np.float32:
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@_part
+@_KERNELS.inlined
 def _down(value: np.float32) -> np.uint16:
     """To the nearest, ties to even; what is no number becomes some NaN or infinity."""
     bits = np.float32(value).view(np.uint32)
@@ -83,12 +42,12 @@ def _down(value: np.float32) -> np.uint16:
     return np.uint16((bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
 
 
-@_part
+@_KERNELS.inlined
 def _round(value: np.float32) -> np.float32:
     return _up(_down(value))
 
 
-@_part
+@_KERNELS.inlined
 def _normalise(row: Bits, gain: Floats, eps: float, early: bool, out: Bits) -> None:
     """RMS norm of one row. `early`: round before the gain, as Llama does, not only after it."""
     width = len(row)
@@ -105,14 +64,14 @@ def _normalise(row: Bits, gain: Floats, eps: float, early: bool, out: Bits) -> N
             out[i] = _down(_up(row[i]) * factor * gain[i])
 
 
-@_compiled("void(uint16[:,::1],float32[::1],float32,boolean,uint16[:,::1])")
+@_KERNELS.compiled("void(uint16[:,::1],float32[::1],float32,boolean,uint16[:,::1])")
 def rms_norm(x: Bits, gain: Floats, eps: float, early: bool, out: Bits) -> None:
     """out = norm(x), [rows, width]."""
     for row in range(x.shape[0]):
         _normalise(x[row], gain, eps, early, out[row])
 
 
-@_compiled("void(uint16[:,::1],uint16[:,::1],float32[::1],float32,boolean,uint16[:,::1])")
+@_KERNELS.compiled("void(uint16[:,::1],uint16[:,::1],float32[::1],float32,boolean,uint16[:,::1])")
 def add_and_norm(residual: Bits, x: Bits, gain: Floats, eps: float, early: bool, out: Bits) -> None:
     """residual += x; out = norm(residual), [rows, width]."""
     for row in range(x.shape[0]):
@@ -121,7 +80,7 @@ def add_and_norm(residual: Bits, x: Bits, gain: Floats, eps: float, early: bool,
         _normalise(residual[row], gain, eps, early, out[row])
 
 
-@_compiled("void(uint16[:,::1],uint16[:,::1],float32[::1],float32,boolean)")
+@_KERNELS.compiled("void(uint16[:,::1],uint16[:,::1],float32[::1],float32,boolean)")
 def norm_and_add(residual: Bits, x: Bits, gain: Floats, eps: float, early: bool) -> None:
     """x = norm(x); residual += x, [rows, width]."""
     for row in range(x.shape[0]):
@@ -130,7 +89,7 @@ def norm_and_add(residual: Bits, x: Bits, gain: Floats, eps: float, early: bool)
             residual[row, i] = _down(_up(residual[row, i]) + _up(x[row, i]))
 
 
-@_part
+@_KERNELS.inlined
 def _rotate_row(x: Bits, cos: Bits, sin: Bits) -> None:
     half = len(x) // 2
     for i in range(half):
@@ -139,7 +98,7 @@ def _rotate_row(x: Bits, cos: Bits, sin: Bits) -> None:
         x[i + half] = _down(_round(b * _up(cos[i + half])) + _round(a * _up(sin[i + half])))
 
 
-@_compiled("void(uint16[:,:,::1],uint16[:,::1],uint16[:,::1])")
+@_KERNELS.compiled("void(uint16[:,:,::1],uint16[:,::1],uint16[:,::1])")
 def rotate(x: Bits, cos: Bits, sin: Bits) -> None:
     """Rotary position embedding of `x` [rows, heads, dim] in place; cos and sin [rows, dim]."""
     for row in range(x.shape[0]):
@@ -147,7 +106,7 @@ def rotate(x: Bits, cos: Bits, sin: Bits) -> None:
             _rotate_row(x[row, head], cos[row], sin[row])
 
 
-@_part
+@_KERNELS.inlined
 def _exp(x: np.float32) -> np.float32:
     """To float32's precision from -87 to 87, and held there beyond. 2 to the nearest integer
     power, times Cephes' polynomial of what is left; the library's would be a call per number."""
@@ -166,7 +125,7 @@ def _exp(x: np.float32) -> np.float32:
     return np.float32(value * scale)
 
 
-@_compiled("void(uint16[:,::1],uint16[:,::1])")
+@_KERNELS.compiled("void(uint16[:,::1],uint16[:,::1])")
 def gelu_gate(gate: Bits, up: Bits) -> None:
     """gate = gelu(gate) * up, [rows, width]; the tanh form of gelu, which is x sigmoid(2 ...)."""
     for row in range(gate.shape[0]):
@@ -180,7 +139,7 @@ def gelu_gate(gate: Bits, up: Bits) -> None:
             gate[row, i] = _down(_round(active) * _up(up[row, i]))
 
 
-@_part
+@_KERNELS.inlined
 def _ordered(bits: np.int16) -> np.int16:
     """An integer that is ordered as the numbers are, but -0.0 before 0.0 and every NaN last."""
     sign = np.int16(np.int16(bits >> np.int16(15)) & np.int16(0x7FFF))
@@ -188,7 +147,7 @@ def _ordered(bits: np.int16) -> np.int16:
     return np.int16(0x7FFF) if value < np.int16(-0x7F81) else value
 
 
-@_compiled("void(int16[:,::1],int64[::1])")
+@_KERNELS.compiled("void(int16[:,::1],int64[::1])")
 def first_maxima(columns: NDArray[np.int16], out: NDArray[np.int64]) -> None:
     """The first maximum of each column of `columns` [length, n] of bfloat16 into `out` [n]; -1
     where there is a NaN, or where it is infinite or zero (of either sign): look there yourself.

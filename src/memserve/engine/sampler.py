@@ -182,7 +182,7 @@ def _column_maxima(logits: torch.Tensor) -> IdArray | None:
         return None
     out = np.empty(len(logits), np.int64)
     kernels.prepare()
-    kernels.first_maxima(logits.t().view(torch.int16).numpy(), out)
+    kernels.first_maxima.run(logits.t().view(torch.int16).numpy(), out)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Compiling happens once for a machine, when a scheduler is made, and only there."""
+"""Compiling happens once for a machine, when what needs it is made, and only there."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from memserve.scheduler import choosing, compiled, kernels, look_ups
+from memserve import compiled
+from memserve.scheduler import choosing, kernels, look_ups
+from memserve.scheduler.compiled import prepare
 
 _KERNEL = """
-from memserve.scheduler.compiled import compiled, inlined, prepare
+from memserve.compiled import Kernels
 
-@inlined
+own = Kernels("a test")
+
+@own.inlined
 def twice(x):
     return 2 * x
 
-@compiled("float64(float64)")
+@own.compiled("float64(float64)")
 def kernel(x):
     return twice(x) + 1
 """
@@ -28,16 +33,10 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import kept
 assert "numba" not in sys.modules
-kept.prepare()
+kept.own.prepare()
 assert kept.kernel.run(3.0) == 7.0
 print(sum(kept.kernel.run.stats.cache_hits.values()))
 """
-
-
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what the test declares is prepared."""
-    monkeypatch.setattr(compiled, "_unprepared", [])
 
 
 def python(*arguments: str) -> str:
@@ -58,28 +57,28 @@ def test_the_next_process_loads_what_one_compiled(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_each_process_compiles_and_says_so(
-    alone: None, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     # numba finds a place by the function's file: here there is none.
-    names: dict[str, compiled.Compiled[[float], float]] = {}
+    names: dict[str, Any] = {}
     exec(compile(_KERNEL, "<nowhere>", "exec"), names)
     assert names["kernel"].run(1.0) == 3.0  # as Python
     with caplog.at_level(logging.WARNING, compiled.__name__):
-        compiled.prepare()
+        names["own"].prepare()
     assert "no folder can be written" in caplog.text
     assert names["kernel"].run(3.0) == 7.0
     assert names["kernel"].run is not names["kernel"].python
 
 
 def test_other_types_are_refused_instead_of_compiled() -> None:
-    compiled.prepare()
+    prepare()
     scores = np.zeros(3)
     with pytest.raises(TypeError):
         choosing.weigh.run(*[scores] * 6, 1.0, 1.0, 1.0, 1.0, 1.0, scores)  # slots are integers
 
 
 def test_everything_is_prepared_together() -> None:
-    compiled.prepare()
+    prepare()
     for module in (choosing, kernels, look_ups):
         for value in vars(module).values():
             if isinstance(value, compiled.Compiled):
