@@ -90,9 +90,9 @@ class PaperWorkload:
 # Chats have short prompts and the longest answers; readers of documents long prompts and short
 # answers; agents a long prompt that all share, and short answers.
 WORKLOADS: tuple[PaperWorkload, ...] = (
-    PaperWorkload("sharegpt", None, 3, 16, 1024, (0.4, 0.8, 1.6)),
-    PaperWorkload("loogle", "loogle", 2, 8, 1024, (0.3, 0.6, 1.2)),
-    PaperWorkload("react", "react", 2, 12, 1400, (0.3, 0.6, 1.2)),
+    PaperWorkload("sharegpt", None, 3, 16, 1024, (1.2, 2.4, 4.8)),
+    PaperWorkload("loogle", "loogle", 2, 8, 1024, (0.6, 1.2, 2.4)),
+    PaperWorkload("react", "react", 2, 12, 1400, (0.6, 1.2, 2.4)),
 )
 
 
