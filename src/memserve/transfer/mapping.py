@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import weakref
@@ -19,6 +20,18 @@ from memserve.transfer.base import Region
 # Segments up to this size get their page table at once, 40 ms for each GiB. One by one, the page
 # faults of first writes take as long as the copy; but heartbeats must not wait for seconds.
 POPULATE_BYTES = 4 * 1024 * 1024 * 1024
+_MADV_POPULATE_WRITE = 23  # linux/mman.h
+_libc = ctypes.CDLL(None)
+
+
+def _populate(memory: NDArray[np.uint8]) -> None:
+    """Map all pages now. MAP_POPULATE would do it with the interpreter's lock held, and every
+    sequence that decodes here would stand still; calls through ctypes give the lock up. Kernels
+    before 5.14 refuse, and pages are mapped when they are written to.
+    """
+    _libc.madvise(
+        ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), _MADV_POPULATE_WRITE
+    )
 
 
 class Mapping:
@@ -36,10 +49,11 @@ class Mapping:
         size = os.fstat(descriptor).st_size
         if size != nbytes:
             raise SegmentGone(f"shared memory {path} has {size} bytes, {nbytes} were announced")
-        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if nbytes <= POPULATE_BYTES else 0)
         self.bytes: NDArray[np.uint8] = np.frombuffer(
-            mmap.mmap(descriptor, nbytes, flags), dtype=np.uint8
+            mmap.mmap(descriptor, nbytes, mmap.MAP_SHARED), dtype=np.uint8
         )
+        if nbytes <= POPULATE_BYTES:
+            _populate(self.bytes)
         if page_locked:
             memory = torch.from_numpy(self.bytes)
             lock_pages(memory)
