@@ -9,7 +9,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 
 from starlette.types import ASGIApp
 
@@ -51,6 +51,20 @@ class Shutdown:
         work.cancel()
         forced.cancel()
         return work in finished
+
+    async def run_until_requested(self, work: Coroutine[object, object, None]) -> None:
+        """Run `work` until it ends or the shutdown is requested: it is cancelled then, and has
+        ended when this returns. Raises what it raised before that."""
+        working = asyncio.ensure_future(work)
+        requested = asyncio.ensure_future(self.requested.wait())
+        try:
+            await asyncio.wait((working, requested), return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+        finally:
+            working.cancel()
+            requested.cancel()
+            await asyncio.wait((working,))
 
 
 def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:

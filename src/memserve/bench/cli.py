@@ -199,11 +199,8 @@ class EngineBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
 @takes_flags(flags_of(ModelConfig, ("served_name", "max_model_len")), flags_of(EngineBenchConfig))
 def engine(json: _Json = None, *, given: Given) -> None:
     """Time the engine alone, in turns with Transformers' generate: prefill and decode."""
-    import torch
-
     from memserve.bench.engine import engine_bench_table, run_engine_bench
-    from memserve.engine.dtype import choose_dtype
-    from memserve.engine.model import count_weights
+    from memserve.bench.own_engine import wanted_dtype
     from memserve.instance.build import choose_device
 
     wanted = with_flags(ModelConfig(), given)
@@ -211,13 +208,9 @@ def engine(json: _Json = None, *, given: Given) -> None:
     progress = progress_lines()
     device = choose_device(wanted.device)
     model = resolve_model(wanted, progress)
-    if wanted.dtype == "auto":
-        dtype = choose_dtype(count_weights(model.path), device).dtype
-    else:
-        dtype = vars(torch)[wanted.dtype]
     report = run_engine_bench(
         model.path,
-        dtype=dtype,
+        dtype=wanted_dtype(wanted, model.path, device),
         device=str(device),
         threads=config.threads or available_cores(),
         prompt_tokens=config.prompt_tokens,

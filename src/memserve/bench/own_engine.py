@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from memserve.config import ModelConfig, available_cores
@@ -18,6 +20,14 @@ _MAX_RUNNING = 64
 _BLOCK_TOKENS = 16
 
 
+def wanted_dtype(wanted: ModelConfig, directory: Path, device: torch.device) -> torch.dtype:
+    """The one that is named, or what an instance would take for this model on this device."""
+    if wanted.dtype == "auto":
+        return choose_dtype(count_weights(directory), device).dtype
+    dtype: torch.dtype = vars(torch)[wanted.dtype]
+    return dtype
+
+
 def load_own_engine(
     wanted: ModelConfig, threads: int | None, max_batch_tokens: int, progress: Progress
 ) -> ProfiledEngine:
@@ -28,10 +38,7 @@ def load_own_engine(
     model = resolve_model(wanted, progress)
     threads = threads or available_cores()
     torch.set_num_threads(threads)
-    if wanted.dtype == "auto":
-        dtype = choose_dtype(count_weights(model.path), device).dtype
-    else:
-        dtype = vars(torch)[wanted.dtype]
+    dtype = wanted_dtype(wanted, model.path, device)
     progress(f"loading {model.name} as {dtype} on {device}, {threads} threads")
     loaded = load_model(model.path, dtype, device)
     limits = BatchLimits(max_batch_tokens, _MIXED_TOKENS, _MAX_RUNNING)

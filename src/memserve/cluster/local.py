@@ -196,17 +196,10 @@ async def run_local_cluster(
         ready(cluster)
         await cluster.supervise()
 
-    serving = asyncio.ensure_future(serve())
-    requested = asyncio.ensure_future(shutdown.requested.wait())
     try:
-        await asyncio.wait((serving, requested), return_when=asyncio.FIRST_COMPLETED)
-        if serving.done():
-            serving.result()
+        await shutdown.run_until_requested(serve())
         progress("stopping; Ctrl-C again to stop without waiting for requests")
     finally:
-        serving.cancel()
-        requested.cancel()
-        await asyncio.wait((serving,))  # or it would start a process behind our back
         await cluster.stop()
 
 

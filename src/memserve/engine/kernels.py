@@ -21,7 +21,8 @@ from memserve.compiled import Kernels
 Bits = NDArray[np.uint16]
 Floats = NDArray[np.float32]
 
-
+_BLOCK_ROWS = 64  # of logits, among which a maximum is searched
+_INFINITY = 0x7F80  # as `_ordered` has it
 # Sums may be taken in any order, so that they vectorise; NaN and infinities stay what they are.
 _REORDER = {"reassoc", "contract", "nsz"}
 
@@ -176,7 +177,3 @@ def first_maxima(columns: NDArray[np.int16], out: NDArray[np.int64]) -> None:
             if _ordered(columns[i, column]) == best[column]:
                 out[column] = i
                 break
-
-
-_BLOCK_ROWS = 64
-_INFINITY = 0x7F80  # as `_ordered` has it

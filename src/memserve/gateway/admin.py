@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -107,18 +107,32 @@ def admin_app(
     async def version() -> Response:
         return _json(Version(memserve.__version__))
 
-    @app.get("/metrics")
+    app.include_router(_observing_routes(metrics, decisions, siblings))
+    app.include_router(cluster_routes(membership, siblings))
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _parameter_error)
+    app.openapi = _with_openai(app.openapi)  # type: ignore[method-assign]
+    return app
+
+
+def _observing_routes(
+    metrics: GatewayMetrics, decisions: Decisions, siblings: Siblings | None
+) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/metrics")
     async def prometheus() -> Response:
         own = metrics.own()
         if siblings is not None:
             own = merged({siblings.index: own, **await siblings.answers(OWN_METRICS_PATH)})
         return Response(own + metrics.instances(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get(OWN_METRICS_PATH, include_in_schema=False)
+    @routes.get(OWN_METRICS_PATH, include_in_schema=False)
     async def own_metrics() -> Response:
         return Response(metrics.own(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get(DECISIONS_PATH)
+    @routes.get(DECISIONS_PATH)
     async def last_decisions(n: Annotated[int, Query(ge=0)] = SHOWN_DECISIONS) -> Response:
         """Where the last requests were sent, newest first, and what else there was."""
         # Decisions never change; a thousand of them are words after a tenth of a second.
@@ -128,12 +142,7 @@ def admin_app(
             body = await asyncio.to_thread(_newest, n, (body, *others.values()))
         return Response(body, media_type="application/json")
 
-    app.include_router(cluster_routes(membership, siblings))
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _parameter_error)
-    app.openapi = _with_openai(app.openapi)  # type: ignore[method-assign]
-    return app
+    return routes
 
 
 def _json(value: msgspec.Struct, status: int = 200) -> Response:

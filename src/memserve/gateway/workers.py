@@ -182,16 +182,9 @@ async def _main(
         announce(workers.url, ready_fd)
         await workers.supervise()
 
-    serving = asyncio.ensure_future(serve())
-    requested = asyncio.ensure_future(shutdown.requested.wait())
     try:
-        await asyncio.wait((serving, requested), return_when=asyncio.FIRST_COMPLETED)
-        if serving.done():
-            serving.result()
+        await shutdown.run_until_requested(serve())
     finally:
-        serving.cancel()
-        requested.cancel()
-        await asyncio.wait((serving,))  # or it would start a process behind our back
         await workers.stop()
 
 

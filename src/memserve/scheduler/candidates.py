@@ -124,22 +124,7 @@ class Candidates:
         load.refresh()
         prompt = self.prompt_tokens = len(request.tokens)
         needed = prompt + output_tokens
-        self._hold(matches)
-        k.survey.run(
-            load.figures,
-            load.kinds,
-            roster.parts,
-            self._held,
-            prompt,
-            prompt + output_tokens / 2,
-            needed,
-            fetches,
-            asked,
-            moved,
-            self._sequences,
-            self._contexts,
-            self._found,
-        )
+        self._survey(matches, output_tokens, fetches)
         longest, slots, tokens, (least, short, *_) = self._found.tolist()
         sources = _NO_SOURCES
         if slots[0] >= 0:
@@ -171,6 +156,26 @@ class Candidates:
             self._by_instance,
             self._pulled,
             self._by_candidate,
+        )
+
+    def _survey(self, matches: Mapping[InstanceId, int], output_tokens: int, fetches: bool) -> None:
+        """Find what there is to ask cost models, see `kernels.survey`."""
+        load, prompt = self.load, self.prompt_tokens
+        self._hold(matches)
+        k.survey.run(
+            load.figures,
+            load.kinds,
+            self.roster.parts,
+            self._held,
+            prompt,
+            prompt + output_tokens / 2,
+            prompt + output_tokens,
+            fetches,
+            self._asked,
+            self._moved,
+            self._sequences,
+            self._contexts,
+            self._found,
         )
 
     def _hold(self, matches: Mapping[InstanceId, int]) -> None:

@@ -255,6 +255,26 @@ def _queue(
     return before + min(meanwhile, total - before), longer * prefill, total
 
 
+@inlined
+def _usually_running(figures: Seconds, parts: IndexArray) -> float:
+    """Sequences that decode on an instance that answers, in the mean."""
+    running, answering = 0.0, 0
+    for i in range(len(figures)):
+        if parts[i, ANSWERING]:
+            running += figures[i, RUNNING]
+            answering += 1
+    return running / answering
+
+
+@inlined
+def _steps(figures: Seconds, steps: Seconds, i: int) -> tuple[float, float, float]:
+    """Seconds of a decode step as it is now, with what is to come, and with this request."""
+    factor = figures[i, STEP_FACTOR]
+    now = steps[0, i] * factor if figures[i, RUNNING] > 0 else 0.0
+    before = steps[1, i] * factor if figures[i, BATCH] > 0 else 0.0
+    return now, before, steps[2, i] * factor
+
+
 @compiled(
     "float64(float64[:,::1], float64[:,::1], int64[:,::1], int64[:,::1], int64[:,::1], "
     "int64[:,::1], float64[:,::1], float64[:,::1], float64[:,:,:,::1], int64[:,::1], "
@@ -284,22 +304,12 @@ def predict(
 
     `left` [instances, rows] seconds of each prompt in the queue; `steps` [3, instances] and
     `seconds` [2 + sources, instances] as cost models answer `survey`; `moves` [groups, far or
-    near, 1 + sources, instances] likewise; `floor` [instances] seconds that the prompt waits at
-    least; `overlapped`: KV goes to the decode instance while the prompt is computed.
+    near, 1 + sources, instances] likewise; `floor` [instances] seconds that it waits at least.
     """
-    n = len(figures)
-    usual, answering, least = 0.0, 0, np.inf
-    for i in range(n):
-        if parts[i, ANSWERING]:
-            usual += figures[i, RUNNING]
-            answering += 1
-    usual /= answering
-    for i in range(n):
+    usual, least = _usually_running(figures, parts), np.inf
+    for i in range(len(figures)):
         running, batch = figures[i, RUNNING], figures[i, BATCH]
-        factor = figures[i, STEP_FACTOR]
-        step = steps[0, i] * factor if running > 0 else 0.0
-        before = steps[1, i] * factor if batch > 0 else 0.0
-        after = steps[2, i] * factor
+        step, before, after = _steps(figures, steps, i)
         whole = seconds[0, i] * figures[i, PREFILL_FACTOR]
         least = min(least, whole)
         # Each chunk of the prompt takes as long as a step of decoding does besides.

@@ -116,11 +116,11 @@ class SimResult(msgspec.Struct, frozen=True, kw_only=True):
 
 def simulate(config: SimConfig, progress: Progress, encode: Encode | None = None) -> SimResult:
     """Raises ConfigError. `encode` is needed for workloads of text."""
-    shapes = _shapes(config)
+    architecture, costs = _costs(config)
+    shapes = _shapes(config, architecture, costs)
     keys = BlockKeys(shapes[0].block_tokens)
     sessions = list(_sessions(config, keys, encode, progress))
     _check_room(shapes[0], sessions)
-    architecture, _ = _costs(config)
     network = Network(config.path, config.mode == "by-request-agg", architecture.layers)
     cluster = SimCluster(shapes, config.policy, config.caching, network)
     total = sum(len(session.requests) for session in sessions)
@@ -152,7 +152,7 @@ def _costs(config: SimConfig) -> tuple[Architecture, CostModel]:
     return architecture, cost_model(config.hardware, config.model, config.tp, config.chunk_tokens)
 
 
-def _shapes(config: SimConfig) -> list[InstanceShape]:
+def _shapes(config: SimConfig, architecture: Architecture, costs: CostModel) -> list[InstanceShape]:
     counts = {
         Role.COLOCATED: config.colocated,
         Role.PREFILL: config.prefill,
@@ -162,7 +162,6 @@ def _shapes(config: SimConfig) -> list[InstanceShape]:
         raise ConfigError("no instances: give --colocated N, or --prefill N and --decode M")
     if config.decode and not (config.prefill or config.colocated):
         raise ConfigError("decode instances alone: give --prefill N too")
-    architecture, costs = _costs(config)
     block_tokens = BLOCK_TOKENS if config.trace is not None else 16
     # A tenth of the memory is left to activations and to what the runtime needs.
     device = config.device_gb * _GB * config.tp * 0.9
