@@ -208,11 +208,12 @@ def engine(json: _Json = None, *, given: Given) -> None:
     progress = progress_lines()
     device = choose_device(wanted.device)
     model = resolve_model(wanted, progress)
+    threads = config.threads or available_cores()
     report = run_engine_bench(
         model.path,
-        dtype=wanted_dtype(wanted, model.path, device),
+        dtype=wanted_dtype(wanted, model.path, device, threads),
         device=str(device),
-        threads=config.threads or available_cores(),
+        threads=threads,
         prompt_tokens=config.prompt_tokens,
         repeats=config.repeats,
         progress=progress,

@@ -23,6 +23,7 @@ from memserve.engine.batch import BatchLimits
 from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import Model, load_model
 from memserve.engine.request import EngineRequest, TokenOutput
+from memserve.engine.team import compute_alone, with_team
 from memserve.pool.pool import MemPool
 from memserve.types import RequestId, TokenArray
 
@@ -75,9 +76,9 @@ def run_engine_bench(
     progress: Callable[[str], None] = lambda _: None,
 ) -> EngineBenchReport:
     """Measure prefill of one prompt, a decode step at batch 1, and decoding in batches."""
-    torch.set_num_threads(threads)
+    compute_alone()
     progress(f"loading {directory.name} twice")
-    model = load_model(directory, dtype, torch.device(device))
+    model = with_team(threads, lambda: load_model(directory, dtype, torch.device(device)))
     generate = _Generate(directory, dtype, device)
     rng = np.random.default_rng(0)
 
@@ -90,19 +91,16 @@ def run_engine_bench(
     layout = model.layout(directory.name, 16, True)
     with MemPool(layout, blocks, 0, instance="bench", device=device) as pool:
         engine = _TimedEngine(model, pool, threads, largest)
-        try:
-            pairs = []
-            for repeat in range(repeats + 1):  # the first warms up
-                progress(f"one prompt, {repeat} of {repeats}")
-                ours = engine.run([prompt(prompt_tokens)], DECODE_TOKENS)
-                theirs = generate.run(prompt(prompt_tokens), DECODE_TOKENS)
-                pairs.append((ours, theirs))
-            points = []
-            for batch in batches:
-                progress(f"decoding {batch} at once")
-                points.append(_batch_point(engine, prompt, batch, repeats))
-        finally:
-            engine.stop()
+        pairs = []
+        for repeat in range(repeats + 1):  # the first warms up
+            progress(f"one prompt, {repeat} of {repeats}")
+            ours = engine.run([prompt(prompt_tokens)], DECODE_TOKENS)
+            theirs = with_team(threads, lambda: generate.run(prompt(prompt_tokens), DECODE_TOKENS))
+            pairs.append((ours, theirs))
+        points = []
+        for batch in batches:
+            progress(f"decoding {batch} at once")
+            points.append(_batch_point(engine, prompt, batch, repeats))
     return EngineBenchReport(
         model=directory.name,
         dtype=str(dtype).removeprefix("torch."),
@@ -170,48 +168,48 @@ class _Generate:
 
 
 class _TimedEngine:
-    """The engine as a server runs it (its own thread, greedy), with a stop-watch."""
+    """The engine as a server runs it (its own thread, greedy), with a stop-watch.
+
+    One engine for each run: its threads must not be there while the other one computes.
+    """
 
     def __init__(self, model: Model, pool: MemPool, threads: int, batch: int) -> None:
-        settings = EngineSettings(
+        self._model = model
+        self._pool = pool
+        self._settings = EngineSettings(
             name="bench",
             threads=threads,
             limits=BatchLimits(max_tokens=2048, mixed_tokens=2048, max_running=batch),
             max_waiting=batch,
         )
-        self._engine = Engine(model, pool, settings)
-        self._done = threading.Event()
-        self._times: list[float] = []
-        self._left = 0
-        self._runs = 0
-        self._engine.start(self._sink)
-
-    def _sink(self, outputs: Sequence[TokenOutput]) -> None:
-        self._times.append(time.perf_counter())
-        self._left -= sum(o.finish_reason is not None for o in outputs)
-        if not self._left:
-            self._done.set()
 
     def run(self, prompts: Sequence[TokenArray], tokens: int) -> tuple[float, float]:
-        """Seconds to the first token, and the median decode step once all are decoding."""
-        self._times.clear()
-        self._done.clear()
-        self._left = len(prompts)
-        self._runs += 1
+        """Seconds to the first token, and the mean decode step once all are decoding."""
+        times: list[float] = []
+        left = len(prompts)
+        done = threading.Event()
+
+        def sink(outputs: Sequence[TokenOutput]) -> None:
+            nonlocal left
+            times.append(time.perf_counter())
+            left -= sum(o.finish_reason is not None for o in outputs)
+            if not left:
+                done.set()
+
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         requests = [
-            EngineRequest(RequestId(f"{self._runs}-{i}"), prompt, params)
-            for i, prompt in enumerate(prompts)
+            EngineRequest(RequestId(str(i)), prompt, params) for i, prompt in enumerate(prompts)
         ]
-        started = time.perf_counter()
-        self._engine.submit(requests)
-        self._done.wait()
+        engine = Engine(self._model, self._pool, self._settings)
+        engine.start(sink)
+        try:
+            started = time.perf_counter()
+            engine.submit(requests)
+            done.wait()
+        finally:
+            engine.stop()
         # Prompts that together fit the step's budget all decode from the second step on.
-        steps = np.diff(self._times)
-        return self._times[0] - started, float(np.mean(steps[-(tokens - 2) :]))
-
-    def stop(self) -> None:
-        self._engine.stop()
+        return times[0] - started, float(np.mean(np.diff(times)[-(tokens - 2) :]))
 
 
 def engine_bench_table(report: EngineBenchReport) -> Table:

@@ -11,6 +11,7 @@ from memserve.engine.batch import BatchLimits
 from memserve.engine.dtype import choose_dtype
 from memserve.engine.engine import EngineSettings
 from memserve.engine.model import count_weights, load_model
+from memserve.engine.team import compute_alone, with_team
 from memserve.instance.build import choose_device
 from memserve.instance.profiling import ProfiledEngine
 from memserve.models.resolve import Progress, resolve_model
@@ -20,10 +21,12 @@ _MAX_RUNNING = 64
 _BLOCK_TOKENS = 16
 
 
-def wanted_dtype(wanted: ModelConfig, directory: Path, device: torch.device) -> torch.dtype:
+def wanted_dtype(
+    wanted: ModelConfig, directory: Path, device: torch.device, threads: int
+) -> torch.dtype:
     """The one that is named, or what an instance would take for this model on this device."""
     if wanted.dtype == "auto":
-        return choose_dtype(count_weights(directory), device).dtype
+        return choose_dtype(count_weights(directory), device, threads).dtype
     dtype: torch.dtype = vars(torch)[wanted.dtype]
     return dtype
 
@@ -31,16 +34,17 @@ def wanted_dtype(wanted: ModelConfig, directory: Path, device: torch.device) -> 
 def load_own_engine(
     wanted: ModelConfig, threads: int | None, max_batch_tokens: int, progress: Progress
 ) -> ProfiledEngine:
-    """Load a model as the command line wants it; `threads` None: one for each core, and this
-    process has as many from now on. Raises ModelError.
+    """Load a model as the command line wants it; `threads` None: one for each core.
+
+    The calling thread computes alone from now on. Raises ModelError.
     """
     device = choose_device(wanted.device)
     model = resolve_model(wanted, progress)
     threads = threads or available_cores()
-    torch.set_num_threads(threads)
-    dtype = wanted_dtype(wanted, model.path, device)
+    compute_alone()
+    dtype = wanted_dtype(wanted, model.path, device, threads)
     progress(f"loading {model.name} as {dtype} on {device}, {threads} threads")
-    loaded = load_model(model.path, dtype, device)
+    loaded = with_team(threads, lambda: load_model(model.path, dtype, device))
     limits = BatchLimits(max_batch_tokens, _MIXED_TOKENS, _MAX_RUNNING)
     settings = EngineSettings(model.name, threads, limits, max_waiting=_MAX_RUNNING)
     layout = loaded.layout(model.name, _BLOCK_TOKENS, True, model.revision or "")

@@ -9,6 +9,7 @@ import torch
 
 from memserve.engine.linear import speed_up_products
 from memserve.engine.model import WeightCount
+from memserve.engine.team import with_team
 
 # The work that the choice is made for: a chat turn's uncached prompt, and its answer.
 PREFILL_TOKENS = 256
@@ -32,7 +33,7 @@ class DtypeChoice:
         return f"{name} (matrix products of one request here: {figures})"
 
 
-def choose_dtype(weights: WeightCount, device: torch.device) -> DtypeChoice:
+def choose_dtype(weights: WeightCount, device: torch.device, threads: int) -> DtypeChoice:
     """Time matrix products of a model's width in each format this device computes with.
 
     Takes well under a second on a CPU. On a GPU nothing is timed: it is bfloat16 where there
@@ -41,6 +42,10 @@ def choose_dtype(weights: WeightCount, device: torch.device) -> DtypeChoice:
     if device.type == "cuda":
         fast = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
         return DtypeChoice(fast, ())
+    return with_team(threads, lambda: _fastest(weights))
+
+
+def _fastest(weights: WeightCount) -> DtypeChoice:
     hidden = weights.hidden
     rows = max(1, SAMPLE_WEIGHTS // hidden)
     times = []

@@ -17,6 +17,7 @@ from memserve.engine.batch import BatchLimits
 from memserve.engine.dtype import choose_dtype
 from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import count_weights, load_model
+from memserve.engine.team import compute_alone, with_team
 from memserve.errors import ConfigError
 from memserve.instance.instance import Identity, Parts
 from memserve.instance.kv_events import KVEventPublisher
@@ -42,12 +43,12 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
     if settings.cpus is not None:
         _pin(settings.cpus)
     threads = settings.threads or available_cores()
-    torch.set_num_threads(threads)
+    compute_alone()
     device = choose_device(config.model.device)
     directory = resolve_model(config.model, log.info)
-    dtype = _dtype(config, directory, device)
+    dtype = _dtype(config, directory, device, threads)
     log.info("loading %s as %s on %s", directory.name, dtype, device)
-    model = load_model(directory.path, dtype, device)
+    model = with_team(threads, lambda: load_model(directory.path, dtype, device))
     tokenizer = Tokenizer.load(directory.path)
     layout = model.layout(
         directory.name,
@@ -97,12 +98,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _dtype(config: ClusterConfig, directory: ModelDirectory, device: torch.device) -> torch.dtype:
+def _dtype(
+    config: ClusterConfig, directory: ModelDirectory, device: torch.device, threads: int
+) -> torch.dtype:
     if config.model.dtype != "auto":
         dtype = getattr(torch, config.model.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
-    choice = choose_dtype(count_weights(directory.path), device)
+    choice = choose_dtype(count_weights(directory.path), device, threads)
     log.info("dtype = auto: %s", choice)
     return choice.dtype
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ from aiohttp import web
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from memserve.engine.team import compute_alone
 from memserve.models.tokenizer import Tokenizer
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
@@ -76,13 +78,14 @@ class _Tokens(BaseStreamer):
 
 
 class _Server:
-    def __init__(self, model: Path, dtype: str) -> None:
+    def __init__(self, model: Path, dtype: str, threads: int) -> None:
         self._tokenizer = Tokenizer.load(model)
         self._model = AutoModelForCausalLM.from_pretrained(
             model, dtype=vars(torch)[dtype], local_files_only=True
         )
         self._model.generation_config.eos_token_id = None  # as many tokens as are asked for
-        self._turn = threading.Lock()
+        # One at a time, all in one thread: each that computes would have a team of threads.
+        self._turn = ThreadPoolExecutor(1, "generate", torch.set_num_threads, (threads,))
 
     async def models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "peer", "object": "model"}]})
@@ -112,7 +115,7 @@ class _Server:
         def take(token: int) -> None:
             loop.call_soon_threadsafe(tokens.put_nowait, token)
 
-        generating = asyncio.ensure_future(asyncio.to_thread(self._generate, prompt, count, take))
+        generating = loop.run_in_executor(self._turn, self._generate, prompt, count, take)
         made: list[int] = []
         while len(made) < count:
             made.append(await tokens.get())
@@ -124,7 +127,7 @@ class _Server:
         return answer
 
     def _generate(self, prompt: list[int], count: int, take: Callable[[int], None]) -> None:
-        with self._turn, torch.inference_mode():
+        with torch.inference_mode():
             ids = torch.tensor([prompt])
             self._model.generate(  # type: ignore[misc]
                 ids,
@@ -156,9 +159,9 @@ def _die_with(parent: int) -> None:
 def main() -> None:
     model, dtype, threads, cores, port = sys.argv[1:]
     os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
-    torch.set_num_threads(int(threads))
+    compute_alone()
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
-    server = _Server(Path(model), dtype)
+    server = _Server(Path(model), dtype, int(threads))
     app = web.Application(client_max_size=1 << 24)
     app.router.add_get("/v1/models", server.models)
     app.router.add_post("/v1/chat/completions", server.chat)
