@@ -30,7 +30,7 @@ _BLOCKS = 2048  # of device memory: what one run leaves behind, several times
 # Sessions begin for so long; those that are late go on behind it.
 _ARRIVAL_SECONDS = 4.0
 _QUICK_SECONDS = 3.0
-_QUICK_TURNS = 2
+_QUICK_TURNS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +81,20 @@ class PaperWorkload:
 
     name: Workload
     data: str | None  # folder under --data
+    min_turns: int
     max_turns: int
     max_output_tokens: int
     max_context_tokens: int
     rates: tuple[float, float, float]  # sessions per second: little, much, more than can be done
 
 
-# Chats have short prompts and the longest answers; readers of documents long prompts and short
-# answers; agents a long prompt that all share, and short answers.
+# Chats have short prompts, the longest answers and a history that grows with each of many turns;
+# readers of documents long prompts and short answers; agents a long prompt that all share, and
+# short answers.
 WORKLOADS: tuple[PaperWorkload, ...] = (
-    PaperWorkload("sharegpt", None, 3, 16, 1024, (1.2, 2.4, 4.8)),
-    PaperWorkload("loogle", "loogle", 2, 8, 1024, (0.6, 1.2, 2.4)),
-    PaperWorkload("react", "react", 2, 12, 1400, (0.6, 1.2, 2.4)),
+    PaperWorkload("sharegpt", None, 3, 6, 24, 2048, (0.8, 1.6, 3.2)),
+    PaperWorkload("loogle", "loogle", 2, 2, 8, 1024, (0.6, 1.2, 2.4)),
+    PaperWorkload("react", "react", 2, 2, 12, 1400, (0.6, 1.2, 2.4)),
 )
 
 
@@ -164,7 +166,7 @@ def _cells(
     model: ModelConfig,
 ) -> Iterator[Cell]:
     seconds = _QUICK_SECONDS if config.quick else _ARRIVAL_SECONDS
-    turns = _QUICK_TURNS if config.quick else workload.max_turns
+    turns = min(workload.max_turns, _QUICK_TURNS) if config.quick else workload.max_turns
     repeats = 1 if config.quick else config.repeats
     rates = workload.rates[1:2] if one_rate else workload.rates
     for repeat in range(repeats):
@@ -175,7 +177,7 @@ def _cells(
                 rate=rate,
                 sessions=max(2, round(rate * seconds)),
                 seed=config.seed,
-                min_turns=min(2, turns),
+                min_turns=workload.min_turns,
                 max_turns=turns,
                 max_output_tokens=workload.max_output_tokens,
                 max_context_tokens=workload.max_context_tokens,
