@@ -158,7 +158,7 @@ class Routed:
 async def routed(policy: str = "prompt-tree") -> AsyncIterator[Routed]:
     membership, clock = Membership(), ManualClock(100.0)
     async with instance_session() as session:
-        router = GlobalRouter(membership, session, clock, policy)
+        router = GlobalRouter(membership, session, clock, policy, instance_wait=30.0)
         made = Routed(router, membership, clock)
 
         async def answer(request: web.Request) -> web.Response:

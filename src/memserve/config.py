@@ -95,6 +95,11 @@ class GatewayConfig(_Section, frozen=True):
     policy: Annotated[Policy, doc("how an instance is chosen")] = "prompt-tree"
     max_body_bytes: Annotated[Positive, doc("more is answered 413")] = 16 * 1024 * 1024
     drain_seconds: Annotated[PositiveSeconds, doc("how long SIGTERM waits for requests")] = 30.0
+    instance_wait_seconds: Annotated[
+        float,
+        Meta(ge=0),
+        doc("how long requests wait where no instance is ready but one should be"),
+    ] = 30.0
     chat_template: Annotated[str | None, doc("a Jinja file, for the model's own")] = None
     access_log: Annotated[bool, doc("a line for every request that explains its routing")] = True
 

@@ -233,7 +233,7 @@ def test_a_name_that_another_instance_has_is_refused(
 @pytest.fixture
 def doomed(start_cluster: StartCluster, spawn: Spawn) -> tuple[FakeCluster, Served]:
     """A gateway in front of one instance, in a process of its own, that is slow."""
-    cluster = start_cluster()
+    cluster = start_cluster(gateway=GatewayConfig(port=0, instance_wait_seconds=0.5))
     served = spawn("instance", [cluster.url], step_seconds=0.02)
     cluster.until_ready(1)
     return cluster, served

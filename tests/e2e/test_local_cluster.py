@@ -178,6 +178,33 @@ def test_what_is_killed_comes_back_and_its_memory_is_not_left(up: Up) -> None:
     up.assert_nothing_is_left()
 
 
+def test_a_stream_goes_on_when_the_only_instance_is_back(up: Up) -> None:
+    errors = Collected(up.process.stderr)
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": [3, 4, 5],
+        "max_tokens": 900,
+        "temperature": 0,
+        "stream": True,
+        "extra_body": {"ignore_eos": True, "return_token_ids": True},
+    }
+
+    def ids(chunk: Any) -> list[int]:
+        return [token for choice in chunk.choices for token in choice.token_ids or ()]
+
+    undisturbed = [
+        token for chunk in up.client().completions.create(**asked) for token in ids(chunk)
+    ]
+    stream = iter(up.client().completions.create(**asked))
+    heard = ids(next(stream))
+    up.child("instance").kill()
+    heard += [token for chunk in stream for token in ids(chunk)]
+    assert len(heard) == 900
+    assert heard == undisturbed
+    assert "ended with signal SIGKILL; starting it again" in errors.text()
+    up.family += psutil.Process(up.process.pid).children(recursive=True)
+
+
 def test_without_a_file_it_is_one_prefill_and_one_decode_instance(model: Path) -> None:
     process = start("--model", str(model), "--served-name", "tiny", *MEMORY)
     with serving(process) as up:

@@ -175,10 +175,14 @@ class Processes:
         port: int = 0,
         host: str = "127.0.0.1",
         machine: Machine | None = None,
+        instance_wait: float = 30.0,
     ) -> Served:
         """In front of these instances, or of any that join."""
         urls = tuple(each.begun().url for each in instances)
-        config = self._config(gateway=GatewayConfig(host=host, port=port, policy=policy))
+        own = GatewayConfig(
+            host=host, port=port, policy=policy, instance_wait_seconds=instance_wait
+        )
+        config = self._config(gateway=own)
         return self._start(GatewayProcess("gateway", config, urls, machine)).begun()
 
     def end(self) -> None:

@@ -112,9 +112,38 @@ def test_another_prefill_instance_computes_the_prompt(
     table.note("in prefill: one of two P killed", happened, whole, client.pause(fault))
 
 
-def test_where_no_other_is_left_the_client_is_told(processes: Processes, table: FaultTable) -> None:
+def test_the_only_instance_goes_on_when_it_is_back(
+    processes: Processes, expected: Expected, table: FaultTable
+) -> None:
+    wanted = expected(PROMPT, LENGTH)
     only = processes.instance(Role.COLOCATED, "only", step_seconds=SLOW)
     gateway = processes.gateway(only)
+    until_ready(gateway, "only")
+    client = Client(gateway, PROMPT, LENGTH)
+    client.wait(5)
+    fault = time.monotonic()
+    only.signal(signal.SIGKILL)
+    until_ready(gateway)
+    meanwhile = Client(gateway, PROMPT, LENGTH)
+    back = processes.instance(Role.COLOCATED, "only", join=[gateway.url]).begun()
+    assert client.result() == wanted
+    assert meanwhile.result() == wanted
+    until(lambda: back.quiet, "the end of all leases")
+    whole = time.monotonic() - fault
+    assert metric(gateway, "memserve_failovers_total") == 1
+    happened = "the stream went on when it was back, and the next request waited for it"
+    table.note(
+        "in decode: the only instance killed, and started again",
+        happened,
+        whole,
+        client.pause(fault),
+    )
+
+
+def test_where_no_other_comes_the_client_is_told(processes: Processes, table: FaultTable) -> None:
+    wait = 2.0
+    only = processes.instance(Role.COLOCATED, "only", step_seconds=SLOW)
+    gateway = processes.gateway(only, instance_wait=wait)
     until_ready(gateway, "only")
     client = Client(gateway, PROMPT, LENGTH)
     client.wait(5)
@@ -128,7 +157,7 @@ def test_where_no_other_is_left_the_client_is_told(processes: Processes, table: 
     refused.join()
     assert refused.refused
     table.note(
-        "in decode: the only instance killed",
+        f"in decode: the only instance killed, `instance_wait_seconds` {wait:g}",
         "the stream ended with `instance_lost` (pause: until then), the next was answered 503",
         time.monotonic() - fault,
         told,

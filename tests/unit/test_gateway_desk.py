@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from memserve.api.errors import ApiError
 from memserve.api.generate import GenerateCall
 from memserve.clock import ManualClock
-from memserve.gateway.desk import NO_INSTANCE_SECONDS, ClientLeft, Desk
+from memserve.gateway.desk import ClientLeft, Desk
 from memserve.scheduler.admission import Admission, AdmissionLimits
 from tests.gateway_harness import Client
 from tests.router_harness import call_of
+
+INSTANCE_WAIT = 30.0  # seconds
 
 # One request at a time for each instance, and room for two of a tenant to wait.
 LIMITS = AdmissionLimits(requests=1, waiting=2, waiting_of_all=3)
@@ -28,7 +30,7 @@ class Office:
     def __init__(self, limits: AdmissionLimits = LIMITS, instances: int = 1) -> None:
         self.clock = ManualClock(10.0)
         self.admission = Admission(limits)
-        self.desk = Desk(self.admission, float, self.clock)
+        self.desk = Desk(self.admission, float, self.clock, INSTANCE_WAIT)
         self.desk.resize(instances)
         self.calls: dict[str, GenerateCall] = {}
         self.clients: dict[str, Client] = {}
@@ -213,7 +215,7 @@ async def test_without_any_instance_one_waits_for_a_while() -> None:
     await office.comes("running")
     await office.comes("lucky")
     office.desk.resize(0)
-    office.clock.advance(NO_INSTANCE_SECONDS - 1)
+    office.clock.advance(INSTANCE_WAIT - 1)
     office.desk.resize(0)
     await office.leaves("running")
     assert not office.entering["lucky"].done()
@@ -222,7 +224,7 @@ async def test_without_any_instance_one_waits_for_a_while() -> None:
     assert office.order == ["running", "lucky"]
     await office.comes("unlucky")
     office.desk.resize(0)
-    office.clock.advance(NO_INSTANCE_SECONDS)
+    office.clock.advance(INSTANCE_WAIT)
     office.desk.resize(0)
     await turns()
     assert office.refusal("unlucky").detail.code == "no_instance"
@@ -237,7 +239,7 @@ async def test_costs_are_asked_for_once_a_size_and_again_when_prices_change() ->
         asked.append(tokens)
         return 1.0
 
-    desk = Desk(Admission(), price, ManualClock())
+    desk = Desk(Admission(), price, ManualClock(), INSTANCE_WAIT)
     desk.resize(1)
     for tokens in (100, 101, 500):
         await desk.enter(call_of(*range(tokens)), "t", Client().reply)

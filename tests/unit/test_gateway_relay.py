@@ -11,11 +11,13 @@ import pytest
 
 from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall
+from memserve.api.status import InstanceInfo, InstanceState
 from memserve.clock import MonotonicClock
 from memserve.cluster.membership import Member, Membership
 from memserve.gateway.relay import MAX_ATTEMPTS, Answer, Relay
 from memserve.gateway.router import Plan
 from memserve.gateway.upstream import Upstream
+from memserve.types import Epoch
 from tests.gateway_harness import (
     END,
     STREAM,
@@ -77,18 +79,30 @@ class Cluster:
         self.calls: list[GenerateCall] = []  # as the instances got them
         self.answer = Answer()
         self.membership = Membership()
+        self.instance_wait = 0.0  # seconds
         self._upstream = upstream
         self._stack = stack
 
     async def start(self, *instances: Parts | Script | str) -> Relay:
-        addresses = [
-            it
-            if isinstance(it, str)
-            else await self._stack.enter_async_context(impostor(it, self.calls))
-            for it in instances
-        ]
-        self.membership = ready_members(*addresses)
-        return Relay(self._upstream, self.membership, self.router, MonotonicClock())
+        self.membership = ready_members(*[await self.address(it) for it in instances])
+        return Relay(
+            self._upstream, self.membership, self.router, MonotonicClock(), self.instance_wait
+        )
+
+    async def address(self, instance: Parts | Script | str) -> str:
+        if isinstance(instance, str):
+            return instance
+        return await self._stack.enter_async_context(impostor(instance, self.calls))
+
+    async def restart(self, instance: Parts | Script) -> None:
+        """The first member dies, and comes back in a new life after a while."""
+        (first, *_) = self.membership.members
+        self.membership.refused(first)
+        assert first.state is InstanceState.DEAD
+        await asyncio.sleep(0.3)
+        back = self.membership.join(await self.address(instance))
+        life = InstanceInfo(first.id, Epoch(2), first.role, InstanceState.READY, 2, "m")
+        self.membership.answered(back, life, None)
 
     async def ask(
         self,
@@ -115,6 +129,14 @@ async def cluster() -> AsyncIterator[Cluster]:
 
 
 Ask = Callable[..., Awaitable[Client]]
+
+
+async def eventually(happened: Callable[[], bool]) -> None:
+    for _ in range(10_000):
+        if happened():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("it did not happen")
 
 
 async def test_events_are_relayed_whole_however_they_arrive(cluster: Cluster) -> None:
@@ -356,3 +378,78 @@ async def test_a_slow_client_stops_the_instance_and_not_the_gateway_s_memory(
     await running
     assert client.body == event * sent
     server.close()
+
+
+async def test_a_stream_waits_for_the_instance_that_comes_back(cluster: Cluster) -> None:
+    undisturbed = await cluster.ask(good)
+    cluster.instance_wait = 30.0
+    asking = asyncio.create_task(cluster.ask(lost_after(3)))
+    await eventually(lambda: len(cluster.calls) == 2)
+    await cluster.restart(good)
+    client = await asking
+    assert (client.status, client.complete) == (200, True)
+    assert client.text() == undisturbed.text()
+    assert cluster.calls[-1].resumed is not None
+    assert (cluster.answer.failovers, len(cluster.answer.pauses)) == (1, 1)
+    assert not cluster.answer.broken
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_request_waits_for_the_instance_that_comes_back(
+    cluster: Cluster, stream: bool
+) -> None:
+    cluster.instance_wait = 30.0
+    relay = await cluster.start(good)
+    back = asyncio.create_task(cluster.restart(good if stream else [WHOLE + b"}"]))
+    await asyncio.sleep(0)  # it is dead by now
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=stream)
+    client = Client()
+    await relay.run(call, client.reply, (), Answer())
+    await back
+    assert (client.status, client.complete) == (200, True)
+
+
+async def test_who_leaves_meanwhile_is_not_waited_for(cluster: Cluster) -> None:
+    cluster.instance_wait = 30.0
+    relay = await cluster.start(good)
+    cluster.membership.refused(cluster.membership.members[0])
+    client = Client()
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
+    waiting = asyncio.create_task(relay.run(call, client.reply, (), Answer()))
+    await asyncio.sleep(0.05)
+    client.reply.hung_up()
+    await asyncio.wait_for(waiting, 10)
+    assert cluster.calls == []
+
+
+async def test_nobody_waits_for_ever(cluster: Cluster) -> None:
+    cluster.instance_wait = 0.3
+    relay = await cluster.start(good)
+    cluster.membership.leave(cluster.membership.members[0].address)
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
+    with pytest.raises(ApiError) as refused:
+        await asyncio.wait_for(relay.run(call, Client().reply, (), Answer()), 10)
+    assert b'"no_instance"' in refused.value.body()
+
+
+async def test_an_instance_that_fails_and_stays_is_not_waited_for(cluster: Cluster) -> None:
+    cluster.instance_wait = 30.0
+    relay = await cluster.start([b"nonsense"])
+    (only,) = cluster.membership.members
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
+    asking = asyncio.create_task(relay.run(call, Client().reply, (), Answer()))
+    await eventually(lambda: only.misses > 0)
+    alive = InstanceInfo(only.id, Epoch(1), only.role, InstanceState.READY, 1, "m")
+    cluster.membership.answered(only, alive, None)
+    with pytest.raises(ApiError) as refused:
+        await asyncio.wait_for(asking, 10)
+    assert b'"instance_lost"' in refused.value.body()
+
+
+async def test_a_full_queue_is_told_at_once_whoever_else_is_dead(cluster: Cluster) -> None:
+    cluster.instance_wait = 30.0
+    relay = await cluster.start(good, [refusal(429)])
+    cluster.membership.refused(cluster.membership.members[0])
+    call, client = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True), Client()
+    await asyncio.wait_for(relay.run(call, client.reply, (), Answer()), 10)
+    assert (client.status, client.headers[b"retry-after"]) == (429, b"7")

@@ -90,6 +90,13 @@ class Membership:
         ready = [m for m in self._members.values() if m.state is InstanceState.READY]
         return [m for m in ready if not m.misses] or ready
 
+    def expects(self) -> bool:
+        """Whether somebody may take requests soon who does not now: nobody does; or a member
+        starts, is in doubt, or is dead, and may be restarted."""
+        coming = (InstanceState.STARTING, InstanceState.DEAD)
+        members = self._members.values()
+        return not self.ready() or any(m.misses or m.state in coming for m in members)
+
     def find(self, instance: InstanceId) -> Member | None:
         """The member of this id; of several (dead ones elsewhere) the one that is there."""
         named = [m for m in self._members.values() if m.id == instance]

@@ -132,16 +132,17 @@ class GatewayApp:
         return call
 
     def _limits(self) -> Limits:
-        """Those of the smallest instance: what is accepted, any of them can serve."""
+        """Those of the smallest instance: what is accepted, any of them can serve. While there is
+        none, as they were."""
         epoch = self._membership.epoch
         if self._smallest is not None and self._smallest[0] == epoch:
             return self._smallest[1]
         known = [m.limits for m in self._membership.ready() if m.limits is not None]
-        if not known:
+        if known:
+            self._smallest = (epoch, min(known, key=lambda limits: limits.max_tokens))
+        elif self._smallest is None:
             raise no_instance()
-        smallest = min(known, key=lambda limits: limits.max_tokens)
-        self._smallest = (epoch, smallest)
-        return smallest
+        return self._smallest[1]
 
     def _record(
         self,

@@ -14,8 +14,6 @@ from memserve.scheduler.admission import Admission, Refusal, Tenant, Ticket
 
 _COST_STEP = 64  # prompts that differ by fewer tokens cost the same here
 _MAX_COSTS = 4096
-# Without any instance: longer than most restarts, much less than clients' own timeouts.
-NO_INSTANCE_SECONDS = 30.0
 
 
 class ClientLeft(Exception):
@@ -26,12 +24,18 @@ class Desk:
     """Belongs to the event loop. Every request that has entered must `leave`."""
 
     def __init__(
-        self, admission: Admission, prefill_seconds: Callable[[int], float], clock: Clock
+        self,
+        admission: Admission,
+        prefill_seconds: Callable[[int], float],
+        clock: Clock,
+        instance_wait: float,
     ) -> None:
-        """`prefill_seconds`: what a prompt of so many tokens takes with nothing cached."""
+        """`prefill_seconds`: what a prompt of so many tokens takes with nothing cached;
+        `instance_wait`: seconds that requests wait where there is no instance."""
         self._admission = admission
         self._prefill_seconds = prefill_seconds
         self._clock = clock
+        self._instance_wait = instance_wait
         self._costs: dict[int, float] = {}
         self._tickets: dict[str, Ticket] = {}
         self._waiters: dict[Ticket, asyncio.Future[None]] = {}
@@ -82,7 +86,7 @@ class Desk:
         now = self._clock.now()
         if self._none_since is None:
             self._none_since = now
-        elif now - self._none_since >= NO_INSTANCE_SECONDS:
+        elif now - self._none_since >= self._instance_wait:
             self._refuse(no_instance)
 
     def stop(self) -> None:

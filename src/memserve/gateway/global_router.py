@@ -63,11 +63,13 @@ class GlobalRouter:
         session: aiohttp.ClientSession,
         clock: Clock,
         policy: str,
+        instance_wait: float,
     ) -> None:
+        """`instance_wait`: seconds that requests wait where there is no instance."""
         self.tree = PromptTree()
         self.scheduler = Scheduler(self.tree, clock, policy)
         self.feed = KvFeed(self.tree, session, clock)
-        self.desk = Desk(Admission(), self._prefill_seconds, clock)
+        self.desk = Desk(Admission(), self._prefill_seconds, clock, instance_wait)
         self.metrics = RoutingMetrics(policy, self.tree, self.feed, self.desk)
         self._membership = membership
         self._clock = clock

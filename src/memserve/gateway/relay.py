@@ -25,6 +25,7 @@ from memserve.types import Epoch, InstanceId
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3  # a call that takes instances down must not take all of them
+LOOK_SECONDS = 0.1  # how often those that wait for an instance look for one
 _REFUSALS = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
 
 
@@ -84,12 +85,19 @@ class Relay:
     """Relays calls, each to one instance at a time and to MAX_ATTEMPTS in all."""
 
     def __init__(
-        self, upstream: Upstream, membership: Membership, router: Router, clock: Clock
+        self,
+        upstream: Upstream,
+        membership: Membership,
+        router: Router,
+        clock: Clock,
+        instance_wait: float,
     ) -> None:
+        """`instance_wait`: seconds, where no instance is ready, until one should be."""
         self._upstream = upstream
         self._membership = membership
         self._router = router
         self._clock = clock
+        self._instance_wait = instance_wait
         self._loop = asyncio.get_running_loop()
         self._under_way: defaultdict[InstanceId, set[Interruption]] = defaultdict(set)
         self._stopping = False
@@ -111,7 +119,7 @@ class Relay:
         stream = ClientStream(call, reply, headers, self._clock) if call.stream else None
         tried: set[tuple[InstanceId, Epoch | None]] = set()
         refusal: Attempt | None = None
-        while (plan := self._next(call, tried)) is not None:
+        while (plan := await self._plan(call, tried, reply, refusal is None)) is not None:
             member = plan.member
             tried.add((member.id, member.epoch))
             answer.plan = plan
@@ -136,6 +144,24 @@ class Relay:
                 reply.send(attempt.status, attempt.body, headers)
                 return
         self._end(reply, headers, stream, answer, refusal, bool(tried))
+
+    async def _plan(
+        self,
+        call: GenerateCall,
+        tried: set[tuple[InstanceId, Epoch | None]],
+        reply: Reply,
+        patient: bool,
+    ) -> Plan | None:
+        """The next plan. Where there is none, and who is `patient` may hope for an instance that
+        starts or comes back: a later one."""
+        plan = self._next(call, tried)
+        until = self._clock.now() + self._instance_wait
+        while plan is None and patient and len(tried) < MAX_ATTEMPTS and self._clock.now() < until:
+            if self._stopping or reply.gone or not self._membership.expects():
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+            plan = self._next(call, tried)
+        return plan
 
     def _next(self, call: GenerateCall, tried: set[tuple[InstanceId, Epoch | None]]) -> Plan | None:
         if self._stopping or len(tried) == MAX_ATTEMPTS:
@@ -184,7 +210,7 @@ class Relay:
         tried: bool,
     ) -> None:
         """No instance is left."""
-        if reply.ended:
+        if reply.ended or reply.gone:
             return
         if stream is not None and (reply.started or stream.error is not None):
             answer.broken = True

@@ -148,8 +148,11 @@ class Gateway:
         self._session = instance_session()
         self._upstream = Upstream()
         self._max_body_bytes = config.gateway.max_body_bytes
-        self._router = GlobalRouter(self.membership, self._session, clock, config.gateway.policy)
-        self._relay = Relay(self._upstream, self.membership, self._router, clock)
+        wait = config.gateway.instance_wait_seconds
+        self._router = GlobalRouter(
+            self.membership, self._session, clock, config.gateway.policy, wait
+        )
+        self._relay = Relay(self._upstream, self.membership, self._router, clock, wait)
         self._calls = CallBuilder(
             tokenizer, config.model.served_name or config.model.path, available_cores()
         )
