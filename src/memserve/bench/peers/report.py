@@ -32,6 +32,7 @@ from memserve.bench.peers.serving import (
 )
 from memserve.bench.report import Distribution, ServingSummary
 from memserve.bench.work import load_sessions
+from memserve.config import available_cores
 from memserve.models.resolve import ModelDirectory, Progress
 
 
@@ -106,6 +107,7 @@ def _gateways(quick: bool, progress: Progress) -> GatewayBenchReport:
             seconds=1.0 if quick else 2.0,
             repeats=1,
             policy="prompt-tree",
+            workers=available_cores(),  # the routers have threads for all of them
         ),
         progress,
     )
