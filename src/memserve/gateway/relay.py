@@ -155,8 +155,11 @@ class Relay:
         """The next plan. Where there is none, and who is `patient` may hope for an instance that
         starts or comes back: a later one."""
         plan = self._next(call, tried)
+        if plan is not None or not patient or len(tried) == MAX_ATTEMPTS:
+            return plan
+        log.warning("%s: no instance is ready", call.id)
         until = self._clock.now() + self._instance_wait
-        while plan is None and patient and len(tried) < MAX_ATTEMPTS and self._clock.now() < until:
+        while plan is None and self._clock.now() < until:
             if self._stopping or reply.gone or not self._membership.expects():
                 break
             await asyncio.sleep(LOOK_SECONDS)
