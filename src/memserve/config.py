@@ -95,6 +95,7 @@ class GatewayConfig(_Section, frozen=True):
     policy: Annotated[Policy, doc("how an instance is chosen")] = "prompt-tree"
     max_body_bytes: Annotated[Positive, doc("more is answered 413")] = 16 * 1024 * 1024
     drain_seconds: Annotated[PositiveSeconds, doc("how long SIGTERM waits for requests")] = 30.0
+    # Longer than most restarts, much less than clients' own timeouts.
     instance_wait_seconds: Annotated[
         float,
         Meta(ge=0),

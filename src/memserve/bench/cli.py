@@ -200,8 +200,7 @@ class EngineBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
 def engine(json: _Json = None, *, given: Given) -> None:
     """Time the engine alone, in turns with Transformers' generate: prefill and decode."""
     from memserve.bench.engine import engine_bench_table, run_engine_bench
-    from memserve.bench.own_engine import wanted_dtype
-    from memserve.instance.build import choose_device
+    from memserve.instance.build import choose_device, wanted_dtype
 
     wanted = with_flags(ModelConfig(), given)
     config = with_flags(EngineBenchConfig(), given)

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
-
 from memserve.config import ModelConfig, available_cores
 from memserve.engine.batch import BatchLimits
-from memserve.engine.dtype import choose_dtype
 from memserve.engine.engine import EngineSettings
-from memserve.engine.model import count_weights, load_model
+from memserve.engine.model import load_model
 from memserve.engine.team import compute_alone, with_team
-from memserve.instance.build import choose_device
+from memserve.instance.build import choose_device, wanted_dtype
 from memserve.instance.profiling import ProfiledEngine
 from memserve.models.resolve import Progress, resolve_model
 
 _MIXED_TOKENS = 256  # nothing is prefilled beside decoding sequences here
 _MAX_RUNNING = 64
 _BLOCK_TOKENS = 16
-
-
-def wanted_dtype(
-    wanted: ModelConfig, directory: Path, device: torch.device, threads: int
-) -> torch.dtype:
-    """The one that is named, or what an instance would take for this model on this device."""
-    if wanted.dtype == "auto":
-        return choose_dtype(count_weights(directory), device, threads).dtype
-    dtype: torch.dtype = vars(torch)[wanted.dtype]
-    return dtype
 
 
 def load_own_engine(

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3  # a call that takes instances down must not take all of them
 LOOK_SECONDS = 0.1  # how often those that wait for an instance look for one
+_Lives = set[tuple[InstanceId, Epoch | None]]  # of members
 _REFUSALS = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
 
 
@@ -117,7 +118,7 @@ class Relay:
     async def run(self, call: GenerateCall, reply: Reply, headers: Headers, answer: Answer) -> None:
         """Answer a client. Raises ApiError if nothing has been sent to it yet."""
         stream = ClientStream(call, reply, headers, self._clock) if call.stream else None
-        tried: set[tuple[InstanceId, Epoch | None]] = set()
+        tried: _Lives = set()
         refusal: Attempt | None = None
         while (plan := await self._plan(call, tried, reply, refusal is None)) is not None:
             member = plan.member
@@ -148,7 +149,7 @@ class Relay:
     async def _plan(
         self,
         call: GenerateCall,
-        tried: set[tuple[InstanceId, Epoch | None]],
+        tried: _Lives,
         reply: Reply,
         patient: bool,
     ) -> Plan | None:
@@ -166,7 +167,7 @@ class Relay:
             plan = self._next(call, tried)
         return plan
 
-    def _next(self, call: GenerateCall, tried: set[tuple[InstanceId, Epoch | None]]) -> Plan | None:
+    def _next(self, call: GenerateCall, tried: _Lives) -> Plan | None:
         if self._stopping or len(tried) == MAX_ATTEMPTS:
             return None
         members = self._membership.ready()

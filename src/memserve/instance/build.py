@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -12,7 +13,13 @@ import torch
 
 from memserve.api.handoff import PoolPeer
 from memserve.api.status import PoolTotals
-from memserve.config import KEEPING_ROLES, ClusterConfig, InstanceConfig, available_cores
+from memserve.config import (
+    KEEPING_ROLES,
+    ClusterConfig,
+    InstanceConfig,
+    ModelConfig,
+    available_cores,
+)
 from memserve.engine.batch import BatchLimits
 from memserve.engine.dtype import choose_dtype
 from memserve.engine.engine import Engine, EngineSettings
@@ -23,7 +30,7 @@ from memserve.instance.instance import Identity, Parts
 from memserve.instance.kv_events import KVEventPublisher
 from memserve.instance.kv_link import KVLink
 from memserve.instance.profiling import ProfiledEngine, instance_profile
-from memserve.models.resolve import ModelDirectory, resolve_model
+from memserve.models.resolve import resolve_model
 from memserve.models.tokenizer import Tokenizer
 from memserve.pool.eviction import CostAware, Eviction
 from memserve.pool.layout import KVLayout
@@ -46,7 +53,7 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
     compute_alone()
     device = choose_device(config.model.device)
     directory = resolve_model(config.model, log.info)
-    dtype = _dtype(config, directory, device, threads)
+    dtype = wanted_dtype(config.model, directory.path, device, threads)
     log.info("loading %s as %s on %s", directory.name, dtype, device)
     model = with_team(threads, lambda: load_model(directory.path, dtype, device))
     tokenizer = Tokenizer.load(directory.path)
@@ -98,14 +105,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _dtype(
-    config: ClusterConfig, directory: ModelDirectory, device: torch.device, threads: int
+def wanted_dtype(
+    wanted: ModelConfig, directory: Path, device: torch.device, threads: int
 ) -> torch.dtype:
-    if config.model.dtype != "auto":
-        dtype = getattr(torch, config.model.dtype)
-        assert isinstance(dtype, torch.dtype)
+    """The one that is named, or the fastest for this model on this device."""
+    if wanted.dtype != "auto":
+        dtype: torch.dtype = vars(torch)[wanted.dtype]
         return dtype
-    choice = choose_dtype(count_weights(directory.path), device, threads)
+    choice = choose_dtype(count_weights(directory), device, threads)
     log.info("dtype = auto: %s", choice)
     return choice.dtype
 
