@@ -4,6 +4,7 @@ without a model, and a gateway with instances on threads of the test's process."
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -234,6 +236,15 @@ class FakeEngine:
     def _logprobs(self, token: int, count: int) -> TokenLogprobs:
         others = tuple(((token + i) % self.vocab_size, -0.5 - i) for i in range(count))
         return TokenLogprobs(chosen=-0.5, rank=1, top=others)
+
+
+def metric(url: str, name: str) -> float:
+    """What a gateway's `/metrics` say."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    return next(float(line.split()[1]) for line in lines if line.startswith(name + " "))
 
 
 def until(condition: Callable[[], bool]) -> None:

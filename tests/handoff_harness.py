@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,24 +34,15 @@ from memserve.instance.kv_link import KVLink
 from memserve.instance.server import InstanceApp
 from memserve.transfer.mempool import MakeTransports, MemPool
 from memserve.types import SHARED, Epoch, InstanceId, Namespace, Role
+from tests.waiting import PATIENCE, until
 
 BLOCK = 16
-# Much longer than anything takes: a test that gets there has failed.
-PATIENCE = 15.0
 _ids = itertools.count()
 
 
 def prompt_of(tokens: int, seed: int) -> list[int]:
     """Tokens that no other seed's prompt begins with."""
     return [int(t) for t in np.random.default_rng(seed).integers(3, 300, tokens)]
-
-
-async def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for what other threads do."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, f"never came: {what}"
-        await asyncio.sleep(0.005)
 
 
 @dataclass(frozen=True, slots=True)

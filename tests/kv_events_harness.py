@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -28,11 +27,10 @@ from memserve.types import Epoch, InstanceId, Namespace, Role
 from tests.fakes import MODEL, FakeEngine
 from tests.pool_harness import LAYOUT
 from tests.pool_harness import store as store_in
+from tests.waiting import until
 
 _epochs = itertools.count(1)
 _snapshots = msgspec.msgpack.Decoder(KVSnapshot)
-# Much longer than anything takes: a test that gets there has failed.
-PATIENCE = 15.0
 
 
 def prefixes_of(pool: MemPool) -> set[Prefix]:
@@ -47,13 +45,6 @@ def prefixes_of(pool: MemPool) -> set[Prefix]:
                 digests[node.id] = chain[-1]
                 found.update((Namespace(namespace), digest) for digest in chain)
     return found
-
-
-async def until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, f"never came: {what}"
-        await asyncio.sleep(0.005)
 
 
 class Publishing:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
 import signal
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 import openai
 import pytest
 
 from tests.e2e.conftest import Served, StartCluster
 from tests.e2e.test_lifecycle import client_of, get
-from tests.fakes import MODEL, FakeCluster, until
+from tests.fakes import MODEL, FakeCluster, metric, until
 
 Spawn = Callable[..., Served]
 COMPLETION: dict[str, Any] = {
@@ -68,14 +66,6 @@ def pair(start_cluster: StartCluster, spawn: Spawn) -> tuple[FakeCluster, list[S
     return cluster, served
 
 
-def metric(cluster: FakeCluster, name: str) -> float:
-    connection = http.client.HTTPConnection(urlsplit(cluster.url).netloc)
-    connection.request("GET", "/metrics")
-    lines = connection.getresponse().read().decode().splitlines()
-    connection.close()
-    return next(float(line.split()[1]) for line in lines if line.startswith(name + " "))
-
-
 def running(served: list[Served]) -> Served:
     """The instance that has the request."""
 
@@ -106,6 +96,6 @@ def test_the_stream_goes_on_as_if_nothing_had_happened(
     assert sorted(heard.finishes) == sorted(undisturbed.finishes)
     assert sorted(heard.roles) == sorted(undisturbed.roles)
     assert heard.usage == undisturbed.usage
-    assert metric(cluster, "memserve_failovers_total") == 1
-    assert metric(cluster, "memserve_failover_pause_seconds_count") == 1
-    assert metric(cluster, "memserve_streams_broken_total") == 0
+    assert metric(cluster.url, "memserve_failovers_total") == 1
+    assert metric(cluster.url, "memserve_failover_pause_seconds_count") == 1
+    assert metric(cluster.url, "memserve_streams_broken_total") == 0

@@ -19,7 +19,7 @@ import openai
 import psutil
 import pytest
 
-from tests.fakes import save_tiny_tokenizer, until
+from tests.fakes import metric, save_tiny_tokenizer, until
 from tests.tiny_models import save_tiny_model
 
 # Failures take this long to be noticed; nothing that works comes near it.
@@ -201,6 +201,7 @@ def test_a_stream_goes_on_when_the_only_instance_is_back(up: Up) -> None:
     heard += [token for chunk in stream for token in ids(chunk)]
     assert len(heard) == 900
     assert heard == undisturbed
+    assert metric(up.url, "memserve_failovers_total") == 1
     assert "ended with signal SIGKILL; starting it again" in errors.text()
     up.family += psutil.Process(up.process.pid).children(recursive=True)
 

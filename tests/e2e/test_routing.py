@@ -23,9 +23,10 @@ from memserve.models.tokenizer import Tokenizer
 from memserve.types import Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import Node, node, prompt_of
-from tests.kv_events_harness import prefixes_of, publishing, until
+from tests.kv_events_harness import prefixes_of, publishing
 from tests.router_harness import call_of
 from tests.tiny_models import Reference, save_tiny_model
+from tests.waiting import until
 
 LONG = prompt_of(400, seed=1)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
-import urllib.request
 from typing import Any
 
 from memserve.types import Role
+from tests.fakes import metric
 from tests.fault.conftest import Expected
-from tests.fault.processes import PATIENCE, Client, Processes, Served, until, until_ready
+from tests.fault.processes import Client, Processes, Served, until, until_ready
 from tests.fault.table import FaultTable
 from tests.handoff_harness import prompt_of
 
@@ -24,12 +24,6 @@ def busy(*instances: Served) -> Served:
     """The one that has the request."""
     until(lambda: any(each.state.running for each in instances), "the request")
     return next(each for each in instances if each.state.running)
-
-
-def metric(gateway: Served, name: str) -> float:
-    with urllib.request.urlopen(f"{gateway.url}/metrics", timeout=PATIENCE) as answer:
-        lines = answer.read().decode().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(name + " "))
 
 
 def test_another_decode_instance_goes_on_with_the_prefill_instances_prefix(
@@ -53,8 +47,8 @@ def test_another_decode_instance_goes_on_with_the_prefill_instances_prefix(
     handoff = other.stats["handoff"]
     assert (handoff["asked"], handoff["failed"]) == (1, 0)
     assert handoff["cached_tokens_prefill"] >= len(PROMPT) // 16 * 16
-    assert metric(gateway, "memserve_failovers_total") == 1
-    assert metric(gateway, "memserve_failover_pause_seconds_count") == 1
+    assert metric(gateway.url, "memserve_failovers_total") == 1
+    assert metric(gateway.url, "memserve_failover_pause_seconds_count") == 1
     happened = "the other D went on, with the prompt's KV from P"
     table.note("in decode: one of two D killed", happened, whole, client.pause(fault))
 
@@ -78,7 +72,7 @@ def test_another_colocated_instance_goes_on(
     until(lambda: other.quiet, "the end of the request")
     whole = time.monotonic() - fault
     assert Client(gateway, LONG, 8).result() == expected(LONG, 8)
-    assert metric(gateway, "memserve_failovers_total") == 1
+    assert metric(gateway.url, "memserve_failovers_total") == 1
     table.note(
         "in decode: one of two colocated instances killed",
         "the other one computed the prompt and went on",
@@ -130,7 +124,7 @@ def test_the_only_instance_goes_on_when_it_is_back(
     assert meanwhile.result() == wanted
     until(lambda: back.quiet, "the end of all leases")
     whole = time.monotonic() - fault
-    assert metric(gateway, "memserve_failovers_total") == 1
+    assert metric(gateway.url, "memserve_failovers_total") == 1
     happened = "the stream went on when it was back, and the next request waited for it"
     table.note(
         "in decode: the only instance killed, and started again",

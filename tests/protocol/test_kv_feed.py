@@ -29,8 +29,9 @@ from memserve.errors import OutOfBlocks
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import InstanceId, Role
 from tests.fakes import tiny_tokenizer
-from tests.kv_events_harness import Following, Publishing, following, publishing, until
+from tests.kv_events_harness import Following, Publishing, following, publishing
 from tests.pool_harness import BLOCK, prompt
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from memserve.cluster.kv_feed import KvFeed
 from memserve.cluster.kv_subscription import EventSource
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.types import InstanceId
-from tests.kv_events_harness import until
 from tests.vllm_events import BLOCK, TOPIC, Step, reusable, script, stored, take, vllm_server
+from tests.waiting import until
 
 V = InstanceId("vllm")
 _MISSING = why_missing("vllm")

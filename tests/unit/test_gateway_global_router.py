@@ -15,8 +15,8 @@ from memserve.gateway import global_router, instance_costs
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.types import InstanceId, RequestId, Role
-from tests.kv_events_harness import until
 from tests.router_harness import LIMITS, Routed, call_of, profile_of, routed
+from tests.waiting import until
 
 A, B = InstanceId("a"), InstanceId("b")
 

@@ -13,9 +13,9 @@ from memserve.scheduler.contract import InstanceSpec
 from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.types import InstanceId, Role
 from tests.gateway_harness import Client
-from tests.kv_events_harness import until
 from tests.router_harness import Routed, call_of, profile_of, routed, totals
 from tests.scheduler_harness import LinearCosts
+from tests.waiting import until
 
 A = InstanceId("a")
 

@@ -29,6 +29,7 @@ from tests.gateway_harness import (
     impostor,
     ready_members,
 )
+from tests.waiting import until
 
 WHOLE = (
     b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 14\r\n\r\n{"whole":true'
@@ -129,14 +130,6 @@ async def cluster() -> AsyncIterator[Cluster]:
 
 
 Ask = Callable[..., Awaitable[Client]]
-
-
-async def eventually(happened: Callable[[], bool]) -> None:
-    for _ in range(10_000):
-        if happened():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("it did not happen")
 
 
 async def test_events_are_relayed_whole_however_they_arrive(cluster: Cluster) -> None:
@@ -384,7 +377,7 @@ async def test_a_stream_waits_for_the_instance_that_comes_back(cluster: Cluster)
     undisturbed = await cluster.ask(good)
     cluster.instance_wait = 30.0
     asking = asyncio.create_task(cluster.ask(lost_after(3)))
-    await eventually(lambda: len(cluster.calls) == 2)
+    await until(lambda: len(cluster.calls) == 2, "the call")
     await cluster.restart(good)
     client = await asking
     assert (client.status, client.complete) == (200, True)
@@ -438,7 +431,7 @@ async def test_an_instance_that_fails_and_stays_is_not_waited_for(cluster: Clust
     (only,) = cluster.membership.members
     call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
     asking = asyncio.create_task(relay.run(call, Client().reply, (), Answer()))
-    await eventually(lambda: only.misses > 0)
+    await until(lambda: only.misses > 0, "the doubt")
     alive = InstanceInfo(only.id, Epoch(1), only.role, InstanceState.READY, 1, "m")
     cluster.membership.answered(only, alive, None)
     with pytest.raises(ApiError) as refused:

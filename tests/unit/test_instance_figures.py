@@ -15,8 +15,9 @@ from memserve.engine.request import Usage
 from memserve.instance.figures import SequenceFigures, combined
 from memserve.types import InstanceId, Role
 from tests.fakes import save_tiny_tokenizer
-from tests.handoff_harness import BLOCK, Node, call_of, completed, node, pair, prompt_of, until
+from tests.handoff_harness import BLOCK, Node, call_of, completed, node, pair, prompt_of
 from tests.tiny_models import save_tiny_model
+from tests.waiting import until
 
 PROMPT = prompt_of(70, seed=1)
 

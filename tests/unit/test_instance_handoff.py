@@ -12,8 +12,9 @@ from memserve.config import Caching
 from memserve.instance import kv_link
 from memserve.types import SHARED, Namespace, RequestId, Role
 from tests.fakes import save_tiny_tokenizer
-from tests.handoff_harness import BLOCK, Node, call_of, node, pair, prompt_of, until
+from tests.handoff_harness import BLOCK, Node, call_of, node, pair, prompt_of
 from tests.tiny_models import Reference, save_tiny_model
+from tests.waiting import until
 
 STEPS: tuple[Caching, ...] = ("off", "p", "pd", "full")
 PROMPT = prompt_of(70, seed=1)  # four whole blocks and six tokens

@@ -24,8 +24,9 @@ from memserve.transfer.mempool import MakeTransports
 from memserve.transfer.shm import ShmTransport
 from memserve.types import InstanceId, Owner, Role
 from tests.fakes import save_tiny_tokenizer
-from tests.handoff_harness import Node, call_of, completed, node, pair, prompt_of, until
+from tests.handoff_harness import Node, call_of, completed, node, pair, prompt_of
 from tests.tiny_models import Reference, save_tiny_model
+from tests.waiting import until
 
 PROMPT = prompt_of(70, seed=1)
 LONG = 400  # tokens of an answer that occupies an engine

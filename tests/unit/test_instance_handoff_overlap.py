@@ -23,9 +23,10 @@ from memserve.transfer.mempool import MemPool
 from memserve.transfer.shm import ShmTransport
 from memserve.types import SHARED, InstanceId, Namespace, Owner, RefArray, Role
 from tests.fakes import save_tiny_tokenizer
-from tests.handoff_harness import PATIENCE, Node, node, prompt_of, until
+from tests.handoff_harness import Node, node, prompt_of
 from tests.tiny_models import Reference, save_tiny_model
 from tests.transfer_harness import LAYOUT, eventually, kv_blocks, tokens_of, two_pools
+from tests.waiting import PATIENCE, until
 
 PROMPT = prompt_of(100, seed=1)
 CHUNK = 32  # tokens

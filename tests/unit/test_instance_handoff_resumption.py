@@ -14,9 +14,10 @@ from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall, PrefillPeer
 from memserve.types import InstanceId, Role
 from tests.fakes import save_tiny_tokenizer
-from tests.handoff_harness import call_of, completed, node, pair, prompt_of, until
+from tests.handoff_harness import call_of, completed, node, pair, prompt_of
 from tests.stream_harness import Event, events_of, resumed, stream_of
 from tests.tiny_models import Reference, save_tiny_model
+from tests.waiting import until
 
 PROMPT = prompt_of(70, seed=1)
 TOKENS = 14

@@ -11,8 +11,9 @@ import pytest
 from memserve.types import Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import BLOCK, Node, node, pair, prompt_of
-from tests.kv_events_harness import Following, following, prefixes_of, until
+from tests.kv_events_harness import Following, following, prefixes_of
 from tests.tiny_models import save_tiny_model
+from tests.waiting import until
 
 PROMPT = prompt_of(70, seed=1)  # four whole blocks and six tokens
 

@@ -14,8 +14,9 @@ from memserve.instance import remote_prefill
 from memserve.instance.kv_link import Pushed
 from memserve.types import Namespace, TokenArray
 from tests.fakes import save_tiny_tokenizer
-from tests.handoff_harness import Node, call_of, completed, pair, prompt_of, until
+from tests.handoff_harness import Node, call_of, completed, pair, prompt_of
 from tests.tiny_models import save_tiny_model
+from tests.waiting import until
 
 PROMPT = prompt_of(70, seed=1)
 
