@@ -62,6 +62,34 @@ def test_no_more_is_done_than_time_allows(share: float, steps: list[tuple[float,
     assert prompts.under_way() <= left + 1e-9
 
 
+class _Looked(PrefillQueue):
+    """Looks for the shortest every time."""
+
+    def _served(self) -> tuple[RequestId, RequestId]:
+        self._shortest = None
+        return super()._served()
+
+
+# With a small share the oldest soon has the least left; few different seconds make many equal.
+_SHARES = st.sampled_from([0.0, 0.25, 0.25, 0.5])
+_SECONDS = st.sampled_from([1.0, 2.0, 4.0])
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), _SECONDS, _SECONDS, _SHARES), max_size=40))
+def test_the_shortest_is_known_whatever_has_come_and_gone(
+    events: list[tuple[str, float, float, float]],
+) -> None:
+    known, looked, now = PrefillQueue(0.5), _Looked(0.5), 0.0
+    for name, seconds, pause, share in events:
+        now += pause / 2
+        for prompts in (known, looked):
+            if not prompts.discard(RequestId(name), now):
+                prompts.append(RequestId(name), seconds, now)
+        assert list(known.left()) == list(looked.left())
+        assert known.under_way() == looked.under_way()
+        known.short_share = looked.short_share = share
+
+
 def resident(tokens: int, output: int, namespace: Namespace = SHARED) -> Resident:
     return Resident(namespace, np.arange(tokens, dtype=np.int32), tokens, output)
 

@@ -57,7 +57,7 @@ class Load:
         self.figures: Seconds = np.zeros((n, k.FIGURES))
         # The same memory: writing a row of Python's numbers into it takes half as long.
         self._bytes = self.figures.reshape(-1).data.cast("B")
-        self.left: Seconds = np.zeros((n, 1))  # [instances, prompts] seconds of each in a queue
+        self._set_left(np.zeros((n, 1)))
         self.unhindered: Seconds = np.zeros(n)  # nobody writes to it
         hosts: dict[str, int] = {}
         groups: list[Costs] = []
@@ -85,6 +85,10 @@ class Load:
             paths.append((1, "shm"))
         self.paths = tuple(paths)
         self._stale = set(lines)
+
+    def _set_left(self, left: Seconds) -> None:
+        self.left = left  # [instances, prompts] seconds of each in a queue
+        self._left_bytes = left.reshape(-1).data.cast("B")
 
     def refresh(self) -> None:
         """Bring the arrays up to date, before they are read."""
@@ -137,8 +141,11 @@ class Load:
             left[MAX_ROWS - 1 :] = [sum(left[MAX_ROWS - 1 :])]
         missing = len(left) - self.left.shape[1]
         if missing > 0:
-            self.left = np.concatenate([self.left, np.zeros((len(self.lines), missing))], axis=1)
-        self.left[line.slot, : len(left)] = left
+            wider = np.concatenate([self.left, np.zeros((len(self.lines), missing))], axis=1)
+            self._set_left(wider)
+        # As in `_show`: numpy takes several times as long to convert a list.
+        row = line.slot * self.left.shape[1] * _ROW_ITEM
+        struct.pack_into(f"{len(left)}d", self._left_bytes, row, *left)
         return len(left), sum(left), line.queue.under_way()
 
     # --- members ------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from memserve.types import RequestId
 class PrefillQueue:
     """Predicted seconds of each prompt, in order of arrival, as time goes on."""
 
-    __slots__ = ("_left", "_updated", "short_share")
+    __slots__ = ("_left", "_shortest", "_updated", "short_share")
 
     def __init__(self, short_share: float) -> None:
         self.short_share = short_share
         self._left: dict[RequestId, float] = {}
+        self._shortest: RequestId | None = None  # of which the least is left; None: look for it
         self._updated = 0.0
 
     def __len__(self) -> int:
@@ -39,6 +40,9 @@ class PrefillQueue:
 
     def append(self, request: RequestId, seconds: float, now: float) -> None:
         self._advance(now)
+        shortest = self._shortest
+        if shortest is not None and seconds < self._left[shortest]:
+            self._shortest = request
         self._left[request] = seconds
 
     def discard(self, request: RequestId, now: float) -> bool:
@@ -47,6 +51,8 @@ class PrefillQueue:
             return False
         self._advance(now)
         del self._left[request]
+        if request == self._shortest:
+            self._shortest = None
         return True
 
     def under_way(self) -> float:
@@ -61,7 +67,9 @@ class PrefillQueue:
         oldest = next(iter(self._left))
         if not self.short_share or len(self._left) == 1:
             return oldest, oldest
-        return oldest, min(self._left, key=self._left.__getitem__)
+        if self._shortest is None:
+            self._shortest = min(self._left, key=self._left.__getitem__)
+        return oldest, self._shortest
 
     def _advance(self, now: float) -> None:
         elapsed = now - self._updated
@@ -76,3 +84,6 @@ class PrefillQueue:
         else:
             left[oldest] = max(0.0, left[oldest] - elapsed * (1 - share))
             left[shortest] = max(0.0, left[shortest] - elapsed * share)
+        known = self._shortest
+        if known is not None and left[oldest] <= left[known]:
+            self._shortest = oldest  # of equal ones the first
