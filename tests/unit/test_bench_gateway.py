@@ -6,10 +6,13 @@ import asyncio
 import os
 import sys
 from subprocess import PIPE, Popen
+from urllib.parse import urlsplit
 
-from memserve.api.serving import bind
+import pytest
+
+from memserve.api.serving import bind, url_of
 from memserve.bench.gateway import FEW, MANY, GatewayRun, _cpu_seconds, _figures
-from memserve.bench.gateway_process import Backend, LoadConfig, LoadSeen, _Load
+from memserve.bench.gateway_process import Backend, LoadConfig, LoadSeen, _Load, _relay
 
 
 async def seen(gap: float, chunks: int, texts: bool = False) -> LoadSeen:
@@ -17,7 +20,8 @@ async def seen(gap: float, chunks: int, texts: bool = False) -> LoadSeen:
     sock = bind("127.0.0.1", 0)
     server = await loop.create_server(lambda: Backend(loop, gap), sock=sock)
     try:
-        return await _Load(LoadConfig(*sock.getsockname(), 4, chunks, 0.05, 20, texts)).run()
+        host, port = sock.getsockname()
+        return await _Load(LoadConfig(host, port, 4, chunks, 0.05, 20, texts)).run()
     finally:
         server.close()
 
@@ -35,6 +39,26 @@ async def test_paced_chunks_arrive_one_by_one() -> None:
     # Seven gaps to a stream; [DONE] may come with the last chunk or behind it.
     assert 7 <= len(answered.gaps) / answered.requests <= 8
     assert sorted(answered.gaps)[len(answered.gaps) // 2] >= 0.001
+
+
+async def test_the_relay_passes_on_what_both_sides_say(capsys: pytest.CaptureFixture[str]) -> None:
+    loop = asyncio.get_running_loop()
+    sock = bind("127.0.0.1", 0)
+    backend = await loop.create_server(lambda: Backend(loop, 0.0), sock=sock)
+    relay = asyncio.create_task(_relay(url_of(sock)))
+    printed = ""
+    while not printed:
+        await asyncio.sleep(0.001)
+        printed = capsys.readouterr().out
+    parts = urlsplit(printed.strip())
+    assert parts.port not in (None, sock.getsockname()[1])
+    try:
+        answered = await _Load(LoadConfig("127.0.0.1", parts.port or 0, 4, 8, 0.05, 20)).run()
+    finally:
+        relay.cancel()
+        backend.close()
+    assert answered.requests >= 4
+    assert answered.failed == 0
 
 
 def test_a_chunk_costs_what_more_of_them_cost_more() -> None:

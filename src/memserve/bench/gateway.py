@@ -1,10 +1,11 @@
 """What a gateway costs: its CPU per request and per chunk, and how long it holds chunks back.
 
 Between a backend that echoes and a load generator, each a process of its own, stands the gateway
-that is measured; or none, to know what the two can do. CPU is the gateway's own, from /proc, that
-of all its workers if it has several. Requests per second are taken with chunks as fast as the
-backend writes them; CPU and gaps with chunks that are paced, so that each is a read and a write
-of its own.
+that is measured; or none, to know what the two can do; or a relay that passes bytes on and looks
+at none of them, to know what the event loop and the kernel take of a gateway's CPU. CPU is the
+gateway's own, from /proc, that of all its workers if it has several. Requests per second are
+taken with chunks as fast as the backend writes them; CPU and gaps with chunks that are paced, so
+that each is a read and a write of its own.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class _Target(msgspec.Struct, frozen=True):
     name: str
     texts: bool  # takes no token ids: prompts are as many bytes of text
     command: tuple[str, ...] | None  # with {url}, {port} and {metrics}; None: no gateway at all
-    ours: bool = False  # it chooses its port itself
+    prints_url: bool = False  # it chooses its port itself
 
 
 def run_gateway_bench(
@@ -89,6 +90,12 @@ def run_gateway_bench(
     """Measure ours and those that are installed, in turns. Raises MemserveError."""
     targets = [
         _Target("none", False, None),
+        _Target(
+            "bytes passed on",
+            False,
+            (sys.executable, "-m", MODULE, "relay", "{url}"),
+            prints_url=True,
+        ),
         _ours("memserve", workload.policy, 1),
     ]
     if workload.workers > 1:
@@ -252,7 +259,7 @@ def _gateway(target: _Target, backend: str) -> Iterator[tuple[str, int]]:
     command = [part.format(url=backend, port=port, metrics=metrics) for part in target.command]
     with _process(command) as process:
         url = f"http://127.0.0.1:{port}"
-        if target.ours:
+        if target.prints_url:
             assert process.stdout is not None
             url = process.stdout.readline().decode().strip()
         _until_ready(target, url, process)
@@ -301,7 +308,7 @@ def _free_port() -> int:
 
 def _ours(name: str, policy: Policy, workers: int) -> _Target:
     command = (sys.executable, "-m", MODULE, "gateway", policy, str(workers), "{url}")
-    return _Target(name, False, command, ours=True)
+    return _Target(name, False, command, prints_url=True)
 
 
 def _installed(name: str) -> tuple[str, ...] | None:

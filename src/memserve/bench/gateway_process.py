@@ -2,7 +2,7 @@
 
 `backend GAP_SECONDS` answers every generating call with as many chunks as it asks for, on bare
 protocols; `load JSON` sends requests and prints what it saw; `gateway POLICY WORKERS URL...` is
-ours, with a vocabulary and no model.
+ours, with a vocabulary and no model; `relay URL` passes bytes on and looks at none of them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import argparse
 import asyncio
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
+from urllib.parse import urlsplit
 
 import httptools
 import msgspec
@@ -158,6 +160,58 @@ async def _backend(gap: float) -> None:
     loop = asyncio.get_running_loop()
     sock = bind("127.0.0.1", 0)
     server = await loop.create_server(lambda: Backend(loop, gap), sock=sock)
+    print(url_of(sock), flush=True)
+    await server.serve_forever()
+
+
+class _Side(asyncio.Protocol):
+    """One of the two connections of a relay that only passes bytes on."""
+
+    def __init__(self, other: _Side | None = None) -> None:
+        self.other = other
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self._early: list[bytes] = []  # until there is another side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def data_received(self, data: bytes) -> None:
+        if self.other is None:
+            self._early.append(data)
+        else:
+            self.other.transport.write(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.other is not None:
+            self.other.transport.close()
+
+    def join(self, other: _Side) -> None:
+        self.other = other
+        other.transport.writelines(self._early)
+
+
+async def _relay(backend: str) -> None:
+    """What any gateway on this event loop takes at least: two reads and two writes a request."""
+    loop, parts = asyncio.get_running_loop(), urlsplit(backend)
+    joining: set[asyncio.Task[None]] = set()
+
+    async def join(client: _Side) -> None:
+        _, other = await loop.create_connection(
+            lambda: _Side(client), parts.hostname or "", parts.port or 80
+        )
+        client.join(other)
+
+    def accepted() -> _Side:
+        client = _Side()
+        task = loop.create_task(join(client))
+        joining.add(task)
+        task.add_done_callback(joining.discard)
+        return client
+
+    sock = bind("127.0.0.1", 0)
+    server = await loop.create_server(accepted, sock=sock)
     print(url_of(sock), flush=True)
     await server.serve_forever()
 
@@ -318,6 +372,8 @@ def _gateway(arguments: Sequence[str]) -> int:
 def main(kind: str, *arguments: str) -> int:
     if kind == "backend":
         uvloop.run(_backend(float(arguments[0])))
+    elif kind == "relay":
+        uvloop.run(_relay(arguments[0]))
     elif kind == "load":
         uvloop.run(_load(msgspec.json.decode(arguments[0], type=LoadConfig)))
     else:
