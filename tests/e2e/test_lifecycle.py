@@ -17,7 +17,7 @@ import pytest
 from memserve.api.status import InstanceState
 from memserve.config import GatewayConfig
 from tests.e2e.conftest import Served, StartCluster
-from tests.fakes import MODEL, FakeCluster, FakeEngine, until
+from tests.fakes import MODEL, FakeCluster, FakeEngine, metric, until
 
 Spawn = Callable[..., Served]
 ASKED: dict[str, Any] = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 8}
@@ -176,12 +176,37 @@ def test_a_gateway_that_cannot_wait_tells_its_clients(start_cluster: StartCluste
 
 
 def test_without_an_instance_there_is_a_503(start_cluster: StartCluster) -> None:
-    cluster = start_cluster()
+    cluster = start_cluster(gateway=GatewayConfig(port=0, instance_wait_seconds=0))
     with client_of(cluster.url) as client, pytest.raises(openai.InternalServerError) as refused:
         client.completions.create(**ASKED)
     assert (refused.value.status_code, refused.value.code) == (503, "no_instance")
     assert refused.value.response.headers["retry-after"] == "1"
     assert get(cluster.url, "/health")[0] == 503
+
+
+def test_what_comes_before_a_gateway_has_met_its_instances_waits_for_them(
+    start_cluster: StartCluster,
+) -> None:
+    (member,) = get(start_cluster(FakeEngine()).url, "/cluster")[1]["instances"]
+    restarted = start_cluster()  # which the instance has yet to join
+    with send_request(restarted.url, ASKED) as asked:
+        until(lambda: metric(restarted.url, "memserve_requests_running") == 1)
+        body = json.dumps({"address": member["address"]})
+        connection = http.client.HTTPConnection(urlsplit(restarted.url).netloc)
+        connection.request("POST", "/cluster/members", body)
+        assert connection.getresponse().status == 200
+        connection.close()
+        assert asked.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_client_that_leaves_before_there_is_an_instance_is_forgotten(
+    start_cluster: StartCluster,
+) -> None:
+    cluster = start_cluster()
+    with send_request(cluster.url, ASKED):
+        until(lambda: metric(cluster.url, "memserve_requests_running") == 1)
+    until(lambda: metric(cluster.url, "memserve_requests_running") == 0)
+    assert metric(cluster.url, "memserve_client_hang_ups_total") == 1
 
 
 def test_the_cluster_shows_an_instance_that_joins_and_dies(

@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 MAX_REQUEST_ID = 256  # bytes of X-Request-Id that are echoed
 HUNG_UP = 499  # the status of a request whose client has left, in log and metrics
 FAILED = 500  # and above: worth a line in the log
+# A gateway that starts knows no instance that joined the one before it. Instances register anew
+# every 2 s (`instance.join`): for so long it may yet hear of them.
+INTRODUCTION_SECONDS = 3.0
+LOOK_SECONDS = 0.05  # how often requests that came before any instance look for one
 
 _Build = Callable[[bytes, Limits], Awaitable[GenerateCall]]
 
@@ -47,10 +51,14 @@ class GatewayApp:
         desk: Desk,
         decisions: Decisions,
         routing: Collector,
+        instance_wait: float,
         access_log: bool = True,
         siblings: Siblings | None = None,
     ) -> None:
+        """`instance_wait`: seconds that requests wait where there is no instance."""
         self._draining = False
+        self._began = clock.now()
+        self._instance_wait = instance_wait
         self._membership = membership
         self._relay = relay
         self._desk = desk
@@ -104,7 +112,7 @@ class GatewayApp:
             headers = ((b"x-request-id", given[:MAX_REQUEST_ID]),)
         call: GenerateCall | None = None
         try:
-            call = await self._accept(build, request)
+            call = await self._accept(build, request, reply)
             if given is None:
                 headers = ((b"x-request-id", call.id.encode()),)
             await self._desk.enter(call, _tenant(request, call), reply)
@@ -119,30 +127,43 @@ class GatewayApp:
                 self._desk.leave(call.id)
         self._record(request, given, call, reply, answer, started)
 
-    async def _accept(self, build: _Build, request: Request) -> GenerateCall:
+    async def _accept(self, build: _Build, request: Request, reply: Reply) -> GenerateCall:
         if self._draining:
             raise draining()
         if request.method != "POST":
             raise method_not_allowed(request.method, request.path, "POST")
-        call = await build(request.body, self._limits())
+        call = await build(request.body, self._limits() or await self._first_limits(reply))
         session = request.header(b"x-session-id")
         if session:
             call = msgspec.structs.replace(call, session=session.decode("latin-1"))
         self._metrics.prompt_tokens += sum(map(len, call.prompts))
         return call
 
-    def _limits(self) -> Limits:
+    async def _first_limits(self, reply: Reply) -> Limits:
+        """The same, once an instance has been met. Raises ApiError, ClientLeft."""
+        while (limits := self._limits()) is None:
+            if self._draining:
+                raise draining()
+            if reply.gone:
+                raise ClientLeft
+            wait = self._instance_wait
+            if not self._membership.members:
+                wait = min(wait, INTRODUCTION_SECONDS)
+            if self._clock.now() - self._began >= wait:
+                raise no_instance()
+            await asyncio.sleep(LOOK_SECONDS)
+        return limits
+
+    def _limits(self) -> Limits | None:
         """Those of the smallest instance: what is accepted, any of them can serve. While there is
-        none, as they were."""
+        none, as they were; None before the first."""
         epoch = self._membership.epoch
         if self._smallest is not None and self._smallest[0] == epoch:
             return self._smallest[1]
         known = [m.limits for m in self._membership.ready() if m.limits is not None]
         if known:
             self._smallest = (epoch, min(known, key=lambda limits: limits.max_tokens))
-        elif self._smallest is None:
-            raise no_instance()
-        return self._smallest[1]
+        return None if self._smallest is None else self._smallest[1]
 
     def _record(
         self,

@@ -168,6 +168,7 @@ class Gateway:
             self._router.desk,
             self._router.decisions,
             self._router.metrics,
+            wait,
             config.gateway.access_log,
             self._siblings,
         )
