@@ -27,7 +27,7 @@ class ApiError(MemserveError):
 
     `retry_after` (seconds) is set where the same request may succeed later. `close` asks the
     client to open a new connection for it, because this process is going away. `allow` is the
-    method that would have been right.
+    method that would have been right, `authenticate` what a 401 asks for.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class ApiError(MemserveError):
         retry_after: int | None = None,
         close: bool = False,
         allow: str | None = None,
+        authenticate: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -48,6 +49,7 @@ class ApiError(MemserveError):
         self.retry_after = retry_after
         self.close = close
         self.allow = allow
+        self.authenticate = authenticate
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Headers that go with it."""
@@ -58,6 +60,8 @@ class ApiError(MemserveError):
             headers.append((b"connection", b"close"))
         if self.allow is not None:
             headers.append((b"allow", self.allow.encode()))
+        if self.authenticate is not None:
+            headers.append((b"www-authenticate", self.authenticate.encode()))
         return headers
 
     def body(self) -> bytes:

@@ -57,7 +57,8 @@ class Reply:
     error and does nothing.
 
     `on_gone` is called once when the client hangs up before the end; `on_flow` with True when
-    the client reads too slowly for what was written, with False when it has caught up.
+    the client reads too slowly for what was written, with False when it has caught up. `added`
+    gives headers that belong to every answer of a status, whoever makes it.
     """
 
     __slots__ = (
@@ -67,6 +68,7 @@ class Reply:
         "_keep_alive",
         "_pending",
         "_wire",
+        "added",
         "ended",
         "gone",
         "on_flow",
@@ -90,6 +92,7 @@ class Reply:
         self.writable = writable
         self.on_gone: Callable[[], None] | None = None
         self.on_flow: Callable[[bool], None] | None = None
+        self.added: Callable[[int], Headers] | None = None
 
     def send(
         self, status: int, body: bytes, headers: Headers = (), media: Header = JSON_HEADER
@@ -164,7 +167,7 @@ class Reply:
     def _head(self, status: int, headers: Headers) -> bytes:
         self.status = status
         parts = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status, _date()]
-        for name, value in headers:
+        for name, value in headers if self.added is None else (*headers, *self.added(status)):
             if name == b"connection":
                 self._keep_alive = self._keep_alive and value.lower() != b"close"
             else:

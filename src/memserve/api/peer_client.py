@@ -1,0 +1,221 @@
+"""The HTTP client with which processes of a cluster call each other.
+
+Requests are signed, and answers that do not prove themselves are not believed. Whatever goes
+wrong, from a name that cannot be encoded to an answer that is not what it should be, is one
+error: `PeerError`. Callers decide what it means; none of them dies of it.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from http import HTTPStatus
+from types import TracebackType
+from typing import NamedTuple, NoReturn, Self, TypeVar
+
+import aiohttp
+import msgspec
+from aiohttp.http_exceptions import HttpProcessingError
+from yarl import URL
+
+from memserve.api.errors import ApiError, ErrorBody, ErrorDetail
+from memserve.api.serving import IDLE_CONNECTION_SECONDS
+from memserve.api.signatures import PROOF_HEADER, Signer, digest_of
+
+CONNECT_SECONDS = 2.0  # a process accepts at once, or it is gone
+# Unless the caller knows better: what processes say of themselves fits many times over.
+MAX_ANSWER_BYTES = 4 * 1024 * 1024
+_SHOWN = 300  # characters of what was said that go into an error's text
+
+_error = msgspec.json.Decoder(ErrorBody)
+T = TypeVar("T")
+
+# What decoders raise on bytes that nobody should send: msgspec's own errors, wrong UTF-8 and
+# numbers (ValueError), nesting, and numbers that fit nowhere.
+DECODE_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError)
+
+
+class PeerError(Exception):
+    """No usable answer. `refused`: nobody listens there, for certain. `detail`, with `status`:
+    what the peer says why it does not do it."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        refused: bool = False,
+        status: int | None = None,
+        detail: ErrorDetail | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.refused = refused
+        self.status = status
+        self.detail = detail
+
+    def as_api_error(self) -> ApiError | None:
+        """The peer's refusal, to pass on; None where there was none."""
+        if self.status is None or self.detail is None:
+            return None
+        return ApiError(
+            HTTPStatus(self.status),
+            self.detail.message,
+            type=self.detail.type,
+            param=self.detail.param,
+            code=self.detail.code,
+        )
+
+
+class PeerAnswer(NamedTuple):
+    """An answer of any status."""
+
+    status: int
+    body: bytes
+
+
+class PeerClient:
+    """Calls processes of the cluster by URL. A context manager, or `close` it."""
+
+    def __init__(self, signer: Signer | None, tls: ssl.SSLContext | None = None) -> None:
+        """`signer`: None where there is nobody but ourselves, in tests. `tls`: what is asked of
+        https:// peers; None: a certificate of the machine's own authorities."""
+        self.signer = signer
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=IDLE_CONNECTION_SECONDS, ssl=True if tls is None else tls
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def call(
+        self,
+        method: str,
+        url: str,
+        decode: Callable[[bytes], T],
+        body: bytes = b"",
+        *,
+        seconds: float | None = None,
+        max_bytes: int = MAX_ANSWER_BYTES,
+    ) -> T:
+        """What a peer answers with 200, decoded. Raises PeerError.
+
+        `seconds`: for the whole of it; None: no limit but for the connection, where an answer
+        may rightly take as long as a queue.
+        """
+        answer = await self.ask(method, url, body, seconds=seconds, max_bytes=max_bytes)
+        if answer.status != HTTPStatus.OK:
+            _refused(answer)
+        return decoded(decode, answer.body, url)
+
+    async def ask(
+        self,
+        method: str,
+        url: str,
+        body: bytes = b"",
+        *,
+        seconds: float | None = None,
+        max_bytes: int = MAX_ANSWER_BYTES,
+    ) -> PeerAnswer:
+        """An answer of any status. Raises PeerError."""
+        timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
+        try:
+            return await self._ask(method, URL(url), body, timeout, max_bytes)
+        except aiohttp.ClientConnectorError as error:
+            nobody = isinstance(error.os_error, ConnectionRefusedError)
+            raise PeerError(_said(error), refused=nobody) from error
+        except TimeoutError as error:
+            raise PeerError("no answer in time") from error
+        except (aiohttp.ClientError, HttpProcessingError, OSError, *DECODE_ERRORS) as error:
+            raise PeerError(_said(error)) from error
+
+    async def _ask(
+        self, method: str, url: URL, body: bytes, limits: aiohttp.ClientTimeout, max_bytes: int
+    ) -> PeerAnswer:
+        signer = self.signer
+        if signer is None:
+            return (await self._exchange(method, url, body, {}, limits, max_bytes))[0]
+        origin, target = str(url.origin()), url.raw_path_qs.encode()
+        digest = await digest_of(body)
+        for first in (True, False):
+            signed = signer.sign(origin, method.encode(), target, digest)
+            headers = {"authorization": signed.authorization.decode()}
+            answer, told = await self._exchange(method, url, body, headers, limits, max_bytes)
+            if answer.status == HTTPStatus.UNAUTHORIZED:
+                # Another try for a life that was not known, and no third one.
+                if first and signer.learn(origin, told.get("www-authenticate", "")):
+                    continue
+                _refused(answer)
+            proof = told.get(PROOF_HEADER.decode(), "").encode("latin-1", "replace")
+            if not signer.proves(signed, answer.status, proof):
+                raise PeerError("whoever answers there does not have the cluster's secret")
+            return answer
+        raise AssertionError("the second try returns or raises")
+
+    async def _exchange(
+        self,
+        method: str,
+        url: URL,
+        body: bytes,
+        headers: dict[str, str],
+        limits: aiohttp.ClientTimeout,
+        max_bytes: int,
+    ) -> tuple[PeerAnswer, dict[str, str]]:
+        if body:
+            headers["content-type"] = "application/json"
+        async with self._session.request(
+            method,
+            url,
+            data=body or None,
+            headers=headers,
+            timeout=limits,
+            allow_redirects=False,  # a member that sends us elsewhere is none
+        ) as answer:
+            parts = bytearray()
+            async for part in answer.content.iter_any():
+                parts += part
+                if len(parts) > max_bytes:
+                    raise PeerError(f"the answer is larger than {max_bytes} bytes")
+            wanted = ("www-authenticate", PROOF_HEADER.decode())
+            told = {name: answer.headers[name] for name in wanted if name in answer.headers}
+            return PeerAnswer(answer.status, bytes(parts)), told
+
+
+def decoded(decode: Callable[[bytes], T], body: bytes, source: str) -> T:
+    """What bytes of a peer say. Raises PeerError."""
+    try:
+        return decode(body)
+    except DECODE_ERRORS as error:
+        raise PeerError(
+            f"{source[:_SHOWN]} does not answer as it should: {_said(error)}"
+        ) from error
+
+
+def _refused(answer: PeerAnswer) -> NoReturn:
+    try:
+        detail = _error.decode(answer.body).error
+    except DECODE_ERRORS:
+        text = answer.body[:_SHOWN].decode(errors="replace")
+        detail = ErrorDetail(text, "server_error")
+    message = f"{answer.status} {detail.message[:_SHOWN]}"
+    known = answer.status in HTTPStatus._value2member_map_ and answer.status >= 400
+    if not known:
+        raise PeerError(message)
+    raise PeerError(message, status=answer.status, detail=detail)
+
+
+def _said(error: BaseException) -> str:
+    return (str(error) or repr(error))[:_SHOWN]

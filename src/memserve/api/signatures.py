@@ -1,0 +1,233 @@
+"""Proof that an HTTP request comes from the cluster, and that its answer does.
+
+    Authorization: MemServe LIFE.SENDER.NUMBER.TIME.MAC
+    MemServe-Proof: MAC
+
+The MAC is HMAC-SHA256, with a key that is derived from the cluster's secret, over method, target,
+the body's digest, and the fields before it. They keep a request from being used twice:
+
+- LIFE names the running server that it is for. A server tells its own in the challenge of a 401
+  (`WWW-Authenticate: MemServe life=..., time=...`), so the first request to a server, or to one
+  that was started again, is made twice. What was recorded is worth nothing elsewhere or later.
+- SENDER and NUMBER name the request. A server accepts each number of a sender once, in whatever
+  order they come; so it keeps a few words for each process that has the secret, and nothing for
+  strangers.
+- TIME, in milliseconds, by the server's clock as the challenge told it, bounds for how long it
+  must remember a sender that has gone.
+
+The proof in the answer is over the request's MAC and the status. Whoever listens at a member's
+address without the secret can give none, and is not believed. What is said is not hidden: that
+is TLS's part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import os
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import NamedTuple
+
+from memserve.api.errors import ApiError
+from memserve.secrets import Secret
+
+SCHEME = b"MemServe "
+PROOF_HEADER = b"memserve-proof"
+
+# How far apart a request's time and the server's may be: longer than a request waits anywhere
+# before it is read. Clocks that differ by more are put right first.
+WINDOW_SECONDS = 120.0
+# Numbers below a sender's highest one that are still accepted: more requests than a process has
+# on their way to one server at a time.
+REORDERED = 1 << 13
+# Senders that are remembered; each has the secret, and is forgotten when nothing of it can be
+# used any more.
+MAX_SENDERS = 4096
+MAX_CHALLENGES = 4096  # servers that a client remembers
+INLINE_BYTES = 256 * 1024  # digested on the spot: a quarter of a millisecond
+
+_FIELDS = re.compile(
+    rb"MemServe ([0-9a-f]{16})\.([0-9a-f]{16})\.(\d{1,15})\.(\d{1,15})\.([0-9a-f]{64})"
+)
+_CHALLENGE = re.compile(r"MemServe life=([0-9a-f]{16}), time=(\d{1,15})")
+_NO_LIFE = b"0" * 16
+
+
+class Signed(NamedTuple):
+    """A request's header value, and the proof that its answer has with each status."""
+
+    authorization: bytes
+    mac: bytes
+
+
+@dataclass(slots=True)
+class _Challenge:
+    life: bytes
+    ahead: int  # of our clock, milliseconds
+
+
+class Signer:
+    """Signs requests, and checks the answers' proofs. One for a process."""
+
+    def __init__(self, secret: Secret, wall_clock: Callable[[], float] = time.time) -> None:
+        self._request_key, self._answer_key = _keys(secret.masters[0])
+        self._wall_clock = wall_clock
+        self._sender = os.urandom(8).hex().encode()
+        self._number = 0
+        self._challenges: OrderedDict[str, _Challenge] = OrderedDict()
+
+    def sign(self, origin: str, method: bytes, target: bytes, digest: bytes) -> Signed:
+        """For a server whose scheme, host and port are `origin`; `target` as it is sent, and the
+        `body_digest`."""
+        known = self._challenges.get(origin)
+        life, ahead = (_NO_LIFE, 0) if known is None else (known.life, known.ahead)
+        self._number += 1
+        now = int(self._wall_clock() * 1000) + ahead
+        fields = b"%b.%b.%d.%d" % (life, self._sender, self._number, now)
+        mac = _request_mac(self._request_key, method, target, digest, fields)
+        return Signed(b"%b%b.%b" % (SCHEME, fields, mac), mac)
+
+    def learn(self, origin: str, challenge: str) -> bool:
+        """Take in a 401's challenge. Whether it says anything new, so that another try may
+        succeed."""
+        match = _CHALLENGE.fullmatch(challenge)
+        if match is None:
+            return False
+        life, ahead = match[1].encode(), int(match[2]) - int(self._wall_clock() * 1000)
+        known = self._challenges.pop(origin, None)
+        self._challenges[origin] = _Challenge(life, ahead)
+        if len(self._challenges) > MAX_CHALLENGES:
+            self._challenges.popitem(last=False)
+        late = known is not None and abs(known.ahead - ahead) > 1000 * WINDOW_SECONDS / 2
+        return known is None or known.life != life or late
+
+    def proves(self, signed: Signed, status: int, proof: bytes | None) -> bool:
+        """Whether an answer comes from somebody who has the secret."""
+        return proof is not None and hmac.compare_digest(
+            proof, _answer_mac(self._answer_key, signed.mac, status)
+        )
+
+
+class _Numbers:
+    """Which numbers of a sender were used: the highest, and a bit for each below it."""
+
+    __slots__ = ("_highest", "_used", "until")
+
+    def __init__(self) -> None:
+        self._highest = 0
+        self._used = 0
+        self.until = 0.0  # when nothing of it can be used any more
+
+    def take(self, number: int) -> bool:
+        """Use a number. False: it was used, or is so old that it may have been."""
+        ahead = number - self._highest
+        if ahead > 0:
+            self._used = (self._used << min(ahead, REORDERED) | 1) & ((1 << REORDERED) - 1)
+            self._highest = number
+            return True
+        if -ahead >= REORDERED or self._used >> -ahead & 1:
+            return False
+        self._used |= 1 << -ahead
+        return True
+
+
+class Verifier:
+    """Checks requests to one server, and proves its answers. Belongs to one event loop."""
+
+    def __init__(self, secret: Secret, wall_clock: Callable[[], float] = time.time) -> None:
+        self._keys = [_keys(master) for master in secret.masters]
+        self._wall_clock = wall_clock
+        self._life = os.urandom(8).hex().encode()
+        self._senders: dict[bytes, _Numbers] = {}
+        self.refused = 0
+
+    def check(
+        self, authorization: bytes | None, method: bytes, target: bytes, digest: bytes
+    ) -> Proof:
+        """What proves the answer to a request. Raises ApiError (401) with a challenge."""
+        match = None if authorization is None else _FIELDS.fullmatch(authorization)
+        if match is None:
+            raise self._refusal("This needs the cluster's secret.")
+        life, sender, number, at, mac = match.groups()
+        fields = authorization[len(SCHEME) : match.end(4)] if authorization is not None else b""
+        for request_key, key in self._keys:
+            if hmac.compare_digest(mac, _request_mac(request_key, method, target, digest, fields)):
+                answer_key = key
+                break
+        else:
+            raise self._refusal("This needs the cluster's secret; another one was used.")
+        if life != self._life:
+            raise self._refusal("Signed for another life of this server.", "wrong_life")
+        now = self._wall_clock()
+        if abs(int(at) / 1000 - now) > WINDOW_SECONDS:
+            raise self._refusal("Signed too long ago, or by a clock that is wrong.", "wrong_time")
+        if not self._numbers(sender, now).take(int(number)):
+            raise self._refusal("This request was made before.", "replayed")
+        return Proof(answer_key, mac)
+
+    def _numbers(self, sender: bytes, now: float) -> _Numbers:
+        numbers = self._senders.get(sender)
+        if numbers is None:
+            if len(self._senders) >= MAX_SENDERS:
+                self._senders = {s: n for s, n in self._senders.items() if n.until > now}
+            if len(self._senders) >= MAX_SENDERS:
+                raise self._refusal(f"More than {MAX_SENDERS} processes sign requests here.")
+            numbers = self._senders[sender] = _Numbers()
+        numbers.until = now + 2 * WINDOW_SECONDS
+        return numbers
+
+    def _refusal(self, message: str, code: str = "unauthenticated") -> ApiError:
+        self.refused += 1
+        now = int(self._wall_clock() * 1000)
+        challenge = f"MemServe life={self._life.decode()}, time={now}"
+        return ApiError(
+            HTTPStatus.UNAUTHORIZED,
+            message,
+            type="authentication_error",
+            code=code,
+            authenticate=challenge,
+        )
+
+
+class Proof(NamedTuple):
+    """Of an accepted request: what its answer proves itself with."""
+
+    key: bytes
+    mac: bytes
+
+    def header(self, status: int) -> tuple[bytes, bytes]:
+        return PROOF_HEADER, _answer_mac(self.key, self.mac, status)
+
+
+async def digest_of(body: bytes) -> bytes:
+    """What stands for a body in a signature. That of a large one takes milliseconds, and is
+    made on a thread."""
+    if len(body) <= INLINE_BYTES:
+        return body_digest(body)
+    return await asyncio.to_thread(body_digest, body)
+
+
+def body_digest(body: bytes) -> bytes:
+    return hashlib.sha256(body).digest()
+
+
+def _keys(master: bytes) -> tuple[bytes, bytes]:
+    """Of requests, and of answers: one is never mistaken for the other."""
+    request = hmac.digest(master, b"http request", "sha256")
+    return request, hmac.digest(master, b"http answer", "sha256")
+
+
+def _request_mac(key: bytes, method: bytes, target: bytes, digest: bytes, fields: bytes) -> bytes:
+    # Neither method nor target can have a line break in it: HTTP allows none.
+    message = b"%b\n%b\n%b\n%b" % (method, target, fields, digest)
+    return hmac.digest(key, message, "sha256").hex().encode()
+
+
+def _answer_mac(key: bytes, mac: bytes, status: int) -> bytes:
+    return hmac.digest(key, b"%b %d" % (mac, status), "sha256").hex().encode()
