@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from memserve.api.generate import FinishReason
-from memserve.api.serving import Shutdown, bind, serve, url_of
+from memserve.api.serving import MAX_BODY_BYTES, Shutdown, bind, serve_http, url_of
 from memserve.api.status import PoolTotals
 from memserve.clock import MonotonicClock
 from memserve.config import ClusterConfig, GatewayConfig, ModelConfig
@@ -34,8 +34,9 @@ from memserve.engine.request import (
 from memserve.errors import EngineStopped, QueueFull, RequestError
 from memserve.gateway.run import Gateway
 from memserve.instance.instance import Identity, Instance, Parts
-from memserve.instance.server import InstanceApp
+from memserve.instance.run import handler_of
 from memserve.models.tokenizer import Tokenizer
+from memserve.secrets import cluster_secret
 from memserve.types import Epoch, InstanceId, RequestId, Role
 
 MODEL = "tiny"
@@ -356,6 +357,7 @@ class FakeCluster:
         self.urls.append(url_of(sock))
         self.instances.append(instance)
         self._shutdowns.append(shutdown)
+        handler = handler_of(instance, cluster_secret())
         self._servers.append(
-            asyncio.create_task(serve(InstanceApp(instance), sock, shutdown, drain))
+            asyncio.create_task(serve_http(handler, sock, shutdown, drain, MAX_BODY_BYTES))
         )

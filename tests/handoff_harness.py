@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from memserve.api.generate import CallKind, GenerateCall, PrefillPeer, SamplingParams
-from memserve.api.serving import Shutdown, bind, serve, url_of
+from memserve.api.serving import MAX_BODY_BYTES, Shutdown, bind, serve_http, url_of
 from memserve.api.status import FetchTotals, HandoffTotals
 from memserve.clock import MonotonicClock
 from memserve.config import (
@@ -31,9 +31,11 @@ from memserve.engine.engine import Engine
 from memserve.instance import build
 from memserve.instance.instance import Identity, Instance, Run
 from memserve.instance.kv_link import KVLink
-from memserve.instance.server import InstanceApp
+from memserve.instance.run import handler_of
+from memserve.secrets import cluster_secret
 from memserve.transfer.mempool import MakeTransports, MemPool
 from memserve.types import SHARED, Epoch, InstanceId, Namespace, Role
+from tests.insider import peers
 from tests.waiting import PATIENCE, until
 
 BLOCK = 16
@@ -196,7 +198,8 @@ async def node(
     engine = parts.engine
     assert isinstance(engine, Engine)
     assert parts.link is not None
-    instance = Instance(identity, MonotonicClock())
+    client = peers()
+    instance = Instance(identity, MonotonicClock(), client)
     await instance.start(parts)
     sock, shutdown = bind("127.0.0.1", 0), Shutdown()
 
@@ -204,7 +207,8 @@ async def node(
         instance.standing.end()
         await shutdown.wait_for(instance.idle(), PATIENCE)
 
-    serving = asyncio.create_task(serve(InstanceApp(instance), sock, shutdown, drain))
+    handler = handler_of(instance, cluster_secret())
+    serving = asyncio.create_task(serve_http(handler, sock, shutdown, drain, MAX_BODY_BYTES))
     made = Node(instance, engine, parts.link, url_of(sock), shutdown)
     try:
         yield made
@@ -215,6 +219,7 @@ async def node(
         await serving
         await instance.stop()
         await instance.close()
+        await client.close()
 
 
 @asynccontextmanager

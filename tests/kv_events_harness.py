@@ -10,21 +10,22 @@ from contextlib import asynccontextmanager
 import msgspec
 import numpy as np
 
-from memserve.api.http_client import instance_session
 from memserve.api.kv_events import KVSnapshot
-from memserve.api.serving import Shutdown, bind, serve, url_of
+from memserve.api.serving import MAX_BODY_BYTES, Shutdown, bind, serve_http, url_of
 from memserve.api.status import PoolTotals
 from memserve.clock import MonotonicClock
 from memserve.cluster.kv_feed import KvFeed, MemberFeed
 from memserve.instance.instance import Identity, Instance, Parts
 from memserve.instance.kv_events import KVEventPublisher
-from memserve.instance.server import InstanceApp
+from memserve.instance.run import handler_of
 from memserve.models.tokenizer import Tokenizer
 from memserve.pool.pool import MemPool
 from memserve.scheduler.prompt_tree import Prefix, PromptTree, block_digests
+from memserve.secrets import cluster_secret
 from memserve.transfer.secret import cluster_keys
 from memserve.types import Epoch, InstanceId, Namespace, Role
 from tests.fakes import MODEL, FakeEngine
+from tests.insider import peers
 from tests.pool_harness import LAYOUT
 from tests.pool_harness import store as store_in
 from tests.waiting import until
@@ -99,7 +100,8 @@ async def publishing(
     async def drain() -> None:
         instance.standing.drain()
 
-    serving = asyncio.create_task(serve(InstanceApp(instance), sock, shutdown, drain))
+    handler = handler_of(instance, cluster_secret())
+    serving = asyncio.create_task(serve_http(handler, sock, shutdown, drain, MAX_BODY_BYTES))
     try:
         yield Publishing(pool, events, url_of(sock), role)
     finally:
@@ -147,7 +149,7 @@ class Following:
 @asynccontextmanager
 async def following() -> AsyncIterator[Following]:
     tree = PromptTree()
-    async with instance_session() as session:
+    async with peers() as session:
         feed = KvFeed(tree, session)
         try:
             yield Following(tree, feed)

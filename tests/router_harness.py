@@ -11,7 +11,7 @@ import msgspec
 from aiohttp import web
 
 from memserve.api.generate import CallKind, GenerateCall, SamplingParams
-from memserve.api.http_client import instance_session
+from memserve.api.peer_client import PeerClient
 from memserve.api.status import (
     EngineTotals,
     InstanceInfo,
@@ -157,7 +157,8 @@ class Routed:
 @asynccontextmanager
 async def routed(policy: str = "prompt-tree") -> AsyncIterator[Routed]:
     membership, clock = Membership(), ManualClock(100.0)
-    async with instance_session() as session:
+    # Instances that are nothing but a script sign nothing.
+    async with PeerClient(None) as session:
         router = GlobalRouter(membership, session, clock, policy, instance_wait=30.0)
         made = Routed(router, membership, clock)
 

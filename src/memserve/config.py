@@ -43,6 +43,12 @@ def doc(text: str) -> Meta:
     return Meta(description=text)
 
 
+def no_flag(text: str) -> Meta:
+    """The same of a field that is no flag: everybody on a machine can read its processes'
+    arguments."""
+    return Meta(description=text, extra={"flag": False})
+
+
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A table of the file."""
 
@@ -103,6 +109,24 @@ class GatewayConfig(_Section, frozen=True):
     ] = 30.0
     chat_template: Annotated[str | None, doc("a Jinja file, for the model's own")] = None
     access_log: Annotated[bool, doc("a line for every request that explains its routing")] = True
+    api_keys: Annotated[tuple[str, ...], no_flag("clients' keys; none: no key is asked for")] = ()
+    api_keys_file: Annotated[
+        str | None, doc("more keys, an entry a line; read again on SIGHUP")
+    ] = None
+    cors_origins: Annotated[
+        tuple[str, ...], doc("sites whose pages may ask, as https://chat.example; *: any")
+    ] = ()
+    metrics_secret: Annotated[bool, doc("/metrics needs the cluster's secret, as /cluster")] = False
+
+
+class SecurityConfig(_Section, frozen=True):
+    """What gateways and instances show each other, and their clients."""
+
+    tls_cert: Annotated[str | None, doc("a PEM file: serve https with this chain")] = None
+    tls_key: Annotated[str | None, doc("its private key, PEM")] = None
+    tls_ca: Annotated[
+        str | None, doc("a PEM file: authorities of the other processes' certificates")
+    ] = None
 
 
 class ClusterConfig(_Section, frozen=True):
@@ -110,6 +134,7 @@ class ClusterConfig(_Section, frozen=True):
 
     model: ModelConfig = ModelConfig()
     gateway: GatewayConfig = GatewayConfig()
+    security: SecurityConfig = SecurityConfig()
     cache: CacheConfig = CacheConfig()
     instance: tuple[InstanceConfig, ...] = (InstanceConfig(),)
 
@@ -153,6 +178,7 @@ def _refuse_unknown_keys(data: dict[str, object]) -> None:
     sections: dict[str, type[msgspec.Struct]] = {
         "model": ModelConfig,
         "gateway": GatewayConfig,
+        "security": SecurityConfig,
         "cache": CacheConfig,
         "instance": InstanceConfig,
     }

@@ -61,7 +61,9 @@ class Flag:
             return "|".join(member.value for member in kind.cls)
         if isinstance(kind, inspect.IntType | inspect.FloatType):
             return "NUMBER"
-        return "N,N,..." if self.is_list else "TEXT"
+        kind = kind.item_type if isinstance(kind, inspect.VarTupleType) else kind
+        item = "TEXT" if isinstance(kind, inspect.StrType) else "N"
+        return f"{item},{item},..." if self.is_list else "TEXT"
 
     @property
     def _kind(self) -> inspect.Type:
@@ -82,8 +84,11 @@ def flags_of(section: type[msgspec.Struct], leave_out: Collection[str] = ()) -> 
         kind = hints[field.name]
         described = inspect.type_info(kind)
         text = ""
-        if isinstance(described, inspect.Metadata) and described.extra_json_schema:
-            text = described.extra_json_schema["description"]
+        if isinstance(described, inspect.Metadata):
+            if described.extra is not None and described.extra.get("flag") is False:
+                continue
+            if described.extra_json_schema:
+                text = described.extra_json_schema["description"]
         yield Flag(section, field.name, kind, field.default, text)
 
 

@@ -12,9 +12,11 @@ import pytest
 from memserve.config import GatewayConfig
 from memserve.scheduler.admission import AdmissionLimits
 from tests.e2e.conftest import StartCluster
-from tests.e2e.test_lifecycle import ASKED, LONG, client_of, completes, get, send_request
-from tests.e2e.test_refusals import ask
+from tests.e2e.test_lifecycle import ASKED, LONG, client_of, completes, send_request
+from tests.e2e.test_refusals import Answer, ask
 from tests.fakes import FakeCluster, FakeEngine, until
+from tests.insider import ask as ask_signed
+from tests.insider import told
 
 
 class Saturated:
@@ -92,7 +94,7 @@ def test_a_gateway_that_ends_tells_those_who_wait(saturated: Saturated) -> None:
 
 @pytest.mark.parametrize("n", ["x", "-1", "1.5", "", "9" * 5000])
 def test_a_number_of_decisions_that_is_none_is_refused(start_cluster: StartCluster, n: str) -> None:
-    answer = ask(start_cluster().url, f"/cluster/decisions?n={n}", method="GET")
+    answer = Answer(ask_signed(start_cluster().url, f"/cluster/decisions?n={n}"))
     assert answer.status == 400
     assert (answer.error["type"], answer.error["param"]) == ("invalid_request_error", "n")
     assert "'n'" in answer.error["message"]
@@ -100,12 +102,12 @@ def test_a_number_of_decisions_that_is_none_is_refused(start_cluster: StartClust
 
 def test_decisions_are_shown_newest_first(start_cluster: StartCluster) -> None:
     cluster = start_cluster(FakeEngine(), FakeEngine())
-    assert get(cluster.url, "/cluster/decisions") == (200, [])
+    assert told(cluster.url, "/cluster/decisions") == (200, [])
     ids = []
     for _ in range(3):
         answer = ask(cluster.url, "/v1/completions", json.dumps(ASKED))
         ids.append(json.loads(answer.text)["id"])
-    _, decisions = get(cluster.url, "/cluster/decisions?n=2")
+    _, decisions = told(cluster.url, "/cluster/decisions?n=2")
     assert [decision["request"] for decision in decisions] == ids[:0:-1]
     for decision in decisions:
         assert decision["policy"] == "prompt-tree"
@@ -113,8 +115,8 @@ def test_decisions_are_shown_newest_first(start_cluster: StartCluster) -> None:
         assert decision["chosen"] in decision["candidates"]
         assert decision["chosen"]["prompt_tokens"] == 3
         assert decision["chosen"]["terms"]["prefill"] > 0
-    assert get(cluster.url, "/cluster/decisions?n=0") == (200, [])
-    assert len(get(cluster.url, "/cluster/decisions?n=100000")[1]) == 3
+    assert told(cluster.url, "/cluster/decisions?n=0") == (200, [])
+    assert len(told(cluster.url, "/cluster/decisions?n=100000")[1]) == 3
 
 
 def test_metrics_tell_of_routing(start_cluster: StartCluster) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from memserve.bench.gateway_process import MODULE, Backend
 from memserve.config import GatewayConfig
 from memserve.errors import ClusterError
 from memserve.gateway.workers import Workers
+from tests.insider import peers
 
 MANY = 40  # connections: that all of them come to one worker is as good as impossible
 LONGEST = 60.0  # seconds for a process to start on a busy machine
@@ -46,8 +48,13 @@ class Gateway:
 
     async def ask(self, method: str, path: str, **body: Any) -> tuple[int, str]:
         url = self.workers.url + path
-        async with self._client.request(method, url, json=body or None) as answer:
-            return answer.status, await answer.text()
+        if path.startswith("/cluster"):
+            # A client of its own each time: each connection comes to one of the workers.
+            async with peers() as client:
+                answer = await client.ask(method, url, json.dumps(body).encode() if body else b"")
+                return answer.status, answer.body.decode()
+        async with self._client.request(method, url, json=body or None) as response:
+            return response.status, await response.text()
 
     async def generate(self, chunks: int = 2) -> str:
         """An answer whose last word is DONE."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import signal
 import socket
@@ -18,6 +17,7 @@ from memserve.api.status import InstanceState
 from memserve.config import GatewayConfig
 from tests.e2e.conftest import Served, StartCluster
 from tests.fakes import MODEL, FakeCluster, FakeEngine, metric, until
+from tests.insider import told
 
 Spawn = Callable[..., Served]
 ASKED: dict[str, Any] = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 8}
@@ -29,11 +29,7 @@ def client_of(url: str) -> openai.OpenAI:
 
 
 def get(url: str, path: str, method: str = "GET") -> tuple[int, Any]:
-    connection = http.client.HTTPConnection(urlsplit(url).netloc)
-    connection.request(method, path)
-    answer = connection.getresponse()
-    status, body = answer.status, json.loads(answer.read())
-    connection.close()
+    status, body = told(url, path, method=method)
     return status, body
 
 
@@ -192,10 +188,7 @@ def test_what_comes_before_a_gateway_has_met_its_instances_waits_for_them(
     with send_request(restarted.url, ASKED) as asked:
         until(lambda: metric(restarted.url, "memserve_requests_running") == 1)
         body = json.dumps({"address": member["address"]})
-        connection = http.client.HTTPConnection(urlsplit(restarted.url).netloc)
-        connection.request("POST", "/cluster/members", body)
-        assert connection.getresponse().status == 200
-        connection.close()
+        assert told(restarted.url, "/cluster/members", body, "POST")[0] == 200
         assert asked.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from memserve.api.serving import bind
 from memserve.config import GatewayConfig
+from tests import insider
 from tests.e2e.conftest import StartCluster
 from tests.fakes import MODEL, FakeCluster, FakeEngine
 
@@ -25,10 +26,10 @@ def cluster(start_module_cluster: StartCluster) -> FakeCluster:
 
 
 class Answer:
-    def __init__(self, response: http.client.HTTPResponse) -> None:
-        self.status = response.status
-        self.headers = response.headers
-        self.text = response.read()
+    def __init__(self, answer: insider.Answer) -> None:
+        self.status = answer.status
+        self.headers = answer.headers
+        self.text = answer.text
 
     @property
     def error(self) -> dict[str, Any]:
@@ -40,7 +41,8 @@ class Answer:
 def ask(url: str, path: str, body: Any = None, method: str = "POST", **headers: str) -> Answer:
     connection = http.client.HTTPConnection(urlsplit(url).netloc)
     connection.request(method, path, body=body, headers=headers)
-    answer = Answer(connection.getresponse())
+    response = connection.getresponse()
+    answer = Answer(insider.Answer(response.status, response.headers, response.read()))
     connection.close()
     return answer
 
@@ -96,7 +98,7 @@ def test_an_endless_body_without_announcement(cluster: FakeCluster) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"{}", b'{"address": "ftp://x"}', b"x" * 5000])
 def test_nobody_joins_without_an_address(cluster: FakeCluster, body: bytes) -> None:
-    answer = ask(cluster.url, "/cluster/members", body)
+    answer = Answer(insider.ask(cluster.url, "/cluster/members", body, "POST"))
     assert answer.status in (400, 413)
     assert answer.error["type"] == "invalid_request_error"
 
@@ -113,13 +115,13 @@ def test_a_request_id_comes_back(cluster: FakeCluster) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/generate", "/drain", "/info", "/nothing"])
 def test_an_instance_refuses_cleanly_too(cluster: FakeCluster, path: str) -> None:
-    answer = ask(cluster.urls[0], path, method="PATCH")
+    answer = Answer(insider.ask(cluster.urls[0], path, method="PATCH"))
     assert answer.status == (404 if path == "/nothing" else 405)
     assert answer.error["message"]
 
 
 def test_an_instance_takes_nothing_but_calls(cluster: FakeCluster) -> None:
-    answer = ask(cluster.urls[0], "/v1/generate", b'{"prompt": "a"}')
+    answer = Answer(insider.ask(cluster.urls[0], "/v1/generate", b'{"prompt": "a"}', "POST"))
     assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
 
 

@@ -23,6 +23,7 @@ from memserve.models.tokenizer import Tokenizer
 from memserve.types import Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import Node, node, prompt_of
+from tests.insider import peers
 from tests.kv_events_harness import prefixes_of, publishing
 from tests.router_harness import call_of
 from tests.tiny_models import Reference, save_tiny_model
@@ -74,13 +75,14 @@ class Front:
             yield streaming
 
     async def get(self, path: str) -> Any:
-        async with self.http.get(self.url + path) as answer:
-            return await answer.json()
+        async with peers() as client:
+            return await client.call("GET", self.url + path, json.loads)
 
     async def change(self, one: Node, role: Role) -> None:
         path = f"/cluster/instances/{one.instance.identity.id}"
-        async with self.http.post(self.url + path, json={"role": role}) as answer:
-            assert answer.status == 200, await answer.text()
+        async with peers() as client:
+            body = json.dumps({"role": role}).encode()
+            await client.call("POST", self.url + path, json.loads, body)
 
     async def last(self) -> Any:
         """What was decided last."""

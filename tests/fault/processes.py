@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from memserve.scheduler.prompt_tree import Prefix, block_digests
 from memserve.transfer.faulty import Fault
 from memserve.types import Role
 from tests.fault.served import GatewayProcess, InstanceProcess, Machine, State, serve, set_network
+from tests.insider import ask
 
 # Much longer than anything takes, leases included: a test that gets there has failed.
 PATIENCE = 60.0
@@ -53,9 +53,13 @@ def until(condition: Callable[[], bool], what: str) -> float:
     return time.monotonic() - begin
 
 
-def get(url: str | urllib.request.Request) -> Any:
-    with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
-        return json.load(answer)
+def get(url: str) -> Any:
+    """What a gateway or an instance tells those who have the secret."""
+    parts = urlsplit(url)
+    path = parts.path + (f"?{parts.query}" if parts.query else "")
+    answer = ask(f"http://{parts.netloc}", path)
+    assert answer.status == 200, answer.text
+    return answer.json
 
 
 class Served:
@@ -115,8 +119,7 @@ class Served:
     @property
     def indexed(self) -> set[Prefix]:
         """What an instance's index has, by its own word."""
-        with urllib.request.urlopen(self.url + SNAPSHOT_PATH, timeout=PATIENCE) as answer:
-            snapshot = _snapshots.decode(answer.read())
+        snapshot = _snapshots.decode(ask(self.url, SNAPSHOT_PATH).text)
         found: set[Prefix] = set()
         digests: dict[int | None, bytes] = {None: b""}
         for run in snapshot.blocks:

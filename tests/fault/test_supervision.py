@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import aiohttp
 import openai
 import pytest
 
@@ -31,6 +30,7 @@ from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelC
 from memserve.errors import ClusterError
 from memserve.types import Role
 from tests.fakes import MODEL, save_tiny_tokenizer, until
+from tests.insider import ask
 
 T = TypeVar("T")
 STEP_SECONDS = 0.02
@@ -252,20 +252,18 @@ def test_a_rolling_restart_loses_no_request(running: Supervised) -> None:
 def test_what_cannot_be_done_is_said(running: Supervised) -> None:
     running.until_ready()
 
-    async def post(path: str, body: str) -> tuple[int, str | None]:
-        async with aiohttp.ClientSession() as session:
-            url = f"{running.cluster.url}{path}"
-            async with session.post(url, data=body) as answer:
-                return answer.status, (await answer.json())["error"]["code"]
+    def post(path: str, body: str) -> tuple[int, str | None]:
+        answer = ask(running.cluster.url, path, body, "POST")
+        return answer.status, answer.json["error"]["code"]
 
     instance = "/cluster/instances/decode-1"
-    assert running.run(post("/cluster/instances/x", '{"role": "decode"}')) == (
+    assert (post("/cluster/instances/x", '{"role": "decode"}')) == (
         404,
         "instance_not_found",
     )
-    assert running.run(post(instance, '{"role": "cook"}'))[0] == 400
-    assert running.run(post(instance, '{"state": "dead"}'))[0] == 400
-    assert running.run(post(instance, "{}"))[0] == 400
+    assert (post(instance, '{"role": "cook"}'))[0] == 400
+    assert (post(instance, '{"state": "dead"}'))[0] == 400
+    assert (post(instance, "{}"))[0] == 400
     with pytest.raises(ClusterError, match="there is no instance 'x'; there are: "):
         running.ask(lambda client: client.member("x"))
 

@@ -6,13 +6,13 @@ import aiohttp
 import numpy as np
 import pytest
 
-from memserve.api.http_client import instance_session
 from memserve.api.namespaces import salted
 from memserve.bench.peers.places import python_of, why_missing
 from memserve.cluster.kv_feed import KvFeed
 from memserve.cluster.kv_subscription import EventSource
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.types import InstanceId
+from tests.insider import peers
 from tests.vllm_events import BLOCK, TOPIC, Step, reusable, script, stored, take, vllm_server
 from tests.waiting import until
 
@@ -29,7 +29,7 @@ async def test_matches_are_what_a_vllm_reuses() -> None:
             tokens = np.array(step.prompt, dtype=np.int32)
             return tree.match(salted(step.salt), tokens).get(V, 0)
 
-        async with instance_session() as session, aiohttp.ClientSession() as clients:
+        async with peers() as session, aiohttp.ClientSession() as clients:
             feed = KvFeed(tree, session)
             source = EventSource(V, server.endpoint, BLOCK, TOPIC, server.replay_endpoint)
             try:

@@ -124,7 +124,7 @@ class Cluster:
 @pytest.fixture
 async def cluster() -> AsyncIterator[Cluster]:
     async with AsyncExitStack() as stack:
-        upstream = Upstream()
+        upstream = Upstream(None)
         stack.callback(upstream.close)
         yield Cluster(upstream, stack)
 

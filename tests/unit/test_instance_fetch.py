@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import msgspec
 import pytest
 
 from memserve.api.generate import GenerateCall, PrefillPeer
 from memserve.api.handoff import PUSH_PATH, PushCall
-from memserve.api.http_client import instance_session
 from memserve.api.instance_metrics import instance_metrics
+from memserve.api.peer_client import PeerClient
 from memserve.instance import fetch, kv_link
 from memserve.transfer.faulty import Drop, Fail
 from memserve.types import SHARED, InstanceId, Namespace, Role
@@ -30,6 +30,7 @@ from tests.handoff_harness import (
     prompt_of,
     until,
 )
+from tests.insider import peers
 from tests.tiny_models import Reference, save_tiny_model
 from tests.unit.test_instance_handoff_faults import faulty
 
@@ -332,9 +333,9 @@ async def test_a_full_pool_refuses_and_the_prompt_is_computed(
 
 
 @pytest.fixture
-async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with instance_session() as session:
-        yield session
+async def http() -> AsyncIterator[PeerClient]:
+    async with peers() as client:
+        yield client
 
 
 BAD = {
@@ -356,32 +357,27 @@ BAD = {
 
 @pytest.mark.parametrize("what", BAD)
 async def test_bad_calls_are_refused_in_openai_s_shape(
-    model: Path, http: aiohttp.ClientSession, what: str
+    model: Path, http: PeerClient, what: str
 ) -> None:
     body, status = BAD[what]
     async with node(model, Role.COLOCATED) as one:
-        async with http.post(one.url + PUSH_PATH, data=body) as answer:
-            told = await answer.json()
-            assert answer.status == status
-            assert told["error"]["type"] == "invalid_request_error"
-        async with http.get(one.url + PUSH_PATH) as answer:
-            assert answer.status == 405
+        answer = await http.ask("POST", one.url + PUSH_PATH, body)
+        assert answer.status == status
+        assert json.loads(answer.body)["error"]["type"] == "invalid_request_error"
+        assert (await http.ask("GET", one.url + PUSH_PATH)).status == 405
 
 
-async def test_an_instance_that_drains_still_gives(
-    model: Path, http: aiohttp.ClientSession
-) -> None:
+async def test_an_instance_that_drains_still_gives(model: Path, http: PeerClient) -> None:
     async with node(model, Role.COLOCATED) as one, node(model, Role.COLOCATED) as third:
         await third.complete(*PROMPT)
         third.instance.standing.drain()
         call = PushCall(tuple(PROMPT), SHARED, one.link.address, SHARED)
-        async with http.post(third.url + PUSH_PATH, data=msgspec.json.encode(call)) as answer:
-            assert await answer.json() == {"blocks_sent": 4, "blocks_spared": 0}
+        answer = await http.ask("POST", third.url + PUSH_PATH, msgspec.json.encode(call))
+        assert json.loads(answer.body) == {"blocks_sent": 4, "blocks_spared": 0}
         assert one.has(PROMPT) == WHOLE
         to_itself = PushCall(tuple(PROMPT), SHARED, third.link.address, Namespace("x"))
         body = msgspec.json.encode(to_itself)
-        async with http.post(third.url + PUSH_PATH, data=body) as answer:
-            assert answer.status == 400
+        assert (await http.ask("POST", third.url + PUSH_PATH, body)).status == 400
 
 
 async def test_metrics_tell_of_fetches(model: Path) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-import aiohttp
 import numpy as np
 import pytest
 
 from memserve.types import Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import BLOCK, Node, node, pair, prompt_of
+from tests.insider import peers
 from tests.kv_events_harness import Following, following, prefixes_of
 from tests.tiny_models import save_tiny_model
 from tests.waiting import until
@@ -69,10 +70,10 @@ async def test_nothing_is_said_of_what_is_not_kept(model: Path) -> None:
 
 
 async def test_an_instance_says_where_its_events_are(model: Path) -> None:
-    async with node(model, Role.COLOCATED) as one, aiohttp.ClientSession() as session:
+    async with node(model, Role.COLOCATED) as one, peers() as client:
         events = one.instance.info().kv_events
         assert events is not None
         assert events.endpoint.startswith("tcp://127.0.0.1:")
         assert events.block_tokens == BLOCK
-        async with session.get(f"{one.url}/info") as answer:
-            assert (await answer.json())["kv_events"]["topic"] == events.topic
+        answer = await client.ask("GET", f"{one.url}/info")
+        assert json.loads(answer.body)["kv_events"]["topic"] == events.topic

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 from http import HTTPStatus
-from typing import Annotated
 
 import msgspec
-from msgspec import Meta
 
 from memserve.api.errors import ApiError
+from memserve.api.status import PeerUrl
 from memserve.types import Epoch, Role
 
 ROLE_PATH = "/role"
@@ -58,7 +57,7 @@ class InstanceChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LeaveRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`DELETE /cluster/members` on a gateway; with `epoch`, for that life of the instance."""
 
-    address: Annotated[str, Meta(pattern=r"^http://[^/]+$")]
+    address: PeerUrl
     epoch: Epoch | None = None
 
 

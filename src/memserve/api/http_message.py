@@ -34,6 +34,7 @@ class Request(NamedTuple):
     http_10: bool
     keep_alive: bool  # the client may send another one
     target: bytes  # as it came
+    private: bool = False  # nobody can listen: TLS, or within this machine
 
     def header(self, name: bytes) -> bytes | None:
         """A header's value; `name` in lower case."""

@@ -24,7 +24,7 @@ from memserve.api.signatures import PROOF_HEADER, Signer, digest_of
 
 CONNECT_SECONDS = 2.0  # a process accepts at once, or it is gone
 # Unless the caller knows better: what processes say of themselves fits many times over.
-MAX_ANSWER_BYTES = 4 * 1024 * 1024
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
 _SHOWN = 300  # characters of what was said that go into an error's text
 
 _error = msgspec.json.Decoder(ErrorBody)

@@ -12,6 +12,9 @@ from memserve.api.histogram import Histogram
 from memserve.api.kv_events import KVEventsInfo
 from memserve.types import Epoch, InstanceId, Role
 
+# Of a process of the cluster; nothing behind the port.
+PeerUrl = Annotated[str, Meta(pattern=r"^https?://[A-Za-z0-9._:%\[\]-]{1,255}\Z")]
+
 
 class InstanceState(StrEnum):
     """`starting` -> `ready` -> `draining`; `dead` from any of them."""
@@ -149,6 +152,6 @@ class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     one goes by its name.
     """
 
-    address: Annotated[str, Meta(pattern=r"^http://[^/]+$")]
+    address: PeerUrl
     id: InstanceId | None = None
     epoch: Epoch | None = None

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from http import HTTPStatus
+import ssl
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
+from urllib.parse import quote
 
-import aiohttp
 import msgspec
 
 from memserve.api.control import InstanceChange, LeaveRequest
-from memserve.api.errors import ErrorBody
+from memserve.api.peer_client import PeerClient, PeerError
+from memserve.api.signatures import Signer
 from memserve.api.status import InstanceState, JoinRequest, MediumTotals
 from memserve.errors import ClusterError
+from memserve.secrets import Secret, secret_of
 from memserve.types import Epoch, InstanceId, Role
 
-# Longer than a gateway takes to be told by an instance (`control.CONTROL_TIMEOUT`).
-CLIENT_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
+# Longer than a gateway takes to be told by an instance (`control.CONTROL_SECONDS`).
+CLIENT_SECONDS = 10.0
 
 _encode = msgspec.json.Encoder().encode
-_error = msgspec.json.Decoder(ErrorBody)
 
 
 class MemberSummary(msgspec.Struct, frozen=True):
@@ -52,6 +53,7 @@ class ClusterSummary(msgspec.Struct, frozen=True):
 
 _member = msgspec.json.Decoder(MemberSummary)
 _cluster = msgspec.json.Decoder(ClusterSummary)
+T = TypeVar("T")
 
 
 class GatewayUnreachable(ClusterError):
@@ -62,11 +64,17 @@ class ClusterClient:
     """Asks one gateway. Its methods raise GatewayUnreachable, and ClusterError with the
     gateway's own words where it refuses. A context manager."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(
+        self, url: str, secret: Secret | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
+        """`secret`: the cluster's; None: the one that `secret_of` finds. `tls`: what is asked of
+        an https:// gateway. Raises ConfigError."""
         self._url = url.rstrip("/")
+        self._signer = Signer(secret or secret_of(url))
+        self._tls = tls
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(timeout=CLIENT_TIMEOUT)
+        self._peers = PeerClient(self._signer, self._tls)
         return self
 
     async def __aexit__(
@@ -75,10 +83,10 @@ class ClusterClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._session.close()
+        await self._peers.close()
 
     async def view(self) -> ClusterSummary:
-        return _cluster.decode(await self._ask("GET", "/cluster"))
+        return await self._ask("GET", "/cluster", _cluster.decode)
 
     async def member(self, instance: str) -> MemberSummary:
         """Raises ClusterError with the ids that there are."""
@@ -90,36 +98,26 @@ class ClusterClient:
         return member
 
     async def change(self, instance: str, wanted: InstanceChange) -> MemberSummary:
-        return _member.decode(
-            await self._ask("POST", f"/cluster/instances/{instance}", _encode(wanted))
-        )
+        path = f"/cluster/instances/{quote(instance, safe='')}"
+        return await self._ask("POST", path, _member.decode, _encode(wanted))
 
     async def add(self, address: str) -> MemberSummary:
         """Make an instance that runs at this URL a member."""
         body = _encode(JoinRequest(address))
-        return _member.decode(await self._ask("POST", "/cluster/members", body))
+        return await self._ask("POST", "/cluster/members", _member.decode, body)
 
     async def forget(self, address: str) -> None:
         """Take whoever is at this URL out of the view."""
-        await self._ask("DELETE", "/cluster/members", _encode(LeaveRequest(address)))
+        await self._ask("DELETE", "/cluster/members", bytes, _encode(LeaveRequest(address)))
 
-    async def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
+    async def _ask(
+        self, method: str, path: str, decode: Callable[[bytes], T], body: bytes = b""
+    ) -> T:
         try:
-            async with self._session.request(method, self._url + path, data=body) as answer:
-                data = await answer.read()
-        except aiohttp.ClientConnectorError as error:
-            number = error.os_error.errno or 0
-            why = os.strerror(number) if number > 0 else str(error.os_error)
-            raise GatewayUnreachable(f"{self._url}: {why}") from error
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise GatewayUnreachable(f"no answer from {self._url}: {error!r}") from error
-        if answer.status != HTTPStatus.OK:
-            raise ClusterError(_words(data))
-        return data
-
-
-def _words(body: bytes) -> str:
-    try:
-        return _error.decode(body).error.message
-    except msgspec.DecodeError:
-        return body[:500].decode(errors="replace")
+            return await self._peers.call(
+                method, self._url + path, decode, body, seconds=CLIENT_SECONDS
+            )
+        except PeerError as error:
+            if error.detail is None:
+                raise GatewayUnreachable(f"no answer from {self._url}: {error}") from error
+            raise ClusterError(error.detail.message) from error

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from http import HTTPStatus
 
-import aiohttp
 import msgspec
 
 from memserve.api.control import (
@@ -19,30 +17,31 @@ from memserve.api.control import (
     WantedState,
     conflict,
 )
-from memserve.api.errors import ApiError, ErrorBody, ErrorDetail, unavailable
+from memserve.api.errors import unavailable
+from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import InstanceInfo, InstanceState
 from memserve.cluster.membership import Member, Membership
 
 log = logging.getLogger(__name__)
 
 # An instance answers at once, whatever it is doing: what was asked is done later.
-CONTROL_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
+CONTROL_SECONDS = 5.0
 
 _encode = msgspec.json.Encoder().encode
 _info = msgspec.json.Decoder(InstanceInfo)
-_error = msgspec.json.Decoder(ErrorBody)
 
 
-async def change_member(membership: Membership, member: Member, wanted: InstanceChange) -> None:
+async def change_member(
+    peers: PeerClient, membership: Membership, member: Member, wanted: InstanceChange
+) -> None:
     """Pass a change on; the membership shows it afterwards. Raises ApiError."""
     if member.epoch is None or member.state is InstanceState.DEAD:
         state = "not there yet" if member.epoch is None else "dead"
         raise conflict(f"Instance {member.id} is {state}.", f"instance_{member.state}")
-    async with aiohttp.ClientSession(timeout=CONTROL_TIMEOUT) as session:
-        for path, body in _calls(wanted):
-            info = await _post(session, member, path, body)
-            log.info("%s was told %s %s", member.id, path, body.decode())
-            membership.answered(member, info, member.stats)
+    for path, body in _calls(wanted):
+        info = await _post(peers, member, path, body)
+        log.info("%s was told %s %s", member.id, path, body.decode())
+        membership.answered(member, info, member.stats)
 
 
 def _calls(wanted: InstanceChange) -> list[tuple[str, bytes]]:
@@ -63,24 +62,15 @@ def _calls(wanted: InstanceChange) -> list[tuple[str, bytes]]:
     return calls
 
 
-async def _post(
-    session: aiohttp.ClientSession, member: Member, path: str, body: bytes
-) -> InstanceInfo:
+async def _post(peers: PeerClient, member: Member, path: str, body: bytes) -> InstanceInfo:
     try:
-        async with session.post(member.address + path, data=body) as answer:
-            data = await answer.read()
-            if answer.status != HTTPStatus.OK:
-                raise _refusal(HTTPStatus(answer.status), data)
-            return _info.decode(data)
-    except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+        return await peers.call(
+            "POST", member.address + path, _info.decode, body, seconds=CONTROL_SECONDS
+        )
+    except PeerError as error:
+        refusal = error.as_api_error()
+        if refusal is not None:
+            raise refusal from error
         raise unavailable(
-            f"Instance {member.id} did not answer: {error!r}", "instance_unreachable"
+            f"Instance {member.id} did not answer: {error}", "instance_unreachable"
         ) from error
-
-
-def _refusal(status: HTTPStatus, body: bytes) -> ApiError:
-    try:
-        detail = _error.decode(body).error
-    except msgspec.DecodeError:
-        detail = ErrorDetail(body[:500].decode(errors="replace"), "server_error")
-    return ApiError(status, detail.message, type=detail.type, param=detail.param, code=detail.code)

@@ -6,11 +6,11 @@ import asyncio
 import logging
 from urllib.parse import urlsplit
 
-import aiohttp
 import msgspec
 import zmq.asyncio
 
 from memserve.api.kv_events import SNAPSHOT_PATH, KVEventsInfo
+from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import InstanceInfo, InstanceState
 from memserve.clock import Clock, MonotonicClock
 from memserve.cluster.changes import Change, MemberChange
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 EXPIRE_SECONDS = 1.0  # between looks for expectations that are over: much less than they last
 # Between questions to a member that loads its model: it is ready, and known, in one of them.
 MAX_FIND_SECONDS = 1.0
-_INFO_TIMEOUT = aiohttp.ClientTimeout(total=2.0)  # as long as a poll may take
+_INFO_SECONDS = 2.0  # as long as a poll may take
 _WILDCARDS = ("0.0.0.0", "*", "[::]", "::")
 _info = msgspec.json.Decoder(InstanceInfo)
 
@@ -63,14 +63,14 @@ class KvFeed:
     def __init__(
         self,
         tree: PromptTree,
-        session: aiohttp.ClientSession,
+        peers: PeerClient,
         clock: Clock | None = None,
         secret: str | None = None,
     ) -> None:
-        """`session` is for HTTP calls to instances; `clock` is the one that `tree.expect` is
-        called with; `secret` the cluster's, by default MEMSERVE_SECRET."""
+        """`clock` is the one that `tree.expect` is called with; `secret` the cluster's, by default
+        the one that `cluster_secret` finds."""
         self._tree = tree
-        self._session = session
+        self._peers = peers
         self._clock = clock or MonotonicClock()
         self._keys = cluster_keys(secret)
         self._context = zmq.asyncio.Context()
@@ -178,11 +178,10 @@ class KvFeed:
         pause = BACKOFF_SECONDS
         while True:
             try:
-                async with self._session.get(
-                    f"{address}/info", timeout=_INFO_TIMEOUT, raise_for_status=True
-                ) as answer:
-                    info = _info.decode(await answer.read())
-            except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+                info = await self._peers.call(
+                    "GET", f"{address}/info", _info.decode, seconds=_INFO_SECONDS
+                )
+            except PeerError as error:
                 log.debug("%s does not say where its events are: %s", instance, error)
             else:
                 same = (info.id, info.epoch) == (instance, epoch)
@@ -197,11 +196,9 @@ class KvFeed:
             pause = min(2 * pause, MAX_FIND_SECONDS)
 
     def _subscribe(self, source: EventSource, followed: _Followed) -> None:
-        if source.secured and self._keys is None:
-            log.error("%s tells its events only who has MEMSERVE_SECRET", source.instance)
         counts = self._counts.setdefault(source.instance, EventCounts())
         followed.subscription = Subscription(
-            source, self._tree, self._session, self._context, self._keys, self._clock, counts
+            source, self._tree, self._peers, self._context, self._keys, self._clock, counts
         )
 
     async def _expire(self) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-import aiohttp
 import msgspec
 import zmq
 import zmq.asyncio
@@ -18,6 +17,7 @@ from memserve.api.kv_events import (
     KVSnapshot,
     decode_batch,
 )
+from memserve.api.peer_client import PeerClient, PeerError, decoded
 from memserve.clock import Clock
 from memserve.scheduler.event_stream import EventCounts, EventStream
 from memserve.scheduler.prompt_tree import PromptTree
@@ -35,7 +35,8 @@ MAX_BACKOFF_SECONDS = 5.0
 # Without a batch of it for so long a replay has failed; an instance answers between two batches.
 REPLAY_SECONDS = 2.0
 # A large cache's snapshot takes a second to make, and some to send over a slow network.
-SNAPSHOT_TIMEOUT = aiohttp.ClientTimeout(total=60.0, sock_connect=2.0, sock_read=30.0)
+SNAPSHOT_SECONDS = 60.0
+MAX_SNAPSHOT_BYTES = 1024 * 1024 * 1024  # 2^24 blocks, with 16 tokens each
 RECEIVE_HIGH_WATER = 100_000  # batches
 HEARTBEAT_MS = int(2000 * BEAT_SECONDS)  # of the connection: it is made anew when one is missed
 
@@ -69,15 +70,15 @@ class Subscription:
         self,
         source: EventSource,
         tree: PromptTree,
-        session: aiohttp.ClientSession,
+        peers: PeerClient,
         context: Context,
-        keys: ClusterKeys | None,
+        keys: ClusterKeys,
         clock: Clock,
         counts: EventCounts,
     ) -> None:
         self._source = source
         self._tree = tree
-        self._session = session
+        self._peers = peers
         self._context = context
         self._keys = keys if source.secured else None
         self._clock = clock
@@ -173,12 +174,11 @@ class Subscription:
     async def _restore(self, url: str) -> bool:
         """Take the state from a snapshot; False if there is none to be had now."""
         try:
-            async with self._session.get(
-                url, timeout=SNAPSHOT_TIMEOUT, raise_for_status=True
-            ) as answer:
-                body = await answer.read()
-            snapshot = await asyncio.to_thread(_snapshots.decode, body)
-        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+            body = await self._peers.call(
+                "GET", url, bytes, seconds=SNAPSHOT_SECONDS, max_bytes=MAX_SNAPSHOT_BYTES
+            )
+            snapshot = await asyncio.to_thread(decoded, _snapshots.decode, body, url)
+        except PeerError as error:
             log.debug("%s gives no snapshot: %s", self._source.instance, error)
             return False
         if (snapshot.instance, snapshot.epoch) != (self._source.instance, self._source.epoch):

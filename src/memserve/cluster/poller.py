@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from typing import TypeVar
 
-import aiohttp
 import msgspec
 
+from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import InstanceInfo, InstanceState, InstanceStats
 from memserve.cluster.membership import Member, Membership
 
@@ -17,9 +16,7 @@ from memserve.cluster.membership import Member, Membership
 # more than one timeout, and one that is merely late, on a crowded machine, stays alive.
 POLL_SECONDS = 1.0
 POLL_TIMEOUT_SECONDS = 2.0
-_TIMEOUT = aiohttp.ClientTimeout(total=POLL_TIMEOUT_SECONDS)
 
-T = TypeVar("T")
 _info = msgspec.json.Decoder(InstanceInfo)
 _stats = msgspec.json.Decoder(InstanceStats)
 
@@ -28,9 +25,9 @@ class Poller:
     """Polls the members of a `Membership` until cancelled; between heartbeats those of whom it
     wants to know at once."""
 
-    def __init__(self, membership: Membership, session: aiohttp.ClientSession) -> None:
+    def __init__(self, membership: Membership, peers: PeerClient) -> None:
         self._membership = membership
-        self._session = session
+        self._peers = peers
         self._group: asyncio.TaskGroup | None = None  # while running
         self._asked: set[Member] = set()  # out of turn, not answered
         self._numbers = itertools.count(1)
@@ -53,16 +50,17 @@ class Poller:
         """Ask one member."""
         number = next(self._numbers)
         try:
-            info = await self._get(member, "/info", _info)
-            stats: InstanceStats | None = None
-            if info.state is not InstanceState.STARTING:
-                stats = await self._get(member, "/stats", _stats)
-        except aiohttp.ClientConnectorError as error:
-            if isinstance(error.os_error, ConnectionRefusedError):
+            async with asyncio.timeout(POLL_TIMEOUT_SECONDS):
+                info = await self._peers.call("GET", f"{member.address}/info", _info.decode)
+                stats: InstanceStats | None = None
+                if info.state is not InstanceState.STARTING:
+                    stats = await self._peers.call("GET", f"{member.address}/stats", _stats.decode)
+        except PeerError as error:
+            if error.refused:
                 self._membership.refused(member)
             else:
                 self._membership.missed(member)
-        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError):
+        except TimeoutError:
             self._membership.missed(member)
         else:
             if number > self._latest.get(member, 0):  # not overtaken by a later one
@@ -75,8 +73,3 @@ class Poller:
         self._asked.add(member)
         task = self._group.create_task(self.poll(member))
         task.add_done_callback(lambda _: self._asked.discard(member))
-
-    async def _get(self, member: Member, path: str, decoder: msgspec.json.Decoder[T]) -> T:
-        url = member.address + path
-        async with self._session.get(url, timeout=_TIMEOUT, raise_for_status=True) as answer:
-            return decoder.decode(await answer.read())

@@ -25,7 +25,9 @@ from memserve.api.errors import (
     path_not_found,
 )
 from memserve.api.openai import ChatRequest, CompletionRequest
+from memserve.api.peer_client import PeerClient
 from memserve.cluster.membership import Membership
+from memserve.gateway.access import METRICS_PATH
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.siblings import Siblings
@@ -71,6 +73,7 @@ class Version(msgspec.Struct, frozen=True):
 def admin_app(
     model: str,
     membership: Membership,
+    peers: PeerClient,
     metrics: GatewayMetrics,
     draining: Callable[[], bool],
     decisions: Decisions,
@@ -108,7 +111,7 @@ def admin_app(
         return _json(Version(memserve.__version__))
 
     app.include_router(_observing_routes(metrics, decisions, siblings))
-    app.include_router(cluster_routes(membership, siblings))
+    app.include_router(cluster_routes(membership, peers, siblings))
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _parameter_error)
@@ -121,7 +124,7 @@ def _observing_routes(
 ) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get("/metrics")
+    @routes.get(METRICS_PATH)
     async def prometheus() -> Response:
         own = metrics.own()
         if siblings is not None:

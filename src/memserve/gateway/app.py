@@ -12,11 +12,14 @@ from prometheus_client.registry import Collector
 from memserve.api.asgi import asgi_handler
 from memserve.api.errors import ApiError, method_not_allowed
 from memserve.api.generate import GenerateCall
+from memserve.api.guard import guarded
 from memserve.api.http_message import Header, Reply, Request
 from memserve.api.http_server import Handler
+from memserve.api.peer_client import PeerClient
 from memserve.api.status import Limits
 from memserve.clock import Clock
 from memserve.cluster.membership import Membership
+from memserve.gateway.access import Access, Client
 from memserve.gateway.admin import CHAT_PATH, COMPLETIONS_PATH, Decisions, admin_app
 from memserve.gateway.call_builder import CallBuilder
 from memserve.gateway.desk import ClientLeft, Desk
@@ -52,6 +55,8 @@ class GatewayApp:
         decisions: Decisions,
         routing: Collector,
         instance_wait: float,
+        access: Access,
+        peers: PeerClient,
         access_log: bool = True,
         siblings: Siblings | None = None,
     ) -> None:
@@ -64,18 +69,17 @@ class GatewayApp:
         self._desk = desk
         self._clock = clock
         self._access_log = access_log
+        self._access = access
         self._metrics = GatewayMetrics(membership)
         self._metrics.register(routing)
         self._generating: dict[str, _Build] = {
             CHAT_PATH: calls.chat,
             COMPLETIONS_PATH: calls.completion,
         }
-        admin = calls.model, membership, self._metrics, lambda: self._draining, decisions
+        admin = calls.model, membership, peers, self._metrics, lambda: self._draining, decisions
         self._admin: Handler = asgi_handler(admin_app(*admin, siblings))
         # What siblings ask is answered for this worker alone, and not passed on again.
-        self.handle_sibling: Handler = (
-            self._admin if siblings is None else asgi_handler(admin_app(*admin))
-        )
+        self.handle_sibling: Handler = guarded(asgi_handler(admin_app(*admin)), access.verifier)
         self._smallest: tuple[Epoch, Limits] | None = None  # as of that membership epoch
         self._idle = asyncio.Event()
         self._idle.set()
@@ -91,8 +95,8 @@ class GatewayApp:
     async def handle(self, request: Request, reply: Reply) -> None:
         """The server's handler."""
         build = self._generating.get(request.path)
-        if build is None:
-            await self._admin(request, reply)
+        if build is None or request.method == "OPTIONS":
+            await self._administer(request, reply)
             return
         self._metrics.running += 1
         self._idle.clear()
@@ -103,6 +107,16 @@ class GatewayApp:
             if not self._metrics.running:
                 self._idle.set()
 
+    async def _administer(self, request: Request, reply: Reply) -> None:
+        if self._access.preflight(request, reply):
+            return
+        try:
+            await self._access.admit(request, reply)
+        except ApiError as error:
+            reply.send_error(error)
+            return
+        await self._admin(request, reply)
+
     async def _generate(self, build: _Build, request: Request, reply: Reply) -> None:
         started = self._clock.now()
         answer = Answer()
@@ -112,10 +126,11 @@ class GatewayApp:
             headers = ((b"x-request-id", given[:MAX_REQUEST_ID]),)
         call: GenerateCall | None = None
         try:
-            call = await self._accept(build, request, reply)
+            client = self._access.client(request, reply)
+            call = await self._accept(build, request, reply, client)
             if given is None:
                 headers = ((b"x-request-id", call.id.encode()),)
-            await self._desk.enter(call, _tenant(request, call), reply)
+            await self._desk.enter(call, _tenant(request, call, client), reply)
             if not reply.gone:
                 await self._relay.run(call, reply, headers, answer)
         except ApiError as error:
@@ -127,7 +142,9 @@ class GatewayApp:
                 self._desk.leave(call.id)
         self._record(request, given, call, reply, answer, started)
 
-    async def _accept(self, build: _Build, request: Request, reply: Reply) -> GenerateCall:
+    async def _accept(
+        self, build: _Build, request: Request, reply: Reply, client: Client
+    ) -> GenerateCall:
         if self._draining:
             raise draining()
         if request.method != "POST":
@@ -136,6 +153,8 @@ class GatewayApp:
         session = request.header(b"x-session-id")
         if session:
             call = msgspec.structs.replace(call, session=session.decode("latin-1"))
+        if client.key is not None:
+            call = msgspec.structs.replace(call, cache_salt=client.salted(call.cache_salt))
         self._metrics.prompt_tokens += sum(map(len, call.prompts))
         return call
 
@@ -217,7 +236,10 @@ def _line(
     )
 
 
-def _tenant(request: Request, call: GenerateCall) -> str:
-    """Who takes turns with others: the holder of an API key, or else of a salt."""
+def _tenant(request: Request, call: GenerateCall, client: Client) -> str:
+    """Who takes turns with others: the tenant of an API key; where keys are not asked for, who
+    shows the same one, or else has the same salt."""
+    if client.key is not None:
+        return client.key.tenant
     key = request.header(b"authorization")
     return call.cache_salt if key is None else key.decode("latin-1")

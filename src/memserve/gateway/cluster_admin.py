@@ -16,6 +16,7 @@ from memserve.api.control import (
     instance_not_found,
 )
 from memserve.api.errors import invalid
+from memserve.api.peer_client import DECODE_ERRORS, PeerClient
 from memserve.api.status import JoinRequest
 from memserve.cluster.control import change_member
 from memserve.cluster.membership import Membership, view_of
@@ -29,7 +30,9 @@ _changes = msgspec.json.Decoder(InstanceChange)
 T = TypeVar("T")
 
 
-def cluster_routes(membership: Membership, siblings: Siblings | None) -> APIRouter:
+def cluster_routes(
+    membership: Membership, peers: PeerClient, siblings: Siblings | None
+) -> APIRouter:
     """Errors are `ApiError`s, which the application turns into OpenAI's shape. What this worker
     is told of members, its `siblings` hear too."""
     routes = APIRouter()
@@ -77,7 +80,7 @@ def cluster_routes(membership: Membership, siblings: Siblings | None) -> APIRout
         member = membership.find(InstanceId(instance))
         if member is None:
             raise instance_not_found(instance)
-        await change_member(membership, member, wanted)
+        await change_member(peers, membership, member, wanted)
         if siblings is not None:
             await siblings.joined(JoinRequest(member.address))  # they ask it how it is now
         return _json(view_of(member))
@@ -89,7 +92,7 @@ async def _read(request: Request, decoder: msgspec.json.Decoder[T]) -> T:
     body = await read_body(request.scope, request.receive, MAX_CONTROL_BYTES)
     try:
         return decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise invalid(str(error)) from error
 
 

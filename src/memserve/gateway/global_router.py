@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
-import aiohttp
 import numpy as np
 
 from memserve.api.generate import GenerateCall
 from memserve.api.namespaces import salted
+from memserve.api.peer_client import PeerClient
 from memserve.api.status import EngineTotals, InstanceState, Limits
 from memserve.api.token_ids import TokenIds
 from memserve.clock import Clock
@@ -60,7 +60,7 @@ class GlobalRouter:
     def __init__(
         self,
         membership: Membership,
-        session: aiohttp.ClientSession,
+        peers: PeerClient,
         clock: Clock,
         policy: str,
         instance_wait: float,
@@ -68,12 +68,12 @@ class GlobalRouter:
         """`instance_wait`: seconds that requests wait where there is no instance."""
         self.tree = PromptTree()
         self.scheduler = Scheduler(self.tree, clock, policy)
-        self.feed = KvFeed(self.tree, session, clock)
+        self.feed = KvFeed(self.tree, peers, clock)
         self.desk = Desk(Admission(), self._prefill_seconds, clock, instance_wait)
         self.metrics = RoutingMetrics(policy, self.tree, self.feed, self.desk)
         self._membership = membership
         self._clock = clock
-        self._costs = InstanceCosts(session)
+        self._costs = InstanceCosts(peers)
         self._known: dict[InstanceId, _Known] = {}
         self._unmet_turns = itertools.count()  # of members that the scheduler has not met
         self._eligible = _Eligible((), Epoch(-1))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-import aiohttp
-
+from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import EngineTotals
 from memserve.errors import ProfileError
 from memserve.scheduler.architecture import GEMMA3_270M
@@ -22,7 +21,7 @@ from memserve.scheduler.refined_costs import RefinedCosts
 log = logging.getLogger(__name__)
 
 PROFILE_PATH = "/profile"
-_TIMEOUT = aiohttp.ClientTimeout(total=5.0)  # it is a small file, held in memory
+_PROFILE_SECONDS = 5.0  # it is a small file, held in memory
 # Between questions for a profile; an instance that serves has measured it, or never will.
 RETRY_SECONDS = 2.0
 MAX_QUESTIONS = 3
@@ -36,8 +35,8 @@ UNKNOWN: Costs = derive(HARDWARE["cpu"], GEMMA3_270M)
 class InstanceCosts:
     """Cost models by fingerprint. Belongs to the event loop."""
 
-    def __init__(self, session: aiohttp.ClientSession) -> None:
-        self._session = session
+    def __init__(self, peers: PeerClient) -> None:
+        self._peers = peers
         self._models: dict[str, RefinedCosts] = {}
         self._typical: Costs = UNKNOWN
 
@@ -50,13 +49,14 @@ class InstanceCosts:
         """The costs of the instance at a URL; None: it gives none."""
         for _ in range(MAX_QUESTIONS):
             try:
-                async with self._session.get(address + PROFILE_PATH, timeout=_TIMEOUT) as answer:
-                    if answer.status == 200:
-                        profile = decode_profile(await answer.read())
-                        fingerprint = profile.subject.fingerprint
-                        self._typical = profile.costs
-                        return self._models.setdefault(fingerprint, RefinedCosts(profile.costs))
-            except (aiohttp.ClientError, TimeoutError) as error:
+                body = await self._peers.call(
+                    "GET", address + PROFILE_PATH, bytes, seconds=_PROFILE_SECONDS
+                )
+                profile = decode_profile(body)
+                self._typical = profile.costs
+                fingerprint = profile.subject.fingerprint
+                return self._models.setdefault(fingerprint, RefinedCosts(profile.costs))
+            except PeerError as error:
                 log.debug("%s does not give its costs: %s", address, error)
             except ProfileError as error:
                 log.warning("%s gives costs that cannot be read: %s", address, error)

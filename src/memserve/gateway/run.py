@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import signal
 import socket
 from collections.abc import Callable, Sequence
 
 import uvloop
 
 from memserve.api.control import MAX_CONTROL_BYTES
-from memserve.api.http_client import instance_session
 from memserve.api.http_server import HttpServer
+from memserve.api.peer_client import PeerClient
 from memserve.api.serving import (
     BACKLOG,
     CLOSE_SECONDS,
@@ -22,11 +23,16 @@ from memserve.api.serving import (
     serve_http,
     url_of,
 )
+from memserve.api.signatures import Signer
+from memserve.api.tls import client_tls, server_tls
 from memserve.clock import MonotonicClock
+from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.membership import Member, Membership
 from memserve.cluster.poller import Poller
 from memserve.config import ClusterConfig, available_cores
-from memserve.errors import ClusterError
+from memserve.errors import ClusterError, ConfigError
+from memserve.gateway.access import Access
+from memserve.gateway.api_keys import load_keys
 from memserve.gateway.app import GatewayApp
 from memserve.gateway.call_builder import CallBuilder
 from memserve.gateway.global_router import GlobalRouter
@@ -35,6 +41,7 @@ from memserve.gateway.siblings import MEET_SECONDS, Siblings
 from memserve.gateway.upstream import Upstream
 from memserve.gateway.workers import LOOPBACK, WorkerPlace
 from memserve.models.tokenizer import Tokenizer
+from memserve.secrets import cluster_secret, is_loopback, require_secret
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +62,11 @@ def run_gateway(
 
     `members` are the URLs of instances; more may join. The gateway's own URL goes, as one
     line, to `ready_fd` (closed then) or to standard output, as soon as clients can connect.
+
+    Raises ConfigError for a configuration that does not suffice for where it listens.
     """
+
+    require_secret(cluster_secret(), config.gateway.host)
 
     def listen() -> socket.socket:
         sock = _bound(config.gateway.host, config.gateway.port, shared=worker is not None)
@@ -111,6 +122,7 @@ async def _alone(
     shutdown = Shutdown()
     shutdown.on_signals()
     async with Gateway(config, tokenizer) as gateway:
+        gateway.reload_on_signal()
         for address in members:
             gateway.membership.join(address)
         await gateway.serve(sock, shutdown)
@@ -127,6 +139,7 @@ async def _with_siblings(
     shutdown = Shutdown()
     shutdown.on_signals()
     async with Gateway(config, tokenizer, worker) as gateway:
+        gateway.reload_on_signal()
         for address in members:
             gateway.membership.join(address)
         await gateway.hear_siblings(private)
@@ -144,13 +157,23 @@ class Gateway:
         """`worker`: it is one of several on the port."""
         clock = MonotonicClock()
         self.membership = Membership(self._lost)
-        self._drain_seconds = config.gateway.drain_seconds
-        self._session = instance_session()
-        self._upstream = Upstream()
+        self._config = config.gateway
+        secret = cluster_secret()
+        keys = load_keys(config.gateway.api_keys, config.gateway.api_keys_file)
+        if not keys and not is_loopback(config.gateway.host):
+            log.warning("anybody who reaches %s may ask: no API keys", config.gateway.host)
+        self._access = Access(
+            keys, secret, config.gateway.cors_origins, config.gateway.metrics_secret
+        )
+        self._tls = server_tls(config.security.tls_cert, config.security.tls_key)
+        authorities = client_tls(config.security.tls_ca)
+        signer = Signer(secret)
+        self._peers = PeerClient(signer, authorities)
+        self._upstream = Upstream(signer, authorities)
         self._max_body_bytes = config.gateway.max_body_bytes
         wait = config.gateway.instance_wait_seconds
         self._router = GlobalRouter(
-            self.membership, self._session, clock, config.gateway.policy, wait
+            self.membership, self._peers, clock, config.gateway.policy, wait
         )
         self._relay = Relay(self._upstream, self.membership, self._router, clock, wait)
         self._calls = CallBuilder(
@@ -158,7 +181,7 @@ class Gateway:
         )
         self._siblings: Siblings | None = None
         if worker is not None:
-            self._siblings = Siblings(self._session, worker.index, worker.siblings)
+            self._siblings = Siblings(self._peers, worker.index, worker.siblings)
         self._private: HttpServer | None = None
         self._app = GatewayApp(
             self._calls,
@@ -169,12 +192,15 @@ class Gateway:
             self._router.decisions,
             self._router.metrics,
             wait,
+            self._access,
+            self._peers,
             config.gateway.access_log,
             self._siblings,
         )
 
     async def __aenter__(self) -> Gateway:
-        self._polling = asyncio.ensure_future(Poller(self.membership, self._session).run())
+        self.membership.on_change(self._changed)
+        self._polling = asyncio.ensure_future(Poller(self.membership, self._peers).run())
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -185,7 +211,7 @@ class Gateway:
         self._calls.close()
         self._upstream.close()
         await self._router.close()
-        await self._session.close()
+        await self._peers.close()
 
     async def hear_siblings(self, sock: socket.socket) -> None:
         """Answer the other workers, until the end."""
@@ -217,7 +243,7 @@ class Gateway:
         async def drain() -> None:
             log.info("the gateway drains")
             self._app.drain()
-            if not await shutdown.wait_for(self._app.idle(), self._drain_seconds):
+            if not await shutdown.wait_for(self._app.idle(), self._config.drain_seconds):
                 log.warning("the gateway ends with requests still running")
                 self._router.desk.stop()
                 self._relay.stop()
@@ -225,5 +251,22 @@ class Gateway:
 
         await serve_http(self._app.handle, sock, shutdown, drain, self._max_body_bytes)
 
+    def reload_on_signal(self) -> None:
+        """SIGHUP from now on. Only in a process's main thread."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_keys)
+
     def _lost(self, member: Member) -> None:
         self._relay.instance_lost(member)
+
+    def _changed(self, change: MemberChange) -> None:
+        if change.change in (Change.LEFT, Change.DIED):
+            self._upstream.forget(change.address)
+
+    def _reload_keys(self) -> None:
+        """Keys that were taken out of the file are worth nothing from now on."""
+        try:
+            self._access.keys = load_keys(self._config.api_keys, self._config.api_keys_file)
+        except ConfigError as error:
+            log.error("the API keys stay as they were: %s", error)
+        else:
+            log.info("%d API keys", len(self._access.keys))

@@ -6,10 +6,10 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 
-import aiohttp
 import msgspec
 
 from memserve.api.control import LeaveRequest
+from memserve.api.peer_client import PeerClient, PeerError, decoded
 from memserve.api.status import InstanceState, JoinRequest
 from memserve.cluster.client import ClusterSummary
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 MEMBERS_PATH = "/cluster/members"
 # They are processes of one machine: one that takes longer is ending, or just being started again,
 # and will ask for the members itself. Less than an instance's JOIN_TIMEOUT.
-_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
+_ASK_SECONDS = 1.0
 # A worker that is started again looks at the members before it takes clients: as long as its
 # siblings have instances that serve, it must not say that there are none.
 MEET_SECONDS = 5.0
@@ -30,10 +30,10 @@ _cluster = msgspec.json.Decoder(ClusterSummary)
 class Siblings:
     """The other workers. Those that cannot be reached are left out."""
 
-    def __init__(self, session: aiohttp.ClientSession, index: int, urls: Mapping[int, str]) -> None:
+    def __init__(self, peers: PeerClient, index: int, urls: Mapping[int, str]) -> None:
         """`index` is one's own; `urls`, by index, are the others' private addresses."""
         self.index = index
-        self._session = session
+        self._peers = peers
         self._urls = urls
 
     async def joined(self, request: JoinRequest) -> None:
@@ -53,8 +53,13 @@ class Siblings:
         """Addresses of the members that any of them knows and has not found dead, and whether
         it takes requests."""
         known: dict[str, bool] = {}
-        for body in (await self.answers("/cluster")).values():
-            for member in _cluster.decode(body).instances:
+        for index, body in (await self.answers("/cluster")).items():
+            try:
+                view = decoded(_cluster.decode, body, f"worker {index}")
+            except PeerError as error:
+                log.warning("%s", error)
+                continue
+            for member in view.instances:
                 if member.state is not InstanceState.DEAD:
                     ready = member.state is InstanceState.READY
                     known[member.address] = known.get(member.address, False) or ready
@@ -63,14 +68,11 @@ class Siblings:
     async def _tell(self, method: str, body: bytes) -> None:
         await asyncio.gather(*(self._ask(method, i, MEMBERS_PATH, body) for i in self._urls))
 
-    async def _ask(
-        self, method: str, index: int, path: str, body: bytes | None = None
-    ) -> bytes | None:
+    async def _ask(self, method: str, index: int, path: str, body: bytes = b"") -> bytes | None:
         url = self._urls[index] + path
         try:
-            async with self._session.request(method, url, data=body, timeout=_TIMEOUT) as answer:
-                # What one of them refuses (a member that it does not know) is its own affair.
-                return await answer.read() if answer.status == 200 else None
-        except (aiohttp.ClientError, TimeoutError) as error:
+            # What one of them refuses (a member that it does not know) is its own affair.
+            return await self._peers.call(method, url, bytes, body, seconds=_ASK_SECONDS)
+        except PeerError as error:
             log.debug("worker %d cannot be reached: %r", index, error)
             return None

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from http import HTTPStatus
+from typing import NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
+from yarl import URL
 
 from memserve.api.generate import GENERATE_PATH
-from memserve.api.http_client import CONNECT_SECONDS
+from memserve.api.peer_client import CONNECT_SECONDS
 from memserve.api.serving import IDLE_CONNECTION_SECONDS
+from memserve.api.signatures import PROOF_HEADER, Signed, Signer, digest_of
+
+_TARGET = GENERATE_PATH.encode()
 
 
 class Unreachable(Exception):
@@ -23,6 +29,14 @@ class Unreachable(Exception):
 
 class _Stale(Unreachable):
     """A kept connection that the instance had closed already: nothing was lost."""
+
+
+class _Challenged(Unreachable):
+    """The call was signed for another life of the instance; nothing was done."""
+
+    def __init__(self, challenge: str) -> None:
+        super().__init__("the instance does not take this gateway's signature")
+        self.challenge = challenge
 
 
 class Flow(Protocol):
@@ -53,14 +67,25 @@ class _Target:
 
     host: str
     port: int
+    tls: ssl.SSLContext | bool | None
+    origin: str
     head: bytes  # of a call, up to the length of its body
     idle: list[_Connection] = field(default_factory=list)
+
+    def hang_up(self) -> None:
+        """Close its idle connections."""
+        for connection in self.idle:
+            connection.abort()
+        self.idle.clear()
 
 
 class Upstream:
     """Calls instances by address. Owns the connections; one event loop's."""
 
-    def __init__(self) -> None:
+    def __init__(self, signer: Signer | None, tls: ssl.SSLContext | None = None) -> None:
+        """As of `PeerClient`, whose `signer` it shares."""
+        self._signer = signer
+        self._tls = tls
         self._targets: dict[str, _Target] = {}
         self._closed = False
 
@@ -70,37 +95,58 @@ class Upstream:
         Raises Unreachable when the connection cannot be made or breaks.
         """
         target = self._targets.get(address) or self._new_target(address)
-        request = (b"%b%d\r\n\r\n" % (target.head, len(body)), body)
-        connection = self._idle(target)
-        if connection is not None:
-            try:
-                await connection.exchange(request, sink)
-            except _Stale:
-                connection = None
-        if connection is None:
-            connection = await self._connect(target)
-            await connection.exchange(request, sink)
-        if connection.reusable and not self._closed:
+        try:
+            connection = await self._exchange(target, body, sink)
+        except _Challenged as error:
+            if self._signer is None or not self._signer.learn(target.origin, error.challenge):
+                raise
+            connection = await self._exchange(target, body, sink)
+        kept = self._targets.get(address) is target
+        if connection.reusable and kept and not self._closed:
             connection.idle_since = time.monotonic()
             target.idle.append(connection)
         else:
             connection.abort()
 
+    def forget(self, address: str) -> None:
+        """Nobody will be called there soon."""
+        target = self._targets.pop(address, None)
+        if target is not None:
+            target.hang_up()
+
     def close(self) -> None:
         self._closed = True
         for target in self._targets.values():
-            for connection in target.idle:
-                connection.abort()
-            target.idle.clear()
+            target.hang_up()
+
+    async def _exchange(self, target: _Target, body: bytes, sink: Sink) -> _Connection:
+        """Make the call; the connection that it was made on."""
+        signed: Signed | None = None
+        authorization = b""
+        if self._signer is not None:
+            digest = await digest_of(body)
+            signed = self._signer.sign(target.origin, b"POST", _TARGET, digest)
+            authorization = b"authorization: %b\r\n" % signed.authorization
+        head = b"%b%d\r\n%b\r\n" % (target.head, len(body), authorization)
+        check = _Check(self._signer, signed)
+        connection = self._idle(target)
+        if connection is not None:
+            try:
+                await connection.exchange((head, body), sink, check)
+                return connection
+            except _Stale:
+                pass
+        connection = await self._connect(target)
+        await connection.exchange((head, body), sink, check)
+        return connection
 
     def _idle(self, target: _Target) -> _Connection | None:
         oldest = time.monotonic() - IDLE_CONNECTION_SECONDS
         while target.idle:
             connection = target.idle.pop()
             if connection.idle_since < oldest:  # and so are all below it
-                for other in (connection, *target.idle):
-                    other.abort()
-                target.idle.clear()
+                connection.abort()
+                target.hang_up()
             elif connection.reusable:
                 return connection
         return None
@@ -110,23 +156,51 @@ class Upstream:
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(loop), target.host, target.port
+                    lambda: _Connection(loop), target.host, target.port, ssl=target.tls
                 )
         except TimeoutError as error:
             raise Unreachable(f"no connection within {CONNECT_SECONDS} s") from error
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that is none
             raise Unreachable(f"no connection: {error}") from error
         return connection
 
     def _new_target(self, address: str) -> _Target:
-        parts = urlsplit(address)
+        try:
+            parts = urlsplit(address)
+            origin = str(URL(address).origin())
+            port = parts.port
+        except ValueError as error:
+            raise Unreachable(f"{address!r} is no address") from error
         head = (
             f"POST {GENERATE_PATH} HTTP/1.1\r\nhost: {parts.netloc}\r\n"
             "content-type: application/json\r\ncontent-length: "
         ).encode()
-        target = _Target(parts.hostname or "", parts.port or 80, head)
+        secure = parts.scheme == "https"
+        tls = (self._tls or True) if secure else None
+        port = port or (443 if secure else 80)
+        target = _Target(parts.hostname or "", port, tls, origin, head)
         self._targets[address] = target
         return target
+
+
+class _Check(NamedTuple):
+    """What an answer is held against."""
+
+    signer: Signer | None
+    signed: Signed | None
+
+    def failure(self, status: int, proof: bytes | None, challenge: bytes) -> Unreachable | None:
+        """Why an answer with this head is not believed; None: it is."""
+        if self.signer is None or self.signed is None:
+            return None
+        if status == HTTPStatus.UNAUTHORIZED:
+            return _Challenged(challenge.decode("latin-1"))
+        if not self.signer.proves(self.signed, status, proof):
+            return Unreachable("whoever answers there does not have the cluster's secret")
+        return None
+
+
+_NO_CHECK = _Check(None, None)
 
 
 class _Connection(asyncio.Protocol):
@@ -144,14 +218,19 @@ class _Connection(asyncio.Protocol):
         self._complete = False
         self._paused = False
         self._calls = 0
+        self._check = _NO_CHECK
+        self._proof: bytes | None = None
+        self._challenge = b""
         self.reusable = True
         self.idle_since = 0.0
 
-    async def exchange(self, request: Sequence[bytes], sink: Sink) -> None:
+    async def exchange(self, request: Sequence[bytes], sink: Sink, check: _Check) -> None:
         """Raises Unreachable; _Stale where it makes sense to try on a new connection."""
         self._sink = sink
+        self._check = check
         self._answered = self._complete = False
-        self._retry_after = None
+        self._retry_after = self._proof = None
+        self._challenge = b""
         self._calls += 1
         done = self._done = self._loop.create_future()
         sink.begin(self)
@@ -201,7 +280,9 @@ class _Connection(asyncio.Protocol):
             self._fail(Unreachable(f"not an answer: {error}"))
             return
         pieces = self._pieces
-        if pieces or self._complete:
+        if self._done is None or self._done.done():  # the head was not to be trusted
+            pieces.clear()
+        elif pieces or self._complete:
             body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             pieces.clear()
             sink.received(body, self._complete)
@@ -225,12 +306,21 @@ class _Connection(asyncio.Protocol):
     # --- httptools' callbacks
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"retry-after":
+        name = name.lower()
+        if name == b"retry-after":
             self._retry_after = value
+        elif name == PROOF_HEADER:
+            self._proof = value
+        elif name == b"www-authenticate":
+            self._challenge = value
 
     def on_headers_complete(self) -> None:
-        if self._sink is not None:
-            self._sink.head(self._parser.get_status_code(), self._retry_after)
+        status = self._parser.get_status_code()
+        failure = self._check.failure(status, self._proof, self._challenge)
+        if failure is not None:
+            self._fail(failure)
+        elif self._sink is not None:
+            self._sink.head(status, self._retry_after)
 
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)

@@ -13,13 +13,12 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 
-import aiohttp
 import msgspec
 
 from memserve.api.errors import ApiError, invalid, unavailable
 from memserve.api.generate import PrefillPeer
 from memserve.api.handoff import PUSH_PATH, PushCall, PushResult
-from memserve.api.http_client import instance_session
+from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import FetchTotals
 from memserve.clock import Clock
 from memserve.engine.request import EngineStats
@@ -48,23 +47,18 @@ class Fetched:
     seconds: float = 0.0
 
 
-class _Unanswered(Exception):
-    """The third instance did not do it."""
-
-
 class Fetcher:
-    """Belongs to one event loop, until `close`."""
+    """Belongs to one event loop."""
 
-    def __init__(self, link: KVLink, pace: Callable[[], EngineStats], clock: Clock) -> None:
+    def __init__(
+        self, peers: PeerClient, link: KVLink, pace: Callable[[], EngineStats], clock: Clock
+    ) -> None:
         """`pace`: the engine's totals."""
+        self._peers = peers
         self._link = link
         self._pace = pace
         self._clock = clock
-        self._session = instance_session()
         self._counters = FetchTotals(block_bytes=link.block_bytes)
-
-    async def close(self) -> None:
-        await self._session.close()
 
     def totals(self) -> FetchTotals:
         """Counters since start, in blocks and bytes."""
@@ -97,7 +91,7 @@ class Fetcher:
         try:
             async with asyncio.timeout(self._patience(missing)):
                 blocks = (await self._ask(peer, call)).blocks_sent
-        except (_Unanswered, TimeoutError) as error:
+        except (PeerError, TimeoutError) as error:
             counters.failed += 1
             log.warning("%s: no prefix from %s: %s", request, peer.id, error or "not in time")
         finally:
@@ -134,15 +128,9 @@ class Fetcher:
         return min(max(computing, MIN_FETCH_SECONDS), MAX_FETCH_SECONDS)
 
     async def _ask(self, peer: PrefillPeer, call: PushCall) -> PushResult:
-        try:
-            url = peer.address + PUSH_PATH
-            async with self._session.post(url, data=_encode(call)) as response:
-                answer = await response.read()
-                if response.status != 200:
-                    raise _Unanswered(f"{response.status} {answer[:500].decode(errors='replace')}")
-                return _results.decode(answer)
-        except (aiohttp.ClientError, msgspec.DecodeError, ValueError) as error:
-            raise _Unanswered(repr(error)) from error
+        return await self._peers.call(
+            "POST", peer.address + PUSH_PATH, _results.decode, _encode(call)
+        )
 
 
 def _not_pushed(call: PushCall, error: Exception) -> ApiError:

@@ -16,6 +16,7 @@ import numpy as np
 from memserve.api.errors import ApiError, internal, unavailable
 from memserve.api.generate import GenerateCall, SamplingParams
 from memserve.api.handoff import PrefillCall, PrefillResult, PushCall, PushResult
+from memserve.api.peer_client import PeerClient
 from memserve.api.status import (
     EngineTotals,
     FetchTotals,
@@ -126,8 +127,10 @@ class _Served:
 class Instance:
     """Runs calls on an engine and knows what state it is in."""
 
-    def __init__(self, identity: Identity, clock: Clock) -> None:
+    def __init__(self, identity: Identity, clock: Clock, peers: PeerClient | None = None) -> None:
+        """`peers`: to ask other instances; None where it has no link to any."""
         self.identity = identity
+        self._peers = peers
         self.standing = Standing(identity.id, identity.role)
         self._clock = clock
         self._latencies = Latencies()
@@ -159,15 +162,15 @@ class Instance:
 
     def _serve(self, parts: Parts) -> _Served:
         submission = Submission(parts.engine, self._rate, self._lost_engine)
-        if parts.link is None:
+        if parts.link is None or self._peers is None:
             return _Served(parts, submission, None, None, None)
-        fetcher = Fetcher(parts.link, parts.engine.stats, self._clock)
+        fetcher = Fetcher(self._peers, parts.link, parts.engine.stats, self._clock)
         longest = parts.engine.info.max_tokens
         return _Served(
             parts,
             submission,
             Prefiller(parts.link, self._dispatcher, submission, fetcher, self._clock),
-            RemotePrefill(parts.link, submission, fetcher, self._clock, longest),
+            RemotePrefill(self._peers, parts.link, submission, fetcher, self._clock, longest),
             fetcher,
         )
 
@@ -186,8 +189,6 @@ class Instance:
             return
         if self._served.remote is not None:
             await self._served.remote.close()
-        if self._served.fetcher is not None:
-            await self._served.fetcher.close()
         if self._served.parts.link is not None:
             self._served.parts.link.close()
         await asyncio.to_thread(self._served.parts.close)

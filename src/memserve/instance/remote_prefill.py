@@ -13,14 +13,13 @@ from collections.abc import Coroutine, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 
-import aiohttp
 import msgspec
 import numpy as np
 
 from memserve.api.errors import ApiError
 from memserve.api.generate import FinishReason, GenerateCall, PrefillPeer
 from memserve.api.handoff import PREFILL_PATH, PoolPeer, PrefillCall, PrefillResult
-from memserve.api.http_client import instance_session
+from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import HandoffTotals
 from memserve.clock import Clock
 from memserve.engine.request import EngineRequest, TokenLogprobs, TokenOutput, Usage
@@ -59,6 +58,7 @@ class RemotePrefill:
 
     def __init__(
         self,
+        peers: PeerClient,
         link: KVLink,
         submission: Submission,
         fetcher: Fetcher,
@@ -66,12 +66,12 @@ class RemotePrefill:
         max_tokens: int,
     ) -> None:
         """`max_tokens`: prompt and output tokens that the engine allows."""
+        self._peers = peers
         self._link = link
         self._submission = submission
         self._fetcher = fetcher
         self._clock = clock
         self._max_tokens = max_tokens
-        self._session = instance_session()
         self._counters = HandoffTotals(block_bytes=link.block_bytes)
         self._homes: dict[RequestId, PoolPeer] = {}  # who gets the KV of running sequences back
         self._returns: dict[asyncio.Task[None], TokenArray] = {}  # with the prompts they began at
@@ -81,7 +81,6 @@ class RemotePrefill:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        await self._session.close()
 
     def totals(self) -> HandoffTotals:
         """Counters since start, in blocks and bytes."""
@@ -233,23 +232,20 @@ class RemotePrefill:
 
     async def _post(self, peer: PrefillPeer, body: bytes) -> PrefillResult:
         try:
-            async with self._session.post(peer.address + PREFILL_PATH, data=body) as response:
-                answer = await response.read()
-                if response.status != 200:
-                    raise _Unanswered(f"{response.status} {answer[:500].decode(errors='replace')}")
-                return _results.decode(answer)
-        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
-            raise _Unanswered(repr(error)) from error
+            return await self._peers.call(
+                "POST", peer.address + PREFILL_PATH, _results.decode, body
+            )
+        except PeerError as error:
+            raise _Unanswered(str(error)) from error
 
     async def _until_silent(self, peer: PrefillPeer) -> None:
         misses = 0
-        timeout = aiohttp.ClientTimeout(total=ALIVE_TIMEOUT)
         while misses < MAX_MISSES:
             await asyncio.sleep(ALIVE_SECONDS)
             try:
-                async with self._session.get(peer.address + "/info", timeout=timeout):
-                    misses = 0
-            except (aiohttp.ClientError, TimeoutError):
+                await self._peers.ask("GET", peer.address + "/info", seconds=ALIVE_TIMEOUT)
+                misses = 0
+            except PeerError:
                 misses += 1
 
     # --- giving back ----------------------------------------------------------------------

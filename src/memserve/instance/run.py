@@ -5,23 +5,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import uvloop
 
+from memserve.api.asgi import asgi_handler
 from memserve.api.control import RESTART_EXIT_CODE
-from memserve.api.serving import Shutdown, announce, bind, serve, url_of
+from memserve.api.guard import guarded
+from memserve.api.http_server import Handler
+from memserve.api.peer_client import PeerClient
+from memserve.api.serving import MAX_BODY_BYTES, Shutdown, announce, bind, serve_http, url_of
+from memserve.api.signatures import Signer, Verifier
+from memserve.api.tls import client_tls, server_tls
 from memserve.clock import MonotonicClock
 from memserve.config import ClusterConfig, InstanceConfig
 from memserve.errors import MemserveError
 from memserve.instance.instance import Identity, Instance, Parts
 from memserve.instance.join import Registration
 from memserve.instance.server import InstanceApp
+from memserve.secrets import Secret, cluster_secret, require_secret
 from memserve.types import Epoch, InstanceId
 
 log = logging.getLogger(__name__)
+
+OPEN_PATHS = ("/health", "/metrics")  # what probes and scrapers ask for
 
 Build = Callable[[ClusterConfig, InstanceConfig, Identity], Parts]
 
@@ -46,6 +56,10 @@ def run_instance(
     (closed then) or to standard output. `join` are the URLs of gateways to register with.
     `build` makes engine and pool; by default the built-in ones.
     """
+    secret = cluster_secret()
+    require_secret(secret, settings.host)
+    security = config.security
+    tls = server_tls(security.tls_cert, security.tls_key), client_tls(security.tls_ca)
     try:
         sock = bind(settings.host, settings.port)
     except OSError as error:
@@ -59,7 +73,7 @@ def run_instance(
     )
     make = partial(build or _built_in, config, settings, identity)
     announce(url_of(sock), ready_fd)
-    return uvloop.run(_main(identity, make, sock, config.gateway.drain_seconds, join))
+    return uvloop.run(_main(identity, make, sock, config.gateway.drain_seconds, join, secret, tls))
 
 
 async def _main(
@@ -68,9 +82,13 @@ async def _main(
     sock: socket.socket,
     drain_seconds: float,
     join: Sequence[str],
+    secret: Secret,
+    tls: tuple[ssl.SSLContext | None, ssl.SSLContext | None],
 ) -> int:
-    instance = Instance(identity, MonotonicClock())
-    registration = Registration(join, url_of(sock), identity.id, identity.epoch)
+    server, authorities = tls
+    peers = PeerClient(Signer(secret), authorities)
+    instance = Instance(identity, MonotonicClock(), peers)
+    registration = Registration(peers, join, url_of(sock), identity.id, identity.epoch)
     instance.standing.on_news(registration.tell)
     shutdown = Shutdown()
     shutdown.on_signals()
@@ -93,11 +111,17 @@ async def _main(
     async with asyncio.TaskGroup() as background:
         joining = background.create_task(registration.run())
         useful = background.create_task(_end_when_useless(instance, loading, shutdown))
-        await serve(InstanceApp(instance), sock, shutdown, drain)
+        await serve_http(handler_of(instance, secret), sock, shutdown, drain, MAX_BODY_BYTES)
         useful.cancel()
         joining.cancel()
     await instance.close()
+    await peers.close()
     return _exit_code(instance, loading)
+
+
+def handler_of(instance: Instance, secret: Secret) -> Handler:
+    """What answers an instance's HTTP requests: those of the cluster, and probes."""
+    return guarded(asgi_handler(InstanceApp(instance)), Verifier(secret), OPEN_PATHS)
 
 
 async def _end_when_useless(

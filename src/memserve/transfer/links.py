@@ -18,7 +18,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from memserve.errors import ConfigError, TransferError
-from memserve.transfer.secret import SECRET_VARIABLE, ClusterKeys
+from memserve.secrets import SECRET_VARIABLE
+from memserve.transfer.secret import ClusterKeys
 from memserve.transfer.shortcut import Neighbour, Shortcut
 from memserve.transfer.wire import HEADER_BYTES, MAX_MESSAGE_BYTES
 
@@ -96,7 +97,7 @@ class Links:
         address that others can reach, without a secret."""
         if self._router is not None:
             raise TransferError("this pool is served already")
-        if self._keys is None and not is_local(address):
+        if (self._keys is None or self._keys.local) and not is_local(address):
             raise ConfigError(
                 f"{address} can be reached from other hosts: set {SECRET_VARIABLE} (the same "
                 "for the whole cluster), or serve on 127.0.0.1"

@@ -9,9 +9,7 @@ other.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -19,12 +17,7 @@ from typing import TypeVar
 import zmq
 from zmq.utils import z85
 
-SECRET_VARIABLE = "MEMSERVE_SECRET"
-
-# A person may choose the secret: make guessing it expensive (some 50 ms and 16 MiB a guess).
-_SCRYPT_COST = 1 << 14
-_SCRYPT_BLOCK = 8
-_SALT = b"memserve pool transfer 1"
+from memserve.secrets import Secret, cluster_secret
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _ZAP_VERSION = b"1.0"
@@ -41,14 +34,15 @@ class _KeyPair:
 
 
 class ClusterKeys:
-    """What a secret becomes on sockets."""
+    """What a secret becomes on sockets. `local`: it is worth nothing beyond this machine."""
 
-    def __init__(self, secret: str) -> None:
-        master = hashlib.scrypt(
-            secret.encode(), salt=_SALT, n=_SCRYPT_COST, r=_SCRYPT_BLOCK, p=1, dklen=32
-        )
-        self._server = _derive(master, b"server")
-        self._client = _derive(master, b"client")
+    def __init__(self, secret: Secret) -> None:
+        self.local = secret.local
+        masters = secret.masters
+        self._server = _derive(masters[0], b"server")
+        self._client = _derive(masters[0], b"client")
+        # While the secret is changed, clients that still show the former one are let in.
+        self._known = [_derive(master, b"client").public for master in masters]
 
     def secure_server(self, socket: zmq.Socket[bytes]) -> None:
         socket.curve_server = True
@@ -74,21 +68,20 @@ class ClusterKeys:
             and domain == _ZAP_DOMAIN
             and mechanism == _CURVE
             and len(keys) == 1
-            and hmac.compare_digest(z85.encode(keys[0]), self._client.public)
+            and any(hmac.compare_digest(z85.encode(keys[0]), known) for known in self._known)
         )
         status = (b"200", b"OK") if known else (b"400", b"not of this cluster")
         gate.send_multipart([route, b"", _ZAP_VERSION, request, *status, b"", b""])
         return known
 
 
-def cluster_keys(secret: str | None) -> ClusterKeys | None:
-    """Of `secret`, or of MEMSERVE_SECRET; None if there is neither."""
-    chosen = os.environ.get(SECRET_VARIABLE) if secret is None else secret
-    return _cached_keys(chosen) if chosen else None
+def cluster_keys(secret: str | None = None) -> ClusterKeys:
+    """Of `secret`, or of what `cluster_secret` finds. Raises ConfigError."""
+    return _cached_keys(cluster_secret(secret))
 
 
 @lru_cache(maxsize=8)
-def _cached_keys(secret: str) -> ClusterKeys:
+def _cached_keys(secret: Secret) -> ClusterKeys:
     return ClusterKeys(secret)
 
 

@@ -1,0 +1,187 @@
+"""Who may ask a gateway for what.
+
+| who | shows | may |
+| --- | --- | --- |
+| client | `Authorization: Bearer KEY`, if there are keys | `/v1/*` |
+| scraper, probe | nothing (`metrics_secret`: as an operator) | `/health`, `/metrics` |
+| operator | the cluster's secret: signed, or as Bearer where nobody can listen | `/cluster*` |
+| member | the cluster's secret, signed | `/cluster/members` |
+
+What stands in no row is not found.
+
+A web page of another site makes its visitor's browser ask. Requests that name another `Origin`
+are refused unless `cors_origins` allows it; what needs the secret, no page has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from memserve.api.errors import ApiError, path_not_found
+from memserve.api.guard import require_signature
+from memserve.api.http_message import Header, Reply, Request
+from memserve.api.signatures import SCHEME, Verifier
+from memserve.gateway.api_keys import ApiKey, ApiKeys
+from memserve.secrets import Secret, is_loopback
+
+_BEARER = b"bearer "
+_CLIENTS = "/v1/"
+METRICS_PATH = "/metrics"
+_OPERATORS = "/cluster"
+# What says nothing of the cluster or its clients.
+_OPEN = frozenset({"/health", "/version", "/openapi.json", "/docs"})
+_MAX_AGE = b"600"  # seconds that a browser may remember what it is allowed
+_ANY = "*"
+
+
+class Client(NamedTuple):
+    """Who a request comes from. Without keys there is nothing to tell clients apart by but
+    what they say."""
+
+    key: ApiKey | None = None
+
+    @property
+    def privileged(self) -> bool:
+        return self.key is not None and self.key.privileged
+
+    def salted(self, cache_salt: str) -> str:
+        """What keeps its cached prompts apart: tenants never share any."""
+        return cache_salt if self.key is None else f"key@{self.key.tenant}:{cache_salt}"
+
+
+ANYBODY = Client()
+
+
+class Access:
+    """The gateway's door. Belongs to the event loop."""
+
+    def __init__(
+        self,
+        keys: ApiKeys,
+        secret: Secret,
+        origins: Sequence[str] = (),
+        metrics_secret: bool = False,
+    ) -> None:
+        self.keys = keys  # replaced as a whole when they are loaded anew
+        self.verifier = Verifier(secret)
+        self._tokens = [_digest(value.encode()) for value in secret.values]
+        self._origins = frozenset(origin.rstrip("/").encode() for origin in origins)
+        self._metrics_secret = metrics_secret
+        self.unauthorised = 0  # clients without a key
+        self.foreign = 0  # requests that pages of other sites made
+
+    def client(self, request: Request, reply: Reply) -> Client:
+        """Who asks for `/v1/*`. Raises ApiError (401, 403)."""
+        origin = request.header(b"origin")
+        if origin is not None:
+            self._from_page(origin, request, reply)
+        if not self.keys:
+            return ANYBODY
+        key = self.keys.find(_bearer(request) or b"")
+        if key is None:
+            self.unauthorised += 1
+            raise ApiError(
+                HTTPStatus.UNAUTHORIZED,
+                "Incorrect API key provided, or none: 'Authorization: Bearer KEY' is needed.",
+                code="invalid_api_key",
+                authenticate="Bearer",
+            )
+        return Client(key)
+
+    async def admit(self, request: Request, reply: Reply) -> None:
+        """Let whoever may ask for it pass, for all but what generates. Raises ApiError."""
+        path = request.path
+        if path.startswith(_CLIENTS):
+            self.client(request, reply)
+        elif path == _OPERATORS or path.startswith(f"{_OPERATORS}/"):
+            await self._operator(request, reply)
+        elif path == METRICS_PATH:
+            if self._metrics_secret:
+                await self._operator(request, reply)
+        elif path not in _OPEN:
+            raise path_not_found(path)
+
+    def preflight(self, request: Request, reply: Reply) -> bool:
+        """Answer a browser that asks what a page may do; False: this is no such question."""
+        origin = request.header(b"origin")
+        if request.method != "OPTIONS" or origin is None or not self._allows(origin):
+            return False
+        headers = (
+            (b"access-control-allow-methods", b"GET, POST"),
+            (b"access-control-allow-headers", b"authorization, content-type, x-request-id"),
+            (b"access-control-max-age", _MAX_AGE),
+            *_cors(origin),
+        )
+        reply.send(HTTPStatus.OK, b"", headers)
+        return True
+
+    async def _operator(self, request: Request, reply: Reply) -> None:
+        given = request.header(b"authorization")
+        token = _bearer(request)
+        if token is None or (given is not None and given.startswith(SCHEME)):
+            await require_signature(self.verifier, request, reply)
+            return
+        digest = _digest(token)
+        if not any(hmac.compare_digest(digest, known) for known in self._tokens):
+            await require_signature(self.verifier, request, reply)  # says what is needed
+        if not request.private:
+            raise ApiError(
+                HTTPStatus.FORBIDDEN,
+                "The cluster's secret is taken as a Bearer token over TLS or from this machine "
+                "only; `memserve cluster` signs instead.",
+                type="authentication_error",
+                code="not_private",
+            )
+
+    def _from_page(self, origin: bytes, request: Request, reply: Reply) -> None:
+        if self._allows(origin):
+            reply.added = lambda status: _cors(origin)
+        elif not self._own(origin, request):
+            self.foreign += 1
+            raise ApiError(
+                HTTPStatus.FORBIDDEN,
+                "Pages of this origin may not ask; gateway.cors_origins allows it.",
+                code="cross_origin",
+            )
+
+    def _allows(self, origin: bytes) -> bool:
+        return origin in self._origins or _ANY.encode() in self._origins
+
+    def _own(self, origin: bytes, request: Request) -> bool:
+        """Whether the page is ours. Without keys only where its name is an address of this
+        machine: any other name may have been made to lead here."""
+        host = request.header(b"host") or b""
+        if origin.partition(b"://")[2] != host:
+            return False
+        return bool(self.keys) or is_loopback(_host_of(host))
+
+
+def _cors(origin: bytes) -> tuple[Header, ...]:
+    return (
+        (b"access-control-allow-origin", origin),
+        (b"access-control-expose-headers", b"x-request-id, retry-after"),
+        (b"vary", b"origin"),
+    )
+
+
+def _bearer(request: Request) -> bytes | None:
+    given = request.header(b"authorization")
+    if given is None or given[: len(_BEARER)].lower() != _BEARER:
+        return None
+    return given[len(_BEARER) :].strip()
+
+
+def _host_of(netloc: bytes) -> str:
+    try:
+        return urlsplit(f"//{netloc.decode('latin-1')}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _digest(token: bytes) -> bytes:
+    return hashlib.sha256(token).digest()

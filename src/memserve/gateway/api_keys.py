@@ -1,0 +1,148 @@
+"""The keys of a gateway's clients: who each belongs to, kept as hashes.
+
+An entry is a key, or `sha256:` and its hash, and behind it, each after a space:
+
+    name=NAME       whose it is, in logs; without: the first letters of the hash
+    tenant=NAME     keys of one tenant share turns and cached prompts; without: the key alone
+    priority        its requests' `priority` counts against other tenants', too
+
+Keys are random, so that their hashes need no salt and no slow function; whoever chooses a key
+must choose one that cannot be guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from memserve.errors import ConfigError
+
+KEYS_VARIABLE = "MEMSERVE_API_KEYS"
+MAX_KEYS = 100_000
+MAX_KEY_BYTES = 512  # of a key that a client shows: more is not looked at
+_PREFIX = "sha256:"
+_HASH = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_KEY_BYTES = 32  # of one that is made here
+_INDEX_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """Whose a key is, and what it may."""
+
+    digest: bytes  # SHA-256
+    name: str
+    tenant: str
+    privileged: bool = False  # its requests' priorities count among tenants
+
+
+class ApiKeys:
+    """A set of keys, by hash. Never changes: a reload makes another one."""
+
+    def __init__(self, keys: Iterable[ApiKey] = ()) -> None:
+        # Looked up by a keyed hash, which nobody outside can predict; compared in constant time.
+        self._secret = os.urandom(16)
+        self._keys = {self._index(key.digest): key for key in keys}
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def find(self, shown: bytes) -> ApiKey | None:
+        """The key that a client shows; None if there is no such key."""
+        if len(shown) > MAX_KEY_BYTES:
+            return None
+        digest = hashlib.sha256(shown).digest()
+        key = self._keys.get(self._index(digest))
+        return key if key is not None and hmac.compare_digest(key.digest, digest) else None
+
+    def _index(self, digest: bytes) -> bytes:
+        return hashlib.blake2b(digest, digest_size=_INDEX_BYTES, key=self._secret).digest()
+
+
+def load_keys(given: Iterable[str], file: str | None) -> ApiKeys:
+    """The keys of a configuration (`given`), of MEMSERVE_API_KEYS, and of a file with an entry
+    on each line (`#`: a comment). Raises ConfigError."""
+    entries = [(entry, "gateway.api_keys") for entry in given]
+    environment = os.environ.get(KEYS_VARIABLE, "")
+    entries += [(entry, KEYS_VARIABLE) for entry in environment.split(",") if entry.strip()]
+    if file is not None:
+        entries += _lines(Path(file))
+    if len(entries) > MAX_KEYS:
+        raise ConfigError(f"{len(entries)} API keys; at most {MAX_KEYS}")
+    return ApiKeys(_parse(entry, source) for entry, source in entries)
+
+
+def hashed(entries: Iterable[str]) -> str:
+    """Entries as MEMSERVE_API_KEYS has them, without the keys themselves."""
+    return ",".join(map(_entry, (_parse(entry, "gateway.api_keys") for entry in entries)))
+
+
+def new_key(name: str | None, tenant: str | None, privileged: bool) -> tuple[str, str]:
+    """A random key, and the entry for it. Raises ConfigError."""
+    key = f"sk-{os.urandom(_KEY_BYTES).hex()}"
+    words = [key]
+    words += [] if name is None else [f"name={name}"]
+    words += [] if tenant is None else [f"tenant={tenant}"]
+    words += ["priority"] if privileged else []
+    return key, _entry(_parse(" ".join(words), "a new key"))
+
+
+def append_entry(path: Path, entry: str) -> None:
+    """Add an entry to a file of keys, which only this user may read. Raises ConfigError."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(f"{entry}\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+def _lines(path: Path) -> list[tuple[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8") from error
+    lines = [(line.partition("#")[0].strip(), n) for n, line in enumerate(text.splitlines(), 1)]
+    return [(line, f"{path}:{n}") for line, n in lines if line]
+
+
+def _parse(entry: str, source: str) -> ApiKey:
+    shown, *options = entry.split()
+    if shown.startswith(_PREFIX):
+        if _HASH.fullmatch(shown.removeprefix(_PREFIX)) is None:
+            raise ConfigError(f"{source}: {_PREFIX} and 64 hexadecimal digits")
+        digest = bytes.fromhex(shown.removeprefix(_PREFIX))
+    else:
+        digest = hashlib.sha256(shown.encode()).digest()
+    name = tenant = digest.hex()[:16]
+    privileged = False
+    for option in options:
+        word, _, value = option.partition("=")
+        if option == "priority":
+            privileged = True
+        elif word not in ("name", "tenant"):
+            raise ConfigError(f"{source}: '{word}' is not name=, tenant= or priority")
+        elif _NAME.fullmatch(value) is None:
+            raise ConfigError(f"{source}: {word} has letters, digits, '.', '_' and '-', up to 64")
+        elif word == "name":
+            name = value
+        else:
+            tenant = value
+    return ApiKey(digest, name, tenant, privileged)
+
+
+def _entry(key: ApiKey) -> str:
+    words = [f"{_PREFIX}{key.digest.hex()}"]
+    own = key.digest.hex()[:16]
+    words += [f"name={key.name}"] if key.name != own else []
+    words += [f"tenant={key.tenant}"] if key.tenant != own else []
+    words += ["priority"] if key.privileged else []
+    return " ".join(words)

@@ -1,0 +1,57 @@
+"""Who has the cluster's secret: tests that ask gateways and instances what strangers may not."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from dataclasses import dataclass
+from email.message import Message
+from typing import Any
+from urllib.parse import urlsplit
+
+from memserve.api.peer_client import PeerClient
+from memserve.api.signatures import Signer, body_digest
+from memserve.secrets import cluster_secret
+
+TIMEOUT = 60.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Message
+    text: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+def peers() -> PeerClient:
+    """A client of the cluster's processes, on a running event loop."""
+    return PeerClient(Signer(cluster_secret()))
+
+
+def ask(
+    url: str, path: str, body: bytes | str | None = None, method: str = "GET", **headers: str
+) -> Answer:
+    """The answer to a signed request."""
+    signer = Signer(cluster_secret())
+    data = body.encode() if isinstance(body, str) else body or b""
+    for _ in range(2):  # the first one finds out which life it is
+        signed = signer.sign(url, method.encode(), path.encode(), body_digest(data))
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=TIMEOUT)
+        given = {"Authorization": signed.authorization.decode(), **headers}
+        connection.request(method, path, data or None, given)
+        response = connection.getresponse()
+        answer = Answer(response.status, response.headers, response.read())
+        connection.close()
+        if answer.status != 401 or not signer.learn(url, answer.headers["WWW-Authenticate"] or ""):
+            break
+    return answer
+
+
+def told(url: str, path: str, body: bytes | str | None = None, method: str = "GET") -> Any:
+    """Status, and what the JSON of the answer says."""
+    answer = ask(url, path, body, method)
+    return answer.status, answer.json
