@@ -303,6 +303,11 @@ class FakeCluster:
         """What SIGTERM does to a gateway."""
         self.call(self._shutdowns[-1].request)
 
+    async def close_instance(self, number: int) -> None:
+        """Let an instance end, and its port be anybody's."""
+        self._shutdowns[number].request()
+        await self._servers[number]
+
     def until_ready(self, instances: int) -> None:
         """Wait until the gateway sends requests to so many."""
         until(lambda: len(self.call(self.gateway.membership.ready)) == instances)

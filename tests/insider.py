@@ -46,7 +46,9 @@ def ask(
         response = connection.getresponse()
         answer = Answer(response.status, response.headers, response.read())
         connection.close()
-        if answer.status != 401 or not signer.learn(url, answer.headers["WWW-Authenticate"] or ""):
+        if answer.status != 401 or not signer.learn(
+            url, answer.headers["WWW-Authenticate"] or "", signed
+        ):
             break
     return answer
 

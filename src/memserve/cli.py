@@ -18,6 +18,7 @@ from memserve.bench.cli import app as bench_app
 from memserve.bench.profile_cli import profile
 from memserve.cli_cluster import app as cluster_app
 from memserve.cli_flags import takes_flags
+from memserve.cli_keys import app as keys_app
 from memserve.cli_sim import sim
 from memserve.cluster.local import LocalCluster, run_local_cluster
 from memserve.cluster.watchdog import exit_with_parent
@@ -27,6 +28,7 @@ from memserve.config import (
     GatewayConfig,
     InstanceConfig,
     ModelConfig,
+    SecurityConfig,
     check_config,
     load_config,
 )
@@ -55,6 +57,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(profile)
 app.command()(sim)
 app.add_typer(cluster_app, name="cluster")
+app.add_typer(keys_app, name="keys")
 
 _ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 
@@ -88,6 +91,7 @@ def _root(
 @takes_flags(
     flags_of(ModelConfig),
     flags_of(GatewayConfig),
+    flags_of(SecurityConfig),
     flags_of(CacheConfig),
     flags_of(InstanceConfig, _CLUSTER_LEAVES_OUT),
 )
@@ -104,6 +108,7 @@ def up(
     wanted = ClusterConfig(
         model=with_flags(file.model, given),
         gateway=with_flags(file.gateway, given),
+        security=with_flags(file.security, given),
         cache=with_flags(file.cache, given),
         instance=tuple(with_flags(i, given, _CLUSTER_LEAVES_OUT) for i in file.instance),
     )
@@ -120,7 +125,7 @@ def up(
 
 
 @app.command()
-@takes_flags(flags_of(ModelConfig), flags_of(GatewayConfig))
+@takes_flags(flags_of(ModelConfig), flags_of(GatewayConfig), flags_of(SecurityConfig))
 def gateway(
     instances: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="an instance's; may be repeated")
@@ -136,12 +141,15 @@ def gateway(
 
     _begin_process(exit_with_parent_)
     config = ClusterConfig(
-        model=with_flags(ModelConfig(), given), gateway=with_flags(GatewayConfig(), given)
+        model=with_flags(ModelConfig(), given),
+        gateway=with_flags(GatewayConfig(), given),
+        security=with_flags(SecurityConfig(), given),
     )
     model = resolve_model(config.model, logging.info)
     members = instances or []
     if worker is None and config.gateway.workers > 1:
         command = ["gateway", *to_flags(pinned(config.model, model)), *to_flags(config.gateway)]
+        command += to_flags(config.security)
         command += [part for url in members for part in ("--instances", url)]
         raise typer.Exit(run_workers(config.gateway, command, exits_with_parent=exit_with_parent_))
     tokenizer = Tokenizer.load(model.path, config.gateway.chat_template)
@@ -154,6 +162,7 @@ def gateway(
     flags_of(ModelConfig),
     flags_of(InstanceConfig, _INSTANCE_LEAVES_OUT),
     flags_of(CacheConfig),
+    flags_of(SecurityConfig),
     flags_of(GatewayConfig, _DRAIN_ONLY),
 )
 def instance(
@@ -174,6 +183,7 @@ def instance(
         model=with_flags(ModelConfig(), given),
         cache=with_flags(CacheConfig(), given),
         gateway=with_flags(GatewayConfig(), given, _DRAIN_ONLY),
+        security=with_flags(SecurityConfig(), given),
         instance=(settings,),
     )
     check_config(config)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Annotated, TypeVar
 
+import click
 import msgspec
 import typer
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from memserve.api.control import InstanceChange, WantedState
 from memserve.api.status import InstanceState, MediumTotals
+from memserve.api.tls import client_tls
 from memserve.clock import MonotonicClock
 from memserve.cluster.client import ClusterClient, ClusterSummary
 from memserve.cluster.rolling import RESTART_SECONDS, remove, restart
@@ -27,6 +29,18 @@ app = typer.Typer(
     help="Look at a running cluster and change it. To add an instance to it, on any machine: "
     "memserve instance --join URL.",
 )
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    tls_ca: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="PEM: authorities of an https:// gateway's certificate"),
+    ] = None,
+) -> None:
+    context.obj = tls_ca
+
 
 _DEFAULT_URL = f"http://{GatewayConfig().host}:{GatewayConfig().port}"
 _Url = Annotated[str, typer.Option(metavar="URL", help="a gateway's")]
@@ -121,8 +135,10 @@ def remove_(
 def _run(url: str, json: bool, work: Callable[[ClusterClient], Awaitable[object]]) -> None:
     """Do it, then show what the cluster is like."""
 
+    authorities = client_tls(click.get_current_context().obj)
+
     async def run() -> ClusterSummary:
-        async with ClusterClient(url) as client:
+        async with ClusterClient(url, tls=authorities) as client:
             await work(client)
             return await client.view()
 

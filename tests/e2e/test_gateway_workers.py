@@ -15,10 +15,12 @@ import aiohttp
 import pytest
 
 from memserve.api.serving import Shutdown, bind, url_of
+from memserve.api.signatures import Verifier
 from memserve.bench.gateway_process import MODULE, Backend
 from memserve.config import GatewayConfig
 from memserve.errors import ClusterError
 from memserve.gateway.workers import Workers
+from memserve.secrets import cluster_secret
 from tests.insider import peers
 
 MANY = 40  # connections: that all of them come to one worker is as good as impossible
@@ -32,7 +34,8 @@ _served = re.compile(
 async def backend(gap: float = 0.0) -> AsyncIterator[str]:
     loop = asyncio.get_running_loop()
     sock = bind("127.0.0.1", 0)
-    server = await loop.create_server(lambda: Backend(loop, gap), sock=sock)
+    verifier = Verifier(cluster_secret())
+    server = await loop.create_server(lambda: Backend(loop, gap, verifier), sock=sock)
     try:
         yield url_of(sock)
     finally:

@@ -236,14 +236,13 @@ async def test_the_wire_is_vllms(tokenizer: Tokenizer) -> None:
 async def test_only_who_knows_the_secret_hears_events(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with publishing(tokenizer, secret="of the cluster") as one:
-        monkeypatch.setenv("MEMSERVE_SECRET", "of the cluster")
-        async with following() as gateway:
-            gateway.follow(one)
-            await gateway.until_equal(one)
-            one.store(*prompt(1, 2))
-            await gateway.until_equal(one)
-            await until(lambda: gateway.of(one).counts.events > 0, "events beside the snapshot")
+    monkeypatch.setenv("MEMSERVE_SECRET", "of the cluster")
+    async with publishing(tokenizer, secret="of the cluster") as one, following() as gateway:
+        gateway.follow(one)
+        await gateway.until_equal(one)
+        one.store(*prompt(1, 2))
+        await gateway.until_equal(one)
+        await until(lambda: gateway.of(one).counts.events > 0, "events beside the snapshot")
 
 
 # --- publishers that are not ours ---------------------------------------------------------

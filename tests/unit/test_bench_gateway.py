@@ -11,14 +11,17 @@ from urllib.parse import urlsplit
 import pytest
 
 from memserve.api.serving import bind, url_of
+from memserve.api.signatures import Verifier
 from memserve.bench.gateway import FEW, MANY, GatewayRun, _cpu_seconds, _figures
 from memserve.bench.gateway_process import Backend, LoadConfig, LoadSeen, _Load, _relay
+from memserve.secrets import cluster_secret
 
 
 async def seen(gap: float, chunks: int, texts: bool = False) -> LoadSeen:
     loop = asyncio.get_running_loop()
     sock = bind("127.0.0.1", 0)
-    server = await loop.create_server(lambda: Backend(loop, gap), sock=sock)
+    verifier = Verifier(cluster_secret())
+    server = await loop.create_server(lambda: Backend(loop, gap, verifier), sock=sock)
     try:
         host, port = sock.getsockname()
         return await _Load(LoadConfig(host, port, 4, chunks, 0.05, 20, texts)).run()

@@ -21,6 +21,8 @@ from yarl import URL
 from memserve.api.errors import ApiError, ErrorBody, ErrorDetail
 from memserve.api.serving import IDLE_CONNECTION_SECONDS
 from memserve.api.signatures import PROOF_HEADER, Signer, digest_of
+from memserve.api.tls import unchecked_tls
+from memserve.secrets import is_loopback
 
 CONNECT_SECONDS = 2.0  # a process accepts at once, or it is gone
 # Unless the caller knows better: what processes say of themselves fits many times over.
@@ -79,10 +81,10 @@ class PeerClient:
         """`signer`: None where there is nobody but ourselves, in tests. `tls`: what is asked of
         https:// peers; None: a certificate of the machine's own authorities."""
         self.signer = signer
+        self._tls: ssl.SSLContext | bool = True if tls is None else tls
+        self._within = unchecked_tls()
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=IDLE_CONNECTION_SECONDS, ssl=True if tls is None else tls
-            ),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_SECONDS),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
         )
@@ -156,7 +158,7 @@ class PeerClient:
             answer, told = await self._exchange(method, url, body, headers, limits, max_bytes)
             if answer.status == HTTPStatus.UNAUTHORIZED:
                 # Another try for a life that was not known, and no third one.
-                if first and signer.learn(origin, told.get("www-authenticate", "")):
+                if first and signer.learn(origin, told.get("www-authenticate", ""), signed):
                     continue
                 _refused(answer)
             proof = told.get(PROOF_HEADER.decode(), "").encode("latin-1", "replace")
@@ -182,6 +184,7 @@ class PeerClient:
             data=body or None,
             headers=headers,
             timeout=limits,
+            ssl=self._within if is_loopback(url.host or "") else self._tls,
             allow_redirects=False,  # a member that sends us elsewhere is none
         ) as answer:
             parts = bytearray()

@@ -30,7 +30,6 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -56,20 +55,24 @@ _FIELDS = re.compile(
     rb"MemServe ([0-9a-f]{16})\.([0-9a-f]{16})\.(\d{1,15})\.(\d{1,15})\.([0-9a-f]{64})"
 )
 _CHALLENGE = re.compile(r"MemServe life=([0-9a-f]{16}), time=(\d{1,15})")
-_NO_LIFE = b"0" * 16
+
+
+class _Challenge(NamedTuple):
+    """What a server said of itself."""
+
+    life: bytes
+    ahead: int  # of our clock, milliseconds
+
+
+_UNKNOWN = _Challenge(b"0" * 16, 0)
 
 
 class Signed(NamedTuple):
-    """A request's header value, and the proof that its answer has with each status."""
+    """A request's header value, its MAC, and the challenge that it answers."""
 
     authorization: bytes
     mac: bytes
-
-
-@dataclass(slots=True)
-class _Challenge:
-    life: bytes
-    ahead: int  # of our clock, milliseconds
+    challenge: _Challenge
 
 
 class Signer:
@@ -85,27 +88,27 @@ class Signer:
     def sign(self, origin: str, method: bytes, target: bytes, digest: bytes) -> Signed:
         """For a server whose scheme, host and port are `origin`; `target` as it is sent, and the
         `body_digest`."""
-        known = self._challenges.get(origin)
-        life, ahead = (_NO_LIFE, 0) if known is None else (known.life, known.ahead)
+        challenge = self._challenges.get(origin, _UNKNOWN)
+        life, ahead = challenge
         self._number += 1
         now = int(self._wall_clock() * 1000) + ahead
         fields = b"%b.%b.%d.%d" % (life, self._sender, self._number, now)
         mac = _request_mac(self._request_key, method, target, digest, fields)
-        return Signed(b"%b%b.%b" % (SCHEME, fields, mac), mac)
+        return Signed(b"%b%b.%b" % (SCHEME, fields, mac), mac, challenge)
 
-    def learn(self, origin: str, challenge: str) -> bool:
-        """Take in a 401's challenge. Whether it says anything new, so that another try may
-        succeed."""
+    def learn(self, origin: str, challenge: str, signed: Signed) -> bool:
+        """Take in the challenge with which a request was refused. Whether it asks for another
+        answer than this request had, so that another try may succeed."""
         match = _CHALLENGE.fullmatch(challenge)
         if match is None:
             return False
         life, ahead = match[1].encode(), int(match[2]) - int(self._wall_clock() * 1000)
-        known = self._challenges.pop(origin, None)
+        self._challenges.pop(origin, None)
         self._challenges[origin] = _Challenge(life, ahead)
         if len(self._challenges) > MAX_CHALLENGES:
             self._challenges.popitem(last=False)
-        late = known is not None and abs(known.ahead - ahead) > 1000 * WINDOW_SECONDS / 2
-        return known is None or known.life != life or late
+        late = abs(signed.challenge.ahead - ahead) > 1000 * WINDOW_SECONDS / 2
+        return signed.challenge.life != life or late
 
     def proves(self, signed: Signed, status: int, proof: bytes | None) -> bool:
         """Whether an answer comes from somebody who has the secret."""

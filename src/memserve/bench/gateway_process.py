@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from http import HTTPStatus
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -24,8 +25,10 @@ import msgspec
 import numpy as np
 import uvloop
 
+from memserve.api.errors import ApiError
 from memserve.api.generate import GENERATE_PATH
 from memserve.api.serving import bind, url_of
+from memserve.api.signatures import SCHEME, Verifier, body_digest
 from memserve.api.status import (
     EngineTotals,
     InstanceInfo,
@@ -37,6 +40,7 @@ from memserve.api.status import (
 )
 from memserve.cluster.watchdog import exit_with_parent
 from memserve.config import ClusterConfig, GatewayConfig, ModelConfig, Policy
+from memserve.secrets import cluster_secret
 from memserve.types import Epoch, InstanceId, Role
 
 MODULE = "memserve.bench.gateway_process"
@@ -50,7 +54,7 @@ _EVENT = (
 )
 _HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
-    b"transfer-encoding: chunked\r\n\r\n"
+    b"transfer-encoding: chunked\r\n%b\r\n"
 )
 _DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
@@ -82,9 +86,14 @@ _calls = msgspec.json.Decoder(_Call)
 class Backend(asyncio.Protocol):
     """One connection to the backend."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, gap: float) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, gap: float, verifier: Verifier | None = None
+    ) -> None:
+        """`verifier`: of what is signed; the other routers sign nothing."""
         self._loop = loop
         self._gap = gap
+        self._verifier = verifier
+        self._authorization: bytes | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._url = self._body = self._event = b""
@@ -101,6 +110,11 @@ class Backend(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._url = self._body = b""
+        self._authorization = None
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"authorization":
+            self._authorization = value
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -109,13 +123,22 @@ class Backend(asyncio.Protocol):
         self._body += body
 
     def on_message_complete(self) -> None:
+        proof = b""
+        if self._verifier is not None and (self._authorization or b"").startswith(SCHEME):
+            method, digest = self._parser.get_method(), body_digest(self._body)
+            try:
+                given = self._verifier.check(self._authorization, method, self._url, digest)
+            except ApiError as error:
+                self._transport.write(_challenged(error))
+                return
+            proof = b"%b: %b\r\n" % given.header(HTTPStatus.OK)
         if self._parser.get_method() != b"POST":
-            self._transport.write(_whole(_described(self._url)))
+            self._transport.write(_whole(_described(self._url), proof))
             return
         call = _calls.decode(self._body)
         self._left = call.max_tokens or call.sampling.max_tokens
         self._event = _NAMED if self._url == GENERATE_PATH.encode() else _PLAIN
-        self._transport.write(_HEAD)
+        self._transport.write(_HEAD % proof)
         self._step()
 
     def _step(self) -> None:
@@ -132,12 +155,14 @@ class Backend(asyncio.Protocol):
             self._loop.call_soon(self._step)
 
 
-def _whole(body: bytes) -> bytes:
-    return (
-        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-        % len(body)
-        + body
-    )
+def _whole(body: bytes, proof: bytes) -> bytes:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n%bcontent-length: %d\r\n\r\n"
+    return head % (proof, len(body)) + body
+
+
+def _challenged(error: ApiError) -> bytes:
+    head = b"HTTP/1.1 401 Unauthorized\r\nwww-authenticate: %b\r\ncontent-length: 0\r\n\r\n"
+    return head % (error.authenticate or "").encode()
 
 
 def _described(url: bytes) -> bytes:
@@ -159,7 +184,8 @@ def _described(url: bytes) -> bytes:
 async def _backend(gap: float) -> None:
     loop = asyncio.get_running_loop()
     sock = bind("127.0.0.1", 0)
-    server = await loop.create_server(lambda: Backend(loop, gap), sock=sock)
+    verifier = Verifier(cluster_secret())
+    server = await loop.create_server(lambda: Backend(loop, gap, verifier), sock=sock)
     print(url_of(sock), flush=True)
     await server.serve_forever()
 

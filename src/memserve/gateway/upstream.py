@@ -19,6 +19,8 @@ from memserve.api.generate import GENERATE_PATH
 from memserve.api.peer_client import CONNECT_SECONDS
 from memserve.api.serving import IDLE_CONNECTION_SECONDS
 from memserve.api.signatures import PROOF_HEADER, Signed, Signer, digest_of
+from memserve.api.tls import unchecked_tls
+from memserve.secrets import is_loopback
 
 _TARGET = GENERATE_PATH.encode()
 
@@ -34,9 +36,10 @@ class _Stale(Unreachable):
 class _Challenged(Unreachable):
     """The call was signed for another life of the instance; nothing was done."""
 
-    def __init__(self, challenge: str) -> None:
+    def __init__(self, challenge: str, signed: Signed) -> None:
         super().__init__("the instance does not take this gateway's signature")
         self.challenge = challenge
+        self.signed = signed
 
 
 class Flow(Protocol):
@@ -85,7 +88,8 @@ class Upstream:
     def __init__(self, signer: Signer | None, tls: ssl.SSLContext | None = None) -> None:
         """As of `PeerClient`, whose `signer` it shares."""
         self._signer = signer
-        self._tls = tls
+        self._tls: ssl.SSLContext | bool = True if tls is None else tls
+        self._within = unchecked_tls()
         self._targets: dict[str, _Target] = {}
         self._closed = False
 
@@ -98,7 +102,8 @@ class Upstream:
         try:
             connection = await self._exchange(target, body, sink)
         except _Challenged as error:
-            if self._signer is None or not self._signer.learn(target.origin, error.challenge):
+            told = target.origin, error.challenge, error.signed
+            if self._signer is None or not self._signer.learn(*told):
                 raise
             connection = await self._exchange(target, body, sink)
         kept = self._targets.get(address) is target
@@ -176,9 +181,9 @@ class Upstream:
             "content-type: application/json\r\ncontent-length: "
         ).encode()
         secure = parts.scheme == "https"
-        tls = (self._tls or True) if secure else None
+        tls = self._within if is_loopback(parts.hostname or "") else self._tls
         port = port or (443 if secure else 80)
-        target = _Target(parts.hostname or "", port, tls, origin, head)
+        target = _Target(parts.hostname or "", port, tls if secure else None, origin, head)
         self._targets[address] = target
         return target
 
@@ -194,7 +199,7 @@ class _Check(NamedTuple):
         if self.signer is None or self.signed is None:
             return None
         if status == HTTPStatus.UNAUTHORIZED:
-            return _Challenged(challenge.decode("latin-1"))
+            return _Challenged(challenge.decode("latin-1"), self.signed)
         if not self.signer.proves(self.signed, status, proof):
             return Unreachable("whoever answers there does not have the cluster's secret")
         return None
