@@ -20,6 +20,7 @@ from memserve.cli_cluster import app as cluster_app
 from memserve.cli_flags import takes_flags
 from memserve.cli_keys import app as keys_app
 from memserve.cli_sim import sim
+from memserve.cluster.line_printer import STDERR, STDOUT, LinePrinter
 from memserve.cluster.local import LocalCluster, run_local_cluster
 from memserve.cluster.watchdog import exit_with_parent
 from memserve.config import (
@@ -34,9 +35,10 @@ from memserve.config import (
 )
 from memserve.errors import ConfigError, MemserveError, ModelError
 from memserve.flags import Given, flags_of, to_flags, with_flags
+from memserve.logs import log_to_stderr
 from memserve.models.resolve import pinned, resolve_model
 from memserve.models.tokenizer import Tokenizer
-from memserve.terminal import progress_lines
+from memserve.terminal import progress_lines, rendered
 from memserve.types import InstanceId, Role
 
 FAILED = 1
@@ -113,15 +115,17 @@ def up(
         instance=tuple(with_flags(i, given, _CLUSTER_LEAVES_OUT) for i in file.instance),
     )
     check_config(wanted)
-    progress = progress_lines()
-    model = resolve_model(wanted.model, progress)
-    cluster = msgspec.structs.replace(wanted, model=pinned(wanted.model, model))
+    # Whoever supervises processes waits for nobody who reads what is printed.
+    with LinePrinter(STDOUT) as out, LinePrinter(STDERR) as errors:
+        progress = progress_lines(errors.show)
+        model = resolve_model(wanted.model, progress)
+        cluster = msgspec.structs.replace(wanted, model=pinned(wanted.model, model))
 
-    def ready(running: LocalCluster) -> None:
-        running.show_output(lambda line: print(line, file=sys.stderr))
-        _show_first_steps(running.url, model.name)
+        def ready(running: LocalCluster) -> None:
+            running.show_output(errors.show)
+            out.show(_first_steps(running.url, model.name))
 
-    asyncio.run(run_local_cluster(cluster, progress, ready))
+        asyncio.run(run_local_cluster(cluster, progress, ready))
 
 
 @app.command()
@@ -209,18 +213,20 @@ def _without_file(given: Given) -> ClusterConfig:
 
 def _begin_process(ends_with_parent: bool) -> None:
     """For a process that serves: logs on standard error, its address on standard output."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    log_to_stderr()
     if ends_with_parent:
         exit_with_parent()
 
 
-def _show_first_steps(url: str, model: str) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"\nmemserve serves {model} on [bold]{url}[/bold]; Ctrl-C stops it. Try:\n")
+def _first_steps(url: str, model: str) -> str:
     body = f'{{"model": "{model}", "prompt": "Once upon a time", "max_tokens": 16}}'
-    console.print(
-        f"  curl {url}/v1/completions -H 'Content-Type: application/json' \\\n    -d '{body}'\n",
-        markup=False,
-    )
+
+    def show(console: Console) -> None:
+        console.print(f"\nmemserve serves {model} on [bold]{url}[/bold]; Ctrl-C stops it. Try:\n")
+        console.print(
+            f"  curl {url}/v1/completions -H 'Content-Type: application/json' \\\n"
+            f"    -d '{body}'\n",
+            markup=False,
+        )
+
+    return rendered(sys.stdout, show)

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import TextIO
 
 from rich.console import Console
 
 from memserve.models.resolve import Progress
 
 
-def progress_lines() -> Progress:
-    """Prints lines to standard error, each with the seconds since now."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+def progress_lines(write: Callable[[str], None] | None = None) -> Progress:
+    """Prints lines to standard error, each with the seconds since now. `write` is called with
+    each line instead, as it looks there."""
     started = time.monotonic()
 
-    def show(line: str) -> None:
+    def show(console: Console, line: str) -> None:
         console.print(f"{time.monotonic() - started:7.1f} s  ", style="dim", end="")
         console.print(line, markup=False)
 
-    return show
+    if write is None:
+        return partial(show, Console(stderr=True, highlight=False, soft_wrap=True))
+    return lambda line: write(rendered(sys.stderr, partial(show, line=line)))
+
+
+def rendered(file: TextIO, show: Callable[[Console], None]) -> str:
+    """What `show` prints, as it would look on `file`, without the last end of a line. Nothing
+    is written there."""
+    text = io.StringIO()
+    show(Console(file=text, force_terminal=file.isatty(), highlight=False, soft_wrap=True))
+    return text.getvalue().removesuffix("\n")

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import re
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from memserve.api.serving import Shutdown
+from memserve.cluster.lines import Lines
 from memserve.errors import ClusterError
+
+log = logging.getLogger(__name__)
 
 # What is kept of a child's output until somebody wants to see it.
 _TAIL_LINES = 30
-_MAX_LINE_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 16  # a pipe's size
 # For a dead child's last output to arrive: it is in the pipe already.
 _LAST_WORDS_SECONDS = 1.0
+# The line with which a process says where it listens (`api.serving.announce`): nothing else.
+_address = re.compile(r"https?://[^\s/]+")
 
 
 class Child:
@@ -49,7 +56,6 @@ class Child:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            limit=_MAX_LINE_BYTES,
             start_new_session=True,
         )
         return cls(name, process)
@@ -74,7 +80,8 @@ class Child:
         return ClusterError(f"{self.name} ended with {how}{':' if said else ''}{said}")
 
     def show_output(self, show: Callable[[str], None]) -> None:
-        """Hand over its lines: those that were kept, and all that come from now on."""
+        """Hand over its lines: those that were kept, and all that come from now on. `show`
+        must not wait: until it returns, the child's output is not read."""
         self._show = show
         while self._tail:
             self._hand_over(self._tail.popleft())
@@ -98,20 +105,29 @@ class Child:
     async def _read_output(self) -> None:
         stdout = self._process.stdout
         assert stdout is not None
-        async for data in stdout:
-            line = data.decode(errors="replace").rstrip()
-            if not self._address.done() and line.startswith("http://"):
-                self._address.set_result(line)
-                continue
-            self._last.append(line)
-            if self._show is not None:
-                self._hand_over(line)
-            else:
-                self._tail.append(line)
+        lines = Lines()
+        while data := await stdout.read(_CHUNK_BYTES):
+            for line in lines.feed(data):
+                self._take(line)
+        for line in lines.end():
+            self._take(line)
+
+    def _take(self, line: str) -> None:
+        if not self._address.done() and _address.fullmatch(line):
+            self._address.set_result(line)
+            return
+        self._last.append(line)
+        if self._show is not None:
+            self._hand_over(line)
+        else:
+            self._tail.append(line)
 
     def _hand_over(self, line: str) -> None:
         assert self._show is not None
-        self._show(f"{self.name}: {line}")
+        try:
+            self._show(f"{self.name}: {line}")
+        except Exception as error:  # noqa: BLE001 - a child must be read on, whoever shows it
+            log.debug("a line of %s could not be shown: %r", self.name, error)
 
 
 async def end_children(

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from memserve.api.serving import Shutdown, announce
 from memserve.clock import Clock, MonotonicClock
 from memserve.cluster.child import Child, end_children
+from memserve.cluster.line_printer import STDERR, LinePrinter
 from memserve.cluster.port import ReservedPort
 from memserve.cluster.restarts import RestartLimits, Restarts
 from memserve.cluster.supervised import Supervised
@@ -87,9 +87,11 @@ class Workers:
         module: str = "memserve",
         limits: RestartLimits | None = None,
         clock: Clock | None = None,
+        show: Callable[[str], None] | None = None,
     ) -> None:
         """`command` are the arguments with which `python -m module` is a worker, but for
-        `--port` and `--worker`."""
+        `--port` and `--worker`. `show` is called with each line that they print; it must not
+        wait."""
         self.url = ""  # once `start` has returned
         self._config = config
         self._command = command
@@ -97,6 +99,7 @@ class Workers:
         self._module = module
         self._limits = limits or RestartLimits()
         self._clock = clock or MonotonicClock()
+        self._show = show or (lambda line: None)
         self._ports: list[ReservedPort] = []
         self._workers: list[Supervised] = []
 
@@ -114,7 +117,7 @@ class Workers:
             worker = Supervised(f"worker-{index}", arguments, restarts, log.warning, self._module)
             self._workers.append(worker)
             await worker.start()
-            worker.show_output(_show)
+            worker.show_output(self._show)
         for worker in self._workers:
             self.url = await worker.child.address()  # the same of all
 
@@ -175,7 +178,9 @@ async def _main(
 ) -> None:
     shutdown = Shutdown()
     shutdown.on_signals()
-    workers = Workers(config, command, shutdown, module=module)
+    # The workers have said when, and how bad it is.
+    printer = LinePrinter(STDERR)
+    workers = Workers(config, command, shutdown, module=module, show=printer.show)
 
     async def serve() -> None:
         await workers.start(orphans=exits_with_parent)
@@ -186,8 +191,4 @@ async def _main(
         await shutdown.run_until_requested(serve())
     finally:
         await workers.stop()
-
-
-def _show(line: str) -> None:
-    # The worker has said when, and how bad it is.
-    print(line, file=sys.stderr, flush=True)
+        await asyncio.to_thread(printer.close)
