@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +23,12 @@ from memserve.api.control import InstanceChange, WantedState
 from memserve.api.serving import Shutdown
 from memserve.api.status import InstanceState
 from memserve.clock import MonotonicClock
+from memserve.cluster.child import Child
 from memserve.cluster.client import ClusterClient, ClusterSummary, GatewayUnreachable, MemberSummary
 from memserve.cluster.local import LocalCluster
 from memserve.cluster.restarts import RestartLimits
 from memserve.cluster.rolling import remove, restart
+from memserve.cluster.supervised import Supervised as Process
 from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelConfig
 from memserve.errors import ClusterError
 from memserve.types import Role
@@ -62,9 +65,10 @@ class Supervised:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(120)
 
-    def begin(self) -> None:
+    def begin(self, whole: bool = True) -> None:
+        """`whole`: wait until all instances are ready."""
         self._thread.start()
-        self.run(self.cluster.start())
+        self.run(self.cluster.start() if whole else self.cluster.begin())
         self.cluster.show_output(self.said.append)
         self.ended = asyncio.run_coroutine_threadsafe(self.cluster.supervise(), self.loop)
 
@@ -113,16 +117,20 @@ def ready(view: ClusterSummary) -> dict[str, int | None]:
 
 
 @contextmanager
-def supervised(directory: Path) -> Iterator[Supervised]:
+def supervised(directory: Path, whole: bool = True) -> Iterator[Supervised]:
     running = Supervised(directory)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("MEMSERVE_FAKE_ENGINE", json.dumps({"step_seconds": STEP_SECONDS}))
         environment.setenv("PYTHONPATH", os.pathsep.join([*_paths(), str(Path.cwd())]))
         try:
-            running.begin()
+            running.begin(whole)
             yield running
         finally:
             running.end()
+
+
+def _replaced(one: Process, child: Child) -> bool:
+    return one.child is not child
 
 
 def _paths() -> list[str]:
@@ -286,3 +294,42 @@ def test_an_instance_that_is_removed_does_not_come_back(model: Path) -> None:
         assert "decode-1 crashed too often and is given up" in str(given_up.value)
         assert "the weights are broken" in str(given_up.value)
         assert any("prefill-0 has ended, as it was asked to" in line for line in running.said)
+
+
+def test_a_crash_while_others_start_ends_nothing_once_one_serves(model: Path) -> None:
+    slow = model / "slow-decode-1"
+    slow.touch()
+    try:
+        with supervised(model, whole=False) as running:
+            settled = asyncio.run_coroutine_threadsafe(running.cluster.settled(), running.loop)
+            with Load(running.cluster.url) as load:
+                load.more(1)  # clients are served although not all of it is there
+                pids = running.cluster.pids()
+                assert not settled.done()
+                os.kill(pids["decode-1"], signal.SIGKILL)
+                until(lambda: running.cluster.pids()["decode-1"] != pids["decode-1"])
+                load.more(4)
+                assert settled.result(60) == ["decode-1"]
+                slow.unlink()
+                running.until_ready()
+            assert load.failures == []
+            assert not running.ended.done()
+            assert running.cluster.pids()["prefill-0"] == pids["prefill-0"]
+            assert any("decode-1 ended with signal SIGKILL" in line for line in running.said)
+    finally:
+        slow.unlink(missing_ok=True)
+
+
+def test_a_gateway_that_crashes_often_is_not_given_up_while_instances_serve(
+    running: Supervised,
+) -> None:
+    before = ready(running.until_ready())
+    gateway = running.cluster._gateway
+    assert gateway is not None
+    for _ in range(QUICK.max_crashes + 1):
+        killed = gateway.child
+        killed.kill()
+        until(partial(_replaced, gateway, killed))
+        assert not running.ended.done()
+    assert ready(running.until_ready()) == before
+    assert any("gateway has crashed" in line and "tried again" in line for line in running.said)

@@ -12,7 +12,7 @@ from memserve.api.serving import Shutdown
 from memserve.api.status import InstanceState
 from memserve.clock import Clock, MonotonicClock
 from memserve.cluster.child import Child, end_children
-from memserve.cluster.client import ClusterClient, GatewayUnreachable
+from memserve.cluster.client import ClusterClient
 from memserve.cluster.port import ReservedPort
 from memserve.cluster.restarts import RestartLimits, Restarts
 from memserve.cluster.supervised import Supervised
@@ -61,11 +61,12 @@ class LocalCluster:
         self._gateway: Supervised | None = None
         self._instances: list[Supervised] = []
         self._serving = False
+        self._ready: set[str] = set()  # instances that have been, once
 
-    async def start(self) -> None:
-        """Start everything and wait until every instance is ready.
+    async def begin(self) -> None:
+        """Start everything and wait until the gateway has an instance to send requests to.
 
-        Raises ClusterError as soon as a process ends, with its last lines.
+        Raises ClusterError when a process ends before that, with its last lines.
         """
         self._port = ReservedPort(self._config.gateway.host, self._config.gateway.port)
         for name, arguments in instance_commands(self._config):
@@ -74,15 +75,37 @@ class LocalCluster:
             await one.start()
         gateway = msgspec.structs.replace(self._config.gateway, port=self._port.number)
         command = ["gateway", *to_flags(self._config.model), *to_flags(gateway)]
-        self._gateway = self._supervised("gateway", command)
+        self._gateway = self._supervised("gateway", command, self._some_instance_lives)
         await self._gateway.start()
-        for one in self._instances:
-            await one.child.address()
         count = f"{len(self._instances)} instance{'s' if len(self._instances) > 1 else ''}"
         self._progress(f"loading {self._config.model.path} into {count}")
-        self.url = await self._gateway.child.address()
-        await self.or_failure(self._all_ready())
+        self.url = await self.or_failure(self._gateway.child.address())
+        try:
+            await self.or_failure(self._some_ready())
+        except ClusterError as failure:
+            # Clients may be served since the last look at the gateway: they go first.
+            if not await self._look():
+                raise
+            self._progress(str(failure))
         self._serving = True
+
+    async def start(self) -> None:
+        """As `begin`, but wait until every instance is ready: for who wants all or nothing.
+
+        Raises ClusterError as soon as a process ends, with its last lines.
+        """
+        await self.begin()
+        await self.or_failure(self._all_ready())
+
+    async def settled(self) -> list[str]:
+        """Returns when every instance is ready, or has crashed meanwhile: the names of those
+        that are not ready. To be awaited beside `supervise`, which starts them again."""
+        while True:
+            await self._look()
+            late = [one for one in self._instances if one.name not in self._ready]
+            if all(one.crashes for one in late):
+                return [one.name for one in late]
+            await asyncio.sleep(POLL_SECONDS)
 
     def pids(self) -> dict[str, int]:
         """Of the processes that run now, by name."""
@@ -98,7 +121,9 @@ class LocalCluster:
     async def supervise(self) -> None:
         """Start again what crashes, as long as that leaves anything useful.
 
-        Raises ClusterError when the gateway is lost for good, or the last instance.
+        The gateway is never given up while an instance lives, since instances hold what is
+        cached. Raises ClusterError when the last instance is lost for good, or the gateway has
+        been asked to end.
         """
         assert self._gateway is not None
         keeping = {asyncio.ensure_future(one.keep()): one for one in self._all()}
@@ -114,6 +139,7 @@ class LocalCluster:
                     if isinstance(failure, ClusterError) and one is not self._gateway:
                         lost = failure
                         self._progress(str(failure))
+                        self._progress(f"the others go on without {one.name}")
                     elif failure is not None:
                         raise failure
                 if set(keeping.values()) == {self._gateway}:
@@ -152,9 +178,14 @@ class LocalCluster:
             self._port.close()
         sweep()  # an instance that was killed has left its shared memory behind
 
-    def _supervised(self, name: str, arguments: Sequence[str]) -> Supervised:
+    def _supervised(
+        self, name: str, arguments: Sequence[str], needed: Callable[[], bool] | None = None
+    ) -> Supervised:
         restarts = Restarts(self._limits, self._clock)
-        return Supervised(name, arguments, restarts, self._progress, self._module)
+        return Supervised(name, arguments, restarts, self._progress, self._module, needed)
+
+    def _some_instance_lives(self) -> bool:
+        return any(one.alive for one in self._instances)
 
     def _all(self) -> list[Supervised]:
         return [*([self._gateway] if self._gateway else []), *self._instances]
@@ -162,39 +193,68 @@ class LocalCluster:
     def _children(self) -> list[Child]:
         return [one.child for one in self._all()]
 
+    async def _some_ready(self) -> None:
+        while True:
+            if await self._look():
+                return
+            await asyncio.sleep(POLL_SECONDS)
+
     async def _all_ready(self) -> None:
-        ready: set[str] = set()
+        while len(self._ready) < len(self._instances):
+            await self._look()
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _look(self) -> bool:
+        """Ask the gateway who is ready; whether anybody is."""
         async with ClusterClient(self.url) as client:
-            while len(ready) < len(self._instances):
-                try:
-                    members = (await client.view()).instances
-                except GatewayUnreachable:  # one that has ended is noticed by `watch`
-                    members = ()
-                for member in members:
-                    if member.state is InstanceState.READY and member.id not in ready:
-                        ready.add(member.id)
-                        self._progress(f"{member.id} is ready")
-                await asyncio.sleep(POLL_SECONDS)
+            try:
+                members = (await client.view()).instances
+            except ClusterError:  # it has ended: whoever watches it finds out
+                return False
+        ready = {member.id for member in members if member.state is InstanceState.READY}
+        for name in sorted(ready - self._ready):
+            self._progress(f"{name} is ready")
+        self._ready |= ready
+        return bool(ready)
 
 
 async def run_local_cluster(
     config: ClusterConfig,
     progress: Progress,
     ready: Callable[[LocalCluster], None],
+    *,
+    module: str = "memserve",
 ) -> None:
     """Run a cluster until SIGINT or SIGTERM; a second one does not wait for requests.
 
-    `ready` is called when it serves. Raises ClusterError when a process fails before that, or
-    so often afterwards that nothing useful is left.
+    `ready` is called when all of it serves, or what does not has crashed, and is started again.
+    Raises ClusterError when a process fails before anything serves, or when so often afterwards
+    that nothing useful is left. `module`: as in `LocalCluster`.
     """
     shutdown = Shutdown()
     shutdown.on_signals()
-    cluster = LocalCluster(config, shutdown, progress)
+    cluster = LocalCluster(config, shutdown, progress, module=module)
+
+    async def tell() -> None:
+        late = await cluster.settled()
+        ready(cluster)
+        if late:
+            progress(f"not ready, and started again until they are: {', '.join(late)}")
 
     async def serve() -> None:
-        await cluster.start()
-        ready(cluster)
-        await cluster.supervise()
+        await cluster.begin()
+        telling = asyncio.ensure_future(tell())
+        supervising = asyncio.ensure_future(cluster.supervise())
+        both = (telling, supervising)
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
+            if telling.done():
+                telling.result()
+            await supervising
+        finally:
+            for task in both:
+                task.cancel()
+            await asyncio.wait(both)
 
     try:
         await shutdown.run_until_requested(serve())

@@ -34,6 +34,10 @@ class Restarts:
         self._clock = clock
         self._crashes: deque[float] = deque()
 
+    @property
+    def longest_pause(self) -> float:
+        return self._limits.longest_pause
+
     def crashed(self) -> float | None:
         """Count a crash. Seconds to wait before the next start; None: give it up."""
         now = self._clock.now()

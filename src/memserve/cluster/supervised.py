@@ -23,13 +23,18 @@ class Supervised:
         restarts: Restarts,
         progress: Progress,
         module: str,
+        needed: Callable[[], bool] | None = None,
     ) -> None:
-        """`module` is what Python runs, with `arguments`."""
+        """`module` is what Python runs, with `arguments`. As long as it is `needed`, it is
+        never given up, however often it crashes: others are of no use without it."""
         self.name = name
         self._arguments = arguments
         self._restarts = restarts
         self._progress = progress
         self._module = module
+        self._needed = needed or (lambda: False)
+        self.crashes = 0  # in all of its lives
+        self.given_up = False
         self._show: Callable[[str], None] | None = None
         self._child: Child | None = None
 
@@ -41,6 +46,11 @@ class Supervised:
     @property
     def started(self) -> bool:
         return self._child is not None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs now. One between two lives does not."""
+        return self._child is not None and not self._child.ended.done()
 
     async def start(self) -> None:
         self._child = await Child.spawn(self.name, self._arguments, self._module)
@@ -60,17 +70,29 @@ class Supervised:
         # Shielded: giving up watching must not end what others wait for too.
         while (code := await asyncio.shield(self.child.ended)) != 0:
             sweep()  # what was its shared memory; that of living processes stays
-            pause = 0.0
             if code == RESTART_EXIT_CODE:
                 self._progress(f"{self.name} ended to be started again")
             else:
-                failure = await self.child.failure(whole=True)
-                next_pause = self._restarts.crashed()
-                if next_pause is None:
-                    raise ClusterError(f"{self.name} crashed too often and is given up; {failure}")
-                pause = next_pause
-                how = str(failure).partition("\n")[0].removesuffix(":")
-                self._progress(f"{how}; starting it again in {pause:g} s")
-            await asyncio.sleep(pause)
+                await asyncio.sleep(await self._pause())
             await self.start()
         self._progress(f"{self.name} has ended, as it was asked to")
+
+    async def _pause(self) -> float:
+        """After a crash: seconds until the next start. Raises ClusterError for no more."""
+        self.crashes += 1
+        failure = await self.child.failure(whole=True)
+        pause = self._restarts.crashed()
+        if pause is None and self._needed():
+            pause = self._restarts.longest_pause
+            self._progress(
+                f"{self.name} has crashed {self.crashes} times and is tried again, since others "
+                "are of use only with it"
+            )
+        if pause is None:
+            self.given_up = True
+            raise ClusterError(f"{self.name} crashed too often and is given up; {failure}")
+        # While nobody sees what it prints, the reason is told here.
+        how, _, said = str(failure).partition("\n")
+        end = f"\n{said}" if said and self._show is None else ""
+        self._progress(f"{how.removesuffix(':')}; starting it again in {pause:g} s{end}")
+        return pause

@@ -18,6 +18,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from memserve.api.serving import Shutdown, announce
 from memserve.clock import Clock, MonotonicClock
@@ -114,7 +115,10 @@ class Workers:
             place = WorkerPlace(index, numbers)
             arguments = [*self._command, "--port", str(port.number), "--worker", str(place)]
             restarts = Restarts(self._limits, self._clock)
-            worker = Supervised(f"worker-{index}", arguments, restarts, log.warning, self._module)
+            needed = partial(self._others_live, index)
+            worker = Supervised(
+                f"worker-{index}", arguments, restarts, log.warning, self._module, needed
+            )
             self._workers.append(worker)
             await worker.start()
             worker.show_output(self._show)
@@ -123,7 +127,7 @@ class Workers:
 
     async def supervise(self) -> None:
         """Start again what crashes; returns when all have ended in order. Raises ClusterError
-        when one crashes again and again."""
+        when one crashes again and again and no other lives."""
         keeping = [asyncio.ensure_future(worker.keep()) for worker in self._workers]
         try:
             await asyncio.gather(*keeping)
@@ -143,6 +147,9 @@ class Workers:
         await end_children(children, self._shutdown, seconds, WORKER_KILL_SECONDS)
         for port in self._ports:
             port.close()
+
+    def _others_live(self, index: int) -> bool:
+        return any(one.alive for at, one in enumerate(self._workers) if at != index)
 
     async def _reserved(self, orphans: bool) -> ReservedPort:
         until = self._clock.now() + (ORPHAN_SECONDS if orphans else 0.0)
