@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import random
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from memserve.api.errors import ApiError
 from memserve.api.signatures import (
     REORDERED,
     WINDOW_SECONDS,
+    Mac,
     Proof,
     Signed,
     Signer,
@@ -223,6 +225,11 @@ def test_what_was_overtaken_by_too_many_is_refused(wire: Wire) -> None:
     wire.check(newest)
     with pytest.raises(ApiError, match="made before"):
         wire.check(late)
+
+
+@given(st.binary(max_size=64), st.binary(max_size=300))
+def test_our_hmac_is_the_library_s(key: bytes, message: bytes) -> None:
+    assert Mac(key).hex(message) == hmac.digest(key, message, "sha256").hex().encode()
 
 
 @given(st.binary(max_size=200))
