@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Annotated, TypeVar
 
-import click
 import msgspec
 import typer
 from rich.console import Console
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from memserve.api.control import InstanceChange, WantedState
 from memserve.api.status import InstanceState, MediumTotals
-from memserve.api.tls import client_tls
+from memserve.api.tls import TLS_CA_VARIABLE, client_tls
 from memserve.clock import MonotonicClock
 from memserve.cluster.client import ClusterClient, ClusterSummary
 from memserve.cluster.rolling import RESTART_SECONDS, remove, restart
@@ -26,20 +26,10 @@ from memserve.types import Role
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Look at a running cluster and change it. To add an instance to it, on any machine: "
-    "memserve instance --join URL.",
+    help="Look at a running cluster and change it. Signs with MEMSERVE_SECRET, or with the secret of "
+    "the cluster that this user runs here; MEMSERVE_TLS_CA names the authorities of an https:// "
+    "gateway. To add an instance, on any machine: memserve instance --join URL.",
 )
-
-
-@app.callback()
-def _root(
-    context: typer.Context,
-    tls_ca: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="PEM: authorities of an https:// gateway's certificate"),
-    ] = None,
-) -> None:
-    context.obj = tls_ca
 
 
 _DEFAULT_URL = f"http://{GatewayConfig().host}:{GatewayConfig().port}"
@@ -135,7 +125,7 @@ def remove_(
 def _run(url: str, json: bool, work: Callable[[ClusterClient], Awaitable[object]]) -> None:
     """Do it, then show what the cluster is like."""
 
-    authorities = client_tls(click.get_current_context().obj)
+    authorities = client_tls(os.environ.get(TLS_CA_VARIABLE))
 
     async def run() -> ClusterSummary:
         async with ClusterClient(url, tls=authorities) as client:

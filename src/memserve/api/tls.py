@@ -6,6 +6,8 @@ import ssl
 
 from memserve.errors import ConfigError
 
+TLS_CA_VARIABLE = "MEMSERVE_TLS_CA"  # of commands that only ask
+
 
 def server_tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
     """What a server shows its clients: a chain of certificates and its key, PEM files. None
