@@ -26,8 +26,8 @@ from memserve.types import Role
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Look at a running cluster and change it. Signs with MEMSERVE_SECRET, or with the secret of "
-    "the cluster that this user runs here; MEMSERVE_TLS_CA names the authorities of an https:// "
+    help="Look at a running cluster and change it. Signs with MEMSERVE_SECRET, or with the secret "
+    "of the cluster that this user runs here; MEMSERVE_TLS_CA names the authorities of an https:// "
     "gateway. To add an instance, on any machine: memserve instance --join URL.",
 )
 

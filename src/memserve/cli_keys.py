@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from memserve.gateway.api_keys import append_entry, new_key
+from memserve.api.api_keys import append_entry, new_key
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from memserve.config import GatewayConfig
-from memserve.errors import ConfigError
-from memserve.gateway.access import Client
-from memserve.gateway.api_keys import (
+from memserve.api.api_keys import (
     ApiKey,
     append_entry,
     hashed,
     load_keys,
     new_key,
 )
+from memserve.config import GatewayConfig
+from memserve.errors import ConfigError
+from memserve.gateway.access import Client
 from tests.e2e.conftest import StartCluster
 from tests.fakes import MODEL, FakeCluster, FakeEngine
 from tests.security.test_control_plane import stranger

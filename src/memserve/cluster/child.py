@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import re
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from memserve.api.serving import Shutdown
 from memserve.cluster.lines import Lines
@@ -44,8 +45,15 @@ class Child:
         self.ended = asyncio.ensure_future(self._end())  # its exit code
 
     @classmethod
-    async def spawn(cls, name: str, arguments: Sequence[str], module: str = "memserve") -> Child:
-        """Start it. What it prints is kept until `show_output`."""
+    async def spawn(
+        cls,
+        name: str,
+        arguments: Sequence[str],
+        module: str = "memserve",
+        environment: Mapping[str, str] | None = None,
+    ) -> Child:
+        """Start it. What it prints is kept until `show_output`. `environment`: in addition to
+        this process's; for what no argument may say."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",  # a file here that is named like a module of Python's is none of ours
@@ -57,6 +65,7 @@ class Child:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
+            env={**os.environ, **(environment or {})},
         )
         return cls(name, process)
 
@@ -89,6 +98,10 @@ class Child:
     def terminate(self) -> None:
         """Ask it to end in order; asked twice, it waits for no request."""
         self._signal(signal.SIGTERM)
+
+    def reload(self) -> None:
+        """Ask it to read again what may change while it runs."""
+        self._signal(signal.SIGHUP)
 
     def kill(self) -> None:
         self._signal(signal.SIGKILL)

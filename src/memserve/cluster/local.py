@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from memserve.api.api_keys import KEYS_VARIABLE, hashed
 from memserve.api.serving import Shutdown
 from memserve.api.status import InstanceState
 from memserve.clock import Clock, MonotonicClock
@@ -21,6 +25,7 @@ from memserve.errors import ClusterError
 from memserve.flags import to_flags
 from memserve.models.resolve import Progress
 from memserve.pool.segment import sweep
+from memserve.secrets import SECRET_VARIABLE, cluster_secret, keep_secret, new_secret
 
 POLL_SECONDS = 0.2  # how often a starting cluster is asked for its state
 # A child drains for `drain_seconds`, if it has come to serve requests, and then needs up to
@@ -57,6 +62,11 @@ class LocalCluster:
         self._limits = limits or RestartLimits()
         self._clock = clock or MonotonicClock()
         self._module = module
+        given = cluster_secret()
+        # Of its own, so that another user of this machine is a stranger to it, and this user's
+        # other clusters are, too.
+        self._secret = new_secret() if given.local else given
+        self._secret_file: Path | None = None
         self._port: ReservedPort | None = None
         self._gateway: Supervised | None = None
         self._instances: list[Supervised] = []
@@ -69,13 +79,16 @@ class LocalCluster:
         Raises ClusterError when a process ends before that, with its last lines.
         """
         self._port = ReservedPort(self._config.gateway.host, self._config.gateway.port)
+        self._secret_file = keep_secret(self._secret, self._port.number)
         for name, arguments in instance_commands(self._config):
             one = self._supervised(name, [*arguments, "--join", self._port.url])
             self._instances.append(one)
             await one.start()
         gateway = msgspec.structs.replace(self._config.gateway, port=self._port.number)
         command = ["gateway", *to_flags(self._config.model), *to_flags(gateway)]
-        self._gateway = self._supervised("gateway", command, self._some_instance_lives)
+        command += to_flags(self._config.security)
+        keys = {KEYS_VARIABLE: hashed(self._config.gateway.api_keys)}
+        self._gateway = self._supervised("gateway", command, self._some_instance_lives, keys)
         await self._gateway.start()
         count = f"{len(self._instances)} instance{'s' if len(self._instances) > 1 else ''}"
         self._progress(f"loading {self._config.model.path} into {count}")
@@ -167,6 +180,11 @@ class LocalCluster:
         for one in self._all():
             one.show_output(show)
 
+    def reload(self) -> None:
+        """Have the gateway read its clients' keys again."""
+        if self._gateway is not None and self._gateway.started:
+            self._gateway.child.reload()
+
     async def stop(self) -> None:
         """End the gateway, which lets running requests finish, then the instances."""
         patience = CLOSE_SECONDS + (self._config.gateway.drain_seconds if self._serving else 0)
@@ -176,13 +194,26 @@ class LocalCluster:
             await end_children(children, self._shutdown, patience, KILL_SECONDS)
         if self._port is not None:
             self._port.close()
+        if self._secret_file is not None:
+            self._secret_file.unlink(missing_ok=True)
         sweep()  # an instance that was killed has left its shared memory behind
 
     def _supervised(
-        self, name: str, arguments: Sequence[str], needed: Callable[[], bool] | None = None
+        self,
+        name: str,
+        arguments: Sequence[str],
+        needed: Callable[[], bool] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> Supervised:
-        restarts = Restarts(self._limits, self._clock)
-        return Supervised(name, arguments, restarts, self._progress, self._module, needed)
+        return Supervised(
+            name,
+            arguments,
+            Restarts(self._limits, self._clock),
+            self._progress,
+            self._module,
+            needed,
+            {SECRET_VARIABLE: str(self._secret), **(environment or {})},
+        )
 
     def _some_instance_lives(self) -> bool:
         return any(one.alive for one in self._instances)
@@ -206,7 +237,7 @@ class LocalCluster:
 
     async def _look(self) -> bool:
         """Ask the gateway who is ready; whether anybody is."""
-        async with ClusterClient(self.url) as client:
+        async with ClusterClient(self.url, self._secret) as client:
             try:
                 members = (await client.view()).instances
             except ClusterError:  # it has ended: whoever watches it finds out
@@ -234,6 +265,8 @@ async def run_local_cluster(
     shutdown = Shutdown()
     shutdown.on_signals()
     cluster = LocalCluster(config, shutdown, progress, module=module)
+    if not sys.stdin.isatty():  # a terminal that closes sends it, too, and means the end
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, cluster.reload)
 
     async def tell() -> None:
         late = await cluster.settled()

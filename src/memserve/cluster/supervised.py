@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from memserve.api.control import RESTART_EXIT_CODE
 from memserve.cluster.child import Child
@@ -24,14 +24,17 @@ class Supervised:
         progress: Progress,
         module: str,
         needed: Callable[[], bool] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`module` is what Python runs, with `arguments`. As long as it is `needed`, it is
-        never given up, however often it crashes: others are of no use without it."""
+        """`module` is what Python runs, with `arguments` and, besides ours, `environment`. As
+        long as it is `needed`, it is never given up, however often it crashes: others are of no
+        use without it."""
         self.name = name
         self._arguments = arguments
         self._restarts = restarts
         self._progress = progress
         self._module = module
+        self._environment = environment
         self._needed = needed or (lambda: False)
         self.crashes = 0  # in all of its lives
         self.given_up = False
@@ -53,7 +56,7 @@ class Supervised:
         return self._child is not None and not self._child.ended.done()
 
     async def start(self) -> None:
-        self._child = await Child.spawn(self.name, self._arguments, self._module)
+        self._child = await Child.spawn(self.name, self._arguments, self._module, self._environment)
         if self._show is not None:
             self._child.show_output(self._show)
 

@@ -22,11 +22,11 @@ from http import HTTPStatus
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from memserve.api.api_keys import ApiKey, ApiKeys
 from memserve.api.errors import ApiError, path_not_found
 from memserve.api.guard import require_signature
 from memserve.api.http_message import Header, Reply, Request
 from memserve.api.signatures import SCHEME, Verifier
-from memserve.gateway.api_keys import ApiKey, ApiKeys
 from memserve.secrets import Secret, is_loopback
 
 _BEARER = b"bearer "

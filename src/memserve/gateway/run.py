@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import uvloop
 
+from memserve.api.api_keys import load_keys
 from memserve.api.control import MAX_CONTROL_BYTES
 from memserve.api.http_server import HttpServer
 from memserve.api.peer_client import PeerClient
@@ -32,7 +33,6 @@ from memserve.cluster.poller import Poller
 from memserve.config import ClusterConfig, available_cores
 from memserve.errors import ClusterError, ConfigError
 from memserve.gateway.access import Access
-from memserve.gateway.api_keys import load_keys
 from memserve.gateway.app import GatewayApp
 from memserve.gateway.call_builder import CallBuilder
 from memserve.gateway.global_router import GlobalRouter

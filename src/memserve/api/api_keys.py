@@ -68,9 +68,7 @@ class ApiKeys:
 def load_keys(given: Iterable[str], file: str | None) -> ApiKeys:
     """The keys of a configuration (`given`), of MEMSERVE_API_KEYS, and of a file with an entry
     on each line (`#`: a comment). Raises ConfigError."""
-    entries = [(entry, "gateway.api_keys") for entry in given]
-    environment = os.environ.get(KEYS_VARIABLE, "")
-    entries += [(entry, KEYS_VARIABLE) for entry in environment.split(",") if entry.strip()]
+    entries = _entries(given)
     if file is not None:
         entries += _lines(Path(file))
     if len(entries) > MAX_KEYS:
@@ -78,9 +76,10 @@ def load_keys(given: Iterable[str], file: str | None) -> ApiKeys:
     return ApiKeys(_parse(entry, source) for entry, source in entries)
 
 
-def hashed(entries: Iterable[str]) -> str:
-    """Entries as MEMSERVE_API_KEYS has them, without the keys themselves."""
-    return ",".join(map(_entry, (_parse(entry, "gateway.api_keys") for entry in entries)))
+def hashed(given: Iterable[str]) -> str:
+    """Those `given` and of MEMSERVE_API_KEYS, as the latter has them, without the keys
+    themselves. Raises ConfigError."""
+    return ",".join(_entry(_parse(entry, source)) for entry, source in _entries(given))
 
 
 def new_key(name: str | None, tenant: str | None, privileged: bool) -> tuple[str, str]:
@@ -103,6 +102,15 @@ def append_entry(path: Path, entry: str) -> None:
         raise ConfigError(f"{path}: {error.strerror}") from error
 
 
+def _entries(given: Iterable[str]) -> list[tuple[str, str]]:
+    """With where each comes from."""
+    environment = os.environ.get(KEYS_VARIABLE, "").split(",")
+    return [
+        *((entry, "gateway.api_keys") for entry in given),
+        *((entry, KEYS_VARIABLE) for entry in environment if entry.strip()),
+    ]
+
+
 def _lines(path: Path) -> list[tuple[str, str]]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -115,7 +123,9 @@ def _lines(path: Path) -> list[tuple[str, str]]:
 
 
 def _parse(entry: str, source: str) -> ApiKey:
-    shown, *options = entry.split()
+    shown, *options = entry.split() or [""]
+    if not shown:
+        raise ConfigError(f"{source}: an API key is empty")
     if shown.startswith(_PREFIX):
         if _HASH.fullmatch(shown.removeprefix(_PREFIX)) is None:
             raise ConfigError(f"{source}: {_PREFIX} and 64 hexadecimal digits")
