@@ -4,100 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
 
 import pytest
-import uvloop
 
-from memserve.api import http_server
+from memserve.api.http_limits import HttpLimits
 from memserve.api.http_message import Reply, Request
-from memserve.api.http_server import MAX_HEAD_BYTES, HttpServer
+from memserve.api.http_parser import MAX_HEAD_BYTES
+from tests.http_harness import LIMIT, LOOPS, Conversation, post, serving
 
-LIMIT = 1000
 MANY = 16 * MAX_HEAD_BYTES  # several reads of any loop's
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the")  # works with what is pinned
-Handle = Callable[[Request, Reply], Coroutine[object, object, None]]
 
 
-@pytest.fixture(params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy], scope="module")
+@pytest.fixture(params=LOOPS, scope="module")
 def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
     policy: asyncio.AbstractEventLoopPolicy = request.param()
     return policy
-
-
-async def echo(request: Request, reply: Reply) -> None:
-    body = b"%b %b %b" % (request.method.encode(), request.path.encode(), request.body)
-    reply.send(200, body, ((b"x-seen", b"%d" % len(request.headers)),))
-
-
-class Conversation:
-    """A client's end of a connection."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-
-    def say(self, *parts: bytes) -> None:
-        for part in parts:
-            self.writer.write(part)
-
-    async def hear(self) -> tuple[int, dict[bytes, bytes], bytes]:
-        """Status, headers and body of the next answer."""
-        head = await self.reader.readuntil(b"\r\n\r\n")
-        status, *lines = head.rstrip().split(b"\r\n")
-        headers = dict(line.split(b": ", 1) for line in lines)
-        if b"content-length" in headers:
-            body = await self.reader.readexactly(int(headers[b"content-length"]))
-        elif headers.get(b"transfer-encoding") == b"chunked":
-            body = b""
-            while size := int(await self.reader.readline(), 16):
-                body += (await self.reader.readexactly(size + 2))[:-2]
-            await self.reader.readline()
-        else:
-            body = await self.reader.read()
-        return int(status.split(b" ")[1]), headers, body
-
-    async def error(self) -> tuple[int, str]:
-        status, _, body = await self.hear()
-        detail = json.loads(body)["error"]
-        assert set(detail) == {"message", "type", "param", "code"}
-        return status, detail["code"]
-
-    async def ended(self) -> bool:
-        return await self.reader.read() == b""
-
-
-class Served:
-    def __init__(self, server: HttpServer, port: int) -> None:
-        self.server = server
-        self.port = port
-
-    async def connect(self) -> Conversation:
-        return Conversation(*await asyncio.open_connection("127.0.0.1", self.port))
-
-
-@asynccontextmanager
-async def serving(handle: Handle = echo, limit: int = LIMIT) -> AsyncIterator[Served]:
-    sock = socket.create_server(("127.0.0.1", 0))
-    server = HttpServer(handle, limit)
-    await server.start(sock, 16)
-    try:
-        yield Served(server, sock.getsockname()[1])
-    finally:
-        await server.close(1.0)
-
-
-def post(body: bytes, path: bytes = b"/p", *headers: bytes) -> bytes:
-    lines = b"".join(header + b"\r\n" for header in headers)
-    return b"POST %b HTTP/1.1\r\nhost: h\r\n%bcontent-length: %d\r\n\r\n%b" % (
-        path,
-        lines,
-        len(body),
-        body,
-    )
 
 
 async def test_a_connection_is_kept_and_requests_may_come_in_any_pieces() -> None:
@@ -229,7 +151,7 @@ async def test_a_client_that_is_still_sending_finds_its_refusal() -> None:
         b"GET /" + b"x" * MANY,
         b"GET / HTTP/1.1\r\nx-long: " + b"x" * MANY,
         b"GET / HTTP/1.1\r\n" + b"x-many: x\r\n" * (MANY // 10),
-        b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx: " + b"x" * MANY,
+        b"POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx: " + b"x" * MANY,
     ],
     ids=["url", "one header", "many headers", "trailer"],
 )
@@ -323,9 +245,7 @@ async def test_a_slow_reader_stops_who_writes_and_is_told_when_to_go_on() -> Non
         assert flow == [True, False]
 
 
-async def test_a_client_that_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "STALLED_SECONDS", 0.01)
-    monkeypatch.setattr(http_server, "SWEEP_SECONDS", 0.01)
+async def test_a_client_that_never_reads_is_given_up() -> None:
     given_up = asyncio.Event()
 
     async def flood(request: Request, reply: Reply) -> None:
@@ -337,10 +257,12 @@ async def test_a_client_that_never_reads_is_given_up(monkeypatch: pytest.MonkeyP
         await given_up.wait()
         reply.end()
 
-    async with serving(flood) as served:
+    limits = HttpLimits(stalled_seconds=0.01, sweep_seconds=0.01)
+    async with serving(flood, limits=limits) as served:
         client = await served.connect()
         client.say(post(b""))
         await given_up.wait()
+        assert served.server.counters.stalled == 1
         client.writer.close()
 
 
@@ -385,20 +307,20 @@ async def test_a_handler_that_fails_costs_its_request_and_no_more(
     assert "on purpose" in caplog.text
 
 
-async def test_a_client_that_says_nothing_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "SERVER_KEEP_ALIVE_SECONDS", 0.01)
-    monkeypatch.setattr(http_server, "SWEEP_SECONDS", 0.01)
+async def test_a_client_that_says_nothing_is_hung_up_on() -> None:
     answer = asyncio.Event()
 
     async def wait(request: Request, reply: Reply) -> None:
         await answer.wait()
         reply.send(200, b"late")
 
-    async with serving(wait) as served:
+    limits = HttpLimits(idle_seconds=0.01, body_seconds=0.01, sweep_seconds=0.01)
+    async with serving(wait, limits=limits) as served:
         busy, idle, half = [await served.connect() for _ in range(3)]
         busy.say(post(b""))
         half.say(post(b"x")[:-1])
         assert await idle.ended()
+        assert await half.error() == (408, "request_timeout")
         assert await half.ended()
         answer.set()  # the server's own time does not count
         assert (await busy.hear())[2] == b"late"

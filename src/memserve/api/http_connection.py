@@ -1,0 +1,398 @@
+"""One client's connection of the HTTP server: whose turn it is, how long, and what is held.
+
+Requests are answered one at a time. What a client pipelines waits, and it is not read from
+meanwhile; of a large read no more is parsed than makes one request wait. Nor is the next one
+begun while the client does not read the answers that it has: what a connection holds is one
+request, one answer beyond the transport's high-water mark, one read, and a slice's requests.
+
+The end of what a client sends (FIN) may mean that it has left (`close`), or that it has said all
+and waits for the answer (`shutdown`, as `printf ... | nc` does); the two look the same. So:
+
+- Once the answer has begun, and with TLS, the client has left, and its request is cancelled.
+- Before that, a client of HTTP/1.1 is asked: it is sent `100 Continue`, which every client has to
+  skip (RFC 9110, 15.2), and which a socket that was closed answers with a reset. The connection's
+  state shows the reset after a round trip. Asked are those whose request is young after
+  YOUNG_SECONDS, so that most of the simple ones see nothing but their answer; all others at once.
+- HTTP/1.0 has no `100 Continue`. Who sends the end right behind the request has
+  `half_closed_seconds` to wait for its answer; anybody else has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from http import HTTPStatus
+from typing import Protocol, cast
+
+from memserve.api.errors import ApiError, unavailable
+from memserve.api.http_limits import HttpCounters, HttpLimits
+from memserve.api.http_message import Reply, Request
+from memserve.api.http_parser import MAX_SLICE_BYTES, RequestParser
+
+YOUNG_SECONDS = 0.05
+# After a sign of life was asked for: a round trip in the machine room, one around the world, and
+# then the next time.
+_LOOK_SECONDS = (0.005, 0.1, 1.0)
+_END_OF_HEAD = b"\r\n\r\n"
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_TCP_CLOSE = 7  # the first byte of TCP_INFO, after a reset (Linux, net/tcp_states.h)
+
+
+class Owner(Protocol):
+    """What a connection knows of its server."""
+
+    limits: HttpLimits
+    counters: HttpCounters
+    max_body_bytes: int
+    held_bytes: int  # of unfinished and waiting requests, of all connections
+    closing: bool
+    loop: asyncio.AbstractEventLoop
+
+    def add(self, connection: Connection) -> bool:
+        """Whether there is room for it; it is to be discarded in any case."""
+
+    def discard(self, connection: Connection) -> None: ...
+
+    def answer(self, request: Request, reply: Reply) -> None:
+        """Run the handler."""
+
+
+class Connection(asyncio.Protocol):
+    """One client's; what the parser tells comes back to it, and what replies send."""
+
+    def __init__(self, server: Owner) -> None:
+        self._server = server
+        self._parser: RequestParser = cast(RequestParser, None)  # while connected
+        self._transport: asyncio.Transport = cast(asyncio.Transport, None)  # once connected
+        self._secure = False  # TLS
+        self._reply: Reply | None = None  # being answered
+        self._began = 0.0  # when its handler began
+        self._http_10 = False  # its client
+        self._waiting: deque[Request | ApiError] = deque()  # pipelined behind it
+        self._unread = b""  # read, and from `_at` on not parsed yet
+        self._at = 0
+        self._held = 0  # bytes of `Owner.held_bytes` that are ours
+        self._paused = False
+        self._writable = True
+        self._last = False  # no further request is taken
+        self._discards = False  # what comes is thrown away: something was refused
+        self._deadline = 0.0  # while the client has the word and says nothing
+        self._since = 0.0  # when the unfinished head or body began to be waited for; 0: none is
+        self._in_head = True  # which of these
+        self._stalled = 0.0  # since when nothing more can be written
+        self._asking: asyncio.TimerHandle | None = None  # a half-closed client
+
+    # --- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._secure = transport.get_extra_info("sslcontext") is not None
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        private = self._secure or _is_local(transport.get_extra_info("peername"))
+        server, limits = self._server, self._server.limits
+        self._parser = RequestParser(self, server.max_body_bytes, limits.small_body, private)
+        self._deadline = server.loop.time() + limits.idle_seconds
+        if not server.add(self):
+            self._last = True
+            self._next(unavailable("Too many connections.", "too_many_connections", close=True))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._server.discard(self)
+        if self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
+        self._waiting.clear()
+        self._unread = b""
+        self._last = True
+        self._parser.close()
+        self._hold(0)
+        reply, self._reply = self._reply, None  # they refer to each other
+        if reply is not None:
+            reply.hung_up()
+
+    def data_received(self, data: bytes) -> None:
+        if self._last:
+            return
+        if len(data) > MAX_SLICE_BYTES or self._waiting:
+            self._take(data)
+        else:
+            self._parser.feed(data)
+        if self._parser.unfinished:
+            self._wait_for_more()
+
+    def eof_received(self) -> bool | None:
+        reply = self._reply
+        if reply is None or reply.started or self._secure:
+            return None  # the transport is closed
+        loop, limits = self._server.loop, self._server.limits
+        young = loop.time() < self._began + YOUNG_SECONDS
+        if self._http_10:
+            if not young:
+                return None
+            self._asking = loop.call_later(limits.half_closed_seconds, self._give_up)
+        else:
+            self._asking = loop.call_later(YOUNG_SECONDS if young else 0.0, self._ask)
+        self._server.counters.half_closed += 1
+        self._last = True
+        self._since = 0.0
+        self._parser.stop()
+        self._account()
+        return True
+
+    def pause_writing(self) -> None:
+        self._flow(False)
+
+    def resume_writing(self) -> None:
+        self._flow(True)
+
+    # --- what the parser tells
+
+    def requested(self, request: Request) -> None:
+        self._last = self._last or not request.keep_alive
+        self._since = 0.0
+        if self._held:
+            self._account()
+        if self._reply is None and self._writable and not self._waiting:
+            self._begin(request)
+        else:
+            self._next(request)
+
+    def expects(self) -> None:
+        if self._reply is None and not self._waiting:
+            self.send(_CONTINUE)
+
+    def announced(self, length: int) -> None:
+        server = self._server
+        room = server.limits.held_bytes - server.held_bytes
+        if length > room:
+            self._refuse_body()
+
+    def refused(self, error: ApiError) -> None:
+        self._server.counters.malformed += 1
+        self._refuse(error)
+
+    # --- replies
+
+    def send(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    def replied(self, keep_alive: bool) -> None:
+        """The reply is complete: the client, or what it has pipelined, has the word."""
+        self._reply = None
+        if self._transport.is_closing():
+            return
+        if self._waiting and keep_alive:
+            self._go_on()
+        elif self._discards and not self._waiting:
+            if self._transport.can_write_eof():  # not with TLS
+                self._transport.write_eof()
+            self._listen(self._server.limits.linger_seconds)
+        elif self._last or self._server.closing or not keep_alive:
+            self._transport.close()
+        elif self._unread:
+            self._go_on()
+        else:
+            self._listen(self._server.limits.idle_seconds)
+
+    def close_when_idle(self) -> None:
+        if self._reply is None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def check(self, now: float) -> None:
+        """Close a connection that its client has kept for too long."""
+        limits, counters = self._server.limits, self._server.counters
+        if not self._writable:
+            if now > self._stalled + limits.stalled_seconds:
+                counters.stalled += 1
+                self._transport.abort()
+        elif self._since and not self._paused:
+            if self._in_head and now > self._since + limits.head_seconds:
+                counters.head_timeouts += 1
+                self._refuse(_timed_out("head"))
+            elif not self._in_head and now > (
+                self._since + limits.body_seconds + self._parser.body_size / limits.body_rate
+            ):
+                counters.body_timeouts += 1
+                self._refuse(_timed_out("body"))
+        elif self._reply is None and not self._since and now > self._deadline:
+            self._transport.close()
+
+    # --- whose turn it is
+
+    def _take(self, data: bytes = b"") -> None:
+        """Parse until a request waits; the rest is for later."""
+        if self._unread:
+            data = self._unread[self._at :] + data if data else self._unread
+        else:
+            self._at = 0
+        at, view, parser = self._at, memoryview(data), self._parser
+        size = len(data)
+        while at < size and not self._waiting and not self._last:
+            if parser.unfinished:
+                end = at + (parser.missing or MAX_SLICE_BYTES)
+            else:  # a head by itself: its body is one part, then
+                end = at + MAX_SLICE_BYTES
+                found = data.find(_END_OF_HEAD, at, end)
+                if found >= 0:
+                    end = found + len(_END_OF_HEAD)
+            parser.feed(view[at:end])
+            at = end
+        if at >= size or self._last:
+            self._unread = b""
+        else:
+            self._unread, self._at = data, at
+            self._pause()
+            self._account()
+
+    def _next(self, work: Request | ApiError) -> None:
+        if self._reply is None and self._writable and not self._waiting:
+            self._begin(work)
+            return
+        self._waiting.append(work)
+        self._pause()
+        self._account()
+
+    def _begin(self, work: Request | ApiError) -> None:
+        if isinstance(work, ApiError):
+            nothing = Request("GET", "", b"", [], b"", False, False, b"")
+            self._reply = reply = Reply(self, nothing, self._writable)
+            reply.send_error(work)
+            return
+        self._http_10 = work.http_10
+        self._began = self._server.loop.time()
+        self._reply = reply = Reply(self, work, self._writable)
+        self._server.answer(work, reply)
+
+    def _go_on(self) -> None:
+        """What has come already; then what is to come."""
+        while self._reply is None and self._writable and (self._waiting or self._unread):
+            if self._waiting:
+                self._begin(self._waiting.popleft())
+            else:
+                self._take()
+                if self._parser.unfinished:
+                    self._wait_for_more()
+        if self._held:
+            self._account()
+        if not (self._waiting or self._unread or self._last) and self._writable:
+            self._listen(self._server.limits.idle_seconds)
+
+    def _listen(self, seconds: float) -> None:
+        self._deadline = self._server.loop.time() + seconds
+        if self._paused:
+            self._paused = False
+            if self._since:  # nothing could come meanwhile
+                self._since = self._server.loop.time()
+            self._transport.resume_reading()
+
+    def _pause(self) -> None:
+        if not self._paused and not self._transport.is_closing():
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _flow(self, writable: bool) -> None:
+        self._writable = writable
+        self._stalled = self._server.loop.time()
+        if self._reply is not None:
+            self._reply.writable = writable
+            if self._reply.on_flow is not None:
+                self._reply.on_flow(not writable)
+        elif writable and (self._waiting or not self._last):
+            self._go_on()
+
+    # --- what is unfinished, and what is refused
+
+    def _wait_for_more(self) -> None:
+        """A head or a body has not come to its end yet."""
+        parser = self._parser
+        if not self._since or self._in_head != parser.in_head:
+            self._since = self._server.loop.time()
+            self._in_head = parser.in_head
+        parser.gather()
+        self._account()
+
+    def _account(self) -> None:
+        """Say what is held now; refuse a body that is too much."""
+        held = self._parser.held + len(self._unread)
+        for work in self._waiting:
+            held += 0 if isinstance(work, ApiError) else len(work.body)
+        self._hold(held)
+        server = self._server
+        if held > server.limits.small_body and server.held_bytes > server.limits.held_bytes:
+            self._refuse_body()
+
+    def _hold(self, size: int) -> None:
+        self._server.held_bytes += size - self._held
+        self._held = size
+
+    def _refuse_body(self) -> None:
+        if not self._last:
+            self._server.counters.bodies_refused += 1
+            self._refuse(unavailable("Too much is being sent at once.", "too_many_bodies"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer what cannot be taken, and take no more."""
+        if self._last:
+            return
+        self._last = self._discards = True
+        self._since = 0.0
+        self._unread = b""
+        self._parser.stop()
+        self._next(error)
+        if self._held:
+            self._account()
+
+    # --- a client that has finished sending
+
+    def _ask(self) -> None:
+        """Make one that has left answer with a reset."""
+        if self._reply is not None and not self._reply.started:
+            self.send(_CONTINUE)
+        self._look(0)
+
+    def _look(self, step: int) -> None:
+        """Whether it has left, until it has its answer."""
+        if self._transport.is_closing():
+            return
+        if _was_reset(self._transport):
+            self._give_up()
+        elif step < len(_LOOK_SECONDS):
+            seconds = _LOOK_SECONDS[step]
+            self._asking = self._server.loop.call_later(seconds, self._look, step + 1)
+        else:
+            self._ask()
+
+    def _give_up(self) -> None:
+        self._server.counters.departed += 1
+        self._transport.abort()
+
+
+def _is_local(peer: object) -> bool:
+    """Whether a peer's address is of this machine alone; sockets of Unix have none."""
+    if not isinstance(peer, tuple):
+        return True
+    host = str(peer[0]).removeprefix("::ffff:")
+    return host == "::1" or host.startswith("127.")
+
+
+def _was_reset(transport: asyncio.Transport) -> bool:
+    sock = transport.get_extra_info("socket")
+    try:
+        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+    except OSError:
+        return False  # not TCP: there, a write fails at once
+    return bool(state[0] == _TCP_CLOSE)
+
+
+def _timed_out(part: str) -> ApiError:
+    return ApiError(
+        HTTPStatus.REQUEST_TIMEOUT,
+        f"The request's {part} took too long to come.",
+        code="request_timeout",
+    )

@@ -1,0 +1,363 @@
+"""Requests out of a connection's bytes, on httptools (llhttp in its strict mode).
+
+llhttp refuses what smuggles requests: conflicting or repeated lengths, a length beside
+`Transfer-Encoding`, bare LF, folded header lines, spaces before a header's colon. What it lets
+pass and a server may not is refused here: requests without one valid Host (RFC 9112, 3.2), other
+transfer codings than chunked (6.1), other versions than 1.0 and 1.1, CONNECT.
+
+An offer to upgrade (`Connection: Upgrade`) is ignored, as RFC 9110 (7.8) allows. llhttp, however,
+takes what follows such a head for another protocol. So the head goes, without `Upgrade`, through
+a fresh parser, and what follows it behind it.
+"""
+
+from __future__ import annotations
+
+import re
+from http import HTTPStatus
+from typing import Protocol, cast
+from urllib.parse import unquote
+
+import httptools
+
+from memserve.api.errors import ApiError, body_too_large, invalid, method_not_allowed
+from memserve.api.http_message import Header, Request
+
+MAX_HEAD_BYTES = 64 * 1024  # of request line and headers, with what separates them
+MAX_HEADERS = 256  # a browser behind three proxies sends 40
+
+# What may be fed at once, unless it is known to be one body: 150 requests of the shortest kind.
+MAX_SLICE_BYTES = 4 * 1024
+
+# Heads of which less came in further slices than their first are not larger than MAX_HEAD_BYTES.
+_SURELY_SMALL = MAX_HEAD_BYTES - 2 * MAX_SLICE_BYTES
+_HEADER_OVERHEAD = len(b": \r\n")
+_LINE_OVERHEAD = len(b"  HTTP/1.1\r\n\r\n")
+# Headers that the server itself has a use for.
+_OWN_HEADERS = frozenset(
+    (b"host", b"content-length", b"transfer-encoding", b"expect", b"upgrade"),
+)
+# uri-host [":" port] (RFC 3986, 3.2.2); empty where the target has no authority.
+_HOST = re.compile(
+    rb"(?:\[[0-9A-Fa-f:.]+(?:%25[\w.~%-]+)?\]"
+    rb"|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)"
+    rb"(?::[0-9]*)?"
+)
+_NO_LENGTH = -1
+
+
+class Sink(Protocol):
+    """What is told of requests."""
+
+    def requested(self, request: Request) -> None:
+        """A whole one."""
+
+    def expects(self) -> None:
+        """A client waits for a sign before it sends its body (`Expect: 100-continue`)."""
+
+    def announced(self, length: int) -> None:
+        """A body of so many bytes is to come."""
+
+    def refused(self, error: ApiError) -> None:
+        """What cannot be read; the parser takes nothing more."""
+
+
+class RequestParser:
+    """One connection's. `close` it: it and httptools' parser refer to each other."""
+
+    __slots__ = (
+        "_body",
+        "_fed",
+        "_headers",
+        "_host",
+        "_http_10",
+        "_keep_alive",
+        "_large",
+        "_length",
+        "_limit",
+        "_method",
+        "_offer",
+        "_parser",
+        "_parts",
+        "_private",
+        "_sink",
+        "_stopped",
+        "_url",
+        "body_size",
+        "in_head",
+        "unfinished",
+    )
+
+    def __init__(self, sink: Sink, max_body_bytes: int, large: int, private: bool) -> None:
+        """Bodies of more than `large` bytes are announced. `private`: see `Request`."""
+        self._sink = sink
+        self._limit = max_body_bytes
+        self._large = large
+        self._private = private
+        self._parser = httptools.HttpRequestParser(self)
+        self._host = b""  # the last that was valid; a connection's requests have the same
+        self._stopped = False
+        # Of the request that is being read:
+        self.unfinished = False  # something of it has come
+        self.in_head = True
+        self.body_size = 0
+        # Bytes since it began, but for those that came with its beginning; then bytes since its
+        # head or some of its body came: trailers, and chunks' extensions.
+        self._fed = 0
+        self._url = b""
+        self._headers: list[Header] = []
+        self._parts: list[bytes] = []  # of a body, of this read
+        self._body = bytearray()  # of a body, of reads before
+        self._length = 0  # of a body, if it is known
+        self._offer = b""  # its head without the offer to upgrade
+        self._method = b""
+        self._http_10 = False
+        self._keep_alive = True
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """More bytes: a body's `missing` ones, or MAX_SLICE_BYTES at most. The sink is told at
+        once of what is complete with them."""
+        self._fed += len(data)
+        try:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._decline(data, upgrade)
+        except httptools.HttpParserError as error:
+            self.refuse(invalid(f"Not HTTP/1.1: {error}"))
+        if self._fed > MAX_HEAD_BYTES and self.unfinished:
+            self.refuse(_head_too_large())
+
+    @property
+    def missing(self) -> int:
+        """Bytes that are known to belong to the body that is being read."""
+        return self._length - self.body_size if self._length else 0
+
+    @property
+    def held(self) -> int:
+        """Bytes of the request that is being read."""
+        return self._fed + self.body_size if self.unfinished else 0
+
+    def gather(self) -> None:
+        """Put together what has come of a body, so that small parts take no more than they are.
+        Call it when there is nothing more to feed for now."""
+        for part in self._parts:
+            self._body += part
+        self._parts.clear()
+
+    def refuse(self, error: ApiError) -> None:
+        """Tell the sink, unless it was told before, and forget the request."""
+        if not self._stopped:
+            self.stop()
+            self._sink.refused(error)
+
+    def stop(self) -> None:
+        """Take nothing more, and forget the request that is being read."""
+        self._stopped = True
+        self.unfinished = False
+        self._body = bytearray()
+        self._start_afresh()
+
+    def close(self) -> None:
+        """Let go of everything. Call nothing after it."""
+        self.stop()
+        self._parser = cast(httptools.HttpRequestParser, None)
+        self._sink = cast(Sink, None)
+
+    # --- httptools' callbacks
+
+    def on_message_begin(self) -> None:
+        self._fed = 0
+        self.in_head = True
+        self.unfinished = not self._stopped
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.in_head:  # nobody has asked for trailers
+            self._headers.append((name.lower(), value.rstrip()))
+
+    def on_headers_complete(self) -> None:
+        if self._stopped:
+            return
+        self.in_head = False
+        parser = self._parser
+        self._keep_alive = parser.should_keep_alive()
+        self._method = parser.get_method()
+        version = parser.get_http_version()
+        try:
+            if self._fed > _SURELY_SMALL:
+                self._check_size()
+            self._fed = 0
+            if version != "1.1":
+                self._check_version(version)
+            else:
+                self._http_10 = False
+            self._examine(self._headers)
+        except ApiError as error:
+            self.refuse(error)
+
+    def on_body(self, body: bytes) -> None:
+        if self._stopped:
+            return
+        self._fed = 0
+        self.body_size += len(body)
+        if self.body_size > self._limit:
+            self.refuse(body_too_large(self._limit))
+        else:
+            self._parts.append(body)
+
+    def on_message_complete(self) -> None:
+        if self._stopped or self._offer:
+            return
+        parts = self._parts
+        if self._body:
+            self.gather()
+            body, self._body = bytes(self._body), bytearray()
+        else:
+            body = parts[0] if len(parts) == 1 else b"".join(parts)
+        url, headers = self._url, self._headers
+        self._url = b""
+        self._headers = []
+        self._parts = []
+        self._length = self.body_size = 0
+        self.unfinished = False
+        path, _, query = url.partition(b"?")
+        if not path.startswith(b"/"):
+            path = _path_of(path)
+        self._sink.requested(
+            Request(
+                self._method.decode("ascii"),
+                unquote(path.decode("latin-1")) if b"%" in path else path.decode("latin-1"),
+                query,
+                headers,
+                body,
+                self._http_10,
+                self._keep_alive,
+                url,
+                self._private,
+            )
+        )
+
+    def _start_afresh(self) -> None:
+        self._url = b""
+        self._headers = []
+        self._parts = []
+        self._length = self.body_size = 0
+
+    def _check_version(self, version: str) -> None:
+        self._http_10 = version == "1.0"
+        if not self._http_10:
+            raise ApiError(
+                HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
+                f"This server speaks HTTP/1.1, not HTTP/{version}.",
+                code="http_version_not_supported",
+            )
+
+    def _check_size(self) -> None:
+        size = len(self._method) + len(self._url) + _LINE_OVERHEAD
+        size += sum(len(name) + len(value) + _HEADER_OVERHEAD for name, value in self._headers)
+        if size > MAX_HEAD_BYTES:
+            raise _head_too_large()
+
+    def _examine(self, headers: list[Header]) -> None:
+        """Look at the headers that say how the request is to be read. Raises ApiError."""
+        if len(headers) > MAX_HEADERS:
+            raise _too_many_headers()
+        if self._method == b"CONNECT":
+            raise method_not_allowed("CONNECT", self._url.decode("latin-1"), None)
+        hosts = length = 0
+        expects = offers = False
+        codings = b""
+        for name, value in headers:
+            if name not in _OWN_HEADERS:
+                continue
+            if name == b"host":
+                hosts += 1
+                if value != self._host:
+                    self._host = _valid_host(value)
+            elif name == b"content-length":
+                length = int(value)
+            elif name == b"transfer-encoding":
+                codings += value.lower() + b","
+            elif name == b"expect":
+                expects = value.lower() == b"100-continue" and not self._http_10
+            else:
+                offers = True
+        if hosts != 1 and (hosts or not self._http_10):
+            raise invalid("A request of HTTP/1.1 has one Host header.")
+        if codings:
+            self._check_codings(codings)
+        if offers and self._parser.should_upgrade():
+            self._offer = self._without_offer()
+            return
+        if length:
+            if length > self._limit:
+                raise body_too_large(self._limit)
+            self._length = length
+            if length > self._large:
+                self._sink.announced(length)
+        if expects and not self._stopped:
+            self._sink.expects()
+
+    def _check_codings(self, codings: bytes) -> None:
+        if self._http_10:
+            raise invalid("HTTP/1.0 has no Transfer-Encoding.")
+        if codings == b"chunked,":
+            return
+        if codings.rstrip(b",").split(b",")[-1].strip() != b"chunked":
+            raise invalid("The last transfer coding of a request is chunked.")  # or has no end
+        raise ApiError(
+            HTTPStatus.NOT_IMPLEMENTED,
+            "Of transfer codings this server knows chunked alone.",
+            code="transfer_coding_not_implemented",
+        )
+
+    def _without_offer(self) -> bytes:
+        """The head again, but for what it offers to upgrade to."""
+        lines = [b"%b: %b\r\n" % header for header in self._headers if header[0] != b"upgrade"]
+        version = b"1.0" if self._http_10 else b"1.1"
+        return b"%b %b HTTP/%b\r\n%b\r\n" % (self._method, self._url, version, b"".join(lines))
+
+    def _decline(self, data: bytes | memoryview, upgrade: httptools.HttpParserUpgrade) -> None:
+        """Read on after an offer to upgrade; there may be more of them in `data`."""
+        while self._offer:
+            head, self._offer = self._offer, b""
+            data = memoryview(data)[upgrade.args[0] :]
+            self._start_afresh()
+            self._parser = httptools.HttpRequestParser(self)
+            self._parser.feed_data(head)
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as another:
+                upgrade = another
+
+
+def _valid_host(value: bytes) -> bytes:
+    if _HOST.fullmatch(value) is None:
+        raise invalid(f"Not a Host: {ascii(value)[1:]}")
+    return value
+
+
+def _path_of(url: bytes) -> bytes:
+    """The path of a whole URL, as proxies send them; anything else as it is."""
+    try:
+        return httptools.parse_url(url).path or b"/"
+    except httptools.HttpParserInvalidURLError:
+        return url
+
+
+def _head_too_large() -> ApiError:
+    return ApiError(
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+        f"The request's line and headers are larger than {MAX_HEAD_BYTES} bytes.",
+        code="headers_too_large",
+    )
+
+
+def _too_many_headers() -> ApiError:
+    return ApiError(
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+        f"The request has more than {MAX_HEADERS} headers.",
+        code="headers_too_large",
+    )
