@@ -8,6 +8,10 @@ import msgspec
 
 from memserve.errors import MemserveError
 
+# Characters of a message, with what it repeats of a request. Our own words are fewer than 200.
+MAX_MESSAGE_CHARACTERS = 256
+
+_TAIL_CHARACTERS = 80  # of them are the end's: there it says what would have been right
 _encode = msgspec.json.Encoder().encode
 
 
@@ -27,7 +31,9 @@ class ApiError(MemserveError):
 
     `retry_after` (seconds) is set where the same request may succeed later. `close` asks the
     client to open a new connection for it, because this process is going away. `allow` is the
-    method that would have been right, `authenticate` what a 401 asks for.
+    method that would have been right, `authenticate` what a 401 asks for. Messages that are too
+    long lose their middle, so that no answer, event or log line repeats more than
+    MAX_MESSAGE_CHARACTERS of what was sent.
     """
 
     def __init__(
@@ -43,9 +49,10 @@ class ApiError(MemserveError):
         allow: str | None = None,
         authenticate: str | None = None,
     ) -> None:
+        message = bounded(message)
         super().__init__(message)
         self.status = status
-        self.detail = ErrorDetail(message, type, param, code)
+        self.detail = ErrorDetail(message, type, None if param is None else bounded(param), code)
         self.retry_after = retry_after
         self.close = close
         self.allow = allow
@@ -71,6 +78,14 @@ class ApiError(MemserveError):
     def event(self) -> bytes:
         """The same as a server-sent event: what a broken stream ends with."""
         return b"data: " + self.body() + b"\n\n"
+
+
+def bounded(text: str) -> str:
+    """The text as it can be encoded, without its middle if it is too long."""
+    if len(text) > MAX_MESSAGE_CHARACTERS:
+        head = MAX_MESSAGE_CHARACTERS - _TAIL_CHARACTERS - 1
+        text = f"{text[:head]}\N{HORIZONTAL ELLIPSIS}{text[-_TAIL_CHARACTERS:]}"
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
