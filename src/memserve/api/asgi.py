@@ -1,4 +1,8 @@
-"""ASGI, where speed is not all: an adapter to the server, and bodies, answers, hang-ups."""
+"""ASGI, where speed is not all: an adapter to the server, and bodies, answers, hang-ups.
+
+The adapter gives an application HEAD as GET, and drops the body of its answer. Errors that it
+answers in anything but JSON (frameworks do, when a handler fails) get OpenAI's shape here.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +147,8 @@ def asgi_handler(app: ASGIApp) -> Handler:
     """The server's handler that runs an ASGI application."""
 
     async def handle(request: Request, reply: Reply) -> None:
-        await app(_scope(request), *_channels(request, reply))
+        exchange = _Exchange(request, reply)
+        await app(_scope(request), exchange.receive, exchange.send)
 
     return handle
 
@@ -153,7 +158,7 @@ def _scope(request: Request) -> Scope:
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
         "http_version": "1.0" if request.http_10 else "1.1",
-        "method": request.method,
+        "method": "GET" if request.method == "HEAD" else request.method,
         "scheme": "http",
         "path": request.path,
         "raw_path": request.target.partition(b"?")[0],
@@ -165,51 +170,94 @@ def _scope(request: Request) -> Scope:
     }
 
 
-def _channels(request: Request, reply: Reply) -> tuple[Receive, Send]:
-    gone = asyncio.Event()
-    flowing = asyncio.Event()
-    flowing.set()
-    body: bytes | None = request.body
-    head: tuple[int, list[tuple[bytes, bytes]]] = (0, [])
+class _Exchange:
+    """One request and its answer as messages. What an application does against the protocol is
+    a RuntimeError of its own; the server then ends its client's wait."""
 
-    def hung_up() -> None:
-        gone.set()
-        flowing.set()
+    def __init__(self, request: Request, reply: Reply) -> None:
+        self._reply = reply
+        self._body: bytes | None = request.body
+        self._bare = request.method == "HEAD"
+        self._gone = asyncio.Event()
+        self._flowing = asyncio.Event()
+        if reply.writable:
+            self._flowing.set()
+        self._status = 0
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._left: int | None = None  # bytes of the length that it has announced
+        self._plain: list[bytes] | None = None  # the body of an error that is not JSON
+        reply.on_gone, reply.on_flow = self._hung_up, self._flow
 
-    def flow(paused: bool) -> None:
-        if paused:
-            flowing.clear()
-        else:
-            flowing.set()
-
-    async def receive() -> Message:
-        nonlocal body
-        if body is not None:
-            message = {"type": "http.request", "body": body, "more_body": False}
-            body = None
+    async def receive(self) -> Message:
+        if self._body is not None:
+            message = {"type": "http.request", "body": self._body, "more_body": False}
+            self._body = None
             return message
-        await gone.wait()
+        await self._gone.wait()
         return {"type": "http.disconnect"}
 
-    async def send(message: Message) -> None:
-        nonlocal head
+    async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            head = (message["status"], list(message["headers"]))
+            self._start(message["status"], list(message["headers"]))
             return
+        if message["type"] != "http.response.body" or not self._status:
+            raise RuntimeError(f"{message['type']} is not what comes next in an answer")
         data, more = message.get("body", b""), message.get("more_body", False)
+        if self._plain is not None:
+            self._plain.append(data)
+            if not more:
+                text = b"".join(self._plain).decode(errors="replace")
+                kept = [one for one in self._headers if not one[0].lower().startswith(b"content-")]
+                self._reply.send_error(_plain_error(self._status, text), kept)
+                self._gone.set()
+            return
+        await self._pass_on(data, more)
+
+    async def _pass_on(self, data: bytes, more: bool) -> None:
+        reply = self._reply
+        if self._left is not None and not self._bare:
+            self._left -= len(data)
+            if self._left < 0 or (self._left and not more):
+                raise RuntimeError("an answer is not as long as it says")
         if not reply.started:
-            sized = any(name.lower() == b"content-length" for name, _ in head[1])
-            reply.start(*head, sized=sized)
+            reply.start(self._status, self._headers, sized=self._left is not None)
         if not more:
             reply.end(data)
-            gone.set()  # as far as the application can tell
+            self._gone.set()  # as far as the application can tell
             return
         if data:
             reply.write(data)
         if not reply.writable:
-            await flowing.wait()
+            await self._flowing.wait()
 
-    reply.on_gone, reply.on_flow = hung_up, flow
-    if not reply.writable:
-        flowing.clear()
-    return receive, send
+    def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        if self._status:
+            raise RuntimeError("an answer begins once")
+        media = length = None
+        for name, value in headers:
+            match name.lower():
+                case b"content-type":
+                    media = value
+                case b"content-length":
+                    length = int(value)
+        self._status, self._headers, self._left = status, headers, length
+        if status >= HTTPStatus.BAD_REQUEST and not (media or b"").startswith(JSON_HEADER[1]):
+            self._plain = []
+
+    def _hung_up(self) -> None:
+        self._gone.set()
+        self._flowing.set()
+
+    def _flow(self, paused: bool) -> None:
+        if paused:
+            self._flowing.clear()
+        else:
+            self._flowing.set()
+
+
+def _plain_error(status: int, text: str) -> ApiError:
+    known = HTTPStatus(status)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        # Its text is for whoever runs the server, and in the log.
+        return ApiError(known, f"{known.phrase}.", type="server_error", code="internal_error")
+    return ApiError(known, text or f"{known.phrase}.")
