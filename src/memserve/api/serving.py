@@ -9,15 +9,18 @@ import asyncio
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 
 from starlette.types import ASGIApp
 
 from memserve.api.asgi import asgi_handler
+from memserve.api.hosts import advertised, bracketed, open_socket
+from memserve.api.http_limits import HttpCounters, HttpLimits
 from memserve.api.http_server import Handler, HttpServer
 
 BACKLOG = 2048
-IDLE_CONNECTION_SECONDS = 30.0  # of a client's connection; see http_server
+IDLE_CONNECTION_SECONDS = 30.0  # of a client's connection; see http_limits
 CLOSE_SECONDS = 2.0
 # An application refuses bodies itself; those of instances are token ids, about 7 bytes each.
 MAX_BODY_BYTES = 128 * 1024 * 1024
@@ -71,10 +74,10 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """A listening socket: from here on clients can connect, and wait. Port 0: any. `shared`:
     other processes of this user's listen on the port too; each connection comes to one of them.
 
-    Raises OSError.
+    `host` is an address of IPv4 or IPv6, a name that has one, or a wildcard (`0.0.0.0`, or `::`
+    for both). Raises OSError.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    sock, address = open_socket(host, port)
     try:
         # Accepted connections inherit it. Without it every stream's first event waits for the
         # client's delayed acknowledgement of the headers, 40 ms.
@@ -82,7 +85,7 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind((host, port))
+        sock.bind(address)
         sock.listen(BACKLOG)
     except OSError:
         sock.close()
@@ -90,12 +93,10 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
     return sock
 
 
-def url_of(sock: socket.socket) -> str:
-    """The http:// address of a listening socket; for a wildcard, this host's name."""
+def url_of(sock: socket.socket, *, tls: bool = False) -> str:
+    """The http:// or https:// address of a listening socket; for a wildcard, this host's name."""
     host, port = sock.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
-        host = socket.getfqdn()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{'https' if tls else 'http'}://{bracketed(advertised(host))}:{port}"
 
 
 def announce(address: str, ready_fd: int | None) -> None:
@@ -113,9 +114,11 @@ async def serve(
     shutdown: Shutdown,
     drain: Callable[[], Awaitable[None]],
     max_body_bytes: int = MAX_BODY_BYTES,
+    *,
+    tls: ssl.SSLContext | None = None,
 ) -> None:
     """`serve_http` for an ASGI application, which is given bodies whole."""
-    await serve_http(asgi_handler(app), sock, shutdown, drain, max_body_bytes)
+    await serve_http(asgi_handler(app), sock, shutdown, drain, max_body_bytes, tls=tls)
 
 
 async def serve_http(
@@ -124,13 +127,18 @@ async def serve_http(
     shutdown: Shutdown,
     drain: Callable[[], Awaitable[None]],
     max_body_bytes: int,
+    *,
+    tls: ssl.SSLContext | None = None,
+    limits: HttpLimits | None = None,
+    counters: HttpCounters | None = None,
 ) -> None:
-    """Serve until a shutdown is requested, then wait for `drain`, then close.
+    """Serve until a shutdown is requested, then wait for `drain`, then close. With `tls`, by
+    TLS alone. `counters` are those to count in, for whoever shows them.
 
     While draining, connections are still accepted: the handler refuses the requests.
     """
-    server = HttpServer(handler, max_body_bytes)
-    await server.start(sock, BACKLOG)
+    server = HttpServer(handler, max_body_bytes, limits, counters)
+    await server.start(sock, BACKLOG, tls)
     try:
         await shutdown.requested.wait()
         await drain()

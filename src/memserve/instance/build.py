@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from memserve.api.handoff import PoolPeer
+from memserve.api.hosts import bracketed, reachable_endpoint
 from memserve.api.status import PoolTotals
 from memserve.config import (
     KEEPING_ROLES,
@@ -77,7 +78,8 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
     with ExitStack() as stack:
         pool = stack.enter_context(_make_pool(config, settings, identity, layout, device, profile))
         engine = Engine(model, pool, engine_settings)
-        address = PoolPeer(identity.id, pool.serve(f"tcp://{settings.host}:0"))
+        endpoint = pool.serve(f"tcp://{bracketed(settings.host)}:0")
+        address = PoolPeer(identity.id, reachable_endpoint(endpoint))
         link = KVLink(pool, address, config.cache.caching, config.cache.mode)
         events = KVEventPublisher(pool, settings.host, cluster_keys(None))
         stack.callback(events.close)

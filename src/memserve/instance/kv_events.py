@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import zmq
 
+from memserve.api.hosts import bracketed, numeric_endpoint
 from memserve.api.kv_events import (
     BEAT_SECONDS,
     END_OF_REPLAY,
@@ -260,8 +261,8 @@ class KVEventPublisher:
         return socket
 
     def _bind(self, socket: zmq.Socket[bytes], host: str) -> str:
-        address = f"tcp://[{host}]:0" if ":" in host else f"tcp://{host}:0"
-        socket.ipv6 = ":" in host
+        address = numeric_endpoint(f"tcp://{bracketed(host)}:0")
+        socket.ipv6 = "[" in address
         try:
             socket.bind(address)
         except zmq.ZMQError as error:

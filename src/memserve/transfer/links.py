@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from memserve.api.hosts import is_loopback, numeric_endpoint, split_endpoint
 from memserve.errors import ConfigError, TransferError
 from memserve.secrets import SECRET_VARIABLE
 from memserve.transfer.secret import ClusterKeys
@@ -29,8 +30,6 @@ LINGER_MS = 200
 
 # Messages taken from one socket before others, and timers, have their turn.
 RECEIVE_BATCH = 64
-
-_LOOPBACK = ("127.", "localhost", "[::1]")
 
 Socket = zmq.Socket[bytes]
 
@@ -97,6 +96,7 @@ class Links:
         address that others can reach, without a secret."""
         if self._router is not None:
             raise TransferError("this pool is served already")
+        address = numeric_endpoint(address)
         if (self._keys is None or self._keys.local) and not is_local(address):
             raise ConfigError(
                 f"{address} can be reached from other hosts: set {SECRET_VARIABLE} (the same "
@@ -104,6 +104,7 @@ class Links:
             )
         router = self._socket(zmq.ROUTER)
         router.router_mandatory = True  # tells us when a peer is not there
+        router.ipv6 = "[" in address  # otherwise IPv4's addresses would come back as IPv6's
         if self._keys is not None:
             if self._gate is None:
                 self._gate = self._keys.open_gate(self._context)
@@ -235,5 +236,4 @@ class Links:
 
 def is_local(address: str) -> bool:
     """Whether only this host can reach it."""
-    scheme, _, rest = address.partition("://")
-    return scheme in ("ipc", "inproc") or rest.startswith(_LOOPBACK)
+    return address.startswith(("ipc://", "inproc://")) or is_loopback(split_endpoint(address)[0])
