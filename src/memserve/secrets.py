@@ -9,7 +9,6 @@ and so is the network, since such a secret does not suffice beyond loopback.
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import os
 import stat
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from memserve.errors import ConfigError
+from memserve.hosts import is_loopback
 
 SECRET_VARIABLE = "MEMSERVE_SECRET"
 SECRET_FILE_VARIABLE = "MEMSERVE_SECRET_FILE"
@@ -72,16 +72,6 @@ def cluster_secret(given: str | None = None) -> Secret:
 def new_secret() -> Secret:
     """A random one."""
     return Secret((os.urandom(_BYTES).hex(),))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on `host`, an address or a name."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]").partition("%")[0]).is_loopback
-    except ValueError:
-        return False
 
 
 def require_secret(secret: Secret, host: str) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from memserve.errors import ConfigError
+from memserve.hosts import is_loopback
 from memserve.secrets import (
     Secret,
     cluster_secret,
-    is_loopback,
     keep_secret,
     new_secret,
     require_secret,

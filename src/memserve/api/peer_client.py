@@ -22,7 +22,7 @@ from memserve.api.errors import ApiError, ErrorBody, ErrorDetail
 from memserve.api.serving import IDLE_CONNECTION_SECONDS
 from memserve.api.signatures import PROOF_HEADER, Signer, digest_of
 from memserve.api.tls import unchecked_tls
-from memserve.secrets import is_loopback
+from memserve.hosts import is_loopback
 
 CONNECT_SECONDS = 2.0  # a process accepts at once, or it is gone
 # Unless the caller knows better: what processes say of themselves fits many times over.

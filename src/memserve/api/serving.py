@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable, Coroutine
 from starlette.types import ASGIApp
 
 from memserve.api.asgi import asgi_handler
-from memserve.api.hosts import advertised, bracketed, open_socket
 from memserve.api.http_limits import HttpCounters, HttpLimits
 from memserve.api.http_server import Handler, HttpServer
+from memserve.hosts import advertised, bracketed, open_socket
 
 BACKLOG = 2048
 IDLE_CONNECTION_SECONDS = 30.0  # of a client's connection; see http_limits

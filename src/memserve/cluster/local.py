@@ -23,6 +23,7 @@ from memserve.cluster.supervised import Supervised
 from memserve.config import ClusterConfig, InstanceConfig, available_cores
 from memserve.errors import ClusterError
 from memserve.flags import to_flags
+from memserve.hosts import is_loopback
 from memserve.models.resolve import Progress
 from memserve.pool.segment import sweep
 from memserve.secrets import SECRET_VARIABLE, cluster_secret, keep_secret, new_secret
@@ -78,7 +79,11 @@ class LocalCluster:
 
         Raises ClusterError when a process ends before that, with its last lines.
         """
-        self._port = ReservedPort(self._config.gateway.host, self._config.gateway.port)
+        self._port = ReservedPort(
+            self._config.gateway.host,
+            self._config.gateway.port,
+            tls=self._config.security.tls_cert is not None,
+        )
         self._secret_file = keep_secret(self._secret, self._port.number)
         for name, arguments in instance_commands(self._config):
             one = self._supervised(name, [*arguments, "--join", self._port.url])
@@ -310,6 +315,8 @@ def instance_commands(config: ClusterConfig) -> Iterator[tuple[str, list[str]]]:
                 *to_flags(config.model),
                 *to_flags(config.cache),
                 *to_flags(_own_settings(table, len(settings))),
+                # Nobody can listen in on what stays within this machine.
+                *([] if is_loopback(table.host) else to_flags(config.security)),
                 "--drain-seconds",
                 str(config.gateway.drain_seconds),
             ],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 
-from memserve.api.hosts import bracketed, open_socket
 from memserve.errors import ClusterError
+from memserve.hosts import bracketed, open_socket
 
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 

@@ -27,7 +27,8 @@ from memserve.api.errors import ApiError, path_not_found
 from memserve.api.guard import require_signature
 from memserve.api.http_message import Header, Reply, Request
 from memserve.api.signatures import SCHEME, Verifier
-from memserve.secrets import Secret, is_loopback
+from memserve.hosts import is_loopback
+from memserve.secrets import Secret
 
 _BEARER = b"bearer "
 _CLIENTS = "/v1/"

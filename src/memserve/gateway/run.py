@@ -40,8 +40,9 @@ from memserve.gateway.relay import Relay
 from memserve.gateway.siblings import MEET_SECONDS, Siblings
 from memserve.gateway.upstream import Upstream
 from memserve.gateway.workers import LOOPBACK, WorkerPlace
+from memserve.hosts import is_loopback
 from memserve.models.tokenizer import Tokenizer
-from memserve.secrets import cluster_secret, is_loopback, require_secret
+from memserve.secrets import cluster_secret, require_secret
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def run_gateway(
 
     def listen() -> socket.socket:
         sock = _bound(config.gateway.host, config.gateway.port, shared=worker is not None)
-        announce(url_of(sock), ready_fd)
+        announce(url_of(sock, tls=config.security.tls_cert is not None), ready_fd)
         return sock
 
     try:
@@ -249,7 +250,9 @@ class Gateway:
                 self._relay.stop()
                 await shutdown.wait_for(self._app.idle(), STOP_SECONDS)
 
-        await serve_http(self._app.handle, sock, shutdown, drain, self._max_body_bytes)
+        await serve_http(
+            self._app.handle, sock, shutdown, drain, self._max_body_bytes, tls=self._tls
+        )
 
     def reload_on_signal(self) -> None:
         """SIGHUP from now on. Only in a process's main thread."""

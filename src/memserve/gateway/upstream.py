@@ -20,7 +20,7 @@ from memserve.api.peer_client import CONNECT_SECONDS
 from memserve.api.serving import IDLE_CONNECTION_SECONDS
 from memserve.api.signatures import PROOF_HEADER, Signed, Signer, digest_of
 from memserve.api.tls import unchecked_tls
-from memserve.secrets import is_loopback
+from memserve.hosts import is_loopback
 
 _TARGET = GENERATE_PATH.encode()
 

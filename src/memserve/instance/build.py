@@ -12,7 +12,6 @@ import msgspec
 import torch
 
 from memserve.api.handoff import PoolPeer
-from memserve.api.hosts import bracketed, reachable_endpoint
 from memserve.api.status import PoolTotals
 from memserve.config import (
     KEEPING_ROLES,
@@ -27,6 +26,7 @@ from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import count_weights, load_model
 from memserve.engine.team import compute_alone, with_team
 from memserve.errors import ConfigError
+from memserve.hosts import bracketed, reachable_endpoint
 from memserve.instance.instance import Identity, Parts
 from memserve.instance.kv_events import KVEventPublisher
 from memserve.instance.kv_link import KVLink

@@ -18,7 +18,6 @@ import msgspec
 import numpy as np
 import zmq
 
-from memserve.api.hosts import bracketed, numeric_endpoint
 from memserve.api.kv_events import (
     BEAT_SECONDS,
     END_OF_REPLAY,
@@ -35,6 +34,7 @@ from memserve.api.kv_events import (
 )
 from memserve.api.namespaces import is_private
 from memserve.errors import ConfigError, TransferError
+from memserve.hosts import bracketed, numeric_endpoint
 from memserve.pool.listener import StoredRun
 from memserve.pool.pool import MemPool
 from memserve.transfer.secret import ClusterKeys

@@ -72,7 +72,7 @@ def run_instance(
         model=config.model.served_name or config.model.path,
     )
     make = partial(build or _built_in, config, settings, identity)
-    announce(url_of(sock), ready_fd)
+    announce(url_of(sock, tls=tls[0] is not None), ready_fd)
     return uvloop.run(_main(identity, make, sock, config.gateway.drain_seconds, join, secret, tls))
 
 
@@ -86,9 +86,10 @@ async def _main(
     tls: tuple[ssl.SSLContext | None, ssl.SSLContext | None],
 ) -> int:
     server, authorities = tls
+    address = url_of(sock, tls=server is not None)
     peers = PeerClient(Signer(secret), authorities)
     instance = Instance(identity, MonotonicClock(), peers)
-    registration = Registration(peers, join, url_of(sock), identity.id, identity.epoch)
+    registration = Registration(peers, join, address, identity.id, identity.epoch)
     instance.standing.on_news(registration.tell)
     shutdown = Shutdown()
     shutdown.on_signals()
@@ -111,7 +112,9 @@ async def _main(
     async with asyncio.TaskGroup() as background:
         joining = background.create_task(registration.run())
         useful = background.create_task(_end_when_useless(instance, loading, shutdown))
-        await serve_http(handler_of(instance, secret), sock, shutdown, drain, MAX_BODY_BYTES)
+        await serve_http(
+            handler_of(instance, secret), sock, shutdown, drain, MAX_BODY_BYTES, tls=server
+        )
         useful.cancel()
         joining.cancel()
     await instance.close()

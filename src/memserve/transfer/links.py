@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from memserve.api.hosts import is_loopback, numeric_endpoint, split_endpoint
 from memserve.errors import ConfigError, TransferError
+from memserve.hosts import is_loopback, numeric_endpoint, split_endpoint
 from memserve.secrets import SECRET_VARIABLE
 from memserve.transfer.secret import ClusterKeys
 from memserve.transfer.shortcut import Neighbour, Shortcut

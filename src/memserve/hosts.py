@@ -75,11 +75,12 @@ def reachable_endpoint(endpoint: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, or `localhost`, can be reached from this machine alone."""
+    """Whether an address, in brackets or not, or `localhost`, can be reached from this machine
+    alone."""
     if host == "localhost":
         return True
     try:
-        address = ipaddress.ip_address(host)
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
     except ValueError:
         return False
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
