@@ -20,7 +20,7 @@ from memserve.config import GatewayConfig
 from memserve.errors import ConfigError
 from memserve.gateway.access import Client
 from tests.e2e.conftest import StartCluster
-from tests.fakes import MODEL, FakeCluster, FakeEngine
+from tests.fakes import MODEL, FakeCluster, FakeEngine, metric
 from tests.security.test_control_plane import stranger
 
 ASKED = json.dumps({"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 2})
@@ -54,6 +54,12 @@ def test_nobody_gets_in_without_a_key(cluster: FakeCluster, shown: str | None, p
     assert answer.status == 401
     assert answer.json["error"]["code"] == "invalid_api_key"
     assert len(cluster.engines[0].submitted) == before
+
+
+def test_metrics_tell_of_those_who_were_refused(cluster: FakeCluster) -> None:
+    before = metric(cluster.url, 'memserve_refusals_total{why="api_key"}')
+    assert stranger(cluster.url, "GET", "/v1/models").status == 401
+    assert metric(cluster.url, 'memserve_refusals_total{why="api_key"}') == before + 1
 
 
 def test_who_has_a_key_is_served(cluster: FakeCluster) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
 from prometheus_client.registry import Collector
@@ -53,7 +53,7 @@ class GatewayApp:
         clock: Clock,
         desk: Desk,
         decisions: Decisions,
-        routing: Collector,
+        collectors: Iterable[Collector],
         instance_wait: float,
         access: Access,
         peers: PeerClient,
@@ -71,7 +71,8 @@ class GatewayApp:
         self._access_log = access_log
         self._access = access
         self._metrics = GatewayMetrics(membership)
-        self._metrics.register(routing)
+        for collector in collectors:
+            self._metrics.register(collector)
         self._generating: dict[str, _Build] = {
             CHAT_PATH: calls.chat,
             COMPLETIONS_PATH: calls.completion,

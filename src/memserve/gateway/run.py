@@ -13,6 +13,7 @@ import uvloop
 
 from memserve.api.api_keys import load_keys
 from memserve.api.control import MAX_CONTROL_BYTES
+from memserve.api.http_limits import HttpCounters
 from memserve.api.http_server import HttpServer
 from memserve.api.peer_client import PeerClient
 from memserve.api.serving import (
@@ -35,6 +36,7 @@ from memserve.errors import ClusterError, ConfigError
 from memserve.gateway.access import Access
 from memserve.gateway.app import GatewayApp
 from memserve.gateway.call_builder import CallBuilder
+from memserve.gateway.edge_metrics import EdgeMetrics
 from memserve.gateway.global_router import GlobalRouter
 from memserve.gateway.relay import Relay
 from memserve.gateway.siblings import MEET_SECONDS, Siblings
@@ -171,6 +173,7 @@ class Gateway:
         signer = Signer(secret)
         self._peers = PeerClient(signer, authorities)
         self._upstream = Upstream(signer, authorities)
+        self._counters = HttpCounters()
         self._max_body_bytes = config.gateway.max_body_bytes
         wait = config.gateway.instance_wait_seconds
         self._router = GlobalRouter(
@@ -191,7 +194,7 @@ class Gateway:
             clock,
             self._router.desk,
             self._router.decisions,
-            self._router.metrics,
+            (self._router.metrics, EdgeMetrics(self._counters, self._access)),
             wait,
             self._access,
             self._peers,
@@ -251,7 +254,13 @@ class Gateway:
                 await shutdown.wait_for(self._app.idle(), STOP_SECONDS)
 
         await serve_http(
-            self._app.handle, sock, shutdown, drain, self._max_body_bytes, tls=self._tls
+            self._app.handle,
+            sock,
+            shutdown,
+            drain,
+            self._max_body_bytes,
+            tls=self._tls,
+            counters=self._counters,
         )
 
     def reload_on_signal(self) -> None:
