@@ -7,14 +7,12 @@ import asyncio
 from collections.abc import Sequence
 from typing import get_args
 
-import aiohttp
 import msgspec
 from rich.table import Table
 
-from memserve.api.status import HandoffTotals, InstanceStats
+from memserve.api.status import HandoffTotals
 from memserve.bench.loadgen import RequestRecord
 from memserve.bench.measure import (
-    ASK_TIMEOUT,
     BenchmarkError,
     ServeRun,
     StartedCluster,
@@ -173,14 +171,9 @@ async def _handoff_totals(url: str) -> HandoffTotals:
     try:
         async with ClusterClient(url) as client:
             members = (await client.view()).instances
-        found = []
-        async with aiohttp.ClientSession(timeout=ASK_TIMEOUT) as session:
-            for member in members:
-                if member.role is Role.DECODE:
-                    async with session.get(f"{member.address}/stats") as answer:
-                        stats = msgspec.json.decode(await answer.read(), type=InstanceStats)
-                        found.append(stats.handoff)
-    except (ClusterError, aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+            decoding = [member for member in members if member.role is Role.DECODE]
+            found = [(await client.stats(member)).handoff for member in decoding]
+    except ClusterError as error:
         raise BenchmarkError(f"{url} does not say what was handed over: {error}") from error
     return sum_of(found)
 

@@ -19,7 +19,7 @@ from memserve.bench.loadgen import (
     request_count,
     warm_up,
 )
-from memserve.bench.openai_client import OpenAIClient
+from memserve.bench.openai_client import OpenAIClient, api_key_headers
 from memserve.bench.processes import ProcessFigures, ProcessMeter
 from memserve.bench.report import ServingSummary, summarise
 from memserve.bench.work import ServeBenchConfig, Work
@@ -180,7 +180,7 @@ class _ModelList(msgspec.Struct, frozen=True):
 async def _served_model(url: str) -> str:
     try:
         async with (
-            aiohttp.ClientSession(timeout=ASK_TIMEOUT) as session,
+            aiohttp.ClientSession(timeout=ASK_TIMEOUT, headers=api_key_headers()) as session,
             session.get(f"{url.rstrip('/')}/v1/models") as answer,
         ):
             return msgspec.json.decode(await answer.read(), type=_ModelList).data[0].id

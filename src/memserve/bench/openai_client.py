@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,12 @@ class Answer:
     error: str | None
 
 
+def api_key_headers() -> dict[str, str]:
+    """What shows the key of OPENAI_API_KEY, as OpenAI's own client takes it."""
+    key = os.environ.get("OPENAI_API_KEY")
+    return {} if not key else {"Authorization": f"Bearer {key}"}
+
+
 class OpenAIClient:
     """A connection pool to one server. An async context manager."""
 
@@ -95,6 +102,7 @@ class OpenAIClient:
                 total=None, sock_connect=CONNECT_TIMEOUT, sock_read=SILENCE_TIMEOUT
             ),
             read_bufsize=_MAX_LINE_BYTES,
+            headers=api_key_headers(),
         )
         return self
 

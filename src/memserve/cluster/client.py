@@ -13,7 +13,7 @@ import msgspec
 from memserve.api.control import InstanceChange, LeaveRequest
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.signatures import Signer
-from memserve.api.status import InstanceState, JoinRequest, MediumTotals
+from memserve.api.status import InstanceState, InstanceStats, JoinRequest, MediumTotals
 from memserve.errors import ClusterError
 from memserve.secrets import Secret, secret_of
 from memserve.types import Epoch, InstanceId, Role
@@ -52,6 +52,7 @@ class ClusterSummary(msgspec.Struct, frozen=True):
 
 
 _member = msgspec.json.Decoder(MemberSummary)
+_stats = msgspec.json.Decoder(InstanceStats)
 _cluster = msgspec.json.Decoder(ClusterSummary)
 T = TypeVar("T")
 
@@ -97,6 +98,10 @@ class ClusterClient:
             raise ClusterError(f"there is no instance '{instance}'; there are: {known}")
         return member
 
+    async def stats(self, member: MemberSummary) -> InstanceStats:
+        """What an instance says of itself, asked where it is."""
+        return await self._call("GET", f"{member.address}/stats", _stats.decode)
+
     async def change(self, instance: str, wanted: InstanceChange) -> MemberSummary:
         path = f"/cluster/instances/{quote(instance, safe='')}"
         return await self._ask("POST", path, _member.decode, _encode(wanted))
@@ -113,11 +118,14 @@ class ClusterClient:
     async def _ask(
         self, method: str, path: str, decode: Callable[[bytes], T], body: bytes = b""
     ) -> T:
+        return await self._call(method, self._url + path, decode, body)
+
+    async def _call(
+        self, method: str, url: str, decode: Callable[[bytes], T], body: bytes = b""
+    ) -> T:
         try:
-            return await self._peers.call(
-                method, self._url + path, decode, body, seconds=CLIENT_SECONDS
-            )
+            return await self._peers.call(method, url, decode, body, seconds=CLIENT_SECONDS)
         except PeerError as error:
             if error.detail is None:
-                raise GatewayUnreachable(f"no answer from {self._url}: {error}") from error
+                raise GatewayUnreachable(f"no answer from {url}: {error}") from error
             raise ClusterError(error.detail.message) from error
