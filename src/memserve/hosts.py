@@ -17,14 +17,18 @@ SocketAddress = tuple[str, int] | tuple[str, int, int, int]
 
 def resolve(host: str, port: int) -> tuple[socket.AddressFamily, SocketAddress]:
     """Where to listen. Raises OSError for a name that has no address."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    kind = socket.SOCK_STREAM
+    try:
+        found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
+    except UnicodeError as error:  # an empty label, or one that is too long
+        raise socket.gaierror(socket.EAI_NONAME, f"not a host's name: {error}") from error
     known = [
         (family, address)
         for family, _, _, _, address in found
         if family in (socket.AF_INET, socket.AF_INET6)
     ]
     if not known:
-        raise OSError(f"{host} has no address of IPv4 or IPv6")
+        raise socket.gaierror(socket.EAI_NONAME, "no address of IPv4 or IPv6")
     family, address = min(known, key=lambda one: one[0] != socket.AF_INET)
     return family, _as_address(address)
 
@@ -63,7 +67,7 @@ def numeric_endpoint(endpoint: str) -> str:
     host, port = split_endpoint(endpoint)
     try:
         _, address = resolve(host, 0)
-    except (OSError, UnicodeError):  # UnicodeError: a name that cannot be one
+    except OSError:
         return endpoint
     return f"tcp://{bracketed(address[0])}:{port}"
 
