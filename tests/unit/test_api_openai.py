@@ -17,6 +17,7 @@ from memserve.api.openai import (
     parse_completion,
     sampling_params,
 )
+from memserve.gateway.prompts import read_prompts
 
 
 def chat(**fields: Any) -> ChatRequest:
@@ -25,7 +26,9 @@ def chat(**fields: Any) -> ChatRequest:
 
 
 def completion(**fields: Any) -> CompletionRequest:
-    return parse_completion(json.dumps({"prompt": "hi", **fields}).encode())
+    request = parse_completion(json.dumps({"prompt": "hi", **fields}).encode())
+    read_prompts(request.prompt)
+    return request
 
 
 def test_what_is_not_given_takes_the_neutral_values_of_sampling() -> None:
@@ -137,7 +140,7 @@ def test_completions_refuse_by_name_too(fields: dict[str, Any], param: str) -> N
 )
 def test_what_is_not_json_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as refused:
-        parse_completion(body)
+        read_prompts(parse_completion(body).prompt)
     assert refused.value.status == 400
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall
+from memserve.api.limits import MAX_SEQUENCES
 from memserve.api.status import Limits
-from memserve.gateway.call_builder import INLINE_CHARACTERS, MAX_SEQUENCES, CallBuilder
+from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder
 from memserve.models.tokenizer import Tokenizer
 from tests.fakes import MODEL, tiny_tokenizer
 
@@ -26,6 +27,7 @@ LIMITS = Limits(
     dtype="float32",
     device="cpu",
     threads=1,
+    max_waiting=MAX_SEQUENCES,
 )
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 BOS = 0

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall, encode_call
-from memserve.api.openai import parse_completion, parse_token_completion
+from memserve.api.openai import parse_completion
 from memserve.api.token_ids import TokenIds
+from memserve.gateway.compiled import prepare
+from memserve.gateway.prompts import read_prompts
 from memserve.gateway.token_parser import plain_token_ids
-from memserve.scheduler.compiled import prepare
 
 HIGHEST = 2**31 - 1
 _ids = st.lists(st.integers(0, HIGHEST), min_size=1)
@@ -26,7 +26,7 @@ def as_a_gateway_has_it() -> None:
     prepare()
 
 
-@given(_ids, st.sampled_from([(",", ":"), (", ", ": "), (" ,  ", ":")]))
+@given(_ids, st.sampled_from([(",", ":"), (", ", ": "), (" ,  ", ":"), (",\n\t", ":\r\n")]))
 def test_ids_are_found_however_they_are_spaced(ids: list[int], separators: tuple[str, str]) -> None:
     text = json.dumps(ids, separators=separators).encode()
     found = plain_token_ids(msgspec.Raw(text))
@@ -64,34 +64,14 @@ def test_what_is_not_one_prompt_of_ids_is_left(text: str) -> None:
 @given(_ids)
 def test_an_instance_gets_the_ids_that_the_client_sent(ids: list[int]) -> None:
     body = json.dumps({"prompt": ids, "max_tokens": 3, "n": 2}).encode()
-    found = parse_token_completion(body, plain_token_ids)
-    assert found is not None
-    request, prompt = found
-    assert (request.max_tokens, request.n, parse_completion(body).prompt) == (3, 2, tuple(ids))
+    request = parse_completion(body)
+    (prompt,) = read_prompts(request.prompt)
+    assert (request.max_tokens, request.n, prompt) == (3, 2, ids)
+    assert isinstance(prompt, TokenIds)
     for given_ids in (prompt, TokenIds.of(ids)):
         call = GenerateCall("c", CallKind.COMPLETION, "m", 1, (given_ids,))
         sent = msgspec.json.decode(encode_call(call), type=GenerateCall)
         assert sent.prompts == (ids,)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"best_of": 3}, {"echo": True, "logprobs": 1}, {"suffix": "x"}, {"stream_options": {}}],
-)
-def test_the_rest_of_a_request_is_checked_as_with_a_text(fields: dict[str, object]) -> None:
-    body = json.dumps({"prompt": [1, 2], **fields}).encode()
-    with pytest.raises(ApiError) as expected:
-        parse_completion(body)
-    with pytest.raises(ApiError) as found:
-        parse_token_completion(body, plain_token_ids)
-    assert found.value.body() == expected.value.body()
-
-
-@pytest.mark.parametrize("body", [b"", b"{", b'{"prompt":[1,2],"n":"x"}', b'{"unknown":1}', b"[1]"])
-def test_what_cannot_be_read_is_left_to_who_says_why(body: bytes) -> None:
-    assert parse_token_completion(body, plain_token_ids) is None
-    with pytest.raises(ApiError):
-        parse_completion(body)
 
 
 def test_ids_are_a_sequence_as_any_other() -> None:

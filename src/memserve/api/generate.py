@@ -8,17 +8,38 @@ that a gateway relays bytes and copies nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
+from memserve.api.limits import (
+    MAX_ID_CHARACTERS,
+    MAX_INT32,
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
+    MAX_NAME_CHARACTERS,
+    MAX_PEERS,
+    MAX_SAMPLES,
+    MAX_SEQUENCES,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 from memserve.api.token_ids import TokenIds
 from memserve.errors import RequestError
 from memserve.types import InstanceId
 
 GENERATE_PATH = "/v1/generate"
-MAX_LOGPROBS = 20  # OpenAI's limit of top_logprobs
+
+# What is decoded is checked by these; what is made here keeps to them.
+Count = Annotated[int, Meta(ge=0, le=MAX_INT32)]
+Int32 = Annotated[int, Meta(ge=-MAX_INT32 - 1, le=MAX_INT32)]
+Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Name = Annotated[str, Meta(max_length=MAX_NAME_CHARACTERS)]
+Address = Annotated[str, Meta(max_length=MAX_ID_CHARACTERS)]
 
 
 class FinishReason(StrEnum):
@@ -37,20 +58,21 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     on logits, then temperature, then min-p, top-k and top-p on probabilities.
     """
 
-    max_tokens: int = 16
-    min_tokens: int = 0
+    max_tokens: Count = 16
+    min_tokens: Count = 0
     temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0 (or -1): all
+    top_k: Int32 = 0  # 0 (or -1): all
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0  # over prompt and output
     presence_penalty: float = 0.0  # over output
     frequency_penalty: float = 0.0  # over output
-    logit_bias: dict[int, float] = {}
-    seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()  # beside the model's own end tokens
+    logit_bias: Annotated[dict[int, float], Meta(max_length=MAX_LOGIT_BIASES)] = {}
+    seed: Int64 | None = None
+    # Beside the model's own end tokens.
+    stop_token_ids: Annotated[tuple[int, ...], Meta(max_length=MAX_STOP_TOKEN_IDS)] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None  # alternatives to report besides the chosen token; None: none
+    logprobs: Count | None = None  # alternatives to report besides the chosen token; None: none
 
 
 def validate_sampling(params: SamplingParams, vocab_size: int) -> None:
@@ -81,18 +103,24 @@ def validate_sampling(params: SamplingParams, vocab_size: int) -> None:
         raise _refused("logprobs", p.logprobs, f"from 0 to {MAX_LOGPROBS}")
     if p.seed is not None and not -(2**63) <= p.seed < 2**63:
         raise _refused("seed", p.seed, "a signed 64-bit integer")
-    for token in p.stop_token_ids:
-        if not 0 <= token < vocab_size:
-            raise _refused("stop_token_ids", token, f"a token id (0 to {vocab_size - 1})")
-    for token, bias in p.logit_bias.items():
-        if not 0 <= token < vocab_size:
-            raise _refused("logit_bias", token, f"a token id (0 to {vocab_size - 1})")
+    _check_token_ids("stop_token_ids", p.stop_token_ids, vocab_size)
+    _check_token_ids("logit_bias", p.logit_bias, vocab_size)
+    for bias in p.logit_bias.values():
         if not -100 <= bias <= 100:
             raise _refused("logit_bias", bias, "from -100 to 100")
 
 
+def _check_token_ids(param: str, ids: Collection[int], vocab_size: int) -> None:
+    if not ids:
+        return
+    low, high = min(ids), max(ids)
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise _refused(param, bad, f"a token id (0 to {vocab_size - 1})")
+
+
 def _refused(param: str, value: float, allowed: str) -> RequestError:
-    return RequestError(f"{param}: {value} is not {allowed}", param)
+    return RequestError(f"{param}: {str(value)[:32]} is not {allowed}", param)
 
 
 class CallKind(StrEnum):
@@ -105,38 +133,44 @@ class CallKind(StrEnum):
 class PrefillPeer(msgspec.Struct, frozen=True):
     """A prefill instance that a decode instance may ask."""
 
-    id: InstanceId
-    address: str  # http://host:port
+    id: Annotated[InstanceId, Meta(max_length=MAX_ID_CHARACTERS)]
+    address: Address  # http://host:port
+
+
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class GenerateCall(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """One client request, tokenised. Choice `p * n + j` answers prompt p, sample j."""
 
-    id: str  # unique; also the OpenAI response id
+    # Unique; also the OpenAI response id.
+    id: Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARACTERS)]
     kind: CallKind
-    model: str  # echoed
-    created: int  # Unix seconds, echoed
-    prompts: tuple[Sequence[int], ...]  # token ids; chat has exactly one
+    model: Name  # echoed
+    created: Annotated[int, Meta(ge=0, le=2**53)]  # Unix seconds, echoed
+    # Token ids; chat has exactly one.
+    prompts: Annotated[tuple[Sequence[int], ...], Meta(min_length=1, max_length=MAX_SEQUENCES)]
     sampling: SamplingParams = SamplingParams()
-    n: int = 1
-    stop: tuple[str, ...] = ()  # stop strings
+    n: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 1
+    stop: Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     stream: bool = False
     include_usage: bool = False  # a last chunk with usage
     echo: bool = False  # completions: the prompt's text before the answer's
     return_token_ids: bool = False  # the client asked for `choices[].token_ids`
-    cache_salt: str = ""  # namespace of the KV cache
-    priority: int = 0  # lower runs first
-    session: str | None = None  # what the `session` policy keeps together
-    prefill: tuple[PrefillPeer, ...] = ()  # who computes the prompt, best first; (): the receiver
+    cache_salt: Name = ""  # namespace of the KV cache
+    priority: Int32 = 0  # lower runs first
+    session: Name | None = None  # what the `session` policy keeps together
+    # Who computes the prompt, best first; (): the receiver.
+    prefill: Annotated[tuple[PrefillPeer, ...], Meta(max_length=MAX_PEERS)] = ()
     # Whose longer prefix the computing instance pulls before it computes the rest.
     fetch: PrefillPeer | None = None
     # By choice: the token ids of the events that the client has already, from an instance that
     # was lost. The stream goes on exactly behind them; a choice that they end (by an end token,
     # a stop string, or max_tokens) says no more, and a stream of such choices is its usage and
     # [DONE]. (): a fresh call. Streams only.
-    resumed: tuple[tuple[int, ...], ...] = ()
+    resumed: Annotated[tuple[tuple[int, ...], ...], Meta(max_length=MAX_SEQUENCES)] = ()
 
 
 def _encodable(value: object) -> msgspec.Raw:

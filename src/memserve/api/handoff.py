@@ -11,33 +11,40 @@ Whoever computes a prompt may first ask a third instance for the prefix that it 
 
 from __future__ import annotations
 
-import msgspec
+from typing import Annotated
 
-from memserve.api.generate import PrefillPeer, SamplingParams
+import msgspec
+from msgspec import Meta
+
+from memserve.api.generate import Address, Int32, PrefillPeer, SamplingParams
+from memserve.api.limits import MAX_ID_CHARACTERS, MAX_NAME_CHARACTERS
 from memserve.types import InstanceId, Namespace, RequestId
 
 PREFILL_PATH = "/v1/prefill"
 PUSH_PATH = "/v1/kv/push"
 
+# A prefix of ours, and a client's salt or an id of ours.
+_Namespace = Annotated[Namespace, Meta(max_length=MAX_NAME_CHARACTERS + 2 * MAX_ID_CHARACTERS)]
+
 
 class PoolPeer(msgspec.Struct, frozen=True):
     """Where an instance's pool talks to others."""
 
-    id: InstanceId
-    address: str  # tcp://host:port
+    id: Annotated[InstanceId, Meta(max_length=MAX_ID_CHARACTERS)]
+    address: Address  # tcp://host:port
 
 
 class PrefillCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`POST /v1/prefill`. One sequence."""
 
-    id: RequestId
+    id: Annotated[RequestId, Meta(min_length=1, max_length=2 * MAX_ID_CHARACTERS)]
     prompt: tuple[int, ...]
     sampling: SamplingParams
-    namespace: Namespace  # of the KV at P
+    namespace: _Namespace  # of the KV at P
     ephemeral: bool  # P forgets the KV once D has it
     target: PoolPeer  # D's pool
-    target_namespace: Namespace  # of the KV at D
-    priority: int = 0
+    target_namespace: _Namespace  # of the KV at D
+    priority: Int32 = 0
     output: tuple[int, ...] = ()  # generated already, by an instance that was lost
     fetch: PrefillPeer | None = None  # whose longer prefix P pulls first
 
@@ -73,9 +80,9 @@ class PushCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     tokens: tuple[int, ...]
-    namespace: Namespace  # of the KV at the receiver
+    namespace: _Namespace  # of the KV at the receiver
     target: PoolPeer
-    target_namespace: Namespace
+    target_namespace: _Namespace
 
 
 class PushResult(msgspec.Struct, frozen=True):

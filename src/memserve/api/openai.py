@@ -7,25 +7,39 @@ its neutral values (null, [], {}, the default) are accepted, because clients sen
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from operator import attrgetter
 from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from memserve.api.errors import ApiError, invalid
-from memserve.api.generate import MAX_LOGPROBS, SamplingParams
-from memserve.api.token_ids import TokenIds
+from memserve.api.generate import SamplingParams
+from memserve.api.limits import (
+    MAX_ECHO_CHARACTERS,
+    MAX_INT32,
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
+    MAX_MESSAGES,
+    MAX_METADATA_ENTRIES,
+    MAX_NAME_CHARACTERS,
+    MAX_PARTS,
+    MAX_SAMPLES,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 
-MAX_STOP_STRINGS = 16  # OpenAI: 4
-MAX_STOP_LENGTH = 4096  # characters; text this long may be held back while streaming
-MAX_SAMPLES = 128  # `n`; OpenAI's limit
-
-TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-_Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-_StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
+TokenId = Annotated[int, Meta(ge=0, le=MAX_INT32)]
+_Positive = Annotated[int, Meta(ge=1, le=MAX_INT32)]
+_Name = Annotated[str, Meta(max_length=MAX_NAME_CHARACTERS)]
+_StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 _Stops = Annotated[tuple[_StopString, ...], Meta(max_length=MAX_STOP_STRINGS)]
+
+# What is not looked into: no object is made of it, however large and deep it is.
+_Json = msgspec.Raw | UnsetType
+# Bytes of the longest neutral value, with white space.
+_LONGEST_NEUTRAL = 256
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,39 +50,39 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Unsupported(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Fields that clients know and this server can only take in their neutral values."""
 
-    allowed_token_ids: object = None
-    audio: object = None
-    bad_words: object = None
-    chat_template: object = None
-    chat_template_kwargs: object = None
-    continue_final_message: object = None
-    documents: object = None
-    function_call: object = None
-    functions: object = None
-    guided_choice: object = None
-    guided_grammar: object = None
-    guided_json: object = None
-    guided_regex: object = None
-    kv_transfer_params: object = None
-    length_penalty: object = None
-    logits_processors: object = None
-    modalities: object = None
-    prediction: object = None
-    prompt_logprobs: object = None
-    reasoning_effort: object = None
-    response_format: object = None
-    return_tokens_as_token_ids: object = None
-    service_tier: object = None
-    spaces_between_special_tokens: object = None
-    store: object = None
-    structured_outputs: object = None
-    suffix: object = None
-    tool_choice: object = None
-    tools: object = None
-    truncate_prompt_tokens: object = None
-    use_beam_search: object = None
-    verbosity: object = None
-    web_search_options: object = None
+    allowed_token_ids: _Json = UNSET
+    audio: _Json = UNSET
+    bad_words: _Json = UNSET
+    chat_template: _Json = UNSET
+    chat_template_kwargs: _Json = UNSET
+    continue_final_message: _Json = UNSET
+    documents: _Json = UNSET
+    function_call: _Json = UNSET
+    functions: _Json = UNSET
+    guided_choice: _Json = UNSET
+    guided_grammar: _Json = UNSET
+    guided_json: _Json = UNSET
+    guided_regex: _Json = UNSET
+    kv_transfer_params: _Json = UNSET
+    length_penalty: _Json = UNSET
+    logits_processors: _Json = UNSET
+    modalities: _Json = UNSET
+    prediction: _Json = UNSET
+    prompt_logprobs: _Json = UNSET
+    reasoning_effort: _Json = UNSET
+    response_format: _Json = UNSET
+    return_tokens_as_token_ids: _Json = UNSET
+    service_tier: _Json = UNSET
+    spaces_between_special_tokens: _Json = UNSET
+    store: _Json = UNSET
+    structured_outputs: _Json = UNSET
+    suffix: _Json = UNSET
+    tool_choice: _Json = UNSET
+    tools: _Json = UNSET
+    truncate_prompt_tokens: _Json = UNSET
+    use_beam_search: _Json = UNSET
+    verbosity: _Json = UNSET
+    web_search_options: _Json = UNSET
 
 
 # Neutral values besides null, [] and {}.
@@ -89,7 +103,7 @@ _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
 }
 _UNSUPPORTED = _Unsupported.__struct_fields__
 _unsupported_values = attrgetter(*_UNSUPPORTED)
-_ALL_ABSENT = (None,) * len(_UNSUPPORTED)
+_ALL_ABSENT = (UNSET,) * len(_UNSUPPORTED)
 
 
 class _Request(_Unsupported, frozen=True, kw_only=True):
@@ -98,7 +112,7 @@ class _Request(_Unsupported, frozen=True, kw_only=True):
     Ranges that depend on the model, and those of sampling, are checked by `validate_sampling`.
     """
 
-    model: str | None = None
+    model: _Name | None = None
     max_tokens: _Positive | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -108,12 +122,12 @@ class _Request(_Unsupported, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Annotated[dict[int, float], Meta(max_length=MAX_LOGIT_BIASES)] | None = None
     seed: int | None = None
-    user: str | None = None  # requests of one are kept together by the policy `session`
-    metadata: dict[str, object] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    user: _Name | None = None  # requests of one are kept together by the policy `session`
+    metadata: Annotated[dict[_Name, _Name], Meta(max_length=MAX_METADATA_ENTRIES)] | None = None
+    safety_identifier: _Name | None = None
+    prompt_cache_key: _Name | None = None
     parallel_tool_calls: bool | None = None
     # vLLM's extensions
     best_of: int | None = None
@@ -121,13 +135,13 @@ class _Request(_Unsupported, frozen=True, kw_only=True):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: tuple[int, ...] | None = None
+    stop_token_ids: Annotated[tuple[int, ...], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
-    cache_salt: Annotated[str, Meta(min_length=1)] | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
 
     @property
@@ -149,21 +163,13 @@ class _Request(_Unsupported, frozen=True, kw_only=True):
 Prompts = str | tuple[str | TokenId | tuple[TokenId, ...], ...]
 
 
-class CompletionFields(_Request, frozen=True, kw_only=True):
-    """All of a completion but its prompt."""
-
-    echo: bool | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-
-
-class CompletionRequest(CompletionFields, frozen=True, kw_only=True):
+class CompletionRequest(_Request, frozen=True, kw_only=True):
     """`POST /v1/completions`."""
 
-    prompt: Prompts
-
-
-class _AnyPrompt(CompletionFields, frozen=True, kw_only=True):
-    prompt: msgspec.Raw
+    # Unread: `gateway.prompts` counts them first.
+    prompt: Annotated[msgspec.Raw, Meta(extra_json_schema=msgspec.json.schema(Prompts))]
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
 class TextPart(
@@ -176,13 +182,13 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One turn. What an assistant's answer carries besides text is accepted when empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | tuple[TextPart, ...] | None = None
-    name: str | None = None
+    content: str | Annotated[tuple[TextPart, ...], Meta(max_length=MAX_PARTS)] | None = None
+    name: _Name | None = None
     refusal: None = None
-    annotations: Annotated[tuple[object, ...], Meta(max_length=0)] | None = None
+    annotations: Annotated[tuple[msgspec.Raw, ...], Meta(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[tuple[object, ...], Meta(max_length=0)] | None = None
+    tool_calls: Annotated[tuple[msgspec.Raw, ...], Meta(max_length=0)] | None = None
 
     @property
     def text(self) -> str:
@@ -195,7 +201,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ChatRequest(_Request, frozen=True, kw_only=True):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[tuple[Message, ...], Meta(min_length=1)]
+    messages: Annotated[tuple[Message, ...], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: _Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -203,36 +209,20 @@ class ChatRequest(_Request, frozen=True, kw_only=True):
     echo: bool | None = None
 
 
-T = TypeVar("T")
 RequestT = TypeVar("RequestT", CompletionRequest, ChatRequest)
 
 _NO_SAMPLING = SamplingParams()
 _completion = msgspec.json.Decoder(CompletionRequest)
-_any_prompt = msgspec.json.Decoder(_AnyPrompt)
 _chat = msgspec.json.Decoder(ChatRequest)
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
-    """Raises ApiError (400) that names the field at fault."""
+    """All but its prompt is read. Raises ApiError (400) that names the field at fault."""
     request = _decode(_completion, body)
-    _check_completion(request)
+    _check_common(request)
+    if request.echo and request.logprobs is not None:
+        raise invalid("'echo' cannot be combined with 'logprobs' here.", "echo")
     return request
-
-
-def parse_token_completion(
-    body: bytes, plain: Callable[[msgspec.Raw], TokenIds | None]
-) -> tuple[CompletionFields, TokenIds] | None:
-    """The same for one prompt of token ids, without an object for each; `plain` makes them of
-    JSON that it recognises. None: `parse_completion` has to look at this body. Raises ApiError."""
-    try:
-        request = _any_prompt.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    ids = plain(request.prompt)
-    if ids is None:
-        return None
-    _check_completion(request)
-    return request, ids
 
 
 def parse_chat(body: bytes) -> ChatRequest:
@@ -251,30 +241,32 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 
 def sampling_params(
-    request: CompletionFields | ChatRequest, max_tokens: int, logprobs: int | None
+    request: CompletionRequest | ChatRequest, max_tokens: int, logprobs: int | None
 ) -> SamplingParams:
     """What the engine is asked for; fields that were not given take their neutral values."""
-    neutral = _NO_SAMPLING
+    none, asked = _NO_SAMPLING, request
     return SamplingParams(
         max_tokens=max_tokens,
-        min_tokens=_or(request.min_tokens, neutral.min_tokens),
-        temperature=_or(request.temperature, neutral.temperature),
-        top_k=_or(request.top_k, neutral.top_k),
-        top_p=_or(request.top_p, neutral.top_p),
-        min_p=_or(request.min_p, neutral.min_p),
-        repetition_penalty=_or(request.repetition_penalty, neutral.repetition_penalty),
-        presence_penalty=_or(request.presence_penalty, neutral.presence_penalty),
-        frequency_penalty=_or(request.frequency_penalty, neutral.frequency_penalty),
-        logit_bias=_or(request.logit_bias, neutral.logit_bias),
-        seed=request.seed,
-        stop_token_ids=_or(request.stop_token_ids, neutral.stop_token_ids),
-        ignore_eos=_or(request.ignore_eos, neutral.ignore_eos),
+        min_tokens=none.min_tokens if asked.min_tokens is None else asked.min_tokens,
+        temperature=none.temperature if asked.temperature is None else asked.temperature,
+        top_k=none.top_k if asked.top_k is None else asked.top_k,
+        top_p=none.top_p if asked.top_p is None else asked.top_p,
+        min_p=none.min_p if asked.min_p is None else asked.min_p,
+        repetition_penalty=none.repetition_penalty
+        if asked.repetition_penalty is None
+        else asked.repetition_penalty,
+        presence_penalty=none.presence_penalty
+        if asked.presence_penalty is None
+        else asked.presence_penalty,
+        frequency_penalty=none.frequency_penalty
+        if asked.frequency_penalty is None
+        else asked.frequency_penalty,
+        logit_bias=none.logit_bias if asked.logit_bias is None else asked.logit_bias,
+        seed=asked.seed,
+        stop_token_ids=asked.stop_token_ids or (),
+        ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,
     )
-
-
-def _or(value: T | None, default: T) -> T:
-    return default if value is None else value
 
 
 def chat_logprobs(request: ChatRequest) -> int | None:
@@ -294,30 +286,34 @@ def _decode(decoder: msgspec.json.Decoder[RequestT], body: bytes) -> RequestT:
         raise invalid("The request body is nested too deeply.", code="invalid_json") from error
 
 
-_FIELD_OF_PATH = re.compile(r"`\$\.(\w+)")
-_FIELD_OF_MESSAGE = re.compile(r"field `([^`]*)`")
+_FIELD_OF_PATH = re.compile(r"`\$\.(\w{1,64})")
+_FIELD_OF_MESSAGE = re.compile(r"field `([^`]{0,64})")
 
 
 def _refusal(message: str) -> ApiError:
     field = _FIELD_OF_PATH.search(message) or _FIELD_OF_MESSAGE.search(message)
     if message.startswith("Invalid value") and "].content[" in message:
         message += "; only text content is supported"
-    return invalid(message, field.group(1) if field else None)
+    return invalid(message[:MAX_ECHO_CHARACTERS], field.group(1) if field else None)
 
 
-def _check_completion(request: CompletionFields) -> None:
-    _check_common(request)
-    if request.echo and request.logprobs is not None:
-        raise invalid("'echo' cannot be combined with 'logprobs' here.", "echo")
-
-
-def _check_common(request: CompletionFields | ChatRequest) -> None:
+def _check_common(request: CompletionRequest | ChatRequest) -> None:
     values = _unsupported_values(request)
     if values != _ALL_ABSENT:
         for name, value in zip(_UNSUPPORTED, values, strict=True):
-            if value not in (None, [], {}) and value not in _NEUTRAL.get(name, ()):
+            if value is not UNSET and not _is_neutral(name, value):
                 raise invalid(f"'{name}' is not supported.", name, "unsupported_parameter")
     if request.best_of not in (None, request.samples):
         raise invalid("'best_of' other than 'n' is not supported.", "best_of")
     if request.stream_options is not None and not request.stream:
         raise invalid("'stream_options' needs 'stream': true.", "stream_options")
+
+
+def _is_neutral(field: str, json: msgspec.Raw) -> bool:
+    if memoryview(json).nbytes > _LONGEST_NEUTRAL:
+        return False
+    try:
+        value = msgspec.json.decode(json)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return value in (None, [], {}) or value in _NEUTRAL.get(field, ())

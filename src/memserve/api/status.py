@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from memserve.api.histogram import Histogram
 from memserve.api.kv_events import KVEventsInfo
+from memserve.api.limits import DEFAULT_MAX_WAITING
 from memserve.types import Epoch, InstanceId, Role
 
 # Of a process of the cluster; nothing behind the port.
@@ -38,6 +39,7 @@ class Limits(msgspec.Struct, frozen=True):
     threads: int
     max_running: int = 64  # sequences per step
     mixed_batch_tokens: int = 256  # prefilled in a step that also decodes
+    max_waiting: int = DEFAULT_MAX_WAITING  # sequences that may wait for the engine
 
 
 class InstanceInfo(msgspec.Struct, frozen=True):

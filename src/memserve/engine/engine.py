@@ -114,6 +114,7 @@ class Engine:
             threads=self._settings.threads,
             max_running=self._settings.limits.max_running,
             mixed_batch_tokens=self._settings.limits.mixed_tokens,
+            max_waiting=self._settings.max_waiting,
             eos_token_ids=self._model.shape.eos_token_ids,
         )
 

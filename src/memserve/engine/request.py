@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from memserve.api.generate import FinishReason, SamplingParams
+from memserve.api.limits import DEFAULT_MAX_WAITING
 from memserve.engine.observer import PrefillObserver
 from memserve.types import SHARED, Namespace, RequestId, TokenArray
 
@@ -98,6 +99,7 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...] = ()  # the model's own end tokens
     max_running: int = 64  # sequences per step
     mixed_batch_tokens: int = 256  # prefilled in a step that also decodes
+    max_waiting: int = DEFAULT_MAX_WAITING  # sequences
 
     @property
     def max_tokens(self) -> int:

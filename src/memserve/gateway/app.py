@@ -21,7 +21,7 @@ from memserve.clock import Clock
 from memserve.cluster.membership import Membership
 from memserve.gateway.access import Access, Client
 from memserve.gateway.admin import CHAT_PATH, COMPLETIONS_PATH, Decisions, admin_app
-from memserve.gateway.call_builder import CallBuilder
+from memserve.gateway.call_builder import CallBuilder, with_session
 from memserve.gateway.desk import ClientLeft, Desk
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.refusals import draining, no_instance
@@ -153,7 +153,7 @@ class GatewayApp:
         call = await build(request.body, self._limits() or await self._first_limits(reply))
         session = request.header(b"x-session-id")
         if session:
-            call = msgspec.structs.replace(call, session=session.decode("latin-1"))
+            call = with_session(call, session)
         if client.key is not None:
             call = msgspec.structs.replace(call, cache_salt=client.salted(call.cache_salt))
         self._metrics.prompt_tokens += sum(map(len, call.prompts))

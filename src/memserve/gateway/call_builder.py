@@ -5,35 +5,45 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar, cast
+from typing import TypeVar
 
-from memserve.api.errors import ApiError, context_length_exceeded, invalid, model_not_found
+import msgspec
+
+from memserve.api.errors import context_length_exceeded, invalid, model_not_found, queue_full
 from memserve.api.generate import CallKind, GenerateCall, validate_sampling
+from memserve.api.limits import (
+    COUNTED_BODY_BYTES,
+    LARGE_BODIES_AT_ONCE,
+    LARGE_BODIES_WAITING,
+    LARGE_BODY_BYTES,
+    MAX_ECHO_CHARACTERS,
+    MAX_NAME_CHARACTERS,
+    MAX_SEQUENCES,
+)
 from memserve.api.openai import (
     ChatRequest,
-    CompletionFields,
     CompletionRequest,
     Message,
     chat_logprobs,
     parse_chat,
     parse_completion,
-    parse_token_completion,
     sampling_params,
 )
 from memserve.api.status import Limits
 from memserve.api.token_ids import TokenIds
 from memserve.errors import RequestError
-from memserve.gateway.token_parser import plain_token_ids
+from memserve.gateway.body_scan import check_body
+from memserve.gateway.compiled import prepare
+from memserve.gateway.prompts import Prompt, read_prompts
 from memserve.models.tokenizer import Tokenizer
 
 # About a millisecond of tokenising; longer texts go to a thread and leave the loop to others.
 INLINE_CHARACTERS = 4096
-MAX_SEQUENCES = 1024  # of one request: prompts times samples
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+LARGE_RETRY_SECONDS = 5  # by when some of the large bodies that wait have been worked on
 
 T = TypeVar("T")
 
@@ -42,24 +52,66 @@ class CallBuilder:
     """Builds calls for one model."""
 
     def __init__(self, tokenizer: Tokenizer, model: str, threads: int) -> None:
+        prepare()
         self.model = model
         self._tokenizer = tokenizer
         self._life = os.urandom(10).hex()  # in every id, so that gateways' differ
         self._numbers = itertools.count(1)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
+        # Threads of their own: large bodies do not hold up texts of the usual size.
+        self._large = ThreadPoolExecutor(LARGE_BODIES_AT_ONCE, thread_name_prefix="large-body")
+        self._large_now = 0
 
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
+        self._large.shutdown(cancel_futures=True)
 
     async def chat(self, body: bytes, limits: Limits) -> GenerateCall:
         """Raises ApiError that says what is wrong with the request."""
+        if len(body) > LARGE_BODY_BYTES:
+            return await self._apart(lambda: self._chat(self._parse_chat(body, limits), limits))
+        request = self._parse_chat(body, limits)
+        if sum(len(message.text) for message in request.messages) <= INLINE_CHARACTERS:
+            return self._chat(request, limits)
+        return await self._off_loop(lambda: self._chat(request, limits))
+
+    async def completion(self, body: bytes, limits: Limits) -> GenerateCall:
+        """Raises ApiError that says what is wrong with the request."""
+        if len(body) > LARGE_BODY_BYTES:
+            return await self._apart(
+                lambda: self._completion(*self._parse_completion(body, limits), limits)
+            )
+        request, given = self._parse_completion(body, limits)
+        characters = 0
+        for prompt in given:
+            if isinstance(prompt, str):
+                characters += len(prompt)
+        if characters <= INLINE_CHARACTERS:
+            return self._completion(request, given, limits)
+        return await self._off_loop(lambda: self._completion(request, given, limits))
+
+    def _parse_chat(self, body: bytes, limits: Limits) -> ChatRequest:
+        if len(body) > COUNTED_BODY_BYTES:
+            check_body(body)
         request = parse_chat(body)
         self._check_model(request)
-        prompt = await self._off_loop(
-            sum(len(message.text) for message in request.messages),
-            lambda: self._render(request),
-        )
+        _check_sequences(1, request.samples, limits)
+        return request
+
+    def _parse_completion(
+        self, body: bytes, limits: Limits
+    ) -> tuple[CompletionRequest, tuple[Prompt, ...]]:
+        if len(body) > COUNTED_BODY_BYTES:
+            check_body(body)
+        request = parse_completion(body)
+        self._check_model(request)
+        prompts = read_prompts(request.prompt)
+        _check_sequences(len(prompts), request.samples, limits)
+        return request, prompts
+
+    def _chat(self, request: ChatRequest, limits: Limits) -> GenerateCall:
+        prompt = self._render(request)
         asked = request.max_completion_tokens or request.max_tokens
         room = _room(len(prompt), asked, limits, "messages")
         return self._call(
@@ -71,22 +123,11 @@ class CallBuilder:
             logprobs=chat_logprobs(request),
         )
 
-    async def completion(self, body: bytes, limits: Limits) -> GenerateCall:
-        """Raises ApiError that says what is wrong with the request."""
-        request: CompletionFields
-        if (found := parse_token_completion(body, plain_token_ids)) is not None:
-            request, ids = found
-            self._check_model(request)
-            prompts: tuple[TokenIds, ...] = (ids,)
-        else:
-            request = parse_completion(body)
-            self._check_model(request)
-            given = _prompts(request)
-            special = request.add_special_tokens is not False
-            prompts = await self._off_loop(
-                sum(len(prompt) for prompt in given if isinstance(prompt, str)),
-                lambda: tuple(self._token_ids(prompt, special) for prompt in given),
-            )
+    def _completion(
+        self, request: CompletionRequest, given: tuple[Prompt, ...], limits: Limits
+    ) -> GenerateCall:
+        special = request.add_special_tokens is not False
+        prompts = tuple([self._token_ids(prompt, special) for prompt in given])
         room = limits.max_tokens
         for prompt in prompts:
             _check_prompt(prompt, limits)
@@ -103,7 +144,7 @@ class CallBuilder:
 
     def _call(
         self,
-        request: ChatRequest | CompletionFields,
+        request: ChatRequest | CompletionRequest,
         limits: Limits,
         *,
         kind: CallKind,
@@ -112,12 +153,6 @@ class CallBuilder:
         logprobs: int | None,
         echo: bool = False,
     ) -> GenerateCall:
-        if len(prompts) * request.samples > MAX_SEQUENCES:
-            raise invalid(
-                f"{len(prompts)} prompts with {request.samples} samples each are more than the "
-                f"{MAX_SEQUENCES} sequences that one request may have.",
-                "n",
-            )
         sampling = sampling_params(request, max_tokens, logprobs)
         try:
             validate_sampling(sampling, limits.vocab_size)
@@ -145,9 +180,9 @@ class CallBuilder:
             priority=request.priority or 0,
         )
 
-    def _check_model(self, request: ChatRequest | CompletionFields) -> None:
+    def _check_model(self, request: ChatRequest | CompletionRequest) -> None:
         if request.model not in (None, self.model):
-            raise model_not_found(request.model, self.model)
+            raise model_not_found((request.model or "")[:MAX_ECHO_CHARACTERS], self.model)
 
     def _render(self, request: ChatRequest) -> TokenIds:
         try:
@@ -159,18 +194,37 @@ class CallBuilder:
             raise invalid(str(error), error.param) from error
         return self._token_ids(text, request.add_special_tokens is not False)
 
-    def _token_ids(self, prompt: str | tuple[int, ...], special: bool) -> TokenIds:
-        if isinstance(prompt, str):
-            return TokenIds.of(self._tokenizer.encode(prompt, add_special_tokens=special))
-        try:
-            return TokenIds.of(prompt)
-        except struct.error as error:
-            raise _mixed() from error
+    def _token_ids(self, prompt: Prompt, special: bool) -> TokenIds:
+        if isinstance(prompt, TokenIds):
+            return prompt
+        return TokenIds.of(self._tokenizer.encode(prompt, add_special_tokens=special))
 
-    async def _off_loop(self, characters: int, work: Callable[[], T]) -> T:
-        if characters <= INLINE_CHARACTERS:
-            return work()
+    async def _off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _apart(self, work: Callable[[], T]) -> T:
+        """The work on one large body: so many wait for their turn, and no more."""
+        if self._large_now >= LARGE_BODIES_AT_ONCE + LARGE_BODIES_WAITING:
+            raise queue_full(
+                f"{self._large_now} request bodies of more than {LARGE_BODY_BYTES} bytes are "
+                "worked on, and no more may wait.",
+                LARGE_RETRY_SECONDS,
+            )
+        self._large_now += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._large, work)
+        finally:
+            self._large_now -= 1
+
+
+def with_session(call: GenerateCall, session: bytes) -> GenerateCall:
+    """The call of a client who names its session in a header. Raises ApiError (400)."""
+    if len(session) > MAX_NAME_CHARACTERS:
+        raise invalid(
+            f"X-Session-Id has {len(session)} bytes, and at most {MAX_NAME_CHARACTERS} may be.",
+            "X-Session-Id",
+        )
+    return msgspec.structs.replace(call, session=session.decode("latin-1"))
 
 
 def _template_message(message: Message) -> dict[str, str]:
@@ -182,17 +236,14 @@ def _template_message(message: Message) -> dict[str, str]:
     return rendered
 
 
-def _prompts(request: CompletionRequest) -> Sequence[str | tuple[int, ...]]:
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        prompt = (prompt,)
-    if prompt and type(prompt[0]) is int:
-        return (cast(tuple[int, ...], prompt),)  # `TokenIds` looks at all of it
-    if int in set(map(type, prompt)):
-        raise _mixed()
-    if not prompt or not all(prompt):
-        raise invalid("'prompt' is empty; at least one token is needed.", "prompt")
-    return cast(tuple[str | tuple[int, ...], ...], prompt)
+def _check_sequences(prompts: int, samples: int, limits: Limits) -> None:
+    most = min(limits.max_waiting, MAX_SEQUENCES)
+    if prompts * samples > most:
+        raise invalid(
+            f"{prompts} prompts with {samples} samples each are more than the {most} sequences "
+            "that one request may have.",
+            "prompt" if prompts > most else "n",
+        )
 
 
 def _check_prompt(prompt: TokenIds, limits: Limits) -> None:
@@ -202,10 +253,6 @@ def _check_prompt(prompt: TokenIds, limits: Limits) -> None:
         raise invalid(
             f"Token id {prompt.highest} is outside the vocabulary of {limits.vocab_size}.", "prompt"
         )
-
-
-def _mixed() -> ApiError:
-    return invalid("'prompt' mixes token ids with prompts.", "prompt")
 
 
 def _room(prompt_tokens: int, asked: int | None, limits: Limits, param: str) -> int:

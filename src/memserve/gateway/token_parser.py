@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.api.token_ids import TokenIds
-from memserve.scheduler.compiled import compiled
+from memserve.gateway.compiled import compiled
 from memserve.types import TokenArray
 
-_OPEN, _CLOSE, _COMMA, _ZERO, _NINE, _SPACE = map(ord, "[],09 ")
+_OPEN, _CLOSE, _COMMA, _ZERO, _NINE = map(ord, "[],09")
+_SPACE, _TAB, _FEED, _RETURN = map(ord, " \t\n\r")
 _HIGHEST = 2**31 - 1
 _NOT_PLAIN = (-1, -1)
 
@@ -28,7 +29,7 @@ def plain_token_ids(json: msgspec.Raw) -> TokenIds | None:
 @compiled("UniTuple(int64, 2)(Array(uint8, 1, 'C', readonly=True), int32[::1])")
 def _parse(text: NDArray[np.uint8], ids: TokenArray) -> tuple[int, int]:
     """How many ids there are, and the highest of them: decimal numbers between brackets, with
-    commas and maybe spaces."""
+    commas and maybe white space."""
     if len(text) < 3 or text[0] != _OPEN or text[-1] != _CLOSE:
         return _NOT_PLAIN
     count, value, digits, highest = 0, np.int64(0), 0, np.int64(0)
@@ -48,7 +49,7 @@ def _parse(text: NDArray[np.uint8], ids: TokenArray) -> tuple[int, int]:
             ids[count] = value
             highest = max(highest, value)
             count, value, digits, over = count + 1, np.int64(0), 0, False
-        elif byte == _SPACE:
+        elif byte in (_SPACE, _TAB, _FEED, _RETURN):
             over = digits > 0
         else:
             return _NOT_PLAIN

@@ -21,34 +21,20 @@ from memserve.api.asgi import (
     send_error,
     start_events,
 )
-from memserve.api.control import (
-    DRAIN_PATH,
-    MAX_CONTROL_BYTES,
-    RESUME_PATH,
-    ROLE_PATH,
-    SHUTDOWN_PATH,
-    RoleCall,
-    ShutdownCall,
-)
-from memserve.api.errors import ApiError, invalid, method_not_allowed, path_not_found, unavailable
-from memserve.api.generate import GENERATE_PATH, GenerateCall
-from memserve.api.handoff import PREFILL_PATH, PUSH_PATH, PrefillCall, PushCall
+from memserve.api.control import DRAIN_PATH, RESUME_PATH, ROLE_PATH, SHUTDOWN_PATH
+from memserve.api.errors import ApiError, method_not_allowed, path_not_found, unavailable
+from memserve.api.generate import GENERATE_PATH
+from memserve.api.handoff import PREFILL_PATH, PUSH_PATH
 from memserve.api.instance_metrics import instance_metrics
 from memserve.api.kv_events import SNAPSHOT_PATH
+from memserve.instance import calls
+from memserve.instance.calls import CallReader, LargeCalls
 from memserve.instance.instance import Instance, Run
 from memserve.scheduler.profiles import encode_profile
 
 log = logging.getLogger(__name__)
 
-# A call is token ids as JSON, about 7 bytes each: enough for contexts of millions of tokens.
-MAX_CALL_BYTES = 64 * 1024 * 1024
-
 _encode = msgspec.json.Encoder().encode
-_calls = msgspec.json.Decoder(GenerateCall)
-_prefill_calls = msgspec.json.Decoder(PrefillCall)
-_push_calls = msgspec.json.Decoder(PushCall)
-_role_calls = msgspec.json.Decoder(RoleCall)
-_shutdown_calls = msgspec.json.Decoder(ShutdownCall)
 _Call = TypeVar("_Call")
 _Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -59,6 +45,7 @@ class InstanceApp:
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
+        self._large = LargeCalls()
         self._registry = CollectorRegistry()
         self._registry.register(_OwnStats(instance))
         self._routes: dict[str, tuple[str, _Handler]] = {
@@ -92,24 +79,24 @@ class InstanceApp:
             return
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = await _read(_calls, scope, receive)
+        call = await self._read(calls.GENERATE, scope, receive)
         with self._instance.run(call) as run, HangUp(receive):
             await (_stream(run, send) if call.stream else _answer(run, send))
 
     async def _prefill(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = await _read(_prefill_calls, scope, receive)
+        call = await self._read(calls.PREFILL, scope, receive)
         with HangUp(receive):
             result = await self._instance.prefill(call)
             await send_body(send, HTTPStatus.OK, _encode(result))
 
     async def _push(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = await _read(_push_calls, scope, receive)
+        call = await self._read(calls.PUSH, scope, receive)
         with HangUp(receive):
             result = await self._instance.push(call)
             await send_body(send, HTTPStatus.OK, _encode(result))
 
     async def _role(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = await _read(_role_calls, scope, receive, MAX_CONTROL_BYTES)
+        call = await self._read(calls.ROLE, scope, receive)
         self._instance.standing.change_role(call.role)
         await self._info(scope, receive, send)
 
@@ -122,7 +109,7 @@ class InstanceApp:
         await self._info(scope, receive, send)
 
     async def _shutdown(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = await _read(_shutdown_calls, scope, receive, MAX_CONTROL_BYTES)
+        call = await self._read(calls.SHUTDOWN, scope, receive)
         self._instance.standing.end(call.restart)
         await self._info(scope, receive, send)
 
@@ -156,18 +143,9 @@ class InstanceApp:
         media = (b"content-type", CONTENT_TYPE_LATEST.encode())
         await send_body(send, HTTPStatus.OK, text, media=media)
 
-
-async def _read(
-    decoder: msgspec.json.Decoder[_Call],
-    scope: Scope,
-    receive: Receive,
-    limit: int = MAX_CALL_BYTES,
-) -> _Call:
-    body = await read_body(scope, receive, limit)
-    try:
-        return decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise invalid(f"not a call: {error}") from error
+    async def _read(self, reader: CallReader[_Call], scope: Scope, receive: Receive) -> _Call:
+        body = await read_body(scope, receive, reader.max_bytes)
+        return await self._large.read(reader, body)
 
 
 async def _answer(run: Run, send: Send) -> None:

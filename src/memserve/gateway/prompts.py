@@ -1,0 +1,86 @@
+"""A completion's prompts: texts, or token ids without an object for each."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import msgspec
+
+from memserve.api.errors import ApiError, invalid
+from memserve.api.limits import COUNTED_BODY_BYTES, MAX_ECHO_CHARACTERS, MAX_SEQUENCES
+from memserve.api.openai import Prompts
+from memserve.api.token_ids import TokenIds
+from memserve.gateway.body_scan import count_elements
+from memserve.gateway.token_parser import plain_token_ids
+
+Prompt = str | TokenIds
+
+_QUOTE, _OPEN = map(ord, '"[')
+_text = msgspec.json.Decoder(str)
+_several = msgspec.json.Decoder(tuple[msgspec.Raw, ...])
+_any = msgspec.json.Decoder(Prompts)
+
+
+def read_prompts(json: msgspec.Raw) -> tuple[Prompt, ...]:
+    """At least one, none of them empty. Raises ApiError (400): they are too many, which is found
+    before any is read, or no prompts."""
+    ids = plain_token_ids(json)
+    if ids is not None:
+        return (ids,)
+    first = memoryview(json)[0]
+    if first == _QUOTE:
+        text = _read_text(json)
+        if not text:
+            raise _empty()
+        return (text,)
+    if first != _OPEN:
+        raise _refusal(json)
+    count = count_elements(memoryview(json))
+    if count > MAX_SEQUENCES:
+        raise invalid(
+            f"'prompt' has {count} prompts, and at most {MAX_SEQUENCES} may be.", "prompt"
+        )
+    prompts = tuple(map(_read_prompt, _several.decode(json)))
+    if not prompts or not all(prompts):
+        raise _refusal(json)
+    return cast(tuple[Prompt, ...], prompts)
+
+
+def _read_prompt(json: msgspec.Raw) -> Prompt | None:
+    """One of several. None: there is something wrong with it."""
+    return _read_text(json) if memoryview(json)[0] == _QUOTE else plain_token_ids(json)
+
+
+def _read_text(json: msgspec.Raw) -> str:
+    try:
+        return _text.decode(json)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _no_json(error) from error
+
+
+def _refusal(json: msgspec.Raw) -> ApiError:
+    """What is wrong with a prompt, or with one of several."""
+    if memoryview(json).nbytes > COUNTED_BODY_BYTES:
+        return _mixed()
+    try:
+        prompt = _any.decode(json)
+    except msgspec.ValidationError as error:
+        message = str(error).replace("`$", "`$.prompt")
+        where = "" if "`$" in message else " - at `$.prompt`"
+        return invalid(message[:MAX_ECHO_CHARACTERS] + where, "prompt")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return _no_json(error)
+    whole = (type(item) is not int and not item for item in prompt)
+    return _empty() if not prompt or any(whole) else _mixed()
+
+
+def _empty() -> ApiError:
+    return invalid("'prompt' is empty; at least one token is needed.", "prompt")
+
+
+def _mixed() -> ApiError:
+    return invalid("'prompt' mixes token ids with prompts.", "prompt")
+
+
+def _no_json(error: Exception) -> ApiError:
+    return invalid(f"'prompt' is not valid JSON: {error}", "prompt", "invalid_json")

@@ -1,0 +1,80 @@
+"""Calls as an instance takes them: every way in which bytes can be no call is a 400."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, Generic, TypeVar
+
+import msgspec
+
+from memserve.api.control import MAX_CONTROL_BYTES, RoleCall, ShutdownCall
+from memserve.api.errors import invalid, queue_full
+from memserve.api.generate import GenerateCall
+from memserve.api.handoff import PrefillCall, PushCall
+from memserve.api.limits import (
+    LARGE_BODIES_WAITING,
+    LARGE_BODY_BYTES,
+    MAX_ECHO_CHARACTERS,
+    MAX_SEQUENCES,
+)
+
+# A call is token ids as JSON, about 7 bytes each: enough for contexts of millions of tokens.
+MAX_CALL_BYTES = 64 * 1024 * 1024
+LARGE_RETRY_SECONDS = 1
+
+_Call = TypeVar("_Call")
+
+
+class CallReader(Generic[_Call]):
+    """Decodes one kind of call."""
+
+    def __init__(self, kind: type[_Call], max_bytes: int = MAX_CALL_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._decoder = msgspec.json.Decoder(kind)
+
+    def read(self, body: bytes) -> _Call:
+        """Raises ApiError (400)."""
+        try:
+            call = self._decoder.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise invalid(f"not a call: {str(error)[:MAX_ECHO_CHARACTERS]}") from error
+        if isinstance(call, GenerateCall):
+            _check_sequences(call)
+        return call
+
+
+class LargeCalls:
+    """Reads large calls beside the event loop, one at a time: each may take ten times its size
+    of memory. Belongs to the event loop."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+
+    async def read(self, reader: CallReader[_Call], body: bytes) -> _Call:
+        """Raises ApiError."""
+        if len(body) <= LARGE_BODY_BYTES:
+            return reader.read(body)
+        if self._waiting >= LARGE_BODIES_WAITING:
+            raise queue_full(f"{self._waiting} large calls wait already", LARGE_RETRY_SECONDS)
+        self._waiting += 1
+        try:
+            async with self._turn:
+                return await asyncio.to_thread(reader.read, body)
+        finally:
+            self._waiting -= 1
+
+
+GENERATE: Final = CallReader(GenerateCall)
+PREFILL: Final = CallReader(PrefillCall)
+PUSH: Final = CallReader(PushCall)
+ROLE: Final = CallReader(RoleCall, MAX_CONTROL_BYTES)
+SHUTDOWN: Final = CallReader(ShutdownCall, MAX_CONTROL_BYTES)
+
+
+def _check_sequences(call: GenerateCall) -> None:
+    sequences = len(call.prompts) * call.n
+    if sequences > MAX_SEQUENCES:
+        raise invalid(f"{sequences} sequences in one call, and at most {MAX_SEQUENCES}", "n")
+    if call.resumed and len(call.resumed) != sequences:
+        raise invalid(f"{sequences} choices, and tokens of {len(call.resumed)}", "resumed")
