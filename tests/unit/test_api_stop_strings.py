@@ -43,3 +43,22 @@ def test_only_what_may_become_a_stop_string_is_held_back() -> None:
     assert search.push("a##") == ("a", None)
     assert search.push("b#") == ("##b", None)
     assert search.flush() == "#"
+
+
+def test_the_longest_of_many_that_begin_alike_is_found() -> None:
+    stops = ["a" * length for length in range(2, 66)]
+    assert StopStrings([*stops[:0:-1]]).push("b" + "a" * 99) == ("b", "aaa")
+    text = "ab" * 200
+    search = StopStrings([text[:255] + "x", "bx"])
+    assert [search.push(part) for part in (text[:100], text[100:])] == [
+        ("", None),
+        ("ab" * 73, None),
+    ]
+    assert search.push("x")[1] == "bx"
+
+
+def test_another_search_for_the_same_begins_anew() -> None:
+    search = StopStrings(["###"])
+    search.push("##")
+    assert search.anew().push("#") == ("", None)
+    assert search.push("#") == ("", "###")

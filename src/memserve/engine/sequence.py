@@ -45,7 +45,7 @@ class Sequence:
         params = request.sampling
         eos = () if params.ignore_eos else eos_token_ids
         self.sampler = SamplerState(params, request.prompt, eos)
-        self.end_tokens = (*eos, *params.stop_token_ids)
+        self.end_tokens = frozenset((*eos, *params.stop_token_ids))
         wanted = len(request.output) + 1 if request.prefill_only else params.max_tokens
         self.limit = min(len(request.prompt) + wanted, max_model_len)
         self._tokens = np.empty(self.limit, dtype=np.int32)

@@ -21,8 +21,15 @@ class Choice:
     """
 
     def __init__(
-        self, index: int, call: GenerateCall, tokenizer: Tokenizer, prompt: Sequence[int]
+        self,
+        index: int,
+        call: GenerateCall,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stops: StopStrings | None = None,
+        lead: str = "",
     ) -> None:
+        """`stops`: a search of its own; `lead`: what the text begins with."""
         self.index = index
         self.started = False  # the client has tokens of it
         self.finished = False
@@ -30,8 +37,8 @@ class Choice:
         self._call = call
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(self._decode, prompt)
-        self._stops = StopStrings(call.stop, call.include_stop_str_in_output) if call.stop else None
-        self._lead = self._decode(prompt) if call.echo else ""
+        self._stops = stops
+        self._lead = lead
         self._text_offset = len(self._lead)
 
     def feed(self, output: TokenOutput) -> Piece:
@@ -107,6 +114,8 @@ class Choice:
 
     def _named(self, stop_token: int | None) -> int | None:
         """The stop token if the client named it; the model's own end token needs no reason."""
+        if stop_token is None:
+            return None
         return stop_token if stop_token in self._call.sampling.stop_token_ids else None
 
     def _scores(

@@ -14,6 +14,7 @@ from memserve.api.figures import RequestFigures
 from memserve.api.generate import CallKind, FinishReason, GenerateCall, SamplingParams
 from memserve.api.namespaces import private, salted
 from memserve.api.status import Latencies
+from memserve.api.stop_strings import StopStrings
 from memserve.engine.request import EngineInfo, EngineRequest, TokenOutput
 from memserve.instance.choice import Choice
 from memserve.instance.figures import SequenceFigures, combined
@@ -111,9 +112,7 @@ class Generation:
         self._block_bytes = block_bytes
         self._choices: dict[RequestId, Choice] = {}
         try:
-            for index in range(len(call.prompts) * call.n):
-                choice = Choice(index, call, tokenizer, call.prompts[index // call.n])
-                self._choices[sequence_id(call, run, index)] = choice
+            self._begin(call, tokenizer, run)
             if call.resumed:
                 self._resume(call, engine.eos_token_ids)
         except OverflowError as error:  # the tokenizer's word for them
@@ -124,6 +123,15 @@ class Generation:
         self._last = dict.fromkeys(self.figures, now)  # when each had its last token
         self._format = StreamFormat(call) if call.stream else None
         self._pieces: list[list[Piece]] = [[] for _ in self._choices]  # without streaming
+
+    def _begin(self, call: GenerateCall, tokenizer: Tokenizer, run: int) -> None:
+        stops = StopStrings(call.stop, call.include_stop_str_in_output) if call.stop else None
+        for p, prompt in enumerate(call.prompts):
+            lead = tokenizer.decode(prompt, call.skip_special_tokens) if call.echo else ""
+            for index in range(p * call.n, (p + 1) * call.n):
+                own = None if stops is None else stops.anew()
+                choice = Choice(index, call, tokenizer, prompt, own, lead)
+                self._choices[sequence_id(call, run, index)] = choice
 
     def _resume(self, call: GenerateCall, eos_token_ids: Sequence[int]) -> None:
         if not call.stream:
