@@ -14,7 +14,7 @@ from memserve.api.errors import ApiError
 from memserve.api.generate import GenerateCall
 from memserve.clock import ManualClock
 from memserve.gateway.desk import ClientLeft, Desk
-from memserve.scheduler.admission import Admission, AdmissionLimits
+from memserve.scheduler.admission import NOBODY, Admission, AdmissionLimits, Grant, tenant_id
 from tests.gateway_harness import Client
 from tests.router_harness import call_of
 
@@ -35,6 +35,7 @@ class Office:
         self.calls: dict[str, GenerateCall] = {}
         self.clients: dict[str, Client] = {}
         self.entering: dict[str, asyncio.Task[None]] = {}
+        self.given: dict[str, GenerateCall] = {}  # as instances get it
         self.order: list[str] = []  # in which they were let through
 
     async def comes(
@@ -44,7 +45,7 @@ class Office:
         client = self.clients[name] = Client()
 
         async def enter() -> None:
-            await self.desk.enter(call, tenant, client.reply)
+            self.given[name] = await self.desk.enter(call, tenant_id(tenant.encode()), client.reply)
             self.order.append(name)
 
         self.entering[name] = asyncio.create_task(enter())
@@ -178,7 +179,7 @@ async def test_a_client_that_had_left_before_does_not_wait() -> None:
     call, client = call_of(), Client()
     client.reply.hung_up()
     with pytest.raises(ClientLeft):
-        await office.desk.enter(call, "t", client.reply)
+        await office.desk.enter(call, NOBODY, client.reply)
     await office.leaves("running")
     office.nobody_is_left()
 
@@ -242,10 +243,10 @@ async def test_costs_are_asked_for_once_a_size_and_again_when_prices_change() ->
     desk = Desk(Admission(), price, ManualClock(), INSTANCE_WAIT)
     desk.resize(1)
     for tokens in (100, 101, 500):
-        await desk.enter(call_of(*range(tokens)), "t", Client().reply)
+        await desk.enter(call_of(*range(tokens)), NOBODY, Client().reply)
     assert asked == [100, 500]
     desk.resize(1)
-    await desk.enter(call_of(*range(100)), "t", Client().reply)
+    await desk.enter(call_of(*range(100)), NOBODY, Client().reply)
     assert asked == [100, 500, 100]
 
 
@@ -303,4 +304,18 @@ async def _happen(events: list[tuple[object, ...]]) -> None:
             error = task.exception()
             assert error is None or isinstance(error, ApiError | ClientLeft)
             assert (error is None) == (name in office.order)
+    office.nobody_is_left()
+
+
+async def test_instances_hear_of_a_priority_only_by_the_operator_s_leave() -> None:
+    office = Office(AdmissionLimits(prefill_seconds=1e9, requests=9))
+    for priority in (-(2**31), -1, 7):
+        await office.comes(f"a{priority}", "a", priority=priority)
+        assert office.given[f"a{priority}"].priority == 0
+    office.desk.grant({tenant_id(b"a"): Grant(privileged=True)})
+    await office.comes("granted", "a", priority=-3)
+    await office.comes("other", "b", priority=-3)
+    assert (office.given["granted"].priority, office.given["other"].priority) == (-3, 0)
+    for name in office.order:
+        await office.leaves(name)
     office.nobody_is_left()

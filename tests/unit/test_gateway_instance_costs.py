@@ -9,6 +9,7 @@ import pytest
 
 from memserve.gateway import global_router, instance_costs
 from memserve.gateway.instance_costs import UNKNOWN, StepTimes, answer_tokens
+from memserve.scheduler.admission import NOBODY
 from memserve.scheduler.contract import InstanceSpec
 from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.types import InstanceId, Role
@@ -68,7 +69,7 @@ async def test_guessed_costs_do_not_hold_requests_back(world: Routed) -> None:
     await world.profiled("a")
     calls = [call_of(*range(4000)) for _ in range(64)]
     for call in calls:  # on the machine that is guessed, more than a minute's work
-        await world.router.desk.enter(call, "t", Client().reply)
+        await world.router.desk.enter(call, NOBODY, Client().reply)
     assert world.router.desk.waiting == 0
     for call in calls:
         world.router.desk.leave(call.id)
@@ -81,7 +82,7 @@ async def test_guessed_costs_do_not_hold_requests_back(world: Routed) -> None:
     entering = []
     while not world.router.desk.waiting:
         call = call_of(*range(4000))
-        entering.append(asyncio.create_task(world.router.desk.enter(call, "t", Client().reply)))
+        entering.append(asyncio.create_task(world.router.desk.enter(call, NOBODY, Client().reply)))
         await asyncio.sleep(0)
     assert len(entering) * seconds > 10.0
     assert len(entering) < 64

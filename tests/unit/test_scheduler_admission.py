@@ -8,16 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memserve.errors import ConfigError
 from memserve.scheduler.admission import (
     Admission,
     AdmissionLimits,
+    Grant,
     Refusal,
     Tenant,
     Ticket,
     TicketState,
+    tenant_id,
 )
 
-A, B = Tenant("a"), Tenant("b")
+A, B = tenant_id(b"a"), tenant_id(b"b")
 
 
 def entered(
@@ -112,9 +115,79 @@ def test_priorities_do_not_pass_other_tenants() -> None:
     assert other in drained(admission, running)[:2]
 
 
+def test_a_privileged_tenant_s_priorities_count_among_all() -> None:
+    admission = one_at_a_time()
+    admission.grant({A: Grant(privileged=True)})
+    running = entered(admission, B)
+    others = [entered(admission, B, priority=-9) for _ in range(3)]
+    usual = entered(admission, A)
+    late = entered(admission, A, priority=9)
+    urgent = entered(admission, A, priority=-1)
+
+    order = drained(admission, running)
+    assert order[0] is urgent
+    assert order[-1] is late
+    assert {*order[1:5]} == {usual, *others}
+
+
+def test_a_grant_can_be_given_and_taken_while_requests_wait() -> None:
+    for grants in ({A: Grant(privileged=True)}, {}):
+        admission = one_at_a_time()
+        running = entered(admission, B)
+        [entered(admission, B) for _ in range(4)]
+        urgent = [entered(admission, A, priority=-1) for _ in range(3)]
+        if not grants:
+            admission.grant({A: Grant(privileged=True)})
+        admission.grant(grants)
+        order = drained(admission, running)
+        assert (order[:3] == urgent) == bool(grants)
+
+
+def test_who_left_does_not_lend_its_rank_to_those_who_stay() -> None:
+    admission = one_at_a_time()
+    admission.grant({A: Grant(privileged=True)})
+    running = entered(admission, B)
+    other = entered(admission, B)
+    urgent = entered(admission, A, priority=-1)
+    late = entered(admission, A, priority=1)
+    admission.leave(urgent)
+    assert drained(admission, running) == [other, late]
+
+
+def test_a_weight_is_a_share() -> None:
+    admission = one_at_a_time()
+    admission.grant({A: Grant(weight=3.0)})
+    running = entered(admission, tenant_id(b"first"))
+    for _ in range(60):
+        entered(admission, A)
+        entered(admission, B)
+    counts = Counter(ticket.tenant for ticket in drained(admission, running)[:40])
+    assert counts[A] == pytest.approx(30, abs=1)
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError):
+            Grant(weight=weight)
+
+
+def test_coming_and_going_leaves_nothing_behind() -> None:
+    admission = one_at_a_time()
+    admission.grant({B: Grant(privileged=True)})
+    entered(admission, A)
+    entered(admission, A)
+    for _ in range(2000):
+        tickets = [entered(admission, B, priority=-n) for n in range(3)]
+        for ticket in tickets:
+            admission.leave(ticket)
+    assert len(admission._turns) <= 100
+
+
+def test_a_tenant_takes_as_little_room_whatever_it_is_called() -> None:
+    assert {len(tenant_id(name)) for name in (b"", b"a", b"a" * 5_000_000)} == {16}
+    assert tenant_id(b"a") == tenant_id(b"a") != tenant_id(b"b")
+
+
 def test_tenants_share_seconds_and_not_requests() -> None:
     admission = one_at_a_time()
-    running = entered(admission, Tenant("first"))
+    running = entered(admission, tenant_id(b"first"))
     for _ in range(100):
         entered(admission, A, cost=3.0)
     for _ in range(100):
@@ -144,7 +217,7 @@ def test_a_tenant_that_was_away_has_saved_nothing_up() -> None:
 
 def test_coming_and_going_gives_no_second_turn() -> None:
     admission = one_at_a_time()
-    running = entered(admission, Tenant("first"))
+    running = entered(admission, tenant_id(b"first"))
     for _ in range(5):
         admission.leave(entered(admission, A))
     for _ in range(10):
@@ -175,8 +248,8 @@ def test_all_queues_together_are_bounded() -> None:
     admission = one_at_a_time(waiting_of_all=5)
     entered(admission, A)
     for n in range(5):
-        entered(admission, Tenant(f"t{n}"))
-    refusal = admission.enter(Tenant("new"), 1.0, 0, 0.0)
+        entered(admission, tenant_id(b"t%d" % n))
+    refusal = admission.enter(tenant_id(b"new"), 1.0, 0, 0.0)
 
     assert isinstance(refusal, Refusal)
     assert refusal.of_all
@@ -185,7 +258,7 @@ def test_all_queues_together_are_bounded() -> None:
 def test_tenants_that_never_come_back_are_forgotten() -> None:
     admission = Admission(instances=1)
     for n in range(12_000):
-        admission.leave(entered(admission, Tenant(f"salt-{n}"), cost=0.1))
+        admission.leave(entered(admission, tenant_id(b"salt-%d" % n), cost=0.1))
 
     assert len(admission._queues) <= 10_000
 
@@ -208,7 +281,7 @@ def test_the_books_balance_whatever_happens(steps: list[tuple[str, int, float]])
     tickets: list[Ticket] = []
     for now, (step, which, cost) in enumerate(steps):
         if step == "enter":
-            ticket = admission.enter(Tenant(str(which)), cost, which % 2, float(now))
+            ticket = admission.enter(tenant_id(b"%d" % which), cost, which % 2, float(now))
             if isinstance(ticket, Ticket):
                 tickets.append(ticket)
         elif step == "next":

@@ -42,6 +42,9 @@ FOLD = 64
 FIRST_NUCLEUS = 1024
 NUCLEUS_GROWTH = 8
 
+# Distinct tokens of shorter prompts are found by sorting, of longer ones by marking.
+SORTED_BELOW = 1024
+
 
 class SamplerState:
     """What the sampling of one sequence keeps between steps. Its sequence owns it."""
@@ -116,35 +119,55 @@ class SamplerState:
 
 
 class TokenCounts:
-    """The distinct tokens of one sequence, and how often each was generated."""
+    """The distinct tokens of one sequence, and how often each was generated.
 
-    __slots__ = ("_counts", "_ids", "_slots")
+    Those of the prompt are an array: with long prompts and many samples, an object for each
+    would take gigabytes.
+    """
+
+    __slots__ = ("_counts", "_generated", "_prompt", "_slots", "_unseen")
 
     def __init__(self, prompt: TokenArray) -> None:
         """`prompt` [tokens] int32; its tokens are seen, but not generated."""
-        self._ids = array("i", np.unique(prompt).tolist())
-        self._counts = array("i", [0]) * len(self._ids)
-        self._slots = {token: slot for slot, token in enumerate(self._ids)}
+        self._prompt = _distinct(prompt)  # ascending
+        self._generated = array("i")
+        self._counts = array("i")  # of each
+        self._slots: dict[int, int] = {}  # where each is
+        self._unseen = array("i")  # those that the prompt does not have
 
     def add(self, token: int) -> None:
         """Count one generated token."""
-        slot = self._slots.setdefault(token, len(self._ids))
-        if slot == len(self._ids):
-            self._ids.append(token)
+        slot = self._slots.setdefault(token, len(self._generated))
+        if slot == len(self._generated):
+            self._generated.append(token)
             self._counts.append(0)
+            at = int(np.searchsorted(self._prompt, token))
+            if at == len(self._prompt) or self._prompt[at] != token:
+                self._unseen.append(token)
         self._counts[slot] += 1
 
     def penalise(self, logits: FloatArray, params: SamplingParams) -> None:
         """Apply repetition, frequency and presence penalties to `logits` [vocab] in place."""
-        ids = np.asarray(self._ids)
-        counts = np.asarray(self._counts)
-        values = logits[ids]
         repetition = params.repetition_penalty
         if repetition != 1:
-            values = np.where(values > 0, values / repetition, values * repetition)
-        values -= params.frequency_penalty * counts
-        values -= params.presence_penalty * (counts > 0)
-        logits[ids] = values
+            for ids in (self._prompt, np.asarray(self._unseen)):
+                values = logits[ids]
+                logits[ids] = np.where(values > 0, values / repetition, values * repetition)
+        if self._generated and (params.frequency_penalty or params.presence_penalty):
+            generated = np.asarray(self._generated)
+            values = logits[generated]
+            values -= params.frequency_penalty * np.asarray(self._counts)
+            values -= params.presence_penalty
+            logits[generated] = values
+
+
+def _distinct(tokens: TokenArray) -> NDArray[np.signedinteger]:
+    """The different ones of `tokens` [n], ascending."""
+    if len(tokens) < SORTED_BELOW:
+        return np.unique(tokens)
+    seen = np.zeros(int(tokens.max()) + 1, dtype=np.bool_)
+    seen[tokens] = True
+    return np.flatnonzero(seen)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.refusals import draining, no_instance
 from memserve.gateway.relay import Answer, Relay
 from memserve.gateway.siblings import Siblings
+from memserve.scheduler.admission import NOBODY, Tenant, tenant_id
 from memserve.types import Epoch
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class GatewayApp:
             call = await self._accept(build, request, reply, client)
             if given is None:
                 headers = ((b"x-request-id", call.id.encode()),)
-            await self._desk.enter(call, _tenant(request, call, client), reply)
+            call = await self._desk.enter(call, _tenant(request, call, client), reply)
             if not reply.gone:
                 await self._relay.run(call, reply, headers, answer)
         except ApiError as error:
@@ -237,10 +238,12 @@ def _line(
     )
 
 
-def _tenant(request: Request, call: GenerateCall, client: Client) -> str:
+def _tenant(request: Request, call: GenerateCall, client: Client) -> Tenant:
     """Who takes turns with others: the tenant of an API key; where keys are not asked for, who
     shows the same one, or else has the same salt."""
     if client.key is not None:
-        return client.key.tenant
+        return client.key.turns
     key = request.header(b"authorization")
-    return call.cache_salt if key is None else key.decode("latin-1")
+    if key is not None:
+        return tenant_id(b"key:" + key)
+    return tenant_id(b"salt:" + call.cache_salt.encode()) if call.cache_salt else NOBODY

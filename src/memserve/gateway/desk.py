@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+import msgspec
 
 from memserve.api.errors import ApiError, queue_full
 from memserve.api.generate import GenerateCall
 from memserve.api.http_message import Reply
 from memserve.clock import Clock
 from memserve.gateway.refusals import no_instance, stopping
-from memserve.scheduler.admission import Admission, Refusal, Tenant, Ticket
+from memserve.scheduler.admission import Admission, Grant, Refusal, Tenant, Ticket
 
 _COST_STEP = 64  # prompts that differ by fewer tokens cost the same here
 _MAX_COSTS = 4096
@@ -46,17 +48,25 @@ class Desk:
     def waiting(self) -> int:
         return self._admission.waiting
 
-    async def enter(self, call: GenerateCall, tenant: str, reply: Reply) -> None:
-        """Returns when the call may start. Raises ApiError, ClientLeft."""
+    async def enter(self, call: GenerateCall, tenant: Tenant, reply: Reply) -> GenerateCall:
+        """Returns when the call may start, as instances get it: their queues know no tenants, so
+        that a priority is told to them only where the tenant may have it before all others.
+        Raises ApiError, ClientLeft."""
         tokens = sum(map(len, call.prompts))
-        ticket = self._admission.enter(
-            Tenant(tenant), self._cost(tokens), call.priority, self._clock.now()
-        )
+        ticket = self._admission.enter(tenant, self._cost(tokens), call.priority, self._clock.now())
         if isinstance(ticket, Refusal):
             raise queue_full(f"Too many requests: {ticket}.", ticket.retry_after)
         self._tickets[call.id] = ticket
         if not ticket.admitted:
             await self._wait(call, ticket, reply)
+        if call.priority and not self._admission.grant_of(tenant).privileged:
+            return msgspec.structs.replace(call, priority=0)
+        return call
+
+    def grant(self, grants: Mapping[Tenant, Grant]) -> None:
+        """What tenants may do from now on; those that are not named, what everybody may."""
+        self._admission.grant(grants)
+        self._let_through()
 
     def prefilled(self, call_id: str) -> None:
         """Its prompt is computed. Unknown ones are ignored."""

@@ -5,7 +5,8 @@ here, where their order can still be chosen, instead of in an instance's queue:
 
 - tenants take turns, measured in predicted prefill seconds (start-time fair queueing: the one
   that was given the least goes first; whoever was away does not save up);
-- a tenant's requests go by priority, lower first, and never ahead of other tenants' for it;
+- a tenant's requests go by priority, lower first, and never ahead of other tenants' for it,
+  unless the operator has granted that tenant so;
 - of equal priority, a short prompt passes long ones, but a prompt only lets those pass that
   arrive within `patience` times its own cost, and `longest_patience` at most;
 - a tenant's queue is bounded; who finds it full is told when to come back.
@@ -17,15 +18,48 @@ from __future__ import annotations
 
 import heapq
 import math
+import secrets
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from hashlib import blake2b
 from typing import NewType
 
-Tenant = NewType("Tenant", str)  # an API key, or a cache_salt
+from memserve.errors import ConfigError
+
+Tenant = NewType("Tenant", bytes)  # `tenant_id` of an API key's name, or of a cache_salt
+
+_TENANT_BYTES = 16
+_TENANT_KEY = secrets.token_bytes(16)  # of this process: ids say nothing about what they are of
 
 _MAX_IDLE_TENANTS = 10_000  # whose share is remembered; a salt may be new with every request
+_MANY_VOID = 64  # entries that are skipped, of those who came and went: more are swept out
 _MIN_RETRY, _MAX_RETRY = 1, 600  # seconds
+
+
+def tenant_id(name: bytes) -> Tenant:
+    """Who takes turns with others, in a fixed size: what clients send is not kept. The same in
+    one process."""
+    return Tenant(blake2b(name, digest_size=_TENANT_BYTES, key=_TENANT_KEY).digest())
+
+
+NOBODY = tenant_id(b"")  # of requests that show neither a key nor a salt
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What an operator lets a tenant do. Raises ConfigError for a weight that is none."""
+
+    weight: float = 1.0  # 2: twice the share of others
+    privileged: bool = False  # its priorities order its requests among everybody's
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(f"a tenant's weight of {self.weight} is not above 0 and finite")
+
+
+NO_GRANT = Grant()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +114,16 @@ class Refusal:
         return f"{self.waiting} requests {whose} are waiting and at most {self.limit} may"
 
 
+# Rank, seconds given, number, tenant.
+_Turn = tuple[int, float, int, Tenant]
+
+
 class _Queue:
     """One tenant's waiting tickets. `given`: prefill seconds that it was given, virtually."""
 
-    def __init__(self, given: float) -> None:
+    def __init__(self, given: float, grant: Grant) -> None:
         self.given = given
+        self.grant = grant
         self.turn = -1  # number of its entry among the turns; others of it are void
         self.waiting = 0
         self.seconds = 0.0  # of those
@@ -94,6 +133,15 @@ class _Queue:
         heapq.heappush(self._heap, (ticket.priority, order, number, ticket))
         self.waiting += 1
         self.seconds += ticket.cost
+
+    @property
+    def rank(self) -> int:
+        """Among all tenants: those that are not privileged are equals."""
+        if not self.grant.privileged:
+            return 0
+        while self._heap and self._heap[0][-1].state is not TicketState.WAITING:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else 0
 
     def pop(self) -> Ticket:
         """IndexError if none waits."""
@@ -122,7 +170,8 @@ class Admission:
         self.limits = limits or AdmissionLimits()
         self._instances = instances
         self._queues: OrderedDict[Tenant, _Queue] = OrderedDict()
-        self._turns: list[tuple[float, int, Tenant]] = []  # tenants that wait, once each
+        self._turns: list[_Turn] = []  # tenants that wait; all but one of each are void
+        self._grants: Mapping[Tenant, Grant] = {}
         self._reached = 0.0  # what tenants that wait were given, at least
         self._number = 0
         self._tenants = 0  # that wait
@@ -135,6 +184,17 @@ class Admission:
     def resize(self, instances: int) -> None:
         """So many instances compute prompts now. Ask `next` afterwards."""
         self._instances = instances
+
+    def grant(self, grants: Mapping[Tenant, Grant]) -> None:
+        """What tenants may do from now on; those that are not named, what everybody may."""
+        self._grants = dict(grants)
+        for tenant, queue in self._queues.items():
+            queue.grant = self._grants.get(tenant, NO_GRANT)
+            if queue.waiting:
+                self._take_turn(tenant, queue)
+
+    def grant_of(self, tenant: Tenant) -> Grant:
+        return self._grants.get(tenant, NO_GRANT)
 
     def enter(self, tenant: Tenant, cost: float, priority: int, now: float) -> Ticket | Refusal:
         """A request whose prompt takes `cost` seconds to compute. The ticket may be admitted
@@ -149,13 +209,15 @@ class Admission:
         if self.waiting >= self.limits.waiting_of_all:
             limit = self.limits.waiting_of_all
             return Refusal(self._retry_after(queue), self.waiting, limit, True)
-        if not queue.waiting:
+        passed = min(self.limits.patience * cost, self.limits.longest_patience)
+        away, rank = not queue.waiting, queue.rank
+        if away:
             # Whoever was away begins where the others are.
             queue.given = max(queue.given, self._reached)
-            self._take_turn(tenant, queue)
             self._tenants += 1
-        passed = min(self.limits.patience * cost, self.limits.longest_patience)
         queue.push(ticket, now + passed, self._next_number())
+        if away or queue.rank != rank:
+            self._take_turn(tenant, queue)
         self.waiting += 1
         self._waiting_seconds += cost
         return ticket
@@ -165,10 +227,11 @@ class Admission:
         if not self.waiting or not self._has_room():
             return None
         while True:
-            _, turn, tenant = heapq.heappop(self._turns)
-            queue = self._queues.get(tenant)
-            if queue is not None and queue.turn == turn and queue.waiting:
+            turn = heapq.heappop(self._turns)
+            if self._is_valid(turn):
                 break
+        tenant = turn[-1]
+        queue = self._queues[tenant]
         ticket = queue.pop()
         self._stopped_waiting(ticket, queue)
         self._admit(ticket, queue)
@@ -190,6 +253,8 @@ class Admission:
             queue.drop(ticket)
             queue.sweep()
             self._stopped_waiting(ticket, queue)
+            if queue.waiting and queue.grant.privileged:
+                self._take_turn(ticket.tenant, queue)  # its rank may be another
         elif before is not TicketState.LEFT:
             self.admitted -= 1
             if before is TicketState.ADMITTED:
@@ -212,8 +277,10 @@ class Admission:
         self.admitted += 1
         self._prefills += 1
         self.prefill_seconds += ticket.cost
-        self._reached = max(self._reached, queue.given)
-        queue.given = self._reached + ticket.cost
+        began = max(self._reached, queue.given)
+        queue.given = began + ticket.cost / queue.grant.weight
+        if not (queue.grant.privileged and ticket.priority):  # else it may have passed others
+            self._reached = began
 
     def _prefill_ended(self, ticket: Ticket) -> None:
         self._prefills -= 1
@@ -224,7 +291,7 @@ class Admission:
     def _queue(self, tenant: Tenant) -> _Queue:
         queue = self._queues.get(tenant)
         if queue is None:
-            queue = self._queues[tenant] = _Queue(self._reached)
+            queue = self._queues[tenant] = _Queue(self._reached, self.grant_of(tenant))
             self._forget_idle()
         else:
             self._queues.move_to_end(tenant)
@@ -243,7 +310,15 @@ class Admission:
 
     def _take_turn(self, tenant: Tenant, queue: _Queue) -> None:
         queue.turn = self._next_number()
-        heapq.heappush(self._turns, (queue.given, queue.turn, tenant))
+        if len(self._turns) > 2 * self._tenants + _MANY_VOID:
+            self._turns = [turn for turn in self._turns if self._is_valid(turn)]
+            heapq.heapify(self._turns)
+        heapq.heappush(self._turns, (queue.rank, queue.given, queue.turn, tenant))
+
+    def _is_valid(self, turn: _Turn) -> bool:
+        _, _, number, tenant = turn
+        queue = self._queues.get(tenant)
+        return queue is not None and queue.turn == number and queue.waiting > 0
 
     def _stopped_waiting(self, ticket: Ticket, queue: _Queue) -> None:
         self.waiting -= 1
