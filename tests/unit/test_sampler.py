@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from memserve.api.generate import SamplingParams, validate_sampling
-from memserve.engine.sampler import _sample_from_device, sample
+from memserve.engine.sampler import SORTED_BELOW, _sample_from_device, sample
 from memserve.errors import RequestError
 from tests.sampler_reference import Fixed, adjusted, probabilities, sampled_counts, state, tokens
 
@@ -133,6 +133,17 @@ def test_order_is_min_p_then_top_k_then_top_p() -> None:
         assert np.flatnonzero(sampled_counts(logits, one, 100)).tolist() == [0]
     both = sampled_counts(logits, SamplingParams(top_p=0.6), 100)
     assert np.flatnonzero(both).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("length", [10, SORTED_BELOW, 3 * SORTED_BELOW])
+def test_penalties_are_the_same_however_long_the_prompt_is(length: int) -> None:
+    rng = np.random.default_rng(length)
+    params = SamplingParams(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=-0.25)
+    prompt = rng.integers(0, 300, length).tolist()
+    output = rng.integers(0, 500, 40).tolist()
+    row = rng.normal(size=500).astype(np.float32)
+    made = state(params, prompt, output)
+    np.testing.assert_allclose(made.adjust(row), adjusted(row, params, prompt, output), rtol=1e-5)
 
 
 def test_repetition_penalty_is_that_of_transformers() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from memserve.scheduler.decisions import KEPT_CANDIDATES, Decision
+from memserve.scheduler.policies import POLICIES
 from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role
 from tests.scheduler_harness import Cluster, LinearCosts, request
@@ -338,6 +339,16 @@ def test_what_was_learnt_of_an_instance_counts() -> None:
     slow = decided(cluster.scheduler.decide(request(1), among=[InstanceId("a")])).plan
     assert slow.terms.prefill == pytest.approx(2 * 1.024, rel=0.01)
     assert decided(cluster.scheduler.decide(request(2))).plan.instance == "b"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_of_sessions_no_more_is_kept_than_the_policy_needs(policy: str) -> None:
+    cluster = Cluster(policy)
+    cluster.add("a")
+    for n in range(3):
+        decided(cluster.scheduler.decide(request(n, session=f"{n}" * 1_000_000)))
+    kept = [*cluster.scheduler._sessions]
+    assert [len(key) for key in kept] == ([16] * 3 if policy == "session" else [])
 
 
 def test_sessions_stay_where_they_are_while_that_lives() -> None:

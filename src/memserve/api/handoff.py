@@ -16,7 +16,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from memserve.api.generate import Address, Int32, PrefillPeer, SamplingParams
+from memserve.api.generate import Int32, PrefillPeer, SamplingParams
 from memserve.api.limits import MAX_ID_CHARACTERS, MAX_NAME_CHARACTERS
 from memserve.types import InstanceId, Namespace, RequestId
 
@@ -31,7 +31,8 @@ class PoolPeer(msgspec.Struct, frozen=True):
     """Where an instance's pool talks to others."""
 
     id: Annotated[InstanceId, Meta(max_length=MAX_ID_CHARACTERS)]
-    address: Address  # tcp://host:port
+    # Never one of ZeroMQ's other transports, which lead to this process or this machine.
+    address: Annotated[str, Meta(max_length=MAX_ID_CHARACTERS, pattern=r"^tcp://[!-~]+$")]
 
 
 class PrefillCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

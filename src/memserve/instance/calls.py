@@ -76,5 +76,7 @@ def _check_sequences(call: GenerateCall) -> None:
     sequences = len(call.prompts) * call.n
     if sequences > MAX_SEQUENCES:
         raise invalid(f"{sequences} sequences in one call, and at most {MAX_SEQUENCES}", "n")
+    if not all(call.prompts):
+        raise invalid("a prompt has no tokens", "prompt")
     if call.resumed and len(call.resumed) != sequences:
         raise invalid(f"{sequences} choices, and tokens of {len(call.resumed)}", "resumed")

@@ -40,10 +40,12 @@ class Choice(msgspec.Struct, frozen=True, eq=False):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """`fetches`: its plans may pull a longer prefix from a third instance."""
+    """`fetches`: its plans may pull a longer prefix from a third instance. `sessions`: it looks
+    at where a session ran before, which is kept for no other policy."""
 
     choose: Callable[[Situation], Choice]
     fetches: bool = False
+    sessions: bool = False
 
 
 def prompt_tree(situation: Situation) -> Choice:
@@ -96,7 +98,7 @@ def round_robin(situation: Situation) -> Choice:
 
 POLICIES: Mapping[str, Policy] = {
     "prompt-tree": Policy(prompt_tree, fetches=True),
-    "session": Policy(session),
+    "session": Policy(session, sessions=True),
     "least-load": Policy(least_load),
     "round-robin": Policy(round_robin),
 }

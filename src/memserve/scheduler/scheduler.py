@@ -6,6 +6,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection
+from hashlib import blake2b
 
 from memserve.clock import Clock
 from memserve.scheduler.candidates import Candidates, Roster, whole_prefill_seconds
@@ -23,6 +24,7 @@ DECODE_WEIGHT = 0.1  # a second of decoding, beside one before the first token
 FIRST_OUTPUT_TOKENS = 128.0  # expected before any answer has ended
 _OUTPUT_NEWEST = 1 / 32  # weight of the newest answer in what is expected
 _OUTPUT_OUTLIER = 4.0  # an answer counts as at most so many times what was expected
+_SESSION_BYTES = 16
 _MAX_SESSIONS = 100_000  # whose placement is remembered, least recently used first out
 _MAX_ROSTERS = 16
 
@@ -73,7 +75,7 @@ class Scheduler:
         self.output_length = OutputLength()
         self.decisions = DecisionLog()
         self._turn = 0
-        self._sessions: OrderedDict[str, Placement] = OrderedDict()
+        self._sessions: OrderedDict[bytes, Placement] = OrderedDict()  # by digest of their names
         self._candidates: dict[frozenset[InstanceId] | None, Candidates] = {}
 
     # --- members ------------------------------------------------------------------------
@@ -119,7 +121,8 @@ class Scheduler:
             fetches=self._policy.fetches,
             overlapped=self._overlapped,
         )
-        session = None if request.session is None else self._sessions.get(request.session)
+        key = self._session_key(request)
+        session = None if key is None else self._sessions.get(key)
         situation = Situation(request, candidates, self._decode_weight, self._turn, session)
         choice = self._policy.choose(situation)
         self._turn += 1
@@ -177,6 +180,12 @@ class Scheduler:
         held = plan.cached_tokens if plan.prefill is None else plan.prompt_tokens
         return needed - load.shared_tokens(slot, request.namespace, request.tokens[:held])
 
+    def _session_key(self, request: PromptRequest) -> bytes | None:
+        """What stands for its session, in a fixed size; None: nothing is kept of it."""
+        if request.session is None or not self._policy.sessions:
+            return None
+        return blake2b(request.session.encode(), digest_size=_SESSION_BYTES).digest()
+
     def _reserve(self, request: PromptRequest, output_tokens: int, plan: Plan, now: float) -> None:
         load, prefixes = self.load, self._prefixes
         load.reserve(
@@ -197,8 +206,9 @@ class Scheduler:
         prefixes.expect(plan.computes, request.namespace, request.tokens, now)
         if plan.prefill is not None:
             prefixes.expect(plan.instance, request.namespace, request.tokens, now)
-        if request.session is not None:
-            self._sessions[request.session] = Placement(plan.instance, plan.computes)
-            self._sessions.move_to_end(request.session)
+        key = self._session_key(request)
+        if key is not None:
+            self._sessions[key] = Placement(plan.instance, plan.computes)
+            self._sessions.move_to_end(key)
             if len(self._sessions) > _MAX_SESSIONS:
                 self._sessions.popitem(last=False)
