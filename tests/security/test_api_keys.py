@@ -140,6 +140,8 @@ def test_entries_are_hashes_and_read_back(tmp_path: Path, monkeypatch: pytest.Mo
         "key name=a\u00e9",
         "key who=me",
         "key tenant=a:b",
+        "key weight=0",
+        "key weight=x",
         "key name=" + "a" * 65,
     ],
 )

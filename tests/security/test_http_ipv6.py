@@ -6,7 +6,6 @@ import socket
 from typing import Any
 
 import pytest
-
 from memserve.api.hosts import (
     bracketed,
     is_loopback,
@@ -15,6 +14,7 @@ from memserve.api.hosts import (
     resolve,
     split_endpoint,
 )
+
 from memserve.api.serving import bind, url_of
 from memserve.cluster.port import ReservedPort
 from memserve.errors import ClusterError, ConfigError, TransferError

@@ -4,6 +4,7 @@ An entry is a key, or `sha256:` and its hash, and behind it, each after a space:
 
     name=NAME       whose it is, in logs; without: the first letters of the hash
     tenant=NAME     keys of one tenant share turns and cached prompts; without: the key alone
+    weight=NUMBER   its tenant's share of turns: 2 is twice that of others
     priority        its requests' `priority` counts against other tenants', too
 
 Keys are random, so that their hashes need no salt and no slow function; whoever chooses a key
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +42,7 @@ class ApiKey:
     name: str
     tenant: str
     privileged: bool = False  # its requests' priorities count among tenants
+    weight: float = 1.0
 
 
 class ApiKeys:
@@ -52,6 +55,9 @@ class ApiKeys:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def __iter__(self) -> Iterator[ApiKey]:
+        return iter(self._keys.values())
 
     def find(self, shown: bytes) -> ApiKey | None:
         """The key that a client shows; None if there is no such key."""
@@ -133,20 +139,22 @@ def _parse(entry: str, source: str) -> ApiKey:
     else:
         digest = hashlib.sha256(shown.encode()).digest()
     name = tenant = digest.hex()[:16]
-    privileged = False
+    privileged, weight = False, 1.0
     for option in options:
         word, _, value = option.partition("=")
         if option == "priority":
             privileged = True
+        elif word == "weight":
+            weight = _weight(value, source)
         elif word not in ("name", "tenant"):
-            raise ConfigError(f"{source}: '{word}' is not name=, tenant= or priority")
+            raise ConfigError(f"{source}: '{word}' is not name=, tenant=, weight= or priority")
         elif _NAME.fullmatch(value) is None:
             raise ConfigError(f"{source}: {word} has letters, digits, '.', '_' and '-', up to 64")
         elif word == "name":
             name = value
         else:
             tenant = value
-    return ApiKey(digest, name, tenant, privileged)
+    return ApiKey(digest, name, tenant, privileged, weight)
 
 
 def _entry(key: ApiKey) -> str:
@@ -154,5 +162,16 @@ def _entry(key: ApiKey) -> str:
     own = key.digest.hex()[:16]
     words += [f"name={key.name}"] if key.name != own else []
     words += [f"tenant={key.tenant}"] if key.tenant != own else []
+    words += [f"weight={key.weight:g}"] if key.weight != 1 else []
     words += ["priority"] if key.privileged else []
     return " ".join(words)
+
+
+def _weight(text: str, source: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise ConfigError(f"{source}: weight= is a number above 0")
+    return weight

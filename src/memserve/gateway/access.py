@@ -28,6 +28,7 @@ from memserve.api.guard import require_signature
 from memserve.api.http_message import Header, Reply, Request
 from memserve.api.signatures import SCHEME, Verifier
 from memserve.hosts import is_loopback
+from memserve.scheduler.admission import NOBODY, Grant, Tenant, tenant_id
 from memserve.secrets import Secret
 
 _BEARER = b"bearer "
@@ -47,8 +48,9 @@ class Client(NamedTuple):
     key: ApiKey | None = None
 
     @property
-    def privileged(self) -> bool:
-        return self.key is not None and self.key.privileged
+    def turns(self) -> Tenant:
+        """Who takes turns with others."""
+        return NOBODY if self.key is None else _turns(self.key)
 
     def salted(self, cache_salt: str) -> str:
         """What keeps its cached prompts apart: tenants never share any."""
@@ -93,6 +95,10 @@ class Access:
                 authenticate="Bearer",
             )
         return Client(key)
+
+    def grants(self) -> dict[Tenant, Grant]:
+        """What the tenants of keys may do beyond others."""
+        return {_turns(key): Grant(key.weight, key.privileged) for key in self.keys}
 
     async def admit(self, request: Request, reply: Reply) -> None:
         """Let whoever may ask for it pass, for all but what generates. Raises ApiError."""
@@ -160,6 +166,10 @@ class Access:
         if origin.partition(b"://")[2] != host:
             return False
         return bool(self.keys) or is_loopback(_host_of(host))
+
+
+def _turns(key: ApiKey) -> Tenant:
+    return tenant_id(b"tenant:" + key.tenant.encode())
 
 
 def _cors(origin: bytes) -> tuple[Header, ...]:

@@ -242,7 +242,7 @@ def _tenant(request: Request, call: GenerateCall, client: Client) -> Tenant:
     """Who takes turns with others: the tenant of an API key; where keys are not asked for, who
     shows the same one, or else has the same salt."""
     if client.key is not None:
-        return client.key.turns
+        return client.turns
     key = request.header(b"authorization")
     if key is not None:
         return tenant_id(b"key:" + key)

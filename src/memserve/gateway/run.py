@@ -183,6 +183,7 @@ class Gateway:
         self._calls = CallBuilder(
             tokenizer, config.model.served_name or config.model.path, available_cores()
         )
+        self._router.desk.grant(self._access.grants())
         self._siblings: Siblings | None = None
         if worker is not None:
             self._siblings = Siblings(self._peers, worker.index, worker.siblings)
@@ -281,4 +282,5 @@ class Gateway:
         except ConfigError as error:
             log.error("the API keys stay as they were: %s", error)
         else:
+            self._router.desk.grant(self._access.grants())
             log.info("%d API keys", len(self._access.keys))
