@@ -121,6 +121,7 @@ def supervised(directory: Path, whole: bool = True) -> Iterator[Supervised]:
     running = Supervised(directory)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("MEMSERVE_FAKE_ENGINE", json.dumps({"step_seconds": STEP_SECONDS}))
+        environment.setenv("MEMSERVE_FAKE_DEATHS", str(directory))
         environment.setenv("PYTHONPATH", os.pathsep.join([*_paths(), str(Path.cwd())]))
         try:
             running.begin(whole)
@@ -333,3 +334,28 @@ def test_a_gateway_that_crashes_often_is_not_given_up_while_instances_serve(
         assert not running.ended.done()
     assert ready(running.until_ready()) == before
     assert any("gateway has crashed" in line and "tried again" in line for line in running.said)
+
+
+@pytest.mark.parametrize("name", ["poller", "expectations", "router"])
+def test_a_gateway_without_one_of_its_tasks_ends_and_comes_back(
+    running: Supervised, model: Path, name: str
+) -> None:
+    before = ready(running.until_ready())
+    gateway = running.cluster.pids()["gateway"]
+    (model / f"kill-{name}").touch()
+    until(lambda: running.cluster.pids()["gateway"] != gateway)
+    assert ready(running.until_ready()) == before
+    assert any(f"{name} ended: RuntimeError('killed by a test')" in line for line in running.said)
+
+
+@pytest.mark.parametrize("name", ["registration", "mortal"])
+def test_an_instance_without_one_of_its_tasks_or_threads_ends_and_comes_back(
+    running: Supervised, model: Path, name: str
+) -> None:
+    before = ready(running.until_ready())
+    (model / f"kill-{name}").touch()
+    after = ready(running.until(lambda view: len(ready(view)) == 2 and ready(view) != before))
+    (dead,) = [one for one in before if before[one] != after[one]]
+    said = [line for line in running.said if line.startswith(f"{dead}: ")]
+    assert any(f"{name} ended: " in line for line in said)
+    assert any(f"{dead} ended with exit code 1; starting it again" in s for s in running.said)

@@ -10,6 +10,7 @@ from memserve.api.kv_events import (
     AllBlocksCleared,
     BlockStored,
     EventBatch,
+    MalformedEvents,
     decode_batch,
     extra_keys,
     namespace_of,
@@ -139,7 +140,7 @@ def test_events_that_cannot_be_are_counted_and_skipped() -> None:
         stored([1, 2], token_ids=TOKENS[:4]),
     )
     assert (follower.counts.malformed, follower.match()) == (4, 0)
-    with pytest.raises(msgspec.DecodeError):
+    with pytest.raises(MalformedEvents):
         decode_batch(msgspec.msgpack.encode([1.0, [{"type": "Unheard"}]]))
 
 

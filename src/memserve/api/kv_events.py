@@ -8,10 +8,13 @@ vLLM has not, is ours.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from memserve.api.namespaces import salt_of, salted
 from memserve.types import Epoch, InstanceId, Namespace, TokenArray
@@ -22,6 +25,17 @@ END_OF_REPLAY = (-1).to_bytes(SEQUENCE_BYTES, "big", signed=True)
 # An idle publisher says so this often, with an empty batch: a subscriber that has missed the
 # last ones before finds out.
 BEAT_SECONDS = 1.0
+# What sockets take. A batch is cut at MAX_BATCH_ITEMS tokens and hashes, of up to 9 bytes each,
+# or at the first run above it: a prompt of millions of tokens. A larger message ends the
+# connection before it is in memory. Subscriptions and requests for replay are a topic and a
+# number; a CURVE handshake's messages are less than 500 bytes.
+MAX_BATCH_ITEMS = 1_000_000
+MAX_BATCH_BYTES = 64 * 1024 * 1024
+MAX_REQUEST_BYTES = 1024
+MAX_SEQUENCE = (1 << 63) - 1
+# A topic is an id, an epoch and what joins them. libzmq crashes on one of a megabyte.
+MAX_TOPIC = 320
+MAX_NAMESPACE = 4096  # of blocks: a salt (1 KiB at most in requests), or what others have
 
 BlockHash = int | bytes
 # A salt or the name of an adapter (str), or what stands for an image (its identifier and offset)
@@ -75,13 +89,22 @@ class EventBatch(msgspec.Struct, array_like=True, omit_defaults=True):
     data_parallel_rank: int | None = None
 
 
+# tcp, a host or what stands for all of a machine's addresses, a port: nothing else is connected
+# to, as no file (ipc) and nothing of this process's own (inproc).
+TcpEndpoint = Annotated[
+    str, Meta(pattern=r"^tcp://(\*|[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.%]{2,64}\]):[0-9]{1,5}\Z")
+]
+Topic = Annotated[str, Meta(pattern=rf"^[!-~]{{0,{MAX_TOPIC}}}\Z")]  # ASCII: bytes are characters
+BlockTokens = Annotated[int, Meta(ge=1, le=1 << 20)]
+
+
 class KVEventsInfo(msgspec.Struct, frozen=True):
     """Where an instance's events come from; part of `GET /info`."""
 
-    endpoint: str  # of the PUB socket
-    replay_endpoint: str  # of the ROUTER socket
-    topic: str
-    block_tokens: int
+    endpoint: TcpEndpoint  # of the PUB socket
+    replay_endpoint: TcpEndpoint  # of the ROUTER socket
+    topic: Topic
+    block_tokens: BlockTokens
     secured: bool = False  # CURVE, with the cluster's secret
 
 
@@ -108,17 +131,47 @@ class KVSnapshot(msgspec.Struct, frozen=True):
 
     instance: InstanceId
     epoch: Epoch
-    sequence: int
-    block_tokens: int
+    sequence: Annotated[int, Meta(ge=-1, le=MAX_SEQUENCE)]
+    block_tokens: BlockTokens
     blocks: list[StoredBlocks]
 
 
 _batches = msgspec.msgpack.Decoder(EventBatch)
 
 
+class MalformedEvents(ValueError):
+    """What came is no batch of events."""
+
+
+class Batch(NamedTuple):
+    """A batch as it came: its place in the order, and what it says."""
+
+    topic: bytes
+    sequence: int
+    events: EventBatch
+
+
+def decode_frames(frames: Sequence[bytes]) -> Batch:
+    """The one reading of what comes from a publisher, live or as a replay. Raises
+    MalformedEvents, whatever it is."""
+    if not 2 <= len(frames) <= 4 or len(frames[-2]) != SEQUENCE_BYTES:
+        raise MalformedEvents(f"{len(frames)} frames")
+    sequence = int.from_bytes(frames[-2], "big")
+    if sequence > MAX_SEQUENCE:
+        raise MalformedEvents(f"a sequence number of {sequence}")
+    return Batch(frames[-3] if len(frames) > 2 else b"", sequence, decode_batch(frames[-1]))
+
+
 def decode_batch(payload: bytes) -> EventBatch:
-    """Raises msgspec.DecodeError."""
-    return _batches.decode(payload)
+    """Raises MalformedEvents."""
+    try:
+        batch = _batches.decode(payload)
+    # Wrong UTF-8 is a ValueError, nesting a RecursionError: extra keys may be anything.
+    except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
+        raise MalformedEvents(str(error)) from error
+    if not math.isfinite(batch.ts):
+        raise MalformedEvents("made at no time")
+    return batch
 
 
 def topic_of(instance: InstanceId, epoch: Epoch) -> str:

@@ -23,6 +23,7 @@ from memserve.scheduler.event_stream import EventCounts
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.transfer.secret import cluster_keys
 from memserve.types import Epoch, InstanceId, Role
+from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +67,11 @@ class KvFeed:
         peers: PeerClient,
         clock: Clock | None = None,
         secret: str | None = None,
+        vitals: Vitals | None = None,
     ) -> None:
         """`clock` is the one that `tree.expect` is called with; `secret` the cluster's, by default
-        the one that `cluster_secret` finds."""
+        the one that `cluster_secret` finds; `vitals` watches over the feed's tasks."""
+        self._vitals = vitals or Vitals()
         self._tree = tree
         self._peers = peers
         self._clock = clock or MonotonicClock()
@@ -77,7 +80,7 @@ class KvFeed:
         self._followed: dict[InstanceId, _Followed] = {}
         self._counts: dict[InstanceId, EventCounts] = {}
         self._ending: set[asyncio.Task[None]] = set()
-        self._expiring = asyncio.ensure_future(self._expire())
+        self._expiring = self._vitals.task("expectations", self._expire())
 
     # --- members --------------------------------------------------------------------------
 
@@ -97,7 +100,9 @@ class KvFeed:
             return
         self.forget(instance)
         followed = self._followed[instance] = _Followed(epoch, role)
-        followed.finding = asyncio.ensure_future(self._find(instance, epoch, address, followed))
+        followed.finding = self._vitals.errand(
+            "search for KV events", self._find(instance, epoch, address, followed)
+        )
 
     def follow_source(self, source: EventSource) -> None:
         """Follow a publisher that is no member of ours, as a vLLM with `--kv-events-config`:
@@ -198,12 +203,22 @@ class KvFeed:
     def _subscribe(self, source: EventSource, followed: _Followed) -> None:
         counts = self._counts.setdefault(source.instance, EventCounts())
         followed.subscription = Subscription(
-            source, self._tree, self._peers, self._context, self._keys, self._clock, counts
+            source,
+            self._tree,
+            self._peers,
+            self._context,
+            self._keys,
+            self._clock,
+            counts,
+            self._vitals,
         )
 
     async def _expire(self) -> None:
         while True:
-            self._tree.expire(self._clock.now())
+            try:
+                self._tree.expire(self._clock.now())
+            except Exception as error:  # noqa: BLE001 - one expectation must not stop all
+                self._vitals.survive("an expectation", error)
             await asyncio.sleep(EXPIRE_SECONDS)
 
 

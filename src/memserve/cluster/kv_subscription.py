@@ -13,16 +13,24 @@ import zmq.asyncio
 from memserve.api.kv_events import (
     BEAT_SECONDS,
     END_OF_REPLAY,
+    MAX_BATCH_BYTES,
     SEQUENCE_BYTES,
+    BlockTokens,
     KVSnapshot,
-    decode_batch,
+    MalformedEvents,
+    TcpEndpoint,
+    Topic,
+    decode_frames,
 )
 from memserve.api.peer_client import PeerClient, PeerError, decoded
 from memserve.clock import Clock
+from memserve.errors import ConfigError
+from memserve.logs import shown
 from memserve.scheduler.event_stream import EventCounts, EventStream
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.transfer.secret import ClusterKeys
 from memserve.types import Epoch, InstanceId, Role
+from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +49,7 @@ RECEIVE_HIGH_WATER = 100_000  # batches
 HEARTBEAT_MS = int(2000 * BEAT_SECONDS)  # of the connection: it is made anew when one is missed
 
 Context = zmq.asyncio.Context
+_Place = tuple[TcpEndpoint, Topic, BlockTokens]
 _snapshots = msgspec.msgpack.Decoder(KVSnapshot)
 
 
@@ -62,6 +71,14 @@ class EventSource:
     role: Role = Role.COLOCATED
     secured: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what no socket should see."""
+        try:
+            msgspec.convert((self.endpoint, self.topic, self.block_tokens), _Place)
+            msgspec.convert(self.replay_endpoint, TcpEndpoint | None)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"KV events of {shown(self.instance)}: {error}") from error
+
 
 class Subscription:
     """Keeps one instance in the trees until it is closed. Belongs to the event loop."""
@@ -75,8 +92,12 @@ class Subscription:
         keys: ClusterKeys,
         clock: Clock,
         counts: EventCounts,
+        vitals: Vitals | None = None,
     ) -> None:
+        """`vitals`: counts what fails as nobody expected, and is begun anew."""
+        self._vitals = vitals or Vitals()
         self._source = source
+        self._topic = source.topic.encode()
         self._tree = tree
         self._peers = peers
         self._context = context
@@ -85,12 +106,11 @@ class Subscription:
         self._turn = 0.0  # when this task last let others run
         self.heard = clock.now()
         self.counts = counts
-        native = source.snapshot_url is not None
-        tree.join(source.instance, source.block_tokens, source.role, references=native)
+        self._native = source.snapshot_url is not None
+        tree.join(source.instance, source.block_tokens, source.role, references=self._native)
         self.stream = self._new_stream()
         self._recovery: asyncio.Task[None] | None = None
-        self._receiving = asyncio.ensure_future(self._receive())
-        self._receiving.add_done_callback(_log_failure)
+        self._receiving = self._vitals.errand("KV events", self._keep_receiving())
 
     def close(self) -> None:
         """From now on nothing of it reaches the trees. The caller cuts the instance out."""
@@ -111,10 +131,31 @@ class Subscription:
 
     # --- receiving ------------------------------------------------------------------------
 
+    async def _keep_receiving(self) -> None:
+        pause = BACKOFF_SECONDS
+        while True:
+            began = self._clock.now()
+            try:
+                await self._receive()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the trees must follow on
+                self._vitals.survive("a subscription to KV events", error)
+            if self._clock.now() - began > MAX_BACKOFF_SECONDS:
+                pause = BACKOFF_SECONDS
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MAX_BACKOFF_SECONDS)
+            self._begin_anew()  # who knows what was applied of it
+
+    def _begin_anew(self) -> None:
+        """Forget what the instance held; learn it again."""
+        self.stream.close()
+        self._tree.cleared(self._source.instance)
+        self.counts.resets += 1
+        self.stream = self._new_stream()
+
     async def _receive(self) -> None:
         with self._socket(zmq.SUB) as socket:
             socket.rcvhwm = RECEIVE_HIGH_WATER
-            socket.subscribe(self._source.topic.encode())
+            socket.subscribe(self._topic)
             socket.connect(self._source.endpoint)
             self._recover_in_background()
             while True:
@@ -125,36 +166,31 @@ class Subscription:
 
     def _offer(self, frames: list[bytes]) -> None:
         self.heard = self._clock.now()
-        if len(frames) < 2 or len(frames[-2]) != SEQUENCE_BYTES:
-            self.counts.malformed += 1
-            return
-        sequence = int.from_bytes(frames[-2], "big")
         try:
-            batch = decode_batch(frames[-1])
-        except msgspec.DecodeError as error:
+            topic, sequence, batch = decode_frames(frames)
+        except MalformedEvents as error:
             log.debug("%s: a batch of KV events is malformed: %s", self._source.instance, error)
             self.counts.malformed += 1
             return
-        if self._source.snapshot_url is None and self.stream.restarted(sequence, batch):
+        if self._native and topic != self._topic:  # one that begins alike
+            self.counts.foreign += 1
+            return
+        if not self._native and self.stream.restarted(sequence, batch):
             log.info("%s counts its KV events anew: it was restarted", self._source.instance)
-            self.stream.close()
-            self._tree.cleared(self._source.instance)
-            self.counts.resets += 1
-            self.stream = self._new_stream()
+            self._begin_anew()
         self.stream.offer(sequence, batch)
 
     def _new_stream(self) -> EventStream:
         source = self._source
         # Those without snapshots begin to count at 0 with their first event.
-        start = -1 if source.snapshot_url is None else None
+        start = None if self._native else -1
         return EventStream(self._tree, source.instance, source.block_tokens, self.counts, start)
 
     # --- recovering -----------------------------------------------------------------------
 
     def _recover_in_background(self) -> None:
         if self._recovery is None or self._recovery.done():
-            self._recovery = asyncio.ensure_future(self._recover())
-            self._recovery.add_done_callback(_log_failure)
+            self._recovery = self._vitals.errand("a recovery of KV events", self._recover())
 
     async def _recover(self) -> None:
         pause = BACKOFF_SECONDS
@@ -181,7 +217,9 @@ class Subscription:
         except PeerError as error:
             log.debug("%s gives no snapshot: %s", self._source.instance, error)
             return False
-        if (snapshot.instance, snapshot.epoch) != (self._source.instance, self._source.epoch):
+        said = (snapshot.instance, snapshot.epoch, snapshot.block_tokens)
+        if said != (self._source.instance, self._source.epoch, self._source.block_tokens):
+            self.counts.foreign += 1
             return False  # another life, or somebody else: the membership will find out
         for _ in self.stream.restore(snapshot):
             await self._breathe()
@@ -218,6 +256,7 @@ class Subscription:
     def _socket(self, kind: int) -> zmq.asyncio.Socket:
         socket = self._context.socket(kind)
         socket.linger = 0
+        socket.maxmsgsize = MAX_BATCH_BYTES
         socket.reconnect_ivl = int(1000 * BACKOFF_SECONDS)
         socket.reconnect_ivl_max = int(1000 * MAX_BACKOFF_SECONDS / 2)
         socket.heartbeat_ivl = HEARTBEAT_MS
@@ -226,9 +265,3 @@ class Subscription:
         if self._keys is not None:
             self._keys.secure_client(socket)
         return socket
-
-
-def _log_failure(task: asyncio.Future[None]) -> None:
-    """Tasks that nobody awaits must not fail in silence."""
-    if not task.cancelled() and (failure := task.exception()) is not None:
-        log.error("a subscription to KV events failed", exc_info=failure)

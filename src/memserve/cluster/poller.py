@@ -10,6 +10,7 @@ import msgspec
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import InstanceInfo, InstanceState, InstanceStats
 from memserve.cluster.membership import Member, Membership
+from memserve.vital import Vitals
 
 # A heartbeat that is not answered in time is missed, and three make a death (`MAX_MISSES`).
 # A beat does not wait for the last one's answer: a member that hangs is dead after two beats
@@ -25,7 +26,11 @@ class Poller:
     """Polls the members of a `Membership` until cancelled; between heartbeats those of whom it
     wants to know at once."""
 
-    def __init__(self, membership: Membership, peers: PeerClient) -> None:
+    def __init__(
+        self, membership: Membership, peers: PeerClient, vitals: Vitals | None = None
+    ) -> None:
+        """`vitals`: counts the polls that fail as nobody expected."""
+        self._vitals = vitals or Vitals()
         self._membership = membership
         self._peers = peers
         self._group: asyncio.TaskGroup | None = None  # while running
@@ -47,7 +52,14 @@ class Poller:
                 await asyncio.sleep(POLL_SECONDS)
 
     async def poll(self, member: Member) -> None:
-        """Ask one member."""
+        """Ask one member. Whatever comes of it, others are asked all the same."""
+        try:
+            await self._poll(member)
+        except Exception as error:  # noqa: BLE001 - what one member says must not end all polls
+            self._vitals.survive("poll", error)
+            self._membership.missed(member)
+
+    async def _poll(self, member: Member) -> None:
         number = next(self._numbers)
         try:
             async with asyncio.timeout(POLL_TIMEOUT_SECONDS):

@@ -6,6 +6,7 @@ closes it with the parent, SIGKILL included, and the child reads the end of the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -23,8 +24,10 @@ def exit_with_parent() -> None:
 
 
 def _watch() -> None:
-    while os.read(0, 4096):
-        pass
+    # Whatever keeps it from watching: this process might outlive its parent, and must not.
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
     for number, seconds in (
         (signal.SIGTERM, FORCE_SECONDS),
         (signal.SIGTERM, KILL_SECONDS),

@@ -118,6 +118,11 @@ class Engine:
             eos_token_ids=self._model.shape.eos_token_ids,
         )
 
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """That must not end before `stop`, once it has started."""
+        return [] if self._thread is None else [self._thread]
+
     def start(self, sink: OutputSink) -> None:
         """Start the engine's thread; outputs go to `sink`, called from that thread."""
         assert self._thread is None

@@ -30,6 +30,7 @@ from memserve.scheduler.prompt_tree import PromptTree
 from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.scheduler.scheduler import Scheduler
 from memserve.types import Epoch, InstanceId, RequestId, Role, TokenArray
+from memserve.vital import Vitals
 
 LOOK_SECONDS = 1.0  # between looks at what polls have brought: as often as they are made
 # A member's block size, until it has loaded its model and told its limits.
@@ -64,11 +65,14 @@ class GlobalRouter:
         clock: Clock,
         policy: str,
         instance_wait: float,
+        vitals: Vitals | None = None,
     ) -> None:
-        """`instance_wait`: seconds that requests wait where there is no instance."""
+        """`instance_wait`: seconds that requests wait where there is no instance. `vitals`
+        watches over the tasks."""
+        self._vitals = vitals or Vitals()
         self.tree = PromptTree()
         self.scheduler = Scheduler(self.tree, clock, policy)
-        self.feed = KvFeed(self.tree, peers, clock)
+        self.feed = KvFeed(self.tree, peers, clock, vitals=self._vitals)
         self.desk = Desk(Admission(), self._prefill_seconds, clock, instance_wait)
         self.metrics = RoutingMetrics(policy, self.tree, self.feed, self.desk)
         self._membership = membership
@@ -78,7 +82,7 @@ class GlobalRouter:
         self._unmet_turns = itertools.count()  # of members that the scheduler has not met
         self._eligible = _Eligible((), Epoch(-1))
         self._unfollow = membership.on_change(self._changed)
-        self._looking = asyncio.ensure_future(self._look())
+        self._looking = self._vitals.task("router", self._look())
 
     async def close(self) -> None:
         self._unfollow()
@@ -160,7 +164,8 @@ class GlobalRouter:
         if member is not None and member.epoch == known.epoch:
             self._take_limits(known, member.limits)
         if known.asking is None and change.state is not InstanceState.STARTING:
-            known.asking = asyncio.ensure_future(self._ask_costs(known, change.address))
+            asking = self._ask_costs(known, change.address)
+            known.asking = self._vitals.errand("a question for costs", asking)
 
     def _meet(self, change: MemberChange) -> None:
         spec = InstanceSpec(
@@ -200,8 +205,12 @@ class GlobalRouter:
         while True:
             for member in self._membership.members:
                 known = self._known.get(member.id)
-                if known is not None and member.stats is not None and known.epoch == member.epoch:
+                if known is None or member.stats is None or known.epoch != member.epoch:
+                    continue
+                try:
                     self._take_in(known, member, member.stats.engine)
+                except Exception as error:  # noqa: BLE001 - one's figures are not the others'
+                    self._vitals.survive("a look at a member's figures", error)
             self.desk.resize(self._computing())
             await asyncio.sleep(LOOK_SECONDS)
 

@@ -45,6 +45,7 @@ from memserve.gateway.workers import LOOPBACK, WorkerPlace
 from memserve.hosts import is_loopback
 from memserve.models.tokenizer import Tokenizer
 from memserve.secrets import cluster_secret, require_secret
+from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -80,15 +81,13 @@ def run_gateway(
         if worker is None:
             sock = listen()  # from here on clients can connect, and wait
             _begin()
-            uvloop.run(_alone(config, members, tokenizer, sock))
-        else:
-            sock = _bound(LOOPBACK, worker.port)
-            _begin()
-            uvloop.run(_with_siblings(config, members, tokenizer, worker, sock, listen))
+            return uvloop.run(_alone(config, members, tokenizer, sock))
+        sock = _bound(LOOPBACK, worker.port)
+        _begin()
+        return uvloop.run(_with_siblings(config, members, tokenizer, worker, sock, listen))
     except ClusterError as error:
         log.error("%s", error)
         return 1
-    return 0
 
 
 def _begin() -> None:
@@ -121,14 +120,14 @@ def _spare_the_collector() -> None:
 
 async def _alone(
     config: ClusterConfig, members: Sequence[str], tokenizer: Tokenizer, sock: socket.socket
-) -> None:
+) -> int:
     shutdown = Shutdown()
     shutdown.on_signals()
     async with Gateway(config, tokenizer) as gateway:
         gateway.reload_on_signal()
         for address in members:
             gateway.membership.join(address)
-        await gateway.serve(sock, shutdown)
+        return await gateway.serve(sock, shutdown)
 
 
 async def _with_siblings(
@@ -138,7 +137,7 @@ async def _with_siblings(
     worker: WorkerPlace,
     private: socket.socket,
     listen: Callable[[], socket.socket],
-) -> None:
+) -> int:
     shutdown = Shutdown()
     shutdown.on_signals()
     async with Gateway(config, tokenizer, worker) as gateway:
@@ -147,8 +146,9 @@ async def _with_siblings(
             gateway.membership.join(address)
         await gateway.hear_siblings(private)
         await shutdown.wait_for(gateway.meet_members(), MEET_SECONDS)
-        if not shutdown.requested.is_set():
-            await gateway.serve(listen(), shutdown)
+        if shutdown.requested.is_set():
+            return 0
+        return await gateway.serve(listen(), shutdown)
 
 
 class Gateway:
@@ -159,6 +159,7 @@ class Gateway:
     ) -> None:
         """`worker`: it is one of several on the port."""
         clock = MonotonicClock()
+        self.vitals = Vitals()
         self.membership = Membership(self._lost)
         self._config = config.gateway
         secret = cluster_secret()
@@ -177,7 +178,7 @@ class Gateway:
         self._max_body_bytes = config.gateway.max_body_bytes
         wait = config.gateway.instance_wait_seconds
         self._router = GlobalRouter(
-            self.membership, self._peers, clock, config.gateway.policy, wait
+            self.membership, self._peers, clock, config.gateway.policy, wait, self.vitals
         )
         self._relay = Relay(self._upstream, self.membership, self._router, clock, wait)
         self._calls = CallBuilder(
@@ -205,10 +206,12 @@ class Gateway:
 
     async def __aenter__(self) -> Gateway:
         self.membership.on_change(self._changed)
-        self._polling = asyncio.ensure_future(Poller(self.membership, self._peers).run())
+        poller = Poller(self.membership, self._peers, self.vitals)
+        self._polling = self.vitals.task("poller", poller.run())
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        self.vitals.close()
         if self._private is not None:
             await self._private.close(CLOSE_SECONDS)
         self._polling.cancel()
@@ -242,8 +245,14 @@ class Gateway:
         finally:
             unfollow()
 
-    async def serve(self, sock: socket.socket, shutdown: Shutdown) -> None:
-        """Serve until the shutdown is requested and running requests are done, or told."""
+    async def serve(self, sock: socket.socket, shutdown: Shutdown) -> int:
+        """Serve until the shutdown is requested and running requests are done, or told. The
+        process's exit code: 1 if it ends because something that it needs has ended."""
+
+        async def end_when_failing() -> None:
+            await self.vitals.failed.wait()
+            if not shutdown.requested.is_set():
+                shutdown.request()
 
         async def drain() -> None:
             log.info("the gateway drains")
@@ -254,15 +263,20 @@ class Gateway:
                 self._relay.stop()
                 await shutdown.wait_for(self._app.idle(), STOP_SECONDS)
 
-        await serve_http(
-            self._app.handle,
-            sock,
-            shutdown,
-            drain,
-            self._max_body_bytes,
-            tls=self._tls,
-            counters=self._counters,
-        )
+        failing = asyncio.ensure_future(end_when_failing())
+        try:
+            await serve_http(
+                self._app.handle,
+                sock,
+                shutdown,
+                drain,
+                self._max_body_bytes,
+                tls=self._tls,
+                counters=self._counters,
+            )
+        finally:
+            failing.cancel()
+        return 1 if self.vitals.failed.is_set() else 0
 
     def reload_on_signal(self) -> None:
         """SIGHUP from now on. Only in a process's main thread."""

@@ -89,7 +89,17 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
         return msgspec.convert(pool.stats(), PoolTotals, from_attributes=True)
 
     sharing = KEEPING_ROLES[config.cache.caching]
-    return Parts(engine, tokenizer, pool_totals, close, sharing, link, profile, events)
+    return Parts(
+        engine,
+        tokenizer,
+        pool_totals,
+        close,
+        sharing,
+        link,
+        profile,
+        events,
+        lambda: (*engine.threads, *pool.threads(), events.thread),
+    )
 
 
 def choose_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from memserve.api.errors import ApiError
@@ -54,7 +54,14 @@ class Mailbox:
 class Dispatcher:
     """Routes outputs to the mailboxes of their calls."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        clock: Clock,
+        on_failure: Callable[[str, BaseException], None],
+    ) -> None:
+        """`on_failure`: outputs could not be delivered, and calls may wait for them for ever."""
+        self._on_failure = on_failure
         self._loop = loop
         self._clock = clock
         self._mailboxes: dict[RequestId, Mailbox] = {}
@@ -78,7 +85,10 @@ class Dispatcher:
 
     def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
         self.last_output = self._clock.now()
-        for output in outputs:
-            mailbox = self._mailboxes.get(output.id)
-            if mailbox is not None:  # else: cancelled while this batch was on its way
-                mailbox.put(output)
+        try:
+            for output in outputs:
+                mailbox = self._mailboxes.get(output.id)
+                if mailbox is not None:  # else: cancelled while this batch was on its way
+                    mailbox.put(output)
+        except Exception as error:  # noqa: BLE001 - whatever it is, tokens are lost
+            self._on_failure("dispatcher", error)

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from memserve.instance.throughput import FinishRate
 from memserve.models.tokenizer import Tokenizer
 from memserve.scheduler.profiles import Profile
 from memserve.types import Epoch, InstanceId, RequestId, Role
+from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,8 @@ class Parts:
     link: KVLink | None = None  # to the pools of other instances
     profile: Profile | None = None  # what it costs
     events: KVEventPublisher | None = None  # what its pool's index holds
+    # Asked once the engine runs: threads without which it is of no use.
+    threads: Callable[[], Sequence[threading.Thread]] = lambda: ()
 
 
 class Run:
@@ -136,11 +140,12 @@ class Instance:
         self._latencies = Latencies()
         self._rate = FinishRate(clock)
         self._running = 0
-        self.died = asyncio.Event()  # the engine stopped by itself
+        self.died = asyncio.Event()  # something that it needs has ended by itself
+        self.vitals = Vitals(self._lost)
         self._idle = asyncio.Event()
         self._idle.set()
         self._served: _Served | None = None
-        self._dispatcher = Dispatcher(asyncio.get_running_loop(), clock)
+        self._dispatcher = Dispatcher(asyncio.get_running_loop(), clock, self.vitals.fail)
         self._probes = itertools.count()
         self._runs = itertools.count()
         self._steps_seen = 0  # by the last health check that looked
@@ -153,6 +158,8 @@ class Instance:
         if not await self._probe(parts, FIRST_TOKEN_SECONDS):
             self._lost_engine()
             raise SelfTestFailed("the engine did not produce a first token")
+        for thread in parts.threads():
+            self.vitals.thread(thread)
         if self.state is InstanceState.STARTING:
             self.standing.become(InstanceState.READY)
 
@@ -180,6 +187,7 @@ class Instance:
 
     async def stop(self) -> None:
         """Stop the engine; calls that still run end with an error. Takes up to a step."""
+        self.vitals.close()
         if self._served is not None:
             await asyncio.to_thread(self._served.parts.engine.stop)
 
@@ -238,7 +246,8 @@ class Instance:
         log.info("%s", run.generation)
         self._rate.record(len(requests) - len(unfinished))
         if run.generation.failure is not None:
-            self._check = asyncio.ensure_future(self._probe(served.parts, HEALTH_SECONDS))
+            check = self._probe(served.parts, HEALTH_SECONDS)
+            self._check = self.vitals.errand("self-check", check)
         if served.remote is not None:
             busy = served.parts.engine.stats().waiting > 0
             for request in requests:
@@ -362,6 +371,10 @@ class Instance:
         )
 
     def _lost_engine(self) -> None:
+        self.vitals.fail("engine", None)
+        self._lost()
+
+    def _lost(self) -> None:
         if not self.standing.ending.is_set():
             self.standing.become(InstanceState.DEAD)
             self.died.set()

@@ -52,6 +52,7 @@ class Registration:
         async with asyncio.TaskGroup() as group:
             for url, news in zip(self._urls, self._news, strict=True):
                 group.create_task(self._keep_joined(url, news))
+            await asyncio.Event().wait()  # also where there is no gateway
 
     async def leave(self) -> None:
         """Tell the gateways that the instance ends. After `run`, or it would join again."""

@@ -21,6 +21,8 @@ import zmq
 from memserve.api.kv_events import (
     BEAT_SECONDS,
     END_OF_REPLAY,
+    MAX_BATCH_ITEMS,
+    MAX_REQUEST_BYTES,
     SEQUENCE_BYTES,
     BlockHash,
     BlockRemoved,
@@ -112,6 +114,11 @@ class KVEventPublisher:
         self._thread.start()
         pool.listen(self)
 
+    @property
+    def thread(self) -> threading.Thread:
+        """It ends with `close`; to be watched before that."""
+        return self._thread
+
     def close(self) -> None:
         """Send what waits, and end."""
         self._pool.listen(None)
@@ -194,6 +201,7 @@ class KVEventPublisher:
                     last = now
             self._flush()
         finally:
+            self._stopping.set()  # nobody waits for a thread that has ended
             self._end()
 
     def _end(self) -> None:
@@ -209,14 +217,18 @@ class KVEventPublisher:
         """Send all that waits."""
         self._awake = False  # before looking: what comes later wakes us again
         events: list[BlockStored | BlockRemoved] = []
+        items = 0  # tokens and hashes
         while self._queue:
             change = self._queue.popleft()
-            if isinstance(change, _Mark):
+            if isinstance(change, _Mark) or items >= MAX_BATCH_ITEMS:
                 self._publish_any(events)
+                items = 0
+            if isinstance(change, _Mark):
                 change.sequence = self._next - 1
                 change.passed.set()
             else:
                 events += wire_events(change, self.info.block_tokens)
+                items += len(change.data) // 4 if isinstance(change, StoredRun) else len(change)
         self._publish_any(events)
         if self._overflow:
             self._overflow = False
@@ -256,6 +268,7 @@ class KVEventPublisher:
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         socket.sndhwm = SEND_HIGH_WATER
+        socket.maxmsgsize = MAX_REQUEST_BYTES  # topics, sequence numbers
         if self._keys is not None:
             self._keys.secure_server(socket)
         return socket

@@ -284,8 +284,13 @@ class RemotePrefill:
     def _in_background(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        task.add_done_callback(self._ended_in_background)
         return task
+
+    def _ended_in_background(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a hand-over's work in the background failed", exc_info=error)
 
     async def _meet(self, peer: PoolPeer) -> None:
         try:

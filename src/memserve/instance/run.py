@@ -6,7 +6,6 @@ import asyncio
 import logging
 import socket
 import ssl
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -26,8 +25,9 @@ from memserve.errors import MemserveError
 from memserve.instance.instance import Identity, Instance, Parts
 from memserve.instance.join import Registration
 from memserve.instance.server import InstanceApp
+from memserve.pool.epochs import new_epoch
 from memserve.secrets import Secret, cluster_secret, require_secret
-from memserve.types import Epoch, InstanceId
+from memserve.types import InstanceId
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def run_instance(
         return 1
     identity = Identity(
         id=instance_id,
-        epoch=Epoch(time.time_ns() // 1_000_000),  # a later life has a larger number
+        epoch=new_epoch(),
         role=settings.role,
         model=config.model.served_name or config.model.path,
     )
@@ -110,7 +110,7 @@ async def _main(
             await registration.leave()
 
     async with asyncio.TaskGroup() as background:
-        joining = background.create_task(registration.run())
+        joining = instance.vitals.task("registration", registration.run())
         useful = background.create_task(_end_when_useless(instance, loading, shutdown))
         await serve_http(
             handler_of(instance, secret), sock, shutdown, drain, MAX_BODY_BYTES, tls=server
@@ -130,12 +130,12 @@ def handler_of(instance: Instance, secret: Secret) -> Handler:
 async def _end_when_useless(
     instance: Instance, loading: asyncio.Future[None], shutdown: Shutdown
 ) -> None:
-    """Without an engine there is nothing to serve: whoever started the process starts another.
-    The same when somebody asks for an end."""
+    """Without an engine, or anything else that it needs, there is nothing to serve: whoever
+    started the process starts another. The same when somebody asks for an end."""
     asked = asyncio.ensure_future(instance.standing.ending.wait())
     died = asyncio.ensure_future(instance.died.wait())
     try:
-        await asyncio.wait((loading, asked), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((loading, asked, died), return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and loading.exception() is None:
             await asyncio.wait((died, asked), return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -152,7 +152,7 @@ def _exit_code(instance: Instance, loading: asyncio.Future[None]) -> int:
     elif failure is not None:
         raise failure
     elif instance.died.is_set():
-        log.error("%s: the engine stopped", instance.identity.id)
+        log.error("%s: %s", instance.identity.id, instance.vitals.reason or "the engine stopped")
     else:
         return RESTART_EXIT_CODE if instance.standing.restart else 0
     return 1

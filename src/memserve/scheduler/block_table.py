@@ -21,10 +21,11 @@ from memserve.types import (
 
 BlockHash = int | bytes
 Numbers = NDArray[np.int32]
-_Number = TypeVar("_Number", np.int32, np.int64)
+_Number = TypeVar("_Number", np.uint8, np.int32, np.int64)
 
 _NOWHERE = 0  # no node has this id
 _FIRST_SIZE = 1024
+_MEDIA = 7  # of one hash, that are told apart
 _MAX_REFERENCE = (1 << (GENERATION_BITS + INDEX_BITS + 1)) - 1  # two media
 
 
@@ -52,7 +53,8 @@ class BlockTable:
 
     def homes(self) -> list[int]:
         """The nodes that have blocks of this instance."""
-        return [home for home in np.unique(self.node).tolist() if home != _NOWHERE]
+        homes: list[int] = np.unique(self.node[self.node != _NOWHERE]).tolist()
+        return homes
 
     @property
     def num_bytes(self) -> int:
@@ -60,9 +62,9 @@ class BlockTable:
 
     def _grow(self, size: int) -> None:
         if size > len(self.node):
-            more = max(size, 2 * len(self.node)) - len(self.node)
-            self.node = np.append(self.node, np.zeros(more, dtype=np.int64))
-            self._depth = np.append(self._depth, np.zeros(more, dtype=np.int32))
+            size = max(size, 2 * len(self.node))
+            self.node = _longer(self.node, size)
+            self._depth = _longer(self._depth, size)
 
 
 class Names(Protocol):
@@ -86,12 +88,16 @@ class References(BlockTable):
         self._hash: IndexArray = np.zeros(_FIRST_SIZE, dtype=np.int64)
 
     def number(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
-        """Raises ValueError for what is no reference."""
+        """Raises ValueError for what is no reference, and for two lives of one block."""
         given = _references(hashes)
         numbers = _slots(given)
         if len(numbers):
             self._grow(int(numbers.max()) + 1)
+        before = self._hash[numbers]
         self._hash[numbers] = given
+        if (self._hash[numbers] != given).any():  # the last one written is there
+            self._hash[numbers] = before
+            raise ValueError("two references to one block")
         return numbers
 
     def known(self, hash: BlockHash) -> int | None:
@@ -114,9 +120,7 @@ class References(BlockTable):
 
     def _grow(self, size: int) -> None:
         super()._grow(size)
-        more = len(self.node) - len(self._hash)
-        if more:
-            self._hash = np.append(self._hash, np.zeros(more, dtype=np.int64))
+        self._hash = _longer(self._hash, len(self.node))
 
 
 class Hashes(BlockTable):
@@ -172,14 +176,25 @@ class Hashes(BlockTable):
         return number
 
     def _bit(self, medium: str | None) -> int:
-        # Seven media are told apart; engines know three.
-        return self._media.setdefault(medium, 1 << min(len(self._media), 7))
+        # Seven media are told apart; engines know three. Further ones share a bit.
+        bit = self._media.get(medium)
+        if bit is None and len(self._media) < _MEDIA:
+            bit = self._media[medium] = 1 << len(self._media)
+        return 1 << _MEDIA if bit is None else bit
 
     def _grow(self, size: int) -> None:
         super()._grow(size)
-        more = len(self.node) - len(self._copies)
-        if more:
-            self._copies = np.append(self._copies, np.zeros(more, dtype=np.uint8))
+        self._copies = _longer(self._copies, len(self.node))
+
+
+def _longer(numbers: NDArray[_Number], size: int) -> NDArray[_Number]:
+    """With zeros behind it. Memory that nobody writes to costs nothing: a block's number may be
+    large where there are few."""
+    if len(numbers) >= size:
+        return numbers
+    longer = np.zeros(size, dtype=numbers.dtype)
+    longer[: len(numbers)] = numbers
+    return longer
 
 
 def distinct(numbers: NDArray[_Number]) -> NDArray[_Number]:

@@ -13,12 +13,14 @@ import msgspec
 import numpy as np
 
 from memserve.api.kv_events import (
+    MAX_NAMESPACE,
     AllBlocksCleared,
     BlockHash,
     BlockRemoved,
     BlockStored,
     EventBatch,
     KVSnapshot,
+    StoredBlocks,
     namespace_of,
     text_blocks,
 )
@@ -27,6 +29,7 @@ from memserve.types import InstanceId, Namespace, TokenArray
 
 # Batches kept while a gap is closed: minutes of them. With more, a snapshot is needed anyway.
 MAX_AHEAD = 20_000
+MAX_AHEAD_ITEMS = 8_000_000  # tokens and hashes in these: up to 300 MB
 # Kinds of vLLM's cache groups whose blocks are no prefixes: they keep a window, or a state.
 _NO_PREFIXES = ("sliding", "chunked", "mamba", "linear", "conv")
 
@@ -43,6 +46,7 @@ class EventCounts(msgspec.Struct):
     snapshots: int = 0
     replays: int = 0
     resets: int = 0  # forgotten, to be learned again
+    foreign: int = 0  # batches and snapshots that name somebody else
 
 
 class EventStream:
@@ -66,6 +70,7 @@ class EventStream:
         self._block_tokens = block_tokens
         self._closed = False
         self._ahead: dict[int, EventBatch] = {}
+        self._ahead_items = 0  # at most
 
     @property
     def gap(self) -> bool:
@@ -97,8 +102,10 @@ class EventStream:
         else:
             if not self.gap:
                 self.counts.gaps += 1
-            if len(self._ahead) >= MAX_AHEAD:
+            self._ahead_items += _items(batch)
+            if len(self._ahead) >= MAX_AHEAD or self._ahead_items > MAX_AHEAD_ITEMS:
                 self._ahead.clear()
+                self._ahead_items = _items(batch)
             self._ahead[sequence] = batch
 
     def restarted(self, sequence: int, batch: EventBatch) -> bool:
@@ -116,7 +123,7 @@ class EventStream:
         self.position = None  # until the end, nothing else is applied
         self._tree.cleared(self._instance)
         for each in snapshot.blocks:
-            self._store(each.namespace, each.parent, each.hashes, each.token_array)
+            self._store_run(each)
             yield
             if self.closed():
                 return
@@ -137,12 +144,21 @@ class EventStream:
 
     # --- inside ---------------------------------------------------------------------------
 
+    def _store_run(self, run: StoredBlocks) -> None:
+        try:
+            hashes, tokens = run.hashes, run.token_array
+        except ValueError:  # bytes that are no whole numbers
+            self.counts.malformed += 1
+        else:
+            self._store(run.namespace, run.parent, hashes, tokens)
+
     def _catch_up(self) -> None:
         while self._ahead and self.position is not None:
             batch = self._ahead.pop(self.position + 1, None)
             if batch is None:
                 return
             self._apply(self.position + 1, batch)
+        self._ahead_items = 0
 
     def _apply(self, sequence: int, batch: EventBatch) -> None:
         self.position = sequence
@@ -184,6 +200,9 @@ class EventStream:
         tokens: TokenArray,
         place: str | None = None,
     ) -> None:
+        if len(namespace) > MAX_NAMESPACE:
+            self.counts.malformed += 1
+            return
         try:
             placed = self._tree.stored(self._instance, namespace, parent, names, tokens, place)
         except ValueError:
@@ -198,6 +217,15 @@ class EventStream:
             self._tree.removed(self._instance, event.block_hashes, _place(event))
         except ValueError:
             self.counts.malformed += 1
+
+
+def _items(batch: EventBatch) -> int:
+    """How much of memory a batch takes, in tokens and hashes."""
+    return sum(
+        len(event.block_hashes) + (len(event.token_ids) if isinstance(event, BlockStored) else 0)
+        for event in batch.events
+        if not isinstance(event, AllBlocksCleared)
+    )
 
 
 def _place(event: BlockStored | BlockRemoved) -> str | None:

@@ -163,7 +163,11 @@ class PromptTree:
         place = self._behind(holder, parent, namespace)
         if place is None:
             return False
-        numbers, data = holder.table.number(hashes, medium), tokens.tobytes()
+        try:
+            numbers, data = holder.table.number(hashes, medium), tokens.tobytes()
+        except ValueError:
+            self._drop_if_empty(place[0].tree)
+            raise
         if holder.table.node[numbers].any():
             astray = place[0].tree.differing(*place, data, holder.slot, numbers)
             if len(astray):  # their removal was missed, or comes later

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from importlib.util import find_spec
@@ -121,6 +122,10 @@ class MemPool(SharedPool):
         if instance == self.owner.instance:
             raise TransferError(f"{instance!r} is this pool itself")
         self._started(address).connect(InstanceId(instance), address)
+
+    def threads(self) -> list[threading.Thread]:
+        """That must not end before `close`: without them no peer can be talked to."""
+        return [] if self._service is None else [self._service.thread]
 
     def peer_stats(self) -> PeerStats:
         service = self._service

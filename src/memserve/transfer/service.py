@@ -65,6 +65,11 @@ class Service:
         self._thread.start()
 
     @property
+    def thread(self) -> threading.Thread:
+        """It ends with `close`; to be watched before that."""
+        return self._thread
+
+    @property
     def counters(self) -> Counters:
         return self._conversation.counters
 
