@@ -6,7 +6,11 @@ import socket
 from typing import Any
 
 import pytest
-from memserve.api.hosts import (
+
+from memserve.api.serving import bind, url_of
+from memserve.cluster.port import ReservedPort
+from memserve.errors import ClusterError, ConfigError, TransferError
+from memserve.hosts import (
     bracketed,
     is_loopback,
     numeric_endpoint,
@@ -14,10 +18,6 @@ from memserve.api.hosts import (
     resolve,
     split_endpoint,
 )
-
-from memserve.api.serving import bind, url_of
-from memserve.cluster.port import ReservedPort
-from memserve.errors import ClusterError, ConfigError, TransferError
 from memserve.instance.kv_events import KVEventPublisher
 from memserve.pool.pool import MemPool
 from memserve.transfer.links import Links, is_local
