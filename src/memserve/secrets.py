@@ -95,6 +95,11 @@ def keep_secret(secret: Secret, port: int) -> Path:
     return path
 
 
+def forget_secret(port: int) -> None:
+    """A cluster that had this port, and was killed, may have left its secret."""
+    (runtime_directory() / f"gateway-{port}.secret").unlink(missing_ok=True)
+
+
 def secret_of(url: str) -> Secret:
     """The secret of the cluster whose gateway is at a URL: one that the environment names; that
     which was kept for this port of this machine; or this user's own."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from fastapi import FastAPI, Response
@@ -17,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from memserve.api.asgi import asgi_handler
 from memserve.config import GatewayConfig
 from memserve.models.tokenizer import Tokenizer
+from tests import insider
 from tests.fakes import FakeCluster, FakeEngine, save_tiny_tokenizer
 from tests.http_harness import LOOPS, post, serving
 
@@ -179,13 +178,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCluster]:
 
 
 def _ask(url: str, method: str, path: str, data: bytes | None = None) -> tuple[int, str, bytes]:
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
     # No Content-Type; `request` would add none to bytes.
-    connection.request(method, path, data)
-    answer = connection.getresponse()
-    found = answer.status, answer.getheader("content-type") or "", answer.read()
-    connection.close()
-    return found
+    answer = insider.ask(url, path, data, method)
+    return answer.status, answer.headers["content-type"] or "", answer.text
 
 
 @pytest.mark.parametrize(

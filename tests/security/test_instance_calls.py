@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from memserve.api.generate import CallKind, GenerateCall, SamplingParams, encode_call
-from tests.e2e.test_refusals import ask
+from tests import insider
+from tests.e2e.test_refusals import Answer, ask
 from tests.fakes import FakeCluster, FakeEngine, tiny_tokenizer
 
 
@@ -19,6 +20,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCluster]:
     tokenizer = tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     with FakeCluster(tokenizer, [FakeEngine()]) as cluster:
         yield cluster
+
+
+def tell(cluster: FakeCluster, path: str, body: bytes) -> Answer:
+    """What an instance answers to somebody of the cluster."""
+    return Answer(insider.ask(cluster.urls[0], path, body, "POST"))
 
 
 def call(**fields: Any) -> bytes:
@@ -60,10 +66,10 @@ def call(**fields: Any) -> bytes:
 def test_what_is_no_call_is_refused_and_the_instance_goes_on(
     cluster: FakeCluster, path: str, body: bytes
 ) -> None:
-    answer = ask(cluster.urls[0], path, body)
+    answer = tell(cluster, path, body)
     assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
     assert len(answer.text) < 1000
-    assert ask(cluster.urls[0], "/v1/generate", call()).status == 200
+    assert tell(cluster, "/v1/generate", call()).status == 200
 
 
 @pytest.mark.parametrize("path", ["/role", "/shutdown"])
@@ -71,7 +77,7 @@ def test_what_is_no_call_is_refused_and_the_instance_goes_on(
     "body", [b"", b"\xff", b"[" * 4000, b'{"restart":2}', b'{"role":"x"}', b'{"role":"\\ud800"}']
 )
 def test_control_calls_are_refused_likewise(cluster: FakeCluster, path: str, body: bytes) -> None:
-    answer = ask(cluster.urls[0], path, body)
+    answer = tell(cluster, path, body)
     assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
 
 

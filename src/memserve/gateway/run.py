@@ -44,7 +44,7 @@ from memserve.gateway.upstream import Upstream
 from memserve.gateway.workers import LOOPBACK, WorkerPlace
 from memserve.hosts import is_loopback
 from memserve.models.tokenizer import Tokenizer
-from memserve.secrets import cluster_secret, require_secret
+from memserve.secrets import cluster_secret, forget_secret, require_secret
 from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
@@ -70,10 +70,13 @@ def run_gateway(
     Raises ConfigError for a configuration that does not suffice for where it listens.
     """
 
-    require_secret(cluster_secret(), config.gateway.host)
+    secret = cluster_secret()
+    require_secret(secret, config.gateway.host)
 
     def listen() -> socket.socket:
         sock = _bound(config.gateway.host, config.gateway.port, shared=worker is not None)
+        if secret.local:
+            forget_secret(sock.getsockname()[1])
         announce(url_of(sock, tls=config.security.tls_cert is not None), ready_fd)
         return sock
 
