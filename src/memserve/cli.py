@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from memserve import __version__
+from memserve.api.status import check_id
 from memserve.bench.cli import app as bench_app
 from memserve.bench.profile_cli import profile
 from memserve.cli_cluster import app as cluster_app
@@ -39,7 +40,7 @@ from memserve.logs import log_to_stderr
 from memserve.models.resolve import pinned, resolve_model
 from memserve.models.tokenizer import Tokenizer
 from memserve.terminal import progress_lines, rendered
-from memserve.types import InstanceId, Role
+from memserve.types import Role
 
 FAILED = 1
 WRONG_USE = 2  # what the person at the keyboard can mend
@@ -191,7 +192,7 @@ def instance(
         instance=(settings,),
     )
     check_config(config)
-    name = InstanceId(id_ or f"{os.uname().nodename}-{os.getpid()}")
+    name = check_id(id_ or f"{os.uname().nodename}-{os.getpid()}")
     raise typer.Exit(run_instance(config, settings, name, join=join or ()))
 
 

@@ -236,15 +236,25 @@ def test_a_name_that_another_instance_has_is_refused(
     start_cluster: StartCluster, spawn: Spawn
 ) -> None:
     cluster = start_cluster()
-    spawn("instance", [cluster.url], name="twin")
+    first = spawn("instance", [cluster.url], name="twin")
     cluster.until_ready(1)
     later = spawn("instance", [cluster.url], name="twin")
 
-    def addresses() -> list[str]:
-        return [m["address"] for m in get(cluster.url, "/cluster")[1]["instances"]]
+    def join(epoch: int) -> tuple[int, str | None]:
+        body = json.dumps({"address": later.url, "id": "twin", "epoch": epoch})
+        status, answer = told(cluster.url, "/cluster/members", body, "POST")
+        return status, answer.get("error", {}).get("code")
 
-    until(lambda: addresses() == [later.url])  # and not the first one's, which still runs
-    cluster.until_ready(1)
+    def ready() -> list[str]:
+        members = get(cluster.url, "/cluster")[1]["instances"]
+        return [m["address"] for m in members if m["state"] == "ready"]
+
+    for epoch in (1, (1 << 63) - 1):  # whatever its clock says
+        assert join(epoch) == (409, "instance_replaced")
+    assert ready() == [first.url]
+    assert completes(cluster.url)
+    first.process.kill()
+    until(lambda: ready() == [later.url])  # it has registered again and again
     assert completes(cluster.url)
 
 

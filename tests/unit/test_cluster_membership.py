@@ -20,8 +20,10 @@ from memserve.api.status import (
     PoolTotals,
 )
 from memserve.clock import ManualClock
+from memserve.cluster import membership as module
 from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.membership import FORGET_SECONDS, MAX_MISSES, Member, Membership
+from memserve.errors import ClusterError
 from memserve.types import Epoch, InstanceId, Role
 
 STATS = InstanceStats(
@@ -128,14 +130,16 @@ def test_a_restart_behind_the_same_address_ends_what_its_former_life_had(cluster
     assert member.epoch == 2
 
 
-def test_an_instance_that_comes_back_elsewhere_replaces_its_former_life(cluster: Cluster) -> None:
-    old = cluster.ready("http://a", epoch=1)
-    new = cluster.ready("http://b", epoch=2)
-    assert cluster.membership.members == [new]
+def test_an_instance_that_comes_back_elsewhere_replaces_its_dead_life(cluster: Cluster) -> None:
+    """Whatever the clocks say: epochs have no order."""
+    old = cluster.ready("http://a", epoch=2)
+    cluster.membership.refused(old)
+    new = cluster.ready("http://b", epoch=1)
+    assert cluster.membership.find(InstanceId("p0")) is new
+    assert cluster.membership.ready() == [new]
     assert cluster.deaths == ["http://a"]
     # The old one's last poll, still on its way, changes nothing.
-    cluster.lose(old)
-    cluster.membership.answered(old, info(epoch=1), STATS)
+    cluster.membership.answered(old, info(epoch=2), STATS)
     assert cluster.membership.ready() == [new]
     assert cluster.deaths == ["http://a"]
 
@@ -205,18 +209,73 @@ def test_the_dead_are_shown_for_a_while_and_then_forgotten(cluster: Cluster) -> 
     assert [m.address for m in membership.members] == ["http://b", "http://c"]
 
 
-def test_two_instances_of_one_name_do_not_take_turns(cluster: Cluster) -> None:
-    first = cluster.ready("http://a", epoch=1)
-    second = cluster.ready("http://b", epoch=2)
-    assert cluster.membership.members == [second]
-    assert cluster.membership.later_life(InstanceId("p0"), Epoch(1), first.address) is second
-    again = cluster.membership.join("http://a")
-    cluster.membership.answered(again, info(epoch=1), STATS)
-    assert cluster.membership.members == [second]
-    # Unless the later one is dead: the clocks of two hosts may disagree.
-    cluster.lose(second)
-    assert cluster.ready("http://a", epoch=1).state is InstanceState.READY
-    assert len(cluster.membership.members) == 1
+@pytest.mark.parametrize("epoch", [1, 3])  # what a rogue chooses, or a clock says
+def test_nobody_takes_the_name_of_a_member_that_lives(
+    cluster: Cluster, epoch: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    membership, name = cluster.membership, InstanceId("p0")
+    first = cluster.ready("http://a", epoch=2)
+    rogue = membership.join("http://b")
+    for _ in range(3):
+        membership.answered(rogue, info(epoch=epoch), STATS)
+    assert membership.ready() == [first]
+    assert membership.find(name) is first
+    assert cluster.deaths == []
+    assert (rogue.epoch, rogue.limits, rogue.stats) == (None, None, None)
+    assert len([r for r in caplog.records if "is not let in" in r.message]) == 1
+    shown = json.loads(msgspec.json.encode(membership.view()))["instances"]
+    assert [each.get("conflict") for each in shown] == [None, "'p0' is the instance at http://a"]
+    # It is told so when it registers, and its holder is asked whether it is there.
+    asked: list[Member] = []
+    membership.on_question(asked.append)
+    assert membership.claim(name, Epoch(epoch), "http://b") is first
+    assert asked == [first]
+    assert membership.claim(name, Epoch(2), "http://a") is None
+    assert membership.claim(name, Epoch(2), "http://localhost") is None  # the same life
+    # Dead, or away, it holds nothing any more.
+    cluster.lose(first)
+    assert membership.claim(name, Epoch(epoch), "http://b") is None
+    membership.answered(rogue, info(epoch=epoch), STATS)
+    assert membership.ready() == [rogue]
+    assert "conflict" not in json.loads(msgspec.json.encode(membership.view()))["instances"][-1]
+    # And who wakes up again has been replaced.
+    membership.answered(first, info(epoch=2), STATS)
+    assert membership.ready() == [rogue]
+    assert membership.claim(name, Epoch(2), "http://a") is rogue
+
+
+def test_a_member_that_takes_on_the_name_of_another_is_not_believed(cluster: Cluster) -> None:
+    told: list[tuple[Change, str]] = []
+    first, second = cluster.ready("http://a", "p0"), cluster.ready("http://b", "p1", 2)
+    cluster.membership.on_change(lambda change: told.append((change.change, change.id)))
+    del told[:]
+    cluster.membership.answered(second, info("p0", 3), STATS)
+    assert told == [(Change.DIED, "p1")]
+    assert cluster.membership.ready() == [first]
+    cluster.membership.answered(second, info("p1", 4), STATS)
+    assert told[1:] == [(Change.JOINED, "p1")]
+
+
+def test_one_life_at_two_addresses_is_one_member(cluster: Cluster) -> None:
+    first = cluster.ready("http://127.0.0.1:1", epoch=1)
+    cluster.ready("http://localhost:1", epoch=1)
+    assert cluster.membership.ready() == [first]
+
+
+def test_addresses_that_nobody_was_met_at_are_bounded(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_MEMBERS", 4)
+    kept = [cluster.ready("http://a", "p0"), cluster.membership.join("http://fixed")]
+    for number in range(20):
+        cluster.clock.advance(1)
+        cluster.membership.join(f"http://unmet-{number}", lasting=False)
+    addresses = [member.address for member in cluster.membership.members]
+    assert addresses == [*(m.address for m in kept), "http://unmet-18", "http://unmet-19"]
+    cluster.ready("http://unmet-18", "p1")
+    cluster.ready("http://unmet-19", "p2")
+    with pytest.raises(ClusterError, match="4 members"):
+        cluster.membership.join("http://more", lasting=False)
 
 
 def test_an_observer_hears_of_each_change_once_and_in_order(cluster: Cluster) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 # Upper bounds of the buckets, seconds, the last one open. From one decode step on a fast GPU
 # to a long prompt on a CPU.
@@ -12,13 +14,19 @@ LATENCY_BOUNDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0),
 )
+_BUCKETS = len(LATENCY_BOUNDS) + 1
+# One for each bucket: what comes from others may have neither more nor fewer.
+Counts = Annotated[
+    list[Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]],
+    Meta(min_length=_BUCKETS, max_length=_BUCKETS),
+]
 
 
 class Histogram(msgspec.Struct):
     """Observations in seconds. Not thread-safe: one event loop owns it."""
 
-    counts: list[int] = msgspec.field(default_factory=lambda: [0] * (len(LATENCY_BOUNDS) + 1))
-    sum: float = 0.0
+    counts: Counts = msgspec.field(default_factory=lambda: [0] * _BUCKETS)
+    sum: Annotated[float, Meta(ge=0, lt=1e15)] = 0.0
 
     def observe(self, seconds: float, times: int = 1) -> None:
         self.counts[bisect_left(LATENCY_BOUNDS, seconds)] += times

@@ -92,7 +92,7 @@ class EventBatch(msgspec.Struct, array_like=True, omit_defaults=True):
 # tcp, a host or what stands for all of a machine's addresses, a port: nothing else is connected
 # to, as no file (ipc) and nothing of this process's own (inproc).
 TcpEndpoint = Annotated[
-    str, Meta(pattern=r"^tcp://(\*|[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.%]{2,64}\]):[0-9]{1,5}\Z")
+    str, Meta(pattern=r"^tcp://(\*|[A-Za-z0-9._-]{1,253}|\[[0-9A-Za-z:.%]{2,64}\]):[0-9]{1,5}\Z")
 ]
 Topic = Annotated[str, Meta(pattern=rf"^[!-~]{{0,{MAX_TOPIC}}}\Z")]  # ASCII: bytes are characters
 BlockTokens = Annotated[int, Meta(ge=1, le=1 << 20)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated
 
@@ -9,12 +10,37 @@ import msgspec
 from msgspec import Meta
 
 from memserve.api.histogram import Histogram
-from memserve.api.kv_events import KVEventsInfo
+from memserve.api.kv_events import BlockTokens, KVEventsInfo
 from memserve.api.limits import DEFAULT_MAX_WAITING
+from memserve.errors import ConfigError
+from memserve.logs import shown
 from memserve.types import Epoch, InstanceId, Role
 
 # Of a process of the cluster; nothing behind the port.
 PeerUrl = Annotated[str, Meta(pattern=r"^https?://[A-Za-z0-9._:%\[\]-]{1,255}\Z")]
+
+
+# What people and programs can write down: in a path, a label, a topic, a log line. An URL is an
+# address, which a member that has not said its id goes by.
+ID_PATTERN = r"\A(?!https?://)[A-Za-z0-9._:@/-]{1,256}\Z"
+Id = Annotated[InstanceId, Meta(pattern=ID_PATTERN)]
+LifeEpoch = Annotated[Epoch, Meta(ge=0, le=(1 << 63) - 1)]
+ModelName = Annotated[str, Meta(max_length=1024)]
+Name = Annotated[str, Meta(max_length=64)]  # of a dtype, a device
+# Of tokens, blocks, sequences: anything above is a mistake, and would be one in what is computed
+# with it. Counters have as much room as a signed number on a wire.
+Size = Annotated[int, Meta(ge=1, le=1 << 40)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Seconds = Annotated[float, Meta(ge=0, lt=1e15)]
+
+
+def check_id(text: str) -> InstanceId:
+    """An id from a command line or a file. Raises ConfigError."""
+    if re.search(ID_PATTERN, text) is None:
+        raise ConfigError(
+            f"{shown(text)!r} is no id of an instance: 1 to 256 letters, digits and . _ : @ / -"
+        )
+    return InstanceId(text)
 
 
 class InstanceState(StrEnum):
@@ -29,26 +55,26 @@ class InstanceState(StrEnum):
 class Limits(msgspec.Struct, frozen=True):
     """What requests are checked against, and what the engine runs on."""
 
-    vocab_size: int
-    max_model_len: int  # prompt + output tokens of the model
-    pool_tokens: int  # tokens of one sequence that HBM can hold
-    max_tokens: int  # prompt + output tokens that one sequence may have
-    block_tokens: int
-    dtype: str
-    device: str
-    threads: int
-    max_running: int = 64  # sequences per step
-    mixed_batch_tokens: int = 256  # prefilled in a step that also decodes
-    max_waiting: int = DEFAULT_MAX_WAITING  # sequences that may wait for the engine
+    vocab_size: Size
+    max_model_len: Size  # prompt + output tokens of the model
+    pool_tokens: Size  # tokens of one sequence that HBM can hold
+    max_tokens: Size  # prompt + output tokens that one sequence may have
+    block_tokens: BlockTokens
+    dtype: Name
+    device: Name
+    threads: Size
+    max_running: Size = 64  # sequences per step
+    mixed_batch_tokens: Size = 256  # prefilled in a step that also decodes
+    max_waiting: Count = DEFAULT_MAX_WAITING  # sequences that may wait for the engine
 
 
 class InstanceInfo(msgspec.Struct, frozen=True):
-    id: InstanceId
-    epoch: Epoch
+    id: Id
+    epoch: LifeEpoch
     role: Role
     state: InstanceState
-    pid: int
-    model: str
+    pid: Count
+    model: ModelName
     limits: Limits | None = None  # None until the model is loaded
     kv_events: KVEventsInfo | None = None  # likewise, and where there are none
 
@@ -56,27 +82,27 @@ class InstanceInfo(msgspec.Struct, frozen=True):
 class EngineTotals(msgspec.Struct, frozen=True):
     """The engine's counters since start, and what it is doing now."""
 
-    running: int
-    waiting: int
-    steps: int
-    computed_prompt_tokens: int
-    cached_prompt_tokens: int
-    generated_tokens: int
-    preemptions: int
-    finished: int
-    cancelled: int
-    busy_seconds: float
+    running: Count
+    waiting: Count
+    steps: Count
+    computed_prompt_tokens: Count
+    cached_prompt_tokens: Count
+    generated_tokens: Count
+    preemptions: Count
+    finished: Count
+    cancelled: Count
+    busy_seconds: Seconds
 
 
 class MediumTotals(msgspec.Struct, frozen=True):
     """The blocks of one medium: total = free + active + cached + orphan."""
 
-    total: int = 0
-    free: int = 0
-    active: int = 0  # held by running sequences
-    cached: int = 0  # held by the index
-    pinned: int = 0  # of the cached ones: being read
-    orphan: int = 0  # gone from the index, still being read
+    total: Count = 0
+    free: Count = 0
+    active: Count = 0  # held by running sequences
+    cached: Count = 0  # held by the index
+    pinned: Count = 0  # of the cached ones: being read
+    orphan: Count = 0  # gone from the index, still being read
 
 
 class PoolTotals(msgspec.Struct, frozen=True):
@@ -84,12 +110,12 @@ class PoolTotals(msgspec.Struct, frozen=True):
 
     hbm: MediumTotals = MediumTotals()
     dram: MediumTotals = MediumTotals()
-    namespaces: int = 0
-    nodes: int = 0  # of the index
-    matches: int = 0  # not released
-    evictions: int = 0  # historical blocks dropped
-    swapped_out: int = 0  # blocks, HBM to DRAM
-    swapped_in: int = 0
+    namespaces: Count = 0
+    nodes: Count = 0  # of the index
+    matches: Count = 0  # not released
+    evictions: Count = 0  # historical blocks dropped
+    swapped_out: Count = 0  # blocks, HBM to DRAM
+    swapped_in: Count = 0
 
 
 class Latencies(msgspec.Struct, frozen=True):
@@ -110,33 +136,33 @@ class Latencies(msgspec.Struct, frozen=True):
 class HandoffTotals(msgspec.Struct):
     """A decode instance's dealings with prefill instances since start. Blocks are whole ones."""
 
-    asked: int = 0  # prefills asked for
-    failed: int = 0  # of these: not done; another was asked, or the prompt computed here
-    blocks_received: int = 0
-    blocks_spared: int = 0  # of prompts, that were here already
-    blocks_returned: int = 0
-    returns: int = 0  # sequences whose KV went back
-    returns_dropped: int = 0  # because of pressure or failure
-    prompt_tokens: int = 0  # of prefills that were done
-    cached_tokens_prefill: int = 0  # of these, found where they were computed
-    cached_tokens_decode: int = 0  # of these, in whole blocks that were here
-    queue_seconds: float = 0.0
-    prefill_seconds: float = 0.0  # queue included
-    transfer_seconds: float = 0.0
-    block_bytes: int = 0  # of one block
+    asked: Count = 0  # prefills asked for
+    failed: Count = 0  # of these: not done; another was asked, or the prompt computed here
+    blocks_received: Count = 0
+    blocks_spared: Count = 0  # of prompts, that were here already
+    blocks_returned: Count = 0
+    returns: Count = 0  # sequences whose KV went back
+    returns_dropped: Count = 0  # because of pressure or failure
+    prompt_tokens: Count = 0  # of prefills that were done
+    cached_tokens_prefill: Count = 0  # of these, found where they were computed
+    cached_tokens_decode: Count = 0  # of these, in whole blocks that were here
+    queue_seconds: Seconds = 0.0
+    prefill_seconds: Seconds = 0.0  # queue included
+    transfer_seconds: Seconds = 0.0
+    block_bytes: Count = 0  # of one block
 
 
 class FetchTotals(msgspec.Struct):
     """Prefixes that third instances were asked for, and those given to others, since start."""
 
-    asked: int = 0
-    failed: int = 0  # of these: refused, lost, or not done in time
-    blocks_received: int = 0
-    seconds: float = 0.0  # waited, failures included
-    pushes: int = 0  # done for others
-    pushes_failed: int = 0
-    blocks_pushed: int = 0
-    block_bytes: int = 0  # of one block
+    asked: Count = 0
+    failed: Count = 0  # of these: refused, lost, or not done in time
+    blocks_received: Count = 0
+    seconds: Seconds = 0.0  # waited, failures included
+    pushes: Count = 0  # done for others
+    pushes_failed: Count = 0
+    blocks_pushed: Count = 0
+    block_bytes: Count = 0  # of one block
 
 
 class InstanceStats(msgspec.Struct, frozen=True):
@@ -155,5 +181,5 @@ class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     address: PeerUrl
-    id: InstanceId | None = None
-    epoch: Epoch | None = None
+    id: Id | None = None
+    epoch: LifeEpoch | None = None

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 EXPIRE_SECONDS = 1.0  # between looks for expectations that are over: much less than they last
 # Between questions to a member that loads its model: it is ready, and known, in one of them.
 MAX_FIND_SECONDS = 1.0
+MAX_COUNTED = 4096  # instances whose counts go on when they come back
 _INFO_SECONDS = 2.0  # as long as a poll may take
 _WILDCARDS = ("0.0.0.0", "*", "[::]", "::")
 _info = msgspec.json.Decoder(InstanceInfo)
@@ -201,6 +202,8 @@ class KvFeed:
             pause = min(2 * pause, MAX_FIND_SECONDS)
 
     def _subscribe(self, source: EventSource, followed: _Followed) -> None:
+        if len(self._counts) >= MAX_COUNTED:  # ids come and go
+            self._counts = {i: each for i, each in self._counts.items() if i in self._followed}
         counts = self._counts.setdefault(source.instance, EventCounts())
         followed.subscription = Subscription(
             source,

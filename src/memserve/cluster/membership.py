@@ -16,11 +16,14 @@ from memserve.api.status import (
 )
 from memserve.clock import Clock, MonotonicClock
 from memserve.cluster.changes import Change, MemberChange, Observer
+from memserve.errors import ClusterError
 from memserve.types import Epoch, InstanceId, Role
 
 log = logging.getLogger(__name__)
 
 MAX_MISSES = 3  # polls without an answer before a member counts as dead
+# What `join` remembers: many times the instances that one gateway has ever had.
+MAX_MEMBERS = 4096
 # How long one that is dead, or was never met, is shown and asked: longer than a restart takes,
 # a large model's load included. It is no less welcome afterwards.
 FORGET_SECONDS = 600.0
@@ -42,6 +45,7 @@ class Member:
         self.lasting = False  # named by configuration: never forgotten
         self.heard = now  # the last sign of life
         self.joined = False  # this life is known to observers
+        self.conflict: str | None = None  # why it is not believed who it says it is
 
 
 class MemberView(msgspec.Struct, frozen=True):
@@ -54,6 +58,7 @@ class MemberView(msgspec.Struct, frozen=True):
     pid: int | None
     hbm: MediumTotals | dict[str, int]
     dram: MediumTotals | dict[str, int]
+    conflict: str | msgspec.UnsetType = msgspec.UNSET  # why it is not let in
 
 
 class ClusterView(msgspec.Struct, frozen=True):
@@ -94,7 +99,7 @@ class Membership:
         """Whether somebody may take requests soon who does not now: nobody does; or a member
         starts, is in doubt, or is dead, and may be restarted."""
         coming = (InstanceState.STARTING, InstanceState.DEAD)
-        members = self._members.values()
+        members = [m for m in self._members.values() if m.conflict is None]
         return not self.ready() or any(m.misses or m.state in coming for m in members)
 
     def find(self, instance: InstanceId) -> Member | None:
@@ -133,10 +138,11 @@ class Membership:
         """The member at this address, added if it is new, and asked how it is.
 
         One that is not `lasting` is forgotten `FORGET_SECONDS` after its last sign of life, of
-        which this is one.
+        which this is one. Raises ClusterError where there are too many already.
         """
         member = self._members.get(address)
         if member is None:
+            self._make_room()
             member = self._members[address] = Member(address, self._clock.now())
             self._changed()
         member.lasting |= lasting
@@ -155,13 +161,14 @@ class Membership:
         return True
 
     def answered(self, member: Member, info: InstanceInfo, stats: InstanceStats | None) -> None:
-        """A poll's answer."""
+        """A poll's answer. An id is its holder's as long as that lives: who else says it is
+        known by its address alone, and gets no requests, until the holder is dead or has left."""
         if not self._is_here(member):
             return
-        if (later := self.later_life(info.id, info.epoch, member.address)) is not None:
-            log.warning("%s at %s has a later life at %s", info.id, member.address, later.address)
-            self._remove(member, Change.DIED)
+        if (holder := self.holder(info.id, member.address)) is not None:
+            self._refuse(member, f"'{info.id}' is the instance at {holder.address}")
             return
+        member.conflict = None
         self._replace_former(member, info)
         member.misses = 0
         member.heard = self._clock.now()
@@ -212,13 +219,22 @@ class Membership:
                 log.info("%s is forgotten", member.id)
                 self._remove(member, Change.LEFT)
 
-    def later_life(self, instance: InstanceId, epoch: Epoch, address: str) -> Member | None:
-        """A member elsewhere that has this id, is there, and began later."""
+    def holder(self, instance: InstanceId, address: str) -> Member | None:
+        """The member that has this id and lives, if that is not who is at this address."""
         for other in self._members.values():
-            here = other.address != address and other.state is not InstanceState.DEAD
-            if other.id == instance and here and other.epoch is not None and other.epoch > epoch:
+            alive = other.epoch is not None and other.state is not InstanceState.DEAD
+            if other.id == instance and alive and other.address != address:
                 return other
         return None
+
+    def claim(self, instance: InstanceId, epoch: Epoch, address: str) -> Member | None:
+        """Who holds the id that a life at this address says is its own, if that is another
+        life: it is asked at once whether it is still there. None: the id is free, or its own."""
+        holder = self.holder(instance, address)
+        if holder is None or holder.epoch == epoch:
+            return None
+        self._question(holder)
+        return holder
 
     # --- inside ---------------------------------------------------------------------------
 
@@ -231,14 +247,42 @@ class Membership:
             self._ask(member)
 
     def _replace_former(self, member: Member, info: InstanceInfo) -> None:
-        """An instance that came back at another address replaces its former life."""
+        """An instance that came back at another address replaces its dead life."""
         for other in self.members:
-            if other is member or other.id != info.id or other.epoch is None:
-                continue
-            # The clocks of two machines may disagree about which life came later.
-            if other.epoch < info.epoch or other.state is InstanceState.DEAD:
+            if other is not member and other.id == info.id and other.epoch is not None:
                 log.info("%s has moved from %s to %s", info.id, other.address, member.address)
-                self._remove(other, Change.DIED)
+                if other.lasting:
+                    self._forget_life(other)
+                else:
+                    self._remove(other, Change.DIED)
+
+    def _refuse(self, member: Member, why: str) -> None:
+        """It goes by somebody else's name."""
+        if member.conflict != why:
+            log.warning("%s is not let in: %s", member.address, why)
+            member.conflict = why
+            self._changed()
+        member.misses = 0
+        self._forget_life(member)
+
+    def _forget_life(self, member: Member) -> None:
+        """From now on nobody has been met there."""
+        if member.epoch is None:
+            return
+        self._over(member, Change.DIED)
+        member.id, member.epoch, member.pid = InstanceId(member.address), None, None
+        member.state, member.role = InstanceState.STARTING, Role.COLOCATED
+        member.limits = member.stats = None
+        self._changed()
+
+    def _make_room(self) -> None:
+        """For one more: in the place of whoever was never met, the oldest first."""
+        if len(self._members) < MAX_MEMBERS:
+            return
+        unmet = [m for m in self._members.values() if m.epoch is None and not m.lasting]
+        if not unmet:
+            raise ClusterError(f"there are {MAX_MEMBERS} members already")
+        self._remove(min(unmet, key=lambda member: member.heard), Change.LEFT)
 
     def _died(self, member: Member, why: str) -> None:
         if member.epoch is None or member.state is InstanceState.DEAD:
@@ -299,4 +343,5 @@ def view_of(member: Member) -> MemberView:
         pid=member.pid,
         hbm={} if pool is None else pool.hbm,
         dram={} if pool is None else pool.dram,
+        conflict=msgspec.UNSET if member.conflict is None else member.conflict,
     )

@@ -15,11 +15,12 @@ from memserve.api.control import (
     conflict,
     instance_not_found,
 )
-from memserve.api.errors import invalid
+from memserve.api.errors import invalid, unavailable
 from memserve.api.peer_client import DECODE_ERRORS, PeerClient
 from memserve.api.status import JoinRequest
 from memserve.cluster.control import change_member
 from memserve.cluster.membership import Membership, view_of
+from memserve.errors import ClusterError
 from memserve.gateway.siblings import Siblings
 from memserve.types import InstanceId
 
@@ -47,14 +48,17 @@ def cluster_routes(
         """An instance joins, joins again, or has news; its view."""
         asked = await _read(request, _joins)
         if asked.id is not None and asked.epoch is not None:
-            later = membership.later_life(asked.id, asked.epoch, asked.address)
-            if later is not None:
+            holder = membership.claim(asked.id, asked.epoch, asked.address)
+            if holder is not None:
                 raise conflict(
-                    f"'{asked.id}' is the name of another instance, at {later.address}, "
-                    "that began later.",
+                    f"'{asked.id}' is the name of another instance that lives, at "
+                    f"{holder.address}.",
                     "instance_replaced",
                 )
-        member = membership.join(asked.address, lasting=False)
+        try:
+            member = membership.join(asked.address, lasting=False)
+        except ClusterError as error:
+            raise unavailable(str(error), "cluster_full") from error
         if siblings is not None:
             await siblings.joined(asked)
         return _json(view_of(member))
