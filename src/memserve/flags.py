@@ -126,3 +126,5 @@ def _parse(flag: Flag, value: str | bool) -> object:
         return msgspec.convert(parts, flag.type, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{flag.name} {value}: {error}") from error
+    except UnicodeError as error:  # an argument that is no UTF-8
+        raise ConfigError(f"{flag.name} {value!a}: not UTF-8") from error

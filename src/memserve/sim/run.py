@@ -43,6 +43,9 @@ _HOST_BANDWIDTH: dict[str, float] = {"h800": 64e9, "h100": 64e9, "a100": 32e9, "
 
 Progress = Callable[[str], None]
 Amount = Annotated[float, Meta(gt=0)]
+MAX_INSTANCES = 4096  # of a cluster; a decision looks at each pair of them
+MAX_AMOUNT = 1e9  # of anything: seconds, gigabytes, sessions per second, tokens, blocks
+MIN_AMOUNT = 1e-9  # but for nothing at all
 
 
 class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +119,7 @@ class SimResult(msgspec.Struct, frozen=True, kw_only=True):
 
 def simulate(config: SimConfig, progress: Progress, encode: Encode | None = None) -> SimResult:
     """Raises ConfigError. `encode` is needed for workloads of text."""
+    _check_numbers(config)
     architecture, costs = _costs(config)
     shapes = _shapes(config, architecture, costs)
     keys = BlockKeys(shapes[0].block_tokens)
@@ -137,11 +141,27 @@ def simulate(config: SimConfig, progress: Progress, encode: Encode | None = None
     return _summarise(config, cluster, done)
 
 
+def _check_numbers(config: SimConfig) -> None:
+    """Raises ConfigError for what no machine has: NaN, infinity, and what overflows later."""
+    try:
+        msgspec.convert(msgspec.structs.asdict(config), SimConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error)) from error
+    for name, value in msgspec.structs.asdict(config).items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or name == "seed":
+            continue
+        if value and not MIN_AMOUNT <= value <= MAX_AMOUNT:
+            raise ConfigError(f"{name}: {value} is not from {MIN_AMOUNT:g} to {MAX_AMOUNT:g}")
+    instances = config.colocated + config.prefill + config.decode
+    if instances > MAX_INSTANCES:
+        raise ConfigError(f"{instances} instances, and at most {MAX_INSTANCES} can be simulated")
+
+
 def _costs(config: SimConfig) -> tuple[Architecture, CostModel]:
     if config.profile is not None:
         try:
             costs = decode_profile(Path(config.profile).read_bytes()).costs
-        except (OSError, ProfileError) as error:
+        except (OSError, ValueError, ProfileError) as error:  # ValueError: a NUL in its name
             raise ConfigError(f"{config.profile}: {error}") from error
         return costs.architecture, costs
     try:
@@ -196,8 +216,10 @@ def _shapes(config: SimConfig, architecture: Architecture, costs: CostModel) -> 
 
 def _swap_bandwidth(config: SimConfig) -> float:
     """Of all devices of an instance: each holds its part of the KV."""
-    link = HARDWARE[config.hardware].link_efficiency
-    return _HOST_BANDWIDTH[config.hardware] * link * config.tp
+    hardware = HARDWARE.get(config.hardware)
+    if hardware is None:  # a profile stands for its costs, but not for its links
+        raise ConfigError(f"no hardware '{config.hardware}'; known: {', '.join(sorted(HARDWARE))}")
+    return _HOST_BANDWIDTH[config.hardware] * hardware.link_efficiency * config.tp
 
 
 def _sessions(

@@ -16,6 +16,7 @@ from typing import TypedDict
 import msgspec
 
 from memserve.errors import ConfigError
+from memserve.workloads.lines import read_lines, shown
 from memserve.workloads.session import (
     TEMPLATE_TOKENS,
     CountTokens,
@@ -25,7 +26,6 @@ from memserve.workloads.session import (
     cut_to_tokens,
     data_files,
     fitting_turns,
-    open_data,
 )
 
 # Of a session's context, kept for questions and answers.
@@ -42,7 +42,11 @@ class _Record(msgspec.Struct):
 
 class _Question(TypedDict):
     Q: str
-    A: str
+    A: object
+
+
+# How Python's own parser, and what it is turned into, can fail on a text.
+_NO_QUESTIONS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +63,15 @@ def read_loogle(path: Path) -> Iterator[Document]:
 
     Raises ConfigError for what is no such file.
     """
-    decoder = msgspec.json.Decoder(_Record)
     for file in data_files(path, "*.jsonl"):
-        with open_data(file) as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    record = decoder.decode(line)
-                    yield Document(record.title, record.input, _questions(record))
-                except (msgspec.DecodeError, ValueError, SyntaxError, KeyError) as error:
-                    raise ConfigError(f"{file}:{number}: {error}") from error
+        for number, record in read_lines(file, _Record):
+            try:
+                questions = _questions(record)
+            except _NO_QUESTIONS as error:
+                raise ConfigError(f"{file}:{number}: qa_pairs: {shown(error)}") from error
+            if not questions:
+                raise ConfigError(f"{file}:{number}: qa_pairs: no questions")
+            yield Document(record.title, record.input, questions)
 
 
 def loogle_sessions(
@@ -112,7 +116,7 @@ def loogle_sessions(
 def _questions(record: _Record) -> tuple[Exchange, ...]:
     if record.qa_pairs == "none":
         return (Exchange(_SUMMARY, record.output),)
-    pairs: list[_Question] = ast.literal_eval(record.qa_pairs)
+    pairs = msgspec.convert(ast.literal_eval(record.qa_pairs), list[_Question])
     return tuple(Exchange(pair["Q"], _text(pair["A"])) for pair in pairs)
 
 

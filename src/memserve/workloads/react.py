@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from memserve.errors import ConfigError
+from memserve.workloads.lines import read_lines, shown
 from memserve.workloads.session import (
     CountTokens,
     Exchange,
@@ -44,15 +45,9 @@ def read_react(path: Path) -> Iterator[tuple[str, tuple[Exchange, ...]]]:
     texts that are appended and generated in turn. Raises ConfigError.
     """
     examples = _examples(path / _PROMPT_FILE)
-    decoder = msgspec.json.Decoder(_Trajectory)
     for file in data_files(path, "*trajectories.jsonl"):
-        with open_data(file) as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    run = decoder.decode(line)
-                except msgspec.DecodeError as error:
-                    raise ConfigError(f"{file}:{number}: {error}") from error
-                yield f"fever-{run.id}", _exchanges(examples, run)
+        for _, run in read_lines(file, _Trajectory):
+            yield f"fever-{run.id}", _exchanges(examples, run)
 
 
 def react_sessions(
@@ -86,8 +81,12 @@ def _examples(path: Path) -> str:
     with open_data(path) as file:
         try:
             return msgspec.json.decode(file.read(), type=dict[str, str])[_PROMPT]
-        except (msgspec.DecodeError, KeyError) as error:
-            raise ConfigError(f"{path}: {error}") from error
+        except KeyError:
+            raise ConfigError(f"{path}: no {_PROMPT} in it") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ConfigError(f"{path}: {shown(error)}") from error
 
 
 def _exchanges(examples: str, run: _Trajectory) -> tuple[Exchange, ...]:

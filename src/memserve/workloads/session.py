@@ -105,14 +105,19 @@ def open_data(path: Path) -> IO[bytes]:
         return path.open("rb")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # a NUL in its name
+        raise ConfigError(f"{str(path)!r}: {error}") from error
 
 
 def data_files(path: Path, pattern: str) -> Iterator[Path]:
     """`path` itself, or the files in it whose names match, in order. Raises ConfigError."""
-    if not path.is_dir():
+    try:
+        files = sorted(path.glob(pattern)) if path.is_dir() else None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(path)!r}: {error}") from error
+    if files is None:
         yield path
         return
-    files = sorted(path.glob(pattern))
     if not files:
         raise ConfigError(f"{path}: no {pattern} in it")
     yield from files

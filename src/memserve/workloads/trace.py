@@ -9,24 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from memserve.errors import ConfigError
 from memserve.types import TokenArray
-from memserve.workloads.session import TokenRequest, open_data
+from memserve.workloads.lines import read_lines
+from memserve.workloads.session import TokenRequest
 
 BLOCK_TOKENS = 512
+MAX_TIMESTAMP = 10**12  # thirty years
+MAX_LENGTH = 2**24  # tokens; above any model's context
+MAX_HASH_ID = 2**40  # the quotient by a vocabulary is still a token id
+MAX_TRACE_LINE_BYTES = 1024 * 1024  # the ids of the longest prompt
 
 
 class TraceLine(msgspec.Struct, frozen=True):
     """One request of a trace."""
 
-    timestamp: int  # milliseconds
-    input_length: int
-    output_length: int
-    hash_ids: tuple[int, ...]
+    timestamp: Annotated[int, Meta(ge=0, le=MAX_TIMESTAMP)]  # milliseconds
+    input_length: Annotated[int, Meta(ge=1, le=MAX_LENGTH)]
+    output_length: Annotated[int, Meta(ge=0, le=MAX_LENGTH)]
+    hash_ids: Annotated[
+        tuple[Annotated[int, Meta(ge=0, le=MAX_HASH_ID)], ...],
+        Meta(min_length=1, max_length=MAX_LENGTH // BLOCK_TOKENS),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +51,19 @@ class TraceScale:
 
 def read_trace(path: Path, limit: int | None = None) -> Iterator[TraceLine]:
     """The requests of a trace in order of arrival. Raises ConfigError."""
-    decoder = msgspec.json.Decoder(TraceLine)
-    with open_data(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if limit is not None and number > limit:
-                return
-            try:
-                yield decoder.decode(line)
-            except msgspec.DecodeError as error:
-                raise ConfigError(f"{path}:{number}: {error}") from error
+    before = 0
+    for number, line in read_lines(path, TraceLine, limit, MAX_TRACE_LINE_BYTES):
+        if line.timestamp < before:
+            raise ConfigError(
+                f"{path}:{number}: timestamp {line.timestamp} is before the last one, {before}"
+            )
+        before = line.timestamp
+        if len(line.hash_ids) * BLOCK_TOKENS < line.input_length:
+            raise ConfigError(
+                f"{path}:{number}: {len(line.hash_ids)} hash ids for {line.input_length} tokens, "
+                f"each of {BLOCK_TOKENS}"
+            )
+        yield line
 
 
 def token_requests(lines: Iterator[TraceLine], scale: TraceScale) -> Iterator[TokenRequest]:

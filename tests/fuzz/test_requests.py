@@ -1,0 +1,161 @@
+"""Bodies from mutants of valid ones: a call, or an ApiError that names what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from memserve.api import limits
+from memserve.api.errors import ApiError
+from memserve.api.generate import GenerateCall, encode_call
+from memserve.api.status import Limits
+from memserve.gateway.body_scan import check_body, count_elements
+from memserve.gateway.call_builder import CallBuilder
+from memserve.instance import calls
+from memserve.models.tokenizer import Tokenizer
+from tests.fakes import MODEL, tiny_tokenizer
+from tests.fuzz.json_mutants import mutants
+
+SERVED = Limits(
+    vocab_size=320,
+    max_model_len=256,
+    pool_tokens=1024,
+    max_tokens=256,
+    block_tokens=16,
+    dtype="float32",
+    device="cpu",
+    threads=1,
+)
+SHARED: dict[str, Any] = {
+    "model": MODEL, "max_tokens": 3, "n": 2, "stop": ["a", "bc"], "stream": True,
+    "stream_options": {"include_usage": True}, "logit_bias": {"7": 1.5}, "seed": 4,
+    "stop_token_ids": [5, 6], "user": "u", "metadata": {"a": "b"}, "temperature": 0.5,
+    "top_p": 0.9, "top_k": 5, "min_p": 0.1, "min_tokens": 1, "priority": -1, "cache_salt": "s",
+    "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.5,
+    "ignore_eos": True, "return_token_ids": True, "tools": [], "response_format": {"type": "text"},
+}  # fmt: skip
+COMPLETIONS = [
+    {**SHARED, "prompt": "hi there"},
+    {"prompt": [1, 2, 3], "max_tokens": 2},
+    {"prompt": ["a", [4, 5]], "logprobs": 2},
+    {"prompt": [[1], [2, 3]], "echo": True, "n": 3},
+]
+CHATS = [
+    {**SHARED, "messages": [{"role": "user", "content": "hi", "name": "x"}]},
+    {
+        "messages": [
+            {"role": "system", "content": "be"},
+            {"role": "assistant", "content": None, "tool_calls": [], "refusal": None},
+            {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        ],
+        "logprobs": True,
+        "top_logprobs": 3,
+        "max_completion_tokens": 4,
+    },
+]
+CALL = {
+    "id": "c", "kind": "completion", "model": "m", "created": 1, "prompts": [[1, 2], [3]], "n": 2,
+    "sampling": {"max_tokens": 3, "stop_token_ids": [1], "logit_bias": {"1": 2.0}, "seed": 1},
+    "stop": ["a"], "stream": True, "resumed": [[1], [], [2], []], "session": "s", "priority": 1,
+    "prefill": [{"id": "p", "address": "http://127.0.0.1:1"}],
+    "fetch": {"id": "p", "address": "http://127.0.0.1:1"}, "cache_salt": "x",
+}  # fmt: skip
+TARGET = {"id": "d", "address": "tcp://127.0.0.1:1"}
+PREFILL = {
+    "id": "c", "prompt": [1, 2], "sampling": {"max_tokens": 1}, "namespace": "", "output": [3],
+    "ephemeral": False, "target": TARGET, "target_namespace": "salt:x", "priority": 0,
+}  # fmt: skip
+PUSH = {"tokens": [1, 2], "namespace": "", "target": TARGET, "target_namespace": ""}
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CallBuilder]:
+    directory: Path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer: Tokenizer = tiny_tokenizer(
+        directory, "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
+    )
+    builder = CallBuilder(tokenizer, MODEL, threads=1)
+    yield builder
+    builder.close()
+
+
+def refused_by(work: Callable[[], object]) -> ApiError | None:
+    try:
+        work()
+    except ApiError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+@pytest.mark.timeout(0)  # as long as many examples take
+async def test_a_body_is_a_call_or_refused(builder: CallBuilder, kind: str) -> None:
+    build = builder.chat if kind == "chat" else builder.completion
+    served = refused = 0
+    for body in mutants(CHATS if kind == "chat" else COMPLETIONS):
+        call: GenerateCall | ApiError
+        try:
+            call = await build(body, SERVED)
+        except ApiError as error:
+            call = error
+        if isinstance(call, ApiError):
+            refused += 1
+            assert 400 <= call.status < 500, body[:300]
+            assert len(call.body()) < 4096, body[:300]
+        else:
+            served += 1
+            assert 1 <= len(call.prompts) * call.n <= limits.DEFAULT_MAX_WAITING
+            assert calls.GENERATE.read(encode_call(call)).prompts == call.prompts
+    assert served > refused / 20  # mutants reach what comes behind the parser
+    assert refused > served / 20
+
+
+@pytest.mark.parametrize(
+    ("reader", "valid"),
+    [(calls.GENERATE, CALL), (calls.PREFILL, PREFILL), (calls.PUSH, PUSH),
+     (calls.ROLE, {"role": "prefill"}), (calls.SHUTDOWN, {"restart": True})],
+    ids=["generate", "prefill", "push", "role", "shutdown"],
+)  # fmt: skip
+@pytest.mark.timeout(0)
+def test_a_call_is_one_or_refused(reader: calls.CallReader[Any], valid: dict[str, Any]) -> None:
+    read = 0
+    for body in mutants([valid]):
+        refusal = refused_by(lambda body=body: reader.read(body))
+        read += refusal is None
+        if refusal is not None:
+            assert refusal.status == 400, body[:300]
+            assert len(refusal.body()) < 4096, body[:300]
+    assert read
+
+
+@pytest.mark.timeout(0)
+def test_the_scan_never_fails_and_counts_as_a_parser_does(builder: CallBuilder) -> None:
+    for body in mutants([*COMPLETIONS, *CHATS]):
+        refusal = refused_by(lambda body=body: check_body(body))
+        if refusal is not None:
+            assert refusal.status == 400
+            continue
+        try:
+            tree = msgspec.json.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+        if isinstance(tree, dict):
+            assert _depth(tree) <= limits.MAX_DEPTH
+            ids = tree.get("stop_token_ids")
+            assert not isinstance(ids, list) or len(ids) <= limits.MAX_STOP_TOKEN_IDS
+        if isinstance(tree, list) and tree:
+            assert count_elements(memoryview(body.strip())) == len(tree)
+    assert np.int64(count_elements(memoryview(b'["a,[", [1,2], "\\",", {"a":1,"b":2}]'))) == 4
+
+
+def _depth(tree: object) -> int:
+    if isinstance(tree, dict):
+        return 1 + max(map(_depth, tree.values()), default=0)
+    if isinstance(tree, list):
+        return 1 + max(map(_depth, tree), default=0)
+    return 0
