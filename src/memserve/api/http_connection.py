@@ -25,6 +25,8 @@ from collections import deque
 from http import HTTPStatus
 from typing import Protocol, cast
 
+import httptools
+
 from memserve.api.errors import ApiError, unavailable
 from memserve.api.http_limits import HttpCounters, HttpLimits
 from memserve.api.http_message import Reply, Request
@@ -34,6 +36,8 @@ YOUNG_SECONDS = 0.05
 # After a sign of life was asked for: a round trip in the machine room, one around the world, and
 # then the next time.
 _LOOK_SECONDS = (0.005, 0.1, 1.0)
+# What a waiting request takes, but for its body: a few headers and their objects.
+REQUEST_BYTES = 1024
 _END_OF_HEAD = b"\r\n\r\n"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _TCP_CLOSE = 7  # the first byte of TCP_INFO, after a reset (Linux, net/tcp_states.h)
@@ -63,6 +67,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, server: Owner) -> None:
         self._server = server
+        self._now = server.loop.time
         self._parser: RequestParser = cast(RequestParser, None)  # while connected
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)  # once connected
         self._secure = False  # TLS
@@ -94,7 +99,7 @@ class Connection(asyncio.Protocol):
         private = self._secure or _is_local(transport.get_extra_info("peername"))
         server, limits = self._server, self._server.limits
         self._parser = RequestParser(self, server.max_body_bytes, limits.small_body, private)
-        self._deadline = server.loop.time() + limits.idle_seconds
+        self._deadline = self._now() + limits.idle_seconds
         if not server.add(self):
             self._last = True
             self._next(unavailable("Too many connections.", "too_many_connections", close=True))
@@ -116,11 +121,17 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._last:
             return
+        parser = self._parser
         if len(data) > MAX_SLICE_BYTES or self._waiting:
             self._take(data)
         else:
-            self._parser.feed(data)
-        if self._parser.unfinished:
+            try:
+                parser.feed_data(data)
+            except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+                parser.stumbled(data, error)
+            if parser.unfinished:
+                parser.count(len(data))
+        if parser.unfinished:
             self._wait_for_more()
 
     def eof_received(self) -> bool | None:
@@ -128,7 +139,7 @@ class Connection(asyncio.Protocol):
         if reply is None or reply.started or self._secure:
             return None  # the transport is closed
         loop, limits = self._server.loop, self._server.limits
-        young = loop.time() < self._began + YOUNG_SECONDS
+        young = self._now() < self._began + YOUNG_SECONDS
         if self._http_10:
             if not young:
                 return None
@@ -265,7 +276,7 @@ class Connection(asyncio.Protocol):
             reply.send_error(work)
             return
         self._http_10 = work.http_10
-        self._began = self._server.loop.time()
+        self._began = self._now()
         self._reply = reply = Reply(self, work, self._writable)
         self._server.answer(work, reply)
 
@@ -284,11 +295,11 @@ class Connection(asyncio.Protocol):
             self._listen(self._server.limits.idle_seconds)
 
     def _listen(self, seconds: float) -> None:
-        self._deadline = self._server.loop.time() + seconds
+        self._deadline = self._now() + seconds
         if self._paused:
             self._paused = False
             if self._since:  # nothing could come meanwhile
-                self._since = self._server.loop.time()
+                self._since = self._now()
             self._transport.resume_reading()
 
     def _pause(self) -> None:
@@ -298,7 +309,7 @@ class Connection(asyncio.Protocol):
 
     def _flow(self, writable: bool) -> None:
         self._writable = writable
-        self._stalled = self._server.loop.time()
+        self._stalled = self._now()
         if self._reply is not None:
             self._reply.writable = writable
             if self._reply.on_flow is not None:
@@ -312,7 +323,7 @@ class Connection(asyncio.Protocol):
         """A head or a body has not come to its end yet."""
         parser = self._parser
         if not self._since or self._in_head != parser.in_head:
-            self._since = self._server.loop.time()
+            self._since = self._now()
             self._in_head = parser.in_head
         parser.gather()
         self._account()
@@ -321,7 +332,7 @@ class Connection(asyncio.Protocol):
         """Say what is held now; refuse a body that is too much."""
         held = self._parser.held + len(self._unread)
         for work in self._waiting:
-            held += 0 if isinstance(work, ApiError) else len(work.body)
+            held += REQUEST_BYTES if isinstance(work, ApiError) else REQUEST_BYTES + len(work.body)
         self._hold(held)
         server = self._server
         if held > server.limits.small_body and server.held_bytes > server.limits.held_bytes:

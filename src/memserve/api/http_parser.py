@@ -25,8 +25,9 @@ from memserve.api.http_message import Header, Request
 MAX_HEAD_BYTES = 64 * 1024  # of request line and headers, with what separates them
 MAX_HEADERS = 256  # a browser behind three proxies sends 40
 
-# What may be fed at once, unless it is known to be one body: 150 requests of the shortest kind.
-MAX_SLICE_BYTES = 4 * 1024
+# What may be fed at once, unless it is known to be one body. Most requests whole, or 600 of the
+# shortest kind.
+MAX_SLICE_BYTES = 16 * 1024
 
 # Heads of which less came in further slices than their first are not larger than MAX_HEAD_BYTES.
 _SURELY_SMALL = MAX_HEAD_BYTES - 2 * MAX_SLICE_BYTES
@@ -66,6 +67,7 @@ class RequestParser:
 
     __slots__ = (
         "_body",
+        "_count",
         "_fed",
         "_headers",
         "_host",
@@ -82,7 +84,9 @@ class RequestParser:
         "_sink",
         "_stopped",
         "_url",
+        "_usual",
         "body_size",
+        "feed_data",
         "in_head",
         "unfinished",
     )
@@ -93,7 +97,11 @@ class RequestParser:
         self._limit = max_body_bytes
         self._large = large
         self._private = private
+        self._usual = min(max_body_bytes, large)
         self._parser = httptools.HttpRequestParser(self)
+        # The shortest way for requests that come whole, in at most MAX_SLICE_BYTES: call `stumbled`
+        # with what it raises (HttpParserError, HttpParserUpgrade), and `count` if `unfinished`.
+        self.feed_data = self._parser.feed_data
         self._host = b""  # the last that was valid; a connection's requests have the same
         self._stopped = False
         # Of the request that is being read:
@@ -105,6 +113,7 @@ class RequestParser:
         self._fed = 0
         self._url = b""
         self._headers: list[Header] = []
+        self._count = 0  # of its headers, without trailers
         self._parts: list[bytes] = []  # of a body, of this read
         self._body = bytearray()  # of a body, of reads before
         self._length = 0  # of a body, if it is known
@@ -116,14 +125,26 @@ class RequestParser:
     def feed(self, data: bytes | memoryview) -> None:
         """More bytes: a body's `missing` ones, or MAX_SLICE_BYTES at most. The sink is told at
         once of what is complete with them."""
-        self._fed += len(data)
+        if len(data) <= MAX_SLICE_BYTES:
+            self.count(len(data))
         try:
-            try:
-                self._parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._decline(data, upgrade)
-        except httptools.HttpParserError as error:
-            self.refuse(invalid(f"Not HTTP/1.1: {error}"))
+            self.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self.stumbled(data, error)
+
+    def stumbled(self, data: bytes | memoryview, error: Exception) -> None:
+        """What `feed_data` has raised."""
+        try:
+            if isinstance(error, httptools.HttpParserUpgrade):
+                self._decline(data, error)
+                return
+        except httptools.HttpParserError as behind:
+            error = behind
+        self.refuse(invalid(f"Not HTTP/1.1: {error}"))
+
+    def count(self, size: int) -> None:
+        """So many bytes belong to the unfinished request."""
+        self._fed += size
         if self._fed > MAX_HEAD_BYTES and self.unfinished:
             self.refuse(_head_too_large())
 
@@ -160,6 +181,7 @@ class RequestParser:
     def close(self) -> None:
         """Let go of everything. Call nothing after it."""
         self.stop()
+        del self.feed_data
         self._parser = cast(httptools.HttpRequestParser, None)
         self._sink = cast(Sink, None)
 
@@ -174,28 +196,42 @@ class RequestParser:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.in_head:  # nobody has asked for trailers
-            self._headers.append((name.lower(), value.rstrip()))
+        self._headers.append((name.lower(), value.rstrip()))
 
     def on_headers_complete(self) -> None:
         if self._stopped:
             return
         self.in_head = False
+        length = hosts = 0
+        for name, value in self._headers:
+            if name in _OWN_HEADERS:
+                if name == b"content-length":
+                    length = int(value)
+                elif name == b"host" and value == self._host:
+                    hosts += 1
+                else:
+                    hosts = -MAX_HEAD_BYTES  # something to examine
         parser = self._parser
+        self._count = len(self._headers)
         self._keep_alive = parser.should_keep_alive()
         self._method = parser.get_method()
         version = parser.get_http_version()
-        try:
-            if self._fed > _SURELY_SMALL:
-                self._check_size()
-            self._fed = 0
-            if version != "1.1":
-                self._check_version(version)
-            else:
-                self._http_10 = False
-            self._examine(self._headers)
-        except ApiError as error:
-            self.refuse(error)
+        if (
+            hosts == 1
+            and version == "1.1"
+            and length <= self._usual
+            and self._fed <= _SURELY_SMALL
+            and self._count <= MAX_HEADERS
+            and self._method != b"CONNECT"
+        ):
+            self._http_10 = False
+            self._length = length
+        else:
+            try:
+                self._examine(version)
+            except ApiError as error:
+                self.refuse(error)
+        self._fed = 0
 
     def on_body(self, body: bytes) -> None:
         if self._stopped:
@@ -217,6 +253,8 @@ class RequestParser:
         else:
             body = parts[0] if len(parts) == 1 else b"".join(parts)
         url, headers = self._url, self._headers
+        if len(headers) != self._count:
+            del headers[self._count :]  # trailers: nobody has asked for them
         self._url = b""
         self._headers = []
         self._parts = []
@@ -245,45 +283,31 @@ class RequestParser:
         self._parts = []
         self._length = self.body_size = 0
 
-    def _check_version(self, version: str) -> None:
+    def _examine(self, version: str) -> None:
+        """A head that is not as most are, and what it says of how the request is to be read.
+        Raises ApiError."""
         self._http_10 = version == "1.0"
-        if not self._http_10:
-            raise ApiError(
-                HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
-                f"This server speaks HTTP/1.1, not HTTP/{version}.",
-                code="http_version_not_supported",
-            )
-
-    def _check_size(self) -> None:
-        size = len(self._method) + len(self._url) + _LINE_OVERHEAD
-        size += sum(len(name) + len(value) + _HEADER_OVERHEAD for name, value in self._headers)
-        if size > MAX_HEAD_BYTES:
-            raise _head_too_large()
-
-    def _examine(self, headers: list[Header]) -> None:
-        """Look at the headers that say how the request is to be read. Raises ApiError."""
-        if len(headers) > MAX_HEADERS:
-            raise _too_many_headers()
+        if version not in ("1.0", "1.1"):
+            raise _version_not_supported(version)
+        self._check_size()
         if self._method == b"CONNECT":
             raise method_not_allowed("CONNECT", self._url.decode("latin-1"), None)
         hosts = length = 0
         expects = offers = False
         codings = b""
-        for name, value in headers:
-            if name not in _OWN_HEADERS:
-                continue
-            if name == b"host":
-                hosts += 1
-                if value != self._host:
+        for name, value in self._headers:
+            match name:
+                case b"host":
+                    hosts += 1
                     self._host = _valid_host(value)
-            elif name == b"content-length":
-                length = int(value)
-            elif name == b"transfer-encoding":
-                codings += value.lower() + b","
-            elif name == b"expect":
-                expects = value.lower() == b"100-continue" and not self._http_10
-            else:
-                offers = True
+                case b"content-length":
+                    length = int(value)
+                case b"transfer-encoding":
+                    codings += value.lower() + b","
+                case b"expect":
+                    expects = value.lower() == b"100-continue" and not self._http_10
+                case b"upgrade":
+                    offers = True
         if hosts != 1 and (hosts or not self._http_10):
             raise invalid("A request of HTTP/1.1 has one Host header.")
         if codings:
@@ -291,14 +315,21 @@ class RequestParser:
         if offers and self._parser.should_upgrade():
             self._offer = self._without_offer()
             return
-        if length:
-            if length > self._limit:
-                raise body_too_large(self._limit)
-            self._length = length
-            if length > self._large:
-                self._sink.announced(length)
+        if length > self._limit:
+            raise body_too_large(self._limit)
+        self._length = length
+        if length > self._large:
+            self._sink.announced(length)
         if expects and not self._stopped:
             self._sink.expects()
+
+    def _check_size(self) -> None:
+        if len(self._headers) > MAX_HEADERS:
+            raise _too_many_headers()
+        size = len(self._method) + len(self._url) + _LINE_OVERHEAD
+        size += sum(len(name) + len(value) + _HEADER_OVERHEAD for name, value in self._headers)
+        if size > MAX_HEAD_BYTES:
+            raise _head_too_large()
 
     def _check_codings(self, codings: bytes) -> None:
         if self._http_10:
@@ -326,9 +357,10 @@ class RequestParser:
             data = memoryview(data)[upgrade.args[0] :]
             self._start_afresh()
             self._parser = httptools.HttpRequestParser(self)
-            self._parser.feed_data(head)
+            self.feed_data = self._parser.feed_data
+            self.feed_data(head)
             try:
-                self._parser.feed_data(data)
+                self.feed_data(data)
             except httptools.HttpParserUpgrade as another:
                 upgrade = another
 
@@ -345,6 +377,14 @@ def _path_of(url: bytes) -> bytes:
         return httptools.parse_url(url).path or b"/"
     except httptools.HttpParserInvalidURLError:
         return url
+
+
+def _version_not_supported(version: str) -> ApiError:
+    return ApiError(
+        HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
+        f"This server speaks HTTP/1.1, not HTTP/{version}.",
+        code="http_version_not_supported",
+    )
 
 
 def _head_too_large() -> ApiError:
