@@ -122,6 +122,10 @@ class TransferAborted(TransferError):
     """The destination gave up."""
 
 
+class UnwrittenBlocks(TransferError):
+    """Blocks whose transfer was committed, but which its source has not written."""
+
+
 class TransferTimeout(TransferError, TimeoutError):
     """Not done in time; it may still be going on."""
 

@@ -9,6 +9,7 @@ travels as id and epoch beside the rest.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import NamedTuple, NewType
@@ -72,24 +73,46 @@ class Owner(NamedTuple):
 
 _owners: list[Owner] = []
 _owner_numbers: dict[Owner, int] = {}
+# Lives that are over, the one that ended first in front. Their numbers are given away when there
+# are no others: after some thousand further lives. A reference that somebody has kept for so long
+# then names another life; to free it there fails, since it was not given to whoever asks.
+_retired: OrderedDict[Owner, None] = OrderedDict()
 _owner_lock = threading.Lock()
 
 
 def intern_owner(instance: InstanceId, epoch: Epoch) -> int:
     """The number that stands for this instance life in references of this process.
 
-    Raises OverflowError after `MAX_OWNERS` different ones.
+    Raises OverflowError while `MAX_OWNERS` others are alive.
     """
     owner = Owner(instance, epoch)
     with _owner_lock:
         number = _owner_numbers.get(owner)
         if number is None:
-            if len(_owners) == MAX_OWNERS:
-                raise OverflowError(f"this process has met {MAX_OWNERS} instance lives already")
-            number = len(_owners)
-            _owners.append(owner)
-            _owner_numbers[owner] = number
+            number = _new_number(owner)
+        else:
+            _retired.pop(owner, None)
         return number
+
+
+def retire_owner(owner: Owner) -> None:
+    """This life is over. Its references stay what they are for a long while; see `_retired`."""
+    with _owner_lock:
+        if owner in _owner_numbers:
+            _retired[owner] = None
+
+
+def _new_number(owner: Owner) -> int:
+    if len(_owners) < MAX_OWNERS:
+        number = len(_owners)
+        _owners.append(owner)
+    elif _retired:
+        number = _owner_numbers.pop(_retired.popitem(last=False)[0])
+        _owners[number] = owner
+    else:
+        raise OverflowError(f"{MAX_OWNERS} instance lives are known to this process already")
+    _owner_numbers[owner] = number
+    return number
 
 
 def owner_of(number: int) -> Owner:

@@ -55,7 +55,9 @@ def part(layout: KVLayout) -> torch.Tensor:
 def pools(name: str, layouts: Sequence[KVLayout], path: PathName) -> Iterator[list[MemPool]]:
     with ExitStack() as stack:
         made = [
-            stack.enter_context(MemPool(layout, 16, instance=f"{name}{rank}", path=path))
+            stack.enter_context(
+                MemPool(layout, 16, instance=f"{name}{rank}", path=path, secret="of the tests")
+            )
             for rank, layout in enumerate(layouts)
         ]
         yield made

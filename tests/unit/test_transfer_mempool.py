@@ -271,10 +271,11 @@ def test_an_introduction_that_comes_late_does_not_undo_a_later_one() -> None:
         for blocks in (4, 8)
     )
     for memory, edition in ((small, 1), (large, 2), (small, 1)):
-        assert peers.introduce(owner, Hello(False, own_process(), memory, (), "", edition)) == []
+        hello = Hello(False, own_process(), memory, (), "", edition)
+        assert peers.introduce(owner, hello, b"route", silent=False) == []
     assert peers.current(owner.instance).memory is large
     large_again = Hello(False, own_process(), large, (), "", 2)
-    assert peers.introduce(owner, large_again) == []
+    assert peers.introduce(owner, large_again, b"route", silent=False) == []
     assert peers.current(owner.instance).hello is large_again
 
 

@@ -93,7 +93,7 @@ class BlockTable:
         """Make room for `tokens` tokens in all. Raises OutOfBlocks, and then has no effect."""
         missing = self._blocks(tokens) - len(self._indices)
         if missing > 0:
-            refs = self._pool.alloc_mem(missing, Medium.HBM)
+            refs = self._pool.alloc_mem(missing, Medium.HBM, private=True)
             self._tail = np.concatenate([self._tail, refs])
             self._indices = np.concatenate([self._indices, self._pool.hbm_indices(refs)])
 

@@ -48,6 +48,8 @@ class BlockAllocator:
         # The reference to each block as it is now; of a FREE one, as it will be given out.
         self.ref: RefArray = NOTHING
         self.pins: NDArray[np.int32] = np.empty(0, dtype=np.int32)
+        # ACTIVE blocks that peers may not name as where they want to write.
+        self.private: NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
         self.node: IndexArray = NOTHING  # of a CACHED block: the index node that holds it
         self._watched: NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
         self._watches = 0
@@ -79,6 +81,7 @@ class BlockAllocator:
             fresh = first + (np.arange(missing) << GENERATION_BITS)
             self.ref = np.append(self.ref, fresh)
             self.pins = np.append(self.pins, np.zeros(missing, dtype=np.int32))
+            self.private = np.append(self.private, np.zeros(missing, dtype=np.bool_))
             self.node = np.append(self.node, np.zeros(missing, dtype=np.int64))
             self._watched = np.append(self._watched, np.zeros(missing, dtype=np.bool_))
             self._mark = np.append(self._mark, np.zeros(missing, dtype=np.int64))
@@ -106,13 +109,14 @@ class BlockAllocator:
         self.retired -= int(np.count_nonzero(self.state[start : self.capacity] == RETIRED))
         self.capacity = start
 
-    def take(self, count: int) -> IndexArray:
+    def take(self, count: int, private: bool = False) -> IndexArray:
         """`count` FREE blocks become ACTIVE; there must be as many. Ascending where possible."""
         top = self.free - count
         index: IndexArray = self._stack[top : self.free][::-1].copy()
         self.free = top
         self.active += count
         self.state[index] = ACTIVE
+        self.private[index] = private
         return index
 
     def free_active(self, index: IndexArray) -> None:

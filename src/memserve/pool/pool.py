@@ -41,6 +41,7 @@ from memserve.types import (
     Owner,
     RefArray,
     ref_medium,
+    retire_owner,
 )
 
 # A DRAM segment unless told otherwise: large enough to be few, small enough to give back.
@@ -112,17 +113,24 @@ class MemPool:
             self._closed = True
             self._hbm.close()
             self._dram.close()
+        retire_owner(self.owner)
 
     # --- memory ---------------------------------------------------------------------------
 
     def alloc_mem(
-        self, n: int, medium: Medium = Medium.HBM, instance: str | None = None
+        self,
+        n: int,
+        medium: Medium = Medium.HBM,
+        instance: str | None = None,
+        *,
+        private: bool = False,
     ) -> RefArray:
         """References [n] to blocks that are the caller's until `free_mem` or `insert`.
 
         All or nothing; evicts unpinned historical blocks as needed, HBM ones to DRAM where
-        there is room or something colder. Raises OutOfBlocks; ForeignBlock for an instance
-        that is not connected.
+        there is room or something colder. `private`: peers that name such a block as where they
+        want to write are refused. Raises OutOfBlocks; ForeignBlock for an instance that is not
+        connected.
         """
         if n < 0:
             raise LengthMismatch(f"{n} blocks asked")
@@ -132,7 +140,7 @@ class MemPool:
                 raise ForeignBlock(f"no peer {instance!r} is connected to {self.owner.instance!r}")
             blocks = self._blocks[medium]
             self._tiers.make_room(medium, n)
-            return blocks.ref[blocks.take(n)]
+            return blocks.ref[blocks.take(n, private)]
 
     def free_mem(self, refs: ArrayLike) -> None:
         """Give allocated blocks back.

@@ -20,7 +20,10 @@ from memserve.errors import SharedMemoryFull
 SHM_DIRECTORY = Path("/dev/shm")
 PREFIX = "memserve-"
 
-_NAME = re.compile(re.escape(PREFIX) + r"(?P<ns>\d+)-(?P<pid>\d+)-(?P<start>\d+)-\d+")
+# A path of it fits into an address of a Unix socket (108 bytes).
+MAX_NAME = 90
+
+_NAME = re.compile(re.escape(PREFIX) + r"(?P<ns>\d+)-(?P<pid>\d+)-(?P<start>\d+)-\d+", re.ASCII)
 _serial = itertools.count()
 
 
@@ -61,6 +64,12 @@ class SharedSegment:
 def new_name() -> str:
     """For a file of this process that `sweep` removes when the process is gone."""
     return f"{PREFIX}{_process_tag()}-{next(_serial)}"
+
+
+def is_segment_name(name: str) -> bool:
+    """Whether `new_name` of some process could have made it. A name that came over a wire must
+    not lead anywhere else."""
+    return len(name) <= MAX_NAME and _NAME.fullmatch(name) is not None
 
 
 def sweep(directory: Path = SHM_DIRECTORY) -> list[str]:

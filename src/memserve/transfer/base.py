@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NewType, Protocol, Self
+from typing import Annotated, NewType, Protocol, Self
 
 import msgspec
 import numpy as np
 import torch
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from memserve.errors import LengthMismatch, TransferError
 from memserve.pool.layout import KVLayout
-from memserve.types import IndexArray, Medium, Owner, RefArray, ref_index, ref_medium
+from memserve.pool.segment import MAX_NAME
+from memserve.types import MAX_BLOCKS, IndexArray, Medium, Owner, RefArray, ref_index, ref_medium
 
 Ticket = NewType("Ticket", int)  # one posted WriteList, unique within a transport
 
@@ -29,16 +31,25 @@ Ticket = NewType("Ticket", int)  # one posted WriteList, unique within a transpo
 SETTLE_SECONDS = 2.0
 
 
+# What a number in a message may be: what numpy and the kernel take, too.
+Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+
+# Segments of a pool that peers are told about: 1 TiB of DRAM in segments of 64 MiB.
+MAX_REGIONS = 16_384
+
+
 class Region(msgspec.Struct, frozen=True):
     """Consecutive blocks in one piece of an instance's memory, as a peer sees it."""
 
     medium: Medium
-    first_block: int
-    blocks: int
-    address: int  # in the address space of its owner
-    nbytes: int
-    segment: str | None  # name of the POSIX shared memory; None: device memory
-    device: int | None  # CUDA ordinal; None: host memory
+    first_block: Annotated[int, Meta(ge=0, lt=MAX_BLOCKS)]
+    blocks: Annotated[int, Meta(ge=1, le=MAX_BLOCKS)]
+    address: Natural  # in the address space of its owner
+    nbytes: Natural
+    # Name of the POSIX shared memory; None: device memory.
+    segment: Annotated[str, Meta(max_length=MAX_NAME)] | None
+    device: Annotated[int, Meta(ge=0, lt=1024)] | None  # CUDA ordinal; None: host memory
 
     @property
     def end(self) -> int:
@@ -49,8 +60,8 @@ class Region(msgspec.Struct, frozen=True):
 class HostId(msgspec.Struct, frozen=True):
     """Equal for processes that run one kernel and see one /dev/shm, and only for those."""
 
-    boot: str  # the kernel's random boot id
-    shm_device: int  # device number of the file system at /dev/shm
+    boot: Annotated[str, Meta(max_length=64)]  # the kernel's random boot id
+    shm_device: Natural  # device number of the file system at /dev/shm
 
 
 class PoolRegions(msgspec.Struct, frozen=True):
@@ -58,7 +69,7 @@ class PoolRegions(msgspec.Struct, frozen=True):
 
     layout: KVLayout
     host: HostId
-    regions: tuple[Region, ...]
+    regions: Annotated[tuple[Region, ...], Meta(max_length=MAX_REGIONS)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
-from memserve.errors import PoolError, UnknownPeer
+from memserve.errors import ForeignBlock, PoolError, TransferError, UnwrittenBlocks
 from memserve.transfer.base import Transport
 from memserve.transfer.calls import Calls
 from memserve.transfer.destination_session import DestinationSession
 from memserve.transfer.failures import to_failure
 from memserve.transfer.introductions import IntroducedPool, Introductions
 from memserve.transfer.links import Arrival, Links
-from memserve.transfer.messages import Failure, from_words
+from memserve.transfer.messages import from_words
 from memserve.transfer.path import PathName
 from memserve.transfer.peers import Peers
+from memserve.transfer.pending import PeerStats
 from memserve.transfer.receiver import Receiver, ReceivingPool
 from memserve.transfer.sender import Outgoing, Sender, SendingPool
 from memserve.transfer.session import (
@@ -44,15 +46,25 @@ from memserve.transfer.wire import (
     Malformed,
     Message,
     Mismatch,
+    NotWelcome,
     encode,
 )
-from memserve.types import Epoch, Owner, intern_owner
+from memserve.types import Owner, intern_owner, retire_owner
 
-_ANYBODY = Epoch(0)  # the receiver of a Hello to whoever is there
+log = logging.getLogger(__name__)
+
+# Failures that are logged with their traceback; the others are only counted, so that no peer can
+# fill a disk.
+MAX_TRACEBACKS = 50
 
 
 class ConversingPool(ReceivingPool, SendingPool, IntroducedPool, Protocol):
     """A pool, as far as its peers are concerned."""
+
+    @property
+    def freed_by_owner(self) -> int:
+        """Blocks that their owners gave back while a peer was writing to them."""
+        ...
 
 
 class Conversation:
@@ -74,6 +86,19 @@ class Conversation:
         for transport in transports:
             self.introductions.add_transport(transport)
         self.introductions.refresh_memory()
+
+    def stats(self) -> PeerStats:
+        return PeerStats(
+            outgoing=self.table.sources,
+            incoming=self.table.destinations,
+            quarantined=self.receiver.quarantined_blocks + self._pool.freed_by_owner,
+            granted=self.receiver.granted_blocks,
+            malformed=self.counters.malformed,
+            mismatched=self.counters.mismatched,
+            strangers=self._links.strangers,
+            failed=self.counters.failed,
+            unwritten=self.counters.unwritten,
+        )
 
     # --- saying ---------------------------------------------------------------------------
 
@@ -103,18 +128,17 @@ class Conversation:
         except Mismatch as mismatch:
             self.introductions.on_mismatch(arrival, mismatch)
             return
-        if self.table.is_gone(envelope.sender):
-            self.counters.misdirected += 1
-        elif isinstance(envelope.message, Hello):
-            self._on_hello(arrival, envelope.sender, envelope.message, now)
-        elif envelope.receiver != self._pool.owner.epoch or not self.peers.is_current(
-            envelope.sender
-        ):
-            # One of the two has begun a new life since they met.
-            self.counters.misdirected += 1
-            self.introductions.greet(arrival.path, answer=True)
-        else:
-            self._on_message(arrival, envelope, now)
+        try:
+            self._on_envelope(arrival, envelope, now)
+        except Exception:  # noqa: BLE001 - a mistake of ours that one peer's message brings to
+            # light must not end what goes on with the others; it is logged and counted.
+            self._leave(envelope.sender, now)
+
+    def report(self, what: str) -> None:
+        """Log the exception that is being handled, and count it."""
+        self.counters.failed += 1
+        if self.counters.failed <= MAX_TRACEBACKS:
+            log.exception("%r: %s", self._pool.owner.instance, what)
 
     def on_beat(self, now: float) -> None:
         """Once a heartbeat."""
@@ -124,6 +148,9 @@ class Conversation:
             if not self.peers.sees(owner):
                 self.peers.sever(owner)
                 self.perform(self.table.forsake(owner, now), now)
+        for owner in self.table.prune(self.peers.known(), now):
+            if not self.peers.sees(owner):
+                self.on_over(owner, now)
         self.say_to_all(Beat(answer=True))
         self.introductions.greet_the_lost()
         self.receiver.prune()
@@ -145,6 +172,7 @@ class Conversation:
         self.perform(self.table.on_gone(owner, now), now)
         self.receiver.revoke_all(owner)
         self.calls.on_gone(owner)
+        retire_owner(owner)
 
     def poll_transports(self, now: float) -> None:
         for transport, completion in self.peers.poll():
@@ -170,12 +198,15 @@ class Conversation:
 
     def perform(self, todo: Steps, now: float) -> None:
         for peer, session, action in todo:
-            if isinstance(action, Send):
-                self.say(peer, action.message)
-            elif isinstance(session, SourceSession):
-                self._perform_source(peer, session, action, now)
-            elif isinstance(session, DestinationSession):
-                self._perform_destination(peer, session, action, now)
+            try:
+                if isinstance(action, Send):
+                    self.say(peer, action.message)
+                elif isinstance(session, SourceSession):
+                    self._perform_source(peer, session, action, now)
+                elif isinstance(session, DestinationSession):
+                    self._perform_destination(peer, session, action, now)
+            except Exception:  # noqa: BLE001 - as in `on_arrival`; time brings steps, too
+                self._leave(peer, now)
 
     def _perform_source(
         self, peer: Owner, session: SourceSession, action: Action, now: float
@@ -216,29 +247,62 @@ class Conversation:
     def _allocate(self, peer: Owner, session: DestinationSession, now: float) -> Actions:
         try:
             source = self.peers.current(peer.instance).memory.layout
-            have, words = self.receiver.allocate(session, source)
-        except (PoolError, UnknownPeer) as error:
+            have, words = self.receiver.allocate(peer, session, source)
+            # The peer must know where these blocks are, before their words.
+            self.introductions.refresh_memory()
+        except (PoolError, TransferError) as error:
+            self.receiver.free(session)
             return session.on_refused(to_failure(error))
-        # The peer must know where these blocks are, before their words.
-        self.introductions.refresh_memory()
         return session.on_allocated(have, words, now)
 
     def _publish(self, peer: Owner, session: DestinationSession, now: float) -> Actions:
         try:
             words = self.receiver.publish(peer, session)
-        except PoolError as error:
+        except (PoolError, TransferError) as error:
+            self.counters.unwritten += isinstance(error, UnwrittenBlocks)
             return session.on_unpublishable(to_failure(error))
         return session.on_published(words, now)
 
     # --- inside ---------------------------------------------------------------------------
 
+    def _on_envelope(self, arrival: Arrival, envelope: Envelope, now: float) -> None:
+        sender, message = envelope.sender, envelope.message
+        if self.table.is_gone(sender):
+            self.counters.misdirected += 1
+        elif isinstance(message, Hello):
+            self._on_hello(arrival, sender, message, now)
+        elif isinstance(message, NotWelcome):
+            self.introductions.on_not_welcome(arrival, message)
+        elif envelope.receiver != self._pool.owner.epoch or not self.peers.is_from(
+            sender, arrival.path
+        ):
+            # One of the two has begun a new life since they met, or has not said on this way who
+            # it is; or somebody else speaks in its name.
+            self.counters.misdirected += 1
+            self.introductions.greet(arrival.path, answer=True)
+        else:
+            self._on_message(arrival, envelope, now)
+
+    def _leave(self, peer: Owner, now: float) -> None:
+        """A life whose message or step could not be handled: nothing that is half done for it may
+        go on. What it may write to is in quarantine; it may introduce itself again."""
+        self.report(f"talking to {peer.instance!r} failed; it has to introduce itself again")
+        self.peers.leave(peer)
+        self.perform(self.table.leave(peer, now), now)
+
     def _on_hello(self, arrival: Arrival, sender: Owner, hello: Hello, now: float) -> None:
-        over = self.introductions.on_hello(arrival, sender, hello)
+        silent = self._is_silent(sender, now)
+        over = self.introductions.on_hello(arrival, sender, hello, silent)
         if over is None:
             return
         for owner in over:
             self.on_over(owner, now)
         self.table.heard(sender, now)
+
+    def _is_silent(self, newcomer: Owner, now: float) -> bool:
+        """Whether nothing is heard of the life that has the newcomer's name."""
+        known = self.peers.get(newcomer.instance)
+        return known is None or known.life is None or self.table.silent(known.life.owner, now)
 
     def _on_message(self, arrival: Arrival, envelope: Envelope, now: float) -> None:
         sender, message = envelope.sender, envelope.message
@@ -246,7 +310,7 @@ class Conversation:
         if isinstance(arrival.path, bytes):
             self.peers.add(sender.instance).route = arrival.path
         match message:
-            case Hello():
+            case Hello() | NotWelcome():
                 raise AssertionError("handled before")
             case Beat():
                 if message.answer:
@@ -265,11 +329,12 @@ class Conversation:
         if answer is None:
             failure = None
             try:
-                self._pool.free_mem(from_words(message.words, intern_owner(*self._pool.owner)))
+                refs = from_words(message.words, intern_owner(*self._pool.owner))
+                self.receiver.free_granted(peer, refs)
             except PoolError as error:
                 failure = to_failure(error)
             except ValueError as error:
-                failure = Failure("ForeignBlock", str(error))
+                failure = to_failure(ForeignBlock(str(error)))
             answer = FreedBlocks(message.call, failure)
             self.calls.remember(peer, answer)
         self.say(peer, answer)

@@ -106,6 +106,9 @@ class DestinationSession:
 
     def stop(self, now: float) -> Actions:
         """Give up, for a reason of this side."""
+        if self.state is DestinationState.ALLOCATING:
+            self.state = DestinationState.ENDED
+            return [Free(), Forget()]
         return self._quarantine(now) if self.state is DestinationState.OPEN else []
 
     def on_gone(self, now: float) -> Actions:

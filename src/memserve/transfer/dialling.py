@@ -22,6 +22,7 @@ class Dialled:
     dealer: Dealer
     outcome: Future[Owner]
     gives_up_at: float
+    refusal: PeerRefused | None = None  # what the other side has said last, or deserved
 
 
 class Dialling:
@@ -64,5 +65,6 @@ class Dialling:
                 text = f"{address} hangs up: its secret is not this pool's"
                 self.fail(dialled, PeerRefused(text))
             elif now >= dialled.gives_up_at:
-                self.fail(dialled, PeerLost(f"no pool has answered at {address}"))
+                lost = PeerLost(f"no pool has answered at {address}")
+                self.fail(dialled, dialled.refusal or lost)
         return [dialled.dealer for dialled in self._waiting]

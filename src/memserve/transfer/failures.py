@@ -12,6 +12,7 @@ from memserve.errors import (
     NotOwned,
     OutOfBlocks,
     PeerLost,
+    PeerRefused,
     PinnedBlock,
     PoolError,
     SegmentGone,
@@ -22,8 +23,9 @@ from memserve.errors import (
     TransferTimeout,
     UnknownBlock,
     UnknownPeer,
+    UnwrittenBlocks,
 )
-from memserve.transfer.messages import Failure
+from memserve.transfer.messages import MAX_TEXT, Failure
 
 _KINDS: dict[str, type[MemserveError]] = {
     kind.__name__: kind
@@ -44,7 +46,9 @@ _KINDS: dict[str, type[MemserveError]] = {
         TransferError,
         TransferTimeout,
         UnknownBlock,
+        PeerRefused,
         UnknownPeer,
+        UnwrittenBlocks,
     )
 }
 
@@ -53,7 +57,12 @@ def to_failure(error: MemserveError) -> Failure:
     if isinstance(error, OutOfBlocks):
         numbers = (error.asked, error.free, error.evictable, error.total)
         return Failure(OutOfBlocks.__name__, error.medium, numbers)
-    return Failure(type(error).__name__, str(error))
+    return Failure(type(error).__name__, _sendable(str(error)))
+
+
+def _sendable(text: str) -> str:
+    """What UTF-8 has no bytes for (half of a pair that a caller sent) is replaced."""
+    return text[:MAX_TEXT].encode(errors="replace").decode()
 
 
 def to_error(failure: Failure, peer: str) -> MemserveError:

@@ -10,6 +10,7 @@ from memserve.pool.layout import KVLayout
 from memserve.transfer.base import LocalRegion, Transport
 from memserve.transfer.conversion import compatibility, meaning
 from memserve.transfer.dialling import Dialling
+from memserve.transfer.failures import to_failure
 from memserve.transfer.links import Arrival, Links, Way
 from memserve.transfer.peers import Peers
 from memserve.transfer.process import own_process
@@ -20,6 +21,7 @@ from memserve.transfer.wire import (
     Hello,
     Kind,
     Mismatch,
+    NotWelcome,
     Offer,
     decode,
     encode,
@@ -49,6 +51,8 @@ class Counters:
     malformed: int = 0  # messages that no pool sends; dropped
     mismatched: int = 0  # messages of another protocol version or KV layout; refused
     misdirected: int = 0  # messages to or from a life that is not the current one; dropped
+    failed: int = 0  # messages and steps that could not be handled; their sender is left
+    unwritten: int = 0  # transfers committed whose blocks were not all written; refused
 
 
 class Introductions:
@@ -103,7 +107,7 @@ class Introductions:
         offers = tuple(Offer(each.name, each.describe()) for each in self._transports)
         memory = pool_regions(self._pool.layout, self._registered)
         hello = Hello(answer, own_process(), memory, offers, self._links.shortcut, self._edition)
-        return self._links.send(path, self.header, encode(self._pool.owner, _ANYBODY, hello))
+        return self._say(path, hello)
 
     def greet_the_lost(self) -> None:
         """Those whose life has ended: another may have begun behind the same address."""
@@ -117,8 +121,11 @@ class Introductions:
         """Raises Malformed; Mismatch."""
         return decode(arrival.frames, self._meaning)
 
-    def on_hello(self, arrival: Arrival, sender: Owner, hello: Hello) -> list[Owner] | None:
-        """Returns the lives that this ends; None if it is not to be talked to."""
+    def on_hello(
+        self, arrival: Arrival, sender: Owner, hello: Hello, silent: bool
+    ) -> list[Owner] | None:
+        """Returns the lives that this ends; None if it is not to be talked to. `silent`: nothing
+        is heard of the life that is known by its name."""
         dialled = self.dialling.by(arrival.path)
         if dialled is not None and sender.instance != dialled.instance:
             text = f"at {dialled.dealer.address} is {sender.instance!r}, not {dialled.instance!r}"
@@ -136,10 +143,14 @@ class Introductions:
         if sender.instance == self._pool.owner.instance:
             self.counters.misdirected += 1
             return None
-        peer = self._peers.add(sender.instance)
-        over = self._peers.introduce(sender, hello)
-        if over is None:
+        try:
+            over = self._peers.introduce(sender, hello, arrival.path, silent)
+            peer = self._peers.add(sender.instance)
+        except PeerRefused as error:
             self.counters.misdirected += 1
+            if dialled is not None:
+                dialled.refusal = error
+            self._say(arrival.path, NotWelcome(to_failure(error)))
             return None
         if isinstance(arrival.path, bytes):
             peer.route = arrival.path
@@ -151,6 +162,14 @@ class Introductions:
             peer.dealer = dialled.dealer
             self.dialling.succeed(dialled, sender)
         return over
+
+    def on_not_welcome(self, arrival: Arrival, message: NotWelcome) -> None:
+        """Somebody that this pool has dialled does not want it, for now. Others may say what they
+        like."""
+        dialled = self.dialling.by(arrival.path)
+        if dialled is not None:
+            text = message.reason.message
+            dialled.refusal = PeerRefused(f"{dialled.dealer.address} refuses: {text}")
 
     def on_mismatch(self, arrival: Arrival, mismatch: Mismatch) -> None:
         self.counters.mismatched += 1
@@ -172,6 +191,9 @@ class Introductions:
                 f"what this pool's does, {self._pool.layout.fingerprint}"
             )
         self.dialling.fail(dialled, error)
+
+    def _say(self, path: Way, message: Hello | NotWelcome) -> bool:
+        return self._links.send(path, self.header, encode(self._pool.owner, _ANYBODY, message))
 
     def _introduce_to_all(self) -> None:
         """What is said next may rely on it, so it must not come sooner, on whatever way."""

@@ -9,6 +9,7 @@ sockets of ZeroMQ may not be touched while it waits for them.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -30,6 +31,25 @@ LINGER_MS = 200
 
 # Messages taken from one socket before others, and timers, have their turn.
 RECEIVE_BATCH = 64
+
+# Messages that wait in one queue, for a peer to take or for this pool to: enough for all that a
+# peer says between two turns; times MAX_MESSAGE_BYTES it bounds what a silent reader costs.
+QUEUE_MESSAGES = 256
+
+# Frames of a message, behind the route: a header and a body. What has more is read to its end, one
+# by one, and dropped.
+FRAMES = 2
+
+# Milliseconds. A client that does not finish its handshake, and a connection whose other side's
+# kernel has gone silent, are closed. Both are longer than a LEASE: who is only slow keeps what it
+# has, and the pool's own heartbeats say earlier who is not there.
+HANDSHAKE_MS = 10_000
+PING_MS = 10_000
+PING_TIMEOUT_MS = 30_000
+
+_ADDRESS = re.compile(
+    r"tcp://(\*|[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.%A-Za-z0-9_-]{2,64}\]):(\d{1,5}|\*)"
+)
 
 Socket = zmq.Socket[bytes]
 
@@ -87,6 +107,10 @@ class Links:
         self._poller_thread = threading.get_ident()
 
     @property
+    def secured(self) -> bool:
+        return self._keys is not None
+
+    @property
     def shortcut(self) -> str:
         """Where peers of this host reach this pool soonest; empty if they do not."""
         return "" if self._shortcut is None else self._shortcut.address
@@ -94,6 +118,7 @@ class Links:
     def listen(self, address: str) -> str:
         """Bind; returns the address with the port. Raises TransferError; ConfigError for an
         address that others can reach, without a secret."""
+        require_address(address)
         if self._router is not None:
             raise TransferError("this pool is served already")
         address = numeric_endpoint(address)
@@ -121,6 +146,7 @@ class Links:
 
     def dial(self, address: str) -> Dealer:
         """Start to connect, and do so again whenever it breaks. Raises TransferError."""
+        require_address(address)
         socket = self._socket(zmq.DEALER)
         socket.immediate = True  # do not queue for a peer that is not there
         socket.ipv6 = True
@@ -219,7 +245,7 @@ class Links:
     def _receive(self, socket: Socket, dealer: Dealer | None) -> Iterator[Arrival]:
         for _ in range(RECEIVE_BATCH):
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
+                frames = _receive_frames(socket, FRAMES + (dealer is None))
             except zmq.Again:
                 return
             if dealer is None:
@@ -231,9 +257,31 @@ class Links:
         socket = self._context.socket(kind)
         socket.maxmsgsize = MAX_MESSAGE_BYTES
         socket.linger = LINGER_MS
+        socket.rcvhwm = socket.sndhwm = QUEUE_MESSAGES
+        socket.handshake_ivl = HANDSHAKE_MS
+        socket.heartbeat_ivl = PING_MS
+        socket.heartbeat_timeout = PING_TIMEOUT_MS
         return socket
+
+
+def _receive_frames(socket: Socket, wanted: int) -> list[bytes]:
+    """A message, without what it has beyond one frame more than `wanted`. Raises zmq.Again."""
+    frames = [socket.recv(zmq.NOBLOCK)]
+    while socket.rcvmore:
+        frame = socket.recv(zmq.NOBLOCK)
+        if len(frames) <= wanted:  # one too many shows that it is no message
+            frames.append(frame)
+    return frames
+
+
+def require_address(address: str) -> None:
+    """Raises TransferError for anything but tcp://host:port. Other schemes of ZeroMQ lead into
+    this process (`inproc` to the gate that clients are let in by) or to files of it (`ipc`)."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None or (match[2] != "*" and int(match[2]) > 65535):
+        raise TransferError(f"{address[:300]!r} is no tcp://host:port")
 
 
 def is_local(address: str) -> bool:
     """Whether only this host can reach it."""
-    return address.startswith(("ipc://", "inproc://")) or is_loopback(split_endpoint(address)[0])
+    return is_loopback(split_endpoint(address)[0])

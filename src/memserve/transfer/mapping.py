@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from memserve.errors import SegmentGone
-from memserve.pool.segment import PREFIX
+from memserve.pool.segment import is_segment_name
 from memserve.pool.storage import lock_pages, unlock_pages
 from memserve.transfer.base import Region
 
@@ -77,8 +77,7 @@ class PeerMemory:
         """Raises SegmentGone where the region cannot be mapped, now or ever."""
         if region.segment is None:
             raise SegmentGone(f"{region.medium.name} of the peer is not shared memory")
-        # The name came over a wire: it must not lead anywhere else.
-        if not region.segment.startswith(PREFIX) or "/" in region.segment:
+        if not is_segment_name(region.segment):
             raise SegmentGone(f"{region.segment!r} is not the name of a segment")
         mapping = self._mappings.get(region.segment)
         if mapping is None:

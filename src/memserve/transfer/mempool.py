@@ -16,6 +16,7 @@ from memserve.clock import Clock, MonotonicClock
 from memserve.config import Eviction as EvictionName
 from memserve.config import TransferMode
 from memserve.errors import (
+    ConfigError,
     ForeignBlock,
     LengthMismatch,
     StaleBlock,
@@ -33,13 +34,14 @@ from memserve.transfer.links import is_local
 from memserve.transfer.messages import Prepare, to_wire_tokens, to_words
 from memserve.transfer.path import PathName
 from memserve.transfer.pending import OpenTransfer, PeerStats, Transfer
-from memserve.transfer.secret import cluster_keys
+from memserve.transfer.secret import SECRET_VARIABLE, cluster_keys
 from memserve.transfer.sender import Outgoing
 from memserve.transfer.service import Service
-from memserve.transfer.session import DEADLINE, Actions, Round
+from memserve.transfer.session import DEADLINE, Actions, Round, rounds_of
 from memserve.transfer.shared_pool import SharedPool
 from memserve.transfer.shm import ShmTransport
 from memserve.transfer.source_session import SourceSession
+from memserve.transfer.wire import require_sendable
 from memserve.types import (
     SHARED,
     InstanceId,
@@ -77,9 +79,9 @@ class MemPool(SharedPool):
         transports: MakeTransports | None = None,
     ) -> None:
         """`secret`: the cluster's; default: MEMSERVE_SECRET. Without one a pool can only be
-        served on this host. `path`, `transports`: how bytes go; default: whatever works.
-        """
+        served on this host. `path`, `transports`: how bytes go; default: whatever works."""
         self._service: Service | None = None
+        self._failed: Future[BaseException] = Future()
         self._secret = secret
         self._path = path
         self._make_transports = transports
@@ -130,21 +132,14 @@ class MemPool(SharedPool):
     def peer_stats(self) -> PeerStats:
         service = self._service
         if service is None:
-            return PeerStats(0, 0, 0, 0, 0, 0, 0)
+            return PeerStats()
+        return service.ask(lambda conversation, now: conversation.stats())
 
-        def look(conversation: Conversation, now: float) -> PeerStats:
-            receiver = conversation.receiver
-            return PeerStats(
-                outgoing=conversation.table.sources,
-                incoming=conversation.table.destinations,
-                quarantined=receiver.quarantined_blocks + self.freed_by_owner,
-                granted=receiver.granted_blocks,
-                malformed=conversation.counters.malformed,
-                mismatched=conversation.counters.mismatched,
-                strangers=service.strangers,
-            )
-
-        return service.ask(look)
+    def on_failure(self, call: Callable[[BaseException], None]) -> None:
+        """Have `call` called with the error that has ended the thread which talks to peers, if
+        anything does; at once if it has. From that thread: it must not block. Nothing can be sent
+        or received then; close the pool, and start another."""
+        self._failed.add_done_callback(lambda failed: call(failed.result()))
 
     # --- transfers ------------------------------------------------------------------------
 
@@ -215,12 +210,17 @@ class MemPool(SharedPool):
     # --- memory: what peers change about it -----------------------------------------------
 
     def alloc_mem(
-        self, n: int, medium: Medium = Medium.HBM, instance: str | None = None
+        self,
+        n: int,
+        medium: Medium = Medium.HBM,
+        instance: str | None = None,
+        *,
+        private: bool = False,
     ) -> RefArray:
         """As in `memserve.pool`; with `instance`, blocks of that peer, which come back to it
         when this pool closes or dies. Raises UnknownPeer, PeerLost."""
         if instance is None or instance == self.owner.instance:
-            return super().alloc_mem(n, medium)
+            return super().alloc_mem(n, medium, private=private)
         if n < 0:
             raise LengthMismatch(f"{n} blocks asked")
         prepare = Prepare(next(self._numbers), n, medium)
@@ -258,12 +258,22 @@ class MemPool(SharedPool):
             if self._service is None:
                 make = self._make_transports or _make_shm
                 transports = list(make(self.owner, self.layout))
-                keys = cluster_keys(self._secret)
-                self._service = Service(self, transports, self._path, keys, self._transfer_clock)
+                self._service = Service(
+                    self,
+                    transports,
+                    self._path,
+                    cluster_keys(self._secret),
+                    self._transfer_clock,
+                    self._failed.set_result,
+                )
             service = self._service
         wanted = self._path == "nixl" or (not is_local(address) and self._path == "auto")
         if wanted and self._make_transports is None and find_spec("nixl") is not None:
-            service.ask(self._add_nixl)
+            # It protects no memory: who has its description may write anywhere in this pool.
+            if service.secured:
+                service.ask(self._add_nixl)
+            elif self._path == "nixl":
+                raise ConfigError(f"transfers by NIXL need a secret: set {SECRET_VARIABLE}")
         return service
 
     def _add_nixl(self, conversation: Conversation, now: float) -> None:
@@ -304,9 +314,10 @@ class MemPool(SharedPool):
                     f"for {len(array)} tokens"
                 )
             wire_tokens = to_wire_tokens(array)
+        require_sendable(namespace, 0 if wire_tokens is None else len(wire_tokens))
         words = None if target is None else to_words(target)
         prepare = Prepare(next(self._numbers), len(source), medium, namespace, wire_tokens, words)
-        rounds = None if mode is None else self._rounds(len(source), mode)
+        rounds = None if mode is None else rounds_of(len(source), self.layout.layers, mode)
         return self._begin(
             InstanceId(instance),
             prepare,
@@ -315,11 +326,6 @@ class MemPool(SharedPool):
             patience,
             rounds,
         )
-
-    def _rounds(self, blocks: int, mode: TransferMode) -> list[Round]:
-        if mode == "by-request-agg":
-            return [Round(0, blocks, None)]
-        return [Round(0, blocks, range(at, at + 1)) for at in range(self.layout.layers)]
 
     def _begin(
         self,

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from memserve.transfer.base import Natural
 from memserve.types import (
     GENERATION_BITS,
     INDEX_BITS,
@@ -24,8 +25,9 @@ from memserve.types import (
 )
 
 WORD_BYTES = 8
-
-Natural = Annotated[int, Meta(ge=0)]
+# Characters of an error's text, and of a namespace: a person reads the one, and the other is a
+# hash or a short name with one.
+MAX_TEXT = 1024
 
 _WORD = np.dtype("<i8")
 _TOKEN = np.dtype("<i4")
@@ -44,9 +46,9 @@ class Drained(IntEnum):
 class Failure(msgspec.Struct, frozen=True, array_like=True):
     """An error on its way to the caller: the name of its class, and what it says."""
 
-    kind: str
-    message: str
-    numbers: tuple[int, ...] = ()
+    kind: Annotated[str, Meta(max_length=64)]
+    message: Annotated[str, Meta(max_length=MAX_TEXT)]
+    numbers: Annotated[tuple[Natural, ...], Meta(max_length=4)] = ()
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -64,7 +66,7 @@ class Prepare(_Message, frozen=True, tag=1):
 
     blocks: Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
     medium: Medium
-    namespace: str = ""
+    namespace: Annotated[str, Meta(max_length=MAX_TEXT)] = ""
     tokens: bytes | None = None
     target: bytes | None = None
 

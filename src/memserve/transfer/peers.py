@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from memserve.errors import LayoutMismatch, TransferError, UnknownPeer
+from memserve.errors import LayoutMismatch, PeerRefused, TransferError, UnknownPeer
 from memserve.transfer.base import Completion, PoolRegions, Transport
-from memserve.transfer.links import Dealer
+from memserve.transfer.links import Dealer, Way
 from memserve.transfer.path import PathName, choose_transport
 from memserve.transfer.process import ProcessTag, is_known_dead, is_visible
 from memserve.transfer.regions import host_id
 from memserve.transfer.shortcut import Neighbour, is_shortcut
 from memserve.transfer.wire import Hello
 from memserve.types import InstanceId, Owner
+
+# Instances that a pool knows at a time: more than any cluster has, and fewer than there are numbers
+# for owners.
+MAX_PEERS = 4096
+# Connections that one life has to us: one, and those that broke a moment ago.
+ROUTES = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -24,9 +31,12 @@ class Life:
     process: ProcessTag
     memory: PoolRegions
     hello: Hello
+    neighbour: Neighbour | None = None  # its socket, if it is on this host
+    # Its connections to us, on which it has said who it is; the last few.
+    routes: deque[bytes] = field(default_factory=lambda: deque(maxlen=ROUTES))
     transport: Transport | None = None  # None: no way to write into its memory
     obstacle: str = ""  # why there is none
-    shortcut: Neighbour | None = None  # if it is on this host
+    shortcut: Neighbour | None = None  # `neighbour`, while it takes what is sent there
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +71,17 @@ class Peers:
         return self._by_instance.get(instance)
 
     def add(self, instance: InstanceId) -> Peer:
-        return self._by_instance.setdefault(instance, Peer(instance))
+        """Raises PeerRefused where there are too many."""
+        peer = self._by_instance.get(instance)
+        if peer is None:
+            if len(self._by_instance) >= MAX_PEERS:
+                raise PeerRefused(f"{MAX_PEERS} instances are known here, and no more can be")
+            peer = self._by_instance[instance] = Peer(instance)
+        return peer
+
+    def known(self) -> set[Owner]:
+        """The current lives."""
+        return {peer.life.owner for peer in self if peer.life is not None}
 
     def current(self, instance: InstanceId) -> Life:
         """Raises UnknownPeer."""
@@ -73,31 +93,58 @@ class Peers:
             raise UnknownPeer(f"instance {instance!r} is not there now")
         return peer.life
 
-    def is_current(self, owner: Owner) -> bool:
+    def is_from(self, owner: Owner, way: Way) -> bool:
+        """Whether a current life has introduced itself on the way that a message of its came.
+        The kernel says whose socket a datagram is from, and ZeroMQ which connection a frame."""
         peer = self._by_instance.get(owner.instance)
-        return peer is not None and peer.life is not None and peer.life.owner == owner
+        if peer is None or peer.life is None or peer.life.owner != owner:
+            return False
+        if isinstance(way, Neighbour):
+            return way == peer.life.neighbour
+        return way in peer.life.routes if isinstance(way, bytes) else way is peer.dealer
 
-    def introduce(self, owner: Owner, hello: Hello) -> list[Owner] | None:
-        """A life says who it is, or that its memory changed. Returns the lives that this ends
-        for certain; None if it is an earlier life than the one that is known."""
+    def introduce(self, owner: Owner, hello: Hello, way: Way, silent: bool) -> list[Owner]:
+        """A life says who it is, or that its memory changed. `silent`: nothing is heard of the
+        life that is known by this name. Returns the lives that this ends for certain.
+
+        Raises PeerRefused while another life of its name is there: which of two is the later one
+        nobody can tell from what they say, so the one that is heard of keeps the name.
+        """
         peer = self.add(owner.instance)
         known = peer.life
         over: list[Owner] = []
         if known is not None and known.owner != owner:
-            if owner.epoch < known.owner.epoch:
-                return None
-            self.drop(known.owner)
-            if not is_visible(known.process) or is_known_dead(known.process):
-                over.append(known.owner)
-            else:
-                self._watched[known.owner] = known.process
-        elif known is not None and hello.edition < known.hello.edition:
-            return over  # on its way for longer than a later one
-        peer.life = Life(owner, hello.process, hello.memory, hello)
-        if hello.memory.host == host_id() and is_shortcut(hello.shortcut):
-            peer.life.shortcut = Neighbour(hello.shortcut)
-        self._choose_transport(peer.life)
+            over = self._replace(known, peer, way, silent)
+            known = None
+        if known is not None and hello.edition < known.hello.edition:
+            life = known  # it was on its way for longer than a later one
+        else:
+            life = peer.life = Life(owner, hello.process, hello.memory, hello)
+            if known is not None:
+                life.routes = known.routes
+            if hello.memory.host == host_id() and is_shortcut(hello.shortcut):
+                life.neighbour = life.shortcut = Neighbour(hello.shortcut)
+            self._choose_transport(life)
+        self._watched.pop(owner, None)
+        if isinstance(way, bytes) and way not in life.routes:
+            life.routes.append(way)
         return over
+
+    def _replace(self, known: Life, peer: Peer, way: Way, silent: bool) -> list[Owner]:
+        """Another life takes the place of a known one; returns that one if it is over."""
+        dead = is_known_dead(known.process)
+        # Somebody else answers where it listened, so it does so no more.
+        moved_in = peer.dealer is not None and way is peer.dealer
+        if not (dead or moved_in or silent):
+            raise PeerRefused(
+                f"another {known.owner.instance!r} is here (epoch {known.owner.epoch}), and alive"
+            )
+        self.drop(known.owner)
+        if is_visible(known.process) and not dead:
+            self._watched[known.owner] = known.process
+            return []
+        # Of a life on another host that is only silent, writes may still be under way.
+        return [known.owner] if dead or moved_in else []
 
     def ended(self) -> list[Owner]:
         """Lives whose processes have ended since the last call."""
@@ -128,6 +175,18 @@ class Peers:
         if peer is not None and peer.life is not None and peer.life.owner == owner:
             peer.life = None
             peer.route = None
+            if peer.dealer is None:
+                del self._by_instance[owner.instance]
+
+    def leave(self, owner: Owner) -> None:
+        """Do not talk to a life before it has introduced itself again."""
+        peer = self._by_instance.get(owner.instance)
+        if peer is None or peer.life is None or peer.life.owner != owner:
+            return
+        process = peer.life.process
+        self.forget(owner)
+        if is_visible(process):
+            self._watched[owner] = process
 
     def sever(self, owner: Owner) -> None:
         """Forget the connection that a life's writes came through, and begin another."""

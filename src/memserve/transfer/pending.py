@@ -107,10 +107,12 @@ class OpenTransfer(Transfer):
 class PeerStats(msgspec.Struct, frozen=True):
     """What goes on with peers; the counters only grow."""
 
-    outgoing: int  # transfers from here that have not ended
-    incoming: int  # transfers to here, committed ones that are remembered included
-    quarantined: int  # blocks that a peer may still write to, and nobody may have
-    granted: int  # blocks that peers have allocated here
-    malformed: int  # messages
-    mismatched: int  # messages of another protocol version or layout
-    strangers: int  # connections without the secret
+    outgoing: int = 0  # transfers from here that have not ended
+    incoming: int = 0  # transfers to here, committed ones that are remembered included
+    quarantined: int = 0  # blocks that a peer may still write to, and nobody may have
+    granted: int = 0  # blocks that peers have allocated here
+    malformed: int = 0  # messages
+    mismatched: int = 0  # messages of another protocol version or layout
+    strangers: int = 0  # connections without the secret
+    failed: int = 0  # messages and steps that could not be handled
+    unwritten: int = 0  # transfers that were committed and not written

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from memserve.pool.segment import pid_namespace, start_time
+from memserve.transfer.base import Natural
 from memserve.transfer.regions import host_id
 
 
 class ProcessTag(msgspec.Struct, frozen=True, array_like=True):
     """One process; `start` tells it from a later one with its pid."""
 
-    boot: str
-    pid_namespace: int
-    pid: int
-    start: int
+    boot: Annotated[str, Meta(max_length=64)]
+    pid_namespace: Natural
+    pid: Annotated[int, Meta(ge=1, lt=2**31)]
+    start: Natural
 
 
 def own_process() -> ProcessTag:
@@ -33,8 +36,13 @@ def _tag(pid: int) -> ProcessTag:
 
 def is_known_dead(process: ProcessTag) -> bool:
     """Whether it has certainly ended. A process of another host or PID namespace cannot be
-    seen from here."""
-    return is_visible(process) and start_time(process.pid) != process.start
+    seen from here; nor can one of another user where /proc hides those."""
+    if not is_visible(process):
+        return False
+    try:
+        return start_time(process.pid) != process.start
+    except PermissionError:
+        return False
 
 
 def is_visible(process: ProcessTag) -> bool:

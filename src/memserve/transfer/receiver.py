@@ -8,9 +8,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from memserve.errors import LengthMismatch
+from memserve.errors import LengthMismatch, NotOwned, UnwrittenBlocks
 from memserve.pool.layout import KVLayout
 from memserve.pool.results import InsertResult, Match
+from memserve.pool.storage import Extent
+from memserve.transfer.canary import Canary
 from memserve.transfer.conversion import common_heads, require_filled
 from memserve.transfer.destination_session import DestinationSession
 from memserve.transfer.guards import Guard
@@ -32,8 +34,14 @@ class ReceivingPool(Protocol):
     owner: Owner
 
     def alloc_mem(
-        self, n: int, medium: Medium = Medium.HBM, instance: str | None = None
+        self,
+        n: int,
+        medium: Medium = Medium.HBM,
+        instance: str | None = None,
+        *,
+        private: bool = False,
     ) -> RefArray: ...
+    def extents(self, medium: Medium) -> tuple[Extent, ...]: ...
     def match(self, tokens: ArrayLike, namespace: str = "") -> Match: ...
     def insert(
         self, tokens: ArrayLike, refs: ArrayLike, namespace: str = "", *, pin: bool = False
@@ -43,12 +51,15 @@ class ReceivingPool(Protocol):
         """Those that are still what they were: allocated, not inserted, not freed."""
         ...
 
-    def guard(self, refs: RefArray, heads: range) -> Guard:
+    def guard(self, refs: RefArray, heads: range, granted: RefArray) -> Guard:
         """Allocated blocks will be written by a peer. Raises as `free_mem` does; NotOwned if
-        another writes these heads."""
+        another writes these heads, or for private blocks that are not among `granted`."""
         ...
 
     def unguard(self, guard: Guard) -> None: ...
+    def make_public(self, refs: RefArray) -> None:
+        """Blocks that are still allocated are private no more."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +70,7 @@ class _Held:
     match: Match | None
     own: RefArray  # allocated for the session
     guard: Guard | None = None  # on blocks that a local caller allocated
+    canary: Canary | None = None  # in those that are to be written, if somebody will read them
 
 
 class Receiver:
@@ -81,38 +93,42 @@ class Receiver:
     def granted_blocks(self) -> int:
         return sum(len(refs) for refs in self._grants.values())
 
-    def allocate(self, session: DestinationSession, source: KVLayout) -> tuple[int, bytes]:
+    def allocate(
+        self, peer: Owner, session: DestinationSession, source: KVLayout
+    ) -> tuple[int, bytes]:
         """How many blocks are cached already, and the words of the others (or of all, if all
-        are cached). `source`: of the peer's pool. Raises PoolError; then nothing is held."""
+        are cached). `source`: of the peer's pool. Raises PoolError; `free` lets go of what is
+        held by then."""
         prepare = session.prepare
         tokens = None
         if prepare.tokens is not None:
             require_filled(source, self._pool.layout, "an insert")
             tokens = self._tokens(prepare, prepare.tokens)
+        heads = common_heads(source, self._pool.layout)
+        held = self._held[session] = _Held(tokens, None, _NONE)
         if prepare.target is not None:
-            heads = common_heads(source, self._pool.layout)
-            guard = self._guard_target(prepare, prepare.target, heads)
-            self._held[session] = _Held(tokens, None, _NONE, guard)
+            held.guard = self._guard_target(peer, prepare, prepare.target, heads)
+            held.canary = self._plant(held.guard.refs, heads)
             return 0, prepare.target
-        if tokens is None:
-            own = self._pool.alloc_mem(prepare.blocks, prepare.medium)
-            self._held[session] = _Held(None, None, own)
-            return 0, to_words(own)
-        match = self._pool.match(tokens, prepare.namespace)
-        missing = prepare.blocks - len(match.refs)
-        own = _NONE
-        if missing:
-            try:
-                own = self._pool.alloc_mem(missing, prepare.medium)
-            except BaseException:
-                match.release()
-                raise
-        self._held[session] = _Held(tokens, match, own)
-        return len(match.refs), to_words(own if missing else match.refs)
+        if tokens is None:  # they become the peer's, who knows what is in them
+            held.own = self._pool.alloc_mem(prepare.blocks, prepare.medium, private=True)
+            return 0, to_words(held.own)
+        held.match = self._pool.match(tokens, prepare.namespace)
+        missing = prepare.blocks - len(held.match.refs)
+        if not missing:
+            return len(held.match.refs), to_words(held.match.refs)
+        held.own = self._pool.alloc_mem(missing, prepare.medium, private=True)
+        held.canary = self._plant(held.own, heads)
+        return len(held.match.refs), to_words(held.own)
 
     def publish(self, peer: Owner, session: DestinationSession) -> bytes:
-        """Everything is written. Returns the words of all blocks. Raises PoolError."""
+        """Everything is written, the peer says. Returns the words of all blocks. Raises
+        UnwrittenBlocks where it is not, PoolError."""
         held = self._held[session]
+        if held.canary is not None and (left := held.canary.left()):
+            raise UnwrittenBlocks(
+                f"{left} pieces of {session.prepare.blocks} blocks were committed and not written"
+            )
         if held.tokens is None:
             refs = held.own if held.guard is None else held.guard.refs
             if len(held.own):
@@ -131,15 +147,29 @@ class Receiver:
             match.release()
 
     def free(self, session: DestinationSession) -> None:
-        """Let go of everything."""
-        held = self._held.pop(session)
+        """Let go of everything, if there is anything."""
+        held = self._held.pop(session, None)
         self._quarantined.discard(session)
+        if held is None:
+            return
         if held.match is not None:
             held.match.release()
         if len(held.own):
             self._pool.free_mem(held.own)
         if held.guard is not None:
             self._pool.unguard(held.guard)
+
+    def free_granted(self, peer: Owner, refs: RefArray) -> None:
+        """A peer gives back what it has here. Raises NotOwned for allocated blocks that it has
+        not, and as `free_mem` of the pool."""
+        others = refs[~np.isin(refs, self._granted(peer))]
+        if len(self._pool.still_allocated(others)):
+            raise NotOwned(f"not all of {len(refs)} blocks were given to {peer.instance!r}")
+        self._pool.free_mem(refs)  # says what is wrong with the others, if there are any
+
+    def _granted(self, peer: Owner) -> RefArray:
+        mine = [refs for (owner, _), refs in self._grants.items() if owner == peer]
+        return np.concatenate(mine) if mine else _NONE
 
     def revoke(self, peer: Owner, number: int) -> None:
         """Take back a grant, less what was freed or inserted meanwhile."""
@@ -153,7 +183,8 @@ class Receiver:
                 self.revoke(owner, number)
 
     def claim(self, refs: RefArray) -> None:
-        """Blocks of grants become the local caller's."""
+        """Blocks of grants become the local caller's, who may have peers write to them."""
+        self._pool.make_public(refs)
         for key, granted in list(self._grants.items()):
             left = granted[~np.isin(granted, refs)]
             if len(left):
@@ -188,11 +219,18 @@ class Receiver:
         result.match.release()
         return result.match.refs
 
-    def _guard_target(self, prepare: Prepare, words: bytes, heads: range) -> Guard:
+    def _plant(self, refs: RefArray, heads: range) -> Canary | None:
+        if not len(refs):
+            return None
+        canary = Canary(self._pool, refs, heads)
+        canary.plant()
+        return canary
+
+    def _guard_target(self, peer: Owner, prepare: Prepare, words: bytes, heads: range) -> Guard:
         target = _refs(words, self._owner_number)
         if len(target) != prepare.blocks:
             raise LengthMismatch(f"{prepare.blocks} blocks for {len(target)} references")
-        return self._pool.guard(target, heads)
+        return self._pool.guard(target, heads, self._granted(peer))
 
     def _tokens(self, prepare: Prepare, data: bytes) -> TokenArray:
         block_bytes = 4 * self._pool.layout.block_tokens

@@ -22,6 +22,7 @@ from memserve.secrets import Secret, cluster_secret
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _ZAP_VERSION = b"1.0"
 _ZAP_DOMAIN = b"memserve"
+_ZAP_FRAMES = 8  # of a question, the sender's route included, before the credentials
 _CURVE = b"CURVE"
 
 _Received = TypeVar("_Received")  # what a socket's `recv` returns: bytes, or a future
@@ -42,7 +43,7 @@ class ClusterKeys:
         self._server = _derive(masters[0], b"server")
         self._client = _derive(masters[0], b"client")
         # While the secret is changed, clients that still show the former one are let in.
-        self._known = [_derive(master, b"client").public for master in masters]
+        self._known = [z85.decode(_derive(master, b"client").public) for master in masters]
 
     def secure_server(self, socket: zmq.Socket[bytes]) -> None:
         socket.curve_server = True
@@ -62,13 +63,16 @@ class ClusterKeys:
 
     def answer(self, gate: zmq.Socket[bytes]) -> bool:
         """Answer one question; returns whether the client was let in."""
-        route, _, version, request, domain, _, _, mechanism, *keys = gate.recv_multipart()
+        frames = gate.recv_multipart()
+        if len(frames) < _ZAP_FRAMES:  # no question: whoever sent it is not libzmq
+            return False
+        route, _, version, request, domain, _, _, mechanism, *keys = frames
         known = (
             version == _ZAP_VERSION
             and domain == _ZAP_DOMAIN
             and mechanism == _CURVE
             and len(keys) == 1
-            and any(hmac.compare_digest(z85.encode(keys[0]), known) for known in self._known)
+            and any(hmac.compare_digest(keys[0], known) for known in self._known)
         )
         status = (b"200", b"OK") if known else (b"400", b"not of this cluster")
         gate.send_multipart([route, b"", _ZAP_VERSION, request, *status, b"", b""])

@@ -1,8 +1,9 @@
 """The thread that talks to a pool's peers. It owns sockets, transports and sessions, and no
-message can stop it."""
+message can stop it. If it ends all the same, the pool's owner is told."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from time import sleep
 from typing import TypeVar
 
 from memserve.clock import Clock
-from memserve.errors import MemserveError, TransferError, TransferTimeout
+from memserve.errors import TransferError, TransferTimeout
 from memserve.transfer.base import Transport
 from memserve.transfer.conversation import Conversation, ConversingPool
 from memserve.transfer.dialling import Dialled
@@ -24,6 +25,8 @@ from memserve.transfer.secret import ClusterKeys
 from memserve.transfer.session import HEARTBEAT, LEASE, RETRY_FIRST, Lease
 from memserve.transfer.wire import Bye
 from memserve.types import InstanceId, Owner
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -48,8 +51,11 @@ class Service:
         path: PathName,
         keys: ClusterKeys | None,
         clock: Clock,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
+        """`on_failure`: is told, on the thread, why it ends if nobody has told it to."""
         self._pool = pool
+        self._on_failure = on_failure
         self._now = clock.now
         # Whoever wants the network wants all of it to go there.
         self._links = Links(keys, shortcut=path != "nixl")
@@ -74,9 +80,9 @@ class Service:
         return self._conversation.counters
 
     @property
-    def strangers(self) -> int:
-        """Clients that did not know the secret."""
-        return self._links.strangers
+    def secured(self) -> bool:
+        """Whether only who knows the secret can talk to this pool."""
+        return self._links.secured
 
     def life(self, instance: InstanceId) -> Life:
         """Of a peer, as it is known now. Raises UnknownPeer."""
@@ -114,7 +120,7 @@ class Service:
         def task(conversation: Conversation, now: float) -> None:
             try:
                 answer.set_result(question(conversation, now))
-            except MemserveError as error:
+            except Exception as error:  # noqa: BLE001 - the asking thread raises it
                 answer.set_exception(error)
 
         self.submit(task)
@@ -155,31 +161,44 @@ class Service:
     # --- the thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            try:
+                self._serve()
+            finally:
+                with self._floor:
+                    self._running = False
+                    self._tear_down()
+        except BaseException as error:  # whatever it was: nobody else would know that it is over
+            log.critical("the transfers of %r have ended", self._pool.owner.instance, exc_info=True)
+            self._on_failure(error)
+
+    def _serve(self) -> None:
         beat_at = tick_at = self._now()
         conversation = self._conversation
         self._links.adopt()
+        while self._running:
+            arrivals = self._links.poll(self._pause(beat_at, tick_at))
+            with self._floor:
+                for arrival in arrivals:
+                    conversation.on_arrival(arrival, self._now())
+                while self._tasks:
+                    self._carry_out(self._tasks.popleft())
+                now = self._now()
+                conversation.poll_transports(now)
+                if now >= tick_at:
+                    conversation.on_tick(now)
+                    tick_at = now + TICK
+                if now >= beat_at:
+                    conversation.on_beat(now)
+                    beat_at = now + HEARTBEAT
+        with self._floor:
+            self._farewell()
+
+    def _carry_out(self, task: Callable[[], None]) -> None:
         try:
-            while self._running:
-                arrivals = self._links.poll(self._pause(beat_at, tick_at))
-                with self._floor:
-                    for arrival in arrivals:
-                        conversation.on_arrival(arrival, self._now())
-                    while self._tasks:
-                        self._tasks.popleft()()
-                    now = self._now()
-                    conversation.poll_transports(now)
-                    if now >= tick_at:
-                        conversation.on_tick(now)
-                        tick_at = now + TICK
-                    if now >= beat_at:
-                        conversation.on_beat(now)
-                        beat_at = now + HEARTBEAT
-            with self._floor:
-                self._farewell()
-        finally:
-            with self._floor:
-                self._running = False
-                self._tear_down()
+            task()
+        except Exception:  # noqa: BLE001 - one caller's, whose deadline tells it; others go on
+            self._conversation.report("a task of a local caller has failed")
 
     def _pause(self, beat_at: float, tick_at: float) -> float:
         """Seconds to wait for messages."""

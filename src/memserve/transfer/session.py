@@ -40,6 +40,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from memserve.config import TransferMode
 from memserve.transfer.messages import Failure, Prepare, SessionMessage
 
 # Seconds. A life is silent after LEASE: five missed heartbeats, more than a loaded machine
@@ -93,6 +94,13 @@ class Round(NamedTuple):
     first: int  # block of the transfer
     last: int  # behind the last one
     layers: range | None  # None: all
+
+
+def rounds_of(blocks: int, layers: int, mode: TransferMode) -> list[Round]:
+    """All of a transfer: whole blocks, or layer by layer."""
+    if mode == "by-request-agg":
+        return [Round(0, blocks, None)]
+    return [Round(0, blocks, range(at, at + 1)) for at in range(layers)]
 
 
 @dataclass(frozen=True, slots=True)

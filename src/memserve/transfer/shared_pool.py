@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from memserve.errors import DoubleFree, NotOwned
@@ -82,12 +83,21 @@ class SharedPool(local.MemPool):
         with self._lock:
             return refs[still_active(self._blocks, refs) & ~self._guards.where_freed(refs)]
 
-    def guard(self, refs: RefArray, heads: range) -> Guard:
+    def guard(self, refs: RefArray, heads: range, granted: RefArray) -> Guard:
         with self._lock:
             self._blocks.freeable(refs)
+            for blocks, _, index in self._blocks.by_medium(refs[~np.isin(refs, granted)]):
+                if blocks.private[index].any():
+                    raise NotOwned("some of these blocks are not for peers to write to")
             if self._guards.where_freed(refs).any() or self._guards.contested(refs, heads):
                 raise NotOwned("a peer is writing to some of these blocks")
             return self._guards.add(refs, heads)
+
+    def make_public(self, refs: RefArray) -> None:
+        with self._lock:
+            allocated = refs[still_active(self._blocks, refs)]
+            for blocks, _, index in self._blocks.by_medium(allocated):
+                blocks.private[index] = False
 
     def unguard(self, guard: Guard) -> None:
         with self._lock:

@@ -12,7 +12,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from memserve.pool.segment import PREFIX, SHM_DIRECTORY, new_name
+from memserve.pool.segment import SHM_DIRECTORY, is_segment_name, new_name
 
 # What fits into a socket's buffer of the usual size: a prompt of 25,000 tokens.
 DATAGRAM_BYTES = 128 * 1024
@@ -55,12 +55,14 @@ class Shortcut:
         return True
 
     def receive(self) -> tuple[bytes, Neighbour] | None:
-        """The next message; None if there is none now."""
+        """The next message; None if there is none now. The kernel says whose socket it came
+        from; of one that is no pool's, the address is empty."""
         try:
             data, _, _, sender = self.socket.recvmsg(DATAGRAM_BYTES)
         except OSError:
             return None
-        return data, Neighbour(sender or "")
+        known = isinstance(sender, str) and is_shortcut(sender)
+        return data, Neighbour(sender if known else "")
 
     def close(self) -> None:
         self.socket.close()
@@ -71,4 +73,4 @@ class Shortcut:
 def is_shortcut(address: str) -> bool:
     """Whether it looks like one; it came over a wire and must not lead anywhere else."""
     directory, _, name = address.rpartition("/")
-    return directory == str(SHM_DIRECTORY) and name.startswith(PREFIX)
+    return directory == str(SHM_DIRECTORY) and is_segment_name(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from typing import NamedTuple
 
 from memserve.transfer.destination_session import (
@@ -10,10 +10,25 @@ from memserve.transfer.destination_session import (
     DestinationState,
     answer_as_unaware,
 )
-from memserve.transfer.messages import Prepare, SessionMessage, is_from_source
-from memserve.transfer.session import Action, Actions, Lease
+from memserve.transfer.messages import (
+    Failure,
+    Prepare,
+    Refused,
+    SessionMessage,
+    is_from_source,
+)
+from memserve.transfer.session import Action, Actions, Lease, Send
 from memserve.transfer.source_session import SourceSession, answer_as_stranger
 from memserve.types import Owner
+
+# Lives that are remembered to be over. What is still on its way from earlier ones finds nobody who
+# knows them.
+GONE = 4096
+# Transfers from one life that are under way: many times what an instance computes at a time.
+MAX_OPEN = 4096
+# Committed transfers that are remembered, of all lives: a thousand a second for as long as anybody
+# may ask. Of an earlier one it is said that it was aborted.
+MAX_REMEMBERED = 70_000
 
 Session = SourceSession | DestinationSession
 _Key = tuple[Owner, int]
@@ -42,7 +57,7 @@ class SessionTable:
         self._active: set[_Key] = set()
         self._remembered: deque[tuple[_Key, DestinationSession]] = deque()
         self._leases: dict[Owner, Lease] = {}
-        self._gone: set[Owner] = set()
+        self._gone: OrderedDict[Owner, None] = OrderedDict()  # the last GONE of them
         self._incarnations = 0
 
     @property
@@ -118,12 +133,18 @@ class SessionTable:
             key, destination = self._remembered.popleft()
             if self._destinations.get(key) is destination:
                 done += steps(key[0], destination, destination.on_tick(now))
+        while len(self._remembered) > MAX_REMEMBERED:
+            key, destination = self._remembered.popleft()
+            if self._destinations.get(key) is destination:
+                done += steps(key[0], destination, destination.on_gone(now))
         return done
 
     def on_gone(self, peer: Owner, now: float) -> Steps:
         """A life is known to be over: its process has ended, or it has said so. Nothing that
         it began can land any more."""
-        self._gone.add(peer)
+        self._gone[peer] = None
+        if len(self._gone) > GONE:
+            self._gone.popitem(last=False)
         self._leases.pop(peer, None)
         done: Steps = []
         for owner, source in list(self._sources.values()):
@@ -154,20 +175,54 @@ class SessionTable:
                 done += steps(owner, destination, destination.on_gone(now))
         return done
 
+    def prune(self, current: set[Owner], now: float) -> list[Owner]:
+        """Forget lives that nothing is left of. Returns those of `current` that were silent for so
+        long that they never come back, if they are of another host."""
+        used = {peer for peer, _ in self._destinations}
+        used.update(peer for peer, _ in self._sources.values())
+        lost = []
+        for peer, lease in list(self._leases.items()):
+            if not lease.forsaken(now):
+                continue
+            if peer in current:
+                lost.append(peer)
+            elif peer not in used:
+                del self._leases[peer]
+        return lost
+
+    def leave(self, peer: Owner, now: float) -> Steps:
+        """Give up all transfers with a life that is not talked to any more."""
+        done: Steps = []
+        for owner, source in list(self._sources.values()):
+            if owner == peer:
+                failure = Failure("TransferError", f"talking to {peer.instance!r} failed")
+                done += steps(owner, source, source.fail(failure, now))
+        for owner, number in list(self._active):
+            if owner == peer:
+                destination = self._destinations[owner, number]
+                done += steps(owner, destination, destination.stop(now))
+        return done
+
     def forget(self, peer: Owner, session: Session) -> None:
         """The session has ended."""
         if isinstance(session, SourceSession):
-            del self._sources[session.number]
+            self._sources.pop(session.number, None)
         else:
-            del self._destinations[peer, session.number]
+            self._destinations.pop((peer, session.number), None)
             self._active.discard((peer, session.number))
 
     def _open(self, peer: Owner, prepare: Prepare, now: float) -> Steps:
+        if len(self._active) >= MAX_OPEN and self._open_of(peer) >= MAX_OPEN:
+            failure = Failure("TransferError", f"{MAX_OPEN} transfers of it are under way already")
+            return steps(peer, None, [Send(Refused(prepare.number, failure))])
         self._incarnations += 1
         session = DestinationSession(prepare, self._incarnations, self._lease(peer, now))
         self._destinations[peer, prepare.number] = session
         self._active.add((peer, prepare.number))
         return steps(peer, session, session.start(now))
+
+    def _open_of(self, peer: Owner) -> int:
+        return sum(owner == peer for owner, _ in self._active)
 
     def _lease(self, peer: Owner, now: float) -> Lease:
         return self._leases.setdefault(peer, Lease(now))

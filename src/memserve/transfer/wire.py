@@ -16,16 +16,23 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from memserve.errors import MemserveError, TransferError
 from memserve.pool.layout import KVLayout
-from memserve.transfer.base import PoolRegions
+from memserve.pool.segment import MAX_NAME, is_segment_name
+from memserve.transfer.base import Natural, PoolRegions
 from memserve.transfer.conversion import meaning
-from memserve.transfer.messages import Failure, SessionMessage
+from memserve.transfer.messages import MAX_TEXT, Failure, SessionMessage
 from memserve.transfer.process import ProcessTag
-from memserve.types import Epoch, InstanceId, Owner
+from memserve.transfer.shortcut import is_shortcut
+from memserve.types import MAX_BLOCKS, Epoch, InstanceId, Medium, Owner
 
 PROTOCOL_VERSION = 2
 # The largest messages carry a prompt: a million tokens and their references take 4.5 MiB.
-MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+# What a transport says of itself; NIXL some 200 bytes for each segment.
+MAX_DESCRIPTION = 4 * 1024 * 1024
+# Characters of what was wrong with a message, in a log.
+_MAX_COMPLAINT = 256
 
 _HEADER = struct.Struct("!4sHH32s32s")
 HEADER_BYTES = _HEADER.size
@@ -40,8 +47,8 @@ class Kind(IntEnum):
 class Offer(msgspec.Struct, frozen=True, array_like=True):
     """A transport that the sender has, and what its `add_peer` wants to know."""
 
-    transport: str
-    description: bytes
+    transport: Annotated[str, Meta(max_length=32)]
+    description: Annotated[bytes, Meta(max_length=MAX_DESCRIPTION)]
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=32):
@@ -50,9 +57,10 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=32):
     answer: bool  # whether one is wanted
     process: ProcessTag
     memory: PoolRegions
-    offers: tuple[Offer, ...]
-    shortcut: str = ""  # where peers of the same host may send to, too
-    edition: int = 0  # grows with every change of what a life says of itself
+    offers: Annotated[tuple[Offer, ...], Meta(max_length=8)]
+    # Where peers of the same host may send to, too.
+    shortcut: Annotated[str, Meta(max_length=MAX_NAME + len("/dev/shm/"))] = ""
+    edition: Natural = 0  # grows with every change of what a life says of itself
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True, tag=33):
@@ -68,24 +76,30 @@ class Bye(msgspec.Struct, frozen=True, array_like=True, tag=34):
 class FreeBlocks(msgspec.Struct, frozen=True, array_like=True, tag=35):
     """Free blocks of the receiver. Repeated until answered; `call` tells copies apart."""
 
-    call: Annotated[int, Meta(ge=0)]
+    call: Natural
     words: bytes
 
 
 class FreedBlocks(msgspec.Struct, frozen=True, array_like=True, tag=36):
-    call: int
+    call: Natural
     failure: Failure | None = None
 
 
-Message = SessionMessage | Hello | Beat | Bye | FreeBlocks | FreedBlocks
+class NotWelcome(msgspec.Struct, frozen=True, array_like=True, tag=37):
+    """An answer to a Hello: why the receiver is not talked to, now or ever."""
+
+    reason: Failure
+
+
+Message = SessionMessage | Hello | Beat | Bye | FreeBlocks | FreedBlocks | NotWelcome
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
     """`receiver`: the life that is meant; 0 in a Hello to whoever is there."""
 
     instance: Annotated[str, Meta(min_length=1, max_length=256)]
-    epoch: Annotated[int, Meta(ge=0)]
-    receiver: int
+    epoch: Natural
+    receiver: Natural
     message: Message
 
     @property
@@ -107,8 +121,31 @@ class Mismatch(Exception):
         self.kind = kind
 
 
+# msgspec says most of it by errors of its own. The others: text that is no UTF-8, nesting without
+# end, numbers beyond int64, and layouts that KVLayout refuses.
+_UNDECODABLE = (
+    msgspec.MsgspecError,
+    ValueError,
+    RecursionError,
+    OverflowError,
+    MemoryError,
+    MemserveError,
+)
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Envelope)
+
+
+def require_sendable(namespace: str, token_bytes: int) -> None:
+    """Raises TransferError for what fits into no message."""
+    try:
+        size = len(namespace.encode())
+    except UnicodeEncodeError as error:
+        raise TransferError(f"a namespace that is no text: {error.reason}") from error
+    if size > MAX_TEXT:
+        raise TransferError(f"a namespace of {size} bytes, {MAX_TEXT} at most")
+    if token_bytes > MAX_MESSAGE_BYTES // 2:  # what remains is for references
+        raise TransferError(f"{token_bytes // 4} tokens are more than a message takes")
 
 
 def header(layout: KVLayout, kind: Kind = Kind.MESSAGE) -> bytes:
@@ -132,6 +169,31 @@ def decode(frames: Sequence[bytes], wanted: bytes) -> Envelope:
     if version != PROTOCOL_VERSION or theirs != wanted or kind == Kind.REFUSAL:
         raise Mismatch(version, fingerprint, Kind(kind))
     try:
-        return _decoder.decode(frames[1])
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise Malformed(str(error)) from error
+        envelope = _decoder.decode(frames[1])
+        if isinstance(envelope.message, Hello):
+            _require_possible(envelope.message, wanted)
+    except _UNDECODABLE as error:
+        raise Malformed(str(error)[:_MAX_COMPLAINT]) from error
+    return envelope
+
+
+def _require_possible(hello: Hello, wanted: bytes) -> None:
+    """Raises ValueError for what no pool says of itself, whatever its fields' types."""
+    layout, regions = hello.memory.layout, hello.memory.regions
+    if meaning(layout) != wanted:
+        raise ValueError("the layout is not the one that the header names")
+    if hello.shortcut and not is_shortcut(hello.shortcut):
+        raise ValueError("the shortcut is no pool's")
+    ends = dict.fromkeys(Medium, 0)
+    for region in sorted(regions, key=lambda each: each.first_block):
+        if region.first_block < ends[region.medium] or region.end > MAX_BLOCKS:
+            raise ValueError(
+                f"blocks {region.first_block} to {region.end} overlap, or are too many"
+            )
+        ends[region.medium] = region.end
+        if region.nbytes != region.blocks * layout.block_bytes:
+            raise ValueError(f"{region.nbytes} bytes for {region.blocks} blocks")
+        if region.address + region.nbytes >= 2**63:
+            raise ValueError("a region ends behind the end of memory")
+        if region.segment is not None and not is_segment_name(region.segment):
+            raise ValueError("a segment's name is none")
