@@ -73,10 +73,10 @@ class BlockTable:
             missing = self._blocks(len(tokens)) - in_hbm
             self._require(missing + headroom)
         self._prefix = self._pool.match(wanted, self._namespace, in_hbm=True)
-        self._indices = self._pool.hbm_indices(self._prefix.refs)
         try:
+            self._indices = self._pool.hbm_indices(self._prefix.refs)
             self.reserve(len(tokens))
-        except OutOfBlocks:
+        except BaseException:  # no room, or a copy to make some that failed
             self.release()
             raise
         return self._prefix.tokens

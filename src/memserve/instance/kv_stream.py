@@ -177,11 +177,12 @@ class _Leg:
         that nobody will ever see. Idempotent."""
         with self._lock:
             self._ended = True
-            for refs in self._superseded:
-                self._pool.free_mem(refs)
-            self._superseded.clear()
             if self._pins is not None:
                 self._pins.release()
+            superseded, self._superseded = self._superseded, []
+            with suppress(PoolError):  # a pool that was closed
+                for refs in superseded:
+                    self._pool.free_mem(refs)
 
 
 def _unless_closed() -> suppress:

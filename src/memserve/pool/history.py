@@ -8,13 +8,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve.errors import NotOwned
+from memserve.errors import NotOwned, OutOfBlocks
 from memserve.pool.allocator import ACTIVE, CACHED, ORPHAN
 from memserve.pool.blocks import ALL, Blocks, Part, are_all
 from memserve.pool.eviction import Eviction
 from memserve.pool.index import Node, Path
+from memserve.pool.moves import Moving
 from memserve.pool.tiers import Tiers
 from memserve.types import Medium, RefArray, ref_index, ref_medium
+
+_NONE: RefArray = np.empty(0, dtype=np.int64)
 
 
 class Inserted(NamedTuple):
@@ -35,12 +38,29 @@ class History:
         self._index = tiers.index
         self._policy = policy
 
-    def find(self, namespace: str, data: bytes, in_hbm: bool) -> Path:
-        """The longest cached prefix, not pinned. `in_hbm`: moved there, as much as has room."""
-        path = self._index.walk(namespace, data, self._policy.stamp())
-        if in_hbm and path.in_dram:
-            return path._replace(refs=self._bring_in(path.refs), in_dram=False)
-        return path
+    def find(self, namespace: str, data: bytes) -> Path:
+        """The longest cached prefix, not pinned."""
+        return self._index.walk(namespace, data, self._policy.stamp())
+
+    def bring_in(self, namespace: str, data: bytes) -> Moving[RefArray]:
+        """The longest cached prefix, moved to HBM as much as there is room for, and pinned."""
+        hold = self._tiers.holds.open(self.find(namespace, data).refs)
+        try:
+            while True:
+                room = self._blocks.hbm.free + self._tiers.evictable(Medium.HBM)
+                moves = np.cumsum(ref_medium(hold.refs))
+                fits = hold.refs[: int(np.searchsorted(moves, room, side="right"))]
+                if len(fits) < len(hold.refs):
+                    longer, hold = hold, self._tiers.holds.open(fits)
+                    self._tiers.let_go(longer)
+                try:
+                    yield from self._tiers.to_hbm(hold, _NONE)
+                except OutOfBlocks:  # others have taken some meanwhile: there is less room
+                    continue
+                self.pin(hold.refs)
+                return hold.refs
+        finally:
+            self._tiers.let_go(hold)
 
     def insert(self, namespace: str, data: bytes, refs: RefArray, prefer_hbm: bool) -> Inserted:
         """Store live `refs` [n] for n blocks of tokens.
@@ -106,7 +126,7 @@ class History:
         for blocks, _, index in parts:
             self._tiers.wake(blocks, blocks.unpin(index))
 
-    def swap_in(self, refs: RefArray) -> RefArray:
+    def swap_in(self, refs: RefArray) -> Moving[RefArray]:
         """The same KV in HBM, in the same order. Raises as `MemPool.swap_in`."""
         parts, state = self._blocks.live(refs)
         self._blocks.require_distinct(parts)
@@ -114,22 +134,13 @@ class History:
             name = self._blocks.name(int(refs[(state == ORPHAN).argmax()]))
             raise NotOwned(f"{name} has left the index and belongs to its readers")
         cached = state == CACHED
-        self.pin(refs[cached])  # making room must not evict them
-        moved = refs
+        moved = refs.copy()
+        hold = self._tiers.holds.open(refs[cached])  # making room must not evict them
         try:
-            moved = self._tiers.to_hbm(refs)
+            moved[~cached] = yield from self._tiers.to_hbm(hold, refs[~cached])
+            moved[cached] = hold.refs
         finally:
-            self.unpin(self._blocks.by_medium(moved[cached]))
-        return moved
-
-    def _bring_in(self, refs: RefArray) -> RefArray:
-        """As much of a cached prefix as HBM has room for, moved there."""
-        self.pin(refs)
-        room = self._blocks.hbm.free + self._tiers.evictable(Medium.HBM)
-        fits = int(np.searchsorted(np.cumsum(ref_medium(refs)), room, side="right"))
-        self.unpin(self._blocks.by_medium(refs[fits:]))
-        moved = self._tiers.to_hbm(refs[:fits])
-        self.unpin(self._blocks.by_medium(moved))
+            self._tiers.let_go(hold)
         return moved
 
     def _own(self, namespace: str, data: bytes) -> list[Node]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memserve.errors import ConfigError, LengthMismatch
+from memserve.errors import ConfigError, LayoutMismatch, LengthMismatch
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -87,6 +87,16 @@ class KVLayout:
     def fingerprint(self) -> str:
         """SHA-256 over every field, as hex: equal exactly if the bytes mean the same."""
         return hashlib.sha256(msgspec.json.encode(asdict(self), order="sorted")).hexdigest()
+
+    def require_kv(self, count: int, kv: torch.Tensor) -> None:
+        """Raises LengthMismatch, LayoutMismatch unless `kv` is the KV of `count` blocks."""
+        expected = (count, *self.block_shape)
+        if kv.ndim and kv.shape[0] != count:
+            raise LengthMismatch(f"KV of {kv.shape[0]} blocks for {count} references")
+        if tuple(kv.shape) != expected or kv.dtype != self.torch_dtype:
+            raise LayoutMismatch(
+                f"KV is {kv.dtype} {tuple(kv.shape)}, the pool's is {self.torch_dtype} {expected}"
+            )
 
     def views(self, memory: torch.Tensor, blocks: int) -> torch.Tensor:
         """The KV tensor over flat uint8 `memory`, without a copy.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike
 from memserve.clock import Clock, MonotonicClock
 from memserve.errors import (
     ForeignBlock,
-    LayoutMismatch,
     LengthMismatch,
     NotOwned,
     PoolError,
@@ -21,12 +20,13 @@ from memserve.errors import (
 )
 from memserve.pool import integrity
 from memserve.pool.allocator import ACTIVE, NOTHING, BlockAllocator
-from memserve.pool.blocks import Blocks, as_refs
+from memserve.pool.blocks import Blocks, Part, as_refs
 from memserve.pool.epochs import new_epoch
 from memserve.pool.eviction import Eviction, make_eviction
 from memserve.pool.history import History
 from memserve.pool.layout import KVLayout
 from memserve.pool.listener import IndexListener, StoredRun, stored_runs
+from memserve.pool.moves import Mover, Moving
 from memserve.pool.results import InsertResult, Match, MediumStats, PoolStats
 from memserve.pool.segment import sweep
 from memserve.pool.storage import BlockStore, Extent
@@ -43,6 +43,8 @@ from memserve.types import (
     ref_medium,
     retire_owner,
 )
+
+T = TypeVar("T")
 
 # A DRAM segment unless told otherwise: large enough to be few, small enough to give back.
 SEGMENT_BYTES = 64 * 1024 * 1024
@@ -79,6 +81,7 @@ class MemPool:
         self.owner = Owner(InstanceId(instance), new_epoch() if epoch is None else Epoch(epoch))
         self.device = torch.device(device)
         self._lock = threading.RLock()
+        self._mover = Mover(self._lock)
         self._closed = False
         self._matches: set[Match] = set()
         self._segment_blocks = dram_segment_blocks or max(
@@ -109,7 +112,7 @@ class MemPool:
 
     def close(self) -> None:
         """Give the memory back. Tensors from `layer_views` stay valid; references do not."""
-        with self._lock:
+        with self._mover.turn, self._lock:
             self._closed = True
             self._hbm.close()
             self._dram.close()
@@ -139,8 +142,9 @@ class MemPool:
             if instance is not None and instance != self.owner.instance:
                 raise ForeignBlock(f"no peer {instance!r} is connected to {self.owner.instance!r}")
             blocks = self._blocks[medium]
-            self._tiers.make_room(medium, n)
-            return blocks.ref[blocks.take(n, private)]
+            if n <= blocks.free:
+                return blocks.ref[blocks.take(n, private)]
+        return self._mover.run(self._while_open(self._tiers.allocate(medium, n, private)))
 
     def free_mem(self, refs: ArrayLike) -> None:
         """Give allocated blocks back.
@@ -161,7 +165,7 @@ class MemPool:
         """
         given = as_refs(refs)
         values = torch.as_tensor(kv)
-        self._check_kv(len(given), values)
+        self.layout.require_kv(len(given), values)
         with self._lock:
             self._require_open()
             parts, state = self._blocks.live(given)
@@ -169,9 +173,9 @@ class MemPool:
                 at = int((state != ACTIVE).argmax())
                 name = self._blocks.name(int(given[at]))
                 raise NotOwned(f"{name} (position {at}) is cached; historical KV never changes")
-            for blocks, where, index in parts:
-                part = values if isinstance(where, slice) else values[torch.from_numpy(where)]
-                self._store(blocks).scatter(index, part)
+        for blocks, where, index in parts:
+            part = values if isinstance(where, slice) else values[torch.from_numpy(where)]
+            self._store(blocks).scatter(index, part)
 
     def read(self, refs: ArrayLike) -> torch.Tensor:
         """A copy of the blocks' KV [n, layers, 2, block_tokens, kv_heads, head_dim].
@@ -182,7 +186,10 @@ class MemPool:
         given = as_refs(refs)
         with self._lock:
             self._require_open()
-            parts, _ = self._blocks.live(given)
+            parts, state = self._blocks.live(given)
+            # Readers keep the blocks that they have, wherever the index has the KV by then.
+            reading = self._tiers.holds.open(np.unique(given[state != ACTIVE]), follows=False)
+        try:
             if len(parts) == 1:
                 return self._store(parts[0].blocks).gather(parts[0].indices)
             shape = (len(given), *self.layout.block_shape)
@@ -190,6 +197,9 @@ class MemPool:
             for blocks, where, index in parts:
                 out[torch.from_numpy(where)] = self._store(blocks).gather(index).cpu()
             return out
+        finally:
+            with self._lock:
+                self._tiers.let_go(reading)
 
     # --- index ----------------------------------------------------------------------------
 
@@ -201,8 +211,10 @@ class MemPool:
         data = as_tokens(tokens).tobytes()
         with self._lock:
             self._require_open()
-            path = self._history.find(namespace, data, in_hbm)
-            return self._open_match(path.refs, path.in_dram)
+            path = self._history.find(namespace, data)
+            if not (in_hbm and path.in_dram):
+                return self._open_match(path.refs, path.in_dram)
+        return self._mover.run(self._bringing_in(namespace, data))
 
     def insert(
         self, tokens: ArrayLike, refs: ArrayLike, namespace: str = SHARED, *, pin: bool = False
@@ -253,9 +265,7 @@ class MemPool:
         how many went."""
         if n < 0:
             raise LengthMismatch(f"{n} blocks asked")
-        with self._lock:
-            self._require_open()
-            return self._tiers.swap_out(n)
+        return self._mover.run(self._while_open(self._tiers.swap_out(n)))
 
     def swap_in(self, refs: ArrayLike) -> RefArray:
         """References to the same KV in HBM, in the same order; HBM ones pass through.
@@ -264,14 +274,11 @@ class MemPool:
         readers of the old one keep it. Raises OutOfBlocks, StaleBlock, ForeignBlock; NotOwned
         for blocks that only their readers still hold.
         """
-        given = as_refs(refs)
-        with self._lock:
-            self._require_open()
-            return self._history.swap_in(given)
+        return self._mover.run(self._while_open(self._history.swap_in(as_refs(refs))))
 
     def grow_dram(self, blocks: int) -> None:
         """Add DRAM blocks. Raises SharedMemoryFull."""
-        with self._lock:
+        with self._mover.turn, self._lock:
             self._require_open()
             self._blocks.dram.check_growth(blocks)
             before = len(self._dram.extents)
@@ -293,16 +300,7 @@ class MemPool:
         Historical blocks there move to other DRAM blocks, or evict what is coldest. Stops at
         a segment with active or pinned blocks.
         """
-        gone = 0
-        with self._lock:
-            while self._dram.extents:
-                last = self._dram.extents[-1]
-                if gone + last.blocks > blocks or not self._tiers.vacate_dram(last.start):
-                    break
-                self._blocks.dram.shrink(last.start)
-                self._dram.shrink()
-                gone += last.blocks
-        return gone
+        return self._mover.run(self._tiers.shrink_dram(blocks))
 
     # --- for engines and operators --------------------------------------------------------
 
@@ -367,9 +365,19 @@ class MemPool:
         """
         with self._lock:
             pins = [part for match in self._matches for part in match._pinned]
+            pins += self._tiers.holds.parts
             integrity.check(self._blocks, self._index, self._tiers.queues, pins)
 
     # --- inside ---------------------------------------------------------------------------
+
+    def _while_open(self, moving: Moving[T]) -> Moving[T]:
+        self._require_open()
+        return (yield from moving)
+
+    def _bringing_in(self, namespace: str, data: bytes) -> Moving[Match]:
+        self._require_open()
+        refs = yield from self._history.bring_in(namespace, data)
+        return self._match(refs, list(self._blocks.by_medium(refs)))
 
     def _require_open(self) -> None:
         if self._closed:
@@ -378,18 +386,10 @@ class MemPool:
     def _store(self, blocks: BlockAllocator) -> BlockStore:
         return self._hbm if blocks.medium is Medium.HBM else self._dram
 
-    def _check_kv(self, count: int, kv: torch.Tensor) -> None:
-        expected = (count, *self.layout.block_shape)
-        if kv.ndim and kv.shape[0] != count:
-            raise LengthMismatch(f"KV of {kv.shape[0]} blocks for {count} references")
-        if tuple(kv.shape) != expected or kv.dtype != self.layout.torch_dtype:
-            raise LayoutMismatch(
-                f"KV is {kv.dtype} {tuple(kv.shape)}, "
-                f"the pool's is {self.layout.torch_dtype} {expected}"
-            )
-
     def _open_match(self, refs: RefArray, in_dram: bool) -> Match:
-        pinned = self._history.pin(refs, in_dram)
+        return self._match(refs, self._history.pin(refs, in_dram))
+
+    def _match(self, refs: RefArray, pinned: list[Part]) -> Match:
         match = Match(len(refs) * self.layout.block_tokens, refs, pinned, self._release_match)
         self._matches.add(match)
         return match

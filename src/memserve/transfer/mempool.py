@@ -343,8 +343,8 @@ class MemPool(SharedPool):
             raise StaleBlock(f"not all of `dst` are blocks of the present life of {instance!r}")
         if len(source) and (prepare.tokens is not None or prepare.target is None):
             require_filled(self.layout, life.memory.layout, "a transfer of whole blocks")
-        pins = self.pin_source(source)
         session = SourceSession(prepare, service.lease(life.owner), patience)
+        pins = self.pin_source(source)
 
         def act(step: Callable[[float], Actions]) -> None:
             service.submit(lambda conversation, now: conversation.act(outgoing, step(now), now))
@@ -368,7 +368,7 @@ class MemPool(SharedPool):
 
         try:
             service.run(begin)
-        except TransferError:
+        except BaseException:
             if pins is not None:
                 pins.release()
             raise

@@ -37,11 +37,13 @@ def with_prefixes(
 
 
 def still_active(blocks: Blocks, refs: RefArray) -> NDArray[np.bool_]:
-    """Which of the pool's own `refs` [n] are what they were when they were allocated."""
+    """Which of `refs` [n] are blocks of the pool, and what they were when they were allocated."""
     active = np.zeros(len(refs), dtype=np.bool_)
     for medium in Medium:
         where = np.flatnonzero(ref_medium(refs) == medium)
         at = ref_index(refs[where])
         part = blocks[medium]
+        known = at < len(part.ref)
+        where, at = where[known], at[known]
         active[where] = (part.ref[at] == refs[where]) & (part.state[at] == ACTIVE)
     return active

@@ -47,6 +47,10 @@ class ReceivingPool(Protocol):
         self, tokens: ArrayLike, refs: ArrayLike, namespace: str = "", *, pin: bool = False
     ) -> InsertResult: ...
     def free_mem(self, refs: ArrayLike) -> None: ...
+    def require_freeable(self, refs: RefArray) -> None:
+        """Raises as `free_mem` would."""
+        ...
+
     def still_allocated(self, refs: RefArray) -> RefArray:
         """Those that are still what they were: allocated, not inserted, not freed."""
         ...
@@ -162,10 +166,10 @@ class Receiver:
     def free_granted(self, peer: Owner, refs: RefArray) -> None:
         """A peer gives back what it has here. Raises NotOwned for allocated blocks that it has
         not, and as `free_mem` of the pool."""
-        others = refs[~np.isin(refs, self._granted(peer))]
-        if len(self._pool.still_allocated(others)):
+        self._pool.require_freeable(refs)
+        if not np.isin(refs, self._granted(peer)).all():
             raise NotOwned(f"not all of {len(refs)} blocks were given to {peer.instance!r}")
-        self._pool.free_mem(refs)  # says what is wrong with the others, if there are any
+        self._pool.free_mem(refs)
 
     def _granted(self, peer: Owner) -> RefArray:
         mine = [refs for (owner, _), refs in self._grants.items() if owner == peer]

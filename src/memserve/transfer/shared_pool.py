@@ -55,18 +55,19 @@ class SharedPool(local.MemPool):
 
     def swap_in(self, refs: ArrayLike) -> RefArray:
         """As in `memserve.pool`. Raises NotOwned for blocks that a peer is writing to."""
-        with self._lock:
-            self._refuse_guarded(refs)
+        with self._mover.turn:
+            with self._lock:
+                self._refuse_guarded(refs)
             return super().swap_in(refs)
 
     def grow_dram(self, blocks: int) -> None:
-        with self._lock:
+        with self._mover.turn, self._lock:
             super().grow_dram(blocks)
             self.memory_version += 1
 
     def shrink_dram(self, blocks: int) -> int:
+        gone = super().shrink_dram(blocks)
         with self._lock:
-            gone = super().shrink_dram(blocks)
             self.memory_version += 1
         return gone
 
@@ -79,6 +80,10 @@ class SharedPool(local.MemPool):
         with self._lock:
             self._blocks.live(refs)
 
+    def require_freeable(self, refs: RefArray) -> None:
+        with self._lock:
+            self._blocks.freeable(refs)
+
     def still_allocated(self, refs: RefArray) -> RefArray:
         with self._lock:
             return refs[still_active(self._blocks, refs) & ~self._guards.where_freed(refs)]
@@ -89,6 +94,8 @@ class SharedPool(local.MemPool):
             for blocks, _, index in self._blocks.by_medium(refs[~np.isin(refs, granted)]):
                 if blocks.private[index].any():
                     raise NotOwned("some of these blocks are not for peers to write to")
+            if np.isin(refs, self._tiers.moving).any():
+                raise NotOwned("some of these blocks are being moved")
             if self._guards.where_freed(refs).any() or self._guards.contested(refs, heads):
                 raise NotOwned("a peer is writing to some of these blocks")
             return self._guards.add(refs, heads)
