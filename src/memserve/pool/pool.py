@@ -142,7 +142,7 @@ class MemPool:
             if instance is not None and instance != self.owner.instance:
                 raise ForeignBlock(f"no peer {instance!r} is connected to {self.owner.instance!r}")
             blocks = self._blocks[medium]
-            if n <= blocks.free:
+            if n <= blocks.free or self._tiers.drop_for(medium, n):
                 return blocks.ref[blocks.take(n, private)]
         return self._mover.run(self._while_open(self._tiers.allocate(medium, n, private)))
 

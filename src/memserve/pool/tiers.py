@@ -57,6 +57,16 @@ class Tiers:
                 count += int(np.count_nonzero(ref_medium(free) == medium))
         return count
 
+    def drop_for(self, medium: Medium, count: int) -> bool:
+        """As `make_room` where that takes no copy; False where it may, or there is no room."""
+        blocks = self._blocks[medium]
+        unpinned, uncertain = self._unpinned(medium)
+        short = count - blocks.free
+        if medium is not Medium.HBM or self._blocks.dram.total or short > unpinned - uncertain:
+            return False
+        self.drop(Kind.HBM, short)
+        return count <= blocks.free
+
     def make_room(self, medium: Medium, count: int) -> Moving[None]:
         """Have at least `count` blocks free. Raises OutOfBlocks, and then has changed nothing,
         unless others have taken meanwhile what it made free."""

@@ -28,6 +28,8 @@ CANARY_BYTES = 16
 
 Pieces = NDArray[np.void]
 
+_MEDIA = tuple(Medium)  # walking through the enumeration takes longer
+
 
 class CanaryPool(Protocol):
     """A pool, as far as its memory goes."""
@@ -69,25 +71,30 @@ class Canary:
         self._layout = pool.layout
         self._heads = heads
         self._parts = list(_by_extent(pool, refs))
+        self._host = [
+            None if extent.memory.is_cuda else self._pieces(extent) for extent, _ in self._parts
+        ]
 
     def plant(self) -> None:
         """Returns when the bytes are in memory: what is written later is not overwritten."""
-        for extent, index in self._parts:
-            if extent.memory.is_cuda:
+        for (extent, index), pieces in zip(self._parts, self._host, strict=True):
+            if pieces is None:
                 self._plant_on_gpu(extent, index)
             else:
-                piece = np.frombuffer(self._bytes, dtype=f"V{self._place.nbytes}")
-                self._pieces(extent)[index] = piece
+                pieces[index] = np.frombuffer(self._bytes, dtype=pieces.dtype)
 
     def left(self) -> int:
         """How many pieces have not been overwritten."""
-        return sum(self._count(extent, index) for extent, index in self._parts)
+        left = 0
+        for (extent, index), pieces in zip(self._parts, self._host, strict=True):
+            if pieces is None:
+                left += self._count(self._read_from_gpu(extent, index))
+            else:
+                left += self._count(pieces[index].view(np.uint8))
+        return left
 
-    def _count(self, extent: Extent, index: IndexArray) -> int:
-        if extent.memory.is_cuda:
-            found = self._read_from_gpu(extent, index)
-        else:
-            found = self._pieces(extent)[index].view(np.uint8)
+    def _count(self, found: NDArray[np.uint8]) -> int:
+        """How many of the pieces [...] are the canary."""
         rows = found.reshape(-1, len(self._bytes))
         if len(self._bytes) == CANARY_BYTES:  # two numbers are compared sooner than 16 bytes
             numbers, mine = rows.view(np.uint64), np.frombuffer(self._bytes, dtype=np.uint64)
@@ -142,11 +149,16 @@ class Canary:
 def _by_extent(pool: CanaryPool, refs: RefArray) -> Iterator[tuple[Extent, IndexArray]]:
     """Blocks as indices within the piece of memory that they are in."""
     media = ref_medium(refs)
-    for medium in Medium:
-        index = ref_index(refs[media == medium])
-        if not len(index):
+    for medium in _MEDIA:
+        where = media == medium
+        if not where.any():
             continue
-        for extent in pool.extents(medium):
+        index = ref_index(refs[where])
+        extents = pool.extents(medium)
+        if len(extents) == 1:  # mostly
+            yield extents[0], index
+            continue
+        for extent in extents:
             inside = index[(index >= extent.start) & (index < extent.end)]
             if len(inside):
                 yield extent, inside - extent.start
