@@ -14,7 +14,7 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memserve import Medium, MemPool
+from memserve import KVLayout, Medium, MemPool
 from memserve.errors import (
     ConfigError,
     LayoutMismatch,
@@ -25,9 +25,11 @@ from memserve.errors import (
 from memserve.transfer import service, wire
 from memserve.transfer.base import PoolRegions
 from memserve.transfer.conversion import meaning
+from memserve.transfer.destination_session import DestinationSession
 from memserve.transfer.process import own_process
+from memserve.transfer.receiver import Receiver
 from memserve.transfer.regions import host_id
-from memserve.transfer.secret import SECRET_VARIABLE
+from memserve.transfer.secret import SECRET_VARIABLE, ClusterKeys
 from memserve.types import Epoch, InstanceId, Owner
 from tests.transfer_harness import (
     LAYOUT,
@@ -195,3 +197,116 @@ def test_closing_a_pool_ends_the_wait_for_a_peer(monkeypatch: pytest.MonkeyPatch
         pool.close()
         with pytest.raises(PeerLost):
             connecting.result(PATIENCE)
+
+
+def test_whoever_owns_a_pool_hears_of_the_end_of_its_thread(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[BaseException] = []
+    with MemPool(LAYOUT, 4, instance="b") as b, MemPool(LAYOUT, 4, instance="a") as a:
+        a.connect("b", b.serve(LOCAL))
+        a.on_failure(heard.append)
+        transfer = a.open_transfer("b", filled(a, 2))
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("a mistake")
+
+        monkeypatch.setattr(a._require_service()._links, "poll", broken)
+        a._require_service()._links.wake()  # also where it is too late
+        eventually(lambda: bool(heard), "the end of the thread")
+        assert "a mistake" in str(heard[0])
+        assert "a mistake" in caplog.text
+        a.on_failure(heard.append)  # too late is at once
+        assert len(heard) == 2
+        with pytest.raises(TransferError):
+            transfer.result(PATIENCE)
+        with pytest.raises(TransferError):
+            a.transfer("b", filled(a, 1))
+    with MemPool(LAYOUT, 4, instance="c") as c:
+        c.on_failure(heard.append)
+        c.serve(LOCAL)
+    assert len(heard) == 2  # it was told to end
+
+
+def test_a_mistake_with_one_peer_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate = Receiver.allocate
+
+    def mistaken(
+        receiver: Receiver, peer: Owner, session: DestinationSession, source: KVLayout
+    ) -> tuple[int, bytes]:
+        result = allocate(receiver, peer, session, source)
+        if peer.instance == "unlucky" and not mistakes:
+            mistakes.append(peer)
+            raise KeyError("nobody expects this")
+        return result
+
+    mistakes: list[Owner] = []
+    monkeypatch.setattr(Receiver, "allocate", mistaken)
+    with (
+        MemPool(LAYOUT, 32, instance="b") as b,
+        MemPool(LAYOUT, 32, instance="a") as a,
+        MemPool(LAYOUT, 32, instance="unlucky") as unlucky,
+    ):
+        address = b.serve(LOCAL)
+        for pool in (a, unlucky):
+            pool.connect("b", address)
+        # Its Prepare is said again, once it has introduced itself anew.
+        later = unlucky.transfer_with_insert("b", tokens_of(3), filled(unlucky, 3))
+        a.transfer_with_insert("b", tokens_of(2), filled(a, 2)).result(PATIENCE)
+        later.result(PATIENCE)
+        assert mistakes == [unlucky.owner]
+        assert b.peer_stats().failed == 1
+        quiet(b)
+        assert b.stats().hbm.active == 0
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "inproc://zeromq.zap.01",
+        "ipc:///tmp/memserve-test",
+        "tcp://127.0.0.1",
+        "tcp://127.0.0.1:99999",
+        "tcp://a b:1",
+        "tcp://127.0.0.1:1;127.0.0.1:2",
+        "tcp://127.0.0.1:1\0",
+        "udp://127.0.0.1:1",
+        "",
+    ],
+)
+def test_only_tcp_is_dialled_and_served(address: str) -> None:
+    with MemPool(LAYOUT, 4, instance="a", secret="known") as a:
+        a.serve(LOCAL)
+        with pytest.raises(TransferError, match="no tcp://host:port"):
+            a.connect("b", address)
+        with (
+            MemPool(LAYOUT, 4, instance="b", secret="known") as b,
+            pytest.raises(TransferError, match="no tcp://host:port"),
+        ):
+            b.serve(address)
+
+
+def test_the_gate_answers_what_is_no_question() -> None:
+    keys = ClusterKeys("known")
+    with zmq.Context() as context:
+        gate = keys.open_gate(context)
+        with context.socket(zmq.DEALER) as socket:
+            socket.connect("inproc://zeromq.zap.01")
+            for frames in (
+                [b""],
+                [b"", b"1.0"],
+                [b"", b"1.0", b"1", b"memserve", b"", b"", b"CURVE", b"short"],
+                [b"", b"1.0", b"1", b"memserve", b"", b"", b"CURVE", *[b"x" * 32] * 5],
+                [b"", b"9", *[b""] * 20],
+            ):
+                socket.send_multipart(frames)
+                assert not keys.answer(gate)
+        gate.close(0)
+
+
+def test_a_message_of_many_frames_is_dropped_as_it_comes() -> None:
+    with MemPool(LAYOUT, 4, instance="b", secret="") as b, stranger(b.serve(LOCAL)) as socket:
+        socket.send_multipart([HEADER] * 5000)
+        eventually(lambda: b.peer_stats().malformed == 1, "it")
+        socket.send_multipart([HEADER, b"short"])
+        eventually(lambda: b.peer_stats().malformed == 2, "the next")

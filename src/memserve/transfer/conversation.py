@@ -273,6 +273,8 @@ class Conversation:
             self._on_hello(arrival, sender, message, now)
         elif isinstance(message, NotWelcome):
             self.introductions.on_not_welcome(arrival, message)
+            if self.peers.is_from(sender, arrival.path):
+                self.perform(self.table.fail(sender, message.reason, now), now)
         elif envelope.receiver != self._pool.owner.epoch or not self.peers.is_from(
             sender, arrival.path
         ):

@@ -42,7 +42,7 @@ def compatibility(source: KVLayout, target: KVLayout) -> Identical | Convertible
     Raises LayoutMismatch, with both fingerprints, where they hold no KV in common: another
     model, type or block size, or disjoint heads.
     """
-    if source.fingerprint == target.fingerprint:
+    if source == target:
         return Identical()
     ours, theirs = asdict(source), asdict(target)
     different = [name for name in ours if name not in _PLACEMENT and ours[name] != theirs[name]]

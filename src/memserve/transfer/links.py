@@ -89,6 +89,8 @@ class Links:
         self._context: zmq.Context[Socket] = zmq.Context()
         self._poller = zmq.Poller()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._waking = threading.Lock()  # held while it is written to, or closed
+        self._closed = False
         self._poller.register(self._wake, zmq.POLLIN)
         self._dealers: dict[Socket, Dealer] = {}
         self._monitors: dict[Socket, Dealer] = {}
@@ -196,7 +198,9 @@ class Links:
 
     def wake(self) -> None:
         """End a `poll`; from any thread."""
-        os.eventfd_write(self._wake, 1)
+        with self._waking:
+            if not self._closed:  # or its number may be that of somebody else's file
+                os.eventfd_write(self._wake, 1)
 
     def poll(self, timeout: float) -> list[Arrival]:
         """Wait up to `timeout` seconds; then what has arrived."""
@@ -232,7 +236,9 @@ class Links:
         self._context.term()
         if self._shortcut is not None:
             self._shortcut.close()
-        os.close(self._wake)
+        with self._waking:
+            self._closed = True
+            os.close(self._wake)
 
     def _receive_datagrams(self, shortcut: Shortcut) -> Iterator[Arrival]:
         for _ in range(RECEIVE_BATCH):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from memserve.pool.layout import KVLayout
@@ -40,6 +41,7 @@ def pool_regions(layout: KVLayout, local: Sequence[LocalRegion]) -> PoolRegions:
     return PoolRegions(layout, host_id(), tuple(each.region for each in local))
 
 
+@lru_cache(maxsize=1)
 def host_id() -> HostId:
     """Of this process. Containers on one machine differ unless they share /dev/shm."""
     return HostId(_BOOT_ID.read_text(encoding="ascii").strip(), os.stat(SHM_DIRECTORY).st_dev)

@@ -190,13 +190,18 @@ class SessionTable:
                 del self._leases[peer]
         return lost
 
-    def leave(self, peer: Owner, now: float) -> Steps:
-        """Give up all transfers with a life that is not talked to any more."""
+    def fail(self, peer: Owner, failure: Failure, now: float) -> Steps:
+        """Give up what is being sent to a life."""
         done: Steps = []
         for owner, source in list(self._sources.values()):
             if owner == peer:
-                failure = Failure("TransferError", f"talking to {peer.instance!r} failed")
                 done += steps(owner, source, source.fail(failure, now))
+        return done
+
+    def leave(self, peer: Owner, now: float) -> Steps:
+        """Give up all transfers with a life that is not talked to any more."""
+        failure = Failure("TransferError", f"talking to {peer.instance!r} failed")
+        done = self.fail(peer, failure, now)
         for owner, number in list(self._active):
             if owner == peer:
                 destination = self._destinations[owner, number]
