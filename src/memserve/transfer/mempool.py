@@ -27,6 +27,7 @@ from memserve.pool.blocks import as_refs
 from memserve.pool.eviction import Eviction
 from memserve.pool.layout import KVLayout
 from memserve.pool.tokens import as_tokens
+from memserve.secrets import SECRET_VARIABLE
 from memserve.transfer.base import Transport
 from memserve.transfer.conversation import Conversation
 from memserve.transfer.conversion import require_filled
@@ -34,7 +35,7 @@ from memserve.transfer.links import is_local
 from memserve.transfer.messages import Prepare, to_wire_tokens, to_words
 from memserve.transfer.path import PathName
 from memserve.transfer.pending import OpenTransfer, PeerStats, Transfer
-from memserve.transfer.secret import SECRET_VARIABLE, cluster_keys
+from memserve.transfer.secret import cluster_keys
 from memserve.transfer.sender import Outgoing
 from memserve.transfer.service import Service
 from memserve.transfer.session import DEADLINE, Actions, Round, rounds_of
