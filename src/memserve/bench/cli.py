@@ -15,7 +15,7 @@ from memserve.bench.environment import capture_environment
 from memserve.bench.html import write_page
 from memserve.bench.measure import measure_repeats
 from memserve.bench.peers.command import peers
-from memserve.bench.report import append_lines, serving_table, write_json
+from memserve.bench.report import STDOUT, append_lines, serving_table, write_json
 from memserve.bench.report_cli import paper, readme
 from memserve.bench.scheduler import (
     SchedulerWorkload,
@@ -24,6 +24,8 @@ from memserve.bench.scheduler import (
 )
 from memserve.bench.serve import ServeBenchResult, compare_caching
 from memserve.bench.serving_page import repeats_table, serving_page
+from memserve.bench.soak import SoakConfig, SoakReport, default_cluster, run_soak
+from memserve.bench.soak_page import soak_tables, write_plot
 from memserve.bench.work import ServeBenchConfig, Work, load_sessions
 from memserve.cli_flags import takes_flags
 from memserve.config import (
@@ -290,6 +292,50 @@ def gateway(json: _Json = None, *, given: Given) -> None:
     workload = GatewayWorkload(**msgspec.structs.asdict(config))
     report = run_gateway_bench(workload, progress_lines())
     _report(json, config, report, gateway_bench_table(report))
+
+
+@app.command()
+@takes_flags(flags_of(SoakConfig), flags_of(ModelConfig))
+def soak(
+    json: _Json = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="plots over time: .html or .svg")
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="where the cluster's output goes")
+    ] = None,
+    cluster_file: Annotated[
+        Path | None,
+        typer.Option("--cluster", help="TOML; default: an instance of each role, float32"),
+    ] = None,
+    *,
+    given: Given,
+) -> None:
+    """Load a whole cluster with a bit of everything, and watch what its processes hold.
+
+    It is `memserve up` that runs, as a process of its own. Exit code 1: an answer was wrong or
+    missing, a block leaked, or a process grew. In float32 equal prompts have equal answers,
+    whoever computes them and beside whom; other formats may differ in near ties. Ctrl-C ends it
+    early, with what there is by then.
+    """
+    config = with_flags(SoakConfig(), given)
+    progress = progress_lines()
+    file = (
+        load_config(cluster_file)
+        if cluster_file
+        else ClusterConfig(model=ModelConfig(dtype="float32"), instance=default_cluster())
+    )
+    wanted = with_flags(file.model, given)
+    cluster = msgspec.structs.replace(file, model=pinned(wanted, resolve_model(wanted, progress)))
+    check_config(cluster)
+    result = asyncio.run(run_soak(config, cluster, progress, log=log))
+    if plot is not None:
+        write_plot(plot, SoakReport.of(config, result))
+    if json is not None:
+        write_json(json, config, result)
+    if json != STDOUT:
+        Console().print(soak_tables(result))
+    raise typer.Exit(0 if result.sound else 1)
 
 
 def _report(json: str | None, config: msgspec.Struct, result: msgspec.Struct, table: Table) -> None:

@@ -155,7 +155,7 @@ async def measure_server(
         elif done * _PROGRESS_LINES // total > (done - 1) * _PROGRESS_LINES // total:
             progress(f"{name}: {done} of {total} requests")
 
-    model = await _served_model(url)
+    model = await served_model(url)
     salt = None if config.repeats == 1 else uuid.uuid4().hex
     async with OpenAIClient(url, model, clock, salt) as client:
         if (error := await warm_up(client, config.warm_up)) is not None:
@@ -177,7 +177,8 @@ class _ModelList(msgspec.Struct, frozen=True):
     data: tuple[_Model, ...]
 
 
-async def _served_model(url: str) -> str:
+async def served_model(url: str) -> str:
+    """What a server calls its model. Raises BenchmarkError."""
     try:
         async with (
             aiohttp.ClientSession(timeout=ASK_TIMEOUT, headers=api_key_headers()) as session,

@@ -127,6 +127,13 @@ def _policies(raw: msgspec.Raw) -> RenderableType:
     return _reader(PoliciesBenchResult, policies_table, raw)
 
 
+def _soak(raw: msgspec.Raw) -> RenderableType:
+    from memserve.bench.soak import SoakResult
+    from memserve.bench.soak_page import soak_tables
+
+    return _reader(SoakResult, soak_tables, raw)
+
+
 def _profile(raw: msgspec.Raw) -> RenderableType:
     from memserve.bench.profile import ProfileReport, profile_table
 
@@ -157,5 +164,6 @@ _READERS: dict[str, Callable[[msgspec.Raw], RenderableType]] = {
     "bench policies": _policies,
     "bench paper": _paper,
     "bench peers": _peers,
+    "bench soak": _soak,
     "profile": _profile,
 }
