@@ -1,0 +1,25 @@
+"""`memserve up` whose instances have no model, and which starts what crashes again for ever:
+`python -m tests.fault.patient_up up CONFIG`."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+from memserve import cli
+from memserve.cluster import local
+from memserve.cluster.restarts import RestartLimits
+from memserve.gateway import workers
+from tests.e2e import fake_memserve
+
+MODULE = "tests.fault.patient_up"
+PATIENT = RestartLimits(first_pause=0.05, longest_pause=0.2, max_crashes=1_000_000)
+
+if __name__ == "__main__":
+    if sys.argv[1] == "up":
+        local.LocalCluster = partial(  # type: ignore[misc,assignment]
+            local.LocalCluster, module=MODULE, limits=PATIENT
+        )
+    workers.Workers = partial(workers.Workers, limits=PATIENT)  # type: ignore[misc,assignment]
+    fake_memserve.run._built_in = fake_memserve.build
+    cli.main()
