@@ -145,6 +145,8 @@ def load_config(path: Path) -> ClusterConfig:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error}") from error
     try:
         return parse_config(text)
     except ConfigError as error:
@@ -155,7 +157,7 @@ def parse_config(text: str) -> ClusterConfig:
     """Parse TOML text. Raises ConfigError."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, too
         raise ConfigError(str(error)) from error
     _refuse_unknown_keys(data)
     try:

@@ -16,7 +16,7 @@ from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelC
 from memserve.types import Role
 from tests.fakes import MODEL, save_tiny_tokenizer
 
-FAKE = (sys.executable, "-m", "tests.e2e.fake_up")
+FAKE = (sys.executable, "-m", "tests.e2e.fake_memserve")
 SHORT = SoakConfig(minutes=0.1, interval=0.2, clients=2, prompt_tokens=40, output_tokens=8)
 
 

@@ -29,14 +29,19 @@ _BEGINNINGS = (
 
 
 def listening(pid: int) -> list[int]:
-    """TCP ports (IPv4) that a process listens on."""
+    """TCP ports (IPv4) that a process listens on; none where it has ended."""
     inodes = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
+    ports: set[int] = set()
+    try:
+        entries = list(Path(f"/proc/{pid}/fd").iterdir())
+        lines = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
+    except OSError:
+        return []
+    for entry in entries:
         with contextlib.suppress(OSError):
             if match := _SOCKET.fullmatch(os.readlink(entry)):
                 inodes.add(match[1])
-    ports = set()
-    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+    for line in lines:
         fields = line.split()
         if fields[3] == _LISTEN and fields[9] in inodes:
             ports.add(int(fields[1].partition(":")[2], 16))

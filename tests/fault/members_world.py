@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import signal
 import time
@@ -13,8 +14,9 @@ from urllib.parse import urlsplit
 from memserve.api.control import InstanceChange, WantedState
 from memserve.api.status import InstanceState
 from memserve.cluster.client import ClusterClient
-from memserve.errors import ClusterError
-from memserve.types import Role
+from memserve.errors import ClusterError, ConfigError
+from memserve.pool.segment import SHM_DIRECTORY
+from memserve.types import MAX_BLOCKS, Role
 from tests.fault.campaign import WHOLE_SECONDS, Broken
 from tests.fault.conftest import Expected
 from tests.fault.garbage import listening, sip, throw
@@ -28,8 +30,9 @@ ROLES = {"prefill-0": Role.PREFILL, "decode-1": Role.DECODE, "colocated-2": Role
 SMALL: dict[str, Any] = {"hbm_blocks": 64, "dram_blocks": 24, "step_seconds": 0.003}
 SHARED = prompt_of(64, seed=900)
 TOKENS = 16
-# More than any /dev/shm: refused before anything is allocated.
-MORE_THAN_ALL = 1 << 34  # blocks
+# A pool of 200 GB, which a smaller /dev/shm refuses before it allocates anything.
+TOO_MANY_BLOCKS = MAX_BLOCKS - 1
+BLOCK_BYTES = 12 * 1024  # of the tiny model
 
 
 def ask(url: str, work: Callable[[ClusterClient], Awaitable[T]]) -> T:
@@ -42,13 +45,13 @@ def ask(url: str, work: Callable[[ClusterClient], Awaitable[T]]) -> T:
     return asyncio.run(run())
 
 
-def ready_members(url: str) -> list[str]:
-    """Names of instances that the gateway finds ready; none where no gateway answers."""
+def ready_members(url: str) -> dict[str, int | None]:
+    """Pids of instances that the gateway finds ready; none where no gateway answers."""
     try:
         view = ask(url, lambda client: client.view())
-    except ClusterError:
-        return []
-    return sorted(m.id for m in view.instances if m.state is InstanceState.READY)
+    except (ClusterError, ConfigError):
+        return {}
+    return {str(m.id): m.pid for m in view.instances if m.state is InstanceState.READY}
 
 
 class MembersWorld:
@@ -60,7 +63,7 @@ class MembersWorld:
     def __init__(self, make: Callable[[], Processes], expected: Expected) -> None:
         self._make = make
         self._expected = expected
-        self.kinds = {
+        self.kinds: dict[str, Callable[[random.Random], str]] = {
             "instance killed": self._kill_instance,
             "instance stopped": self._stop_instance,
             "role changed": self._change_role,
@@ -71,8 +74,10 @@ class MembersWorld:
             "hang-ups": self._hang_up,
             "slow readers": self._sip,
             "garbage at every port": self._throw,
-            "no room in /dev/shm": self._no_room,
         }
+        room = os.statvfs(SHM_DIRECTORY)
+        if room.f_blocks * room.f_frsize < TOO_MANY_BLOCKS * BLOCK_BYTES:
+            self.kinds["no room in /dev/shm"] = self._no_room
 
     @property
     def url(self) -> str:
@@ -101,9 +106,10 @@ class MembersWorld:
 
     def until_whole(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while (found := ready_members(self.url)) != sorted(ROLES):
+        wanted = {name: each.pid for name, each in self._instances.items()}
+        while (found := ready_members(self.url)) != wanted:
             if time.monotonic() > end:
-                raise Broken(f"ready after {seconds:g} s: {found}")
+                raise Broken(f"ready after {seconds:g} s: {found}, and not {wanted}")
             time.sleep(0.02)
 
     def leaks(self, seconds: float) -> dict[str, int]:
@@ -202,7 +208,7 @@ class MembersWorld:
     def _no_room(self, source: random.Random) -> str:
         """An instance whose pool does not fit ends by itself, and nothing else does."""
         late = self._running.instance(
-            Role.COLOCATED, "late", join=[self.url], hbm_blocks=MORE_THAN_ALL
+            Role.COLOCATED, "late", join=[self.url], hbm_blocks=TOO_MANY_BLOCKS
         )
         late._process.join(WHOLE_SECONDS)
         if late._process.exitcode is None:
@@ -212,7 +218,7 @@ class MembersWorld:
             raise Broken(f"an instance that has no room does not say so: {said[-300:]}")
         late.kill()
         self._running.running.remove(late)
-        return f"an instance of {MORE_THAN_ALL} blocks was started, and ended"
+        return f"an instance of {TOO_MANY_BLOCKS} blocks was started, and ended"
 
     def _stop(self, served: Served, seconds: float) -> None:
         served.signal(signal.SIGSTOP)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 from memserve import cli
@@ -12,14 +11,13 @@ from memserve.cluster.restarts import RestartLimits
 from memserve.gateway import workers
 from tests.e2e import fake_memserve
 
-MODULE = "tests.fault.patient_up"
 PATIENT = RestartLimits(first_pause=0.05, longest_pause=0.2, max_crashes=1_000_000)
 
 if __name__ == "__main__":
-    if sys.argv[1] == "up":
-        local.LocalCluster = partial(  # type: ignore[misc,assignment]
-            local.LocalCluster, module=MODULE, limits=PATIENT
-        )
-    workers.Workers = partial(workers.Workers, limits=PATIENT)  # type: ignore[misc,assignment]
     fake_memserve.run._built_in = fake_memserve.build
+    local.LocalCluster = partial(  # type: ignore[misc,assignment]
+        local.LocalCluster, limits=PATIENT
+    )
+    workers.Workers = partial(workers.Workers, limits=PATIENT)  # type: ignore[misc,assignment]
+    cli.run_local_cluster = partial(local.run_local_cluster, module="tests.fault.patient_up")
     cli.main()

@@ -19,6 +19,7 @@ from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
@@ -133,19 +134,28 @@ class UpWorld:
     def until_whole(self, seconds: float) -> None:
         """All processes are there; every worker is healthy and finds every instance ready."""
         end = time.monotonic() + seconds
-        wanted = {"up", "gateway", *WORKERS, *ROLES}
-        while True:
-            try:
-                self._up.check()
-            except BenchmarkError as error:
-                raise Broken(str(error)) from error
-            missing = sorted(wanted - set(self.processes()))
-            found = [ready_members(self.url) for _ in range(LOOKS if not missing else 1)]
-            if not missing and all(each == sorted(ROLES) for each in found) and self._healthy():
-                return
+        while missing := self._missing():
             if time.monotonic() > end:
-                raise Broken(f"after {seconds:g} s: not there {missing}, ready {found}")
+                raise Broken(f"after {seconds:g} s: {missing}")
             time.sleep(0.05)
+
+    def _missing(self) -> str:
+        """What is not as it should be; empty: nothing."""
+        try:
+            self._up.check()
+        except BenchmarkError as error:
+            raise Broken(str(error)) from error
+        pids = self.processes()
+        if gone := {"up", "gateway", *WORKERS, *ROLES} - set(pids):
+            return f"not there: {sorted(gone)}"
+        port = urlsplit(self.url).port
+        if deaf := [name for name in WORKERS if port not in listening(pids[name])]:
+            return f"not listening: {deaf}"
+        wanted = {name: pids[name] for name in ROLES}
+        found = [ready_members(self.url) for _ in range(LOOKS)]
+        if any(each != wanted for each in found):
+            return f"ready: {found}, and not {wanted}"
+        return "" if self._healthy() else "not healthy"
 
     def leaks(self, seconds: float) -> dict[str, int]:
         """Sequences that are left: these engines have no blocks."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from typing import Any
 
 import msgspec
@@ -47,9 +48,11 @@ def to_json(node: Node) -> bytes:
         case bytes():
             return b'"' + node.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
         case str():
-            return json.dumps(node, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        case _:
+            return encode_basestring(node).encode("utf-8", "surrogatepass")
+        case bool() | float() | None:
             return json.dumps(node).encode()
+        case _:
+            return str(node).encode()
 
 
 def to_msgpack(node: Node) -> bytes:

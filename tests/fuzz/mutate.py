@@ -31,7 +31,7 @@ DEFAULT_SEED = 0
 _MOST_CHANGES = 3  # of one message
 _DEEP = (31, 33, 100, 1_000, 20_000)  # levels; Python's stack ends at 1,000 by default
 _HUGE = (255, 256, 1_025, 65_536)  # characters
-_REPEATED = (17, 1_100, 5_000)  # elements of a list that had one
+_REPEATED = (3, 17, 17, 17, 1_100, 5_000)  # elements of a list that had one
 _LARGE = 1_000  # nodes of a document that is not changed any more: changes multiply
 
 INTEGERS: tuple[int, ...] = (

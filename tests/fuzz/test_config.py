@@ -101,11 +101,11 @@ def test_what_is_not_damaged_is_read(file: Path) -> None:
 
 
 def test_damaged_text(file: Path) -> None:
-    fine = sum(read(each.text(TEXT), file, each) for each in mutators("config text"))
+    fine = sum(read(each.text(TEXT), file, each) for each in mutators("config text", 1_000))
     assert fine > 0  # or nothing but the parser has been tested
 
 
 def test_damaged_structure(file: Path) -> None:
     tree = from_json(json.dumps(TREE))
-    fine = sum(read(document(each.tree(tree)), file, each) for each in mutators("config tree"))
+    fine = sum(read(document(each.tree(tree)), file, each) for each in mutators("config tree", 1_000))
     assert fine > 0

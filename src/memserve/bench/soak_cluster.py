@@ -19,7 +19,7 @@ from memserve.api.status import InstanceState
 from memserve.bench.measure import BenchmarkError
 from memserve.cluster.client import ClusterClient, ClusterSummary
 from memserve.config import ClusterConfig
-from memserve.errors import ClusterError
+from memserve.errors import ClusterError, ConfigError
 
 MEMSERVE = (sys.executable, "-P", "-m", "memserve")
 # A demo model is converted, and profiles are measured, at the first start on a machine.
@@ -57,7 +57,7 @@ class RunningUp:
         try:
             async with ClusterClient(self.url) as client:
                 return await client.view()
-        except ClusterError:
+        except (ClusterError, ConfigError):  # its secret is just being written
             return None
 
     async def until_ready(self, instances: int, seconds: float) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
 
 from memserve.errors import ProfileError
 from memserve.models.demo import user_cache
@@ -74,6 +75,7 @@ def make_profile(effort: Effort, subject: Subject, costs: CostModel) -> Profile:
 
 _encode = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(Profile)
+_PROBED = np.array([1, 512, 4096, 65_536])  # tokens, and bytes
 
 
 def encode_profile(profile: Profile) -> bytes:
@@ -81,14 +83,32 @@ def encode_profile(profile: Profile) -> bytes:
 
 
 def decode_profile(data: bytes) -> Profile:
-    """Raises ProfileError for what is no profile of this version."""
+    """Raises ProfileError for what is no profile of this version, or predicts nonsense."""
     try:
         profile = _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError, OverflowError) as error:
         raise ProfileError(f"not a profile: {error}") from error
     if profile.version != VERSION:
         raise ProfileError(f"a profile of version {profile.version}; {VERSION} is read here")
+    if not _predicts(profile.costs):
+        raise ProfileError("a profile whose predictions are no times")
     return profile
+
+
+def _predicts(costs: CostModel) -> bool:
+    """Whether its predictions are finite and not negative, as far as prompts go: everybody's
+    requests are routed by them."""
+    try:
+        with np.errstate(all="ignore"):
+            seconds = (
+                costs.prefill_seconds(_PROBED, 0),
+                costs.decode_step_seconds(4, _PROBED),
+                costs.transfer_seconds(_PROBED, 1, "shm"),
+                costs.transfer_seconds(_PROBED, 1, "nixl"),
+            )
+    except (ValueError, ArithmeticError, MemoryError):  # numbers that fit nowhere
+        return False
+    return all(bool(np.all(np.isfinite(each) & (np.asarray(each) >= 0))) for each in seconds)
 
 
 def host_hardware(device: str, threads: int) -> Hardware:
