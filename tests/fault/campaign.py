@@ -208,7 +208,7 @@ class Campaign:
             record.whole_seconds = round(time.monotonic() - begin, 2)
             if not load.right(PROOF, WHOLE_SECONDS):
                 record.problems.append("no right answers behind the fault")
-        except Broken as error:
+        except (Broken, AssertionError, OSError) as error:  # what a fault waits for, too
             record.problems.append(f"not whole: {error}")
         stuck = load.pause(STUCK_SECONDS if record.problems else 2 * PATIENCE)
         self._count(record, load.take(), stuck)
@@ -236,8 +236,8 @@ class Campaign:
         """When nothing runs."""
         try:
             leaks = self.world.leaks(QUIET_SECONDS)
-        except Broken as error:
-            record.problems.append(str(error))
+        except (Broken, AssertionError, OSError) as error:
+            record.problems.append(f"at rest: {error}")
             return
         record.leaked = sum(leaks.values())
         record.problems += [f"{name} holds {count}" for name, count in leaks.items() if count]

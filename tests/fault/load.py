@@ -142,7 +142,7 @@ def _ask(url: str, question: Question, source: random.Random) -> Seen:
     pause = max((b - a for a, b in itertools.pairwise(times)), default=0.0)
     if client.error is None:
         return _judged(question, client.tokens, pause)
-    return Seen(_kind(client.error), client.error[:300], pause)
+    return Seen(kind_of(client.error), client.error[:300], pause)
 
 
 def _whole(url: str, question: Question) -> Seen:
@@ -163,13 +163,13 @@ def _whole(url: str, question: Question) -> Seen:
         answer = connection.getresponse()
         data = answer.read()
     except (OSError, http.client.HTTPException) as error:
-        return Seen(_kind(repr(error)), repr(error)[:300])
+        return Seen(kind_of(repr(error)), repr(error)[:300])
     finally:
         connection.close()
     pause = time.monotonic() - begin
     if answer.status != 200:
         said = f"{answer.status} {data.decode(errors='replace')}"
-        return Seen(_kind(said), said[:300], pause)
+        return Seen(kind_of(said), said[:300], pause)
     return _judged(question, json.loads(data)["choices"][0]["token_ids"], pause)
 
 
@@ -179,7 +179,7 @@ def _judged(question: Question, tokens: list[int], pause: float) -> Seen:
     return Seen(What.WRONG, f"{tokens} for {question.answer}", pause)
 
 
-def _kind(error: str) -> What:
+def kind_of(error: str) -> What:
     """By what `Client` says: a status and a body, a code, `cut off`, or an exception."""
     if error.startswith("TimeoutError"):
         return What.UNANSWERED

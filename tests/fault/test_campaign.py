@@ -13,6 +13,7 @@ import pytest
 from tests.fakes import save_tiny_tokenizer
 from tests.fault.campaign import Campaign, Draw, FaultRecord, Report, World, draws
 from tests.fault.conftest import CampaignOptions, Expected
+from tests.fault.load import What, kind_of
 from tests.fault.members_world import MembersWorld
 from tests.fault.processes import Processes
 from tests.fault.up_world import UpWorld
@@ -54,6 +55,23 @@ def test_up_campaign(
     (model / "config.json").write_text("{}")
     world = UpWorld(model, tmp_path_factory.mktemp("up"))
     run(world, 1 - MEMBERS_SHARE, campaign_options, campaign_report)
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ("cut off", What.CUT),
+        ("ConnectionRefusedError(111, 'Connection refused')", What.CUT),
+        ("RemoteDisconnected('Remote end closed connection')", What.CUT),
+        ("TimeoutError('timed out')", What.UNANSWERED),
+        ("instance_lost", What.ERROR),
+        ('503 {"error": {"message": "no instance"}}', What.ERROR),
+        ("500 Internal Server Error", What.UNANSWERED),
+        ('500 {"detail": "no"}', What.UNANSWERED),
+    ],
+)
+def test_errors_are_told_from_no_answer(said: str, what: What) -> None:
+    assert kind_of(said) is what
 
 
 def drawn(seed: int, first: int, count: int) -> list[Draw]:

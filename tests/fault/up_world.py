@@ -177,14 +177,18 @@ class UpWorld:
         except OSError:
             return False
 
+    def _pid(self, name: str) -> int:
+        if (pid := self.processes().get(name)) is None:
+            raise Broken(f"{name} is not there")
+        return pid
+
     def _kill(self, *names: str) -> str:
-        pids = self.processes()
-        for name in names:
-            os.kill(pids[name], signal.SIGKILL)
+        for pid in [self._pid(name) for name in names]:
+            os.kill(pid, signal.SIGKILL)
         return f"SIGKILL of {' and '.join(names)}"
 
     def _stop(self, name: str, seconds: float) -> str:
-        pid = self.processes()[name]
+        pid = self._pid(name)
         os.kill(pid, signal.SIGSTOP)
         time.sleep(seconds)
         os.kill(pid, signal.SIGCONT)
