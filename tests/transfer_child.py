@@ -14,11 +14,11 @@ import torch
 from memserve import KVLayout, MemPool
 from memserve.clock import MonotonicClock
 from memserve.errors import TransferError
+from memserve.secrets import SECRET_VARIABLE
 from memserve.transfer.base import Transport
 from memserve.transfer.faulty import Drop, FaultyTransport, listed
 from memserve.transfer.path import PathName
 from memserve.transfer.pending import Transfer
-from memserve.transfer.secret import SECRET_VARIABLE
 from memserve.transfer.shm import ShmTransport
 from memserve.types import Owner
 from tests.transfer_harness import LAYOUT, LOCAL, PATIENCE, filled, kv_blocks

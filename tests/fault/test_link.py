@@ -10,7 +10,7 @@ import pytest
 
 from memserve.bench.link import EmulatedLink
 from memserve.errors import EmulationError
-from memserve.transfer.secret import SECRET_VARIABLE
+from memserve.secrets import SECRET_VARIABLE
 from memserve.transfer.session import LEASE
 from memserve.types import Role
 from tests.fault.conftest import Expected

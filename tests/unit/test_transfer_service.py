@@ -22,6 +22,7 @@ from memserve.errors import (
     PeerRefused,
     TransferError,
 )
+from memserve.secrets import SECRET_VARIABLE
 from memserve.transfer import service, wire
 from memserve.transfer.base import PoolRegions
 from memserve.transfer.conversion import meaning
@@ -29,7 +30,7 @@ from memserve.transfer.destination_session import DestinationSession
 from memserve.transfer.process import own_process
 from memserve.transfer.receiver import Receiver
 from memserve.transfer.regions import host_id
-from memserve.transfer.secret import SECRET_VARIABLE, ClusterKeys
+from memserve.transfer.secret import cluster_keys
 from memserve.types import Epoch, InstanceId, Owner
 from tests.transfer_harness import (
     LAYOUT,
@@ -287,7 +288,7 @@ def test_only_tcp_is_dialled_and_served(address: str) -> None:
 
 
 def test_the_gate_answers_what_is_no_question() -> None:
-    keys = ClusterKeys("known")
+    keys = cluster_keys("known")
     with zmq.Context() as context:
         gate = keys.open_gate(context)
         with context.socket(zmq.DEALER) as socket:

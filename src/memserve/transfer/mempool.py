@@ -16,7 +16,6 @@ from memserve.clock import Clock, MonotonicClock
 from memserve.config import Eviction as EvictionName
 from memserve.config import TransferMode
 from memserve.errors import (
-    ConfigError,
     ForeignBlock,
     LengthMismatch,
     StaleBlock,
@@ -27,7 +26,6 @@ from memserve.pool.blocks import as_refs
 from memserve.pool.eviction import Eviction
 from memserve.pool.layout import KVLayout
 from memserve.pool.tokens import as_tokens
-from memserve.secrets import SECRET_VARIABLE
 from memserve.transfer.base import Transport
 from memserve.transfer.conversation import Conversation
 from memserve.transfer.conversion import require_filled
@@ -270,11 +268,9 @@ class MemPool(SharedPool):
             service = self._service
         wanted = self._path == "nixl" or (not is_local(address) and self._path == "auto")
         if wanted and self._make_transports is None and find_spec("nixl") is not None:
-            # It protects no memory: who has its description may write anywhere in this pool.
-            if service.secured:
-                service.ask(self._add_nixl)
-            elif self._path == "nixl":
-                raise ConfigError(f"transfers by NIXL need a secret: set {SECRET_VARIABLE}")
+            # It protects no memory: who has its description may write anywhere in this pool. Only
+            # peers that have the secret are told.
+            service.ask(self._add_nixl)
         return service
 
     def _add_nixl(self, conversation: Conversation, now: float) -> None:
