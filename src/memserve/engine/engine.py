@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from memserve.api.generate import FinishReason, validate_sampling
 from memserve.clock import Clock, MonotonicClock
 from memserve.engine.batch import BatchLimits, BatchScheduler
 from memserve.engine.block_table import BlockTable
-from memserve.engine.fence import FencedObserver, KernelFence
+from memserve.engine.fence import FencedObserver, KernelFence, kernels_of
 from memserve.engine.model import Model
 from memserve.engine.observer import PrefillObserver
 from memserve.engine.request import (
@@ -88,7 +89,8 @@ class Engine:
         self._accepting = False
         self._queued = 0  # submitted, not yet seen by the thread
         self._lock = threading.Lock()  # guards the two above
-        self._runner = Runner(model, pool)
+        self._kernels = kernels_of(model.device)
+        self._runner = Runner(model, pool, self._kernels)
         self._fence: KernelFence | None = None  # on a GPU, while the thread runs
         self._scheduler = BatchScheduler(settings.limits)
         self._counters = _Counters()
@@ -216,7 +218,7 @@ class Engine:
         torch.set_num_threads(self._settings.threads)
         reason, error = FinishReason.CANCELLED, None
         if self._model.device.type == "cuda":
-            self._fence = KernelFence(self._model.device)
+            self._fence = KernelFence(self._kernels)
         try:
             with torch.inference_mode():
                 while self._take_commands():
@@ -228,6 +230,10 @@ class Engine:
             log.exception("the engine failed")
             reason, error = FinishReason.ERROR, f"the engine failed: {failure}"
         finally:
+            # A step that failed half way may have left kernels that still write to blocks which
+            # are about to be free. A device that is lost writes nothing.
+            with suppress(RuntimeError):
+                self._runner.finish()
             self._shut_down(sink, reason, error)
             if self._fence is not None:
                 self._fence.close()

@@ -1,4 +1,9 @@
-"""Observers of prefills on a GPU, where a layer is computed long after its call has returned."""
+"""When the kernels of a GPU have run: they do long after the call that queued them has returned.
+
+Nothing that they write may be read, and nothing that they may still write may be given away, before
+that. The runner therefore waits for the kernels of each step, so that insertion and freeing, which
+follow a step, follow its kernels; what observers want to know earlier comes from `KernelFence`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -16,8 +21,47 @@ from memserve.types import RefArray
 log = logging.getLogger(__name__)
 
 
+class Mark(Protocol):
+    """A place in the queue of a device's kernels: a CUDA event."""
+
+    def synchronize(self) -> None:
+        """Returns when everything before it has run. Raises RuntimeError if the device is lost."""
+        ...
+
+
+class Kernels(Protocol):
+    """What the engine's thread has queued on its device."""
+
+    def mark(self) -> Mark | None:
+        """The end of the queue as it is now. None: nothing is queued, all has run."""
+        ...
+
+
+class CudaKernels:
+    """Kernels on a GPU: a call returns when its kernels are queued, long before they have run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def mark(self) -> Mark:
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+class NoKernels:
+    """On a CPU a call returns when it is done."""
+
+    def mark(self) -> None:
+        return None
+
+
+def kernels_of(device: torch.device) -> Kernels:
+    return CudaKernels(device) if device.type == "cuda" else NoKernels()
+
+
 class _Due(NamedTuple):
-    event: torch.cuda.Event
+    mark: Mark
     call: Callable[[], None]
 
 
@@ -25,17 +69,23 @@ class KernelFence:
     """Calls back, in order and from a thread of its own, when the kernels queued so far have
     run. The engine's thread owns it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._lost = False  # nothing that is queued, now or later, is ever called
         self._due: queue.SimpleQueue[_Due | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine-fence", daemon=True)
         self._thread.start()
 
     def after(self, call: Callable[[], None]) -> None:
-        """Have `call` called behind everything that this thread has queued."""
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        self._due.put(_Due(event, call))
+        """Have `call` called behind everything that this thread has queued; never, once the device
+        was lost."""
+        if self._lost:
+            return
+        mark = self._kernels.mark()
+        if mark is None:
+            call()
+        else:
+            self._due.put(_Due(mark, call))
 
     def close(self) -> None:
         """Returns when all calls have been made."""
@@ -44,14 +94,21 @@ class KernelFence:
 
     def _run(self) -> None:
         while (due := self._due.get()) is not None:
+            if self._lost:
+                continue  # so that what waits is let go
             try:
-                due.event.synchronize()
+                due.mark.synchronize()
             except RuntimeError:
                 # The device is lost, and the engine with it: it tells everybody. Nothing is
                 # ready any more, and nothing may be sent.
                 log.exception("a device failed; what it computed is not sent")
-                return
-            due.call()
+                self._lost = True
+                continue
+            try:
+                due.call()
+            except Exception:
+                # One transfer's, which then ends by its deadline; the others wait for this thread.
+                log.exception("a block that is ready was not passed on")
 
 
 class FencedObserver:

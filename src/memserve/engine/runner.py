@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from memserve.engine.batch import StepPlan
+from memserve.engine.fence import Kernels
 from memserve.engine.model import Model
 from memserve.engine.paged_batch import PagedBatch, Span, Workspace
 from memserve.engine.sampler import Sample, sample
@@ -18,13 +19,19 @@ from memserve.types import RequestId
 class Runner:
     """Turns a plan into tensors, runs the model, samples."""
 
-    def __init__(self, model: Model, pool: MemPool) -> None:
+    def __init__(self, model: Model, pool: MemPool, kernels: Kernels) -> None:
+        """`kernels`: of the model's device."""
         self._model = model
+        self._kernels = kernels
         self._views = pool.layer_views()
         self._workspace = Workspace()
 
     def run(self, plan: StepPlan) -> dict[RequestId, Sample]:
-        """Samples of the sequences whose every token has KV after this step."""
+        """Samples of the sequences whose every token has KV after this step.
+
+        Returns when its kernels have run: the KV is there, and nothing writes to any block of the
+        step any more. Not so after an error; see `finish`.
+        """
         spans: list[Span] = []
         tokens, positions = [], []
         keep, sampled = [], []
@@ -54,10 +61,17 @@ class Runner:
             torch.tensor(keep, dtype=torch.int64, device=device),
             batch,
         )
-        if not sampled:
+        if not sampled:  # or to look at the logits would be to wait
+            self.finish()
             return {}
         chosen = sample(logits, [s.sampler for s in sampled])
         return {s.id: c for s, c in zip(sampled, chosen, strict=True)}
+
+    def finish(self) -> None:
+        """Returns when what was queued has run. Raises RuntimeError if the device is lost."""
+        mark = self._kernels.mark()
+        if mark is not None:
+            mark.synchronize()
 
 
 def _layer_listener(plan: StepPlan) -> Callable[[int], None] | None:
