@@ -16,13 +16,15 @@ from memserve import MemPool
 from memserve.clock import ManualClock
 from memserve.errors import PeerRefused, TransferError
 from memserve.pool.segment import pid_namespace
+from memserve.transfer import peers as peers_module
 from memserve.transfer import service as service_module
+from memserve.transfer import table as table_module
 from memserve.transfer import wire
 from memserve.transfer.base import PoolRegions
 from memserve.transfer.conversation import Conversation
 from memserve.transfer.conversion import meaning
 from memserve.transfer.links import Arrival
-from memserve.transfer.messages import Prepare
+from memserve.transfer.messages import Prepare, Prepared, Refused
 from memserve.transfer.process import ProcessTag, own_process
 from memserve.transfer.regions import host_id
 from memserve.transfer.session import LEASE
@@ -222,3 +224,29 @@ def test_numbers_of_lives_that_are_over_are_used_again() -> None:
     recent = intern_owner(*owner("passing", 20_000))
     assert owner_of(recent) == owner("passing", 20_000)
     retire_owner(alive)
+
+
+def test_what_a_peer_can_have_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers_module, "MAX_PEERS", 2)
+    monkeypatch.setattr(table_module, "MAX_OPEN", 3)
+    with MemPool(LAYOUT, 8, instance="b", secret="") as b:
+        address = b.serve(LOCAL)
+        with line(address) as socket, line(address) as third:
+            for name in ("one", "two"):
+                socket.send_multipart([HEADER, body(owner(name, 1), b, hello())])
+                assert isinstance(answer(socket), wire.Hello)
+            third.send_multipart([HEADER, body(owner("three", 1), b, hello())])
+            assert isinstance(answer(third), wire.NotWelcome)
+            for number in range(4):
+                prepare = Prepare(number, 1, Medium.HBM)
+                socket.send_multipart([HEADER, body(owner("one", 1), b, prepare)])
+            answers = [answer(socket) for _ in range(4)]
+            assert [type(each) for each in answers] == [Prepared, Prepared, Prepared, Refused]
+            # One that leaves makes room for another.
+            for name in ("one", "two"):
+                socket.send_multipart([HEADER, body(owner(name, 1), b, wire.Bye())])
+            eventually(lambda: _lives_of(b)[2] == 0, "that they have left")
+            third.send_multipart([HEADER, body(owner("three", 1), b, hello())])
+            assert isinstance(answer(third), wire.Hello)
+        assert b.stats().hbm.active == 0
+        assert b.peer_stats().failed == 0

@@ -134,6 +134,23 @@ def test_a_long_copy_leaves_room_between_polls(
     assert copied == [2, 4, 6, 8]
 
 
+def test_a_copy_that_fails_is_a_failed_one_and_nothing_more(
+    transport: ShmTransport, target: MemPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: object) -> None:
+        raise RuntimeError("a device was lost")
+
+    ticket = transport.post(target.owner, whole(8))
+    with monkeypatch.context() as patch:
+        patch.setattr(shm, "_copy_runs", failing)
+        (ended,) = transport.poll()
+    assert (ended.ticket, ended.outcome) == (ticket, Outcome.FAILED)
+    assert "lost" in str(ended.error)
+    again = transport.post(target.owner, whole(8))
+    (ended,) = transport.poll()
+    assert (ended.ticket, ended.outcome) == (again, Outcome.DONE)
+
+
 def test_a_copy_that_an_exception_has_ended_is_not_done(
     transport: ShmTransport, target: MemPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

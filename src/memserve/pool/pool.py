@@ -74,8 +74,8 @@ class MemPool:
         dram_segment_blocks: int | None = None,
         epoch: int | None = None,
     ) -> None:
-        """`epoch`: which life of the instance this is, larger than those before; by default
-        the time. Raises SharedMemoryFull where host memory for the blocks cannot be had.
+        """`epoch`: which life of the instance this is, another one than those before; by default
+        a new one. Raises SharedMemoryFull where host memory for the blocks cannot be had.
         """
         self.layout = layout
         self.owner = Owner(InstanceId(instance), new_epoch() if epoch is None else Epoch(epoch))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from types import ModuleType
 from typing import NewType
@@ -126,7 +127,7 @@ class NixlAgent:
             raise MetadataConflict(str(error)) from error
         except self._failures as error:
             raise TransferError(f"NIXL refuses the metadata of a peer: {error}") from error
-        return name.decode()
+        return name.decode(errors="replace")  # a peer chose it
 
     def forget(self, name: str) -> None:
         """Forget a peer. What is posted to it goes on, out of sight."""
@@ -172,7 +173,8 @@ class NixlAgent:
 
     def release(self, request: Request) -> None:
         """Forget a request that ended. One in progress would go on, out of sight."""
-        self._agent.releaseXferReq(request)
+        with suppress(*self._failures):  # it is forgotten already, with its connection
+            self._agent.releaseXferReq(request)
 
     def _descriptors(self, region: Region, offsets: IndexArray, nbytes: IndexArray) -> object:
         rows: NDArray[np.uint64] = np.empty((len(offsets), 3), dtype=np.uint64)

@@ -110,7 +110,7 @@ class Sender:
             return
         try:
             refs = from_words(finish.words, intern_owner(*outgoing.peer))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             outgoing.handle.fail(TransferError(f"{name!r} named no blocks: {error}"))
             return
         outgoing.handle.succeed(refs, len(outgoing.source) - finish.have)

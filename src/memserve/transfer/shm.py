@@ -42,6 +42,10 @@ STEP_BYTES = 4 * 1024 * 1024
 PARALLEL_BYTES = 128 * 1024
 PART_BYTES = 1024 * 1024  # what one of the two takes at a time
 
+# What ends a copy, and not the service: a device that fails, memory that is not what it was said to
+# be.
+_INTERRUPTIONS = (RuntimeError, ValueError, IndexError, OSError)
+
 Bytes = NDArray[np.uint8]
 
 
@@ -62,10 +66,15 @@ class _Job:
     copied: int = 0
     to_copy: bool = True
     cancelled: bool = False
+    error: TransferError | None = None  # what has ended the steps
     dma: torch.cuda.Event | None = None  # behind the last copy that the GPU makes
 
     def drained(self) -> bool:
-        return self.dma is None or bool(self.dma.query())  # type: ignore[no-untyped-call]
+        try:
+            return self.dma is None or bool(self.dma.query())  # type: ignore[no-untyped-call]
+        except RuntimeError as error:  # a device that is lost copies nothing
+            self.error = TransferError(f"the device was lost: {error}")
+            return True
 
 
 class ShmTransport:
@@ -150,7 +159,11 @@ class ShmTransport:
         ended = []
         for ticket, job in list(self._jobs.items()):
             while job.to_copy and left > 0:
-                copied = next(job.steps, None)
+                try:
+                    copied = next(job.steps, None)
+                except _INTERRUPTIONS as error:
+                    job.error = TransferError(f"the copy was interrupted: {error}")
+                    copied = None
                 job.copied += copied or 0
                 job.to_copy = copied is not None and job.copied < job.nbytes
                 left -= copied or 0
@@ -179,8 +192,9 @@ class ShmTransport:
         self.counters.ended += 1
         if job.cancelled:
             return Completion(ticket, Outcome.CANCELLED)
-        if job.copied < job.nbytes:  # an exception has ended the steps
-            return Completion(ticket, Outcome.FAILED, TransferError("the copy was interrupted"))
+        if job.error is not None or job.copied < job.nbytes:  # an exception has ended the steps
+            error = job.error or TransferError("the copy was interrupted")
+            return Completion(ticket, Outcome.FAILED, error)
         self.counters.bytes_moved += job.nbytes
         return Completion(ticket, Outcome.DONE)
 
