@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import resource
 import socket
 import ssl
@@ -19,6 +20,8 @@ from memserve.api.errors import internal
 from memserve.api.http_connection import Connection
 from memserve.api.http_limits import HttpCounters, HttpLimits
 from memserve.api.http_message import Reply, Request
+
+log = logging.getLogger(__name__)
 
 Handler = Callable[[Request, Reply], Coroutine[object, object, None]]
 
@@ -118,10 +121,14 @@ class HttpServer:
                     reply.send_error(internal("The server failed while it had this request."))
 
     def _sweep(self) -> None:
+        self._sweeping = self.loop.call_later(self.limits.sweep_seconds, self._sweep)
         now = self.loop.time()
         for connection in list(self._connections):
-            connection.check(now)
-        self._sweeping = self.loop.call_later(self.limits.sweep_seconds, self._sweep)
+            try:
+                connection.check(now)
+            except Exception:  # one connection's trouble must not keep all others for ever
+                log.exception("a connection could not be looked at")
+                connection.abort()
 
 
 def _possible(limits: HttpLimits, max_body_bytes: int) -> HttpLimits:

@@ -92,3 +92,17 @@ class LinePrinter:
             except OSError:  # no space left, nobody there: the next line may fare better
                 return False
         return True
+
+
+class LineStream:
+    """A file to log to (`logging.StreamHandler.setStream`) that a printer writes."""
+
+    def __init__(self, printer: LinePrinter) -> None:
+        self._printer = printer
+
+    def write(self, text: str) -> None:
+        """A record, with its end of line."""
+        self._printer.show(text.removesuffix("\n"))
+
+    def flush(self) -> None:
+        pass

@@ -37,7 +37,6 @@ class Supervised:
         self._environment = environment
         self._needed = needed or (lambda: False)
         self.crashes = 0  # in all of its lives
-        self.given_up = False
         self._show: Callable[[str], None] | None = None
         self._child: Child | None = None
 
@@ -92,7 +91,6 @@ class Supervised:
                 "are of use only with it"
             )
         if pause is None:
-            self.given_up = True
             raise ClusterError(f"{self.name} crashed too often and is given up; {failure}")
         # While nobody sees what it prints, the reason is told here.
         how, _, said = str(failure).partition("\n")

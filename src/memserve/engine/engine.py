@@ -123,7 +123,8 @@ class Engine:
     @property
     def threads(self) -> list[threading.Thread]:
         """That must not end before `stop`, once it has started."""
-        return [] if self._thread is None else [self._thread]
+        engine = [] if self._thread is None else [self._thread]
+        return engine if self._fence is None else [*engine, self._fence.thread]
 
     def start(self, sink: OutputSink) -> None:
         """Start the engine's thread; outputs go to `sink`, called from that thread."""

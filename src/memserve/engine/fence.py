@@ -76,6 +76,11 @@ class KernelFence:
         self._thread = threading.Thread(target=self._run, name="engine-fence", daemon=True)
         self._thread.start()
 
+    @property
+    def thread(self) -> threading.Thread:
+        """It ends with `close`; to be watched before that."""
+        return self._thread
+
     def after(self, call: Callable[[], None]) -> None:
         """Have `call` called behind everything that this thread has queued; never, once the device
         was lost."""

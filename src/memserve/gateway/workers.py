@@ -23,7 +23,7 @@ from functools import partial
 from memserve.api.serving import Shutdown, announce
 from memserve.clock import Clock, MonotonicClock
 from memserve.cluster.child import Child, end_children
-from memserve.cluster.line_printer import STDERR, LinePrinter
+from memserve.cluster.line_printer import STDERR, LinePrinter, LineStream
 from memserve.cluster.port import ReservedPort
 from memserve.cluster.restarts import RestartLimits, Restarts
 from memserve.cluster.supervised import Supervised
@@ -187,6 +187,9 @@ async def _main(
     shutdown.on_signals()
     # The workers have said when, and how bad it is.
     printer = LinePrinter(STDERR)
+    for handler in logging.getLogger().handlers:  # what this process says waits for nobody either
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(LineStream(printer))
     workers = Workers(config, command, shutdown, module=module, show=printer.show)
 
     async def serve() -> None:
