@@ -258,6 +258,32 @@ def test_a_name_that_another_instance_has_is_refused(
     assert completes(cluster.url)
 
 
+def test_a_namesake_that_wakes_up_has_been_replaced(
+    start_cluster: StartCluster, spawn: Spawn
+) -> None:
+    cluster = start_cluster()
+    stopped = spawn("instance", [cluster.url], name="twin")
+    cluster.until_ready(1)
+    epoch = told(stopped.url, "/info")[1]["epoch"]
+    stopped.process.send_signal(signal.SIGSTOP)
+    try:
+        later = spawn("instance", [cluster.url], name="twin")
+
+        def shown() -> list[tuple[str, str]]:
+            members = get(cluster.url, "/cluster")[1]["instances"]
+            return [(m["address"], m["state"]) for m in members]
+
+        until(lambda: shown() == [(later.url, "ready")])  # once the other one counts as dead
+    finally:
+        stopped.process.send_signal(signal.SIGCONT)
+    body = json.dumps({"address": stopped.url, "id": "twin", "epoch": epoch})
+    until(lambda: told(stopped.url, "/info")[1]["state"] == "ready")  # it is awake
+    status, answer = told(cluster.url, "/cluster/members", body, "POST")
+    assert (status, answer["error"]["code"]) == (409, "instance_replaced")
+    assert shown() == [(later.url, "ready")]
+    assert completes(cluster.url)
+
+
 @pytest.fixture
 def doomed(start_cluster: StartCluster, spawn: Spawn) -> tuple[FakeCluster, Served]:
     """A gateway in front of one instance, in a process of its own, that is slow."""

@@ -79,6 +79,9 @@ class Registration:
                     log.debug("%s cannot be reached: %s", url, said)
                     said, pause = refused, RETRY_SECONDS
                 elif said != refused:
+                    # Perhaps for a life of the same name that has just died unnoticed: the
+                    # gateway asks it now.
+                    pause = RETRY_SECONDS
                     log.warning("%s refuses this instance: %s", url, said)
             refused = said
             with contextlib.suppress(TimeoutError):
