@@ -17,6 +17,7 @@ from memserve.api.http_limits import HttpLimits
 from memserve.api.http_message import Reply, Request
 from memserve.api.http_parser import MAX_SLICE_BYTES
 from memserve.api.http_server import HttpServer
+from memserve.api.serving import allow_files
 from tests.http_harness import LOOPS, Conversation, Served, post, serving
 from tests.waiting import until
 
@@ -137,11 +138,17 @@ async def test_time_does_not_run_while_the_server_does_not_read() -> None:
 
 
 async def test_connections_beyond_the_limit_are_refused_and_counted() -> None:
-    async with serving(limits=HttpLimits(connections=3)) as served:
+    answer = asyncio.Event()
+
+    async def handle(request: Request, reply: Reply) -> None:
+        await answer.wait()
+        reply.send(200, request.body)
+
+    async with serving(handle, limits=HttpLimits(connections=3)) as served:
         clients = [await served.connect() for _ in range(3)]
         for client in clients:
             client.say(post(b"x"))
-            assert (await client.hear())[0] == 200
+        await until(lambda: len(served.server._tasks) == 3, "the requests")
         for _ in range(2):
             one_more = await served.connect()
             status, headers, _ = await one_more.hear()
@@ -154,7 +161,39 @@ async def test_connections_beyond_the_limit_are_refused_and_counted() -> None:
         await until(lambda: served.server.connections == 2, "the end of a connection")
         again = await served.connect()
         again.say(post(b"x"))
+        answer.set()
         assert (await again.hear())[0] == 200
+        assert served.server.counters.evicted == 0
+
+
+async def test_idle_connections_make_room_for_others_those_that_waited_longest_first() -> None:
+    limits = HttpLimits(connections=3, idle_seconds=NEVER, sweep_seconds=NEVER)
+    answer = asyncio.Event()
+
+    async def handle(request: Request, reply: Reply) -> None:
+        if request.path == "/slow":
+            await answer.wait()
+        reply.send(200, request.body)
+
+    async with serving(handle, limits=limits) as served:
+        busy, first, second = [await served.connect() for _ in range(3)]
+        busy.say(post(b"b", b"/slow"))
+        for client in (second, first):  # the first has been idle for less time then
+            client.say(post(b"x"))
+            assert (await client.hear())[0] == 200
+            await asyncio.sleep(0.005)  # a loop's clock has milliseconds
+        third = await served.connect()
+        assert await second.ended()
+        third.say(post(b"x")[:-1])  # is not idle
+        fourth = await served.connect()
+        assert await first.ended()
+        fourth.say(post(b"y"))
+        assert (await fourth.hear())[2] == b"y"
+        assert served.server.counters.evicted == 2
+        answer.set()
+        third.say(b"x")
+        assert (await busy.hear())[2] == b"b"
+        assert (await third.hear())[2] == b"x"
 
 
 async def test_connections_leave_descriptors_for_the_process(
@@ -227,7 +266,7 @@ async def test_a_body_of_the_smallest_chunks_takes_its_size() -> None:
         reply.send(200, b"%d" % len(request.body))
         begun.set()
 
-    size = MIB
+    size = MIB // 4
     async with serving(handle, limit=size) as served:
         client = await served.connect()
         client.say(b"POST /p HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n")
@@ -294,6 +333,26 @@ async def test_all_that_was_pipelined_is_answered_in_order() -> None:
         for body in bodies:
             assert (await client.hear())[2] == body + b"y" * 2_000
         await saying
+
+
+async def test_a_client_that_never_reads_the_end_is_given_up() -> None:
+    """What waits for it is less than what stops its requests."""
+
+    async def handle(request: Request, reply: Reply) -> None:
+        reply.send(200, b"x" * 30_000)
+
+    limits = HttpLimits(idle_seconds=SOON, stalled_seconds=SOON, sweep_seconds=SWEEP)
+    async with serving(handle, limits=limits) as served:
+        client, connection = await _tracked(served)
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        transport = connection()._transport  # type: ignore[union-attr]
+        while not transport.get_write_buffer_size():
+            client.say(post(b""))
+            await client.writer.drain()
+            await asyncio.sleep(0)
+        assert connection()._writable  # type: ignore[union-attr]
+        await until(lambda: served.server.connections == 0, "no connection")
+        assert served.server.counters.stalled == 1
 
 
 # --- what is left afterwards
@@ -376,3 +435,17 @@ async def test_an_idle_connection_keeps_no_body(uncollected: None) -> None:
             await until(lambda: tracemalloc.get_traced_memory()[0] < 2 * MIB, "freed memory")
         finally:
             tracemalloc.stop()
+
+
+def test_a_server_may_open_what_its_connections_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: set_to.append(limits))
+    for limits in (
+        (1024, 4096),
+        (1024, 1_000_000),
+        (20_000, 20_000),
+        (1024, resource.RLIM_INFINITY),
+    ):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
+        allow_files(16_384)
+    assert set_to == [(4096, 4096), (16_384, 1_000_000), (16_384, resource.RLIM_INFINITY)]

@@ -82,10 +82,11 @@ class Connection(asyncio.Protocol):
         self._writable = True
         self._last = False  # no further request is taken
         self._discards = False  # what comes is thrown away: something was refused
-        self._deadline = 0.0  # while the client has the word and says nothing
+        self.deadline = 0.0  # while the client has the word and says nothing
         self._since = 0.0  # when the unfinished head or body began to be waited for; 0: none is
         self._in_head = True  # which of these
         self._stalled = 0.0  # since when nothing more can be written
+        self._unsent = 0  # bytes, when the connection was looked at while it was being closed
         self._asking: asyncio.TimerHandle | None = None  # a half-closed client
 
     # --- asyncio.Protocol
@@ -99,7 +100,7 @@ class Connection(asyncio.Protocol):
         private = self._secure or _is_local(transport.get_extra_info("peername"))
         server, limits = self._server, self._server.limits
         self._parser = RequestParser(self, server.max_body_bytes, limits.small_body, private)
-        self._deadline = self._now() + limits.idle_seconds
+        self.deadline = self._now() + limits.idle_seconds
         if not server.add(self):
             self._last = True
             self._next(unavailable("Too many connections.", "too_many_connections", close=True))
@@ -208,6 +209,15 @@ class Connection(asyncio.Protocol):
         else:
             self._listen(self._server.limits.idle_seconds)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is lost with it."""
+        return (
+            self._reply is None
+            and not (self._since or self._waiting or self._unread)
+            and not self._transport.is_closing()
+        )
+
     def close_when_idle(self) -> None:
         if self._reply is None:
             self._transport.close()
@@ -218,8 +228,11 @@ class Connection(asyncio.Protocol):
     def check(self, now: float) -> None:
         """Close a connection that its client has kept for too long."""
         limits, counters = self._server.limits, self._server.counters
-        if not self._writable:
-            if now > self._stalled + limits.stalled_seconds:
+        if not self._writable or self._transport.is_closing():
+            unsent = self._transport.get_write_buffer_size()
+            if unsent != self._unsent:
+                self._unsent, self._stalled = unsent, now
+            elif now > self._stalled + limits.stalled_seconds:
                 counters.stalled += 1
                 self._transport.abort()
         elif self._since and not self._paused:
@@ -231,7 +244,7 @@ class Connection(asyncio.Protocol):
             ):
                 counters.body_timeouts += 1
                 self._refuse(_timed_out("body"))
-        elif self._reply is None and not self._since and now > self._deadline:
+        elif self._reply is None and not self._since and now > self.deadline:
             self._transport.close()
 
     # --- whose turn it is
@@ -295,7 +308,7 @@ class Connection(asyncio.Protocol):
             self._listen(self._server.limits.idle_seconds)
 
     def _listen(self, seconds: float) -> None:
-        self._deadline = self._now() + seconds
+        self.deadline = self._now() + seconds
         if self._paused:
             self._paused = False
             if self._since:  # nothing could come meanwhile

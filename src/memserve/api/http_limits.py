@@ -34,12 +34,12 @@ class HttpLimits:
     # What follows a refused request is thrown away for so long: a client that is still sending
     # would lose the refusal with its connection.
     linger_seconds: float = 30.0
-    # A client that reads nothing of what waits for it keeps what answers it.
+    # Without reading anything of what waits for it: it keeps what answers it, or its connection.
     stalled_seconds: float = 300.0
     # How long a client of HTTP/1.0 that has finished sending is answered: whether it is still
     # there cannot be found out.
     half_closed_seconds: float = 5.0
-    # A TLS handshake; also for the end of a TLS connection.
+    # For a TLS handshake.
     handshake_seconds: float = 10.0
     sweep_seconds: float = 1.0
 
@@ -50,7 +50,8 @@ class HttpCounters:
     that metrics read."""
 
     connections: int = 0  # accepted, the refused ones included
-    refused_connections: int = 0  # one too many: 503
+    evicted: int = 0  # idle ones, closed to make room for others
+    refused_connections: int = 0  # one too many, and none was idle: 503
     malformed: int = 0  # requests that break HTTP or the limits on heads and single bodies: 4xx
     bodies_refused: int = 0  # bodies for which there was no memory: 503
     head_timeouts: int = 0  # 408

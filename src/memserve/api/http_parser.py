@@ -29,8 +29,8 @@ MAX_HEADERS = 256  # a browser behind three proxies sends 40
 # shortest kind.
 MAX_SLICE_BYTES = 16 * 1024
 
-# Heads of which less came in further slices than their first are not larger than MAX_HEAD_BYTES.
-_SURELY_SMALL = MAX_HEAD_BYTES - 2 * MAX_SLICE_BYTES
+# Heads of which not more came before their last slice are smaller than MAX_HEAD_BYTES.
+_SURELY_SMALL = MAX_HEAD_BYTES - MAX_SLICE_BYTES
 _HEADER_OVERHEAD = len(b": \r\n")
 _LINE_OVERHEAD = len(b"  HTTP/1.1\r\n\r\n")
 # Headers that the server itself has a use for.
@@ -108,8 +108,8 @@ class RequestParser:
         self.unfinished = False  # something of it has come
         self.in_head = True
         self.body_size = 0
-        # Bytes since it began, but for those that came with its beginning; then bytes since its
-        # head or some of its body came: trailers, and chunks' extensions.
+        # Bytes that came since it began, or since its head's end or some of its body did: a head,
+        # or else trailers and chunks' extensions.
         self._fed = 0
         self._url = b""
         self._headers: list[Header] = []
@@ -125,12 +125,12 @@ class RequestParser:
     def feed(self, data: bytes | memoryview) -> None:
         """More bytes: a body's `missing` ones, or MAX_SLICE_BYTES at most. The sink is told at
         once of what is complete with them."""
-        if len(data) <= MAX_SLICE_BYTES:
-            self.count(len(data))
         try:
             self.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self.stumbled(data, error)
+        if self.unfinished and len(data) <= MAX_SLICE_BYTES:
+            self.count(len(data))
 
     def stumbled(self, data: bytes | memoryview, error: Exception) -> None:
         """What `feed_data` has raised."""
@@ -143,9 +143,10 @@ class RequestParser:
         self.refuse(invalid(f"Not HTTP/1.1: {error}"))
 
     def count(self, size: int) -> None:
-        """So many bytes belong to the unfinished request."""
+        """So many bytes came last, and the request is unfinished. The first ones may have been
+        another's: it is refused at the latest a slice beyond the limit, and never too early."""
         self._fed += size
-        if self._fed > MAX_HEAD_BYTES and self.unfinished:
+        if self._fed > MAX_HEAD_BYTES + MAX_SLICE_BYTES:
             self.refuse(_head_too_large())
 
     @property

@@ -47,6 +47,7 @@ class HttpServer:
         self.counters = counters or HttpCounters()
         self.held_bytes = 0  # now; see HttpLimits
         self._connections: set[Connection] = set()
+        self._idle: list[Connection] | None = None  # longest at the end, as of the last sweep
         self._empty = asyncio.Event()
         self.closing = False
         self.loop = asyncio.get_running_loop()
@@ -64,14 +65,14 @@ class HttpServer:
     ) -> None:
         """Accept connections on a listening socket, which the server owns from now on. With
         `tls`, clients speak TLS; they are counted once they have shaken hands."""
-        seconds = None if tls is None else self.limits.handshake_seconds
+        limits = self.limits
         self._server = await self.loop.create_server(
             lambda: Connection(self),
             sock=sock,
             backlog=backlog,
             ssl=tls,
-            ssl_handshake_timeout=seconds,
-            ssl_shutdown_timeout=seconds,
+            ssl_handshake_timeout=None if tls is None else limits.handshake_seconds,
+            ssl_shutdown_timeout=None if tls is None else limits.linger_seconds,
         )
         self._sweep()
 
@@ -93,11 +94,11 @@ class HttpServer:
     def add(self, connection: Connection) -> bool:
         """A connection tells that it is there; whether there is room for it."""
         self.counters.connections += 1
+        full = len(self._connections) >= self.limits.connections
+        room = not full or self._make_room()
         self._connections.add(connection)
-        if len(self._connections) <= self.limits.connections:
-            return True
-        self.counters.refused_connections += 1
-        return False
+        self.counters.refused_connections += not room
+        return room
 
     def discard(self, connection: Connection) -> None:
         self._connections.discard(connection)
@@ -120,8 +121,23 @@ class HttpServer:
                 else:
                     reply.send_error(internal("The server failed while it had this request."))
 
+    def _make_room(self) -> bool:
+        """Close the connection that has been idle for longest. Those that are idle are looked for
+        once a sweep: a flood of connections does not make each of them expensive."""
+        if self._idle is None:
+            idle = [connection for connection in self._connections if connection.idle]
+            self._idle = sorted(idle, key=lambda connection: connection.deadline, reverse=True)
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.idle:
+                connection.close_when_idle()
+                self.counters.evicted += 1
+                return True
+        return False
+
     def _sweep(self) -> None:
         self._sweeping = self.loop.call_later(self.limits.sweep_seconds, self._sweep)
+        self._idle = None
         now = self.loop.time()
         for connection in list(self._connections):
             try:

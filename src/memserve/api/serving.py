@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -16,7 +17,7 @@ from starlette.types import ASGIApp
 
 from memserve.api.asgi import asgi_handler
 from memserve.api.http_limits import HttpCounters, HttpLimits
-from memserve.api.http_server import Handler, HttpServer
+from memserve.api.http_server import FILES_SHARE, Handler, HttpServer
 from memserve.hosts import advertised, bracketed, open_socket
 
 BACKLOG = 2048
@@ -108,6 +109,15 @@ def announce(address: str, ready_fd: int | None) -> None:
         ready.write(f"{address}\n")
 
 
+def allow_files(number: int) -> None:
+    """Let this process open so many files, as far as the system does: many shells give 1024,
+    which is for programs that use select(2), as nothing here does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 async def serve(
     app: ASGIApp,
     sock: socket.socket,
@@ -137,6 +147,8 @@ async def serve_http(
 
     While draining, connections are still accepted: the handler refuses the requests.
     """
+    limits = limits or HttpLimits()
+    allow_files(int(limits.connections / FILES_SHARE))
     server = HttpServer(handler, max_body_bytes, limits, counters)
     await server.start(sock, BACKLOG, tls)
     try:
