@@ -75,10 +75,13 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     logprobs: Count | None = None  # alternatives to report besides the chosen token; None: none
 
 
-def validate_sampling(params: SamplingParams, vocab_size: int) -> None:
+def validate_sampling(
+    params: SamplingParams, vocab_size: int, like: SamplingParams | None = None
+) -> None:
     """Raise RequestError, with the allowed range, for the first value out of range.
 
-    NaN and infinity always are. Types are the decoder's business.
+    NaN and infinity always are. Types are the decoder's business. `like` has passed already: the
+    samples of one call differ in their seeds, and share lists that are not looked through again.
     """
     p = params
     if p.max_tokens < 1:
@@ -103,11 +106,17 @@ def validate_sampling(params: SamplingParams, vocab_size: int) -> None:
         raise _refused("logprobs", p.logprobs, f"from 0 to {MAX_LOGPROBS}")
     if p.seed is not None and not -(2**63) <= p.seed < 2**63:
         raise _refused("seed", p.seed, "a signed 64-bit integer")
+    if like is not None and _same_lists(p, like):
+        return
     _check_token_ids("stop_token_ids", p.stop_token_ids, vocab_size)
     _check_token_ids("logit_bias", p.logit_bias, vocab_size)
     for bias in p.logit_bias.values():
         if not -100 <= bias <= 100:
             raise _refused("logit_bias", bias, "from -100 to 100")
+
+
+def _same_lists(a: SamplingParams, b: SamplingParams) -> bool:
+    return a.stop_token_ids is b.stop_token_ids and a.logit_bias is b.logit_bias
 
 
 def _check_token_ids(param: str, ids: Collection[int], vocab_size: int) -> None:

@@ -138,8 +138,7 @@ class Engine:
 
         Raises RequestError for one that can never run, QueueFull, EngineStopped.
         """
-        for request in requests:
-            self._validate(request)
+        self._validate_all(requests)
         with self._lock:
             self._make_sure_of_room(len(requests))
             self._queued += len(requests)
@@ -147,8 +146,7 @@ class Engine:
 
     def check(self, requests: Seq[EngineRequest]) -> None:
         """Raise what `submit` would raise now, and queue nothing."""
-        for request in requests:
-            self._validate(request)
+        self._validate_all(requests)
         with self._lock:
             self._make_sure_of_room(len(requests))
 
@@ -159,9 +157,17 @@ class Engine:
         if waiting + count > self._settings.max_waiting:
             raise QueueFull(waiting, self._settings.max_waiting)
 
-    def _validate(self, request: EngineRequest) -> None:
+    def _validate_all(self, requests: Seq[EngineRequest]) -> None:
+        valid: EngineRequest | None = None
+        for request in requests:
+            self._validate(request, valid)
+            valid = request
+
+    def _validate(self, request: EngineRequest, like: EngineRequest | None) -> None:
         info = self._info
-        validate_sampling(request.sampling, info.vocab_size)
+        validate_sampling(
+            request.sampling, info.vocab_size, None if like is None else like.sampling
+        )
         if not len(request.prompt):
             raise RequestError("the prompt is empty", "prompt")
         tokens = request.tokens
@@ -263,6 +269,7 @@ class Engine:
             return True
 
     def _accept(self, command: _Submit) -> None:
+        sequence: Sequence | None = None
         for request in command.requests:
             sequence = Sequence(
                 request,
@@ -272,6 +279,7 @@ class Engine:
                 self._info.max_tokens,
                 command.at,
                 self._fenced(request.observer),
+                like=sequence,
             )
             self._arrivals += 1
             self._scheduler.add(sequence)

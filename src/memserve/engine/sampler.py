@@ -50,10 +50,8 @@ class SamplerState:
     """What the sampling of one sequence keeps between steps. Its sequence owns it."""
 
     __slots__ = (
-        "_bias",
-        "_bias_ids",
         "_counts",
-        "_end_ids",
+        "_fixed",
         "_generated",
         "_prompt_tokens",
         "_seed",
@@ -61,9 +59,14 @@ class SamplerState:
     )
 
     def __init__(
-        self, params: SamplingParams, prompt: TokenArray, eos_token_ids: Sequence[int]
+        self,
+        params: SamplingParams,
+        prompt: TokenArray,
+        eos_token_ids: Sequence[int],
+        like: SamplerState | None = None,
     ) -> None:
-        """`prompt` [tokens] int32. `eos_token_ids` end the sequence: () with `ignore_eos`.
+        """`prompt` [tokens] int32. `eos_token_ids` end the sequence: () with `ignore_eos`. `like`:
+        perhaps of another sample of the same call.
 
         Without a seed, one is drawn from the operating system.
         """
@@ -71,9 +74,10 @@ class SamplerState:
         self._prompt_tokens = len(prompt)
         self._generated = 0
         self._seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
-        self._end_ids = np.array([*eos_token_ids, *params.stop_token_ids], np.int64)
-        self._bias_ids = np.array(list(params.logit_bias), np.int64)
-        self._bias = np.array(list(params.logit_bias.values()), np.float32)
+        same = like is not None and like._fixed.is_of(params, eos_token_ids)
+        self._fixed: _FixedTokens = (
+            like._fixed if like is not None and same else _FixedTokens(params, eos_token_ids)
+        )
         self._counts: TokenCounts | None = None
         if params.repetition_penalty != 1:
             self._counts = TokenCounts(prompt)
@@ -87,14 +91,20 @@ class SamplerState:
             self._counts.add(token)
 
     @property
+    def end_tokens(self) -> frozenset[int]:
+        """The model's and the client's own."""
+        return self._fixed.end_tokens
+
+    @property
     def greedy(self) -> bool:
         return self.params.temperature < GREEDY_BELOW
 
     @property
     def adjusts(self) -> bool:
         """Whether the next token's logits change before temperature."""
-        held_open = self._generated < self.params.min_tokens and self._end_ids.size > 0
-        return held_open or self._bias_ids.size > 0 or self._counts is not None
+        fixed = self._fixed
+        held_open = self._generated < self.params.min_tokens and fixed.end_ids.size > 0
+        return held_open or fixed.bias_ids.size > 0 or self._counts is not None
 
     @property
     def is_argmax(self) -> bool:
@@ -104,9 +114,10 @@ class SamplerState:
     def adjust(self, logits: FloatArray) -> FloatArray:
         """A copy of `logits` [vocab] after `min_tokens`, `logit_bias` and penalties."""
         logits = logits.copy()
+        fixed = self._fixed
         if self._generated < self.params.min_tokens:
-            logits[self._end_ids] = -np.inf
-        logits[self._bias_ids] += self._bias
+            logits[fixed.end_ids] = -np.inf
+        logits[fixed.bias_ids] += fixed.bias
         if self._counts is not None:
             self._counts.penalise(logits, self.params)
         return logits
@@ -116,6 +127,28 @@ class SamplerState:
         position = self._prompt_tokens + self._generated
         bits = int(np.random.Philox(key=self._seed, counter=position).random_raw())
         return (bits >> 11) * 2.0**-53
+
+
+class _FixedTokens:
+    """The tokens that a request names, made ready once for all its samples and steps."""
+
+    __slots__ = ("_eos", "_params", "bias", "bias_ids", "end_ids", "end_tokens")
+
+    def __init__(self, params: SamplingParams, eos_token_ids: Sequence[int]) -> None:
+        self._params = params
+        self._eos = tuple(eos_token_ids)
+        self.end_tokens = frozenset((*eos_token_ids, *params.stop_token_ids))
+        self.end_ids: IdArray = np.array([*self.end_tokens], np.int64)
+        self.bias_ids: IdArray = np.array(list(params.logit_bias), np.int64)
+        self.bias: FloatArray = np.array(list(params.logit_bias.values()), np.float32)
+
+    def is_of(self, params: SamplingParams, eos_token_ids: Sequence[int]) -> bool:
+        """Whether another request names the same ones; False: perhaps not."""
+        return (
+            params.stop_token_ids is self._params.stop_token_ids
+            and params.logit_bias is self._params.logit_bias
+            and self._eos == tuple(eos_token_ids)
+        )
 
 
 class TokenCounts:

@@ -31,8 +31,10 @@ class Sequence:
         max_model_len: int,
         submitted: float = 0.0,
         observer: PrefillObserver | None = None,
+        like: Sequence | None = None,
     ) -> None:
-        """`observer`: the request's, as the engine's device has it."""
+        """`observer`: the request's, as the engine's device has it. `like`: perhaps another sample
+        of the same call, to share with it what their sampling has in common."""
         self.request = request
         self.arrival = arrival
         self.submitted = submitted  # seconds of the engine's clock
@@ -44,8 +46,9 @@ class Sequence:
         self.fresh = True  # has never been in a step
         params = request.sampling
         eos = () if params.ignore_eos else eos_token_ids
-        self.sampler = SamplerState(params, request.prompt, eos)
-        self.end_tokens = frozenset((*eos, *params.stop_token_ids))
+        self.sampler: SamplerState = SamplerState(
+            params, request.prompt, eos, None if like is None else like.sampler
+        )
         wanted = len(request.output) + 1 if request.prefill_only else params.max_tokens
         self.limit = min(len(request.prompt) + wanted, max_model_len)
         self._tokens = np.empty(self.limit, dtype=np.int32)
@@ -146,7 +149,7 @@ class Sequence:
         self._tokens[self.length] = token
         self.length += 1
         self.sampler.append(token)
-        if token in self.end_tokens:
+        if token in self.sampler.end_tokens:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.length == self.limit else None
 
