@@ -19,7 +19,7 @@ from memserve.clock import MonotonicClock
 from memserve.errors import NotOwned, TransferError, UnwrittenBlocks
 from memserve.transfer import wire
 from memserve.transfer.base import BlockList, PoolRegions, Ticket, Transport, WriteList
-from memserve.transfer.canary import Canary
+from memserve.transfer.canary import Canaries
 from memserve.transfer.conversion import meaning
 from memserve.transfer.faulty import Duplicate, FaultyTransport, listed
 from memserve.transfer.messages import (
@@ -260,8 +260,8 @@ def test_a_canary_touches_only_the_heads_that_are_written(heads: range, aggregat
         refs = np.concatenate((b.alloc_mem(3), b.alloc_mem(4, Medium.DRAM)))
         before = kv_blocks(7, layout=layout).to(torch.float16)
         b.write(refs, before)
-        canary = Canary(b, refs[1:], heads)
-        canary.plant()
+        canaries = Canaries(b)
+        canary = canaries.plant(refs[1:], heads)
         assert canary.left() == 6 * layout.layers
         after = b.read(refs)
         others = [head for head in range(2) if head not in heads]
@@ -270,6 +270,14 @@ def test_a_canary_touches_only_the_heads_that_are_written(heads: range, aggregat
         b.write(refs[1:3], before[1:3])
         assert canary.left() == 4 * layout.layers
         b.write(refs[3:], before[3:])
+        assert canary.left() == 0
+        b.free_mem(refs)
+        assert b.shrink_dram(4) == 4
+        b.grow_dram(4)  # other memory in the same place
+        again = b.alloc_mem(4, Medium.DRAM)
+        canary = canaries.plant(again, heads)
+        assert canary.left() == 4 * layout.layers
+        b.write(again, before[:4])
         assert canary.left() == 0
 
 

@@ -12,7 +12,7 @@ from memserve.errors import LengthMismatch, NotOwned, UnwrittenBlocks
 from memserve.pool.layout import KVLayout
 from memserve.pool.results import InsertResult, Match
 from memserve.pool.storage import Extent
-from memserve.transfer.canary import Canary
+from memserve.transfer.canary import Canaries, Canary
 from memserve.transfer.conversion import common_heads, require_filled
 from memserve.transfer.destination_session import DestinationSession
 from memserve.transfer.guards import Guard
@@ -84,6 +84,7 @@ class Receiver:
     def __init__(self, pool: ReceivingPool, owner_number: int) -> None:
         self._pool = pool
         self._owner_number = owner_number
+        self._canaries = Canaries(pool)
         self._held: dict[DestinationSession, _Held] = {}
         self._grants: dict[tuple[Owner, int], RefArray] = {}
         self._quarantined: set[DestinationSession] = set()
@@ -112,7 +113,7 @@ class Receiver:
         held = self._held[session] = _Held(tokens, None, _NONE)
         if prepare.target is not None:
             held.guard = self._guard_target(peer, prepare, prepare.target, heads)
-            held.canary = self._plant(held.guard.refs, heads)
+            held.canary = self._canaries.plant(held.guard.refs, heads)
             return 0, prepare.target
         if tokens is None:  # they become the peer's, who knows what is in them
             held.own = self._pool.alloc_mem(prepare.blocks, prepare.medium, private=True)
@@ -122,7 +123,7 @@ class Receiver:
         if not missing:
             return len(held.match.refs), to_words(held.match.refs)
         held.own = self._pool.alloc_mem(missing, prepare.medium, private=True)
-        held.canary = self._plant(held.own, heads)
+        held.canary = self._canaries.plant(held.own, heads)
         return len(held.match.refs), to_words(held.own)
 
     def publish(self, peer: Owner, session: DestinationSession) -> bytes:
@@ -222,13 +223,6 @@ class Receiver:
         assert result.match is not None
         result.match.release()
         return result.match.refs
-
-    def _plant(self, refs: RefArray, heads: range) -> Canary | None:
-        if not len(refs):
-            return None
-        canary = Canary(self._pool, refs, heads)
-        canary.plant()
-        return canary
 
     def _guard_target(self, peer: Owner, prepare: Prepare, words: bytes, heads: range) -> Guard:
         target = _refs(words, self._owner_number)
