@@ -42,8 +42,8 @@ class Canaries:
 
     def __init__(self, pool: CanaryPool) -> None:
         self._pool = pool
-        # Where they go in HBM, by heads: to find that out takes as long as to write them. DRAM comes
-        # and goes, and what is remembered of it would keep it.
+        # Where they go in HBM, by heads: to find that out takes as long as to write them. DRAM
+        # comes and goes, and what is remembered of it would keep it.
         self._hbm: dict[range, tuple[tuple[Extent, ...], list[_Place]]] = {}
 
     def plant(self, refs: RefArray, heads: range) -> Canary:
