@@ -101,13 +101,13 @@ def test_what_is_not_damaged_is_read(file: Path) -> None:
 
 
 def test_damaged_text(file: Path) -> None:
-    fine = sum(read(each.text(TEXT), file, each) for each in mutators("config text", 1_000))
+    fine = sum(read(each.text(TEXT), file, each) for each in mutators("config text", 1_500))
     assert fine > 0  # or nothing but the parser has been tested
 
 
 def test_damaged_structure(file: Path) -> None:
     tree = from_json(json.dumps(TREE))
     fine = sum(
-        read(document(each.tree(tree)), file, each) for each in mutators("config tree", 1_000)
+        read(document(each.tree(tree)), file, each) for each in mutators("config tree", 500)
     )
     assert fine > 0

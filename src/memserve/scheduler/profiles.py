@@ -75,7 +75,7 @@ def make_profile(effort: Effort, subject: Subject, costs: CostModel) -> Profile:
 
 _encode = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(Profile)
-_PROBED = np.array([1, 512, 4096, 65_536])  # tokens, and bytes
+_PROBED = np.array([1, 512, 8192])  # tokens, and bytes: 2 ms
 
 
 def encode_profile(profile: Profile) -> bytes:
