@@ -107,7 +107,5 @@ def test_damaged_text(file: Path) -> None:
 
 def test_damaged_structure(file: Path) -> None:
     tree = from_json(json.dumps(TREE))
-    fine = sum(
-        read(document(each.tree(tree)), file, each) for each in mutators("config tree", 500)
-    )
+    fine = sum(read(document(each.tree(tree)), file, each) for each in mutators("config tree", 500))
     assert fine > 0
