@@ -19,6 +19,7 @@ from memserve import Medium, MemPool
 from memserve.transfer import wire
 from memserve.transfer.conversation import Conversation
 from memserve.transfer.links import Arrival, Links, Way
+from memserve.transfer.secret import cluster_keys
 from tests.transfer_harness import (
     LAYOUT,
     LOCAL,
@@ -182,8 +183,8 @@ def hello_of(name: str, recorded: list[list[Value]], b: MemPool) -> bytes:
 def test_mutants_of_valid_messages(recorded: list[list[Value]], seed: int) -> None:
     rng = random.Random(seed)
     with (
-        MemPool(LAYOUT, 32, 8, instance="b", secret="") as b,
-        MemPool(LAYOUT, 32, instance="a", secret="") as a,
+        MemPool(LAYOUT, 32, 8, instance="b") as b,
+        MemPool(LAYOUT, 32, instance="a") as a,
         zmq.Context() as context,
         context.socket(zmq.DEALER) as socket,
     ):
@@ -191,6 +192,7 @@ def test_mutants_of_valid_messages(recorded: list[list[Value]], seed: int) -> No
         a.connect("b", address)
         socket.linger = 1000
         socket.sndtimeo = int(PATIENCE * 1000)
+        cluster_keys().secure_client(socket)
         socket.connect(address)
         service = b._require_service()
         for number in range(max(1, EXAMPLES // 2 // LIFE)):

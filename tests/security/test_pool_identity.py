@@ -27,6 +27,7 @@ from memserve.transfer.links import Arrival
 from memserve.transfer.messages import Prepare, Prepared, Refused
 from memserve.transfer.process import ProcessTag, own_process
 from memserve.transfer.regions import host_id
+from memserve.transfer.secret import cluster_keys
 from memserve.transfer.session import LEASE
 from memserve.transfer.table import GONE
 from memserve.types import (
@@ -73,6 +74,7 @@ def owner(name: str, epoch: int) -> Owner:
 def line(address: str) -> Iterator[zmq.Socket[bytes]]:
     """A connection to a pool."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        cluster_keys().secure_client(socket)
         socket.linger = 1000
         socket.rcvtimeo = int(PATIENCE * 1000)
         socket.connect(address)
@@ -88,8 +90,8 @@ def answer(socket: zmq.Socket[bytes]) -> wire.Message:
 
 def test_nobody_says_bye_for_another() -> None:
     with (
-        MemPool(LAYOUT, 8, instance="b", secret="") as b,
-        MemPool(LAYOUT, 8, instance="a", secret="") as a,
+        MemPool(LAYOUT, 8, instance="b") as b,
+        MemPool(LAYOUT, 8, instance="a") as a,
     ):
         address = b.serve(LOCAL)
         a.connect("b", address)
@@ -110,8 +112,8 @@ def test_a_name_is_taken_while_its_life_is_heard(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(service_module, "CONNECT_TIMEOUT", 0.3)
     clock = ManualClock()
     with (
-        MemPool(LAYOUT, 8, instance="b", secret="", clock=clock) as b,
-        MemPool(LAYOUT, 8, instance="a", secret="", epoch=5) as impostor,
+        MemPool(LAYOUT, 8, instance="b", clock=clock) as b,
+        MemPool(LAYOUT, 8, instance="a", epoch=5) as impostor,
     ):
         address = b.serve(LOCAL)
         with line(address) as socket:
@@ -141,22 +143,22 @@ def test_a_life_whose_process_has_ended_is_replaced_at_once_by_an_earlier_epoch(
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     tag = ProcessTag(host_id().boot, pid_namespace(), ended.pid, 1)
-    with MemPool(LAYOUT, 8, instance="b", secret="") as b:
+    with MemPool(LAYOUT, 8, instance="b") as b:
         address = b.serve(LOCAL)
         with line(address) as socket:
             socket.send_multipart([HEADER, body(owner("a", 2**62), b, hello(tag))])
             assert isinstance(answer(socket), wire.Hello)
-            with MemPool(LAYOUT, 8, instance="a", secret="", epoch=1) as a:
+            with MemPool(LAYOUT, 8, instance="a", epoch=1) as a:
                 a.connect("b", address)
                 a.transfer_with_insert("b", tokens_of(2), filled(a, 2)).result(PATIENCE)
 
 
 def test_a_restart_behind_its_address_with_a_clock_that_is_behind() -> None:
-    with MemPool(LAYOUT, 8, instance="a", secret="") as a:
-        with MemPool(LAYOUT, 8, instance="b", secret="", epoch=100) as first:
+    with MemPool(LAYOUT, 8, instance="a") as a:
+        with MemPool(LAYOUT, 8, instance="b", epoch=100) as first:
             address = first.serve(LOCAL)
             a.connect("b", address)
-        with MemPool(LAYOUT, 8, instance="b", secret="", epoch=1) as second:
+        with MemPool(LAYOUT, 8, instance="b", epoch=1) as second:
             second.serve(address)
             eventually(lambda: _sent(a), "the new life")
             with second.match(tokens_of(2)) as match:
@@ -176,7 +178,7 @@ def _sent(pool: MemPool) -> bool:
 
 def test_lives_come_and_go_without_an_end() -> None:
     """20,000 of them leave nothing that grows."""
-    with MemPool(LAYOUT, 8, instance="b", secret="") as b:
+    with MemPool(LAYOUT, 8, instance="b") as b:
         b.serve(LOCAL)
 
         def live(conversation: Conversation, now: float) -> None:
@@ -229,7 +231,7 @@ def test_numbers_of_lives_that_are_over_are_used_again() -> None:
 def test_what_a_peer_can_have_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers_module, "MAX_PEERS", 2)
     monkeypatch.setattr(table_module, "MAX_OPEN", 3)
-    with MemPool(LAYOUT, 8, instance="b", secret="") as b:
+    with MemPool(LAYOUT, 8, instance="b") as b:
         address = b.serve(LOCAL)
         with line(address) as socket, line(address) as third:
             for name in ("one", "two"):

@@ -35,6 +35,7 @@ from memserve.transfer.messages import (
 )
 from memserve.transfer.process import own_process
 from memserve.transfer.regions import host_id
+from memserve.transfer.secret import cluster_keys
 from memserve.transfer.shm import ShmTransport
 from memserve.types import Epoch, InstanceId, Owner, RefArray
 from tests.transfer_harness import (
@@ -99,6 +100,7 @@ class Stranger:
 @contextlib.contextmanager
 def stranger_of(pool: MemPool, name: str = "stranger") -> Iterator[Stranger]:
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        cluster_keys().secure_client(socket)
         socket.linger = 1000
         socket.rcvtimeo = int(PATIENCE * 1000)
         socket.connect(pool.serve(LOCAL))
@@ -113,7 +115,7 @@ def has_nothing(pool: MemPool) -> bool:
 
 
 def test_three_messages_publish_nothing() -> None:
-    with MemPool(LAYOUT, 8, instance="b", secret="") as b, stranger_of(b) as stranger:
+    with MemPool(LAYOUT, 8, instance="b") as b, stranger_of(b) as stranger:
         secret = filled(b, 8, seed=7)  # what lies in those blocks
         b.free_mem(secret)
         prepare = stranger.prepare()
@@ -134,7 +136,7 @@ def test_three_messages_publish_nothing() -> None:
 
 def test_blocks_of_the_engine_are_no_ones_target() -> None:
     """Named as a target they would be written to, or published as the KV of other tokens."""
-    with MemPool(LAYOUT, 8, instance="b", secret="") as b, stranger_of(b) as stranger:
+    with MemPool(LAYOUT, 8, instance="b") as b, stranger_of(b) as stranger:
         refs = b.alloc_mem(3, private=True)
         b.write(refs, kv_blocks(3))
         for tokens in (True, False):
@@ -147,8 +149,8 @@ def test_blocks_of_the_engine_are_no_ones_target() -> None:
 
 
 def test_what_was_given_to_one_peer_is_not_anothers_target() -> None:
-    with MemPool(LAYOUT, 8, instance="b", secret="") as b, stranger_of(b) as stranger:
-        with MemPool(LAYOUT, 8, instance="a", secret="") as a:
+    with MemPool(LAYOUT, 8, instance="b") as b, stranger_of(b) as stranger:
+        with MemPool(LAYOUT, 8, instance="a") as a:
             a.connect("b", stranger_address(b))
             refs = a.transfer("b", filled(a, 3)).result(PATIENCE)
             assert isinstance(stranger.ask(stranger.prepare(refs)), Refused)
@@ -167,7 +169,7 @@ def stranger_address(pool: MemPool) -> str:
 
 
 def test_a_target_that_is_not_written_is_not_published() -> None:
-    with MemPool(LAYOUT, 8, instance="b", secret="") as b, stranger_of(b) as stranger:
+    with MemPool(LAYOUT, 8, instance="b") as b, stranger_of(b) as stranger:
         target = b.alloc_mem(3)
         prepare = stranger.prepare(target)
         prepared = stranger.ask(prepare)
@@ -179,7 +181,7 @@ def test_a_target_that_is_not_written_is_not_published() -> None:
 
 
 def test_only_what_was_given_to_a_peer_is_its_to_free() -> None:
-    with MemPool(LAYOUT, 8, instance="b", secret="") as b, stranger_of(b) as stranger:
+    with MemPool(LAYOUT, 8, instance="b") as b, stranger_of(b) as stranger:
         engines, public = b.alloc_mem(2, private=True), b.alloc_mem(1)
         for number, refs in enumerate((engines, public)):
             answer = stranger.ask(wire.FreeBlocks(number, to_words(refs)))

@@ -13,6 +13,7 @@ from memserve.errors import OutOfBlocks, PeerLost, StaleBlock, TransferError
 from memserve.transfer.base import HostId, PoolRegions
 from memserve.transfer.messages import Prepare
 from memserve.transfer.process import ProcessTag
+from memserve.transfer.secret import cluster_keys
 from memserve.transfer.session import FORSAKE, LEASE
 from memserve.transfer.wire import Hello, encode, header
 from memserve.types import Epoch, InstanceId, Owner, RefArray
@@ -140,6 +141,7 @@ def test_blocks_of_a_host_that_is_never_heard_of_again_come_back() -> None:
         zmq.Context() as context,
         context.socket(zmq.DEALER) as socket,
     ):
+        cluster_keys().secure_client(socket)
         socket.connect(b.serve(LOCAL))
         for message, receiver in (
             (Hello(False, elsewhere, memory, ()), 0),

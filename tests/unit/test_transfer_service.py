@@ -52,6 +52,7 @@ HEADER = wire.header(LAYOUT)
 def stranger(address: str) -> Iterator[zmq.Socket[bytes]]:
     """A socket on a pool's port."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        cluster_keys().secure_client(socket)
         socket.linger = 1000
         socket.rcvtimeo = int(PATIENCE * 1000)
         socket.connect(address)
@@ -87,7 +88,7 @@ def test_a_secret_is_needed_to_talk_and_the_same_one() -> None:
         MemPool(LAYOUT, 4, instance="b", secret="one") as b,
         MemPool(LAYOUT, 4, instance="friend", secret="one") as friend,
         MemPool(LAYOUT, 4, instance="liar", secret="two") as liar,
-        MemPool(LAYOUT, 4, instance="open", secret="") as without,
+        MemPool(LAYOUT, 4, instance="open") as without,
     ):
         address = b.serve(LOCAL)
         for other in (liar, without):
@@ -306,7 +307,7 @@ def test_the_gate_answers_what_is_no_question() -> None:
 
 
 def test_a_message_of_many_frames_is_dropped_as_it_comes() -> None:
-    with MemPool(LAYOUT, 4, instance="b", secret="") as b, stranger(b.serve(LOCAL)) as socket:
+    with MemPool(LAYOUT, 4, instance="b") as b, stranger(b.serve(LOCAL)) as socket:
         socket.send_multipart([HEADER] * 5000)
         eventually(lambda: b.peer_stats().malformed == 1, "it")
         socket.send_multipart([HEADER, b"short"])
