@@ -8,14 +8,14 @@ import struct
 
 import pytest
 
-from memserve.api import http_connection
+from memserve.api import http_half_closed
+from memserve.api.http_half_closed import CONTINUE
 from memserve.api.http_limits import HttpLimits
 from memserve.api.http_message import Reply, Request
 from tests.http_harness import LOOPS, Handle, post, serving
 from tests.waiting import until
 
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the")
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 OLD = b"POST /p HTTP/1.0\r\ncontent-length: 3\r\n\r\nabc"
 NEVER = 1e6  # seconds
 
@@ -80,7 +80,7 @@ async def test_who_has_sent_all_gets_every_answer(handle: Handle, requests: list
 async def test_who_waits_for_long_is_asked_and_still_gets_its_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(http_connection, "YOUNG_SECONDS", 0.0)
+    monkeypatch.setattr(http_half_closed, "YOUNG_SECONDS", 0.0)
     work = Work()
     async with serving(work.handle) as served:
         client = await served.connect()
@@ -99,7 +99,7 @@ async def test_who_waits_for_long_is_asked_and_still_gets_its_answer(
 async def test_who_has_left_is_noticed_before_anything_is_answered(
     young_seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_connection, "YOUNG_SECONDS", young_seconds)
+    monkeypatch.setattr(http_half_closed, "YOUNG_SECONDS", young_seconds)
     work = Work()
     async with serving(work.handle) as served:
         client = await served.connect()
@@ -111,8 +111,8 @@ async def test_who_has_left_is_noticed_before_anything_is_answered(
 
 
 async def test_who_waits_first_and_leaves_then_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_connection, "YOUNG_SECONDS", 0.0)
-    monkeypatch.setattr(http_connection, "_LOOK_SECONDS", (0.005,))
+    monkeypatch.setattr(http_half_closed, "YOUNG_SECONDS", 0.0)
+    monkeypatch.setattr(http_half_closed, "LOOK_SECONDS", (0.005,))
     work = Work()
     async with serving(work.handle) as served:
         client = await served.connect()
@@ -189,7 +189,7 @@ async def test_an_old_client_that_says_no_more_has_a_limited_time() -> None:
 
 
 async def test_an_old_client_whose_end_comes_late_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_connection, "YOUNG_SECONDS", 0.0)
+    monkeypatch.setattr(http_half_closed, "YOUNG_SECONDS", 0.0)
     work = Work()
     async with serving(work.handle, limits=HttpLimits(half_closed_seconds=NEVER)) as served:
         client = await served.connect()

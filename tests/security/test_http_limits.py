@@ -418,6 +418,29 @@ async def test_a_client_that_leaves_within_its_answer_leaves_nothing(uncollected
         await until(lambda: connection() is None, "no reference")
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_a_half_closed_connection_leaves_nothing(leaves: bool, uncollected: None) -> None:
+    answer = asyncio.Event()
+
+    async def handle(request: Request, reply: Reply) -> None:
+        reply.on_gone = answer.set
+        await answer.wait()
+        reply.send(200, b"")
+
+    async with serving(handle) as served:
+        client, connection = await _tracked(served)
+        client.say(post(b"x" * 500))
+        client.writer.write_eof()
+        await until(lambda: served.server.counters.half_closed == 1, "the end")
+        if leaves:
+            client.writer.close()
+        else:
+            answer.set()
+            assert await client.reader.read()
+        await until(lambda: connection() is None, "no reference")
+        assert served.server.counters.departed == leaves
+
+
 async def test_an_idle_connection_keeps_no_body(uncollected: None) -> None:
     async def handle(request: Request, reply: Reply) -> None:
         reply.send(200, b"")

@@ -4,17 +4,6 @@ Requests are answered one at a time. What a client pipelines waits, and it is no
 meanwhile; of a large read no more is parsed than makes one request wait. Nor is the next one
 begun while the client does not read the answers that it has: what a connection holds is one
 request, one answer beyond the transport's high-water mark, one read, and a slice's requests.
-
-The end of what a client sends (FIN) may mean that it has left (`close`), or that it has said all
-and waits for the answer (`shutdown`, as `printf ... | nc` does); the two look the same. So:
-
-- Once the answer has begun, and with TLS, the client has left, and its request is cancelled.
-- Before that, a client of HTTP/1.1 is asked: it is sent `100 Continue`, which every client has to
-  skip (RFC 9110, 15.2), and which a socket that was closed answers with a reset. The connection's
-  state shows the reset after a round trip. Asked are those whose request is young after
-  YOUNG_SECONDS, so that most of the simple ones see nothing but their answer; all others at once.
-- HTTP/1.0 has no `100 Continue`. Who sends the end right behind the request has
-  `half_closed_seconds` to wait for its answer; anybody else has left.
 """
 
 from __future__ import annotations
@@ -22,25 +11,21 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from http import HTTPStatus
 from typing import Protocol, cast
 
 import httptools
 
-from memserve.api.errors import ApiError, unavailable
+from memserve.api import http_half_closed
+from memserve.api.errors import ApiError
+from memserve.api.http_half_closed import CONTINUE, HalfClosed
 from memserve.api.http_limits import HttpCounters, HttpLimits
 from memserve.api.http_message import Reply, Request
 from memserve.api.http_parser import MAX_SLICE_BYTES, RequestParser
+from memserve.api.http_refusals import timed_out, too_many_bodies, too_many_connections
 
-YOUNG_SECONDS = 0.05
-# After a sign of life was asked for: a round trip in the machine room, one around the world, and
-# then the next time.
-_LOOK_SECONDS = (0.005, 0.1, 1.0)
 # What a waiting request takes, but for its body: a few headers and their objects.
 REQUEST_BYTES = 1024
 _END_OF_HEAD = b"\r\n\r\n"
-_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_TCP_CLOSE = 7  # the first byte of TCP_INFO, after a reset (Linux, net/tcp_states.h)
 
 
 class Owner(Protocol):
@@ -87,7 +72,7 @@ class Connection(asyncio.Protocol):
         self._in_head = True  # which of these
         self._stalled = 0.0  # since when nothing more can be written
         self._unsent = 0  # bytes, when the connection was looked at while it was being closed
-        self._asking: asyncio.TimerHandle | None = None  # a half-closed client
+        self._half_closed: HalfClosed | None = None
 
     # --- asyncio.Protocol
 
@@ -103,13 +88,13 @@ class Connection(asyncio.Protocol):
         self.deadline = self._now() + limits.idle_seconds
         if not server.add(self):
             self._last = True
-            self._next(unavailable("Too many connections.", "too_many_connections", close=True))
+            self._next(too_many_connections())
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server.discard(self)
-        if self._asking is not None:
-            self._asking.cancel()
-            self._asking = None
+        if self._half_closed is not None:
+            self._half_closed.cancel()
+            self._half_closed = None
         self._waiting.clear()
         self._unread = b""
         self._last = True
@@ -139,15 +124,18 @@ class Connection(asyncio.Protocol):
         reply = self._reply
         if reply is None or reply.started or self._secure:
             return None  # the transport is closed
-        loop, limits = self._server.loop, self._server.limits
-        young = self._now() < self._began + YOUNG_SECONDS
+        wait = http_half_closed.YOUNG_SECONDS
+        young = self._now() < self._began + wait
+        if self._http_10 and not young:
+            return None
+        server = self._server
+        half_closed = HalfClosed(server.loop, self._transport, reply, self._departed)
         if self._http_10:
-            if not young:
-                return None
-            self._asking = loop.call_later(limits.half_closed_seconds, self._give_up)
+            half_closed.wait(server.limits.half_closed_seconds)
         else:
-            self._asking = loop.call_later(YOUNG_SECONDS if young else 0.0, self._ask)
-        self._server.counters.half_closed += 1
+            half_closed.ask(wait if young else 0.0)
+        self._half_closed = half_closed
+        server.counters.half_closed += 1
         self._last = True
         self._since = 0.0
         self._parser.stop()
@@ -174,7 +162,7 @@ class Connection(asyncio.Protocol):
 
     def expects(self) -> None:
         if self._reply is None and not self._waiting:
-            self.send(_CONTINUE)
+            self.send(CONTINUE)
 
     def announced(self, length: int) -> None:
         server = self._server
@@ -238,12 +226,12 @@ class Connection(asyncio.Protocol):
         elif self._since and not self._paused:
             if self._in_head and now > self._since + limits.head_seconds:
                 counters.head_timeouts += 1
-                self._refuse(_timed_out("head"))
+                self._refuse(timed_out("head"))
             elif not self._in_head and now > (
                 self._since + limits.body_seconds + self._parser.body_size / limits.body_rate
             ):
                 counters.body_timeouts += 1
-                self._refuse(_timed_out("body"))
+                self._refuse(timed_out("body"))
         elif self._reply is None and not self._since and now > self.deadline:
             self._transport.close()
 
@@ -358,7 +346,7 @@ class Connection(asyncio.Protocol):
     def _refuse_body(self) -> None:
         if not self._last:
             self._server.counters.bodies_refused += 1
-            self._refuse(unavailable("Too much is being sent at once.", "too_many_bodies"))
+            self._refuse(too_many_bodies())
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what cannot be taken, and take no more."""
@@ -372,27 +360,7 @@ class Connection(asyncio.Protocol):
         if self._held:
             self._account()
 
-    # --- a client that has finished sending
-
-    def _ask(self) -> None:
-        """Make one that has left answer with a reset."""
-        if self._reply is not None and not self._reply.started:
-            self.send(_CONTINUE)
-        self._look(0)
-
-    def _look(self, step: int) -> None:
-        """Whether it has left, until it has its answer."""
-        if self._transport.is_closing():
-            return
-        if _was_reset(self._transport):
-            self._give_up()
-        elif step < len(_LOOK_SECONDS):
-            seconds = _LOOK_SECONDS[step]
-            self._asking = self._server.loop.call_later(seconds, self._look, step + 1)
-        else:
-            self._ask()
-
-    def _give_up(self) -> None:
+    def _departed(self) -> None:
         self._server.counters.departed += 1
         self._transport.abort()
 
@@ -403,20 +371,3 @@ def _is_local(peer: object) -> bool:
         return True
     host = str(peer[0]).removeprefix("::ffff:")
     return host == "::1" or host.startswith("127.")
-
-
-def _was_reset(transport: asyncio.Transport) -> bool:
-    sock = transport.get_extra_info("socket")
-    try:
-        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-    except OSError:
-        return False  # not TCP: there, a write fails at once
-    return bool(state[0] == _TCP_CLOSE)
-
-
-def _timed_out(part: str) -> ApiError:
-    return ApiError(
-        HTTPStatus.REQUEST_TIMEOUT,
-        f"The request's {part} took too long to come.",
-        code="request_timeout",
-    )

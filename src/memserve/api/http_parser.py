@@ -13,7 +13,6 @@ a fresh parser, and what follows it behind it.
 from __future__ import annotations
 
 import re
-from http import HTTPStatus
 from typing import Protocol, cast
 from urllib.parse import unquote
 
@@ -21,6 +20,12 @@ import httptools
 
 from memserve.api.errors import ApiError, body_too_large, invalid, method_not_allowed
 from memserve.api.http_message import Header, Request
+from memserve.api.http_refusals import (
+    coding_not_implemented,
+    head_too_large,
+    too_many_headers,
+    version_not_supported,
+)
 
 MAX_HEAD_BYTES = 64 * 1024  # of request line and headers, with what separates them
 MAX_HEADERS = 256  # a browser behind three proxies sends 40
@@ -147,7 +152,7 @@ class RequestParser:
         another's: it is refused at the latest a slice beyond the limit, and never too early."""
         self._fed += size
         if self._fed > MAX_HEAD_BYTES + MAX_SLICE_BYTES:
-            self.refuse(_head_too_large())
+            self.refuse(head_too_large(MAX_HEAD_BYTES))
 
     @property
     def missing(self) -> int:
@@ -289,7 +294,7 @@ class RequestParser:
         Raises ApiError."""
         self._http_10 = version == "1.0"
         if version not in ("1.0", "1.1"):
-            raise _version_not_supported(version)
+            raise version_not_supported(version)
         self._check_size()
         if self._method == b"CONNECT":
             raise method_not_allowed("CONNECT", self._url.decode("latin-1"), None)
@@ -326,11 +331,11 @@ class RequestParser:
 
     def _check_size(self) -> None:
         if len(self._headers) > MAX_HEADERS:
-            raise _too_many_headers()
+            raise too_many_headers(MAX_HEADERS)
         size = len(self._method) + len(self._url) + _LINE_OVERHEAD
         size += sum(len(name) + len(value) + _HEADER_OVERHEAD for name, value in self._headers)
         if size > MAX_HEAD_BYTES:
-            raise _head_too_large()
+            raise head_too_large(MAX_HEAD_BYTES)
 
     def _check_codings(self, codings: bytes) -> None:
         if self._http_10:
@@ -339,11 +344,7 @@ class RequestParser:
             return
         if codings.rstrip(b",").split(b",")[-1].strip() != b"chunked":
             raise invalid("The last transfer coding of a request is chunked.")  # or has no end
-        raise ApiError(
-            HTTPStatus.NOT_IMPLEMENTED,
-            "Of transfer codings this server knows chunked alone.",
-            code="transfer_coding_not_implemented",
-        )
+        raise coding_not_implemented()
 
     def _without_offer(self) -> bytes:
         """The head again, but for what it offers to upgrade to."""
@@ -378,27 +379,3 @@ def _path_of(url: bytes) -> bytes:
         return httptools.parse_url(url).path or b"/"
     except httptools.HttpParserInvalidURLError:
         return url
-
-
-def _version_not_supported(version: str) -> ApiError:
-    return ApiError(
-        HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
-        f"This server speaks HTTP/1.1, not HTTP/{version}.",
-        code="http_version_not_supported",
-    )
-
-
-def _head_too_large() -> ApiError:
-    return ApiError(
-        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-        f"The request's line and headers are larger than {MAX_HEAD_BYTES} bytes.",
-        code="headers_too_large",
-    )
-
-
-def _too_many_headers() -> ApiError:
-    return ApiError(
-        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-        f"The request has more than {MAX_HEADERS} headers.",
-        code="headers_too_large",
-    )
