@@ -307,3 +307,16 @@ def _move(pool: MemPool, seed: int) -> None:
         pool.delete(_some(rng))
         pool.shrink_dram(4)
         pool.grow_dram(min(4, 12 - pool.stats().dram.total))
+
+
+def test_what_comes_in_takes_the_place_of_the_coldest() -> None:
+    """Not of what is hotter and in its way: that goes where something colder was."""
+    cold, wanted, hot = SHORT, OTHER, prompt(4, 5, 6)
+    with MemPool(LAYOUT, 3, 6) as pool:
+        for tokens in (cold, wanted):
+            in_dram(pool, tokens)
+        store(pool, hot)
+        with pool.match(wanted, in_hbm=True) as match:
+            assert ref_medium(match.refs).tolist() == [0, 0, 0]
+        assert [cached_blocks(pool, tokens) for tokens in (cold, wanted, hot)] == [0, 3, 3]
+        assert_quiet(pool)

@@ -44,14 +44,14 @@ class History:
 
     def bring_in(self, namespace: str, data: bytes) -> Moving[RefArray]:
         """The longest cached prefix, moved to HBM as much as there is room for, and pinned."""
-        hold = self._tiers.holds.open(self.find(namespace, data).refs)
+        hold = self._tiers.holds.open(self.find(namespace, data).refs, prefix=True)
         try:
             while True:
                 room = self._blocks.hbm.free + self._tiers.evictable(Medium.HBM)
                 moves = np.cumsum(ref_medium(hold.refs))
                 fits = hold.refs[: int(np.searchsorted(moves, room, side="right"))]
                 if len(fits) < len(hold.refs):
-                    longer, hold = hold, self._tiers.holds.open(fits)
+                    longer, hold = hold, self._tiers.holds.open(fits, prefix=True)
                     self._tiers.let_go(longer)
                 try:
                     yield from self._tiers.to_hbm(hold, _NONE)

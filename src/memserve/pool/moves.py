@@ -75,6 +75,7 @@ class Hold:
 
     refs: RefArray
     follows: bool  # to where the index has their KV, if it takes other blocks for it
+    prefix: bool  # they are all that is before any of them
 
 
 class Holds:
@@ -92,11 +93,16 @@ class Holds:
         """What is pinned by them."""
         return [part for hold in self._open for part in self._blocks.by_medium(hold.refs)]
 
-    def open(self, refs: RefArray, follows: bool = True) -> Hold:
+    @property
+    def scattered(self) -> bool:
+        """Whether unpinned blocks may be before pinned ones, and so stay with them."""
+        return any(not hold.prefix for hold in self._open)
+
+    def open(self, refs: RefArray, *, follows: bool = True, prefix: bool = False) -> Hold:
         """Pin blocks [n] that are the index's or its readers', each named once."""
         for blocks, _, index in self._blocks.by_medium(refs):
             blocks.pin(index)
-        hold = Hold(refs.copy(), follows)
+        hold = Hold(refs.copy(), follows, prefix)
         self._open.append(hold)
         return hold
 

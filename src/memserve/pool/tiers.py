@@ -22,8 +22,8 @@ class Tiers:
 
     Counts: a cached block may go if no pin is on it or on anything below it. Pins cover
     whole prefixes, so that is every unpinned block; only while a pinned block is ORPHAN may
-    its successor in the index be unpinned above pinned blocks, at most one for each. Holds are
-    on any blocks, so while there are some everything is counted.
+    its successor in the index be unpinned above pinned blocks, at most one for each. Some holds
+    are on any blocks; while there are such everything is counted.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Tiers:
     def evictable(self, medium: Medium) -> int:
         """How many historical blocks of the medium could go. Constant time without orphans."""
         unpinned, uncertain = self._unpinned(medium)
-        if not uncertain or not unpinned:
+        if not unpinned or not (uncertain or self.holds.scattered):
             return unpinned
         count = 0
         for root in self.index.roots.values():
@@ -62,7 +62,9 @@ class Tiers:
         blocks = self._blocks[medium]
         unpinned, uncertain = self._unpinned(medium)
         short = count - blocks.free
-        if medium is not Medium.HBM or self._blocks.dram.total or short > unpinned - uncertain:
+        if medium is not Medium.HBM or self._blocks.dram.total or self.holds.scattered:
+            return False
+        if short > unpinned - uncertain:
             return False
         self.drop(Kind.HBM, short)
         return count <= blocks.free
@@ -73,7 +75,8 @@ class Tiers:
         blocks = self._blocks[medium]
         while (short := count - blocks.free) > 0:
             unpinned, uncertain = self._unpinned(medium)
-            if short > unpinned - uncertain and short > (evictable := self.evictable(medium)):
+            sure = 0 if self.holds.scattered else unpinned - uncertain
+            if short > sure and short > (evictable := self.evictable(medium)):
                 raise OutOfBlocks(medium.name, count, blocks.free, evictable, blocks.total)
             before = self.evictions + self.swapped_out + self._copies
             if medium is Medium.HBM:
@@ -276,8 +279,6 @@ class Tiers:
         """Unpinned historical blocks, and how many of them pins below might hold."""
         blocks = self._blocks[medium]
         unpinned = blocks.cached - blocks.pinned
-        if len(self.holds):
-            return unpinned, unpinned
         return unpinned, sum(each.orphan for each in self._blocks.media)
 
     def _victim(self, queue: EvictionQueue, limit: int) -> tuple[Node, IndexArray] | None:
