@@ -96,7 +96,19 @@ def test_an_endless_body_without_announcement(cluster: FakeCluster) -> None:
     assert still_works(cluster)
 
 
-@pytest.mark.parametrize("body", [b"", b"{}", b'{"address": "ftp://x"}', b"x" * 5000])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b'{"address": "ftp://x"}',
+        b'{"address": "http://[::1"}',
+        b'{"address": "http://h:99999"}',
+        b'{"address": "http://h:0"}',
+        b'{"address": "http://:80"}',
+        b"x" * 5000,
+    ],
+)
 def test_nobody_joins_without_an_address(cluster: FakeCluster, body: bytes) -> None:
     answer = Answer(insider.ask(cluster.url, "/cluster/members", body, "POST"))
     assert answer.status in (400, 413)

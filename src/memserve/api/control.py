@@ -12,7 +12,7 @@ from http import HTTPStatus
 import msgspec
 
 from memserve.api.errors import ApiError
-from memserve.api.status import PeerUrl
+from memserve.api.status import PeerUrl, check_peer_url
 from memserve.types import Epoch, Role
 
 ROLE_PATH = "/role"
@@ -59,6 +59,9 @@ class LeaveRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     address: PeerUrl
     epoch: Epoch | None = None
+
+    def __post_init__(self) -> None:
+        check_peer_url(self.address)
 
 
 def instance_not_found(instance: str) -> ApiError:

@@ -111,7 +111,9 @@ class HttpServer:
 
     async def _answer(self, request: Request, reply: Reply) -> None:
         try:
-            await self.handler(request, reply)
+            work = self.handler(request, reply)
+            del request  # its body is kept by whoever needs it, and not until the answer's end
+            await work
         finally:
             # What the handler has raised, asyncio logs; its client does not wait for ever.
             del self._tasks[reply]

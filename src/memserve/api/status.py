@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -183,3 +184,13 @@ class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     address: PeerUrl
     id: Id | None = None
     epoch: LifeEpoch | None = None
+
+    def __post_init__(self) -> None:
+        check_peer_url(self.address)
+
+
+def check_peer_url(address: str) -> None:
+    """Raise ValueError for what looks like a `PeerUrl` and cannot be connected to."""
+    parts = urlsplit(address)
+    if not parts.hostname or parts.port == 0:
+        raise ValueError(f"{address} names no host and port")

@@ -45,6 +45,7 @@ _encode = msgspec.json.Encoder().encode
 _decisions = msgspec.json.Decoder(list[DecisionView])
 
 Decisions = Callable[[int], Sequence[Decision]]  # the last so many, newest first
+MAX_DECISIONS = 1_000_000  # that may be asked for; far fewer are kept
 SHOWN_DECISIONS = 100  # unless another number is asked for
 
 
@@ -136,7 +137,9 @@ def _observing_routes(
         return Response(metrics.own(), media_type=CONTENT_TYPE_LATEST)
 
     @routes.get(DECISIONS_PATH)
-    async def last_decisions(n: Annotated[int, Query(ge=0)] = SHOWN_DECISIONS) -> Response:
+    async def last_decisions(
+        n: Annotated[int, Query(ge=0, le=MAX_DECISIONS)] = SHOWN_DECISIONS,
+    ) -> Response:
         """Where the last requests were sent, newest first, and what else there was."""
         # Decisions never change; a thousand of them are words after a tenth of a second.
         body = await asyncio.to_thread(_explained, decisions(n))

@@ -38,6 +38,7 @@ FAILED = 500  # and above: worth a line in the log
 # A gateway that starts knows no instance that joined the one before it. Instances register anew
 # every 2 s (`instance.join`): for so long it may yet hear of them.
 INTRODUCTION_SECONDS = 3.0
+LARGE_BODY_BYTES = 64 * 1024
 LOOK_SECONDS = 0.05  # how often requests that came before any instance look for one
 
 _Build = Callable[[bytes, Limits], Awaitable[GenerateCall]]
@@ -103,7 +104,9 @@ class GatewayApp:
         self._metrics.running += 1
         self._idle.clear()
         try:
-            await self._generate(build, request, reply)
+            work = self._generate(build, request, reply)
+            del request
+            await work
         finally:
             self._metrics.running -= 1
             if not self._metrics.running:
@@ -130,6 +133,8 @@ class GatewayApp:
         try:
             client = self._access.client(request, reply)
             call = await self._accept(build, request, reply, client)
+            if len(request.body) > LARGE_BODY_BYTES:
+                request = request._replace(body=b"")  # not to be kept until the answer's end
             if given is None:
                 headers = ((b"x-request-id", call.id.encode()),)
             call = await self._desk.enter(call, _tenant(request, call, client), reply)
