@@ -131,9 +131,8 @@ class MemPool:
         """References [n] to blocks that are the caller's until `free_mem` or `insert`.
 
         All or nothing; evicts unpinned historical blocks as needed, HBM ones to DRAM where
-        there is room or something colder. `private`: peers that name such a block as where they
-        want to write are refused. Raises OutOfBlocks; ForeignBlock for an instance that is not
-        connected.
+        there is room or something colder. `private`: no peer may name them to write to. Raises
+        OutOfBlocks; ForeignBlock for an instance that is not connected.
         """
         if n < 0:
             raise LengthMismatch(f"{n} blocks asked")
@@ -164,15 +163,14 @@ class MemPool:
         never changes.
         """
         given = as_refs(refs)
-        values = torch.as_tensor(kv)
-        self.layout.require_kv(len(given), values)
+        self.layout.require_kv(len(given), values := torch.as_tensor(kv))
         with self._lock:
             self._require_open()
             parts, state = self._blocks.live(given)
             if (state != ACTIVE).any():
                 at = int((state != ACTIVE).argmax())
-                name = self._blocks.name(int(given[at]))
-                raise NotOwned(f"{name} (position {at}) is cached; historical KV never changes")
+                name = f"{self._blocks.name(int(given[at]))} (position {at})"
+                raise NotOwned(f"{name} is cached; historical KV never changes")
         for blocks, where, index in parts:
             part = values if isinstance(where, slice) else values[torch.from_numpy(where)]
             self._store(blocks).scatter(index, part)
