@@ -11,8 +11,7 @@ from memserve.api.token_ids import TokenIds
 from memserve.gateway.compiled import compiled
 from memserve.types import TokenArray
 
-_OPEN, _CLOSE, _COMMA, _ZERO, _NINE = map(ord, "[],09")
-_SPACE, _TAB, _FEED, _RETURN = map(ord, " \t\n\r")
+_OPEN, _CLOSE, _COMMA, _ZERO, _NINE, _SPACE = map(ord, "[],09 ")
 _HIGHEST = 2**31 - 1
 _NOT_PLAIN = (-1, -1)
 
@@ -49,7 +48,7 @@ def _parse(text: NDArray[np.uint8], ids: TokenArray) -> tuple[int, int]:
             ids[count] = value
             highest = max(highest, value)
             count, value, digits, over = count + 1, np.int64(0), 0, False
-        elif byte in (_SPACE, _TAB, _FEED, _RETURN):
+        elif byte <= _SPACE:  # no other control character is outside a string of valid JSON
             over = digits > 0
         else:
             return _NOT_PLAIN
