@@ -42,7 +42,7 @@ MAX_MESSAGE_VALUES = 65_536
 MAX_VALUES = 4096
 
 # A body up to this size is decoded as it is: its worst costs a millisecond or two. Of a larger
-# one the arrays, objects and elements are counted first, which takes one to three nanoseconds per byte.
+# one the arrays, objects and elements are counted first, in one to three nanoseconds per byte.
 COUNTED_BODY_BYTES = 64 * 1024
 # What is larger is worked on beside the event loop (decoding it would hold up every stream for
 # milliseconds), and only so many at a time: each may take ten times its size of memory.

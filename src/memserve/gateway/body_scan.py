@@ -1,7 +1,8 @@
 """How much a JSON body asks to be made of it, counted before any of it is made.
 
 A parser makes an object for each array, object, string and number: of 16 MB of `[],[],...` it
-makes 400 MB, and holds the interpreter for two seconds. Counting takes one to three nanoseconds per byte, and leaves it to others.
+makes 400 MB, and holds the interpreter for two seconds. Counting takes one to three nanoseconds
+per byte, and leaves the interpreter to others.
 """
 
 from __future__ import annotations
