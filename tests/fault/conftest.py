@@ -21,13 +21,15 @@ OPTION = "--fault-table"
 _table = pytest.StashKey[FaultTable]()
 _report = pytest.StashKey[Report]()
 # What continuous integration runs: some of each world, in half a minute.
-DEFAULT_FAULTS = 8
+DEFAULT_FAULTS = 6
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(OPTION, metavar="FILE", help="write what the tests of faults found there")
     group = parser.getgroup("campaign of faults")
-    group.addoption("--faults", type=int, default=DEFAULT_FAULTS, help="how many; default: 8")
+    group.addoption(
+        "--faults", type=int, default=DEFAULT_FAULTS, help=f"how many; default: {DEFAULT_FAULTS}"
+    )
     group.addoption("--fault-seed", type=int, default=0, help="that they are drawn from")
     group.addoption("--fault-first", type=int, default=0, help="number of the first one")
     group.addoption("--fault-minutes", type=float, help="no fault is begun after so long")
