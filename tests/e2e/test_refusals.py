@@ -96,19 +96,14 @@ def test_an_endless_body_without_announcement(cluster: FakeCluster) -> None:
     assert still_works(cluster)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"{}",
-        b'{"address": "ftp://x"}',
-        b'{"address": "http://[::1"}',
-        b'{"address": "http://h:99999"}',
-        b'{"address": "http://h:0"}',
-        b'{"address": "http://:80"}',
-        b"x" * 5000,
-    ],
-)
+@pytest.mark.parametrize("address", ["ftp://x", "http://[::1", "http://h:99999", "http://h:0", ""])
+def test_nobody_joins_with_an_address_that_is_none(cluster: FakeCluster, address: str) -> None:
+    body = json.dumps({"address": address})
+    answer = Answer(insider.ask(cluster.url, "/cluster/members", body, "POST"))
+    assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"x" * 5000])
 def test_nobody_joins_without_an_address(cluster: FakeCluster, body: bytes) -> None:
     answer = Answer(insider.ask(cluster.url, "/cluster/members", body, "POST"))
     assert answer.status in (400, 413)

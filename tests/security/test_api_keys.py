@@ -16,6 +16,7 @@ from memserve.api.api_keys import (
     load_keys,
     new_key,
 )
+from memserve.api.limits import MAX_NAME_CHARACTERS
 from memserve.config import GatewayConfig
 from memserve.errors import ConfigError
 from memserve.gateway.access import Client
@@ -111,6 +112,13 @@ def test_tenants_do_not_share_cached_prompts() -> None:
     }
     assert len(salts) == 8  # the first and the last are one tenant
     assert Client().salted("x") == "x"
+
+
+def test_the_longest_salt_fits_with_a_tenant() -> None:
+    client = Client(ApiKey(b"1", "a", "a" * 64))
+    longest = client.salted("x" * MAX_NAME_CHARACTERS)
+    assert len(longest) <= MAX_NAME_CHARACTERS
+    assert longest != client.salted("x" * (MAX_NAME_CHARACTERS - 1) + "y")
 
 
 def test_entries_are_hashes_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
