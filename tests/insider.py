@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from memserve.api.peer_client import PeerClient
 from memserve.api.signatures import Signer, body_digest
-from memserve.secrets import cluster_secret
+from memserve.secrets import Secret, cluster_secret, secret_of
 
 TIMEOUT = 60.0
 
@@ -33,10 +33,15 @@ def peers() -> PeerClient:
 
 
 def ask(
-    url: str, path: str, body: bytes | str | None = None, method: str = "GET", **headers: str
+    url: str,
+    path: str,
+    body: bytes | str | None = None,
+    method: str = "GET",
+    secret: Secret | None = None,
+    **headers: str,
 ) -> Answer:
-    """The answer to a signed request."""
-    signer = Signer(cluster_secret())
+    """The answer to a signed request; by default with the secret of the gateway at `url`."""
+    signer = Signer(secret or secret_of(url))
     data = body.encode() if isinstance(body, str) else body or b""
     for _ in range(2):  # the first one finds out which life it is
         signed = signer.sign(url, method.encode(), path.encode(), body_digest(data))
@@ -53,7 +58,13 @@ def ask(
     return answer
 
 
-def told(url: str, path: str, body: bytes | str | None = None, method: str = "GET") -> Any:
+def told(
+    url: str,
+    path: str,
+    body: bytes | str | None = None,
+    method: str = "GET",
+    secret: Secret | None = None,
+) -> Any:
     """Status, and what the JSON of the answer says."""
-    answer = ask(url, path, body, method)
+    answer = ask(url, path, body, method, secret)
     return answer.status, answer.json

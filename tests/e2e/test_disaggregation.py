@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from memserve.secrets import secret_of
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import prompt_of
 from tests.insider import told
@@ -82,9 +83,9 @@ def running(config: Path) -> Iterator[str]:
         process.communicate()
 
 
-def get(url: str) -> Any:
+def get(url: str, gateway: str) -> Any:
     parts = urlsplit(url)
-    return told(f"http://{parts.netloc}", parts.path)[1]
+    return told(f"http://{parts.netloc}", parts.path, secret=secret_of(gateway))[1]
 
 
 def complete(url: str, prompt: list[int]) -> tuple[list[int], int]:
@@ -102,7 +103,8 @@ def complete(url: str, prompt: list[int]) -> tuple[list[int], int]:
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    answer = get(request)  # type: ignore[arg-type]
+    with urllib.request.urlopen(request, timeout=30) as response:
+        answer = json.load(response)
     cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
     return answer["choices"][0]["token_ids"], cached
 
@@ -134,8 +136,8 @@ def test_conversations_are_those_of_generate(
                 conversation += tokens
                 cached_tokens += cached
         stats = {
-            member["role"]: get(f"{member['address']}/stats")
-            for member in get(f"{url}/cluster")["instances"]
+            member["role"]: get(f"{member['address']}/stats", url)
+            for member in get(f"{url}/cluster", url)["instances"]
         }
     handoff, pool = stats["decode"]["handoff"], stats["prefill"]["pool"]
     assert handoff["asked"] == SESSIONS * TURNS

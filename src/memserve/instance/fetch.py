@@ -104,8 +104,6 @@ class Fetcher:
     async def push(self, call: PushCall) -> PushResult:
         """Give another instance what it asks for. Raises ApiError where that cannot be done."""
         tokens = token_array(call.tokens, "tokens")
-        if not call.target.address.startswith("tcp://"):
-            raise invalid(f"'{call.target.address}' is no tcp://host:port", "target")
         if call.target.id == self._link.address.id:
             raise invalid("an instance does not push to itself", "target")
         try:
