@@ -9,14 +9,16 @@ from prometheus_client.registry import Collector
 
 from memserve.api.http_limits import HttpCounters
 from memserve.gateway.access import Access
+from memserve.vital import Vitals
 
 
 class EdgeMetrics(Collector):
     """Reads what a server and the gateway's door have counted."""
 
-    def __init__(self, counters: HttpCounters, access: Access) -> None:
+    def __init__(self, counters: HttpCounters, access: Access, vitals: Vitals) -> None:
         self._counters = counters
         self._access = access
+        self._vitals = vitals
 
     def collect(self) -> Iterable[Metric]:
         """Prometheus' own name for it."""
@@ -30,6 +32,14 @@ class EdgeMetrics(Collector):
         for why, count in self._refused().items():
             refusals.add_metric([why], count)
         yield refusals
+        survived = CounterMetricFamily(
+            "memserve_survived_failures",
+            "Polls, events and errands that failed as nobody expected, and were tried again.",
+            labels=["what"],
+        )
+        for what, count in self._vitals.survived.items():
+            survived.add_metric([what], count)
+        yield survived
 
     def _refused(self) -> Mapping[str, int]:
         counters, access = self._counters, self._access
@@ -40,6 +50,7 @@ class EdgeMetrics(Collector):
             "head_timeout": counters.head_timeouts,
             "body_timeout": counters.body_timeouts,
             "stalled": counters.stalled,
+            "idle": counters.evicted,
             "api_key": access.unauthorised,
             "cross_origin": access.foreign,
             "secret": access.verifier.refused,

@@ -199,7 +199,7 @@ class Gateway:
             clock,
             self._router.desk,
             self._router.decisions,
-            (self._router.metrics, EdgeMetrics(self._counters, self._access)),
+            (self._router.metrics, EdgeMetrics(self._counters, self._access, self.vitals)),
             wait,
             self._access,
             self._peers,
