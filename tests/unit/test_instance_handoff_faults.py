@@ -47,7 +47,7 @@ def expected(model: Path) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_link, "LINGER_SECONDS", 0.3)
+    monkeypatch.setattr(kv_link, "LINGER_SECONDS", 1.0)
 
 
 def faulty(*faults: Fault | None) -> MakeTransports:
