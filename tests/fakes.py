@@ -362,7 +362,7 @@ class FakeCluster:
         self.urls.append(url_of(sock))
         self.instances.append(instance)
         self._shutdowns.append(shutdown)
-        handler = handler_of(instance, cluster_secret())
+        handler = handler_of(instance, cluster_secret(), sock)
         self._servers.append(
             asyncio.create_task(serve_http(handler, sock, shutdown, drain, MAX_BODY_BYTES))
         )

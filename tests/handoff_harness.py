@@ -207,7 +207,7 @@ async def node(
         instance.standing.end()
         await shutdown.wait_for(instance.idle(), PATIENCE)
 
-    handler = handler_of(instance, cluster_secret())
+    handler = handler_of(instance, cluster_secret(), sock)
     serving = asyncio.create_task(serve_http(handler, sock, shutdown, drain, MAX_BODY_BYTES))
     made = Node(instance, engine, parts.link, url_of(sock), shutdown)
     try:

@@ -9,8 +9,9 @@ from email.message import Message
 from typing import Any
 from urllib.parse import urlsplit
 
+from memserve.api.audience import origin_of
 from memserve.api.peer_client import PeerClient
-from memserve.api.signatures import Signer, body_digest
+from memserve.api.signatures import Signed, Signer, body_digest
 from memserve.secrets import Secret, cluster_secret, secret_of
 
 TIMEOUT = 60.0
@@ -44,18 +45,23 @@ def ask(
     signer = Signer(secret or secret_of(url))
     data = body.encode() if isinstance(body, str) else body or b""
     for _ in range(2):  # the first one finds out which life it is
-        signed = signer.sign(url, method.encode(), path.encode(), body_digest(data))
+        signed = signer.sign(origin_of(url), method.encode(), path.encode(), body_digest(data))
         connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=TIMEOUT)
         given = {"Authorization": signed.authorization.decode(), **headers}
         connection.request(method, path, data or None, given)
         response = connection.getresponse()
         answer = Answer(response.status, response.headers, response.read())
         connection.close()
-        if answer.status != 401 or not signer.learn(
-            url, answer.headers["WWW-Authenticate"] or "", signed
-        ):
+        if answer.status != 401 or not learned(signer, url, answer, signed):
             break
     return answer
+
+
+def learned(signer: Signer, url: str, answer: Answer, signed: Signed) -> bool:
+    """Whether the answer has a challenge that is taken in."""
+    challenge, proof = answer.headers["WWW-Authenticate"] or "", answer.headers["MemServe-Proof"]
+    given = None if proof is None else proof.encode()
+    return signer.learn(origin_of(url), challenge, given, signed)
 
 
 def told(

@@ -100,7 +100,7 @@ async def publishing(
     async def drain() -> None:
         instance.standing.drain()
 
-    handler = handler_of(instance, cluster_secret())
+    handler = handler_of(instance, cluster_secret(), sock)
     serving = asyncio.create_task(serve_http(handler, sock, shutdown, drain, MAX_BODY_BYTES))
     try:
         yield Publishing(pool, events, url_of(sock), role)

@@ -46,7 +46,7 @@ FAILED = 1
 WRONG_USE = 2  # what the person at the keyboard can mend
 
 # A cluster's instances listen where they can; a single instance is one of its kind.
-_CLUSTER_LEAVES_OUT = ("host", "port")
+_CLUSTER_LEAVES_OUT = ("host", "port", "advertise")
 _INSTANCE_LEAVES_OUT = ("count",)
 _DRAIN_ONLY = [name for name in GatewayConfig.__struct_fields__ if name != "drain_seconds"]
 

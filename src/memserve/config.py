@@ -89,6 +89,9 @@ class InstanceConfig(_Section, frozen=True):
     max_waiting: Annotated[Positive, doc("sequences queued; more are answered 429")] = 256
     host: Annotated[str, doc("address to listen on")] = "127.0.0.1"
     port: Annotated[Port, doc("port to listen on; 0: any")] = 0
+    advertise: Annotated[
+        str | None, doc("URL at which others reach it, if it is not where it listens")
+    ] = None
     profile: Annotated[Profiling, doc("auto: measure the cost model at the first start")] = "auto"
 
 
@@ -116,6 +119,9 @@ class GatewayConfig(_Section, frozen=True):
     cors_origins: Annotated[
         tuple[str, ...], doc("sites whose pages may ask, as https://chat.example; *: any")
     ] = ()
+    advertise: Annotated[
+        str | None, doc("URL at which others reach it, if it is not where it listens")
+    ] = None
     metrics_secret: Annotated[bool, doc("/metrics needs the cluster's secret, as /cluster")] = False
 
 

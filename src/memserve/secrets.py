@@ -106,7 +106,7 @@ def secret_of(url: str) -> Secret:
     found = cluster_secret()
     try:
         parts = urlsplit(url)
-        port = parts.port or 80
+        port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError:
         return found
     if found.local and is_loopback(parts.hostname or ""):
@@ -185,6 +185,8 @@ def _parse(text: str, source: str) -> Secret:
     values = tuple(value for part in text.split(",") if (value := part.strip()))
     if not values:
         raise ConfigError(f"{source}: no secret in it")
+    if not text.isprintable() and not text.strip().isprintable():
+        raise ConfigError(f"{source}: a secret is text, in UTF-8 and of one line")
     return Secret(values)
 
 

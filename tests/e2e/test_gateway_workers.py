@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from memserve.api.audience import Audience
 from memserve.api.serving import Shutdown, bind, url_of
 from memserve.api.signatures import Verifier
 from memserve.bench.gateway_process import MODULE, Backend
@@ -34,7 +35,9 @@ _served = re.compile(
 async def backend(gap: float = 0.0) -> AsyncIterator[str]:
     loop = asyncio.get_running_loop()
     sock = bind("127.0.0.1", 0)
-    verifier = Verifier(cluster_secret())
+    audience = Audience()
+    audience.add_socket(sock)
+    verifier = Verifier(cluster_secret(), audience)
     server = await loop.create_server(lambda: Backend(loop, gap, verifier), sock=sock)
     try:
         yield url_of(sock)

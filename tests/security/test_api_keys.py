@@ -95,6 +95,13 @@ def test_keys_that_were_taken_out_of_the_file_are_worth_nothing_any_more(
     assert (status(old), status(new)) == (200, 401)
     cluster.call(cluster.gateway._reload_keys)
     assert (status(old), status(new)) == (401, 200)
+    for nothing in ("", "\n", "# all gone\n"):
+        file.write_text(nothing)
+        cluster.call(cluster.gateway._reload_keys)
+        assert stranger(cluster.url, "GET", "/v1/models").status == 401  # and not everybody in
+        assert status(new) == 401
+    file.write_text(f"{entry}\n")
+    cluster.call(cluster.gateway._reload_keys)
     file.write_text("sha256:nonsense\n")
     cluster.call(cluster.gateway._reload_keys)  # says so, and keeps what it had
     assert (status(old), status(new)) == (401, 200)
@@ -158,6 +165,25 @@ def test_entries_that_are_none_are_refused_with_their_place(tmp_path: Path, entr
     file.write_text(f"good\n{entry}\n")
     with pytest.raises(ConfigError, match=f"{re.escape(str(file))}:2"):
         load_keys((), str(file))
+
+
+def test_an_entry_is_added_to_a_file_that_ends_anyhow(tmp_path: Path) -> None:
+    for before in ("", "sk-old", "sk-old\n", "sk-old # a comment"):
+        file = tmp_path / "keys"
+        file.write_text(before)
+        key, entry = new_key("dave", None, False)
+        append_entry(file, entry)
+        keys = load_keys((), str(file))
+        assert keys.find(key.encode()) is not None
+        assert (keys.find(b"sk-old") is not None) == bool(before)
+
+
+def test_no_message_repeats_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    for entries in ("sk-a sk-b", "name=alice sk-b", "sk-a name=x sk-b=c"):
+        monkeypatch.setenv("MEMSERVE_API_KEYS", entries)
+        with pytest.raises(ConfigError) as refused:
+            load_keys((), None)
+        assert "sk-" not in str(refused.value)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", None])

@@ -18,7 +18,7 @@ from memserve.config import GatewayConfig
 from memserve.secrets import cluster_secret
 from tests.e2e.conftest import StartCluster
 from tests.fakes import MODEL, FakeCluster, FakeEngine, until
-from tests.insider import Answer, ask
+from tests.insider import Answer, ask, learned
 
 ASKED = json.dumps({"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 2})
 
@@ -68,6 +68,55 @@ def rogue(info: dict[str, Any], port: int = 0) -> Iterator[tuple[str, list[tuple
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", heard
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
+def relaying(port: int, to: str, info: bytes) -> Iterator[list[str]]:
+    """A stranger's server that has another member answer, and says who it would like to be. What
+    it was asked for."""
+    heard: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _relay(self) -> None:
+            heard.append(self.path)
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            connection = http.client.HTTPConnection(urlsplit(to).netloc, timeout=30)
+            connection.request(self.command, self.path, body or None, dict(self.headers))
+            answer = connection.getresponse()
+            said = answer.read()
+            if answer.status == 200:
+                said = info if self.path == "/info" else said.replace(b'"text":"', b'"text":"OWNED')
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in (
+                    "content-length",
+                    "transfer-encoding",
+                    "connection",
+                    "date",
+                ):
+                    self.send_header(name, value)
+            self.send_header("content-length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+            connection.close()
+
+        do_GET = do_POST = _relay  # noqa: N815 (http.server's names)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield heard
     finally:
         server.shutdown()
         server.server_close()
@@ -149,7 +198,9 @@ def test_an_operator_may_show_the_secret_itself_where_nobody_listens(cluster: Fa
 
 def test_probes_and_scrapers_need_nothing(cluster: FakeCluster) -> None:
     for url in (cluster.url, cluster.urls[0]):
-        assert stranger(url, "GET", "/health").status == 200
+        health = stranger(url, "GET", "/health")
+        assert health.status == 200
+        assert health.json.keys() <= {"status", "ready"}
         assert stranger(url, "GET", "/metrics").status == 200
 
 
@@ -200,11 +251,32 @@ def test_who_takes_a_dead_member_s_port_is_not_believed(start_cluster: StartClus
         cluster.until_ready(1)
 
 
+def test_who_passes_on_to_another_member_becomes_none(start_cluster: StartCluster) -> None:
+    """It has every signature and proof that the other one makes, and changes what it likes."""
+    gone, there = FakeEngine(), FakeEngine()
+    cluster = start_cluster(gone, there)
+    info = ask(cluster.urls[0], "/info").text
+    port = urlsplit(cluster.urls[0]).port
+    assert port is not None
+    cluster.wait(cluster.close_instance(0))
+    with relaying(port, cluster.urls[1], info) as heard:
+        for _ in range(6):
+            answer = stranger(cluster.url, "POST", "/v1/completions", ASKED)
+            assert answer.status == 200
+            assert b"OWNED" not in answer.text
+        until(lambda: len([path for path in heard if path == "/info"]) >= 4)
+        assert set(heard) == {"/info"}  # and no prompt
+        members = {m["address"]: m["state"] for m in ask(cluster.url, "/cluster").json["instances"]}
+        assert members[cluster.urls[0]] == "dead"
+        assert members[cluster.urls[1]] == "ready"
+
+
 def test_what_a_member_said_cannot_be_said_again(cluster: FakeCluster) -> None:
     """Recorded on its way to one server, it is nothing to that one or another."""
     signer, url = Signer(cluster_secret()), cluster.urls[0]
     unmet = signer.sign(url, b"POST", b"/resume", body_digest(b""))
-    assert signer.learn(url, stranger(url, "GET", "/info").headers["WWW-Authenticate"], unmet)
+    refused = stranger(url, "POST", "/resume", Authorization=unmet.authorization.decode())
+    assert learned(signer, url, refused, unmet)
     signed = signer.sign(url, b"POST", b"/resume", body_digest(b""))
     recorded = {"Authorization": signed.authorization.decode()}
     assert stranger(cluster.urls[0], "POST", "/resume", **recorded).status == 200
@@ -241,8 +313,10 @@ def test_pages_that_are_allowed_may_ask(start_cluster: StartCluster) -> None:
     origin = "https://chat.example"
     config = GatewayConfig(port=0, cors_origins=(origin,))
     cluster = start_cluster(FakeEngine(), gateway=config)
-    preflight = stranger(cluster.url, "OPTIONS", "/v1/chat/completions", Origin=origin)
+    asked = {"Origin": origin, "Access-Control-Request-Headers": "x-stainless-lang,x-session-id"}
+    preflight = stranger(cluster.url, "OPTIONS", "/v1/chat/completions", **asked)
     assert preflight.status == 200
+    assert preflight.headers["access-control-allow-headers"] == "x-stainless-lang,x-session-id"
     assert preflight.headers["access-control-allow-origin"] == origin
     answer = stranger(cluster.url, "POST", "/v1/completions", ASKED, Origin=origin)
     assert answer.status == 200

@@ -19,6 +19,7 @@ from memserve.api.signatures import (
     Proof,
     Signed,
     Signer,
+    Unauthenticated,
     Verifier,
     body_digest,
 )
@@ -26,6 +27,7 @@ from memserve.secrets import Secret
 
 SECRET = Secret(("of the cluster",))
 ORIGIN = "http://10.0.0.1:8000"
+AUDIENCE = {"10.0.0.1:8000"}
 BODY = b'{"address":"http://10.0.0.2:9000"}'
 
 
@@ -47,7 +49,7 @@ class Wire:
         self.restart()
 
     def restart(self) -> None:
-        self.verifier = Verifier(self.ours, self.server_clock)
+        self.verifier = Verifier(self.ours, AUDIENCE, self.server_clock)
 
     def sign(self, method: bytes = b"POST", target: bytes = b"/x", body: bytes = BODY) -> Signed:
         return self.signer.sign(ORIGIN, method, target, body_digest(body))
@@ -60,10 +62,15 @@ class Wire:
     def meet(self) -> None:
         """The client learns which life the server is in."""
         signed = self.sign()
-        with pytest.raises(ApiError) as refused:
+        assert self.learn(signed)
+
+    def learn(self, signed: Signed) -> bool:
+        """Whether the client takes in the challenge to a request."""
+        with pytest.raises(Unauthenticated) as refused:
             self.check(signed)
-        assert refused.value.authenticate is not None
-        assert self.signer.learn(ORIGIN, refused.value.authenticate, signed)
+        challenge = refused.value.authenticate
+        assert challenge is not None
+        return self.signer.learn(ORIGIN, challenge, refused.value.proof, signed)
 
 
 @pytest.fixture
@@ -75,14 +82,18 @@ def wire() -> Wire:
 
 def test_a_signed_request_is_taken_and_its_answer_proves_itself(wire: Wire) -> None:
     signed = wire.sign()
-    name, proof = wire.check(signed).header(200)
-    assert name == b"memserve-proof"
-    assert wire.signer.proves(signed, 200, proof)
+    headers = dict(wire.check(signed).headers(200, b"body"))
+    assert wire.signer.proves(signed, 200, headers[b"memserve-proof"])
+    content = headers[b"memserve-content"]
+    assert wire.signer.proves_content(signed, 200, b"body", content)
+    for status, body in ((200, b"bodY"), (200, b""), (404, b"body")):
+        assert not wire.signer.proves_content(signed, status, body, content)
+    assert not wire.signer.proves_content(signed, 200, b"body", None)
 
 
 def test_an_answer_is_not_believed_for_another_request_or_status(wire: Wire) -> None:
     signed, other = wire.sign(), wire.sign()
-    _, proof = wire.check(signed).header(200)
+    ((_, proof),) = wire.check(signed).headers(200, None)
     assert not wire.signer.proves(signed, 404, proof)
     assert not wire.signer.proves(other, 200, proof)
     assert not wire.signer.proves(signed, 200, None)
@@ -166,20 +177,43 @@ def test_a_clock_that_is_put_right_in_the_middle_is_followed(wire: Wire) -> None
 
 
 def test_a_server_that_challenges_for_ever_is_not_asked_for_ever(wire: Wire) -> None:
-    with pytest.raises(ApiError) as refused:
-        wire.verifier.check(None, b"GET", b"/", body_digest(b""))
+    wire.check(first := wire.sign())
+    with pytest.raises(Unauthenticated) as refused:
+        wire.check(first)  # refused now, for a reason that no clock mends
     assert refused.value.authenticate is not None
-    assert not wire.signer.learn(ORIGIN, refused.value.authenticate, wire.sign())  # nothing new
+    told = refused.value.authenticate, refused.value.proof
+    assert not wire.signer.learn(ORIGIN, *told, first)  # nothing new
+
+
+def test_a_challenge_of_a_stranger_is_not_taken_in(wire: Wire) -> None:
+    """Else it could have requests dated for later, or made for somebody else."""
+    signed = wire.sign()
+    challenge = f"MemServe life={'0' * 16}, time=9999999999999"
+    for proof in (None, b"", b"0" * 64, signed.mac):
+        assert not wire.signer.learn(ORIGIN, challenge, proof, signed)
+    wire.check(signed)
+    # Nor one that was meant for another request.
+    wire.restart()
+    first, second = wire.sign(), wire.sign()
+    with pytest.raises(Unauthenticated) as refused:
+        wire.check(first)
+    assert refused.value.authenticate is not None
+    assert not wire.signer.learn(ORIGIN, refused.value.authenticate, refused.value.proof, second)
+
+
+def test_what_was_signed_for_another_address_is_refused(wire: Wire) -> None:
+    for origin in ("http://10.0.0.1:8001", "http://10.0.0.2:8000", "http://gateway:8000"):
+        signed = wire.signer.sign(origin, b"POST", b"/x", body_digest(BODY))
+        with pytest.raises(Unauthenticated) as refused:
+            wire.check(signed)
+        assert refused.value.detail.code == "wrong_address"
 
 
 def test_two_requests_at_once_may_find_out_about_a_server() -> None:
     wire = Wire()
     first, second = wire.sign(), wire.sign()
     for signed in (first, second):
-        with pytest.raises(ApiError) as refused:
-            wire.check(signed)
-        assert refused.value.authenticate is not None
-        assert wire.signer.learn(ORIGIN, refused.value.authenticate, signed)
+        assert wire.learn(signed)
         wire.check(wire.sign())
 
 
@@ -188,7 +222,9 @@ def test_two_requests_at_once_may_find_out_about_a_server() -> None:
 )
 def test_challenges_that_are_none_are_ignored(challenge: str) -> None:
     signer = Signer(SECRET)
-    assert not signer.learn(ORIGIN, challenge, signer.sign(ORIGIN, b"GET", b"/", body_digest(b"")))
+    assert not signer.learn(
+        ORIGIN, challenge, b"0" * 64, signer.sign(ORIGIN, b"GET", b"/", body_digest(b""))
+    )
 
 
 def test_both_secrets_are_taken_while_one_replaces_the_other() -> None:
@@ -197,7 +233,7 @@ def test_both_secrets_are_taken_while_one_replaces_the_other() -> None:
         wire = Wire(theirs=theirs, ours=both)
         wire.meet()
         signed = wire.sign()
-        _, proof = wire.check(signed).header(200)
+        ((_, proof),) = wire.check(signed).headers(200, None)
         assert wire.signer.proves(signed, 200, proof)
     wire = Wire(theirs=Secret(("older",)), ours=both)
     with pytest.raises(ApiError):
@@ -234,7 +270,7 @@ def test_our_hmac_is_the_library_s(key: bytes, message: bytes) -> None:
 
 @given(st.binary(max_size=200))
 def test_headers_that_are_none_are_refused(data: bytes) -> None:
-    verifier = Verifier(SECRET)
+    verifier = Verifier(SECRET, AUDIENCE)
     for header in (data, b"MemServe " + data, b"Bearer " + data):
         with pytest.raises(ApiError):
             verifier.check(header, b"GET", b"/", body_digest(b""))

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from memserve.api.audience import Audience
 from memserve.api.serving import bind, url_of
 from memserve.api.signatures import Verifier
 from memserve.bench.gateway import FEW, MANY, GatewayRun, _cpu_seconds, _figures
@@ -20,7 +21,9 @@ from memserve.secrets import cluster_secret
 async def seen(gap: float, chunks: int, texts: bool = False) -> LoadSeen:
     loop = asyncio.get_running_loop()
     sock = bind("127.0.0.1", 0)
-    verifier = Verifier(cluster_secret())
+    audience = Audience()
+    audience.add_socket(sock)
+    verifier = Verifier(cluster_secret(), audience)
     server = await loop.create_server(lambda: Backend(loop, gap, verifier), sock=sock)
     try:
         host, port = sock.getsockname()

@@ -48,10 +48,12 @@ class ApiKey:
 class ApiKeys:
     """A set of keys, by hash. Never changes: a reload makes another one."""
 
-    def __init__(self, keys: Iterable[ApiKey] = ()) -> None:
+    def __init__(self, keys: Iterable[ApiKey] = (), *, wanted: bool = False) -> None:
+        """`wanted`: a key is asked for, though there may be none: then nobody gets in."""
         # Looked up by a keyed hash, which nobody outside can predict; compared in constant time.
         self._secret = os.urandom(16)
         self._keys = {self._index(key.digest): key for key in keys}
+        self.wanted = wanted or bool(self._keys)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -75,11 +77,12 @@ def load_keys(given: Iterable[str], file: str | None) -> ApiKeys:
     """The keys of a configuration (`given`), of MEMSERVE_API_KEYS, and of a file with an entry
     on each line (`#`: a comment). Raises ConfigError."""
     entries = _entries(given)
+    wanted = file is not None or KEYS_VARIABLE in os.environ
     if file is not None:
         entries += _lines(Path(file))
     if len(entries) > MAX_KEYS:
         raise ConfigError(f"{len(entries)} API keys; at most {MAX_KEYS}")
-    return ApiKeys(_parse(entry, source) for entry, source in entries)
+    return ApiKeys((_parse(entry, source) for entry, source in entries), wanted=wanted)
 
 
 def hashed(given: Iterable[str]) -> str:
@@ -101,9 +104,11 @@ def new_key(name: str | None, tenant: str | None, privileged: bool) -> tuple[str
 def append_entry(path: Path, entry: str) -> None:
     """Add an entry to a file of keys, which only this user may read. Raises ConfigError."""
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"{entry}\n")
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            ends = not size or os.pread(descriptor, 1, size - 1) == b"\n"
+            file.write(f"{'' if ends else chr(10)}{entry}\n".encode())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
 
@@ -147,7 +152,11 @@ def _parse(entry: str, source: str) -> ApiKey:
         elif word == "weight":
             weight = _weight(value, source)
         elif word not in ("name", "tenant"):
-            raise ConfigError(f"{source}: '{word}' is not name=, tenant=, weight= or priority")
+            # It may be a key that was put there by mistake: no message repeats it.
+            raise ConfigError(
+                f"{source}: behind the key stand name=, tenant=, weight= and priority, and "
+                "something else is there; keys are separated by commas, or lines of a file"
+            )
         elif _NAME.fullmatch(value) is None:
             raise ConfigError(f"{source}: {word} has letters, digits, '.', '_' and '-', up to 64")
         elif word == "name":

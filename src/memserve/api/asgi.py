@@ -220,7 +220,8 @@ class _Exchange:
             if self._left < 0 or (self._left and not more):
                 raise RuntimeError("an answer is not as long as it says")
         if not reply.started:
-            reply.start(self._status, self._headers, sized=self._left is not None)
+            whole = None if more else data
+            reply.start(self._status, self._headers, sized=self._left is not None, whole=whole)
         if not more:
             reply.end(data)
             self._gone.set()  # as far as the application can tell

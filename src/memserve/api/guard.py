@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from memserve.api.errors import ApiError
-from memserve.api.http_message import Header, Reply, Request
+from memserve.api.http_message import Reply, Request
 from memserve.api.http_server import Handler
 from memserve.api.signatures import Verifier, digest_of
 
@@ -16,10 +16,7 @@ async def require_signature(verifier: Verifier, request: Request, reply: Reply) 
     given = request.header(b"authorization")
     proof = verifier.check(given, request.method.encode(), request.target, digest)
 
-    def added(status: int) -> tuple[Header, ...]:
-        return (proof.header(status),)
-
-    reply.added = added
+    reply.added = proof.headers
 
 
 def guarded(handler: Handler, verifier: Verifier, open_paths: Collection[str] = ()) -> Handler:

@@ -12,6 +12,7 @@ from memserve.api.errors import ApiError
 
 Header = tuple[bytes, bytes]
 Headers = Iterable[Header]
+Body = bytes | bytearray
 
 JSON_HEADER = (b"content-type", b"application/json")
 EVENTS_HEADERS = (
@@ -59,7 +60,8 @@ class Reply:
 
     `on_gone` is called once when the client hangs up before the end; `on_flow` with True when
     the client reads too slowly for what was written, with False when it has caught up. `added`
-    gives headers that belong to every answer of a status, whoever makes it.
+    gives headers that belong to every answer, whoever makes it, of its status and of its body, if
+    that is whole before the first byte goes out.
     """
 
     __slots__ = (
@@ -93,7 +95,7 @@ class Reply:
         self.writable = writable
         self.on_gone: Callable[[], None] | None = None
         self.on_flow: Callable[[bool], None] | None = None
-        self.added: Callable[[int], Headers] | None = None
+        self.added: Callable[[int, Body | None], Headers] | None = None
 
     def send(
         self, status: int, body: bytes, headers: Headers = (), media: Header = JSON_HEADER
@@ -101,14 +103,16 @@ class Reply:
         """A whole answer."""
         length = (b"content-length", b"%d" % len(body))
         self.started = True
-        head = self._head(status, (media, length, *headers))
+        head = self._head(status, (media, length, *headers), b"" if self._bare else body)
         self._finish(head if self._bare else head + body)
 
     def send_error(self, error: ApiError, headers: Headers = ()) -> None:
         self.send(error.status, error.body(), (*headers, *error.headers()))
 
-    def start(self, status: int, headers: Headers, *, sized: bool = False) -> None:
-        """Begin a stream. `sized`: `headers` have its length."""
+    def start(
+        self, status: int, headers: Headers, *, sized: bool = False, whole: Body | None = None
+    ) -> None:
+        """Begin a stream. `sized`: `headers` have its length. `whole`: all that will come."""
         self.started = True
         framing: tuple[Header, ...] = ()
         if not sized and not self._bare:
@@ -117,7 +121,9 @@ class Reply:
             else:
                 self._chunked = True
                 framing = ((b"transfer-encoding", b"chunked"),)
-        self._pending = self._head(status, (*headers, *framing))
+        if whole is not None and self._bare:
+            whole = b""
+        self._pending = self._head(status, (*headers, *framing), whole)
 
     def write(self, data: bytes) -> None:
         """More of a stream, not empty. Goes out at once, as one write."""
@@ -165,10 +171,12 @@ class Reply:
                 self._wire.send(data)
             self._wire.replied(self._keep_alive)
 
-    def _head(self, status: int, headers: Headers) -> bytes:
+    def _head(self, status: int, headers: Headers, whole: Body | None) -> bytes:
         self.status = status
+        if self.added is not None:
+            headers = (*headers, *self.added(status, whole))
         parts = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status, _date()]
-        for name, value in headers if self.added is None else (*headers, *self.added(status)):
+        for name, value in headers:
             if name == b"connection":
                 self._keep_alive = self._keep_alive and value.lower() != b"close"
             else:

@@ -8,7 +8,7 @@ error: `PeerError`. Callers decide what it means; none of them dies of it.
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from types import TracebackType
 from typing import NamedTuple, NoReturn, Self, TypeVar
@@ -18,15 +18,19 @@ import msgspec
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
+from memserve.api.audience import origin_of
 from memserve.api.errors import ApiError, ErrorBody, ErrorDetail
 from memserve.api.serving import IDLE_CONNECTION_SECONDS
-from memserve.api.signatures import PROOF_HEADER, Signer, digest_of
+from memserve.api.signatures import CONTENT_HEADER, PROOF_HEADER, Signer, digest_of
 from memserve.api.tls import unchecked_tls
 from memserve.hosts import is_loopback
 
 CONNECT_SECONDS = 2.0  # a process accepts at once, or it is gone
 # Unless the caller knows better: what processes say of themselves fits many times over.
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
+# At a server whose life is not known, one more than usual; where several processes listen at one
+# address, as a gateway's workers do, each new connection may come to another life.
+TRIES = 8
 _SHOWN = 300  # characters of what was said that go into an error's text
 
 _error = msgspec.json.Decoder(ErrorBody)
@@ -150,22 +154,22 @@ class PeerClient:
         signer = self.signer
         if signer is None:
             return (await self._exchange(method, url, body, {}, limits, max_bytes))[0]
-        origin, target = str(url.origin()), url.raw_path_qs.encode()
+        origin, target = origin_of(str(url)), url.raw_path_qs.encode()
         digest = await digest_of(body)
-        for first in (True, False):
+        for left in reversed(range(TRIES)):
             signed = signer.sign(origin, method.encode(), target, digest)
             headers = {"authorization": signed.authorization.decode()}
             answer, told = await self._exchange(method, url, body, headers, limits, max_bytes)
             if answer.status == HTTPStatus.UNAUTHORIZED:
-                # Another try for a life that was not known, and no third one.
-                if first and signer.learn(origin, told.get("www-authenticate", ""), signed):
+                challenge = told.get("www-authenticate", "")
+                if left and signer.learn(origin, challenge, _bytes(told, PROOF_HEADER), signed):
                     continue
                 _refused(answer)
-            proof = told.get(PROOF_HEADER.decode(), "").encode("latin-1", "replace")
-            if not signer.proves(signed, answer.status, proof):
+            content = _bytes(told, CONTENT_HEADER)
+            if not signer.proves_content(signed, answer.status, answer.body, content):
                 raise PeerError("whoever answers there does not have the cluster's secret")
             return answer
-        raise AssertionError("the second try returns or raises")
+        raise AssertionError("the last try returns or raises")
 
     async def _exchange(
         self,
@@ -192,9 +196,14 @@ class PeerClient:
                 parts += part
                 if len(parts) > max_bytes:
                     raise PeerError(f"the answer is larger than {max_bytes} bytes")
-            wanted = ("www-authenticate", PROOF_HEADER.decode())
+            wanted = ("www-authenticate", PROOF_HEADER.decode(), CONTENT_HEADER.decode())
             told = {name: answer.headers[name] for name in wanted if name in answer.headers}
             return PeerAnswer(answer.status, bytes(parts)), told
+
+
+def _bytes(told: Mapping[str, str], name: bytes) -> bytes | None:
+    value = told.get(name.decode())
+    return None if value is None else value.encode("latin-1", "replace")
 
 
 def decoded(decode: Callable[[bytes], T], body: bytes, source: str) -> T:

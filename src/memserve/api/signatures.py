@@ -1,23 +1,29 @@
 """Proof that an HTTP request comes from the cluster, and that its answer does.
 
-    Authorization: MemServe LIFE.SENDER.NUMBER.TIME.MAC
+    Authorization: MemServe HOST:PORT LIFE.SENDER.NUMBER.TIME.MAC
     MemServe-Proof: MAC
+    MemServe-Content: MAC
 
 The MAC is HMAC-SHA256, with a key that is derived from the cluster's secret, over method, target,
-the body's digest, and the fields before it. They keep a request from being used twice:
+the body's digest, and the fields before it. They keep a request from being used twice, or by
+another server than the one that it is meant for:
 
+- HOST:PORT is the address that is asked. A server takes requests for its own addresses alone
+  (`api/audience.py`): who listens at a dead member's address cannot have another one answer.
 - LIFE names the running server that it is for. A server tells its own in the challenge of a 401
   (`WWW-Authenticate: MemServe life=..., time=...`), so the first request to a server, or to one
   that was started again, is made twice. What was recorded is worth nothing elsewhere or later.
+  A challenge proves itself, as every answer does: nobody else can set a client's clock.
 - SENDER and NUMBER name the request. A server accepts each number of a sender once, in whatever
   order they come; so it keeps a few words for each process that has the secret, and nothing for
   strangers.
 - TIME, in milliseconds, by the server's clock as the challenge told it, bounds for how long it
   must remember a sender that has gone.
 
-The proof in the answer is over the request's MAC and the status. Whoever listens at a member's
-address without the secret can give none, and is not believed. What is said is not hidden: that
-is TLS's part.
+The proof in the answer is over the request's MAC and the status, and the other one over the body,
+too, if that is whole when the answer begins. Whoever listens at a member's address without the
+secret can give none, and is not believed. What is said is not hidden: that is TLS's part, and so
+is a stream's body on a network that others can write to.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -38,6 +44,7 @@ from memserve.secrets import Secret
 
 SCHEME = b"MemServe "
 PROOF_HEADER = b"memserve-proof"
+CONTENT_HEADER = b"memserve-content"
 
 # How far apart a request's time and the server's may be: longer than a request waits anywhere
 # before it is read. Clocks that differ by more are put right first.
@@ -52,7 +59,8 @@ MAX_CHALLENGES = 4096  # servers that a client remembers
 INLINE_BYTES = 256 * 1024  # digested on the spot: a quarter of a millisecond
 
 _FIELDS = re.compile(
-    rb"MemServe ([0-9a-f]{16})\.([0-9a-f]{16})\.(\d{1,15})\.(\d{1,15})\.([0-9a-f]{64})"
+    rb"MemServe ([A-Za-z0-9._:%\[\]-]{1,262}) "
+    rb"([0-9a-f]{16})\.([0-9a-f]{16})\.(\d{1,15})\.(\d{1,15})\.([0-9a-f]{64})"
 )
 _CHALLENGE = re.compile(r"MemServe life=([0-9a-f]{16}), time=(\d{1,15})")
 
@@ -111,17 +119,20 @@ class Signer:
         `body_digest`."""
         challenge = self._challenges.get(origin, _UNKNOWN)
         life, ahead = challenge
+        audience = origin.rpartition("//")[2].encode()
         self._number += 1
         now = int(self._wall_clock() * 1000) + ahead
-        fields = b"%b.%b.%d.%d" % (life, self._sender, self._number, now)
+        fields = b"%b %b.%b.%d.%d" % (audience, life, self._sender, self._number, now)
         mac = _request_mac(self._request_key, method, target, digest, fields)
         return Signed(b"%b%b.%b" % (SCHEME, fields, mac), mac, challenge)
 
-    def learn(self, origin: str, challenge: str, signed: Signed) -> bool:
-        """Take in the challenge with which a request was refused. Whether it asks for another
-        answer than this request had, so that another try may succeed."""
+    def learn(self, origin: str, challenge: str, proof: bytes | None, signed: Signed) -> bool:
+        """Take in the challenge with which a request was refused, if it proves itself. Whether it
+        asks for another answer than this request had, so that another try may succeed."""
         match = _CHALLENGE.fullmatch(challenge)
-        if match is None:
+        if match is None or proof is None:
+            return False
+        if not hmac.compare_digest(proof, _challenge_mac(self._answer_key, signed.mac, challenge)):
             return False
         life, ahead = match[1].encode(), int(match[2]) - int(self._wall_clock() * 1000)
         self._challenges.pop(origin, None)
@@ -136,6 +147,33 @@ class Signer:
         return proof is not None and hmac.compare_digest(
             proof, _answer_mac(self._answer_key, signed.mac, status)
         )
+
+    def proves_content(
+        self, signed: Signed, status: int, body: bytes, content: bytes | None
+    ) -> bool:
+        """Whether this is what was answered, to the last byte."""
+        return content is not None and hmac.compare_digest(
+            content, _content_mac(self._answer_key, signed.mac, status, body)
+        )
+
+
+class Unauthenticated(ApiError):
+    """A 401 with a challenge, which proves itself to who has the secret."""
+
+    def __init__(self, message: str, code: str, challenge: str, proof: bytes | None) -> None:
+        super().__init__(
+            HTTPStatus.UNAUTHORIZED,
+            message,
+            type="authentication_error",
+            code=code,
+            authenticate=challenge,
+        )
+        self.proof = proof
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Headers that go with it."""
+        proof = [] if self.proof is None else [(PROOF_HEADER, self.proof)]
+        return [*super().headers(), *proof]
 
 
 class _Numbers:
@@ -164,8 +202,15 @@ class _Numbers:
 class Verifier:
     """Checks requests to one server, and proves its answers. Belongs to one event loop."""
 
-    def __init__(self, secret: Secret, wall_clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        secret: Secret,
+        audience: Container[str],
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`audience`: addresses, as host:port, that the server answers at."""
         self._keys = [_keys(master) for master in secret.masters]
+        self._audience = audience
         self._wall_clock = wall_clock
         self._life = os.urandom(8).hex().encode()
         self._senders: dict[bytes, _Numbers] = {}
@@ -174,26 +219,35 @@ class Verifier:
     def check(
         self, authorization: bytes | None, method: bytes, target: bytes, digest: bytes
     ) -> Proof:
-        """What proves the answer to a request. Raises ApiError (401) with a challenge."""
+        """What proves the answer to a request. Raises Unauthenticated."""
         match = None if authorization is None else _FIELDS.fullmatch(authorization)
         if match is None:
             raise self._refusal("This needs the cluster's secret.")
-        life, sender, number, at, mac = match.groups()
-        fields = authorization[len(SCHEME) : match.end(4)] if authorization is not None else b""
+        audience, life, sender, number, at, mac = match.groups()
+        fields = authorization[len(SCHEME) : match.end(5)] if authorization is not None else b""
         for request_key, key in self._keys:
             if hmac.compare_digest(mac, _request_mac(request_key, method, target, digest, fields)):
-                answer_key = key
+                proof = Proof(key, mac)
                 break
         else:
             raise self._refusal("This needs the cluster's secret; another one was used.")
+        if audience.decode() not in self._audience:
+            raise self._refusal(
+                f"Signed for {audience.decode()}, where this server is not; the setting "
+                "'advertise' says where else it is reached.",
+                "wrong_address",
+                proof,
+            )
         if life != self._life:
-            raise self._refusal("Signed for another life of this server.", "wrong_life")
+            raise self._refusal("Signed for another life of this server.", "wrong_life", proof)
         now = self._wall_clock()
         if abs(int(at) / 1000 - now) > WINDOW_SECONDS:
-            raise self._refusal("Signed too long ago, or by a clock that is wrong.", "wrong_time")
+            raise self._refusal(
+                "Signed too long ago, or by a clock that is wrong.", "wrong_time", proof
+            )
         if not self._numbers(sender, now).take(int(number)):
-            raise self._refusal("This request was made before.", "replayed")
-        return Proof(answer_key, mac)
+            raise self._refusal("This request was made before.", "replayed", proof)
+        return proof
 
     def _numbers(self, sender: bytes, now: float) -> _Numbers:
         numbers = self._senders.get(sender)
@@ -206,17 +260,14 @@ class Verifier:
         numbers.until = now + 2 * WINDOW_SECONDS
         return numbers
 
-    def _refusal(self, message: str, code: str = "unauthenticated") -> ApiError:
+    def _refusal(
+        self, message: str, code: str = "unauthenticated", proof: Proof | None = None
+    ) -> Unauthenticated:
         self.refused += 1
         now = int(self._wall_clock() * 1000)
         challenge = f"MemServe life={self._life.decode()}, time={now}"
-        return ApiError(
-            HTTPStatus.UNAUTHORIZED,
-            message,
-            type="authentication_error",
-            code=code,
-            authenticate=challenge,
-        )
+        proven = None if proof is None else _challenge_mac(proof.key, proof.mac, challenge)
+        return Unauthenticated(message, code, challenge, proven)
 
 
 class Proof(NamedTuple):
@@ -225,8 +276,12 @@ class Proof(NamedTuple):
     key: Mac
     mac: bytes
 
-    def header(self, status: int) -> tuple[bytes, bytes]:
-        return PROOF_HEADER, _answer_mac(self.key, self.mac, status)
+    def headers(self, status: int, body: bytes | bytearray | None) -> list[tuple[bytes, bytes]]:
+        """`body`: None where it is not whole yet."""
+        proof = (PROOF_HEADER, _answer_mac(self.key, self.mac, status))
+        if body is None:
+            return [proof]
+        return [proof, (CONTENT_HEADER, _content_mac(self.key, self.mac, status, body))]
 
 
 async def digest_of(body: bytes) -> bytes:
@@ -250,6 +305,14 @@ def _keys(master: bytes) -> tuple[Mac, Mac]:
 def _request_mac(key: Mac, method: bytes, target: bytes, digest: bytes, fields: bytes) -> bytes:
     # Neither method nor target can have a line break in it: HTTP allows none.
     return key.hex(b"%b\n%b\n%b\n%b" % (method, target, fields, digest))
+
+
+def _content_mac(key: Mac, mac: bytes, status: int, body: bytes | bytearray) -> bytes:
+    return key.hex(b"%b %d %b" % (mac, status, hashlib.sha256(body).digest()))
+
+
+def _challenge_mac(key: Mac, mac: bytes, challenge: str) -> bytes:
+    return key.hex(b"%b challenge %b" % (mac, challenge.encode("latin-1", "replace")))
 
 
 def _answer_mac(key: Mac, mac: bytes, status: int) -> bytes:

@@ -14,8 +14,8 @@ def server_tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
     without. Raises ConfigError."""
     if cert is None and key is None:
         return None
-    if cert is None:
-        raise ConfigError("tls_key needs tls_cert")
+    if cert is None or key is None:
+        raise ConfigError("tls_cert and tls_key need each other")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:

@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import cast
@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 import uvloop
 
+from memserve.api.audience import Audience
 from memserve.api.errors import ApiError
 from memserve.api.generate import GENERATE_PATH
 from memserve.api.serving import bind, url_of
@@ -123,6 +124,7 @@ class Backend(asyncio.Protocol):
         self._body += body
 
     def on_message_complete(self) -> None:
+        whole = None if self._parser.get_method() == b"POST" else _described(self._url)
         proof = b""
         if self._verifier is not None and (self._authorization or b"").startswith(SCHEME):
             method, digest = self._parser.get_method(), body_digest(self._body)
@@ -131,9 +133,9 @@ class Backend(asyncio.Protocol):
             except ApiError as error:
                 self._transport.write(_challenged(error))
                 return
-            proof = b"%b: %b\r\n" % given.header(HTTPStatus.OK)
-        if self._parser.get_method() != b"POST":
-            self._transport.write(_whole(_described(self._url), proof))
+            proof = _lines(given.headers(HTTPStatus.OK, whole))
+        if whole is not None:
+            self._transport.write(_whole(whole, proof))
             return
         call = _calls.decode(self._body)
         self._left = call.max_tokens or call.sampling.max_tokens
@@ -161,8 +163,12 @@ def _whole(body: bytes, proof: bytes) -> bytes:
 
 
 def _challenged(error: ApiError) -> bytes:
-    head = b"HTTP/1.1 401 Unauthorized\r\nwww-authenticate: %b\r\ncontent-length: 0\r\n\r\n"
-    return head % (error.authenticate or "").encode()
+    head = b"HTTP/1.1 401 Unauthorized\r\n%bcontent-length: 0\r\n\r\n"
+    return head % _lines(error.headers())
+
+
+def _lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    return b"".join(b"%b: %b\r\n" % header for header in headers)
 
 
 def _described(url: bytes) -> bytes:
@@ -184,7 +190,9 @@ def _described(url: bytes) -> bytes:
 async def _backend(gap: float) -> None:
     loop = asyncio.get_running_loop()
     sock = bind("127.0.0.1", 0)
-    verifier = Verifier(cluster_secret())
+    audience = Audience()
+    audience.add_socket(sock)
+    verifier = Verifier(cluster_secret(), audience)
     server = await loop.create_server(lambda: Backend(loop, gap, verifier), sock=sock)
     print(url_of(sock), flush=True)
     await server.serve_forever()

@@ -14,7 +14,7 @@ from memserve.api.control import InstanceChange, LeaveRequest
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.signatures import Signer
 from memserve.api.status import InstanceState, InstanceStats, JoinRequest, MediumTotals
-from memserve.errors import ClusterError
+from memserve.errors import ClusterError, ConfigError
 from memserve.secrets import Secret, secret_of
 from memserve.types import Epoch, InstanceId, Role
 
@@ -108,7 +108,10 @@ class ClusterClient:
 
     async def add(self, address: str) -> MemberSummary:
         """Make an instance that runs at this URL a member."""
-        body = _encode(JoinRequest(address))
+        try:
+            body = _encode(JoinRequest(address))
+        except ValueError as error:
+            raise ConfigError(f"'{address}' is no http://host:port: {error}") from error
         return await self._ask("POST", "/cluster/members", _member.decode, body)
 
     async def forget(self, address: str) -> None:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from memserve.api.api_keys import ApiKey, ApiKeys
+from memserve.api.audience import Audience, check_url
 from memserve.api.errors import ApiError, path_not_found
 from memserve.api.guard import require_signature
 from memserve.api.http_message import Header, Reply, Request
@@ -76,10 +77,18 @@ class Access:
         secret: Secret,
         origins: Sequence[str] = (),
         metrics_secret: bool = False,
+        advertised: str | None = None,
     ) -> None:
+        """`advertised`: a URL at which it is reached besides those of its sockets."""
         self.keys = keys  # replaced as a whole when they are loaded anew
-        self.verifier = Verifier(secret)
+        self.audience = Audience(any_name=True)  # the caller adds the sockets that it serves
+        if advertised is not None:
+            self.audience.add_url(advertised)
+        self.verifier = Verifier(secret, self.audience)
         self._tokens = [_digest(value.encode()) for value in secret.values]
+        for origin in origins:
+            if origin != _ANY:
+                check_url(origin)
         self._origins = frozenset(origin.rstrip("/").encode() for origin in origins)
         self._metrics_secret = metrics_secret
         self.unauthorised = 0  # clients without a key
@@ -90,7 +99,7 @@ class Access:
         origin = request.header(b"origin")
         if origin is not None:
             self._from_page(origin, request, reply)
-        if not self.keys:
+        if not self.keys.wanted:
             return ANYBODY
         key = self.keys.find(_bearer(request) or b"")
         if key is None:
@@ -125,9 +134,11 @@ class Access:
         origin = request.header(b"origin")
         if request.method != "OPTIONS" or origin is None or not self._allows(origin):
             return False
+        asked = request.header(b"access-control-request-headers")
         headers = (
             (b"access-control-allow-methods", b"GET, POST"),
-            (b"access-control-allow-headers", b"authorization, content-type, x-request-id"),
+            # Nothing is done for a header that is done only for those without it.
+            (b"access-control-allow-headers", asked or b"authorization, content-type"),
             (b"access-control-max-age", _MAX_AGE),
             *_cors(origin),
         )
@@ -154,12 +165,12 @@ class Access:
 
     def _from_page(self, origin: bytes, request: Request, reply: Reply) -> None:
         if self._allows(origin):
-            reply.added = lambda status: _cors(origin)
+            reply.added = lambda status, body: _cors(origin)
         elif not self._own(origin, request):
             self.foreign += 1
             raise ApiError(
                 HTTPStatus.FORBIDDEN,
-                "Pages of this origin may not ask; gateway.cors_origins allows it.",
+                "Pages of this origin may not ask; cors_origins names those that may.",
                 code="cross_origin",
             )
 
@@ -172,7 +183,7 @@ class Access:
         host = request.header(b"host") or b""
         if origin.partition(b"://")[2] != host:
             return False
-        return bool(self.keys) or is_loopback(_host_of(host))
+        return self.keys.wanted or is_loopback(_host_of(host))
 
 
 def _turns(key: ApiKey) -> Tenant:

@@ -116,6 +116,8 @@ class GatewayApp:
         if self._access.preflight(request, reply):
             return
         try:
+            if request.path in self._generating:
+                raise method_not_allowed(request.method, request.path, "POST")
             await self._access.admit(request, reply)
         except ApiError as error:
             reply.send_error(error)

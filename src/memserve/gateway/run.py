@@ -167,10 +167,14 @@ class Gateway:
         self._config = config.gateway
         secret = cluster_secret()
         keys = load_keys(config.gateway.api_keys, config.gateway.api_keys_file)
-        if not keys and not is_loopback(config.gateway.host):
+        if not keys.wanted and not is_loopback(config.gateway.host):
             log.warning("anybody who reaches %s may ask: no API keys", config.gateway.host)
         self._access = Access(
-            keys, secret, config.gateway.cors_origins, config.gateway.metrics_secret
+            keys,
+            secret,
+            config.gateway.cors_origins,
+            config.gateway.metrics_secret,
+            config.gateway.advertise,
         )
         self._tls = server_tls(config.security.tls_cert, config.security.tls_key)
         authorities = client_tls(config.security.tls_ca)
@@ -226,6 +230,7 @@ class Gateway:
 
     async def hear_siblings(self, sock: socket.socket) -> None:
         """Answer the other workers, until the end."""
+        self._access.audience.add_socket(sock)
         self._private = HttpServer(self._app.handle_sibling, MAX_CONTROL_BYTES)
         await self._private.start(sock, BACKLOG)
 
@@ -251,6 +256,8 @@ class Gateway:
     async def serve(self, sock: socket.socket, shutdown: Shutdown) -> int:
         """Serve until the shutdown is requested and running requests are done, or told. The
         process's exit code: 1 if it ends because something that it needs has ended."""
+
+        self._access.audience.add_socket(sock)
 
         async def end_when_failing() -> None:
             await self.vitals.failed.wait()

@@ -13,16 +13,18 @@ from typing import NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
-from yarl import URL
 
+from memserve.api.audience import origin_of
 from memserve.api.generate import GENERATE_PATH
 from memserve.api.peer_client import CONNECT_SECONDS
 from memserve.api.serving import IDLE_CONNECTION_SECONDS
-from memserve.api.signatures import PROOF_HEADER, Signed, Signer, digest_of
+from memserve.api.signatures import PROOF_HEADER, Signed, Signer, body_digest, digest_of
 from memserve.api.tls import unchecked_tls
 from memserve.hosts import is_loopback
 
 _TARGET = GENERATE_PATH.encode()
+_INFO = b"/info"  # the least that is answered to the cluster alone
+_NOTHING = body_digest(b"")
 
 
 class Unreachable(Exception):
@@ -36,10 +38,9 @@ class _Stale(Unreachable):
 class _Challenged(Unreachable):
     """The call was signed for another life of the instance; nothing was done."""
 
-    def __init__(self, challenge: str, signed: Signed) -> None:
+    def __init__(self, challenge: bytes, proof: bytes | None, signed: Signed) -> None:
         super().__init__("the instance does not take this gateway's signature")
-        self.challenge = challenge
-        self.signed = signed
+        self.told = challenge.decode("latin-1"), proof, signed
 
 
 class Flow(Protocol):
@@ -72,6 +73,7 @@ class _Target:
     port: int
     tls: ssl.SSLContext | bool | None
     origin: str
+    netloc: bytes
     head: bytes  # of a call, up to the length of its body
     idle: list[_Connection] = field(default_factory=list)
 
@@ -80,6 +82,19 @@ class _Target:
         for connection in self.idle:
             connection.abort()
         self.idle.clear()
+
+
+class _Unheard:
+    """What proves who answers, and is not wanted for itself."""
+
+    def begin(self, flow: Flow) -> None:
+        pass
+
+    def head(self, status: int, retry_after: bytes | None) -> None:
+        pass
+
+    def received(self, data: bytes, last: bool) -> None:
+        pass
 
 
 class Upstream:
@@ -102,8 +117,7 @@ class Upstream:
         try:
             connection = await self._exchange(target, body, sink)
         except _Challenged as error:
-            told = target.origin, error.challenge, error.signed
-            if self._signer is None or not self._signer.learn(*told):
+            if self._signer is None or not self._signer.learn(target.origin, *error.told):
                 raise
             connection = await self._exchange(target, body, sink)
         kept = self._targets.get(address) is target
@@ -126,24 +140,33 @@ class Upstream:
 
     async def _exchange(self, target: _Target, body: bytes, sink: Sink) -> _Connection:
         """Make the call; the connection that it was made on."""
-        signed: Signed | None = None
-        authorization = b""
-        if self._signer is not None:
-            digest = await digest_of(body)
-            signed = self._signer.sign(target.origin, b"POST", _TARGET, digest)
-            authorization = b"authorization: %b\r\n" % signed.authorization
-        head = b"%b%d\r\n%b\r\n" % (target.head, len(body), authorization)
-        check = _Check(self._signer, signed)
+        digest = _NOTHING if self._signer is None else await digest_of(body)
         connection = self._idle(target)
         if connection is not None:
             try:
-                await connection.exchange((head, body), sink, check)
+                await self._post(connection, target, body, digest, sink)
                 return connection
             except _Stale:
                 pass
         connection = await self._connect(target)
-        await connection.exchange((head, body), sink, check)
+        await self._post(connection, target, body, digest, sink)
         return connection
+
+    async def _post(
+        self, connection: _Connection, target: _Target, body: bytes, digest: bytes, sink: Sink
+    ) -> None:
+        check, authorization = self._signed(target, b"POST", _TARGET, digest)
+        head = b"%b%d\r\n%b\r\n" % (target.head, len(body), authorization)
+        await connection.exchange((head, body), sink, check)
+
+    def _signed(
+        self, target: _Target, method: bytes, path: bytes, digest: bytes
+    ) -> tuple[_Check, bytes]:
+        """What the answer is held against, and the header line of the request."""
+        if self._signer is None:
+            return _NO_CHECK, b""
+        signed = self._signer.sign(target.origin, method, path, digest)
+        return _Check(self._signer, signed), b"authorization: %b\r\n" % signed.authorization
 
     def _idle(self, target: _Target) -> _Connection | None:
         oldest = time.monotonic() - IDLE_CONNECTION_SECONDS
@@ -157,6 +180,32 @@ class Upstream:
         return None
 
     async def _connect(self, target: _Target) -> _Connection:
+        """A new connection, to somebody who has proved to have the cluster's secret: prompts are
+        told to nobody else."""
+        connection = await self._open(target)
+        if self._signer is None:
+            return connection
+        try:
+            await self._prove(connection, target)
+        except _Challenged as error:
+            if not self._signer.learn(target.origin, *error.told):
+                raise
+            connection = await self._open(target)
+            await self._prove(connection, target)
+        return connection
+
+    async def _prove(self, connection: _Connection, target: _Target) -> None:
+        check, authorization = self._signed(target, b"GET", _INFO, _NOTHING)
+        head = b"GET %b HTTP/1.1\r\nhost: %b\r\n%b\r\n" % (_INFO, target.netloc, authorization)
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await connection.exchange((head,), _Unheard(), check)
+        except TimeoutError as error:
+            raise Unreachable(f"no answer within {CONNECT_SECONDS} s") from error
+        if not connection.reusable:
+            raise Unreachable("the connection was closed")
+
+    async def _open(self, target: _Target) -> _Connection:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
@@ -172,7 +221,7 @@ class Upstream:
     def _new_target(self, address: str) -> _Target:
         try:
             parts = urlsplit(address)
-            origin = str(URL(address).origin())
+            origin = origin_of(address)
             port = parts.port
         except ValueError as error:
             raise Unreachable(f"{address!r} is no address") from error
@@ -180,10 +229,11 @@ class Upstream:
             f"POST {GENERATE_PATH} HTTP/1.1\r\nhost: {parts.netloc}\r\n"
             "content-type: application/json\r\ncontent-length: "
         ).encode()
+        netloc = parts.netloc.encode()
         secure = parts.scheme == "https"
         tls = self._within if is_loopback(parts.hostname or "") else self._tls
         port = port or (443 if secure else 80)
-        target = _Target(parts.hostname or "", port, tls if secure else None, origin, head)
+        target = _Target(parts.hostname or "", port, tls if secure else None, origin, netloc, head)
         self._targets[address] = target
         return target
 
@@ -199,7 +249,7 @@ class _Check(NamedTuple):
         if self.signer is None or self.signed is None:
             return None
         if status == HTTPStatus.UNAUTHORIZED:
-            return _Challenged(challenge.decode("latin-1"), self.signed)
+            return _Challenged(challenge, proof, self.signed)
         if not self.signer.proves(self.signed, status, proof):
             return Unreachable("whoever answers there does not have the cluster's secret")
         return None

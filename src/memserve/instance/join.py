@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 # started again knows its members after this, and RETRY_SECONDS if it was not there at all.
 JOIN_SECONDS = 2.0
 RETRY_SECONDS = 0.25
+UNHEARD_TRIES = 20  # in vain, some 5 s: more than a gateway's restart takes; then it is said
 JOIN_TIMEOUT = 2.0
 LEAVE_TIMEOUT = 1.0  # a process that ends does not wait for long
 
@@ -67,6 +68,7 @@ class Registration:
 
     async def _keep_joined(self, url: str, news: asyncio.Event) -> None:
         refused = ""
+        unheard = 0  # tries in a row
         while True:
             news.clear()
             pause = JOIN_SECONDS
@@ -76,13 +78,17 @@ class Registration:
             except PeerError as error:
                 said = str(error)
                 if error.status is None:
-                    log.debug("%s cannot be reached: %s", url, said)
+                    unheard += 1
+                    if unheard % UNHEARD_TRIES == 0:
+                        log.warning("%s cannot be reached, %d times: %s", url, unheard, said)
                     said, pause = refused, RETRY_SECONDS
                 elif said != refused:
                     # Perhaps for a life of the same name that has just died unnoticed: the
                     # gateway asks it now.
                     pause = RETRY_SECONDS
                     log.warning("%s refuses this instance: %s", url, said)
+            else:
+                unheard = 0
             refused = said
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):

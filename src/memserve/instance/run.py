@@ -12,6 +12,7 @@ from functools import partial
 import uvloop
 
 from memserve.api.asgi import asgi_handler
+from memserve.api.audience import Audience, check_url
 from memserve.api.control import RESTART_EXIT_CODE
 from memserve.api.guard import guarded
 from memserve.api.http_server import Handler
@@ -58,6 +59,8 @@ def run_instance(
     """
     secret = cluster_secret()
     require_secret(secret, settings.host)
+    for url in (*join, *([settings.advertise] if settings.advertise else ())):
+        check_url(url)
     security = config.security
     tls = server_tls(security.tls_cert, security.tls_key), client_tls(security.tls_ca)
     try:
@@ -73,7 +76,18 @@ def run_instance(
     )
     make = partial(build or _built_in, config, settings, identity)
     announce(url_of(sock, tls=tls[0] is not None), ready_fd)
-    return uvloop.run(_main(identity, make, sock, config.gateway.drain_seconds, join, secret, tls))
+    return uvloop.run(
+        _main(
+            identity,
+            make,
+            sock,
+            config.gateway.drain_seconds,
+            join,
+            secret,
+            tls,
+            settings.advertise,
+        )
+    )
 
 
 async def _main(
@@ -84,12 +98,14 @@ async def _main(
     join: Sequence[str],
     secret: Secret,
     tls: tuple[ssl.SSLContext | None, ssl.SSLContext | None],
+    advertised: str | None,
 ) -> int:
     server, authorities = tls
-    address = url_of(sock, tls=server is not None)
+    address = advertised or url_of(sock, tls=server is not None)
     peers = PeerClient(Signer(secret), authorities)
     instance = Instance(identity, MonotonicClock(), peers)
     registration = Registration(peers, join, address, identity.id, identity.epoch)
+    handler = handler_of(instance, secret, sock, advertised)
     instance.standing.on_news(registration.tell)
     shutdown = Shutdown()
     shutdown.on_signals()
@@ -112,9 +128,7 @@ async def _main(
     async with asyncio.TaskGroup() as background:
         joining = instance.vitals.task("registration", registration.run())
         useful = background.create_task(_end_when_useless(instance, loading, shutdown))
-        await serve_http(
-            handler_of(instance, secret), sock, shutdown, drain, MAX_BODY_BYTES, tls=server
-        )
+        await serve_http(handler, sock, shutdown, drain, MAX_BODY_BYTES, tls=server)
         useful.cancel()
         joining.cancel()
     await instance.close()
@@ -122,9 +136,16 @@ async def _main(
     return _exit_code(instance, loading)
 
 
-def handler_of(instance: Instance, secret: Secret) -> Handler:
-    """What answers an instance's HTTP requests: those of the cluster, and probes."""
-    return guarded(asgi_handler(InstanceApp(instance)), Verifier(secret), OPEN_PATHS)
+def handler_of(
+    instance: Instance, secret: Secret, sock: socket.socket, advertised: str | None = None
+) -> Handler:
+    """What answers an instance's HTTP requests: those of the cluster, and probes. `advertised`:
+    another URL than that of the socket."""
+    audience = Audience()
+    audience.add_socket(sock)
+    if advertised is not None:
+        audience.add_url(advertised)
+    return guarded(asgi_handler(InstanceApp(instance)), Verifier(secret, audience), OPEN_PATHS)
 
 
 async def _end_when_useless(

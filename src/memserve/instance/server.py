@@ -27,6 +27,7 @@ from memserve.api.generate import GENERATE_PATH
 from memserve.api.handoff import PREFILL_PATH, PUSH_PATH
 from memserve.api.instance_metrics import instance_metrics
 from memserve.api.kv_events import SNAPSHOT_PATH
+from memserve.api.status import InstanceState
 from memserve.instance import calls
 from memserve.instance.calls import CallReader, LargeCalls
 from memserve.instance.instance import Instance, Run
@@ -37,6 +38,12 @@ log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 _Call = TypeVar("_Call")
 _Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Health(msgspec.Struct, frozen=True):
+    """`GET /health`."""
+
+    status: InstanceState
 
 
 class InstanceApp:
@@ -116,7 +123,8 @@ class InstanceApp:
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         healthy = await self._instance.healthy()
         status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
-        await send_body(send, status, _encode(self._instance.info()))
+        # Anybody may ask: it says no more than that.
+        await send_body(send, status, _encode(Health(self._instance.state)))
 
     async def _info(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send_body(send, HTTPStatus.OK, _encode(self._instance.info()))

@@ -1,0 +1,92 @@
+"""The addresses at which a server may be asked: what is signed for another one is not for it."""
+
+from __future__ import annotations
+
+import socket
+from functools import lru_cache
+from urllib.parse import urlsplit
+
+from memserve.errors import ConfigError
+from memserve.hosts import advertised
+
+_REMEMBERED = 256  # of the addresses that were looked up
+
+
+class Audience:
+    """Filled before the server takes requests."""
+
+    def __init__(self, *, any_name: bool = False) -> None:
+        """`any_name`: names lead here that this machine does not know of, as a load balancer's."""
+        self._any_name = any_name
+        self._ports: set[int] = set()
+        self._known: set[str] = set()
+
+    def add_socket(self, sock: socket.socket) -> None:
+        """All addresses of a listening socket."""
+        self._ports.add(sock.getsockname()[1])
+
+    def add_url(self, url: str) -> None:
+        """Another address, from where it is passed on to this server."""
+        self._known.add(_authority(url))
+
+    def __contains__(self, authority: object) -> bool:
+        if not isinstance(authority, str):
+            return False
+        if authority in self._known:
+            return True
+        host, _, port = authority.rpartition(":")
+        if not port.isascii() or not port.isdigit() or int(port) not in self._ports:
+            return False
+        return _is_here(host) or (self._any_name and not _is_address(host))
+
+
+def check_url(url: str) -> None:
+    """Raise ConfigError for what is no http://host:port or https://host:port."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or parts.path not in ("", "/"):
+        raise ConfigError(f"'{url}' is no http://host:port")
+
+
+def origin_of(url: str) -> str:
+    """scheme://host:port of a URL, with the port also where it is the usual one. Raises
+    ValueError."""
+    return f"{urlsplit(url).scheme}://{_authority(url)}"
+
+
+def _authority(url: str) -> str:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_address(host: str) -> bool:
+    bare = host.removeprefix("[").removesuffix("]").partition("%")[0]
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, bare)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _is_here(host: str) -> bool:
+    """Whether a host is this machine: a name of its own, or an address that it can listen at."""
+    if host in ("localhost", socket.gethostname(), advertised("0.0.0.0")):
+        return True
+    if not _is_address(host):
+        return False
+    bare = host.removeprefix("[").removesuffix("]")
+    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((bare, 0))
+        except OSError:
+            return False
+    return True
