@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from memserve import __version__
+from memserve.api.serving import hold_reloads
 from memserve.api.status import check_id
 from memserve.bench.cli import app as bench_app
 from memserve.bench.profile_cli import profile
@@ -107,6 +108,7 @@ def up(
 
     Without a file: one prefill and one decode instance; with --role or --count: these.
     """
+    _outlive_reloads()
     file = _without_file(given) if config is None else load_config(config)
     wanted = ClusterConfig(
         model=with_flags(file.model, given),
@@ -141,6 +143,7 @@ def gateway(
     given: Given,
 ) -> None:
     """Run a gateway alone, in front of instances that run already or will join it."""
+    hold_reloads()
     from memserve.gateway.run import run_gateway
     from memserve.gateway.workers import WorkerPlace, run_workers
 
@@ -156,10 +159,11 @@ def gateway(
         command = ["gateway", *to_flags(pinned(config.model, model)), *to_flags(config.gateway)]
         command += to_flags(config.security)
         command += [part for url in members for part in ("--instances", url)]
-        raise typer.Exit(run_workers(config.gateway, command, exits_with_parent=exit_with_parent_))
+        raise typer.Exit(run_workers(config.gateway, command, reserved=exit_with_parent_))
     tokenizer = Tokenizer.load(model.path, config.gateway.chat_template)
     place = None if worker is None else WorkerPlace.parse(worker)
-    raise typer.Exit(run_gateway(config, members, tokenizer, worker=place))
+    code = run_gateway(config, members, tokenizer, worker=place, reserved=exit_with_parent_)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -180,6 +184,7 @@ def instance(
     given: Given,
 ) -> None:
     """Run one instance: an engine and its part of the pool."""
+    _outlive_reloads()
     from memserve.instance.run import run_instance
 
     _begin_process(exit_with_parent_)
@@ -217,6 +222,12 @@ def _begin_process(ends_with_parent: bool) -> None:
     log_to_stderr()
     if ends_with_parent:
         exit_with_parent()
+
+
+def _outlive_reloads() -> None:
+    """SIGHUP ends nothing from now on, unless a terminal may send it: one that closes means it."""
+    if not os.isatty(0):
+        hold_reloads()
 
 
 def _first_steps(url: str, model: str) -> str:

@@ -99,7 +99,7 @@ def test_ports_are_reserved_for_a_child_to_listen_on(host: str, url: str, names:
     try:
         assert port.url == url.format(port.number)
         assert ReservedPort(host, 0, tls=True).url.startswith("https://")
-        with bind(host, port.number), pytest.raises(ClusterError):
+        with bind(host, port.number, shared=True), pytest.raises(ClusterError):
             ReservedPort(host, port.number)
     finally:
         port.close()

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from memserve.api.serving import bind
 from memserve.clock import ManualClock
 from memserve.cluster.port import ReservedPort
 from memserve.cluster.restarts import RestartLimits, Restarts
@@ -36,10 +37,7 @@ def test_a_reserved_port_can_be_listened_on_again_and_again_and_by_nobody_else()
     port = ReservedPort("127.0.0.1", 0)
     try:
         for _ in range(2):
-            with socket.socket() as child:
-                child.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                child.bind(("127.0.0.1", port.number))
-                child.listen()
+            with bind("127.0.0.1", port.number, shared=True):
                 with socket.create_connection(("127.0.0.1", port.number)):
                     pass
                 with pytest.raises(ClusterError, match=f"{port.number}: Address already in use"):

@@ -13,7 +13,7 @@ import pytest
 
 from memserve.errors import SharedMemoryFull
 from memserve.pool.pool import MemPool
-from memserve.pool.segment import SHM_DIRECTORY, SharedSegment, sweep
+from memserve.pool.segment import SHM_DIRECTORY, SharedSegment, pid_namespace, sweep
 from tests.pool_harness import LAYOUT
 
 
@@ -72,6 +72,15 @@ def test_the_sweep_leaves_strangers_alone(tmp_path: Path) -> None:
     foreign_namespace.touch()
     unknown.touch()
     assert sweep(tmp_path) == []
+
+
+def test_the_sweep_goes_past_what_is_no_segment(tmp_path: Path) -> None:
+    # Anybody can make such a directory in /dev/shm; root may remove what anybody made.
+    for serial in (0, 1):
+        (tmp_path / f"memserve-{pid_namespace()}-999999999-1-{serial}").mkdir()
+    dead = tmp_path / f"memserve-{pid_namespace()}-999999999-1-2"
+    dead.touch()
+    assert sweep(tmp_path) == [dead.name]
 
 
 def test_a_full_file_system_is_an_error_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,9 +71,28 @@ class Shutdown:
             await asyncio.wait((working,))
 
 
+def hold_reloads() -> None:
+    """SIGHUP waits from now on, until `on_reload`: in this thread, and in the threads and
+    processes that it starts."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
+
+def release_reloads() -> None:
+    """SIGHUP is taken again, in this thread: one that has waited, at once."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+
+
+def on_reload(reload: Callable[[], None]) -> None:
+    """Call it on SIGHUP from now on, and for one that has waited. Only in a process's main
+    thread."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+    release_reloads()
+
+
 def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """A listening socket: from here on clients can connect, and wait. Port 0: any. `shared`:
-    other processes of this user's listen on the port too; each connection comes to one of them.
+    other processes of this user's listen on the port too, and each connection comes to one of
+    them; or one has reserved it (`cluster.port`).
 
     `host` is an address of IPv4 or IPv6, a name that has one, or a wildcard (`0.0.0.0`, or `::`
     for both). Raises OSError.

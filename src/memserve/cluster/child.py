@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from memserve.api.serving import Shutdown
+from memserve.api.serving import Shutdown, hold_reloads, release_reloads
 from memserve.cluster.lines import Lines
 from memserve.errors import ClusterError
 
@@ -54,7 +54,7 @@ class Child:
     ) -> Child:
         """Start it. What it prints is kept until `show_output`. `environment`: in addition to
         this process's; for what no argument may say."""
-        process = await asyncio.create_subprocess_exec(
+        starting = asyncio.create_subprocess_exec(
             sys.executable,
             "-P",  # a file here that is named like a module of Python's is none of ours
             "-m",
@@ -67,7 +67,11 @@ class Child:
             start_new_session=True,
             env={**os.environ, **(environment or {})},
         )
-        return cls(name, process)
+        hold_reloads()  # it has to load before it can take one, and must not end by it
+        try:
+            return cls(name, await starting)
+        finally:
+            release_reloads()
 
     @property
     def pid(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from memserve.api.api_keys import KEYS_VARIABLE, hashed
-from memserve.api.serving import Shutdown
+from memserve.api.serving import Shutdown, on_reload
 from memserve.api.status import InstanceState
 from memserve.clock import Clock, MonotonicClock
 from memserve.cluster.child import Child, end_children
@@ -271,7 +270,7 @@ async def run_local_cluster(
     shutdown.on_signals()
     cluster = LocalCluster(config, shutdown, progress, module=module)
     if not sys.stdin.isatty():  # a terminal that closes sends it, too, and means the end
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, cluster.reload)
+        on_reload(cluster.reload)
 
     async def tell() -> None:
         late = await cluster.settled()

@@ -5,27 +5,28 @@ from __future__ import annotations
 import socket
 
 from memserve.errors import ClusterError
-from memserve.hosts import bracketed, open_socket
+from memserve.hosts import SocketAddress, bracketed, open_socket
 
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+# A connection within this machine is made at once, unless who listens is late to accept.
+_CONNECT_SECONDS = 1.0
 
 
 class ReservedPort:
-    """Bound, but not listened on: nobody else gets it, and a child can listen on it, since both
-    sides allow the address to be used again. Connections are refused while no child does."""
+    """Bound, but not listened on: only processes of this user that share it (`api.serving.bind`)
+    can listen on it, whatever they allow. Connections are refused while none does."""
 
     def __init__(self, host: str, port: int, *, tls: bool = False) -> None:
         """Port 0: any. `tls`: the child will speak it. Raises ClusterError where another process
-        listens on it, and for a host that is not this machine's."""
+        listens on it or has reserved it, and for a host that is not this machine's."""
         try:
-            self._sock, address = open_socket(host, port)
+            lock, address = open_socket(host, port)
         except OSError as error:
             raise ClusterError(f"{host}: {error.strerror or error}") from error
         try:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._sock.bind(address)
+            with lock:
+                self._sock = _reserved(lock, address)
         except OSError as error:
-            self._sock.close()
             raise ClusterError(f"{host}:{port}: {error.strerror}") from error
         self.number: int = self._sock.getsockname()[1]
         own = bracketed(_WILDCARDS.get(host, host))
@@ -34,3 +35,46 @@ class ReservedPort:
 
     def close(self) -> None:
         self._sock.close()
+
+
+def is_listened_on(host: str, port: int) -> bool:
+    """Whether a process listens on a port of this machine; a reservation does not count. Raises
+    ClusterError for a host that is not this machine's."""
+    try:
+        sock, address = open_socket(_WILDCARDS.get(host, host), port)
+        with sock:
+            sock.settimeout(_CONNECT_SECONDS)
+            sock.connect(address)
+    except ConnectionRefusedError:
+        return False
+    except TimeoutError:  # more clients wait than it lets
+        return True
+    except OSError as error:
+        raise ClusterError(f"{host}:{port}: {error.strerror or error}") from error
+    return True
+
+
+def _reserved(lock: socket.socket, address: SocketAddress) -> socket.socket:
+    """A socket that reserves the port. `lock`, not yet bound, listens meanwhile."""
+    # Without SO_REUSEPORT only one socket can listen, and none beside a reservation: of two that
+    # reserve the port at once, one fails here. SO_REUSEADDR, here and below, is for connections
+    # of a former life in TIME_WAIT.
+    lock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    lock.bind(address)
+    lock.listen(0)
+    lock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock = socket.socket(lock.family, lock.type, lock.proto)
+    try:
+        if lock.family == socket.AF_INET6:
+            only_6 = lock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only_6)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(lock.getsockname())
+        # Two sockets with SO_REUSEADDR can be any two users'. Without it on this one the kernel
+        # wants SO_REUSEPORT of both, and the same user.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    except OSError:
+        sock.close()
+        raise
+    return sock

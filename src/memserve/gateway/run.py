@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import signal
 import socket
 from collections.abc import Callable, Sequence
 
@@ -22,6 +21,7 @@ from memserve.api.serving import (
     Shutdown,
     announce,
     bind,
+    on_reload,
     serve_http,
     url_of,
 )
@@ -59,10 +59,12 @@ def run_gateway(
     tokenizer: Tokenizer,
     *,
     worker: WorkerPlace | None = None,
+    reserved: bool = False,
     ready_fd: int | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT; the process's exit code. `config.gateway.workers` is for
-    `run_workers`: this is one gateway, and with `worker` one of several on its port.
+    `run_workers`: this is one gateway, and with `worker` one of several on its port. `reserved`:
+    its parent has reserved the port (`ReservedPort`).
 
     `members` are the URLs of instances; more may join. The gateway's own URL goes, as one
     line, to `ready_fd` (closed then) or to standard output, as soon as clients can connect.
@@ -74,7 +76,8 @@ def run_gateway(
     require_secret(secret, config.gateway.host)
 
     def listen() -> socket.socket:
-        sock = _bound(config.gateway.host, config.gateway.port, shared=worker is not None)
+        shared = reserved or worker is not None
+        sock = _bound(config.gateway.host, config.gateway.port, shared=shared)
         if secret.local:
             forget_secret(sock.getsockname()[1])
         announce(url_of(sock, tls=config.security.tls_cert is not None), ready_fd)
@@ -85,7 +88,7 @@ def run_gateway(
             sock = listen()  # from here on clients can connect, and wait
             _begin()
             return uvloop.run(_alone(config, members, tokenizer, sock))
-        sock = _bound(LOOPBACK, worker.port)
+        sock = _bound(LOOPBACK, worker.port, shared=True)
         _begin()
         return uvloop.run(_with_siblings(config, members, tokenizer, worker, sock, listen))
     except ClusterError as error:
@@ -98,7 +101,7 @@ def _begin() -> None:
     _spare_the_collector()
 
 
-def _bound(host: str, port: int, *, shared: bool = False) -> socket.socket:
+def _bound(host: str, port: int, *, shared: bool) -> socket.socket:
     try:
         return bind(host, port, shared=shared)
     except OSError as error:
@@ -290,7 +293,7 @@ class Gateway:
 
     def reload_on_signal(self) -> None:
         """SIGHUP from now on. Only in a process's main thread."""
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_keys)
+        on_reload(self._reload_keys)
 
     def _lost(self, member: Member) -> None:
         self._relay.instance_lost(member)

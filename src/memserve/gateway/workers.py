@@ -15,16 +15,18 @@ the same to the whole of it (`cluster/local.py`). Workers whose parent was kille
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from memserve.api.serving import Shutdown, announce
+from memserve.api.serving import Shutdown, announce, on_reload
 from memserve.clock import Clock, MonotonicClock
 from memserve.cluster.child import Child, end_children
 from memserve.cluster.line_printer import STDERR, LinePrinter, LineStream
-from memserve.cluster.port import ReservedPort
+from memserve.cluster.port import ReservedPort, is_listened_on
 from memserve.cluster.restarts import RestartLimits, Restarts
 from memserve.cluster.supervised import Supervised
 from memserve.config import GatewayConfig
@@ -104,16 +106,22 @@ class Workers:
         self._ports: list[ReservedPort] = []
         self._workers: list[Supervised] = []
 
-    async def start(self, orphans: bool = False) -> None:
-        """Start them, and wait until all of them listen. `orphans`: who has the port may be
-        workers of a former life, that are ending. Raises ClusterError."""
-        port = await self._reserved(orphans)
+    async def start(self, reserved: bool = False) -> None:
+        """Start them, and wait until all of them listen. `reserved`: this process's parent has
+        reserved the port, and who listens on it may be workers of a former life, that are
+        ending. Raises ClusterError."""
+        port = self._config.port
+        if reserved:
+            await self._orphans_gone()
+        else:
+            self._ports.append(ReservedPort(self._config.host, port))
+            port = self._ports[0].number
         private = [ReservedPort(LOOPBACK, 0) for _ in range(self._config.workers)]
-        self._ports += [port, *private]
+        self._ports += private
         numbers = tuple(one.number for one in private)
         for index in range(self._config.workers):
             place = WorkerPlace(index, numbers)
-            arguments = [*self._command, "--port", str(port.number), "--worker", str(place)]
+            arguments = [*self._command, "--port", str(port), "--worker", str(place)]
             restarts = Restarts(self._limits, self._clock)
             needed = partial(self._others_live, index)
             worker = Supervised(
@@ -136,6 +144,12 @@ class Workers:
                 task.cancel()
             await asyncio.gather(*keeping, return_exceptions=True)
 
+    def reload(self) -> None:
+        """Have each of them read its clients' keys again."""
+        for worker in self._workers:
+            if worker.started:
+                worker.child.reload()
+
     def pids(self) -> list[int]:
         """Of the workers that run now, in their order."""
         return [worker.child.pid for worker in self._workers if worker.started]
@@ -151,14 +165,12 @@ class Workers:
     def _others_live(self, index: int) -> bool:
         return any(one.alive for at, one in enumerate(self._workers) if at != index)
 
-    async def _reserved(self, orphans: bool) -> ReservedPort:
-        until = self._clock.now() + (ORPHAN_SECONDS if orphans else 0.0)
-        while True:
-            try:
-                return ReservedPort(self._config.host, self._config.port)
-            except ClusterError:
-                if self._clock.now() >= until:
-                    raise
+    async def _orphans_gone(self) -> None:
+        host, port = self._config.host, self._config.port
+        until = self._clock.now() + ORPHAN_SECONDS
+        while is_listened_on(host, port):
+            if self._clock.now() >= until:
+                raise ClusterError(f"{host}:{port}: {os.strerror(errno.EADDRINUSE)}")
             await asyncio.sleep(_RETRY_SECONDS)
 
 
@@ -167,12 +179,12 @@ def run_workers(
     command: Sequence[str],
     *,
     module: str = "memserve",
-    exits_with_parent: bool = False,
+    reserved: bool = False,
     ready_fd: int | None = None,
 ) -> int:
     """Run `config.workers` gateways until SIGTERM or SIGINT; the process's exit code. The rest
     as in `run_gateway` and `Workers`. Raises ClusterError."""
-    asyncio.run(_main(config, command, module, exits_with_parent, ready_fd))
+    asyncio.run(_main(config, command, module, reserved, ready_fd))
     return 0
 
 
@@ -180,7 +192,7 @@ async def _main(
     config: GatewayConfig,
     command: Sequence[str],
     module: str,
-    exits_with_parent: bool,
+    reserved: bool,
     ready_fd: int | None,
 ) -> None:
     shutdown = Shutdown()
@@ -191,9 +203,10 @@ async def _main(
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(LineStream(printer))
     workers = Workers(config, command, shutdown, module=module, show=printer.show)
+    on_reload(workers.reload)
 
     async def serve() -> None:
-        await workers.start(orphans=exits_with_parent)
+        await workers.start(reserved)
         announce(workers.url, ready_fd)
         await workers.supervise()
 

@@ -87,7 +87,7 @@ def sweep(directory: Path = SHM_DIRECTORY) -> list[str]:
             continue
         try:
             path.unlink()
-        except (FileNotFoundError, PermissionError):  # another sweep won; another user's
+        except OSError:  # another sweep won; another user's; no segment at all but a directory
             continue
         removed.append(path.name)
     return removed
