@@ -44,16 +44,20 @@ class Counting:
 
     def __init__(self, own: Tokenizer) -> None:
         self._own = own
+        self._encode = own.encode
         self.encoded = 0
         self.threads: set[str] = set()
         self.gate = threading.Event()
         self.gate.set()
 
+    def longest_token(self) -> int | None:
+        return self._own.longest_token()
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         self.encoded += 1
         self.threads.add(threading.current_thread().name)
         self.gate.wait(30)
-        return self._own.encode(text, add_special_tokens)
+        return self._encode(text, add_special_tokens)
 
     def apply_chat_template(self, messages: Any, add_generation_prompt: bool = True) -> str:
         return self._own.apply_chat_template(messages, add_generation_prompt)

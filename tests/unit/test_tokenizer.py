@@ -163,6 +163,16 @@ def test_a_lone_tokens_text_keeps_the_leading_space_that_decoders_strip() -> Non
     assert [tokenizer.token_text(i) for i in (2, 3)] == [" hello", "llo"]
 
 
+def test_words_may_be_of_any_length_and_other_tokens_not(directory: Path) -> None:
+    words = models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")
+    assert Tokenizer(tokenizers.Tokenizer(words)).longest_token() is None
+    tokenizer = Tokenizer.load(directory)
+    longest = tokenizer.longest_token()
+    assert longest == len("<turn>")
+    for text in ("hello", "naïve 😀\n<turn><turn><turn>", "<turn>" * 5):
+        assert len(text) <= len(tokenizer.encode(text)) * longest
+
+
 def test_truncation_that_a_tokenizer_file_asks_for_is_ignored(tmp_path: Path) -> None:
     """A silently shortened prompt would be answered wrongly instead of being refused."""
     made = backend()

@@ -50,6 +50,9 @@ LARGE_BODY_BYTES = 256 * 1024
 LARGE_BODIES_AT_ONCE = 2
 # Further ones wait, each with its body in memory; beyond that they are answered 429.
 LARGE_BODIES_WAITING = 32
+# Characters of texts from smaller bodies that are tokenised or wait for it, together: 64 of the
+# largest. Some seconds of one thread; whoever came behind them would wait for all of that.
+MAX_TOKENISED_CHARACTERS = 64 * LARGE_BODY_BYTES
 
 # --- calls between our own processes -------------------------------------------------------
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 import msgspec
 from prometheus_client.registry import Collector
 
-from memserve.api.asgi import asgi_handler
+from memserve.api.asgi import Interruption, asgi_handler
 from memserve.api.errors import ApiError, method_not_allowed
 from memserve.api.generate import GenerateCall
 from memserve.api.guard import guarded
@@ -21,7 +21,7 @@ from memserve.clock import Clock
 from memserve.cluster.membership import Membership
 from memserve.gateway.access import Access, Client
 from memserve.gateway.admin import CHAT_PATH, COMPLETIONS_PATH, Decisions, admin_app
-from memserve.gateway.call_builder import CallBuilder, with_session
+from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder, with_session
 from memserve.gateway.desk import ClientLeft, Desk
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.refusals import draining, no_instance
@@ -134,7 +134,10 @@ class GatewayApp:
         call: GenerateCall | None = None
         try:
             client = self._access.client(request, reply)
-            call = await self._accept(build, request, reply, client)
+            if len(request.body) <= INLINE_CHARACTERS:  # waits for nothing
+                call = await self._accept(build, request, reply, client)
+            else:
+                call = await self._accept_large(build, request, reply, client)
             if len(request.body) > LARGE_BODY_BYTES:
                 request = request._replace(body=b"")  # not to be kept until the answer's end
             if given is None:
@@ -166,6 +169,21 @@ class GatewayApp:
             call = msgspec.structs.replace(call, cache_salt=client.salted(call.cache_salt))
         self._metrics.prompt_tokens += sum(map(len, call.prompts))
         return call
+
+    async def _accept_large(
+        self, build: _Build, request: Request, reply: Reply, client: Client
+    ) -> GenerateCall:
+        """The same, for as long as the client is there: of what waits for its turn to be
+        tokenised, nothing is done for who has left. Raises ClientLeft then."""
+        interruption = Interruption()
+        if not reply.gone:
+            reply.on_gone = interruption.interrupt
+            try:
+                with interruption:
+                    return await self._accept(build, request, reply, client)
+            finally:
+                reply.on_gone = None
+        raise ClientLeft
 
     async def _first_limits(self, reply: Reply) -> Limits:
         """The same, once an instance has been met. Raises ApiError, ClientLeft."""

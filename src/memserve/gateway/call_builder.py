@@ -7,7 +7,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TypeVar
 
 import msgspec
@@ -22,6 +22,7 @@ from memserve.api.limits import (
     MAX_ECHO_CHARACTERS,
     MAX_NAME_CHARACTERS,
     MAX_SEQUENCES,
+    MAX_TOKENISED_CHARACTERS,
 )
 from memserve.api.openai import (
     ChatRequest,
@@ -44,23 +45,26 @@ from memserve.models.tokenizer import Tokenizer
 INLINE_CHARACTERS = 4096
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 LARGE_RETRY_SECONDS = 5  # by when some of the large bodies that wait have been worked on
+TEXT_RETRY_SECONDS = 1  # the same of other texts
 
 T = TypeVar("T")
 
 
 class CallBuilder:
-    """Builds calls for one model."""
+    """Builds calls for one model. Cancelled, it drops what still waits for a thread."""
 
     def __init__(self, tokenizer: Tokenizer, model: str, threads: int) -> None:
         prepare()
         self.model = model
         self._tokenizer = tokenizer
+        self._longest_token = tokenizer.longest_token()
         self._life = os.urandom(10).hex()  # in every id, so that gateways' differ
         self._numbers = itertools.count(1)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
         # Threads of their own: large bodies do not hold up texts of the usual size.
         self._large = ThreadPoolExecutor(LARGE_BODIES_AT_ONCE, thread_name_prefix="large-body")
         self._large_now = 0
+        self._characters_now = 0  # that the other threads have, or will have
 
     def close(self) -> None:
         """End the threads."""
@@ -72,9 +76,10 @@ class CallBuilder:
         if len(body) > LARGE_BODY_BYTES:
             return await self._apart(lambda: self._chat(self._parse_chat(body, limits), limits))
         request = self._parse_chat(body, limits)
-        if sum(len(message.text) for message in request.messages) <= INLINE_CHARACTERS:
+        characters = sum(len(message.text) for message in request.messages)
+        if characters <= INLINE_CHARACTERS:
             return self._chat(request, limits)
-        return await self._off_loop(lambda: self._chat(request, limits))
+        return await self._off_loop(characters, lambda: self._chat(request, limits))
 
     async def completion(self, body: bytes, limits: Limits) -> GenerateCall:
         """Raises ApiError that says what is wrong with the request."""
@@ -89,7 +94,8 @@ class CallBuilder:
                 characters += len(prompt)
         if characters <= INLINE_CHARACTERS:
             return self._completion(request, given, limits)
-        return await self._off_loop(lambda: self._completion(request, given, limits))
+        self._check_lengths(given, limits)
+        return await self._off_loop(characters, lambda: self._completion(request, given, limits))
 
     def _parse_chat(self, body: bytes, limits: Limits) -> ChatRequest:
         if len(body) > COUNTED_BODY_BYTES:
@@ -111,7 +117,7 @@ class CallBuilder:
         return request, prompts
 
     def _chat(self, request: ChatRequest, limits: Limits) -> GenerateCall:
-        prompt = self._render(request)
+        prompt = self._render(request, limits)
         asked = request.max_completion_tokens or request.max_tokens
         room = _room(len(prompt), asked, limits, "messages")
         return self._call(
@@ -127,6 +133,7 @@ class CallBuilder:
         self, request: CompletionRequest, given: tuple[Prompt, ...], limits: Limits
     ) -> GenerateCall:
         special = request.add_special_tokens is not False
+        self._check_lengths(given, limits)
         prompts = tuple([self._token_ids(prompt, special) for prompt in given])
         room = limits.max_tokens
         for prompt in prompts:
@@ -184,7 +191,24 @@ class CallBuilder:
         if request.model not in (None, self.model):
             raise model_not_found((request.model or "")[:MAX_ECHO_CHARACTERS], self.model)
 
-    def _render(self, request: ChatRequest) -> TokenIds:
+    def _check_lengths(self, given: tuple[Prompt, ...], limits: Limits) -> None:
+        for prompt in given:
+            if isinstance(prompt, str):
+                self._check_length(prompt, limits, "prompt")
+
+    def _check_length(self, text: str, limits: Limits, param: str) -> None:
+        """Refuse what has too many tokens whichever they are: to find out how many would take
+        hundreds of bytes of memory for each of them."""
+        longest = self._longest_token
+        if longest is not None and len(text) > limits.max_tokens * longest:
+            raise invalid(
+                f"This model's maximum context length is {limits.max_tokens} tokens. Your prompt "
+                f"has {len(text)} characters, and a token at most {longest}.",
+                param,
+                "context_length_exceeded",
+            )
+
+    def _render(self, request: ChatRequest, limits: Limits) -> TokenIds:
         try:
             text = self._tokenizer.apply_chat_template(
                 [_template_message(message) for message in request.messages],
@@ -192,6 +216,7 @@ class CallBuilder:
             )
         except RequestError as error:
             raise invalid(str(error), error.param) from error
+        self._check_length(text, limits, "messages")
         return self._token_ids(text, request.add_special_tokens is not False)
 
     def _token_ids(self, prompt: Prompt, special: bool) -> TokenIds:
@@ -199,8 +224,19 @@ class CallBuilder:
             return prompt
         return TokenIds.of(self._tokenizer.encode(prompt, add_special_tokens=special))
 
-    async def _off_loop(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def _off_loop(self, characters: int, work: Callable[[], T]) -> T:
+        """The work on a text: so many characters wait for their turn, and no more."""
+        if self._characters_now + characters > MAX_TOKENISED_CHARACTERS:
+            raise queue_full(
+                f"{self._characters_now} characters are being tokenised, and no more than "
+                f"{MAX_TOKENISED_CHARACTERS} may be.",
+                TEXT_RETRY_SECONDS,
+            )
+        self._characters_now += characters
+        try:
+            return await _in(self._threads, work)
+        finally:
+            self._characters_now -= characters
 
     async def _apart(self, work: Callable[[], T]) -> T:
         """The work on one large body: so many wait for their turn, and no more."""
@@ -212,9 +248,19 @@ class CallBuilder:
             )
         self._large_now += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._large, work)
+            return await _in(self._large, work)
         finally:
             self._large_now -= 1
+
+
+async def _in(threads: Executor, work: Callable[[], T]) -> T:
+    """What the work returns on one of the threads. Cancelled before its turn, it is not done,
+    and what it refers to is let go of at once: an executor keeps it until the turn comes."""
+    kept = [work]
+    try:
+        return await asyncio.get_running_loop().run_in_executor(threads, lambda: kept.pop()())
+    finally:
+        kept.clear()
 
 
 def with_session(call: GenerateCall, session: bytes) -> GenerateCall:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import msgspec
 import tokenizers
+from tokenizers.models import WordLevel, WordPiece
 
 from memserve.errors import ConfigError, ModelError
 from memserve.models.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate
@@ -119,6 +120,17 @@ class Tokenizer:
             chat_template=_template_source(directory, settings, chat_template),
             special_tokens=special_tokens,
         )
+
+    def longest_token(self) -> int | None:
+        """Characters of text that one token stands for, at most; None where there is no such
+        number: a tokenizer of words has one token for any unknown word.
+
+        Of other tokenizers this does not count what some of them leave out (spaces in a row) or
+        take together (characters in a row that are unknown to them). Looks at every token.
+        """
+        if isinstance(self._backend.model, WordLevel | WordPiece):
+            return None
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=None)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; <bos> stands in front, once, where the model expects it.
