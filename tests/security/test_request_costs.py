@@ -6,7 +6,10 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Iterator
+import threading
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import msgspec
@@ -14,11 +17,20 @@ import pytest
 
 from memserve.api import limits
 from memserve.api.errors import ApiError
+from memserve.api.generate import CallKind, GenerateCall
+from memserve.clock import MonotonicClock
+from memserve.cluster.membership import Member
 from memserve.config import available_cores
+from memserve.gateway import relay
 from memserve.gateway.call_builder import INLINE_CHARACTERS
+from memserve.gateway.relay import Attempt
+from memserve.gateway.router import Plan
+from memserve.gateway.upstream import Upstream
+from memserve.instance.generation import Generation
 from memserve.models.tokenizer import Tokenizer
 from tests.e2e.test_refusals import ask
 from tests.fakes import FakeCluster, FakeEngine, tiny_tokenizer, until
+from tests.gateway_harness import Client, impostor, ready_members
 from tests.http_harness import post
 from tests.security.test_request_limits import (
     SERVED,
@@ -125,3 +137,81 @@ def test_a_text_whose_client_has_left_is_not_tokenised(
         gated.gate.set()
         assert ask(cluster.url, "/v1/completions", body).status == 200
         assert gated.encoded <= available_cores() + 1
+
+
+# --- answers
+
+
+class _Ticket:
+    def first_token(self) -> None: ...
+
+    def ended(self) -> None: ...
+
+
+def test_an_answer_that_comes_in_many_parts_is_put_together_once() -> None:
+    attempt = Attempt(_Ticket(), Client().reply, None)
+    attempt.head(200, None)
+    part = b"x" * 65536
+    count = limits.MAX_ANSWER_BYTES // len(part)
+    tracemalloc.start()
+    for number in range(count):
+        attempt.received(part, number == count - 1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000  # nothing was copied on the way
+    assert len(attempt.body) == limits.MAX_ANSWER_BYTES
+    assert not attempt.too_large
+
+
+async def test_an_answer_that_is_too_large_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "MAX_ANSWER_BYTES", 100_000)
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    upstream = Upstream(None)
+    calls: list[GenerateCall] = []
+    call = GenerateCall("c", CallKind.COMPLETION, "m", 1, ((1,),))
+    for size in (100_000, 100_001):
+        parts = [head % (size + 5), b"x" * 50_000, b"x" * (size - 50_000)]
+        async with impostor(parts, calls) as one, impostor(parts, calls) as another:
+            members = ready_members(one, another)
+
+            def plan(call: GenerateCall, members: Sequence[Member]) -> Plan:
+                return Plan(members[0], ticket=_Ticket())
+
+            own = SimpleNamespace(plan=plan)
+            under_test = relay.Relay(upstream, members, own, MonotonicClock(), 0.0)
+            calls.clear()
+            with pytest.raises(ApiError) as refusal:
+                await under_test.run(call, Client().reply, (), relay.Answer())
+            too_large = size > relay.MAX_ANSWER_BYTES
+            code = "answer_too_large" if too_large else "instance_lost"  # five bytes are missing
+            assert refusal.value.detail.code == code
+            assert len(calls) == (1 if too_large else 2)
+            assert len(members.ready()) == 2 or not too_large  # and no instance is suspected
+    upstream.close()
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_large_answers_are_encoded_beside_an_instance_s_loop(
+    own: Tokenizer, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    threads = []
+
+    def body(generation: Generation) -> bytes:
+        threads.append(threading.get_ident())
+        return encode(generation)
+
+    encode = Generation.body
+    monkeypatch.setattr(Generation, "body", body)
+    path = "/v1/chat/completions" if kind == "chat" else "/v1/completions"
+    asked = chat() if kind == "chat" else completion()
+    scores = {"logprobs": True, "top_logprobs": 20} if kind == "chat" else {"logprobs": 20}
+    with FakeCluster(own, [FakeEngine()]) as cluster:
+        loop = cluster.call(threading.get_ident)
+        for fields in ({}, scores, {"n": 32}, {"max_tokens": 200}):
+            assert ask(cluster.url, path, json.dumps({**asked, **fields})).status == 200
+        assert set(threads) == {loop}
+        large = {**asked, **scores, "n": 32, "max_tokens": 64}
+        answer = ask(cluster.url, path, json.dumps(large))
+        assert answer.status == 200
+        assert len(json.loads(answer.text)["choices"]) == 32
+        assert threads[-1] != loop

@@ -54,6 +54,13 @@ LARGE_BODIES_WAITING = 32
 # largest. Some seconds of one thread; whoever came behind them would wait for all of that.
 MAX_TOKENISED_CHARACTERS = 64 * LARGE_BODY_BYTES
 
+# Of an answer that is not streamed: 50,000 tokens with MAX_LOGPROBS each, and a gateway has it
+# whole before it passes any of it on.
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+# Log-probabilities in an answer that an instance encodes on its event loop, in 2 ms. What has more
+# of them is encoded beside it, one answer at a time.
+INLINE_LOGPROBS = 1024
+
 # --- calls between our own processes -------------------------------------------------------
 
 # Characters of the ids that gateways and instances give to calls, instances and pools, and of

@@ -6,14 +6,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from http import HTTPStatus
 
 import msgspec
 
 from memserve.api.asgi import Interruption
-from memserve.api.errors import ApiError, unavailable
+from memserve.api.errors import ApiError, invalid, unavailable
 from memserve.api.generate import GenerateCall, PrefillPeer, encode_call
 from memserve.api.http_message import Headers, Reply
+from memserve.api.limits import MAX_ANSWER_BYTES
 from memserve.clock import Clock
 from memserve.cluster.membership import Member, Membership
 from memserve.gateway.refusals import no_instance, stopping
@@ -49,8 +51,11 @@ class Attempt:
     def __init__(self, ticket: Ticket, reply: Reply, stream: ClientStream | None) -> None:
         self.status = 0
         self.retry_after: bytes | None = None
-        self.body = b""  # unless it is streamed
         self.lost: str | None = None  # how the instance failed
+        self.too_large = False  # the answer is, and was not taken to its end
+        self.on_too_large: Callable[[], None] | None = None
+        self._parts: list[bytes] = []  # of the body, unless it is streamed
+        self._size = 0
         self._ticket = ticket
         self._reply = reply
         self._stream = stream
@@ -75,7 +80,19 @@ class Attempt:
             self._stream.received(data, last)
         else:
             # Whole before the first byte goes out: until then another may answer.
-            self.body += data
+            self._size += len(data)
+            if self._size <= MAX_ANSWER_BYTES:
+                self._parts.append(data)
+            elif not self.too_large:
+                self.too_large = True
+                self._parts.clear()
+                if self.on_too_large is not None:
+                    self.on_too_large()
+
+    @property
+    def body(self) -> bytes:
+        """What has come, unless it is streamed."""
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
 
     @property
     def refused(self) -> bool:
@@ -129,6 +146,8 @@ class Relay:
                 answer.first_byte, answer.pauses = stream.first_byte, stream.pauses
             if reply.gone or reply.ended:
                 return
+            if attempt.too_large:  # at any instance
+                raise _too_large()
             if attempt.lost is not None:
                 log.warning("%s: %s failed: %s", call.id, member.id, attempt.lost)
                 if stream is not None:
@@ -185,7 +204,7 @@ class Relay:
         interruption = Interruption(self._loop)
         under_way = self._under_way[member.id]
         under_way.add(interruption)
-        reply.on_gone = interruption.interrupt
+        reply.on_gone = attempt.on_too_large = interruption.interrupt
         try:
             with interruption:
                 await self._upstream.call(
@@ -200,7 +219,7 @@ class Relay:
             self._membership.doubt(member)
         finally:
             under_way.discard(interruption)
-            reply.on_gone = reply.on_flow = None
+            reply.on_gone = reply.on_flow = attempt.on_too_large = None
             plan.ticket.ended()
         return attempt
 
@@ -229,6 +248,14 @@ class Relay:
         if self._stopping:
             return stopping()
         return unavailable("The instance that had this request was lost.", "instance_lost")
+
+
+def _too_large() -> ApiError:
+    return invalid(
+        f"The answer is larger than {MAX_ANSWER_BYTES} bytes: ask for fewer tokens, choices or "
+        "logprobs, or for a stream.",
+        code="answer_too_large",
+    )
 
 
 def _behind(call: GenerateCall, stream: ClientStream, answer: Answer) -> GenerateCall:

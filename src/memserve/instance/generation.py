@@ -12,6 +12,7 @@ from memserve.api.chunks import Piece, StreamFormat
 from memserve.api.errors import ApiError, internal, invalid, unavailable
 from memserve.api.figures import RequestFigures
 from memserve.api.generate import CallKind, FinishReason, GenerateCall, SamplingParams
+from memserve.api.limits import INLINE_LOGPROBS
 from memserve.api.namespaces import private, salted
 from memserve.api.status import Latencies
 from memserve.api.stop_strings import StopStrings
@@ -179,8 +180,16 @@ class Generation:
                 parts.append(chunks.DONE)
         return b"".join(parts)
 
+    @property
+    def large(self) -> bool:
+        """Whether `body` takes so long that an event loop should not be kept by it."""
+        alternatives = self._call.sampling.logprobs
+        scores = 0 if alternatives is None else 1 + alternatives
+        # A token without scores takes a tenth of the time of a score.
+        return self.generated_tokens * (10 * scores + 1) > 10 * INLINE_LOGPROBS
+
     def body(self) -> bytes:
-        """The whole answer, once finished (without streaming)."""
+        """The whole answer, once finished (without streaming). From any thread."""
         return chunks.body(self._call, [_joined(pieces) for pieces in self._pieces], self._usage())
 
     def _measure(self, output: TokenOutput, first: bool, now: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -53,6 +54,8 @@ class InstanceApp:
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
         self._large = LargeCalls()
+        # Of large answers: what many threads do at once, an event loop waits for as often.
+        self._encoding = asyncio.Lock()
         self._registry = CollectorRegistry()
         self._registry.register(_OwnStats(instance))
         self._routes: dict[str, tuple[str, _Handler]] = {
@@ -88,7 +91,18 @@ class InstanceApp:
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = await self._read(calls.GENERATE, scope, receive)
         with self._instance.run(call) as run, HangUp(receive):
-            await (_stream(run, send) if call.stream else _answer(run, send))
+            await (_stream(run, send) if call.stream else self._answer(run, send))
+
+    async def _answer(self, run: Run, send: Send) -> None:
+        generation = run.generation
+        while not generation.finished:
+            await run.step()
+        if generation.large:
+            async with self._encoding:
+                body = await asyncio.to_thread(generation.body)
+        else:
+            body = generation.body()
+        await send_body(send, HTTPStatus.OK, body)
 
     async def _prefill(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = await self._read(calls.PREFILL, scope, receive)
@@ -154,12 +168,6 @@ class InstanceApp:
     async def _read(self, reader: CallReader[_Call], scope: Scope, receive: Receive) -> _Call:
         body = await read_body(scope, receive, reader.max_bytes)
         return await self._large.read(reader, body)
-
-
-async def _answer(run: Run, send: Send) -> None:
-    while not run.generation.finished:
-        await run.step()
-    await send_body(send, HTTPStatus.OK, run.generation.body())
 
 
 async def _stream(run: Run, send: Send) -> None:
