@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 import uvloop
 
+from memserve.api.http_connection import Admit
 from memserve.api.http_limits import HttpLimits
 from memserve.api.http_message import Reply, Request
 from memserve.api.http_server import HttpServer
@@ -81,10 +82,11 @@ async def serving(
     limits: HttpLimits | None = None,
     tls: ssl.SSLContext | None = None,
     host: str = "127.0.0.1",
+    admit: Admit | None = None,
 ) -> AsyncIterator[Served]:
     """A server of `handle`, with bodies of up to `limit` bytes."""
     sock = bind(host, 0)
-    server = HttpServer(handle, limit, limits)
+    server = HttpServer(handle, limit, limits, admit=admit)
     await server.start(sock, 16, tls)
     try:
         yield Served(server, sock.getsockname()[:2])

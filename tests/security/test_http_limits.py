@@ -9,9 +9,11 @@ import resource
 import tracemalloc
 import weakref
 from collections.abc import Iterator
+from http import HTTPStatus
 
 import pytest
 
+from memserve.api.errors import ApiError
 from memserve.api.http_connection import Connection
 from memserve.api.http_limits import HttpLimits
 from memserve.api.http_message import Reply, Request
@@ -240,6 +242,73 @@ async def test_unfinished_bodies_have_a_limit_together() -> None:
         again.say(post(b"x" * 3 * MIB))
         assert (await again.hear())[0] == 200
         assert _held(served) == 0
+
+
+def _only_alice(head: Request) -> ApiError | None:
+    """Says whom to admit, as the gateway's door does."""
+    assert (head.method, head.path, head.body) == ("POST", "/p", b"")
+    if head.header(b"authorization") == b"Bearer alice":
+        return None
+    return ApiError(HTTPStatus.UNAUTHORIZED, "Who?", code="invalid_api_key", authenticate="Bearer")
+
+
+CHUNKED = b"POST /p HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n"
+ALICE = b"authorization: Bearer alice\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        HEAD % (3 * MIB) + b"x" * (2 * MIB),
+        HEAD % (3 * MIB),
+        HEAD % 9_000 + b"x" * 8_999,
+        HEAD % 9_000 + b"x" * 9_000,
+        HEAD.replace(b"content", b"expect: 100-continue\r\ncontent") % 9_000,
+        HEAD.replace(b"content", b"connection: upgrade\r\nupgrade: h2c\r\ncontent") % 9_000,
+        CHUNKED,
+        CHUNKED + b"%x\r\n" % MIB + b"x" * MIB,
+    ],
+    ids=["large", "announced", "half", "whole", "expect", "upgrade", "chunked", "chunk"],
+)
+async def test_strangers_hold_no_memory_with_bodies(sent: bytes) -> None:
+    limits = HttpLimits(held_bytes=8 * MIB)
+    async with serving(limit=4 * MIB, limits=limits, admit=_only_alice) as served:
+        clients = [await served.connect() for _ in range(12)]
+        for client in clients:
+            client.say(sent)
+        for client in clients:
+            status, headers, _ = await client.hear()
+            assert (status, headers[b"www-authenticate"]) == (401, b"Bearer")
+            assert await client.ended()
+        assert _held(served) == 0
+        assert served.server.counters.turned_away == len(clients)
+        assert served.server.counters.malformed == 0
+        alice = await served.connect()
+        alice.say(sent.replace(b"host: h\r\n", b"host: h\r\n" + ALICE))
+        alice.writer.close()
+        body = b"x" * (4 * MIB)
+        alice = await served.connect()
+        for _ in range(2):
+            alice.say(post(body, b"/p", ALICE.rstrip()))
+            assert (await alice.hear())[::2] == (200, b"POST /p " + body)
+        assert served.server.counters.turned_away == len(clients)
+
+
+async def test_small_bodies_are_not_asked_about_and_refusals_wait_for_their_turn() -> None:
+    answer = asyncio.Event()
+
+    async def handle(request: Request, reply: Reply) -> None:
+        await answer.wait()
+        reply.send(200, request.body)
+
+    async with serving(handle, limit=MIB, admit=_only_alice) as served:
+        client = await served.connect()
+        client.say(post(b"x" * 8_192), post(b"y" * 8_193), post(b"z"))
+        await until(lambda: served.server.counters.turned_away == 1, "the refusal")
+        answer.set()
+        assert (await client.hear())[2] == b"x" * 8_192
+        assert await client.error() == (401, "invalid_api_key")
+        assert await client.ended()
 
 
 async def test_what_waits_behind_an_answer_is_held_too() -> None:

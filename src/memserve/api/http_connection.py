@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol, cast
 
 import httptools
@@ -23,6 +24,10 @@ from memserve.api.http_message import Reply, Request
 from memserve.api.http_parser import MAX_SLICE_BYTES, RequestParser
 from memserve.api.http_refusals import timed_out, too_many_bodies, too_many_connections
 
+# Asked at the end of a request's head, before its body is there: why it is not to be sent. Counts
+# and remembers nothing, for the handler asks again.
+Admit = Callable[[Request], ApiError | None]
+
 # What a waiting request takes, but for its body: a few headers and their objects.
 REQUEST_BYTES = 1024
 _END_OF_HEAD = b"\r\n\r\n"
@@ -33,6 +38,7 @@ class Owner(Protocol):
 
     limits: HttpLimits
     counters: HttpCounters
+    admit: Admit | None
     max_body_bytes: int
     held_bytes: int  # of unfinished and waiting requests, of all connections
     closing: bool
@@ -84,7 +90,10 @@ class Connection(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         private = self._secure or _is_local(transport.get_extra_info("peername"))
         server, limits = self._server, self._server.limits
-        self._parser = RequestParser(self, server.max_body_bytes, limits.small_body, private)
+        unasked = None if server.admit is None else limits.unasked_body
+        self._parser = RequestParser(
+            self, server.max_body_bytes, limits.small_body, private, unasked
+        )
         self.deadline = self._now() + limits.idle_seconds
         if not server.add(self):
             self._last = True
@@ -163,6 +172,13 @@ class Connection(asyncio.Protocol):
     def expects(self) -> None:
         if self._reply is None and not self._waiting:
             self.send(CONTINUE)
+
+    def headed(self, head: Request) -> None:
+        server = self._server
+        error = None if server.admit is None else server.admit(head)
+        if error is not None and not self._last:
+            server.counters.turned_away += 1
+            self._refuse(error)
 
     def announced(self, length: int) -> None:
         server = self._server

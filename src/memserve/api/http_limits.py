@@ -29,6 +29,9 @@ class HttpLimits:
     held_bytes: int = 256 * 1024 * 1024
     # Bodies that are always taken; as large as a head may be, which is always taken, too.
     small_body: int = 64 * 1024
+    # Where a server is told whom to admit: of these it is not asked before their body is there. All
+    # connections together hold a quarter of `held_bytes` with them.
+    unasked_body: int = 8 * 1024
     # Without a request.
     idle_seconds: float = 75.0
     # What follows a refused request is thrown away for so long: a client that is still sending
@@ -54,6 +57,7 @@ class HttpCounters:
     refused_connections: int = 0  # one too many, and none was idle: 503
     malformed: int = 0  # requests that break HTTP or the limits on heads and single bodies: 4xx
     bodies_refused: int = 0  # bodies for which there was no memory: 503
+    turned_away: int = 0  # before their bodies, by who may say whom to admit: 401, 403
     head_timeouts: int = 0  # 408
     body_timeouts: int = 0  # 408
     stalled: int = 0  # clients that did not read, hung up on

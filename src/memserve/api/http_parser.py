@@ -60,6 +60,10 @@ class Sink(Protocol):
     def expects(self) -> None:
         """A client waits for a sign before it sends its body (`Expect: 100-continue`)."""
 
+    def headed(self, head: Request) -> None:
+        """A request whose body is to come, without it. Where the sink refuses it, it stops the
+        parser."""
+
     def announced(self, length: int) -> None:
         """A body of so many bytes is to come."""
 
@@ -88,6 +92,7 @@ class RequestParser:
         "_private",
         "_sink",
         "_stopped",
+        "_unasked",
         "_url",
         "_usual",
         "body_size",
@@ -96,13 +101,25 @@ class RequestParser:
         "unfinished",
     )
 
-    def __init__(self, sink: Sink, max_body_bytes: int, large: int, private: bool) -> None:
-        """Bodies of more than `large` bytes are announced. `private`: see `Request`."""
+    def __init__(
+        self,
+        sink: Sink,
+        max_body_bytes: int,
+        large: int,
+        private: bool,
+        unasked: int | None = None,
+    ) -> None:
+        """Bodies of more than `large` bytes are announced. Where `unasked` is given, the sink is
+        told of heads whose bodies have more bytes, or an unknown number. `private`: see `Request`.
+        """
         self._sink = sink
         self._limit = max_body_bytes
         self._large = large
         self._private = private
+        self._unasked = unasked
         self._usual = min(max_body_bytes, large)
+        if unasked is not None:
+            self._usual = min(self._usual, unasked)
         self._parser = httptools.HttpRequestParser(self)
         # The shortest way for requests that come whole, in at most MAX_SLICE_BYTES: call `stumbled`
         # with what it raises (HttpParserError, HttpParserUpgrade), and `count` if `unfinished`.
@@ -266,21 +283,22 @@ class RequestParser:
         self._parts = []
         self._length = self.body_size = 0
         self.unfinished = False
+        self._sink.requested(self._request(url, headers, body))
+
+    def _request(self, url: bytes, headers: list[Header], body: bytes) -> Request:
         path, _, query = url.partition(b"?")
         if not path.startswith(b"/"):
             path = _path_of(path)
-        self._sink.requested(
-            Request(
-                self._method.decode("ascii"),
-                unquote(path.decode("latin-1")) if b"%" in path else path.decode("latin-1"),
-                query,
-                headers,
-                body,
-                self._http_10,
-                self._keep_alive,
-                url,
-                self._private,
-            )
+        return Request(
+            self._method.decode("ascii"),
+            unquote(path.decode("latin-1")) if b"%" in path else path.decode("latin-1"),
+            query,
+            headers,
+            body,
+            self._http_10,
+            self._keep_alive,
+            url,
+            self._private,
         )
 
     def _start_afresh(self) -> None:
@@ -324,7 +342,9 @@ class RequestParser:
         if length > self._limit:
             raise body_too_large(self._limit)
         self._length = length
-        if length > self._large:
+        if self._unasked is not None and (codings or length > self._unasked):
+            self._sink.headed(self._request(self._url, self._headers, b""))
+        if length > self._large and not self._stopped:
             self._sink.announced(length)
         if expects and not self._stopped:
             self._sink.expects()

@@ -17,7 +17,7 @@ import ssl
 from collections.abc import Callable, Coroutine
 
 from memserve.api.errors import internal
-from memserve.api.http_connection import Connection
+from memserve.api.http_connection import Admit, Connection
 from memserve.api.http_limits import HttpCounters, HttpLimits
 from memserve.api.http_message import Reply, Request
 
@@ -39,9 +39,13 @@ class HttpServer:
         max_body_bytes: int,
         limits: HttpLimits | None = None,
         counters: HttpCounters | None = None,
+        admit: Admit | None = None,
     ) -> None:
-        """`counters` are those to count in, if others read them."""
+        """`counters` are those to count in, if others read them. `admit` is asked for requests
+        whose bodies are larger than `HttpLimits.unasked_body`, or of unknown size, before any of
+        the body is kept."""
         self.handler = handler
+        self.admit = admit
         self.max_body_bytes = max_body_bytes
         self.limits = _possible(limits or HttpLimits(), max_body_bytes)
         self.counters = counters or HttpCounters()

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from starlette.types import ASGIApp
 
 from memserve.api.asgi import asgi_handler
+from memserve.api.http_connection import Admit
 from memserve.api.http_limits import HttpCounters, HttpLimits
 from memserve.api.http_server import FILES_SHARE, Handler, HttpServer
 from memserve.hosts import advertised, bracketed, open_socket
@@ -160,15 +161,17 @@ async def serve_http(
     tls: ssl.SSLContext | None = None,
     limits: HttpLimits | None = None,
     counters: HttpCounters | None = None,
+    admit: Admit | None = None,
 ) -> None:
     """Serve until a shutdown is requested, then wait for `drain`, then close. With `tls`, by
-    TLS alone. `counters` are those to count in, for whoever shows them.
+    TLS alone. `counters` are those to count in, for whoever shows them; `admit` says who may not
+    send a body (see `HttpServer`).
 
     While draining, connections are still accepted: the handler refuses the requests.
     """
     limits = limits or HttpLimits()
     allow_files(int(limits.connections / FILES_SHARE))
-    server = HttpServer(handler, max_body_bytes, limits, counters)
+    server = HttpServer(handler, max_body_bytes, limits, counters, admit)
     await server.start(sock, BACKLOG, tls)
     try:
         await shutdown.requested.wait()

@@ -47,6 +47,7 @@ class EdgeMetrics(Collector):
             "connections": counters.refused_connections,
             "malformed": counters.malformed,
             "body_memory": counters.bodies_refused,
+            "body_unwanted": counters.turned_away,
             "head_timeout": counters.head_timeouts,
             "body_timeout": counters.body_timeouts,
             "stalled": counters.stalled,
