@@ -109,9 +109,8 @@ class RequestParser:
         private: bool,
         unasked: int | None = None,
     ) -> None:
-        """Bodies of more than `large` bytes are announced. Where `unasked` is given, the sink is
-        told of heads whose bodies have more bytes, or an unknown number. `private`: see `Request`.
-        """
+        """Bodies of more than `large` bytes are announced; heads whose bodies have more than
+        `unasked`, or an unknown number, if that is given. `private`: see `Request`."""
         self._sink = sink
         self._limit = max_body_bytes
         self._large = large
