@@ -364,5 +364,7 @@ class FakeCluster:
         self._shutdowns.append(shutdown)
         handler = handler_of(instance, cluster_secret(), sock)
         self._servers.append(
-            asyncio.create_task(serve_http(handler, sock, shutdown, drain, MAX_BODY_BYTES))
+            asyncio.create_task(
+                serve_http(handler, sock, shutdown, drain, MAX_BODY_BYTES, admit=handler.admit)
+            )
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import http.server
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -323,3 +324,14 @@ def test_pages_that_are_allowed_may_ask(start_cluster: StartCluster) -> None:
     assert answer.headers["access-control-allow-origin"] == origin
     other = stranger(cluster.url, "POST", "/v1/completions", ASKED, Origin="https://evil.example")
     assert other.status == 403
+
+
+def test_a_stranger_s_body_is_not_read(start_cluster: StartCluster) -> None:
+    cluster = start_cluster(FakeEngine(), gateway=GatewayConfig(port=0, api_keys=("sk-a",)))
+    for url, path in ((cluster.url, "/v1/completions"), (cluster.urls[0], "/v1/generate")):
+        host, port = urlsplit(url).hostname, urlsplit(url).port
+        assert host is not None
+        with socket.create_connection((host, port or 0), timeout=30) as connection:
+            head = f"POST {path} HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-length: 9000000\r\n\r\n"
+            connection.sendall(head.encode())
+            assert connection.recv(65536).startswith(b"HTTP/1.1 401 ")

@@ -11,24 +11,35 @@ from memserve.api.signatures import Verifier, digest_of
 
 
 async def require_signature(verifier: Verifier, request: Request, reply: Reply) -> None:
-    """Let a signed request pass; its answer will prove itself. Raises ApiError (401)."""
-    digest = await digest_of(request.body)
+    """Let a signed request pass; its answer will prove itself. Raises Unauthenticated."""
     given = request.header(b"authorization")
+    refusal = verifier.turns_away(given)
+    if refusal is not None:
+        raise refusal
+    digest = await digest_of(request.body)
     proof = verifier.check(given, request.method.encode(), request.target, digest)
-
     reply.added = proof.headers
 
 
-def guarded(handler: Handler, verifier: Verifier, open_paths: Collection[str] = ()) -> Handler:
+class Guard:
     """A handler that answers signed requests; those for `open_paths`, anybody's."""
 
-    async def handle(request: Request, reply: Reply) -> None:
-        if request.path not in open_paths:
+    def __init__(
+        self, handler: Handler, verifier: Verifier, open_paths: Collection[str] = ()
+    ) -> None:
+        self._handler = handler
+        self._verifier = verifier
+        self._open_paths = open_paths
+
+    async def __call__(self, request: Request, reply: Reply) -> None:
+        if request.path not in self._open_paths:
             try:
-                await require_signature(verifier, request, reply)
+                await require_signature(self._verifier, request, reply)
             except ApiError as error:
                 reply.send_error(error)
                 return
-        await handler(request, reply)
+        await self._handler(request, reply)
 
-    return handle
+    def admit(self, request: Request) -> ApiError | None:
+        """Why the body of a request, of which the head is there, need not be sent."""
+        return self._verifier.turns_away(request.header(b"authorization"))

@@ -216,6 +216,12 @@ class Verifier:
         self._senders: dict[bytes, _Numbers] = {}
         self.refused = 0
 
+    def turns_away(self, authorization: bytes | None) -> Unauthenticated | None:
+        """Why a request is not worth reading: it has no signature at all. None: it has one."""
+        if authorization is not None and _FIELDS.fullmatch(authorization) is not None:
+            return None
+        return self._refusal("This needs the cluster's secret: a signature of it.")
+
     def check(
         self, authorization: bytes | None, method: bytes, target: bytes, digest: bytes
     ) -> Proof:

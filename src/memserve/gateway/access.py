@@ -103,18 +103,20 @@ class Access:
             return ANYBODY
         key = self.keys.find(_bearer(request) or b"")
         if key is None:
-            self.unauthorised += 1
-            raise ApiError(
-                HTTPStatus.UNAUTHORIZED,
-                "Incorrect API key provided, or none: 'Authorization: Bearer KEY' is needed.",
-                code="invalid_api_key",
-                authenticate="Bearer",
-            )
+            raise self._no_key()
         return Client(key)
 
     def grants(self) -> dict[Tenant, Grant]:
         """What the tenants of keys may do beyond others."""
         return {_turns(key): Grant(key.weight, key.privileged) for key in self.keys}
+
+    def turns_away(self, request: Request) -> ApiError | None:
+        """Why the body of a request, of which the head is there, need not be sent."""
+        if not request.path.startswith(_CLIENTS):
+            return self.verifier.turns_away(request.header(b"authorization"))
+        if self.keys.wanted and self.keys.find(_bearer(request) or b"") is None:
+            return self._no_key()
+        return None
 
     async def admit(self, request: Request, reply: Reply) -> None:
         """Let whoever may ask for it pass, for all but what generates. Raises ApiError."""
@@ -162,6 +164,15 @@ class Access:
                 type="authentication_error",
                 code="not_private",
             )
+
+    def _no_key(self) -> ApiError:
+        self.unauthorised += 1
+        return ApiError(
+            HTTPStatus.UNAUTHORIZED,
+            "Incorrect API key provided, or none: 'Authorization: Bearer KEY' is needed.",
+            code="invalid_api_key",
+            authenticate="Bearer",
+        )
 
     def _from_page(self, origin: bytes, request: Request, reply: Reply) -> None:
         if self._allows(origin):

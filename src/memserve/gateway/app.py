@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from memserve.api.asgi import Interruption, asgi_handler
 from memserve.api.errors import ApiError, method_not_allowed
 from memserve.api.generate import GenerateCall
-from memserve.api.guard import guarded
+from memserve.api.guard import Guard
 from memserve.api.http_message import Header, Reply, Request
 from memserve.api.http_server import Handler
 from memserve.api.peer_client import PeerClient
@@ -82,7 +82,7 @@ class GatewayApp:
         admin = calls.model, membership, peers, self._metrics, lambda: self._draining, decisions
         self._admin: Handler = asgi_handler(admin_app(*admin, siblings))
         # What siblings ask is answered for this worker alone, and not passed on again.
-        self.handle_sibling: Handler = guarded(asgi_handler(admin_app(*admin)), access.verifier)
+        self.handle_sibling: Handler = Guard(asgi_handler(admin_app(*admin)), access.verifier)
         self._smallest: tuple[Epoch, Limits] | None = None  # as of that membership epoch
         self._idle = asyncio.Event()
         self._idle.set()

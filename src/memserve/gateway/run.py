@@ -286,6 +286,7 @@ class Gateway:
                 self._max_body_bytes,
                 tls=self._tls,
                 counters=self._counters,
+                admit=self._access.turns_away,
             )
         finally:
             failing.cancel()

@@ -14,8 +14,7 @@ import uvloop
 from memserve.api.asgi import asgi_handler
 from memserve.api.audience import Audience, check_url
 from memserve.api.control import RESTART_EXIT_CODE
-from memserve.api.guard import guarded
-from memserve.api.http_server import Handler
+from memserve.api.guard import Guard
 from memserve.api.peer_client import PeerClient
 from memserve.api.serving import MAX_BODY_BYTES, Shutdown, announce, bind, serve_http, url_of
 from memserve.api.signatures import Signer, Verifier
@@ -128,7 +127,9 @@ async def _main(
     async with asyncio.TaskGroup() as background:
         joining = instance.vitals.task("registration", registration.run())
         useful = background.create_task(_end_when_useless(instance, loading, shutdown))
-        await serve_http(handler, sock, shutdown, drain, MAX_BODY_BYTES, tls=server)
+        await serve_http(
+            handler, sock, shutdown, drain, MAX_BODY_BYTES, tls=server, admit=handler.admit
+        )
         useful.cancel()
         joining.cancel()
     await instance.close()
@@ -138,14 +139,14 @@ async def _main(
 
 def handler_of(
     instance: Instance, secret: Secret, sock: socket.socket, advertised: str | None = None
-) -> Handler:
+) -> Guard:
     """What answers an instance's HTTP requests: those of the cluster, and probes. `advertised`:
     another URL than that of the socket."""
     audience = Audience()
     audience.add_socket(sock)
     if advertised is not None:
         audience.add_url(advertised)
-    return guarded(asgi_handler(InstanceApp(instance)), Verifier(secret, audience), OPEN_PATHS)
+    return Guard(asgi_handler(InstanceApp(instance)), Verifier(secret, audience), OPEN_PATHS)
 
 
 async def _end_when_useless(
