@@ -21,7 +21,7 @@ from memserve.config import GatewayConfig
 from memserve.errors import ConfigError
 from memserve.gateway.access import Client
 from tests.e2e.conftest import StartCluster
-from tests.fakes import MODEL, FakeCluster, FakeEngine, metric
+from tests.fakes import MODEL, FakeCluster, FakeEngine, metric, until
 from tests.security.test_control_plane import stranger
 
 ASKED = json.dumps({"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 2})
@@ -193,3 +193,16 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, content: bytes | 
         file.write_bytes(content)
     with pytest.raises(ConfigError, match="keys"):
         load_keys((), str(file))
+
+
+def test_the_log_says_whose_key_it_was(
+    start_cluster: StartCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    key, entry = new_key("alice", None, False)
+    cluster = start_cluster(FakeEngine(), gateway=GatewayConfig(port=0, api_keys=(entry,)))
+    with caplog.at_level("INFO", "memserve.gateway.app"):
+        shown = f"Bearer {key}"
+        answer = stranger(cluster.url, "POST", "/v1/completions", ASKED, Authorization=shown)
+        assert answer.status == 200
+        until(lambda: " key=alice " in caplog.text)
+    assert key not in caplog.text

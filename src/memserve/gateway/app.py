@@ -134,6 +134,8 @@ class GatewayApp:
         call: GenerateCall | None = None
         try:
             client = self._access.client(request, reply)
+            if client.key is not None:
+                answer.key = client.key.name
             if len(request.body) <= INLINE_CHARACTERS:  # waits for nothing
                 call = await self._accept(build, request, reply, client)
             else:
@@ -253,6 +255,7 @@ def _line(
     return (
         f"{request.path}"
         f" request={'-' if request_id is None else ascii(request_id[:MAX_REQUEST_ID])[2:-1]}"
+        f"{'' if answer.key is None else f' key={answer.key}'}"
         f" call={'-' if call is None else call.id}"
         f" instance={'-' if plan is None else plan.member.id}"
         f" status={status}{' broken' if answer.broken else ''}"

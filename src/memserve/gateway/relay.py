@@ -35,9 +35,10 @@ _REFUSALS = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
 class Answer:
     """What happened to a call, for the log and the metrics. Filled while it is relayed."""
 
-    __slots__ = ("broken", "failovers", "first_byte", "pauses", "plan")
+    __slots__ = ("broken", "failovers", "first_byte", "key", "pauses", "plan")
 
     def __init__(self) -> None:
+        self.key: str | None = None  # the name of the API key that was shown
         self.plan: Plan | None = None  # the last one tried
         self.first_byte: float | None = None  # when it reached the client; streams only
         self.broken = False  # ended by an error in mid-stream
