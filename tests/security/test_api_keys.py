@@ -206,3 +206,14 @@ def test_the_log_says_whose_key_it_was(
         assert answer.status == 200
         until(lambda: " key=alice " in caplog.text)
     assert key not in caplog.text
+
+
+def test_without_keys_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in (None, ""):  # as `memserve up` hands on that there are none
+        if given is None:
+            monkeypatch.delenv("MEMSERVE_API_KEYS", raising=False)
+        else:
+            monkeypatch.setenv("MEMSERVE_API_KEYS", given)
+        assert not load_keys((), None).wanted
+    monkeypatch.setenv("MEMSERVE_API_KEYS", " , ")
+    assert load_keys((), None).wanted

@@ -77,7 +77,7 @@ def load_keys(given: Iterable[str], file: str | None) -> ApiKeys:
     """The keys of a configuration (`given`), of MEMSERVE_API_KEYS, and of a file with an entry
     on each line (`#`: a comment). Raises ConfigError."""
     entries = _entries(given)
-    wanted = file is not None or KEYS_VARIABLE in os.environ
+    wanted = file is not None or bool(os.environ.get(KEYS_VARIABLE))
     if file is not None:
         entries += _lines(Path(file))
     if len(entries) > MAX_KEYS:
