@@ -78,10 +78,10 @@ def _is_address(host: str) -> bool:
 @lru_cache(maxsize=_REMEMBERED)
 def _is_here(host: str) -> bool:
     """Whether a host is this machine: a name of its own, or an address that it can listen at."""
-    if host in ("localhost", socket.gethostname(), advertised("0.0.0.0")):
-        return True
     if not _is_address(host):
-        return False
+        # The last one may ask a name server, so it is only asked of what is no usual name.
+        known = host in ("localhost", socket.gethostname().lower())
+        return known or host == advertised("0.0.0.0").lower()
     bare = host.removeprefix("[").removesuffix("]")
     family = socket.AF_INET6 if ":" in bare else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
