@@ -41,8 +41,23 @@ def ask(
     secret: Secret | None = None,
     **headers: str,
 ) -> Answer:
-    """The answer to a signed request; by default with the secret of the gateway at `url`."""
-    signer = Signer(secret or secret_of(url))
+    """The answer to a signed request; by default with the secret of the gateway at `url`, or else
+    this user's: a cluster that was killed may have left one for the same port."""
+    answer = _ask(secret or secret_of(url), url, path, body, method, headers)
+    if secret is None and answer.status == 401:
+        answer = _ask(cluster_secret(), url, path, body, method, headers)
+    return answer
+
+
+def _ask(
+    secret: Secret,
+    url: str,
+    path: str,
+    body: bytes | str | None,
+    method: str,
+    headers: dict[str, str],
+) -> Answer:
+    signer = Signer(secret)
     data = body.encode() if isinstance(body, str) else body or b""
     for _ in range(2):  # the first one finds out which life it is
         signed = signer.sign(origin_of(url), method.encode(), path.encode(), body_digest(data))

@@ -4,6 +4,7 @@ next client, and keeps nothing."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import os
@@ -123,6 +124,9 @@ def exchange(port: int, request: bytes, cuts: int = 1) -> bytes:
                 received += data
         except (ConnectionResetError, BrokenPipeError):
             pass  # it has hung up on what was still being sent
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:  # the same, found out by `shutdown`
+                raise
         return received
 
 
