@@ -350,7 +350,7 @@ def test_a_gateway_without_one_of_its_tasks_ends_and_comes_back(
     until(lambda: any(wanted in line for line in running.said))
 
 
-@pytest.mark.parametrize("name", ["registration", "mortal"])
+@pytest.mark.parametrize("name", ["registration"])  # threads: test_vital_threads.py
 def test_an_instance_without_one_of_its_tasks_or_threads_ends_and_comes_back(
     model: Path, name: str
 ) -> None:
