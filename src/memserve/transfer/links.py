@@ -109,10 +109,6 @@ class Links:
         self._poller_thread = threading.get_ident()
 
     @property
-    def secured(self) -> bool:
-        return self._keys is not None
-
-    @property
     def shortcut(self) -> str:
         """Where peers of this host reach this pool soonest; empty if they do not."""
         return "" if self._shortcut is None else self._shortcut.address

@@ -79,11 +79,6 @@ class Service:
     def counters(self) -> Counters:
         return self._conversation.counters
 
-    @property
-    def secured(self) -> bool:
-        """Whether only who knows the secret can talk to this pool."""
-        return self._links.secured
-
     def life(self, instance: InstanceId) -> Life:
         """Of a peer, as it is known now. Raises UnknownPeer."""
         return self._conversation.peers.current(instance)
