@@ -138,12 +138,15 @@ def _paths() -> list[str]:
     return [path for path in [os.environ.get("PYTHONPATH", "")] if path]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
+def _model_in(directory: Path) -> Path:
     save_tiny_tokenizer(directory)
     (directory / "config.json").write_text("{}")
     return directory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _model_in(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -350,14 +353,15 @@ def test_a_gateway_without_one_of_its_tasks_ends_and_comes_back(
     until(lambda: any(wanted in line for line in running.said))
 
 
-@pytest.mark.parametrize("name", ["registration"])  # threads: test_vital_threads.py
+@pytest.mark.parametrize("name", ["registration", "mortal"])
 def test_an_instance_without_one_of_its_tasks_or_threads_ends_and_comes_back(
-    model: Path, name: str
+    tmp_path: Path, name: str
 ) -> None:
     # A cluster of its own: which of the two dies is chance, and one that dies thrice is given up.
-    with supervised(model) as running:
+    # A directory of its own: an instance of another cluster would take the file.
+    with supervised(_model_in(tmp_path)) as running:
         before = ready(running.until_ready())
-        (model / f"kill-{name}").touch()
+        (tmp_path / f"kill-{name}").touch()
         after = ready(running.until(lambda view: len(ready(view)) == 2 and ready(view) != before))
         (dead,) = [one for one in before if before[one] != after[one]]
         for begin, wanted in (
