@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from memserve.api.errors import ApiError
 
@@ -24,7 +26,7 @@ _STATUS_LINES = {
 }
 
 
-class Request(NamedTuple):
+class Request(msgspec.Struct, frozen=True, eq=False):
     """A whole request. Header names are in lower case."""
 
     method: str

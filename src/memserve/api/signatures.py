@@ -39,10 +39,13 @@ from collections.abc import Callable, Container
 from http import HTTPStatus
 from typing import NamedTuple
 
+import msgspec
+
 from memserve.api.errors import ApiError
 from memserve.secrets import Secret
 
 SCHEME = b"MemServe "
+_NO_LIFE = b"0" * 16  # of a server that has told none yet
 PROOF_HEADER = b"memserve-proof"
 CONTENT_HEADER = b"memserve-content"
 
@@ -91,12 +94,10 @@ class _Challenge(NamedTuple):
 
     life: bytes
     ahead: int  # of our clock, milliseconds
+    begin: bytes  # of the fields of each request that is signed for it
 
 
-_UNKNOWN = _Challenge(b"0" * 16, 0)
-
-
-class Signed(NamedTuple):
+class Signed(msgspec.Struct, frozen=True):
     """A request's header value, its MAC, and the challenge that it answers."""
 
     authorization: bytes
@@ -117,14 +118,12 @@ class Signer:
     def sign(self, origin: str, method: bytes, target: bytes, digest: bytes) -> Signed:
         """For a server whose scheme, host and port are `origin`; `target` as it is sent, and the
         `body_digest`."""
-        challenge = self._challenges.get(origin, _UNKNOWN)
-        life, ahead = challenge
-        audience = origin.rpartition("//")[2].encode()
+        challenge = self._challenges.get(origin) or self._challenge(origin, _NO_LIFE, 0)
         self._number += 1
-        now = int(self._wall_clock() * 1000) + ahead
-        fields = b"%b %b.%b.%d.%d" % (audience, life, self._sender, self._number, now)
+        now = int(self._wall_clock() * 1000) + challenge.ahead
+        fields = b"%b%d.%d" % (challenge.begin, self._number, now)
         mac = _request_mac(self._request_key, method, target, digest, fields)
-        return Signed(b"%b%b.%b" % (SCHEME, fields, mac), mac, challenge)
+        return Signed(b"MemServe %b.%b" % (fields, mac), mac, challenge)
 
     def learn(self, origin: str, challenge: str, proof: bytes | None, signed: Signed) -> bool:
         """Take in the challenge with which a request was refused, if it proves itself. Whether it
@@ -136,11 +135,15 @@ class Signer:
             return False
         life, ahead = match[1].encode(), int(match[2]) - int(self._wall_clock() * 1000)
         self._challenges.pop(origin, None)
-        self._challenges[origin] = _Challenge(life, ahead)
+        self._challenges[origin] = self._challenge(origin, life, ahead)
         if len(self._challenges) > MAX_CHALLENGES:
             self._challenges.popitem(last=False)
         late = abs(signed.challenge.ahead - ahead) > 1000 * WINDOW_SECONDS / 2
         return signed.challenge.life != life or late
+
+    def _challenge(self, origin: str, life: bytes, ahead: int) -> _Challenge:
+        audience = origin.rpartition("//")[2].encode()
+        return _Challenge(life, ahead, b"%b %b.%b." % (audience, life, self._sender))
 
     def proves(self, signed: Signed, status: int, proof: bytes | None) -> bool:
         """Whether an answer comes from somebody who has the secret."""

@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3  # a call that takes instances down must not take all of them
 LOOK_SECONDS = 0.1  # how often those that wait for an instance look for one
 _Lives = set[tuple[InstanceId, Epoch | None]]  # of members
-_REFUSALS = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
+# Numbers: to look a member of an enumeration up takes longer than to compare it.
+_OK, _FULL = HTTPStatus.OK.value, HTTPStatus.TOO_MANY_REQUESTS.value
+_REFUSALS = (HTTPStatus.SERVICE_UNAVAILABLE.value, _FULL)
 
 
 class Answer:
@@ -71,10 +73,10 @@ class Attempt:
 
     def head(self, status: int, retry_after: bytes | None) -> None:
         self.status, self.retry_after = status, retry_after
-        self._streaming = self._stream is not None and status == HTTPStatus.OK
+        self._streaming = self._stream is not None and status == _OK
 
     def received(self, data: bytes, last: bool) -> None:
-        if self._first and self.status == HTTPStatus.OK:
+        if self._first and self.status == _OK:
             self._first = False
             self._ticket.first_token()
         if self._streaming and self._stream is not None:
@@ -157,7 +159,7 @@ class Relay:
                     call = _behind(call, stream, answer)
             elif attempt.refused:
                 # A full queue says more than an instance that is going away.
-                if refusal is None or attempt.status == HTTPStatus.TOO_MANY_REQUESTS:
+                if refusal is None or attempt.status == _FULL:
                     refusal = attempt
             elif reply.started:  # an instance that should have gone on, and will not
                 log.warning("%s: %s refuses to go on: %r", call.id, member.id, attempt.body)
@@ -213,7 +215,7 @@ class Relay:
                 )
             if interruption.happened:
                 attempt.lost = "given up"
-            elif stream is not None and attempt.status == HTTPStatus.OK and not stream.complete:
+            elif stream is not None and attempt.status == _OK and not stream.complete:
                 attempt.lost = "ended before the answer did"
         except Unreachable as error:
             attempt.lost = str(error)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from memserve.api.generate import GenerateCall
 from memserve.cluster.membership import Member
@@ -34,7 +36,7 @@ def _by_turns() -> str:
     return "by turns"
 
 
-class Plan(NamedTuple):
+class Plan(msgspec.Struct, frozen=True, eq=False):
     """`member` answers. Its prompt is computed by the first of `prefill` that can, or by
     itself, after the prefix that `fetch` has longest was pulled from there. `explain` says why,
     in one line, to those who ask."""

@@ -20,6 +20,7 @@ _COLON = ord(":")
 _DIGITS = frozenset(b"0123456789")
 # JSON escapes quotation marks within strings: these bytes are always what they look like.
 _ERROR = b'data: {"error":'
+_OK = HTTPStatus.OK.value
 _USAGE = b'"choices":[],"usage":'
 
 
@@ -104,7 +105,7 @@ class ClientStream:
         now = self._clock.now()
         if not self.reply.started:
             self.first_byte = now
-            self.reply.start(HTTPStatus.OK, (*EVENTS_HEADERS, *self._headers))
+            self.reply.start(_OK, (*EVENTS_HEADERS, *self._headers))
         elif self._interrupted:
             self.pauses.append(now - self._last_byte)
         self._interrupted = False

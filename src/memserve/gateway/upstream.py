@@ -6,10 +6,10 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -18,13 +18,22 @@ from memserve.api.audience import origin_of
 from memserve.api.generate import GENERATE_PATH
 from memserve.api.peer_client import CONNECT_SECONDS
 from memserve.api.serving import IDLE_CONNECTION_SECONDS
-from memserve.api.signatures import PROOF_HEADER, Signed, Signer, body_digest, digest_of
+from memserve.api.signatures import (
+    INLINE_BYTES,
+    PROOF_HEADER,
+    Signed,
+    Signer,
+    body_digest,
+    digest_of,
+)
 from memserve.api.tls import unchecked_tls
 from memserve.hosts import is_loopback
 
 _TARGET = GENERATE_PATH.encode()
 _INFO = b"/info"  # the least that is answered to the cluster alone
 _NOTHING = body_digest(b"")
+_UNAUTHORIZED = HTTPStatus.UNAUTHORIZED.value
+ONE_WRITE_BYTES = 64 * 1024  # up to here copying a body costs less than another buffer to write
 
 
 class Unreachable(Exception):
@@ -140,7 +149,10 @@ class Upstream:
 
     async def _exchange(self, target: _Target, body: bytes, sink: Sink) -> _Connection:
         """Make the call; the connection that it was made on."""
-        digest = _NOTHING if self._signer is None else await digest_of(body)
+        digest = _NOTHING
+        if self._signer is not None:
+            small = len(body) <= INLINE_BYTES
+            digest = body_digest(body) if small else await digest_of(body)
         connection = self._idle(target)
         if connection is not None:
             try:
@@ -152,21 +164,18 @@ class Upstream:
         await self._post(connection, target, body, digest, sink)
         return connection
 
-    async def _post(
+    def _post(
         self, connection: _Connection, target: _Target, body: bytes, digest: bytes, sink: Sink
-    ) -> None:
-        check, authorization = self._signed(target, b"POST", _TARGET, digest)
-        head = b"%b%d\r\n%b\r\n" % (target.head, len(body), authorization)
-        await connection.exchange((head, body), sink, check)
-
-    def _signed(
-        self, target: _Target, method: bytes, path: bytes, digest: bytes
-    ) -> tuple[_Check, bytes]:
-        """What the answer is held against, and the header line of the request."""
-        if self._signer is None:
-            return _NO_CHECK, b""
-        signed = self._signer.sign(target.origin, method, path, digest)
-        return _Check(self._signer, signed), b"authorization: %b\r\n" % signed.authorization
+    ) -> Awaitable[None]:
+        signed, line = None, b""
+        if self._signer is not None:
+            signed = self._signer.sign(target.origin, b"POST", _TARGET, digest)
+            line = b"authorization: %b\r\n" % signed.authorization
+        if len(body) <= ONE_WRITE_BYTES:
+            request = (b"%b%d\r\n%b\r\n%b" % (target.head, len(body), line, body),)
+            return connection.exchange(request, sink, signed)
+        head = b"%b%d\r\n%b\r\n" % (target.head, len(body), line)
+        return connection.exchange((head, body), sink, signed)
 
     def _idle(self, target: _Target) -> _Connection | None:
         oldest = time.monotonic() - IDLE_CONNECTION_SECONDS
@@ -186,31 +195,23 @@ class Upstream:
         if self._signer is None:
             return connection
         try:
-            await self._prove(connection, target)
+            await _prove(connection, target, self._signer)
         except _Challenged as error:
             if not self._signer.learn(target.origin, *error.told):
                 raise
             connection = await self._open(target)
-            await self._prove(connection, target)
+            await _prove(connection, target, self._signer)
         return connection
-
-    async def _prove(self, connection: _Connection, target: _Target) -> None:
-        check, authorization = self._signed(target, b"GET", _INFO, _NOTHING)
-        head = b"GET %b HTTP/1.1\r\nhost: %b\r\n%b\r\n" % (_INFO, target.netloc, authorization)
-        try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                await connection.exchange((head,), _Unheard(), check)
-        except TimeoutError as error:
-            raise Unreachable(f"no answer within {CONNECT_SECONDS} s") from error
-        if not connection.reusable:
-            raise Unreachable("the connection was closed")
 
     async def _open(self, target: _Target) -> _Connection:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(loop), target.host, target.port, ssl=target.tls
+                    lambda: _Connection(loop, self._signer),
+                    target.host,
+                    target.port,
+                    ssl=target.tls,
                 )
         except TimeoutError as error:
             raise Unreachable(f"no connection within {CONNECT_SECONDS} s") from error
@@ -238,31 +239,27 @@ class Upstream:
         return target
 
 
-class _Check(NamedTuple):
-    """What an answer is held against."""
-
-    signer: Signer | None
-    signed: Signed | None
-
-    def failure(self, status: int, proof: bytes | None, challenge: bytes) -> Unreachable | None:
-        """Why an answer with this head is not believed; None: it is."""
-        if self.signer is None or self.signed is None:
-            return None
-        if status == HTTPStatus.UNAUTHORIZED:
-            return _Challenged(challenge, proof, self.signed)
-        if not self.signer.proves(self.signed, status, proof):
-            return Unreachable("whoever answers there does not have the cluster's secret")
-        return None
-
-
-_NO_CHECK = _Check(None, None)
+async def _prove(connection: _Connection, target: _Target, signer: Signer) -> None:
+    """Have whoever listens there show the secret. Raises Unreachable."""
+    signed = signer.sign(target.origin, b"GET", _INFO, _NOTHING)
+    head = b"GET %b HTTP/1.1\r\nhost: %b\r\nauthorization: %b\r\n\r\n"
+    request = head % (_INFO, target.netloc, signed.authorization)
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            await connection.exchange((request,), _Unheard(), signed)
+    except TimeoutError as error:
+        raise Unreachable(f"no answer within {CONNECT_SECONDS} s") from error
+    if not connection.reusable:
+        raise Unreachable("the connection was closed")
 
 
 class _Connection(asyncio.Protocol):
     """One connection; the parser calls it back."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, signer: Signer | None) -> None:
+        """`signer`: holds answers to signed calls against their proofs."""
         self._loop = loop
+        self._signer = signer
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)  # until connected
         self._parser = httptools.HttpResponseParser(self)
         self._sink: Sink | None = None
@@ -273,23 +270,27 @@ class _Connection(asyncio.Protocol):
         self._complete = False
         self._paused = False
         self._calls = 0
-        self._check = _NO_CHECK
+        self._signed: Signed | None = None
         self._proof: bytes | None = None
         self._challenge = b""
         self.reusable = True
         self.idle_since = 0.0
 
-    async def exchange(self, request: Sequence[bytes], sink: Sink, check: _Check) -> None:
-        """Raises Unreachable; _Stale where it makes sense to try on a new connection."""
+    async def exchange(self, request: Sequence[bytes], sink: Sink, signed: Signed | None) -> None:
+        """Raises Unreachable; _Stale where it makes sense to try on a new connection, and
+        _Challenged."""
         self._sink = sink
-        self._check = check
+        self._signed = signed
         self._answered = self._complete = False
         self._retry_after = self._proof = None
         self._challenge = b""
         self._calls += 1
         done = self._done = self._loop.create_future()
         sink.begin(self)
-        self._transport.writelines(request)
+        if len(request) == 1:
+            self._transport.write(request[0])
+        else:
+            self._transport.writelines(request)
         try:
             await done
         except asyncio.CancelledError:
@@ -371,8 +372,7 @@ class _Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        failure = self._check.failure(status, self._proof, self._challenge)
-        if failure is not None:
+        if self._signed is not None and (failure := self._failure(status, self._signed)):
             self._fail(failure)
         elif self._sink is not None:
             self._sink.head(status, self._retry_after)
@@ -383,3 +383,11 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         self._complete = True
         self.reusable = self.reusable and self._parser.should_keep_alive()
+
+    def _failure(self, status: int, signed: Signed) -> Unreachable | None:
+        """Why an answer with this head is not believed; None: it is."""
+        if status == _UNAUTHORIZED:
+            return _Challenged(self._challenge, self._proof, signed)
+        if self._signer is None or not self._signer.proves(signed, status, self._proof):
+            return Unreachable("whoever answers there does not have the cluster's secret")
+        return None
