@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_JSON ?= build/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format bench peers clean
+.PHONY: help setup serve test lint format bench peers vllm clean
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test    lint, types, layers and all tests"
 	@echo "make lint    the same without the tests;   make format   put the code into shape"
 	@echo "make bench   microbenchmarks of the pool, transfers and the engine, as JSON in $(BENCH_JSON)"
+	@echo "make vllm    vLLM alone, on this machine's CPU, for the tests that need one (4 GB)"
 	@echo "make peers   vLLM and others in environments of their own, to be measured beside (4 GB)"
 	@echo "make clean   remove what these made, the environment included"
 
@@ -68,6 +69,10 @@ bench: setup
 peers: setup
 	@echo "==> installing peers in build/peers (minutes)"
 	@$(BIN)/python -m memserve.bench.peers.install $(PEERS)
+
+vllm: setup
+	@echo "==> installing vLLM in build/peers/vllm (minutes)"
+	@$(BIN)/python -m memserve.bench.peers.install vllm
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

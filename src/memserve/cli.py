@@ -183,7 +183,7 @@ def instance(
     *,
     given: Given,
 ) -> None:
-    """Run one instance: an engine and its part of the pool."""
+    """Run one instance: an engine, or a vLLM server, and its part of the pool."""
     _outlive_reloads()
     from memserve.instance.run import run_instance
 
@@ -210,7 +210,7 @@ def prepare(*, given: Given) -> None:
 
 def _without_file(given: Given) -> ClusterConfig:
     """The smallest cluster that hands over, unless other instances are asked for."""
-    if given["role"] is not None or given["count"] is not None:
+    if given["role"] is not None or given["count"] is not None or given["engine"] == "vllm":
         return ClusterConfig()
     return ClusterConfig(
         instance=(InstanceConfig(role=Role.PREFILL), InstanceConfig(role=Role.DECODE))

@@ -144,11 +144,13 @@ def _run(url: str, json: bool, work: Callable[[ClusterClient], Awaitable[object]
 def cluster_table(view: ClusterSummary) -> Table:
     """A line for each instance. Memory is blocks in use (active or cached) of all."""
     table = Table(title=f"epoch {view.epoch}", title_justify="left")
-    for name in ("id", "role", "state", "address", "pid", "HBM", "DRAM"):
+    for name in ("id", "kind", "pool", "role", "state", "address", "pid", "HBM", "DRAM"):
         table.add_column(name, justify="right" if name in ("pid", "HBM", "DRAM") else "left")
     for member in sorted(view.instances, key=lambda member: member.id):
         table.add_row(
             member.id,
+            member.kind,
+            "yes" if member.pool else "no",
             member.role,
             member.state,
             member.address,

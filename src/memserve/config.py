@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,6 +24,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Eviction = Literal["lru", "cost"]
 Profiling = Literal["auto", "off"]
 Policy = Literal["prompt-tree", "session", "least-load", "round-robin"]
+Engine = Literal["builtin", "vllm"]
 
 # By step of caching: in which roles an instance keeps the KV of its own sequences for others.
 KEEPING_ROLES: dict[Caching, frozenset[Role]] = {
@@ -36,6 +38,8 @@ Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 PositiveSeconds = Annotated[float, Meta(gt=0)]
+_UNITS = {"": 1, **{f"{k}iB": 1 << (10 * n) for n, k in enumerate("KMGT", 1)}}
+_UNITS |= {f"{k}B": 1000**n for n, k in enumerate("KMGT", 1)}
 
 
 def doc(text: str) -> Meta:
@@ -47,6 +51,11 @@ def no_flag(text: str) -> Meta:
     """The same of a field that is no flag: everybody on a machine can read its processes'
     arguments."""
     return Meta(description=text, extra={"flag": False})
+
+
+def command_line(text: str) -> Meta:
+    """The same of a list of arguments, whose flag is one text, quoted as a shell wants it."""
+    return Meta(description=text, extra={"flag": "shell"})
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -77,10 +86,15 @@ class CacheConfig(_Section, frozen=True):
 class InstanceConfig(_Section, frozen=True):
     """`count` equal instances."""
 
+    engine: Annotated[Engine, doc("what computes: our own, or a vLLM server")] = "builtin"
     role: Annotated[Role, doc("what it does for a request")] = Role.COLOCATED
     count: Annotated[Positive, doc("instances like this")] = 1
     hbm_blocks: Annotated[Positive, doc("blocks of device memory")] = 2048
     dram_blocks: Annotated[NonNegative, doc("blocks of host memory behind it")] = 4096
+    hbm: Annotated[
+        str | None, doc("device memory for KV instead of hbm_blocks: 8GiB, or 90% of what is free")
+    ] = None
+    dram: Annotated[str | None, doc("host memory for KV instead of dram_blocks: 64GiB")] = None
     threads: Annotated[Positive | None, doc("default: one for each core")] = None
     cpus: Annotated[tuple[NonNegative, ...] | None, doc("cores to pin to, as 0,1")] = None
     max_batch_tokens: Annotated[Positive, doc("per step, when none decodes")] = 2048
@@ -93,6 +107,13 @@ class InstanceConfig(_Section, frozen=True):
         str | None, doc("URL at which others reach it, if it is not where it listens")
     ] = None
     profile: Annotated[Profiling, doc("auto: measure the cost model at the first start")] = "auto"
+    vllm_command: Annotated[tuple[str, ...], command_line("what starts a vLLM server")] = (
+        "vllm",
+        "serve",
+    )
+    vllm_args: Annotated[
+        tuple[str, ...], command_line('more arguments of it, as "--enforce-eager"')
+    ] = ()
 
 
 class GatewayConfig(_Section, frozen=True):
@@ -180,6 +201,46 @@ def check_config(config: ClusterConfig) -> None:
                 f"{instance.count} instances cannot share port {instance.port}; "
                 "give each its own table, or port 0 for any"
             )
+        if instance.dram is not None:
+            parse_bytes(instance.dram)
+        if instance.hbm is not None and not instance.hbm.endswith("%"):
+            parse_bytes(instance.hbm)
+        if instance.engine == "vllm":
+            _check_vllm(instance)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as `64GiB`, `1.5GB` or `4096`. Raises ConfigError."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]i?B)?", text.strip())
+    if match is None or not (size := int(float(match[1]) * _UNITS[match[2] or ""])):
+        raise ConfigError(f"'{text}' is no size; sizes are like 64GiB, 1500MB or 4096 (bytes)")
+    return size
+
+
+def _check_vllm(instance: InstanceConfig) -> None:
+    """What vLLM decides by its own arguments is refused, and its name there given."""
+    own = {
+        "hbm": "--gpu-memory-utilization or --kv-cache-memory-bytes",
+        "hbm_blocks": "--num-gpu-blocks-override",
+        "max_batch_tokens": "--max-num-batched-tokens",
+        "mixed_batch_tokens": "--max-num-batched-tokens",
+    }
+    default = InstanceConfig()
+    for name, theirs in own.items():
+        if getattr(instance, name) != getattr(default, name):
+            raise ConfigError(
+                f"instance.{name} is the built-in engine's; a vLLM server takes {theirs} "
+                "in vllm_args"
+            )
+    if instance.role is not Role.COLOCATED:
+        raise ConfigError(
+            f"instance.role = '{instance.role}': vLLM servers hand nothing over yet; "
+            "theirs is 'colocated'"
+        )
+    if instance.dram is not None or instance.dram_blocks != default.dram_blocks:
+        raise ConfigError("instance.dram: vLLM servers have no part in the pool's host memory yet")
+    if not instance.vllm_command:
+        raise ConfigError("instance.vllm_command is empty")
 
 
 def _refuse_unknown_keys(data: dict[str, object]) -> None:

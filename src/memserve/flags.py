@@ -6,6 +6,7 @@ that meet in one command share a name. `model.path` is `--model`.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -52,9 +53,18 @@ class Flag:
         return isinstance(self._kind, inspect.VarTupleType)
 
     @property
+    def is_command_line(self) -> bool:
+        """A list whose items may have commas: its flag is quoted as a shell wants it."""
+        described = inspect.type_info(self.type)
+        extra = described.extra if isinstance(described, inspect.Metadata) else None
+        return extra is not None and extra.get("flag") == "shell"
+
+    @property
     def values(self) -> str:
         """What may be given, for help texts: the choices, or the kind of value."""
         kind = self._kind
+        if self.is_command_line:
+            return "'ARGUMENTS'"
         if isinstance(kind, inspect.LiteralType):
             return "|".join(map(str, kind.values))
         if isinstance(kind, inspect.EnumType):
@@ -115,13 +125,25 @@ def to_flags(section: msgspec.Struct) -> list[str]:
         if flag.is_switch:
             arguments.append(flag.name if value else f"--no-{flag.name[2:]}")
         else:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            arguments += [flag.name, text]
+            arguments += [flag.name, _text(flag, value)]
     return arguments
 
 
+def _text(flag: Flag, value: object) -> str:
+    if not isinstance(value, tuple):
+        return str(value)
+    return shlex.join(value) if flag.is_command_line else ",".join(map(str, value))
+
+
 def _parse(flag: Flag, value: str | bool) -> object:
-    parts: object = value.split(",") if isinstance(value, str) and flag.is_list else value
+    parts: object = value
+    try:
+        if isinstance(value, str) and flag.is_command_line:
+            parts = shlex.split(value)
+        elif isinstance(value, str) and flag.is_list:
+            parts = value.split(",")
+    except ValueError as error:  # a quotation without an end
+        raise ConfigError(f"{flag.name} {value}: {error}") from error
     try:
         return msgspec.convert(parts, flag.type, strict=False)
     except msgspec.ValidationError as error:

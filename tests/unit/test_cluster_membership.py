@@ -150,7 +150,7 @@ def test_the_view_has_the_published_shape(cluster: Cluster) -> None:
     view = json.loads(msgspec.json.encode(cluster.membership.view()))
     assert set(view) == {"epoch", "instances"}
     met, unmet = view["instances"]
-    keys = {"id", "role", "state", "address", "pid", "hbm", "dram"}
+    keys = {"id", "role", "kind", "pool", "state", "address", "pid", "hbm", "dram"}
     assert set(met) == set(unmet) == keys
     assert (met["id"], met["pid"], met["hbm"]["total"]) == ("p0", 42, 8)
     assert (unmet["state"], unmet["pid"], unmet["hbm"]) == ("starting", None, {})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,11 +16,14 @@ from memserve.config import (
     GatewayConfig,
     InstanceConfig,
     ModelConfig,
+    check_config,
     load_config,
+    parse_bytes,
     parse_config,
 )
 from memserve.errors import ConfigError
 from memserve.flags import flags_of, to_flags, with_flags
+from memserve.instance.build import block_counts
 from memserve.types import Role
 
 SECTIONS = (ModelConfig, CacheConfig, InstanceConfig, GatewayConfig)
@@ -97,6 +101,7 @@ def instances() -> st.SearchStrategy[InstanceConfig]:
         threads=st.none() | count,
         cpus=st.none() | st.lists(st.integers(0, 99), min_size=1).map(tuple),
         host=st.sampled_from(["0.0.0.0", "::1"]),
+        vllm_args=st.lists(st.text(), max_size=4).map(tuple),
     )
 
 
@@ -142,11 +147,55 @@ def test_flags_change_only_what_was_given() -> None:
         ("hbm_blocks", "0", "--hbm-blocks 0: Expected `int` >= 1"),
         ("role", "boss", "--role boss: .*'boss'"),
         ("cpus", "0,x", "--cpus 0,x: Expected `int`"),
+        ("vllm_args", "--x 'y", "--vllm-args --x 'y: No closing quotation"),
     ],
 )
 def test_a_flags_mistake_names_the_flag(parameter: str, value: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         with_flags(InstanceConfig(), {parameter: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("64GiB", 64 << 30), ("1.5 MB", 1_500_000), ("4096", 4096), ("2TiB", 2 << 40), ("1KiB", 1024)],
+)
+def test_sizes_have_units(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1GiB", "0GiB", "GiB", "1e3", "12 parsecs", "9" * 99])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no size; sizes are like 64GiB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("instance", "message"),
+    [
+        (InstanceConfig(dram="many"), "'many' is no size"),
+        (InstanceConfig(hbm="8GiBB"), "'8GiBB' is no size"),
+        (
+            InstanceConfig(engine="vllm", hbm_blocks=8),
+            "hbm_blocks is the built-in engine's; a vLLM server takes --num-gpu-blocks-override",
+        ),
+        (InstanceConfig(engine="vllm", role=Role.DECODE), "'decode': vLLM servers hand nothing"),
+        (InstanceConfig(engine="vllm", dram="1GiB"), "vLLM servers have no part in the pool"),
+        (InstanceConfig(engine="vllm", vllm_command=()), "instance.vllm_command is empty"),
+        (InstanceConfig(port=80, count=2), "2 instances cannot share port 80"),
+    ],
+)
+def test_settings_that_contradict_each_other(instance: InstanceConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_config(ClusterConfig(instance=(instance,)))
+
+
+def test_memory_is_said_in_blocks_or_in_bytes() -> None:
+    cpu, block = torch.device("cpu"), 1000
+    assert block_counts(InstanceConfig(hbm_blocks=3, dram_blocks=4), block, cpu) == (3, 4)
+    assert block_counts(InstanceConfig(hbm="5500", dram="10KB"), block, cpu) == (5, 10)
+    for hbm, message in (("90%", "on a CPU say 8GiB"), ("120%", "less than 100%"), ("1", "1000")):
+        with pytest.raises(ConfigError, match=message):
+            block_counts(InstanceConfig(hbm=hbm), block, cpu)
 
 
 def test_the_model_is_named_by_its_own_flag() -> None:

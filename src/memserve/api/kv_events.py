@@ -106,6 +106,7 @@ class KVEventsInfo(msgspec.Struct, frozen=True):
     topic: Topic
     block_tokens: BlockTokens
     secured: bool = False  # CURVE, with the cluster's secret
+    snapshot: bool = True  # `GET /kv/snapshot` has all that is held; else a replay must do
 
 
 class StoredBlocks(msgspec.Struct, array_like=True, frozen=True):

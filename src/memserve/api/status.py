@@ -53,6 +53,13 @@ class InstanceState(StrEnum):
     DEAD = "dead"  # its engine has stopped, or it has not answered for too long
 
 
+class MemberKind(StrEnum):
+    """What computes at an instance."""
+
+    MEMSERVE = "memserve"  # the built-in engine
+    VLLM = "vllm"
+
+
 class Limits(msgspec.Struct, frozen=True):
     """What requests are checked against, and what the engine runs on."""
 
@@ -78,6 +85,8 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     model: ModelName
     limits: Limits | None = None  # None until the model is loaded
     kv_events: KVEventsInfo | None = None  # likewise, and where there are none
+    kind: MemberKind = MemberKind.MEMSERVE
+    pool: bool = False  # its KV can go to other instances, and theirs to it; once it is loaded
 
 
 class EngineTotals(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ import msgspec
 from memserve.api.control import InstanceChange, LeaveRequest
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.signatures import Signer
-from memserve.api.status import InstanceState, InstanceStats, JoinRequest, MediumTotals
+from memserve.api.status import InstanceState, InstanceStats, JoinRequest, MediumTotals, MemberKind
 from memserve.errors import ClusterError, ConfigError
 from memserve.secrets import Secret, secret_of
 from memserve.types import Epoch, InstanceId, Role
@@ -32,6 +32,8 @@ class MemberSummary(msgspec.Struct, frozen=True):
     state: InstanceState
     address: str
     pid: int | None = None
+    kind: MemberKind = MemberKind.MEMSERVE
+    pool: bool = False
     hbm: MediumTotals = MediumTotals()
     dram: MediumTotals = MediumTotals()
 

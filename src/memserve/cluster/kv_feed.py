@@ -233,7 +233,7 @@ def _source(info: InstanceInfo, events: KVEventsInfo, address: str, role: Role) 
         block_tokens=events.block_tokens,
         topic=events.topic,
         replay_endpoint=_reachable(events.replay_endpoint, host),
-        snapshot_url=address + SNAPSHOT_PATH,
+        snapshot_url=address + SNAPSHOT_PATH if events.snapshot else None,
         epoch=info.epoch,
         role=role,
         secured=events.secured,

@@ -13,6 +13,7 @@ from memserve.api.status import (
     InstanceStats,
     Limits,
     MediumTotals,
+    MemberKind,
 )
 from memserve.clock import Clock, MonotonicClock
 from memserve.cluster.changes import Change, MemberChange, Observer
@@ -36,6 +37,8 @@ class Member:
         self.address = address
         self.id = InstanceId(address)  # until it has said its own
         self.role = Role.COLOCATED
+        self.kind = MemberKind.MEMSERVE
+        self.pool = False
         self.state = InstanceState.STARTING
         self.epoch: Epoch | None = None  # which of its lives; None: not met yet
         self.pid: int | None = None
@@ -53,6 +56,8 @@ class MemberView(msgspec.Struct, frozen=True):
 
     id: InstanceId
     role: Role
+    kind: MemberKind
+    pool: bool
     state: InstanceState
     address: str
     pid: int | None
@@ -174,6 +179,7 @@ class Membership:
         member.heard = self._clock.now()
         member.stats = stats
         member.limits = info.limits
+        member.kind, member.pool = info.kind, info.pool
         member.pid = info.pid
         if (member.id, member.epoch) != (info.id, info.epoch) and member.joined:
             log.info("%s has been restarted", member.id)
@@ -338,6 +344,8 @@ def view_of(member: Member) -> MemberView:
     return MemberView(
         id=member.id,
         role=member.role,
+        kind=member.kind,
+        pool=member.pool,
         state=member.state,
         address=member.address,
         pid=member.pid,

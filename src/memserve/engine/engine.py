@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from memserve.api.generate import FinishReason, validate_sampling
+from memserve.api.generate import FinishReason
 from memserve.clock import Clock, MonotonicClock
 from memserve.engine.batch import BatchLimits, BatchScheduler
 from memserve.engine.block_table import BlockTable
@@ -24,11 +24,12 @@ from memserve.engine.request import (
     EngineStats,
     OutputSink,
     TokenOutput,
+    validate_request,
 )
 from memserve.engine.runner import Runner
 from memserve.engine.sampler import Sample
 from memserve.engine.sequence import Sequence
-from memserve.errors import EngineStopped, QueueFull, RequestError
+from memserve.errors import EngineStopped, QueueFull
 from memserve.pool.pool import MemPool
 from memserve.types import RequestId
 
@@ -160,36 +161,8 @@ class Engine:
     def _validate_all(self, requests: Seq[EngineRequest]) -> None:
         valid: EngineRequest | None = None
         for request in requests:
-            self._validate(request, valid)
+            validate_request(request, self._info, valid)
             valid = request
-
-    def _validate(self, request: EngineRequest, like: EngineRequest | None) -> None:
-        info = self._info
-        validate_sampling(
-            request.sampling, info.vocab_size, None if like is None else like.sampling
-        )
-        if not len(request.prompt):
-            raise RequestError("the prompt is empty", "prompt")
-        tokens = request.tokens
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= info.vocab_size:
-            bad = low if low < 0 else high
-            raise RequestError(
-                f"token id {bad} is outside the vocabulary of {info.vocab_size}", "prompt"
-            )
-        if len(tokens) >= info.max_tokens:
-            raise RequestError(
-                f"the prompt has {len(tokens)} tokens; with at least one to generate, "
-                f"at most {info.max_tokens} are possible "
-                f"(context {info.max_model_len}, KV memory {info.pool_tokens})",
-                "prompt",
-            )
-        if len(request.output) >= request.sampling.max_tokens:
-            raise RequestError(
-                f"{len(request.output)} of at most {request.sampling.max_tokens} tokens "
-                "exist already",
-                "max_tokens",
-            )
 
     def cancel(self, ids: Seq[RequestId]) -> None:
         """Stop sequences within one step and free what they hold. Unknown ids are ignored."""

@@ -8,9 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from memserve.api.generate import FinishReason, SamplingParams
+from memserve.api.generate import FinishReason, SamplingParams, validate_sampling
 from memserve.api.limits import DEFAULT_MAX_WAITING
 from memserve.engine.observer import PrefillObserver
+from memserve.errors import RequestError
 from memserve.types import SHARED, Namespace, RequestId, TokenArray
 
 
@@ -57,7 +58,9 @@ class Usage:
     """What a finished (or just started) sequence has cost."""
 
     prompt_tokens: int
-    cached_tokens: int  # prompt tokens whose KV was not computed for this request
+    # Prompt tokens whose KV was not computed for this request; None: that is told later, with
+    # the sequence's last output at the latest.
+    cached_tokens: int | None
     preemptions: int
     queue_seconds: float = 0.0  # from `submit` to its first step
 
@@ -105,6 +108,35 @@ class EngineInfo:
     def max_tokens(self) -> int:
         """Prompt plus output tokens that one sequence may have."""
         return min(self.max_model_len, self.pool_tokens)
+
+
+def validate_request(
+    request: EngineRequest, info: EngineInfo, like: EngineRequest | None = None
+) -> None:
+    """Raise RequestError for a sequence that an engine with these limits can never run. `like`:
+    one of the same call that has passed."""
+    validate_sampling(request.sampling, info.vocab_size, None if like is None else like.sampling)
+    if not len(request.prompt):
+        raise RequestError("the prompt is empty", "prompt")
+    tokens = request.tokens
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= info.vocab_size:
+        bad = low if low < 0 else high
+        raise RequestError(
+            f"token id {bad} is outside the vocabulary of {info.vocab_size}", "prompt"
+        )
+    if len(tokens) >= info.max_tokens:
+        raise RequestError(
+            f"the prompt has {len(tokens)} tokens; with at least one to generate, "
+            f"at most {info.max_tokens} are possible "
+            f"(context {info.max_model_len}, KV memory {info.pool_tokens})",
+            "prompt",
+        )
+    if len(request.output) >= request.sampling.max_tokens:
+        raise RequestError(
+            f"{len(request.output)} of at most {request.sampling.max_tokens} tokens exist already",
+            "max_tokens",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,7 @@ from memserve.config import (
     InstanceConfig,
     ModelConfig,
     available_cores,
+    parse_bytes,
 )
 from memserve.engine.batch import BatchLimits
 from memserve.engine.dtype import choose_dtype
@@ -140,24 +142,54 @@ def _make_pool(
     eviction: Eviction | Literal["lru"] = "lru"
     if config.cache.eviction == "cost":
         eviction = CostAware(recompute_cost(profile.costs, layout.block_tokens))
-    tokens = settings.hbm_blocks * layout.block_tokens
+    hbm, dram = block_counts(settings, layout.block_bytes, device)
     log.info(
         "KV memory: HBM %d blocks (%d tokens, %.0f MiB), DRAM %d blocks (%.0f MiB)",
-        settings.hbm_blocks,
-        tokens,
-        settings.hbm_blocks * layout.block_bytes / 2**20,
-        settings.dram_blocks,
-        settings.dram_blocks * layout.block_bytes / 2**20,
+        hbm,
+        hbm * layout.block_tokens,
+        hbm * layout.block_bytes / 2**20,
+        dram,
+        dram * layout.block_bytes / 2**20,
     )
     return MemPool(
         layout,
-        settings.hbm_blocks,
-        settings.dram_blocks,
+        hbm,
+        dram,
         instance=identity.id,
         device=str(device),
         eviction=eviction,
         epoch=identity.epoch,
     )
+
+
+def block_counts(
+    settings: InstanceConfig, block_bytes: int, device: torch.device
+) -> tuple[int, int]:
+    """Blocks of HBM and of DRAM, wherever the settings say them: as blocks, as bytes, or as a
+    share of what is free on a GPU. Raises ConfigError."""
+    hbm, dram = settings.hbm_blocks, settings.dram_blocks
+    if settings.hbm is not None:
+        hbm = _hbm_bytes(settings.hbm, device) // block_bytes
+        if hbm < 1:
+            raise ConfigError(f"instance.hbm = '{settings.hbm}': a block has {block_bytes} bytes")
+    if settings.dram is not None:
+        dram = parse_bytes(settings.dram) // block_bytes
+    return hbm, dram
+
+
+def _hbm_bytes(size: str, device: torch.device) -> int:
+    if not size.endswith("%"):
+        return parse_bytes(size)
+    try:
+        share = float(size.removesuffix("%")) / 100
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise ConfigError(f"instance.hbm = '{size}': more than 0% and less than 100%")
+    if device.type != "cuda":
+        raise ConfigError(f"instance.hbm = '{size}' is of a GPU's memory; on a CPU say 8GiB")
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * share)
 
 
 def _pin(cpus: tuple[int, ...]) -> None:

@@ -31,6 +31,7 @@ class SequenceFigures:
     preemptions: int = 0
     _first_token: float | None = None
     _queued_here: bool = False
+    _cached_known: bool = False
 
     def take(self, usage: Usage, now: float) -> None:
         """Another output has come."""
@@ -40,12 +41,14 @@ class SequenceFigures:
             if not self.handed_over:
                 self.queue_seconds = usage.queue_seconds
                 self.prefill_seconds = max(0.0, now - self.submitted - usage.queue_seconds)
-                # What comes later may have gone on from KV that was computed for this answer.
-                self.cached_tokens_prefill = self.cached_tokens_decode = usage.cached_tokens
         elif self.handed_over and not self._queued_here:
             self._queued_here = True  # the first of its own: before, it waited here once more
             self.queue_seconds += usage.queue_seconds
             self._first_token = min(now, self._first_token + usage.queue_seconds)
+        if not (self.handed_over or self._cached_known) and usage.cached_tokens is not None:
+            # What is said later may be of KV that was computed for this answer.
+            self._cached_known = True
+            self.cached_tokens_prefill = self.cached_tokens_decode = usage.cached_tokens
 
     def end(self, latencies: Latencies, now: float) -> None:
         """It has come to its end."""

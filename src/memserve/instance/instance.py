@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from memserve.api.errors import ApiError, internal, unavailable
 from memserve.api.generate import GenerateCall, SamplingParams
 from memserve.api.handoff import PrefillCall, PrefillResult, PushCall, PushResult
+from memserve.api.kv_events import KVEventsInfo
 from memserve.api.peer_client import PeerClient
 from memserve.api.status import (
     EngineTotals,
@@ -27,6 +29,7 @@ from memserve.api.status import (
     InstanceStats,
     Latencies,
     Limits,
+    MemberKind,
     PoolTotals,
 )
 from memserve.clock import Clock
@@ -35,7 +38,6 @@ from memserve.errors import EngineStopped, MemserveError, QueueFull, TransferErr
 from memserve.instance.dispatcher import Dispatcher, Mailbox
 from memserve.instance.fetch import Fetcher
 from memserve.instance.generation import Generation, engine_requests
-from memserve.instance.kv_events import KVEventPublisher
 from memserve.instance.kv_link import KVLink
 from memserve.instance.prefill import Prefiller
 from memserve.instance.remote_prefill import RemotePrefill
@@ -69,6 +71,17 @@ class Identity:
     epoch: Epoch
     role: Role
     model: str
+    kind: MemberKind = MemberKind.MEMSERVE
+
+
+class Events(Protocol):
+    """What tells gateways which prefixes an instance holds."""
+
+    @property
+    def info(self) -> KVEventsInfo: ...
+
+    def snapshot(self) -> bytes:
+        """A `KVSnapshot`. Raises TransferError where there is none (any more)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +95,7 @@ class Parts:
     sharing: frozenset[Role] = frozenset(Role)  # in which KV outlives its sequence, for others
     link: KVLink | None = None  # to the pools of other instances
     profile: Profile | None = None  # what it costs
-    events: KVEventPublisher | None = None  # what its pool's index holds
+    events: Events | None = None  # what its pool's index holds
     # Asked once the engine runs: threads without which it is of no use.
     threads: Callable[[], Sequence[threading.Thread]] = lambda: ()
 
@@ -322,6 +335,8 @@ class Instance:
                 if self._served is None
                 else msgspec.convert(self._served.parts.engine.info, Limits, from_attributes=True)
             ),
+            kind=identity.kind,
+            pool=self._served is not None and self._served.fetcher is not None,
             kv_events=None if (events := self._events()) is None else events.info,
         )
 
@@ -335,7 +350,7 @@ class Instance:
         except TransferError as error:
             raise unavailable(str(error), "no_events") from error
 
-    def _events(self) -> KVEventPublisher | None:
+    def _events(self) -> Events | None:
         return None if self._served is None else self._served.parts.events
 
     def profile(self) -> Profile | None:

@@ -20,23 +20,18 @@ import zmq
 
 from memserve.api.kv_events import (
     BEAT_SECONDS,
-    END_OF_REPLAY,
     MAX_BATCH_ITEMS,
-    MAX_REQUEST_BYTES,
-    SEQUENCE_BYTES,
     BlockHash,
     BlockRemoved,
     BlockStored,
     EventBatch,
-    KVEventsInfo,
     KVSnapshot,
     StoredBlocks,
     extra_keys,
-    topic_of,
 )
 from memserve.api.namespaces import is_private
-from memserve.errors import ConfigError, TransferError
-from memserve.hosts import bracketed, numeric_endpoint
+from memserve.errors import TransferError
+from memserve.instance.event_outlet import REPLAY_BATCHES, EventOutlet
 from memserve.pool.listener import StoredRun
 from memserve.pool.pool import MemPool
 from memserve.transfer.secret import ClusterKeys
@@ -53,10 +48,6 @@ from memserve.types import (
 # What a subscriber learns later than it happens; many steps' events then go together.
 BATCH_SECONDS = 0.005
 MAX_PENDING = 100_000  # changes of the index that wait to be sent
-# What a subscriber that was away for a moment may ask for again, instead of a snapshot.
-REPLAY_BATCHES = 10_000
-REPLAY_BYTES = 32 * 1024 * 1024
-SEND_HIGH_WATER = 10_000  # batches for one slow subscriber; then it misses some
 # Many times what the thread needs to get to a mark in the queue.
 SNAPSHOT_SECONDS = 30.0
 
@@ -90,25 +81,12 @@ class KVEventPublisher:
         self._overflow = False
         self._awake = False
         self._stopping = threading.Event()
-        self._sent: deque[tuple[int, bytes]] = deque(maxlen=buffer_batches)
-        self._sent_bytes = 0
-        self._next = 0  # sequence
         self._encode = msgspec.msgpack.Encoder().encode
-        self._context = zmq.Context[zmq.Socket[bytes]]()
-        self._gate = None if keys is None else keys.open_gate(self._context)
-        self._keys = keys
-        self._publisher = self._socket(zmq.PUB)
-        self._replay = self._socket(zmq.ROUTER)
-        instance, epoch = pool.owner
-        self._instance, self._epoch = instance, epoch
-        self.info = KVEventsInfo(
-            endpoint=self._bind(self._publisher, host),
-            replay_endpoint=self._bind(self._replay, host),
-            topic=topic_of(instance, epoch),
-            block_tokens=pool.layout.block_tokens,
-            secured=keys is not None,
+        self._instance, self._epoch = pool.owner
+        self._outlet = EventOutlet(
+            *pool.owner, pool.layout.block_tokens, host, keys, buffer_batches=buffer_batches
         )
-        self._topic = self.info.topic.encode()
+        self.info = self._outlet.info
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="kv-events", daemon=True)
         self._thread.start()
@@ -177,27 +155,22 @@ class KVEventPublisher:
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._wake_fd, zmq.POLLIN)
-        poller.register(self._replay, zmq.POLLIN)
-        if self._gate is not None:
-            poller.register(self._gate, zmq.POLLIN)
+        self._outlet.register(poller)
         last = time.monotonic()
         try:
             while not self._stopping.is_set():
                 rest = last + BEAT_SECONDS - time.monotonic()
                 ready = dict(poller.poll(max(0, int(1000 * rest))))
-                if self._gate is not None and self._gate in ready and self._keys is not None:
-                    self._keys.answer(self._gate)
-                if self._replay in ready:
-                    self._answer_replay()
+                self._outlet.answer(ready)
                 if self._wake_fd in ready:
                     os.eventfd_read(self._wake_fd)
                     self._stopping.wait(BATCH_SECONDS)
-                before = self._next
+                before = self._outlet.next
                 self._flush()
                 now = time.monotonic()
-                if now >= last + BEAT_SECONDS and self._next == before:
+                if now >= last + BEAT_SECONDS and self._outlet.next == before:
                     self._publish([])
-                if self._next != before:
+                if self._outlet.next != before:
                     last = now
             self._flush()
         finally:
@@ -208,10 +181,7 @@ class KVEventPublisher:
         for mark in self._queue:
             if isinstance(mark, _Mark):
                 mark.passed.set()
-        for socket in (self._publisher, self._replay, self._gate):
-            if socket is not None:
-                socket.close(linger=0)
-        self._context.term()
+        self._outlet.close()
 
     def _flush(self) -> None:
         """Send all that waits."""
@@ -224,7 +194,7 @@ class KVEventPublisher:
                 self._publish_any(events)
                 items = 0
             if isinstance(change, _Mark):
-                change.sequence = self._next - 1
+                change.sequence = self._outlet.next - 1
                 change.passed.set()
             else:
                 events += wire_events(change, self.info.block_tokens)
@@ -232,7 +202,7 @@ class KVEventPublisher:
         self._publish_any(events)
         if self._overflow:
             self._overflow = False
-            self._next += 1  # nobody will get this one
+            self._outlet.next += 1  # nobody will get this one
 
     def _publish_any(self, events: list[BlockStored | BlockRemoved]) -> None:
         if events:
@@ -241,46 +211,7 @@ class KVEventPublisher:
 
     def _publish(self, events: list[BlockStored | BlockRemoved]) -> None:
         payload = self._encode(EventBatch(time.time(), [*events], 0))
-        sequence = self._next
-        self._next += 1
-        if len(self._sent) == self._sent.maxlen:
-            self._sent_bytes -= len(self._sent[0][1])
-        self._sent.append((sequence, payload))
-        self._sent_bytes += len(payload)
-        while self._sent_bytes > REPLAY_BYTES:
-            self._sent_bytes -= len(self._sent.popleft()[1])
-        frames = (self._topic, sequence.to_bytes(SEQUENCE_BYTES, "big"), payload)
-        self._publisher.send_multipart(frames)
-
-    def _answer_replay(self) -> None:
-        frames = self._replay.recv_multipart()
-        if len(frames) != 3 or len(frames[2]) != SEQUENCE_BYTES:
-            return
-        client, first = frames[0], int.from_bytes(frames[2], "big")
-        for sequence, payload in self._sent:
-            if sequence >= first:
-                number = sequence.to_bytes(SEQUENCE_BYTES, "big")
-                self._replay.send_multipart((client, b"", self._topic, number, payload))
-        self._replay.send_multipart((client, b"", b"", END_OF_REPLAY, b""))
-
-    # --- sockets --------------------------------------------------------------------------
-
-    def _socket(self, kind: int) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
-        socket.sndhwm = SEND_HIGH_WATER
-        socket.maxmsgsize = MAX_REQUEST_BYTES  # topics, sequence numbers
-        if self._keys is not None:
-            self._keys.secure_server(socket)
-        return socket
-
-    def _bind(self, socket: zmq.Socket[bytes], host: str) -> str:
-        address = numeric_endpoint(f"tcp://{bracketed(host)}:0")
-        socket.ipv6 = "[" in address
-        try:
-            socket.bind(address)
-        except zmq.ZMQError as error:
-            raise ConfigError(f"KV events cannot be published at {address}: {error}") from error
-        return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._outlet.publish(payload)
 
 
 def wire_events(

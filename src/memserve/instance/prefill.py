@@ -68,7 +68,7 @@ class Prefiller:
         return PrefillResult(
             token=output.token_ids[0],
             pool=None if call.ephemeral else self._link.address,
-            cached_tokens=output.usage.cached_tokens,
+            cached_tokens=output.usage.cached_tokens or 0,
             stop_token=output.stop_token,
             logprobs=_scores(output),
             blocks_sent=pushed.sent,

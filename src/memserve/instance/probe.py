@@ -124,6 +124,6 @@ class EngineProbe:
             for output in outputs:
                 if output.finish_reason is not None:
                     self._error = output.error
-                    self._cached.append(output.usage.cached_tokens)
+                    self._cached.append(output.usage.cached_tokens or 0)
                     self._left -= 1
             self._changed.notify_all()

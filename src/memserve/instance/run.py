@@ -18,6 +18,7 @@ from memserve.api.guard import Guard
 from memserve.api.peer_client import PeerClient
 from memserve.api.serving import MAX_BODY_BYTES, Shutdown, announce, bind, serve_http, url_of
 from memserve.api.signatures import Signer, Verifier
+from memserve.api.status import MemberKind
 from memserve.api.tls import client_tls, server_tls
 from memserve.clock import MonotonicClock
 from memserve.config import ClusterConfig, InstanceConfig
@@ -72,8 +73,10 @@ def run_instance(
         epoch=new_epoch(),
         role=settings.role,
         model=config.model.served_name or config.model.path,
+        kind=MemberKind.VLLM if settings.engine == "vllm" else MemberKind.MEMSERVE,
     )
-    make = partial(build or _built_in, config, settings, identity)
+    chosen = _vllm if settings.engine == "vllm" else _built_in
+    make = partial(build or chosen, config, settings, identity)
     announce(url_of(sock, tls=tls[0] is not None), ready_fd)
     return uvloop.run(
         _main(
@@ -192,3 +195,9 @@ def _built_in(config: ClusterConfig, settings: InstanceConfig, identity: Identit
     from memserve.instance.build import build_parts
 
     return build_parts(config, settings, identity)
+
+
+def _vllm(config: ClusterConfig, settings: InstanceConfig, identity: Identity) -> Parts:
+    from memserve.instance.vllm_build import build_vllm
+
+    return build_vllm(config, settings, identity)

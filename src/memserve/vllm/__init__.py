@@ -1,0 +1,1 @@
+"""vLLM servers behind our instances: what computes there is vLLM, all else is ours."""

@@ -1,0 +1,205 @@
+"""What an instance asks of a vLLM server for one sequence, and what it reads of the answer. Pure.
+
+Sequences go to `/v1/completions` as token ids and come back as token ids: texts, stop strings and
+OpenAI's forms are the instance's own. Forms are those of vLLM 0.32 (`CompletionRequest`,
+`CompletionStreamResponse`), where `return_token_ids` and `return_tokens_as_token_ids` exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from memserve.api.generate import FinishReason
+from memserve.api.namespaces import salt_of
+from memserve.engine.request import EngineRequest, TokenLogprobs, TokenOutput, Usage
+from memserve.errors import MemserveError, RequestError
+
+COMPLETIONS_PATH = "/v1/completions"
+MAX_EVENT_BYTES = 16 * 1024 * 1024  # an event has one step's tokens and their scores
+_END = b"\n\n"
+_DATA = b"data: "
+_DONE = b"[DONE]"
+_TOKEN = "token_id:"
+_FINISHES = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+
+
+class MalformedAnswer(MemserveError):
+    """What the server says is no answer to a completion."""
+
+
+class _Scores(msgspec.Struct, frozen=True):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    token_ids: list[int] | None = None
+    logprobs: _Scores | None = None
+    finish_reason: str | None = None
+
+
+class _Details(msgspec.Struct, frozen=True):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    prompt_tokens_details: _Details | None = None
+
+
+class _Error(msgspec.Struct, frozen=True):
+    message: str = "it does not say why"
+
+
+class _Event(msgspec.Struct, frozen=True):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: _Error | None = None
+
+
+_event = msgspec.json.Decoder(_Event)
+_encode = msgspec.json.Encoder().encode
+
+
+def completion_body(request: EngineRequest, model: str) -> bytes:
+    """The request of one sequence. Raises RequestError where the server could not go on exactly
+    as another one began: it would take what was generated for a part of the prompt."""
+    sampling, done = request.sampling, len(request.output)
+    random = sampling.temperature > 0 and sampling.seed is not None
+    if done and (random or sampling.presence_penalty or sampling.frequency_penalty):
+        raise RequestError("vLLM cannot go on with a seed or with penalties", "seed")
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": request.tokens.tolist(),
+        "max_tokens": 1 if request.prefill_only else sampling.max_tokens - done,
+        "min_tokens": max(0, sampling.min_tokens - done),
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "ignore_eos": sampling.ignore_eos,
+        "stop_token_ids": sampling.stop_token_ids,
+        "skip_special_tokens": False,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+        "add_special_tokens": False,
+    }
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
+    if sampling.seed is not None:
+        body["seed"] = sampling.seed
+    if sampling.logprobs is not None:
+        body |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
+    if request.namespace:
+        body["cache_salt"] = salt_of(request.namespace) or request.namespace
+    if request.priority:
+        body["priority"] = request.priority
+    return _encode(body)
+
+
+class AnswerReader:
+    """The outputs of one sequence, out of the bytes of its answer."""
+
+    def __init__(self, request: EngineRequest) -> None:
+        self.ended = False  # its last output has been read
+        self._id = request.id
+        self._logprobs = request.sampling.logprobs
+        self._prompt_tokens = len(request.tokens)
+        self._cached: int | None = None
+        self._rest = b""
+        self._last: TokenOutput | None = None  # until the usage behind it has come
+
+    def feed(self, data: bytes) -> list[TokenOutput]:
+        """What has come whole. Raises MalformedAnswer."""
+        *events, self._rest = (self._rest + data).split(_END)
+        if len(self._rest) > MAX_EVENT_BYTES:
+            raise MalformedAnswer(f"an event of more than {MAX_EVENT_BYTES} bytes")
+        return [output for event in events for output in self._read(event)]
+
+    @property
+    def usage(self) -> Usage:
+        """As far as it is known: what was cached, the server says at the end."""
+        return Usage(self._prompt_tokens, self._cached, 0)
+
+    def _read(self, event: bytes) -> Iterator[TokenOutput]:
+        if not event.startswith(_DATA) or self.ended:  # a comment keeps the connection alive
+            return
+        text = event[len(_DATA) :]
+        if text == _DONE:
+            if self._last is None:
+                raise MalformedAnswer("it ended without a reason")
+            yield self._end(self._last)
+            return
+        try:
+            said = _event.decode(text)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise MalformedAnswer(str(error)) from error
+        if said.error is not None:
+            yield self.failed(said.error.message)
+            return
+        if said.usage is not None and (details := said.usage.prompt_tokens_details) is not None:
+            self._cached = details.cached_tokens
+        for choice in said.choices[:1]:
+            yield from self._chosen(choice)
+
+    def _chosen(self, choice: _Choice) -> Iterator[TokenOutput]:
+        tokens = tuple(choice.token_ids or ())
+        scores: tuple[TokenLogprobs, ...] = ()
+        if self._logprobs is not None and choice.logprobs is not None:
+            scores = tuple(_scores(choice.logprobs, self._logprobs))
+            if len(scores) != len(tokens):
+                raise MalformedAnswer(f"{len(tokens)} tokens with {len(scores)} scores")
+        if choice.finish_reason is None:
+            if tokens:
+                yield TokenOutput(self._id, tokens, self.usage, scores)
+            return
+        finish = _FINISHES.get(choice.finish_reason)
+        if finish is None:
+            yield self.failed(f"vLLM ended it: {choice.finish_reason[:64]}")
+            return
+        stop = tokens[-1] if finish is FinishReason.STOP and tokens else None
+        self._last = TokenOutput(self._id, tokens, self.usage, scores, finish, stop)
+
+    def _end(self, last: TokenOutput) -> TokenOutput:
+        self.ended = True
+        return TokenOutput(
+            last.id,
+            last.token_ids,
+            Usage(self._prompt_tokens, self._cached or 0, 0),
+            last.logprobs,
+            last.finish_reason,
+            last.stop_token,
+        )
+
+    def failed(self, why: str) -> TokenOutput:
+        """The sequence's last output: nothing more comes."""
+        self.ended = True
+        usage = Usage(self._prompt_tokens, self._cached or 0, 0)
+        return TokenOutput(self._id, (), usage, finish_reason=FinishReason.ERROR, error=why)
+
+
+def _scores(said: _Scores, wanted: int) -> Iterator[TokenLogprobs]:
+    """vLLM adds the chosen token to those that were asked for, if it is none of them, and does
+    not tell its rank then: it is behind all of them."""
+    for name, chosen, top in zip(said.tokens, said.token_logprobs, said.top_logprobs, strict=False):
+        if chosen is None:
+            raise MalformedAnswer("a token without its score")
+        others = sorted((top or {name: chosen}).items(), key=lambda item: -item[1])
+        rank = 1 + sum(score > chosen for _, score in others)
+        yield TokenLogprobs(
+            chosen, rank, tuple((_token(token), score) for token, score in others[:wanted])
+        )
+
+
+def _token(name: str) -> int:
+    number = name.removeprefix(_TOKEN)
+    if not number.isdigit():
+        raise MalformedAnswer(f"{name[:64]!r} is no token id")
+    return int(number)

@@ -1,0 +1,274 @@
+"""A vLLM server as the engine of an instance.
+
+An instance gives its engine token ids and gets token ids back (`EngineProtocol`). Here a vLLM
+server computes them: each sequence is a stream of its `/v1/completions`. A client that hangs up
+ends its stream, which vLLM answers by dropping the sequence within a step.
+
+One thread with an event loop of its own does it all. It ends when the server cannot be reached
+any more, and whoever watches it ends the instance: a new one starts a new server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from http import HTTPStatus
+from pathlib import Path
+
+import aiohttp
+
+from memserve.api.generate import FinishReason
+from memserve.api.status import MediumTotals, PoolTotals
+from memserve.engine.request import (
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    OutputSink,
+    TokenOutput,
+    validate_request,
+)
+from memserve.errors import EngineStopped, QueueFull
+from memserve.types import RequestId
+from memserve.vllm.answers import COMPLETIONS_PATH, AnswerReader, MalformedAnswer, completion_body
+from memserve.vllm.metrics import ServerLoad, UnknownMetrics, read_load
+
+log = logging.getLogger(__name__)
+
+# Its load is asked for as often as members are polled; a server that has not answered so many
+# times in a row is lost.
+POLL_SECONDS = 1.0
+POLL_TIMEOUT_SECONDS = 5.0
+MAX_MISSES = 3
+MAX_ERROR_BYTES = 2048
+_BASE = "http://vllm"  # the host is the socket's
+
+
+class _Run:
+    """One sequence under way."""
+
+    def __init__(self, request: EngineRequest, body: bytes) -> None:
+        self.request = request
+        self.body = body
+        self.task: asyncio.Task[None] | None = None
+        self.begun = asyncio.Event()  # its prompt is computed, or it came to nothing
+        self.tokens = 0  # generated
+
+
+class VllmEngine:
+    """Sequences at the vLLM server behind a Unix socket. See `EngineProtocol`."""
+
+    def __init__(self, socket: Path, info: EngineInfo) -> None:
+        """`info`: of the server that listens at `socket`; its `model` as it is served there."""
+        self._socket = socket
+        self._info = info
+        self._thread = threading.Thread(target=self._main, name="vllm-engine", daemon=True)
+        self._lock = threading.Lock()  # of what other threads see
+        self._runs: dict[RequestId, _Run] = {}
+        self._stopped = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ready = threading.Event()
+        self._end: asyncio.Event | None = None
+        self._sink: OutputSink = lambda outputs: None
+        self._load = ServerLoad(0, 0, 0, 0.0)
+        self._computed = self._cached = self._generated = self._finished = self._cancelled = 0
+        self._busy = 0.0
+
+    @property
+    def thread(self) -> threading.Thread:
+        return self._thread
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def start(self, sink: OutputSink) -> None:
+        self._sink = sink
+        self._thread.start()
+        self._ready.wait()
+
+    def submit(self, requests: Sequence[EngineRequest]) -> None:
+        self._validate_all(requests)
+        runs = [_Run(request, completion_body(request, self._info.model)) for request in requests]
+        with self._lock:
+            self._make_sure_of_room(len(requests))
+            assert self._loop is not None  # started, and not stopped
+            self._runs.update({run.request.id: run for run in runs})
+            self._loop.call_soon_threadsafe(self._begin, runs)
+
+    def check(self, requests: Sequence[EngineRequest]) -> None:
+        self._validate_all(requests)
+        with self._lock:
+            self._make_sure_of_room(len(requests))
+
+    def cancel(self, ids: Sequence[RequestId]) -> None:
+        with self._lock:
+            runs = [run for each in ids if (run := self._runs.pop(each, None)) is not None]
+            self._cancelled += len(runs)
+            if runs and self._loop is not None:
+                self._loop.call_soon_threadsafe(_cancel, runs)
+
+    def stats(self) -> EngineStats:
+        """Of the server's own counts, too: it may have other clients."""
+        with self._lock:
+            begun = sum(run.tokens > 0 for run in self._runs.values())
+            waiting = len(self._runs) - begun
+        load = self._load
+        return EngineStats(
+            running=max(begun, load.running),
+            waiting=max(waiting - max(0, load.running - begun), load.waiting),
+            steps=load.steps,
+            computed_prompt_tokens=self._computed,
+            cached_prompt_tokens=self._cached,
+            generated_tokens=self._generated,
+            preemptions=0,
+            finished=self._finished,
+            cancelled=self._cancelled,
+            busy_seconds=self._busy,
+        )
+
+    def pool_totals(self) -> PoolTotals:
+        """The server's KV memory, as far as it tells: what is cached counts as free."""
+        total = self._info.pool_tokens // self._info.block_tokens
+        active = round(self._load.kv_used * total)
+        return PoolTotals(hbm=MediumTotals(total=total, active=active, free=total - active))
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            if self._loop is not None and self._end is not None:
+                self._loop.call_soon_threadsafe(self._end.set)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    # --- what is refused ------------------------------------------------------------------
+
+    def _make_sure_of_room(self, count: int) -> None:
+        if self._stopped:
+            raise EngineStopped("the vLLM server is not there any more")
+        waiting = sum(not run.tokens for run in self._runs.values())
+        if waiting + count > self._info.max_waiting:
+            raise QueueFull(waiting, self._info.max_waiting)
+
+    def _validate_all(self, requests: Sequence[EngineRequest]) -> None:
+        valid: EngineRequest | None = None
+        for request in requests:
+            validate_request(request, self._info, valid)
+            valid = request
+
+    # --- the thread -----------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        finally:
+            self._ready.set()
+            with self._lock:
+                self._stopped, self._loop = True, None
+                left, self._runs = list(self._runs.values()), {}
+            reason = FinishReason.CANCELLED
+            usage = [AnswerReader(run.request).usage for run in left]
+            self._sink(
+                [
+                    TokenOutput(run.request.id, (), each, finish_reason=reason)
+                    for run, each in zip(left, usage, strict=True)
+                ]
+            )
+
+    async def _serve(self) -> None:
+        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+        connector = aiohttp.UnixConnector(str(self._socket), limit=0)
+        timeout = aiohttp.ClientTimeout(total=None)  # answers take as long as they take
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            self._session = session
+            self._ready.set()
+            polling = asyncio.create_task(self._poll())
+            ended = asyncio.create_task(self._end.wait())
+            await asyncio.wait((polling, ended), return_when=asyncio.FIRST_COMPLETED)
+            with self._lock:  # from here on nobody calls this loop
+                self._stopped, self._loop = True, None
+            tasks = [run.task for run in list(self._runs.values()) if run.task is not None]
+            for task in (polling, ended, *tasks):
+                task.cancel()
+            await asyncio.gather(polling, ended, *tasks, return_exceptions=True)
+
+    async def _poll(self) -> None:
+        """Ask the server for its load; returns when it is lost."""
+        misses, last = 0, time.monotonic()
+        while misses < MAX_MISSES:
+            try:
+                async with asyncio.timeout(POLL_TIMEOUT_SECONDS):
+                    load = read_load(await self._get("/metrics"))
+            except (aiohttp.ClientError, OSError, TimeoutError, UnknownMetrics) as error:
+                misses += 1
+                log.warning("the vLLM server does not tell its load: %s", error or "in time")
+            else:
+                now = time.monotonic()
+                if load.running and self._load.running:
+                    self._busy += now - last
+                misses, last, self._load = 0, now, load
+            await asyncio.sleep(POLL_SECONDS)
+        log.error("the vLLM server is lost: it has not answered %d times", misses)
+
+    async def _get(self, path: str) -> str:
+        async with self._session.get(_BASE + path) as response:
+            response.raise_for_status()
+            return await response.text()
+
+    def _begin(self, runs: Sequence[_Run]) -> None:
+        for run in runs:
+            if self._runs.get(run.request.id) is run:  # not cancelled by now
+                run.task = asyncio.create_task(self._run(run))
+
+    async def _run(self, run: _Run) -> None:
+        """One sequence, to its last output. Cancelled, it says no more."""
+        reader = AnswerReader(run.request)
+        try:
+            leader = self._runs.get(run.request.follows) if run.request.follows else None
+            if leader is not None:  # its prompt is cached by then
+                await leader.begun.wait()
+            await self._read(run, reader)
+        except (MalformedAnswer, aiohttp.ClientError, OSError) as error:
+            self._give([reader.failed(f"the vLLM server: {error}")], run)
+        finally:
+            run.begun.set()
+
+    async def _read(self, run: _Run, reader: AnswerReader) -> None:
+        headers = {"content-type": "application/json"}
+        url = _BASE + COMPLETIONS_PATH
+        async with self._session.post(url, data=run.body, headers=headers) as response:
+            if response.status != HTTPStatus.OK:
+                said = (await response.content.read(MAX_ERROR_BYTES)).decode(errors="replace")
+                raise MalformedAnswer(f"status {response.status}: {said}")
+            async for data in response.content.iter_any():
+                outputs = reader.feed(data)
+                if outputs:
+                    self._give(outputs, run)
+                if reader.ended:
+                    return
+        raise MalformedAnswer("it broke off its answer")
+
+    def _give(self, outputs: Sequence[TokenOutput], run: _Run) -> None:
+        with self._lock:
+            if self._runs.get(run.request.id) is not run:  # cancelled: nothing more is said
+                return
+            for output in outputs:
+                run.tokens += len(output.token_ids)
+                self._generated += len(output.token_ids)
+                if output.finish_reason is not None:
+                    del self._runs[run.request.id]
+                    self._finished += output.finish_reason is not FinishReason.ERROR
+                    cached = output.usage.cached_tokens or 0
+                    self._cached += cached
+                    self._computed += output.usage.prompt_tokens - cached
+        run.begun.set()
+        self._sink(outputs)
+
+
+def _cancel(runs: Sequence[_Run]) -> None:
+    for run in runs:
+        if run.task is not None:
+            run.task.cancel()
+        run.begun.set()

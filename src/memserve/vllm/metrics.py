@@ -1,0 +1,67 @@
+"""What a vLLM server's `/metrics` say of its load and its memory. Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from memserve.errors import MemserveError
+
+_SAMPLE = re.compile(
+    r"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc"
+    r"|iteration_tokens_total_count)(?:\{[^}\n]*\})? ([0-9.eE+-]+)$",
+    re.MULTILINE,
+)
+_CACHE = re.compile(r"^vllm:cache_config_info\{([^}\n]*)\}", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+class UnknownMetrics(MemserveError):
+    """A version of vLLM whose metrics are others."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLoad:
+    """Of all engines of a server together."""
+
+    running: int  # sequences
+    waiting: int
+    steps: int  # since its start
+    kv_used: float  # of its KV memory, 0 to 1: what running sequences hold
+
+
+@dataclass(frozen=True, slots=True)
+class ServerMemory:
+    """Of one engine."""
+
+    block_tokens: int
+    blocks: int
+
+
+def read_load(text: str) -> ServerLoad:
+    """Raises UnknownMetrics."""
+    sums: dict[str, float] = {}
+    for name, value in _SAMPLE.findall(text):
+        try:
+            sums[name] = sums.get(name, 0.0) + float(value)
+        except ValueError as error:
+            raise UnknownMetrics(f"vllm:{name} is {value!r}") from error
+    try:
+        return ServerLoad(
+            int(sums["num_requests_running"]),
+            int(sums["num_requests_waiting"]),
+            int(sums.get("iteration_tokens_total_count", 0)),
+            min(1.0, sums.get("kv_cache_usage_perc", 0.0)),
+        )
+    except KeyError as error:
+        raise UnknownMetrics(f"its metrics have no vllm:{error.args[0]}") from error
+
+
+def read_memory(text: str) -> ServerMemory:
+    """Raises UnknownMetrics."""
+    found = _CACHE.search(text)
+    labels = {} if found is None else dict(_LABEL.findall(found[1]))
+    try:
+        return ServerMemory(int(labels["block_size"]), int(labels["num_gpu_blocks"]))
+    except (KeyError, ValueError) as error:
+        raise UnknownMetrics(f"vllm:cache_config_info does not say its memory: {error}") from error

@@ -1,0 +1,216 @@
+"""A vLLM server as a child of an instance: the instance alone can reach it.
+
+It listens on a Unix socket in a directory that only this user can enter, so that nobody needs a
+key and no stranger gets in: what clients may do is decided by the gateway and the instance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import msgspec
+
+from memserve.config import InstanceConfig, ModelConfig
+from memserve.errors import ConfigError, EngineStopped
+from memserve.secrets import SECRET_FILE_VARIABLE, SECRET_VARIABLE
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.2  # between looks at a server that starts
+# After SIGTERM vLLM ends its engine's processes; what has not ended by then is killed, all of it.
+END_SECONDS = 10.0
+ASK_SECONDS = 10.0
+
+# The server, and beside it a guard that outlives both: when this process ends, by whatever means,
+# its end of the pipe closes, and the guard ends all that is left of the server's group.
+_GUARDED = f"""\
+import os, signal, sys, time
+group = os.getpid()
+if os.fork() == 0:
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    while os.read(0, 4096):
+        pass
+    try:
+        os.killpg(group, signal.SIGTERM)
+        for _ in range({int(END_SECONDS * 10)}):
+            time.sleep(0.1)
+            os.killpg(group, 0)
+        os.killpg(group, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+    os._exit(0)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+def server_command(
+    model: ModelConfig,
+    settings: InstanceConfig,
+    directory: Path,
+    listens: Path,
+    events: Path | None,
+) -> list[str]:
+    """The command of a server for the model in `directory`, at the Unix socket `listens`, which
+    publishes KV events at the one called `events`; None: it caches nothing. `vllm_args` come
+    last: they prevail."""
+    command = list(settings.vllm_command)
+    if command[-1] != "serve":  # `vllm serve MODEL`, or a module with `--model MODEL`
+        command.append("--model")
+    command += [str(directory), "--uds", str(listens)]
+    command += ["--served-model-name", model.served_name or model.path, "--dtype", model.dtype]
+    if model.max_model_len is not None:
+        command += ["--max-model-len", str(model.max_model_len)]
+    # Who counts cached tokens is told them; a line for each request, the instance writes.
+    command += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
+    if events is None:
+        command.append("--no-enable-prefix-caching")
+    else:
+        publisher: dict[str, Any] = {"enable_kv_cache_events": True, "publisher": "zmq"}
+        publisher |= {"endpoint": f"ipc://{events}"}
+        command += ["--kv-events-config", msgspec.json.encode(publisher).decode()]
+    return [*command, *settings.vllm_args]
+
+
+def server_environment(settings: InstanceConfig) -> dict[str, str]:
+    """Where it computes, in vLLM's own variables."""
+    environment = {}
+    if settings.cpus is not None:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, settings.cpus))
+    if settings.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(settings.threads)
+    return environment
+
+
+def require_command(command: Sequence[str]) -> None:
+    """Raise ConfigError for a program that is not there."""
+    if shutil.which(command[0]) is None:
+        raise ConfigError(
+            f"{command[0]}: no such command; instance.vllm_command says what starts a vLLM server"
+        )
+
+
+class VllmServer:
+    """Owns the server's processes and its directory, from the constructor to `stop`."""
+
+    def __init__(self) -> None:
+        self._directory = Path(mkdtemp(prefix="memserve-vllm-"))  # for this user alone
+        self.socket = self._directory / "http"
+        self.events = self._directory / "events"  # where it publishes KV events
+        self._process: subprocess.Popen[bytes] | None = None
+        # Ends with the server: whoever needs it watches this thread.
+        self.thread = threading.Thread(target=self._wait, name="vllm-server", daemon=True)
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start it; what it prints goes to standard error."""
+        self._process = subprocess.Popen(
+            (sys.executable, "-c", _GUARDED, *command),
+            stdin=subprocess.PIPE,
+            # Not ours: who reads that waits for all who have it, and an engine may outlive us.
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**_without_secrets(os.environ), **environment},
+            start_new_session=True,
+        )
+        self.thread.start()
+        threading.Thread(target=self._show, name="vllm-output", daemon=True).start()
+
+    def until_ready(self) -> None:
+        """Returns when it is healthy. Raises EngineStopped if it ends before."""
+        while not self._is_healthy():
+            if not self.thread.is_alive():
+                raise EngineStopped(f"the vLLM server ended while it started: {self.ending()}")
+            time.sleep(LOOK_SECONDS)
+
+    def ending(self) -> str:
+        """How it ended."""
+        code = None if self._process is None else self._process.returncode
+        if code is None:
+            return "it runs"
+        return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+    def stop(self) -> None:
+        """End it, all of its processes, and remove what it leaves. Once."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_SECONDS)
+            # Engines and workers are processes of their own.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self.thread.join()
+            if self._process.stdin is not None:
+                self._process.stdin.close()  # the guard's end
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _wait(self) -> None:
+        assert self._process is not None
+        self._process.wait()
+        log.info("the vLLM server has ended: %s", self.ending())
+
+    def _show(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            sys.stderr.write(line.decode(errors="replace"))
+            sys.stderr.flush()
+
+    def ask(self, path: str) -> bytes:
+        """What it answers to a GET. Raises OSError, HTTPException, and EngineStopped where it is
+        no success."""
+        connection = _UnixConnection(self.socket)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            body = response.read()
+        finally:
+            connection.close()
+        if response.status != HTTPStatus.OK:
+            raise EngineStopped(f"the vLLM server answers {path} with {response.status}")
+        return body
+
+    def _is_healthy(self) -> bool:
+        try:
+            self.ask("/health")
+        except (OSError, HTTPException, EngineStopped):
+            return False
+        return True
+
+
+def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """What computes has no use for the cluster's secret."""
+    secrets = (SECRET_VARIABLE, SECRET_FILE_VARIABLE)
+    return {name: value for name, value in environment.items() if name not in secrets}
+
+
+class _UnixConnection(HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("vllm", timeout=ASK_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(ASK_SECONDS)
+        self.sock.connect(str(self._path))

@@ -1,0 +1,138 @@
+"""`engine = "vllm"` with a vLLM in it: the same tokens as the built-in engine's, and its cache."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from memserve.bench.peers.places import ROOT, python_of, why_missing
+from tests.fakes import metric, save_tiny_tokenizer, until
+from tests.tiny_models import Reference, save_tiny_model
+
+PYTHON, MISSING = python_of("vllm", ROOT), why_missing("vllm", ROOT)
+# A server takes half a minute to start, and minutes where the machine has other work.
+START_SECONDS = 280
+BLOCK = 32
+pytestmark = [
+    pytest.mark.skipif(MISSING is not None, reason=f"vLLM is {MISSING}, or `make vllm`"),
+    pytest.mark.timeout(START_SECONDS + 120),
+]
+CONFIG = """
+model.path = {model}
+model.dtype = "float32"
+gateway.port = 0
+[[instance]]
+engine = "vllm"
+threads = 1
+vllm_command = [{python}, "-m", "vllm.entrypoints.openai.api_server"]
+vllm_args = ["--enforce-eager", "--kv-cache-memory-bytes", "67108864", "--block-size", "32"]
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = save_tiny_model("qwen3", tmp_path_factory.mktemp("model"))
+    save_tiny_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def client(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    config = tmp_path_factory.mktemp("config") / "cluster.toml"
+    config.write_text(CONFIG.format(model=json.dumps(str(model)), python=json.dumps(str(PYTHON))))
+    log = config.with_name("log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            (sys.executable, "-m", "memserve", "up", str(config)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
+        )
+    assert process.stdout is not None
+    try:
+        told = "".join(iter(process.stdout.readline, "\n"))
+        told += process.stdout.readline()
+        url = next((word for word in told.split() if word.startswith("http://")), None)
+        assert url is not None, log.read_text()[-4000:]
+        with openai.OpenAI(base_url=f"{url.rstrip(';')}/v1", api_key="none") as client:
+            yield client
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> Reference:
+    return Reference(model)
+
+
+def complete(client: openai.OpenAI, model: Path, prompt: list[int], **more: Any) -> Any:
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    settings = {"max_tokens": 8, "temperature": 0.0} | more
+    return client.completions.create(model=str(model), prompt=prompt, extra_body=extra, **settings)
+
+
+def prompt_of(seed: int, tokens: int) -> list[int]:
+    return random.Random(seed).choices(range(5, 500), k=tokens)
+
+
+@pytest.mark.parametrize("tokens", [3, BLOCK, 100])
+def test_tokens_are_those_of_the_model_cold_and_from_its_cache(
+    client: openai.OpenAI, model: Path, reference: Reference, tokens: int
+) -> None:
+    prompt = prompt_of(tokens, tokens)
+    wanted = reference.generate(prompt, 8)
+    cached = []
+    for _ in range(2):
+        done = complete(client, model, prompt)
+        assert done.choices[0].token_ids == wanted
+        assert done.choices[0].finish_reason == "length"
+        cached.append(done.usage.prompt_tokens_details.cached_tokens)
+    assert cached == [0, (tokens - 1) // BLOCK * BLOCK]
+
+
+def test_a_stream_has_the_same_tokens(
+    client: openai.OpenAI, model: Path, reference: Reference
+) -> None:
+    prompt = prompt_of(7, 60)
+    chunks = list(complete(client, model, prompt, stream=True))
+    tokens = [token for chunk in chunks for token in chunk.choices[0].token_ids]
+    assert tokens == reference.generate(prompt, 8)
+
+
+def test_its_events_tell_the_gateway_what_it_holds(client: openai.OpenAI, model: Path) -> None:
+    prompt = prompt_of(8, 200)
+    complete(client, model, prompt)
+    url = str(client.base_url).removesuffix("/v1/")
+
+    def known() -> float:
+        """Prompt tokens that plans have counted as cached."""
+        complete(client, model, prompt)
+        return metric(url, "memserve_scheduler_cached_tokens_total")
+
+    until(lambda: known() > 0)
+
+
+def test_an_end_token_and_a_stop_string_end_it(client: openai.OpenAI, model: Path) -> None:
+    done = client.completions.create(
+        model=str(model), prompt=[5, 6, 7], max_tokens=9, logit_bias={"2": 100}
+    )
+    assert (done.choices[0].finish_reason, done.usage.completion_tokens) == ("stop", 1)
+    reply = client.completions.create(
+        model=str(model), prompt=[5, 6, 7], max_tokens=9, logit_bias={"70": 100}
+    )
+    letter = reply.choices[0].text[0]
+    assert reply.choices[0].text == 9 * letter
+    done = client.completions.create(
+        model=str(model), prompt=[5, 6, 7], max_tokens=9, logit_bias={"70": 100}, stop=[2 * letter]
+    )
+    assert (done.choices[0].finish_reason, done.choices[0].text) == ("stop", "")

@@ -1,0 +1,215 @@
+"""A server that says what a vLLM would, with no model: `python -m tests.fake_vllm --uds PATH`.
+
+Its answer to a prompt of token ids is a function of them, so that it goes on where another one
+stopped. Forms are those that vLLM 0.32 was seen to send. `MEMSERVE_FAKE_VLLM` has settings as JSON:
+`die_after` so many tokens of one answer (once, if `once` names a file that is not there yet),
+`fail`: do not start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import zmq
+from aiohttp import web
+from msgspec import msgpack
+
+from memserve.api.kv_events import BlockStored, EventBatch
+
+SETTINGS_VARIABLE = "MEMSERVE_FAKE_VLLM"
+BLOCK, BLOCKS, LENGTH = 16, 64, 256
+END, MODULUS = 1, 200
+STUBBORN = (
+    "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+)
+METRICS = """\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+vllm:num_requests_running{{engine="0",model_name="m"}} {running}
+vllm:num_requests_waiting{{engine="0",model_name="m"}} 0.0
+vllm:kv_cache_usage_perc{{engine="0",model_name="m"}} 0.25
+vllm:iteration_tokens_total_count{{engine="0",model_name="m"}} {steps}
+vllm:cache_config_info{{block_size="{block}",engine="0",num_gpu_blocks="{blocks}"}} 1.0
+"""
+
+
+def answer(tokens: list[int]) -> int:
+    """The token that follows."""
+    return 2 + (sum(tokens[-3:]) + len(tokens)) % MODULUS
+
+
+class FakeVllm:
+    """Counts what runs, and caches prompts by their first block."""
+
+    def __init__(self, settings: dict[str, Any], events: str | None) -> None:
+        self.running = self.steps = self.cancelled = 0
+        self.lost = False  # its engine: it answers nothing of that any more
+        self.bodies: list[dict[str, Any]] = []
+        self._settings = settings
+        self._cached: set[bytes] = set()
+        self._sequence = 0
+        self._events: zmq.Socket[bytes] | None = None
+        if events is not None:
+            self._events = zmq.Context[zmq.Socket[bytes]]().socket(zmq.PUB)
+            self._events.bind(events)
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_post("/v1/completions", self._complete)
+        return app
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": "m", "max_model_len": LENGTH}]})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        if self.lost:
+            raise web.HTTPInternalServerError
+        figures = {"running": float(self.running), "steps": float(self.steps)}
+        return web.Response(text=METRICS.format(**figures, block=BLOCK, blocks=BLOCKS))
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        tokens = list(body["prompt"])
+        if body.get("cache_salt") == "refuse":
+            error = {"message": "not this one", "type": "BadRequestError", "code": 400}
+            return web.json_response({"error": error}, status=400)
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        self.running += 1
+        try:
+            await self._stream(body, tokens, response)
+        except (ConnectionResetError, asyncio.CancelledError):
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+        return response
+
+    async def _stream(
+        self, body: dict[str, Any], tokens: list[int], response: web.StreamResponse
+    ) -> None:
+        cached, made, finish = self._lookup(tokens, body.get("cache_salt")), 0, None
+        prompt = len(tokens)
+        await asyncio.sleep(self._settings.get("prompt_token_seconds", 0) * (prompt - cached))
+        while finish is None:
+            token = answer(tokens)
+            tokens.append(token)
+            made += 1
+            self.steps += 1
+            if token == END or token in body["stop_token_ids"]:
+                finish = "stop" if made > body["min_tokens"] else None
+            if finish is None and made == body["max_tokens"]:
+                finish = "length"
+            choice: dict[str, Any] = {"index": 0, "text": "x", "token_ids": [token]}
+            choice |= {"finish_reason": finish, "stop_reason": None, "logprobs": None}
+            if "logprobs" in body:
+                name = f"token_id:{token}"
+                top = {name: -0.5} | {
+                    f"token_id:{token + n}": -1.0 * n for n in range(1, body["logprobs"])
+                }
+                choice["logprobs"] = {"tokens": [name], "token_logprobs": [-0.5]}
+                choice["logprobs"] |= {"top_logprobs": [top]}
+            await _send(response, {"choices": [choice]})
+            if made == self._settings.get("die_after") and self._may_die():
+                os._exit(9)
+            await asyncio.sleep(self._settings.get("step_seconds", 0.001))
+        usage = {"prompt_tokens": prompt, "prompt_tokens_details": {"cached_tokens": cached}}
+        await _send(response, {"choices": [], "usage": usage})
+        await response.write(b"data: [DONE]\n\n")
+
+    def _may_die(self) -> bool:
+        once = self._settings.get("once")
+        if once is None:
+            return True
+        try:
+            Path(once).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def _lookup(self, tokens: list[int], salt: str | None) -> int:
+        """How many tokens of the prompt were here; its whole blocks are from now on."""
+        ends = range(BLOCK, len(tokens) + 1, BLOCK)
+        names = [_name(tokens[:end], salt) for end in ends]
+        held = next((at for at, name in enumerate(names) if name not in self._cached), len(names))
+        self._cached.update(names)
+        if names[held:]:
+            self._publish(tokens[held * BLOCK : len(names) * BLOCK], names, held, salt)
+        return min(held * BLOCK, (len(tokens) - 1) // BLOCK * BLOCK)
+
+    def _publish(self, tokens: list[int], names: list[bytes], held: int, salt: str | None) -> None:
+        if self._events is None:
+            return
+        stored = BlockStored(
+            block_hashes=[*names[held:]],
+            parent_block_hash=names[held - 1] if held else None,
+            token_ids=tokens,
+            block_size=BLOCK,
+            lora_id=None,
+            medium="GPU",
+            lora_name=None,
+            extra_keys=[(salt,) if salt else None] * len(names[held:]),
+        )
+        payload = msgpack.encode(EventBatch(0.0, [stored], 0))
+        self._events.send_multipart((b"", self._sequence.to_bytes(8, "big"), payload))
+        self._sequence += 1
+
+
+def _name(tokens: list[int], salt: str | None) -> bytes:
+    return hashlib.sha256(repr((tokens, salt)).encode()).digest()
+
+
+async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
+    await response.write(b"data: %b\n\n" % json.dumps(event).encode())
+
+
+async def serve(fake: FakeVllm, path: str) -> web.AppRunner:
+    """Listening; the caller cleans it up."""
+    runner = web.AppRunner(fake.app(), shutdown_timeout=0.1)
+    await runner.setup()
+    await web.UnixSite(runner, path).start()
+    return runner
+
+
+async def _main(fake: FakeVllm, path: str) -> None:
+    await serve(fake, path)
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("--model", "--uds", "--served-model-name", "--dtype", "--kv-events-config"):
+        parser.add_argument(name)
+    parser.add_argument("--max-num-seqs")
+    parser.add_argument("--enable-prompt-tokens-details", action="store_true")
+    parser.add_argument("--disable-uvicorn-access-log", action="store_true")
+    given = parser.parse_args()
+    settings = json.loads(os.environ.get(SETTINGS_VARIABLE, "{}"))
+    if settings.get("fail"):
+        sys.exit("this vLLM does not start")
+    # As an engine may be: a process of its own, which no SIGTERM ends.
+    engine = subprocess.Popen((sys.executable, "-c", STUBBORN), stdout=subprocess.PIPE)
+    if told := settings.get("told"):
+        secret = os.environ.get("MEMSERVE_SECRET")
+        said = {"args": sys.argv[1:], "pid": os.getpid(), "engine": engine.pid, "secret": secret}
+        Path(told).write_text(json.dumps(said))
+    events = json.loads(given.kv_events_config)["endpoint"]
+    asyncio.run(_main(FakeVllm(settings, events), given.uds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""A vLLM server as an engine: what an instance may rely on, with a server that has no model."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from memserve.api.generate import FinishReason, SamplingParams
+from memserve.api.namespaces import salted
+from memserve.engine.request import EngineInfo, EngineRequest, TokenOutput
+from memserve.errors import EngineStopped, QueueFull, RequestError
+from memserve.types import RequestId
+from memserve.vllm import engine as vllm_engine
+from memserve.vllm.engine import VllmEngine
+from tests.fake_vllm import BLOCK, BLOCKS, LENGTH, FakeVllm, answer, serve
+from tests.fakes import until
+
+INFO = EngineInfo("m", 300, LENGTH, BLOCK * BLOCKS, BLOCK, "vllm", "vllm", 1, max_waiting=4)
+
+
+class Server:
+    """The fake one, on a thread of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.fake = FakeVllm({"step_seconds": 0.002}, None)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._runner = self._call(serve(self.fake, str(path)))
+
+    def _call(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+    def end(self) -> None:
+        self._call(self._runner.cleanup())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class Sink:
+    """What the engine has said, by sequence."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, list[TokenOutput]] = {}
+
+    def __call__(self, outputs: Any) -> None:
+        for output in outputs:
+            self.said.setdefault(output.id, []).append(output)
+
+    def whole(self, name: str) -> list[TokenOutput]:
+        """Waits for its end."""
+        until(lambda: self.said.get(name, [None])[-1] is not None and self._ended(name))
+        return self.said[name]
+
+    def _ended(self, name: str) -> bool:
+        return self.said[name][-1].finish_reason is not None
+
+    def tokens(self, name: str) -> list[int]:
+        return [token for output in self.whole(name) for token in output.token_ids]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path / "s")
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def sink() -> Sink:
+    return Sink()
+
+
+@pytest.fixture
+def engine(server: Server, sink: Sink, tmp_path: Path) -> Iterator[VllmEngine]:
+    engine = VllmEngine(tmp_path / "s", INFO)
+    engine.start(sink)
+    yield engine
+    engine.stop()
+    assert not engine.thread.is_alive()
+
+
+def request(name: str, prompt: list[int], tokens: int = 6, **fields: Any) -> EngineRequest:
+    sampling = fields.pop("sampling", SamplingParams(max_tokens=tokens, temperature=0.0))
+    return EngineRequest(RequestId(name), np.array(prompt, dtype=np.int32), sampling, **fields)
+
+
+def expected(prompt: list[int], tokens: int) -> list[int]:
+    made = list(prompt)
+    for _ in range(tokens):
+        made.append(answer(made))
+    return made[len(prompt) :]
+
+
+PROMPT = list(range(10, 40))
+
+
+def test_tokens_are_the_servers_and_what_was_cached_is_told(engine: VllmEngine, sink: Sink) -> None:
+    engine.submit([request("a", PROMPT)])
+    assert sink.tokens("a") == expected(PROMPT, 6)
+    engine.submit([request("b", PROMPT)])
+    last = sink.whole("b")[-1]
+    assert (last.usage.cached_tokens, last.finish_reason) == (BLOCK, FinishReason.LENGTH)
+    stats = engine.stats()
+    assert (stats.finished, stats.generated_tokens) == (2, 12)
+    assert (stats.cached_prompt_tokens, stats.computed_prompt_tokens) == (BLOCK, 60 - BLOCK)
+
+
+def test_a_sequence_goes_on_where_another_one_stopped(engine: VllmEngine, sink: Sink) -> None:
+    whole = expected(PROMPT, 6)
+    engine.submit([request("a", PROMPT, output=tuple(whole[:2]))])
+    assert sink.tokens("a") == whole[2:]
+
+
+def test_tenants_share_nothing(engine: VllmEngine, sink: Sink, server: Server) -> None:
+    for name, salt in (("a", None), ("b", "x"), ("c", "x"), ("d", "y")):
+        engine.submit([request(name, PROMPT, namespace=salted(salt))])
+        sink.whole(name)
+    cached = [sink.whole(name)[-1].usage.cached_tokens for name in "abcd"]
+    assert cached == [0, 0, BLOCK, 0]
+    assert [body.get("cache_salt") for body in server.fake.bodies] == [None, "x", "x", "y"]
+
+
+def test_what_is_cancelled_says_no_more_and_is_dropped_by_the_server(
+    engine: VllmEngine, sink: Sink, server: Server
+) -> None:
+    engine.submit([request("a", PROMPT, tokens=200)])
+    until(lambda: "a" in sink.said)
+    engine.cancel([RequestId("a"), RequestId("unknown")])
+    said = len(sink.said["a"])
+    until(lambda: server.fake.running == 0)
+    assert len(sink.said["a"]) <= said + 1  # one may have been on its way
+    assert engine.stats().cancelled == 1
+    engine.submit([request("b", PROMPT)])
+    assert sink.tokens("b") == expected(PROMPT, 6)
+
+
+def test_samples_wait_until_their_prompt_is_cached(engine: VllmEngine, sink: Sink) -> None:
+    first = request("a", PROMPT)
+    engine.submit([first, *(request(name, PROMPT, follows=first.id) for name in "bc")])
+    assert [sink.whole(name)[-1].usage.cached_tokens for name in "abc"] == [0, BLOCK, BLOCK]
+
+
+def test_a_leader_that_is_cancelled_holds_up_nobody(engine: VllmEngine, sink: Sink) -> None:
+    first = request("a", PROMPT)
+    engine.submit([first, request("b", PROMPT, follows=first.id)])
+    engine.cancel([first.id])
+    assert sink.tokens("b") == expected(PROMPT, 6)
+
+
+def test_a_refusal_of_the_server_ends_the_sequence(engine: VllmEngine, sink: Sink) -> None:
+    engine.submit([request("a", PROMPT, namespace=salted("refuse"))])
+    (output,) = sink.whole("a")
+    assert output.finish_reason is FinishReason.ERROR
+    assert "not this one" in (output.error or "")
+
+
+def test_what_can_never_run_is_refused_as_any_engine_does(engine: VllmEngine) -> None:
+    with pytest.raises(RequestError, match="outside the vocabulary"):
+        engine.submit([request("a", [5, 300])])
+    with pytest.raises(RequestError, match="at most 256 are possible"):
+        engine.check([request("a", [5] * LENGTH)])
+    with pytest.raises(QueueFull):
+        engine.check([request(str(n), PROMPT) for n in range(5)])
+
+
+def test_a_server_that_is_lost_ends_the_engine_and_what_runs_there(
+    server: Server, sink: Sink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_engine, "POLL_SECONDS", 0.01)
+    engine = VllmEngine(tmp_path / "s", INFO)
+    engine.start(sink)
+    engine.submit([request("a", PROMPT, tokens=220)])
+    until(lambda: "a" in sink.said)
+    server.fake.lost = True
+    engine.thread.join()
+    assert sink.whole("a")[-1].finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR)
+    with pytest.raises(EngineStopped):
+        engine.submit([request("b", PROMPT)])
+    engine.stop()
+
+
+def test_the_servers_memory_is_told(engine: VllmEngine) -> None:
+    until(lambda: engine.pool_totals().hbm.active > 0)
+    hbm = engine.pool_totals().hbm
+    assert (hbm.total, hbm.active, hbm.free) == (BLOCKS, BLOCKS // 4, BLOCKS * 3 // 4)
