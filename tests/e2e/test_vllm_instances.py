@@ -195,7 +195,9 @@ def test_a_killed_instance_takes_its_server_with_it(up: Up) -> None:
     (server,) = (c for c in psutil.Process(pid).children() if "--uds" in c.cmdline())
     processes = [server, *server.children(recursive=True)]
     assert len(processes) == 3  # the server, its guard, and an engine that takes no SIGTERM
+    directory = Path(server.cmdline()[server.cmdline().index("--uds") + 1]).parent
     os.kill(pid, signal.SIGKILL)
+    until(lambda: not directory.exists())
     until(lambda: not any(_runs(process.pid) for process in processes))
     until(lambda: len(up.ready()) == 2 and up.ready() != before)
     assert up.complete(PROMPT)[0] == expected(PROMPT, 6)

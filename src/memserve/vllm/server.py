@@ -35,11 +35,13 @@ LOOK_SECONDS = 0.2  # between looks at a server that starts
 # After SIGTERM vLLM ends its engine's processes; what has not ended by then is killed, all of it.
 END_SECONDS = 10.0
 ASK_SECONDS = 10.0
+MAX_PATH_BYTES = 107  # of a Unix socket, on Linux
 
 # The server, and beside it a guard that outlives both: when this process ends, by whatever means,
-# its end of the pipe closes, and the guard ends all that is left of the server's group.
+# its end of the pipe closes, and the guard ends all that is left of the server's group, and
+# removes its directory.
 _GUARDED = f"""\
-import os, signal, sys, time
+import os, shutil, signal, sys, time
 group = os.getpid()
 if os.fork() == 0:
     os.setsid()
@@ -56,9 +58,10 @@ if os.fork() == 0:
         os.killpg(group, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
     os._exit(0)
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-os.execvp(sys.argv[1], sys.argv[1:])
+os.execvp(sys.argv[2], sys.argv[2:])
 """
 
 
@@ -112,9 +115,13 @@ class VllmServer:
     """Owns the server's processes and its directory, from the constructor to `stop`."""
 
     def __init__(self) -> None:
+        """Raises ConfigError where temporary files have too long a path."""
         self._directory = Path(mkdtemp(prefix="memserve-vllm-"))  # for this user alone
         self.socket = self._directory / "http"
         self.events = self._directory / "events"  # where it publishes KV events
+        if len(os.fsencode(self.events)) > MAX_PATH_BYTES:
+            shutil.rmtree(self._directory)
+            raise ConfigError(f"{self._directory}: too long for Unix sockets; set TMPDIR")
         self._process: subprocess.Popen[bytes] | None = None
         # Ends with the server: whoever needs it watches this thread.
         self.thread = threading.Thread(target=self._wait, name="vllm-server", daemon=True)
@@ -122,7 +129,7 @@ class VllmServer:
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start it; what it prints goes to standard error."""
         self._process = subprocess.Popen(
-            (sys.executable, "-c", _GUARDED, *command),
+            (sys.executable, "-c", _GUARDED, str(self._directory), *command),
             stdin=subprocess.PIPE,
             # Not ours: who reads that waits for all who have it, and an engine may outlive us.
             stdout=subprocess.PIPE,
