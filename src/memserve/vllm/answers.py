@@ -7,10 +7,12 @@ OpenAI's forms are the instance's own. Forms are those of vLLM 0.32 (`Completion
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from memserve.api.generate import FinishReason
 from memserve.api.namespaces import salt_of
@@ -22,12 +24,15 @@ MAX_EVENT_BYTES = 16 * 1024 * 1024  # an event has one step's tokens and their s
 _END = b"\n\n"
 _DATA = b"data: "
 _DONE = b"[DONE]"
-_TOKEN = "token_id:"
+_TOKEN = re.compile(r"token_id:([0-9]{1,10})")
 _FINISHES = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
 class MalformedAnswer(MemserveError):
     """What the server says is no answer to a completion."""
+
+
+_TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 
 
 class _Scores(msgspec.Struct, frozen=True):
@@ -37,13 +42,13 @@ class _Scores(msgspec.Struct, frozen=True):
 
 
 class _Choice(msgspec.Struct, frozen=True):
-    token_ids: list[int] | None = None
+    token_ids: list[_TokenId] | None = None
     logprobs: _Scores | None = None
     finish_reason: str | None = None
 
 
 class _Details(msgspec.Struct, frozen=True):
-    cached_tokens: int | None = None
+    cached_tokens: Annotated[int, Meta(ge=0)] | None = None
 
 
 class _Usage(msgspec.Struct, frozen=True):
@@ -145,7 +150,7 @@ class AnswerReader:
             yield self.failed(said.error.message)
             return
         if said.usage is not None and (details := said.usage.prompt_tokens_details) is not None:
-            self._cached = details.cached_tokens
+            self._cached = min(details.cached_tokens or 0, self._prompt_tokens)
         for choice in said.choices[:1]:
             yield from self._chosen(choice)
 
@@ -199,7 +204,7 @@ def _scores(said: _Scores, wanted: int) -> Iterator[TokenLogprobs]:
 
 
 def _token(name: str) -> int:
-    number = name.removeprefix(_TOKEN)
-    if not number.isdigit():
+    match = _TOKEN.fullmatch(name)
+    if match is None:
         raise MalformedAnswer(f"{name[:64]!r} is no token id")
-    return int(number)
+    return int(match[1])

@@ -44,14 +44,15 @@ def read_load(text: str) -> ServerLoad:
     for name, value in _SAMPLE.findall(text):
         try:
             sums[name] = sums.get(name, 0.0) + float(value)
-        except ValueError as error:
-            raise UnknownMetrics(f"vllm:{name} is {value!r}") from error
+            int(sums[name])
+        except (ValueError, OverflowError) as error:
+            raise UnknownMetrics(f"vllm:{name} is {value[:32]!r}") from error
     try:
         return ServerLoad(
-            int(sums["num_requests_running"]),
-            int(sums["num_requests_waiting"]),
-            int(sums.get("iteration_tokens_total_count", 0)),
-            min(1.0, sums.get("kv_cache_usage_perc", 0.0)),
+            max(0, int(sums["num_requests_running"])),
+            max(0, int(sums["num_requests_waiting"])),
+            max(0, int(sums.get("iteration_tokens_total_count", 0))),
+            min(1.0, max(0.0, sums.get("kv_cache_usage_perc", 0.0))),
         )
     except KeyError as error:
         raise UnknownMetrics(f"its metrics have no vllm:{error.args[0]}") from error
@@ -62,6 +63,9 @@ def read_memory(text: str) -> ServerMemory:
     found = _CACHE.search(text)
     labels = {} if found is None else dict(_LABEL.findall(found[1]))
     try:
-        return ServerMemory(int(labels["block_size"]), int(labels["num_gpu_blocks"]))
+        memory = ServerMemory(int(labels["block_size"]), int(labels["num_gpu_blocks"]))
+        if memory.block_tokens < 1 or memory.blocks < 1:
+            raise ValueError(f"{memory.blocks} blocks of {memory.block_tokens} tokens")
+        return memory
     except (KeyError, ValueError) as error:
         raise UnknownMetrics(f"vllm:cache_config_info does not say its memory: {error}") from error
