@@ -48,7 +48,10 @@ def answer(tokens: list[int]) -> int:
 class FakeVllm:
     """Counts what runs, and caches prompts by their first block."""
 
-    def __init__(self, settings: dict[str, Any], events: str | None) -> None:
+    def __init__(
+        self, settings: dict[str, Any], events: str | None, key: str | None = None
+    ) -> None:
+        self._key = key
         self.running = self.steps = self.cancelled = 0
         self.lost = False  # its engine: it answers nothing of that any more
         self.bodies: list[dict[str, Any]] = []
@@ -59,14 +62,23 @@ class FakeVllm:
         if events is not None:
             self._events = zmq.Context[zmq.Socket[bytes]]().socket(zmq.PUB)
             self._events.bind(events)
+            self.endpoint = self._events.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def app(self) -> web.Application:
-        app = web.Application()
+        app = web.Application(middlewares=[self._guard])
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/v1/completions", self._complete)
         return app
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        wanted = request.path.startswith("/v1/") and self._key is not None  # as vLLM does
+        if wanted and request.headers.get("authorization") != f"Bearer {self._key}":
+            raise web.HTTPUnauthorized
+        answered: web.StreamResponse = await handler(request)
+        return answered
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()
@@ -190,17 +202,31 @@ async def _main(fake: FakeVllm, path: str) -> None:
     await asyncio.Event().wait()
 
 
+async def _main_tcp(fake: FakeVllm) -> None:
+    """Prints its URL, and where its events are."""
+    runner = web.AppRunner(fake.app())
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0][:2]
+    print(f"http://{host}:{port} {fake.endpoint}", flush=True)
+    await asyncio.Event().wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("--model", "--uds", "--served-model-name", "--dtype", "--kv-events-config"):
         parser.add_argument(name)
-    parser.add_argument("--max-num-seqs")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--api-key")
     parser.add_argument("--enable-prompt-tokens-details", action="store_true")
     parser.add_argument("--disable-uvicorn-access-log", action="store_true")
     given = parser.parse_args()
     settings = json.loads(os.environ.get(SETTINGS_VARIABLE, "{}"))
     if settings.get("fail"):
         sys.exit("this vLLM does not start")
+    if given.port is not None:
+        asyncio.run(_main_tcp(FakeVllm(settings, "tcp://127.0.0.1:*", given.api_key)))
+        return
     # As an engine may be: a process of its own, which no SIGTERM ends.
     engine = subprocess.Popen((sys.executable, "-c", STUBBORN), stdout=subprocess.PIPE)
     if told := settings.get("told"):

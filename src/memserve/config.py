@@ -114,6 +114,12 @@ class InstanceConfig(_Section, frozen=True):
     vllm_args: Annotated[
         tuple[str, ...], command_line('more arguments of it, as "--enforce-eager"')
     ] = ()
+    vllm_url: Annotated[
+        str | None, doc("a vLLM server that runs already, for one that is started")
+    ] = None
+    vllm_events: Annotated[
+        str | None, doc("of that server: where it publishes KV events, as tcp://127.0.0.1:5557")
+    ] = None
 
 
 class GatewayConfig(_Section, frozen=True):
@@ -207,6 +213,8 @@ def check_config(config: ClusterConfig) -> None:
             parse_bytes(instance.hbm)
         if instance.engine == "vllm":
             _check_vllm(instance)
+        elif instance.vllm_url is not None:
+            raise ConfigError("instance.vllm_url needs engine = 'vllm'")
 
 
 def parse_bytes(text: str) -> int:
@@ -239,6 +247,11 @@ def _check_vllm(instance: InstanceConfig) -> None:
         )
     if instance.dram is not None or instance.dram_blocks != default.dram_blocks:
         raise ConfigError("instance.dram: vLLM servers have no part in the pool's host memory yet")
+    if instance.vllm_url is not None and (instance.count > 1 or instance.vllm_args):
+        raise ConfigError(
+            "instance.vllm_url: the server runs already, with its own arguments, and is one "
+            "instance's; leave vllm_args and count out"
+        )
     if not instance.vllm_command:
         raise ConfigError("instance.vllm_command is empty")
 

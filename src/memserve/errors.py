@@ -141,6 +141,10 @@ class RequestError(MemserveError):
         self.param = param
 
 
+class GivenUp(MemserveError):
+    """What was being prepared is not wanted any more."""
+
+
 class EngineStopped(MemserveError):
     """The engine no longer takes requests."""
 

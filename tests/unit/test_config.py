@@ -180,6 +180,11 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ),
         (InstanceConfig(engine="vllm", role=Role.DECODE), "'decode': vLLM servers hand nothing"),
         (InstanceConfig(engine="vllm", dram="1GiB"), "vLLM servers have no part in the pool"),
+        (InstanceConfig(vllm_url="http://a:1"), "instance.vllm_url needs engine = 'vllm'"),
+        (
+            InstanceConfig(engine="vllm", vllm_url="http://a:1", count=2),
+            "vllm_url: the server runs already",
+        ),
         (InstanceConfig(engine="vllm", vllm_command=()), "instance.vllm_command is empty"),
         (InstanceConfig(port=80, count=2), "2 instances cannot share port 80"),
     ],

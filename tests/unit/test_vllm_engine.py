@@ -18,6 +18,7 @@ from memserve.errors import EngineStopped, QueueFull, RequestError
 from memserve.types import RequestId
 from memserve.vllm import engine as vllm_engine
 from memserve.vllm.engine import VllmEngine
+from memserve.vllm.place import ServerPlace
 from tests.fake_vllm import BLOCK, BLOCKS, LENGTH, FakeVllm, answer, serve
 from tests.fakes import until
 
@@ -80,7 +81,7 @@ def sink() -> Sink:
 
 @pytest.fixture
 def engine(server: Server, sink: Sink, tmp_path: Path) -> Iterator[VllmEngine]:
-    engine = VllmEngine(tmp_path / "s", INFO)
+    engine = VllmEngine(ServerPlace(path=tmp_path / "s"), INFO)
     engine.start(sink)
     yield engine
     engine.stop()
@@ -175,7 +176,7 @@ def test_a_server_that_is_lost_ends_the_engine_and_what_runs_there(
     server: Server, sink: Sink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_engine, "POLL_SECONDS", 0.01)
-    engine = VllmEngine(tmp_path / "s", INFO)
+    engine = VllmEngine(ServerPlace(path=tmp_path / "s"), INFO)
     engine.start(sink)
     engine.submit([request("a", PROMPT, tokens=220)])
     until(lambda: "a" in sink.said)

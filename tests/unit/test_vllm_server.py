@@ -11,14 +11,15 @@ import pytest
 
 from memserve.config import InstanceConfig, ModelConfig
 from memserve.errors import ConfigError
+from memserve.vllm.place import ServerPlace
 from memserve.vllm.server import VllmServer, require_command, server_command, server_environment
 
 MODEL = ModelConfig(path="owner/model", served_name="m", dtype="bfloat16", max_model_len=64)
-PLACES = Path("/model"), Path("/run/http")
+PLACES = Path("/model"), ServerPlace(path=Path("/run/http"))
 
 
 def test_the_command_names_the_model_the_socket_and_the_events() -> None:
-    command = server_command(MODEL, InstanceConfig(), *PLACES, Path("/run/events"))
+    command = server_command(MODEL, InstanceConfig(), *PLACES, "ipc:///run/events")
     assert command[:3] == ["vllm", "serve", "/model"]
     given = dict(pairwise(command[3:]))
     assert (given["--uds"], given["--served-model-name"]) == ("/run/http", "m")

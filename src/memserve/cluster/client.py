@@ -32,10 +32,10 @@ class MemberSummary(msgspec.Struct, frozen=True):
     state: InstanceState
     address: str
     pid: int | None = None
-    kind: MemberKind = MemberKind.MEMSERVE
-    pool: bool = False
     hbm: MediumTotals = MediumTotals()
     dram: MediumTotals = MediumTotals()
+    kind: MemberKind = MemberKind.MEMSERVE
+    pool: bool = False
 
     @property
     def life(self) -> tuple[str, int | None]:

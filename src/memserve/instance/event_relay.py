@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from pathlib import Path
 
 import msgspec
 import zmq
@@ -25,7 +24,7 @@ from memserve.api.kv_events import (
     MalformedEvents,
     decode_frames,
 )
-from memserve.errors import TransferError
+from memserve.errors import ConfigError, TransferError
 from memserve.instance.event_outlet import EventOutlet
 from memserve.transfer.secret import ClusterKeys
 from memserve.types import Epoch, InstanceId
@@ -41,20 +40,26 @@ class EventRelay:
 
     def __init__(
         self,
-        source: Path,
+        source: str,
         instance: InstanceId,
         epoch: Epoch,
         block_tokens: int,
         host: str,
         keys: ClusterKeys,
     ) -> None:
-        """`source`: the Unix socket at which vLLM publishes. The rest as of `EventOutlet`."""
+        """`source`: the endpoint at which vLLM publishes. The rest as of `EventOutlet`. Raises
+        ConfigError for what is no endpoint."""
         self._outlet = EventOutlet(instance, epoch, block_tokens, host, keys, snapshot=False)
         self._events = self._outlet.context.socket(zmq.SUB)
         self._events.rcvhwm = RECEIVE_HIGH_WATER
         self._events.maxmsgsize = MAX_BATCH_BYTES
         self._events.subscribe(b"")
-        self._events.connect(f"ipc://{source}")
+        try:
+            self._events.connect(source)
+        except zmq.ZMQError as error:
+            self._events.close(linger=0)
+            self._outlet.close()
+            raise ConfigError(f"KV events of vLLM at {source}: {error}") from error
         self._expected = 0  # vLLM's number of the next batch
         self._encode = msgspec.msgpack.Encoder().encode
         self._stopping = threading.Event()

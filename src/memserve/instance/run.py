@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -22,7 +23,7 @@ from memserve.api.status import MemberKind
 from memserve.api.tls import client_tls, server_tls
 from memserve.clock import MonotonicClock
 from memserve.config import ClusterConfig, InstanceConfig
-from memserve.errors import MemserveError
+from memserve.errors import GivenUp, MemserveError
 from memserve.instance.instance import Identity, Instance, Parts
 from memserve.instance.join import Registration
 from memserve.instance.server import InstanceApp
@@ -75,7 +76,8 @@ def run_instance(
         model=config.model.served_name or config.model.path,
         kind=MemberKind.VLLM if settings.engine == "vllm" else MemberKind.MEMSERVE,
     )
-    chosen = _vllm if settings.engine == "vllm" else _built_in
+    ending = threading.Event()
+    chosen: Build = partial(_vllm, ending) if settings.engine == "vllm" else _built_in
     make = partial(build or chosen, config, settings, identity)
     announce(url_of(sock, tls=tls[0] is not None), ready_fd)
     return uvloop.run(
@@ -88,6 +90,7 @@ def run_instance(
             secret,
             tls,
             settings.advertise,
+            ending,
         )
     )
 
@@ -101,7 +104,9 @@ async def _main(
     secret: Secret,
     tls: tuple[ssl.SSLContext | None, ssl.SSLContext | None],
     advertised: str | None,
+    ending: threading.Event,
 ) -> int:
+    """`ending` is set when there is no use any more in what `make` waits for."""
     server, authorities = tls
     address = advertised or url_of(sock, tls=server is not None)
     peers = PeerClient(Signer(secret), authorities)
@@ -115,6 +120,7 @@ async def _main(
 
     async def drain() -> None:
         log.info("%s drains", identity.id)
+        ending.set()
         if not instance.standing.ending.is_set():
             instance.standing.end()
         await asyncio.wait((loading,))
@@ -172,6 +178,9 @@ async def _end_when_useless(
 
 def _exit_code(instance: Instance, loading: asyncio.Future[None]) -> int:
     failure = loading.exception()
+    if isinstance(failure, GivenUp):
+        log.info("%s: %s", instance.identity.id, failure)
+        return 0
     if isinstance(failure, MemserveError):
         log.error("%s: %s", instance.identity.id, failure)
     elif failure is not None:
@@ -197,7 +206,9 @@ def _built_in(config: ClusterConfig, settings: InstanceConfig, identity: Identit
     return build_parts(config, settings, identity)
 
 
-def _vllm(config: ClusterConfig, settings: InstanceConfig, identity: Identity) -> Parts:
+def _vllm(
+    ending: threading.Event, config: ClusterConfig, settings: InstanceConfig, identity: Identity
+) -> Parts:
     from memserve.instance.vllm_build import build_vllm
 
-    return build_vllm(config, settings, identity)
+    return build_vllm(ending, config, settings, identity)

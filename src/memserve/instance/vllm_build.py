@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import threading
+import time
 from contextlib import ExitStack
 from http.client import HTTPException
 from pathlib import Path
 
 import msgspec
 
+from memserve.api.audience import check_url
 from memserve.config import KEEPING_ROLES, ClusterConfig, InstanceConfig
 from memserve.engine.request import EngineInfo
-from memserve.errors import EngineStopped, ModelError
+from memserve.errors import EngineStopped, GivenUp, ModelError
 from memserve.instance.event_relay import EventRelay
 from memserve.instance.instance import Identity, Parts
 from memserve.models.resolve import resolve_model
@@ -20,12 +24,23 @@ from memserve.models.tokenizer import Tokenizer
 from memserve.transfer.secret import cluster_keys
 from memserve.vllm.engine import VllmEngine
 from memserve.vllm.metrics import UnknownMetrics, read_memory
-from memserve.vllm.server import VllmServer, require_command, server_command, server_environment
+from memserve.vllm.place import ServerPlace
+from memserve.vllm.server import (
+    LOOK_SECONDS,
+    VllmServer,
+    require_command,
+    server_command,
+    server_environment,
+)
 
 log = logging.getLogger(__name__)
 
+KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own; of a server that somebody else has started
+SAY_SECONDS = 10.0  # between words on what is waited for
+
 
 class _Model(msgspec.Struct, frozen=True):
+    id: str
     max_model_len: int
 
 
@@ -36,32 +51,31 @@ class _Models(msgspec.Struct, frozen=True):
 _models = msgspec.json.Decoder(_Models)
 
 
-def build_vllm(config: ClusterConfig, settings: InstanceConfig, identity: Identity) -> Parts:
-    """Start a vLLM server and wait until it serves.
+def build_vllm(
+    ending: threading.Event, config: ClusterConfig, settings: InstanceConfig, identity: Identity
+) -> Parts:
+    """Start a vLLM server, or find the one that is named, and wait until it serves.
 
-    Raises ConfigError, ModelError; EngineStopped where it ends first, or is none that we know.
+    Raises ConfigError, ModelError; EngineStopped where it ends first, or is none that we know;
+    GivenUp as soon as `ending` is set.
     """
-    require_command(settings.vllm_command)
     found = resolve_model(config.model, log.info)
     tokenizer = Tokenizer.load(found.path)
-    served = msgspec.structs.replace(config.model, served_name=identity.model)
     with ExitStack() as stack:
-        server = VllmServer()
-        stack.callback(server.stop)
-        caching = config.cache.caching != "off"
-        where = server.events if caching else None
-        command = server_command(served, settings, found.path, server.socket, where)
-        log.info("starting %s", " ".join(command))
-        server.start(command, server_environment(settings))
-        server.until_ready()
-        info = _describe(server, settings, found.path, identity.model)
-        engine = VllmEngine(server.socket, info)
+        place, source, watched = (
+            _started(ending, config, settings, identity, found.path, stack)
+            if settings.vllm_url is None
+            else _attached(ending, settings, settings.vllm_url)
+        )
+        info = _describe(place, settings, found.path)
+        engine = VllmEngine(place, info)
         events: EventRelay | None = None
-        if caching:
+        if source is not None:
             owner = identity.id, identity.epoch
             keys = cluster_keys(None)
-            events = EventRelay(server.events, *owner, info.block_tokens, settings.host, keys)
+            events = EventRelay(source, *owner, info.block_tokens, settings.host, keys)
             stack.callback(events.close)
+            watched.append(events.thread)
         close = stack.pop_all().close
     log.info(
         "KV memory of vLLM: %d blocks of %d tokens",
@@ -75,28 +89,61 @@ def build_vllm(config: ClusterConfig, settings: InstanceConfig, identity: Identi
         close,
         KEEPING_ROLES[config.cache.caching],
         events=events,
-        threads=lambda: (
-            *(engine.thread, server.thread),
-            *(() if events is None else (events.thread,)),
-        ),
+        threads=lambda: (engine.thread, *watched),
     )
 
 
-def _describe(
-    server: VllmServer, settings: InstanceConfig, directory: Path, model: str
-) -> EngineInfo:
+_Server = tuple[ServerPlace, str | None, list[threading.Thread]]  # its events; what ends with it
+
+
+def _started(
+    ending: threading.Event,
+    config: ClusterConfig,
+    settings: InstanceConfig,
+    identity: Identity,
+    directory: Path,
+    stack: ExitStack,
+) -> _Server:
+    """A server of our own, which `stack` ends."""
+    require_command(settings.vllm_command)
+    server = VllmServer()
+    stack.callback(server.stop)
+    served = msgspec.structs.replace(config.model, served_name=identity.model)
+    events = server.events if config.cache.caching != "off" else None
+    command = server_command(served, settings, directory, server.place, events)
+    log.info("starting %s", " ".join(command))
+    server.start(command, server_environment(settings))
+    server.until_ready(ending)
+    return server.place, events, [server.thread]
+
+
+def _attached(ending: threading.Event, settings: InstanceConfig, url: str) -> _Server:
+    """A server that somebody else has started; it may not be up yet."""
+    check_url(url)
+    place = ServerPlace(url.rstrip("/"), key=os.environ.get(KEY_VARIABLE))
+    said = 0.0
+    while not place.is_healthy():
+        if time.monotonic() >= said + SAY_SECONDS:
+            said = time.monotonic()
+            log.info("waiting for the vLLM server at %s", url)
+        if ending.wait(LOOK_SECONDS):
+            raise GivenUp("the vLLM server was still waited for")
+    return place, settings.vllm_events, []
+
+
+def _describe(place: ServerPlace, settings: InstanceConfig, directory: Path) -> EngineInfo:
     try:
-        longest = _models.decode(server.ask("/v1/models")).data[0].max_model_len
-        memory = read_memory(server.ask("/metrics").decode())
+        model = _models.decode(place.ask("/v1/models")).data[0]
+        memory = read_memory(place.ask("/metrics").decode())
     except (OSError, HTTPException, msgspec.MsgspecError, ValueError, IndexError) as error:
         raise EngineStopped(f"the vLLM server does not say what it is: {error}") from error
     except UnknownMetrics as error:
         raise EngineStopped(f"a vLLM server of a version that is not known: {error}") from error
     vocabulary, ends = _vocabulary(directory)
     return EngineInfo(
-        model=model,
+        model=model.id,
         vocab_size=vocabulary,
-        max_model_len=longest,
+        max_model_len=model.max_model_len,
         pool_tokens=memory.block_tokens * memory.blocks,
         block_tokens=memory.block_tokens,
         dtype="vllm",

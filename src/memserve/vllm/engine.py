@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Sequence
 from http import HTTPStatus
-from pathlib import Path
 
 import aiohttp
 
@@ -34,6 +33,7 @@ from memserve.errors import EngineStopped, QueueFull
 from memserve.types import RequestId
 from memserve.vllm.answers import COMPLETIONS_PATH, AnswerReader, MalformedAnswer, completion_body
 from memserve.vllm.metrics import ServerLoad, UnknownMetrics, read_load
+from memserve.vllm.place import ServerPlace
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ POLL_SECONDS = 1.0
 POLL_TIMEOUT_SECONDS = 5.0
 MAX_MISSES = 3
 MAX_ERROR_BYTES = 2048
-_BASE = "http://vllm"  # the host is the socket's
 
 
 class _Run:
@@ -58,11 +57,11 @@ class _Run:
 
 
 class VllmEngine:
-    """Sequences at the vLLM server behind a Unix socket. See `EngineProtocol`."""
+    """Sequences at a vLLM server. See `EngineProtocol`."""
 
-    def __init__(self, socket: Path, info: EngineInfo) -> None:
-        """`info`: of the server that listens at `socket`; its `model` as it is served there."""
-        self._socket = socket
+    def __init__(self, place: ServerPlace, info: EngineInfo) -> None:
+        """`info`: of the server at `place`; its `model` as it is served there."""
+        self._place = place
         self._info = info
         self._thread = threading.Thread(target=self._main, name="vllm-engine", daemon=True)
         self._lock = threading.Lock()  # of what other threads see
@@ -179,9 +178,11 @@ class VllmEngine:
 
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        connector = aiohttp.UnixConnector(str(self._socket), limit=0)
+        place = self._place
         timeout = aiohttp.ClientTimeout(total=None)  # answers take as long as they take
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        async with aiohttp.ClientSession(
+            connector=place.connector(), timeout=timeout, headers=place.headers
+        ) as session:
             self._session = session
             self._ready.set()
             polling = asyncio.create_task(self._poll())
@@ -213,7 +214,7 @@ class VllmEngine:
         log.error("the vLLM server is lost: it has not answered %d times", misses)
 
     async def _get(self, path: str) -> str:
-        async with self._session.get(_BASE + path) as response:
+        async with self._session.get(self._place.url + path) as response:
             response.raise_for_status()
             return await response.text()
 
@@ -237,7 +238,7 @@ class VllmEngine:
 
     async def _read(self, run: _Run, reader: AnswerReader) -> None:
         headers = {"content-type": "application/json"}
-        url = _BASE + COMPLETIONS_PATH
+        url = self._place.url + COMPLETIONS_PATH
         async with self._session.post(url, data=run.body, headers=headers) as response:
             if response.status != HTTPStatus.OK:
                 said = (await response.content.read(MAX_ERROR_BYTES)).decode(errors="replace")

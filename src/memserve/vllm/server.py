@@ -11,14 +11,10 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -26,15 +22,15 @@ from typing import Any
 import msgspec
 
 from memserve.config import InstanceConfig, ModelConfig
-from memserve.errors import ConfigError, EngineStopped
+from memserve.errors import ConfigError, EngineStopped, GivenUp
 from memserve.secrets import SECRET_FILE_VARIABLE, SECRET_VARIABLE
+from memserve.vllm.place import ServerPlace
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.2  # between looks at a server that starts
 # After SIGTERM vLLM ends its engine's processes; what has not ended by then is killed, all of it.
 END_SECONDS = 10.0
-ASK_SECONDS = 10.0
 MAX_PATH_BYTES = 107  # of a Unix socket, on Linux
 
 # The server, and beside it a guard that outlives both: when this process ends, by whatever means,
@@ -69,16 +65,16 @@ def server_command(
     model: ModelConfig,
     settings: InstanceConfig,
     directory: Path,
-    listens: Path,
-    events: Path | None,
+    place: ServerPlace,
+    events: str | None,
 ) -> list[str]:
-    """The command of a server for the model in `directory`, at the Unix socket `listens`, which
-    publishes KV events at the one called `events`; None: it caches nothing. `vllm_args` come
-    last: they prevail."""
+    """The command of a server for the model in `directory`, at the Unix socket of `place`, which
+    publishes KV events at the endpoint `events`; None: it caches nothing. `vllm_args` come last:
+    they prevail."""
     command = list(settings.vllm_command)
     if command[-1] != "serve":  # `vllm serve MODEL`, or a module with `--model MODEL`
         command.append("--model")
-    command += [str(directory), "--uds", str(listens)]
+    command += [str(directory), "--uds", str(place.path)]
     command += ["--served-model-name", model.served_name or model.path, "--dtype", model.dtype]
     if model.max_model_len is not None:
         command += ["--max-model-len", str(model.max_model_len)]
@@ -88,7 +84,7 @@ def server_command(
         command.append("--no-enable-prefix-caching")
     else:
         publisher: dict[str, Any] = {"enable_kv_cache_events": True, "publisher": "zmq"}
-        publisher |= {"endpoint": f"ipc://{events}"}
+        publisher |= {"endpoint": events}
         command += ["--kv-events-config", msgspec.json.encode(publisher).decode()]
     return [*command, *settings.vllm_args]
 
@@ -117,9 +113,10 @@ class VllmServer:
     def __init__(self) -> None:
         """Raises ConfigError where temporary files have too long a path."""
         self._directory = Path(mkdtemp(prefix="memserve-vllm-"))  # for this user alone
-        self.socket = self._directory / "http"
-        self.events = self._directory / "events"  # where it publishes KV events
-        if len(os.fsencode(self.events)) > MAX_PATH_BYTES:
+        self.place = ServerPlace(path=self._directory / "http")
+        events = self._directory / "events"
+        self.events = f"ipc://{events}"  # where it publishes KV events
+        if len(os.fsencode(events)) > MAX_PATH_BYTES:
             shutil.rmtree(self._directory)
             raise ConfigError(f"{self._directory}: too long for Unix sockets; set TMPDIR")
         self._process: subprocess.Popen[bytes] | None = None
@@ -140,12 +137,14 @@ class VllmServer:
         self.thread.start()
         threading.Thread(target=self._show, name="vllm-output", daemon=True).start()
 
-    def until_ready(self) -> None:
-        """Returns when it is healthy. Raises EngineStopped if it ends before."""
-        while not self._is_healthy():
+    def until_ready(self, ending: threading.Event) -> None:
+        """Returns when it is healthy. Raises EngineStopped if it ends before, GivenUp as soon as
+        `ending` is set."""
+        while not self.place.is_healthy():
             if not self.thread.is_alive():
                 raise EngineStopped(f"the vLLM server ended while it started: {self.ending()}")
-            time.sleep(LOOK_SECONDS)
+            if ending.wait(LOOK_SECONDS):
+                raise GivenUp("the vLLM server was still starting")
 
     def ending(self) -> str:
         """How it ended."""
@@ -182,42 +181,8 @@ class VllmServer:
             sys.stderr.write(line.decode(errors="replace"))
             sys.stderr.flush()
 
-    def ask(self, path: str) -> bytes:
-        """What it answers to a GET. Raises OSError, HTTPException, and EngineStopped where it is
-        no success."""
-        connection = _UnixConnection(self.socket)
-        try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            body = response.read()
-        finally:
-            connection.close()
-        if response.status != HTTPStatus.OK:
-            raise EngineStopped(f"the vLLM server answers {path} with {response.status}")
-        return body
-
-    def _is_healthy(self) -> bool:
-        try:
-            self.ask("/health")
-        except (OSError, HTTPException, EngineStopped):
-            return False
-        return True
-
 
 def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """What computes has no use for the cluster's secret."""
     secrets = (SECRET_VARIABLE, SECRET_FILE_VARIABLE)
     return {name: value for name, value in environment.items() if name not in secrets}
-
-
-class _UnixConnection(HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("vllm", timeout=ASK_SECONDS)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(ASK_SECONDS)
-        self.sock.connect(str(self._path))

@@ -1,0 +1,77 @@
+"""Where a vLLM server is, and how it is asked."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from memserve.errors import EngineStopped
+
+ASK_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPlace:
+    """`url`: of its HTTP server, without a path; with `path` it listens at that Unix socket, and
+    the URL's host means nothing. `key`: its API key, if it wants one."""
+
+    url: str = "http://vllm"
+    path: Path | None = None
+    key: str | None = field(default=None, repr=False)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.key is None else {"authorization": f"Bearer {self.key}"}
+
+    def connector(self) -> aiohttp.BaseConnector:
+        """Of as many connections as there are sequences. On a running event loop."""
+        if self.path is not None:
+            return aiohttp.UnixConnector(str(self.path), limit=0)
+        return aiohttp.TCPConnector(limit=0)
+
+    def ask(self, path: str) -> bytes:
+        """What it answers to a GET. Raises OSError, HTTPException, and EngineStopped where that
+        is no success."""
+        connection = self._connection()
+        try:
+            connection.request("GET", path, headers=self.headers)
+            response = connection.getresponse()
+            body = response.read()
+        finally:
+            connection.close()
+        if response.status != HTTPStatus.OK:
+            raise EngineStopped(f"the vLLM server answers {path} with {response.status}")
+        return body
+
+    def is_healthy(self) -> bool:
+        try:
+            self.ask("/health")
+        except (OSError, HTTPException, EngineStopped):
+            return False
+        return True
+
+    def _connection(self) -> HTTPConnection:
+        if self.path is not None:
+            return _UnixConnection(self.path)
+        parts = urlsplit(self.url)
+        kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        return kind(parts.netloc, timeout=ASK_SECONDS)
+
+
+class _UnixConnection(HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("vllm", timeout=ASK_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(ASK_SECONDS)
+        self.sock.connect(str(self._path))
