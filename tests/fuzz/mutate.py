@@ -32,7 +32,8 @@ _MOST_CHANGES = 3  # of one message
 _DEEP = (31, 33, 100, 1_000, 20_000)  # levels; Python's stack ends at 1,000 by default
 _HUGE = (255, 256, 1_025, 65_536)  # characters
 _REPEATED = (3, 17, 17, 17, 1_100, 5_000)  # elements of a list that had one
-_LARGE = 1_000  # nodes of a document that is not changed any more: changes multiply
+# Of a document that is not changed any more, since changes multiply: nodes, and characters.
+_LARGE, _LONG = 1_000, 100_000
 
 INTEGERS: tuple[int, ...] = (
     *(0, -1, 1, 2, 127, 128, 255, 256, 65_535, 65_536, 10**6),
@@ -198,7 +199,7 @@ def _change_list(source: random.Random, items: list[T]) -> None:
 
 def _change_tree(source: random.Random, root: list[Node]) -> None:
     places = _places(root)
-    if len(places) > _LARGE:
+    if len(places) > _LARGE or _characters(root) > _LONG:
         return
     holder, key = source.choice(places)
     old = _at(holder, key)
@@ -215,6 +216,21 @@ def _change_tree(source: random.Random, root: list[Node]) -> None:
         holder[key] = (_damaged(source, holder[key][0]), holder[key][1])
     elif holder is not root:  # its siblings
         _change_list(source, holder)
+
+
+def _characters(node: Node) -> int:
+    """Of all its strings, and of what is encoded already."""
+    match node:
+        case str() | bytes():
+            return len(node)
+        case Raw():
+            return len(node.data)
+        case Pairs():
+            return sum(_characters(key) + _characters(value) for key, value in node)
+        case list():
+            return sum(map(_characters, node))
+        case _:
+            return 0
 
 
 def _damaged(source: random.Random, value: Node) -> Node:
