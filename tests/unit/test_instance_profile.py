@@ -233,6 +233,17 @@ def test_another_version_is_not_read(engine: ProfiledEngine, store: ProfileStore
     assert store.load(engine.subject) is None
 
 
+@pytest.mark.parametrize("tokens", [0, (1 << 20) + 1, 1 << 31, (1 << 63) - 1])
+def test_tables_that_would_fill_the_memory_are_not_begun(
+    engine: ProfiledEngine, tokens: int
+) -> None:
+    """They have a row for each token of a step, and a member says how many there are."""
+    profile = default_profile(engine.subject)
+    costs = msgspec.structs.replace(profile.costs, max_batch_tokens=tokens)
+    with pytest.raises(ProfileError, match=r"max_batch_tokens"):
+        decode_profile(encode_profile(msgspec.structs.replace(profile, costs=costs)))
+
+
 def test_a_quick_profile_does_not_replace_a_full_one(
     engine: ProfiledEngine, store: ProfileStore
 ) -> None:

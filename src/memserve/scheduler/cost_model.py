@@ -39,6 +39,7 @@ _NEAR_TOKENS = 512
 _FAR_TOKENS = 1 << 13
 # More is a caller's mistake, and a table of gigabytes.
 MAX_TOKENS = 1 << 24
+MAX_STEP_TOKENS = 1 << 20
 
 
 class LinkCost(msgspec.Struct, frozen=True):
@@ -65,7 +66,9 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Implements `Costs`. Immutable; tables are made on first use and grow."""
 
     architecture: Architecture
-    max_batch_tokens: Annotated[int, Meta(ge=1)]  # of a step that only prefills
+    # Of a step that only prefills. A table has a row for each: what a member says must not make
+    # one that fills the memory of whoever asks it.
+    max_batch_tokens: Annotated[int, Meta(ge=1, le=MAX_STEP_TOKENS)]
     compute: Waves | Measured
     attention: AttentionCost
     shm: LinkCost
