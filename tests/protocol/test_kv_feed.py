@@ -365,10 +365,10 @@ async def test_a_vllm_without_replay_is_learned_again_after_a_gap(tokenizer: Tok
 
 async def _lose(one: Publishing, batches: int) -> None:
     """Have the publisher leave batches out that it can replay."""
-    events = one.events
-    send, lost = events._publisher.send_multipart, []
-    events._publisher.send_multipart = lost.append
+    publisher = one.events._outlet._publisher
+    send, lost = publisher.send_multipart, []
+    publisher.send_multipart = lost.append
     for number in range(batches):
         one.store(*prompt(number))
         await until(lambda want=number: len(lost) > want, "a batch to lose")
-    events._publisher.send_multipart = send
+    publisher.send_multipart = send

@@ -45,7 +45,7 @@ class EventRelay:
         epoch: Epoch,
         block_tokens: int,
         host: str,
-        keys: ClusterKeys,
+        keys: ClusterKeys | None,
     ) -> None:
         """`source`: the endpoint at which vLLM publishes. The rest as of `EventOutlet`. Raises
         ConfigError for what is no endpoint."""
