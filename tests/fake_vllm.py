@@ -45,6 +45,14 @@ def answer(tokens: list[int]) -> int:
     return 2 + (sum(tokens[-3:]) + len(tokens)) % MODULUS
 
 
+def expected(prompt: list[int], tokens: int) -> list[int]:
+    """The next `tokens` tokens of a prompt."""
+    made = list(prompt)
+    for _ in range(tokens):
+        made.append(answer(made))
+    return made[len(prompt) :]
+
+
 class FakeVllm:
     """Counts what runs, and caches prompts by their first block."""
 

@@ -234,8 +234,9 @@ def _check_vllm(instance: InstanceConfig) -> None:
         "mixed_batch_tokens": "--max-num-batched-tokens",
     }
     default = InstanceConfig()
+    given, usual = msgspec.structs.asdict(instance), msgspec.structs.asdict(default)
     for name, theirs in own.items():
-        if getattr(instance, name) != getattr(default, name):
+        if given[name] != usual[name]:
             raise ConfigError(
                 f"instance.{name} is the built-in engine's; a vLLM server takes {theirs} "
                 "in vllm_args"

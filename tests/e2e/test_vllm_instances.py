@@ -22,7 +22,7 @@ from memserve.cluster.client import ClusterClient, ClusterSummary
 from memserve.cluster.local import LocalCluster
 from memserve.cluster.restarts import RestartLimits
 from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelConfig
-from tests.fake_vllm import BLOCK, SETTINGS_VARIABLE, answer
+from tests.fake_vllm import BLOCK, SETTINGS_VARIABLE, expected
 from tests.fakes import MODEL, save_tiny_tokenizer, until
 
 T = TypeVar("T")
@@ -94,13 +94,6 @@ class Up:
         details = done.usage.prompt_tokens_details
         cached = 0 if details is None else details.cached_tokens or 0
         return done.choices[0].token_ids, cached  # type: ignore[attr-defined]
-
-
-def expected(prompt: list[int], tokens: int) -> list[int]:
-    made = list(prompt)
-    for _ in range(tokens):
-        made.append(answer(made))
-    return made[len(prompt) :]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from memserve.types import RequestId
 from memserve.vllm import engine as vllm_engine
 from memserve.vllm.engine import VllmEngine
 from memserve.vllm.place import ServerPlace
-from tests.fake_vllm import BLOCK, BLOCKS, LENGTH, FakeVllm, answer, serve
+from tests.fake_vllm import BLOCK, BLOCKS, LENGTH, FakeVllm, expected, serve
 from tests.fakes import until
 
 INFO = EngineInfo("m", 300, LENGTH, BLOCK * BLOCKS, BLOCK, "vllm", "vllm", 1, max_waiting=4)
@@ -91,13 +91,6 @@ def engine(server: Server, sink: Sink, tmp_path: Path) -> Iterator[VllmEngine]:
 def request(name: str, prompt: list[int], tokens: int = 6, **fields: Any) -> EngineRequest:
     sampling = fields.pop("sampling", SamplingParams(max_tokens=tokens, temperature=0.0))
     return EngineRequest(RequestId(name), np.array(prompt, dtype=np.int32), sampling, **fields)
-
-
-def expected(prompt: list[int], tokens: int) -> list[int]:
-    made = list(prompt)
-    for _ in range(tokens):
-        made.append(answer(made))
-    return made[len(prompt) :]
 
 
 PROMPT = list(range(10, 40))

@@ -6,6 +6,7 @@ An instance answers `POST /role /drain /resume /shutdown`; a gateway passes on w
 
 from __future__ import annotations
 
+import signal
 from enum import StrEnum
 from http import HTTPStatus
 
@@ -24,6 +25,11 @@ MAX_CONTROL_BYTES = 4096
 # An instance that was asked to restart ends with this (EX_TEMPFAIL: try again); one that was
 # asked to leave ends with 0, and whoever started it lets it be.
 RESTART_EXIT_CODE = 75
+
+
+def how_ended(code: int) -> str:
+    """An exit code of `subprocess` in words: a negative one is a signal."""
+    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
 
 class RoleCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

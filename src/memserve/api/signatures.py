@@ -123,7 +123,7 @@ class Signer:
         now = int(self._wall_clock() * 1000) + challenge.ahead
         fields = b"%b%d.%d" % (challenge.begin, self._number, now)
         mac = _request_mac(self._request_key, method, target, digest, fields)
-        return Signed(b"MemServe %b.%b" % (fields, mac), mac, challenge)
+        return Signed(b"%b%b.%b" % (SCHEME, fields, mac), mac, challenge)
 
     def learn(self, origin: str, challenge: str, proof: bytes | None, signed: Signed) -> bool:
         """Take in the challenge with which a request was refused, if it proves itself. Whether it

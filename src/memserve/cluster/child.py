@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+from memserve.api.control import how_ended
 from memserve.api.serving import Shutdown, hold_reloads, release_reloads
 from memserve.cluster.lines import Lines
 from memserve.errors import ClusterError
@@ -88,9 +89,8 @@ class Child:
         """Waits until it ends; how that was, with its last lines that nobody has seen, or all
         of its last lines."""
         code = await self.ended
-        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
         said = "".join(f"\n  {line}" for line in (self._last if whole else self._tail))
-        return ClusterError(f"{self.name} ended with {how}{':' if said else ''}{said}")
+        return ClusterError(f"{self.name} ended with {how_ended(code)}{':' if said else ''}{said}")
 
     def show_output(self, show: Callable[[str], None]) -> None:
         """Hand over its lines: those that were kept, and all that come from now on. `show`

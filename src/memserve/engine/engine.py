@@ -24,7 +24,7 @@ from memserve.engine.request import (
     EngineStats,
     OutputSink,
     TokenOutput,
-    validate_request,
+    validate_requests,
 )
 from memserve.engine.runner import Runner
 from memserve.engine.sampler import Sample
@@ -139,7 +139,7 @@ class Engine:
 
         Raises RequestError for one that can never run, QueueFull, EngineStopped.
         """
-        self._validate_all(requests)
+        validate_requests(requests, self._info)
         with self._lock:
             self._make_sure_of_room(len(requests))
             self._queued += len(requests)
@@ -147,7 +147,7 @@ class Engine:
 
     def check(self, requests: Seq[EngineRequest]) -> None:
         """Raise what `submit` would raise now, and queue nothing."""
-        self._validate_all(requests)
+        validate_requests(requests, self._info)
         with self._lock:
             self._make_sure_of_room(len(requests))
 
@@ -157,12 +157,6 @@ class Engine:
         waiting = self._queued + self._scheduler.waiting
         if waiting + count > self._settings.max_waiting:
             raise QueueFull(waiting, self._settings.max_waiting)
-
-    def _validate_all(self, requests: Seq[EngineRequest]) -> None:
-        valid: EngineRequest | None = None
-        for request in requests:
-            validate_request(request, self._info, valid)
-            valid = request
 
     def cancel(self, ids: Seq[RequestId]) -> None:
         """Stop sequences within one step and free what they hold. Unknown ids are ignored."""

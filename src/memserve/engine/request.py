@@ -110,12 +110,17 @@ class EngineInfo:
         return min(self.max_model_len, self.pool_tokens)
 
 
-def validate_request(
-    request: EngineRequest, info: EngineInfo, like: EngineRequest | None = None
-) -> None:
-    """Raise RequestError for a sequence that an engine with these limits can never run. `like`:
-    one of the same call that has passed."""
-    validate_sampling(request.sampling, info.vocab_size, None if like is None else like.sampling)
+def validate_requests(requests: Sequence[EngineRequest], info: EngineInfo) -> None:
+    """Raise RequestError for the first sequence of a call that an engine with these limits can
+    never run."""
+    passed: SamplingParams | None = None
+    for request in requests:
+        validate_sampling(request.sampling, info.vocab_size, passed)
+        passed = request.sampling
+        _validate_tokens(request, info)
+
+
+def _validate_tokens(request: EngineRequest, info: EngineInfo) -> None:
     if not len(request.prompt):
         raise RequestError("the prompt is empty", "prompt")
     tokens = request.tokens

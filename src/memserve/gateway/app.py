@@ -141,9 +141,8 @@ class GatewayApp:
             else:
                 call = await self._accept_large(build, request, reply, client)
             if len(request.body) > LARGE_BODY_BYTES:
-                request = msgspec.structs.replace(
-                    request, body=b""
-                )  # not to be kept until the answer's end
+                # Not to be kept until the answer's end.
+                request = msgspec.structs.replace(request, body=b"")
             if given is None:
                 headers = ((b"x-request-id", call.id.encode()),)
             call = await self._desk.enter(call, _tenant(request, call, client), reply)

@@ -18,14 +18,7 @@ from memserve.api.audience import origin_of
 from memserve.api.generate import GENERATE_PATH
 from memserve.api.peer_client import CONNECT_SECONDS
 from memserve.api.serving import IDLE_CONNECTION_SECONDS
-from memserve.api.signatures import (
-    INLINE_BYTES,
-    PROOF_HEADER,
-    Signed,
-    Signer,
-    body_digest,
-    digest_of,
-)
+from memserve.api.signatures import PROOF_HEADER, Signed, Signer, body_digest, digest_of
 from memserve.api.tls import unchecked_tls
 from memserve.hosts import is_loopback
 
@@ -149,10 +142,7 @@ class Upstream:
 
     async def _exchange(self, target: _Target, body: bytes, sink: Sink) -> _Connection:
         """Make the call; the connection that it was made on."""
-        digest = _NOTHING
-        if self._signer is not None:
-            small = len(body) <= INLINE_BYTES
-            digest = body_digest(body) if small else await digest_of(body)
+        digest = _NOTHING if self._signer is None else await digest_of(body)
         connection = self._idle(target)
         if connection is not None:
             try:

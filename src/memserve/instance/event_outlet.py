@@ -27,8 +27,6 @@ REPLAY_BATCHES = 10_000
 REPLAY_BYTES = 32 * 1024 * 1024
 SEND_HIGH_WATER = 10_000  # batches for one slow subscriber; then it misses some
 
-Poller = zmq.Poller
-
 
 class EventOutlet:
     """Numbers batches and sends them; keeps the last ones for who has missed them."""
@@ -78,7 +76,7 @@ class EventOutlet:
         number = sequence.to_bytes(SEQUENCE_BYTES, "big")
         self._publisher.send_multipart((self._topic, number, payload))
 
-    def register(self, poller: Poller) -> None:
+    def register(self, poller: zmq.Poller) -> None:
         """Have `poller` say when somebody wants something."""
         poller.register(self._replay, zmq.POLLIN)
         if self._gate is not None:

@@ -36,7 +36,8 @@ RECEIVE_HIGH_WATER = 100_000  # batches
 
 
 class EventRelay:
-    """Passes one server's events on, until `close`. To be made before the server publishes."""
+    """The events of one vLLM server, passed on until `close`. Where some came before it was
+    made, subscribers are told that all is cleared."""
 
     def __init__(
         self,

@@ -95,7 +95,7 @@ class Parts:
     sharing: frozenset[Role] = frozenset(Role)  # in which KV outlives its sequence, for others
     link: KVLink | None = None  # to the pools of other instances
     profile: Profile | None = None  # what it costs
-    events: Events | None = None  # what its pool's index holds
+    events: Events | None = None  # which prefixes it holds
     # Asked once the engine runs: threads without which it is of no use.
     threads: Callable[[], Sequence[threading.Thread]] = lambda: ()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 import msgspec
@@ -128,10 +129,22 @@ class AnswerReader:
             raise MalformedAnswer(f"an event of more than {MAX_EVENT_BYTES} bytes")
         return [output for event in events for output in self._read(event)]
 
+    def failed(self, why: str) -> TokenOutput:
+        """The last output of a sequence that the server gave up, with its reason."""
+        self.ended = True
+        return TokenOutput(
+            self._id, (), self._final_usage, finish_reason=FinishReason.ERROR, error=why
+        )
+
+    def cancelled(self) -> TokenOutput:
+        """The last output of a sequence that we gave up."""
+        self.ended = True
+        return TokenOutput(self._id, (), self._final_usage, finish_reason=FinishReason.CANCELLED)
+
     @property
-    def usage(self) -> Usage:
-        """As far as it is known: what was cached, the server says at the end."""
-        return Usage(self._prompt_tokens, self._cached, 0)
+    def _final_usage(self) -> Usage:
+        """With cached tokens: 0 where the server has not told them."""
+        return Usage(self._prompt_tokens, self._cached or 0, 0)
 
     def _read(self, event: bytes) -> Iterator[TokenOutput]:
         if not event.startswith(_DATA) or self.ended:  # a comment keeps the connection alive
@@ -140,7 +153,8 @@ class AnswerReader:
         if text == _DONE:
             if self._last is None:
                 raise MalformedAnswer("it ended without a reason")
-            yield self._end(self._last)
+            self.ended = True
+            yield replace(self._last, usage=self._final_usage)
             return
         try:
             said = _event.decode(text)
@@ -156,6 +170,7 @@ class AnswerReader:
 
     def _chosen(self, choice: _Choice) -> Iterator[TokenOutput]:
         tokens = tuple(choice.token_ids or ())
+        usage = Usage(self._prompt_tokens, self._cached, 0)
         scores: tuple[TokenLogprobs, ...] = ()
         if self._logprobs is not None and choice.logprobs is not None:
             scores = tuple(_scores(choice.logprobs, self._logprobs))
@@ -163,31 +178,14 @@ class AnswerReader:
                 raise MalformedAnswer(f"{len(tokens)} tokens with {len(scores)} scores")
         if choice.finish_reason is None:
             if tokens:
-                yield TokenOutput(self._id, tokens, self.usage, scores)
+                yield TokenOutput(self._id, tokens, usage, scores)
             return
         finish = _FINISHES.get(choice.finish_reason)
         if finish is None:
             yield self.failed(f"vLLM ended it: {choice.finish_reason[:64]}")
             return
         stop = tokens[-1] if finish is FinishReason.STOP and tokens else None
-        self._last = TokenOutput(self._id, tokens, self.usage, scores, finish, stop)
-
-    def _end(self, last: TokenOutput) -> TokenOutput:
-        self.ended = True
-        return TokenOutput(
-            last.id,
-            last.token_ids,
-            Usage(self._prompt_tokens, self._cached or 0, 0),
-            last.logprobs,
-            last.finish_reason,
-            last.stop_token,
-        )
-
-    def failed(self, why: str) -> TokenOutput:
-        """The sequence's last output: nothing more comes."""
-        self.ended = True
-        usage = Usage(self._prompt_tokens, self._cached or 0, 0)
-        return TokenOutput(self._id, (), usage, finish_reason=FinishReason.ERROR, error=why)
+        self._last = TokenOutput(self._id, tokens, usage, scores, finish, stop)
 
 
 def _scores(said: _Scores, wanted: int) -> Iterator[TokenLogprobs]:

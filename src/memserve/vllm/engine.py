@@ -27,7 +27,7 @@ from memserve.engine.request import (
     EngineStats,
     OutputSink,
     TokenOutput,
-    validate_request,
+    validate_requests,
 )
 from memserve.errors import EngineStopped, QueueFull
 from memserve.types import RequestId
@@ -89,7 +89,7 @@ class VllmEngine:
         self._ready.wait()
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
-        self._validate_all(requests)
+        validate_requests(requests, self._info)
         runs = [_Run(request, completion_body(request, self._info.model)) for request in requests]
         with self._lock:
             self._make_sure_of_room(len(requests))
@@ -98,7 +98,7 @@ class VllmEngine:
             self._loop.call_soon_threadsafe(self._begin, runs)
 
     def check(self, requests: Sequence[EngineRequest]) -> None:
-        self._validate_all(requests)
+        validate_requests(requests, self._info)
         with self._lock:
             self._make_sure_of_room(len(requests))
 
@@ -151,12 +151,6 @@ class VllmEngine:
         if waiting + count > self._info.max_waiting:
             raise QueueFull(waiting, self._info.max_waiting)
 
-    def _validate_all(self, requests: Sequence[EngineRequest]) -> None:
-        valid: EngineRequest | None = None
-        for request in requests:
-            validate_request(request, self._info, valid)
-            valid = request
-
     # --- the thread -----------------------------------------------------------------------
 
     def _main(self) -> None:
@@ -167,14 +161,7 @@ class VllmEngine:
             with self._lock:
                 self._stopped, self._loop = True, None
                 left, self._runs = list(self._runs.values()), {}
-            reason = FinishReason.CANCELLED
-            usage = [AnswerReader(run.request).usage for run in left]
-            self._sink(
-                [
-                    TokenOutput(run.request.id, (), each, finish_reason=reason)
-                    for run, each in zip(left, usage, strict=True)
-                ]
-            )
+            self._sink([AnswerReader(run.request).cancelled() for run in left])
 
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()

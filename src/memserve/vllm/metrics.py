@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -39,14 +40,15 @@ class ServerMemory:
 
 
 def read_load(text: str) -> ServerLoad:
-    """Raises UnknownMetrics."""
+    """The load in the text of `/metrics`. Raises UnknownMetrics."""
     sums: dict[str, float] = {}
     for name, value in _SAMPLE.findall(text):
         try:
             sums[name] = sums.get(name, 0.0) + float(value)
-            int(sums[name])
-        except (ValueError, OverflowError) as error:
+        except ValueError as error:
             raise UnknownMetrics(f"vllm:{name} is {value[:32]!r}") from error
+        if not math.isfinite(sums[name]):
+            raise UnknownMetrics(f"vllm:{name} is {value[:32]!r}")
     try:
         return ServerLoad(
             max(0, int(sums["num_requests_running"])),
@@ -59,7 +61,7 @@ def read_load(text: str) -> ServerLoad:
 
 
 def read_memory(text: str) -> ServerMemory:
-    """Raises UnknownMetrics."""
+    """The size of KV memory in the text of `/metrics`. Raises UnknownMetrics."""
     found = _CACHE.search(text)
     labels = {} if found is None else dict(_LABEL.findall(found[1]))
     try:

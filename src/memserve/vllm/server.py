@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from memserve.api.control import how_ended
 from memserve.config import InstanceConfig, ModelConfig
 from memserve.errors import ConfigError, EngineStopped, GivenUp
 from memserve.secrets import SECRET_FILE_VARIABLE, SECRET_VARIABLE
@@ -149,9 +150,7 @@ class VllmServer:
     def ending(self) -> str:
         """How it ended."""
         code = None if self._process is None else self._process.returncode
-        if code is None:
-            return "it runs"
-        return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        return "it runs" if code is None else how_ended(code)
 
     def stop(self) -> None:
         """End it, all of its processes, and remove what it leaves. Once."""
