@@ -11,14 +11,29 @@ from memserve.api.signatures import Verifier, digest_of
 
 
 async def require_signature(verifier: Verifier, request: Request, reply: Reply) -> None:
-    """Let a signed request pass; its answer will prove itself. Raises Unauthenticated."""
-    given = request.header(b"authorization")
+    """Let a signed request pass; its answer will prove itself. On a local connection one is
+    enough (`local_connection`). Raises Unauthenticated."""
+    given, local = request.header(b"authorization"), request.local
+    if local is not None and local.lets_in(given):
+        return
     refusal = verifier.turns_away(given)
     if refusal is not None:
         raise refusal
     digest = await digest_of(request.body)
     proof = verifier.check(given, request.method.encode(), request.target, digest)
-    reply.added = proof.headers
+    if local is None:
+        reply.added = proof.headers
+        return
+    more = local.proven(proof)
+    reply.added = lambda status, body: proof.headers(status, body) + more
+
+
+def turns_away(verifier: Verifier, request: Request) -> ApiError | None:
+    """Why a request that `require_signature` will be asked for is not worth reading."""
+    given, local = request.header(b"authorization"), request.local
+    if local is not None and local.lets_in(given):
+        return None
+    return verifier.turns_away(given)
 
 
 class Guard:
@@ -42,4 +57,4 @@ class Guard:
 
     def admit(self, request: Request) -> ApiError | None:
         """Why the body of a request, of which the head is there, need not be sent."""
-        return self._verifier.turns_away(request.header(b"authorization"))
+        return turns_away(self._verifier, request)

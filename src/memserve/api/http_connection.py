@@ -23,6 +23,7 @@ from memserve.api.http_limits import HttpCounters, HttpLimits
 from memserve.api.http_message import Reply, Request
 from memserve.api.http_parser import MAX_SLICE_BYTES, RequestParser
 from memserve.api.http_refusals import timed_out, too_many_bodies, too_many_connections
+from memserve.api.local_connection import LocalConnection
 
 # Asked at the end of a request's head, before its body is there: why it is not to be sent. Counts
 # and remembers nothing, for the handler asks again.
@@ -88,11 +89,16 @@ class Connection(asyncio.Protocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        private = self._secure or _is_local(transport.get_extra_info("peername"))
+        local = _is_local(transport.get_extra_info("peername"))
         server, limits = self._server, self._server.limits
         unasked = None if server.admit is None else limits.unasked_body
         self._parser = RequestParser(
-            self, server.max_body_bytes, limits.small_body, private, unasked
+            self,
+            server.max_body_bytes,
+            limits.small_body,
+            private=local or self._secure,
+            unasked=unasked,
+            local=LocalConnection() if local else None,
         )
         self.deadline = self._now() + limits.idle_seconds
         if not server.add(self):

@@ -11,6 +11,7 @@ from typing import Protocol
 import msgspec
 
 from memserve.api.errors import ApiError
+from memserve.api.local_connection import LocalConnection
 
 Header = tuple[bytes, bytes]
 Headers = Iterable[Header]
@@ -38,6 +39,7 @@ class Request(msgspec.Struct, frozen=True, eq=False):
     keep_alive: bool  # the client may send another one
     target: bytes  # as it came
     private: bool = False  # nobody can listen: TLS, or within this machine
+    local: LocalConnection | None = None  # that it came on; None where others could write to it
 
     def header(self, name: bytes) -> bytes | None:
         """A header's value; `name` in lower case."""

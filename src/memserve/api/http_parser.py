@@ -26,6 +26,7 @@ from memserve.api.http_refusals import (
     too_many_headers,
     version_not_supported,
 )
+from memserve.api.local_connection import LocalConnection
 
 MAX_HEAD_BYTES = 64 * 1024  # of request line and headers, with what separates them
 MAX_HEADERS = 256  # a browser behind three proxies sends 40
@@ -85,6 +86,7 @@ class RequestParser:
         "_large",
         "_length",
         "_limit",
+        "_local",
         "_method",
         "_offer",
         "_parser",
@@ -108,13 +110,15 @@ class RequestParser:
         large: int,
         private: bool,
         unasked: int | None = None,
+        local: LocalConnection | None = None,
     ) -> None:
         """Bodies of more than `large` bytes are announced; heads whose bodies have more than
-        `unasked`, or an unknown number, if that is given. `private`: see `Request`."""
+        `unasked`, or an unknown number, if that is given. `private`, `local`: see `Request`."""
         self._sink = sink
         self._limit = max_body_bytes
         self._large = large
         self._private = private
+        self._local = local
         self._unasked = unasked
         self._usual = min(max_body_bytes, large)
         if unasked is not None:
@@ -298,6 +302,7 @@ class RequestParser:
             self._keep_alive,
             url,
             self._private,
+            self._local,
         )
 
     def _start_afresh(self) -> None:

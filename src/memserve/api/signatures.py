@@ -23,7 +23,8 @@ another server than the one that it is meant for:
 The proof in the answer is over the request's MAC and the status, and the other one over the body,
 too, if that is whole when the answer begins. Whoever listens at a member's address without the
 secret can give none, and is not believed. What is said is not hidden: that is TLS's part, and so
-is a stream's body on a network that others can write to.
+is a stream's body on a network that others can write to. Within a machine a connection is proven
+once (`local_connection`).
 """
 
 from __future__ import annotations
@@ -144,6 +145,10 @@ class Signer:
     def _challenge(self, origin: str, life: bytes, ahead: int) -> _Challenge:
         audience = origin.rpartition("//")[2].encode()
         return _Challenge(life, ahead, b"%b %b.%b." % (audience, life, self._sender))
+
+    def connection_token(self, signed: Signed) -> bytes:
+        """What stands for a signature on a local connection on which this request was accepted."""
+        return _connection_token(self._answer_key, signed.mac)
 
     def proves(self, signed: Signed, status: int, proof: bytes | None) -> bool:
         """Whether an answer comes from somebody who has the secret."""
@@ -285,6 +290,10 @@ class Proof(NamedTuple):
     key: Mac
     mac: bytes
 
+    def connection_token(self) -> bytes:
+        """As `Signer.connection_token`."""
+        return _connection_token(self.key, self.mac)
+
     def headers(self, status: int, body: bytes | bytearray | None) -> list[tuple[bytes, bytes]]:
         """`body`: None where it is not whole yet."""
         proof = (PROOF_HEADER, _answer_mac(self.key, self.mac, status))
@@ -322,6 +331,10 @@ def _content_mac(key: Mac, mac: bytes, status: int, body: bytes | bytearray) -> 
 
 def _challenge_mac(key: Mac, mac: bytes, challenge: str) -> bytes:
     return key.hex(b"%b challenge %b" % (mac, challenge.encode("latin-1", "replace")))
+
+
+def _connection_token(key: Mac, mac: bytes) -> bytes:
+    return key.hex(b"%b connection" % mac)
 
 
 def _answer_mac(key: Mac, mac: bytes, status: int) -> bytes:

@@ -28,6 +28,7 @@ import uvloop
 from memserve.api.audience import Audience
 from memserve.api.errors import ApiError
 from memserve.api.generate import GENERATE_PATH
+from memserve.api.local_connection import LocalConnection
 from memserve.api.serving import bind, url_of
 from memserve.api.signatures import SCHEME, Verifier, body_digest
 from memserve.api.status import (
@@ -94,6 +95,7 @@ class Backend(asyncio.Protocol):
         self._loop = loop
         self._gap = gap
         self._verifier = verifier
+        self._local = LocalConnection()
         self._authorization: bytes | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
@@ -126,14 +128,16 @@ class Backend(asyncio.Protocol):
     def on_message_complete(self) -> None:
         whole = None if self._parser.get_method() == b"POST" else _described(self._url)
         proof = b""
-        if self._verifier is not None and (self._authorization or b"").startswith(SCHEME):
+        authorization = self._authorization or b""
+        signed = authorization.startswith(SCHEME) and not self._local.lets_in(authorization)
+        if self._verifier is not None and signed:
             method, digest = self._parser.get_method(), body_digest(self._body)
             try:
-                given = self._verifier.check(self._authorization, method, self._url, digest)
+                given = self._verifier.check(authorization, method, self._url, digest)
             except ApiError as error:
                 self._transport.write(_challenged(error))
                 return
-            proof = _lines(given.headers(HTTPStatus.OK, whole))
+            proof = _lines(given.headers(HTTPStatus.OK, whole) + self._local.proven(given))
         if whole is not None:
             self._transport.write(_whole(whole, proof))
             return

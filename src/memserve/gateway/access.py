@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from memserve.api.api_keys import ApiKey, ApiKeys
 from memserve.api.audience import Audience, check_url
 from memserve.api.errors import ApiError, path_not_found
-from memserve.api.guard import require_signature
+from memserve.api.guard import require_signature, turns_away
 from memserve.api.http_message import Header, Reply, Request
 from memserve.api.limits import MAX_NAME_CHARACTERS
 from memserve.api.signatures import SCHEME, Verifier
@@ -113,7 +113,7 @@ class Access:
     def turns_away(self, request: Request) -> ApiError | None:
         """Why the body of a request, of which the head is there, need not be sent."""
         if not request.path.startswith(_CLIENTS):
-            return self.verifier.turns_away(request.header(b"authorization"))
+            return turns_away(self.verifier, request)
         if self.keys.wanted and self.keys.find(_bearer(request) or b"") is None:
             return self._no_key()
         return None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Protocol, cast
@@ -16,9 +17,10 @@ import httptools
 
 from memserve.api.audience import origin_of
 from memserve.api.generate import GENERATE_PATH
+from memserve.api.local_connection import CONNECTION_HEADER
 from memserve.api.peer_client import CONNECT_SECONDS
 from memserve.api.serving import IDLE_CONNECTION_SECONDS
-from memserve.api.signatures import PROOF_HEADER, Signed, Signer, body_digest, digest_of
+from memserve.api.signatures import PROOF_HEADER, SCHEME, Signed, Signer, body_digest, digest_of
 from memserve.api.tls import unchecked_tls
 from memserve.hosts import is_loopback
 
@@ -142,30 +144,27 @@ class Upstream:
 
     async def _exchange(self, target: _Target, body: bytes, sink: Sink) -> _Connection:
         """Make the call; the connection that it was made on."""
-        digest = _NOTHING if self._signer is None else await digest_of(body)
         connection = self._idle(target)
         if connection is not None:
             try:
-                await self._post(connection, target, body, digest, sink)
+                await self._post(connection, target, body, sink)
                 return connection
             except _Stale:
                 pass
         connection = await self._connect(target)
-        await self._post(connection, target, body, digest, sink)
+        await self._post(connection, target, body, sink)
         return connection
 
-    def _post(
-        self, connection: _Connection, target: _Target, body: bytes, digest: bytes, sink: Sink
-    ) -> Awaitable[None]:
-        signed, line = None, b""
-        if self._signer is not None:
-            signed = self._signer.sign(target.origin, b"POST", _TARGET, digest)
-            line = b"authorization: %b\r\n" % signed.authorization
-        if len(body) <= ONE_WRITE_BYTES:
-            request = (b"%b%d\r\n%b\r\n%b" % (target.head, len(body), line, body),)
-            return connection.exchange(request, sink, signed)
+    async def _post(
+        self, connection: _Connection, target: _Target, body: bytes, sink: Sink
+    ) -> None:
+        signed, line = None, connection.authorization
+        if self._signer is not None and not line:
+            signed = self._signer.sign(target.origin, b"POST", _TARGET, await digest_of(body))
+            line = _authorization(signed.authorization)
         head = b"%b%d\r\n%b\r\n" % (target.head, len(body), line)
-        return connection.exchange((head, body), sink, signed)
+        one_write = len(body) <= ONE_WRITE_BYTES
+        await connection.exchange((head + body,) if one_write else (head, body), sink, signed)
 
     def _idle(self, target: _Target) -> _Connection | None:
         oldest = time.monotonic() - IDLE_CONNECTION_SECONDS
@@ -232,8 +231,8 @@ class Upstream:
 async def _prove(connection: _Connection, target: _Target, signer: Signer) -> None:
     """Have whoever listens there show the secret. Raises Unreachable."""
     signed = signer.sign(target.origin, b"GET", _INFO, _NOTHING)
-    head = b"GET %b HTTP/1.1\r\nhost: %b\r\nauthorization: %b\r\n\r\n"
-    request = head % (_INFO, target.netloc, signed.authorization)
+    head = b"GET %b HTTP/1.1\r\nhost: %b\r\n%b\r\n"
+    request = head % (_INFO, target.netloc, _authorization(signed.authorization))
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
             await connection.exchange((request,), _Unheard(), signed)
@@ -241,6 +240,13 @@ async def _prove(connection: _Connection, target: _Target, signer: Signer) -> No
         raise Unreachable(f"no answer within {CONNECT_SECONDS} s") from error
     if not connection.reusable:
         raise Unreachable("the connection was closed")
+    token = signer.connection_token(signed)
+    if connection.local and hmac.compare_digest(connection.token, token):
+        connection.authorization = _authorization(SCHEME + token)
+
+
+def _authorization(value: bytes) -> bytes:
+    return b"authorization: %b\r\n" % value
 
 
 class _Connection(asyncio.Protocol):
@@ -263,6 +269,9 @@ class _Connection(asyncio.Protocol):
         self._signed: Signed | None = None
         self._proof: bytes | None = None
         self._challenge = b""
+        self.local = False  # within this machine
+        self.token = b""  # that the instance gave out last
+        self.authorization = b""  # header line that needs no signature; empty: there is none
         self.reusable = True
         self.idle_since = 0.0
 
@@ -313,6 +322,7 @@ class _Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.local = is_loopback(sock.getpeername()[0])
 
     def data_received(self, data: bytes) -> None:
         sink = self._sink
@@ -359,11 +369,15 @@ class _Connection(asyncio.Protocol):
             self._proof = value
         elif name == b"www-authenticate":
             self._challenge = value
+        elif name == CONNECTION_HEADER:
+            self.token = value
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         if self._signed is not None and (failure := self._failure(status, self._signed)):
             self._fail(failure)
+        elif self.authorization and status == _UNAUTHORIZED:
+            self._fail(Unreachable("the instance does not know this connection any more"))
         elif self._sink is not None:
             self._sink.head(status, self._retry_after)
 
