@@ -35,9 +35,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(num_hidden_layers=3, sliding_window=WINDOW, **_COMMON),
     "gemma3": Gemma3TextConfig(
         num_hidden_layers=4,
-        head_dim=16,
+        head_dim=32,  # the least that vLLM's attention on CPUs has
         sliding_window=WINDOW,
-        query_pre_attn_scalar=16,
+        query_pre_attn_scalar=32,
         layer_types=["sliding_attention", "full_attention"] * 2,
         **_COMMON,
     ),

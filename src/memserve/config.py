@@ -246,12 +246,16 @@ def _check_vllm(instance: InstanceConfig) -> None:
             f"instance.role = '{instance.role}': vLLM servers hand nothing over yet; "
             "theirs is 'colocated'"
         )
-    if instance.dram is not None or instance.dram_blocks != default.dram_blocks:
-        raise ConfigError("instance.dram: vLLM servers have no part in the pool's host memory yet")
-    if instance.vllm_url is not None and (instance.count > 1 or instance.vllm_args):
+    if instance.dram_blocks != default.dram_blocks:
+        raise ConfigError(
+            "instance.dram_blocks: how large a block is, a vLLM server decides; give dram = '64GiB'"
+        )
+    if instance.vllm_url is not None and (
+        instance.count > 1 or instance.vllm_args or instance.dram is not None
+    ):
         raise ConfigError(
             "instance.vllm_url: the server runs already, with its own arguments, and is one "
-            "instance's; leave vllm_args and count out"
+            "instance's; leave vllm_args, dram and count out"
         )
     if not instance.vllm_command:
         raise ConfigError("instance.vllm_command is empty")

@@ -179,7 +179,14 @@ def test_what_is_no_size_is_refused(text: str) -> None:
             "hbm_blocks is the built-in engine's; a vLLM server takes --num-gpu-blocks-override",
         ),
         (InstanceConfig(engine="vllm", role=Role.DECODE), "'decode': vLLM servers hand nothing"),
-        (InstanceConfig(engine="vllm", dram="1GiB"), "vLLM servers have no part in the pool"),
+        (
+            InstanceConfig(engine="vllm", dram_blocks=9),
+            "how large a block is",
+        ),
+        (
+            InstanceConfig(engine="vllm", vllm_url="http://a:1", dram="1GiB"),
+            "vllm_url: the server runs already",
+        ),
         (InstanceConfig(vllm_url="http://a:1"), "instance.vllm_url needs engine = 'vllm'"),
         (
             InstanceConfig(engine="vllm", vllm_url="http://a:1", count=2),

@@ -34,6 +34,15 @@ def test_without_caching_it_caches_nothing_and_publishes_nothing() -> None:
     assert "--kv-events-config" not in command
 
 
+def test_host_memory_is_a_tier_behind_its_cache() -> None:
+    settings = InstanceConfig(engine="vllm", dram="4GiB")
+    command = server_command(MODEL, settings, *PLACES, "ipc:///run/events")
+    given = json.loads(command[command.index("--kv-transfer-config") + 1])
+    assert given["kv_connector"] == "MemServeConnector"
+    assert given["kv_connector_extra_config"] == {"dram_bytes": "4GiB"}
+    assert "--kv-transfer-config" not in server_command(MODEL, settings, *PLACES, None)
+
+
 def test_a_module_is_told_the_model_by_a_flag_and_own_arguments_come_last() -> None:
     module = ("python", "-m", "vllm.entrypoints.openai.api_server")
     settings = InstanceConfig(vllm_command=module, vllm_args=("--dtype", "float32"))

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
@@ -24,6 +25,7 @@ import msgspec
 from memserve.api.control import how_ended
 from memserve.config import InstanceConfig, ModelConfig
 from memserve.errors import ConfigError, EngineStopped, GivenUp
+from memserve.pool.segment import sweep
 from memserve.secrets import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 from memserve.vllm.place import ServerPlace
 
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.2  # between looks at a server that starts
 # After SIGTERM vLLM ends its engine's processes; what has not ended by then is killed, all of it.
 END_SECONDS = 10.0
+GONE_SECONDS = 2.0  # between SIGKILL and the end of a process with gigabytes
 MAX_PATH_BYTES = 107  # of a Unix socket, on Linux
 
 # The server, and beside it a guard that outlives both: when this process ends, by whatever means,
@@ -87,7 +90,21 @@ def server_command(
         publisher: dict[str, Any] = {"enable_kv_cache_events": True, "publisher": "zmq"}
         publisher |= {"endpoint": events}
         command += ["--kv-events-config", msgspec.json.encode(publisher).decode()]
+        if settings.dram is not None:
+            command += ["--kv-transfer-config", msgspec.json.encode(_tier(settings.dram)).decode()]
     return [*command, *settings.vllm_args]
+
+
+def _tier(dram: str) -> dict[str, Any]:
+    """vLLM's KV cache with so much of the host's memory behind it. The package must be there in
+    the environment of `vllm_command`, too."""
+    return {
+        "kv_connector": "MemServeConnector",
+        "kv_connector_module_path": "memserve.vllm.connector.facade",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"dram_bytes": dram},
+    }
 
 
 def server_environment(settings: InstanceConfig) -> dict[str, str]:
@@ -166,6 +183,8 @@ class VllmServer:
             self.thread.join()
             if self._process.stdin is not None:
                 self._process.stdin.close()  # the guard's end
+            _until_gone(self._process.pid)
+            sweep()  # the shared memory of its engine, which a signal ends without a word
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _wait(self) -> None:
@@ -179,6 +198,14 @@ class VllmServer:
         for line in self._process.stdout:
             sys.stderr.write(line.decode(errors="replace"))
             sys.stderr.flush()
+
+
+def _until_gone(group: int) -> None:
+    """Wait for the processes of a group that was killed."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        for _ in range(int(GONE_SECONDS / 0.02)):
+            os.killpg(group, 0)
+            time.sleep(0.02)
 
 
 def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:

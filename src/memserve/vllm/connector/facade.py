@@ -1,0 +1,193 @@
+"""The class that vLLM loads, in its scheduler and in each of its workers. It passes calls on.
+
+Written for vLLM 0.30 to 0.33, where the calls used here have the same form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+
+from memserve.config import parse_bytes
+from memserve.errors import ConfigError
+from memserve.transfer.mempool import MemPool
+from memserve.vllm.connector.layout import LAYOUT, layout_of, require_version
+from memserve.vllm.connector.metadata import CopiesDone, StepCopies
+from memserve.vllm.connector.scheduler import PoolScheduler
+from memserve.vllm.connector.worker import Worker
+
+KVConnectorMetadata.register(StepCopies)
+KVConnectorWorkerMetadata.register(CopiesDone)
+
+_SETTINGS = ("dram_bytes", "instance")
+
+
+class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """vLLM's KV cache with a pool behind it."""
+
+    _scheduler: PoolScheduler
+    _worker: Worker
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        """Raises ConfigError for what the pool cannot hold."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        require_version(vllm.__version__)
+        _require_plain(vllm_config, kv_cache_config)
+        parallel = vllm_config.parallel_config
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = _scheduler(vllm_config, kv_cache_config)
+        else:
+            groups = [group.layer_names for group in kv_cache_config.kv_cache_groups]
+            self._worker = Worker(groups, parallel.rank, parallel.world_size)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A request's end waits for no delivery."""
+        return False
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str:
+        return LAYOUT
+
+    # --- workers
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        self._worker.register(kv_caches)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        self._worker.load(self._get_connector_metadata())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kw: Any) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        self._worker.save(self._get_connector_metadata())
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        loaded, failed = self._worker.take_loaded()
+        return KVConnectorTransferResults(set(), loaded, failed)
+
+    def build_connector_worker_meta(self) -> CopiesDone | None:
+        return self._worker.take_saved()
+
+    # --- the scheduler
+
+    def on_new_request(self, request: Any) -> None:
+        plain = not (request.mm_features or request.prompt_embeds is not None)
+        self._scheduler.arrived(request, plain and request.lora_request is None)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> Any:
+        found = self._scheduler.offer(request, num_computed_tokens)
+        return found, found > 0
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        block_ids = blocks.get_block_ids() if num_external_tokens else ()
+        self._scheduler.allocated(request.request_id, block_ids, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepCopies:
+        return self._scheduler.step(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        self._scheduler.update(
+            connector_output.finished_recving or (),
+            connector_output.failed_recving or (),
+            connector_output.invalid_block_ids,
+            connector_output.kv_connector_worker_meta,
+        )
+
+    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, None]:
+        self._scheduler.finished(request.request_id)
+        return False, None
+
+    def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, None]:
+        return self.request_finished(request, block_ids)
+
+    def has_pending_push_work(self) -> bool:
+        """An engine without requests goes on stepping until workers have reported."""
+        return self._scheduler.busy
+
+    def take_events(self) -> Iterable[Any]:
+        return ()
+
+    def reset_cache(self) -> bool:
+        self._scheduler.reset()
+        return True
+
+    def shutdown(self) -> None:
+        if self.role == KVConnectorRole.SCHEDULER:
+            self._scheduler.close()
+
+
+def _require_plain(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Raises ConfigError for forms of parallelism and of caches that were not thought through."""
+    parallel = vllm_config.parallel_config
+    for name in ("pipeline", "decode_context", "prefill_context"):
+        if getattr(parallel, f"{name}_parallel_size", 1) > 1:
+            raise ConfigError(
+                f"MemServeConnector does not work with {name}_parallel_size > 1; "
+                "tensor parallelism works"
+            )
+    if getattr(kv_cache_config, "kv_tp_replicas", 1) > 1:
+        raise ConfigError(
+            "MemServeConnector: more tensor-parallel ranks than KV heads are not supported"
+        )
+    layout = kv_cache_config.kv_cache_layout
+    if layout is not None and str(layout).rpartition(".")[2] != LAYOUT:
+        raise ConfigError(
+            f"MemServeConnector needs the KV cache layout {LAYOUT}, vLLM has chosen {layout}; "
+            f"another attention backend may allow it (VLLM_KV_CACHE_LAYOUT={LAYOUT})"
+        )
+    if any(group.is_eagle_group for group in kv_cache_config.kv_cache_groups):
+        raise ConfigError(
+            "MemServeConnector does not work with draft models that have KV; n-gram does"
+        )
+
+
+def _scheduler(vllm_config: Any, kv_cache_config: Any) -> PoolScheduler:
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    unknown = sorted(set(extra) - set(_SETTINGS))
+    if unknown or "dram_bytes" not in extra:
+        raise ConfigError(
+            "kv_connector_extra_config has dram_bytes, such as '64GiB', and may have instance"
+            + (f"; not {', '.join(unknown)}" if unknown else "")
+        )
+    if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+        raise ConfigError("MemServeConnector needs 'kv_load_failure_policy': 'recompute'")
+    model, ranks = vllm_config.model_config, vllm_config.parallel_config.world_size
+    layout = layout_of(
+        kv_cache_config.kv_cache_groups,
+        str(model.model),
+        str(model.revision or ""),
+        ranks,
+        _packing(kv_cache_config),
+    )
+    blocks = parse_bytes(str(extra["dram_bytes"])) // layout.block_bytes
+    if not blocks:
+        raise ConfigError(f"dram_bytes: one block alone has {layout.block_bytes} bytes")
+    name = str(extra.get("instance", f"vllm-{vllm_config.instance_id}"))
+    return PoolScheduler(MemPool(layout, hbm_blocks=0, dram_blocks=blocks, instance=name), ranks)
+
+
+def _packing(kv_cache_config: Any) -> str:
+    """On a CPU the order of bytes within a page depends on what it can do."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return str(current_platform.device_type)
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    return f"cpu {_get_attn_isa(spec.dtype, spec.block_size, spec.head_size)}"

@@ -1,0 +1,85 @@
+"""vLLM's KV cache as blocks of the pool: what they are, and what cannot be one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from memserve.errors import ConfigError
+from memserve.pool.layout import DTYPES, KVLayout
+
+# Heads outermost in a page: the pages of a tensor-parallel group, one behind the other, are those
+# of a server without one.
+LAYOUT = "LBHNC"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "int8"}
+VERSIONS = ((0, 30), (0, 33))
+
+
+class Spec(Protocol):
+    """vLLM's `AttentionSpec`."""
+
+    block_size: int
+    num_kv_heads: int
+    head_size: int
+    page_size_bytes: int
+    dtype: torch.dtype
+
+
+class Group(Protocol):
+    """vLLM's `KVCacheGroupSpec`."""
+
+    layer_names: list[str]
+    kv_cache_spec: Spec
+
+
+def require_version(version: str) -> None:
+    """Raises ConfigError for a vLLM that the connector does not know."""
+    lowest, highest = (".".join(map(str, one)) for one in VERSIONS)
+    try:
+        major, minor = map(int, version.split(".")[:2])
+    except ValueError:
+        major, minor = -1, 0
+    if not VERSIONS[0] <= (major, minor) <= VERSIONS[1]:
+        raise ConfigError(
+            f"MemServeConnector works with vLLM {lowest} to {highest}; this is {version}"
+        )
+
+
+def layout_of(
+    groups: Sequence[Group], model: str, revision: str, ranks: int, packing: str
+) -> KVLayout:
+    """A block holds the pages of all layers, in the groups' order, of all tensor-parallel ranks.
+
+    `packing`: what else the bytes depend on. Raises ConfigError for what cannot be a block.
+    """
+    for group in groups:
+        for name in ("num_kv_heads", "head_size", "dtype"):
+            if not hasattr(group.kv_cache_spec, name):
+                raise ConfigError(
+                    f"the pool cannot hold a KV cache of {type(group.kv_cache_spec).__name__}; "
+                    "attention with keys and values works, state-space layers do not"
+                )
+    first, *others = (group.kv_cache_spec for group in groups)
+    for other in others:
+        if (other.block_size, other.page_size_bytes) != (first.block_size, first.page_size_bytes):
+            raise ConfigError("the layers' KV pages differ in size; the pool has one size of block")
+    if first.dtype not in _NAMES:
+        raise ConfigError(f"the pool has no KV of {first.dtype}; known: {', '.join(DTYPES)}")
+    layout = KVLayout(
+        layers=sum(len(group.layer_names) for group in groups),
+        kv_heads=first.num_kv_heads * ranks,
+        head_dim=first.head_size,
+        dtype=_NAMES[first.dtype],
+        block_tokens=first.block_size,
+        model=model,
+        revision=revision,
+        quantization=f"vllm {LAYOUT} {packing}",
+    )
+    if layout.block_bytes != first.page_size_bytes * layout.layers * ranks:
+        raise ConfigError(
+            f"a KV page has {first.page_size_bytes} bytes, not keys and values of "
+            f"{first.block_size} tokens alone: padded, compressed or replicated pages are not known"
+        )
+    return layout

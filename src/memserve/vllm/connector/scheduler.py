@@ -1,0 +1,313 @@
+"""The scheduler's side: looks prompts up, orders copies, and publishes what was copied.
+
+It runs in vLLM's scheduling thread, between two steps. Loads are asynchronous: a request whose KV
+comes from the pool is scheduled when it is there, so nothing is ever computed from blocks that were
+not loaded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Collection, Iterable
+from collections.abc import Sequence as SequenceOf
+from collections.abc import Set as AbstractSet
+from typing import Protocol
+
+import numpy as np
+
+from memserve.errors import OutOfBlocks
+from memserve.pool.results import Match
+from memserve.transfer.mempool import MemPool
+from memserve.types import Medium, TokenArray, ref_index
+from memserve.vllm.connector.metadata import CopiesDone, Copy, PoolMemory, StepCopies
+from memserve.vllm.connector.sequence import Save, Sequence
+
+log = logging.getLogger(__name__)
+
+BlockIds = SequenceOf[SequenceOf[int]]  # for each KV cache group
+
+
+class Request(Protocol):
+    """What is used of vLLM's `Request`."""
+
+    request_id: str
+    num_tokens: int
+    cache_salt: str | None
+    skip_reading_prefix_cache: bool
+
+    @property
+    def all_token_ids(self) -> SequenceOf[int]: ...
+
+
+class Scheduled(Protocol):
+    """What is used of vLLM's `NewRequestData`."""
+
+    req_id: str
+    block_ids: BlockIds
+    num_computed_tokens: int
+
+
+class GoingOn(Protocol):
+    """What is used of vLLM's `CachedRequestData`: requests that were scheduled before."""
+
+    req_ids: SequenceOf[str]
+    resumed_req_ids: Collection[str]  # whose blocks are all new
+    new_block_ids: SequenceOf[BlockIds | None]
+    num_computed_tokens: SequenceOf[int]
+
+
+class Step(Protocol):
+    """What is used of vLLM's `SchedulerOutput`."""
+
+    scheduled_new_reqs: SequenceOf[Scheduled]
+    scheduled_cached_reqs: GoingOn
+    num_scheduled_tokens: dict[str, int]
+    scheduled_spec_decode_tokens: dict[str, list[int]]
+
+
+class _Known:
+    """A request, from its arrival until nothing of it is on its way."""
+
+    __slots__ = ("match", "offered_from", "request", "sequence")
+
+    def __init__(self, request: Request, sequence: Sequence) -> None:
+        self.request = request
+        self.sequence = sequence
+        self.match: Match | None = None  # what was offered, or is being loaded
+        self.offered_from = 0  # blocks
+
+    def unpin(self) -> None:
+        if self.match is not None:
+            self.match.release()
+            self.match = None
+
+
+class PoolScheduler:
+    """Belongs to vLLM's scheduling thread. Owns the pool."""
+
+    def __init__(self, pool: MemPool, workers: int) -> None:
+        """`workers`: each copies its part of a block."""
+        self._pool = pool
+        self._workers = workers
+        self._block = pool.layout.block_tokens
+        self._known: dict[str, _Known] = {}
+        self._jobs: dict[int, tuple[_Known, int]] = {}  # saves: whose, workers yet to report
+        self._numbers = itertools.count(1)
+        self._loads: list[Copy] = []  # for the next step
+        self._told: tuple[PoolMemory, ...] = ()
+        # Blocks since the start, and requests.
+        self.loaded = self.saved = self.duplicates = 0
+        self.unsaved = 0  # requests that had no room, or whose prefix was evicted under them
+        self.failed_loads = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether workers have something to do or to report."""
+        return bool(self._loads or self._jobs)
+
+    # --- admission ------------------------------------------------------------------------
+
+    def arrived(self, request: Request, cacheable: bool) -> None:
+        """A new request. `cacheable`: its KV depends on its token ids and nothing else."""
+        sequence = Sequence(request.cache_salt or "", cacheable)
+        self._known[request.request_id] = _Known(request, sequence)
+
+    def offer(self, request: Request, local: int) -> int:
+        """How many tokens behind the first `local` ones the pool can give; pinned until the
+        next offer, or the load's end."""
+        known = self._known.get(request.request_id)
+        if known is None or not known.sequence.may_load or request.skip_reading_prefix_cache:
+            return 0
+        known.unpin()
+        tokens = _array(request.all_token_ids, request.num_tokens - 1)  # one is left to compute
+        match = self._pool.match(tokens, known.sequence.namespace)
+        if match.tokens <= local:
+            match.release()
+            return 0
+        known.match, known.offered_from = match, local // self._block
+        return match.tokens - local
+
+    def allocated(self, request_id: str, block_ids: BlockIds, external: int) -> None:
+        """vLLM has blocks for a request, and wants `external` tokens of what was offered."""
+        known = self._known.get(request_id)
+        if known is None or known.sequence.loading:
+            return
+        match = known.match
+        if match is None or not external:
+            known.unpin()
+            return
+        first = known.offered_from
+        last = min(first + external // self._block, len(match.refs))
+        own = [np.array(ids[first:last], dtype=np.int64) for ids in block_ids]
+        self._loads.append(Copy(request_id, 0, own, ref_index(match.refs[first:last])))
+        known.sequence.load_began()
+        self.loaded += last - first
+
+    # --- each step ------------------------------------------------------------------------
+
+    def step(self, step: Step) -> StepCopies:
+        """What workers copy in it."""
+        copies, self._loads = StepCopies(self._loads), []
+        memory = self._memory()
+        if memory != self._told:
+            self._told = copies.memory = memory
+        for new in step.scheduled_new_reqs:
+            self._admit(new.req_id, new.block_ids)
+            self._save(copies, step, new.req_id, new.num_computed_tokens)
+        going_on = step.scheduled_cached_reqs
+        for at, request_id in enumerate(going_on.req_ids):
+            fresh = going_on.new_block_ids[at]
+            if request_id in going_on.resumed_req_ids:
+                self._admit(request_id, fresh or ())
+            elif fresh and (known := self._known.get(request_id)) is not None:
+                known.sequence.grown([list(ids) for ids in fresh])
+            self._save(copies, step, request_id, going_on.num_computed_tokens[at])
+        return copies
+
+    def _admit(self, request_id: str, block_ids: BlockIds) -> None:
+        known = self._known.get(request_id)
+        if known is None:
+            return
+        have = 0
+        if known.sequence.saves:
+            tokens = _array(known.request.all_token_ids)
+            with self._pool.match(tokens, known.sequence.namespace) as match:
+                have = len(match.refs)
+        known.sequence.admitted([list(ids) for ids in block_ids], have)
+
+    def _save(self, copies: StepCopies, step: Step, request_id: str, computed: int) -> None:
+        known = self._known.get(request_id)
+        if known is None:
+            return
+        sequence = known.sequence
+        drafts = len(step.scheduled_spec_decode_tokens.get(request_id, ()))  # may be rejected
+        after = computed + step.num_scheduled_tokens[request_id] - drafts
+        due = sequence.due(after // self._block)
+        if not due:
+            return
+        own = [np.array(ids[due.start : due.stop], dtype=np.int64) for ids in sequence.block_ids]
+        # A group that has less keeps a window, and what was cached behind it is not to be had.
+        if any(len(ids) != len(due) or not ids.all() for ids in own):
+            sequence.give_up()
+            self.unsaved += 1
+            return
+        try:
+            refs = self._pool.alloc_mem(len(due), Medium.DRAM)
+        except OutOfBlocks:
+            sequence.give_up()
+            self.unsaved += 1
+            return
+        job = next(self._numbers)
+        self._jobs[job] = known, self._workers
+        sequence.ordered(job, Save(due.start, due.stop, refs))
+        copies.saves.append(Copy(request_id, job, own, ref_index(refs)))
+
+    # --- what workers report --------------------------------------------------------------
+
+    def update(
+        self,
+        loaded: Iterable[str],
+        failed: Collection[str],
+        invalid: AbstractSet[int],
+        done: CopiesDone | None,
+    ) -> None:
+        """Loads that have ended, with those among them that failed; vLLM blocks that hold nothing
+        valid; saves. What is void is told before what is done."""
+        for request_id in failed:
+            self._void(request_id)
+        if invalid:
+            for request_id, known in self._known.items():
+                if any(not invalid.isdisjoint(ids) for ids in known.sequence.block_ids):
+                    self._void(request_id)
+        if done is not None:
+            for job, workers in done.saves.items():
+                self._reported(job, workers, job in done.failed)
+        for request_id in loaded:
+            ended = self._known.get(request_id)
+            if ended is not None and ended.sequence.loading:
+                ended.unpin()
+                ended.sequence.load_ended(failed=request_id in failed)
+                self._leave(ended)
+
+    def _void(self, request_id: str) -> None:
+        known = self._known.get(request_id)
+        if known is not None:
+            self.failed_loads += 1
+            known.sequence.load_failed = True
+            known.sequence.void()
+
+    def _reported(self, job: int, workers: int, failed: bool) -> None:
+        known, left = self._jobs[job]
+        if failed:
+            known.sequence.void()
+            known.sequence.give_up()
+        if left > workers:
+            self._jobs[job] = known, left - workers
+            return
+        del self._jobs[job]
+        save, good = known.sequence.saved(job)
+        if not (good and self._publish(known, save)):
+            self._pool.free_mem(save.refs)
+        self._leave(known)
+
+    def _publish(self, known: _Known, save: Save) -> bool:
+        """Put a save into the index; False: nothing of it can be."""
+        sequence = known.sequence
+        # The step's inputs, so they are known when it is over; unless vLLM has dropped some.
+        tokens = _array(known.request.all_token_ids, save.last * self._block)
+        if len(tokens) < save.last * self._block:
+            sequence.give_up()
+            return False
+        before = tokens[: save.first * self._block]
+        with self._pool.match(before, sequence.namespace) as match:
+            if len(match.refs) < save.first:  # evicted meanwhile
+                sequence.give_up()
+                self.unsaved += 1
+                return False
+            refs = np.concatenate((match.refs, save.refs))
+            result = self._pool.insert(tokens, refs, sequence.namespace)
+        if len(result.duplicate):
+            self._pool.free_mem(result.duplicate)
+        self.saved += len(result.new)
+        self.duplicates += len(result.duplicate)
+        return True
+
+    # --- ends -----------------------------------------------------------------------------
+
+    def finished(self, request_id: str) -> None:
+        """vLLM is through with a request; what workers do for it may still be on its way."""
+        known = self._known.get(request_id)
+        if known is None:
+            return
+        known.sequence.ended = True
+        if not known.sequence.loading:
+            known.unpin()
+        self._leave(known)
+
+    def reset(self) -> None:
+        """Forget all that is cached."""
+        for namespace in {run.namespace for run in self._pool.indexed(lambda: None)}:
+            self._pool.delete(np.empty(0, dtype=np.int32), namespace)
+
+    def close(self) -> None:
+        for known in self._known.values():
+            known.unpin()
+        self._pool.close()
+
+    def _leave(self, known: _Known) -> None:
+        name = known.request.request_id
+        if known.sequence.over and self._known.get(name) is known:
+            del self._known[name]
+
+    def _memory(self) -> tuple[PoolMemory, ...]:
+        return tuple(
+            PoolMemory(extent.start, extent.blocks, extent.segment.name, extent.segment.size)
+            for extent in self._pool.extents(Medium.DRAM)
+            if extent.segment is not None
+        )
+
+
+def _array(tokens: SequenceOf[int], count: int | None = None) -> TokenArray:
+    """The first `count` tokens, or all of them."""
+    return np.array(tokens[: len(tokens) if count is None else count], dtype=np.int32)
