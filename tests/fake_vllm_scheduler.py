@@ -19,6 +19,7 @@ from memserve.errors import SegmentGone
 from memserve.pool.layout import KVLayout
 from memserve.transfer.mempool import MemPool
 from memserve.types import Medium, ref_index
+from memserve.vllm.connector.events import Removed, TierEvents
 from memserve.vllm.connector.metadata import CopiesDone, Copy
 from memserve.vllm.connector.scheduler import BlockIds, PoolScheduler
 from memserve.vllm.connector.worker import Worker
@@ -46,6 +47,12 @@ def token_after(tokens: list[int]) -> int:
     return int.from_bytes(hashlib.sha256(repr(tokens).encode()).digest()[:1], "little")
 
 
+def names_of(namespace: str, tokens: list[int]) -> list[bytes]:
+    """vLLM's names of a prompt's whole blocks."""
+    ends = range(BLOCK, len(tokens) + 1, BLOCK)
+    return [hashlib.sha256(f"{namespace} {tokens[:end]}".encode()).digest() for end in ends]
+
+
 @dataclass
 class FakeRequest:
     request_id: str
@@ -64,6 +71,10 @@ class FakeRequest:
     @property
     def num_tokens(self) -> int:
         return len(self.all_token_ids)
+
+    @property
+    def block_hashes(self) -> list[bytes]:
+        return names_of(self.cache_salt or "", self.all_token_ids)
 
 
 @dataclass
@@ -123,7 +134,9 @@ class FakeVllm:
         self._late = late
         self._budget = budget
         self.pool = MemPool(LAYOUT, hbm_blocks=0, dram_blocks=dram_blocks, instance="vllm")
-        self.connector = PoolScheduler(self.pool, RANKS)
+        self.events = TierEvents(BLOCK)
+        self.connector = PoolScheduler(self.pool, RANKS, self.events)
+        self.told: dict[bytes | int, int] = {}  # blocks that events tell of; their depth
         self.kv = [
             {name: torch.zeros(blocks, PAGE, dtype=torch.uint8) for name in LAYERS}
             for _ in range(RANKS)
@@ -259,6 +272,7 @@ class FakeVllm:
                     self._check(request)
                 self.abort(request)
         self.connector.update(output.loaded, output.failed, set(), output.done)
+        self._hear()
         for request_id in output.loaded:
             gone = self._aborted_loading.pop(request_id, None)
             if gone is not None:
@@ -271,6 +285,18 @@ class FakeVllm:
             else:
                 self.loaded_tokens += request.computed
             self.waiting.insert(0, request)
+
+    def _hear(self) -> None:
+        for event in self.connector.take_events():
+            if isinstance(event, Removed):
+                for name in event.names:
+                    del self.told[name]
+                continue
+            assert len(event.tokens) == BLOCK * len(event.names)
+            depth = 0 if event.parent is None else self.told[event.parent] + 1
+            for at, name in enumerate(event.names):
+                assert name not in self.told
+                self.told[name] = depth + at
 
     # --- the model
 
@@ -339,7 +365,9 @@ class FakeVllm:
         assert stats.matches == 0
         (extent,) = self.pool.extents(Medium.DRAM)
         memory = extent.memory.numpy().reshape(extent.blocks, len(LAYERS), RANKS, PAGE)
+        self._hear()
         paths: dict[int, tuple[str, list[int]]] = {}
+        names = set()
         seen = 0
         for run in self.pool.indexed(lambda: None):
             tokens = np.frombuffer(run.data, dtype=np.int32).tolist()
@@ -354,5 +382,7 @@ class FakeVllm:
                             run.namespace, so_far, rank, name, len(so_far) // BLOCK - 1
                         )
                         assert memory[index, layer, rank].tobytes() == wanted
+                names.add(names_of(run.namespace, so_far)[-1])
                 seen += 1
+        assert names == set(self.told) == self.events.held
         return seen

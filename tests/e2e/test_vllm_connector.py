@@ -24,7 +24,7 @@ import pytest
 import memserve
 from memserve.bench.peers.places import ROOT, python_of, why_missing
 from memserve.pool.segment import SHM_DIRECTORY
-from tests.fakes import save_tiny_tokenizer, until
+from tests.fakes import metric, save_tiny_tokenizer, until
 from tests.tiny_models import Reference, save_tiny_model
 
 PYTHON, MISSING = python_of("vllm", ROOT), why_missing("vllm", ROOT)
@@ -226,7 +226,9 @@ def test_an_instance_with_dram_has_it_and_leaves_nothing(qwen3: Path, tmp_path: 
         told = "".join(iter(process.stdout.readline, "\n")) + process.stdout.readline()
         url = next(word for word in told.split() if word.startswith("http://")).rstrip(";")
         reference = Reference(qwen3)
+        planned = 0.0  # prompt tokens that plans have counted as cached
         for seed in (1, 2, 3, 1):
+            planned = metric(url, "memserve_scheduler_cached_tokens_total")
             body = {"model": str(qwen3), "prompt": prompt_of(seed, 500), "max_tokens": 8}
             body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
             request = urllib.request.Request(
@@ -237,6 +239,8 @@ def test_an_instance_with_dram_has_it_and_leaves_nothing(qwen3: Path, tmp_path: 
                 done = json.load(answer)
             assert done["choices"][0]["token_ids"] == reference.generate(prompt_of(seed, 500), 8)
         assert done["usage"]["prompt_tokens_details"]["cached_tokens"] == 480
+        # The gateway knew, since the pool's events are among vLLM's.
+        assert metric(url, "memserve_scheduler_cached_tokens_total") - planned >= 480
         assert set(SHM_DIRECTORY.glob("memserve-*")) - before
     finally:
         process.terminate()

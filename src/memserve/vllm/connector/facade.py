@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import vllm
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -17,10 +18,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from memserve.config import parse_bytes
 from memserve.errors import ConfigError
 from memserve.transfer.mempool import MemPool
+from memserve.vllm.connector.events import MEDIUM, Removed, Stored, TierEvents
 from memserve.vllm.connector.layout import LAYOUT, layout_of, require_version
 from memserve.vllm.connector.metadata import CopiesDone, StepCopies
 from memserve.vllm.connector.scheduler import PoolScheduler
@@ -120,7 +123,8 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._scheduler.busy
 
     def take_events(self) -> Iterable[Any]:
-        return ()
+        block = self._vllm_config.cache_config.block_size
+        return [_vllm_event(event, block) for event in self._scheduler.take_events()]
 
     def reset_cache(self) -> bool:
         self._scheduler.reset()
@@ -129,6 +133,23 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def shutdown(self) -> None:
         if self.role == KVConnectorRole.SCHEDULER:
             self._scheduler.close()
+
+
+def _vllm_event(event: Stored | Removed, block_tokens: int) -> Any:
+    names = [maybe_convert_block_hash(name) for name in event.names]
+    if isinstance(event, Removed):
+        return BlockRemoved(block_hashes=names, medium=MEDIUM)
+    begins = event.parent is None and event.salt
+    return BlockStored(
+        block_hashes=names,
+        parent_block_hash=None if event.parent is None else maybe_convert_block_hash(event.parent),
+        token_ids=event.tokens,
+        block_size=block_tokens,
+        lora_id=None,
+        medium=MEDIUM,
+        lora_name=None,
+        extra_keys=[(event.salt,) if begins and not at else None for at in range(len(names))],
+    )
 
 
 def _require_plain(vllm_config: Any, kv_cache_config: Any) -> None:
@@ -178,7 +199,19 @@ def _scheduler(vllm_config: Any, kv_cache_config: Any) -> PoolScheduler:
     if not blocks:
         raise ConfigError(f"dram_bytes: one block alone has {layout.block_bytes} bytes")
     name = str(extra.get("instance", f"vllm-{vllm_config.instance_id}"))
-    return PoolScheduler(MemPool(layout, hbm_blocks=0, dram_blocks=blocks, instance=name), ranks)
+    pool = MemPool(layout, hbm_blocks=0, dram_blocks=blocks, instance=name)
+    return PoolScheduler(pool, ranks, _events(vllm_config, kv_cache_config))
+
+
+def _events(vllm_config: Any, kv_cache_config: Any) -> TierEvents | None:
+    """None where nobody listens, or vLLM's names are not those of the pool's blocks."""
+    told = vllm_config.kv_events_config
+    (first, *others) = kv_cache_config.kv_cache_groups
+    block = first.kv_cache_spec.block_size
+    if told is None or not told.enable_kv_cache_events or others:
+        return None
+    hashed = getattr(kv_cache_config, "hash_block_size", None) or block
+    return TierEvents(block) if hashed == block == vllm_config.cache_config.block_size else None
 
 
 def _packing(kv_cache_config: Any) -> str:

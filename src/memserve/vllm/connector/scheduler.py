@@ -20,6 +20,7 @@ from memserve.errors import OutOfBlocks
 from memserve.pool.results import Match
 from memserve.transfer.mempool import MemPool
 from memserve.types import Medium, TokenArray, ref_index
+from memserve.vllm.connector.events import BlockName, Removed, Stored, TierEvents
 from memserve.vllm.connector.metadata import CopiesDone, Copy, PoolMemory, StepCopies
 from memserve.vllm.connector.sequence import Save, Sequence
 
@@ -35,6 +36,7 @@ class Request(Protocol):
     num_tokens: int
     cache_salt: str | None
     skip_reading_prefix_cache: bool
+    block_hashes: SequenceOf[BlockName]
 
     @property
     def all_token_ids(self) -> SequenceOf[int]: ...
@@ -86,9 +88,11 @@ class _Known:
 class PoolScheduler:
     """Belongs to vLLM's scheduling thread. Owns the pool."""
 
-    def __init__(self, pool: MemPool, workers: int) -> None:
-        """`workers`: each copies its part of a block."""
+    def __init__(self, pool: MemPool, workers: int, events: TierEvents | None = None) -> None:
+        """`workers`: each copies its part of a block. `events`: are told what the pool holds."""
         self._pool = pool
+        self._events = events
+        pool.listen(events)
         self._workers = workers
         self._block = pool.layout.block_tokens
         self._known: dict[str, _Known] = {}
@@ -269,6 +273,9 @@ class PoolScheduler:
             result = self._pool.insert(tokens, refs, sequence.namespace)
         if len(result.duplicate):
             self._pool.free_mem(result.duplicate)
+        if self._events is not None:
+            names, salt = known.request.block_hashes, sequence.namespace
+            self._events.published(names, tokens, save.refs, result.new, salt)
         self.saved += len(result.new)
         self.duplicates += len(result.duplicate)
         return True
@@ -284,6 +291,10 @@ class PoolScheduler:
         if not known.sequence.loading:
             known.unpin()
         self._leave(known)
+
+    def take_events(self) -> list[Stored | Removed]:
+        """What the pool has got and lost since the last call."""
+        return [] if self._events is None else self._events.take()
 
     def reset(self) -> None:
         """Forget all that is cached."""
