@@ -142,6 +142,18 @@ def test_reset_forgets_every_tenant_s(vllm: FakeVllm) -> None:
     vllm.connector.close()
 
 
+def test_nothing_from_before_a_reset_is_published_after_it() -> None:
+    late = FakeVllm(Random(1), blocks=48, dram_blocks=40, late=1)
+    late.submit(FakeRequest("first", list(PROMPT), len(PROMPT) + 9, None))
+    late.step()  # its save is done and not reported yet
+    late.connector.reset()
+    late.drain()
+    assert late.check_pool() == 0
+    run(late, "second", PROMPT)
+    assert late.check_pool() == 6
+    late.connector.close()
+
+
 def test_memory_that_is_taken_is_no_error(vllm: FakeVllm) -> None:
     held = vllm.pool.alloc_mem(38, Medium.DRAM)
     run(vllm, "first", PROMPT)

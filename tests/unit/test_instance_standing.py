@@ -9,7 +9,7 @@ import pytest
 
 from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall, SamplingParams
-from memserve.api.status import InstanceState, PoolTotals
+from memserve.api.status import InstanceState, MemberKind, PoolTotals
 from memserve.clock import MonotonicClock
 from memserve.instance.instance import Identity, Instance, Parts
 from memserve.instance.standing import Standing
@@ -100,3 +100,18 @@ async def test_what_is_cached_follows_the_role_and_running_calls_do_not(tmp_path
     finally:
         engine.stop()
     assert ephemeral == [False, True, False]
+
+
+async def test_a_role_that_an_instance_cannot_have_is_refused(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    identity = Identity(InstanceId("v"), Epoch(1), Role.COLOCATED, "m", MemberKind.VLLM)
+    instance = Instance(identity, MonotonicClock())
+    await instance.start(Parts(engine, tiny_tokenizer(tmp_path), PoolTotals, lambda: None))
+    try:
+        instance.change_role(Role.COLOCATED)
+        with pytest.raises(ApiError, match="hands no KV over") as refused:
+            instance.change_role(Role.DECODE)
+        assert (refused.value.status, refused.value.detail.code) == (409, "role_not_possible")
+        assert instance.info().role is Role.COLOCATED
+    finally:
+        engine.stop()

@@ -15,6 +15,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
+from memserve.api.control import conflict
 from memserve.api.errors import ApiError, internal, unavailable
 from memserve.api.generate import GenerateCall, SamplingParams
 from memserve.api.handoff import PrefillCall, PrefillResult, PushCall, PushResult
@@ -179,6 +180,16 @@ class Instance:
     @property
     def state(self) -> InstanceState:
         return self.standing.state
+
+    def change_role(self, role: Role) -> None:
+        """Raises ApiError (409) where it is not ready to, or can never have that role."""
+        if self.identity.kind is not MemberKind.MEMSERVE and role is not Role.COLOCATED:
+            raise conflict(
+                f"Instance {self.identity.id} is a {self.identity.kind} server, which hands no KV "
+                "over; its role is 'colocated'.",
+                "role_not_possible",
+            )
+        self.standing.change_role(role)
 
     def _serve(self, parts: Parts) -> _Served:
         submission = Submission(parts.engine, self._rate, self._lost_engine)

@@ -118,7 +118,7 @@ class InstanceApp:
 
     async def _role(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = await self._read(calls.ROLE, scope, receive)
-        self._instance.standing.change_role(call.role)
+        self._instance.change_role(call.role)
         await self._info(scope, receive, send)
 
     async def _drain(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -171,6 +171,11 @@ def _require_plain(vllm_config: Any, kv_cache_config: Any) -> None:
             f"MemServeConnector needs the KV cache layout {LAYOUT}, vLLM has chosen {layout}; "
             f"another attention backend may allow it (VLLM_KV_CACHE_LAYOUT={LAYOUT})"
         )
+    if any(
+        getattr(group.kv_cache_spec, "non_causal", False)
+        for group in kv_cache_config.kv_cache_groups
+    ):
+        raise ConfigError("MemServeConnector needs causal attention: KV depends on what follows")
     if any(group.is_eagle_group for group in kv_cache_config.kv_cache_groups):
         raise ConfigError(
             "MemServeConnector does not work with draft models that have KV; n-gram does"

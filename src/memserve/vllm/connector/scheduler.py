@@ -297,7 +297,13 @@ class PoolScheduler:
         return [] if self._events is None else self._events.take()
 
     def reset(self) -> None:
-        """Forget all that is cached."""
+        """Forget all that is cached, and publish nothing that was computed before: weights may have
+        been changed."""
+        for known in self._known.values():
+            known.sequence.void()
+            known.sequence.give_up()
+            if not known.sequence.loading:
+                known.unpin()
         for namespace in {run.namespace for run in self._pool.indexed(lambda: None)}:
             self._pool.delete(np.empty(0, dtype=np.int32), namespace)
 
