@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 import tokenizers
@@ -252,6 +252,15 @@ def until(condition: Callable[[], bool]) -> None:
     """Wait for what other threads do; the limit is the test's own."""
     while not condition():
         time.sleep(0.005)
+
+
+def url_told(output: IO[str]) -> str | None:
+    """The gateway's address in what `memserve up` prints; None where it ends without one."""
+    for line in output:
+        for word in line.split():
+            if word.startswith("http://"):
+                return word.rstrip(";").rstrip("/")
+    return None
 
 
 class FakeCluster:

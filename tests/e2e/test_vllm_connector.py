@@ -24,7 +24,7 @@ import pytest
 import memserve
 from memserve.bench.peers.places import ROOT, python_of, why_missing
 from memserve.pool.segment import SHM_DIRECTORY
-from tests.fakes import metric, save_tiny_tokenizer, until
+from tests.fakes import metric, save_tiny_tokenizer, until, url_told
 from tests.tiny_models import Reference, save_tiny_model
 
 PYTHON, MISSING = python_of("vllm", ROOT), why_missing("vllm", ROOT)
@@ -223,8 +223,8 @@ def test_an_instance_with_dram_has_it_and_leaves_nothing(qwen3: Path, tmp_path: 
     )
     assert process.stdout is not None
     try:
-        told = "".join(iter(process.stdout.readline, "\n")) + process.stdout.readline()
-        url = next(word for word in told.split() if word.startswith("http://")).rstrip(";")
+        url = url_told(process.stdout)
+        assert url is not None, "it ended before it was ready"
         reference = Reference(qwen3)
         planned = 0.0  # prompt tokens that plans have counted as cached
         for seed in (1, 2, 3, 1):

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from memserve.bench.peers.places import ROOT, python_of, why_missing
-from tests.fakes import metric, save_tiny_tokenizer, until
+from tests.fakes import metric, save_tiny_tokenizer, until, url_told
 from tests.tiny_models import Reference, save_tiny_model
 
 PYTHON, MISSING = python_of("vllm", ROOT), why_missing("vllm", ROOT)
@@ -59,11 +59,9 @@ def client(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[op
         )
     assert process.stdout is not None
     try:
-        told = "".join(iter(process.stdout.readline, "\n"))
-        told += process.stdout.readline()
-        url = next((word for word in told.split() if word.startswith("http://")), None)
+        url = url_told(process.stdout)
         assert url is not None, log.read_text()[-4000:]
-        with openai.OpenAI(base_url=f"{url.rstrip(';')}/v1", api_key="none") as client:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
             yield client
     finally:
         process.terminate()
