@@ -24,6 +24,7 @@ import pytest
 import memserve
 from memserve.bench.peers.places import ROOT, python_of, why_missing
 from memserve.pool.segment import SHM_DIRECTORY
+from memserve.vllm.server import tier_settings
 from tests.fakes import metric, save_tiny_tokenizer, until, url_told
 from tests.tiny_models import Reference, save_tiny_model
 
@@ -35,12 +36,6 @@ pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=f"vLLM is {MISSING}, or `make vllm`"),
     pytest.mark.timeout(START_SECONDS + 120),
 ]
-CONNECTOR = {
-    "kv_connector": "MemServeConnector",
-    "kv_connector_module_path": "memserve.vllm.connector.facade",
-    "kv_role": "kv_both",
-    "kv_load_failure_policy": "recompute",
-}
 
 
 class Server:
@@ -89,7 +84,7 @@ def serving(model: Path, dram: str, *arguments: str, cores: str = "0") -> Iterat
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    tier = json.dumps({**CONNECTOR, "kv_connector_extra_config": {"dram_bytes": dram}})
+    tier = json.dumps(tier_settings(dram))
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", "m", "--dtype", "float32", "--enforce-eager"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--block-size", str(BLOCK)]

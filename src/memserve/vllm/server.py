@@ -91,13 +91,16 @@ def server_command(
         publisher |= {"endpoint": events}
         command += ["--kv-events-config", msgspec.json.encode(publisher).decode()]
         if settings.dram is not None:
-            command += ["--kv-transfer-config", msgspec.json.encode(_tier(settings.dram)).decode()]
+            command += [
+                "--kv-transfer-config",
+                msgspec.json.encode(tier_settings(settings.dram)).decode(),
+            ]
     return [*command, *settings.vllm_args]
 
 
-def _tier(dram: str) -> dict[str, Any]:
-    """vLLM's KV cache with so much of the host's memory behind it. The package must be there in
-    the environment of `vllm_command`, too."""
+def tier_settings(dram: str) -> dict[str, Any]:
+    """vLLM's `--kv-transfer-config` for a KV cache with so much of the host's memory behind it. The
+    package must be there in the environment of `vllm_command`, too."""
     return {
         "kv_connector": "MemServeConnector",
         "kv_connector_module_path": "memserve.vllm.connector.facade",

@@ -178,7 +178,7 @@ def _require_plain(vllm_config: Any, kv_cache_config: Any) -> None:
         raise ConfigError("MemServeConnector needs causal attention: KV depends on what follows")
     if any(group.is_eagle_group for group in kv_cache_config.kv_cache_groups):
         raise ConfigError(
-            "MemServeConnector does not work with draft models that have KV; n-gram does"
+            "MemServeConnector does not work with draft models that have KV; n-gram drafts work"
         )
 
 

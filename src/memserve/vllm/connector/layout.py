@@ -14,6 +14,7 @@ from memserve.pool.layout import DTYPES, KVLayout
 # of a server without one.
 LAYOUT = "LBHNC"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "int8"}
+# Of vLLM, the lowest and the highest: those in which the facade's calls have the same form.
 VERSIONS = ((0, 30), (0, 33))
 
 

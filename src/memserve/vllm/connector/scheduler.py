@@ -8,7 +8,6 @@ not loaded.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as SequenceOf
 from collections.abc import Set as AbstractSet
@@ -23,8 +22,6 @@ from memserve.types import Medium, TokenArray, ref_index
 from memserve.vllm.connector.events import BlockName, Removed, Stored, TierEvents
 from memserve.vllm.connector.metadata import CopiesDone, Copy, PoolMemory, StepCopies
 from memserve.vllm.connector.sequence import Save, Sequence
-
-log = logging.getLogger(__name__)
 
 BlockIds = SequenceOf[SequenceOf[int]]  # for each KV cache group
 
@@ -100,9 +97,8 @@ class PoolScheduler:
         self._numbers = itertools.count(1)
         self._loads: list[Copy] = []  # for the next step
         self._told: tuple[PoolMemory, ...] = ()
-        # Blocks since the start, and requests.
-        self.loaded = self.saved = self.duplicates = 0
-        self.unsaved = 0  # requests that had no room, or whose prefix was evicted under them
+        # Requests since the start.
+        self.unsaved = 0  # those that had no room, or whose prefix was evicted under them
         self.failed_loads = 0
 
     @property
@@ -146,7 +142,6 @@ class PoolScheduler:
         own = [np.array(ids[first:last], dtype=np.int64) for ids in block_ids]
         self._loads.append(Copy(request_id, 0, own, ref_index(match.refs[first:last])))
         known.sequence.load_began()
-        self.loaded += last - first
 
     # --- each step ------------------------------------------------------------------------
 
@@ -231,15 +226,14 @@ class PoolScheduler:
             ended = self._known.get(request_id)
             if ended is not None and ended.sequence.loading:
                 ended.unpin()
-                ended.sequence.load_ended(failed=request_id in failed)
+                ended.sequence.load_ended()
                 self._leave(ended)
 
     def _void(self, request_id: str) -> None:
         known = self._known.get(request_id)
         if known is not None:
             self.failed_loads += 1
-            known.sequence.load_failed = True
-            known.sequence.void()
+            known.sequence.fail()
 
     def _reported(self, job: int, workers: int, failed: bool) -> None:
         known, left = self._jobs[job]
@@ -276,8 +270,6 @@ class PoolScheduler:
         if self._events is not None:
             names, salt = known.request.block_hashes, sequence.namespace
             self._events.published(names, tokens, save.refs, result.new, salt)
-        self.saved += len(result.new)
-        self.duplicates += len(result.duplicate)
         return True
 
     # --- ends -----------------------------------------------------------------------------

@@ -60,11 +60,13 @@ class Sequence:
     def load_began(self) -> None:
         self.loading = True
 
-    def load_ended(self, failed: bool) -> None:
+    def load_ended(self) -> None:
         self.loading = False
-        if failed:
-            self.load_failed = True
-            self.void()
+
+    def fail(self) -> None:
+        """What was loaded for it is not valid."""
+        self.load_failed = True
+        self.void()
 
     def admitted(self, block_ids: list[list[int]], have: int) -> None:
         """It is scheduled, for the first time or again; the pool has its first `have` blocks."""

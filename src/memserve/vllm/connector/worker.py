@@ -92,9 +92,7 @@ class Worker:
         return done
 
     def _copy(self, copy: Copy, into_pool: bool) -> None:
-        for segment, memory in self._split(copy.pool):
-            at = np.flatnonzero((copy.pool >= segment.first) & (copy.pool < _end(segment)))
-            places = copy.pool[at] - segment.first
+        for memory, at, places in self._split(copy.pool):
             for number, (group, pages) in enumerate(self._layers):
                 own = copy.own[group][at]
                 there = own != 0  # the null block: behind a window
@@ -105,18 +103,18 @@ class Worker:
                     whole = torch.from_numpy(memory[place, number, self._rank])
                     pages.index_copy_(0, ids, whole.to(pages.device))
 
-    def _split(self, pool: Indices) -> list[tuple[PoolMemory, Bytes]]:
-        """The segments that these blocks are in. Raises SegmentGone where one is not mapped."""
-        found = [
-            (segment, memory)
-            for segment, memory in self._segments
-            if ((pool >= segment.first) & (pool < _end(segment))).any()
-        ]
-        known = sum(
-            int(((pool >= segment.first) & (pool < _end(segment))).sum()) for segment, _ in found
-        )
-        if known != len(pool):
-            raise SegmentGone(f"{len(pool) - known} blocks of the pool are not mapped here")
+    def _split(self, pool: Indices) -> list[tuple[Bytes, Indices, Indices]]:
+        """By segment: its memory, which of `pool` are in it, and their places there. Raises
+        SegmentGone where one is not mapped."""
+        found = []
+        for segment, memory in self._segments:
+            end = segment.first + segment.blocks
+            at = np.flatnonzero((pool >= segment.first) & (pool < end))
+            if len(at):
+                found.append((memory, at, pool[at] - segment.first))
+        missing = len(pool) - sum(len(at) for _, at, _ in found)
+        if missing:
+            raise SegmentGone(f"{missing} blocks of the pool are not mapped here")
         return found
 
     def _map(self, memory: tuple[PoolMemory, ...] | None) -> None:
@@ -135,7 +133,3 @@ class Worker:
                 shape = (segment.blocks, len(self._layers), self._ranks, self._page)
                 mapped = raw.reshape(shape)
             self._segments.append((segment, mapped))
-
-
-def _end(segment: PoolMemory) -> int:
-    return segment.first + segment.blocks
