@@ -47,10 +47,18 @@ def token_after(tokens: list[int]) -> int:
     return int.from_bytes(hashlib.sha256(repr(tokens).encode()).digest()[:1], "little")
 
 
+def name_of(parent: bytes | int | None, tokens: list[int], salt: str) -> bytes:
+    """vLLM's name of a block."""
+    return hashlib.sha256(f"{salt if parent is None else parent!r} {tokens}".encode()).digest()
+
+
 def names_of(namespace: str, tokens: list[int]) -> list[bytes]:
     """vLLM's names of a prompt's whole blocks."""
-    ends = range(BLOCK, len(tokens) + 1, BLOCK)
-    return [hashlib.sha256(f"{namespace} {tokens[:end]}".encode()).digest() for end in ends]
+    names: list[bytes] = []
+    for end in range(BLOCK, len(tokens) + 1, BLOCK):
+        above = names[-1] if names else None
+        names.append(name_of(above, tokens[end - BLOCK : end], namespace))
+    return names
 
 
 @dataclass
@@ -71,10 +79,6 @@ class FakeRequest:
     @property
     def num_tokens(self) -> int:
         return len(self.all_token_ids)
-
-    @property
-    def block_hashes(self) -> list[bytes]:
-        return names_of(self.cache_salt or "", self.all_token_ids)
 
 
 @dataclass
@@ -134,7 +138,7 @@ class FakeVllm:
         self._late = late
         self._budget = budget
         self.pool = MemPool(LAYOUT, hbm_blocks=0, dram_blocks=dram_blocks, instance="vllm")
-        self.events = TierEvents(BLOCK)
+        self.events = TierEvents(BLOCK, name_of)
         self.connector = PoolScheduler(self.pool, RANKS, self.events)
         self.told: dict[bytes | int, int] = {}  # blocks that events tell of; their depth
         self.kv = [

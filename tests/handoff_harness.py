@@ -30,9 +30,9 @@ from memserve.config import (
 from memserve.engine.engine import Engine
 from memserve.instance import build
 from memserve.instance.instance import Identity, Instance, Run
-from memserve.instance.kv_link import KVLink
 from memserve.instance.run import handler_of
 from memserve.secrets import cluster_secret
+from memserve.transfer.kv_link import PoolLink
 from memserve.transfer.mempool import MakeTransports, MemPool
 from memserve.types import SHARED, Epoch, InstanceId, Namespace, Role
 from tests.insider import peers
@@ -64,7 +64,7 @@ class Node:
 
     instance: Instance
     engine: Engine
-    link: KVLink
+    link: PoolLink
     url: str
     shutdown: Shutdown
 

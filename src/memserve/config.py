@@ -241,10 +241,10 @@ def _check_vllm(instance: InstanceConfig) -> None:
                 f"instance.{name} is the built-in engine's; a vLLM server takes {theirs} "
                 "in vllm_args"
             )
-    if instance.role is not Role.COLOCATED:
+    if instance.role is not Role.COLOCATED and instance.dram is None:
         raise ConfigError(
-            f"instance.role = '{instance.role}': vLLM servers hand nothing over yet; "
-            "theirs is 'colocated'"
+            f"instance.role = '{instance.role}': a vLLM server hands KV over from host memory; "
+            "give it some, such as dram = '8GiB'"
         )
     if instance.dram_blocks != default.dram_blocks:
         raise ConfigError(

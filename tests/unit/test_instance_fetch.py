@@ -16,7 +16,8 @@ from memserve.api.generate import GenerateCall, PrefillPeer
 from memserve.api.handoff import PUSH_PATH, PushCall
 from memserve.api.instance_metrics import instance_metrics
 from memserve.api.peer_client import PeerClient
-from memserve.instance import fetch, kv_link
+from memserve.instance import fetch
+from memserve.transfer import kv_link
 from memserve.transfer.faulty import Drop, Fail
 from memserve.types import SHARED, InstanceId, Namespace, Role
 from tests.fakes import save_tiny_tokenizer

@@ -9,7 +9,7 @@ import pytest
 
 from memserve.api.handoff import PrefillCall
 from memserve.config import Caching
-from memserve.instance import kv_link
+from memserve.transfer import kv_link
 from memserve.types import SHARED, Namespace, RequestId, Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import BLOCK, Node, call_of, node, pair, prompt_of

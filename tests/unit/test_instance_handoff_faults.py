@@ -15,9 +15,10 @@ from memserve.api.generate import PrefillPeer
 from memserve.api.handoff import PrefillResult
 from memserve.clock import MonotonicClock
 from memserve.config import Caching
-from memserve.instance import kv_link, remote_prefill
+from memserve.instance import remote_prefill
 from memserve.instance.remote_prefill import RemotePrefill
 from memserve.pool.layout import KVLayout
+from memserve.transfer import kv_link
 from memserve.transfer.base import Transport
 from memserve.transfer.faulty import Drop, Fail, Fault, FaultyTransport, listed
 from memserve.transfer.mempool import MakeTransports

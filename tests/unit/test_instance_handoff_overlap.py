@@ -16,9 +16,9 @@ from torch import nn
 from memserve.api.handoff import PoolPeer
 from memserve.config import Caching, TransferMode
 from memserve.errors import OutOfBlocks, TransferCancelled
-from memserve.instance.kv_stream import KVStream
 from memserve.pool.layout import KVLayout
 from memserve.transfer.base import Ticket, Transport, WriteList
+from memserve.transfer.kv_stream import KVStream
 from memserve.transfer.mempool import MemPool
 from memserve.transfer.shm import ShmTransport
 from memserve.types import SHARED, InstanceId, Namespace, Owner, RefArray, Role

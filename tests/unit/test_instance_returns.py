@@ -11,7 +11,7 @@ import pytest
 from memserve.api.handoff import PoolPeer
 from memserve.errors import PeerLost
 from memserve.instance import remote_prefill
-from memserve.instance.kv_link import Pushed
+from memserve.transfer.kv_link import Pushed
 from memserve.types import Namespace, TokenArray
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import Node, call_of, completed, pair, prompt_of

@@ -11,8 +11,8 @@ from typing import get_args
 import pytest
 
 from memserve.config import Caching, TransferMode
-from memserve.instance import kv_link
 from memserve.pool.layout import KVLayout
+from memserve.transfer import kv_link
 from memserve.transfer.base import Transport
 from memserve.transfer.mempool import MakeTransports
 from memserve.transfer.shm import ShmTransport

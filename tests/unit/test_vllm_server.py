@@ -12,7 +12,13 @@ import pytest
 from memserve.config import InstanceConfig, ModelConfig
 from memserve.errors import ConfigError
 from memserve.vllm.place import ServerPlace
-from memserve.vllm.server import VllmServer, require_command, server_command, server_environment
+from memserve.vllm.server import (
+    VllmServer,
+    require_command,
+    server_command,
+    server_environment,
+    tier_settings,
+)
 
 MODEL = ModelConfig(path="owner/model", served_name="m", dtype="bfloat16", max_model_len=64)
 PLACES = Path("/model"), ServerPlace(path=Path("/run/http"))
@@ -35,12 +41,13 @@ def test_without_caching_it_caches_nothing_and_publishes_nothing() -> None:
 
 
 def test_host_memory_is_a_tier_behind_its_cache() -> None:
-    settings = InstanceConfig(engine="vllm", dram="4GiB")
-    command = server_command(MODEL, settings, *PLACES, "ipc:///run/events")
+    tier = tier_settings("4GiB", instance="v", socket="/run/pool")
+    command = server_command(MODEL, InstanceConfig(), *PLACES, "ipc:///run/events", tier)
     given = json.loads(command[command.index("--kv-transfer-config") + 1])
     assert given["kv_connector"] == "MemServeConnector"
-    assert given["kv_connector_extra_config"] == {"dram_bytes": "4GiB"}
-    assert "--kv-transfer-config" not in server_command(MODEL, settings, *PLACES, None)
+    extra = {"dram_bytes": "4GiB", "instance": "v", "socket": "/run/pool"}
+    assert given["kv_connector_extra_config"] == extra
+    assert "--kv-transfer-config" not in server_command(MODEL, InstanceConfig(), *PLACES, None)
 
 
 def test_a_module_is_told_the_model_by_a_flag_and_own_arguments_come_last() -> None:

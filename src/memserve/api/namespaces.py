@@ -29,3 +29,12 @@ def private(sequence: str) -> Namespace:
 def is_private(namespace: str) -> bool:
     """Whether nobody else can ever use what is there."""
     return namespace.startswith(_PRIVATE)
+
+
+def cache_salt_of(namespace: Namespace) -> str | None:
+    """vLLM's `cache_salt` for a namespace: a client's own salt as it is, unless it looks like one
+    that we have made."""
+    salt = salt_of(namespace)
+    if salt is None or salt.startswith((_SALT, _PRIVATE)):
+        return namespace or None
+    return salt

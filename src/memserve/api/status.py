@@ -87,6 +87,8 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     kv_events: KVEventsInfo | None = None  # likewise, and where there are none
     kind: MemberKind = MemberKind.MEMSERVE
     pool: bool = False  # its KV can go to other instances, and theirs to it; once it is loaded
+    # What the bytes of its blocks mean, as hex: KV moves only between instances that agree.
+    kv: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
 
 
 class EngineTotals(msgspec.Struct, frozen=True):

@@ -39,6 +39,7 @@ class Member:
         self.role = Role.COLOCATED
         self.kind = MemberKind.MEMSERVE
         self.pool = False
+        self.kv: str | None = None  # see `InstanceInfo`
         self.state = InstanceState.STARTING
         self.epoch: Epoch | None = None  # which of its lives; None: not met yet
         self.pid: int | None = None
@@ -179,7 +180,7 @@ class Membership:
         member.heard = self._clock.now()
         member.stats = stats
         member.limits = info.limits
-        member.kind, member.pool = info.kind, info.pool
+        member.kind, member.pool, member.kv = info.kind, info.pool, info.kv
         member.pid = info.pid
         if (member.id, member.epoch) != (info.id, info.epoch) and member.joined:
             log.info("%s has been restarted", member.id)

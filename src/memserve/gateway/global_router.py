@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
@@ -31,6 +32,8 @@ from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.scheduler.scheduler import Scheduler
 from memserve.types import Epoch, InstanceId, RequestId, Role, TokenArray
 from memserve.vital import Vitals
+
+log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0  # between looks at what polls have brought: as often as they are made
 # A member's block size, until it has loaded its model and told its limits.
@@ -115,8 +118,9 @@ class GlobalRouter:
         by_id = eligible.by_id
         prefill: tuple[Member, ...] = ()
         if plan.prefill is not None:
-            others = (m for m in eligible.prefill if m.id != plan.prefill)
-            prefill = (by_id[plan.prefill], *others)
+            chosen = by_id[plan.prefill]
+            others = (m for m in eligible.prefill if m is not chosen and m.kv == chosen.kv)
+            prefill = (chosen, *others)
         fetch = None if plan.fetch is None else by_id[plan.fetch]
         return MemberPlan(by_id[plan.instance], prefill, fetch, ticket, ticket.explain)
 
@@ -163,6 +167,7 @@ class GlobalRouter:
         member = self._membership.find(change.id)
         if member is not None and member.epoch == known.epoch:
             self._take_limits(known, member.limits)
+            self._take_kv(known, member)
         if known.asking is None and change.state is not InstanceState.STARTING:
             asking = self._ask_costs(known, change.address)
             known.asking = self._vitals.errand("a question for costs", asking)
@@ -226,6 +231,20 @@ class GlobalRouter:
         decode = roles.count(Role.DECODE)
         return len(roles) - decode or decode
 
+    def _take_kv(self, known: _Known, member: Member) -> None:
+        """Which instances its KV can move to, known once it has loaded its model."""
+        kv = member.kv if member.limits is not None else ""
+        if kv == known.spec.kv:
+            return
+        self._put(known, replace(known.spec, kv=kv))
+        others = {each.spec.kv for each in self._known.values() if each.spec.kv} - {kv}
+        if kv and others:
+            log.warning(
+                "%s holds other KV than some other members (another engine, model or layout): "
+                "requests go to all, KV moves only between those that hold the same",
+                known.spec.id,
+            )
+
     def _take_limits(self, known: _Known, limits: Limits | None) -> None:
         if limits is not None and limits != known.limits:
             known.limits = limits
@@ -233,6 +252,7 @@ class GlobalRouter:
 
     def _take_in(self, known: _Known, member: Member, totals: EngineTotals) -> None:
         self._take_limits(known, member.limits)
+        self._take_kv(known, member)
         self.scheduler.observe(member.id, running=totals.running, waiting=totals.waiting)
         context = self.scheduler.load.line(member.id).context_tokens
         known.steps.learn(known.spec, totals, context)

@@ -31,7 +31,6 @@ from memserve.errors import ConfigError
 from memserve.hosts import bracketed, reachable_endpoint
 from memserve.instance.instance import Identity, Parts
 from memserve.instance.kv_events import KVEventPublisher
-from memserve.instance.kv_link import KVLink
 from memserve.instance.profiling import ProfiledEngine, instance_profile
 from memserve.models.resolve import resolve_model
 from memserve.models.tokenizer import Tokenizer
@@ -39,6 +38,7 @@ from memserve.pool.eviction import CostAware, Eviction
 from memserve.pool.layout import KVLayout
 from memserve.scheduler.cost_model import recompute_cost
 from memserve.scheduler.profiles import Profile, ProfileStore
+from memserve.transfer.kv_link import PoolLink
 from memserve.transfer.mempool import MemPool
 from memserve.transfer.secret import cluster_keys
 
@@ -82,7 +82,7 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
         engine = Engine(model, pool, engine_settings)
         endpoint = pool.serve(f"tcp://{bracketed(settings.host)}:0")
         address = PoolPeer(identity.id, reachable_endpoint(endpoint))
-        link = KVLink(pool, address, config.cache.caching, config.cache.mode)
+        link = PoolLink(pool, address, config.cache.caching, config.cache.mode)
         events = KVEventPublisher(pool, settings.host, cluster_keys(None))
         stack.callback(events.close)
         close = stack.pop_all().close

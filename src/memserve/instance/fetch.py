@@ -23,7 +23,7 @@ from memserve.api.status import FetchTotals
 from memserve.clock import Clock
 from memserve.engine.request import EngineStats
 from memserve.errors import PoolError, TransferError
-from memserve.instance.kv_link import KVLink
+from memserve.instance.link import KVLink
 from memserve.instance.submission import token_array
 from memserve.types import Namespace, RequestId, TokenArray
 
@@ -81,7 +81,11 @@ class Fetcher:
             return Fetched()
         size = self._link.block_tokens
         useful = (len(tokens) - 1) // size * size
-        missing = useful - self._link.cached(tokens[:useful], target)
+        try:
+            missing = useful - await self._link.cached(tokens[:useful], target)
+        except TransferError as error:
+            log.warning("%s: nothing is fetched: %s", request, error)
+            return Fetched()
         if missing <= 0:
             return Fetched()
         call = PushCall(tuple(tokens[:useful].tolist()), source, self._link.address, target)

@@ -39,7 +39,7 @@ from memserve.errors import EngineStopped, MemserveError, QueueFull, TransferErr
 from memserve.instance.dispatcher import Dispatcher, Mailbox
 from memserve.instance.fetch import Fetcher
 from memserve.instance.generation import Generation, engine_requests
-from memserve.instance.kv_link import KVLink
+from memserve.instance.link import KVLink
 from memserve.instance.prefill import Prefiller
 from memserve.instance.remote_prefill import RemotePrefill
 from memserve.instance.standing import Standing
@@ -183,10 +183,10 @@ class Instance:
 
     def change_role(self, role: Role) -> None:
         """Raises ApiError (409) where it is not ready to, or can never have that role."""
-        if self.identity.kind is not MemberKind.MEMSERVE and role is not Role.COLOCATED:
+        if role is not Role.COLOCATED and self._served is not None and self._served.fetcher is None:
             raise conflict(
-                f"Instance {self.identity.id} is a {self.identity.kind} server, which hands no KV "
-                "over; its role is 'colocated'.",
+                f"Instance {self.identity.id} has no link to others and hands no KV over; its "
+                "role is 'colocated'.",
                 "role_not_possible",
             )
         self.standing.change_role(role)
@@ -348,8 +348,13 @@ class Instance:
             ),
             kind=identity.kind,
             pool=self._served is not None and self._served.fetcher is not None,
+            kv=self._kv(),
             kv_events=None if (events := self._events()) is None else events.info,
         )
+
+    def _kv(self) -> str | None:
+        link = None if self._served is None else self._served.parts.link
+        return None if link is None else link.kv
 
     async def kv_snapshot(self) -> bytes:
         """A `KVSnapshot`. Raises ApiError where no KV events are published."""

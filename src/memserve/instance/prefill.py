@@ -16,9 +16,9 @@ from memserve.engine.request import EngineRequest, TokenOutput
 from memserve.errors import PoolError, TransferError
 from memserve.instance.dispatcher import Dispatcher
 from memserve.instance.fetch import Fetcher
-from memserve.instance.kv_link import KVLink, Pushed
-from memserve.instance.kv_stream import KVStream
+from memserve.instance.link import KVLink, PrefillStream
 from memserve.instance.submission import Submission, token_array
+from memserve.transfer.kv_link import Pushed
 from memserve.types import RequestId, TokenArray
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Prefiller:
             raise unavailable("The instance stopped before the prefill was done.", "stopped")
         return output
 
-    async def _stream(self, call: PrefillCall, tokens: TokenArray) -> KVStream | None:
+    async def _stream(self, call: PrefillCall, tokens: TokenArray) -> PrefillStream | None:
         """What sends the KV while it is computed. None: nothing will be sent."""
         last = len(call.output) + 1 >= call.sampling.max_tokens
         if len(tokens) < self._link.block_tokens or (last and not _is_kept(call)):
@@ -122,12 +122,12 @@ class Prefiller:
             return None
 
     async def _deliver(
-        self, call: PrefillCall, output: TokenOutput, stream: KVStream | None
+        self, call: PrefillCall, output: TokenOutput, stream: PrefillStream | None
     ) -> Pushed:
         if stream is None or (output.stop_token is not None and not _is_kept(call)):
             return Pushed()
         try:
-            return await self._link.deliver(stream)
+            return await stream.deliver()
         except (TransferError, PoolError) as error:
             log.warning("%s: KV did not reach %s: %s", call.id, call.target.id, error)
             return Pushed()

@@ -28,7 +28,7 @@ from memserve.instance.dispatcher import Mailbox
 from memserve.instance.fetch import Fetcher
 from memserve.instance.figures import SequenceFigures
 from memserve.instance.generation import shared_namespace
-from memserve.instance.kv_link import KVLink
+from memserve.instance.link import KVLink
 from memserve.instance.submission import Submission
 from memserve.types import Namespace, RequestId, TokenArray
 
@@ -132,11 +132,21 @@ class RemotePrefill:
             return
         self._note(result, leader, own)
         output = self._output(leader, result)
-        if output.finish_reason is None:
-            rest.insert(0, replace(leader, output=(*leader.output, result.token)))
+        behind = replace(leader, output=(*leader.output, result.token))
+        # Where the engine cannot go on behind that token, it computes it again: from the KV, which
+        # is here, that takes a step.
+        takes = output.finish_reason is not None or self._submission.goes_on(behind)
+        if not takes:
+            rest.insert(0, leader)
+        elif output.finish_reason is None:
+            rest.insert(0, behind)
         if rest:
             self._submission.submit(rest)
-        mailbox.put(output)
+        if takes:
+            mailbox.put(output)
+        self._expect_back(sequences, result)
+
+    def _expect_back(self, sequences: Sequence[EngineRequest], result: PrefillResult) -> None:
         if result.pool is not None and self._link.caching == "full":
             self._homes.update(dict.fromkeys((s.id for s in sequences), result.pool))
             # So that what is made here goes back without delay, before the next turn comes.

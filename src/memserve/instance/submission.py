@@ -32,6 +32,16 @@ class Submission:
         with self._refusals(requests):
             self._engine.check(requests)
 
+    def goes_on(self, request: EngineRequest) -> bool:
+        """Whether the engine can go on exactly behind what another one has generated."""
+        try:
+            self._engine.check([request])
+        except RequestError:
+            return False
+        except (QueueFull, EngineStopped):
+            return True  # which `submit` will say
+        return True
+
     @contextmanager
     def _refusals(self, requests: Sequence[EngineRequest]) -> Iterator[None]:
         try:

@@ -8,29 +8,34 @@ import os
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 
 import msgspec
 
 from memserve.api.audience import check_url
+from memserve.api.status import PoolTotals
 from memserve.config import KEEPING_ROLES, ClusterConfig, InstanceConfig
 from memserve.engine.request import EngineInfo
 from memserve.errors import EngineStopped, GivenUp, ModelError
 from memserve.instance.event_relay import EventRelay
 from memserve.instance.instance import Identity, Parts
-from memserve.models.resolve import resolve_model
+from memserve.models.resolve import ModelDirectory, resolve_model
 from memserve.models.tokenizer import Tokenizer
+from memserve.secrets import cluster_secret
 from memserve.transfer.secret import cluster_keys
 from memserve.vllm.engine import VllmEngine
 from memserve.vllm.metrics import UnknownMetrics, read_memory
 from memserve.vllm.place import ServerPlace
+from memserve.vllm.remote_link import RemoteLink
 from memserve.vllm.server import (
     LOOK_SECONDS,
     VllmServer,
     require_command,
     server_command,
     server_environment,
+    tier_settings,
 )
 
 log = logging.getLogger(__name__)
@@ -62,38 +67,54 @@ def build_vllm(
     found = resolve_model(config.model, log.info)
     tokenizer = Tokenizer.load(found.path)
     with ExitStack() as stack:
-        place, source, watched = (
-            _started(ending, config, settings, identity, found.path, stack)
+        server = (
+            _started(ending, config, settings, identity, found, stack)
             if settings.vllm_url is None
             else _attached(ending, settings, settings.vllm_url)
         )
-        info = _describe(place, settings, found.path)
-        engine = VllmEngine(place, info)
+        info = _describe(server.place, settings, found.path)
+        engine = VllmEngine(server.place, info)
         events: EventRelay | None = None
-        if source is not None:
+        if server.events is not None:
             owner = identity.id, identity.epoch
             keys = cluster_keys(None)
-            events = EventRelay(source, *owner, info.block_tokens, settings.host, keys)
+            events = EventRelay(server.events, *owner, info.block_tokens, settings.host, keys)
             stack.callback(events.close)
-            watched.append(events.thread)
+            server.watched.append(events.thread)
+        link: RemoteLink | None = None
+        if server.pool is not None:
+            caching, mode = config.cache.caching, config.cache.mode
+            secret = cluster_secret()
+            link = RemoteLink(server.pool, identity.id, settings.host, secret, caching, mode)
         close = stack.pop_all().close
     log.info(
         "KV memory of vLLM: %d blocks of %d tokens",
         info.pool_tokens // info.block_tokens,
         info.block_tokens,
     )
+
+    def pool_totals() -> PoolTotals:
+        own = engine.pool_totals()
+        return own if link is None else msgspec.structs.replace(link.totals, hbm=own.hbm)
+
     return Parts(
         engine,
         tokenizer,
-        engine.pool_totals,
+        pool_totals,
         close,
         KEEPING_ROLES[config.cache.caching],
+        link,
         events=events,
-        threads=lambda: (engine.thread, *watched),
+        threads=lambda: (engine.thread, *server.watched),
     )
 
 
-_Server = tuple[ServerPlace, str | None, list[threading.Thread]]  # its events; what ends with it
+@dataclass(frozen=True, slots=True)
+class _Server:
+    place: ServerPlace
+    events: str | None = None  # where it publishes them
+    pool: Path | None = None  # the socket of the pool in it
+    watched: list[threading.Thread] = field(default_factory=list)  # they end with it
 
 
 def _started(
@@ -101,7 +122,7 @@ def _started(
     config: ClusterConfig,
     settings: InstanceConfig,
     identity: Identity,
-    directory: Path,
+    found: ModelDirectory,
     stack: ExitStack,
 ) -> _Server:
     """A server of our own, which `stack` ends."""
@@ -110,11 +131,20 @@ def _started(
     stack.callback(server.stop)
     served = msgspec.structs.replace(config.model, served_name=identity.model)
     events = server.events if config.cache.caching != "off" else None
-    command = server_command(served, settings, directory, server.place, events)
+    tier = None
+    if settings.dram is not None:
+        tier = tier_settings(
+            settings.dram,
+            instance=identity.id,
+            socket=str(server.pool),
+            model=found.name,
+            revision=found.revision or "",
+        )
+    command = server_command(served, settings, found.path, server.place, events, tier)
     log.info("starting %s", " ".join(command))
     server.start(command, server_environment(settings))
     server.until_ready(ending)
-    return server.place, events, [server.thread]
+    return _Server(server.place, events, None if tier is None else server.pool, [server.thread])
 
 
 def _attached(ending: threading.Event, settings: InstanceConfig, url: str) -> _Server:
@@ -128,7 +158,7 @@ def _attached(ending: threading.Event, settings: InstanceConfig, url: str) -> _S
             log.info("waiting for the vLLM server at %s", url)
         if ending.wait(LOOK_SECONDS):
             raise GivenUp("the vLLM server was still waited for")
-    return place, settings.vllm_events, []
+    return _Server(place, settings.vllm_events)
 
 
 def _describe(place: ServerPlace, settings: InstanceConfig, directory: Path) -> EngineInfo:

@@ -37,7 +37,10 @@ class Roster:
         colocated = load.with_role(Role.COLOCATED, self.allowed)
         # Roles are soft: where nobody decodes, a prefill instance answers.
         alone = colocated + (decode or self.prefill)
-        pairs = [(d, p) for p in self.prefill for d in decode]
+        pools = load.kinds[:, k.POOL].tolist()
+        pairs = [
+            (d, p) for p in self.prefill for d in decode if pools[p] == pools[d] and pools[p] >= 0
+        ]
         whole = [(at, at) for at in alone]
         table = np.array(whole + pairs, dtype=np.int64).reshape(-1, 2).T
         self.table: IndexArray = np.ascontiguousarray(table)

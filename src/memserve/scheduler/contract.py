@@ -46,6 +46,7 @@ class InstanceSpec:
     chunk_tokens: int = 512  # of prompts, in a step that also decodes
     kv_tokens: int | None = None  # that HBM holds; None: not known, no limit
     short_share: float = 0.5  # of a chunk, for the shortest prompt; 0: all in order, as vLLM
+    kv: str | None = ""  # KV moves between instances in which it is the same; None: to nobody
 
 
 class PromptRequest(msgspec.Struct, frozen=True, eq=False):

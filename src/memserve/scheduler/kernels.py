@@ -44,7 +44,8 @@ FIGURES = 18
 BLOCK_TOKENS = 0
 HOST = 1
 GROUP = 2  # of instances with the same cost model
-KINDS = 3
+POOL = 3  # number of those between which KV can move; -1: to nobody
+KINDS = 4
 
 # `Roster.parts` [instances, PARTS], int64: 1 or 0.
 ALLOWED = 0
@@ -58,7 +59,7 @@ COMPUTES = 1  # slot
 
 # `found` of `survey` [FOUND, MAX_SOURCES], int64; -1: nobody.
 LONGEST = 0  # slots of the longest prefixes where prompts wait
-SOURCE = 1  # slots of prefixes that may be worth pulling, one of each length and host
+SOURCE = 1  # slots of prefixes that may be worth pulling, one of each length, host and pool
 SOURCE_TOKENS = 2
 SUMMARY = 3  # the least that is cached where prompts are computed; instances short of HBM
 FOUND = 4
@@ -170,14 +171,17 @@ def _find_sources(
     for at in range(MAX_SOURCES):
         best = -1
         for i in range(len(cached)):
-            if not parts[i, ALLOWED] or cached[i] <= least:
+            if not parts[i, ALLOWED] or cached[i] <= least or kinds[i, POOL] < 0:
                 continue
             if best >= 0 and cached[i] <= cached[best]:
                 continue
             new = True
             for k in range(at):
-                alike = found[SOURCE_TOKENS, k] == cached[i]
-                if alike and kinds[found[SOURCE, k], HOST] == kinds[i, HOST]:
+                other = found[SOURCE, k]
+                alike = (
+                    kinds[other, HOST] == kinds[i, HOST] and kinds[other, POOL] == kinds[i, POOL]
+                )
+                if alike and found[SOURCE_TOKENS, k] == cached[i]:
                     new = False
             if new:
                 best = i
@@ -221,6 +225,8 @@ def _best_source(
         if asked[2 + s, i] <= asked[1, i]:
             continue
         slot = sources[0, s]
+        if kinds[slot, POOL] != kinds[i, POOL]:
+            continue
         near = int(kinds[slot, HOST] == kinds[i, HOST])
         moving = moves[kinds[slot, GROUP], near, 1 + s, i] * figures[slot, TRANSFER_FACTOR]
         total = moving + seconds[2 + s, i] * figures[i, PREFILL_FACTOR] * factor

@@ -61,6 +61,7 @@ class Load:
         self.unhindered: Seconds = np.zeros(n)  # nobody writes to it
         hosts: dict[str, int] = {}
         groups: list[Costs] = []
+        pools: dict[str, int] = {}
         self.kinds: IndexArray = np.zeros((n, k.KINDS), dtype=np.int64)
         for at, line in enumerate(lines):
             line.slot = at
@@ -69,7 +70,8 @@ class Load:
             if model not in groups:
                 groups.append(model)
             host = hosts.setdefault(spec.host, len(hosts))
-            self.kinds[at] = spec.block_tokens, host, groups.index(model)
+            pool = -1 if spec.kv is None else pools.setdefault(spec.kv, len(pools))
+            self.kinds[at] = spec.block_tokens, host, groups.index(model), pool
             capacity = np.inf if spec.kv_tokens is None else spec.kv_tokens
             fixed = (capacity, spec.short_share, spec.chunk_tokens, spec.max_running)
             self.figures[at, k.KV_CAPACITY :] = fixed

@@ -86,13 +86,14 @@ def round_robin(situation: Situation) -> Choice:
     roster = candidates.roster
     scores = candidates.first_token
     answers = computes = roster.answering[turn % len(roster.answering)]
-    if roster.pairs and roster.find(answers, roster.prefill[0]) is not None:
+    partners = [p for p in roster.prefill if roster.find(answers, p) is not None]
+    if partners and answers not in partners:
         # Both sides go round in step; one step more after a whole cycle, so that every pair
         # gets its turn however many there are.
-        cycle = math.lcm(len(roster.answering), len(roster.prefill))
-        computes = roster.prefill[(turn + turn // cycle) % len(roster.prefill)]
+        cycle = math.lcm(len(roster.answering), len(partners))
+        computes = partners[(turn + turn // cycle) % len(partners)]
     candidate = roster.find(answers, computes)
-    assert candidate is not None  # the roster has every such pair
+    assert candidate is not None  # alone, or one of its pairs
     return Choice(candidate, scores)
 
 

@@ -107,11 +107,14 @@ class MemPool(SharedPool):
 
     # --- peers ----------------------------------------------------------------------------
 
-    def serve(self, address: str) -> str:
-        """Become reachable at tcp://host:port, port 0 for any; returns the address.
+    def serve(self, address: str, secret: str | None = None) -> str:
+        """Become reachable at tcp://host:port, port 0 for any; returns the address. `secret`: for
+        that of the constructor, which has the say once a peer is known.
 
         Raises ConfigError for an address beyond this host without a secret; TransferError.
         """
+        if secret is not None and self._service is None:
+            self._secret = secret
         service = self._started(address)
         return service.listen(address)
 

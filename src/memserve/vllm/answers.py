@@ -16,9 +16,11 @@ import msgspec
 from msgspec import Meta
 
 from memserve.api.generate import FinishReason
-from memserve.api.namespaces import salt_of
+from memserve.api.namespaces import cache_salt_of
 from memserve.engine.request import EngineRequest, TokenLogprobs, TokenOutput, Usage
 from memserve.errors import MemserveError, RequestError
+from memserve.vllm.pool_messages import PARAMETERS
+from memserve.vllm.remote_link import PushOrder
 
 COMPLETIONS_PATH = "/v1/completions"
 MAX_EVENT_BYTES = 16 * 1024 * 1024  # an event has one step's tokens and their scores
@@ -71,17 +73,15 @@ _encode = msgspec.json.Encoder().encode
 
 
 def completion_body(request: EngineRequest, model: str) -> bytes:
-    """The request of one sequence. Raises RequestError where the server could not go on exactly
-    as another one began: it would take what was generated for a part of the prompt."""
+    """The request of one sequence. Raises RequestError as `require_exact`."""
+    require_exact(request)
     sampling, done = request.sampling, len(request.output)
-    random = sampling.temperature > 0 and sampling.seed is not None
-    if done and (random or sampling.presence_penalty or sampling.frequency_penalty):
-        raise RequestError("vLLM cannot go on with a seed or with penalties", "seed")
+    most = 1 if request.prefill_only else sampling.max_tokens - done
     body: dict[str, Any] = {
         "model": model,
         "prompt": request.tokens.tolist(),
-        "max_tokens": 1 if request.prefill_only else sampling.max_tokens - done,
-        "min_tokens": max(0, sampling.min_tokens - done),
+        "max_tokens": most,
+        "min_tokens": min(most, max(0, sampling.min_tokens - done)),
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
@@ -103,11 +103,22 @@ def completion_body(request: EngineRequest, model: str) -> bytes:
         body["seed"] = sampling.seed
     if sampling.logprobs is not None:
         body |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
-    if request.namespace:
-        body["cache_salt"] = salt_of(request.namespace) or request.namespace
+    if (salt := cache_salt_of(request.namespace)) is not None:
+        body["cache_salt"] = salt
     if request.priority:
         body["priority"] = request.priority
+    if isinstance(request.observer, PushOrder):
+        body["kv_transfer_params"] = {PARAMETERS: {"order": request.observer.number}}
     return _encode(body)
+
+
+def require_exact(request: EngineRequest) -> None:
+    """Raises RequestError where the server could not go on exactly as another one began: it would
+    take what was generated for a part of the prompt."""
+    sampling = request.sampling
+    random = sampling.temperature > 0 and sampling.seed is not None
+    if request.output and (random or sampling.presence_penalty or sampling.frequency_penalty):
+        raise RequestError("vLLM cannot go on with a seed or with penalties", "seed")
 
 
 class AnswerReader:

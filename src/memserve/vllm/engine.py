@@ -31,7 +31,13 @@ from memserve.engine.request import (
 )
 from memserve.errors import EngineStopped, QueueFull
 from memserve.types import RequestId
-from memserve.vllm.answers import COMPLETIONS_PATH, AnswerReader, MalformedAnswer, completion_body
+from memserve.vllm.answers import (
+    COMPLETIONS_PATH,
+    AnswerReader,
+    MalformedAnswer,
+    completion_body,
+    require_exact,
+)
 from memserve.vllm.metrics import ServerLoad, UnknownMetrics, read_load
 from memserve.vllm.place import ServerPlace
 
@@ -99,6 +105,8 @@ class VllmEngine:
 
     def check(self, requests: Sequence[EngineRequest]) -> None:
         validate_requests(requests, self._info)
+        for request in requests:
+            require_exact(request)
         with self._lock:
             self._make_sure_of_room(len(requests))
 

@@ -71,10 +71,11 @@ def server_command(
     directory: Path,
     place: ServerPlace,
     events: str | None,
+    tier: dict[str, Any] | None = None,
 ) -> list[str]:
     """The command of a server for the model in `directory`, at the Unix socket of `place`, which
-    publishes KV events at the endpoint `events`; None: it caches nothing. `vllm_args` come last:
-    they prevail."""
+    publishes KV events at the endpoint `events`; None: it caches nothing. `tier`: what is behind
+    its KV cache, see `tier_settings`. `vllm_args` come last: they prevail."""
     command = list(settings.vllm_command)
     if command[-1] != "serve":  # `vllm serve MODEL`, or a module with `--model MODEL`
         command.append("--model")
@@ -90,23 +91,21 @@ def server_command(
         publisher: dict[str, Any] = {"enable_kv_cache_events": True, "publisher": "zmq"}
         publisher |= {"endpoint": events}
         command += ["--kv-events-config", msgspec.json.encode(publisher).decode()]
-        if settings.dram is not None:
-            command += [
-                "--kv-transfer-config",
-                msgspec.json.encode(tier_settings(settings.dram)).decode(),
-            ]
+    if tier is not None:
+        command += ["--kv-transfer-config", msgspec.json.encode(tier).decode()]
     return [*command, *settings.vllm_args]
 
 
-def tier_settings(dram: str) -> dict[str, Any]:
-    """vLLM's `--kv-transfer-config` for a KV cache with so much of the host's memory behind it. The
-    package must be there in the environment of `vllm_command`, too."""
+def tier_settings(dram: str, **own: str) -> dict[str, Any]:
+    """vLLM's `--kv-transfer-config` for a KV cache with so much of the host's memory behind it, and
+    the connector's `own` settings. The package must be there in the environment of
+    `vllm_command`, too."""
     return {
         "kv_connector": "MemServeConnector",
         "kv_connector_module_path": "memserve.vllm.connector.facade",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"dram_bytes": dram},
+        "kv_connector_extra_config": {"dram_bytes": dram, **own},
     }
 
 
@@ -137,6 +136,7 @@ class VllmServer:
         self.place = ServerPlace(path=self._directory / "http")
         events = self._directory / "events"
         self.events = f"ipc://{events}"  # where it publishes KV events
+        self.pool = self._directory / "pool"  # the socket of the pool in it, if it has one
         if len(os.fsencode(events)) > MAX_PATH_BYTES:
             shutil.rmtree(self._directory)
             raise ConfigError(f"{self._directory}: too long for Unix sockets; set TMPDIR")

@@ -7,17 +7,19 @@ when vLLM has dropped its copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from memserve.pool.listener import StoredRun
-from memserve.types import RefArray, TokenArray
+from memserve.types import RefArray
 
 MEDIUM = "CPU"  # vLLM's word for the host's memory
 BlockName = bytes | int
+# vLLM's name of a block: of the block before it (None: it begins a prompt), its tokens, the salt.
+NameBlock = Callable[[BlockName | None, list[int], str], BlockName]
 
 
 class Stored(NamedTuple):
@@ -33,58 +35,59 @@ class Removed(NamedTuple):
     names: list[BlockName]
 
 
-class TierEvents:
-    """The pool's listener. Belongs to vLLM's scheduling thread, as all changes of its pool do."""
+class _Moved(NamedTuple):
+    """Blocks [n] that have taken the place of others."""
 
-    def __init__(self, block_tokens: int) -> None:
+    refs: RefArray
+    old: RefArray
+
+
+class TierEvents:
+    """The pool's listener, which is called from any thread, under the pool's lock. The rest belongs
+    to vLLM's scheduling thread."""
+
+    def __init__(self, block_tokens: int, name: NameBlock) -> None:
         self._block = block_tokens
+        self._name = name
         self._names: dict[int, BlockName] = {}  # by the pool's reference
-        self._waiting: list[Stored | Removed] = []
+        self._heard: deque[StoredRun | RefArray | _Moved] = deque()
 
     @property
     def held(self) -> set[BlockName]:
         """Blocks that were told of and not taken back."""
         return set(self._names.values())
 
-    def published(
-        self,
-        names: Sequence[BlockName],
-        tokens: TokenArray,
-        refs: RefArray,
-        new: RefArray,
-        salt: str,
-    ) -> None:
-        """The index has taken `new` ones of `refs` [n], which are the last n blocks of `tokens`.
-        `names`: of the prompt's blocks, as far as vLLM has named them; others are not told."""
-        start = len(tokens) // self._block - len(refs)
-        named = min(len(refs), len(names) - start)
-        taken = np.isin(refs[: max(0, named)], new)
-        for told, run in groupby(range(len(taken)), key=lambda at: bool(taken[at])):
-            places = list(run)
-            if not told:
-                continue
-            first, last = start + places[0], start + places[-1] + 1
-            own = list(names[first:last])
-            self._names.update(zip(refs[places].tolist(), own, strict=True))
-            parent = names[first - 1] if first else None
-            part = tokens[first * self._block : last * self._block].tolist()
-            self._waiting.append(Stored(own, parent, part, salt))
-
     def take(self) -> list[Stored | Removed]:
         """What has happened since the last call, in order."""
-        taken, self._waiting = self._waiting, []
-        return taken
+        told: list[Stored | Removed] = []
+        while self._heard:
+            match self._heard.popleft():
+                case StoredRun() as run:
+                    told.append(self._stored(run))
+                case _Moved(refs, old):
+                    for ref, before in zip(refs.tolist(), old.tolist(), strict=True):
+                        self._names[ref] = self._names.pop(before)
+                case gone:
+                    told.append(Removed([self._names.pop(ref) for ref in gone.tolist()]))
+        return told
+
+    def _stored(self, run: StoredRun) -> Stored:
+        tokens = np.frombuffer(run.data, dtype=np.int32).tolist()
+        above = parent = None if run.parent is None else self._names[run.parent]
+        names = []
+        for at, ref in enumerate(run.refs.tolist()):
+            part = tokens[at * self._block : (at + 1) * self._block]
+            above = self._names[ref] = self._name(above, part, run.namespace)
+            names.append(above)
+        return Stored(names, parent, tokens, run.namespace)
 
     # --- the pool's listener
 
     def stored(self, run: StoredRun) -> None:
-        """Said by `published`, which knows the names."""
+        self._heard.append(run)
 
     def removed(self, namespace: str, refs: RefArray) -> None:
-        gone = [self._names.pop(ref) for ref in refs.tolist() if ref in self._names]
-        if gone:
-            self._waiting.append(Removed(gone))
+        self._heard.append(refs)
 
     def moved(self, run: StoredRun, old: RefArray) -> None:
-        """A pool of one medium moves nothing."""
-        self.removed(run.namespace, old)
+        self._heard.append(_Moved(run.refs, old))

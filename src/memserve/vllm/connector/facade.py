@@ -5,8 +5,9 @@ Written for vLLM 0.30 to 0.33, where the calls used here have the same form.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import vllm
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
@@ -18,27 +19,48 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
-from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import (
+    generate_block_hash_extra_keys,
+    hash_block_tokens,
+    maybe_convert_block_hash,
+)
 
 from memserve.config import parse_bytes
 from memserve.errors import ConfigError
 from memserve.transfer.mempool import MemPool
-from memserve.vllm.connector.events import MEDIUM, Removed, Stored, TierEvents
-from memserve.vllm.connector.layout import LAYOUT, layout_of, require_version
+from memserve.vllm.connector.events import (
+    MEDIUM,
+    BlockName,
+    NameBlock,
+    Removed,
+    Stored,
+    TierEvents,
+)
+from memserve.vllm.connector.layout import (
+    LAYOUT,
+    Origin,
+    layout_of,
+    require_version,
+    settings_digest,
+)
 from memserve.vllm.connector.metadata import CopiesDone, StepCopies
+from memserve.vllm.connector.pool_server import PoolServer, Ready
 from memserve.vllm.connector.scheduler import PoolScheduler
 from memserve.vllm.connector.worker import Worker
+from memserve.vllm.pool_messages import PARAMETERS
 
 KVConnectorMetadata.register(StepCopies)
 KVConnectorWorkerMetadata.register(CopiesDone)
 
-_SETTINGS = ("dram_bytes", "instance")
+_SETTINGS = ("dram_bytes", "instance", "socket", "model", "revision")
 
 
 class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """vLLM's KV cache with a pool behind it."""
 
     _scheduler: PoolScheduler
+    _server: PoolServer | None = None
     _worker: Worker
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
@@ -48,10 +70,21 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         _require_plain(vllm_config, kv_cache_config)
         parallel = vllm_config.parallel_config
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = _scheduler(vllm_config, kv_cache_config)
+            self._begin(vllm_config, kv_cache_config)
         else:
             groups = [group.layer_names for group in kv_cache_config.kv_cache_groups]
             self._worker = Worker(groups, parallel.rank, parallel.world_size)
+
+    def _begin(self, vllm_config: Any, kv_cache_config: Any) -> None:
+        extra = _extra(vllm_config)
+        pool = _pool(vllm_config, kv_cache_config, extra)
+        ready: Ready = lambda order, tokens, namespace: None  # noqa: E731
+        if "socket" in extra:
+            self._server = PoolServer(pool, Path(str(extra["socket"])))
+            ready = self._server.ready
+        ranks = vllm_config.parallel_config.world_size
+        events = _events(vllm_config, kv_cache_config)
+        self._scheduler = PoolScheduler(pool, ranks, events, ready)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -90,7 +123,7 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def on_new_request(self, request: Any) -> None:
         plain = not (request.mm_features or request.prompt_embeds is not None)
-        self._scheduler.arrived(request, plain and request.lora_request is None)
+        self._scheduler.arrived(request, plain and request.lora_request is None, _order(request))
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> Any:
         found = self._scheduler.offer(request, num_computed_tokens)
@@ -132,7 +165,16 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         if self.role == KVConnectorRole.SCHEDULER:
+            if self._server is not None:
+                self._server.close()
             self._scheduler.close()
+
+
+def _order(request: Any) -> int:
+    """What an instance has ordered of it; 0: nothing."""
+    said = (request.kv_transfer_params or {}).get(PARAMETERS)
+    order = said.get("order") if isinstance(said, dict) else None
+    return order if isinstance(order, int) else 0
 
 
 def _vllm_event(event: Stored | Removed, block_tokens: int) -> Any:
@@ -182,41 +224,68 @@ def _require_plain(vllm_config: Any, kv_cache_config: Any) -> None:
         )
 
 
-def _scheduler(vllm_config: Any, kv_cache_config: Any) -> PoolScheduler:
-    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+def _extra(vllm_config: Any) -> dict[str, Any]:
+    extra: dict[str, Any] = vllm_config.kv_transfer_config.kv_connector_extra_config
     unknown = sorted(set(extra) - set(_SETTINGS))
     if unknown or "dram_bytes" not in extra:
         raise ConfigError(
-            "kv_connector_extra_config has dram_bytes, such as '64GiB', and may have instance"
-            + (f"; not {', '.join(unknown)}" if unknown else "")
+            "kv_connector_extra_config has dram_bytes, such as '64GiB', and may have "
+            f"{', '.join(_SETTINGS[1:])}" + (f"; not {', '.join(unknown)}" if unknown else "")
         )
     if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
         raise ConfigError("MemServeConnector needs 'kv_load_failure_policy': 'recompute'")
+    return extra
+
+
+def _pool(vllm_config: Any, kv_cache_config: Any, extra: dict[str, Any]) -> MemPool:
     model, ranks = vllm_config.model_config, vllm_config.parallel_config.world_size
-    layout = layout_of(
-        kv_cache_config.kv_cache_groups,
-        str(model.model),
-        str(model.revision or ""),
-        ranks,
-        _packing(kv_cache_config),
+    served = model.served_model_name
+    name = served[0] if isinstance(served, list) else served or model.model
+    origin = Origin(
+        str(extra.get("model", name)),
+        str(extra.get("revision", model.revision or "")),
+        settings_digest(model.hf_config.to_dict()),
+        f"{model.dtype} {model.quantization or ''} {_packing(kv_cache_config)}",
     )
+    layout = layout_of(kv_cache_config.kv_cache_groups, origin, ranks)
     blocks = parse_bytes(str(extra["dram_bytes"])) // layout.block_bytes
     if not blocks:
         raise ConfigError(f"dram_bytes: one block alone has {layout.block_bytes} bytes")
-    name = str(extra.get("instance", f"vllm-{vllm_config.instance_id}"))
-    pool = MemPool(layout, hbm_blocks=0, dram_blocks=blocks, instance=name)
-    return PoolScheduler(pool, ranks, _events(vllm_config, kv_cache_config))
+    instance = str(extra.get("instance", f"vllm-{vllm_config.instance_id}"))
+    return MemPool(layout, hbm_blocks=0, dram_blocks=blocks, instance=instance)
 
 
 def _events(vllm_config: Any, kv_cache_config: Any) -> TierEvents | None:
     """None where nobody listens, or vLLM's names are not those of the pool's blocks."""
-    told = vllm_config.kv_events_config
+    told, cache = vllm_config.kv_events_config, vllm_config.cache_config
     (first, *others) = kv_cache_config.kv_cache_groups
     block = first.kv_cache_spec.block_size
     if told is None or not told.enable_kv_cache_events or others:
         return None
     hashed = getattr(kv_cache_config, "hash_block_size", None) or block
-    return TierEvents(block) if hashed == block == vllm_config.cache_config.block_size else None
+    if not hashed == block == cache.block_size:
+        return None
+    return TierEvents(block, _names(get_hash_fn_by_name(cache.prefix_caching_hash_algo)))
+
+
+class _Salted(NamedTuple):
+    """As much of a request as gives its blocks their names."""
+
+    cache_salt: str | None
+    mm_features: tuple[()] = ()
+    lora_request: None = None
+    prompt_embeds: None = None
+
+
+def _names(digest: Callable[[Any], bytes]) -> NameBlock:
+    def name(parent: BlockName | None, tokens: list[int], salt: str) -> BlockName:
+        keys = None
+        if parent is None and salt:
+            keys, _ = generate_block_hash_extra_keys(_Salted(salt), 0, len(tokens), 0)
+        block: BlockName = hash_block_tokens(digest, parent, tokens, keys)
+        return block
+
+    return name
 
 
 def _packing(kv_cache_config: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,6 +18,10 @@ LAYOUT = "LBHNC"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "int8"}
 # Of vLLM, the lowest and the highest: those in which the facade's calls have the same form.
 VERSIONS = ((0, 30), (0, 33))
+
+
+# Of a configuration: where it is from, not what is computed.
+_ELSEWHERE = ("_name_or_path", "_commit_hash", "transformers_version")
 
 
 class Spec(Protocol):
@@ -48,12 +54,26 @@ def require_version(version: str) -> None:
         )
 
 
-def layout_of(
-    groups: Sequence[Group], model: str, revision: str, ranks: int, packing: str
-) -> KVLayout:
+class Origin(NamedTuple):
+    """What computes the KV: the same everywhere where it means the same."""
+
+    model: str
+    revision: str
+    settings: str  # of the model: they have a part in every key and value
+    packing: str  # what else the bytes depend on
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Of a model's configuration, wherever its files are and whichever library wrote them."""
+    own = {name: value for name, value in settings.items() if name not in _ELSEWHERE}
+    text = json.dumps(own, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def layout_of(groups: Sequence[Group], origin: Origin, ranks: int) -> KVLayout:
     """A block holds the pages of all layers, in the groups' order, of all tensor-parallel ranks.
 
-    `packing`: what else the bytes depend on. Raises ConfigError for what cannot be a block.
+    Raises ConfigError for what cannot be a block.
     """
     for group in groups:
         for name in ("num_kv_heads", "head_size", "dtype"):
@@ -74,9 +94,10 @@ def layout_of(
         head_dim=first.head_size,
         dtype=_NAMES[first.dtype],
         block_tokens=first.block_size,
-        model=model,
-        revision=revision,
-        quantization=f"vllm {LAYOUT} {packing}",
+        model=origin.model,
+        revision=origin.revision,
+        rope=origin.settings,
+        quantization=f"vllm {LAYOUT} {origin.packing}",
     )
     if layout.block_bytes != first.page_size_bytes * layout.layers * ranks:
         raise ConfigError(

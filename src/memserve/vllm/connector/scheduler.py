@@ -18,9 +18,10 @@ import numpy as np
 from memserve.errors import OutOfBlocks
 from memserve.pool.results import Match
 from memserve.transfer.mempool import MemPool
-from memserve.types import Medium, TokenArray, ref_index
-from memserve.vllm.connector.events import BlockName, Removed, Stored, TierEvents
+from memserve.types import Medium, Namespace, TokenArray, ref_index
+from memserve.vllm.connector.events import Removed, Stored, TierEvents
 from memserve.vllm.connector.metadata import CopiesDone, Copy, PoolMemory, StepCopies
+from memserve.vllm.connector.pool_server import Ready
 from memserve.vllm.connector.sequence import Save, Sequence
 
 BlockIds = SequenceOf[SequenceOf[int]]  # for each KV cache group
@@ -33,7 +34,6 @@ class Request(Protocol):
     num_tokens: int
     cache_salt: str | None
     skip_reading_prefix_cache: bool
-    block_hashes: SequenceOf[BlockName]
 
     @property
     def all_token_ids(self) -> SequenceOf[int]: ...
@@ -68,11 +68,12 @@ class Step(Protocol):
 class _Known:
     """A request, from its arrival until nothing of it is on its way."""
 
-    __slots__ = ("match", "offered_from", "request", "sequence")
+    __slots__ = ("match", "offered_from", "order", "request", "sequence")
 
-    def __init__(self, request: Request, sequence: Sequence) -> None:
+    def __init__(self, request: Request, sequence: Sequence, order: int) -> None:
         self.request = request
         self.sequence = sequence
+        self.order = order  # 0: none
         self.match: Match | None = None  # what was offered, or is being loaded
         self.offered_from = 0  # blocks
 
@@ -85,10 +86,18 @@ class _Known:
 class PoolScheduler:
     """Belongs to vLLM's scheduling thread. Owns the pool."""
 
-    def __init__(self, pool: MemPool, workers: int, events: TierEvents | None = None) -> None:
-        """`workers`: each copies its part of a block. `events`: are told what the pool holds."""
+    def __init__(
+        self,
+        pool: MemPool,
+        workers: int,
+        events: TierEvents | None = None,
+        ready: Ready = lambda order, tokens, namespace: None,
+    ) -> None:
+        """`workers`: each copies its part of a block. `events`: are told what the pool holds.
+        `ready`: is told what the index has of a request with an order."""
         self._pool = pool
         self._events = events
+        self._ready = ready
         pool.listen(events)
         self._workers = workers
         self._block = pool.layout.block_tokens
@@ -108,10 +117,11 @@ class PoolScheduler:
 
     # --- admission ------------------------------------------------------------------------
 
-    def arrived(self, request: Request, cacheable: bool) -> None:
-        """A new request. `cacheable`: its KV depends on its token ids and nothing else."""
-        sequence = Sequence(request.cache_salt or "", cacheable)
-        self._known[request.request_id] = _Known(request, sequence)
+    def arrived(self, request: Request, cacheable: bool, order: int = 0) -> None:
+        """A new request. `cacheable`: its KV depends on its token ids and nothing else. `order`: an
+        instance's, to send it to a peer."""
+        sequence = Sequence(Namespace(request.cache_salt or ""), cacheable, sent=bool(order))
+        self._known[request.request_id] = _Known(request, sequence, order)
 
     def offer(self, request: Request, local: int) -> int:
         """How many tokens behind the first `local` ones the pool can give; pinned until the
@@ -173,6 +183,8 @@ class PoolScheduler:
             tokens = _array(known.request.all_token_ids)
             with self._pool.match(tokens, known.sequence.namespace) as match:
                 have = len(match.refs)
+            if known.order and have:
+                self._ready(known.order, tokens[: match.tokens], known.sequence.namespace)
         known.sequence.admitted([list(ids) for ids in block_ids], have)
 
     def _save(self, copies: StepCopies, step: Step, request_id: str, computed: int) -> None:
@@ -267,9 +279,8 @@ class PoolScheduler:
             result = self._pool.insert(tokens, refs, sequence.namespace)
         if len(result.duplicate):
             self._pool.free_mem(result.duplicate)
-        if self._events is not None:
-            names, salt = known.request.block_hashes, sequence.namespace
-            self._events.published(names, tokens, save.refs, result.new, salt)
+        if known.order:
+            self._ready(known.order, tokens, sequence.namespace)
         return True
 
     # --- ends -----------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from memserve.types import RefArray
+from memserve.api.namespaces import is_private
+from memserve.types import Namespace, RefArray
 
 
 class Save(NamedTuple):
@@ -35,10 +36,12 @@ class Sequence:
         "saves",
     )
 
-    def __init__(self, namespace: str, cacheable: bool) -> None:
-        """`cacheable`: its KV depends on its tokens and nothing else."""
+    def __init__(self, namespace: Namespace, cacheable: bool, sent: bool = False) -> None:
+        """`cacheable`: its KV depends on its tokens and nothing else. `sent`: to a peer, as what
+        nobody else will ever use need not be saved."""
         self.namespace = namespace
-        self.saves = cacheable  # whether more of it is to be saved
+        # whether more of it is to be saved
+        self.saves = cacheable and (sent or not is_private(namespace))
         self.load_failed = not cacheable
         self.loading = False
         self.given = 0

@@ -11,10 +11,11 @@ import numpy as np
 from memserve.api.handoff import PoolPeer
 from memserve.config import Caching, TransferMode
 from memserve.errors import PeerLost, PoolError, TransferError, TransferTimeout, UnknownPeer
-from memserve.instance.kv_stream import KVStream, ended
+from memserve.transfer.conversion import meaning
+from memserve.transfer.kv_stream import KVStream, ended
 from memserve.transfer.mempool import MemPool
 from memserve.transfer.session import LEASE
-from memserve.types import InstanceId, Namespace, TokenArray
+from memserve.types import InstanceId, Medium, Namespace, TokenArray
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +34,15 @@ class Pushed:
     spared: int = 0
 
 
-class KVLink:
+class PoolLink:
     """Belongs to one event loop; the pool does the rest on threads of its own."""
 
     def __init__(
         self, pool: MemPool, address: PoolPeer, caching: Caching, mode: TransferMode
     ) -> None:
         """`address` is where `pool` is served."""
+        # A pool without HBM is a vLLM server's, and so are those that hold the same KV.
+        self._medium = Medium.HBM if pool.extents(Medium.HBM) else Medium.DRAM
         self.address = address
         self.caching = caching
         self._pool = pool
@@ -55,7 +58,12 @@ class KVLink:
     def block_tokens(self) -> int:
         return self._pool.layout.block_tokens
 
-    def cached(self, tokens: TokenArray, namespace: Namespace) -> int:
+    @property
+    def kv(self) -> str:
+        """What the bytes of a block mean, as hex."""
+        return meaning(self._pool.layout).hex()
+
+    async def cached(self, tokens: TokenArray, namespace: Namespace) -> int:
         """How many leading tokens have KV in our index."""
         with self._pool.match(tokens, namespace) as match:
             return match.tokens
@@ -70,38 +78,29 @@ class KVLink:
         try:
             return await self._push(peer, tokens, source, target)
         except (PeerLost, UnknownPeer):
-            self._peers.pop(peer.id, None)  # to be met anew the next time
+            self.lost(peer)
             raise
 
     async def stream(
         self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace
-    ) -> KVStream:
+    ) -> LinkedStream:
         """An observer for the prefill of `tokens`, which sends what is ready of it to a peer.
 
         Its owner calls `deliver` when all is computed, and `close` in any case. Raises
         TransferError where the peer cannot be reached.
         """
         await self.meet(peer)
-        return KVStream(self._pool, self._mode, peer, tokens, source, target)
-
-    async def deliver(self, stream: KVStream) -> Pushed:
-        """Publish at the peer what was computed. Raises as `push`."""
-        try:
-            sent = await stream.finish()
-            return Pushed(sent, stream.blocks - sent)
-        except (PeerLost, UnknownPeer, TransferTimeout):
-            self._peers.pop(stream.peer.id, None)
-            raise
-        except (TransferError, PoolError) as error:
-            # The peer had no room then, or the sequence lost its memory.
-            log.info("KV was not sent to %s while it was computed: %s", stream.peer.id, error)
-        return await self.push(stream.peer, stream.tokens, stream.source, stream.target)
+        return LinkedStream(self, self._pool, self._mode, peer, tokens, source, target)
 
     async def meet(self, peer: PoolPeer) -> None:
         """Connect to a peer, if that has not been done. Raises TransferError."""
         if self._peers.get(peer.id) != peer.address:
             await asyncio.to_thread(self._pool.connect, peer.id, peer.address)
             self._peers[peer.id] = peer.address
+
+    def lost(self, peer: PoolPeer) -> None:
+        """It is to be met anew the next time."""
+        self._peers.pop(peer.id, None)
 
     def forget(self, namespace: Namespace) -> None:
         """Drop all KV of a namespace, and a while later what was pinned or came since."""
@@ -128,8 +127,43 @@ class KVLink:
             if not match.tokens:
                 return Pushed()
             transfer = self._pool.transfer_with_insert(
-                peer.id, tokens[: match.tokens], match.refs, namespace=target, mode=self._mode
+                peer.id,
+                tokens[: match.tokens],
+                match.refs,
+                namespace=target,
+                mode=self._mode,
+                medium=self._medium,
             )
             await ended(transfer)
             transfer.result(0)
             return Pushed(transfer.sent, len(match.refs) - transfer.sent)
+
+
+class LinkedStream(KVStream):
+    """The stream of a link, which sends again what did not go over the first time."""
+
+    def __init__(
+        self,
+        link: PoolLink,
+        pool: MemPool,
+        mode: TransferMode,
+        peer: PoolPeer,
+        tokens: TokenArray,
+        source: Namespace,
+        target: Namespace,
+    ) -> None:
+        super().__init__(pool, mode, peer, tokens, source, target)
+        self._link = link
+
+    async def deliver(self) -> Pushed:
+        """Publish at the peer what was computed. Raises as `PoolLink.push`."""
+        try:
+            sent = await self.finish()
+            return Pushed(sent, self.blocks - sent)
+        except (PeerLost, UnknownPeer, TransferTimeout):
+            self._link.lost(self.peer)
+            raise
+        except (TransferError, PoolError) as error:
+            # The peer had no room then, or the sequence lost its memory.
+            log.info("KV was not sent to %s while it was computed: %s", self.peer.id, error)
+        return await self._link.push(self.peer, self.tokens, self.source, self.target)

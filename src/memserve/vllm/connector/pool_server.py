@@ -1,0 +1,244 @@
+"""The pool inside a vLLM server, served to the instance beside it and to the peers that it names.
+
+The instance says where bytes go; a request at the vLLM server can but name an order that the
+instance has given, so that a client of that server can send nothing anywhere. All of it runs on
+a thread of its own; vLLM's scheduling thread only leaves word of what is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from memserve.api.handoff import PoolPeer
+from memserve.api.status import PoolTotals
+from memserve.errors import ConfigError, PoolError, TransferError
+from memserve.hosts import bracketed, reachable_endpoint
+from memserve.transfer.kv_link import PoolLink, Pushed
+from memserve.transfer.mempool import MemPool
+from memserve.types import InstanceId, Namespace, TokenArray
+from memserve.vllm import pool_messages as m
+
+log = logging.getLogger(__name__)
+
+# Of pushes while prompts are computed: more would hold up those that somebody waits for.
+MAX_EARLY_PUSHES = 4
+_CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
+
+
+@dataclass(slots=True)
+class _Order:
+    """What becomes ready of a prompt goes to a peer."""
+
+    peer: PoolPeer
+    target: Namespace
+    ready: TokenArray | None = None  # the longest prefix that is
+    sent: int = 0  # blocks
+    sending: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Caller:
+    """One connection."""
+
+    writer: asyncio.StreamWriter
+    orders: set[int] = field(default_factory=set)
+    tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+
+
+class PoolServer:
+    """From the constructor to `close`; the pool is its owner's."""
+
+    def __init__(self, pool: MemPool, path: Path) -> None:
+        """`path`: of the socket, in a directory that this user alone can enter. Raises OSError."""
+        self._pool = pool
+        self._link: PoolLink | None = None
+        self._endpoint = ""
+        self._orders: dict[int, _Order] = {}
+        self._callers: set[_Caller] = set()
+        self._early = asyncio.Semaphore(MAX_EARLY_PUSHES)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._ending = asyncio.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, name="pool-server", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._ending.set)
+            self._thread.join()
+
+    def ready(self, order: int, tokens: TokenArray, namespace: Namespace) -> None:
+        """The pool's index has these leading tokens of a request that named the order. From
+        vLLM's scheduling thread; unknown orders are ignored."""
+        if order in self._orders:
+            self._loop.call_soon_threadsafe(self._go_on, order, tokens, namespace)
+
+    def _main(self) -> None:
+        try:
+            self._loop.run_until_complete(self._serve())
+        finally:
+            self._listener.close()
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        server = await asyncio.start_unix_server(self._connected, sock=self._listener)
+        await self._ending.wait()
+        server.close()
+        for caller in self._callers:
+            caller.writer.close()  # which its reader sees
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._link is not None:
+            self._link.close()
+
+    # --- calls ----------------------------------------------------------------------------
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        caller = _Caller(writer)
+        self._callers.add(caller)
+        try:
+            _require_own(writer.get_extra_info("socket"))
+            while True:
+                size = m.body_bytes(await reader.readexactly(m.HEAD_BYTES))
+                call = m.decode_call(await reader.readexactly(size))
+                self._take(caller, call)
+        except (OSError, EOFError, TransferError, msgspec.MsgspecError) as error:
+            log.info("the instance has left the pool: %s", error or "it hung up")
+        finally:
+            self._callers.discard(caller)
+            for task in caller.tasks.values():
+                task.cancel()
+            for order in caller.orders:
+                self._withdraw(order)
+            writer.close()
+
+    def _take(self, caller: _Caller, call: m.Call) -> None:
+        if isinstance(call.said, m.Cancel):
+            task = caller.tasks.pop(call.said.number, None)
+            if task is not None:
+                task.cancel()
+            return
+        task = asyncio.ensure_future(self._answer(caller, call))
+        caller.tasks[call.number] = task
+        task.add_done_callback(lambda _: caller.tasks.pop(call.number, None))
+
+    async def _answer(self, caller: _Caller, call: m.Call) -> None:
+        heard: m.Heard
+        try:
+            heard = await self._do(caller, call.said)
+        except PoolError as error:
+            heard = m.Failed(str(error), of_pool=True)
+        except (TransferError, ConfigError) as error:
+            heard = m.Failed(str(error), of_pool=False)
+        caller.writer.write(m.frame(m.Reply(call.number, heard)))
+        await caller.writer.drain()
+
+    async def _do(self, caller: _Caller, said: m.Said) -> m.Heard:
+        match said:
+            case m.Serve():
+                return await asyncio.to_thread(self._serve_pool, said)
+            case m.Count(tokens, namespace):
+                return m.Counted(await self._served.cached(_tokens(tokens), namespace))
+            case m.Meet(peer):
+                await self._served.meet(peer)
+            case m.Push():
+                pushed = await self._push(caller, said)
+                return m.PushDone(pushed.sent, pushed.spared)
+            case m.Order(order, peer, target):
+                await self._served.meet(peer)
+                caller.orders.add(order)
+                self._orders[order] = _Order(peer, target)
+            case m.Withdraw(order):
+                caller.orders.discard(order)
+                self._withdraw(order)
+            case m.Forget(namespace):
+                self._served.forget(namespace)
+            case m.ReadTotals():
+                totals = await asyncio.to_thread(self._pool.stats)
+                return m.Totals(msgspec.convert(totals, PoolTotals, from_attributes=True))
+        return m.Done()
+
+    @property
+    def _served(self) -> PoolLink:
+        if self._link is None:
+            raise TransferError("the pool is not served yet")
+        return self._link
+
+    def _serve_pool(self, said: m.Serve) -> m.Served:
+        if self._link is None:
+            endpoint = self._pool.serve(f"tcp://{bracketed(said.host)}:0", said.secret)
+            self._endpoint = reachable_endpoint(endpoint)
+            owner = InstanceId(self._pool.owner.instance)
+            own = PoolPeer(owner, self._endpoint)
+            self._link = PoolLink(self._pool, own, said.caching, said.mode)
+        link = self._link
+        return m.Served(self._endpoint, link.kv, link.block_bytes, link.block_tokens)
+
+    # --- pushes ---------------------------------------------------------------------------
+
+    async def _push(self, caller: _Caller, said: m.Push) -> Pushed:
+        caller.orders.discard(said.order)
+        order = self._orders.pop(said.order, None)
+        before = 0
+        if order is not None:
+            if order.sending is not None:
+                await asyncio.wait((order.sending,))
+            before = order.sent
+        tokens = _tokens(said.tokens)
+        pushed = await self._served.push(said.peer, tokens, said.source, said.target)
+        return Pushed(before + pushed.sent, max(0, pushed.spared - before))
+
+    def _go_on(self, number: int, tokens: TokenArray, namespace: Namespace) -> None:
+        order = self._orders.get(number)
+        if order is None:
+            return
+        order.ready = tokens
+        if order.sending is None or order.sending.done():
+            order.sending = asyncio.ensure_future(self._send(order, namespace))
+
+    async def _send(self, order: _Order, namespace: Namespace) -> None:
+        done = 0
+        while (tokens := order.ready) is not None and len(tokens) > done:
+            async with self._early:
+                try:
+                    pushed = await self._served.push(order.peer, tokens, namespace, order.target)
+                except (TransferError, PoolError) as error:
+                    # What is asked for in the end is tried once more, and fails with a reason.
+                    log.info("KV did not reach %s early: %s", order.peer.id, error)
+                    order.ready = None
+                    return
+            order.sent += pushed.sent
+            done = len(tokens)
+
+    def _withdraw(self, number: int) -> None:
+        order = self._orders.pop(number, None)
+        if order is not None and order.sending is not None:
+            order.sending.cancel()
+
+
+def _tokens(data: bytes) -> TokenArray:
+    return np.frombuffer(data, dtype=np.int32)
+
+
+def _require_own(connection: socket.socket) -> None:
+    """Raises TransferError for another user's process."""
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, user, _ = _CREDENTIALS.unpack(data)
+    if user != os.getuid():
+        raise TransferError(f"user {user} has no business here")
+
+
+Ready = Callable[[int, TokenArray, Namespace], None]  # see `PoolServer.ready`

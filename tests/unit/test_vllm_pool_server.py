@@ -1,0 +1,221 @@
+"""The pool inside a vLLM server, as the instance beside it has it: over its socket, with real pools
+on both ends of every transfer."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memserve.api.handoff import PoolPeer
+from memserve.api.namespaces import cache_salt_of, private, salted
+from memserve.config import Caching
+from memserve.errors import EngineStopped, PoolError, TransferError
+from memserve.pool.layout import KVLayout
+from memserve.secrets import cluster_secret
+from memserve.transfer import kv_link
+from memserve.transfer.kv_link import Pushed
+from memserve.transfer.mempool import MemPool
+from memserve.types import SHARED, InstanceId, Medium, Namespace, TokenArray, ref_index
+from memserve.vllm import pool_messages as m
+from memserve.vllm.connector.pool_server import PoolServer
+from memserve.vllm.remote_link import RemoteLink
+from tests.waiting import until
+
+BLOCK = 4
+LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=4, dtype="float32", block_tokens=BLOCK)
+TOKENS: TokenArray = np.arange(100, 100 + 6 * BLOCK, dtype=np.int32)
+
+
+@dataclass
+class End:
+    """A vLLM server's pool, and its instance's link to it."""
+
+    pool: MemPool
+    server: PoolServer
+    link: RemoteLink
+    path: Path
+
+    def fill(self, blocks: int, namespace: str = SHARED) -> None:
+        """The index has the first blocks of TOKENS, each of its own bytes."""
+        tokens = TOKENS[: blocks * BLOCK]
+        with self.pool.match(tokens, namespace) as match:
+            refs = self.pool.alloc_mem(blocks - len(match.refs), Medium.DRAM)
+            (extent,) = self.pool.extents(Medium.DRAM)
+            for at, place in enumerate(ref_index(refs).tolist(), len(match.refs)):
+                extent.memory.view(extent.blocks, -1)[place] = at + 1
+            self.pool.insert(tokens, np.concatenate((match.refs, refs)), namespace)
+
+    def has(self, namespace: str = SHARED) -> list[int]:
+        """The bytes of what it has of TOKENS."""
+        (extent,) = self.pool.extents(Medium.DRAM)
+        with self.pool.match(TOKENS, namespace) as match:
+            rows = extent.memory.view(extent.blocks, -1)[ref_index(match.refs).tolist()]
+        assert all((row == row[0]).all() for row in rows)
+        return [int(row[0]) for row in rows]
+
+
+def end(path: Path, name: str, blocks: int = 16, caching: Caching = "full") -> End:
+    pool = MemPool(LAYOUT, hbm_blocks=0, dram_blocks=blocks, instance=name)
+    server = PoolServer(pool, path)
+    secret = cluster_secret()
+    link = RemoteLink(path, InstanceId(name), "127.0.0.1", secret, caching, "by-request-agg")
+    return End(pool, server, link, path)
+
+
+@pytest.fixture
+async def ends(tmp_path: Path) -> AsyncIterator[tuple[End, End]]:
+    both = end(tmp_path / "p", "p"), end(tmp_path / "d", "d")
+    yield both
+    for each in both:
+        each.link.close()
+        await asyncio.to_thread(each.server.close)
+        each.pool.check_integrity()
+        await asyncio.to_thread(each.pool.close)
+
+
+async def test_what_a_peer_lacks_goes_over_and_is_whole(ends: tuple[End, End]) -> None:
+    p, d = ends
+    p.fill(6)
+    d.fill(2)
+    assert await p.link.push(d.link.address, TOKENS, SHARED, SHARED) == Pushed(4, 2)
+    assert d.has() == [1, 2, 3, 4, 5, 6]
+    assert await d.link.cached(TOKENS, SHARED) == len(TOKENS)
+    assert p.link.kv == d.link.kv
+    assert (p.link.block_bytes, p.link.block_tokens) == (LAYOUT.block_bytes, BLOCK)
+
+
+async def test_what_is_ready_early_goes_early_and_counts_as_sent(ends: tuple[End, End]) -> None:
+    p, d = ends
+    stream = await p.link.stream(d.link.address, TOKENS, SHARED, salted("t"))
+    for blocks in (2, 3, 5):
+        p.fill(blocks)
+        p.server.ready(stream.number, TOKENS[: blocks * BLOCK], SHARED)
+    await until(lambda: len(d.has("t")) == 5, "five blocks")
+    p.fill(6)
+    assert await stream.deliver() == Pushed(6, 0)
+    assert d.has("t") == [1, 2, 3, 4, 5, 6]
+    assert d.has() == []
+    stream.close()
+    assert not p.server._orders
+
+
+async def test_who_names_an_order_that_nobody_gave_sends_nothing(ends: tuple[End, End]) -> None:
+    p, d = ends
+    p.fill(6)
+    stream = await p.link.stream(d.link.address, TOKENS, SHARED, SHARED)
+    p.server.ready(stream.number + 1, TOKENS, SHARED)
+    stream.close()
+    await until(lambda: not p.server._orders, "the end of all orders")
+    p.server.ready(stream.number, TOKENS, SHARED)
+    assert await p.link.cached(TOKENS, SHARED) == len(TOKENS)  # whatever was asked before is done
+    assert d.has() == []
+
+
+async def test_an_instance_that_hangs_up_takes_its_orders_with_it(ends: tuple[End, End]) -> None:
+    p, d = ends
+    await p.link.stream(d.link.address, TOKENS, SHARED, SHARED)
+    assert p.server._orders
+    p.link.close()
+    await until(lambda: not p.server._orders, "the end of all orders")
+
+
+async def test_salts_and_private_namespaces_are_said_as_vllm_has_them(
+    ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_link, "LINGER_SECONDS", 0.1)
+    p, _ = ends
+    p.fill(2, "tenant")
+    assert await p.link.cached(TOKENS, salted("tenant")) == 2 * BLOCK
+    sequence = private("r1")
+    p.fill(3, sequence)
+    assert await p.link.cached(TOKENS, sequence) == 3 * BLOCK
+    # A client's salt that looks like a sequence's is another one.
+    assert await p.link.cached(TOKENS, salted(sequence)) == 0
+    p.link.forget(sequence)
+    await until(lambda: p.has(sequence) == [], "forgetting")
+    assert await p.link.cached(TOKENS, salted("tenant")) == 2 * BLOCK
+
+
+async def test_totals_are_the_pool_s(ends: tuple[End, End]) -> None:
+    p, _ = ends
+    p.fill(3)
+    await until(lambda: p.link.totals.dram.cached == 3, "totals")
+    assert p.link.totals.dram.total == 16
+
+
+async def test_failures_are_of_the_kind_that_callers_know(tmp_path: Path) -> None:
+    p, d = end(tmp_path / "p", "p"), end(tmp_path / "d", "d", blocks=2)
+    try:
+        p.fill(6)
+        nobody = PoolPeer(InstanceId("nobody"), "tcp://127.0.0.1:1")
+        with pytest.raises(TransferError):
+            await p.link.push(nobody, TOKENS, SHARED, SHARED)
+        with pytest.raises(PoolError, match="blocks asked, 2 free"):
+            await p.link.push(d.link.address, TOKENS, SHARED, SHARED)
+        await asyncio.to_thread(p.server.close)
+        with pytest.raises(TransferError, match="not there any more"):
+            await p.link.cached(TOKENS, SHARED)
+        with pytest.raises(TransferError, match="not there any more"):
+            await p.link.push(d.link.address, TOKENS, SHARED, SHARED)
+    finally:
+        for each in (p, d):
+            each.link.close()
+            await asyncio.to_thread(each.server.close)
+            each.pool.check_integrity()
+            await asyncio.to_thread(each.pool.close)
+
+
+async def test_a_call_that_is_cancelled_is_over(ends: tuple[End, End]) -> None:
+    p, d = ends
+    p.fill(6)
+    pushing = asyncio.ensure_future(p.link.push(d.link.address, TOKENS, SHARED, SHARED))
+    await asyncio.sleep(0)
+    pushing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await pushing
+    assert await p.link.push(d.link.address, TOKENS, SHARED, SHARED) in (
+        Pushed(sent, 6 - sent) for sent in range(7)
+    )
+    assert d.has() == [1, 2, 3, 4, 5, 6]
+
+
+GARBAGE = [
+    b"\xff\xff\xff\xff",
+    m.HEAD_BYTES * b"\0",
+    (3).to_bytes(m.HEAD_BYTES) + b"\xc1\xc1\xc1",
+    m.frame(m.Reply(1, m.Done())),
+]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+async def test_garbage_ends_its_connection_and_nothing_else(
+    ends: tuple[End, End], garbage: bytes
+) -> None:
+    p, _ = ends
+
+    def ask() -> bytes:
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.connect(str(p.path))
+            stranger.sendall(garbage)
+            return stranger.recv(1)
+
+    assert await asyncio.to_thread(ask) == b""
+    assert await p.link.cached(TOKENS, SHARED) == 0
+
+
+def test_a_pool_that_is_not_there_is_said(tmp_path: Path) -> None:
+    secret = cluster_secret()
+    with pytest.raises(EngineStopped, match="cannot be talked to"):
+        RemoteLink(tmp_path / "p", InstanceId("p"), "127.0.0.1", secret, "full", "by-request-agg")
+
+
+def test_namespaces_do_not_meet() -> None:
+    salts = ["", "a", "salt:a", "sequence:a", "salt:salt:a", "salt:sequence:a"]
+    spaces = [*map(salted, salts), private("a"), private("salt:a")]
+    assert len({cache_salt_of(Namespace(space)) for space in spaces}) == len(spaces)
