@@ -16,6 +16,7 @@ from typing import Any
 import memserve
 from memserve.bench.peers.places import ROOT, python_of, why_missing
 from tests.fakes import url_told
+from tests.insider import ask
 
 PYTHON, MISSING = python_of("vllm", ROOT), why_missing("vllm", ROOT)
 # A server takes half a minute to start, and minutes where the machine has other work.
@@ -35,7 +36,7 @@ INSTANCE = """
 engine = "vllm"
 threads = 1
 {settings}
-vllm_command = ["env", {path}, {python}, "-m", "vllm.entrypoints.openai.api_server"]
+vllm_command = ["env", {path}, {environment}{python}, "-m", "vllm.entrypoints.openai.api_server"]
 vllm_args = ["--enforce-eager", "--block-size", "{block}", {arguments}]
 """
 
@@ -47,6 +48,7 @@ class Instances:
     settings: str = ""
     arguments: tuple[str, ...] = ("--kv-cache-memory-bytes", LARGE)
     block: int = BLOCK
+    environment: str = ""  # one more variable of vLLM's
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Cluster:
         self.model = model
         self.process = process
         self.log = log
+
+    def members(self) -> list[dict[str, Any]]:
+        """As `GET /cluster` has them."""
+        members: list[dict[str, Any]] = ask(self.url, "/cluster").json["instances"]
+        return members
 
     def complete(self, prompt: list[int], tokens: int, **more: Any) -> Answer:
         body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
@@ -94,6 +101,7 @@ def up(
         text += INSTANCE.format(
             settings=table.settings,
             path=json.dumps(f"PYTHONPATH={SOURCE}"),
+            environment=f"{json.dumps(table.environment)}, " if table.environment else "",
             python=json.dumps(str(PYTHON)),
             block=table.block,
             arguments=json.dumps(table.arguments)[1:-1],
@@ -119,3 +127,27 @@ def up(
 
 def prompt_of(seed: int, tokens: int) -> list[int]:
     return random.Random(seed).choices(range(5, 500), k=tokens)
+
+
+def descendants(process: int, name: str) -> list[int]:
+    """Processes below one whose title begins with `name`, in the order in which they began."""
+    parents: dict[int, int] = {}
+    titles: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            titles[int(entry.name)] = (entry / "cmdline").read_bytes().decode().strip("\0 ")
+        except OSError:  # it has ended meanwhile
+            continue
+        parents[int(entry.name)] = int(fields[1])
+
+    def is_below(one: int) -> bool:
+        while one in parents:
+            if one == process:
+                return True
+            one = parents[one]
+        return False
+
+    return sorted(one for one, title in titles.items() if title.startswith(name) and is_below(one))

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from memserve.config import Caching
 from memserve.pool.segment import SHM_DIRECTORY
 from tests.fakes import metric, save_tiny_tokenizer, until
 from tests.tiny_models import Reference, save_tiny_model
-from tests.vllm_cluster import MISSING, START_SECONDS, Instances, prompt_of, up
+from tests.vllm_cluster import (
+    MISSING,
+    START_SECONDS,
+    Cluster,
+    Instances,
+    descendants,
+    prompt_of,
+    up,
+)
 
 pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=f"vLLM is {MISSING}, or `make vllm`"),
@@ -45,4 +59,79 @@ def test_a_chat_s_kv_goes_from_prefill_to_decode_and_back(qwen3: Path, tmp_path:
         seeded = [cluster.complete(history, 12, temperature=0.8, seed=5).tokens for _ in range(2)]
         assert seeded[0] == seeded[1]
         assert cluster.complete(history, 1).tokens == reference.generate(history, 1)
+    until(lambda: not set(SHM_DIRECTORY.glob("memserve-*")) - before)
+
+
+def check(cluster: Cluster, reference: Reference, seeds: range) -> None:
+    """Prompts with common beginnings, several at a time, each answered as the model does."""
+    work = [(prompt_of(seed % 3, 100) + prompt_of(seed, 10 + seed), 12) for seed in seeds]
+    with ThreadPoolExecutor(4) as clients:
+        answers = list(clients.map(lambda one: cluster.complete(*one), work))
+    assert [answer.tokens for answer in answers] == [reference.generate(*one) for one in work]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
+def test_windows_and_ranks_that_differ_are_no_hindrance(tmp_path: Path) -> None:
+    """Gemma 3, computed by two tensor-parallel ranks, decoded by one."""
+    model = save_tiny_model("gemma3", tmp_path / "model")
+    save_tiny_tokenizer(model)
+    cores = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+    two = replace(PAIR[0], arguments=(*PAIR[0].arguments, "--tensor-parallel-size", "2"))
+    two = replace(two, environment=f"VLLM_CPU_OMP_THREADS_BIND={cores}")
+    with up(model, tmp_path, two, PAIR[1], policy="least-load") as cluster:
+        reference = Reference(model)
+        history = prompt_of(1, 150)
+        for turn, received in enumerate((4, 1)):
+            wanted = reference.generate(history, 40)
+            answer = cluster.complete(history, 40)
+            assert answer.tokens == wanted
+            assert answer.figures["blocks_received"] == received
+            history = history + wanted + prompt_of(turn + 2, 20)
+            until(lambda: metric(cluster.url, RETURNS) == turn + 1)  # noqa: B023
+        check(cluster, reference, range(20, 28))
+
+
+@pytest.mark.parametrize("caching", ["off", "p"])
+def test_what_is_kept_is_as_the_file_says(qwen3: Path, tmp_path: Path, caching: Caching) -> None:
+    reference = Reference(qwen3)
+    with up(qwen3, tmp_path, *PAIR, caching=caching, policy="least-load") as cluster:
+        prompt = prompt_of(1, 150)
+        for cached in (0, 128 if caching == "p" else 0):
+            answer = cluster.complete(prompt, 8)
+            assert answer.tokens == reference.generate(prompt, 8)
+            assert (answer.cached, answer.figures["blocks_received"]) == (cached, 4)
+        check(cluster, reference, range(20, 28))
+        kept = 4 if caching == "p" else 0
+
+        def held(role: str) -> float:
+            name = f'memserve_instance_blocks{{instance="{role}",medium="dram",state="cached"}}'
+            return metric(cluster.url, name)
+
+        # A while after the end it is forgotten again, for what came late.
+        until(lambda: held("decode-1") == 0)
+        until(lambda: held("prefill-0") >= kept if kept else held("prefill-0") == 0)
+
+
+def test_engines_that_are_killed_cost_time_alone(qwen3: Path, tmp_path: Path) -> None:
+    reference = Reference(qwen3)
+    before = set(SHM_DIRECTORY.glob("memserve-*"))
+    tables = (*PAIR, PAIR[1])
+    with up(qwen3, tmp_path, *tables, policy="least-load") as cluster:
+        check(cluster, reference, range(20, 26))
+        engines = descendants(cluster.process.pid, "VLLM::EngineCore")
+        assert len(engines) == 3
+        for victim in engines[:2]:
+            killer = threading.Timer(0.3, os.kill, (victim, signal.SIGKILL))
+            killer.start()
+            check(cluster, reference, range(26, 46))
+            killer.join()
+            check(cluster, reference, range(46, 52))
+
+        def whole() -> bool:
+            alive = descendants(cluster.process.pid, "VLLM::EngineCore")
+            states = [each["state"] for each in cluster.members()]
+            return len(alive) == 3 and states == ["ready"] * 3
+
+        until(whole)
+        check(cluster, reference, range(52, 60))
     until(lambda: not set(SHM_DIRECTORY.glob("memserve-*")) - before)

@@ -105,7 +105,7 @@ class PoolScheduler:
         self._jobs: dict[int, tuple[_Known, int]] = {}  # saves: whose, workers yet to report
         self._numbers = itertools.count(1)
         self._loads: list[Copy] = []  # for the next step
-        self._told: tuple[PoolMemory, ...] = ()
+        self._told = -1  # the version of the pool's memory that workers know
         # Requests since the start.
         self.unsaved = 0  # those that had no room, or whose prefix was evicted under them
         self.failed_loads = 0
@@ -158,9 +158,9 @@ class PoolScheduler:
     def step(self, step: Step) -> StepCopies:
         """What workers copy in it."""
         copies, self._loads = StepCopies(self._loads), []
-        memory = self._memory()
-        if memory != self._told:
-            self._told = copies.memory = memory
+        if self._pool.memory_version != self._told:
+            self._told = self._pool.memory_version
+            copies.memory = self._memory()
         for new in step.scheduled_new_reqs:
             self._admit(new.req_id, new.block_ids)
             self._save(copies, step, new.req_id, new.num_computed_tokens)

@@ -34,6 +34,7 @@ class Worker:
         self._ranks = ranks
         self._layers: list[tuple[int, torch.Tensor]] = []  # group; uint8 [blocks, page]
         self._page = 0
+        self._page_locked = False  # the memory is, for copies from and to a GPU
         self._segments: list[tuple[PoolMemory, Bytes]] = []  # [blocks, layers, ranks, page]
         self._loaded: set[str] = set()
         self._failed: set[str] = set()
@@ -56,6 +57,7 @@ class Worker:
         if len(sizes) != 1:
             raise ConfigError(f"the layers' KV pages differ in size: {sorted(sizes)} bytes")
         (self._page,) = sizes
+        self._page_locked = any(pages.is_cuda for _, pages in self._layers)
 
     def load(self, copies: StepCopies) -> None:
         """Fill blocks of requests that wait for them."""
@@ -126,7 +128,8 @@ class Worker:
             mapped = kept.get(segment)
             if mapped is None:
                 try:
-                    raw = Mapping(SHM_DIRECTORY / segment.name, segment.nbytes, False).bytes
+                    path = SHM_DIRECTORY / segment.name
+                    raw = Mapping(path, segment.nbytes, self._page_locked).bytes
                 except SegmentGone as error:
                     log.error("the pool's memory cannot be used: %s", error)
                     continue
