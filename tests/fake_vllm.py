@@ -89,6 +89,8 @@ class FakeVllm:
         return answered
 
     async def _health(self, request: web.Request) -> web.Response:
+        if self.lost:
+            raise web.HTTPServiceUnavailable
         return web.Response()
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -130,6 +132,10 @@ class FakeVllm:
             tokens.append(token)
             made += 1
             self.steps += 1
+            if self.lost:
+                error = {"message": "EngineCore encountered an issue.", "code": 500}
+                await response.write(b"data: " + json.dumps({"error": error}).encode() + b"\n\n")
+                return
             if token == END or token in body["stop_token_ids"]:
                 finish = "stop" if made > body["min_tokens"] else None
             if finish is None and made == body["max_tokens"]:

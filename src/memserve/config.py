@@ -120,6 +120,9 @@ class InstanceConfig(_Section, frozen=True):
     vllm_events: Annotated[
         str | None, doc("of that server: where it publishes KV events, as tcp://127.0.0.1:5557")
     ] = None
+    vllm_pool: Annotated[
+        str | None, doc("of that server: the Unix socket of the pool in it, if it has one")
+    ] = None
 
 
 class GatewayConfig(_Section, frozen=True):
@@ -215,6 +218,8 @@ def check_config(config: ClusterConfig) -> None:
             _check_vllm(instance)
         elif instance.vllm_url is not None:
             raise ConfigError("instance.vllm_url needs engine = 'vllm'")
+        if instance.vllm_pool is not None and instance.vllm_url is None:
+            raise ConfigError("instance.vllm_pool is of a server that runs already: vllm_url")
 
 
 def parse_bytes(text: str) -> int:
@@ -241,7 +246,7 @@ def _check_vllm(instance: InstanceConfig) -> None:
                 f"instance.{name} is the built-in engine's; a vLLM server takes {theirs} "
                 "in vllm_args"
             )
-    if instance.role is not Role.COLOCATED and instance.dram is None:
+    if instance.role is not Role.COLOCATED and instance.dram is instance.vllm_pool is None:
         raise ConfigError(
             f"instance.role = '{instance.role}': a vLLM server hands KV over from host memory; "
             "give it some, such as dram = '8GiB'"

@@ -181,6 +181,17 @@ def test_a_server_that_is_lost_ends_the_engine_and_what_runs_there(
     engine.stop()
 
 
+def test_what_a_lost_server_fails_with_others_may_take_over(
+    engine: VllmEngine, sink: Sink, server: Server
+) -> None:
+    """Its error is not the request's; and nobody waits for the next look at it."""
+    engine.submit([request("a", PROMPT, tokens=220)])
+    until(lambda: "a" in sink.said)
+    server.fake.lost = True
+    assert sink.whole("a")[-1].finish_reason is FinishReason.CANCELLED
+    engine.thread.join()
+
+
 def test_the_servers_memory_is_told(engine: VllmEngine) -> None:
     until(lambda: engine.pool_totals().hbm.active > 0)
     hbm = engine.pool_totals().hbm

@@ -158,7 +158,8 @@ def _attached(ending: threading.Event, settings: InstanceConfig, url: str) -> _S
             log.info("waiting for the vLLM server at %s", url)
         if ending.wait(LOOK_SECONDS):
             raise GivenUp("the vLLM server was still waited for")
-    return _Server(place, settings.vllm_events)
+    pool = None if settings.vllm_pool is None else Path(settings.vllm_pool)
+    return _Server(place, settings.vllm_events, pool)
 
 
 def _describe(place: ServerPlace, settings: InstanceConfig, directory: Path) -> EngineInfo:

@@ -227,7 +227,7 @@ class VllmEngine:
                 await leader.begun.wait()
             await self._read(run, reader)
         except (MalformedAnswer, aiohttp.ClientError, OSError) as error:
-            self._give([reader.failed(f"the vLLM server: {error}")], run)
+            await self._failed(run, reader, f"the vLLM server: {error}")
         finally:
             run.begun.set()
 
@@ -240,11 +240,34 @@ class VllmEngine:
                 raise MalformedAnswer(f"status {response.status}: {said}")
             async for data in response.content.iter_any():
                 outputs = reader.feed(data)
+                failure = None
+                if outputs and outputs[-1].finish_reason is FinishReason.ERROR:
+                    failure = outputs.pop()
                 if outputs:
                     self._give(outputs, run)
+                if failure is not None:
+                    await self._failed(run, reader, failure.error or "it does not say why")
                 if reader.ended:
                     return
         raise MalformedAnswer("it broke off its answer")
+
+    async def _failed(self, run: _Run, reader: AnswerReader, why: str) -> None:
+        """Its last output: of a server that is lost, others may take the sequence over."""
+        if await self._is_healthy():
+            self._give([reader.failed(why)], run)
+            return
+        log.error("the vLLM server is lost: %s", why)
+        self._give([reader.cancelled()], run)
+        assert self._end is not None  # on the loop
+        self._end.set()
+
+    async def _is_healthy(self) -> bool:
+        try:
+            async with asyncio.timeout(POLL_TIMEOUT_SECONDS):
+                await self._get("/health")
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+        return True
 
     def _give(self, outputs: Sequence[TokenOutput], run: _Run) -> None:
         with self._lock:

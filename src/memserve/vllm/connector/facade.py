@@ -5,6 +5,8 @@ Written for vLLM 0.30 to 0.33, where the calls used here have the same form.
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +28,10 @@ from vllm.v1.core.kv_cache_utils import (
     maybe_convert_block_hash,
 )
 
-from memserve.config import parse_bytes
+from memserve.config import ModelConfig, parse_bytes
 from memserve.errors import ConfigError
 from memserve.transfer.mempool import MemPool
+from memserve.types import Namespace, TokenArray
 from memserve.vllm.connector.events import (
     MEDIUM,
     BlockName,
@@ -44,6 +47,13 @@ from memserve.vllm.connector.layout import (
     require_version,
     settings_digest,
 )
+from memserve.vllm.connector.member import (
+    Member,
+    MemberSettings,
+    instance_command,
+    read_arguments,
+    read_settings,
+)
 from memserve.vllm.connector.metadata import CopiesDone, StepCopies
 from memserve.vllm.connector.pool_server import PoolServer, Ready
 from memserve.vllm.connector.scheduler import PoolScheduler
@@ -53,7 +63,7 @@ from memserve.vllm.pool_messages import PARAMETERS
 KVConnectorMetadata.register(StepCopies)
 KVConnectorWorkerMetadata.register(CopiesDone)
 
-_SETTINGS = ("dram_bytes", "instance", "socket", "model", "revision")
+log = logging.getLogger(__name__)
 
 
 class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -61,6 +71,7 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     _scheduler: PoolScheduler
     _server: PoolServer | None = None
+    _member: Member | None = None
     _worker: Worker
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
@@ -76,12 +87,22 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker = Worker(groups, parallel.rank, parallel.world_size)
 
     def _begin(self, vllm_config: Any, kv_cache_config: Any) -> None:
-        extra = _extra(vllm_config)
-        pool = _pool(vllm_config, kv_cache_config, extra)
-        ready: Ready = lambda order, tokens, namespace: None  # noqa: E731
-        if "socket" in extra:
-            self._server = PoolServer(pool, Path(str(extra["socket"])))
+        if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+            raise ConfigError("MemServeConnector needs 'kv_load_failure_policy': 'recompute'")
+        settings = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        name = settings.instance or f"vllm-{vllm_config.instance_id}"
+        pool = _pool(vllm_config, kv_cache_config, settings, name)
+        path = None if settings.socket is None else Path(settings.socket)
+        if settings.gateways:
+            command, key = _instance(vllm_config, settings, name)
+            self._member = Member()
+            path = self._member.pool
+        ready: Ready = _nobody
+        if path is not None:
+            self._server = PoolServer(pool, path)
             ready = self._server.ready
+        if self._member is not None:
+            self._member.start([*command, "--vllm-pool", str(path)], key)
         ranks = vllm_config.parallel_config.world_size
         events = _events(vllm_config, kv_cache_config)
         self._scheduler = PoolScheduler(pool, ranks, events, ready)
@@ -165,6 +186,8 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         if self.role == KVConnectorRole.SCHEDULER:
+            if self._member is not None:
+                self._member.close()
             if self._server is not None:
                 self._server.close()
             self._scheduler.close()
@@ -224,35 +247,62 @@ def _require_plain(vllm_config: Any, kv_cache_config: Any) -> None:
         )
 
 
-def _extra(vllm_config: Any) -> dict[str, Any]:
-    extra: dict[str, Any] = vllm_config.kv_transfer_config.kv_connector_extra_config
-    unknown = sorted(set(extra) - set(_SETTINGS))
-    if unknown or "dram_bytes" not in extra:
-        raise ConfigError(
-            "kv_connector_extra_config has dram_bytes, such as '64GiB', and may have "
-            f"{', '.join(_SETTINGS[1:])}" + (f"; not {', '.join(unknown)}" if unknown else "")
-        )
-    if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
-        raise ConfigError("MemServeConnector needs 'kv_load_failure_policy': 'recompute'")
-    return extra
+def _nobody(order: int, tokens: TokenArray, namespace: Namespace) -> None:
+    """Where no instance gives orders."""
 
 
-def _pool(vllm_config: Any, kv_cache_config: Any, extra: dict[str, Any]) -> MemPool:
+def _pool(vllm_config: Any, kv_cache_config: Any, settings: MemberSettings, name: str) -> MemPool:
     model, ranks = vllm_config.model_config, vllm_config.parallel_config.world_size
-    served = model.served_model_name
-    name = served[0] if isinstance(served, list) else served or model.model
     origin = Origin(
-        str(extra.get("model", name)),
-        str(extra.get("revision", model.revision or "")),
+        settings.model or _served_name(model),
+        settings.revision if settings.revision is not None else _revision(model),
         settings_digest(model.hf_config.to_dict()),
         f"{model.dtype} {model.quantization or ''} {_packing(kv_cache_config)}",
     )
     layout = layout_of(kv_cache_config.kv_cache_groups, origin, ranks)
-    blocks = parse_bytes(str(extra["dram_bytes"])) // layout.block_bytes
+    blocks = parse_bytes(str(settings.dram_bytes)) // layout.block_bytes
     if not blocks:
         raise ConfigError(f"dram_bytes: one block alone has {layout.block_bytes} bytes")
-    instance = str(extra.get("instance", f"vllm-{vllm_config.instance_id}"))
-    return MemPool(layout, hbm_blocks=0, dram_blocks=blocks, instance=instance)
+    return MemPool(layout, hbm_blocks=0, dram_blocks=blocks, instance=name)
+
+
+def _served_name(model: Any) -> str:
+    served = model.served_model_name
+    return str((served[0] if isinstance(served, list) else served) or model.model)
+
+
+def _revision(model: Any) -> str:
+    """The commit of a hub's model, as far as it is known."""
+    commit = getattr(model.hf_config, "_commit_hash", None)
+    return str(commit or model.revision or "")
+
+
+def _instance(
+    vllm_config: Any, settings: MemberSettings, name: str
+) -> tuple[list[str], str | None]:
+    """The command of the instance that joins a cluster, but for the pool's socket, and the key of
+    the server's API."""
+    said = read_arguments(sys.argv[1:])
+    if settings.url is None and said is None:
+        raise ConfigError(
+            "kv_connector_extra_config: 'join' needs 'url', that of this server's API: its "
+            "command line does not tell"
+        )
+    model = vllm_config.model_config
+    own = ModelConfig(
+        path=str(model.model), served_name=_served_name(model), revision=model.revision
+    )
+    told = vllm_config.kv_events_config
+    events = None
+    if told is not None and told.enable_kv_cache_events and told.publisher == "zmq":
+        events = str(told.endpoint).replace("*", "127.0.0.1")
+    else:
+        log.warning(
+            'no KV events are published (--kv-events-config \'{"enable_kv_cache_events": true, '
+            '"publisher": "zmq"}\'): gateways will not know what this server has cached'
+        )
+    url = settings.url or (said.url if said is not None else "")
+    return instance_command(settings, name, own, url, events), said.key if said else None
 
 
 def _events(vllm_config: Any, kv_cache_config: Any) -> TierEvents | None:
