@@ -75,12 +75,12 @@ class Oracle:
 
     def sources(self) -> list[tuple[int, int]]:
         least = min(self.here[at].cached for at in self.computing)
-        found: dict[tuple[str, int], int] = {}
+        found: dict[tuple[str, str, int], int] = {}
         for at in sorted(self.allowed, key=lambda at: (-self.here[at].cached, at)):
-            tokens = self.here[at].cached
-            if tokens > least and len(found) < MAX_SOURCES:
-                found.setdefault((self.load.lines[at].spec.host, tokens), at)
-        sure = [(at, self.sure(self.load.lines[at], n)) for (_, n), at in found.items()]
+            tokens, spec = self.here[at].cached, self.load.lines[at].spec
+            if tokens > least and len(found) < MAX_SOURCES and spec.kv is not None:
+                found.setdefault((spec.host, spec.kv, tokens), at)
+        sure = [(at, self.sure(self.load.lines[at], n)) for (*_, n), at in found.items()]
         return [(at, n) for at, n in sure if n > least]
 
     def moving(self, source: int, to: int, tokens: int, block_tokens: int) -> float:
@@ -127,7 +127,7 @@ class Oracle:
         for source, held in sources:
             has = self.usable(held, line)
             extra = has - here.cached
-            if extra <= 0:
+            if extra <= 0 or self.load.lines[source].spec.kv != spec.kv:
                 continue
             block = self.load.lines[source].spec.block_tokens
             fetch = self.moving(source, at, extra, block)

@@ -78,6 +78,7 @@ class Cluster:
         max_running: int = 64,
         kv_tokens: int | None = None,
         short_share: float = 0.5,
+        kv: str | None = "",
     ) -> None:
         for name in names:
             self.scheduler.put(
@@ -90,6 +91,7 @@ class Cluster:
                     max_running,
                     kv_tokens=kv_tokens,
                     short_share=short_share,
+                    kv=kv,
                 )
             )
 

@@ -42,6 +42,7 @@ specs = st.tuples(
     st.sampled_from([1, 3, 64]),
     st.sampled_from([None, 3000, 100_000]),
     st.sampled_from([0.0, 0.3, 0.5]),
+    st.sampled_from(["same", "same", "other", None]),  # what KV it holds
 )
 prompts = st.tuples(st.integers(0, 1300), st.integers(0, 80))  # tokens, blocks of a known prompt
 cached = st.dictionaries(st.sampled_from(NAMES), st.integers(0, 80).map(lambda n: n * BLOCK))
@@ -150,15 +151,17 @@ def questions(draw: st.DrawFn) -> Asked:
     cluster = Cluster()
     scheduler = cluster.scheduler
     instances = draw(st.lists(specs, min_size=1, max_size=len(NAMES)))
-    for name, (role, model, ratio, host, running, kv, share) in zip(NAMES, instances, strict=False):
+    for name, spec in zip(NAMES, instances, strict=False):
+        role, model, ratio, host, running, room, share, kv = spec
         cluster.add(
             name,
             role=role,
             costs=learnt(model, ratio),
             host=host,
             max_running=running,
-            kv_tokens=kv,
+            kv_tokens=room,
             short_share=share,
+            kv=kv,
         )
     for number, (prompt, found, output, state, pause) in enumerate(draw(past)):
         cluster.cache(**found)

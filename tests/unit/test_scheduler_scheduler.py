@@ -287,6 +287,32 @@ def test_a_longer_prefix_elsewhere_is_fetched_if_that_is_quicker() -> None:
     assert plan.terms.prefill == pytest.approx(0.512)
 
 
+@pytest.mark.parametrize("kv", ["other", None])
+def test_kv_that_means_something_else_is_neither_fetched_nor_handed_over(kv: str | None) -> None:
+    cluster = Cluster()
+    cluster.add("a", kv=kv)
+    cluster.add("b", kv="own")
+    cluster.cache(a=512)
+    for n in range(3):
+        other = request(f"other{n}", np.full(4096, 7, np.int32))
+        cluster.scheduler.decide(other, among=[InstanceId("a")])
+    plan = decided(cluster.scheduler.decide(request(1))).plan
+    assert (plan.instance, plan.fetch) == ("b", None)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_pairs_are_of_instances_that_hold_the_same_kv(policy: str) -> None:
+    cluster = Cluster(policy)
+    for kv in ("x", "y"):
+        cluster.add(f"p{kv}", role=Role.PREFILL, kv=kv)
+        cluster.add(f"d{kv}", role=Role.DECODE, kv=kv)
+    cluster.add("none", role=Role.PREFILL, kv=None)
+    for n in range(40):
+        plan = decided(cluster.scheduler.decide(request(n, np.full(64, n, np.int32)))).plan
+        assert plan.prefill in (None, f"p{plan.instance[-1]}")
+        assert plan.instance in ("dx", "dy")
+
+
 def test_a_slow_link_does_not_pay() -> None:
     slow = LinearCosts(bandwidth={"shm": 1e3, "nixl": 1e3})
     cluster = Cluster()
