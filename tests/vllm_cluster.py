@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -15,6 +18,7 @@ from typing import Any
 
 import memserve
 from memserve.bench.peers.places import ROOT, python_of, why_missing
+from memserve.vllm.server import tier_settings
 from tests.fakes import url_told
 from tests.insider import ask
 
@@ -75,12 +79,7 @@ class Cluster:
     def complete(self, prompt: list[int], tokens: int, **more: Any) -> Answer:
         body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
         body |= {"ignore_eos": True, "return_token_ids": True, **more}
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions", json.dumps(body).encode(), method="POST"
-        )
-        request.add_header("content-type", "application/json")
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            done = json.load(answer)
+        done = post(self.url, "/v1/completions", body)
         usage = done["usage"]
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         return Answer(done["choices"][0]["token_ids"], cached, usage["memserve"])
@@ -123,6 +122,52 @@ def up(
     finally:
         process.terminate()
         process.wait(60)
+
+
+@contextmanager
+def gateway(model: Path, directory: Path, policy: str) -> Iterator[Cluster]:
+    """A gateway alone, which instances may join."""
+    command = [sys.executable, "-m", "memserve", "gateway", "--model", str(model), "--port", "0"]
+    log = directory / "gateway.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--policy", policy], stdout=subprocess.PIPE, stderr=output, text=True
+        )
+    assert process.stdout is not None
+    try:
+        yield Cluster(process.stdout.readline().strip(), str(model), process, log)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@contextmanager
+def server(model: Path, join: str, role: str) -> Iterator[str]:
+    """A vLLM server as anybody starts one, with one flag more; its URL, at once."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    tier = tier_settings("16MiB", role=role, join=join, instance=role)
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--kv-cache-memory-bytes", LARGE]
+    command += ["--enable-prompt-tokens-details", "--kv-transfer-config", json.dumps(tier)]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def post(url: str, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), method="POST")
+    request.add_header("content-type", "application/json")
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)
 
 
 def prompt_of(seed: int, tokens: int) -> list[int]:

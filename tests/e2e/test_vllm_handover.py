@@ -21,7 +21,10 @@ from tests.vllm_cluster import (
     Cluster,
     Instances,
     descendants,
+    gateway,
+    post,
     prompt_of,
+    server,
     up,
 )
 
@@ -134,4 +137,28 @@ def test_engines_that_are_killed_cost_time_alone(qwen3: Path, tmp_path: Path) ->
 
         until(whole)
         check(cluster, reference, range(52, 60))
+    until(lambda: not set(SHM_DIRECTORY.glob("memserve-*")) - before)
+
+
+def test_servers_join_by_one_flag_each(qwen3: Path, tmp_path: Path) -> None:
+    """A gateway alone, and vLLM servers that somebody else has started."""
+    reference = Reference(qwen3)
+    before = set(SHM_DIRECTORY.glob("memserve-*"))
+    with gateway(qwen3, tmp_path, policy="least-load") as cluster:
+        with server(qwen3, cluster.url, "prefill"), server(qwen3, cluster.url, "decode") as decode:
+            until(lambda: [each["state"] for each in cluster.members()] == ["ready"] * 2)
+            roles = {each["role"]: each for each in cluster.members()}
+            assert {each["kind"] for each in roles.values()} == {"vllm"}
+            assert all(each["pool"] for each in roles.values())
+            prompt = prompt_of(1, 150)
+            answer = cluster.complete(prompt, 40)
+            assert answer.tokens == reference.generate(prompt, 40)
+            assert answer.figures["blocks_received"] == 4
+            check(cluster, reference, range(20, 28))
+            # Whoever reaches the server itself can name no order.
+            body = {"model": str(qwen3), "prompt": prompt, "max_tokens": 4, "temperature": 0}
+            body |= {"kv_transfer_params": {"memserve": {"order": 1}}, "return_token_ids": True}
+            done = post(decode, "/v1/completions", body)
+            assert done["choices"][0]["token_ids"] == answer.tokens[:4]
+        until(lambda: not any(each["state"] == "ready" for each in cluster.members()))
     until(lambda: not set(SHM_DIRECTORY.glob("memserve-*")) - before)
