@@ -103,8 +103,7 @@ class FakeVllm:
         return web.Response(text=METRICS.format(**figures, block=BLOCK, blocks=BLOCKS))
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        self.bodies.append(body)
+        body = await self._read(request)
         tokens = list(body["prompt"])
         if body.get("cache_salt") == "refuse":
             error = {"message": "not this one", "type": "BadRequestError", "code": 400}
@@ -120,6 +119,17 @@ class FakeVllm:
         finally:
             self.running -= 1
         return response
+
+    async def _read(self, request: web.Request) -> dict[str, Any]:
+        """A body, with the salts that vLLM takes."""
+        body: dict[str, Any] = await request.json()
+        self.bodies.append(body)
+        salt = body.get("cache_salt")
+        if salt is not None and (not 0 < len(salt) <= 128 or set(salt) & set("@/\\\0")):
+            error = {"message": "Parameter 'cache_salt' must ...", "type": "BadRequestError"}
+            text = json.dumps({"error": error | {"code": 400}})
+            raise web.HTTPBadRequest(text=text, content_type="application/json")
+        return body
 
     async def _stream(
         self, body: dict[str, Any], tokens: list[int], response: web.StreamResponse

@@ -27,7 +27,7 @@ from memserve.api.audience import Audience, check_url
 from memserve.api.errors import ApiError, path_not_found
 from memserve.api.guard import require_signature, turns_away
 from memserve.api.http_message import Header, Reply, Request
-from memserve.api.limits import MAX_NAME_CHARACTERS
+from memserve.api.namespaces import portable
 from memserve.api.signatures import SCHEME, Verifier
 from memserve.hosts import is_loopback
 from memserve.scheduler.admission import NOBODY, Grant, Tenant, tenant_id
@@ -56,13 +56,7 @@ class Client(NamedTuple):
 
     def salted(self, cache_salt: str) -> str:
         """What keeps its cached prompts apart: tenants never share any."""
-        if self.key is None:
-            return cache_salt
-        salt = f"key@{self.key.tenant}:{cache_salt}"
-        if len(salt) > MAX_NAME_CHARACTERS:
-            digest = hashlib.sha256(cache_salt.encode(errors="surrogatepass")).hexdigest()
-            salt = f"key@{self.key.tenant}:sha256:{digest}"
-        return salt
+        return portable(cache_salt if self.key is None else f"key@{self.key.tenant}:{cache_salt}")
 
 
 ANYBODY = Client()

@@ -168,8 +168,8 @@ class GatewayApp:
         session = request.header(b"x-session-id")
         if session:
             call = with_session(call, session)
-        if client.key is not None:
-            call = msgspec.structs.replace(call, cache_salt=client.salted(call.cache_salt))
+        if (salt := client.salted(call.cache_salt)) != call.cache_salt:
+            call = msgspec.structs.replace(call, cache_salt=salt)
         self._metrics.prompt_tokens += sum(map(len, call.prompts))
         return call
 
