@@ -67,6 +67,7 @@ _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
+    "stream": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "use_beam_search": (False,),

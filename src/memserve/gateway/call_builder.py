@@ -85,7 +85,7 @@ class CallBuilder:
                 characters += len(prompt)
         if characters <= INLINE_CHARACTERS:
             return self._completion(request, given, limits)
-        self._check_lengths(given, limits)
+        self.check_lengths(given, limits)
         return await self.threads.off_loop(
             characters, lambda: self._completion(request, given, limits)
         )
@@ -126,7 +126,7 @@ class CallBuilder:
         self, request: CompletionRequest, given: tuple[Prompt, ...], limits: Limits
     ) -> GenerateCall:
         special = request.add_special_tokens is not False
-        self._check_lengths(given, limits)
+        self.check_lengths(given, limits)
         prompts = tuple([self.token_ids(prompt, special) for prompt in given])
         room = limits.max_tokens
         for prompt in prompts:
@@ -184,7 +184,8 @@ class CallBuilder:
         if asked not in (None, self.model):
             raise model_not_found((asked or "")[:MAX_ECHO_CHARACTERS], self.model)
 
-    def _check_lengths(self, given: tuple[Prompt, ...], limits: Limits) -> None:
+    def check_lengths(self, given: tuple[Prompt, ...], limits: Limits) -> None:
+        """See `check_length`."""
         for prompt in given:
             if isinstance(prompt, str):
                 self.check_length(prompt, limits, "prompt")
