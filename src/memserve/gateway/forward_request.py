@@ -83,11 +83,7 @@ class ForwardRequest:
     fields: dict[str, Any]
 
     def forward(self) -> Forward:
-        """Raises ApiError (400) for numbers that no server could read."""
-        try:
-            return Forward(self.path, msgspec.Raw(_encode(self.fields)))
-        except OverflowError as error:
-            raise invalid(f"A number is too large: {error}", code="invalid_json") from error
+        return Forward(self.path, msgspec.Raw(_encode(self.fields)))
 
 
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
