@@ -47,7 +47,7 @@ def conversation_of(path: ForwardPath, fields: Mapping[str, Any]) -> Conversatio
     return Conversation(
         messages,
         [_tool(tool) for tool in tools if isinstance(tool, dict)]
-        if isinstance(tools, list) and tools and fields.get("tool_choice") != "none"
+        if isinstance(tools, list) and tools
         else None,
         known,
         fields.get("add_generation_prompt") is not False,
