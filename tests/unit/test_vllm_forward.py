@@ -234,7 +234,7 @@ PLACES = ["http://10.0.0.1/x.png", "https://x", "file:///etc/passwd", " data:x",
     [
         lambda place: {"type": "image_url", "image_url": {"url": place}},
         lambda place: {"type": "image_url", "image_url": place},
-        lambda place: {"image_url": place, "uuid": "x"},
+        lambda place: {"image_url": place, "uuid": None},
         lambda place: {"type": "video_url", "video_url": {"url": place}},
         lambda place: {"type": "audio_url", "audio_url": {"url": place}},
         lambda place: {"type": "input_image", "image_url": place},
@@ -250,6 +250,17 @@ def test_nothing_is_fetched_for_a_client(
         answer = post(cluster, path, messages=messages)
         assert answer.json["error"]["code"] == "unsupported_url"
     assert post(cluster, ForwardPath.RESPONSES, input=messages).status == 400
+    assert len(server.fake.bodies) == before
+
+
+def test_nobody_gets_an_image_by_the_name_that_another_tenant_gave_it(
+    cluster: FakeCluster, server: Server
+) -> None:
+    before = len(server.fake.bodies)
+    for place in (None, {"url": PIXEL}):
+        part = {"type": "image_url", "image_url": place, "uuid": "logo"}
+        answer = chat(cluster, messages=[{"role": "user", "content": [part]}])
+        assert answer.json["error"]["message"] == "'uuid' is not supported."
     assert len(server.fake.bodies) == before
 
 

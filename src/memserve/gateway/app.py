@@ -284,6 +284,7 @@ def _line(
         f"{'' if answer.key is None else f' key={answer.key}'}"
         f" call={'-' if call is None else call.id}"
         f" instance={'-' if plan is None else plan.member.id}"
+        f"{'' if call is None or call.forward is None else ' forwarded'}"
         f" status={status}{' broken' if answer.broken else ''}"
         f" prompt_tokens={'-' if call is None else sum(map(len, call.prompts))}"
         f" first={'-' if first is None else f'{first:.4f}'} total={took:.4f}"

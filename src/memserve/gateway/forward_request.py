@@ -174,6 +174,9 @@ def _check_media(value: object, field: str) -> None:
         for name, content in value.items():
             if name.endswith(_MEDIA_SUFFIX) or (name == "source" and isinstance(content, dict)):
                 _check_place(content, field)
+            elif name == "uuid" and content is not None:
+                # vLLM would take what anybody has sent under that name, whoever's tenant.
+                raise unsupported("uuid")
             # What a model has asked a tool for is text to whoever reads it.
             if not (name == "input" and value.get("type") == "tool_use"):
                 _check_media(content, field)
