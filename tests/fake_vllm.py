@@ -250,7 +250,7 @@ async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
 
 async def serve(fake: FakeVllm, path: str) -> web.AppRunner:
     """Listening; the caller cleans it up."""
-    runner = web.AppRunner(fake.app(), shutdown_timeout=0.1)
+    runner = web.AppRunner(fake.app(), shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     await web.UnixSite(runner, path).start()
     return runner

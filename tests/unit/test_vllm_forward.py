@@ -315,6 +315,21 @@ def test_an_error_of_the_server_is_the_clients(cluster: FakeCluster) -> None:
         assert (answer.status, answer.json) == (400, {"error": error})
 
 
+def test_who_hangs_up_before_an_answer_ends_what_the_server_does(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    with (
+        serving(tmp_path, answer_seconds=60) as server,
+        running(tokenizer, {0: server}) as cluster,
+    ):
+        connection = send(cluster, ForwardPath.EMBEDDINGS, input="x")
+        until(lambda: server.fake.running == 1)
+        connection.close()
+        until(lambda: server.fake.cancelled == 1)
+        assert server.fake.running == 0
+        cluster.wait(cluster.instances[0].idle())
+
+
 def test_who_hangs_up_ends_what_the_server_does(cluster: FakeCluster, server: Server) -> None:
     cancelled = server.fake.cancelled
     fields = {"messages": MESSAGES, "tools": TOOLS, "stream": True, "max_tokens": 100_000}
