@@ -269,6 +269,10 @@ def test_words_that_look_like_addresses_are_no_content(cluster: FakeCluster) -> 
     schema = {"type": "object", "properties": {"url": place, "image_url": place}}
     tools = [{"type": "function", "function": {"name": "get", "parameters": schema}}]
     assert chat(cluster, tools=tools).status == 200
+    documents = [{"title": "a", "source_url": "http://example.com", "uuid": "1"}]
+    assert chat(cluster, documents=documents).status == 200
+    ranked = [{"content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]
+    assert post(cluster, ForwardPath.RERANK, query="x", documents=ranked).status == 400
     used = {"type": "tool_use", "id": "1", "name": "get", "input": {"url": "http://x"}}
     messages = [{"role": "assistant", "content": [used]}]
     assert post(cluster, ForwardPath.MESSAGES, messages=messages, max_tokens=1).status == 200

@@ -46,9 +46,18 @@ _StopString = Annotated[str, Meta(max_length=MAX_STOP_CHARACTERS)]
 # Where a part of a message says where its content is: vLLM would fetch it from there.
 _MEDIA_SUFFIX = "_url"
 _DATA = "data:"
-# Fields with no content of messages in them, where addresses are but words.
+# Fields with no content of messages in them, where addresses are but words. Documents are texts
+# for a chat's template; those that are ranked have parts as messages do.
 _NO_CONTENT = frozenset(
-    {"tools", "response_format", "structured_outputs", "text", "output_config", "metadata"}
+    {
+        "chat_template_kwargs",
+        "metadata",
+        "output_config",
+        "response_format",
+        "structured_outputs",
+        "text",
+        "tools",
+    }
 )
 # Of a template's variables: they would replace the template, or what is made with it.
 _TEMPLATE_STEERING = ("chat_template", "tokenize", "return_dict")
@@ -111,7 +120,7 @@ def read_request(path: ForwardPath, body: bytes) -> ForwardRequest:
     _check_template(kept)
     _check_tools(kept)
     for name, value in kept.items():
-        if name not in _NO_CONTENT:
+        if name not in _NO_CONTENT and (path, name) != (ForwardPath.CHAT, "documents"):
             _check_media(value, name)
     if path is ForwardPath.RESPONSES:
         _keep_nothing(kept)
