@@ -235,3 +235,30 @@ def test_other_endpoints_and_errors_are_vllms_own(client: openai.OpenAI, model: 
     assert refused.value.status_code == 400
     with pytest.raises(openai.NotFoundError):  # this model embeds nothing, and vLLM says so
         client.embeddings.create(model=str(model), input="x")
+
+
+def test_responses_and_messages(client: openai.OpenAI, model: Path) -> None:
+    """Of OpenAI's and Anthropic's newer endpoints, whole and as streams."""
+    text = "Is it? "
+    done = client.responses.create(model=str(model), input=text, max_output_tokens=4)
+    assert done.usage is not None
+    assert done.usage.output_tokens == 4
+    kinds = [
+        event.type
+        for event in client.responses.create(
+            model=str(model), input=text, max_output_tokens=4, stream=True
+        )
+    ]
+    assert kinds[0] == "response.created"
+    assert kinds[-1] in ("response.completed", "response.incomplete")
+    root = str(client.base_url).removesuffix("/")
+    asked: dict[str, Any] = {
+        "model": str(model),
+        "max_tokens": 4,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": text}]}],
+    }
+    said: Any = client.post(f"{root}/messages", body=asked, cast_to=object)
+    assert (said["type"], said["usage"]["output_tokens"]) == ("message", 4)
+    del asked["max_tokens"]
+    said = client.post(f"{root}/messages/count_tokens", body=asked, cast_to=object)
+    assert said["input_tokens"] > 0
