@@ -10,9 +10,9 @@ import re
 
 from memserve.types import SHARED, Namespace
 
-# vLLM (0.32) refuses longer salts, and these characters in them. What looks like a digest is
-# made one, so that nobody's salt can be taken for another's.
-_TAKEN_EVERYWHERE = re.compile(r"(?!sha256:)[^@/\\\0]{1,128}")
+# vLLM (0.32) refuses longer salts, and these characters in them. What looks like something that is
+# made here becomes a digest, so that nobody's salt can be taken for another's.
+_TAKEN_EVERYWHERE = re.compile(r"(?!sha256:|salt:|sequence:)[^@/\\\0]{1,128}")
 _SALT = "salt:"
 _PRIVATE = "sequence:"
 

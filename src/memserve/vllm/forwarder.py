@@ -17,7 +17,7 @@ import msgspec
 from memserve.api.errors import internal, invalid, unavailable
 from memserve.api.forward import Forward
 from memserve.api.generate import GenerateCall
-from memserve.api.namespaces import salt_of
+from memserve.api.namespaces import cache_salt_of
 from memserve.engine.request import EngineInfo
 from memserve.errors import MemserveError, QueueFull
 from memserve.types import Namespace
@@ -112,8 +112,8 @@ def forwarded_body(call: GenerateCall, forward: Forward, namespace: Namespace, m
     if len(body) < 2 or body[0] != _OPEN or body[-1] != _CLOSE:
         raise invalid("what is forwarded is no JSON object", "forward")
     given: dict[str, str | int] = {"model": model}
-    if forward.salted and namespace:
-        given["cache_salt"] = salt_of(namespace) or namespace
+    if forward.salted and (salt := cache_salt_of(namespace)) is not None:
+        given["cache_salt"] = salt
     if forward.prioritised and call.priority:
         given["priority"] = call.priority
     comma = b"" if not body[1:-1].strip() else b","
