@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import zmq
 from aiohttp import web
 from msgspec import msgpack
 
+from memserve.api.forward import ForwardPath
 from memserve.api.kv_events import BlockStored, EventBatch
 
 SETTINGS_VARIABLE = "MEMSERVE_FAKE_VLLM"
@@ -63,6 +65,7 @@ class FakeVllm:
         self.running = self.steps = self.cancelled = 0
         self.lost = False  # its engine: it answers nothing of that any more
         self.bodies: list[dict[str, Any]] = []
+        self.paths: list[str] = []  # of what was passed on
         self._settings = settings
         self._cached: set[bytes] = set()
         self._sequence = 0
@@ -78,6 +81,9 @@ class FakeVllm:
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/v1/completions", self._complete)
+        for path in ForwardPath:
+            if path is not ForwardPath.COMPLETIONS:
+                app.router.add_post(path.value, self._forwarded)
         return app
 
     @web.middleware
@@ -103,8 +109,7 @@ class FakeVllm:
         return web.Response(text=METRICS.format(**figures, block=BLOCK, blocks=BLOCKS))
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        self.bodies.append(body)
+        body = await self._read(request)
         tokens = list(body["prompt"])
         if body.get("cache_salt") == "refuse":
             error = {"message": "not this one", "type": "BadRequestError", "code": 400}
@@ -120,6 +125,46 @@ class FakeVllm:
         finally:
             self.running -= 1
         return response
+
+    async def _forwarded(self, request: web.Request) -> web.StreamResponse:
+        """What an instance passes on: said again, whole or as a stream of `max_tokens` words."""
+        body = await self._read(request)
+        self.paths.append(request.path)
+        if body.get("temperature") == -1:
+            error = {"message": "not this one", "type": "BadRequestError", "code": 400}
+            return web.json_response({"error": error}, status=400)
+        self.running += 1
+        try:
+            if not body.get("stream"):
+                await asyncio.sleep(self._settings.get("answer_seconds", 0))
+                return web.json_response({"path": request.path, "body": body})
+            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+            await response.prepare(request)
+            for number in range(body.get("max_tokens", 4)):
+                delta = {"content": f"<{number}>"}
+                await _send(response, {"choices": [{"index": 0, "delta": delta}]})
+                await asyncio.sleep(self._settings.get("step_seconds", 0.001))
+                if number == self._settings.get("break_after"):
+                    assert request.transport is not None
+                    request.transport.abort()
+            await response.write(b"data: [DONE]\n\n")
+            return response
+        except (ConnectionResetError, asyncio.CancelledError):
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+    async def _read(self, request: web.Request) -> dict[str, Any]:
+        """A body, with the salts that vLLM takes."""
+        body: dict[str, Any] = await request.json()
+        self.bodies.append(body)
+        salt = body.get("cache_salt")
+        if salt is not None and (not 0 < len(salt) <= 128 or set(salt) & set("@/\\\0")):
+            error = {"message": "Parameter 'cache_salt' must ...", "type": "BadRequestError"}
+            text = json.dumps({"error": error | {"code": 400}})
+            raise web.HTTPBadRequest(text=text, content_type="application/json")
+        return body
 
     async def _stream(
         self, body: dict[str, Any], tokens: list[int], response: web.StreamResponse
@@ -205,10 +250,31 @@ async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
 
 async def serve(fake: FakeVllm, path: str) -> web.AppRunner:
     """Listening; the caller cleans it up."""
-    runner = web.AppRunner(fake.app(), shutdown_timeout=0.1)
+    runner = web.AppRunner(fake.app(), shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     await web.UnixSite(runner, path).start()
     return runner
+
+
+class Server:
+    """A fake one, on a thread of its own."""
+
+    def __init__(self, path: Path, **settings: Any) -> None:
+        self.path = path
+        self.fake = FakeVllm({"step_seconds": 0.002, **settings}, None)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._runner = self._call(serve(self.fake, str(path)))
+
+    def _call(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+    def end(self) -> None:
+        self._call(self._runner.cleanup())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
 async def _main(fake: FakeVllm, path: str) -> None:

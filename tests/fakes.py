@@ -8,7 +8,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from memserve.api.generate import FinishReason
 from memserve.api.serving import MAX_BODY_BYTES, Shutdown, bind, serve_http, url_of
-from memserve.api.status import PoolTotals
+from memserve.api.status import MemberKind, PoolTotals
 from memserve.clock import MonotonicClock
 from memserve.config import ClusterConfig, GatewayConfig, ModelConfig
 from memserve.engine.request import (
@@ -38,6 +38,8 @@ from memserve.instance.run import handler_of
 from memserve.models.tokenizer import Tokenizer
 from memserve.secrets import cluster_secret
 from memserve.types import Epoch, InstanceId, RequestId, Role
+from memserve.vllm.forwarder import Forwarder
+from memserve.vllm.place import ServerPlace
 
 MODEL = "tiny"
 TEXT = "the quick brown fox jumps over the lazy dog. A naïve café, 10 €; 你好 👍\n"
@@ -271,7 +273,11 @@ class FakeCluster:
         tokenizer: Tokenizer,
         engines: Sequence[FakeEngine],
         gateway: GatewayConfig | None = None,
+        servers: Mapping[int, ServerPlace] | None = None,
     ) -> None:
+        """`servers`: the vLLM servers of those instances that have one. What they are given as
+        token ids goes to their engines all the same."""
+        self._servers_of = servers or {}
         self.engines = engines
         self.urls: list[str] = []
         self.instances: list[Instance] = []
@@ -354,13 +360,24 @@ class FakeCluster:
             self._ready.set()
             await serving
         await asyncio.gather(*self._servers)
+        for instance in self.instances:
+            await instance.close()
         for engine in self.engines:
             await asyncio.to_thread(engine.stop)
 
     async def _start_instance(self, number: int, engine: FakeEngine) -> None:
-        identity = Identity(InstanceId(f"i{number}"), Epoch(number + 1), Role.COLOCATED, MODEL)
+        place = self._servers_of.get(number)
+        identity = Identity(
+            InstanceId(f"i{number}"),
+            Epoch(number + 1),
+            Role.COLOCATED,
+            MODEL,
+            MemberKind.MEMSERVE if place is None else MemberKind.VLLM,
+        )
         instance = Instance(identity, MonotonicClock())
-        await instance.start(Parts(engine, self._tokenizer, PoolTotals, lambda: None))
+        forwarder = None if place is None else Forwarder(place, engine.info)
+        parts = Parts(engine, self._tokenizer, PoolTotals, lambda: None, forwarder=forwarder)
+        await instance.start(parts)
         sock = bind("127.0.0.1", 0)
         shutdown = Shutdown()
 

@@ -12,12 +12,16 @@ import pytest
 
 from memserve.api import limits
 from memserve.api.errors import ApiError
+from memserve.api.forward import FIELDS, GIVEN_FIELDS, ForwardPath
 from memserve.api.generate import GenerateCall, encode_call
+from memserve.api.namespaces import salted
 from memserve.api.status import Limits
 from memserve.gateway.body_scan import check_body, count_elements
 from memserve.gateway.call_builder import CallBuilder
+from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.instance import calls
 from memserve.models.tokenizer import Tokenizer
+from memserve.vllm.forwarder import forwarded_body
 from tests.fakes import MODEL, tiny_tokenizer
 from tests.fuzz.json_mutants import mutants
 
@@ -58,12 +62,34 @@ CHATS = [
         "max_completion_tokens": 4,
     },
 ]
+TOLD = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}
+FUNCTION = {"name": "f", "parameters": {"type": "object"}, "arguments": '{"a": 1}'}
+FORWARDS: dict[ForwardPath, dict[str, Any]] = {
+    ForwardPath.CHAT: {
+        **SHARED, "messages": [TOLD, {"role": "assistant", "tool_calls": [{"function": FUNCTION}]}],
+        "tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "auto",
+        "chat_template_kwargs": {"a": True}, "reasoning_effort": "low", "prompt_logprobs": 1,
+    },
+    ForwardPath.COMPLETIONS: {"prompt": ["hi", [1, 2]], "response_format": {"type": "json_object"}},
+    ForwardPath.RESPONSES: {
+        "input": [TOLD, {"type": "function_call_output", "output": "x"}], "instructions": "be",
+        "tools": [{"type": "function", **FUNCTION}], "text": {"format": {"type": "text"}},
+    },
+    ForwardPath.MESSAGES: {
+        "messages": [TOLD, {"role": "user", "content": [{"type": "image", "source": {}}]}],
+        "system": [{"type": "text", "text": "a"}], "tools": [FUNCTION], "max_tokens": 3,
+    },
+    ForwardPath.EMBEDDINGS: {"input": [[1, 2], "a"], "encoding_format": "float", "priority": 1},
+    ForwardPath.TOKENIZE: {"prompt": "hi", "return_token_strs": True},
+    ForwardPath.DETOKENIZE: {"tokens": [1, 2, 3]},
+}  # fmt: skip
 CALL = {
     "id": "c", "kind": "completion", "model": "m", "created": 1, "prompts": [[1, 2], [3]], "n": 2,
     "sampling": {"max_tokens": 3, "stop_token_ids": [1], "logit_bias": {"1": 2.0}, "seed": 1},
     "stop": ["a"], "stream": True, "resumed": [[1], [], [2], []], "session": "s", "priority": 1,
     "prefill": [{"id": "p", "address": "http://127.0.0.1:1"}],
     "fetch": {"id": "p", "address": "http://127.0.0.1:1"}, "cache_salt": "x",
+    "forward": {"path": "/v1/embeddings", "body": {"input": "x"}},
 }  # fmt: skip
 TARGET = {"id": "d", "address": "tcp://127.0.0.1:1"}
 PREFILL = {
@@ -113,6 +139,36 @@ async def test_a_body_is_a_call_or_refused(builder: CallBuilder, kind: str) -> N
             assert calls.GENERATE.read(encode_call(call)).prompts == call.prompts
     assert served > refused / 20  # mutants reach what comes behind the parser
     assert refused > served / 20
+
+
+@pytest.mark.parametrize("path", FORWARDS)
+@pytest.mark.timeout(0)
+async def test_what_is_passed_on_is_an_object_of_known_fields_or_refused(
+    builder: CallBuilder, path: ForwardPath
+) -> None:
+    forwards = ForwardBuilder(builder, builder._tokenizer)
+    known = FIELDS[path] - GIVEN_FIELDS
+    passed = refused = 0
+    for body in mutants([FORWARDS[path]]):
+        call: GenerateCall | ApiError
+        try:
+            call = await forwards.build(path, body, SERVED)
+        except ApiError as error:
+            call = error
+        if isinstance(call, ApiError):
+            refused += 1
+            assert 400 <= call.status < 500, body[:300]
+            continue
+        passed += 1
+        read = calls.GENERATE.read(encode_call(call))
+        assert read.forward is not None
+        said = forwarded_body(read, read.forward, salted("a tenant's"), MODEL)
+        fields = msgspec.json.decode(said)
+        assert fields.keys() <= known | GIVEN_FIELDS
+        assert fields["model"] == MODEL
+        assert fields.get("cache_salt", "a tenant's") == "a tenant's"
+    assert passed
+    assert refused
 
 
 @pytest.mark.parametrize(

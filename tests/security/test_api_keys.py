@@ -17,6 +17,7 @@ from memserve.api.api_keys import (
     new_key,
 )
 from memserve.api.limits import MAX_NAME_CHARACTERS
+from memserve.api.namespaces import cache_salt_of, salted
 from memserve.config import GatewayConfig
 from memserve.errors import ConfigError
 from memserve.gateway.access import Client
@@ -121,11 +122,18 @@ def test_tenants_do_not_share_cached_prompts() -> None:
     assert Client().salted("x") == "x"
 
 
-def test_the_longest_salt_fits_with_a_tenant() -> None:
-    client = Client(ApiKey(b"1", "a", "a" * 64))
-    longest = client.salted("x" * MAX_NAME_CHARACTERS)
-    assert len(longest) <= MAX_NAME_CHARACTERS
-    assert longest != client.salted("x" * (MAX_NAME_CHARACTERS - 1) + "y")
+def test_salts_are_those_that_vllm_takes() -> None:
+    tenant = Client(ApiKey(b"1", "a", "a" * 64))
+    longest, other = ("x" * (MAX_NAME_CHARACTERS - 1) + last for last in "xy")
+    given = ("", "x", "a@b", "a/b", "a\\b", "a\0b", "x" * 128, "x" * 129, longest, other)
+    given += ("salt:" + "x" * 123, "sequence:c.0-0-0")
+    digest = Client().salted("a@b")
+    salts = [client.salted(salt) for client in (tenant, Client()) for salt in (*given, digest)]
+    assert len(set(salts)) == len(salts)
+    for salt in salts:
+        assert len(salt) <= 128
+        assert not set(salt) & set("@/\\\0")
+        assert cache_salt_of(salted(salt)) == (salt or None)
 
 
 def test_entries_are_hashes_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,7 @@ class Heard:
     def begin(self, flow: Flow) -> None:
         pass
 
-    def head(self, status: int, retry_after: bytes | None) -> None:
+    def head(self, status: int, retry_after: bytes | None, media: bytes | None) -> None:
         self.status = status
 
     def received(self, data: bytes, last: bool) -> None:

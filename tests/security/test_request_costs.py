@@ -150,7 +150,7 @@ class _Ticket:
 
 def test_an_answer_that_comes_in_many_parts_is_put_together_once() -> None:
     attempt = Attempt(_Ticket(), Client().reply, None)
-    attempt.head(200, None)
+    attempt.head(200, None, None)
     part = b"x" * 65536
     count = limits.MAX_ANSWER_BYTES // len(part)
     tracemalloc.start()

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from memserve.api.forward import Forward, ForwardPath
 from memserve.api.namespaces import salted
 from memserve.api.status import InstanceState
 from memserve.gateway import global_router, instance_costs
@@ -269,6 +270,21 @@ async def test_metrics_have_the_figures_of_routing(world: Routed) -> None:
     assert found["memserve_scheduler_waiting",] == 0
     assert found["memserve_prompt_tree_held_blocks",] == 6
     assert found["memserve_kv_feed", "a", "synchronised"] == 0
+
+
+async def test_what_is_passed_on_says_nothing_of_what_prefills_take(world: Routed) -> None:
+    world.member("a")
+    line = world.router.scheduler.load.line(A)
+    forward = Forward(ForwardPath.CHAT, msgspec.Raw(b"{}"))
+    plan = world.plan(msgspec.structs.replace(call_of(), forward=forward))
+    assert (len(line.prefills), line.decoding) == (1, 0)
+    world.clock.advance(60.0)  # for a grammar, or an image
+    plan.ticket.first_token()
+    assert (len(line.prefills), line.decoding) == (0, 1)
+    plan.ticket.ended()
+    found = [sample for metric in world.router.metrics.collect() for sample in metric.samples]
+    seconds = [s.value for s in found if s.name == "memserve_scheduler_first_token_seconds_sum"]
+    assert seconds == [0]
 
 
 async def test_decisions_are_kept_newest_first(world: Routed) -> None:

@@ -7,17 +7,19 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 
+import msgspec
 import pytest
 
 from memserve.api.errors import ApiError
+from memserve.api.forward import Forward, ForwardPath
 from memserve.api.generate import CallKind, GenerateCall
-from memserve.api.status import InstanceInfo, InstanceState
+from memserve.api.status import InstanceInfo, InstanceState, MemberKind
 from memserve.clock import MonotonicClock
 from memserve.cluster.membership import Member, Membership
 from memserve.gateway.relay import MAX_ATTEMPTS, Answer, Relay
 from memserve.gateway.router import Plan
 from memserve.gateway.upstream import Upstream
-from memserve.types import Epoch
+from memserve.types import Epoch, Role
 from tests.gateway_harness import (
     END,
     STREAM,
@@ -446,3 +448,26 @@ async def test_a_full_queue_is_told_at_once_whoever_else_is_dead(cluster: Cluste
     call, client = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True), Client()
     await asyncio.wait_for(relay.run(call, client.reply, (), Answer()), 10)
     assert (client.status, client.headers[b"retry-after"]) == (429, b"7")
+
+
+async def test_what_is_passed_on_goes_to_servers_that_answer_alone(cluster: Cluster) -> None:
+    said = [STREAM, chunk(b"data: 1\n\n"), chunk(b":0 5\ndata: 2\n\n"), END]
+    relay = await cluster.start(said, said, said)
+    kinds = (MemberKind.MEMSERVE, Role.COLOCATED), (MemberKind.VLLM, Role.PREFILL)
+    for member, (kind, role) in zip(
+        cluster.membership.members, (*kinds, (MemberKind.VLLM, Role.DECODE)), strict=True
+    ):
+        assert member.epoch is not None
+        state = InstanceState.READY
+        info = InstanceInfo(member.id, member.epoch, role, state, 1, "m", kind=kind)
+        cluster.membership.answered(member, info, None)
+    forward = Forward(ForwardPath.CHAT, msgspec.Raw(b'{"tools":[]}'))
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1, 2),), stream=True, forward=forward)
+    client, answer = Client(), Answer()
+    await relay.run(call, client.reply, (), answer)
+    assert cluster.router.heard[0] == "i2 of 1"
+    (told,) = cluster.calls
+    assert told.forward is not None
+    assert bytes(told.forward.body) == b'{"tools":[]}'
+    assert told.prompts == ([0],)  # the server makes its own
+    assert client.body == b"data: 1\n\n:0 5\ndata: 2\n\n"  # and nothing is taken out

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,30 +17,10 @@ from memserve.types import RequestId
 from memserve.vllm import engine as vllm_engine
 from memserve.vllm.engine import VllmEngine
 from memserve.vllm.place import ServerPlace
-from tests.fake_vllm import BLOCK, BLOCKS, LENGTH, FakeVllm, expected, serve
+from tests.fake_vllm import BLOCK, BLOCKS, LENGTH, Server, expected
 from tests.fakes import until
 
 INFO = EngineInfo("m", 300, LENGTH, BLOCK * BLOCKS, BLOCK, "vllm", "vllm", 1, max_waiting=4)
-
-
-class Server:
-    """The fake one, on a thread of its own."""
-
-    def __init__(self, path: Path) -> None:
-        self.fake = FakeVllm({"step_seconds": 0.002}, None)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._runner = self._call(serve(self.fake, str(path)))
-
-    def _call(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
-
-    def end(self) -> None:
-        self._call(self._runner.cleanup())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 class Sink:

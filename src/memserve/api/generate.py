@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from memserve.api.forward import Forward
 from memserve.api.limits import (
     MAX_ID_CHARACTERS,
     MAX_INT32,
@@ -180,6 +181,9 @@ class GenerateCall(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
     # a stop string, or max_tokens) says no more, and a stream of such choices is its usage and
     # [DONE]. (): a fresh call. Streams only.
     resumed: Annotated[tuple[tuple[int, ...], ...], Meta(max_length=MAX_SEQUENCES)] = ()
+    # What a vLLM server gets instead of token ids. The answer is its own, and cannot be resumed;
+    # prompt and sampling are then what a gateway made of the request, to choose an instance by.
+    forward: Forward | None = None
 
 
 def _encodable(value: object) -> msgspec.Raw:

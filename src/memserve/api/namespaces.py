@@ -5,8 +5,14 @@ Clients choose their salts, so salts and the ids of sequences are kept apart by 
 
 from __future__ import annotations
 
+import hashlib
+import re
+
 from memserve.types import SHARED, Namespace
 
+# vLLM (0.32) refuses longer salts, and these characters in them. What looks like something that is
+# made here becomes a digest, so that nobody's salt can be taken for another's.
+_TAKEN_EVERYWHERE = re.compile(r"(?!sha256:|salt:|sequence:)[^@/\\\0]{1,128}")
 _SALT = "salt:"
 _PRIVATE = "sequence:"
 
@@ -14,6 +20,13 @@ _PRIVATE = "sequence:"
 def salted(cache_salt: str | None) -> Namespace:
     """Of requests with this salt; none: the one that all share."""
     return Namespace(_SALT + cache_salt) if cache_salt else SHARED
+
+
+def portable(cache_salt: str) -> str:
+    """The salt in a form that members of every kind take: itself, or its digest."""
+    if not cache_salt or _TAKEN_EVERYWHERE.fullmatch(cache_salt):
+        return cache_salt
+    return f"sha256:{hashlib.sha256(cache_salt.encode(errors='surrogatepass')).hexdigest()}"
 
 
 def salt_of(namespace: Namespace) -> str | None:

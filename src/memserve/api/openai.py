@@ -7,6 +7,7 @@ its neutral values (null, [], {}, the default) are accepted, because clients sen
 from __future__ import annotations
 
 import re
+from http import HTTPStatus
 from operator import attrgetter
 from typing import Annotated, Final, Literal, TypeVar
 
@@ -42,14 +43,85 @@ _Json = msgspec.Raw | UnsetType
 _LONGEST_NEUTRAL = 256
 
 
+class NotUnderstood(ApiError):
+    """A request that is refused (400) since it has something in it that is not known here, or in
+    a form that is not. A server that knows more may take it."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
+
+
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # padding against traffic analysis: none is added
 
 
-class _Unsupported(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Fields that clients know and this server can only take in their neutral values."""
+# Neutral values besides null, [] and {}.
+_NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
+    "continue_final_message": (False,),
+    "function_call": ("none", "auto"),
+    "length_penalty": (1,),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "stream": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+}
 
+
+class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields that a vLLM server knows, too. None is "not given".
+
+    Ranges that depend on the model, and those of sampling, are checked by `validate_sampling`.
+    """
+
+    model: _Name | None = None
+    max_tokens: _Positive | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] | None = None
+    stop: _StopString | _Stops | None = None
+    stream: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[int, float], Meta(max_length=MAX_LOGIT_BIASES)] | None = None
+    seed: int | None = None
+    user: _Name | None = None  # requests of one are kept together by the policy `session`
+    metadata: Annotated[dict[_Name, _Name], Meta(max_length=MAX_METADATA_ENTRIES)] | None = None
+    safety_identifier: _Name | None = None
+    prompt_cache_key: _Name | None = None
+    parallel_tool_calls: bool | None = None
+    # vLLM's extensions
+    best_of: int | None = None
+    top_k: Annotated[int, Meta(le=2**31 - 1)] | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: Annotated[tuple[int, ...], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+
+    @property
+    def samples(self) -> int:
+        return self.n or 1
+
+
+class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Fields that both endpoints share."""
+
+    stream_options: StreamOptions | None = None
+    # What clients know and is taken here in its neutral values only.
     allowed_token_ids: _Json = UNSET
     audio: _Json = UNSET
     bad_words: _Json = UNSET
@@ -84,70 +156,6 @@ class _Unsupported(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     verbosity: _Json = UNSET
     web_search_options: _Json = UNSET
 
-
-# Neutral values besides null, [] and {}.
-_NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
-    "continue_final_message": (False,),
-    "function_call": ("none", "auto"),
-    "length_penalty": (1,),
-    "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
-    "return_tokens_as_token_ids": (False,),
-    "service_tier": ("auto", "default"),
-    "spaces_between_special_tokens": (True,),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "use_beam_search": (False,),
-    "verbosity": ("medium",),
-}
-_UNSUPPORTED = _Unsupported.__struct_fields__
-_unsupported_values = attrgetter(*_UNSUPPORTED)
-_ALL_ABSENT = (UNSET,) * len(_UNSUPPORTED)
-
-
-class _Request(_Unsupported, frozen=True, kw_only=True):
-    """Fields that both endpoints share. None is "not given".
-
-    Ranges that depend on the model, and those of sampling, are checked by `validate_sampling`.
-    """
-
-    model: _Name | None = None
-    max_tokens: _Positive | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] | None = None
-    stop: _StopString | _Stops | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float], Meta(max_length=MAX_LOGIT_BIASES)] | None = None
-    seed: int | None = None
-    user: _Name | None = None  # requests of one are kept together by the policy `session`
-    metadata: Annotated[dict[_Name, _Name], Meta(max_length=MAX_METADATA_ENTRIES)] | None = None
-    safety_identifier: _Name | None = None
-    prompt_cache_key: _Name | None = None
-    parallel_tool_calls: bool | None = None
-    # vLLM's extensions
-    best_of: int | None = None
-    top_k: Annotated[int, Meta(le=2**31 - 1)] | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    stop_token_ids: Annotated[tuple[int, ...], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    add_special_tokens: bool | None = None
-    return_token_ids: bool | None = None
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = None
-    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
-
-    @property
-    def samples(self) -> int:
-        return self.n or 1
-
     @property
     def stop_strings(self) -> tuple[str, ...]:
         if isinstance(self.stop, str):
@@ -157,6 +165,12 @@ class _Request(_Unsupported, frozen=True, kw_only=True):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+
+_SUPPORTED = {*SharedFields.__struct_fields__, "stream_options"}
+_UNSUPPORTED = tuple(name for name in _Request.__struct_fields__ if name not in _SUPPORTED)
+_unsupported_values = attrgetter(*_UNSUPPORTED)
+_ALL_ABSENT = (UNSET,) * len(_UNSUPPORTED)
 
 
 # A prompt's text, its token ids, or several of either.
@@ -221,7 +235,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
     request = _decode(_completion, body)
     _check_common(request)
     if request.echo and request.logprobs is not None:
-        raise invalid("'echo' cannot be combined with 'logprobs' here.", "echo")
+        raise NotUnderstood("'echo' cannot be combined with 'logprobs' here.", "echo")
     return request
 
 
@@ -230,7 +244,7 @@ def parse_chat(body: bytes) -> ChatRequest:
     request = _decode(_chat, body)
     _check_common(request)
     if request.echo:
-        raise invalid("'echo' is not supported here.", "echo")
+        raise NotUnderstood("'echo' is not supported here.", "echo")
     if request.top_logprobs and not request.logprobs:
         raise invalid("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
     if None not in (request.max_tokens, request.max_completion_tokens) and (
@@ -269,6 +283,16 @@ def sampling_params(
     )
 
 
+def unsupported(field: str) -> NotUnderstood:
+    return NotUnderstood(f"'{field}' is not supported.", field, "unsupported_parameter")
+
+
+def check_best_of(request: SharedFields) -> None:
+    """Raises ApiError (400)."""
+    if request.best_of not in (None, request.samples):
+        raise invalid("'best_of' other than 'n' is not supported.", "best_of")
+
+
 def chat_logprobs(request: ChatRequest) -> int | None:
     return (request.top_logprobs or 0) if request.logprobs else None
 
@@ -277,7 +301,7 @@ def _decode(decoder: msgspec.json.Decoder[RequestT], body: bytes) -> RequestT:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise _refusal(str(error)) from error
+        raise not_understood(error) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(
             f"The request body is not valid JSON: {error}", code="invalid_json"
@@ -290,11 +314,13 @@ _FIELD_OF_PATH = re.compile(r"`\$\.(\w{1,64})")
 _FIELD_OF_MESSAGE = re.compile(r"field `([^`]{0,64})")
 
 
-def _refusal(message: str) -> ApiError:
+def not_understood(error: msgspec.ValidationError) -> NotUnderstood:
+    """What a decoder has found, by the field's name."""
+    message = str(error)
     field = _FIELD_OF_PATH.search(message) or _FIELD_OF_MESSAGE.search(message)
     if message.startswith("Invalid value") and "].content[" in message:
         message += "; only text content is supported"
-    return invalid(message[:MAX_ECHO_CHARACTERS], field.group(1) if field else None)
+    return NotUnderstood(message[:MAX_ECHO_CHARACTERS], field.group(1) if field else None)
 
 
 def _check_common(request: CompletionRequest | ChatRequest) -> None:
@@ -302,9 +328,8 @@ def _check_common(request: CompletionRequest | ChatRequest) -> None:
     if values != _ALL_ABSENT:
         for name, value in zip(_UNSUPPORTED, values, strict=True):
             if value is not UNSET and not _is_neutral(name, value):
-                raise invalid(f"'{name}' is not supported.", name, "unsupported_parameter")
-    if request.best_of not in (None, request.samples):
-        raise invalid("'best_of' other than 'n' is not supported.", "best_of")
+                raise unsupported(name)
+    check_best_of(request)
     if request.stream_options is not None and not request.stream:
         raise invalid("'stream_options' needs 'stream': true.", "stream_options")
 
@@ -316,4 +341,9 @@ def _is_neutral(field: str, json: msgspec.Raw) -> bool:
         value = msgspec.json.decode(json)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
+    return is_neutral(field, value)
+
+
+def is_neutral(field: str, value: object) -> bool:
+    """Whether a field of this value might as well not be there."""
     return value in (None, [], {}) or value in _NEUTRAL.get(field, ())

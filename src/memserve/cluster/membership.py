@@ -96,10 +96,17 @@ class Membership:
     def members(self) -> Sequence[Member]:
         return list(self._members.values())
 
-    def ready(self) -> list[Member]:
-        """Members that take requests; without the doubtful ones, as long as there are others."""
+    def ready(self, kind: MemberKind | None = None) -> list[Member]:
+        """Members that take requests, of one kind or all; without the doubtful ones, as long as
+        there are others."""
         ready = [m for m in self._members.values() if m.state is InstanceState.READY]
+        if kind is not None:
+            ready = [m for m in ready if m.kind is kind]
         return [m for m in ready if not m.misses] or ready
+
+    def has(self, kind: MemberKind) -> bool:
+        """Whether there is one of this kind, whatever its state: it may be restarted."""
+        return any(m.kind is kind for m in self._members.values())
 
     def expects(self) -> bool:
         """Whether somebody may take requests soon who does not now: nobody does; or a member

@@ -2,7 +2,7 @@
 
 | who | shows | may |
 | --- | --- | --- |
-| client | `Authorization: Bearer KEY`, if there are keys | `/v1/*` |
+| client | `Authorization: Bearer KEY`, if there are keys | `/v1/*`, and what vLLM has elsewhere |
 | scraper, probe | nothing (`metrics_secret`: as an operator) | `/health`, `/metrics` |
 | operator | the cluster's secret: signed, or as Bearer where nobody can listen | `/cluster*` |
 | member | the cluster's secret, signed | `/cluster/members` |
@@ -25,9 +25,10 @@ from urllib.parse import urlsplit
 from memserve.api.api_keys import ApiKey, ApiKeys
 from memserve.api.audience import Audience, check_url
 from memserve.api.errors import ApiError, path_not_found
+from memserve.api.forward import WHOLE_PATHS
 from memserve.api.guard import require_signature, turns_away
 from memserve.api.http_message import Header, Reply, Request
-from memserve.api.limits import MAX_NAME_CHARACTERS
+from memserve.api.namespaces import portable
 from memserve.api.signatures import SCHEME, Verifier
 from memserve.hosts import is_loopback
 from memserve.scheduler.admission import NOBODY, Grant, Tenant, tenant_id
@@ -35,6 +36,7 @@ from memserve.secrets import Secret
 
 _BEARER = b"bearer "
 _CLIENTS = "/v1/"
+_MORE_CLIENTS = frozenset(path.value for path in WHOLE_PATHS if not path.startswith(_CLIENTS))
 METRICS_PATH = "/metrics"
 _OPERATORS = "/cluster"
 # What says nothing of the cluster or its clients.
@@ -56,13 +58,7 @@ class Client(NamedTuple):
 
     def salted(self, cache_salt: str) -> str:
         """What keeps its cached prompts apart: tenants never share any."""
-        if self.key is None:
-            return cache_salt
-        salt = f"key@{self.key.tenant}:{cache_salt}"
-        if len(salt) > MAX_NAME_CHARACTERS:
-            digest = hashlib.sha256(cache_salt.encode(errors="surrogatepass")).hexdigest()
-            salt = f"key@{self.key.tenant}:sha256:{digest}"
-        return salt
+        return portable(cache_salt if self.key is None else f"key@{self.key.tenant}:{cache_salt}")
 
 
 ANYBODY = Client()
@@ -112,7 +108,7 @@ class Access:
 
     def turns_away(self, request: Request) -> ApiError | None:
         """Why the body of a request, of which the head is there, need not be sent."""
-        if not request.path.startswith(_CLIENTS):
+        if not _is_clients(request.path):
             return turns_away(self.verifier, request)
         if self.keys.wanted and self.keys.find(_bearer(request) or b"") is None:
             return self._no_key()
@@ -121,7 +117,7 @@ class Access:
     async def admit(self, request: Request, reply: Reply) -> None:
         """Let whoever may ask for it pass, for all but what generates. Raises ApiError."""
         path = request.path
-        if path.startswith(_CLIENTS):
+        if _is_clients(path):
             self.client(request, reply)
         elif path == _OPERATORS or path.startswith(f"{_OPERATORS}/"):
             await self._operator(request, reply)
@@ -195,6 +191,10 @@ class Access:
         if origin.partition(b"://")[2] != host:
             return False
         return self.keys.wanted or is_loopback(_host_of(host))
+
+
+def _is_clients(path: str) -> bool:
+    return path.startswith(_CLIENTS) or path in _MORE_CLIENTS
 
 
 def _turns(key: ApiKey) -> Tenant:

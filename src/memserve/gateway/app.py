@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 
 import msgspec
 from prometheus_client.registry import Collector
 
 from memserve.api.asgi import Interruption, asgi_handler
 from memserve.api.errors import ApiError, method_not_allowed
+from memserve.api.forward import WHOLE_PATHS, ForwardPath
 from memserve.api.generate import GenerateCall
 from memserve.api.guard import Guard
 from memserve.api.http_message import Header, Reply, Request
 from memserve.api.http_server import Handler
+from memserve.api.openai import NotUnderstood
 from memserve.api.peer_client import PeerClient
-from memserve.api.status import Limits
+from memserve.api.status import Limits, MemberKind
 from memserve.clock import Clock
 from memserve.cluster.membership import Membership
 from memserve.gateway.access import Access, Client
 from memserve.gateway.admin import CHAT_PATH, COMPLETIONS_PATH, Decisions, admin_app
 from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder, with_session
 from memserve.gateway.desk import ClientLeft, Desk
+from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.refusals import draining, no_instance
 from memserve.gateway.relay import Answer, Relay
@@ -59,6 +63,7 @@ class GatewayApp:
         instance_wait: float,
         access: Access,
         peers: PeerClient,
+        forwards: ForwardBuilder,
         access_log: bool = True,
         siblings: Siblings | None = None,
     ) -> None:
@@ -75,9 +80,14 @@ class GatewayApp:
         self._metrics = GatewayMetrics(membership)
         for collector in collectors:
             self._metrics.register(collector)
+        self._forwards = forwards
         self._generating: dict[str, _Build] = {
-            CHAT_PATH: calls.chat,
-            COMPLETIONS_PATH: calls.completion,
+            CHAT_PATH: self._or_forward(calls.chat, ForwardPath.CHAT),
+            COMPLETIONS_PATH: self._or_forward(calls.completion, ForwardPath.COMPLETIONS),
+        }
+        # Only where there is a vLLM server.
+        self._forwarding: dict[str, _Build] = {
+            path.value: partial(forwards.build, path) for path in WHOLE_PATHS
         }
         admin = calls.model, membership, peers, self._metrics, lambda: self._draining, decisions
         self._admin: Handler = asgi_handler(admin_app(*admin, siblings))
@@ -98,6 +108,8 @@ class GatewayApp:
     async def handle(self, request: Request, reply: Reply) -> None:
         """The server's handler."""
         build = self._generating.get(request.path)
+        if build is None and self._membership.has(MemberKind.VLLM):
+            build = self._forwarding.get(request.path)
         if build is None or request.method == "OPTIONS":
             await self._administer(request, reply)
             return
@@ -111,6 +123,19 @@ class GatewayApp:
             self._metrics.running -= 1
             if not self._metrics.running:
                 self._idle.set()
+
+    def _or_forward(self, build: _Build, path: ForwardPath) -> _Build:
+        """The same; what is not understood is for a vLLM server, where there is one."""
+
+        async def understand(body: bytes, limits: Limits) -> GenerateCall:
+            try:
+                return await build(body, limits)
+            except NotUnderstood:
+                if not self._membership.has(MemberKind.VLLM):
+                    raise
+            return await self._forwards.build(path, body, limits)
+
+        return understand
 
     async def _administer(self, request: Request, reply: Reply) -> None:
         if self._access.preflight(request, reply):
@@ -168,8 +193,8 @@ class GatewayApp:
         session = request.header(b"x-session-id")
         if session:
             call = with_session(call, session)
-        if client.key is not None:
-            call = msgspec.structs.replace(call, cache_salt=client.salted(call.cache_salt))
+        if (salt := client.salted(call.cache_salt)) != call.cache_salt:
+            call = msgspec.structs.replace(call, cache_salt=salt)
         self._metrics.prompt_tokens += sum(map(len, call.prompts))
         return call
 
@@ -259,6 +284,7 @@ def _line(
         f"{'' if answer.key is None else f' key={answer.key}'}"
         f" call={'-' if call is None else call.id}"
         f" instance={'-' if plan is None else plan.member.id}"
+        f"{'' if call is None or call.forward is None else ' forwarded'}"
         f" status={status}{' broken' if answer.broken else ''}"
         f" prompt_tokens={'-' if call is None else sum(map(len, call.prompts))}"
         f" first={'-' if first is None else f'{first:.4f}'} total={took:.4f}"

@@ -34,7 +34,11 @@ _TOO_DEEP, _TOO_MANY_FIELDS = -1, -2
 # read one by one, and prompts are counted by who reads them.
 _VALUES: Final[Mapping[bytes, int | None]] = {
     b"prompt": None,
+    b"tokens": None,
     b"messages": MAX_MESSAGE_VALUES,
+    b"input": MAX_MESSAGE_VALUES,
+    b"documents": MAX_MESSAGE_VALUES,
+    b"tools": MAX_MESSAGE_VALUES,
     b"stop": MAX_STOP_STRINGS,
     b"stop_token_ids": MAX_STOP_TOKEN_IDS,
     b"logit_bias": MAX_LOGIT_BIASES,

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import TypeVar
 
 import msgspec
 
-from memserve.api.errors import context_length_exceeded, invalid, model_not_found, queue_full
+from memserve.api.errors import context_length_exceeded, invalid, model_not_found
 from memserve.api.generate import CallKind, GenerateCall, validate_sampling
 from memserve.api.limits import (
     COUNTED_BODY_BYTES,
-    LARGE_BODIES_AT_ONCE,
-    LARGE_BODIES_WAITING,
     LARGE_BODY_BYTES,
     MAX_ECHO_CHARACTERS,
     MAX_NAME_CHARACTERS,
     MAX_SEQUENCES,
-    MAX_TOKENISED_CHARACTERS,
 )
 from memserve.api.openai import (
     ChatRequest,
@@ -37,6 +30,7 @@ from memserve.api.status import Limits
 from memserve.api.token_ids import TokenIds
 from memserve.errors import RequestError
 from memserve.gateway.body_scan import check_body
+from memserve.gateway.body_threads import BodyThreads
 from memserve.gateway.compiled import prepare
 from memserve.gateway.prompts import Prompt, read_prompts
 from memserve.models.tokenizer import Tokenizer
@@ -44,10 +38,6 @@ from memserve.models.tokenizer import Tokenizer
 # About a millisecond of tokenising; longer texts go to a thread and leave the loop to others.
 INLINE_CHARACTERS = 4096
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
-LARGE_RETRY_SECONDS = 5  # by when some of the large bodies that wait have been worked on
-TEXT_RETRY_SECONDS = 1  # the same of other texts
-
-T = TypeVar("T")
 
 
 class CallBuilder:
@@ -60,31 +50,32 @@ class CallBuilder:
         self._longest_token = tokenizer.longest_token()
         self._life = os.urandom(10).hex()  # in every id, so that gateways' differ
         self._numbers = itertools.count(1)
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
-        # Threads of their own: large bodies do not hold up texts of the usual size.
-        self._large = ThreadPoolExecutor(LARGE_BODIES_AT_ONCE, thread_name_prefix="large-body")
-        self._large_now = 0
-        self._characters_now = 0  # that the other threads have, or will have
+        self.threads = BodyThreads(threads)
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(cancel_futures=True)
-        self._large.shutdown(cancel_futures=True)
+        self.threads.close()
+
+    def new_id(self, prefix: str) -> str:
+        """Of a call."""
+        return f"{prefix}-{self._life}{next(self._numbers):012x}"
 
     async def chat(self, body: bytes, limits: Limits) -> GenerateCall:
         """Raises ApiError that says what is wrong with the request."""
         if len(body) > LARGE_BODY_BYTES:
-            return await self._apart(lambda: self._chat(self._parse_chat(body, limits), limits))
+            return await self.threads.apart(
+                lambda: self._chat(self._parse_chat(body, limits), limits)
+            )
         request = self._parse_chat(body, limits)
         characters = sum(len(message.text) for message in request.messages)
         if characters <= INLINE_CHARACTERS:
             return self._chat(request, limits)
-        return await self._off_loop(characters, lambda: self._chat(request, limits))
+        return await self.threads.off_loop(characters, lambda: self._chat(request, limits))
 
     async def completion(self, body: bytes, limits: Limits) -> GenerateCall:
         """Raises ApiError that says what is wrong with the request."""
         if len(body) > LARGE_BODY_BYTES:
-            return await self._apart(
+            return await self.threads.apart(
                 lambda: self._completion(*self._parse_completion(body, limits), limits)
             )
         request, given = self._parse_completion(body, limits)
@@ -94,15 +85,17 @@ class CallBuilder:
                 characters += len(prompt)
         if characters <= INLINE_CHARACTERS:
             return self._completion(request, given, limits)
-        self._check_lengths(given, limits)
-        return await self._off_loop(characters, lambda: self._completion(request, given, limits))
+        self.check_lengths(given, limits)
+        return await self.threads.off_loop(
+            characters, lambda: self._completion(request, given, limits)
+        )
 
     def _parse_chat(self, body: bytes, limits: Limits) -> ChatRequest:
         if len(body) > COUNTED_BODY_BYTES:
             check_body(body)
         request = parse_chat(body)
-        self._check_model(request)
-        _check_sequences(1, request.samples, limits)
+        self.check_model(request.model)
+        check_sequences(1, request.samples, limits)
         return request
 
     def _parse_completion(
@@ -111,9 +104,9 @@ class CallBuilder:
         if len(body) > COUNTED_BODY_BYTES:
             check_body(body)
         request = parse_completion(body)
-        self._check_model(request)
+        self.check_model(request.model)
         prompts = read_prompts(request.prompt)
-        _check_sequences(len(prompts), request.samples, limits)
+        check_sequences(len(prompts), request.samples, limits)
         return request, prompts
 
     def _chat(self, request: ChatRequest, limits: Limits) -> GenerateCall:
@@ -133,8 +126,8 @@ class CallBuilder:
         self, request: CompletionRequest, given: tuple[Prompt, ...], limits: Limits
     ) -> GenerateCall:
         special = request.add_special_tokens is not False
-        self._check_lengths(given, limits)
-        prompts = tuple([self._token_ids(prompt, special) for prompt in given])
+        self.check_lengths(given, limits)
+        prompts = tuple([self.token_ids(prompt, special) for prompt in given])
         room = limits.max_tokens
         for prompt in prompts:
             _check_prompt(prompt, limits)
@@ -166,9 +159,8 @@ class CallBuilder:
         except RequestError as error:
             raise invalid(str(error), error.param) from error
         prefix = "chatcmpl" if kind is CallKind.CHAT else "cmpl"
-        number = next(self._numbers)
         return GenerateCall(
-            id=f"{prefix}-{self._life}{number:012x}",
+            id=self.new_id(prefix),
             kind=kind,
             model=self.model,
             created=int(time.time()),
@@ -187,16 +179,18 @@ class CallBuilder:
             priority=request.priority or 0,
         )
 
-    def _check_model(self, request: ChatRequest | CompletionRequest) -> None:
-        if request.model not in (None, self.model):
-            raise model_not_found((request.model or "")[:MAX_ECHO_CHARACTERS], self.model)
+    def check_model(self, asked: str | None) -> None:
+        """Raises ApiError (404)."""
+        if asked not in (None, self.model):
+            raise model_not_found((asked or "")[:MAX_ECHO_CHARACTERS], self.model)
 
-    def _check_lengths(self, given: tuple[Prompt, ...], limits: Limits) -> None:
+    def check_lengths(self, given: tuple[Prompt, ...], limits: Limits) -> None:
+        """See `check_length`."""
         for prompt in given:
             if isinstance(prompt, str):
-                self._check_length(prompt, limits, "prompt")
+                self.check_length(prompt, limits, "prompt")
 
-    def _check_length(self, text: str, limits: Limits, param: str) -> None:
+    def check_length(self, text: str, limits: Limits, param: str) -> None:
         """Refuse what has too many tokens whichever they are: to find out how many would take
         hundreds of bytes of memory for each of them."""
         longest = self._longest_token
@@ -216,51 +210,14 @@ class CallBuilder:
             )
         except RequestError as error:
             raise invalid(str(error), error.param) from error
-        self._check_length(text, limits, "messages")
-        return self._token_ids(text, request.add_special_tokens is not False)
+        self.check_length(text, limits, "messages")
+        return self.token_ids(text, request.add_special_tokens is not False)
 
-    def _token_ids(self, prompt: Prompt, special: bool) -> TokenIds:
+    def token_ids(self, prompt: Prompt, special: bool) -> TokenIds:
+        """Of a text, as the tokenizer has it."""
         if isinstance(prompt, TokenIds):
             return prompt
         return TokenIds.of(self._tokenizer.encode(prompt, add_special_tokens=special))
-
-    async def _off_loop(self, characters: int, work: Callable[[], T]) -> T:
-        """The work on a text: so many characters wait for their turn, and no more."""
-        if self._characters_now + characters > MAX_TOKENISED_CHARACTERS:
-            raise queue_full(
-                f"{self._characters_now} characters are being tokenised, and no more than "
-                f"{MAX_TOKENISED_CHARACTERS} may be.",
-                TEXT_RETRY_SECONDS,
-            )
-        self._characters_now += characters
-        try:
-            return await _in(self._threads, work)
-        finally:
-            self._characters_now -= characters
-
-    async def _apart(self, work: Callable[[], T]) -> T:
-        """The work on one large body: so many wait for their turn, and no more."""
-        if self._large_now >= LARGE_BODIES_AT_ONCE + LARGE_BODIES_WAITING:
-            raise queue_full(
-                f"{self._large_now} request bodies of more than {LARGE_BODY_BYTES} bytes are "
-                "worked on, and no more may wait.",
-                LARGE_RETRY_SECONDS,
-            )
-        self._large_now += 1
-        try:
-            return await _in(self._large, work)
-        finally:
-            self._large_now -= 1
-
-
-async def _in(threads: Executor, work: Callable[[], T]) -> T:
-    """What the work returns on one of the threads. Cancelled before its turn, it is not done,
-    and what it refers to is let go of at once: an executor keeps it until the turn comes."""
-    kept = [work]
-    try:
-        return await asyncio.get_running_loop().run_in_executor(threads, lambda: kept.pop()())
-    finally:
-        kept.clear()
 
 
 def with_session(call: GenerateCall, session: bytes) -> GenerateCall:
@@ -282,7 +239,8 @@ def _template_message(message: Message) -> dict[str, str]:
     return rendered
 
 
-def _check_sequences(prompts: int, samples: int, limits: Limits) -> None:
+def check_sequences(prompts: int, samples: int, limits: Limits) -> None:
+    """Raises ApiError (400)."""
     most = min(limits.max_waiting, MAX_SEQUENCES)
     if prompts * samples > most:
         raise invalid(

@@ -114,7 +114,7 @@ class GlobalRouter:
             return MemberPlan(members[next(self._unmet_turns) % len(members)])
         plan = decision.plan
         self.metrics.planned(plan, decision.took)
-        ticket = _Reservation(self, request.id, decision, self._clock.now(), call.stream)
+        ticket = _Reservation(self, request.id, decision, self._clock.now(), call)
         by_id = eligible.by_id
         prefill: tuple[Member, ...] = ()
         if plan.prefill is not None:
@@ -284,17 +284,24 @@ class _Reservation:
     """A plan's ticket. Where nothing will be heard of a first token, since the answer comes
     whole, the prompt counts as computed when it was predicted to be."""
 
-    __slots__ = ("_at", "_decision", "_expected", "_request", "_router")
+    __slots__ = ("_at", "_decision", "_expected", "_request", "_router", "_teaches")
 
     def __init__(
-        self, router: GlobalRouter, request: RequestId, decision: Decision, at: float, streams: bool
+        self,
+        router: GlobalRouter,
+        request: RequestId,
+        decision: Decision,
+        at: float,
+        call: GenerateCall,
     ) -> None:
         self._router = router
         self._request = request
         self._decision = decision
         self._at = at
         self._expected: asyncio.TimerHandle | None = None
-        if not streams:
+        # What else a server does before a first token (images, grammars) is not its prefill.
+        self._teaches = call.forward is None
+        if not call.stream:
             loop = asyncio.get_running_loop()
             expected = decision.plan.terms.first_token
             self._expected = loop.call_later(expected, router.prefilled, request)
@@ -303,8 +310,12 @@ class _Reservation:
         return self._decision.summary().partition(": ")[2]  # without the request's id
 
     def first_token(self) -> None:
-        if self._expected is None:  # otherwise the first bytes are the last ones too
+        if self._expected is not None:  # the first bytes are the last ones too
+            return
+        if self._teaches:
             self._router.first_token(self._request, self._decision.plan, self._at)
+        else:
+            self._router.prefilled(self._request)
 
     def ended(self) -> None:
         if self._expected is not None:

@@ -14,15 +14,16 @@ import msgspec
 from memserve.api.asgi import Interruption
 from memserve.api.errors import ApiError, invalid, unavailable
 from memserve.api.generate import GenerateCall, PrefillPeer, encode_call
-from memserve.api.http_message import Headers, Reply
+from memserve.api.http_message import JSON_HEADER, Header, Headers, Reply
 from memserve.api.limits import MAX_ANSWER_BYTES
+from memserve.api.status import MemberKind
 from memserve.clock import Clock
 from memserve.cluster.membership import Member, Membership
 from memserve.gateway.refusals import no_instance, stopping
 from memserve.gateway.router import Plan, Router, Ticket
 from memserve.gateway.stream import ClientStream
 from memserve.gateway.upstream import Flow, Unreachable, Upstream
-from memserve.types import Epoch, InstanceId
+from memserve.types import Epoch, InstanceId, Role
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Attempt:
     def __init__(self, ticket: Ticket, reply: Reply, stream: ClientStream | None) -> None:
         self.status = 0
         self.retry_after: bytes | None = None
+        self.media: bytes | None = None  # of the answer
         self.lost: str | None = None  # how the instance failed
         self.too_large = False  # the answer is, and was not taken to its end
         self.on_too_large: Callable[[], None] | None = None
@@ -71,8 +73,8 @@ class Attempt:
         if not reply.writable:
             flow.pause()
 
-    def head(self, status: int, retry_after: bytes | None) -> None:
-        self.status, self.retry_after = status, retry_after
+    def head(self, status: int, retry_after: bytes | None, media: bytes | None) -> None:
+        self.status, self.retry_after, self.media = status, retry_after, media
         self._streaming = self._stream is not None and status == _OK
 
     def received(self, data: bytes, last: bool) -> None:
@@ -96,6 +98,11 @@ class Attempt:
     def body(self) -> bytes:
         """What has come, unless it is streamed."""
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+
+    @property
+    def header(self) -> Header:
+        """That says what the body is."""
+        return JSON_HEADER if self.media is None else (b"content-type", self.media)
 
     @property
     def refused(self) -> bool:
@@ -164,7 +171,7 @@ class Relay:
             elif reply.started:  # an instance that should have gone on, and will not
                 log.warning("%s: %s refuses to go on: %r", call.id, member.id, attempt.body)
             else:
-                reply.send(attempt.status, attempt.body, headers)
+                reply.send(attempt.status, attempt.body, headers, attempt.header)
                 return
         self._end(reply, headers, stream, answer, refusal, bool(tried))
 
@@ -192,10 +199,17 @@ class Relay:
     def _next(self, call: GenerateCall, tried: _Lives) -> Plan | None:
         if self._stopping or len(tried) == MAX_ATTEMPTS:
             return None
-        members = self._membership.ready()
+        members = self._takers(call)
         if tried:
             members = [member for member in members if (member.id, member.epoch) not in tried]
         return self._router.plan(call, members) if members else None
+
+    def _takers(self, call: GenerateCall) -> list[Member]:
+        """Members that such a call may go to."""
+        if call.forward is None:
+            return self._membership.ready()
+        servers = self._membership.ready(MemberKind.VLLM)
+        return [member for member in servers if member.role is not Role.PREFILL] or servers
 
     async def _try(
         self, plan: Plan, call: GenerateCall, reply: Reply, stream: ClientStream | None
@@ -245,7 +259,7 @@ class Relay:
             raise self._failure() if tried else no_instance()
         else:
             retry = (b"retry-after", refusal.retry_after or b"1")
-            reply.send(refusal.status, refusal.body, (*headers, retry))
+            reply.send(refusal.status, refusal.body, (*headers, retry), refusal.header)
 
     def _failure(self) -> ApiError:
         if self._stopping:
@@ -270,6 +284,8 @@ def _behind(call: GenerateCall, stream: ClientStream, answer: Answer) -> Generat
 
 
 def _planned(call: GenerateCall, plan: Plan) -> GenerateCall:
+    if call.forward is not None:  # its server computes the prompt, from the body
+        return msgspec.structs.replace(call, prompts=((0,),))
     if not plan.prefill and plan.fetch is None:
         return call
     return msgspec.structs.replace(

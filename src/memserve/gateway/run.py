@@ -37,6 +37,7 @@ from memserve.gateway.access import Access
 from memserve.gateway.app import GatewayApp
 from memserve.gateway.call_builder import CallBuilder
 from memserve.gateway.edge_metrics import EdgeMetrics
+from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.global_router import GlobalRouter
 from memserve.gateway.relay import Relay
 from memserve.gateway.siblings import MEET_SECONDS, Siblings
@@ -210,6 +211,7 @@ class Gateway:
             wait,
             self._access,
             self._peers,
+            ForwardBuilder(self._calls, tokenizer),
             config.gateway.access_log,
             self._siblings,
         )

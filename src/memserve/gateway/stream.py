@@ -35,7 +35,8 @@ class ClientStream:
         self._call = call
         self._headers = headers
         self._clock = clock
-        self._resumable: bool | None = None  # None: nothing has come yet
+        # None: nothing has come yet.
+        self._resumable: bool | None = None if call.forward is None else False
         self._events: list[bytes] = []  # comments: b"<choice> <id>,<id>"
         self._usage_sent = False
         self._done = False

@@ -62,7 +62,7 @@ class Sink(Protocol):
     def begin(self, flow: Flow) -> None:
         """The call is on its way."""
 
-    def head(self, status: int, retry_after: bytes | None) -> None: ...
+    def head(self, status: int, retry_after: bytes | None, media: bytes | None) -> None: ...
 
     def received(self, data: bytes, last: bool) -> None:
         """Bytes of the body, as many as came at once. With `last`, which comes once and maybe
@@ -94,7 +94,7 @@ class _Unheard:
     def begin(self, flow: Flow) -> None:
         pass
 
-    def head(self, status: int, retry_after: bytes | None) -> None:
+    def head(self, status: int, retry_after: bytes | None, media: bytes | None) -> None:
         pass
 
     def received(self, data: bytes, last: bool) -> None:
@@ -262,6 +262,7 @@ class _Connection(asyncio.Protocol):
         self._done: asyncio.Future[None] | None = None
         self._pieces: list[bytes] = []  # of the body, from one read
         self._retry_after: bytes | None = None
+        self._media: bytes | None = None  # content-type
         self._answered = False  # a byte of the current answer has come
         self._complete = False
         self._paused = False
@@ -281,7 +282,7 @@ class _Connection(asyncio.Protocol):
         self._sink = sink
         self._signed = signed
         self._answered = self._complete = False
-        self._retry_after = self._proof = None
+        self._retry_after = self._media = self._proof = None
         self._challenge = b""
         self._calls += 1
         done = self._done = self._loop.create_future()
@@ -365,6 +366,8 @@ class _Connection(asyncio.Protocol):
         name = name.lower()
         if name == b"retry-after":
             self._retry_after = value
+        elif name == b"content-type":
+            self._media = value
         elif name == PROOF_HEADER:
             self._proof = value
         elif name == b"www-authenticate":
@@ -379,7 +382,7 @@ class _Connection(asyncio.Protocol):
         elif self.authorization and status == _UNAUTHORIZED:
             self._fail(Unreachable("the instance does not know this connection any more"))
         elif self._sink is not None:
-            self._sink.head(status, self._retry_after)
+            self._sink.head(status, self._retry_after, self._media)
 
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)

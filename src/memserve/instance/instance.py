@@ -7,8 +7,8 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,10 +16,12 @@ import msgspec
 import numpy as np
 
 from memserve.api.control import conflict
-from memserve.api.errors import ApiError, internal, unavailable
+from memserve.api.errors import ApiError, internal, invalid, queue_full, unavailable
+from memserve.api.forward import Forward
 from memserve.api.generate import GenerateCall, SamplingParams
 from memserve.api.handoff import PrefillCall, PrefillResult, PushCall, PushResult
 from memserve.api.kv_events import KVEventsInfo
+from memserve.api.namespaces import private
 from memserve.api.peer_client import PeerClient
 from memserve.api.status import (
     EngineTotals,
@@ -38,7 +40,7 @@ from memserve.engine.request import EngineProtocol, EngineRequest
 from memserve.errors import EngineStopped, MemserveError, QueueFull, TransferError
 from memserve.instance.dispatcher import Dispatcher, Mailbox
 from memserve.instance.fetch import Fetcher
-from memserve.instance.generation import Generation, engine_requests
+from memserve.instance.generation import Generation, engine_requests, shared_namespace
 from memserve.instance.link import KVLink
 from memserve.instance.prefill import Prefiller
 from memserve.instance.remote_prefill import RemotePrefill
@@ -49,6 +51,7 @@ from memserve.models.tokenizer import Tokenizer
 from memserve.scheduler.profiles import Profile
 from memserve.types import Epoch, InstanceId, RequestId, Role
 from memserve.vital import Vitals
+from memserve.vllm.forwarder import ForwardedAnswer, Forwarder
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +102,7 @@ class Parts:
     events: Events | None = None  # which prefixes it holds
     # Asked once the engine runs: threads without which it is of no use.
     threads: Callable[[], Sequence[threading.Thread]] = lambda: ()
+    forwarder: Forwarder | None = None  # to a server that takes requests as they are
 
 
 class Run:
@@ -223,6 +227,8 @@ class Instance:
             await self._served.remote.close()
         if self._served.parts.link is not None:
             self._served.parts.link.close()
+        if self._served.parts.forwarder is not None:
+            await self._served.parts.forwarder.close()
         await asyncio.to_thread(self._served.parts.close)
 
     @contextmanager
@@ -277,6 +283,30 @@ class Instance:
             for request in requests:
                 output = (*request.output, *run.produced.get(request.id, ()))
                 served.remote.ended(request, output, request.id not in unfinished, busy)
+
+    @asynccontextmanager
+    async def forward(self, call: GenerateCall, forward: Forward) -> AsyncIterator[ForwardedAnswer]:
+        """What a call has for the server behind this instance; leaving the block early hangs up.
+
+        Raises ApiError where it is not taken.
+        """
+        parts = self._ready().parts
+        if parts.forwarder is None:
+            raise invalid(
+                f"Instance {self.identity.id} has a built-in engine, which takes token ids only.",
+                "forward",
+                "no_forwarding",
+            )
+        shared = self.standing.role in parts.sharing
+        namespace = shared_namespace(call) if shared else private(call.id)
+        with self._counted():
+            try:
+                async with parts.forwarder.answer(call, forward, namespace) as answer:
+                    log.info("%s %s: %d", call.id, forward.path, answer.status)
+                    yield answer
+            except QueueFull as error:
+                raise queue_full(str(error), self._rate.retry_after(error.waiting)) from error
+        self._rate.record(call.n)
 
     async def prefill(self, call: PrefillCall) -> PrefillResult:
         """Compute a prompt for another instance. Raises ApiError."""

@@ -12,7 +12,7 @@ import msgspec
 from prometheus_client.core import CollectorRegistry, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from memserve.api.asgi import (
     ClientGone,
@@ -24,7 +24,8 @@ from memserve.api.asgi import (
 )
 from memserve.api.control import DRAIN_PATH, RESUME_PATH, ROLE_PATH, SHUTDOWN_PATH
 from memserve.api.errors import ApiError, method_not_allowed, path_not_found, unavailable
-from memserve.api.generate import GENERATE_PATH
+from memserve.api.forward import Forward
+from memserve.api.generate import GENERATE_PATH, GenerateCall
 from memserve.api.handoff import PREFILL_PATH, PUSH_PATH
 from memserve.api.instance_metrics import instance_metrics
 from memserve.api.kv_events import SNAPSHOT_PATH
@@ -33,6 +34,7 @@ from memserve.instance import calls
 from memserve.instance.calls import CallReader, LargeCalls
 from memserve.instance.instance import Instance, Run
 from memserve.scheduler.profiles import encode_profile
+from memserve.vllm.forwarder import BrokenOff, ForwardedAnswer
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +92,9 @@ class InstanceApp:
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = await self._read(calls.GENERATE, scope, receive)
+        if call.forward is not None:
+            await self._forward(call, call.forward, receive, send)
+            return
         with self._instance.run(call) as run, HangUp(receive):
             await (_stream(run, send) if call.stream else self._answer(run, send))
 
@@ -103,6 +108,13 @@ class InstanceApp:
         else:
             body = generation.body()
         await send_body(send, HTTPStatus.OK, body)
+
+    async def _forward(
+        self, call: GenerateCall, forward: Forward, receive: Receive, send: Send
+    ) -> None:
+        with HangUp(receive):
+            async with self._instance.forward(call, forward) as answer:
+                await _pass_on(answer, send)
 
     async def _prefill(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = await self._read(calls.PREFILL, scope, receive)
@@ -187,6 +199,32 @@ async def _stream(run: Run, send: Send) -> None:
             raise
         log.warning("an answer broke off: %s", error)
         await send({"type": "http.response.body", "body": error.event()})
+
+
+async def _pass_on(answer: ForwardedAnswer, send: Send) -> None:
+    """A server's answer, byte by byte. Raises ApiError where nothing has come of it."""
+    started = False
+    try:
+        async for data in answer.pieces():
+            if not started:
+                started = True
+                await send(_head_of(answer))
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+    except BrokenOff as error:
+        log.warning("%s", error)
+        if not started:
+            raise unavailable("The vLLM server was lost.", "server_lost") from error
+        return  # without an end: whoever reads it sees that something is missing
+    if not started:
+        await send(_head_of(answer))
+    await send({"type": "http.response.body", "body": b""})
+
+
+def _head_of(answer: ForwardedAnswer) -> Message:
+    headers = [(b"content-type", answer.media.encode("latin-1", "replace"))]
+    if answer.retry_after is not None:
+        headers.append((b"retry-after", answer.retry_after.encode("latin-1", "replace")))
+    return {"type": "http.response.start", "status": answer.status, "headers": headers}
 
 
 class _OwnStats(Collector):

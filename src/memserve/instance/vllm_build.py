@@ -26,6 +26,7 @@ from memserve.models.tokenizer import Tokenizer
 from memserve.secrets import cluster_secret
 from memserve.transfer.secret import cluster_keys
 from memserve.vllm.engine import VllmEngine
+from memserve.vllm.forwarder import Forwarder
 from memserve.vllm.metrics import UnknownMetrics, read_memory
 from memserve.vllm.place import ServerPlace
 from memserve.vllm.remote_link import RemoteLink
@@ -106,6 +107,7 @@ def build_vllm(
         link,
         events=events,
         threads=lambda: (engine.thread, *server.watched),
+        forwarder=Forwarder(server.place, info),
     )
 
 

@@ -44,21 +44,35 @@ class ChatTemplate:
             raise ModelError(f"the chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        """The conversation as text.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool,
+        tools: Sequence[object] | None = None,
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
+        """The conversation as text. `tools`: as OpenAI's clients give them; `variables`: what
+        else the template may ask for.
 
         Raises RequestError where the template refuses the messages, for example roles that
         do not alternate.
         """
         try:
             return self._template.render(
+                {"documents": None, **(variables or {})},
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
+                tools=tools,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
             # A template is a program over the client's input: these are how it says no.
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"

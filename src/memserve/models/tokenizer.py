@@ -155,13 +155,17 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[object] | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
-        """Messages (`role`, `content`) as the text that the model continues.
+        """Messages (`role`, `content`) as the text that the model continues; see `ChatTemplate`.
 
         Raises RequestError where the template refuses them.
         """
-        return self._chat_template.render(messages, add_generation_prompt)
+        return self._chat_template.render(messages, add_generation_prompt, tools, variables)
 
     def token_text(self, token_id: int) -> str:
         """One token's text as it stands inside a text, its leading space included."""

@@ -14,6 +14,8 @@ import aiohttp
 from memserve.errors import EngineStopped
 
 ASK_SECONDS = 10.0
+# Of a connection: vLLM closes one after 5 s, and a request that crosses that end is lost.
+IDLE_SECONDS = 2.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,8 @@ class ServerPlace:
     def connector(self) -> aiohttp.BaseConnector:
         """Of as many connections as there are sequences. On a running event loop."""
         if self.path is not None:
-            return aiohttp.UnixConnector(str(self.path), limit=0)
-        return aiohttp.TCPConnector(limit=0)
+            return aiohttp.UnixConnector(str(self.path), limit=0, keepalive_timeout=IDLE_SECONDS)
+        return aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS)
 
     def ask(self, path: str) -> bytes:
         """What it answers to a GET. Raises OSError, HTTPException, and EngineStopped where that

@@ -1,0 +1,219 @@
+"""A client's request for a vLLM server: what of it is passed on, and what is refused.
+
+Nothing is passed on that was not read: the server gets what is encoded anew here, so that both
+have the same in mind where a body is ambiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from memserve.api.errors import invalid
+from memserve.api.forward import (
+    FIELDS,
+    GIVEN_FIELDS,
+    IGNORED_FIELDS,
+    Forward,
+    ForwardPath,
+)
+from memserve.api.limits import (
+    MAX_INT32,
+    MAX_LOGPROBS,
+    MAX_MESSAGES,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+)
+from memserve.api.openai import (
+    SharedFields,
+    check_best_of,
+    is_neutral,
+    not_understood,
+    unsupported,
+)
+from memserve.api.token_ids import TokenIds
+from memserve.gateway.body_scan import check_body
+from memserve.gateway.prompts import Prompt, read_prompts
+from memserve.gateway.token_parser import plain_token_ids
+
+_Positive = Annotated[int, Meta(ge=1, le=MAX_INT32)]
+_Scores = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+_StopString = Annotated[str, Meta(max_length=MAX_STOP_CHARACTERS)]
+
+# Where a part of a message says where its content is: vLLM would fetch it from there.
+_MEDIA_SUFFIX = "_url"
+_DATA = "data:"
+# Fields with no content of messages in them, where addresses are but words. Documents are texts
+# for a chat's template; those that are ranked have parts as messages do.
+_NO_CONTENT = frozenset(
+    {
+        "chat_template_kwargs",
+        "metadata",
+        "output_config",
+        "response_format",
+        "structured_outputs",
+        "text",
+        "tools",
+    }
+)
+# Of a template's variables: they would replace the template, or what is made with it.
+_TEMPLATE_STEERING = ("chat_template", "tokenize", "return_dict")
+
+
+class Asked(SharedFields, frozen=True, kw_only=True):
+    """What a gateway itself looks at. All else is the server's to check."""
+
+    max_completion_tokens: _Positive | None = None
+    max_output_tokens: _Positive | None = None
+    logprobs: bool | _Scores | None = None
+    top_logprobs: _Scores | None = None
+    prompt_logprobs: _Scores | None = None
+    messages: Annotated[tuple[Any, ...], Meta(max_length=MAX_MESSAGES)] | None = None
+    stop_sequences: Annotated[tuple[_StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] | None = (
+        None
+    )
+
+    @property
+    def output_tokens(self) -> int | None:
+        """At most so many, of each sample."""
+        return self.max_completion_tokens or self.max_tokens or self.max_output_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardRequest:
+    """A request that may be passed on. `fields`: decoded, and as the server gets them."""
+
+    path: ForwardPath
+    asked: Asked
+    prompts: tuple[Prompt, ...]  # of a completion
+    fields: dict[str, Any]
+
+    def forward(self) -> Forward:
+        return Forward(self.path, msgspec.Raw(_encode(self.fields)))
+
+
+_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def read_request(path: ForwardPath, body: bytes) -> ForwardRequest:
+    """Raises ApiError (400) that names the field at fault."""
+    check_body(body)
+    try:
+        members = _members.decode(body)
+        prompts, tokens = _take_prompts(path, members), _take_tokens(path, members)
+        fields = {name: msgspec.json.decode(value) for name, value in members.items()}
+    except msgspec.ValidationError as error:
+        raise not_understood(error) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise invalid(
+            f"The request body is not valid JSON: {error}", code="invalid_json"
+        ) from error
+    kept = {name: value for name, value in fields.items() if _passes(path, name, value)}
+    try:
+        asked = msgspec.convert(fields, Asked, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise not_understood(error) from error
+    check_best_of(asked)
+    _check_template(kept)
+    _check_tools(kept)
+    for name, value in kept.items():
+        if name not in _NO_CONTENT and (path, name) != (ForwardPath.CHAT, "documents"):
+            _check_media(value, name)
+    if path is ForwardPath.RESPONSES:
+        _keep_nothing(kept)
+    if tokens is not None:
+        kept["tokens"] = tokens
+    if prompts:
+        kept["prompt"] = prompts[0] if len(prompts) == 1 else prompts
+    return ForwardRequest(path, asked, prompts, kept)
+
+
+def _take_prompts(path: ForwardPath, members: dict[str, msgspec.Raw]) -> tuple[Prompt, ...]:
+    """A completion's, out of the members: no object is made for each of their tokens."""
+    if path not in (ForwardPath.COMPLETIONS, ForwardPath.TOKENIZE) or "prompt" not in members:
+        return ()
+    return read_prompts(members.pop("prompt"))
+
+
+def _take_tokens(path: ForwardPath, members: dict[str, msgspec.Raw]) -> TokenIds | None:
+    if path is not ForwardPath.DETOKENIZE or "tokens" not in members:
+        return None
+    if (ids := plain_token_ids(members.pop("tokens"))) is None:
+        raise invalid("'tokens' is a list of token ids.", "tokens")
+    return ids
+
+
+def _passes(path: ForwardPath, name: str, value: object) -> bool:
+    """Whether a field is for the server. Raises ApiError for one that is for nobody."""
+    if name in FIELDS[path]:
+        return name not in GIVEN_FIELDS
+    if name in GIVEN_FIELDS or name in IGNORED_FIELDS or is_neutral(name, value):
+        return False
+    raise unsupported(name[:64])
+
+
+def _check_template(fields: dict[str, Any]) -> None:
+    variables = fields.get("chat_template_kwargs")
+    if variables is None:
+        return
+    if not isinstance(variables, dict):
+        raise invalid("'chat_template_kwargs' is an object.", "chat_template_kwargs")
+    for name in _TEMPLATE_STEERING:
+        if name in variables:
+            raise unsupported(f"chat_template_kwargs.{name}")
+
+
+def _check_tools(fields: dict[str, Any]) -> None:
+    """Servers of tools are the operator's to name."""
+    tools = fields.get("tools")
+    for tool in tools if isinstance(tools, list) else ():
+        if isinstance(tool, dict) and not tool.keys().isdisjoint(("server_url", "connector_id")):
+            raise unsupported("tools[].server_url")
+
+
+def _check_media(value: object, field: str) -> None:
+    """Raises ApiError where content is to be fetched: vLLM would do so from inside the cluster."""
+    if isinstance(value, list):
+        for item in value:
+            _check_media(item, field)
+    elif isinstance(value, dict):
+        for name, content in value.items():
+            if name.endswith(_MEDIA_SUFFIX) or (name == "source" and isinstance(content, dict)):
+                _check_place(content, field)
+            elif name == "uuid" and content is not None:
+                # vLLM would take what anybody has sent under that name, whoever's tenant.
+                raise unsupported("uuid")
+            # What a model has asked a tool for is text to whoever reads it.
+            if not (name == "input" and value.get("type") == "tool_use"):
+                _check_media(content, field)
+
+
+def _check_place(content: object, field: str) -> None:
+    place = content.get("url") if isinstance(content, dict) else content
+    if isinstance(place, str) and not place.startswith(_DATA):
+        raise invalid(
+            "Images, audio and video are taken as 'data:' URLs only; nothing is fetched.",
+            field,
+            "unsupported_url",
+        )
+
+
+def _keep_nothing(fields: dict[str, Any]) -> None:
+    """An answer that is kept is at one server, where the next request may not come to."""
+    if fields.get("store"):
+        raise invalid(
+            "'store' is not supported: no answer is kept.", "store", "unsupported_parameter"
+        )
+    fields["store"] = False
+
+
+def _encodable(value: object) -> msgspec.Raw:
+    if isinstance(value, TokenIds):
+        return value.json
+    raise NotImplementedError(f"{type(value)} is no part of a request")
+
+
+_encode = msgspec.json.Encoder(enc_hook=_encodable).encode
