@@ -117,7 +117,10 @@ class Routed:
         **engine: int | float,
     ) -> Member:
         """A member answers a poll: it is new, or has news."""
-        info = InstanceInfo(InstanceId(name), Epoch(epoch), role, state, 1, "tiny", limits)
+        kv = 64 * "0"  # all hold the same
+        info = InstanceInfo(
+            InstanceId(name), Epoch(epoch), role, state, 1, "tiny", limits, pool=True, kv=kv
+        )
         stats = InstanceStats(totals(**engine), PoolTotals(), Latencies()) if engine else None
         found = self.membership.join(f"{self.url}/{name}")
         self.membership.answered(found, info, stats)

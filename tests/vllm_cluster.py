@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,7 +74,10 @@ class Cluster:
 
     def members(self) -> list[dict[str, Any]]:
         """As `GET /cluster` has them."""
-        members: list[dict[str, Any]] = ask(self.url, "/cluster").json["instances"]
+        time.sleep(0.25)  # who waits for something asks often, and is another signer each time
+        answer = ask(self.url, "/cluster")
+        assert answer.status == 200, answer.text
+        members: list[dict[str, Any]] = answer.json["instances"]
         return members
 
     def complete(self, prompt: list[int], tokens: int, **more: Any) -> Answer:
