@@ -14,6 +14,7 @@ from memserve.api.control import InstanceChange, LeaveRequest
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.signatures import Signer
 from memserve.api.status import InstanceState, InstanceStats, JoinRequest, MediumTotals, MemberKind
+from memserve.cluster.membership import DegradedPair
 from memserve.errors import ClusterError, ConfigError
 from memserve.secrets import Secret, secret_of
 from memserve.types import Epoch, InstanceId, Role
@@ -48,6 +49,7 @@ class ClusterSummary(msgspec.Struct, frozen=True):
 
     epoch: Epoch
     instances: tuple[MemberSummary, ...]
+    degraded: tuple[DegradedPair, ...] | msgspec.UnsetType = msgspec.UNSET
 
     def find(self, instance: str) -> MemberSummary | None:
         return next((member for member in self.instances if member.id == instance), None)

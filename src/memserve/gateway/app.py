@@ -20,7 +20,13 @@ from memserve.api.status import Limits
 from memserve.clock import Clock
 from memserve.cluster.membership import Membership
 from memserve.gateway.access import Access, Client
-from memserve.gateway.admin import CHAT_PATH, COMPLETIONS_PATH, Decisions, admin_app
+from memserve.gateway.admin import (
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    Decisions,
+    Troubles,
+    admin_app,
+)
 from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder, with_session
 from memserve.gateway.desk import ClientLeft, Desk
 from memserve.gateway.metrics import GatewayMetrics
@@ -61,6 +67,7 @@ class GatewayApp:
         peers: PeerClient,
         access_log: bool = True,
         siblings: Siblings | None = None,
+        troubles: Troubles | None = None,
     ) -> None:
         """`instance_wait`: seconds that requests wait where there is no instance."""
         self._draining = False
@@ -80,9 +87,11 @@ class GatewayApp:
             COMPLETIONS_PATH: calls.completion,
         }
         admin = calls.model, membership, peers, self._metrics, lambda: self._draining, decisions
-        self._admin: Handler = asgi_handler(admin_app(*admin, siblings))
+        self._admin: Handler = asgi_handler(admin_app(*admin, siblings, troubles))
         # What siblings ask is answered for this worker alone, and not passed on again.
-        self.handle_sibling: Handler = Guard(asgi_handler(admin_app(*admin)), access.verifier)
+        self.handle_sibling: Handler = Guard(
+            asgi_handler(admin_app(*admin, troubles=troubles)), access.verifier
+        )
         self._smallest: tuple[Epoch, Limits] | None = None  # as of that membership epoch
         self._idle = asyncio.Event()
         self._idle.set()
