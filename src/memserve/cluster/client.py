@@ -21,6 +21,7 @@ from memserve.types import Epoch, InstanceId, Role
 
 # Longer than a gateway takes to be told by an instance (`control.CONTROL_SECONDS`).
 CLIENT_SECONDS = 10.0
+FEEDS_PATH = "/cluster/feeds"  # how members' KV events come in at a gateway
 
 _encode = msgspec.json.Encoder().encode
 
@@ -37,6 +38,7 @@ class MemberSummary(msgspec.Struct, frozen=True):
     dram: MediumTotals = MediumTotals()
     kind: MemberKind = MemberKind.MEMSERVE
     pool: bool = False
+    conflict: str | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def life(self) -> tuple[str, int | None]:

@@ -27,6 +27,7 @@ from memserve.api.errors import (
 )
 from memserve.api.openai import ChatRequest, CompletionRequest
 from memserve.api.peer_client import PeerClient
+from memserve.cluster.client import FEEDS_PATH
 from memserve.cluster.kv_feed import MemberFeed
 from memserve.cluster.membership import DegradedPair, Membership
 from memserve.gateway.access import METRICS_PATH
@@ -39,7 +40,6 @@ from memserve.scheduler.decisions import Decision, DecisionView
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 DECISIONS_PATH = "/cluster/decisions"
-FEEDS_PATH = "/cluster/feeds"
 OWN_METRICS_PATH = "/cluster/worker/metrics"  # what workers ask each other for
 
 _COMPONENTS = "#/components/schemas/"
