@@ -33,6 +33,7 @@ CONFIG = """
 model.path = {model}
 model.dtype = "float32"
 gateway.port = 0
+gateway.prove_handover = false  # hand-overs are counted
 gateway.policy = "{policy}"
 cache.caching = "{caching}"
 """

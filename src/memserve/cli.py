@@ -19,6 +19,7 @@ from memserve.api.status import check_id
 from memserve.bench.cli import app as bench_app
 from memserve.bench.profile_cli import profile
 from memserve.cli_cluster import app as cluster_app
+from memserve.cli_doctor import doctor
 from memserve.cli_flags import takes_flags
 from memserve.cli_keys import app as keys_app
 from memserve.cli_sim import sim
@@ -60,6 +61,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.command()(profile)
 app.command()(sim)
+app.command()(doctor)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(keys_app, name="keys")
 

@@ -138,7 +138,13 @@ def _run(url: str, json: bool, work: Callable[[ClusterClient], Awaitable[object]
     else:
         # A table in a file or a pipe is not cut to the width of a terminal that is not there.
         wide = None if sys.stdout.isatty() else 200
-        Console(highlight=False, width=wide).print(cluster_table(view))
+        console = Console(highlight=False, width=wide)
+        console.print(cluster_table(view))
+        for pair in view.degraded or ():
+            detail = f" ({pair.detail})" if pair.detail else ""
+            console.print(
+                f"degraded: {pair.prefill} and {pair.decode}: {pair.why}{detail}", markup=False
+            )
 
 
 def cluster_table(view: ClusterSummary) -> Table:

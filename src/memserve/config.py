@@ -153,6 +153,9 @@ class GatewayConfig(_Section, frozen=True):
         str | None, doc("URL at which others reach it, if it is not where it listens")
     ] = None
     metrics_secret: Annotated[bool, doc("/metrics needs the cluster's secret, as /cluster")] = False
+    prove_handover: Annotated[
+        bool, doc("have each prefill and decode instance hand a small prompt over, once")
+    ] = True
 
 
 class SecurityConfig(_Section, frozen=True):

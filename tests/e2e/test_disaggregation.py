@@ -34,6 +34,7 @@ dtype = "float32"
 device = "cpu"
 [gateway]
 port = 0
+prove_handover = false  # hand-overs are counted
 policy = "round-robin"  # by what is faster, tiny prompts would not be handed over
 [cache]
 caching = "{caching}"

@@ -139,7 +139,9 @@ class Streaming:
 async def front(model: Path, *nodes: Node, policy: Policy = "prompt-tree") -> AsyncIterator[Front]:
     """A gateway that knows these nodes, and follows their events."""
     config = ClusterConfig(
-        model=ModelConfig(served_name="tiny"), gateway=GatewayConfig(port=0, policy=policy)
+        model=ModelConfig(served_name="tiny"),
+        # Calls are counted, and what is cached.
+        gateway=GatewayConfig(port=0, policy=policy, prove_handover=False),
     )
     sock, shutdown = bind("127.0.0.1", 0), Shutdown()
     async with Gateway(config, Tokenizer.load(model)) as gateway, aiohttp.ClientSession() as http:

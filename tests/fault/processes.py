@@ -183,7 +183,11 @@ class Processes:
         """In front of these instances, or of any that join."""
         urls = tuple(each.begun().url for each in instances)
         own = GatewayConfig(
-            host=host, port=port, policy=policy, instance_wait_seconds=instance_wait
+            host=host,
+            port=port,
+            policy=policy,
+            instance_wait_seconds=instance_wait,
+            prove_handover=False,  # hand-overs are counted
         )
         config = self._config(gateway=own)
         return self._start(GatewayProcess("gateway", config, urls, machine)).begun()

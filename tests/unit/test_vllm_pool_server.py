@@ -90,6 +90,19 @@ async def test_what_a_peer_lacks_goes_over_and_is_whole(ends: tuple[End, End]) -
     assert (p.link.block_bytes, p.link.block_tokens) == (LAYOUT.block_bytes, BLOCK)
 
 
+async def test_what_kv_would_go_by_is_found_out_without_sending_any(
+    ends: tuple[End, End],
+) -> None:
+    p, d = ends
+    p.fill(2)
+    assert await p.link.transport(d.link.address) == "shm"
+    assert await d.link.transport(p.link.address) == "shm"
+    assert d.has() == []
+    await asyncio.to_thread(d.pool.close)
+    with pytest.raises(TransferError):
+        await p.link.transport(d.link.address)
+
+
 async def test_what_is_ready_early_goes_early_and_counts_as_sent(ends: tuple[End, End]) -> None:
     p, d = ends
     stream = await p.link.stream(d.link.address, TOKENS, SHARED, salted("t"))

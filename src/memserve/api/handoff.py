@@ -22,6 +22,7 @@ from memserve.types import InstanceId, Namespace, RequestId
 
 PREFILL_PATH = "/v1/prefill"
 PUSH_PATH = "/v1/kv/push"
+MEET_PATH = "/v1/kv/meet"
 
 # A prefix of ours, and a client's salt or an id of ours.
 _Namespace = Annotated[Namespace, Meta(max_length=MAX_NAME_CHARACTERS + 2 * MAX_ID_CHARACTERS)]
@@ -91,3 +92,21 @@ class PushResult(msgspec.Struct, frozen=True):
 
     blocks_sent: int
     blocks_spared: int  # that the target had already
+
+
+class MeetCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`POST /v1/kv/meet`: find out whether KV could go to another instance, without sending any.
+
+    The receiver asks the peer where its pool is, as whoever hands over does, and has its own pool
+    make a round trip there.
+    """
+
+    peer: PrefillPeer
+
+
+class MeetResult(msgspec.Struct, frozen=True):
+    """`transport`: what blocks would be written by (shm, nixl). Seconds of the pools' round trip,
+    with what connecting took where they had not met before."""
+
+    transport: str
+    seconds: float

@@ -142,7 +142,8 @@ class PeerClient:
             return await self._ask(method, URL(url), body, timeout, max_bytes)
         except aiohttp.ClientConnectorError as error:
             nobody = isinstance(error.os_error, ConnectionRefusedError)
-            raise PeerError(_said(error), refused=nobody) from error
+            # aiohttp's own text has an object's address in it.
+            raise PeerError(f"no connection: {_said(error.os_error)}", refused=nobody) from error
         except TimeoutError as error:
             raise PeerError("no answer in time") from error
         except (aiohttp.ClientError, HttpProcessingError, OSError, *DECODE_ERRORS) as error:

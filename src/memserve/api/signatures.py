@@ -142,6 +142,12 @@ class Signer:
         late = abs(signed.challenge.ahead - ahead) > 1000 * WINDOW_SECONDS / 2
         return signed.challenge.life != life or late
 
+    def clock_ahead(self, origin: str) -> float | None:
+        """Seconds that a server's clock is ahead of ours, less the time that its challenge took to
+        come here; None where it has told none."""
+        known = self._challenges.get(origin)
+        return None if known is None else known.ahead / 1000
+
     def _challenge(self, origin: str, life: bytes, ahead: int) -> _Challenge:
         audience = origin.rpartition("//")[2].encode()
         return _Challenge(life, ahead, b"%b %b.%b." % (audience, life, self._sender))

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from memserve.api.handoff import PoolPeer
 from memserve.api.histogram import Histogram
 from memserve.api.kv_events import BlockTokens, KVEventsInfo
 from memserve.api.limits import DEFAULT_MAX_WAITING
@@ -89,6 +90,8 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     pool: bool = False  # its KV can go to other instances, and theirs to it; once it is loaded
     # What the bytes of its blocks mean, as hex: KV moves only between instances that agree.
     kv: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
+    pool_peer: PoolPeer | None = None  # where its pool talks to others'; once it is loaded
+    version: Name = ""  # of memserve; "": one that does not say it yet
 
 
 class EngineTotals(msgspec.Struct, frozen=True):

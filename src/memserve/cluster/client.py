@@ -14,12 +14,14 @@ from memserve.api.control import InstanceChange, LeaveRequest
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.signatures import Signer
 from memserve.api.status import InstanceState, InstanceStats, JoinRequest, MediumTotals, MemberKind
+from memserve.cluster.membership import DegradedPair
 from memserve.errors import ClusterError, ConfigError
 from memserve.secrets import Secret, secret_of
 from memserve.types import Epoch, InstanceId, Role
 
 # Longer than a gateway takes to be told by an instance (`control.CONTROL_SECONDS`).
 CLIENT_SECONDS = 10.0
+FEEDS_PATH = "/cluster/feeds"  # how members' KV events come in at a gateway
 
 _encode = msgspec.json.Encoder().encode
 
@@ -36,6 +38,7 @@ class MemberSummary(msgspec.Struct, frozen=True):
     dram: MediumTotals = MediumTotals()
     kind: MemberKind = MemberKind.MEMSERVE
     pool: bool = False
+    conflict: str | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def life(self) -> tuple[str, int | None]:
@@ -48,6 +51,7 @@ class ClusterSummary(msgspec.Struct, frozen=True):
 
     epoch: Epoch
     instances: tuple[MemberSummary, ...]
+    degraded: tuple[DegradedPair, ...] | msgspec.UnsetType = msgspec.UNSET
 
     def find(self, instance: str) -> MemberSummary | None:
         return next((member for member in self.instances if member.id == instance), None)

@@ -67,11 +67,21 @@ class MemberView(msgspec.Struct, frozen=True):
     conflict: str | msgspec.UnsetType = msgspec.UNSET  # why it is not let in
 
 
+class DegradedPair(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A prefill and a decode instance between which no KV moves, though it should."""
+
+    prefill: InstanceId
+    decode: InstanceId
+    why: str  # in general; anybody may know
+    detail: str = ""  # with addresses, if something is known; for operators
+
+
 class ClusterView(msgspec.Struct, frozen=True):
     """`GET /cluster`."""
 
     epoch: Epoch
     instances: list[MemberView]
+    degraded: tuple[DegradedPair, ...] | msgspec.UnsetType = msgspec.UNSET  # if there are any
 
 
 class Membership:

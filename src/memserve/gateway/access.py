@@ -39,7 +39,7 @@ _CLIENTS = "/v1/"
 _MORE_CLIENTS = frozenset(path.value for path in WHOLE_PATHS if not path.startswith(_CLIENTS))
 METRICS_PATH = "/metrics"
 _OPERATORS = "/cluster"
-# What says nothing of the cluster or its clients.
+# What says nothing of clients, and of the cluster no more than which instances are degraded.
 _OPEN = frozenset({"/health", "/version", "/openapi.json", "/docs"})
 _MAX_AGE = b"600"  # seconds that a browser may remember what it is allowed
 _ANY = "*"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -26,7 +27,9 @@ from memserve.api.errors import (
 )
 from memserve.api.openai import ChatRequest, CompletionRequest
 from memserve.api.peer_client import PeerClient
-from memserve.cluster.membership import Membership
+from memserve.cluster.client import FEEDS_PATH
+from memserve.cluster.kv_feed import MemberFeed
+from memserve.cluster.membership import DegradedPair, Membership
 from memserve.gateway.access import METRICS_PATH
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
@@ -49,6 +52,14 @@ MAX_DECISIONS = 1_000_000  # that may be asked for; far fewer are kept
 SHOWN_DECISIONS = 100  # unless another number is asked for
 
 
+@dataclass(frozen=True, slots=True)
+class Troubles:
+    """Where to look for what does not work, though requests are answered."""
+
+    degraded: Callable[[], Sequence[DegradedPair]] = tuple
+    feeds: Callable[[], Sequence[MemberFeed]] = tuple
+
+
 class ModelCard(msgspec.Struct, frozen=True):
     id: str
     created: int
@@ -65,6 +76,7 @@ class ModelList(msgspec.Struct, frozen=True):
 class Health(msgspec.Struct, frozen=True):
     status: str
     ready: int  # instances
+    degraded: list[DegradedPair] | msgspec.UnsetType = msgspec.UNSET  # if there are any
 
 
 class Version(msgspec.Struct, frozen=True):
@@ -79,9 +91,11 @@ def admin_app(
     draining: Callable[[], bool],
     decisions: Decisions,
     siblings: Siblings | None = None,
+    troubles: Troubles | None = None,
 ) -> FastAPI:
     """Everything but the two endpoints that generate. With `siblings`, for all workers
     together; otherwise for this process alone."""
+    known = troubles or Troubles()
     app = FastAPI(title="memserve", version=memserve.__version__, redoc_url=None)
     started = int(time.time())
 
@@ -105,14 +119,24 @@ def admin_app(
         ready = len(membership.ready())
         if draining():
             return _json(Health("draining", ready), 503)
-        return _json(Health("ready", ready)) if ready else _json(Health("no instance", 0), 503)
+        if not ready:
+            return _json(Health("no instance", 0), 503)
+        # Where instances are, strangers need not know.
+        degraded = [msgspec.structs.replace(pair, detail="") for pair in known.degraded()]
+        return _json(Health("ready", ready, degraded or msgspec.UNSET))
 
     @app.get("/version")
     async def version() -> Response:
         return _json(Version(memserve.__version__))
 
     app.include_router(_observing_routes(metrics, decisions, siblings))
-    app.include_router(cluster_routes(membership, peers, siblings))
+    app.include_router(cluster_routes(membership, peers, siblings, known.degraded))
+
+    @app.get(FEEDS_PATH)
+    async def feeds() -> Response:
+        """How the KV events of each member come in, at this worker."""
+        return Response(_encode(list(known.feeds())), media_type="application/json")
+
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _parameter_error)

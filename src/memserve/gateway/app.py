@@ -23,7 +23,13 @@ from memserve.api.status import Limits, MemberKind
 from memserve.clock import Clock
 from memserve.cluster.membership import Membership
 from memserve.gateway.access import Access, Client
-from memserve.gateway.admin import CHAT_PATH, COMPLETIONS_PATH, Decisions, admin_app
+from memserve.gateway.admin import (
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    Decisions,
+    Troubles,
+    admin_app,
+)
 from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder, with_session
 from memserve.gateway.desk import ClientLeft, Desk
 from memserve.gateway.forward_builder import ForwardBuilder
@@ -66,6 +72,7 @@ class GatewayApp:
         forwards: ForwardBuilder,
         access_log: bool = True,
         siblings: Siblings | None = None,
+        troubles: Troubles | None = None,
     ) -> None:
         """`instance_wait`: seconds that requests wait where there is no instance."""
         self._draining = False
@@ -90,9 +97,11 @@ class GatewayApp:
             path.value: partial(forwards.build, path) for path in WHOLE_PATHS
         }
         admin = calls.model, membership, peers, self._metrics, lambda: self._draining, decisions
-        self._admin: Handler = asgi_handler(admin_app(*admin, siblings))
+        self._admin: Handler = asgi_handler(admin_app(*admin, siblings, troubles))
         # What siblings ask is answered for this worker alone, and not passed on again.
-        self.handle_sibling: Handler = Guard(asgi_handler(admin_app(*admin)), access.verifier)
+        self.handle_sibling: Handler = Guard(
+            asgi_handler(admin_app(*admin, troubles=troubles)), access.verifier
+        )
         self._smallest: tuple[Epoch, Limits] | None = None  # as of that membership epoch
         self._idle = asyncio.Event()
         self._idle.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -19,7 +20,7 @@ from memserve.api.errors import invalid, unavailable
 from memserve.api.peer_client import DECODE_ERRORS, PeerClient
 from memserve.api.status import JoinRequest
 from memserve.cluster.control import change_member
-from memserve.cluster.membership import Membership, view_of
+from memserve.cluster.membership import DegradedPair, Membership, view_of
 from memserve.errors import ClusterError
 from memserve.gateway.siblings import Siblings
 from memserve.types import InstanceId
@@ -32,7 +33,10 @@ T = TypeVar("T")
 
 
 def cluster_routes(
-    membership: Membership, peers: PeerClient, siblings: Siblings | None
+    membership: Membership,
+    peers: PeerClient,
+    siblings: Siblings | None,
+    degraded: Callable[[], Sequence[DegradedPair]] = tuple,
 ) -> APIRouter:
     """Errors are `ApiError`s, which the application turns into OpenAI's shape. What this worker
     is told of members, its `siblings` hear too."""
@@ -40,8 +44,9 @@ def cluster_routes(
 
     @routes.get("/cluster")
     async def cluster() -> Response:
-        """The members, and the epoch of their composition."""
-        return _json(membership.view())
+        """The members, the epoch of their composition, and pairs between which no KV moves."""
+        pairs = tuple(degraded()) or msgspec.UNSET
+        return _json(msgspec.structs.replace(membership.view(), degraded=pairs))
 
     @routes.post("/cluster/members")
     async def join(request: Request) -> Response:

@@ -20,6 +20,7 @@ from memserve.clock import Clock
 from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.kv_feed import KvFeed
 from memserve.cluster.membership import Member, Membership
+from memserve.gateway import handover_proof
 from memserve.gateway.desk import Desk
 from memserve.gateway.instance_costs import InstanceCosts, StepTimes, answer_tokens
 from memserve.gateway.router import Plan as MemberPlan
@@ -260,7 +261,8 @@ class GlobalRouter:
         if last is None or known.spec.role is Role.PREFILL:
             return  # of prefill instances an answer is one token, whatever it comes to elsewhere
         length = answer_tokens(last, totals)
-        if length is not None:
+        # Answers that are no longer are self-tests and proofs, which say nothing of clients.
+        if length is not None and length > handover_proof.TOKENS:
             self.scheduler.output_length.ended(round(length))
 
 

@@ -34,11 +34,13 @@ from memserve.cluster.poller import Poller
 from memserve.config import ClusterConfig, available_cores
 from memserve.errors import ClusterError, ConfigError
 from memserve.gateway.access import Access
+from memserve.gateway.admin import Troubles
 from memserve.gateway.app import GatewayApp
 from memserve.gateway.call_builder import CallBuilder
 from memserve.gateway.edge_metrics import EdgeMetrics
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.global_router import GlobalRouter
+from memserve.gateway.handover_proof import HandoverProof
 from memserve.gateway.relay import Relay
 from memserve.gateway.siblings import MEET_SECONDS, Siblings
 from memserve.gateway.upstream import Upstream
@@ -192,9 +194,10 @@ class Gateway:
             self.membership, self._peers, clock, config.gateway.policy, wait, self.vitals
         )
         self._relay = Relay(self._upstream, self.membership, self._router, clock, wait)
-        self._calls = CallBuilder(
-            tokenizer, config.model.served_name or config.model.path, available_cores()
-        )
+        model = config.model.served_name or config.model.path
+        self._calls = CallBuilder(tokenizer, model, available_cores())
+        self._proof = HandoverProof(self.membership, self._peers, clock, model, self.vitals)
+        self._proving: asyncio.Task[None] | None = None
         self._router.desk.grant(self._access.grants())
         self._siblings: Siblings | None = None
         if worker is not None:
@@ -207,27 +210,36 @@ class Gateway:
             clock,
             self._router.desk,
             self._router.decisions,
-            (self._router.metrics, EdgeMetrics(self._counters, self._access, self.vitals)),
+            (
+                self._router.metrics,
+                EdgeMetrics(self._counters, self._access, self.vitals),
+                self._proof,
+            ),
             wait,
             self._access,
             self._peers,
             ForwardBuilder(self._calls, tokenizer),
             config.gateway.access_log,
             self._siblings,
+            Troubles(self._proof.degraded, self._router.feed.members),
         )
 
     async def __aenter__(self) -> Gateway:
         self.membership.on_change(self._changed)
         poller = Poller(self.membership, self._peers, self.vitals)
         self._polling = self.vitals.task("poller", poller.run())
+        if self._config.prove_handover:
+            self._proving = self.vitals.task("hand-over proofs", self._proof.run())
         return self
 
     async def __aexit__(self, *error: object) -> None:
         self.vitals.close()
         if self._private is not None:
             await self._private.close(CLOSE_SECONDS)
-        self._polling.cancel()
-        await asyncio.wait((self._polling,))
+        tasks = [task for task in (self._polling, self._proving) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         self._calls.close()
         self._upstream.close()
         await self._router.close()

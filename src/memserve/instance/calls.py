@@ -10,7 +10,7 @@ import msgspec
 from memserve.api.control import MAX_CONTROL_BYTES, RoleCall, ShutdownCall
 from memserve.api.errors import invalid, queue_full
 from memserve.api.generate import GenerateCall
-from memserve.api.handoff import PrefillCall, PushCall
+from memserve.api.handoff import MeetCall, PrefillCall, PushCall
 from memserve.api.limits import (
     LARGE_BODIES_WAITING,
     LARGE_BODY_BYTES,
@@ -68,6 +68,7 @@ class LargeCalls:
 GENERATE: Final = CallReader(GenerateCall)
 PREFILL: Final = CallReader(PrefillCall)
 PUSH: Final = CallReader(PushCall)
+MEET: Final = CallReader(MeetCall, MAX_CONTROL_BYTES)
 ROLE: Final = CallReader(RoleCall, MAX_CONTROL_BYTES)
 SHUTDOWN: Final = CallReader(ShutdownCall, MAX_CONTROL_BYTES)
 

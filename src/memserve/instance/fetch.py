@@ -17,9 +17,9 @@ import msgspec
 
 from memserve.api.errors import ApiError, invalid, unavailable
 from memserve.api.generate import PrefillPeer
-from memserve.api.handoff import PUSH_PATH, PushCall, PushResult
+from memserve.api.handoff import PUSH_PATH, MeetCall, MeetResult, PushCall, PushResult
 from memserve.api.peer_client import PeerClient, PeerError
-from memserve.api.status import FetchTotals
+from memserve.api.status import FetchTotals, InstanceInfo
 from memserve.clock import Clock
 from memserve.engine.request import EngineStats
 from memserve.errors import PoolError, TransferError
@@ -34,9 +34,11 @@ log = logging.getLogger(__name__)
 # more than an instance that has stopped answering may keep a client waiting.
 MIN_FETCH_SECONDS = 0.25
 MAX_FETCH_SECONDS = 5.0
+INFO_SECONDS = 2.0  # for what a peer says of itself, as long as a gateway's poll may take
 
 _encode = msgspec.json.Encoder().encode
 _results = msgspec.json.Decoder(PushResult)
+_info = msgspec.json.Decoder(InstanceInfo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,31 @@ class Fetcher:
         self._counters.blocks_pushed += pushed.sent
         return PushResult(pushed.sent, pushed.spared)
 
+    async def meet(self, call: MeetCall) -> MeetResult:
+        """Ask a peer where its pool is, and have ours make a round trip to it. Raises ApiError
+        with what stands in the way."""
+        peer = call.peer
+        if peer.id == self._link.address.id:
+            raise invalid("an instance does not meet itself", "peer")
+        try:
+            info = await self._peers.call(
+                "GET", f"{peer.address}/info", _info.decode, seconds=INFO_SECONDS
+            )
+        except PeerError as error:
+            raise _not_met(peer, f"{peer.address} cannot be asked: {error}") from error
+        if info.id != peer.id:
+            raise _not_met(peer, f"at {peer.address} is {info.id}")
+        if info.pool_peer is None or info.kv is None:
+            raise _not_met(peer, "it has no pool for others")
+        if info.kv != self._link.kv:
+            raise _not_met(peer, "it holds other KV (another engine, model or layout)")
+        started = self._clock.now()
+        try:
+            transport = await self._link.transport(info.pool_peer)
+        except (TransferError, PoolError) as error:
+            raise _not_met(peer, f"its pool at {info.pool_peer.address}: {error}") from error
+        return MeetResult(transport, self._clock.now() - started)
+
     def _patience(self, tokens: int) -> float:
         """Seconds that computing so many tokens would take, within limits."""
         stats = self._pace()
@@ -137,3 +164,7 @@ class Fetcher:
 
 def _not_pushed(call: PushCall, error: Exception) -> ApiError:
     return unavailable(f"KV did not reach {call.target.id}: {error}", "not_pushed")
+
+
+def _not_met(peer: PrefillPeer, why: str) -> ApiError:
+    return unavailable(f"No way to {peer.id}: {why}", "not_met")

@@ -15,11 +15,20 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
+import memserve
 from memserve.api.control import conflict
 from memserve.api.errors import ApiError, internal, invalid, queue_full, unavailable
 from memserve.api.forward import Forward
 from memserve.api.generate import GenerateCall, SamplingParams
-from memserve.api.handoff import PrefillCall, PrefillResult, PushCall, PushResult
+from memserve.api.handoff import (
+    MeetCall,
+    MeetResult,
+    PoolPeer,
+    PrefillCall,
+    PrefillResult,
+    PushCall,
+    PushResult,
+)
 from memserve.api.kv_events import KVEventsInfo
 from memserve.api.namespaces import private
 from memserve.api.peer_client import PeerClient
@@ -337,6 +346,15 @@ class Instance:
         with self._counted():
             return await served.fetcher.push(call)
 
+    async def meet(self, call: MeetCall) -> MeetResult:
+        """Find out whether KV could go to another instance. Raises ApiError."""
+        served = self._served
+        if served is None or self.state not in (InstanceState.READY, InstanceState.DRAINING):
+            raise self._unavailable()
+        if served.fetcher is None:
+            raise self._no_link()
+        return await served.fetcher.meet(call)
+
     @contextmanager
     def _counted(self) -> Iterator[None]:
         self._running += 1
@@ -379,12 +397,18 @@ class Instance:
             kind=identity.kind,
             pool=self._served is not None and self._served.fetcher is not None,
             kv=self._kv(),
+            pool_peer=self._pool_peer(),
+            version=memserve.__version__,
             kv_events=None if (events := self._events()) is None else events.info,
         )
 
     def _kv(self) -> str | None:
         link = None if self._served is None else self._served.parts.link
         return None if link is None else link.kv
+
+    def _pool_peer(self) -> PoolPeer | None:
+        served = self._served
+        return None if served is None or served.parts.link is None else served.parts.link.address
 
     async def kv_snapshot(self) -> bytes:
         """A `KVSnapshot`. Raises ApiError where no KV events are published."""

@@ -65,6 +65,10 @@ class KVLink(Protocol):
     async def meet(self, peer: PoolPeer) -> None:
         """Connect to a peer, if that has not been done. Raises TransferError."""
 
+    async def transport(self, peer: PoolPeer) -> str:
+        """The name of what KV would go to a peer by, after a round trip to it that moves none.
+        Raises TransferError."""
+
     def forget(self, namespace: Namespace) -> None:
         """Drop all KV of a namespace, and a while later what was pinned or came since."""
 

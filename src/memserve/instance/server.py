@@ -26,7 +26,7 @@ from memserve.api.control import DRAIN_PATH, RESUME_PATH, ROLE_PATH, SHUTDOWN_PA
 from memserve.api.errors import ApiError, method_not_allowed, path_not_found, unavailable
 from memserve.api.forward import Forward
 from memserve.api.generate import GENERATE_PATH, GenerateCall
-from memserve.api.handoff import PREFILL_PATH, PUSH_PATH
+from memserve.api.handoff import MEET_PATH, PREFILL_PATH, PUSH_PATH
 from memserve.api.instance_metrics import instance_metrics
 from memserve.api.kv_events import SNAPSHOT_PATH
 from memserve.api.status import InstanceState
@@ -50,8 +50,8 @@ class Health(msgspec.Struct, frozen=True):
 
 
 class InstanceApp:
-    """`POST /v1/generate /v1/prefill /v1/kv/push /role /drain /resume /shutdown`, `GET /health
-    /info /stats /profile /kv/snapshot /metrics`."""
+    """`POST /v1/generate /v1/prefill /v1/kv/push /v1/kv/meet /role /drain /resume /shutdown`, `GET
+    /health /info /stats /profile /kv/snapshot /metrics`."""
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
@@ -64,6 +64,7 @@ class InstanceApp:
             GENERATE_PATH: ("POST", self._generate),
             PREFILL_PATH: ("POST", self._prefill),
             PUSH_PATH: ("POST", self._push),
+            MEET_PATH: ("POST", self._meet),
             ROLE_PATH: ("POST", self._role),
             DRAIN_PATH: ("POST", self._drain),
             RESUME_PATH: ("POST", self._resume),
@@ -126,6 +127,12 @@ class InstanceApp:
         call = await self._read(calls.PUSH, scope, receive)
         with HangUp(receive):
             result = await self._instance.push(call)
+            await send_body(send, HTTPStatus.OK, _encode(result))
+
+    async def _meet(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = await self._read(calls.MEET, scope, receive)
+        with HangUp(receive):
+            result = await self._instance.meet(call)
             await send_body(send, HTTPStatus.OK, _encode(result))
 
     async def _role(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -72,19 +72,26 @@ def is_segment_name(name: str) -> bool:
     return len(name) <= MAX_NAME and _NAME.fullmatch(name) is not None
 
 
-def sweep(directory: Path = SHM_DIRECTORY) -> list[str]:
-    """Remove the segments of dead processes; returns their names.
+def leftovers(directory: Path = SHM_DIRECTORY) -> list[Path]:
+    """The segments of dead processes.
 
     Only names of this PID namespace: another container may share the directory, and its
     pids mean nothing here.
     """
-    removed = []
+    found = []
     for path in directory.glob(PREFIX + "*"):
         match = _NAME.fullmatch(path.name)
         if match is None or int(match["ns"]) != pid_namespace():
             continue
-        if start_time(int(match["pid"])) == int(match["start"]):
-            continue
+        if start_time(int(match["pid"])) != int(match["start"]):
+            found.append(path)
+    return found
+
+
+def sweep(directory: Path = SHM_DIRECTORY) -> list[str]:
+    """Remove the segments of dead processes; returns their names."""
+    removed = []
+    for path in leftovers(directory):
         try:
             path.unlink()
         except OSError:  # another sweep won; another user's; no segment at all but a directory

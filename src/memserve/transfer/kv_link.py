@@ -98,6 +98,16 @@ class PoolLink:
             await asyncio.to_thread(self._pool.connect, peer.id, peer.address)
             self._peers[peer.id] = peer.address
 
+    async def transport(self, peer: PoolPeer) -> str:
+        """The name of what KV would go to a peer by, after a round trip to it that moves none.
+        Raises TransferError."""
+        await self.meet(peer)
+        try:
+            return await asyncio.to_thread(self._pool.transport_to, peer.id)
+        except (PeerLost, UnknownPeer):
+            self.lost(peer)
+            raise
+
     def lost(self, peer: PoolPeer) -> None:
         """It is to be met anew the next time."""
         self._peers.pop(peer.id, None)

@@ -127,6 +127,17 @@ class MemPool(SharedPool):
             raise TransferError(f"{instance!r} is this pool itself")
         self._started(address).connect(InstanceId(instance), address)
 
+    def transport_to(self, instance: str) -> str:
+        """The name of what blocks would be written to a connected peer by, after a round trip to
+        it. Raises UnknownPeer, PeerLost; TransferError where there is no way."""
+        service = self._require_service()
+        # Nothing is allocated, but the peer has to answer.
+        self.alloc_mem(0, Medium.HBM, instance)
+        life = service.life(InstanceId(instance))
+        if life.transport is None:
+            raise TransferError(life.obstacle)
+        return life.transport.name
+
     def threads(self) -> list[threading.Thread]:
         """That must not end before `close`: without them no peer can be talked to."""
         return [] if self._service is None else [self._service.thread]

@@ -47,6 +47,12 @@ class Meet(msgspec.Struct, frozen=True, tag=True):
     peer: PoolPeer
 
 
+class Reach(msgspec.Struct, frozen=True, tag=True):
+    """Find out what KV would go to a peer by. Answered by `Reached`, after a round trip there."""
+
+    peer: PoolPeer
+
+
 class Push(msgspec.Struct, frozen=True, tag=True):
     """Give a peer what it lacks of these tokens. Answered by `PushDone`, with what the order, if
     one is named, has sent before, and which ends with this."""
@@ -89,7 +95,7 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     number: int
 
 
-Said = Serve | Count | Meet | Push | Order | Withdraw | Forget | ReadTotals | Cancel
+Said = Serve | Count | Meet | Reach | Push | Order | Withdraw | Forget | ReadTotals | Cancel
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -108,6 +114,12 @@ class Served(msgspec.Struct, frozen=True, tag=True):
 
 class Counted(msgspec.Struct, frozen=True, tag=True):
     tokens: int
+
+
+class Reached(msgspec.Struct, frozen=True, tag=True):
+    """`transport`: its name."""
+
+    transport: str
 
 
 class PushDone(msgspec.Struct, frozen=True, tag=True):
@@ -132,7 +144,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     of_pool: bool
 
 
-Heard = Served | Counted | PushDone | Totals | Done | Failed
+Heard = Served | Counted | Reached | PushDone | Totals | Done | Failed
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -144,7 +156,7 @@ _encode = msgspec.msgpack.Encoder().encode
 decode_call = msgspec.msgpack.Decoder(Call).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
-_Heard = TypeVar("_Heard", Served, Counted, PushDone, Totals, Done)
+_Heard = TypeVar("_Heard", Served, Counted, Reached, PushDone, Totals, Done)
 
 
 def frame(message: Call | Reply) -> bytes:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 ASK_SECONDS = 10.0  # for the first answer, before anything is under way
 
-_Heard = TypeVar("_Heard", m.Served, m.Counted, m.PushDone, m.Totals, m.Done)
+_Heard = TypeVar("_Heard", m.Served, m.Counted, m.PushDone, m.Totals, m.Reached, m.Done)
 
 
 class PushOrder:
@@ -162,6 +162,9 @@ class RemoteLink:
 
     async def meet(self, peer: PoolPeer) -> None:
         await self._call(m.Meet(peer), m.Done)
+
+    async def transport(self, peer: PoolPeer) -> str:
+        return (await self._call(m.Reach(peer), m.Reached)).transport
 
     def forget(self, namespace: Namespace) -> None:
         self._in_background(self._say(m.Forget(_theirs(namespace))))

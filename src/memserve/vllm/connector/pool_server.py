@@ -154,6 +154,8 @@ class PoolServer:
                 return m.Counted(await self._served.cached(_tokens(tokens), namespace))
             case m.Meet(peer):
                 await self._served.meet(peer)
+            case m.Reach(peer):
+                return m.Reached(await self._served.transport(peer))
             case m.Push():
                 pushed = await self._push(caller, said)
                 return m.PushDone(pushed.sent, pushed.spared)

@@ -1,0 +1,332 @@
+"""Proof that KV moves between prefill and decode instances, before anybody relies on it.
+
+A hand-over that moves nothing is no error: the decode instance computes the prompt, and answers.
+So a small prompt that nobody has cached is handed over as any other, and what arrived is looked
+at. Pairs in which nothing did are degraded: they are told of, and tried again until they work.
+
+Each gateway, and each of its workers, makes proofs of its own. They share nothing but members, any
+worker may be asked for `/health`, and what one costs is a prompt of three blocks for each life of
+an instance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from memserve.api.figures import RequestFigures
+from memserve.api.generate import (
+    GENERATE_PATH,
+    CallKind,
+    GenerateCall,
+    PrefillPeer,
+    SamplingParams,
+    encode_call,
+)
+from memserve.api.handoff import MEET_PATH, MeetCall, MeetResult
+from memserve.api.limits import MAX_INT32
+from memserve.api.peer_client import PeerClient, PeerError
+from memserve.api.status import InstanceState, Limits, MemberKind
+from memserve.clock import Clock
+from memserve.cluster.membership import DegradedPair, Member, Membership
+from memserve.types import Epoch, InstanceId, Role
+from memserve.vital import Vitals
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0  # between looks at the members: as often as they are polled
+# A pair that does not work is tried again after FIRST_PAUSE, then after twice as long, and so on.
+FIRST_PAUSE = 10.0
+MAX_PAUSE = 300.0
+# As long as there are clients' sequences waiting at one of a pair, its proof waits, too; not for
+# ever, since a pair that is always busy is the one that should work.
+BUSY_PAUSE = 10.0
+MAX_PUT_OFF = 6  # times in a row
+# For the answer: three blocks behind whatever runs already. Longer than the transfer's own limits,
+# so that those say what is wrong.
+PROOF_SECONDS = 60.0
+MEET_SECONDS = 15.0  # for two pools to find out that they cannot meet: they have limits, too
+# Pairs that are remembered, many times those that one gateway has ever had: as many as each of a
+# quarter of the members that there can be needs.
+MAX_PAIRS = 1024
+
+BLOCKS = 3  # of a prompt
+TOKENS = 2  # of an answer: were there but one, nobody would want the KV
+NOTHING_MOVED = "no KV arrived where it is decoded"
+NO_ANSWER = "the decode instance did not answer"
+
+_meetings = msgspec.json.Decoder(MeetResult)
+_encode = msgspec.json.Encoder().encode
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    memserve: RequestFigures
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """What a proof reads of an answer."""
+
+    usage: _Usage
+
+
+_answers = msgspec.json.Decoder(_Answer)
+_GONE = ("", Role.COLOCATED)
+
+
+class Life(NamedTuple):
+    """One life of an instance."""
+
+    id: InstanceId
+    epoch: Epoch
+
+
+class Pair(NamedTuple):
+    """Lives of a prefill and a decode instance."""
+
+    prefill: Life
+    decode: Life
+
+
+def pairs_of(members: Sequence[Member], known: Iterable[Pair] = ()) -> list[Pair]:
+    """The pairs to prove among members that hold the same KV: each prefill instance in one of
+    them at least, and each decode instance. Of the `known` ones those stay that can, so that
+    nothing is proved again because of somebody who came or left.
+
+    At most one for each member, and MAX_PAIRS. Members without KV to hand over are in none.
+    """
+    groups: defaultdict[str, dict[Role, list[Life]]]
+    groups = defaultdict(lambda: {role: [] for role in Role})
+    place: dict[Life, tuple[str, Role]] = {}
+    for member in members:
+        if member.kv is not None and member.epoch is not None:
+            life = Life(member.id, member.epoch)
+            groups[member.kv][member.role].append(life)
+            place[life] = member.kv, member.role
+    pairs = []
+    uses: Counter[Life] = Counter()
+    for pair in known:
+        (kv, one), (other_kv, other) = place.get(pair.prefill, _GONE), place.get(pair.decode, _GONE)
+        if kv == other_kv and (one, other) == (Role.PREFILL, Role.DECODE):
+            pairs.append(pair)
+            uses.update(pair)
+    for group in groups.values():
+        prefill, decode = group[Role.PREFILL], group[Role.DECODE]
+        if not prefill or not decode:
+            continue
+        for life in (*prefill, *decode):
+            if not uses[life] and len(pairs) < MAX_PAIRS:
+                first = place[life][1] is Role.PREFILL
+                partner = min(decode if first else prefill, key=lambda each: uses[each])
+                pair = Pair(life, partner) if first else Pair(partner, life)
+                pairs.append(pair)
+                uses.update(pair)
+    return pairs
+
+
+@dataclass(slots=True)
+class _Standing:
+    """How far a pair's proof has come."""
+
+    due: float  # when it is tried; only while it is not proven
+    pause: float = FIRST_PAUSE
+    put_off: int = 0  # times in a row
+    proven: bool = False
+    degraded: DegradedPair | None = None
+
+
+class HandoverProof(Collector):
+    """Proves pairs one after the other, while `run` runs. Belongs to the event loop. It is no
+    client: nothing of it is in the gateway's queue, its turns or its requests' metrics."""
+
+    def __init__(
+        self, membership: Membership, peers: PeerClient, clock: Clock, model: str, vitals: Vitals
+    ) -> None:
+        """`model`: as answers name it."""
+        self._membership = membership
+        self._peers = peers
+        self._clock = clock
+        self._model = model
+        self._vitals = vitals
+        self._pairs: dict[Pair, _Standing] = {}
+        self._random = random.SystemRandom()  # so that no two processes make the same prompt
+        self.worked = self.failed = 0
+
+    async def run(self) -> None:
+        """Follow the members, until cancelled."""
+        while True:
+            self.follow()
+            pair = self._next()
+            if pair is None:
+                await asyncio.sleep(LOOK_SECONDS)
+                continue
+            # What fails as nobody expected is counted, and the pair tried again.
+            proof = self._vitals.errand("hand-over's proof", self.prove(pair))
+            try:
+                await asyncio.wait((proof,))
+            finally:
+                proof.cancel()
+
+    def degraded(self) -> tuple[DegradedPair, ...]:
+        """The pairs that do not work, as far as is known."""
+        found = (standing.degraded for standing in self._pairs.values())
+        return tuple(each for each in found if each is not None)
+
+    def proven(self) -> list[Pair]:
+        """The pairs that work."""
+        return [pair for pair, standing in self._pairs.items() if standing.proven]
+
+    def collect(self) -> Iterable[Metric]:
+        """Prometheus' own name for it."""
+        yield GaugeMetricFamily(
+            "memserve_scheduler_degraded_pairs",
+            "Prefill and decode instances between which no KV moves.",
+            len(self.degraded()),
+        )
+        proofs = CounterMetricFamily(
+            "memserve_scheduler_handover_proofs", "Hand-overs made to see it move.", labels=["what"]
+        )
+        proofs.add_metric(["worked"], self.worked)
+        proofs.add_metric(["failed"], self.failed)
+        yield proofs
+
+    def follow(self) -> None:
+        """Take in who is there now: a new life is proved anew, and who has gone is forgotten."""
+        # Those that are in doubt, too: who misses a heartbeat is not another.
+        members = [
+            member
+            for member in self._membership.members
+            if member.state is InstanceState.READY and member.limits is not None
+        ]
+        now = self._clock.now()
+        self._pairs = {
+            pair: self._pairs.get(pair) or _Standing(now) for pair in pairs_of(members, self._pairs)
+        }
+
+    async def prove(self, pair: Pair) -> None:
+        """Have a pair hand a prompt over, and remember what came of it."""
+        standing = self._pairs[pair]
+        standing.due = self._clock.now() + standing.pause  # whatever happens
+        prefill, decode = self._member(pair.prefill), self._member(pair.decode)
+        if prefill is None or decode is None or self._puts_off(standing, prefill, decode):
+            return
+        call = self._call(prefill, decode)
+        if call is None:  # so small that nothing can be handed over
+            standing.proven = True
+            return
+        failure = await self._failure(call, prefill, decode)
+        self.follow()
+        if pair not in self._pairs:  # one of them has gone meanwhile, which may be why
+            return
+        if failure is None:
+            self.worked += 1
+            if standing.degraded is not None:
+                log.info("KV moves from %s to %s now", prefill.id, decode.id)
+            standing.proven, standing.degraded = True, None
+        elif not self._puts_off(standing, prefill, decode):
+            self.failed += 1
+            if standing.degraded is None:
+                log.warning(
+                    "%s and %s are degraded: %s%s. Prompts are computed where they are decoded",
+                    prefill.id,
+                    decode.id,
+                    failure.why,
+                    f" ({failure.detail})" if failure.detail else "",
+                )
+            standing.degraded = failure
+            standing.due = self._clock.now() + standing.pause
+            standing.pause = min(2 * standing.pause, MAX_PAUSE)
+
+    # --- inside ---------------------------------------------------------------------------
+
+    def _next(self) -> Pair | None:
+        """The pair that has been due for longest."""
+        waiting = {p: each.due for p, each in self._pairs.items() if not each.proven}
+        pair = min(waiting, key=lambda each: waiting[each], default=None)
+        return pair if pair is not None and waiting[pair] <= self._clock.now() else None
+
+    def _member(self, life: Life) -> Member | None:
+        member = self._membership.find(life.id)
+        return member if member is not None and member.epoch == life.epoch else None
+
+    def _puts_off(self, standing: _Standing, *members: Member) -> bool:
+        """Whether clients wait at one of them, so that now is not the time."""
+        busy = any(m.stats is not None and m.stats.engine.waiting for m in members)
+        if not busy or standing.put_off == MAX_PUT_OFF:
+            standing.put_off = 0
+            return False
+        standing.put_off += 1
+        standing.due = self._clock.now() + BUSY_PAUSE
+        return True
+
+    def _call(self, prefill: Member, decode: Member) -> GenerateCall | None:
+        """A prompt that nobody has, in a namespace that nobody else uses. None: the instances
+        take no prompt that is long enough."""
+        limits = [member.limits for member in (prefill, decode) if member.limits is not None]
+        tokens = BLOCKS * max(limit.block_tokens for limit in limits)
+        if tokens + TOKENS > min(limit.max_tokens for limit in limits):
+            return None
+        ours = {prefill.kind, decode.kind} == {MemberKind.MEMSERVE}
+        name = os.urandom(16).hex()
+        return GenerateCall(
+            id=f"proof-{name}",
+            kind=CallKind.COMPLETION,
+            model=self._model,
+            created=int(time.time()),
+            prompts=(self._prompt(limits, tokens),),
+            sampling=SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True),
+            cache_salt=f"proof-{name}",
+            # Behind all clients; a vLLM server that has not been told to order requests takes none.
+            priority=MAX_INT32 if ours else 0,
+            prefill=(PrefillPeer(prefill.id, prefill.address),),
+        )
+
+    def _prompt(self, limits: Sequence[Limits], tokens: int) -> tuple[int, ...]:
+        """Random ids from the middle of the vocabulary: what is special is at its ends."""
+        size = min(limit.vocab_size for limit in limits)
+        low, high = size // 4, max(size // 2, size // 4 + 1)
+        return tuple(self._random.randrange(low, high) for _ in range(tokens))
+
+    async def _failure(
+        self, call: GenerateCall, prefill: Member, decode: Member
+    ) -> DegradedPair | None:
+        """Why nothing moved; None: it did."""
+        try:
+            answer = await self._peers.call(
+                "POST",
+                decode.address + GENERATE_PATH,
+                _answers.decode,
+                encode_call(call),
+                seconds=PROOF_SECONDS,
+            )
+        except PeerError as error:
+            return DegradedPair(prefill.id, decode.id, NO_ANSWER, str(error))
+        if answer.usage.memserve.bytes_received:
+            return None
+        detail = await self._obstacle(decode, prefill) or await self._obstacle(prefill, decode)
+        return DegradedPair(prefill.id, decode.id, NOTHING_MOVED, detail)
+
+    async def _obstacle(self, one: Member, other: Member) -> str:
+        """What one says is in its way to the other; empty: it sees nothing."""
+        call = MeetCall(PrefillPeer(other.id, other.address))
+        try:
+            await self._peers.call(
+                "POST",
+                one.address + MEET_PATH,
+                _meetings.decode,
+                _encode(call),
+                seconds=MEET_SECONDS,
+            )
+        except PeerError as error:
+            return f"{one.id}: {error}"
+        return ""
