@@ -26,6 +26,28 @@ def test_a_local_directory_is_taken_as_it_is(tmp_path: Path) -> None:
     assert resolve_model(ModelConfig(path=str(tmp_path), served_name="m"), silent).name == "m"
 
 
+def test_weights_are_known_wherever_they_lie(tmp_path: Path) -> None:
+    def identity(name: str, *weights: bytes) -> str:
+        directory = tmp_path / name
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+        for number, data in enumerate(weights):
+            (directory / f"model-{number}.safetensors").write_bytes(data)
+        return resolve_model(ModelConfig(path=str(directory)), silent).identity
+
+    weights = bytes(range(256)) * 40_000  # 10 MB
+    own = identity("here", weights, b"x")
+    assert own == identity("there", weights, b"x")
+    trained = bytes(byte ^ 1 for byte in weights)
+    others = [(trained, b"x"), (weights, b"y"), (weights[:-1], b"x"), (weights,), (b"x", weights)]
+    found = {identity(f"other{number}", *each) for number, each in enumerate(others)}
+    assert own not in found
+    assert len(found) == len(others)
+    assert identity("none") == ""
+    middle = weights[: 1 << 22] + trained[1 << 22 : 1 << 23] + weights[1 << 23 :]
+    assert identity("middle", middle, b"x") != own
+
+
 @pytest.mark.parametrize("path", ["/no/such/model", "./model", "a-name", "a/b/c"])
 def test_what_can_be_no_hub_id_is_refused_without_asking_the_hub(path: str) -> None:
     with pytest.raises(ModelError, match=f"no model '{path}'"):

@@ -32,5 +32,5 @@ def load_own_engine(
     loaded = with_team(threads, lambda: load_model(model.path, dtype, device))
     limits = BatchLimits(max_batch_tokens, _MIXED_TOKENS, _MAX_RUNNING)
     settings = EngineSettings(model.name, threads, limits, max_waiting=_MAX_RUNNING)
-    layout = loaded.layout(model.name, _BLOCK_TOKENS, True, model.revision or "")
+    layout = loaded.layout(model.name, _BLOCK_TOKENS, True, model.identity)
     return ProfiledEngine(loaded, layout, settings, model.path)

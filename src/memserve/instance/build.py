@@ -64,7 +64,7 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
         directory.name,
         config.cache.block_tokens,
         config.cache.aggregated,
-        directory.revision or "",
+        directory.identity,
     )
     engine_settings = EngineSettings(
         name=identity.model,

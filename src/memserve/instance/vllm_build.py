@@ -140,7 +140,7 @@ def _started(
             instance=identity.id,
             socket=str(server.pool),
             model=found.name,
-            revision=found.revision or "",
+            revision=found.identity,
         )
     command = server_command(served, settings, found.path, server.place, events, tier)
     log.info("starting %s", " ".join(command))

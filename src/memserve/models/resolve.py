@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from memserve.models.demo import DEMO_MODEL, prepare_demo_model
 # Called with one line before each step that may take over two seconds.
 Progress = Callable[[str], None]
 
+_SAMPLES = 256  # of each file of weights, evenly spread, from its first bytes to its last
+_SAMPLE_BYTES = 4096
 # Configuration, tokenizer and weights; never pickled weights (*.bin, *.pt).
 _WANTED_FILES = ["*.json", "*.jinja", "*.safetensors"]
 
@@ -26,6 +29,27 @@ class ModelDirectory:
     path: Path  # holds config.json, tokenizer.json and *.safetensors
     name: str  # what the API calls it
     revision: str | None = None  # the commit of a hub model
+
+    @property
+    def identity(self) -> str:
+        """Which weights these are, wherever they lie: the commit, or else a digest of samples."""
+        return self.revision or weights_digest(self.path)
+
+
+def weights_digest(directory: Path) -> str:
+    """SHA-256, as hex, over the sizes of a directory's weights and samples of their bytes; empty
+    where it has none. To read them all would take as long as loading them: a change of a few of the
+    numbers may go unseen, another training of the same model does not."""
+    files = sorted(directory.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as weights:
+            for at in range(_SAMPLES):
+                weights.seek(max(0, size - _SAMPLE_BYTES) * at // (_SAMPLES - 1))
+                digest.update(weights.read(_SAMPLE_BYTES))
+    return digest.hexdigest() if files else ""
 
 
 def resolve_model(config: ModelConfig, progress: Progress) -> ModelDirectory:

@@ -30,6 +30,7 @@ from vllm.v1.core.kv_cache_utils import (
 
 from memserve.config import ModelConfig, parse_bytes
 from memserve.errors import ConfigError
+from memserve.models.resolve import weights_digest
 from memserve.transfer.mempool import MemPool
 from memserve.types import Namespace, TokenArray
 from memserve.vllm.connector.events import (
@@ -272,8 +273,11 @@ def _served_name(model: Any) -> str:
 
 
 def _revision(model: Any) -> str:
-    """The commit of a hub's model, as far as it is known."""
+    """As `ModelDirectory.identity`: the commit of a hub's model, or a digest of a directory's
+    weights."""
     commit = getattr(model.hf_config, "_commit_hash", None)
+    if commit is None and Path(model.model).is_dir():
+        return weights_digest(Path(model.model))
     return str(commit or model.revision or "")
 
 
