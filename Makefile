@@ -7,12 +7,13 @@ INSTALLED := $(VENV)/.installed
 BENCH_JSON ?= build/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format bench peers vllm clean
+.PHONY: help setup serve test test-vllm lint format bench peers vllm clean
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
 	@echo "make serve   serve the demo model on http://127.0.0.1:8000 (ARGS='--port 9000 ...')"
 	@echo "make test    lint, types, layers and all tests"
+	@echo "make test-vllm   the tests that need a real vLLM, which it installs (4 GB, some 20 minutes)"
 	@echo "make lint    the same without the tests;   make format   put the code into shape"
 	@echo "make bench   microbenchmarks of the pool, transfers and the engine, as JSON in $(BENCH_JSON)"
 	@echo "make vllm    vLLM alone, on this machine's CPU, for the tests that need one (4 GB)"
@@ -51,6 +52,10 @@ lint: setup
 test: lint
 	@echo "==> pytest"
 	@$(BIN)/pytest $(ARGS)
+
+test-vllm: vllm
+	@$(BIN)/pytest $(ARGS) tests/e2e/test_vllm_real.py tests/e2e/test_vllm_connector.py \
+		tests/e2e/test_vllm_handover.py tests/protocol/test_vllm.py
 
 format: setup
 	@$(BIN)/ruff check --fix .

@@ -97,10 +97,12 @@ def up(
     *tables: Instances,
     caching: str = "full",
     policy: str = "prompt-tree",
+    more: str = "",
 ) -> Iterator[Cluster]:
-    """A cluster with these instances, whose file and log are in `directory`."""
+    """A cluster with these instances, whose file and log are in `directory`; `more`: lines of
+    the file."""
     config, log = directory / "cluster.toml", directory / "log"
-    text = CONFIG.format(model=json.dumps(str(model)), caching=caching, policy=policy)
+    text = CONFIG.format(model=json.dumps(str(model)), caching=caching, policy=policy) + more
     for table in tables:
         text += INSTANCE.format(
             settings=table.settings,

@@ -9,7 +9,6 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -21,17 +20,22 @@ from typing import Any
 
 import pytest
 
-import memserve
-from memserve.bench.peers.places import ROOT, python_of, why_missing
 from memserve.pool.segment import SHM_DIRECTORY
 from memserve.vllm.server import tier_settings
-from tests.fakes import metric, save_tiny_tokenizer, until, url_told
+from tests.fakes import metric, save_tiny_tokenizer, until
 from tests.tiny_models import Reference, save_tiny_model
+from tests.vllm_cluster import (
+    BLOCK,
+    MISSING,
+    PYTHON,
+    SOURCE,
+    START_SECONDS,
+    Instances,
+    prompt_of,
+    up,
+)
 
-PYTHON, MISSING = python_of("vllm", ROOT), why_missing("vllm", ROOT)
-START_SECONDS = 280
-SOURCE = Path(memserve.__file__).parents[1]  # vLLM's environment has no package of ours
-BLOCK = 32
+SHORT = "--max-model-len", "768"
 pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=f"vLLM is {MISSING}, or `make vllm`"),
     pytest.mark.timeout(START_SECONDS + 120),
@@ -112,10 +116,6 @@ def serving(model: Path, dram: str, *arguments: str, cores: str = "0") -> Iterat
         process.wait()
 
 
-def prompt_of(seed: int, tokens: int) -> list[int]:
-    return random.Random(seed).choices(range(5, 500), k=tokens)
-
-
 @pytest.fixture(scope="module", params=["qwen3", "gemma3"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = save_tiny_model(request.param, tmp_path_factory.mktemp("model"))
@@ -170,7 +170,7 @@ def test_tokens_are_right_when_neither_memory_is_large_enough(qwen3: Path) -> No
         for n in range(40)
     ]
     wanted = [reference.generate(*one) for one in work]
-    small = "--kv-cache-memory-bytes", "1500000", "--max-model-len", "768"
+    small = "--kv-cache-memory-bytes", "1500000", *SHORT
     with serving(qwen3, "3MiB", *small, "--max-num-batched-tokens", "128") as server:
         for turn in range(2):
             leaving = [
@@ -189,55 +189,20 @@ def test_tokens_are_right_when_neither_memory_is_large_enough(qwen3: Path) -> No
         assert server.counted("vllm:num_preemptions_total") > 0
 
 
-CLUSTER = """
-model.path = {model}
-model.dtype = "float32"
-gateway.port = 0
-[[instance]]
-engine = "vllm"
-threads = 1
-dram = "16MiB"
-vllm_command = ["env", {path}, {python}, "-m", "vllm.entrypoints.openai.api_server"]
-vllm_args = ["--enforce-eager", "--kv-cache-memory-bytes", "1500000", "--max-model-len", "768",
-             "--block-size", "32"]
-"""
-
-
 def test_an_instance_with_dram_has_it_and_leaves_nothing(qwen3: Path, tmp_path: Path) -> None:
     """A prompt comes back after others have pushed it out of vLLM's own cache."""
-    config = tmp_path / "cluster.toml"
-    path = json.dumps(f"PYTHONPATH={SOURCE}")
-    python = json.dumps(str(PYTHON))
-    config.write_text(CLUSTER.format(model=json.dumps(str(qwen3)), path=path, python=python))
     before = set(SHM_DIRECTORY.glob("memserve-*"))
-    process = subprocess.Popen(
-        (sys.executable, "-m", "memserve", "up", str(config)),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        url = url_told(process.stdout)
-        assert url is not None, "it ended before it was ready"
+    small = Instances("dram = '16MiB'", ("--kv-cache-memory-bytes", "1500000", *SHORT))
+    with up(qwen3, tmp_path, small) as cluster:
         reference = Reference(qwen3)
-        planned = 0.0  # prompt tokens that plans have counted as cached
+        planned, cached = 0.0, 0  # planned: prompt tokens that plans have counted as cached
         for seed in (1, 2, 3, 1):
-            planned = metric(url, "memserve_scheduler_cached_tokens_total")
-            body = {"model": str(qwen3), "prompt": prompt_of(seed, 500), "max_tokens": 8}
-            body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
-            request = urllib.request.Request(
-                f"{url}/v1/completions", json.dumps(body).encode(), method="POST"
-            )
-            request.add_header("content-type", "application/json")
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                done = json.load(answer)
-            assert done["choices"][0]["token_ids"] == reference.generate(prompt_of(seed, 500), 8)
-        assert done["usage"]["prompt_tokens_details"]["cached_tokens"] == 480
+            planned = metric(cluster.url, "memserve_scheduler_cached_tokens_total")
+            answer = cluster.complete(prompt_of(seed, 500), 8)
+            assert answer.tokens == reference.generate(prompt_of(seed, 500), 8)
+            cached = answer.cached
+        assert cached == 480
         # The gateway knew, since the pool's events are among vLLM's.
-        assert metric(url, "memserve_scheduler_cached_tokens_total") - planned >= 480
+        assert metric(cluster.url, "memserve_scheduler_cached_tokens_total") - planned >= 480
         assert set(SHM_DIRECTORY.glob("memserve-*")) - before
-    finally:
-        process.terminate()
-        process.wait(60)
     until(lambda: not set(SHM_DIRECTORY.glob("memserve-*")) - before)

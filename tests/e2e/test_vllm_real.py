@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +12,14 @@ import pytest
 
 from memserve.api.forward import ForwardPath
 from memserve.api.status import Limits
-from memserve.bench.peers.places import ROOT, python_of, why_missing
 from memserve.gateway.call_builder import CallBuilder
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.models.tokenizer import Tokenizer
-from tests.fakes import metric, save_tiny_tokenizer, until, url_told
+from tests.fakes import metric, save_tiny_tokenizer, until
 from tests.tiny_models import VOCAB, Reference, save_tiny_model
+from tests.vllm_cluster import BLOCK, MISSING, START_SECONDS, Instances, prompt_of, up
 
-PYTHON, MISSING = python_of("vllm", ROOT), why_missing("vllm", ROOT)
-# A server takes half a minute to start, and minutes where the machine has other work.
-START_SECONDS = 280
 KEY = "sk-real"
-BLOCK = 32
 TEMPLATE = (
     "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}"
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
@@ -42,17 +35,6 @@ pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=f"vLLM is {MISSING}, or `make vllm`"),
     pytest.mark.timeout(START_SECONDS + 120),
 ]
-CONFIG = """
-model.path = {model}
-model.dtype = "float32"
-gateway.port = 0
-gateway.api_keys = ["sk-real"]
-[[instance]]
-engine = "vllm"
-threads = 1
-vllm_command = [{python}, "-m", "vllm.entrypoints.openai.api_server"]
-vllm_args = ["--enforce-eager", "--kv-cache-memory-bytes", "67108864", "--block-size", "32"]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -64,26 +46,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    config = tmp_path_factory.mktemp("config") / "cluster.toml"
-    config.write_text(CONFIG.format(model=json.dumps(str(model)), python=json.dumps(str(PYTHON))))
-    log = config.with_name("log")
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            (sys.executable, "-m", "memserve", "up", str(config)),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=output,
-            text=True,
-        )
-    assert process.stdout is not None
-    try:
-        url = url_told(process.stdout)
-        assert url is not None, log.read_text()[-4000:]
-        with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY) as client:
-            yield client
-    finally:
-        process.terminate()
-        process.wait(60)
+    keys = f'gateway.api_keys = ["{KEY}"]\n'
+    with (
+        up(model, tmp_path_factory.mktemp("cluster"), Instances(), more=keys) as cluster,
+        openai.OpenAI(base_url=f"{cluster.url}/v1", api_key=KEY) as client,
+    ):
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +63,6 @@ def complete(client: openai.OpenAI, model: Path, prompt: list[int], **more: Any)
     extra = {"return_token_ids": True, "ignore_eos": True}
     settings = {"max_tokens": 8, "temperature": 0.0} | more
     return client.completions.create(model=str(model), prompt=prompt, extra_body=extra, **settings)
-
-
-def prompt_of(seed: int, tokens: int) -> list[int]:
-    return random.Random(seed).choices(range(5, 500), k=tokens)
 
 
 @pytest.mark.parametrize("tokens", [3, BLOCK, 100])
