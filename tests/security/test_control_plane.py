@@ -128,6 +128,7 @@ OPERATORS = [
     ("GET", "/cluster", None),
     ("GET", "/cluster/", None),
     ("GET", "/cluster/decisions?n=5", None),
+    ("GET", "/cluster/feeds", None),
     ("GET", "/cluster/worker/metrics", None),
     ("POST", "/cluster/members", '{"address": "http://127.0.0.1:1"}'),
     ("DELETE", "/cluster/members", '{"address": "http://127.0.0.1:1"}'),
@@ -147,6 +148,7 @@ MEMBERS = [
     ("POST", "/v1/generate", "{}"),
     ("POST", "/v1/prefill", "{}"),
     ("POST", "/v1/kv/push", "{}"),
+    ("POST", "/v1/kv/meet", "{}"),
     ("GET", "/%69nfo", None),
     ("GET", "/nothing", None),
 ]

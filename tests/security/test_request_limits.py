@@ -340,7 +340,7 @@ def test_an_instance_looks_at_calls_again(at: dict[str, Any], beyond: dict[str, 
     [b"", b"\xff", b'{"id":"\xff"}', b"[" * 100_000, b'{"id":' * 100_000, b"null", b"1e999",
      b'{"id":"\\ud800"}', b'{"n":' + b"9" * 10_000 + b"}", b'{"' + b"x" * 100_000 + b'":1}'],
 )  # fmt: skip
-@pytest.mark.parametrize("kind", ["GENERATE", "PREFILL", "PUSH", "ROLE", "SHUTDOWN"])
+@pytest.mark.parametrize("kind", ["GENERATE", "PREFILL", "PUSH", "MEET", "ROLE", "SHUTDOWN"])
 def test_whatever_is_no_call_is_a_400(kind: str, body: bytes) -> None:
     reader = getattr(calls, kind)
     with pytest.raises(ApiError) as refused:
