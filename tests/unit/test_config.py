@@ -178,7 +178,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
             InstanceConfig(engine="vllm", hbm_blocks=8),
             "hbm_blocks is the built-in engine's; a vLLM server takes --num-gpu-blocks-override",
         ),
-        (InstanceConfig(engine="vllm", role=Role.DECODE), "'decode': vLLM servers hand nothing"),
+        (
+            InstanceConfig(engine="vllm", role=Role.DECODE),
+            "'decode': a vLLM server hands KV over from",
+        ),
         (
             InstanceConfig(engine="vllm", dram_blocks=9),
             "how large a block is",
@@ -192,6 +195,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
             InstanceConfig(engine="vllm", vllm_url="http://a:1", count=2),
             "vllm_url: the server runs already",
         ),
+        (
+            InstanceConfig(engine="vllm", vllm_pool="/run/pool"),
+            "vllm_pool is of a server that runs",
+        ),
         (InstanceConfig(engine="vllm", vllm_command=()), "instance.vllm_command is empty"),
         (InstanceConfig(port=80, count=2), "2 instances cannot share port 80"),
     ],
@@ -199,6 +206,17 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_settings_that_contradict_each_other(instance: InstanceConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_config(ClusterConfig(instance=(instance,)))
+
+
+@pytest.mark.parametrize(
+    "instance",
+    [
+        InstanceConfig(engine="vllm", role=Role.PREFILL, dram="1GiB"),
+        InstanceConfig(engine="vllm", role=Role.DECODE, vllm_url="http://a:1", vllm_pool="/p"),
+    ],
+)
+def test_a_vllm_server_with_host_memory_may_have_any_role(instance: InstanceConfig) -> None:
+    check_config(ClusterConfig(instance=(instance,)))
 
 
 def test_memory_is_said_in_blocks_or_in_bytes() -> None:
