@@ -189,12 +189,12 @@ def test_tokens_are_right_when_neither_memory_is_large_enough(qwen3: Path) -> No
         assert server.counted("vllm:num_preemptions_total") > 0
 
 
-def test_an_instance_with_dram_has_it_and_leaves_nothing(qwen3: Path, tmp_path: Path) -> None:
+def test_an_instance_with_dram_has_it_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
     """A prompt comes back after others have pushed it out of vLLM's own cache."""
     before = set(SHM_DIRECTORY.glob("memserve-*"))
     small = Instances("dram = '16MiB'", ("--kv-cache-memory-bytes", "1500000", *SHORT))
-    with up(qwen3, tmp_path, small) as cluster:
-        reference = Reference(qwen3)
+    with up(model, tmp_path, small) as cluster:
+        reference = Reference(model)
         planned, cached = 0.0, 0  # planned: prompt tokens that plans have counted as cached
         for seed in (1, 2, 3, 1):
             planned = metric(cluster.url, "memserve_scheduler_cached_tokens_total")

@@ -14,7 +14,7 @@ import pytest
 from memserve.config import Caching
 from memserve.pool.segment import SHM_DIRECTORY
 from tests.fakes import metric, save_tiny_tokenizer, until
-from tests.tiny_models import Reference, save_tiny_model
+from tests.tiny_models import VOCAB, Reference, save_tiny_model
 from tests.vllm_cluster import (
     MISSING,
     START_SECONDS,
@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.timeout(START_SECONDS + 120),
 ]
 RETURNS = 'memserve_instance_handoff_returns_total{instance="decode-1",outcome="done"}'
+RECEIVED = 'memserve_instance_handoff_blocks_total{instance="decode-1",kind="received"}'
 PAIR = Instances("role = 'prefill'\ndram = '16MiB'"), Instances("role = 'decode'\ndram = '16MiB'")
 
 
@@ -62,6 +63,15 @@ def test_a_chat_s_kv_goes_from_prefill_to_decode_and_back(qwen3: Path, tmp_path:
         seeded = [cluster.complete(history, 12, temperature=0.8, seed=5).tokens for _ in range(2)]
         assert seeded[0] == seeded[1]
         assert cluster.complete(history, 1).tokens == reference.generate(history, 1)
+        # What passes through is handed over, too: its KV is there before its body.
+        prompt = prompt_of(9, 150)
+        body = {"model": str(qwen3), "prompt": prompt, "max_tokens": 8, "temperature": 0}
+        body |= {"allowed_token_ids": list(range(VOCAB)), "return_token_ids": True}
+        received = metric(cluster.url, RECEIVED)
+        done = post(cluster.url, "/v1/completions", body | {"ignore_eos": True})
+        assert done["choices"][0]["token_ids"] == reference.generate(prompt, 8)
+        assert done["usage"]["prompt_tokens_details"]["cached_tokens"] == 128
+        until(lambda: metric(cluster.url, RECEIVED) == received + 4)
     until(lambda: not set(SHM_DIRECTORY.glob("memserve-*")) - before)
 
 

@@ -62,10 +62,11 @@ class Tickets:
 
     def __init__(self) -> None:
         self.heard: list[str] = []
+        self.prefill: tuple[Member, ...] = ()
 
     def plan(self, call: GenerateCall, members: Sequence[Member]) -> Plan:
         self.heard.append(f"{members[0].id} of {len(members)}")
-        return Plan(members[0], ticket=self)
+        return Plan(members[0], self.prefill, ticket=self)
 
     def first_token(self) -> None:
         self.heard.append("first token")
@@ -450,7 +451,9 @@ async def test_a_full_queue_is_told_at_once_whoever_else_is_dead(cluster: Cluste
     assert (client.status, client.headers[b"retry-after"]) == (429, b"7")
 
 
-async def test_what_is_passed_on_goes_to_servers_that_answer_alone(cluster: Cluster) -> None:
+@pytest.mark.parametrize("renders", [False, True])
+async def test_what_is_passed_on_goes_to_servers(cluster: Cluster, renders: bool) -> None:
+    """To those that answer, unless KV of its prompt can be moved."""
     said = [STREAM, chunk(b"data: 1\n\n"), chunk(b":0 5\ndata: 2\n\n"), END]
     relay = await cluster.start(said, said, said)
     kinds = (MemberKind.MEMSERVE, Role.COLOCATED), (MemberKind.VLLM, Role.PREFILL)
@@ -461,13 +464,21 @@ async def test_what_is_passed_on_goes_to_servers_that_answer_alone(cluster: Clus
         state = InstanceState.READY
         info = InstanceInfo(member.id, member.epoch, role, state, 1, "m", kind=kind)
         cluster.membership.answered(member, info, None)
-    forward = Forward(ForwardPath.CHAT, msgspec.Raw(b'{"tools":[]}'))
+    forward = Forward(ForwardPath.CHAT, msgspec.Raw(b'{"tools":[]}'), renders)
+    *_, prefill, _ = cluster.membership.members
+    if renders:
+        cluster.router.prefill = (prefill,)
     call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1, 2),), stream=True, forward=forward)
     client, answer = Client(), Answer()
     await relay.run(call, client.reply, (), answer)
-    assert cluster.router.heard[0] == "i2 of 1"
+    assert cluster.router.heard[0] == ("i1 of 2" if renders else "i2 of 1")
     (told,) = cluster.calls
     assert told.forward is not None
     assert bytes(told.forward.body) == b'{"tools":[]}'
-    assert told.prompts == ([0],)  # the server makes its own
+    if renders:
+        assert told.prompts == ([1, 2],)
+        assert [peer.id for peer in told.prefill] == [prefill.id]
+    else:
+        assert told.prompts == ([0],)  # the server makes its own
+        assert not told.prefill
     assert client.body == b"data: 1\n\n:0 5\ndata: 2\n\n"  # and nothing is taken out

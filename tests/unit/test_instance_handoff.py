@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from memserve.api.generate import PrefillPeer
 from memserve.api.handoff import PrefillCall
+from memserve.api.namespaces import private
 from memserve.config import Caching
 from memserve.transfer import kv_link
-from memserve.types import SHARED, Namespace, RequestId, Role
+from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import BLOCK, Node, call_of, node, pair, prompt_of
 from tests.tiny_models import Reference, save_tiny_model
@@ -98,6 +101,29 @@ async def test_prompts_share_a_prefix_and_salts_share_nothing(model: Path) -> No
         assert salted.cached == 0
         again = await d.complete(*system, *one, prefill=[p], cache_salt="tenant")
         assert again.cached == whole(60)
+
+
+@pytest.mark.parametrize("caching", ["p", "full"])
+async def test_what_a_server_will_compute_from_a_body_is_brought_there(
+    model: Path, caching: Caching
+) -> None:
+    async with pair(model, caching) as (p, d):
+        remote = d.instance._served.remote if d.instance._served is not None else None
+        assert remote is not None
+        space = private("body") if caching == "p" else SHARED
+        await remote.bring(call_of(PROMPT, prefill=[p]), space)
+        assert d.has(PROMPT, space) == p.has(PROMPT) == whole(70)
+        assert (d.totals.blocks_received, d.totals.returns) == (whole(70) // BLOCK, 0)
+        # Where nobody computes it, whoever has it is asked for it, and nobody is no error.
+        other = prompt_of(70, 9)
+        await remote.bring(
+            call_of(other, prefill=[PrefillPeer(InstanceId("x"), "http://127.0.0.1:1")]), space
+        )
+        await remote.bring(call_of(other), space)
+        assert d.has(other, space) == 0
+        await p.complete(*other)
+        await remote.bring(msgspec.structs.replace(call_of(other), fetch=p.peer), space)
+        assert d.has(other, space) == whole(69)
 
 
 SAMPLED = {"temperature": 1.0, "seed": 7, "top_p": 0.95, "repetition_penalty": 1.2}

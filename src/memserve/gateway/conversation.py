@@ -59,6 +59,15 @@ def _system(content: object) -> Iterator[Message]:
         yield {"role": "system", "content": _text(content)}
 
 
+def has_media(fields: Mapping[str, Any]) -> bool:
+    """Whether a request has parts that are no texts."""
+    given = fields.get("messages", fields.get("input"))
+    messages = [each for each in given if isinstance(each, dict)] if isinstance(given, list) else []
+    contents = [each.get("content") for each in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(not isinstance(part, dict) or part.get("type") not in _TEXTS for part in parts)
+
+
 def _messages(given: object) -> Iterator[Message]:
     for message in given if isinstance(given, list) else ():
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):

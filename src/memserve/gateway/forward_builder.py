@@ -16,7 +16,7 @@ from memserve.gateway.call_builder import (
     CallBuilder,
     check_sequences,
 )
-from memserve.gateway.conversation import Conversation, conversation_of
+from memserve.gateway.conversation import Conversation, conversation_of, has_media
 from memserve.gateway.forward_request import ForwardRequest, read_request
 from memserve.models.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ class ForwardBuilder:
         asked = request.asked
         self._calls.check_model(asked.model)
         check_sequences(max(1, len(request.prompts)), asked.samples, limits)
-        prompt = self._prompt(request, limits)
+        prompt, renders = self._prompt(request, limits)
         return GenerateCall(
             id=self._calls.new_id(_PREFIXES.get(path, "fwd")),
             kind=CallKind.CHAT if path is ForwardPath.CHAT else CallKind.COMPLETION,
@@ -63,31 +63,35 @@ class ForwardBuilder:
             cache_salt=asked.cache_salt or "",
             session=asked.user or None,
             priority=asked.priority or 0,
-            forward=request.forward(),
+            forward=request.forward(renders and path in GENERATING_PATHS),
         )
 
-    def _prompt(self, request: ForwardRequest, limits: Limits) -> TokenIds:
+    def _prompt(self, request: ForwardRequest, limits: Limits) -> tuple[TokenIds, bool]:
+        """The prompt, and whether it should be all that the server computes."""
         special = request.asked.add_special_tokens
         if request.path is ForwardPath.COMPLETIONS and request.prompts:
             self._calls.check_lengths(request.prompts, limits)
-            return self._calls.token_ids(request.prompts[0], special is not False) or _NO_PROMPT
+            ids = self._calls.token_ids(request.prompts[0], special is not False)
+            return ids or _NO_PROMPT, len(request.prompts) == 1
         conversation = conversation_of(request.path, request.fields)
         if conversation is None:
-            return _NO_PROMPT
-        text = self._render(conversation)
+            return _NO_PROMPT, False
+        text, renders = self._render(conversation)
         self._calls.check_length(text, limits, "messages")
-        return self._calls.token_ids(text, bool(special)) or _NO_PROMPT
+        ids = self._calls.token_ids(text, bool(special))
+        return ids or _NO_PROMPT, renders and not has_media(request.fields)
 
-    def _render(self, conversation: Conversation) -> str:
+    def _render(self, conversation: Conversation) -> tuple[str, bool]:
         try:
-            return self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 conversation.messages,
                 conversation.add_generation_prompt,
                 conversation.tools,
                 conversation.variables,
             )
         except RequestError:  # the server's own template may know better
-            return conversation.text()
+            return conversation.text(), False
+        return text, True
 
 
 def _output_tokens(request: ForwardRequest, prompt_tokens: int, limits: Limits) -> int:

@@ -91,8 +91,9 @@ class ForwardRequest:
     prompts: tuple[Prompt, ...]  # of a completion
     fields: dict[str, Any]
 
-    def forward(self) -> Forward:
-        return Forward(self.path, msgspec.Raw(_encode(self.fields)))
+    def forward(self, renders: bool) -> Forward:
+        """`renders`: see `Forward`."""
+        return Forward(self.path, msgspec.Raw(_encode(self.fields)), renders)
 
 
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])

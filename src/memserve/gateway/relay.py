@@ -209,6 +209,8 @@ class Relay:
         if call.forward is None:
             return self._membership.ready()
         servers = self._membership.ready(MemberKind.VLLM)
+        if call.forward.renders:
+            return servers
         return [member for member in servers if member.role is not Role.PREFILL] or servers
 
     async def _try(
@@ -284,9 +286,11 @@ def _behind(call: GenerateCall, stream: ClientStream, answer: Answer) -> Generat
 
 
 def _planned(call: GenerateCall, plan: Plan) -> GenerateCall:
-    if call.forward is not None:  # its server computes the prompt, from the body
+    moves = plan.prefill or plan.fetch is not None
+    if call.forward is not None and not (moves and call.forward.renders):
+        # Its server computes the prompt, from the body.
         return msgspec.structs.replace(call, prompts=((0,),))
-    if not plan.prefill and plan.fetch is None:
+    if not moves:
         return call
     return msgspec.structs.replace(
         call,

@@ -299,7 +299,8 @@ class Instance:
 
         Raises ApiError where it is not taken.
         """
-        parts = self._ready().parts
+        served = self._ready()
+        parts, remote = served.parts, served.remote
         if parts.forwarder is None:
             raise invalid(
                 f"Instance {self.identity.id} has a built-in engine, which takes token ids only.",
@@ -309,12 +310,17 @@ class Instance:
         shared = self.standing.role in parts.sharing
         namespace = shared_namespace(call) if shared else private(call.id)
         with self._counted():
+            if remote is not None and (call.prefill or call.fetch is not None):
+                await remote.bring(call, namespace)
             try:
                 async with parts.forwarder.answer(call, forward, namespace) as answer:
                     log.info("%s %s: %d", call.id, forward.path, answer.status)
                     yield answer
             except QueueFull as error:
                 raise queue_full(str(error), self._rate.retry_after(error.waiting)) from error
+            finally:
+                if parts.link is not None and not shared:
+                    parts.link.forget(namespace)
         self._rate.record(call.n)
 
     async def prefill(self, call: PrefillCall) -> PrefillResult:

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from memserve.api.errors import ApiError
-from memserve.api.generate import FinishReason, GenerateCall, PrefillPeer
+from memserve.api.generate import FinishReason, GenerateCall, PrefillPeer, SamplingParams
 from memserve.api.handoff import PREFILL_PATH, PoolPeer, PrefillCall, PrefillResult
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import HandoffTotals
@@ -29,7 +29,7 @@ from memserve.instance.fetch import Fetcher
 from memserve.instance.figures import SequenceFigures
 from memserve.instance.generation import shared_namespace
 from memserve.instance.link import KVLink
-from memserve.instance.submission import Submission
+from memserve.instance.submission import Submission, token_array
 from memserve.types import Namespace, RequestId, TokenArray
 
 log = logging.getLogger(__name__)
@@ -104,6 +104,27 @@ class RemotePrefill:
                     group.create_task(self._start(call, sequences, figures, mailbox))
         except* ApiError as errors:
             mailbox.fail(_first(errors))
+
+    async def bring(self, call: GenerateCall, namespace: Namespace) -> None:
+        """Have the KV of a call's prompt come into `namespace` here, computed or held elsewhere:
+        for a server that computes the prompt from a body, and then finds it."""
+        prompt = token_array(call.prompts[0], "prompt")
+        request = EngineRequest(
+            id=RequestId(f"{call.id}-forward"),
+            prompt=prompt,
+            # Of two tokens, so that somebody wants the KV of the first one's prompt.
+            sampling=SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True),
+            namespace=namespace,
+            priority=call.priority,
+        )
+        shared = shared_namespace(call)
+        if call.prefill:
+            await self._let_return(prompt)
+            result = await self._prefill(call, request, shared)
+            if result is not None:
+                self._note(result, request, SequenceFigures(self._clock.now()))
+                return
+        await self._fetcher.fetch(call.fetch, request.id, prompt, shared, namespace)
 
     async def _start(
         self,

@@ -312,10 +312,11 @@ def _instance(
 def _events(vllm_config: Any, kv_cache_config: Any) -> TierEvents | None:
     """None where nobody listens, or vLLM's names are not those of the pool's blocks."""
     told, cache = vllm_config.kv_events_config, vllm_config.cache_config
-    (first, *others) = kv_cache_config.kv_cache_groups
-    block = first.kv_cache_spec.block_size
-    if told is None or not told.enable_kv_cache_events or others:
+    if told is None or not told.enable_kv_cache_events:
         return None
+    # Of all groups: a block of the pool has its part of each. Who follows vLLM's events looks at
+    # the group with full attention, which is named in the same way.
+    block = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
     hashed = getattr(kv_cache_config, "hash_block_size", None) or block
     if not hashed == block == cache.block_size:
         return None
