@@ -111,6 +111,7 @@ class Output:
     sampled: list[tuple[FakeRequest, int]]
     loaded: set[str]
     failed: set[str]
+    invalid: set[int]  # blocks
     done: CopiesDone | None
 
 
@@ -131,12 +132,21 @@ class FakeVllm:
     """One engine with two tensor-parallel workers."""
 
     def __init__(
-        self, rng: Random, *, blocks: int, dram_blocks: int, late: int, budget: int = 24
+        self,
+        rng: Random,
+        *,
+        blocks: int,
+        dram_blocks: int,
+        late: int,
+        budget: int = 24,
+        by_block: bool = False,
     ) -> None:
-        """`late`: steps until an output is looked at. `budget`: tokens of a step."""
+        """`late`: steps until an output is looked at. `budget`: tokens of a step. `by_block`: loads
+        that fail are told by their blocks, as before 0.30."""
         self._rng = rng
         self._late = late
         self._budget = budget
+        self._by_block = by_block
         self.pool = MemPool(LAYOUT, hbm_blocks=0, dram_blocks=dram_blocks, instance="vllm")
         self.events = TierEvents(BLOCK, name_of)
         self.connector = PoolScheduler(self.pool, RANKS, self.events)
@@ -147,7 +157,7 @@ class FakeVllm:
         ]
         self.workers = []
         for rank in range(RANKS):
-            worker = StumblingWorker([LAYERS], rank, RANKS)
+            worker = StumblingWorker([LAYERS], rank, RANKS, blocks)
             worker.register(self.kv[rank])
             worker.failing = set()
             self.workers.append(worker)
@@ -275,7 +285,9 @@ class FakeVllm:
                 if request in self.running:  # and was not preempted when that was on its way
                     self._check(request)
                 self.abort(request)
-        self.connector.update(output.loaded, output.failed, set(), output.done)
+        failed, invalid = output.failed, output.invalid
+        told = (set(), invalid) if self._by_block else (failed, set())
+        self.connector.update(output.loaded, *told, output.done)
         self._hear()
         for request_id in output.loaded:
             gone = self._aborted_loading.pop(request_id, None)
@@ -333,7 +345,8 @@ class FakeVllm:
         whole = done[0].aggregate(done[1]) if len(done) == RANKS else None
         assert bool(done) == (whole is not None)
         failed = set().union(*(failed for _, failed in told))
-        return Output(sampled, told[0][0] & told[1][0], failed, whole)
+        invalid = set().union(*(worker.take_invalid() for worker in self.workers))
+        return Output(sampled, told[0][0] & told[1][0], failed, invalid, whole)
 
     # --- blocks
 

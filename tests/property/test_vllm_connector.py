@@ -23,10 +23,17 @@ def request_of(number: int, rng: Random) -> FakeRequest:
     return FakeRequest(f"r{number}", prompt, len(prompt) + rng.randint(1, 9), rng.choice(SALTS))
 
 
-@given(st.randoms(use_true_random=False), st.sampled_from((0, 1)), st.sampled_from((5, 12, 60)))
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_whatever_happens_blocks_hold_what_they_must(rng: Random, late: int, dram: int) -> None:
-    vllm = FakeVllm(rng, blocks=48, dram_blocks=dram, late=late)
+@given(
+    st.randoms(use_true_random=False),
+    st.sampled_from((0, 1)),
+    st.sampled_from((5, 12, 60)),
+    st.booleans(),
+)
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+def test_whatever_happens_blocks_hold_what_they_must(
+    rng: Random, late: int, dram: int, by_block: bool
+) -> None:
+    vllm = FakeVllm(rng, blocks=48, dram_blocks=dram, late=late, by_block=by_block)
     try:
         numbers = count()
         for _ in range(rng.randint(5, 60)):
@@ -106,7 +113,9 @@ def test_what_is_no_function_of_tokens_is_neither_saved_nor_loaded(vllm: FakeVll
     vllm.connector.close()
 
 
-def test_a_load_that_failed_is_computed_and_not_offered_again(vllm: FakeVllm) -> None:
+@pytest.mark.parametrize("by_block", [False, True])
+def test_a_load_that_failed_is_computed_and_not_offered_again(by_block: bool) -> None:
+    vllm = FakeVllm(Random(1), blocks=48, dram_blocks=40, late=0, by_block=by_block)
     run(vllm, "first", PROMPT)
     again = FakeRequest("again", list(PROMPT), len(PROMPT) + 5, None)
     vllm.submit(again)

@@ -1,6 +1,7 @@
 """The class that vLLM loads, in its scheduler and in each of its workers. It passes calls on.
 
-Written for vLLM 0.30 to 0.33, where the calls used here have the same form.
+Written for vLLM 0.30 to 0.33, where the calls used here have the same form; with what 0.27 to 0.29
+have instead.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
-    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
@@ -42,8 +42,8 @@ from memserve.vllm.connector.events import (
     TierEvents,
 )
 from memserve.vllm.connector.layout import (
-    LAYOUT,
     Origin,
+    Version,
     layout_of,
     require_version,
     settings_digest,
@@ -61,10 +61,17 @@ from memserve.vllm.connector.scheduler import PoolScheduler
 from memserve.vllm.connector.worker import Worker
 from memserve.vllm.pool_messages import PARAMETERS
 
+try:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+except ImportError:  # before 0.30, which asks `get_finished`
+    KVConnectorTransferResults = None
+
 KVConnectorMetadata.register(StepCopies)
 KVConnectorWorkerMetadata.register(CopiesDone)
 
 log = logging.getLogger(__name__)
+
+_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")  # methods of drafting that need none of their own
 
 
 class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -78,14 +85,15 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         """Raises ConfigError for what the pool cannot hold."""
         super().__init__(vllm_config, role, kv_cache_config)
-        require_version(vllm.__version__)
-        _require_plain(vllm_config, kv_cache_config)
+        version = require_version(vllm.__version__)
+        _require_plain(vllm_config, kv_cache_config, version)
         parallel = vllm_config.parallel_config
         if role == KVConnectorRole.SCHEDULER:
             self._begin(vllm_config, kv_cache_config)
         else:
             groups = [group.layer_names for group in kv_cache_config.kv_cache_groups]
-            self._worker = Worker(groups, parallel.rank, parallel.world_size)
+            blocks = kv_cache_config.num_blocks
+            self._worker = Worker(groups, parallel.rank, parallel.world_size, blocks)
 
     def _begin(self, vllm_config: Any, kv_cache_config: Any) -> None:
         if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
@@ -115,7 +123,7 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str:
-        return LAYOUT
+        return require_version(vllm.__version__).layout
 
     # --- workers
 
@@ -136,7 +144,14 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         loaded, failed = self._worker.take_loaded()
+        self._worker.take_invalid()  # said by the requests
         return KVConnectorTransferResults(set(), loaded, failed)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[None, set[str] | None]:
+        return None, self._worker.take_loaded()[0] or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_invalid() if KVConnectorTransferResults is None else set()
 
     def build_connector_worker_meta(self) -> CopiesDone | None:
         return self._worker.take_saved()
@@ -161,7 +176,7 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def update_connector_output(self, connector_output: Any) -> None:
         self._scheduler.update(
             connector_output.finished_recving or (),
-            connector_output.failed_recving or (),
+            getattr(connector_output, "failed_recving", None) or (),
             connector_output.invalid_block_ids,
             connector_output.kv_connector_worker_meta,
         )
@@ -218,7 +233,7 @@ def _vllm_event(event: Stored | Removed, block_tokens: int) -> Any:
     )
 
 
-def _require_plain(vllm_config: Any, kv_cache_config: Any) -> None:
+def _require_plain(vllm_config: Any, kv_cache_config: Any, version: Version) -> None:
     """Raises ConfigError for forms of parallelism and of caches that were not thought through."""
     parallel = vllm_config.parallel_config
     for name in ("pipeline", "decode_context", "prefill_context"):
@@ -231,18 +246,26 @@ def _require_plain(vllm_config: Any, kv_cache_config: Any) -> None:
         raise ConfigError(
             "MemServeConnector: more tensor-parallel ranks than KV heads are not supported"
         )
-    layout = kv_cache_config.kv_cache_layout
-    if layout is not None and str(layout).rpartition(".")[2] != LAYOUT:
+    layout, wanted = getattr(kv_cache_config, "kv_cache_layout", None), version.layout
+    if layout is not None and str(layout).rpartition(".")[2] != wanted:
         raise ConfigError(
-            f"MemServeConnector needs the KV cache layout {LAYOUT}, vLLM has chosen {layout}; "
-            f"another attention backend may allow it (VLLM_KV_CACHE_LAYOUT={LAYOUT})"
+            f"MemServeConnector needs the KV cache layout {wanted}, vLLM has chosen {layout}; "
+            f"another attention backend may allow it (VLLM_KV_CACHE_LAYOUT={wanted})"
+        )
+    if not version.is_full and len(kv_cache_config.kv_cache_groups) > 1:
+        raise ConfigError(
+            "MemServeConnector works with models of several KV cache groups (sliding windows "
+            "beside full attention) from vLLM 0.30 on"
         )
     if any(
         getattr(group.kv_cache_spec, "non_causal", False)
         for group in kv_cache_config.kv_cache_groups
     ):
         raise ConfigError("MemServeConnector needs causal attention: KV depends on what follows")
-    if any(group.is_eagle_group for group in kv_cache_config.kv_cache_groups):
+    drafts = vllm_config.speculative_config
+    if any(
+        getattr(group, "is_eagle_group", False) for group in kv_cache_config.kv_cache_groups
+    ) or (drafts is not None and drafts.method not in _WITHOUT_KV):
         raise ConfigError(
             "MemServeConnector does not work with draft models that have KV; n-gram drafts work"
         )
@@ -258,13 +281,20 @@ def _pool(vllm_config: Any, kv_cache_config: Any, settings: MemberSettings, name
         settings.model or _served_name(model),
         settings.revision if settings.revision is not None else _revision(model),
         settings_digest(model.hf_config.to_dict()),
-        f"{model.dtype} {model.quantization or ''} {_packing(kv_cache_config)}",
+        f"{_pages(ranks)} {model.dtype} {model.quantization or ''} {_packing(kv_cache_config)}",
     )
     layout = layout_of(kv_cache_config.kv_cache_groups, origin, ranks)
     blocks = parse_bytes(str(settings.dram_bytes)) // layout.block_bytes
     if not blocks:
         raise ConfigError(f"dram_bytes: one block alone has {layout.block_bytes} bytes")
     return MemPool(layout, hbm_blocks=0, dram_blocks=blocks, instance=name)
+
+
+def _pages(ranks: int) -> str:
+    """The layout of a block's pages. Where it does not say that heads are outermost, it may differ
+    by the number of tensor-parallel ranks."""
+    version = require_version(vllm.__version__)
+    return version.layout if version.is_full else f"{version.layout} {ranks}"
 
 
 def _served_name(model: Any) -> str:

@@ -13,11 +13,13 @@ from memserve.errors import ConfigError
 from memserve.pool.layout import DTYPES, KVLayout
 
 # Heads outermost in a page: the pages of a tensor-parallel group, one behind the other, are those
-# of a server without one.
+# of a server without one. Before 0.30 it had another name, and not every backend's pages were so.
 LAYOUT = "LBHNC"
+_FORMER_LAYOUT = "HND"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "int8"}
 # Of vLLM, the lowest and the highest: those in which the facade's calls have the same form.
-VERSIONS = ((0, 30), (0, 33))
+VERSIONS = ((0, 27), (0, 33))
+_FULL = (0, 30)  # from here on: loads of several cache groups may fail, and are computed
 
 
 # Of a configuration: where it is from, not what is computed.
@@ -41,7 +43,24 @@ class Group(Protocol):
     kv_cache_spec: Spec
 
 
-def require_version(version: str) -> None:
+class Version(NamedTuple):
+    """Of vLLM, as far as the connector depends on it."""
+
+    major: int
+    minor: int
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a load that fails can be told by request."""
+        return self >= _FULL
+
+    @property
+    def layout(self) -> str:
+        """Its name for the layout of pages that the pool can hold."""
+        return LAYOUT if self.is_full else _FORMER_LAYOUT
+
+
+def require_version(version: str) -> Version:
     """Raises ConfigError for a vLLM that the connector does not know."""
     lowest, highest = (".".join(map(str, one)) for one in VERSIONS)
     try:
@@ -52,6 +71,7 @@ def require_version(version: str) -> None:
         raise ConfigError(
             f"MemServeConnector works with vLLM {lowest} to {highest}; this is {version}"
         )
+    return Version(major, minor)
 
 
 class Origin(NamedTuple):
@@ -97,7 +117,7 @@ def layout_of(groups: Sequence[Group], origin: Origin, ranks: int) -> KVLayout:
         model=origin.model,
         revision=origin.revision,
         rope=origin.settings,
-        quantization=f"vllm {LAYOUT} {origin.packing}",
+        quantization=f"vllm {origin.packing}",
     )
     if layout.block_bytes != first.page_size_bytes * layout.layers * ranks:
         raise ConfigError(

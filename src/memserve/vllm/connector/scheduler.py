@@ -68,12 +68,13 @@ class Step(Protocol):
 class _Known:
     """A request, from its arrival until nothing of it is on its way."""
 
-    __slots__ = ("match", "offered_from", "order", "request", "sequence")
+    __slots__ = ("loading_into", "match", "offered_from", "order", "request", "sequence")
 
     def __init__(self, request: Request, sequence: Sequence, order: int) -> None:
         self.request = request
         self.sequence = sequence
         self.order = order  # 0: none
+        self.loading_into: list[list[int]] = []  # vLLM's blocks, by group
         self.match: Match | None = None  # what was offered, or is being loaded
         self.offered_from = 0  # blocks
 
@@ -151,6 +152,7 @@ class PoolScheduler:
         last = min(first + external // self._block, len(match.refs))
         own = [np.array(ids[first:last], dtype=np.int64) for ids in block_ids]
         self._loads.append(Copy(request_id, 0, own, ref_index(match.refs[first:last])))
+        known.loading_into = [ids.tolist() for ids in own]
         known.sequence.load_began()
 
     # --- each step ------------------------------------------------------------------------
@@ -229,7 +231,8 @@ class PoolScheduler:
             self._void(request_id)
         if invalid:
             for request_id, known in self._known.items():
-                if any(not invalid.isdisjoint(ids) for ids in known.sequence.block_ids):
+                ids = *known.sequence.block_ids, *known.loading_into
+                if any(not invalid.isdisjoint(each) for each in ids):
                     self._void(request_id)
         if done is not None:
             for job, workers in done.saves.items():
@@ -238,6 +241,7 @@ class PoolScheduler:
             ended = self._known.get(request_id)
             if ended is not None and ended.sequence.loading:
                 ended.unpin()
+                ended.loading_into = []
                 ended.sequence.load_ended()
                 self._leave(ended)
 

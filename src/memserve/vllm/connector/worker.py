@@ -27,17 +27,19 @@ Bytes = NDArray[np.uint8]
 class Worker:
     """One rank's."""
 
-    def __init__(self, groups: Sequence[Sequence[str]], rank: int, ranks: int) -> None:
-        """`groups`: the layers' names, by KV cache group."""
+    def __init__(self, groups: Sequence[Sequence[str]], rank: int, ranks: int, blocks: int) -> None:
+        """`groups`: the layers' names, by KV cache group. `blocks`: of vLLM."""
         self._names = [(name, group) for group, names in enumerate(groups) for name in names]
         self._rank = rank
         self._ranks = ranks
+        self._blocks = blocks
         self._layers: list[tuple[int, torch.Tensor]] = []  # group; uint8 [blocks, page]
         self._page = 0
         self._page_locked = False  # the memory is, for copies from and to a GPU
         self._segments: list[tuple[PoolMemory, Bytes]] = []  # [blocks, layers, ranks, page]
         self._loaded: set[str] = set()
         self._failed: set[str] = set()
+        self._invalid: set[int] = set()
         self._done = CopiesDone({}, set())
 
     def register(self, kv_caches: MappingOf[str, torch.Tensor]) -> None:
@@ -46,8 +48,12 @@ class Worker:
         self._layers = []
         for name, group in self._names:
             tensor = kv_caches.get(name)
-            if tensor is None or not tensor[0].is_contiguous():
-                raise ConfigError(f"{name}: a block of this layer is not one run of bytes")
+            whole = tensor is not None and len(tensor) == self._blocks
+            if tensor is None or not whole or not tensor[0].is_contiguous():
+                raise ConfigError(
+                    f"{name}: a block of this layer is not one run of bytes; another attention "
+                    "backend, or vLLM from 0.30 on, may have it so"
+                )
             size = tensor[0].numel()
             pages = torch.as_strided(
                 tensor, (len(tensor), size), (tensor.stride(0), 1), tensor.storage_offset()
@@ -68,6 +74,7 @@ class Worker:
             except SegmentGone as error:
                 log.warning("%s: KV was not loaded: %s", copy.request, error)
                 self._failed.add(copy.request)
+                self._invalid.update(int(block) for own in copy.own for block in own if block)
             self._loaded.add(copy.request)  # vLLM wants to hear of failed ones in both ways
 
     def save(self, copies: StepCopies) -> None:
@@ -84,6 +91,11 @@ class Worker:
         """Requests whose loads have ended since the last call, and those of them that failed."""
         told = self._loaded, self._failed
         self._loaded, self._failed = set(), set()
+        return told
+
+    def take_invalid(self) -> set[int]:
+        """vLLM's blocks whose loads have failed since the last call."""
+        told, self._invalid = self._invalid, set()
         return told
 
     def take_saved(self) -> CopiesDone | None:
