@@ -23,7 +23,10 @@ from memserve.vllm.server import tier_settings
 from tests.fakes import url_told
 from tests.insider import ask
 
-PYTHON, MISSING = python_of("vllm", ROOT), why_missing("vllm", ROOT)
+# Of another version than the installed one: the interpreter of its environment.
+OTHER = os.environ.get("MEMSERVE_TEST_VLLM")
+PYTHON = Path(OTHER) if OTHER else python_of("vllm", ROOT)
+MISSING = None if OTHER else why_missing("vllm", ROOT)
 # A server takes half a minute to start, and minutes where the machine has other work.
 START_SECONDS = 280
 SOURCE = Path(memserve.__file__).parents[1]  # vLLM's environment has no package of ours

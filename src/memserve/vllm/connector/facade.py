@@ -99,6 +99,12 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
             raise ConfigError("MemServeConnector needs 'kv_load_failure_policy': 'recompute'")
         settings = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        served = settings.socket is not None or settings.gateways
+        if served and vllm_config.parallel_config.data_parallel_size > 1:
+            raise ConfigError(
+                "MemServeConnector: an instance has one engine; start a server for each "
+                "data-parallel rank"
+            )
         name = settings.instance or f"vllm-{vllm_config.instance_id}"
         pool = _pool(vllm_config, kv_cache_config, settings, name)
         path = None if settings.socket is None else Path(settings.socket)
