@@ -22,6 +22,7 @@ from memserve.types import Medium, ref_index
 from memserve.vllm.connector.events import Removed, TierEvents
 from memserve.vllm.connector.metadata import CopiesDone, Copy
 from memserve.vllm.connector.scheduler import BlockIds, PoolScheduler
+from memserve.vllm.connector.sequence import Spaces
 from memserve.vllm.connector.worker import Worker
 
 BLOCK, RANKS, LAYERS = 4, 2, ("a", "b")
@@ -148,8 +149,9 @@ class FakeVllm:
         self._budget = budget
         self._by_block = by_block
         self.pool = MemPool(LAYOUT, hbm_blocks=0, dram_blocks=dram_blocks, instance="vllm")
-        self.events = TierEvents(BLOCK, name_of)
-        self.connector = PoolScheduler(self.pool, RANKS, self.events)
+        spaces = self.spaces = Spaces()
+        self.events = TierEvents(BLOCK, name_of, spaces)
+        self.connector = PoolScheduler(self.pool, RANKS, spaces, self.events)
         self.told: dict[bytes | int, int] = {}  # blocks that events tell of; their depth
         self.kv = [
             {name: torch.zeros(blocks, PAGE, dtype=torch.uint8) for name in LAYERS}
@@ -388,18 +390,19 @@ class FakeVllm:
         seen = 0
         for run in self.pool.indexed(lambda: None):
             tokens = np.frombuffer(run.data, dtype=np.int32).tolist()
+            salt = self.spaces.salt(run.namespace)
+            if salt is None:  # was pinned when they were changed
+                continue
             before = [] if run.parent is None else paths[int(run.parent)][1]
             for at, ref in enumerate(run.refs):
                 so_far = before + tokens[: (at + 1) * BLOCK]
-                paths[int(ref)] = run.namespace, so_far
+                paths[int(ref)] = salt, so_far
                 index = int(ref_index(np.array([ref]))[0]) - extent.start
                 for layer, name in enumerate(LAYERS):
                     for rank in range(RANKS):
-                        wanted = right_page(
-                            run.namespace, so_far, rank, name, len(so_far) // BLOCK - 1
-                        )
+                        wanted = right_page(salt, so_far, rank, name, len(so_far) // BLOCK - 1)
                         assert memory[index, layer, rank].tobytes() == wanted
-                names.add(names_of(run.namespace, so_far)[-1])
+                names.add(names_of(salt, so_far)[-1])
                 seen += 1
         assert names == set(self.told) == self.events.held
         return seen

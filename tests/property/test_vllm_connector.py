@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from memserve.types import Medium
 from tests.fake_vllm_scheduler import BLOCK, FakeRequest, FakeVllm
 
+WAYS = ("submit", "step", "step")
 SALTS = (None, None, "tenant")
 
 
@@ -37,7 +38,7 @@ def test_whatever_happens_blocks_hold_what_they_must(
     try:
         numbers = count()
         for _ in range(rng.randint(5, 60)):
-            match rng.choice(("submit", "submit", "step", "step", "step", "abort", "preempt")):
+            match rng.choice((*WAYS, *WAYS, "abort", "preempt", "reset")):
                 case "submit":
                     request = request_of(next(numbers), rng)
                     vllm.submit(request)
@@ -45,6 +46,9 @@ def test_whatever_happens_blocks_hold_what_they_must(
                         vllm.fail_next_load(request)
                 case "step":
                     vllm.step()
+                case "reset":
+                    if rng.random() < 0.3:
+                        vllm.connector.reset()
                 case "abort":
                     everything = [*vllm.waiting, *vllm.running, *vllm.loading.values()]
                     if everything:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,11 +56,12 @@ def test_settings_that_are_wrong_are_named_with_those_there_are(
         (["serve", "model"], "http://127.0.0.1:8000"),
         (["--port", "9", "--host", "0.0.0.0"], "http://127.0.0.1:9"),
         (["--port=9", "--host", "10.0.0.1"], "http://10.0.0.1:9"),
+        (["--ssl_certfile", "x.pem", "--port", "9"], "https://127.0.0.1:9"),
         (["--host", "fd00::1", "--ssl-certfile", "x.pem"], "https://[fd00::1]:8000"),
     ],
 )
 def test_a_server_s_command_line_tells_where_it_listens(arguments: list[str], url: str) -> None:
-    said = read_arguments([*arguments, "--block-size", "32", "--api-key", "k"])
+    said = read_arguments([*arguments, "--block-size", "32", "--api_key", "k"])
     assert said is not None
     assert (said.url, said.key) == (url, "k")
 
@@ -114,3 +116,30 @@ def test_an_instance_that_ends_is_started_again_until_its_server_ends(
     assert key.read_text() == "secret"
     assert "VLLM_API_KEY" not in os.environ
     assert not directory.exists()
+
+
+def test_what_cannot_be_started_now_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(member, "FIRST_PAUSE_SECONDS", 0.01)
+    program = tmp_path / "program"
+    own = Member()
+    own.start([str(program)], None)
+    time.sleep(0.1)
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/begun\ncat\n")
+    program.chmod(0o700)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    own.close()
+
+
+def test_what_a_killed_engine_has_left_the_next_one_removes() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    left = Path(tempfile.mkdtemp(prefix=f"memserve-member-{process.pid}-"))
+    alive = Member()
+    assert not left.exists()
+    other = Member()
+    assert alive.pool.parent.exists()
+    for each in (alive, other):
+        each.close()

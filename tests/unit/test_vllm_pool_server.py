@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from memserve.api.handoff import PoolPeer
 from memserve.api.namespaces import cache_salt_of, private, salted
 from memserve.config import Caching
-from memserve.errors import EngineStopped, PoolError, TransferError
+from memserve.errors import EngineStopped, PeerLost, PoolError, TransferError, TransferTimeout
 from memserve.pool.layout import KVLayout
 from memserve.secrets import cluster_secret
 from memserve.transfer import kv_link
@@ -23,7 +24,9 @@ from memserve.transfer.kv_link import Pushed
 from memserve.transfer.mempool import MemPool
 from memserve.types import SHARED, InstanceId, Medium, Namespace, TokenArray, ref_index
 from memserve.vllm import pool_messages as m
+from memserve.vllm import remote_link
 from memserve.vllm.connector.pool_server import PoolServer
+from memserve.vllm.connector.sequence import Spaces
 from memserve.vllm.remote_link import RemoteLink
 from tests.waiting import until
 
@@ -37,13 +40,14 @@ class End:
     """A vLLM server's pool, and its instance's link to it."""
 
     pool: MemPool
+    spaces: Spaces
     server: PoolServer
     link: RemoteLink
     path: Path
 
-    def fill(self, blocks: int, namespace: str = SHARED) -> None:
+    def fill(self, blocks: int, salt: str = "") -> None:
         """The index has the first blocks of TOKENS, each of its own bytes."""
-        tokens = TOKENS[: blocks * BLOCK]
+        tokens, namespace = TOKENS[: blocks * BLOCK], self.spaces.of(salt)
         with self.pool.match(tokens, namespace) as match:
             refs = self.pool.alloc_mem(blocks - len(match.refs), Medium.DRAM)
             (extent,) = self.pool.extents(Medium.DRAM)
@@ -51,10 +55,10 @@ class End:
                 extent.memory.view(extent.blocks, -1)[place] = at + 1
             self.pool.insert(tokens, np.concatenate((match.refs, refs)), namespace)
 
-    def has(self, namespace: str = SHARED) -> list[int]:
+    def has(self, salt: str = "") -> list[int]:
         """The bytes of what it has of TOKENS."""
         (extent,) = self.pool.extents(Medium.DRAM)
-        with self.pool.match(TOKENS, namespace) as match:
+        with self.pool.match(TOKENS, self.spaces.of(salt)) as match:
             rows = extent.memory.view(extent.blocks, -1)[ref_index(match.refs).tolist()]
         assert all((row == row[0]).all() for row in rows)
         return [int(row[0]) for row in rows]
@@ -62,10 +66,12 @@ class End:
 
 def end(path: Path, name: str, blocks: int = 16, caching: Caching = "full") -> End:
     pool = MemPool(LAYOUT, hbm_blocks=0, dram_blocks=blocks, instance=name)
-    server = PoolServer(pool, path)
+    spaces = Spaces()
+    server = PoolServer(pool, spaces, path)
+    server.start()
     secret = cluster_secret()
     link = RemoteLink(path, InstanceId(name), "127.0.0.1", secret, caching, "by-request-agg")
-    return End(pool, server, link, path)
+    return End(pool, spaces, server, link, path)
 
 
 @pytest.fixture
@@ -108,7 +114,7 @@ async def test_what_is_ready_early_goes_early_and_counts_as_sent(ends: tuple[End
     stream = await p.link.stream(d.link.address, TOKENS, SHARED, salted("t"))
     for blocks in (2, 3, 5):
         p.fill(blocks)
-        p.server.ready(stream.number, TOKENS[: blocks * BLOCK], SHARED)
+        p.server.ready(stream.number, TOKENS[: blocks * BLOCK], p.spaces.of(""))
     await until(lambda: len(d.has("t")) == 5, "five blocks")
     p.fill(6)
     assert await stream.deliver() == Pushed(6, 0)
@@ -122,10 +128,12 @@ async def test_who_names_an_order_that_nobody_gave_sends_nothing(ends: tuple[End
     p, d = ends
     p.fill(6)
     stream = await p.link.stream(d.link.address, TOKENS, SHARED, SHARED)
-    p.server.ready(stream.number + 1, TOKENS, SHARED)
+    p.server.ready(stream.number + 1, TOKENS, p.spaces.of(""))
+    p.server.ready(stream.number, TOKENS, p.spaces.of("another's"))
+    p.server.ready(stream.number, TOKENS + 1, p.spaces.of(""))
     stream.close()
     await until(lambda: not p.server._orders, "the end of all orders")
-    p.server.ready(stream.number, TOKENS, SHARED)
+    p.server.ready(stream.number, TOKENS, p.spaces.of(""))
     assert await p.link.cached(TOKENS, SHARED) == len(TOKENS)  # whatever was asked before is done
     assert d.has() == []
 
@@ -196,6 +204,127 @@ async def test_a_call_that_is_cancelled_is_over(ends: tuple[End, End]) -> None:
         Pushed(sent, 6 - sent) for sent in range(7)
     )
     assert d.has() == [1, 2, 3, 4, 5, 6]
+
+
+async def test_kv_of_other_weights_is_found_nowhere(ends: tuple[End, End]) -> None:
+    """Whatever is pinned, or on its way, when weights are changed."""
+    p, d = ends
+    p.fill(6)
+    with p.pool.match(TOKENS, p.spaces.of("")):
+        p.spaces.renew()
+        p.pool.delete(np.empty(0, dtype=np.int32), "0:")
+        assert p.has() == []
+    assert await p.link.cached(TOKENS, SHARED) == 0
+    p.fill(3)
+    # The peer's are not changed yet: it gets what it will find when they are.
+    assert await p.link.push(d.link.address, TOKENS, SHARED, SHARED) == Pushed(3, 0)
+    assert d.has() == []
+    d.spaces.renew()
+    assert d.has() == [1, 2, 3]
+
+
+async def test_a_push_that_is_given_up_takes_what_was_sent_early_with_it(
+    ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, d = ends
+    p.fill(6)
+    stream = await p.link.stream(d.link.address, TOKENS, SHARED, SHARED)
+    held = asyncio.Event()
+
+    async def push(*args: object) -> Pushed:
+        await held.wait()
+        raise AssertionError("it was given up")
+
+    assert p.server._link is not None
+    monkeypatch.setattr(p.server._link, "push", push)
+    p.server.ready(stream.number, TOKENS, p.spaces.of(""))
+    order = p.server._orders[stream.number]
+    await until(lambda: order.begun, "the early push")
+    delivering = asyncio.ensure_future(stream.deliver())
+    await until(lambda: not p.server._orders, "the last one")
+    delivering.cancel()
+    await until(lambda: order.sending is not None and order.sending.done(), "both ends")
+    assert d.has() == []
+
+
+async def test_whatever_fails_is_answered(
+    ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, d = ends
+
+    def connect(*args: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(p.pool, "connect", connect)
+    with pytest.raises(TransferError, match="Too many open files"):
+        await p.link.push(d.link.address, TOKENS, SHARED, SHARED)
+    with pytest.raises(TransferError, match="ValueError"):
+        await p.link._call(m.Count(b"abc", SHARED), m.Counted)
+
+
+async def test_what_is_not_answered_in_time_is_given_up(
+    ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, d = ends
+    monkeypatch.setattr(remote_link, "CALL_SECONDS", 0.05)
+    monkeypatch.setattr(p.pool, "connect", lambda *_: time.sleep(0.5))
+    with pytest.raises(TransferTimeout, match="has not answered"):
+        await p.link.meet(d.link.address)
+
+
+async def test_a_pool_that_can_talk_to_nobody_ends_its_link(ends: tuple[End, End]) -> None:
+    p, _ = ends
+    running = asyncio.ensure_future(p.link.run())
+    assert await p.link.cached(TOKENS, SHARED) == 0
+    assert not running.done()
+    p.pool._failed.set_result(RuntimeError("its thread has ended"))
+    await asyncio.wait_for(running, 10)
+    with pytest.raises(TransferError, match="not there any more"):
+        await p.link.cached(TOKENS, SHARED)
+
+
+async def test_a_pool_of_another_name_is_refused(ends: tuple[End, End]) -> None:
+    p, _ = ends
+    other, secret = InstanceId("other"), cluster_secret()
+    with pytest.raises(EngineStopped, match="the vLLM server's pool is 'p', not 'other'"):
+        await asyncio.to_thread(
+            RemoteLink, p.path, other, "127.0.0.1", secret, "full", "by-request-agg"
+        )
+
+
+async def test_a_link_that_is_closed_says_so(tmp_path: Path) -> None:
+    one = end(tmp_path / "p", "p")
+    one.link.close()
+    with pytest.raises(TransferError, match="it is closed"):
+        await one.link.cached(TOKENS, SHARED)
+    one.link.close()
+    await asyncio.to_thread(one.server.close)
+    one.server.ready(1, TOKENS, one.spaces.of(""))
+    await asyncio.to_thread(one.pool.close)
+
+
+async def test_who_cannot_be_reached_is_asked_once_by_all(
+    ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, d = ends
+    asked = []
+
+    def connect(instance: str, address: str) -> None:
+        asked.append(instance)
+        raise PeerLost("nobody answers")
+
+    monkeypatch.setattr(p.pool, "connect", connect)
+    results = await asyncio.gather(
+        *(p.link.meet(d.link.address) for _ in range(20)), return_exceptions=True
+    )
+    assert all(isinstance(each, TransferError) for each in results)
+    with pytest.raises(TransferError, match="nobody answers"):
+        await p.link.meet(d.link.address)
+    assert asked == ["d"]
+    monkeypatch.undo()
+    monkeypatch.setattr(kv_link, "REFUSED_SECONDS", 0.0)
+    await asyncio.sleep(1.1)
+    await p.link.meet(d.link.address)
 
 
 GARBAGE = [

@@ -84,9 +84,10 @@ class Fetcher:
         size = self._link.block_tokens
         useful = (len(tokens) - 1) // size * size
         try:
-            missing = useful - await self._link.cached(tokens[:useful], target)
-        except TransferError as error:
-            log.warning("%s: nothing is fetched: %s", request, error)
+            async with asyncio.timeout(MAX_FETCH_SECONDS):
+                missing = useful - await self._link.cached(tokens[:useful], target)
+        except (TransferError, TimeoutError) as error:
+            log.warning("%s: nothing is fetched: %s", request, error or "the pool is silent")
             return Fetched()
         if missing <= 0:
             return Fetched()

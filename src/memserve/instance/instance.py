@@ -176,6 +176,7 @@ class Instance:
         self._probes = itertools.count()
         self._runs = itertools.count()
         self._steps_seen = 0  # by the last health check that looked
+        self._linked: asyncio.Task[None] | None = None
         self._check: asyncio.Future[bool] | None = None  # the last one after a failure
 
     async def start(self, parts: Parts) -> None:
@@ -187,6 +188,8 @@ class Instance:
             raise SelfTestFailed("the engine did not produce a first token")
         for thread in parts.threads():
             self.vitals.thread(thread)
+        if parts.link is not None:
+            self._linked = self.vitals.task("link to the pool", parts.link.run())
         if self.state is InstanceState.STARTING:
             self.standing.become(InstanceState.READY)
 
@@ -196,7 +199,9 @@ class Instance:
 
     def change_role(self, role: Role) -> None:
         """Raises ApiError (409) where it is not ready to, or can never have that role."""
-        if role is not Role.COLOCATED and self._served is not None and self._served.fetcher is None:
+        alone = self._served is not None and self._served.fetcher is None
+        server = self.identity.kind is not MemberKind.MEMSERVE
+        if server and alone and role is not Role.COLOCATED:
             raise conflict(
                 f"Instance {self.identity.id} has no link to others and hands no KV over; its "
                 "role is 'colocated'.",
@@ -225,6 +230,8 @@ class Instance:
     async def stop(self) -> None:
         """Stop the engine; calls that still run end with an error. Takes up to a step."""
         self.vitals.close()
+        if self._linked is not None:
+            self._linked.cancel()
         if self._served is not None:
             await asyncio.to_thread(self._served.parts.engine.stop)
 

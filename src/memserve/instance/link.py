@@ -69,6 +69,9 @@ class KVLink(Protocol):
         """The name of what KV would go to a peer by, after a round trip to it that moves none.
         Raises TransferError."""
 
+    async def run(self) -> None:
+        """Returns when nothing can be moved any more, and the instance is of no use."""
+
     def forget(self, namespace: Namespace) -> None:
         """Drop all KV of a namespace, and a while later what was pinned or came since."""
 

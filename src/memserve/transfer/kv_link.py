@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from time import monotonic
 
 import numpy as np
 
@@ -24,6 +25,9 @@ _ALL: TokenArray = np.empty(0, dtype=np.int32)
 # transfer on its last way. Longer than a step, and than a LEASE, after which the transfer of a
 # silent peer is never committed.
 LINGER_SECONDS = 2 * LEASE
+# How long a peer counts as one that cannot be reached, once that was found out.
+REFUSED_SECONDS = 1.0
+MAX_REFUSED = 1024  # peers that are remembered as such
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class PoolLink:
         self._pool = pool
         self._mode = mode
         self._peers: dict[InstanceId, str] = {}
+        self._meetings: dict[PoolPeer, asyncio.Task[None]] = {}
+        self._refused: dict[PoolPeer, tuple[float, TransferError | PoolError]] = {}
         self._lingering: set[asyncio.TimerHandle] = set()
 
     @property
@@ -93,10 +99,39 @@ class PoolLink:
         return LinkedStream(self, self._pool, self._mode, peer, tokens, source, target)
 
     async def meet(self, peer: PoolPeer) -> None:
-        """Connect to a peer, if that has not been done. Raises TransferError."""
-        if self._peers.get(peer.id) != peer.address:
+        """Connect to a peer, if that has not been done. Raises TransferError, LayoutMismatch.
+
+        Once for all who ask; and one that could not be reached a moment ago is not asked again: to
+        find that out takes seconds, and a thread.
+        """
+        if self._peers.get(peer.id) == peer.address:
+            return
+        until, error = self._refused.get(peer, (0.0, None))
+        if error is not None and monotonic() < until:
+            raise error.with_traceback(None)
+        meeting = self._meetings.get(peer)
+        if meeting is None:
+            meeting = self._meetings[peer] = asyncio.ensure_future(self._meet(peer))
+            meeting.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(meeting)
+
+    async def _meet(self, peer: PoolPeer) -> None:
+        try:
             await asyncio.to_thread(self._pool.connect, peer.id, peer.address)
+        except (TransferError, PoolError) as error:
+            if len(self._refused) >= MAX_REFUSED:
+                self._refused.clear()
+            self._refused[peer] = monotonic() + REFUSED_SECONDS, error
+            raise
+        else:
+            self._refused.pop(peer, None)
             self._peers[peer.id] = peer.address
+        finally:
+            del self._meetings[peer]
+
+    async def run(self) -> None:
+        """Never returns: whoever owns the pool watches its threads."""
+        await asyncio.Event().wait()
 
     async def transport(self, peer: PoolPeer) -> str:
         """The name of what KV would go to a peer by, after a round trip to it that moves none.
@@ -128,6 +163,8 @@ class PoolLink:
         for handle in self._lingering:
             handle.cancel()
         self._lingering.clear()
+        for meeting in list(self._meetings.values()):
+            meeting.cancel()
 
     async def _push(
         self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace

@@ -7,6 +7,9 @@ answered in any order, each once. Tokens are int32 bytes.
 
 from __future__ import annotations
 
+import os
+import socket
+import struct
 from typing import TypeVar
 
 import msgspec
@@ -18,6 +21,7 @@ from memserve.errors import TransferError
 from memserve.types import Namespace
 
 HEAD_BYTES = 4
+_CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
 MAX_FRAME_BYTES = 64 * 1024 * 1024  # the tokens of a prompt are by far the most of one
 
 # The key under which a request at the vLLM server names an order in its `kv_transfer_params`.
@@ -35,7 +39,7 @@ class Serve(msgspec.Struct, frozen=True, tag=True):
 
 
 class Count(msgspec.Struct, frozen=True, tag=True):
-    """How many leading tokens have KV? Answered by `Counted`."""
+    """How many leading tokens have KV? Answered by `Counted`. Namespaces are salts here."""
 
     tokens: bytes
     namespace: Namespace
@@ -65,11 +69,13 @@ class Push(msgspec.Struct, frozen=True, tag=True):
 
 
 class Order(msgspec.Struct, frozen=True, tag=True):
-    """From now on, what a request that names this order computes goes to a peer at once.
-    Answered by `Done`, as soon as the peer is met."""
+    """From now on, what a request that names this order computes of these tokens goes to a peer at
+    once. Answered by `Done`, as soon as the peer is met."""
 
     order: int
     peer: PoolPeer
+    tokens: bytes
+    source: Namespace
     target: Namespace
 
 
@@ -104,8 +110,9 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Served(msgspec.Struct, frozen=True, tag=True):
-    """Where the pool is reachable, and what it holds."""
+    """Whose pool it is, where it is reachable, and what it holds."""
 
+    instance: str
     address: str
     kv: str  # `KVLink.kv`
     block_bytes: int
@@ -165,6 +172,14 @@ def frame(message: Call | Reply) -> bytes:
     if len(body) > MAX_FRAME_BYTES:
         raise TransferError(f"a message of {len(body)} bytes to the pool of a vLLM server")
     return len(body).to_bytes(HEAD_BYTES) + body
+
+
+def require_own(connection: socket.socket) -> None:
+    """Raises TransferError where another user's process is on the other end."""
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, user, _ = _CREDENTIALS.unpack(data)
+    if user != os.getuid():
+        raise TransferError(f"user {user} has no business here")
 
 
 def body_bytes(head: bytes) -> int:

@@ -22,15 +22,20 @@ from memserve.api.handoff import PoolPeer
 from memserve.api.namespaces import cache_salt_of
 from memserve.api.status import PoolTotals
 from memserve.config import Caching, TransferMode
-from memserve.errors import EngineStopped, PoolError, TransferError
+from memserve.errors import EngineStopped, PoolError, TransferError, TransferTimeout
 from memserve.secrets import Secret
 from memserve.transfer.kv_link import Pushed
+from memserve.transfer.session import DEADLINE
 from memserve.types import SHARED, InstanceId, Namespace, RefArray, TokenArray
 from memserve.vllm import pool_messages as m
 
 log = logging.getLogger(__name__)
 
 ASK_SECONDS = 10.0  # for the first answer, before anything is under way
+# For an answer: longer than it takes to find out that a peer cannot be reached, or that a transfer
+# does not end, so that the answer says so.
+CALL_SECONDS = 15.0
+PUSH_SECONDS = 2 * DEADLINE
 
 _Heard = TypeVar("_Heard", m.Served, m.Counted, m.PushDone, m.Totals, m.Reached, m.Done)
 
@@ -89,6 +94,7 @@ class RemoteLink:
         try:
             self._socket.settimeout(ASK_SECONDS)
             self._socket.connect(str(path))
+            m.require_own(self._socket)  # it is told the secret
             said = m.Serve(host, None if secret.local else str(secret), caching, mode)
             self._socket.sendall(m.frame(m.Call(0, said)))
             with self._socket.makefile("rb") as file:
@@ -99,11 +105,15 @@ class RemoteLink:
         if not isinstance(heard, m.Served):
             self._socket.close()
             raise EngineStopped(f"the vLLM server's pool is not served: {heard}")
+        if heard.instance != instance:
+            self._socket.close()
+            raise EngineStopped(f"the vLLM server's pool is {heard.instance!r}, not {instance!r}")
         self._served = heard
         self._address = PoolPeer(instance, heard.address)
         self._waiting: dict[int, asyncio.Future[m.Heard]] = {}
         self._opening: asyncio.Task[asyncio.StreamWriter] | None = None
         self._background: set[asyncio.Task[object]] = set()
+        self._ended = asyncio.Event()
         self._lost = ""  # why there is no connection any more
         self._totals = PoolTotals()
         self._reading_totals = False
@@ -157,7 +167,12 @@ class RemoteLink:
         self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace
     ) -> PushOrder:
         number = int.from_bytes(os.urandom(7))  # which nobody else can name
-        await self._call(m.Order(number, peer, _theirs(target)), m.Done)
+        names = _theirs(source), _theirs(target)
+        try:
+            await self._call(m.Order(number, peer, tokens.tobytes(), *names), m.Done)
+        except asyncio.CancelledError:  # it may have been given all the same
+            self.withdraw(number)
+            raise
         return PushOrder(self, number, peer, tokens, source, target)
 
     async def meet(self, peer: PoolPeer) -> None:
@@ -172,12 +187,22 @@ class RemoteLink:
     def withdraw(self, order: int) -> None:
         self._in_background(self._say(m.Withdraw(order)))
 
+    async def run(self) -> None:
+        """Returns when there is no pool to talk to any more."""
+        with suppress(TransferError):
+            await self._writer()
+            await self._ended.wait()
+
     def close(self) -> None:
+        self._end("it is closed")
         for task in self._background:
             task.cancel()
         if self._opening is None:
             self._socket.close()
-        elif not self._opening.cancel() and self._opening.exception() is None:
+        elif not self._opening.done():
+            self._opening.cancel()
+            self._socket.close()
+        elif not self._opening.cancelled() and self._opening.exception() is None:
             self._opening.result().close()
 
     # --- calls ----------------------------------------------------------------------------
@@ -187,12 +212,17 @@ class RemoteLink:
         number = next(self._numbers)
         writer = await self._writer()
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        seconds = PUSH_SECONDS if isinstance(said, m.Push) else CALL_SECONDS
         try:
             writer.write(m.frame(m.Call(number, said)))
-            heard = await answer
+            async with asyncio.timeout(seconds):
+                heard = await answer
+        except TimeoutError as error:
+            self._give_up(writer, number)
+            text = f"the vLLM server's pool has not answered within {seconds:g} s"
+            raise TransferTimeout(text) from error
         except asyncio.CancelledError:
-            if not self._lost:
-                writer.write(m.frame(m.Call(next(self._numbers), m.Cancel(number))))
+            self._give_up(writer, number)
             raise
         finally:
             self._waiting.pop(number, None)
@@ -201,6 +231,10 @@ class RemoteLink:
         if not isinstance(heard, expected):
             raise TransferError(f"the vLLM server's pool answers {type(heard).__name__}")
         return heard
+
+    def _give_up(self, writer: asyncio.StreamWriter, number: int) -> None:
+        if not self._lost:
+            writer.write(m.frame(m.Call(next(self._numbers), m.Cancel(number))))
 
     async def _writer(self) -> asyncio.StreamWriter:
         if self._lost:
@@ -228,10 +262,15 @@ class RemoteLink:
             why = str(error)
             log.error("the connection to the vLLM server's pool has ended: %s", why)
         finally:
-            self._lost = f"the vLLM server's pool is not there any more: {why}"
-            for answer in self._waiting.values():
-                if not answer.done():
-                    answer.set_result(m.Failed(self._lost, of_pool=False))
+            self._end(why)
+
+    def _end(self, why: str) -> None:
+        """No call is answered any more."""
+        self._lost = self._lost or f"the vLLM server's pool is not there any more: {why}"
+        self._ended.set()
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_result(m.Failed(self._lost, of_pool=False))
 
     async def _say(self, said: m.Said) -> None:
         with suppress(TransferError, PoolError):  # a pool that is gone has forgotten

@@ -15,6 +15,7 @@ import numpy as np
 
 from memserve.pool.listener import StoredRun
 from memserve.types import RefArray
+from memserve.vllm.connector.sequence import Spaces
 
 MEDIUM = "CPU"  # vLLM's word for the host's memory
 BlockName = bytes | int
@@ -46,16 +47,22 @@ class TierEvents:
     """The pool's listener, which is called from any thread, under the pool's lock. The rest belongs
     to vLLM's scheduling thread."""
 
-    def __init__(self, block_tokens: int, name: NameBlock) -> None:
+    def __init__(self, block_tokens: int, name: NameBlock, spaces: Spaces) -> None:
+        """`spaces`: of the pool; what other weights have computed is not told."""
         self._block = block_tokens
+        self._spaces = spaces
         self._name = name
         self._names: dict[int, BlockName] = {}  # by the pool's reference
-        self._heard: deque[StoredRun | RefArray | _Moved] = deque()
+        self._heard: deque[StoredRun | RefArray | _Moved | None] = deque()  # None: renewed
 
     @property
     def held(self) -> set[BlockName]:
         """Blocks that were told of and not taken back."""
         return set(self._names.values())
+
+    def renewed(self) -> None:
+        """What was held until now is found no more."""
+        self._heard.append(None)
 
     def take(self) -> list[Stored | Removed]:
         """What has happened since the last call, in order."""
@@ -63,23 +70,33 @@ class TierEvents:
         while self._heard:
             match self._heard.popleft():
                 case StoredRun() as run:
-                    told.append(self._stored(run))
+                    salt = self._spaces.salt(run.namespace)
+                    if salt is not None and (run.parent is None or run.parent in self._names):
+                        told.append(self._stored(run, salt))
                 case _Moved(refs, old):
                     for ref, before in zip(refs.tolist(), old.tolist(), strict=True):
-                        self._names[ref] = self._names.pop(before)
-                case gone:
-                    told.append(Removed([self._names.pop(ref) for ref in gone.tolist()]))
+                        if before in self._names:
+                            self._names[ref] = self._names.pop(before)
+                case None:
+                    if self._names:
+                        told.append(Removed(list(self._names.values())))
+                    self._names.clear()
+                case refs:
+                    names = self._names
+                    gone = [names.pop(ref) for ref in refs.tolist() if ref in names]
+                    if gone:
+                        told.append(Removed(gone))
         return told
 
-    def _stored(self, run: StoredRun) -> Stored:
+    def _stored(self, run: StoredRun, salt: str) -> Stored:
         tokens = np.frombuffer(run.data, dtype=np.int32).tolist()
         above = parent = None if run.parent is None else self._names[run.parent]
         names = []
         for at, ref in enumerate(run.refs.tolist()):
             part = tokens[at * self._block : (at + 1) * self._block]
-            above = self._names[ref] = self._name(above, part, run.namespace)
+            above = self._names[ref] = self._name(above, part, salt)
             names.append(above)
-        return Stored(names, parent, tokens, run.namespace)
+        return Stored(names, parent, tokens, salt)
 
     # --- the pool's listener
 

@@ -7,6 +7,7 @@ have instead.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -58,6 +59,7 @@ from memserve.vllm.connector.member import (
 from memserve.vllm.connector.metadata import CopiesDone, StepCopies
 from memserve.vllm.connector.pool_server import PoolServer, Ready
 from memserve.vllm.connector.scheduler import PoolScheduler
+from memserve.vllm.connector.sequence import Spaces
 from memserve.vllm.connector.worker import Worker
 from memserve.vllm.pool_messages import PARAMETERS
 
@@ -113,14 +115,17 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._member = Member()
             path = self._member.pool
         ready: Ready = _nobody
+        spaces = Spaces()
         if path is not None:
-            self._server = PoolServer(pool, path)
+            self._server = PoolServer(pool, spaces, path)
             ready = self._server.ready
+        ranks = vllm_config.parallel_config.world_size
+        events = _events(vllm_config, kv_cache_config, spaces)
+        self._scheduler = PoolScheduler(pool, ranks, spaces, events, ready)
+        if self._server is not None:
+            self._server.start()
         if self._member is not None:
             self._member.start([*command, "--vllm-pool", str(path)], key)
-        ranks = vllm_config.parallel_config.world_size
-        events = _events(vllm_config, kv_cache_config)
-        self._scheduler = PoolScheduler(pool, ranks, events, ready)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -285,9 +290,9 @@ def _pool(vllm_config: Any, kv_cache_config: Any, settings: MemberSettings, name
     model, ranks = vllm_config.model_config, vllm_config.parallel_config.world_size
     origin = Origin(
         settings.model or _served_name(model),
-        settings.revision if settings.revision is not None else _revision(model),
+        _revision(model, settings.revision or ""),
         settings_digest(model.hf_config.to_dict()),
-        f"{_pages(ranks)} {model.dtype} {model.quantization or ''} {_packing(kv_cache_config)}",
+        " ".join((_pages(ranks), *_meanings(vllm_config), _packing(kv_cache_config))),
     )
     layout = layout_of(kv_cache_config.kv_cache_groups, origin, ranks)
     blocks = parse_bytes(str(settings.dram_bytes)) // layout.block_bytes
@@ -308,13 +313,31 @@ def _served_name(model: Any) -> str:
     return str((served[0] if isinstance(served, list) else served) or model.model)
 
 
-def _revision(model: Any) -> str:
-    """As `ModelDirectory.identity`: the commit of a hub's model, or a digest of a directory's
-    weights."""
+def _meanings(vllm_config: Any) -> list[str]:
+    """What decides what the bytes of a page mean, beside their type."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
+    rope = getattr(model.hf_config, "rope_parameters", None)
+    original = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
+    said = [model.dtype, model.quantization, cache.cache_dtype, backend]
+    # Some models turn keys in another way where longer contexts are allowed.
+    said.append(original is not None and model.max_model_len > original)
+    return list(map(str, said))
+
+
+def _revision(model: Any, given: str) -> str:
+    """As `ModelDirectory.identity`: a digest of a directory's weights, or the commit of a hub's
+    model; where nothing tells weights apart one of its own, unless the user has `given` one."""
+    if Path(model.model).is_dir() and (digest := weights_digest(Path(model.model))):
+        return digest
     commit = getattr(model.hf_config, "_commit_hash", None)
-    if commit is None and Path(model.model).is_dir():
-        return weights_digest(Path(model.model))
-    return str(commit or model.revision or "")
+    if known := str(commit or given or model.revision or ""):
+        return known
+    log.warning(
+        "which weights these are, nothing tells: no KV goes to other servers, unless all have the "
+        "same 'revision' in kv_connector_extra_config"
+    )
+    return f"unknown {os.urandom(16).hex()}"
 
 
 def _instance(
@@ -345,7 +368,7 @@ def _instance(
     return instance_command(settings, name, own, url, events), said.key if said else None
 
 
-def _events(vllm_config: Any, kv_cache_config: Any) -> TierEvents | None:
+def _events(vllm_config: Any, kv_cache_config: Any, spaces: Spaces) -> TierEvents | None:
     """None where nobody listens, or vLLM's names are not those of the pool's blocks."""
     told, cache = vllm_config.kv_events_config, vllm_config.cache_config
     if told is None or not told.enable_kv_cache_events:
@@ -356,7 +379,8 @@ def _events(vllm_config: Any, kv_cache_config: Any) -> TierEvents | None:
     hashed = getattr(kv_cache_config, "hash_block_size", None) or block
     if not hashed == block == cache.block_size:
         return None
-    return TierEvents(block, _names(get_hash_fn_by_name(cache.prefix_caching_hash_algo)))
+    digest = get_hash_fn_by_name(cache.prefix_caching_hash_algo)
+    return TierEvents(block, _names(digest), spaces)
 
 
 class _Salted(NamedTuple):
@@ -384,7 +408,7 @@ def _packing(kv_cache_config: Any) -> str:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        return str(current_platform.device_type)
+        return f"{current_platform.device_type} {current_platform.__class__.__name__}"
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec

@@ -102,6 +102,12 @@ def layout_of(groups: Sequence[Group], origin: Origin, ranks: int) -> KVLayout:
                     f"the pool cannot hold a KV cache of {type(group.kv_cache_spec).__name__}; "
                     "attention with keys and values works, state-space layers do not"
                 )
+        slots = getattr(group.kv_cache_spec, "num_head_slots", None)
+        if slots not in (None, group.kv_cache_spec.num_kv_heads):
+            raise ConfigError(
+                "the pool cannot hold a KV cache whose pages have all heads in one (of this "
+                "attention backend); another one may have them apart"
+            )
     first, *others = (group.kv_cache_spec for group in groups)
     for other in others:
         if (other.block_size, other.page_size_bytes) != (first.block_size, first.page_size_bytes):

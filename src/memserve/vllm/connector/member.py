@@ -13,14 +13,16 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir, mkdtemp
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
+from memserve.api.control import how_ended
 from memserve.config import CacheConfig, Caching, InstanceConfig, ModelConfig
 from memserve.errors import ConfigError
 from memserve.flags import to_flags
@@ -33,6 +35,7 @@ KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own
 # Between lives of an instance that ends by itself: twice as long each time, up to the last one.
 FIRST_PAUSE_SECONDS = 1.0
 LAST_PAUSE_SECONDS = 60.0
+_PREFIX = "memserve-member-"
 END_SECONDS = 5.0  # to leave its gateways, before it is killed
 
 
@@ -79,7 +82,7 @@ def read_arguments(arguments: Sequence[str]) -> ServerArguments | None:
     for name in ("--host", "--port", "--api-key", "--ssl-certfile", "--uds", "--config"):
         parser.add_argument(name)
     try:
-        known, _ = parser.parse_known_args(list(arguments))
+        known, _ = parser.parse_known_args([_with_dashes(each) for each in arguments])
     except argparse.ArgumentError:
         return None
     if known.uds or known.config:
@@ -88,6 +91,14 @@ def read_arguments(arguments: Sequence[str]) -> ServerArguments | None:
     host = "127.0.0.1" if host in WILDCARDS else bracketed(host)
     scheme = "https" if known.ssl_certfile else "http"
     return ServerArguments(f"{scheme}://{host}:{known.port or 8000}", known.api_key)
+
+
+def _with_dashes(argument: str) -> str:
+    """As vLLM reads the name of a flag."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def instance_command(
@@ -120,8 +131,10 @@ class Member:
     """The instance's process, started again when it ends by itself. From `start` to `close`."""
 
     def __init__(self) -> None:
-        self._directory = Path(mkdtemp(prefix="memserve-member-"))  # for this user alone
+        _sweep()
+        self._directory = Path(mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))  # for this user alone
         self.pool = self._directory / "pool"
+        self._lock = threading.Lock()  # of what follows
         self._closing = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
@@ -138,8 +151,9 @@ class Member:
         run.start()
 
     def close(self) -> None:
-        self._closing.set()
-        process = self._process
+        with self._lock:  # from here on none is started
+            self._closing.set()
+            process = self._process
         if process is not None:
             process.terminate()
             try:
@@ -153,11 +167,33 @@ class Member:
     def _keep(self, command: list[str], environment: dict[str, str]) -> None:
         pause = FIRST_PAUSE_SECONDS
         while not self._closing.is_set():
-            # Its standard input closes when this process ends, however: it ends then, too.
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
-            code = self._process.wait()
-            if self._closing.wait(0):
+            begun = time.monotonic()
+            how = self._live(command, environment)
+            if self._closing.is_set():
                 return
-            log.error("the instance of this server has ended (%d); again in %g s", code, pause)
+            if time.monotonic() >= begun + LAST_PAUSE_SECONDS:
+                pause = FIRST_PAUSE_SECONDS
+            log.error("the instance of this server has ended (%s); again in %g s", how, pause)
             self._closing.wait(pause)
             pause = min(2 * pause, LAST_PAUSE_SECONDS)
+
+    def _live(self, command: list[str], environment: dict[str, str]) -> str:
+        """One life of the process; how it ended."""
+        try:
+            with self._lock:
+                if self._closing.is_set():
+                    return "not begun"
+                # Its standard input closes when this process ends, however: it ends then, too.
+                process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+                self._process = process
+        except OSError as error:
+            return str(error)
+        return how_ended(process.wait())
+
+
+def _sweep() -> None:
+    """Remove what processes have left that were killed."""
+    for directory in Path(gettempdir()).glob(f"{_PREFIX}*"):
+        process = directory.name.removeprefix(_PREFIX).partition("-")[0]
+        if process.isdigit() and not Path("/proc", process).exists():
+            shutil.rmtree(directory, ignore_errors=True)

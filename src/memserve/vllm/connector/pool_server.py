@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
-import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,25 +25,29 @@ from memserve.errors import ConfigError, PoolError, TransferError
 from memserve.hosts import bracketed, reachable_endpoint
 from memserve.transfer.kv_link import PoolLink, Pushed
 from memserve.transfer.mempool import MemPool
-from memserve.types import InstanceId, Namespace, TokenArray
+from memserve.types import SHARED, InstanceId, Namespace, TokenArray
 from memserve.vllm import pool_messages as m
+from memserve.vllm.connector.sequence import Spaces, beside
 
 log = logging.getLogger(__name__)
 
 # Of pushes while prompts are computed: more would hold up those that somebody waits for.
 MAX_EARLY_PUSHES = 4
-_CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
 
 
 @dataclass(slots=True)
 class _Order:
-    """What becomes ready of a prompt goes to a peer."""
+    """What becomes ready of a prompt goes to a peer. `source`, `target`: salts."""
 
     peer: PoolPeer
-    target: Namespace
-    ready: TokenArray | None = None  # the longest prefix that is
+    tokens: TokenArray
+    source: str
+    target: str
+    ready: int = 0  # leading tokens
+    space: Namespace = SHARED  # where they are
     sent: int = 0  # blocks
     sending: asyncio.Task[None] | None = None
+    begun: bool = False  # it has its turn
 
 
 @dataclass(slots=True, eq=False)
@@ -57,34 +60,53 @@ class _Caller:
 
 
 class PoolServer:
-    """From the constructor to `close`; the pool is its owner's."""
+    """From `start` to `close`; the pool is its owner's."""
 
-    def __init__(self, pool: MemPool, path: Path) -> None:
-        """`path`: of the socket, in a directory that this user alone can enter. Raises OSError."""
+    def __init__(self, pool: MemPool, spaces: Spaces, path: Path) -> None:
+        """`spaces`: of the pool. `path`: of the socket, in a directory that this user alone can
+        enter. Raises ConfigError for one that is too long."""
         self._pool = pool
+        self._spaces = spaces
         self._link: PoolLink | None = None
         self._endpoint = ""
         self._orders: dict[int, _Order] = {}
         self._callers: set[_Caller] = set()
         self._early = asyncio.Semaphore(MAX_EARLY_PUSHES)
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
+        try:
+            self._listener.bind(str(path))
+        except OSError as error:
+            self._listener.close()
+            raise ConfigError(f"{path} can be no socket ({error}); set TMPDIR") from error
         self._listener.listen()
         self._ending = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._main, name="pool-server", daemon=True)
+
+    def start(self) -> None:
+        """Take callers. Without the thread that talks to peers a pool is of no use to any: they
+        are hung up on then."""
         self._thread.start()
+        self._pool.on_failure(lambda error: self._soon(self._ending.set))
 
     def close(self) -> None:
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._ending.set)
+        self._soon(self._ending.set)
+        if self._thread.ident is not None:
             self._thread.join()
 
     def ready(self, order: int, tokens: TokenArray, namespace: Namespace) -> None:
         """The pool's index has these leading tokens of a request that named the order. From
-        vLLM's scheduling thread; unknown orders are ignored."""
-        if order in self._orders:
-            self._loop.call_soon_threadsafe(self._go_on, order, tokens, namespace)
+        vLLM's scheduling thread; unknown orders, and those of other tokens, are ignored."""
+        known = self._orders.get(order)
+        if known is None or self._spaces.salt(namespace) != known.source:
+            return
+        size = min(len(tokens), len(known.tokens))
+        if np.array_equal(tokens[:size], known.tokens[:size]):
+            self._soon(lambda: self._go_on(order, size, namespace))
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(call)
 
     def _main(self) -> None:
         try:
@@ -110,7 +132,7 @@ class PoolServer:
         caller = _Caller(writer)
         self._callers.add(caller)
         try:
-            _require_own(writer.get_extra_info("socket"))
+            m.require_own(writer.get_extra_info("socket"))
             while True:
                 size = m.body_bytes(await reader.readexactly(m.HEAD_BYTES))
                 call = m.decode_call(await reader.readexactly(size))
@@ -143,6 +165,9 @@ class PoolServer:
             heard = m.Failed(str(error), of_pool=True)
         except (TransferError, ConfigError) as error:
             heard = m.Failed(str(error), of_pool=False)
+        except Exception as error:
+            log.exception("%s failed", type(call.said).__name__)
+            heard = m.Failed(f"{type(error).__name__}: {error}", of_pool=False)
         caller.writer.write(m.frame(m.Reply(call.number, heard)))
         await caller.writer.drain()
 
@@ -151,7 +176,8 @@ class PoolServer:
             case m.Serve():
                 return await asyncio.to_thread(self._serve_pool, said)
             case m.Count(tokens, namespace):
-                return m.Counted(await self._served.cached(_tokens(tokens), namespace))
+                space = self._spaces.of(namespace)
+                return m.Counted(await self._served.cached(_tokens(tokens), space))
             case m.Meet(peer):
                 await self._served.meet(peer)
             case m.Reach(peer):
@@ -159,15 +185,15 @@ class PoolServer:
             case m.Push():
                 pushed = await self._push(caller, said)
                 return m.PushDone(pushed.sent, pushed.spared)
-            case m.Order(order, peer, target):
+            case m.Order(order, peer, tokens, source, target):
                 await self._served.meet(peer)
                 caller.orders.add(order)
-                self._orders[order] = _Order(peer, target)
+                self._orders[order] = _Order(peer, _tokens(tokens), source, target)
             case m.Withdraw(order):
                 caller.orders.discard(order)
                 self._withdraw(order)
             case m.Forget(namespace):
-                self._served.forget(namespace)
+                self._served.forget(self._spaces.of(namespace))
             case m.ReadTotals():
                 totals = await asyncio.to_thread(self._pool.stats)
                 return m.Totals(msgspec.convert(totals, PoolTotals, from_attributes=True))
@@ -187,7 +213,8 @@ class PoolServer:
             own = PoolPeer(owner, self._endpoint)
             self._link = PoolLink(self._pool, own, said.caching, said.mode)
         link = self._link
-        return m.Served(self._endpoint, link.kv, link.block_bytes, link.block_tokens)
+        instance = link.address.id
+        return m.Served(instance, self._endpoint, link.kv, link.block_bytes, link.block_tokens)
 
     # --- pushes ---------------------------------------------------------------------------
 
@@ -196,34 +223,39 @@ class PoolServer:
         order = self._orders.pop(said.order, None)
         before = 0
         if order is not None:
-            if order.sending is not None:
-                await asyncio.wait((order.sending,))
+            await _let_send(order)
             before = order.sent
-        tokens = _tokens(said.tokens)
-        pushed = await self._served.push(said.peer, tokens, said.source, said.target)
+        tokens, source = _tokens(said.tokens), self._spaces.of(said.source)
+        target = beside(source, said.target)
+        pushed = await self._served.push(said.peer, tokens, source, target)
         return Pushed(before + pushed.sent, max(0, pushed.spared - before))
 
-    def _go_on(self, number: int, tokens: TokenArray, namespace: Namespace) -> None:
+    def _go_on(self, number: int, ready: int, space: Namespace) -> None:
         order = self._orders.get(number)
         if order is None:
             return
-        order.ready = tokens
+        order.ready, order.space = ready, space
         if order.sending is None or order.sending.done():
-            order.sending = asyncio.ensure_future(self._send(order, namespace))
+            order.begun = False
+            order.sending = asyncio.ensure_future(self._send(order))
 
-    async def _send(self, order: _Order, namespace: Namespace) -> None:
+    async def _send(self, order: _Order) -> None:
         done = 0
-        while (tokens := order.ready) is not None and len(tokens) > done:
+        while order.ready > done:
             async with self._early:
+                order.begun = True
+                ready, space = order.ready, order.space
+                target = beside(space, order.target)
                 try:
-                    pushed = await self._served.push(order.peer, tokens, namespace, order.target)
+                    pushed = await self._served.push(
+                        order.peer, order.tokens[:ready], space, target
+                    )
                 except (TransferError, PoolError) as error:
                     # What is asked for in the end is tried once more, and fails with a reason.
                     log.info("KV did not reach %s early: %s", order.peer.id, error)
-                    order.ready = None
                     return
             order.sent += pushed.sent
-            done = len(tokens)
+            done = ready
 
     def _withdraw(self, number: int) -> None:
         order = self._orders.pop(number, None)
@@ -231,16 +263,21 @@ class PoolServer:
             order.sending.cancel()
 
 
+async def _let_send(order: _Order) -> None:
+    """Wait for what an order is sending; what has not had its turn is not waited for."""
+    if order.sending is None:
+        return
+    if not order.begun:
+        order.sending.cancel()
+    try:
+        await asyncio.wait((order.sending,))
+    except asyncio.CancelledError:
+        order.sending.cancel()
+        raise
+
+
 def _tokens(data: bytes) -> TokenArray:
     return np.frombuffer(data, dtype=np.int32)
-
-
-def _require_own(connection: socket.socket) -> None:
-    """Raises TransferError for another user's process."""
-    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, user, _ = _CREDENTIALS.unpack(data)
-    if user != os.getuid():
-        raise TransferError(f"user {user} has no business here")
 
 
 Ready = Callable[[int, TokenArray, Namespace], None]  # see `PoolServer.ready`

@@ -18,11 +18,11 @@ import numpy as np
 from memserve.errors import OutOfBlocks
 from memserve.pool.results import Match
 from memserve.transfer.mempool import MemPool
-from memserve.types import Medium, Namespace, TokenArray, ref_index
+from memserve.types import Medium, TokenArray, ref_index
 from memserve.vllm.connector.events import Removed, Stored, TierEvents
 from memserve.vllm.connector.metadata import CopiesDone, Copy, PoolMemory, StepCopies
 from memserve.vllm.connector.pool_server import Ready
-from memserve.vllm.connector.sequence import Save, Sequence
+from memserve.vllm.connector.sequence import Save, Sequence, Spaces
 
 BlockIds = SequenceOf[SequenceOf[int]]  # for each KV cache group
 
@@ -91,12 +91,14 @@ class PoolScheduler:
         self,
         pool: MemPool,
         workers: int,
+        spaces: Spaces,
         events: TierEvents | None = None,
         ready: Ready = lambda order, tokens, namespace: None,
     ) -> None:
-        """`workers`: each copies its part of a block. `events`: are told what the pool holds.
-        `ready`: is told what the index has of a request with an order."""
+        """`workers`: each copies its part of a block. `spaces`: of the pool. `events`: are told
+        what it holds. `ready`: is told what the index has of a request with an order."""
         self._pool = pool
+        self._spaces = spaces
         self._events = events
         self._ready = ready
         pool.listen(events)
@@ -121,7 +123,7 @@ class PoolScheduler:
     def arrived(self, request: Request, cacheable: bool, order: int = 0) -> None:
         """A new request. `cacheable`: its KV depends on its token ids and nothing else. `order`: an
         instance's, to send it to a peer."""
-        sequence = Sequence(Namespace(request.cache_salt or ""), cacheable, sent=bool(order))
+        sequence = Sequence(request.cache_salt or "", cacheable, sent=bool(order))
         self._known[request.request_id] = _Known(request, sequence, order)
 
     def offer(self, request: Request, local: int) -> int:
@@ -132,7 +134,7 @@ class PoolScheduler:
             return 0
         known.unpin()
         tokens = _array(request.all_token_ids, request.num_tokens - 1)  # one is left to compute
-        match = self._pool.match(tokens, known.sequence.namespace)
+        match = self._pool.match(tokens, self._spaces.of(known.sequence.salt))
         if match.tokens <= local:
             match.release()
             return 0
@@ -183,10 +185,11 @@ class PoolScheduler:
         have = 0
         if known.sequence.saves:
             tokens = _array(known.request.all_token_ids)
-            with self._pool.match(tokens, known.sequence.namespace) as match:
+            space = self._spaces.of(known.sequence.salt)
+            with self._pool.match(tokens, space) as match:
                 have = len(match.refs)
             if known.order and have:
-                self._ready(known.order, tokens[: match.tokens], known.sequence.namespace)
+                self._ready(known.order, tokens[: match.tokens], space)
         known.sequence.admitted([list(ids) for ids in block_ids], have)
 
     def _save(self, copies: StepCopies, step: Step, request_id: str, computed: int) -> None:
@@ -273,18 +276,18 @@ class PoolScheduler:
         if len(tokens) < save.last * self._block:
             sequence.give_up()
             return False
-        before = tokens[: save.first * self._block]
-        with self._pool.match(before, sequence.namespace) as match:
+        before, space = tokens[: save.first * self._block], self._spaces.of(sequence.salt)
+        with self._pool.match(before, space) as match:
             if len(match.refs) < save.first:  # evicted meanwhile
                 sequence.give_up()
                 self.unsaved += 1
                 return False
             refs = np.concatenate((match.refs, save.refs))
-            result = self._pool.insert(tokens, refs, sequence.namespace)
+            result = self._pool.insert(tokens, refs, space)
         if len(result.duplicate):
             self._pool.free_mem(result.duplicate)
         if known.order:
-            self._ready(known.order, tokens, sequence.namespace)
+            self._ready(known.order, tokens, space)
         return True
 
     # --- ends -----------------------------------------------------------------------------
@@ -304,13 +307,17 @@ class PoolScheduler:
         return [] if self._events is None else self._events.take()
 
     def reset(self) -> None:
-        """Forget all that is cached, and publish nothing that was computed before: weights may have
-        been changed."""
+        """Find nothing any more of what is cached, and publish nothing that was computed before:
+        weights may have been changed. What is being read, or is on its way from a peer, is found no
+        more either."""
         for known in self._known.values():
             known.sequence.void()
             known.sequence.give_up()
             if not known.sequence.loading:
                 known.unpin()
+        self._spaces.renew()
+        if self._events is not None:
+            self._events.renewed()
         for namespace in {run.namespace for run in self._pool.indexed(lambda: None)}:
             self._pool.delete(np.empty(0, dtype=np.int32), namespace)
 

@@ -13,6 +13,35 @@ from memserve.api.namespaces import is_private
 from memserve.types import Namespace, RefArray
 
 
+class Spaces:
+    """Namespaces in the pool's index: a salt, and which weights have computed what is there. KV of
+    weights that were changed in place is found no more, whoever still reads it, and whenever it
+    comes: what a peer has computed with its own is put where only as many changes lead to.
+
+    `renew` belongs to one thread; the rest to any.
+    """
+
+    def __init__(self) -> None:
+        self._changes = 0
+
+    def renew(self) -> None:
+        """The weights have been changed."""
+        self._changes += 1
+
+    def of(self, salt: str) -> Namespace:
+        return Namespace(f"{self._changes}:{salt}")
+
+    def salt(self, namespace: str) -> str | None:
+        """None: of other weights."""
+        changes, _, salt = namespace.partition(":")
+        return salt if changes == str(self._changes) else None
+
+
+def beside(namespace: Namespace, salt: str) -> Namespace:
+    """The namespace of another salt, for the same weights."""
+    return Namespace(f"{namespace.partition(':')[0]}:{salt}")
+
+
 class Save(NamedTuple):
     """Blocks `first` to `last`, on their way into the pool's blocks `refs`."""
 
@@ -31,17 +60,17 @@ class Sequence:
         "given",
         "load_failed",
         "loading",
-        "namespace",
         "pending",
+        "salt",
         "saves",
     )
 
-    def __init__(self, namespace: Namespace, cacheable: bool, sent: bool = False) -> None:
+    def __init__(self, salt: str, cacheable: bool, sent: bool = False) -> None:
         """`cacheable`: its KV depends on its tokens and nothing else. `sent`: to a peer, as what
         nobody else will ever use need not be saved."""
-        self.namespace = namespace
+        self.salt = salt
         # whether more of it is to be saved
-        self.saves = cacheable and (sent or not is_private(namespace))
+        self.saves = cacheable and (sent or not is_private(salt))
         self.load_failed = not cacheable
         self.loading = False
         self.given = 0
