@@ -132,9 +132,9 @@ async def _with_host_memory(
     for name, pair in pairs.items():
         if not await servers.are_ready(name, pair):
             continue
-        for core in cores[len(pair) :]:
-            pair.append(servers.vllm(core, offloads))
-        if await servers.are_ready(name, pair):
+        others = [servers.vllm(core, offloads) for core in cores[len(pair) :]]
+        pair += others
+        if await servers.are_ready(name, others):
             router = start_router(servers.stack, [server.url for server in pair])
             urls |= await servers.behind(name, router)
     return urls
