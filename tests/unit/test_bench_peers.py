@@ -33,7 +33,8 @@ from memserve.bench.peers.install import (
 from memserve.bench.peers.places import why_missing
 from memserve.bench.peers.process import PeerFailed, serving
 from memserve.bench.peers.report import NOT_MEASURED, PeersResult, peers_tables
-from memserve.bench.peers.serving import Contest, Loads, PeerRun, start_generate
+from memserve.bench.peers.servers import start_generate
+from memserve.bench.peers.serving import Contest, PeerRun
 from memserve.bench.peers.vllm import VllmSettings, vllm_command
 from memserve.bench.readme import render_readme
 from memserve.bench.report import summarise
@@ -132,6 +133,21 @@ def test_a_server_that_ends_says_why() -> None:
         server.wait_ready(60.0)
 
 
+def test_of_many_errors_the_first_is_told() -> None:
+    told = (
+        "INFO 11-26 17:00:00 [a.py:1] no Error: here",
+        "(Worker pid=7) ERROR 11-26 17:00:01 [b.py:2] Traceback (most recent call last):",
+        "(Worker pid=7) ERROR 11-26 17:00:01 [b.py:2] Exception: GPUs only",
+        "(APIServer pid=6) RuntimeError: Engine core initialization failed",
+    )
+    command = [sys.executable, "-c", f"print({chr(10).join(told)!r}); raise SystemExit(1)"]
+    with (
+        serving("vLLM", command, {}, 1) as server,
+        pytest.raises(PeerFailed, match=r"vLLM ended while it started: Exception: GPUs only$"),
+    ):
+        server.wait_ready(60.0)
+
+
 def test_our_indexes_are_measured_and_missing_peers_are_skipped(tmp_path: Path) -> None:
     said: list[str] = []
     report = run_index_bench(SHAPE, 1, said.append, tmp_path)
@@ -173,18 +189,8 @@ async def test_generate_behind_the_api_is_generate(tmp_path: Path) -> None:
     model = save_tiny_model("llama", tmp_path)
     (model / "tokenizer.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
     prompt = list(range(3, 40))
-    loads = Loads(
-        dtype="float32",
-        repeats=1,
-        seed=0,
-        rate=1.0,
-        concurrency=1,
-        sessions=1,
-        max_turns=1,
-        max_output_tokens=6,
-    )
     async with AsyncExitStack() as stack:
-        server = start_generate(stack, loads, model, sorted(os.sched_getaffinity(0))[:1])
+        server = start_generate(stack, "float32", model, sorted(os.sched_getaffinity(0))[:1])
         await asyncio.to_thread(server.wait_ready, 100.0)
         async with OpenAIClient(server.url, "peer", MonotonicClock()) as client:
             answers = await asyncio.gather(client.complete(prompt, 6), client.complete(prompt, 6))

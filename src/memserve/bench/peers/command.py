@@ -22,7 +22,8 @@ _NOT_OF_THE_MODEL = ("dtype", "served_name", "max_model_len", "device")
 @takes_flags(flags_of(PeersConfig), flags_of(ModelConfig, _NOT_OF_THE_MODEL))
 def peers(
     quick: Annotated[
-        bool, typer.Option("--quick", help="one round of each, and no pairs of instances")
+        bool,
+        typer.Option("--quick", help="one round of each, and no pairs of instances or servers"),
     ] = False,
     only: Annotated[
         list[str] | None,

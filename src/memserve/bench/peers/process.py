@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +21,10 @@ _POLL_SECONDS = 0.5
 _ASK_SECONDS = 5.0  # for a list of models: servers that load answer late, or not at all
 _END_SECONDS = 10.0  # after SIGTERM, to end the processes that it has started itself
 _TOLD_LINES = 5
+# The end of a traceback, in vLLM's logs behind the process and the place of the line.
+_CAUSE = re.compile(
+    r"(?:\([^)]*\) )?(?:ERROR [^\[]*\[[^\]]*\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)"
+)
 
 
 class PeerFailed(MemserveError):
@@ -31,6 +37,7 @@ class PeerServer:
     def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path, url: str) -> None:
         self.name = name
         self.url = url
+        self.group = process.pid  # of all its processes
         self._process = process
         self._log = log
 
@@ -39,7 +46,7 @@ class PeerServer:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise PeerFailed(f"{self.name} ended while it started: {self.last_lines()}")
+                raise PeerFailed(f"{self.name} ended while it started: {self.why_ended()}")
             try:
                 with urlopen(f"{self.url}/v1/models", timeout=_ASK_SECONDS) as answer:
                     if answer.status == 200:
@@ -49,9 +56,19 @@ class PeerServer:
             time.sleep(_POLL_SECONDS)
         raise PeerFailed(f"{self.name} is not ready after {seconds:.0f} s: {self.last_lines()}")
 
+    def why_ended(self) -> str:
+        """The first error that it told, from which the others followed; else its last lines."""
+        for line in self._lines():
+            if (cause := _CAUSE.match(line)) is not None:
+                return cause[1].strip()
+        return self.last_lines()
+
     def last_lines(self) -> str:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = self._lines()
         return " | ".join(line.strip() for line in lines[-_TOLD_LINES:])
+
+    def _lines(self) -> list[str]:
+        return self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
 
 
 @contextmanager
@@ -89,3 +106,14 @@ def _signal(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
     except ProcessLookupError:
         return  # nobody is left
+
+
+def end_with_parent() -> None:
+    """For a server of ours: measuring is over when whoever started this process is gone."""
+    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _die_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

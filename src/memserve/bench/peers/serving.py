@@ -6,33 +6,33 @@ nothing that shows. Every round has another order and a cache of its own.
 
 from __future__ import annotations
 
-import asyncio
-import socket
-import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Literal
 
 import msgspec
 
-from memserve.bench.measure import BenchmarkError, measure_server, started_cluster
-from memserve.bench.peers.places import ROOT, python_of, why_missing
-from memserve.bench.peers.process import PeerFailed, PeerServer, serving
-from memserve.bench.peers.vllm import START_SECONDS, VllmSettings, vllm_command, vllm_environment
+from memserve.bench.measure import BenchmarkError, measure_server
+from memserve.bench.peers.places import why_missing
+from memserve.bench.peers.process import PeerFailed, PeerServer
+from memserve.bench.peers.servers import (
+    ROUTER_SECONDS,
+    ours,
+    ready,
+    start_generate,
+    start_router,
+    start_vllm,
+)
+from memserve.bench.peers.vllm import START_SECONDS
 from memserve.bench.report import ServingSummary
 from memserve.bench.work import ServeBenchConfig, Work
 from memserve.clock import MonotonicClock
-from memserve.config import ClusterConfig, Dtype, GatewayConfig, InstanceConfig, ModelConfig
-from memserve.models.chat_template import DEFAULT_CHAT_TEMPLATE
+from memserve.config import Dtype, InstanceConfig
 from memserve.models.resolve import ModelDirectory, Progress
+from memserve.workloads.text import TextWorkload
 
 _clock = MonotonicClock()
 OURS = "memserve"
-_ROUTER_SECONDS = 60.0  # to find its instances
-_TRANSFORMERS = "memserve.bench.peers.transformers_process"
-_CONTEXT = 4096  # tokens
 
 Load = Literal["open", "closed"]
 LOADS: tuple[Load, ...] = ("open", "closed")
@@ -49,6 +49,8 @@ class Loads(msgspec.Struct, frozen=True, kw_only=True):
     sessions: int
     max_turns: int
     max_output_tokens: int
+    workload: TextWorkload = "sharegpt"
+    data: str | None = None  # its file or folder
     seconds: float = float("inf")  # of a contest, its start included: no round is begun behind it
 
 
@@ -68,6 +70,7 @@ class Contest(msgspec.Struct, frozen=True):
     threads: tuple[int, ...]  # of each instance
     runs: tuple[PeerRun, ...]
     skipped: dict[str, str]
+    tiers: bool = False  # its tables tell of caches and of whole answers
 
 
 async def one_instance(
@@ -83,12 +86,14 @@ async def one_instance(
             skipped["vLLM"] = why
         else:
             for title, caching in (("vLLM", True), ("vLLM, no prefix cache", False)):
-                peers.append((title, _vllm(stack, loads, model.path, cores, caching)))
-        peers.append(("Transformers generate", start_generate(stack, loads, model.path, cores)))
-        ours = stack.enter_async_context(_ours(loads, model, [cores], progress))
-        urls = {OURS: await ours}
-        urls |= await _ready(peers, skipped, START_SECONDS, progress)
-        runs = await _rounds(loads, started, urls, work, skipped, progress)
+                server = start_vllm(stack, model.path, loads.dtype, cores, caching=caching)
+                peers.append((title, server))
+        generate = start_generate(stack, loads.dtype, model.path, cores)
+        peers.append(("Transformers generate", generate))
+        own = ours(model, loads.dtype, _builtin([cores]), progress)
+        urls = {OURS: await stack.enter_async_context(own)}
+        urls |= await ready(peers, skipped, START_SECONDS, progress)
+        runs = await rounds(loads, started, urls, work, skipped, progress)
     return Contest(name, (len(cores),), runs, skipped)
 
 
@@ -107,18 +112,18 @@ async def two_instances(
         if missing:
             skipped[pair] = "; ".join(missing)
         else:
-            peers = [(pair, _vllm(stack, loads, model.path, one, True)) for one in each]
-        ours = stack.enter_async_context(_ours(loads, model, each, progress))
-        urls = {f"2 {OURS}, its gateway": await ours}
-        found = await _ready(peers, skipped, START_SECONDS, progress)
+            peers = [(pair, start_vllm(stack, model.path, loads.dtype, one)) for one in each]
+        own = ours(model, loads.dtype, _builtin(each), progress)
+        urls = {f"2 {OURS}, its gateway": await stack.enter_async_context(own)}
+        found = await ready(peers, skipped, START_SECONDS, progress)
         if pair in found and pair not in skipped:
-            router = _router(stack, [server.url for _, server in peers])
-            urls |= await _ready([(pair, router)], skipped, _ROUTER_SECONDS, progress)
-        runs = await _rounds(loads, started, urls, work, skipped, progress)
+            router = start_router(stack, [server.url for _, server in peers])
+            urls |= await ready([(pair, router)], skipped, ROUTER_SECONDS, progress)
+        runs = await rounds(loads, started, urls, work, skipped, progress)
     return Contest(name, (1, 1), runs, skipped)
 
 
-async def _rounds(
+async def rounds(
     loads: Loads,
     started: float,
     urls: dict[str, str],
@@ -158,6 +163,8 @@ async def _rounds(
 
 def load_config(loads: Loads, load: Load) -> ServeBenchConfig:
     return ServeBenchConfig(
+        workload=loads.workload,
+        data=loads.data,
         rate=loads.rate,
         sessions=loads.sessions,
         seed=loads.seed,
@@ -171,93 +178,6 @@ def load_config(loads: Loads, load: Load) -> ServeBenchConfig:
     )
 
 
-# --- servers ------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def _ours(
-    loads: Loads, model: ModelDirectory, cores: Sequence[Sequence[int]], progress: Progress
-) -> AsyncIterator[str]:
-    """As `memserve up` starts it: a gateway, and an instance for each of these sets of cores."""
-    instances = tuple(
-        InstanceConfig(threads=len(one), cpus=tuple(one), profile="off") for one in cores
-    )
-    wanted = ModelConfig(path=str(model.path), dtype=loads.dtype, max_model_len=_CONTEXT)
-    cluster = ClusterConfig(
-        model=wanted, gateway=GatewayConfig(access_log=False), instance=instances
-    )
-    async with started_cluster(cluster, progress) as started:
-        yield started.url
-
-
-def _vllm(
-    stack: AsyncExitStack, loads: Loads, model: Path, cores: Sequence[int], caching: bool
-) -> PeerServer:
-    folder = stack.enter_context(TemporaryDirectory(prefix="memserve-peer-"))
-    settings = VllmSettings(
-        model=str(model),
-        port=_free_port(),
-        dtype=loads.dtype,
-        max_model_len=_CONTEXT,
-        prefix_caching=caching,
-        extra=_template(model, Path(folder)),
-    )
-    command = vllm_command(python_of("vllm"), settings)
-    environment = vllm_environment(len(cores), cores)
-    return stack.enter_context(serving("vLLM", command, environment, settings.port))
-
-
-def _template(model: Path, folder: Path) -> tuple[str, ...]:
-    """vLLM serves no chats with a model that has no template; ours has one for such models."""
-    settings = (model / "tokenizer_config.json").read_text(encoding="utf-8")
-    if (model / "chat_template.jinja").exists() or '"chat_template"' in settings:
-        return ()
-    file = folder / "template.jinja"
-    file.write_text(DEFAULT_CHAT_TEMPLATE, encoding="utf-8")
-    return "--chat-template", str(file)
-
-
-def start_generate(
-    stack: AsyncExitStack, loads: Loads, model: Path, cores: Sequence[int]
-) -> PeerServer:
-    port = _free_port()
-    where = (str(len(cores)), ",".join(map(str, cores)), str(port))
-    command = [sys.executable, "-P", "-m", _TRANSFORMERS, str(model), loads.dtype, *where]
-    environment = vllm_environment(len(cores), cores)
-    return stack.enter_context(serving("Transformers", command, environment, port))
-
-
-def _router(stack: AsyncExitStack, urls: Sequence[str]) -> PeerServer:
-    port = _free_port()
-    command = [
-        *(str(ROOT / "routers" / "bin" / "vllm-router"), "--host", "127.0.0.1"),
-        *("--port", str(port), "--prometheus-port", str(_free_port()), "--log-level", "error"),
-        *("--policy", "cache_aware", "--worker-urls", *urls),
-    ]
-    environment = vllm_environment(1, ())
-    return stack.enter_context(serving("vllm-router", command, environment, port))
-
-
-async def _ready(
-    peers: Sequence[tuple[str, PeerServer]],
-    skipped: dict[str, str],
-    seconds: float,
-    progress: Progress,
-) -> dict[str, str]:
-    """URLs of those that have come up; the others are skipped."""
-    found = {}
-    for name, server in peers:
-        progress(f"waiting for {name}")
-        try:
-            await asyncio.to_thread(server.wait_ready, seconds)
-        except PeerFailed as error:
-            skipped[name] = str(error)
-        else:
-            found[name] = server.url
-    return found
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def _builtin(cores: Sequence[Sequence[int]]) -> list[InstanceConfig]:
+    """An instance for each of these sets of cores."""
+    return [InstanceConfig(threads=len(one), cpus=tuple(one), profile="off") for one in cores]

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +20,7 @@ from aiohttp import web
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from memserve.bench.peers.process import end_with_parent
 from memserve.engine.team import compute_alone
 from memserve.models.tokenizer import Tokenizer
 
@@ -149,18 +148,11 @@ def _event(chunk: _Chunk) -> bytes:
     return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
 
-def _die_with(parent: int) -> None:
-    """Measuring is over when whoever started this is gone."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
 def main() -> None:
     model, dtype, threads, cores, port = sys.argv[1:]
     os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     compute_alone()
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     server = _Server(Path(model), dtype, int(threads))
     app = web.Application(client_max_size=1 << 24)
     app.router.add_get("/v1/models", server.models)

@@ -1,0 +1,274 @@
+"""vLLM servers with memory behind them: how they are asked, what stands before a split pair, and
+what is said where something is missing."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from rich.console import Console
+
+from memserve.bench.loadgen import LoadResult, RequestRecord
+from memserve.bench.openai_client import OpenAIClient
+from memserve.bench.peers.affinity import pin_back
+from memserve.bench.peers.config import PARTS, QUICK_PARTS
+from memserve.bench.peers.contest_tables import contest_tables
+from memserve.bench.peers.serving import Contest, Loads, PeerRun
+from memserve.bench.peers.split_proxy import application, prompt_request, with_cached
+from memserve.bench.peers.tiers import (
+    HOST_NAMES,
+    SPLIT_NAMES,
+    TierSettings,
+    first_prompt,
+    host_memory,
+    nixl_flag,
+    nixl_variables,
+    offloading_flag,
+    own_instance,
+    prefill_and_decode,
+    vllm_arguments,
+    why_no_nixl,
+)
+from memserve.bench.report import summarise
+from memserve.clock import MonotonicClock
+from memserve.config import ClusterConfig, ModelConfig, check_config
+from memserve.models.resolve import ModelDirectory
+from memserve.types import Role
+from memserve.vllm.place import ServerPlace
+from memserve.vllm.server import server_command, server_environment
+
+WHERE = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_block_ids": [[1, 2]]}
+Ask = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Pair:
+    """Stands for a vLLM that computes prompts and one that decodes."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.refuses = 0  # a status that the first answers with
+
+    async def prefill(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(await request.json())
+        if self.refuses:
+            error = {"error": {"message": "too long"}}
+            return web.json_response(error, status=self.refuses)
+        usage = {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 4}}
+        return web.json_response({"usage": usage, "kv_transfer_params": WHERE})
+
+    async def decode(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(await request.json())
+        stream = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await stream.prepare(request)
+        for token in (7, 8):
+            chunk = {"choices": [{"text": "a", "token_ids": [token]}], "usage": None}
+            await stream.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        usage = {"prompt_tokens": 9, "completion_tokens": 2}
+        usage["prompt_tokens_details"] = {"cached_tokens": 8}  # type: ignore[assignment]
+        last = json.dumps({"choices": [], "usage": usage}).encode()
+        await stream.write(b"data: " + last + b"\n\ndata: [DONE]\n\n")
+        return stream
+
+
+@asynccontextmanager
+async def served(app: web.Application) -> AsyncIterator[str]:
+    server = TestServer(app)
+    await server.start_server()
+    try:
+        yield str(server.make_url("")).rstrip("/")
+    finally:
+        await server.close()
+
+
+@asynccontextmanager
+async def proxy_of(pair: Pair) -> AsyncIterator[str]:
+    async with (
+        served(_server(pair.prefill)) as prefill,
+        served(_server(pair.decode)) as decode,
+        served(application(prefill, decode)) as url,
+    ):
+        yield url
+
+
+def _server(ask: Ask) -> web.Application:
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "peer"}]})
+
+    app = web.Application()
+    app.router.add_get("/v1/models", models)
+    app.router.add_post("/v1/completions", ask)
+    app.router.add_post("/v1/chat/completions", ask)
+    return app
+
+
+async def test_a_request_goes_to_both_servers_and_tells_what_the_first_had() -> None:
+    pair = Pair()
+    async with proxy_of(pair) as url, OpenAIClient(url, "peer", MonotonicClock(), "s") as client:
+        answer = await client.chat([{"role": "user", "content": "hello"}], 2)
+    assert answer.error is None
+    assert (answer.text, len(answer.chunk_times)) == ("aa", 2)
+    assert (answer.prompt_tokens, answer.cached_tokens, answer.output_tokens) == (9, 4, 2)
+    prompt, decode = pair.asked
+    assert (prompt["max_tokens"], prompt["stream"]) == (1, False)
+    assert prompt["kv_transfer_params"]["do_remote_decode"] is True
+    assert (decode["max_tokens"], decode["stream"]) == (2, True)
+    assert decode["kv_transfer_params"] == WHERE
+    assert prompt["cache_salt"] == decode["cache_salt"] == "s"
+    assert prompt["messages"] == decode["messages"]
+
+
+async def test_what_the_first_refuses_is_refused() -> None:
+    pair = Pair()
+    pair.refuses = 400
+    async with proxy_of(pair) as url, OpenAIClient(url, "peer", MonotonicClock()) as client:
+        answer = await client.complete([1, 2], 2)
+        assert await first_prompt(url) == "HTTP 400: too long"
+    assert answer.error == "HTTP 400: too long"
+    assert len(pair.asked) == 2
+
+
+async def test_a_server_that_is_gone_is_told() -> None:
+    pair = Pair()
+    async with served(_server(pair.decode)) as decode:
+        gone = application("http://127.0.0.1:1", decode)
+        async with served(gone) as url, OpenAIClient(url, "peer", MonotonicClock()) as client:
+            answer = await client.complete([1, 2], 2)
+    assert answer.error is not None
+    assert "502" in answer.error
+    assert await first_prompt("http://127.0.0.1:1") is not None
+
+
+def test_a_prompt_is_asked_for_with_one_token() -> None:
+    body = {"prompt": "a", "max_completion_tokens": 9, "stream_options": {}, "min_tokens": 2}
+    asked = prompt_request(body)
+    assert (asked["max_completion_tokens"], asked["max_tokens"]) == (1, 1)
+    assert "stream_options" not in asked
+    assert "min_tokens" not in asked
+
+
+def test_events_without_usage_stay_as_they_are() -> None:
+    for event in (
+        b'data: {"usage":null}\n\n',
+        b'data: "usage"\n\n',
+        b"data: [DONE]\n\n",
+        b": x\n\n",
+    ):
+        assert with_cached(event, 3) == event
+
+
+def test_our_servers_are_those_of_a_cluster_file(tmp_path: Path) -> None:
+    arguments = vllm_arguments(40_000_000, 512)
+    instance = own_instance(1, "512MiB", arguments, Role.DECODE)
+    check_config(ClusterConfig(instance=(instance,)))
+    command = server_command(
+        ModelConfig(), instance, tmp_path, ServerPlace(path=tmp_path / "http"), None
+    )
+    assert command[0] == "env"
+    assert command[-len(arguments) :] == list(arguments)
+    assert command[command.index("--kv-cache-memory-bytes") + 1] == "40000000"
+    assert server_environment(instance)["VLLM_CPU_OMP_THREADS_BIND"] == "1"
+    assert "--max-num-batched-tokens" not in vllm_arguments(1)
+
+
+def test_peers_get_connectors_of_their_own() -> None:
+    name, value = offloading_flag("1MiB")
+    assert name == "--kv-transfer-config"
+    assert json.loads(value)["kv_connector_extra_config"] == {"cpu_bytes_to_use": 1 << 20}
+    assert json.loads(nixl_flag()[1])["kv_buffer_device"] == "cpu"
+    assert nixl_variables(7)["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "7"
+
+
+def test_a_missing_nixl_is_told(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'ModuleNotFoundError: No module named nixl' >&2\nexit 1\n")
+    python.chmod(0o755)
+    why = why_no_nixl(python)
+    assert why is not None
+    assert why.endswith("ModuleNotFoundError: No module named nixl")
+    python.write_text("#!/bin/sh\nexit 0\n")
+    assert why_no_nixl(python) is None
+    assert why_no_nixl(Path("/no/such/python")) is not None
+
+
+async def test_without_vllm_all_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loads = Loads(
+        dtype="float32",
+        repeats=1,
+        seed=0,
+        rate=1.0,
+        concurrency=1,
+        sessions=1,
+        max_turns=1,
+        max_output_tokens=1,
+    )
+    model = ModelDirectory(tmp_path, "m", None)
+    settings = TierSettings()
+    for contest, names in ((host_memory, HOST_NAMES), (prefill_and_decode, SPLIT_NAMES)):
+        found = await contest(loads, settings, model, (0,), (), lambda _: None)
+        assert found.runs == ()
+        assert set(found.skipped) == set(names)
+        assert all("make peers" in why for why in found.skipped.values())
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_thread_on_another_core_is_put_back() -> None:
+    first, *_, last = sorted(os.sched_getaffinity(0))
+    code = f"import os; os.sched_setaffinity(0, {{{last}}}); print('.', flush=True); input()"
+    with subprocess.Popen(
+        (sys.executable, "-c", code),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert pin_back(process.pid, last) == 0
+        assert pin_back(process.pid, first) == 1
+        assert os.sched_getaffinity(process.pid) == {first}
+        process.kill()
+
+
+def test_tables_tell_of_whole_answers_and_of_caches() -> None:
+    runs = (
+        run(HOST_NAMES[0], 0, 1.0, 2),
+        run(HOST_NAMES[0], 1, 1.0, 6),
+        run(HOST_NAMES[1], 0, 2.0, 0),
+    )
+    contest = Contest("Two vLLM", (1, 1), runs, {}, tiers=True)
+    console = Console(width=400, record=True, file=io.StringIO())
+    for table in contest_tables(contest):
+        console.print(table)
+    text = console.export_text()
+    assert "JCT ms mean" in text
+    assert "40% (20%-60%)" in text
+    assert "MB handed over" in text
+    assert "P50" not in text
+    assert "0.50 (0.50-0.50)" in text
+    again = msgspec.json.decode(msgspec.json.encode(contest), type=Contest)
+    assert again == contest
+
+
+def test_a_quick_run_leaves_them_out() -> None:
+    assert "tiers" in PARTS
+    assert "tiers" not in QUICK_PARTS
+
+
+def run(server: str, repeat: int, seconds: float, cached: int) -> PeerRun:
+    """One request of ten prompt tokens."""
+    times = tuple(seconds * (at + 1) for at in range(4))
+    record = RequestRecord("s", 0, 0.0, 0.0, seconds, times, times[-1], 10, cached, 4, None)
+    return PeerRun(server, "open", repeat, summarise(LoadResult((record,), 0)))
