@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,8 +169,15 @@ def server(model: Path, join: str, role: str) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        # As the kernel does where memory is short: nothing of it gets to say a word, and whoever is
+        # beside it has to clear up.
+        (engine,) = descendants(process.pid, "VLLM::EngineCore")
+        os.kill(engine, signal.SIGKILL)
+        try:
+            process.wait(60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def post(url: str, path: str, body: dict[str, Any]) -> Any:

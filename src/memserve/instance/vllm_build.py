@@ -23,6 +23,7 @@ from memserve.instance.event_relay import EventRelay
 from memserve.instance.instance import Identity, Parts
 from memserve.models.resolve import ModelDirectory, resolve_model
 from memserve.models.tokenizer import Tokenizer
+from memserve.pool.segment import sweep
 from memserve.secrets import cluster_secret
 from memserve.transfer.secret import cluster_keys
 from memserve.vllm.engine import VllmEngine
@@ -73,6 +74,8 @@ def build_vllm(
             if settings.vllm_url is None
             else _attached(ending, settings, settings.vllm_url)
         )
+        if server.pool is not None:
+            stack.callback(sweep)  # the shared memory of an engine that a signal has ended
         info = _describe(server.place, settings, found.path)
         engine = VllmEngine(server.place, info)
         events: EventRelay | None = None
