@@ -7,7 +7,6 @@ have instead.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,7 +30,6 @@ from vllm.v1.core.kv_cache_utils import (
 
 from memserve.config import ModelConfig, parse_bytes
 from memserve.errors import ConfigError
-from memserve.models.resolve import weights_digest
 from memserve.transfer.mempool import MemPool
 from memserve.types import Namespace, TokenArray
 from memserve.vllm.connector.events import (
@@ -43,11 +41,9 @@ from memserve.vllm.connector.events import (
     TierEvents,
 )
 from memserve.vllm.connector.layout import (
-    Origin,
     Version,
     layout_of,
     require_version,
-    settings_digest,
 )
 from memserve.vllm.connector.member import (
     Member,
@@ -57,6 +53,7 @@ from memserve.vllm.connector.member import (
     read_settings,
 )
 from memserve.vllm.connector.metadata import CopiesDone, StepCopies
+from memserve.vllm.connector.origin import origin_of, served_name
 from memserve.vllm.connector.pool_server import PoolServer, Ready
 from memserve.vllm.connector.scheduler import PoolScheduler
 from memserve.vllm.connector.sequence import Spaces
@@ -287,57 +284,13 @@ def _nobody(order: int, tokens: TokenArray, namespace: Namespace) -> None:
 
 
 def _pool(vllm_config: Any, kv_cache_config: Any, settings: MemberSettings, name: str) -> MemPool:
-    model, ranks = vllm_config.model_config, vllm_config.parallel_config.world_size
-    origin = Origin(
-        settings.model or _served_name(model),
-        _revision(model, settings.revision or ""),
-        settings_digest(model.hf_config.to_dict()),
-        " ".join((_pages(ranks), *_meanings(vllm_config), _packing(kv_cache_config))),
-    )
+    origin = origin_of(vllm_config, kv_cache_config, settings)
+    ranks = vllm_config.parallel_config.world_size
     layout = layout_of(kv_cache_config.kv_cache_groups, origin, ranks)
     blocks = parse_bytes(str(settings.dram_bytes)) // layout.block_bytes
     if not blocks:
         raise ConfigError(f"dram_bytes: one block alone has {layout.block_bytes} bytes")
     return MemPool(layout, hbm_blocks=0, dram_blocks=blocks, instance=name)
-
-
-def _pages(ranks: int) -> str:
-    """The layout of a block's pages. Where it does not say that heads are outermost, it may differ
-    by the number of tensor-parallel ranks."""
-    version = require_version(vllm.__version__)
-    return version.layout if version.is_full else f"{version.layout} {ranks}"
-
-
-def _served_name(model: Any) -> str:
-    served = model.served_model_name
-    return str((served[0] if isinstance(served, list) else served) or model.model)
-
-
-def _meanings(vllm_config: Any) -> list[str]:
-    """What decides what the bytes of a page mean, beside their type."""
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
-    rope = getattr(model.hf_config, "rope_parameters", None)
-    original = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
-    said = [model.dtype, model.quantization, cache.cache_dtype, backend]
-    # Some models turn keys in another way where longer contexts are allowed.
-    said.append(original is not None and model.max_model_len > original)
-    return list(map(str, said))
-
-
-def _revision(model: Any, given: str) -> str:
-    """As `ModelDirectory.identity`: a digest of a directory's weights, or the commit of a hub's
-    model; where nothing tells weights apart one of its own, unless the user has `given` one."""
-    if Path(model.model).is_dir() and (digest := weights_digest(Path(model.model))):
-        return digest
-    commit = getattr(model.hf_config, "_commit_hash", None)
-    if known := str(commit or given or model.revision or ""):
-        return known
-    log.warning(
-        "which weights these are, nothing tells: no KV goes to other servers, unless all have the "
-        "same 'revision' in kv_connector_extra_config"
-    )
-    return f"unknown {os.urandom(16).hex()}"
 
 
 def _instance(
@@ -353,7 +306,7 @@ def _instance(
         )
     model = vllm_config.model_config
     own = ModelConfig(
-        path=str(model.model), served_name=_served_name(model), revision=model.revision
+        path=str(model.model), served_name=served_name(model), revision=model.revision
     )
     told = vllm_config.kv_events_config
     events = None
@@ -401,15 +354,3 @@ def _names(digest: Callable[[Any], bytes]) -> NameBlock:
         return block
 
     return name
-
-
-def _packing(kv_cache_config: Any) -> str:
-    """On a CPU the order of bytes within a page depends on what it can do."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return f"{current_platform.device_type} {current_platform.__class__.__name__}"
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    return f"cpu {_get_attn_isa(spec.dtype, spec.block_size, spec.head_size)}"
