@@ -255,7 +255,7 @@ class PoolServer:
                     log.info("KV did not reach %s early: %s", order.peer.id, error)
                     return
             order.sent += pushed.sent
-            done = ready
+            done, order.begun = ready, False
 
     def _withdraw(self, number: int) -> None:
         order = self._orders.pop(number, None)
