@@ -21,6 +21,7 @@ from rich.console import Console
 
 from memserve.bench.loadgen import LoadResult, RequestRecord
 from memserve.bench.openai_client import OpenAIClient
+from memserve.bench.peers import tiers
 from memserve.bench.peers.affinity import pin_back
 from memserve.bench.peers.config import PARTS, QUICK_PARTS
 from memserve.bench.peers.contest_tables import contest_tables
@@ -42,7 +43,8 @@ from memserve.bench.peers.tiers import (
 )
 from memserve.bench.report import summarise
 from memserve.clock import MonotonicClock
-from memserve.config import ClusterConfig, ModelConfig, check_config
+from memserve.config import ClusterConfig, InstanceConfig, ModelConfig, check_config
+from memserve.errors import ConfigError
 from memserve.models.resolve import ModelDirectory
 from memserve.types import Role
 from memserve.vllm.place import ServerPlace
@@ -272,3 +274,17 @@ def run(server: str, repeat: int, seconds: float, cached: int) -> PeerRun:
     times = tuple(seconds * (at + 1) for at in range(4))
     record = RequestRecord("s", 0, 0.0, 0.0, seconds, times, times[-1], 10, cached, 4, None)
     return PeerRun(server, "open", repeat, summarise(LoadResult((record,), 0)))
+
+
+def test_any_cluster_may_be_measured_with_vllm_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    roles = [InstanceConfig(role=Role.PREFILL), InstanceConfig(role=Role.DECODE)]
+    monkeypatch.setattr(tiers, "why_missing", lambda _: "not installed")
+    with pytest.raises(ConfigError, match="not installed, or `make vllm`"):
+        tiers.as_vllm(roles)
+    monkeypatch.setattr(tiers, "why_missing", lambda _: None)
+    made = tiers.as_vllm(roles)
+    assert [each.role for each in made] == [Role.PREFILL, Role.DECODE]
+    assert all(each.engine == "vllm" and each.dram and each.cpus for each in made)
+    (template,) = tiers.as_vllm(roles[:1])
+    assert template.cpus is None  # of several of them
+    check_config(ClusterConfig(instance=made))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import msgspec
 import typer
@@ -30,6 +30,7 @@ from memserve.bench.work import ServeBenchConfig, Work, load_sessions
 from memserve.cli_flags import takes_flags
 from memserve.config import (
     ClusterConfig,
+    Engine,
     GatewayConfig,
     ModelConfig,
     Policy,
@@ -40,6 +41,7 @@ from memserve.config import (
     doc,
     load_config,
 )
+from memserve.errors import ConfigError
 from memserve.flags import Given, flags_of, with_flags
 from memserve.models.resolve import Progress, pinned, resolve_model
 from memserve.terminal import progress_lines
@@ -49,6 +51,9 @@ app.command()(paper)
 app.command()(peers)
 app.command()(readme)
 
+_Engine = Annotated[
+    str, typer.Option("--engine", help="builtin, or vllm: servers on this machine's CPU")
+]
 _Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="write JSON; - is standard output")
 ]
@@ -108,6 +113,7 @@ def caching(
         Path | None,
         typer.Option("--cluster", help="TOML; default: a prefill and a decode instance"),
     ] = None,
+    engine: _Engine = "builtin",
     *,
     given: Given,
 ) -> None:
@@ -118,6 +124,7 @@ def caching(
     # Every prompt is to be computed by the prefill instance, whatever would be faster.
     default = ClusterConfig(gateway=GatewayConfig(policy="round-robin"), instance=one_and_one())
     cluster, sessions, progress = _prepare(config, cluster_file, default, given)
+    cluster = _with_engine(cluster, engine)
     result = asyncio.run(compare_steps(config, cluster, sessions, progress))
     _report(json, config, result, caching_table(result))
 
@@ -130,6 +137,7 @@ def policies(
         Path | None,
         typer.Option("--cluster", help="TOML; its first [[instance]] is what each looks like"),
     ] = None,
+    engine: _Engine = "builtin",
     only: Annotated[
         list[str] | None, typer.Option("--only", help="a policy; may be repeated; default: all")
     ] = None,
@@ -142,8 +150,20 @@ def policies(
     config = with_flags(ServeBenchConfig(), given)
     names = chosen_policies(only)
     cluster, sessions, progress = _prepare(config, cluster_file, ClusterConfig(), given)
+    cluster = _with_engine(cluster, engine)
     result = asyncio.run(compare_policies(config, cluster, names, sessions, progress))
     _report(json, config, result, policies_table(result))
+
+
+def _with_engine(cluster: ClusterConfig, engine: str) -> ClusterConfig:
+    """Raises ConfigError for an engine that there is not."""
+    if engine not in get_args(Engine):
+        raise ConfigError(f"--engine {engine}: {' or '.join(get_args(Engine))}")
+    if engine == "builtin":
+        return cluster
+    from memserve.bench.peers.tiers import as_vllm
+
+    return msgspec.structs.replace(cluster, instance=as_vllm(cluster.instance))
 
 
 def _prepare(

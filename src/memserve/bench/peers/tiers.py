@@ -7,6 +7,7 @@ is what is behind it, and what chooses the server.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import subprocess
@@ -37,6 +38,7 @@ from memserve.bench.peers.vllm import START_SECONDS
 from memserve.bench.work import Work
 from memserve.clock import MonotonicClock
 from memserve.config import InstanceConfig, parse_bytes
+from memserve.errors import ConfigError
 from memserve.models.resolve import ModelDirectory, Progress
 from memserve.types import Role
 
@@ -46,6 +48,7 @@ _BLOCK = 32  # tokens; vLLM's 128 would leave little of a short conversation's t
 # Of a step, so that a small KV memory has room for it beside the longest request.
 _STEP_TOKENS = 512
 _LARGE = 512 << 20  # bytes of vLLM's own KV memory, for all that is asked
+_DRAM = "1GiB"  # behind that, where nothing else is said
 _FIRST_TOKENS = 300  # of the prompts that go before all: connections between servers are made
 _ASK_SECONDS = 60.0  # for an import
 _NIXL = "from nixl._api import nixl_agent"
@@ -243,6 +246,23 @@ def own_instance(
         profile="off",
         vllm_command=("env", f"PYTHONPATH={_SOURCE}", *quiet, python, *module),
         vllm_args=tuple(arguments),
+    )
+
+
+def as_vllm(instances: Sequence[InstanceConfig]) -> tuple[InstanceConfig, ...]:
+    """The same instances with vLLM servers, on a core each where there are several. Raises
+    ConfigError where vLLM is not installed."""
+    if (why := why_missing("vllm")) is not None:
+        raise ConfigError(f"--engine vllm: vLLM is {why}, or `make vllm`")
+    cores = sorted(os.sched_getaffinity(0))
+    arguments = vllm_arguments(_LARGE)
+    made = [own_instance(0, _DRAM, arguments, each.role) for each in instances]
+    if len(made) == 1:
+        return (msgspec.structs.replace(made[0], cpus=None, count=instances[0].count),)
+    places = itertools.cycle(cores)
+    return tuple(
+        msgspec.structs.replace(each, cpus=(core,))
+        for each, core in zip(made, places, strict=False)
     )
 
 
