@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,17 +103,30 @@ async def host_memory(
 ) -> Contest:
     """Two vLLM of one core each, whose own KV memory is small: with ours behind it and our gateway,
     with nothing behind it, and with vLLM's own offloading, each of these behind vllm-router."""
-    started = _clock.now()
+    name = "Two vLLM of one core, host memory behind them"
     async with AsyncExitStack() as stack:
         servers = _Servers(stack, loads, model, progress)
-        if (why := why_missing("vllm")) is not None:
-            servers.skipped.update(dict.fromkeys(HOST_NAMES, why))
-            urls = {}
-        else:
-            urls = await _with_host_memory(servers, tiers, (cores[0], cores[-1]))
-        runs = await _rounds(servers, started, urls, work)
-        name = "Two vLLM of one core, host memory behind them"
-        return Contest(name, (1, 1), runs, servers.skipped, tiers=True)
+        return await _contest(name, HOST_NAMES, servers, tiers, cores, work, _with_host_memory)
+
+
+async def _contest(
+    name: str,
+    names: Sequence[str],
+    servers: _Servers,
+    tiers: TierSettings,
+    cores: Sequence[int],
+    work: Work,
+    start: Callable[[_Servers, TierSettings, tuple[int, int]], Awaitable[dict[str, str]]],
+) -> Contest:
+    """Of the servers that `start` starts on two cores; `names`: of all that may take part."""
+    started = _clock.now()
+    urls: dict[str, str] = {}
+    if (why := why_missing("vllm")) is not None:
+        servers.skipped.update(dict.fromkeys(names, why))
+    else:
+        urls = await start(servers, tiers, (cores[0], cores[-1]))
+    runs = await _rounds(servers, started, urls, work)
+    return Contest(name, (1, 1), runs, servers.skipped, tiers=True)
 
 
 async def _with_host_memory(
@@ -153,17 +166,10 @@ async def prefill_and_decode(
 ) -> Contest:
     """A vLLM that computes prompts and one that decodes, on a core each: KV handed over by ours,
     and by vLLM's NixlConnector."""
-    started = _clock.now()
+    name = "Prefill and decode on a core each"
     async with AsyncExitStack() as stack:
         servers = _Servers(stack, loads, model, progress)
-        if (why := why_missing("vllm")) is not None:
-            servers.skipped.update(dict.fromkeys(SPLIT_NAMES, why))
-            urls = {}
-        else:
-            urls = await _split(servers, tiers, (cores[0], cores[-1]))
-        runs = await _rounds(servers, started, urls, work)
-        name = "Prefill and decode on a core each"
-        return Contest(name, (1, 1), runs, servers.skipped, tiers=True)
+        return await _contest(name, SPLIT_NAMES, servers, tiers, cores, work, _split)
 
 
 async def _split(servers: _Servers, tiers: TierSettings, cores: tuple[int, int]) -> dict[str, str]:
@@ -231,9 +237,10 @@ def vllm_arguments(kv_bytes: int, step_tokens: int | None = None) -> tuple[str, 
 
 
 def own_instance(
-    core: int, dram: str, arguments: Sequence[str], role: Role = Role.COLOCATED
+    core: int | None, dram: str, arguments: Sequence[str], role: Role = Role.COLOCATED
 ) -> InstanceConfig:
-    """A vLLM server with ours behind it, which must be on the path of vLLM's Python."""
+    """A vLLM server with ours behind it, which must be on the path of vLLM's Python. `core`: that
+    it computes on; None: any."""
     python = str(python_of("vllm").absolute())
     quiet = ("VLLM_NO_USAGE_STATS=1", "HF_HUB_OFFLINE=1")
     module = ("-W", "ignore", "-m", "vllm.entrypoints.openai.api_server")
@@ -241,7 +248,7 @@ def own_instance(
         engine="vllm",
         role=role,
         threads=1,
-        cpus=(core,),
+        cpus=None if core is None else (core,),
         dram=dram,
         profile="off",
         vllm_command=("env", f"PYTHONPATH={_SOURCE}", *quiet, python, *module),
@@ -254,16 +261,13 @@ def as_vllm(instances: Sequence[InstanceConfig]) -> tuple[InstanceConfig, ...]:
     ConfigError where vLLM is not installed."""
     if (why := why_missing("vllm")) is not None:
         raise ConfigError(f"--engine vllm: vLLM is {why}, or `make vllm`")
-    cores = sorted(os.sched_getaffinity(0))
     arguments = vllm_arguments(_LARGE)
-    made = [own_instance(0, _DRAM, arguments, each.role) for each in instances]
-    if len(made) == 1:
-        return (msgspec.structs.replace(made[0], cpus=None, count=instances[0].count),)
-    places = itertools.cycle(cores)
-    return tuple(
-        msgspec.structs.replace(each, cpus=(core,))
-        for each, core in zip(made, places, strict=False)
-    )
+    if len(instances) == 1:
+        (one,) = instances
+        made = own_instance(None, _DRAM, arguments, one.role)
+        return (msgspec.structs.replace(made, count=one.count),)
+    cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
+    return tuple(own_instance(next(cores), _DRAM, arguments, each.role) for each in instances)
 
 
 def offloading_flag(dram: str) -> tuple[str, str]:
