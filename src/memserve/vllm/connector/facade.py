@@ -31,7 +31,6 @@ from vllm.v1.core.kv_cache_utils import (
 from memserve.config import ModelConfig, parse_bytes
 from memserve.errors import ConfigError
 from memserve.transfer.mempool import MemPool
-from memserve.types import Namespace, TokenArray
 from memserve.vllm.connector.events import (
     MEDIUM,
     BlockName,
@@ -54,7 +53,7 @@ from memserve.vllm.connector.member import (
 )
 from memserve.vllm.connector.metadata import CopiesDone, StepCopies
 from memserve.vllm.connector.origin import origin_of, served_name
-from memserve.vllm.connector.pool_server import PoolServer, Ready
+from memserve.vllm.connector.pool_server import PoolServer, Ready, tell_nobody
 from memserve.vllm.connector.scheduler import PoolScheduler
 from memserve.vllm.connector.sequence import Spaces
 from memserve.vllm.connector.worker import Worker
@@ -111,7 +110,7 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             command, key = _instance(vllm_config, settings, name)
             self._member = Member()
             path = self._member.pool
-        ready: Ready = _nobody
+        ready: Ready = tell_nobody
         spaces = Spaces()
         if path is not None:
             self._server = PoolServer(pool, spaces, path)
@@ -277,10 +276,6 @@ def _require_plain(vllm_config: Any, kv_cache_config: Any, version: Version) -> 
         raise ConfigError(
             "MemServeConnector does not work with draft models that have KV; n-gram drafts work"
         )
-
-
-def _nobody(order: int, tokens: TokenArray, namespace: Namespace) -> None:
-    """Where no instance gives orders."""
 
 
 def _pool(vllm_config: Any, kv_cache_config: Any, settings: MemberSettings, name: str) -> MemPool:

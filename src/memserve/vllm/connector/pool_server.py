@@ -281,3 +281,7 @@ def _tokens(data: bytes) -> TokenArray:
 
 
 Ready = Callable[[int, TokenArray, Namespace], None]  # see `PoolServer.ready`
+
+
+def tell_nobody(order: int, tokens: TokenArray, namespace: Namespace) -> None:
+    """A `Ready` where no instance gives orders."""

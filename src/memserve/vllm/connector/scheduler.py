@@ -21,7 +21,7 @@ from memserve.transfer.mempool import MemPool
 from memserve.types import Medium, TokenArray, ref_index
 from memserve.vllm.connector.events import Removed, Stored, TierEvents
 from memserve.vllm.connector.metadata import CopiesDone, Copy, PoolMemory, StepCopies
-from memserve.vllm.connector.pool_server import Ready
+from memserve.vllm.connector.pool_server import Ready, tell_nobody
 from memserve.vllm.connector.sequence import Save, Sequence, Spaces
 
 BlockIds = SequenceOf[SequenceOf[int]]  # for each KV cache group
@@ -93,7 +93,7 @@ class PoolScheduler:
         workers: int,
         spaces: Spaces,
         events: TierEvents | None = None,
-        ready: Ready = lambda order, tokens, namespace: None,
+        ready: Ready = tell_nobody,
     ) -> None:
         """`workers`: each copies its part of a block. `spaces`: of the pool. `events`: are told
         what it holds. `ready`: is told what the index has of a request with an order."""
