@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from memserve.errors import SegmentGone
 from memserve.pool.layout import KVLayout
 from memserve.transfer.mempool import MemPool
 from memserve.types import Medium, ref_index
+from memserve.vllm.connector.copies import Pages, Pending, StreamCopies
 from memserve.vllm.connector.events import Removed, TierEvents
 from memserve.vllm.connector.metadata import CopiesDone, Copy
 from memserve.vllm.connector.scheduler import BlockIds, PoolScheduler
@@ -120,13 +122,55 @@ class StumblingWorker(Worker):
     """Some of its loads fail half-way, and leave garbage."""
 
     failing: set[str]
+    stream: LateStream | None = None
 
-    def _copy(self, copy: Copy, into_pool: bool) -> None:
-        super()._copy(copy, into_pool)
-        if not into_pool and copy.request in self.failing:
-            for group, pages in self._layers:
-                pages[torch.from_numpy(copy.own[group])] = 0xEE
-            raise SegmentGone("by chance")
+    def copy_late(self, stream: LateStream) -> None:
+        self.stream, self._copies = stream, StreamCopies(stream)
+
+    def _begin(self, copy: Copy, one: Callable[[Pages, Pending], None], done: str) -> Pending:
+        pending = super()._begin(copy, one, done)
+        if done == "loaded" and copy.request in self.failing:
+            pending.failed = True
+            if self.stream is None:
+                self._spoil(copy)
+            else:
+                self.stream.launch(lambda: self._spoil(copy), behind_compute=True)
+                self._copies.close(pending)
+        return pending
+
+    def _spoil(self, copy: Copy) -> None:
+        for layers, own in zip(self._layers, copy.own, strict=True):
+            for pages in layers:
+                pages[torch.from_numpy(own)] = 0xEE
+
+
+class LateStream:
+    """A stream of copies that run when chance says so, long after they were launched."""
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+        self._queue: deque[Callable[[], None]] = deque()
+        self.launched = self.ran = 0
+
+    def launch(self, work: Callable[[], None], *, behind_compute: bool) -> None:
+        self._queue.append(work)
+        self.launched += 1
+
+    def mark(self) -> LateMark:
+        return LateMark(self, self.launched)
+
+    def run_some(self) -> None:
+        for _ in range(self._rng.randint(0, len(self._queue))):
+            self._queue.popleft()()
+            self.ran += 1
+
+
+class LateMark(NamedTuple):
+    stream: LateStream
+    at: int
+
+    def query(self) -> bool:
+        return self.stream.ran >= self.at
 
 
 class FakeVllm:
@@ -141,9 +185,10 @@ class FakeVllm:
         late: int,
         budget: int = 24,
         by_block: bool = False,
+        streams: bool = False,
     ) -> None:
         """`late`: steps until an output is looked at. `budget`: tokens of a step. `by_block`: loads
-        that fail are told by their blocks, as before 0.30."""
+        that fail are told by their blocks, as before 0.30. `streams`: copies are a GPU's."""
         self._rng = rng
         self._late = late
         self._budget = budget
@@ -162,7 +207,11 @@ class FakeVllm:
             worker = StumblingWorker([LAYERS], rank, RANKS, blocks)
             worker.register(self.kv[rank])
             worker.failing = set()
+            if streams:
+                worker.copy_late(LateStream(rng))
             self.workers.append(worker)
+        self._ranks_left: dict[str, int] = {}  # that have not loaded a request
+        self._told_failed: set[str] = set()
         self._free = list(range(1, blocks))  # 0 is the null block
         self.waiting: list[FakeRequest] = []
         self.loading: dict[str, FakeRequest] = {}
@@ -342,13 +391,26 @@ class FakeVllm:
                 pages[request.blocks[block]] = torch.from_numpy(page.copy())
 
     def _output(self, sampled: list[tuple[FakeRequest, int]]) -> Output:
-        told = [worker.take_loaded() for worker in self.workers]
-        done = [part for worker in self.workers if (part := worker.take_saved()) is not None]
-        whole = done[0].aggregate(done[1]) if len(done) == RANKS else None
-        assert bool(done) == (whole is not None)
-        failed = set().union(*(failed for _, failed in told))
+        """As vLLM's `KVOutputAggregator` makes it: loads are told when all ranks have ended."""
+        loaded: set[str] = set()
+        whole: CopiesDone | None = None
+        for worker in self.workers:
+            if worker.stream is not None:
+                worker.stream.run_some()
+            ended, failed = worker.take_loaded()
+            self._told_failed |= failed
+            for request in ended:
+                left = self._ranks_left.pop(request, RANKS) - 1
+                if left:
+                    self._ranks_left[request] = left
+                else:
+                    loaded.add(request)
+            if (done := worker.take_saved()) is not None:
+                whole = done if whole is None else whole.aggregate(done)
+        failed = self._told_failed & loaded
+        self._told_failed -= failed
         invalid = set().union(*(worker.take_invalid() for worker in self.workers))
-        return Output(sampled, told[0][0] & told[1][0], failed, invalid, whole)
+        return Output(sampled, loaded, failed, invalid, whole)
 
     # --- blocks
 

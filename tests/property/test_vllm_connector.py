@@ -29,12 +29,14 @@ def request_of(number: int, rng: Random) -> FakeRequest:
     st.sampled_from((0, 1)),
     st.sampled_from((5, 12, 60)),
     st.booleans(),
+    st.booleans(),
 )
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 def test_whatever_happens_blocks_hold_what_they_must(
-    rng: Random, late: int, dram: int, by_block: bool
+    rng: Random, late: int, dram: int, by_block: bool, streams: bool
 ) -> None:
-    vllm = FakeVllm(rng, blocks=48, dram_blocks=dram, late=late, by_block=by_block)
+    how = {"by_block": by_block, "streams": streams}
+    vllm = FakeVllm(rng, blocks=48, dram_blocks=dram, late=late, **how)
     try:
         numbers = count()
         for _ in range(rng.randint(5, 60)):
@@ -117,9 +119,13 @@ def test_what_is_no_function_of_tokens_is_neither_saved_nor_loaded(vllm: FakeVll
     vllm.connector.close()
 
 
+@pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("by_block", [False, True])
-def test_a_load_that_failed_is_computed_and_not_offered_again(by_block: bool) -> None:
-    vllm = FakeVllm(Random(1), blocks=48, dram_blocks=40, late=0, by_block=by_block)
+def test_a_load_that_failed_is_computed_and_not_offered_again(
+    by_block: bool, streams: bool
+) -> None:
+    how = {"by_block": by_block, "streams": streams}
+    vllm = FakeVllm(Random(1), blocks=48, dram_blocks=40, late=0, **how)
     run(vllm, "first", PROMPT)
     again = FakeRequest("again", list(PROMPT), len(PROMPT) + 5, None)
     vllm.submit(again)

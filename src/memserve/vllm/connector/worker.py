@@ -1,27 +1,26 @@
-"""The workers' side: copies between vLLM's KV tensors and the pool's host memory.
+"""The workers' side: what a step loads and saves, and which of it has ended.
 
-Copies are made where vLLM calls, loads before the forward pass and saves after it, so that a block
-is not given to another request meanwhile. On a GPU they wait for what was launched before them.
+Copies are begun where vLLM calls, loads before the forward pass and saves after it. vLLM hears of
+a request's load, and the scheduler of a save, when all of its copies have run, failed ones too:
+only then may their blocks be given to others.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Mapping as MappingOf
-from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from memserve.errors import ConfigError, SegmentGone
 from memserve.pool.segment import SHM_DIRECTORY
 from memserve.transfer.mapping import Mapping
+from memserve.vllm.connector.copies import Bytes, Copies, HostCopies, Pages, Pending, copies_of
 from memserve.vllm.connector.metadata import CopiesDone, Copy, Indices, PoolMemory, StepCopies
 
 log = logging.getLogger(__name__)
-
-Bytes = NDArray[np.uint8]
 
 
 class Worker:
@@ -29,104 +28,111 @@ class Worker:
 
     def __init__(self, groups: Sequence[Sequence[str]], rank: int, ranks: int, blocks: int) -> None:
         """`groups`: the layers' names, by KV cache group. `blocks`: of vLLM."""
-        self._names = [(name, group) for group, names in enumerate(groups) for name in names]
+        self._groups = groups
         self._rank = rank
         self._ranks = ranks
         self._blocks = blocks
-        self._layers: list[tuple[int, torch.Tensor]] = []  # group; uint8 [blocks, page]
+        self._layers: list[list[torch.Tensor]] = []  # by group: uint8 [blocks, page]
         self._page = 0
         self._page_locked = False  # the memory is, for copies from and to a GPU
-        self._segments: list[tuple[PoolMemory, Bytes]] = []  # [blocks, layers, ranks, page]
-        self._loaded: set[str] = set()
-        self._failed: set[str] = set()
+        self._copies: Copies = HostCopies()
+        # Each with its mapping, which keeps the memory page-locked; [blocks, layers, ranks, page].
+        self._segments: list[tuple[PoolMemory, Mapping, Bytes]] = []
+        self._loading: list[tuple[Copy, Pending]] = []
+        self._saving: list[tuple[Copy, Pending]] = []
         self._invalid: set[int] = set()
-        self._done = CopiesDone({}, set())
 
     def register(self, kv_caches: MappingOf[str, torch.Tensor]) -> None:
-        """vLLM's KV tensors by layer, `[blocks, ...]`. Raises ConfigError where a block is not one
-        run of bytes."""
-        self._layers = []
-        for name, group in self._names:
-            tensor = kv_caches.get(name)
-            whole = tensor is not None and len(tensor) == self._blocks
-            if tensor is None or not whole or not tensor[0].is_contiguous():
-                raise ConfigError(
-                    f"{name}: a block of this layer is not one run of bytes; another attention "
-                    "backend, or vLLM from 0.30 on, may have it so"
-                )
-            size = tensor[0].numel()
-            pages = torch.as_strided(
-                tensor, (len(tensor), size), (tensor.stride(0), 1), tensor.storage_offset()
-            )
-            self._layers.append((group, pages.view(torch.uint8)))
-        sizes = {pages.shape[1] for _, pages in self._layers}
+        """Take vLLM's KV tensors by layer, `[blocks, ...]`. Raises ConfigError where a block is not
+        one run of bytes."""
+        self._layers = [
+            [self._pages(name, kv_caches.get(name)) for name in names] for names in self._groups
+        ]
+        every = [pages for layers in self._layers for pages in layers]
+        sizes = {pages.shape[1] for pages in every}
         if len(sizes) != 1:
             raise ConfigError(f"the layers' KV pages differ in size: {sorted(sizes)} bytes")
         (self._page,) = sizes
-        self._page_locked = any(pages.is_cuda for _, pages in self._layers)
+        device = every[0].device
+        self._page_locked = device.type == "cuda"
+        self._copies = copies_of(device)
+
+    def _pages(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor:
+        """A layer's KV as uint8 [blocks, page]."""
+        if tensor is None or len(tensor) != self._blocks or not tensor[0].is_contiguous():
+            raise ConfigError(
+                f"{name}: a block of this layer is not one run of bytes; another attention "
+                "backend, or vLLM from 0.30 on, may have it so"
+            )
+        shape, strides = (len(tensor), tensor[0].numel()), (tensor.stride(0), 1)
+        pages = torch.as_strided(tensor, shape, strides, tensor.storage_offset())
+        return pages.view(torch.uint8)
 
     def load(self, copies: StepCopies) -> None:
-        """Fill blocks of requests that wait for them."""
+        """Begin to fill blocks of requests that wait for them."""
         self._map(copies.memory)
         for copy in copies.loads:
-            try:
-                self._copy(copy, into_pool=False)
-            except SegmentGone as error:
-                log.warning("%s: KV was not loaded: %s", copy.request, error)
-                self._failed.add(copy.request)
-                self._invalid.update(int(block) for own in copy.own for block in own if block)
-            self._loaded.add(copy.request)  # vLLM wants to hear of failed ones in both ways
+            self._loading.append((copy, self._begin(copy, self._copies.load, "loaded")))
 
     def save(self, copies: StepCopies) -> None:
-        """Copy what the forward pass has computed."""
+        """Begin to copy what the forward pass computes."""
         for copy in copies.saves:
-            try:
-                self._copy(copy, into_pool=True)
-            except SegmentGone as error:
-                log.warning("%s: KV was not saved: %s", copy.request, error)
-                self._done.failed.add(copy.job)
-            self._done.saves[copy.job] = 1
+            self._saving.append((copy, self._begin(copy, self._copies.save, "saved")))
 
     def take_loaded(self) -> tuple[set[str], set[str]]:
         """Requests whose loads have ended since the last call, and those of them that failed."""
-        told = self._loaded, self._failed
-        self._loaded, self._failed = set(), set()
-        return told
+        ended, self._loading = _ended(self._loading)
+        failed = [copy for copy, pending in ended if pending.failed]
+        for copy in failed:
+            self._invalid.update(int(block) for own in copy.own for block in own if block)
+        return {copy.request for copy, _ in ended}, {copy.request for copy in failed}
 
     def take_invalid(self) -> set[int]:
-        """vLLM's blocks whose loads have failed since the last call."""
+        """vLLM's blocks whose loads have failed, of loads that were taken since the last call."""
         told, self._invalid = self._invalid, set()
         return told
 
     def take_saved(self) -> CopiesDone | None:
-        """Saves that have ended since the last call."""
-        if not self._done.saves:
+        """Saves that have ended since the last call; None: none has."""
+        ended, self._saving = _ended(self._saving)
+        if not ended:
             return None
-        done, self._done = self._done, CopiesDone({}, set())
-        return done
+        failed = {copy.job for copy, pending in ended if pending.failed}
+        return CopiesDone({copy.job: 1 for copy, _ in ended}, failed)
 
-    def _copy(self, copy: Copy, into_pool: bool) -> None:
-        for memory, at, places in self._split(copy.pool):
-            for number, (group, pages) in enumerate(self._layers):
-                own = copy.own[group][at]
-                there = own != 0  # the null block: behind a window
-                place, ids = places[there], torch.from_numpy(own[there]).to(pages.device)
-                if into_pool:
-                    memory[place, number, self._rank] = pages.index_select(0, ids).cpu().numpy()
-                else:
-                    whole = torch.from_numpy(memory[place, number, self._rank])
-                    pages.index_copy_(0, ids, whole.to(pages.device))
+    def _begin(self, copy: Copy, one: Callable[[Pages, Pending], None], done: str) -> Pending:
+        pending = Pending()
+        try:
+            for mapping, memory, at, places in self._split(copy.pool):
+                pending.held.append(mapping)
+                for pages in self._by_group(copy, memory, at, places):
+                    one(pages, pending)
+        except SegmentGone as error:
+            log.warning("%s: KV was not %s: %s", copy.request, done, error)
+            pending.failed = True
+        self._copies.close(pending)
+        return pending
 
-    def _split(self, pool: Indices) -> list[tuple[Bytes, Indices, Indices]]:
-        """By segment: its memory, which of `pool` are in it, and their places there. Raises
-        SegmentGone where one is not mapped."""
+    def _by_group(self, copy: Copy, memory: Bytes, at: Indices, places: Indices) -> Iterator[Pages]:
+        first = 0
+        for layers, own in zip(self._layers, copy.own, strict=True):
+            ids = own[at]
+            there = ids != 0  # the null block: behind a window
+            host = memory[:, first : first + len(layers), self._rank]
+            first += len(layers)
+            if there.any():
+                yield Pages(layers, ids[there], host, places[there])
+
+    def _split(self, pool: Indices) -> list[tuple[Mapping, Bytes, Indices, Indices]]:
+        """Segments that have blocks of `pool`: the mapping, its memory, which of `pool` are in it,
+        and their places there. Raises SegmentGone where a block is in none."""
         found = []
-        for segment, memory in self._segments:
+        for segment, mapping, memory in self._segments:
             end = segment.first + segment.blocks
             at = np.flatnonzero((pool >= segment.first) & (pool < end))
             if len(at):
-                found.append((memory, at, pool[at] - segment.first))
-        missing = len(pool) - sum(len(at) for _, at, _ in found)
+                found.append((mapping, memory, at, pool[at] - segment.first))
+        missing = len(pool) - sum(len(at) for _, _, at, _ in found)
         if missing:
             raise SegmentGone(f"{missing} blocks of the pool are not mapped here")
         return found
@@ -134,17 +140,28 @@ class Worker:
     def _map(self, memory: tuple[PoolMemory, ...] | None) -> None:
         if memory is None:
             return
-        kept = dict(self._segments)
+        kept = {segment: mapping for segment, mapping, _ in self._segments}
         self._segments = []
+        layers = sum(len(group) for group in self._layers)
         for segment in memory:
-            mapped = kept.get(segment)
-            if mapped is None:
-                try:
-                    path = SHM_DIRECTORY / segment.name
-                    raw = Mapping(path, segment.nbytes, self._page_locked).bytes
-                except SegmentGone as error:
-                    log.error("the pool's memory cannot be used: %s", error)
-                    continue
-                shape = (segment.blocks, len(self._layers), self._ranks, self._page)
-                mapped = raw.reshape(shape)
-            self._segments.append((segment, mapped))
+            mapping = kept.get(segment)
+            try:
+                path = SHM_DIRECTORY / segment.name
+                mapping = mapping or Mapping(path, segment.nbytes, self._page_locked)
+            except SegmentGone as error:
+                log.error("the pool's memory cannot be used: %s", error)
+                continue
+            shape = (segment.blocks, layers, self._ranks, self._page)
+            self._segments.append((segment, mapping, mapping.bytes.reshape(shape)))
+
+
+_Begun = list[tuple[Copy, Pending]]
+
+
+def _ended(begun: _Begun) -> tuple[_Begun, _Begun]:
+    """Copies that have ended, and the others."""
+    ended = [(copy, pending) for copy, pending in begun if pending.ended]
+    if len(ended) == len(begun):
+        return ended, []
+    done = {id(pending) for _, pending in ended}
+    return ended, [(copy, pending) for copy, pending in begun if id(pending) not in done]
