@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -62,6 +63,8 @@ class Commands:
             raise PeerNotInstalled("no such distribution")
         if "requires(" in line:
             return "numpy>=2\ntorch==2.13.0\ntorchvision\nzmq; extra == 'all'\n"
+        if "purelib" in line:  # as if an environment were the folder of its packages
+            return f"{Path(command[0]).parents[1]}\n"
         return self._brought if "distributions()" in line else ""
 
 
@@ -90,6 +93,12 @@ def test_a_peer_gets_our_torch_and_is_not_installed_twice(tmp_path: Path) -> Non
     assert len(commands.ran) == ran
     install(msgspec.structs.replace(peer, bare=("engine==2", TORCH)), tmp_path, commands)
     assert len(commands.ran) > ran
+
+
+def test_one_peer_has_the_packages_of_another(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    install(Peer(name="p", over="q"), tmp_path, Commands())
+    assert (tmp_path / "p" / "over.pth").read_text() == f"{tmp_path / 'q'}\n"
 
 
 def test_what_brought_cuda_does_not_count_as_installed(tmp_path: Path) -> None:
@@ -131,6 +140,19 @@ def test_a_server_that_ends_says_why() -> None:
         pytest.raises(PeerFailed, match="peer ended while it started: no room"),
     ):
         server.wait_ready(60.0)
+
+
+def test_a_server_without_http_is_ready_when_it_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        with serving("peer", ["sleep", "60"], os.environ, port) as server:
+            server.wait_listening(60.0)
+    command = [sys.executable, "-c", "import sys; sys.exit('no room')"]
+    with (
+        serving("peer", command, {}, port) as server,
+        pytest.raises(PeerFailed, match="peer ended while it started: no room"),
+    ):
+        server.wait_listening(60.0)
 
 
 def test_of_many_errors_the_first_is_told() -> None:

@@ -8,8 +8,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from memserve.bench.peers import tiers
 from memserve.bench.peers.affinity import pin_back
 from memserve.bench.peers.config import PARTS, QUICK_PARTS
 from memserve.bench.peers.contest_tables import contest_tables
+from memserve.bench.peers.process import PeerFailed
 from memserve.bench.peers.serving import Contest, Loads, PeerRun
 from memserve.bench.peers.split_proxy import application, prompt_request, with_cached
 from memserve.bench.peers.tiers import (
@@ -33,6 +35,7 @@ from memserve.bench.peers.tiers import (
     TierSettings,
     first_prompt,
     host_memory,
+    lmcache_flag,
     nixl_flag,
     nixl_variables,
     offloading_flag,
@@ -51,6 +54,16 @@ from memserve.vllm.place import ServerPlace
 from memserve.vllm.server import server_command, server_environment
 
 WHERE = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_block_ids": [[1, 2]]}
+LOADS = Loads(
+    dtype="float32",
+    repeats=1,
+    seed=0,
+    rate=1.0,
+    concurrency=1,
+    sessions=1,
+    max_turns=1,
+    max_output_tokens=1,
+)
 Ask = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -188,6 +201,9 @@ def test_peers_get_connectors_of_their_own() -> None:
     assert name == "--kv-transfer-config"
     assert json.loads(value)["kv_connector_extra_config"] == {"cpu_bytes_to_use": 1 << 20}
     assert json.loads(nixl_flag()[1])["kv_buffer_device"] == "cpu"
+    lmcache = json.loads(lmcache_flag(7)[1])["kv_connector_extra_config"]
+    assert lmcache["lmcache.mp.port"] == 7
+    assert lmcache["lmcache.mp.mp_transfer_mode"] == "lmcache_driven"
     assert nixl_variables(7)["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "7"
 
 
@@ -207,23 +223,106 @@ async def test_without_vllm_all_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    loads = Loads(
-        dtype="float32",
-        repeats=1,
-        seed=0,
-        rate=1.0,
-        concurrency=1,
-        sessions=1,
-        max_turns=1,
-        max_output_tokens=1,
-    )
     model = ModelDirectory(tmp_path, "m", None)
     settings = TierSettings()
     for contest, names in ((host_memory, HOST_NAMES), (prefill_and_decode, SPLIT_NAMES)):
-        found = await contest(loads, settings, model, (0,), (), lambda _: None)
+        found = await contest(LOADS, settings, model, (0,), (), lambda _: None)
         assert found.runs == ()
         assert set(found.skipped) == set(names)
         assert all("make peers" in why for why in found.skipped.values())
+
+
+@dataclass
+class Started:
+    """Stand for the servers of a contest, in the place of processes."""
+
+    fails: dict[str, str] = field(default_factory=dict)  # by a part of the arguments: what it says
+    connectors: list[str] = field(default_factory=list)  # of vLLM, "" for none
+    sizes: list[int] = field(default_factory=list)  # bytes, of LMCache's servers
+
+    def vllm(self, *_: object, arguments: Sequence[str], peer: str, **__: object) -> Server:
+        flag = "--kv-transfer-config"
+        value = arguments[arguments.index(flag) + 1] if flag in arguments else "{}"
+        self.connectors.append(json.loads(value).get("kv_connector", ""))
+        assert (peer == "lmcache") == (self.connectors[-1] == "LMCacheMPConnector")
+        return Server(self.fails.get(self.connectors[-1]))
+
+    def lmcache(self, _: object, __: int, size: int, ___: int) -> Server:
+        self.sizes.append(size)
+        return Server(self.fails.get("lmcache"))
+
+
+@dataclass
+class Server:
+    says: str | None = None  # why it ends while it starts
+    url: str = "http://127.0.0.1:1"
+
+    def wait_ready(self, _: float) -> None:
+        if self.says is not None:
+            raise PeerFailed(self.says)
+
+    wait_listening = wait_ready
+
+
+@asynccontextmanager
+async def _nothing(*_: object) -> AsyncIterator[str]:
+    yield "http://127.0.0.1:1"
+
+
+async def _ask_nothing(_: str) -> None:
+    return None
+
+
+async def _contest_of(started: Started, monkeypatch: pytest.MonkeyPatch, path: Path) -> Contest:
+    """The contest with host memory, of servers that are all installed and that nobody asks."""
+    monkeypatch.setattr(tiers, "start_vllm", started.vllm)
+    monkeypatch.setattr(tiers, "start_lmcache", started.lmcache)
+    monkeypatch.setattr(tiers, "start_router", lambda *_: Server())
+    monkeypatch.setattr(tiers, "ours", _nothing)
+    monkeypatch.setattr(tiers, "first_prompt", _ask_nothing)
+    monkeypatch.setattr(tiers, "rounds", _names)
+    settings, model = TierSettings(dram="1MiB"), ModelDirectory(path, "m", None)
+    return await host_memory(LOADS, settings, model, (0, 1), (), lambda _: None)
+
+
+async def _names(_: Loads, __: float, urls: dict[str, str], *___: object) -> tuple[PeerRun, ...]:
+    return tuple(run(name, 0, 1.0, 0) for name in urls)
+
+
+async def test_two_vllm_share_one_lmcache_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "why_missing", lambda _: None)
+    started = Started()
+    contest = await _contest_of(started, monkeypatch, tmp_path)
+    assert contest.skipped == {}
+    assert [each.server for each in contest.runs] == list(HOST_NAMES)
+    assert started.connectors.count("LMCacheMPConnector") == 2
+    assert started.sizes == [2 << 20]
+
+
+@pytest.mark.parametrize("part", ["lmcache", "LMCacheMPConnector"])
+async def test_why_lmcache_does_not_start_is_told(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "why_missing", lambda _: None)
+    refused = "CPU Offloading is currently only supported on CUDA-alike and XPU GPUs"
+    started = Started({part: "no room", "OffloadingConnector": refused})
+    contest = await _contest_of(started, monkeypatch, tmp_path)
+    assert contest.skipped == {HOST_NAMES[2]: refused, HOST_NAMES[3]: "no room"}
+    assert [each.server for each in contest.runs] == list(HOST_NAMES[:2])
+    assert started.connectors.count("OffloadingConnector") == 1
+
+
+async def test_without_lmcache_the_others_take_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = {"lmcache": "not installed"}
+    monkeypatch.setattr(tiers, "why_missing", missing.get)
+    started = Started()
+    contest = await _contest_of(started, monkeypatch, tmp_path)
+    assert contest.skipped == {HOST_NAMES[3]: "not installed"}
+    assert started.sizes == []
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")

