@@ -70,17 +70,18 @@ class RadixTree(Generic[N]):
         """The nodes along `data`, from below the root to the last with a block in common, and the
         length of the stored prefix: bytes of whole blocks."""
         nodes: list[N] = []
-        node, step = root, self.block_bytes
+        children, step = root.children, self.block_bytes
         last, at = len(data) - step, 0
         while at <= last:
-            child = node.children.get(data[at : at + step])
-            if child is None:
+            node = children.get(data[at : at + step])
+            if node is None:
                 break
-            nodes.append(child)
-            if not data.startswith(child.edge, at):
-                return nodes, at + common_bytes(child.edge, 0, data, at, step)
-            at += len(child.edge)
-            node = child
+            nodes.append(node)
+            edge = node.edge
+            if not data.startswith(edge, at):
+                return nodes, at + common_bytes(edge, 0, data, at, step)
+            at += len(edge)
+            children = node.children
         return nodes, at
 
     def add(self, parent: N, edge: bytes) -> N:
@@ -138,12 +139,11 @@ class RadixTree(Generic[N]):
 def common_bytes(edge: bytes, offset: int, data: bytes, at: int, step: int) -> int:
     """Length of what edge[offset:] and data[at:] have in common from their start, in bytes, of
     whole blocks of `step` bytes."""
-    size = min(len(edge) - offset, len(data) - at)
-    size -= size % step
-    if data.startswith(edge[offset : offset + size], at):
-        return size
-    count = size // TOKEN_BYTES
+    count = min(len(edge) - offset, len(data) - at) // TOKEN_BYTES
+    if count <= 0:
+        return 0
     ours = np.frombuffer(edge, np.int32, count, offset)
     differ = ours != np.frombuffer(data, np.int32, count, at)
-    same = TOKEN_BYTES * int(differ.argmax())
-    return same - same % step
+    first = int(differ.argmax())
+    common = TOKEN_BYTES * (first if differ[first] else count)
+    return common - common % step

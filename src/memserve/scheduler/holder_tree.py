@@ -122,7 +122,7 @@ class HolderTree(RadixTree[Node]):
                     break
                 node, offset = child, 0
                 continue
-            count = common_bytes(node.edge, offset * step, data, done * step, step) // step
+            count = self._common_blocks(node, offset, data, done)
             if not count:  # only behind a block that the slot holds: at the start, or at `at`
                 node = self.split(node, offset)
                 continue
@@ -215,7 +215,7 @@ class HolderTree(RadixTree[Node]):
                 if child is None:
                     return
                 node, offset = child, 0
-            count = common_bytes(node.edge, offset * step, data, done * step, step) // step
+            count = self._common_blocks(node, offset, data, done)
             if not count:
                 return
             yield node, offset, done, count
@@ -223,6 +223,14 @@ class HolderTree(RadixTree[Node]):
             done += count
             if offset < len(node):
                 return
+
+    def _common_blocks(self, node: Node, offset: int, data: bytes, done: int) -> int:
+        """Blocks that the edge from `offset` on and `data` behind `done` blocks have in common."""
+        edge, step = node.edge, self.block_bytes
+        start, at = offset * step, done * step
+        if data.startswith(edge[start:], at):  # as a rule
+            return len(node) - offset
+        return common_bytes(edge, start, data, at, step) // step
 
     def _append(self, node: Node, edge: bytes, slot: int, numbers: Numbers) -> Node:
         """New blocks behind all of an edge."""
