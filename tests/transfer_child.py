@@ -16,11 +16,11 @@ from memserve.clock import MonotonicClock
 from memserve.errors import TransferError
 from memserve.secrets import SECRET_VARIABLE
 from memserve.transfer.base import Transport
-from memserve.transfer.faulty import Drop, FaultyTransport, listed
 from memserve.transfer.path import PathName
 from memserve.transfer.pending import Transfer
 from memserve.transfer.shm import ShmTransport
 from memserve.types import Owner
+from tests.faulty_transport import Drop, FaultyTransport, listed
 from tests.transfer_harness import LAYOUT, LOCAL, PATIENCE, filled, kv_blocks
 
 BLOCKS = 16

@@ -131,14 +131,6 @@ class BlockRef:
     generation: int
 
 
-def pack_refs(owner: int, medium: Medium, index: IndexArray, generation: IndexArray) -> RefArray:
-    """References to blocks `index` [n] of one owner and medium, with `generation` [n]."""
-    head = (owner << _OWNER_SHIFT) | (int(medium) << _MEDIUM_SHIFT)
-    packed: RefArray = (index << _INDEX_SHIFT) | generation
-    packed |= head
-    return packed
-
-
 def ref_owner(refs: RefArray) -> IndexArray:
     return refs >> _OWNER_SHIFT
 

@@ -32,9 +32,9 @@ from memserve.config import (
 )
 from memserve.pool.segment import sweep
 from memserve.scheduler.prompt_tree import Prefix, block_digests
-from memserve.transfer.faulty import Fault
 from memserve.types import Role
 from tests.fault.served import GatewayProcess, InstanceProcess, Machine, State, serve, set_network
+from tests.faulty_transport import Fault
 from tests.insider import ask
 
 # Much longer than anything takes, leases included: a test that gets there has failed.

@@ -35,10 +35,10 @@ from memserve.models.tokenizer import Tokenizer
 from memserve.pool.layout import KVLayout
 from memserve.scheduler.prompt_tree import Prefix
 from memserve.transfer.base import Transport
-from memserve.transfer.faulty import Fault, FaultyTransport, listed
 from memserve.transfer.mempool import MemPool
 from memserve.transfer.shm import ShmTransport
 from memserve.types import InstanceId, Owner, RequestId
+from tests.faulty_transport import Fault, FaultyTransport, listed
 
 CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000
 MS_REC, MS_PRIVATE = 0x4000, 0x40000

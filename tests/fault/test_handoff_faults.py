@@ -14,11 +14,11 @@ from typing import Any, Literal
 import pytest
 
 from memserve.config import TransferMode
-from memserve.transfer.faulty import Drop, Fault, Mute
 from memserve.types import Role
 from tests.fault.conftest import Expected
 from tests.fault.processes import Client, Processes, Served, until, until_ready
 from tests.fault.table import FaultTable
+from tests.faulty_transport import Drop, Fault, Mute
 from tests.handoff_harness import prompt_of
 
 PROMPT = prompt_of(100, seed=1)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memserve.scheduler import choosing, kernels
-from memserve.scheduler.candidates import Candidates, Roster
+from memserve.scheduler.candidates import Candidates, CandidateSet
 from memserve.scheduler.contract import Costs, PromptRequest
 from memserve.scheduler.decisions import KEPT_CANDIDATES, Ranking
 from memserve.scheduler.refined_costs import RefinedCosts
@@ -94,15 +94,17 @@ def as_python() -> Iterator[None]:
             kernel.run = run
 
 
-def choices(oracle: Oracle, roster: Roster, scores: list[float]) -> set[int]:
+def choices(oracle: Oracle, candidate_set: CandidateSet, scores: list[float]) -> set[int]:
     """Those that may be chosen, as far as rounding decides."""
     load, chosen = oracle.load, set()
-    ways = list(zip(roster.answers.tolist(), roster.computes.tolist(), strict=True))
+    ways = list(zip(candidate_set.answers.tolist(), candidate_set.computes.tolist(), strict=True))
     whole = min(here.whole for here in oracle.here)
     for rounding in (1 - 1e-9, 1.0, 1 + 1e-9):
         limit = (min(scores) + NEAR_TIE * whole) * rounding
         near = [at for at, score in enumerate(scores) if score <= limit]
-        plain = [at for at in near if roster.usual[at] and not oracle.here[ways[at][1]].fetched]
+        plain = [
+            at for at in near if candidate_set.usual[at] and not oracle.here[ways[at][1]].fetched
+        ]
         if near:
             turns = {at: sum(load.lines[slot].used for slot in ways[at]) for at in plain or near}
             chosen.add(min(turns, key=turns.__getitem__))
@@ -131,16 +133,16 @@ class Asked:
             overlapped=self.overlapped,
         )
 
-    def oracle(self, roster: Roster) -> Oracle:
+    def oracle(self, candidate_set: CandidateSet) -> Oracle:
         return Oracle(
             self.cluster.scheduler.load,
             self.request,
             self.output,
             self.matches,
             self.cluster.clock.now(),
-            allowed=roster.allowed,
-            computing=sorted(set(roster.computes.tolist())),
-            answering=roster.answering,
+            allowed=candidate_set.allowed,
+            computing=sorted(set(candidate_set.computes.tolist())),
+            answering=candidate_set.answering,
             fetches=self.fetches,
             overlapped=self.overlapped,
         )
@@ -189,8 +191,8 @@ def close(actual: object, expected: object) -> None:
 @settings(max_examples=200, deadline=None)
 def test_predictions_are_what_the_formulas_say(asked: Asked, weight: float) -> None:
     load = asked.cluster.scheduler.load
-    roster = Roster(load, asked.among)
-    candidates, oracle = Candidates(load, roster), asked.oracle(roster)
+    candidate_set = CandidateSet(load, asked.among)
+    candidates, oracle = Candidates(load, candidate_set), asked.oracle(candidate_set)
     asked.predict(candidates)
     here = oracle.here
     close(candidates.cached, [each.cached for each in here])
@@ -202,7 +204,7 @@ def test_predictions_are_what_the_formulas_say(asked: Asked, weight: float) -> N
     close(candidates.stalls, [each.stalls for each in here])
     close(candidates.work, [each.work for each in here])
     close(candidates.whole_prefill, min(each.whole for each in here))
-    ways = list(zip(roster.answers.tolist(), roster.computes.tolist(), strict=True))
+    ways = list(zip(candidate_set.answers.tolist(), candidate_set.computes.tolist(), strict=True))
     close(candidates.transfer, [oracle.transfer(*way) for way in ways])
     close(candidates.first_token, [oracle.first_token(*way) for way in ways])
     close(candidates.decode, [oracle.decode(*way) for way in ways])
@@ -214,7 +216,7 @@ def test_predictions_are_what_the_formulas_say(asked: Asked, weight: float) -> N
         beside = here[c].delays + 0.5 * here[c].work
         expected.append(oracle.first_token(a, c) + decoding + beside)
     close(scores, expected)
-    assert candidates.least(scores) in choices(oracle, roster, expected)
+    assert candidates.least(scores) in choices(oracle, candidate_set, expected)
     ranking = Ranking.of(candidates, scores, len(ways) - 1)
     others = sorted(scores[:-1].tolist())[: KEPT_CANDIDATES - 1]
     assert ranking.scores.tolist() == [scores[-1], *others]
@@ -225,7 +227,7 @@ def test_predictions_are_what_the_formulas_say(asked: Asked, weight: float) -> N
 def test_machine_code_computes_what_python_does(asked: Asked) -> None:
     """To the last bit: a decision does not depend on whether there is a compiler."""
     load = asked.cluster.scheduler.load
-    candidates = Candidates(load, Roster(load, asked.among))
+    candidates = Candidates(load, CandidateSet(load, asked.among))
 
     def figures() -> list[list[float]]:
         asked.predict(candidates)
@@ -238,12 +240,12 @@ def test_machine_code_computes_what_python_does(asked: Asked) -> None:
         assert figures() == compiled
 
 
-def test_a_roster_of_former_members_is_refused() -> None:
+def test_a_set_of_former_members_is_refused() -> None:
     """Compiled code would write behind the ends of its arrays."""
     cluster = Cluster()
     cluster.add("a")
     load = cluster.scheduler.load
-    candidates = Candidates(load, Roster(load))
+    candidates = Candidates(load, CandidateSet(load))
     cluster.add("b")
     with pytest.raises(RuntimeError, match="former members"):
         candidates.predict(request("r"), 1, {}, 0.0, fetches=True)

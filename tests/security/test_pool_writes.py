@@ -21,7 +21,6 @@ from memserve.transfer import wire
 from memserve.transfer.base import BlockList, PoolRegions, Ticket, Transport, WriteList
 from memserve.transfer.canary import Canaries
 from memserve.transfer.conversion import meaning
-from memserve.transfer.faulty import Duplicate, FaultyTransport, listed
 from memserve.transfer.messages import (
     Aborted,
     Commit,
@@ -38,6 +37,7 @@ from memserve.transfer.regions import host_id
 from memserve.transfer.secret import cluster_keys
 from memserve.transfer.shm import ShmTransport
 from memserve.types import Epoch, InstanceId, Owner, RefArray
+from tests.faulty_transport import Duplicate, FaultyTransport, listed
 from tests.transfer_harness import (
     LAYOUT,
     LOCAL,

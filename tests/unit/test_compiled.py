@@ -73,8 +73,13 @@ def test_without_a_folder_each_process_compiles_and_says_so(
 def test_other_types_are_refused_instead_of_compiled() -> None:
     prepare()
     scores = np.zeros(3)
+    per_instance, per_candidate, weights = (scores,) * 5, (scores,) * 3, (1.0,) * 5
+    slots = np.zeros(3, dtype=np.int64)
+    choosing.weigh.run(slots, per_instance, per_candidate, weights, scores)
+    with pytest.raises(TypeError):  # slots are integers
+        choosing.weigh.run(scores, per_instance, per_candidate, weights, scores)
     with pytest.raises(TypeError):
-        choosing.weigh.run(*[scores] * 6, 1.0, 1.0, 1.0, 1.0, 1.0, scores)  # slots are integers
+        choosing.weigh.run(slots, (slots,) * 5, per_candidate, weights, scores)
 
 
 def test_everything_is_prepared_together() -> None:

@@ -18,9 +18,9 @@ from memserve.api.instance_metrics import instance_metrics
 from memserve.api.peer_client import PeerClient
 from memserve.instance import fetch
 from memserve.transfer import kv_link
-from memserve.transfer.faulty import Drop, Fail
 from memserve.types import SHARED, InstanceId, Namespace, Role
 from tests.fakes import save_tiny_tokenizer
+from tests.faulty_transport import Drop, Fail
 from tests.handoff_harness import (
     Completion,
     Node,

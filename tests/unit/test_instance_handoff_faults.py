@@ -20,11 +20,11 @@ from memserve.instance.remote_prefill import RemotePrefill
 from memserve.pool.layout import KVLayout
 from memserve.transfer import kv_link
 from memserve.transfer.base import Transport
-from memserve.transfer.faulty import Drop, Fail, Fault, FaultyTransport, listed
 from memserve.transfer.mempool import MakeTransports
 from memserve.transfer.shm import ShmTransport
 from memserve.types import InstanceId, Owner, Role
 from tests.fakes import save_tiny_tokenizer
+from tests.faulty_transport import Drop, Fail, Fault, FaultyTransport, listed
 from tests.handoff_harness import Node, call_of, completed, node, pair, prompt_of
 from tests.tiny_models import Reference, save_tiny_model
 from tests.waiting import until

@@ -12,7 +12,10 @@ from memserve.clock import ManualClock
 from memserve.errors import PeerLost, UnknownBlock, UnknownPeer
 from memserve.pool.pool import MemPool
 from memserve.transfer.base import Completion, Outcome, Ticket, WriteList, block_list
-from memserve.transfer.faulty import (
+from memserve.transfer.shm import ShmTransport
+from memserve.types import RefArray
+from tests.copy_harness import connect, fill, write_list
+from tests.faulty_transport import (
     Delay,
     Drop,
     Duplicate,
@@ -23,9 +26,6 @@ from memserve.transfer.faulty import (
     listed,
     seeded,
 )
-from memserve.transfer.shm import ShmTransport
-from memserve.types import RefArray
-from tests.copy_harness import connect, fill, write_list
 
 LAYOUT = KVLayout(layers=1, kv_heads=1, head_dim=4, dtype="float32", block_tokens=2)
 BLOCKS = 4

@@ -26,7 +26,6 @@ from memserve.errors import (
 )
 from memserve.transfer.base import PoolRegions, Region, Transport
 from memserve.transfer.conversion import meaning
-from memserve.transfer.faulty import Delay, Drop, Fail, Fault, FaultyTransport, listed
 from memserve.transfer.links import Links, Way
 from memserve.transfer.mempool import MakeTransports
 from memserve.transfer.peers import Peers
@@ -36,6 +35,7 @@ from memserve.transfer.shm import ShmTransport
 from memserve.transfer.shortcut import DATAGRAM_BYTES, Neighbour, is_shortcut
 from memserve.transfer.wire import Hello, decode
 from memserve.types import Epoch, InstanceId, Owner
+from tests.faulty_transport import Delay, Drop, Fail, Fault, FaultyTransport, listed
 from tests.transfer_harness import (
     LAYOUT,
     LOCAL,

@@ -49,7 +49,6 @@ _HOST = re.compile(
     rb"|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)"
     rb"(?::[0-9]*)?"
 )
-_NO_LENGTH = -1
 
 
 class Sink(Protocol):

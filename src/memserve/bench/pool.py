@@ -83,11 +83,6 @@ class PoolBenchReport(msgspec.Struct, frozen=True):
     free: float
     evictions: tuple[EvictionPoint, ...]
 
-    @property
-    def match_ratio(self) -> float:
-        """How much faster a match is than with chained hashes."""
-        return self.hashed_match / self.match
-
 
 class ChainedHashes:
     """The usual index: SHA-256 over parent hash and block tokens, then a dictionary.

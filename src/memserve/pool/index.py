@@ -1,23 +1,21 @@
 """The index: a radix tree from token prefixes to the blocks that hold their KV.
 
-An edge is a run of whole blocks, kept as the tokens' bytes; children are keyed by the bytes
-of their first block. A lookup compares whole edges with one memcmp each, and always compares
-the tokens themselves: no hash collision can name another prompt's KV. The tree is canonical:
-apart from roots no node has exactly one child, so memory follows what is stored.
+The tree is canonical: apart from roots no node has exactly one child, so memory follows what is
+stored.
 
 The index owns CACHED blocks; `BlockAllocator.node` leads from a block to its node.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from memserve.pool.blocks import Blocks, Part
 from memserve.pool.listener import IndexListener, StoredRun, moved_runs
+from memserve.radix import RadixNode, RadixNodes, RadixTree
 from memserve.types import IndexArray, Medium, RefArray, ref_medium
 
 _MEDIA = (Medium.HBM, Medium.DRAM)
@@ -25,31 +23,14 @@ _DRAM = int(Medium.DRAM)  # looking up an enumeration's member takes as long as 
 _NO_REFS: RefArray = np.empty(0, dtype=np.int64)
 
 
-class Node:
-    """An edge and what hangs below it."""
+class Node(RadixNode):
+    """An edge, its blocks, and counts of them and of those below."""
 
-    __slots__ = (
-        "below",
-        "children",
-        "edge",
-        "id",
-        "own",
-        "parent",
-        "queued",
-        "refs",
-        "stamp",
-        "start",
-    )
+    __slots__ = ("below", "own", "queued", "refs", "stamp")
 
-    def __init__(
-        self, id: int, parent: Node | None, start: int, edge: bytes, refs: RefArray
-    ) -> None:
-        self.id = id
-        self.parent = parent  # None: a root, or no longer in the tree
-        self.start = start  # blocks from the root to this edge
-        self.edge = edge
-        self.refs = refs  # [blocks of the edge]; replaced, never changed
-        self.children: dict[bytes, Node] = {}
+    def __init__(self, id: int, parent: Node | None, start: int, edge: bytes) -> None:
+        super().__init__(id, parent, start, edge)
+        self.refs = _NO_REFS  # [blocks of the edge]; replaced, never changed
         self.stamp = 0.0  # last access, in the eviction policy's terms
         self.own = [0, 0]  # blocks of the edge, by medium
         self.below = [0, 0]  # children whose subtree has blocks of the medium
@@ -71,14 +52,6 @@ class Node:
             return np.arange(len(self.refs))
         return np.flatnonzero(ref_medium(self.refs) == medium)
 
-    def subtree(self) -> Iterator[Node]:
-        """This node and all below, parents before their children."""
-        stack = [self]
-        while stack:
-            node = stack.pop()
-            yield node
-            stack.extend(node.children.values())
-
 
 class Path(NamedTuple):
     """How far the tokens of a lookup are stored."""
@@ -89,47 +62,34 @@ class Path(NamedTuple):
     in_dram: bool  # whether any may be there; False is certain
 
 
-class RadixIndex:
+class RadixIndex(RadixTree[Node]):
     """One tree per namespace over the blocks of one pool.
 
     `changed` is called with every node that may have become evictable.
     """
 
     def __init__(self, blocks: Blocks, block_tokens: int, changed: Callable[[Node], None]) -> None:
+        super().__init__(RadixNodes(), block_tokens)
         self._blocks = blocks
-        self.block_bytes = 4 * block_tokens
         self._changed = changed
         self.listener: IndexListener | None = None
-        self._ids = itertools.count(1)
         self._namespaces: dict[int, str] = {}  # of root ids
         self.roots: dict[str, Node] = {}
-        self.nodes: dict[int, Node] = {}  # without roots
 
     def walk(self, namespace: str, data: bytes, stamp: float) -> Path:
         """The longest stored prefix, in whole blocks; marks what it passes with `stamp`."""
-        node = self.roots.get(namespace)
-        nodes: list[Node] = []
-        if node is None:
-            return Path(nodes, _NO_REFS, 0, False)
-        step = self.block_bytes
-        last = len(data) - step
-        at = in_dram = 0
-        while at <= last:
-            child = node.children.get(data[at : at + step])
-            if child is None:
-                break
-            child.stamp = stamp
-            nodes.append(child)
-            node = child
-            in_dram += child.own[_DRAM]
-            if data.startswith(child.edge, at):
-                at += len(child.edge)
-                continue
-            matched = _common_bytes(child.edge, data, at) // step
-            return Path(nodes, _joined(nodes, matched), matched, in_dram > 0)
+        root = self.roots.get(namespace)
+        if root is None:
+            return Path([], _NO_REFS, 0, False)
+        nodes, length = self.follow(root, data)
         if not nodes:
             return Path(nodes, _NO_REFS, 0, False)
-        return Path(nodes, _joined(nodes, len(node.refs)), len(node.refs), in_dram > 0)
+        in_dram = 0
+        for node in nodes:
+            node.stamp = stamp
+            in_dram += node.own[_DRAM]
+        matched = length // self.block_bytes - nodes[-1].start
+        return Path(nodes, _joined(nodes, matched), matched, in_dram > 0)
 
     def extend(
         self,
@@ -146,7 +106,7 @@ class RadixIndex:
         else:
             node = path.nodes[-1]
             if path.matched < len(node.refs):
-                node = self._split(node, path.matched)
+                node = self.split(node, path.matched)
         at = len(path.refs) * self.block_bytes
         edge = data[at : at + len(refs) * self.block_bytes]
         if node.parent is not None and not node.children:  # a leaf grows
@@ -154,12 +114,9 @@ class RadixIndex:
             node.refs = np.concatenate((node.refs, refs))
             node.queued = [0, 0, 0]
         else:
-            start = node.start + len(node.refs)
-            child = Node(next(self._ids), node, start, edge, refs.copy())
-            child.stamp = stamp
-            node.children[edge[: self.block_bytes]] = child
-            self.nodes[child.id] = child
-            node = child
+            node = self.add(node, edge)
+            node.refs = refs.copy()
+            node.stamp = stamp
         for blocks, _, index in parts:
             blocks.node[index] = node.id
             medium = int(blocks.medium)
@@ -200,7 +157,7 @@ class RadixIndex:
         gone = [node.refs[keep:]]
         for below in list(node.subtree())[1:]:
             gone.append(below.refs)
-            self._forget(below)
+            self.forget(below)
         refs = np.concatenate(gone)
         if self.listener is not None:
             self.listener.removed(self._namespace(node), refs)
@@ -254,27 +211,20 @@ class RadixIndex:
     def _root(self, namespace: str) -> Node:
         root = self.roots.get(namespace)
         if root is None:
-            root = Node(next(self._ids), None, 0, b"", _NO_REFS)
+            root = self._new(None, 0, b"")
             self.roots[namespace] = root
             self._namespaces[root.id] = namespace
         return root
 
-    def _split(self, node: Node, at: int) -> Node:
-        """Cut an edge in two; returns the new upper node. The lower one keeps its place in
-        the eviction queues, because its tail stays the same."""
-        assert node.parent is not None
-        step = self.block_bytes
-        upper = Node(
-            next(self._ids), node.parent, node.start, node.edge[: at * step], node.refs[:at].copy()
-        )
+    def _new(self, parent: Node | None, start: int, edge: bytes) -> Node:
+        return Node(next(self._ids), parent, start, edge)
+
+    def split(self, node: Node, at: int) -> Node:
+        """The lower node keeps its place in the eviction queues, because its tail stays."""
+        upper = super().split(node, at)
         upper.stamp = node.stamp
-        node.parent.children[upper.edge[:step]] = upper
-        node.parent = upper
-        node.start += at
-        node.edge = node.edge[at * step :]
+        upper.refs = node.refs[:at].copy()
         node.refs = node.refs[at:].copy()
-        upper.children[node.edge[:step]] = node
-        self.nodes[upper.id] = upper
         in_dram = self._house(upper, upper.refs)
         upper.own = [at - in_dram, in_dram]
         node.own = [node.own[0] - upper.own[0], node.own[1] - in_dram]
@@ -282,44 +232,34 @@ class RadixIndex:
         self._changed(upper)
         return upper
 
-    def _merge(self, node: Node) -> None:
-        """Absorb a node into its only child, whose tail and children stay the same."""
-        assert node.parent is not None
-        (child,) = node.children.values()
-        child.edge = node.edge + child.edge
-        child.refs = np.concatenate((node.refs, child.refs))
-        child.start = node.start
-        child.stamp = max(node.stamp, child.stamp)
-        child.own = [a + b for a, b in zip(node.own, child.own, strict=True)]
-        child.parent = node.parent
-        node.parent.children[child.edge[: self.block_bytes]] = child
-        self._house(child, node.refs)
-        self._forget(node)
+    def merge(self, node: Node) -> Node:
+        """The child keeps its place in the eviction queues, too."""
+        refs, own, stamp = node.refs, node.own, node.stamp
+        child = super().merge(node)
+        child.refs = np.concatenate((refs, child.refs))
+        child.stamp = max(stamp, child.stamp)
+        child.own = [a + b for a, b in zip(own, child.own, strict=True)]
+        self._house(child, refs)
         self._changed(child)
+        return child
 
     def _detach(self, node: Node) -> None:
         """Take an emptied node out of the tree; its key is the start of its edge still."""
-        parent = node.parent
-        assert parent is not None
-        del parent.children[node.edge[: self.block_bytes]]
-        self._forget(node)
+        parent = self.remove(node)
         if parent.parent is None:
             if not parent.children:
                 del self.roots[self._namespaces.pop(parent.id)]
         elif len(parent.children) == 1:
-            self._merge(parent)
+            self.merge(parent)
         else:
             self._changed(parent)
 
-    def _forget(self, node: Node) -> None:
-        del self.nodes[node.id]
-        # Queues may still name the node: it must be no candidate, and hold no memory.
-        node.parent = None
+    def forget(self, node: Node) -> None:
+        """Eviction queues may still name the node: it is no candidate any more."""
+        super().forget(node)
         node.own = [0, 0]
         node.queued = [0, 0, 0]
-        node.edge = b""
         node.refs = _NO_REFS
-        node.children = {}
 
     def _house(self, node: Node, refs: RefArray) -> int:
         """Note where blocks live now; returns how many of them are in DRAM."""
@@ -363,11 +303,3 @@ def _joined(nodes: list[Node], matched: int) -> RefArray:
     if matched < len(parts[-1]):
         parts[-1] = parts[-1][:matched]
     return np.concatenate(parts)
-
-
-def _common_bytes(edge: bytes, data: bytes, at: int) -> int:
-    """Length of the common start of an edge and data[at:], in bytes of whole tokens."""
-    count = min(len(edge), len(data) - at) // 4
-    differ = np.frombuffer(edge, np.int32, count) != np.frombuffer(data, np.int32, count, at)
-    first = int(differ.argmax())
-    return 4 * (first if differ[first] else count)

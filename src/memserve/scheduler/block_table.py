@@ -7,7 +7,7 @@ instances of ours name blocks by medium and index, which are dense; other engine
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,19 +67,6 @@ class BlockTable:
             self._depth = _longer(self._depth, size)
 
 
-class Names(Protocol):
-    """What blocks are called: the part that differs between instances."""
-
-    def number(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
-        """The numbers of blocks that are about to be stored, new ones where needed."""
-
-    def known(self, hash: BlockHash) -> int | None:
-        """The number of a block that has one."""
-
-    def forget(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
-        """The numbers of those that are gone from their last medium. Unknown ones have none."""
-
-
 class References(BlockTable):
     """Names that are packed references without their owner: generation, index and medium."""
 
@@ -88,7 +75,10 @@ class References(BlockTable):
         self._hash: IndexArray = np.zeros(_FIRST_SIZE, dtype=np.int64)
 
     def number(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
-        """Raises ValueError for what is no reference, and for two lives of one block."""
+        """The numbers of blocks that are about to be stored.
+
+        Raises ValueError for names that are no references, and for two lives of one block.
+        """
         given = _references(hashes)
         numbers = _slots(given)
         if len(numbers):
@@ -101,10 +91,12 @@ class References(BlockTable):
         return numbers
 
     def known(self, hash: BlockHash) -> int | None:
+        """The number of a stored block; None for any other."""
         found = self.forget((hash,), None)
         return int(found[0]) if len(found) else None
 
     def forget(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
+        """The numbers of stored blocks; a reference has one medium, which it names."""
         given = _references(hashes)
         numbers = _slots(given)
         inside = numbers < len(self.node)
@@ -135,14 +127,17 @@ class Hashes(BlockTable):
         self._copies: NDArray[np.uint8] = np.zeros(_FIRST_SIZE, dtype=np.uint8)  # media bits
 
     def number(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
+        """The numbers of blocks that are about to be stored, new ones where needed."""
         numbers = np.array([self._number(name) for name in hashes], dtype=np.int32)
         self._copies[numbers] |= self._bit(medium)
         return numbers
 
     def known(self, hash: BlockHash) -> int | None:
+        """The number of a block that has one."""
         return self._numbers.get(hash)
 
     def forget(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
+        """The numbers of stored blocks that are gone from their last medium, each once."""
         known = [number for name in hashes if (number := self._numbers.get(name)) is not None]
         numbers = distinct(np.array(known, dtype=np.int32))
         self._copies[numbers] &= ~np.uint8(self._bit(medium))

@@ -2,7 +2,7 @@
 
 Here is asked for what a prediction needs, of the load, of prompts that wait and of cost models;
 `kernels` computes it. All arrays over `[instances]` go by slot of `Load`, those over
-`[candidates]` by `Roster`.
+`[candidates]` by `CandidateSet`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NO_SOURCES: IndexArray = np.empty((2, 0), dtype=np.int64)
 _NO_MOVES: Seconds = np.empty((0, 2, 0, 0))
 
 
-class Roster:
+class CandidateSet:
     """The candidates that a set of instances allows: first each that does all of it, then each
     prefill instance with each decode instance. Holds until members or their roles change."""
 
@@ -56,6 +56,7 @@ class Roster:
         self.parts[self.allowed, k.ALLOWED] = 1
         self.parts[self.computes, k.COMPUTING] = 1
         self.parts[self.answering, k.ANSWERING] = 1
+        self.arrays: k.SetArrays = (self.parts, self.table)
         self._find = {ways: at for at, ways in enumerate(whole + pairs)}
 
     def __len__(self) -> int:
@@ -67,15 +68,15 @@ class Roster:
 
 
 class Candidates:
-    """Every candidate of a roster, and its predicted seconds for one request.
+    """Every candidate of a set, and its predicted seconds for one request.
 
     The arrays are made once, and `predict` fills them again for the next request: whoever wants
     to keep figures takes copies.
     """
 
-    def __init__(self, load: Load, roster: Roster) -> None:
+    def __init__(self, load: Load, candidate_set: CandidateSet) -> None:
         self.load = load
-        self.roster = roster
+        self.candidate_set = candidate_set
         self._lines = load.lines
         self.prompt_tokens = 0
         self.whole_prefill = 0.0  # seconds, the least, of the prompt with nothing cached
@@ -86,24 +87,44 @@ class Candidates:
         self._moved: Seconds = np.empty((2, 1 + k.MAX_SOURCES, n))
         self._sequences: IndexArray = np.empty((3, n), np.int64)
         self._contexts: Seconds = np.empty((3, n))
+        self._questions: k.Questions = (
+            self._asked,
+            self._moved,
+            self._sequences,
+            self._contexts,
+        )
         self._found: IndexArray = np.empty((k.FOUND, k.MAX_SOURCES), np.int64)
-        self._by_instance: Seconds = np.empty((k.PER_INSTANCE, n))
-        self._pulled: IndexArray = np.empty((k.PULLED, n), np.int64)
-        self._by_candidate: Seconds = np.empty((k.PER_CANDIDATE, len(roster)))
+        by_instance: Seconds = np.empty((k.PER_INSTANCE, n))
+        pulled: IndexArray = np.empty((k.PULLED, n), np.int64)
+        by_candidate: Seconds = np.empty((k.PER_CANDIDATE, len(candidate_set)))
+        self._predictions: k.Predictions = (by_instance, pulled, by_candidate)
         # [instances]: tokens, and of those that are pulled whose they are; -1: nobody's
         self.cached: IndexArray = self._asked[1]
-        self.source: IndexArray = self._pulled[k.FROM]
-        self.fetched: IndexArray = self._pulled[k.FETCHED]
+        self.source: IndexArray = pulled[k.FROM]
+        self.fetched: IndexArray = pulled[k.FETCHED]
+        self.prefixes: choosing.Prefixes = (self.source, self.cached, self.fetched)
         # [instances]: of computing the prompt
-        self.fetch: Seconds = self._by_instance[k.FETCH]
-        self.prefill: Seconds = self._by_instance[k.PREFILL]
-        self.delays: Seconds = self._by_instance[k.DELAYS]
-        self.stalls: Seconds = self._by_instance[k.STALLS]  # that answers there see, together
-        self.work: Seconds = self._by_instance[k.WORK]  # before it, whatever it takes itself
+        self.fetch: Seconds = by_instance[k.FETCH]
+        self.prefill: Seconds = by_instance[k.PREFILL]
+        self.delays: Seconds = by_instance[k.DELAYS]
+        self.stalls: Seconds = by_instance[k.STALLS]  # that answers there see, together
+        self.work: Seconds = by_instance[k.WORK]  # before it, whatever it takes itself
+        self.instance_terms: choosing.InstanceTerms = (
+            self.fetch,
+            self.prefill,
+            self.delays,
+            self.stalls,
+            self.work,
+        )
         # [candidates]
-        self.transfer: Seconds = self._by_candidate[k.TRANSFER]
-        self.decode: Seconds = self._by_candidate[k.DECODES]  # without `stalls`
-        self.first_token: Seconds = self._by_candidate[k.FIRST_TOKEN]
+        self.transfer: Seconds = by_candidate[k.TRANSFER]
+        self.decode: Seconds = by_candidate[k.DECODES]  # without `stalls`
+        self.first_token: Seconds = by_candidate[k.FIRST_TOKEN]
+        self.candidate_terms: choosing.CandidateTerms = (
+            self.transfer,
+            self.decode,
+            self.first_token,
+        )
 
     def predict(
         self,
@@ -119,15 +140,25 @@ class Candidates:
         instances are known to hold of the prompt; `overlapped`: KV goes to the decode instance
         while the prompt is computed.
 
-        RuntimeError: members have changed since the roster was made.
+        RuntimeError: members have changed since the set was made.
         """
-        load, roster, asked, moved = self.load, self.roster, self._asked, self._moved
+        load, candidate_set, asked, moved = self.load, self.candidate_set, self._asked, self._moved
         if load.lines is not self._lines:  # compiled code does not look where arrays end
-            raise RuntimeError("a roster of former members")
+            raise RuntimeError("a set of candidates of former members")
         load.refresh()
         prompt = self.prompt_tokens = len(request.tokens)
         needed = prompt + output_tokens
-        self._survey(matches, output_tokens, fetches)
+        self._hold(matches)
+        k.survey.run(
+            load.arrays,
+            candidate_set.arrays,
+            self._held,
+            prompt,
+            output_tokens,
+            fetches,
+            self._questions,
+            self._found,
+        )
         longest, slots, tokens, (least, short, *_) = self._found.tolist()
         sources = _NO_SOURCES
         if slots[0] >= 0:
@@ -140,45 +171,19 @@ class Candidates:
             floor = _memory_wait(load, request, needed, self.cached, steps, now)
         if max(longest) >= 0:
             floor = _wait_for_promises(load, request, longest, self.cached, floor)
+        prefills = _prefill_seconds(load, prompt, asked[: 2 + count])
+        moves = _NO_MOVES
+        if count or candidate_set.pairs:
+            moves = _move_seconds(load, moved[:, : 1 + count])
         self.whole_prefill = k.predict.run(
-            load.figures,
-            load.left,
-            load.kinds,
-            roster.parts,
-            roster.table,
+            load.arrays,
+            candidate_set.arrays,
             asked,
-            steps,
-            _prefill_seconds(load, prompt, asked[: 2 + count]),
-            _move_seconds(load, moved[:, : 1 + count]) if count or roster.pairs else _NO_MOVES,
+            (steps, prefills, moves),
             sources,
             floor,
-            now,
-            prompt,
-            output_tokens,
-            overlapped,
-            self._by_instance,
-            self._pulled,
-            self._by_candidate,
-        )
-
-    def _survey(self, matches: Mapping[InstanceId, int], output_tokens: int, fetches: bool) -> None:
-        """Find what there is to ask cost models, see `kernels.survey`."""
-        load, prompt = self.load, self.prompt_tokens
-        self._hold(matches)
-        k.survey.run(
-            load.figures,
-            load.kinds,
-            self.roster.parts,
-            self._held,
-            prompt,
-            prompt + output_tokens / 2,
-            prompt + output_tokens,
-            fetches,
-            self._asked,
-            self._moved,
-            self._sequences,
-            self._contexts,
-            self._found,
+            (now, prompt, output_tokens, overlapped),
+            self._predictions,
         )
 
     def _hold(self, matches: Mapping[InstanceId, int]) -> None:
@@ -201,17 +206,10 @@ class Candidates:
         """Their weighted sum, [candidates]."""
         scores = np.empty(len(self.first_token))
         choosing.weigh.run(
-            self.roster.computes,
-            self.first_token,
-            self.decode,
-            self.delays,
-            self.stalls,
-            self.work,
-            first_token,
-            decode,
-            delays,
-            stalls,
-            work,
+            self.candidate_set.computes,
+            self.instance_terms,
+            self.candidate_terms,
+            (first_token, decode, delays, stalls, work),
             scores,
         )
         return scores
@@ -222,12 +220,12 @@ class Candidates:
 
         `allowed` [candidates]: only these; the scores of the others become infinite.
         """
-        roster = self.roster
+        candidate_set = self.candidate_set
         return choosing.least.run(
-            roster.answers,
-            roster.computes,
-            roster.usual,
-            roster.every if allowed is None else allowed,
+            candidate_set.answers,
+            candidate_set.computes,
+            candidate_set.usual,
+            candidate_set.every if allowed is None else allowed,
             self.fetched,
             self._used,
             self.whole_prefill,

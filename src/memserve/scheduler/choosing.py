@@ -1,6 +1,7 @@
 """What policies and explanations do with the seconds of candidates, compiled.
 
-Arrays over `[instances]` go by slot of `Load`, those over `[candidates]` by `Roster`.
+Arrays over `[instances]` go by slot of `Load`, those over `[candidates]` by `CandidateSet`.
+Arguments that belong together are plain tuples, as in `kernels`.
 """
 
 from __future__ import annotations
@@ -18,27 +19,33 @@ NEAR_TIE = 0.01
 
 _Bools = NDArray[np.bool_]
 
+InstanceTerms = tuple[Seconds, Seconds, Seconds, Seconds, Seconds]
+"""`fetch`, `prefill`, `delays`, `stalls`, `work` [instances]."""
+CandidateTerms = tuple[Seconds, Seconds, Seconds]
+"""`transfer`, `decode`, `first_token` [candidates]."""
+Weights = tuple[float, float, float, float, float]
+"""Of `first_token`, `decode`, `delays`, `stalls`, `work`."""
+Prefixes = tuple[IndexArray, IndexArray, IndexArray]
+"""`source`, `cached`, `fetched` [instances]: a slot or -1, and tokens."""
+
+_INSTANCE_TERMS = "UniTuple(float64[::1], 5)"
+_CANDIDATE_TERMS = "UniTuple(float64[::1], 3)"
+
 
 @compiled(
-    "void(int64[::1], float64[::1], float64[::1], float64[::1], float64[::1], float64[::1], "
-    "float64, float64, float64, float64, float64, float64[::1])"
+    f"void(int64[::1], {_INSTANCE_TERMS}, {_CANDIDATE_TERMS}, UniTuple(float64, 5), float64[::1])"
 )
 def weigh(
     computes: IndexArray,
-    first_token: Seconds,
-    decode: Seconds,
-    delays: Seconds,
-    stalls: Seconds,
-    work: Seconds,
-    of_first_token: float,
-    of_decode: float,
-    of_delays: float,
-    of_stalls: float,
-    of_work: float,
+    instance_terms: InstanceTerms,
+    candidate_terms: CandidateTerms,
+    weights: Weights,
     scores: Seconds,
 ) -> None:
-    """Fill `scores` [candidates] with weighted sums. `computes` [candidates] slots, `first_token`
-    and `decode` [candidates], the rest [instances]."""
+    """Fill `scores` [candidates] with weighted sums. `computes` [candidates]: slots."""
+    _, _, delays, stalls, work = instance_terms
+    _, decode, first_token = candidate_terms
+    of_first_token, of_decode, of_delays, of_stalls, of_work = weights
     for at in range(len(scores)):
         c = computes[at]
         others = of_delays * delays[c] + of_stalls * stalls[c]
@@ -107,41 +114,34 @@ def _best_first(scores: Seconds, chosen: int, best: IndexArray) -> None:
 
 
 @compiled(
-    "void(int64, float64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], "
-    "float64[::1], float64[::1], float64[::1], float64[::1], float64[::1], float64[::1], "
-    "float64[::1], int64[:,::1], float64[:,::1])"
+    f"void(int64, float64[::1], int64[:,::1], UniTuple(int64[::1], 3), {_INSTANCE_TERMS}, "
+    f"{_CANDIDATE_TERMS}, int64[:,::1], float64[:,::1])"
 )
 def rank(
     chosen: int,
     scores: Seconds,
-    answers: IndexArray,
-    computes: IndexArray,
-    source: IndexArray,
-    cached: IndexArray,
-    fetched: IndexArray,
-    fetch: Seconds,
-    prefill: Seconds,
-    delays: Seconds,
-    stalls: Seconds,
-    transfer: Seconds,
-    decode: Seconds,
-    first_token: Seconds,
+    table: IndexArray,
+    prefixes: Prefixes,
+    instance_terms: InstanceTerms,
+    candidate_terms: CandidateTerms,
     figures: IndexArray,
     seconds: Seconds,
 ) -> None:
     """Fill `figures` [5, kept] and `seconds` [7, kept], the terms and the score, with those of
     `chosen` and then of the best others, kept <= candidates.
 
-    `source`, `cached`, `fetched`, `fetch`, `prefill`, `delays`, `stalls` [instances]; the rest
-    [candidates].
+    `table` [2, candidates]: slots of the instances that answer, and that compute the prompt.
     """
+    source, cached, fetched = prefixes
+    fetch, prefill, delays, stalls, _ = instance_terms
+    transfer, decode, first_token = candidate_terms
     kept = figures.shape[1]
     best = np.empty(kept, np.int64)
     _best_first(scores, chosen, best)
     for k in range(kept):
         at = best[k]
-        c = computes[at]
-        figures[0, k], figures[1, k] = answers[at], c
+        c = table[1, at]
+        figures[0, k], figures[1, k] = table[0, at], c
         figures[2, k], figures[3, k], figures[4, k] = source[c], cached[c], fetched[c]
         waits = first_token[at] - transfer[at] - (fetch[c] + prefill[c])
         seconds[0, k] = max(waits, 0.0)  # what rounding left

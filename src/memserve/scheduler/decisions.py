@@ -60,22 +60,14 @@ class Ranking(msgspec.Struct, frozen=True, eq=False):
         """`chosen` comes first, whatever its score."""
         kept = min(len(scores), KEPT_CANDIDATES)
         figures, seconds = np.empty((5, kept), np.int64), np.empty((7, kept))
-        c, roster = candidates, candidates.roster
+        c = candidates
         rank.run(
             chosen,
             scores,
-            roster.answers,
-            roster.computes,
-            c.source,
-            c.cached,
-            c.fetched,
-            c.fetch,
-            c.prefill,
-            c.delays,
-            c.stalls,
-            c.transfer,
-            c.decode,
-            c.first_token,
+            c.candidate_set.table,
+            c.prefixes,
+            c.instance_terms,
+            c.candidate_terms,
             figures,
             seconds,
         )

@@ -5,7 +5,7 @@ Sources and checks against published measurements: docs/cost-model.md.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -17,7 +17,6 @@ from memserve.scheduler.cost_model import AttentionCost, CostModel, LinkCost
 
 _Rate = Annotated[float, Meta(gt=0)]
 _Share = Annotated[float, Meta(gt=0, le=1)]
-HardwareName = Literal["h800", "h100", "a100", "cpu"]
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,52 +1,36 @@
 """A radix tree of tokens whose edges know which instances hold them.
 
-An edge is a run of whole blocks, kept as the tokens' bytes; children are keyed by the bytes of
-their first block. Each instance holds all of an edge or nothing of it: edges are cut where
-holders change, and joined again where they no longer differ, so that memory follows what is
-stored. Lookups always compare the tokens: what instances call their blocks only serves to find
-them again.
+Each instance holds all of an edge or nothing of it: edges are cut where holders change, and
+joined again where they no longer differ, so that memory follows what is stored. Lookups always
+compare the tokens: the names that instances give their blocks only serve to find them again.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
+from memserve.radix import RadixNode, RadixNodes, RadixTree, common_bytes
 from memserve.scheduler.block_table import BlockTable, Numbers
 from memserve.types import IndexArray, Namespace
 
 
-class Node:
-    """An edge and what hangs below it."""
+class Node(RadixNode):
+    """An edge and its holders."""
 
-    __slots__ = (
-        "blocks",
-        "children",
-        "edge",
-        "expected",
-        "id",
-        "mask",
-        "parent",
-        "start",
-        "tree",
-    )
+    __slots__ = ("blocks", "expected", "mask", "tree")
 
-    def __init__(self, id: int, tree: HolderTree, parent: Node | None, start: int, edge: bytes):
-        self.id = id
+    def __init__(self, id: int, parent: Node | None, start: int, edge: bytes, tree: HolderTree):
+        super().__init__(id, parent, start, edge)
         self.tree = tree
-        self.parent = parent  # None: a root, or no longer in the tree
-        self.start = start  # blocks from the root to this edge
-        self.edge = edge
-        self.children: dict[bytes, Node] = {}
         self.blocks: dict[int, Numbers] = {}  # by holder's slot: its blocks [blocks of the edge]
         self.expected: dict[int, float] = {}  # by slot: until when it counts as held
         self.mask = 0  # bits of the slots in `blocks` and `expected`: who counts as a holder
 
     def __len__(self) -> int:
         """Blocks of the edge."""
-        return len(self.edge) // self.tree.step
+        return len(self.edge) // self.tree.block_bytes
 
     def like(self, other: Node) -> bool:
         """Whether the two could be one edge."""
@@ -58,9 +42,9 @@ class Node:
         """Raises AssertionError for a node that should not be as it is."""
         parent = self.parent
         assert parent is not None
-        assert parent.children[self.edge[: self.tree.step]] is self
+        assert parent.children[self.edge[: self.tree.block_bytes]] is self
         assert self.start == parent.start + len(parent)
-        assert len(self) * self.tree.step == len(self.edge) > 0
+        assert len(self) * self.tree.block_bytes == len(self.edge) > 0
         assert self.mask or self.children
         slots = {*self.blocks, *self.expected}
         assert self.mask == sum(1 << slot for slot in slots)
@@ -70,24 +54,22 @@ class Node:
             assert not self.like(next(iter(self.children.values())))
 
 
-class Trunk:
-    """What all trees share: nodes by id, and the holders' tables by slot."""
+class SharedNodes(RadixNodes[Node]):
+    """The nodes of all trees by id, and the holders' tables by slot."""
 
     def __init__(self) -> None:
-        self.ids = itertools.count(1)
-        self.nodes: dict[int, Node] = {}  # without roots
+        super().__init__()
         self.tables: dict[int, BlockTable] = {}
 
 
-class HolderTree:
+class HolderTree(RadixTree[Node]):
     """The tree of one namespace and block size."""
 
-    def __init__(self, trunk: Trunk, namespace: Namespace, block_tokens: int) -> None:
+    def __init__(self, shared: SharedNodes, namespace: Namespace, block_tokens: int) -> None:
+        super().__init__(shared, block_tokens)
         self.namespace = namespace
-        self.step = 4 * block_tokens  # bytes
-        self._trunk = trunk
-        self._tables = trunk.tables
-        self.root = Node(next(trunk.ids), self, None, 0, b"")
+        self._tables = shared.tables
+        self.root = self._new(None, 0, b"")
 
     def __bool__(self) -> bool:
         """Whether anything is stored."""
@@ -99,26 +81,17 @@ class HolderTree:
         A holder that lacks a block on the way ends there, whatever it has behind.
         """
         ends: list[tuple[int, int]] = []
-        node, step = self.root, self.step
-        last, at = len(data) - step, 0
-        while at <= last:
-            child = node.children.get(data[at : at + step])
-            if child is None:
-                break
-            left = alive & child.mask
+        nodes, length = self.follow(self.root, data)
+        for node in nodes:
+            left = alive & node.mask
             if left != alive:
-                if at:
-                    ends.append((alive & ~left, at))
+                if node.start:
+                    ends.append((alive & ~left, node.start * self.block_bytes))
                 alive = left
                 if not alive:
                     return ends
-            if not data.startswith(child.edge, at):
-                at += _common_blocks(child.edge, 0, data, at, step) * step
-                break
-            at += len(child.edge)
-            node = child
-        if at:
-            ends.append((alive, at))
+        if length:
+            ends.append((alive, length))
         return ends
 
     def differing(self, at: Node, depth: int, data: bytes, slot: int, numbers: Numbers) -> Numbers:
@@ -138,26 +111,27 @@ class HolderTree:
         """`slot` holds blocks `numbers` [n], nowhere so far or already there, for the n blocks
         of `data` behind the block `depth` - 1 of `at`."""
         touched: list[Node] = []
+        step = self.block_bytes
         node, offset, done, total = at, depth - at.start, 0, len(numbers)
         while done < total:
             if offset == len(node):
-                child = node.children.get(data[done * self.step : (done + 1) * self.step])
+                child = node.children.get(data[done * step : (done + 1) * step])
                 if child is None:
-                    rest = data[done * self.step :]
+                    rest = data[done * step :]
                     touched.append(self._append(node, rest, slot, numbers[done:]))
                     break
                 node, offset = child, 0
                 continue
-            count = _common_blocks(node.edge, offset, data, done * self.step, self.step)
+            count = self._common_blocks(node, offset, data, done)
             if not count:  # only behind a block that the slot holds: at the start, or at `at`
-                node = self._split(node, offset)
+                node = self.split(node, offset)
                 continue
             if slot in node.blocks:
                 self._replace(node, offset, slot, numbers[done : done + count])
             else:
                 if count < len(node):
                     touched.append(node)
-                    node = self._split(node, count)
+                    node = self.split(node, count)
                 self._claim(node, slot, numbers[done : done + count])
                 touched.append(node)
             done += count
@@ -170,10 +144,10 @@ class HolderTree:
         for first, end in reversed(_runs(positions)):
             piece = node
             if end < len(node):
-                node = self._split(node, end)
+                node = self.split(node, end)
                 piece = node
             if first:
-                node = self._split(node, first)  # `piece` keeps its end
+                node = self.split(node, first)  # `piece` keeps its end
             gone.append(piece)
         touched = []
         for piece in gone:
@@ -187,25 +161,25 @@ class HolderTree:
     def expect(self, data: bytes, slot: int, deadline: float) -> bool:
         """Count `slot` as a holder of all of `data` until `deadline`; False if it is one."""
         touched: list[Node] = []
-        node, at, end, step = self.root, 0, len(data), self.step
+        node, at, end, step = self.root, 0, len(data), self.block_bytes
         while at < end:
             child = node.children.get(data[at : at + step])
             if child is None:
-                child = self._add(node, data[at:])
+                child = self.add(node, data[at:])
             size = common = len(child.edge)
             if not data.startswith(child.edge, at):
-                common = _common_blocks(child.edge, 0, data, at, step) * step
+                common = common_bytes(child.edge, 0, data, at, step)
             at += common
             if slot not in child.blocks:
                 if common < size:
                     touched.append(child)
-                    child = self._split(child, common // step)
+                    child = self.split(child, common // step)
                     size = common
                 child.expected[slot] = max(deadline, child.expected.get(slot, deadline))
                 child.mask |= 1 << slot
                 touched.append(child)
             if common < size and at < end:  # held so far, and parts from there
-                child = self._split(child, common // step)
+                child = self.split(child, common // step)
                 touched.append(child)
             node = child
         self._tidy_all(touched)
@@ -223,11 +197,9 @@ class HolderTree:
 
     def subtree(self) -> Iterator[Node]:
         """All nodes, parents before their children, without the root."""
-        stack = list(self.root.children.values())
-        while stack:
-            node = stack.pop()
-            yield node
-            stack.extend(node.children.values())
+        nodes = self.root.subtree()
+        next(nodes)
+        return nodes
 
     # --- inside ---------------------------------------------------------------------------
 
@@ -235,14 +207,15 @@ class HolderTree:
         """The part of the tree that `data` follows behind `depth`: node, offset in its edge,
         blocks of `data` before it, common blocks."""
         node, offset, done = at, depth - at.start, 0
-        total = len(data) // self.step
+        step = self.block_bytes
+        total = len(data) // step
         while done < total:
             if offset == len(node):
-                child = node.children.get(data[done * self.step : (done + 1) * self.step])
+                child = node.children.get(data[done * step : (done + 1) * step])
                 if child is None:
                     return
                 node, offset = child, 0
-            count = _common_blocks(node.edge, offset, data, done * self.step, self.step)
+            count = self._common_blocks(node, offset, data, done)
             if not count:
                 return
             yield node, offset, done, count
@@ -251,11 +224,19 @@ class HolderTree:
             if offset < len(node):
                 return
 
+    def _common_blocks(self, node: Node, offset: int, data: bytes, done: int) -> int:
+        """Blocks that the edge from `offset` on and `data` behind `done` blocks have in common."""
+        edge, step = node.edge, self.block_bytes
+        start, at = offset * step, done * step
+        if data.startswith(edge[start:], at):  # as a rule
+            return len(node) - offset
+        return common_bytes(edge, start, data, at, step) // step
+
     def _append(self, node: Node, edge: bytes, slot: int, numbers: Numbers) -> Node:
         """New blocks behind all of an edge."""
         alone = node.mask == 1 << slot and not node.children and not node.expected
         if node.parent is None or not alone:
-            child = self._add(node, edge)
+            child = self.add(node, edge)
             self._claim(child, slot, numbers)
             return child
         start = node.start + len(node)
@@ -263,12 +244,6 @@ class HolderTree:
         node.blocks[slot] = np.concatenate((node.blocks[slot], numbers))
         self._tables[slot].place(numbers, node.id, start)
         return node
-
-    def _add(self, node: Node, edge: bytes) -> Node:
-        child = Node(next(self._trunk.ids), self, node, node.start + len(node), edge)
-        node.children[edge[: self.step]] = child
-        self._trunk.nodes[child.id] = child
-        return child
 
     def _claim(self, node: Node, slot: int, numbers: Numbers) -> None:
         node.blocks[slot] = numbers.copy()
@@ -290,36 +265,28 @@ class HolderTree:
         for first, end in _runs(np.flatnonzero(changed)):
             table.place(numbers[first:end], node.id, start + first)
 
-    def _split(self, node: Node, at: int) -> Node:
-        """Cut an edge in two; returns the new upper node."""
-        assert node.parent is not None
-        step = self.step
-        upper = Node(next(self._trunk.ids), self, node.parent, node.start, node.edge[: at * step])
+    def _new(self, parent: Node | None, start: int, edge: bytes) -> Node:
+        return Node(next(self._ids), parent, start, edge, self)
+
+    def split(self, node: Node, at: int) -> Node:
+        """Both nodes have the holders that `node` had."""
+        upper = super().split(node, at)
         upper.mask = node.mask
         upper.expected = dict(node.expected)
-        node.parent.children[upper.edge[:step]] = upper
-        node.parent = upper
-        node.start += at
-        node.edge = node.edge[at * step :]
-        upper.children[node.edge[:step]] = node
-        self._trunk.nodes[upper.id] = upper
         for slot, numbers in node.blocks.items():
             head = upper.blocks[slot] = numbers[:at].copy()
             node.blocks[slot] = numbers[at:].copy()
             self._tables[slot].node[head] = upper.id
         return upper
 
-    def _merge(self, node: Node, child: Node) -> None:
-        """Absorb a node into its only child."""
-        assert node.parent is not None
-        child.edge = node.edge + child.edge
-        child.start = node.start
-        child.parent = node.parent
-        node.parent.children[child.edge[: self.step]] = child
-        for slot, numbers in node.blocks.items():
+    def merge(self, node: Node) -> Node:
+        """The child has the holders of `node`."""
+        blocks = node.blocks
+        child = super().merge(node)
+        for slot, numbers in blocks.items():
             child.blocks[slot] = np.concatenate((numbers, child.blocks[slot]))
             self._tables[slot].node[numbers] = child.id
-        self._forget(node)
+        return child
 
     def _tidy_all(self, touched: list[Node]) -> None:
         for node in touched:
@@ -329,46 +296,25 @@ class HolderTree:
     def _tidy(self, node: Node) -> None:
         """Remove the node if nobody needs it, and join it to its like above and below."""
         while not node.mask and not node.children:
-            parent = node.parent
-            if parent is None:
+            if node.parent is None:
                 return
-            del parent.children[node.edge[: self.step]]
-            self._forget(node)
-            node = parent
+            node = self.remove(node)
         if node.parent is None:
             return
         if len(node.children) == 1:
             (child,) = node.children.values()
             if node.like(child):
-                self._merge(node, child)
-                node = child
+                node = self.merge(node)
         above = node.parent
         if above is None or above.parent is None:
             return
         if len(above.children) == 1 and above.like(node):
-            self._merge(above, node)
+            self.merge(above)
 
-    def _forget(self, node: Node) -> None:
-        del self._trunk.nodes[node.id]
-        node.parent = None
-        node.children = {}
+    def forget(self, node: Node) -> None:
+        """Holders have nothing there any more."""
+        super().forget(node)
         node.blocks = {}
-
-
-def _common_blocks(edge: bytes, offset: int, data: bytes, at: int, step: int) -> int:
-    """Whole blocks that an edge from block `offset` on and data[at:] have in common."""
-    start = offset * step
-    common, most = 0, min(len(edge) - start, len(data) - at) // step
-    # All of them, as a rule; else by halves.
-    middle = most
-    while common < most:
-        first = common * step
-        if data.startswith(edge[start + first : start + middle * step], at + first):
-            common = middle
-        else:
-            most = middle - 1
-        middle = (common + most + 1) // 2
-    return common
 
 
 def _runs(positions: IndexArray) -> list[tuple[int, int]]:

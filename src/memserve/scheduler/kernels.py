@@ -1,7 +1,7 @@
 """The arithmetic of predictions, compiled: from what instances have to do to seconds.
 
-Arrays over `[instances]` go by slot of `Load`, those over `[candidates]` by `Roster`. Their
-columns and rows are numbered here, because what is compiled is kept until its own file changes.
+Arrays over `[instances]` go by slot of `Load`, those over `[candidates]` by `CandidateSet`.
+Their columns and rows are numbered here, because compiled code is kept until its own file changes.
 Everything is written out one figure at a time: for a few instances an operation on a whole array
 takes longer to begin than to do, and for many no array is written that is read only once.
 """
@@ -18,6 +18,32 @@ MAX_SOURCES = 4  # holders of longer prefixes that are looked at
 # A second in which an answer stands still, beside one in which it is decoded.
 STALL = 2.0
 _INSTANT = 1e-9  # seconds, instead of none in a quotient
+
+# Arguments that belong together are plain tuples: numba learns the type of each call's arguments,
+# of a plain tuple in C (0.3 us), of a named one in Python (4 us).
+LoadArrays = tuple[Seconds, Seconds, IndexArray]
+"""Of `Load`: `figures`, `left` [instances, rows] (seconds of each prompt in the queue), `kinds`."""
+SetArrays = tuple[IndexArray, IndexArray]
+"""Of `CandidateSet`: `parts`, `table`."""
+Questions = tuple[IndexArray, Seconds, IndexArray, Seconds]
+"""What cost models are asked: cached tokens `asked` [2 + sources, instances] (nothing, what is
+there, what it would be with each source); `moved` [2, 1 + sources, instances] (the tokens that each
+lacks or pulls, and their blocks); `sequences` and `contexts` [3, instances] of decode steps as they
+are now, with what is to come, and with this request."""
+Answers = tuple[Seconds, Seconds, Seconds]
+"""Seconds, as cost models answer: `steps` [3, instances], `prefills` [2 + sources, instances],
+`moves` [groups, far or near, 1 + sources, instances]."""
+Request = tuple[float, int, int, bool]
+"""`now`, tokens of the prompt and of the answer, whether KV is sent while it is computed."""
+Predictions = tuple[Seconds, IndexArray, Seconds]
+"""`by_instance`, `pulled`, `by_candidate`."""
+
+_LOAD = "Tuple((float64[:,::1], float64[:,::1], int64[:,::1]))"
+_SET = "Tuple((int64[:,::1], int64[:,::1]))"
+_QUESTIONS = "Tuple((int64[:,::1], float64[:,:,::1], int64[:,::1], float64[:,::1]))"
+_ANSWERS = "Tuple((float64[:,::1], float64[:,::1], float64[:,:,:,::1]))"
+_REQUEST = "Tuple((float64, int64, int64, boolean))"
+_PREDICTIONS = "Tuple((float64[:,::1], int64[:,::1], float64[:,::1]))"
 
 # `Load.figures` [instances, FIGURES], float64.
 QUEUED = 0  # prompts that are told apart in `Load.left`
@@ -47,13 +73,13 @@ GROUP = 2  # of instances with the same cost model
 POOL = 3  # number of those between which KV can move; -1: to nobody
 KINDS = 4
 
-# `Roster.parts` [instances, PARTS], int64: 1 or 0.
+# `CandidateSet.parts` [instances, PARTS], int64: 1 or 0.
 ALLOWED = 0
 COMPUTING = 1
 ANSWERING = 2  # as roles are meant
 PARTS = 3
 
-# `Roster.table` [2, candidates], int64.
+# `CandidateSet.table` [2, candidates], int64.
 ANSWERS = 0  # slot
 COMPUTES = 1  # slot
 
@@ -95,33 +121,23 @@ def _usable(tokens: int, block_tokens: int, prompt: int) -> int:
     return most - most % block_tokens
 
 
-@compiled(
-    "void(float64[:,::1], int64[:,::1], int64[:,::1], int64[::1], int64, float64, float64, "
-    "boolean, int64[:,::1], float64[:,:,::1], int64[:,::1], float64[:,::1], int64[:,::1])"
-)
+@compiled(f"void({_LOAD}, {_SET}, int64[::1], int64, int64, boolean, {_QUESTIONS}, int64[:,::1])")
 def survey(
-    figures: Seconds,
-    kinds: IndexArray,
-    parts: IndexArray,
+    load: LoadArrays,
+    candidates: SetArrays,
     held: IndexArray,
     prompt: int,
-    context: float,
-    needed: float,
+    output: int,
     fetches: bool,
-    asked: IndexArray,
-    moved: Seconds,
-    sequences: IndexArray,
-    contexts: Seconds,
+    questions: Questions,
     found: IndexArray,
 ) -> None:
-    """What there is to ask cost models about a prompt of `prompt` tokens, of which instances have
-    `held` [instances], whose answer needs `context` tokens half way and `needed` in the end.
-
-    Fills `found`, `asked` [2 or more, instances] (nothing, and what is there), `moved`
-    [2, 1 or more, instances] (the tokens that each lacks, and their blocks) and the batches
-    [3, instances] of decode steps: as they are now, with what is to come, and with this request.
-    """
-    n = len(figures)
+    """Fill `questions`, but for what sources would bring, and `found`, for a prompt of `prompt`
+    tokens, of which instances have `held` [instances], and an answer of `output` tokens."""
+    figures, _, kinds = load
+    parts, _ = candidates
+    asked, moved, sequences, contexts = questions
+    n, needed, half = len(figures), prompt + output, prompt + output / 2
     short, least = 0, prompt
     for i in range(n):
         block = kinds[i, BLOCK_TOKENS]
@@ -139,7 +155,7 @@ def survey(
         sequences[0, i], sequences[1, i], sequences[2, i] = int(now), int(before), int(after)
         contexts[0, i] = each * min(now, batch)
         contexts[1, i] = each * before
-        contexts[2, i] = each * min(after, batch) + context
+        contexts[2, i] = each * min(after, batch) + half
     found[:] = -1
     found[SUMMARY, 0], found[SUMMARY, 1] = least, short
     _find_longest(figures, asked[1], found)
@@ -149,7 +165,7 @@ def survey(
 
 @inlined
 def _find_longest(figures: Seconds, cached: IndexArray, found: IndexArray) -> None:
-    """Of equal ones the first, as everywhere."""
+    """Ties: the lowest slot."""
     below, behind = np.iinfo(np.int64).max, -1
     for at in range(MAX_SOURCES):
         best = -1
@@ -208,11 +224,9 @@ def survey_sources(
 
 @inlined
 def _best_source(
-    figures: Seconds,
-    kinds: IndexArray,
+    load: LoadArrays,
     asked: IndexArray,
-    seconds: Seconds,
-    moves: Seconds,
+    answers: Answers,
     sources: IndexArray,
     i: int,
     alone: float,
@@ -220,6 +234,8 @@ def _best_source(
 ) -> tuple[int, float]:
     """Which of `sources` is worth pulling from, -1: none, and seconds of that: it costs no more
     than it saves of `alone`, the prefill without. `factor`: of predicted prefills there."""
+    figures, _, kinds = load
+    _, prefills, moves = answers
     best, least, pulling = -1, np.inf, 0.0
     for s in range(sources.shape[1]):
         if asked[2 + s, i] <= asked[1, i]:
@@ -229,7 +245,7 @@ def _best_source(
             continue
         near = int(kinds[slot, HOST] == kinds[i, HOST])
         moving = moves[kinds[slot, GROUP], near, 1 + s, i] * figures[slot, TRANSFER_FACTOR]
-        total = moving + seconds[2 + s, i] * figures[i, PREFILL_FACTOR] * factor
+        total = moving + prefills[2 + s, i] * figures[i, PREFILL_FACTOR] * factor
         if total <= alone and total < least:
             best, least, pulling = s, total, moving
     return best, pulling
@@ -282,52 +298,43 @@ def _steps(figures: Seconds, steps: Seconds, i: int) -> tuple[float, float, floa
 
 
 @compiled(
-    "float64(float64[:,::1], float64[:,::1], int64[:,::1], int64[:,::1], int64[:,::1], "
-    "int64[:,::1], float64[:,::1], float64[:,::1], float64[:,:,:,::1], int64[:,::1], "
-    "float64[::1], float64, int64, int64, boolean, float64[:,::1], int64[:,::1], float64[:,::1])"
+    f"float64({_LOAD}, {_SET}, int64[:,::1], {_ANSWERS}, int64[:,::1], float64[::1], {_REQUEST}, "
+    f"{_PREDICTIONS})"
 )
 def predict(
-    figures: Seconds,
-    left: Seconds,
-    kinds: IndexArray,
-    parts: IndexArray,
-    table: IndexArray,
+    load: LoadArrays,
+    candidates: SetArrays,
     asked: IndexArray,
-    steps: Seconds,
-    seconds: Seconds,
-    moves: Seconds,
+    answers: Answers,
     sources: IndexArray,
     floor: Seconds,
-    now: float,
-    prompt: int,
-    output: int,
-    overlapped: bool,
-    by_instance: Seconds,
-    pulled: IndexArray,
-    by_candidate: Seconds,
+    request: Request,
+    predictions: Predictions,
 ) -> float:
-    """Fill the last three; returns the least prefill of the prompt with nothing cached.
+    """Fill `predictions`; returns the least prefill of the prompt with nothing cached, seconds.
 
-    `left` [instances, rows] seconds of each prompt in the queue; `steps` [3, instances] and
-    `seconds` [2 + sources, instances] as cost models answer `survey`; `moves` [groups, far or
-    near, 1 + sources, instances] likewise; `floor` [instances] seconds that it waits at least.
+    `asked` and `answers`: the questions to cost models, and theirs; `sources` [2, sources] slots
+    and tokens; `floor` [instances] seconds that the prompt waits at least.
     """
+    figures, left, kinds = load
+    parts, table = candidates
+    steps, prefills, moves = answers
+    now, prompt, output, overlapped = request
+    by_instance, pulled, by_candidate = predictions
     usual, least = _usually_running(figures, parts), np.inf
     for i in range(len(figures)):
         running, batch = figures[i, RUNNING], figures[i, BATCH]
         step, before, after = _steps(figures, steps, i)
-        whole = seconds[0, i] * figures[i, PREFILL_FACTOR]
+        whole = prefills[0, i] * figures[i, PREFILL_FACTOR]
         least = min(least, whole)
         # Each chunk of the prompt takes as long as a step of decoding does besides.
         slowed = step * (prompt / figures[i, CHUNK_TOKENS]) / max(whole, _INSTANT) + 1.0
-        alone = seconds[1, i] * figures[i, PREFILL_FACTOR] * slowed
+        alone = prefills[1, i] * figures[i, PREFILL_FACTOR] * slowed
         prefill, fetch, pulled[FROM, i], pulled[FETCHED, i] = alone, 0.0, -1, 0
         if sources.shape[1]:
-            best, pulling = _best_source(
-                figures, kinds, asked, seconds, moves, sources, i, alone, slowed
-            )
+            best, pulling = _best_source(load, asked, answers, sources, i, alone, slowed)
             if best >= 0:
-                prefill = seconds[2 + best, i] * figures[i, PREFILL_FACTOR] * slowed
+                prefill = prefills[2 + best, i] * figures[i, PREFILL_FACTOR] * slowed
                 fetch = pulling
                 pulled[FROM, i] = sources[0, best]
                 pulled[FETCHED, i] = asked[2 + best, i] - asked[1, i]

@@ -57,12 +57,12 @@ class Load:
         self.figures: Seconds = np.zeros((n, k.FIGURES))
         # The same memory: writing a row of Python's numbers into it takes half as long.
         self._bytes = self.figures.reshape(-1).data.cast("B")
+        self.kinds: IndexArray = np.zeros((n, k.KINDS), dtype=np.int64)
         self._set_left(np.zeros((n, 1)))
         self.unhindered: Seconds = np.zeros(n)  # nobody writes to it
         hosts: dict[str, int] = {}
         groups: list[Costs] = []
         pools: dict[str, int] = {}
-        self.kinds: IndexArray = np.zeros((n, k.KINDS), dtype=np.int64)
         for at, line in enumerate(lines):
             line.slot = at
             spec = line.spec
@@ -91,6 +91,7 @@ class Load:
     def _set_left(self, left: Seconds) -> None:
         self.left = left  # [instances, prompts] seconds of each in a queue
         self._left_bytes = left.reshape(-1).data.cast("B")
+        self.arrays: k.LoadArrays = (self.figures, left, self.kinds)
 
     def refresh(self) -> None:
         """Bring the arrays up to date, before they are read."""

@@ -58,41 +58,41 @@ def prompt_tree(situation: Situation) -> Choice:
 def least_load(situation: Situation) -> Choice:
     """The shortest queues, as if nobody had anything cached."""
     candidates, scores = situation.candidates, _load_scores(situation)
-    return Choice(candidates.least(scores, candidates.roster.usual), scores)
+    return Choice(candidates.least(scores, candidates.candidate_set.usual), scores)
 
 
 def session(situation: Situation) -> Choice:
     """Where the session ran before, as long as that is there; else by least load."""
     scores = _load_scores(situation)
     candidates, former = situation.candidates, situation.session
-    roster, slots = candidates.roster, candidates.load.slots
+    candidate_set, slots = candidates.candidate_set, candidates.load.slots
     if former is None:
-        return Choice(candidates.least(scores, roster.usual), scores)
+        return Choice(candidates.least(scores, candidate_set.usual), scores)
     answers, computes = slots.get(former.answers), slots.get(former.computes)
     if answers is not None and computes is not None:
-        same = roster.find(answers, computes)
-        if same is not None and roster.usual[same]:
+        same = candidate_set.find(answers, computes)
+        if same is not None and candidate_set.usual[same]:
             return Choice(same, scores)
-    for kept, now in ((answers, roster.answers), (computes, roster.computes)):
-        partly = roster.usual & (now == kept)
+    for kept, now in ((answers, candidate_set.answers), (computes, candidate_set.computes)):
+        partly = candidate_set.usual & (now == kept)
         if kept is not None and partly.any():
             return Choice(candidates.least(scores, partly), scores)
-    return Choice(candidates.least(scores, roster.usual), scores)
+    return Choice(candidates.least(scores, candidate_set.usual), scores)
 
 
 def round_robin(situation: Situation) -> Choice:
     """One after the other, in each role."""
     candidates, turn = situation.candidates, situation.turn
-    roster = candidates.roster
+    candidate_set = candidates.candidate_set
     scores = candidates.first_token
-    answers = computes = roster.answering[turn % len(roster.answering)]
-    partners = [p for p in roster.prefill if roster.find(answers, p) is not None]
+    answers = computes = candidate_set.answering[turn % len(candidate_set.answering)]
+    partners = [p for p in candidate_set.prefill if candidate_set.find(answers, p) is not None]
     if partners and answers not in partners:
         # Both sides go round in step; one step more after a whole cycle, so that every pair
         # gets its turn however many there are.
-        cycle = math.lcm(len(roster.answering), len(partners))
+        cycle = math.lcm(len(candidate_set.answering), len(partners))
         computes = partners[(turn + turn // cycle) % len(partners)]
-    candidate = roster.find(answers, computes)
+    candidate = candidate_set.find(answers, computes)
     assert candidate is not None  # alone, or one of its pairs
     return Choice(candidate, scores)
 

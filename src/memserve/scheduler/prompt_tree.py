@@ -26,7 +26,7 @@ from memserve.scheduler.block_table import (
     References,
     distinct,
 )
-from memserve.scheduler.holder_tree import HolderTree, Node, Trunk
+from memserve.scheduler.holder_tree import HolderTree, Node, SharedNodes
 from memserve.types import InstanceId, Namespace, Role, TokenArray
 
 # How long a routed prompt counts as held without a word from its instance: longer than a
@@ -75,7 +75,7 @@ class PromptTree:
 
     def __init__(self, expect_seconds: float = EXPECT_SECONDS) -> None:
         self._expect_seconds = expect_seconds
-        self._trunk = Trunk()
+        self._shared = SharedNodes()
         self._trees: dict[Namespace, dict[int, HolderTree]] = {}  # by block_tokens
         self._holders: dict[InstanceId, _Holder] = {}
         self._by_slot: list[_Holder | None] = []
@@ -107,7 +107,7 @@ class PromptTree:
         else:
             self._by_slot[slot] = holder
         self._holders[instance] = holder
-        self._trunk.tables[slot] = holder.table
+        self._shared.tables[slot] = holder.table
         self._roles[role] |= holder.bit
 
     def leave(self, instance: InstanceId) -> None:
@@ -118,7 +118,7 @@ class PromptTree:
         self._empty(holder)
         self._roles[holder.role] &= ~holder.bit
         self._by_slot[holder.slot] = None
-        del self._trunk.tables[holder.slot]
+        del self._shared.tables[holder.slot]
 
     def set_role(self, instance: InstanceId, role: Role) -> None:
         """What it holds stays. Raises KeyError for an instance that is not known."""
@@ -196,7 +196,7 @@ class PromptTree:
         holder = self._holders[instance]
         self._empty(holder)
         holder.table = References() if holder.references else Hashes()
-        self._trunk.tables[holder.slot] = holder.table
+        self._shared.tables[holder.slot] = holder.table
 
     # --- lookups --------------------------------------------------------------------------
 
@@ -264,7 +264,7 @@ class PromptTree:
             digests: dict[int, bytes] = {}  # at the end of each node
             for node in tree.subtree():
                 assert node.parent is not None
-                chain = block_digests(node.edge, tree.step, digests.get(node.parent.id, b""))
+                chain = block_digests(node.edge, tree.block_bytes, digests.get(node.parent.id, b""))
                 digests[node.id] = chain[-1]
                 if holder.slot in node.blocks:
                     found.update((tree.namespace, digest) for digest in chain)
@@ -275,7 +275,7 @@ class PromptTree:
 
     def stats(self) -> PromptTreeStats:
         """Reads every node."""
-        nodes = list(self._trunk.nodes.values())
+        nodes = list(self._shared.by_id.values())
         tables: list[BlockTable] = [holder.table for holder in self._holders.values()]
         numbers = sum(each.nbytes for node in nodes for each in node.blocks.values())
         return PromptTreeStats(
@@ -300,7 +300,7 @@ class PromptTree:
                 for node in tree.subtree():
                     node.check()
                     nodes[node.id] = node
-        assert nodes == self._trunk.nodes
+        assert nodes == self._shared.by_id
         for holder in self._holders.values():
             mine = [node for node in nodes.values() if holder.slot in node.blocks]
             assert holder.table.stored == sum(map(len, mine))
@@ -323,14 +323,14 @@ class PromptTree:
         if number is None or not (home := int(holder.table.node[number])):
             return None
         one = np.array([number], dtype=np.int32)
-        return self._trunk.nodes[home], int(holder.table.depth(one)[0]) + 1
+        return self._shared.by_id[home], int(holder.table.depth(one)[0]) + 1
 
     def _drop(self, holder: _Holder, numbers: Numbers) -> None:
         """Forget where stored blocks are; `numbers` without repetition."""
         homes, depths = holder.table.node[numbers], holder.table.depth(numbers)
         for home in distinct(homes).tolist():
             # Nodes may have been joined since; a joined one keeps the id of its lower part.
-            node = self._trunk.nodes.get(home)
+            node = self._shared.by_id.get(home)
             mine = homes == home
             if node is None or node.blocks.get(holder.slot) is None:
                 self._drop(holder, numbers[mine])
@@ -345,7 +345,7 @@ class PromptTree:
             self._drop_if_empty(each.tree)
         self._expected = deque(each for each in self._expected if each.slot != holder.slot)
         for home in holder.table.homes():
-            node = self._trunk.nodes.get(home)  # joined with another: that one's turn comes
+            node = self._shared.by_id.get(home)  # joined with another: that one's turn comes
             if node is not None and holder.slot in node.blocks:
                 tree = node.tree
                 tree.drop(node, holder.slot, np.arange(len(node)))
@@ -355,12 +355,12 @@ class PromptTree:
         by_size = self._trees.setdefault(namespace, {})
         tree = by_size.get(block_tokens)
         if tree is None:
-            tree = by_size[block_tokens] = HolderTree(self._trunk, namespace, block_tokens)
+            tree = by_size[block_tokens] = HolderTree(self._shared, namespace, block_tokens)
         return tree
 
     def _drop_if_empty(self, tree: HolderTree) -> None:
         by_size = self._trees.get(tree.namespace, {})
-        block_tokens = tree.step // 4
+        block_tokens = tree.block_tokens
         if not tree and by_size.get(block_tokens) is tree:
             del by_size[block_tokens]
             if not by_size:

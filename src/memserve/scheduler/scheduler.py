@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from hashlib import blake2b
 
 from memserve.clock import Clock
-from memserve.scheduler.candidates import Candidates, Roster, whole_prefill_seconds
+from memserve.scheduler.candidates import Candidates, CandidateSet, whole_prefill_seconds
 from memserve.scheduler.compiled import prepare
 from memserve.scheduler.contract import InstanceSpec, Plan, PrefixMatches, PromptRequest
 from memserve.scheduler.decisions import Decision, DecisionLog, Ranking
@@ -110,7 +110,7 @@ class Scheduler:
         now = self._clock.now()
         self.load.release(request.id, now)
         candidates = self._candidates_of(among)
-        if not len(candidates.roster):
+        if not len(candidates.candidate_set):
             return None
         output_tokens = max(min(request.output_tokens, round(self.output_length.expected)), 1)
         candidates.predict(
@@ -134,7 +134,7 @@ class Scheduler:
             policy=self.policy,
             at=now,
             plan=plan,
-            considered=len(candidates.roster),
+            considered=len(candidates.candidate_set),
             took=self._timer() - started,
             ranking=ranking,
         )
@@ -167,7 +167,7 @@ class Scheduler:
         if candidates is None:
             if len(self._candidates) == _MAX_ROSTERS:
                 self._candidates.clear()
-            candidates = Candidates(self.load, Roster(self.load, key))
+            candidates = Candidates(self.load, CandidateSet(self.load, key))
             self._candidates[key] = candidates
         return candidates
 

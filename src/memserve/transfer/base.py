@@ -25,11 +25,6 @@ from memserve.types import MAX_BLOCKS, IndexArray, Medium, Owner, RefArray, ref_
 
 Ticket = NewType("Ticket", int)  # one posted WriteList, unique within a transport
 
-# For target blocks that a completion does not call drained. What a broken connection left in
-# the receive buffer of a living peer, some megabytes, is written within milliseconds of its
-# progress thread running again; this is long beside that and short beside leases.
-SETTLE_SECONDS = 2.0
-
 
 # What a number in a message may be: what numpy and the kernel take, too.
 Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -138,7 +133,7 @@ class Completion:
     outcome: Outcome
     error: TransferError | None = None  # why, if FAILED
     # The target blocks may be reused at once too. False where a connection broke and bytes may
-    # still sit in the peer's receive buffer: they may after the peer ran for SETTLE_SECONDS.
+    # still sit in the peer's receive buffer: they may once the peer has forgotten this one.
     target_drained: bool = True
 
 

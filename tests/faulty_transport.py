@@ -1,4 +1,4 @@
-"""A transport that misbehaves as a network may, on a plan: for tests of what uses transports."""
+"""A transport that misbehaves as a network may, by a plan: for tests of its users."""
 
 from __future__ import annotations
 
