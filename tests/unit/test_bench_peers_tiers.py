@@ -9,10 +9,11 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import msgspec
 import pytest
@@ -31,8 +32,10 @@ from memserve.bench.peers.serving import Contest, Loads, PeerRun
 from memserve.bench.peers.split_proxy import application, prompt_request, with_cached
 from memserve.bench.peers.tiers import (
     HOST_NAMES,
+    LMCACHE_NAMES,
     SPLIT_NAMES,
     TierSettings,
+    beside_lmcache,
     first_prompt,
     host_memory,
     lmcache_flag,
@@ -225,7 +228,12 @@ async def test_without_vllm_all_are_skipped(
     monkeypatch.chdir(tmp_path)
     model = ModelDirectory(tmp_path, "m", None)
     settings = TierSettings()
-    for contest, names in ((host_memory, HOST_NAMES), (prefill_and_decode, SPLIT_NAMES)):
+    contests = (
+        (host_memory, HOST_NAMES),
+        (beside_lmcache, LMCACHE_NAMES),
+        (prefill_and_decode, SPLIT_NAMES),
+    )
+    for contest, names in contests:
         found = await contest(LOADS, settings, model, (0,), (), lambda _: None)
         assert found.runs == ()
         assert set(found.skipped) == set(names)
@@ -264,25 +272,19 @@ class Server:
     wait_listening = wait_ready
 
 
-@asynccontextmanager
-async def _nothing(*_: object) -> AsyncIterator[str]:
-    yield "http://127.0.0.1:1"
-
-
-async def _ask_nothing(_: str) -> None:
-    return None
-
-
-async def _contest_of(started: Started, monkeypatch: pytest.MonkeyPatch, path: Path) -> Contest:
-    """The contest with host memory, of servers that are all installed and that nobody asks."""
+async def _contest_of(
+    started: Started, monkeypatch: pytest.MonkeyPatch, path: Path, lmcache: bool = True
+) -> Contest:
+    """The contest with LMCache, or else with host memory, of servers that nobody asks."""
     monkeypatch.setattr(tiers, "start_vllm", started.vllm)
     monkeypatch.setattr(tiers, "start_lmcache", started.lmcache)
     monkeypatch.setattr(tiers, "start_router", lambda *_: Server())
-    monkeypatch.setattr(tiers, "ours", _nothing)
-    monkeypatch.setattr(tiers, "first_prompt", _ask_nothing)
+    monkeypatch.setattr(tiers, "ours", lambda *_: nullcontext("http://127.0.0.1:1"))
+    monkeypatch.setattr(tiers, "first_prompt", AsyncMock(return_value=None))
     monkeypatch.setattr(tiers, "rounds", _names)
     settings, model = TierSettings(dram="1MiB"), ModelDirectory(path, "m", None)
-    return await host_memory(LOADS, settings, model, (0, 1), (), lambda _: None)
+    contest = beside_lmcache if lmcache else host_memory
+    return await contest(LOADS, settings, model, (0, 1), (), lambda _: None)
 
 
 async def _names(_: Loads, __: float, urls: dict[str, str], *___: object) -> tuple[PeerRun, ...]:
@@ -296,8 +298,8 @@ async def test_two_vllm_share_one_lmcache_server(
     started = Started()
     contest = await _contest_of(started, monkeypatch, tmp_path)
     assert contest.skipped == {}
-    assert [each.server for each in contest.runs] == list(HOST_NAMES)
-    assert started.connectors.count("LMCacheMPConnector") == 2
+    assert [each.server for each in contest.runs] == list(LMCACHE_NAMES)
+    assert started.connectors == ["LMCacheMPConnector"] * 2
     assert started.sizes == [2 << 20]
 
 
@@ -306,23 +308,33 @@ async def test_why_lmcache_does_not_start_is_told(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiers, "why_missing", lambda _: None)
-    refused = "CPU Offloading is currently only supported on CUDA-alike and XPU GPUs"
-    started = Started({part: "no room", "OffloadingConnector": refused})
-    contest = await _contest_of(started, monkeypatch, tmp_path)
-    assert contest.skipped == {HOST_NAMES[2]: refused, HOST_NAMES[3]: "no room"}
-    assert [each.server for each in contest.runs] == list(HOST_NAMES[:2])
-    assert started.connectors.count("OffloadingConnector") == 1
+    contest = await _contest_of(Started({part: "no room"}), monkeypatch, tmp_path)
+    assert contest.skipped == {LMCACHE_NAMES[1]: "no room"}
+    assert [each.server for each in contest.runs] == list(LMCACHE_NAMES[:1])
 
 
-async def test_without_lmcache_the_others_take_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("missing", ["lmcache", "routers"])
+async def test_without_lmcache_ours_are_measured(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing = {"lmcache": "not installed"}
-    monkeypatch.setattr(tiers, "why_missing", missing.get)
+    monkeypatch.setattr(tiers, "why_missing", {missing: "not installed"}.get)
     started = Started()
     contest = await _contest_of(started, monkeypatch, tmp_path)
-    assert contest.skipped == {HOST_NAMES[3]: "not installed"}
-    assert started.sizes == []
+    assert contest.skipped == {LMCACHE_NAMES[1]: "not installed"}
+    assert [each.server for each in contest.runs] == list(LMCACHE_NAMES[:1])
+    assert started.sizes == started.connectors == []
+
+
+async def test_a_connector_that_refuses_is_told_and_started_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "why_missing", lambda _: None)
+    refused = "CPU Offloading is currently only supported on CUDA-alike and XPU GPUs"
+    started = Started({"OffloadingConnector": refused})
+    contest = await _contest_of(started, monkeypatch, tmp_path, lmcache=False)
+    assert contest.skipped == {HOST_NAMES[2]: refused}
+    assert [each.server for each in contest.runs] == list(HOST_NAMES[:2])
+    assert started.connectors == ["", "", "OffloadingConnector"]
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")

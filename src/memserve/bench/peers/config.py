@@ -11,7 +11,7 @@ from memserve.workloads.text import TextWorkload
 
 Part = Literal["serving", "pair", "tiers", "index", "gateway"]
 PARTS: tuple[Part, ...] = ("serving", "pair", "tiers", "index", "gateway")
-TierContest = Literal["both", "host-memory", "prefill-decode"]
+TierContest = Literal["all", "host-memory", "lmcache", "prefill-decode"]
 QUICK_PARTS: tuple[Part, ...] = ("serving", "index", "gateway")
 
 
@@ -32,7 +32,7 @@ class PeersConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 4.0
     workload: Annotated[TextWorkload, doc("what servers are asked")] = "sharegpt"
     data: Annotated[str | None, doc("its file or folder; default: the installed ShareGPT")] = None
-    tier_contest: Annotated[TierContest, doc("of the part tiers, which")] = "both"
+    tier_contest: Annotated[TierContest, doc("of the part tiers, which")] = "all"
     tier_sessions: Annotated[Positive, doc("of the part tiers, for --sessions")] = 12
     tier_concurrency: Annotated[Positive, doc("of the part tiers, for --concurrency")] = 6
     tier_kv: Annotated[str, doc("of each vLLM's own, where host memory is behind it")] = "40MB"

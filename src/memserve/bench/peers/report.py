@@ -26,7 +26,7 @@ from memserve.bench.peers.serving import (
     one_instance,
     two_instances,
 )
-from memserve.bench.peers.tiers import TierSettings, host_memory, prefill_and_decode
+from memserve.bench.peers.tiers import TierSettings, beside_lmcache, host_memory, prefill_and_decode
 from memserve.bench.work import Work, load_sessions
 from memserve.config import available_cores
 from memserve.models.resolve import ModelDirectory, Progress
@@ -103,11 +103,15 @@ async def _tier_contests(
     )
     tiers = TierSettings(kv=config.tier_kv, dram=config.tier_dram)
     work = await _work(loads, model, say)
-    contests = {"host-memory": host_memory, "prefill-decode": prefill_and_decode}
+    contests = {
+        "host-memory": host_memory,
+        "lmcache": beside_lmcache,
+        "prefill-decode": prefill_and_decode,
+    }
     return [
         await contest(loads, tiers, model, cores, work, say)
         for name, contest in contests.items()
-        if config.tier_contest in (name, "both")
+        if config.tier_contest in (name, "all")
     ]
 
 

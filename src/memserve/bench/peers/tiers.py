@@ -57,12 +57,8 @@ _LMCACHE_SECONDS = 60.0  # for its server's imports
 _LMCACHE_CONNECTOR = "lmcache.integration.vllm.lmcache_mp_connector"
 _NIXL = "from nixl._api import nixl_agent"
 
-HOST_NAMES = (
-    f"2 vLLM with {OURS}",
-    "2 vLLM, vllm-router",
-    "2 vLLM offloading, vllm-router",
-    "2 vLLM with LMCache, vllm-router",
-)
+HOST_NAMES = (f"2 vLLM with {OURS}", "2 vLLM, vllm-router", "2 vLLM offloading, vllm-router")
+LMCACHE_NAMES = (f"2 vLLM with {OURS}", "2 vLLM with LMCache, vllm-router")
 SPLIT_NAMES = (f"vLLM P and D with {OURS}", "vLLM P and D with NixlConnector")
 
 
@@ -123,8 +119,7 @@ async def host_memory(
     progress: Progress,
 ) -> Contest:
     """Two vLLM of one core each, whose own KV memory is small: with ours behind it and our gateway,
-    with nothing behind it, with vLLM's own offloading, and with LMCache, each of these behind
-    vllm-router."""
+    with nothing behind it, and with vLLM's own offloading, each of these behind vllm-router."""
     name = "Two vLLM of one core, host memory behind them"
     async with AsyncExitStack() as stack:
         servers = _Servers(stack, loads, model, progress)
@@ -156,10 +151,10 @@ async def _with_host_memory(
 ) -> dict[str, str]:
     arguments = vllm_arguments(parse_bytes(tiers.kv), _STEP_TOKENS)
     offloads = (*arguments, *offloading_flag(tiers.dram))
-    own, plain, offloading, lmcache = HOST_NAMES
+    own, plain, offloading = HOST_NAMES
     pairs: dict[str, list[PeerServer]] = {}
     if (why := why_missing("routers")) is not None:
-        servers.skipped.update(dict.fromkeys((plain, offloading, lmcache), why))
+        servers.skipped.update(dict.fromkeys((plain, offloading), why))
     else:
         pairs[plain] = [servers.vllm(core, arguments) for core in cores]
         # One at first: a second would only repeat what the first says against it.
@@ -171,33 +166,53 @@ async def _with_host_memory(
         if await servers.are_ready(name, pair):
             pair += [servers.vllm(core, offloads) for core in cores[len(pair) :]]
             urls |= await servers.routed(name, pair)
-    if pairs:
-        urls |= await _with_lmcache(servers, lmcache, tiers, cores, arguments)
     return urls
 
 
-async def _with_lmcache(
-    servers: _Servers,
-    name: str,
+async def beside_lmcache(
+    loads: Loads,
     tiers: TierSettings,
+    model: ModelDirectory,
     cores: Sequence[int],
-    arguments: Sequence[str],
+    work: Work,
+    progress: Progress,
+) -> Contest:
+    """The same two vLLM with ours and with LMCache behind them: a contest of their own, because
+    six vLLM servers need 24 GB."""
+    name = "Two vLLM of one core, LMCache behind them"
+    async with AsyncExitStack() as stack:
+        servers = _Servers(stack, loads, model, progress)
+        return await _contest(name, LMCACHE_NAMES, servers, tiers, cores, work, _with_lmcache)
+
+
+async def _with_lmcache(
+    servers: _Servers, tiers: TierSettings, cores: Sequence[int]
 ) -> dict[str, str]:
-    """One LMCache server for both, as LMCache has it for a machine: with the memory that two of
-    ours have."""
-    if (why := why_missing("lmcache")) is not None:
-        servers.skipped[name] = why
-        return {}
+    arguments = vllm_arguments(parse_bytes(tiers.kv), _STEP_TOKENS)
+    own, lmcache = LMCACHE_NAMES
+    pair: list[PeerServer] = []
+    if (why := why_missing("lmcache") or why_missing("routers")) is not None:
+        servers.skipped[lmcache] = why
+    elif port := await _lmcache_port(servers, lmcache, len(cores) * parse_bytes(tiers.dram)):
+        asked = (*arguments, *lmcache_flag(port))
+        pair = [servers.vllm(core, asked, LMCACHE_VARIABLES, "lmcache") for core in cores]
+    instances = [own_instance(core, tiers.dram, arguments) for core in cores]
+    cluster = ours(servers.model, servers.loads.dtype, instances, servers.progress)
+    urls = {own: await servers.stack.enter_async_context(cluster)}
+    return urls | (await servers.routed(lmcache, pair) if pair else {})
+
+
+async def _lmcache_port(servers: _Servers, name: str, size: int) -> int | None:
+    """Of one LMCache server for both, as LMCache has it for a machine, with the memory that two of
+    ours have; None if it is not there."""
     port = free_port()
-    cache = start_lmcache(servers.stack, port, len(cores) * parse_bytes(tiers.dram), _BLOCK)
+    cache = start_lmcache(servers.stack, port, size, _BLOCK)
     try:
         await asyncio.to_thread(cache.wait_listening, _LMCACHE_SECONDS)
     except PeerFailed as error:
         servers.skipped[name] = str(error)
-        return {}
-    asked = (*arguments, *lmcache_flag(port))
-    pair = [servers.vllm(core, asked, LMCACHE_VARIABLES, "lmcache") for core in cores]
-    return await servers.routed(name, pair)
+        return None
+    return port
 
 
 async def prefill_and_decode(
