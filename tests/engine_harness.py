@@ -93,7 +93,7 @@ class Harness:
                     namespace=namespace,  # type: ignore[arg-type]
                     follows=follows,  # type: ignore[arg-type]
                     priority=priority,
-                    output=tuple(output),
+                    output=np.asarray(output, dtype=np.int32),
                     prefill_only=prefill_only,
                     ephemeral=ephemeral,
                 )

@@ -15,6 +15,7 @@ from memserve.api.generate import CallKind, FinishReason, GenerateCall
 from memserve.api.http_message import Reply, Request
 from memserve.api.status import InstanceInfo, InstanceState
 from memserve.cluster.membership import Membership
+from memserve.tokens import NO_TOKENS
 from memserve.types import Epoch, InstanceId, Role
 
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -89,7 +90,7 @@ def answer_to(call: GenerateCall, length: int = 6, hold_back: bool = True) -> li
     """
     form = StreamFormat(call)
     count = len(call.prompts) * call.n
-    resumed = call.resumed or ((),) * count
+    resumed = call.resumed or (NO_TOKENS,) * count
     events = []
     for position in range(length):
         for choice in range(count):
@@ -124,7 +125,7 @@ async def impostor(script: Parts | Script, calls: list[GenerateCall]) -> AsyncIt
             for line in head.split(b"\r\n")
             if line.lower().startswith(b"content-length")
         )
-        call = msgspec.json.decode(await reader.readexactly(length), type=GenerateCall)
+        call = msgspec.msgpack.decode(await reader.readexactly(length), type=GenerateCall)
         calls.append(call)
         for part in script(call) if callable(script) else script:
             writer.write(part)

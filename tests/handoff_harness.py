@@ -32,6 +32,7 @@ from memserve.instance import build
 from memserve.instance.instance import Identity, Instance, Run
 from memserve.instance.run import handler_of
 from memserve.secrets import cluster_secret
+from memserve.tokens import from_ids
 from memserve.transfer.kv_link import PoolLink
 from memserve.transfer.mempool import MakeTransports, MemPool
 from memserve.types import SHARED, Epoch, InstanceId, Namespace, Role
@@ -142,7 +143,7 @@ def call_of(
         kind=CallKind.COMPLETION,
         model="tiny",
         created=1,
-        prompts=(tuple(prompt),),
+        prompts=(from_ids(prompt),),
         sampling=SamplingParams(**settings),
         n=n,
         stop=tuple(stop),

@@ -29,6 +29,7 @@ from memserve.scheduler.architecture import GEMMA3_270M
 from memserve.scheduler.contract import InstanceSpec
 from memserve.scheduler.hardware import HARDWARE, derive
 from memserve.scheduler.profiles import Hardware, Subject, encode_profile, make_profile
+from memserve.tokens import from_ids
 from memserve.types import Epoch, InstanceId, Role
 
 LIMITS = Limits(
@@ -59,7 +60,7 @@ def call_of(
         kind=CallKind.COMPLETION,
         model="tiny",
         created=1,
-        prompts=(prompt or tuple(range(100)),),
+        prompts=(from_ids(prompt or range(100)),),
         sampling=SamplingParams(max_tokens=tokens),
         stream=stream,
         session=session,

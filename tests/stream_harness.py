@@ -11,6 +11,7 @@ import msgspec
 
 from memserve.api.generate import GenerateCall
 from memserve.instance.instance import Instance
+from memserve.tokens import from_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def resumed(call: GenerateCall, seen: Sequence[Event]) -> GenerateCall:
             choices[event.choice] += event.token_ids
         elif event.data != b"[DONE]":
             usage = False
-    return msgspec.structs.replace(call, resumed=tuple(map(tuple, choices)), include_usage=usage)
+    return msgspec.structs.replace(call, resumed=tuple(map(from_ids, choices)), include_usage=usage)
 
 
 def by_choice(call: GenerateCall, events: Sequence[Event]) -> list[list[Event]]:

@@ -16,6 +16,7 @@ from memserve.config import GatewayConfig
 from tests import insider
 from tests.e2e.conftest import StartCluster
 from tests.fakes import MODEL, FakeCluster, FakeEngine
+from tests.packed import HEADERS
 
 LIMIT = 1 << 20
 
@@ -128,8 +129,15 @@ def test_an_instance_refuses_cleanly_too(cluster: FakeCluster, path: str) -> Non
 
 
 def test_an_instance_takes_nothing_but_calls(cluster: FakeCluster) -> None:
-    answer = Answer(insider.ask(cluster.urls[0], "/v1/generate", b'{"prompt": "a"}', "POST"))
-    assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+    url, body = cluster.urls[0], b'{"prompt": "a"}'
+    for path in ("/v1/generate", "/v1/prefill", "/v1/kv/push", "/v1/kv/meet"):
+        answer = Answer(
+            insider.ask(url, path, body, "POST", **{"content-type": "application/json"})
+        )
+        assert (answer.status, answer.error["code"]) == (415, "unsupported_media_type")
+        assert "'application/msgpack'" in answer.error["message"]
+        answer = Answer(insider.ask(url, path, body, "POST", **HEADERS))
+        assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
 
 
 def test_the_published_schema_has_the_endpoints_that_generate(cluster: FakeCluster) -> None:

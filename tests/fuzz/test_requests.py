@@ -10,10 +10,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from memserve.api import limits
+from memserve.api import limits, msgpack
 from memserve.api.errors import ApiError
 from memserve.api.forward import FIELDS, GIVEN_FIELDS, ForwardPath
-from memserve.api.generate import GenerateCall, encode_call
+from memserve.api.generate import GenerateCall
+from memserve.api.handoff import PrefillCall, PushCall
 from memserve.api.namespaces import salted
 from memserve.api.status import Limits
 from memserve.gateway.body_scan import check_body, count_elements
@@ -21,9 +22,12 @@ from memserve.gateway.call_builder import CallBuilder
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.instance import calls
 from memserve.models.tokenizer import Tokenizer
+from memserve.types import TokenArray
 from memserve.vllm.forwarder import forwarded_body
 from tests.fakes import MODEL, tiny_tokenizer
 from tests.fuzz.json_mutants import mutants
+from tests.fuzz.mutate import mutators
+from tests.packed import ids, listed, packed
 
 SERVED = Limits(
     vocab_size=320,
@@ -84,19 +88,22 @@ FORWARDS: dict[ForwardPath, dict[str, Any]] = {
     ForwardPath.DETOKENIZE: {"tokens": [1, 2, 3]},
 }  # fmt: skip
 CALL = {
-    "id": "c", "kind": "completion", "model": "m", "created": 1, "prompts": [[1, 2], [3]], "n": 2,
-    "sampling": {"max_tokens": 3, "stop_token_ids": [1], "logit_bias": {"1": 2.0}, "seed": 1},
-    "stop": ["a"], "stream": True, "resumed": [[1], [], [2], []], "session": "s", "priority": 1,
+    "id": "c", "kind": "completion", "model": "m", "created": 1, "n": 2,
+    "prompts": [ids(1, 2), ids(3)], "resumed": [ids(1), b"", ids(2), b""],
+    "sampling": {"max_tokens": 3, "stop_token_ids": [1], "logit_bias": {1: 2.0}, "seed": 1},
+    "stop": ["a"], "stream": True, "session": "s", "priority": 1,
     "prefill": [{"id": "p", "address": "http://127.0.0.1:1"}],
     "fetch": {"id": "p", "address": "http://127.0.0.1:1"}, "cache_salt": "x",
-    "forward": {"path": "/v1/embeddings", "body": {"input": "x"}},
+    "forward": {"path": "/v1/embeddings", "body": b'{"input": "x"}'},
 }  # fmt: skip
 TARGET = {"id": "d", "address": "tcp://127.0.0.1:1"}
 PREFILL = {
-    "id": "c", "prompt": [1, 2], "sampling": {"max_tokens": 1}, "namespace": "", "output": [3],
-    "ephemeral": False, "target": TARGET, "target_namespace": "salt:x", "priority": 0,
+    "id": "c", "prompt": ids(1, 2), "sampling": {"max_tokens": 1}, "namespace": "",
+    "output": ids(3), "ephemeral": False, "target": TARGET,
+    "target_namespace": "salt:x", "priority": 0,
 }  # fmt: skip
-PUSH = {"tokens": [1, 2], "namespace": "", "target": TARGET, "target_namespace": ""}
+PUSH = {"tokens": ids(1, 2), "namespace": "", "target": TARGET, "target_namespace": ""}
+MEET = {"peer": {"id": "p", "address": "http://127.0.0.1:1"}}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +143,8 @@ async def test_a_body_is_a_call_or_refused(builder: CallBuilder, kind: str) -> N
         else:
             served += 1
             assert 1 <= len(call.prompts) * call.n <= limits.DEFAULT_MAX_WAITING
-            assert calls.GENERATE.read(encode_call(call)).prompts == call.prompts
+            read = calls.GENERATE.read(msgpack.encode(call))
+            assert listed(read.prompts) == listed(call.prompts)
     assert served > refused / 20  # mutants reach what comes behind the parser
     assert refused > served / 20
 
@@ -160,7 +168,7 @@ async def test_what_is_passed_on_is_an_object_of_known_fields_or_refused(
             assert 400 <= call.status < 500, body[:300]
             continue
         passed += 1
-        read = calls.GENERATE.read(encode_call(call))
+        read = calls.GENERATE.read(msgpack.encode(call))
         assert read.forward is not None
         said = forwarded_body(read, read.forward, salted("a tenant's"), MODEL)
         fields = msgspec.json.decode(said)
@@ -173,12 +181,44 @@ async def test_what_is_passed_on_is_an_object_of_known_fields_or_refused(
 
 @pytest.mark.parametrize(
     ("reader", "valid"),
-    [(calls.GENERATE, CALL), (calls.PREFILL, PREFILL), (calls.PUSH, PUSH),
-     (calls.ROLE, {"role": "prefill"}), (calls.SHUTDOWN, {"restart": True})],
-    ids=["generate", "prefill", "push", "role", "shutdown"],
+    [(calls.GENERATE, CALL), (calls.PREFILL, PREFILL), (calls.PUSH, PUSH), (calls.MEET, MEET)],
+    ids=["generate", "prefill", "push", "meet"],
 )  # fmt: skip
 @pytest.mark.timeout(0)
 def test_a_call_is_one_or_refused(reader: calls.CallReader[Any], valid: dict[str, Any]) -> None:
+    read = 0
+    for mutator in mutators(f"call {sorted(valid)}"):
+        body = mutator.msgpack(packed(valid))
+        refusal = refused_by(lambda body=body: reader.read(body))
+        if refusal is not None:
+            assert refusal.status == 400, repr(mutator)
+            assert len(refusal.body()) < 4096, repr(mutator)
+            continue
+        read += 1
+        for tokens in tokens_of(reader.read(body)):
+            assert tokens.dtype == np.int32, repr(mutator)
+            assert not (tokens < 0).any(), repr(mutator)
+    assert read
+
+
+def tokens_of(call: Any) -> list[TokenArray]:
+    if isinstance(call, GenerateCall):
+        assert all(map(len, call.prompts))
+        return [*call.prompts, *call.resumed]
+    if isinstance(call, PrefillCall):
+        return [call.prompt, call.output]
+    return [call.tokens] if isinstance(call, PushCall) else []
+
+
+@pytest.mark.parametrize(
+    ("reader", "valid"),
+    [(calls.ROLE, {"role": "prefill"}), (calls.SHUTDOWN, {"restart": True})],
+    ids=["role", "shutdown"],
+)
+@pytest.mark.timeout(0)
+def test_a_control_call_is_one_or_refused(
+    reader: calls.CallReader[Any], valid: dict[str, Any]
+) -> None:
     read = 0
     for body in mutants([valid]):
         refusal = refused_by(lambda body=body: reader.read(body))

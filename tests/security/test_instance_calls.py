@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from memserve.api.generate import CallKind, GenerateCall, SamplingParams, encode_call
+from memserve.api.generate import CallKind, GenerateCall, SamplingParams
+from memserve.tokens import from_ids
 from tests import insider
 from tests.e2e.test_refusals import Answer, ask
 from tests.fakes import FakeCluster, FakeEngine, tiny_tokenizer
+from tests.packed import HEADERS, fields_of, ids, packed
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +26,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCluster]:
 
 def tell(cluster: FakeCluster, path: str, body: bytes) -> Answer:
     """What an instance answers to somebody of the cluster."""
-    return Answer(insider.ask(cluster.urls[0], path, body, "POST"))
+    return Answer(insider.ask(cluster.urls[0], path, body, "POST", **HEADERS))
 
 
 def call(**fields: Any) -> bytes:
-    made = GenerateCall("c", CallKind.COMPLETION, "m", 1, ((1, 2),), SamplingParams(max_tokens=3))
-    return json.dumps({**json.loads(encode_call(made)), **fields}).encode()
+    made = GenerateCall(
+        "c", CallKind.COMPLETION, "m", 1, (from_ids((1, 2)),), SamplingParams(max_tokens=3)
+    )
+    return packed({**fields_of(made), **fields})
 
 
 @pytest.mark.parametrize(
@@ -37,24 +41,23 @@ def call(**fields: Any) -> bytes:
     [
         call(n=2**63 - 1),
         call(n=-1),
-        call(n=128, prompts=[[1]] * 1024),
+        call(n=128, prompts=[ids(1)] * 1024),
         call(prompts=[]),
-        call(prompts=[[]]),
-        call(prompts=[[-1]]),
-        call(prompts=[[2**31]]),
-        call(prompts=[[2**70]]),
-        call(prompts=[[[]]]),
-        call(prompts=[[1]] * 300_000),
+        call(prompts=[b""]),
+        call(prompts=[ids(-1)]),
+        call(prompts=[ids(1)[:3]]),
+        call(prompts=[[1]]),
+        call(prompts=[{}] * 300_000),
+        call(prompts=[ids(1)] * 300_000),
         call(sampling={"stop_token_ids": [1] * 100_000}),
         call(sampling={"max_tokens": -1}),
         call(sampling={"max_tokens": 2**62}),
         call(prefill=[{"id": "p", "address": "http://127.0.0.1:1"}] * 100_000),
-        call(resumed=[[1]]),
-        call(resumed=[[-1]], stream=True),
-        call(resumed=[[2**40]], stream=True),
+        call(resumed=[ids(1)]),
+        call(resumed=[ids(-1)], stream=True),
+        call(resumed=[b"abcde"], stream=True),
         call(id="i" * 1_000_000),
         call(stop=["a"] * 100_000),
-        call(echo=True, prompts=[[2**31 - 1, 2**33]]),
         b'{"prompts":' + b"[" * 400_000,
         b'{"id":"\xff"}',
         b"\x00",

@@ -17,6 +17,7 @@ import zmq
 from memserve import KVLayout, Medium, MemPool
 from memserve.clock import MonotonicClock
 from memserve.errors import NotOwned, TransferError, UnwrittenBlocks
+from memserve.tokens import to_wire
 from memserve.transfer import wire
 from memserve.transfer.base import BlockList, PoolRegions, Ticket, Transport, WriteList
 from memserve.transfer.canary import Canaries
@@ -29,7 +30,6 @@ from memserve.transfer.messages import (
     Prepared,
     Refused,
     SessionMessage,
-    to_wire_tokens,
     to_words,
 )
 from memserve.transfer.process import own_process
@@ -90,7 +90,7 @@ class Stranger:
             next(self._numbers),
             3 if target is None else len(target),
             Medium.HBM,
-            tokens=to_wire_tokens(TOKENS[: 4 * (3 if target is None else len(target))])
+            tokens=to_wire(TOKENS[: 4 * (3 if target is None else len(target))])
             if tokens
             else None,
             target=None if target is None else to_words(target),

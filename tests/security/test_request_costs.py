@@ -28,10 +28,12 @@ from memserve.gateway.router import Plan
 from memserve.gateway.upstream import Upstream
 from memserve.instance.generation import Generation
 from memserve.models.tokenizer import Tokenizer
+from memserve.tokens import from_ids
 from tests.e2e.test_refusals import ask
 from tests.fakes import FakeCluster, FakeEngine, tiny_tokenizer, until
 from tests.gateway_harness import Client, impostor, ready_members
 from tests.http_harness import post
+from tests.packed import listed
 from tests.security.test_request_limits import (
     SERVED,
     TEMPLATE,
@@ -90,7 +92,7 @@ async def test_texts_have_only_so_much_room_to_wait_for_their_turn(office: Offic
             await office.ask(asked)
         assert (full.value.status, full.value.detail.code) == (429, "queue_full")
         assert full.value.retry_after
-    assert (await office.ask(completion(prompt=[1, 2]))).prompts == ([1, 2],)
+    assert listed((await office.ask(completion(prompt=[1, 2]))).prompts) == [[1, 2]]
     for task in waiting:
         task.cancel()
     await asyncio.wait(waiting)
@@ -168,7 +170,7 @@ async def test_an_answer_that_is_too_large_is_hung_up_on(monkeypatch: pytest.Mon
     head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     upstream = Upstream(None)
     calls: list[GenerateCall] = []
-    call = GenerateCall("c", CallKind.COMPLETION, "m", 1, ((1,),))
+    call = GenerateCall("c", CallKind.COMPLETION, "m", 1, (from_ids((1,)),))
     for size in (100_000, 100_001):
         parts = [head % (size + 5), b"x" * 50_000, b"x" * (size - 50_000)]
         async with impostor(parts, calls) as one, impostor(parts, calls) as another:

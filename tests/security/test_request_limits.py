@@ -14,15 +14,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from memserve.api import limits
+from memserve.api import limits, msgpack
 from memserve.api.errors import ApiError
-from memserve.api.generate import CallKind, GenerateCall, PrefillPeer, SamplingParams, encode_call
+from memserve.api.generate import CallKind, GenerateCall, PrefillPeer, SamplingParams
 from memserve.api.status import Limits
 from memserve.gateway.call_builder import CallBuilder, with_session
 from memserve.instance import calls
 from memserve.models.tokenizer import Tokenizer
+from memserve.tokens import from_ids
 from memserve.types import InstanceId
 from tests.fakes import MODEL, tiny_tokenizer
+from tests.packed import fields_of, ids, listed, packed
 
 VOCABULARY = 4096
 SERVED = Limits(
@@ -244,7 +246,8 @@ async def test_depth_is_refused_in_small_bodies_too(office: Office, depth: int) 
 async def test_large_bodies_that_ask_for_little_are_served(office: Office) -> None:
     text = "the quick brown fox " * (MEGABYTE // 40)
     small = await office.ask(completion(prompt=text[:100]))
-    assert (await office.ask(completion(prompt=text))).prompts[0][:20] == small.prompts[0][:20]
+    long = await office.ask(completion(prompt=text))
+    assert listed([long.prompts[0][:20]]) == listed([small.prompts[0][:20]])
     assert "large-body_0" in office.tokenizer.threads
     await office.ask(chat([message(content=text)]))
     ids = [7] * 200_000
@@ -266,7 +269,7 @@ async def test_so_many_large_bodies_are_worked_on_and_so_many_wait(office: Offic
     assert (full.value.status, full.value.detail.code) == (429, "queue_full")
     assert full.value.retry_after
     small = asyncio.ensure_future(office.ask(completion(prompt=[1, 2])))
-    assert (await small).prompts == ([1, 2],)  # small ones go on
+    assert listed((await small).prompts) == [[1, 2]]  # small ones go on
     office.tokenizer.gate.set()
     await asyncio.gather(*asked)
     assert {name[:10] for name in office.tokenizer.threads} == {"large-body"}
@@ -278,8 +281,10 @@ async def test_so_many_large_bodies_are_worked_on_and_so_many_wait(office: Offic
 
 
 def call(**fields: Any) -> dict[str, Any]:
-    made = GenerateCall("c", CallKind.COMPLETION, "m", 1, ((1, 2),), SamplingParams(max_tokens=3))
-    return {**json.loads(encode_call(made)), **fields}
+    made = GenerateCall(
+        "c", CallKind.COMPLETION, "m", 1, (from_ids((1, 2)),), SamplingParams(max_tokens=3)
+    )
+    return {**fields_of(made), **fields}
 
 
 def sampling(**fields: Any) -> dict[str, Any]:
@@ -288,10 +293,12 @@ def sampling(**fields: Any) -> dict[str, Any]:
 
 PEER = {"id": "p", "address": "http://127.0.0.1:1"}
 PREFILL = {
-    "id": "c", "prompt": [1], "sampling": {}, "namespace": "", "ephemeral": False,
+    "id": "c", "prompt": ids(1), "sampling": {}, "namespace": "", "ephemeral": False,
     "target": {"id": "d", "address": "tcp://127.0.0.1:1"}, "target_namespace": "",
 }  # fmt: skip
-PUSH = {key: PREFILL[key] for key in ("namespace", "target", "target_namespace")} | {"tokens": [1]}
+PUSH = {key: PREFILL[key] for key in ("namespace", "target", "target_namespace")} | {
+    "tokens": ids(1)
+}
 
 
 @pytest.mark.parametrize(
@@ -301,10 +308,15 @@ PUSH = {key: PREFILL[key] for key in ("namespace", "target", "target_namespace")
         (call(n=1), call(n=2**63 - 1)),
         (call(n=1), call(n=0)),
         (call(n=1), call(n=-1)),
-        (call(prompts=[[1]] * 1024), call(prompts=[[1]] * 1025)),
-        (call(prompts=[[1]] * 8, n=128), call(prompts=[[1]] * 9, n=128)),
+        (call(prompts=[ids(1)] * 1024), call(prompts=[ids(1)] * 1025)),
+        (call(prompts=[ids(1)] * 8, n=128), call(prompts=[ids(1)] * 9, n=128)),
         (call(), call(prompts=[])),
-        (call(), call(prompts=[[[1]]])),
+        (call(), call(prompts=[[ids(1)]])),
+        (call(), call(prompts=[[1]])),
+        (call(), call(prompts=ids(1))),
+        (call(), call(prompts=[b""])),
+        (call(prompts=[ids(1)]), call(prompts=[ids(1)[:3]])),
+        (call(prompts=[ids(0)]), call(prompts=[ids(5, -1)])),
         (call(stop=["s" * 256] * 64), call(stop=["s"] * 65)),
         (call(), call(stop=["s" * 257])),
         (call(), call(stop=[""])),
@@ -317,20 +329,22 @@ PUSH = {key: PREFILL[key] for key in ("namespace", "target", "target_namespace")
         (call(created=0), call(created=-1)),
         (call(prefill=[PEER] * 1024), call(prefill=[PEER] * 1025)),
         (call(fetch=PEER), call(fetch={**PEER, "address": "h" * 257})),
-        (call(resumed=[[1]], stream=True), call(resumed=[[1]] * 2, stream=True)),
+        (call(resumed=[ids(1)], stream=True), call(resumed=[ids(1)] * 2, stream=True)),
+        (call(resumed=[b""], stream=True), call(resumed=[ids(-1)], stream=True)),
+        (call(resumed=[ids(1)], stream=True), call(resumed=[b"abcde"], stream=True)),
         (sampling(stop_token_ids=[1] * 1024), sampling(stop_token_ids=[1] * 1025)),
         (sampling(), sampling(stop_token_ids=[1] * 500_000)),
-        (sampling(), sampling(logit_bias={str(n): 1 for n in range(1025)})),
+        (sampling(), sampling(logit_bias=dict.fromkeys(range(1025), 1))),
         (sampling(max_tokens=2**31 - 1), sampling(max_tokens=2**31)),
         (sampling(), sampling(max_tokens=-1)),
         (sampling(seed=-(2**63)), sampling(seed=2**63)),
-        (sampling(top_k=-1), sampling(top_k=10**300)),
+        (sampling(top_k=-1), sampling(top_k=2**64 - 1)),
     ],
 )
 def test_an_instance_looks_at_calls_again(at: dict[str, Any], beyond: dict[str, Any]) -> None:
-    calls.GENERATE.read(json.dumps(at).encode())
+    calls.GENERATE.read(packed(at))
     with pytest.raises(ApiError) as refused:
-        calls.GENERATE.read(json.dumps(beyond).encode())
+        calls.GENERATE.read(packed(beyond))
     assert refused.value.status == 400
     assert len(refused.value.detail.message) < 300
 
@@ -338,7 +352,10 @@ def test_an_instance_looks_at_calls_again(at: dict[str, Any], beyond: dict[str, 
 @pytest.mark.parametrize(
     "body",
     [b"", b"\xff", b'{"id":"\xff"}', b"[" * 100_000, b'{"id":' * 100_000, b"null", b"1e999",
-     b'{"id":"\\ud800"}', b'{"n":' + b"9" * 10_000 + b"}", b'{"' + b"x" * 100_000 + b'":1}'],
+     b'{"id":"\\ud800"}', b'{"n":' + b"9" * 10_000 + b"}", b'{"' + b"x" * 100_000 + b'":1}',
+     b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc1",
+     b"\x81\xa7prompts\xdd\xff\xff\xff\xff", b"\x81\xa1\xff\x01", b"\x81\xa1x" * 100_000,
+     b"\x81\xa6tokens\xc6\xff\xff\xff\xff"],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["GENERATE", "PREFILL", "PUSH", "MEET", "ROLE", "SHUTDOWN"])
 def test_whatever_is_no_call_is_a_400(kind: str, body: bytes) -> None:
@@ -358,6 +375,14 @@ def test_whatever_is_no_call_is_a_400(kind: str, body: bytes) -> None:
         (calls.PREFILL, PREFILL, {"target": {"id": "d" * 257, "address": "tcp://127.0.0.1:1"}}),
         (calls.PREFILL, PREFILL, {"sampling": {"stop_token_ids": [1] * 1025}}),
         (calls.PREFILL, PREFILL, {"priority": 2**31}),
+        (calls.PREFILL, PREFILL, {"prompt": [1]}),
+        (calls.PREFILL, PREFILL, {"prompt": ids(1, -1)}),
+        (calls.PREFILL, PREFILL, {"prompt": ids(1)[1:]}),
+        (calls.PREFILL, PREFILL, {"output": [1]}),
+        (calls.PREFILL, PREFILL, {"output": ids(-(2**31))}),
+        (calls.PUSH, PUSH, {"tokens": [1]}),
+        (calls.PUSH, PUSH, {"tokens": ids(-1)}),
+        (calls.PUSH, PUSH, {"tokens": b"a"}),
         (calls.PUSH, PUSH, {"target": {"id": "d", "address": "ipc:///tmp/x"}}),
         (calls.PUSH, PUSH, {"target_namespace": "n" * 2000}),
     ],
@@ -365,22 +390,24 @@ def test_whatever_is_no_call_is_a_400(kind: str, body: bytes) -> None:
 def test_calls_between_instances_are_looked_at_too(
     reader: calls.CallReader[Any], valid: dict[str, Any], wrong: dict[str, Any]
 ) -> None:
-    reader.read(json.dumps(valid).encode())
+    reader.read(packed(valid))
     with pytest.raises(ApiError):
-        reader.read(json.dumps({**valid, **wrong}).encode())
+        reader.read(packed({**valid, **wrong}))
 
 
 async def test_large_calls_wait_for_their_turn_and_only_so_many_do() -> None:
     large = calls.LargeCalls()
-    body = json.dumps(call(prompts=[[10**6] * 100_000])).encode()
+    body = packed(call(prompts=[ids(*([10**6] * 300_000))]))
     reading = [large.read(calls.GENERATE, body) for _ in range(limits.LARGE_BODIES_WAITING + 1)]
     done = await asyncio.gather(*reading, return_exceptions=True)
     refused = [error for error in done if isinstance(error, ApiError)]
     assert [error.status for error in refused] == [429]
-    assert len((await large.read(calls.GENERATE, body)).prompts[0]) == 100_000
+    assert len((await large.read(calls.GENERATE, body)).prompts[0]) == 300_000
 
 
 def test_what_gateways_send_is_within_the_limits() -> None:
     peers = (PrefillPeer(InstanceId("p"), "http://127.0.0.1:1"),)
-    sent = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), n=2, stop=("a",), prefill=peers)
-    assert calls.GENERATE.read(encode_call(sent)).prefill == peers
+    sent = GenerateCall(
+        "c", CallKind.CHAT, "m", 1, (from_ids((1,)),), n=2, stop=("a",), prefill=peers
+    )
+    assert calls.GENERATE.read(msgpack.encode(sent)).prefill == peers

@@ -12,6 +12,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from memserve.api import chunks
 from memserve.api.chunks import Piece, StreamFormat, TokenScore
 from memserve.api.generate import CallKind, FinishReason, GenerateCall, SamplingParams
+from memserve.tokens import from_ids
 
 AWKWARD = 'a "quoted"\\\n\u2028 line \x00 é 👍'
 SCORE = TokenScore("é", -0.25, (("é", -0.25), ("e", float("-inf"))))
@@ -20,7 +21,7 @@ USED = chunks.usage(prompt_tokens=5, completion_tokens=2, cached_tokens=4)
 
 def call(kind: CallKind, **fields: Any) -> GenerateCall:
     return GenerateCall(
-        id="x-1", kind=kind, model='m"1', created=7, prompts=((1, 2),), n=2, **fields
+        id="x-1", kind=kind, model='m"1', created=7, prompts=(from_ids((1, 2)),), n=2, **fields
     )
 
 

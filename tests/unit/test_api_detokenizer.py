@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from memserve.api.detokenizer import MAX_WINDOW, UNFINISHED, Detokenizer
+from memserve.tokens import from_ids
 
 Decode = Callable[[Sequence[int]], str]
 WORDS = ["▁the", "▁cat", "cat", "▁", "s", "é", "▁▁"]
@@ -52,7 +53,7 @@ SENTENCEPIECE = sentencepiece()
 
 
 def streamed(decode: Decode, prompt: Sequence[int], ids: Sequence[int]) -> list[str]:
-    detokenizer = Detokenizer(decode, prompt)
+    detokenizer = Detokenizer(decode, from_ids(prompt))
     return [*(detokenizer.push(token_id) for token_id in ids), detokenizer.flush()]
 
 

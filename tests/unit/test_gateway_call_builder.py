@@ -17,6 +17,7 @@ from memserve.api.status import Limits
 from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder
 from memserve.models.tokenizer import Tokenizer
 from tests.fakes import MODEL, tiny_tokenizer
+from tests.packed import listed
 
 LIMITS = Limits(
     vocab_size=320,
@@ -66,16 +67,16 @@ async def refused(work: Any) -> tuple[int, str | None, str | None]:
 async def test_prompts_come_as_text_or_tokens_one_or_several(
     builder: CallBuilder, tokenizer: Tokenizer
 ) -> None:
-    text = tuple(tokenizer.encode("hi"))
+    text = tokenizer.encode("hi")
     assert text[0] == BOS
     for prompt, expected in [
-        ("hi", (text,)),
-        (["hi", "hi"], (text, text)),
-        ([5, 6], ((5, 6),)),
-        ([[5], [6, 7]], ((5,), (6, 7))),
-        (["hi", [5]], (text, (5,))),
+        ("hi", [text]),
+        (["hi", "hi"], [text, text]),
+        ([5, 6], [[5, 6]]),
+        ([[5], [6, 7]], [[5], [6, 7]]),
+        (["hi", [5]], [text, [5]]),
     ]:
-        assert (await completion(builder, prompt)).prompts == expected
+        assert listed((await completion(builder, prompt)).prompts) == expected
 
 
 async def test_special_tokens_can_be_left_out(builder: CallBuilder) -> None:
@@ -96,7 +97,7 @@ async def test_prompts_that_no_model_could_take_are_refused(
 async def test_chat_goes_through_the_template(builder: CallBuilder, tokenizer: Tokenizer) -> None:
     call = await chat(builder)
     assert call.kind is CallKind.CHAT
-    assert call.prompts == (tuple(tokenizer.encode("[system]hi")),)
+    assert listed(call.prompts) == [tokenizer.encode("[system]hi")]
 
 
 async def test_long_texts_are_tokenised_on_a_thread_with_the_same_result(
@@ -105,7 +106,7 @@ async def test_long_texts_are_tokenised_on_a_thread_with_the_same_result(
     long = "the quick brown fox " * (INLINE_CHARACTERS // 10)
     wide = msgspec.structs.replace(LIMITS, max_tokens=10**6)
     call = await builder.completion(json.dumps({"prompt": long}).encode(), wide)
-    assert call.prompts == (tuple(tokenizer.encode(long)),)
+    assert listed(call.prompts) == [tokenizer.encode(long)]
 
 
 async def test_the_answer_s_default_length(builder: CallBuilder) -> None:

@@ -15,6 +15,7 @@ from memserve.api.status import InstanceState
 from memserve.gateway import global_router, instance_costs
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.scheduler.refined_costs import RefinedCosts
+from memserve.tokens import from_ids
 from memserve.types import InstanceId, RequestId, Role
 from tests.router_harness import LIMITS, Routed, call_of, profile_of, routed
 from tests.waiting import until
@@ -183,7 +184,7 @@ async def test_namespaces_have_prefixes_of_their_own(world: Routed) -> None:
 
 async def test_what_was_generated_elsewhere_belongs_to_the_prompt(world: Routed) -> None:
     world.member("a")
-    call = msgspec.structs.replace(call_of(tokens=16), resumed=((1,) * 12,))
+    call = msgspec.structs.replace(call_of(tokens=16), resumed=(from_ids((1,) * 12),))
     plan = world.plan(call)
     reservation = world.router.scheduler.load._reservations[RequestId(call.id)]
     assert len(reservation.tokens) == 112
@@ -275,7 +276,7 @@ async def test_metrics_have_the_figures_of_routing(world: Routed) -> None:
 async def test_what_is_passed_on_says_nothing_of_what_prefills_take(world: Routed) -> None:
     world.member("a")
     line = world.router.scheduler.load.line(A)
-    forward = Forward(ForwardPath.CHAT, msgspec.Raw(b"{}"))
+    forward = Forward(ForwardPath.CHAT, b"{}")
     plan = world.plan(msgspec.structs.replace(call_of(), forward=forward))
     assert (len(line.prefills), line.decoding) == (1, 0)
     world.clock.advance(60.0)  # for a grammar, or an image

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import msgspec
+import numpy as np
 import pytest
 from aiohttp import web
 
@@ -107,7 +108,7 @@ class World:
 
     async def generate(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        self.calls.append((name, msgspec.json.decode(await request.read(), type=GenerateCall)))
+        self.calls.append((name, msgspec.msgpack.decode(await request.read(), type=GenerateCall)))
         if name not in self.moved:
             return web.Response(status=503, body=unavailable("It rests.", "resting").body())
         figures = msgspec.structs.replace(FIGURES, bytes_received=self.moved[name])
@@ -116,7 +117,7 @@ class World:
     async def meet(self, request: web.Request) -> web.Response:
         if self.obstacle:
             return web.Response(status=503, body=unavailable(self.obstacle, "not_met").body())
-        return web.json_response({"transport": "shm", "seconds": 0.0})
+        return web.Response(body=msgspec.msgpack.encode({"transport": "shm", "seconds": 0.0}))
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ async def test_its_prompt_is_short_ordinary_and_nobody_else_s(world: World) -> N
     assert call.id != second.id
     assert call.cache_salt
     assert call.cache_salt != second.cache_salt
-    assert prompt != second.prompts[0]
+    assert not np.array_equal(prompt, second.prompts[0])
     sampling = call.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.ignore_eos) == (2, 0.0, True)
     # Behind all clients, where requests are ordered.

@@ -7,7 +7,6 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 
-import msgspec
 import pytest
 
 from memserve.api.errors import ApiError
@@ -19,6 +18,7 @@ from memserve.cluster.membership import Member, Membership
 from memserve.gateway.relay import MAX_ATTEMPTS, Answer, Relay
 from memserve.gateway.router import Plan
 from memserve.gateway.upstream import Upstream
+from memserve.tokens import from_ids
 from memserve.types import Epoch, Role
 from tests.gateway_harness import (
     END,
@@ -31,12 +31,15 @@ from tests.gateway_harness import (
     impostor,
     ready_members,
 )
+from tests.packed import listed
 from tests.waiting import until
 
 WHOLE = (
     b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 14\r\n\r\n{"whole":true'
 )
 ONE_EVENT = [STREAM, chunk(b"data: 1\n\n"), END]
+
+ONE = from_ids((1,))
 
 
 def refusal(status: int) -> bytes:
@@ -117,7 +120,7 @@ class Cluster:
         usage: bool = False,
     ) -> Client:
         relay = await self.start(*instances)
-        call = GenerateCall("c", kind, "m", 1, ((1,),), n=n, stream=stream, include_usage=usage)
+        call = GenerateCall("c", kind, "m", 1, (ONE,), n=n, stream=stream, include_usage=usage)
         client, self.answer = Client(), Answer()
         await relay.run(call, client.reply, (), self.answer)
         assert self.router.heard.count("ended") == sum("of" in h for h in self.router.heard)
@@ -229,7 +232,7 @@ async def test_another_instance_goes_on(
 async def test_a_stream_survives_instances_that_fall_one_after_the_other(cluster: Cluster) -> None:
     client = await cluster.ask(lost_after(2), lost_after(2), good)
     assert client.text() == "".join(f"<{i}>" for i in range(6))
-    assert [call.resumed for call in cluster.calls] == [(), ((0, 1),), ((0, 1, 2, 3),)]
+    assert [listed(call.resumed) for call in cluster.calls] == [[], [[0, 1]], [[0, 1, 2, 3]]]
     assert len(cluster.answer.pauses) == 2
 
 
@@ -269,7 +272,7 @@ async def test_an_instance_that_is_silent_is_left_when_it_is_declared_dead(
                 pass
         hangs.set()
 
-    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, (ONE,), stream=True)
     server = await asyncio.start_server(hang, "127.0.0.1", 0)
     relay = await cluster.start(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", good)
     client = Client()
@@ -297,7 +300,7 @@ async def test_a_client_that_hangs_up_closes_the_connection_to_the_instance(
 
     server = await asyncio.start_server(endless, "127.0.0.1", 0)
     relay = await cluster.start(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, (ONE,), stream=True)
     client = Client()
     running = asyncio.create_task(relay.run(call, client.reply, (), Answer()))
     await client.begun.wait()
@@ -326,7 +329,7 @@ async def test_connections_are_kept_and_a_dead_one_costs_no_attempt(cluster: Clu
 
     server = await asyncio.start_server(twice, "127.0.0.1", 0)
     relay = await cluster.start(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, (ONE,), stream=True)
     for _ in range(6):
         client = Client()
         await relay.run(call, client.reply, (), Answer())
@@ -360,7 +363,7 @@ async def test_a_slow_client_stops_the_instance_and_not_the_gateway_s_memory(
 
     server = await asyncio.start_server(flood, "127.0.0.1", 0)
     relay = await cluster.start(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, (ONE,), stream=True)
     client = Client()
     running = asyncio.create_task(relay.run(call, client.reply, (), Answer()))
     await client.begun.wait()
@@ -398,7 +401,7 @@ async def test_a_request_waits_for_the_instance_that_comes_back(
     relay = await cluster.start(good)
     back = asyncio.create_task(cluster.restart(good if stream else [WHOLE + b"}"]))
     await asyncio.sleep(0)  # it is dead by now
-    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=stream)
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, (ONE,), stream=stream)
     client = Client()
     await relay.run(call, client.reply, (), Answer())
     await back
@@ -410,7 +413,7 @@ async def test_who_leaves_meanwhile_is_not_waited_for(cluster: Cluster) -> None:
     relay = await cluster.start(good)
     cluster.membership.refused(cluster.membership.members[0])
     client = Client()
-    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, (ONE,), stream=True)
     waiting = asyncio.create_task(relay.run(call, client.reply, (), Answer()))
     await asyncio.sleep(0.05)
     client.reply.hung_up()
@@ -422,7 +425,7 @@ async def test_nobody_waits_for_ever(cluster: Cluster) -> None:
     cluster.instance_wait = 0.3
     relay = await cluster.start(good)
     cluster.membership.leave(cluster.membership.members[0].address)
-    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, (ONE,), stream=True)
     with pytest.raises(ApiError) as refused:
         await asyncio.wait_for(relay.run(call, Client().reply, (), Answer()), 10)
     assert b'"no_instance"' in refused.value.body()
@@ -432,7 +435,7 @@ async def test_an_instance_that_fails_and_stays_is_not_waited_for(cluster: Clust
     cluster.instance_wait = 30.0
     relay = await cluster.start([b"nonsense"])
     (only,) = cluster.membership.members
-    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True)
+    call = GenerateCall("c", CallKind.CHAT, "m", 1, (ONE,), stream=True)
     asking = asyncio.create_task(relay.run(call, Client().reply, (), Answer()))
     await until(lambda: only.misses > 0, "the doubt")
     alive = InstanceInfo(only.id, Epoch(1), only.role, InstanceState.READY, 1, "m")
@@ -446,7 +449,7 @@ async def test_a_full_queue_is_told_at_once_whoever_else_is_dead(cluster: Cluste
     cluster.instance_wait = 30.0
     relay = await cluster.start(good, [refusal(429)])
     cluster.membership.refused(cluster.membership.members[0])
-    call, client = GenerateCall("c", CallKind.CHAT, "m", 1, ((1,),), stream=True), Client()
+    call, client = GenerateCall("c", CallKind.CHAT, "m", 1, (ONE,), stream=True), Client()
     await asyncio.wait_for(relay.run(call, client.reply, (), Answer()), 10)
     assert (client.status, client.headers[b"retry-after"]) == (429, b"7")
 
@@ -464,21 +467,23 @@ async def test_what_is_passed_on_goes_to_servers(cluster: Cluster, renders: bool
         state = InstanceState.READY
         info = InstanceInfo(member.id, member.epoch, role, state, 1, "m", kind=kind)
         cluster.membership.answered(member, info, None)
-    forward = Forward(ForwardPath.CHAT, msgspec.Raw(b'{"tools":[]}'), renders)
+    forward = Forward(ForwardPath.CHAT, b'{"tools":[]}', renders)
     *_, prefill, _ = cluster.membership.members
     if renders:
         cluster.router.prefill = (prefill,)
-    call = GenerateCall("c", CallKind.CHAT, "m", 1, ((1, 2),), stream=True, forward=forward)
+    call = GenerateCall(
+        "c", CallKind.CHAT, "m", 1, (from_ids((1, 2)),), stream=True, forward=forward
+    )
     client, answer = Client(), Answer()
     await relay.run(call, client.reply, (), answer)
     assert cluster.router.heard[0] == ("i1 of 2" if renders else "i2 of 1")
     (told,) = cluster.calls
     assert told.forward is not None
-    assert bytes(told.forward.body) == b'{"tools":[]}'
+    assert told.forward.body == b'{"tools":[]}'
     if renders:
-        assert told.prompts == ([1, 2],)
+        assert listed(told.prompts) == [[1, 2]]
         assert [peer.id for peer in told.prefill] == [prefill.id]
     else:
-        assert told.prompts == ([0],)  # the server makes its own
+        assert listed(told.prompts) == [[0]]  # the server makes its own
         assert not told.prefill
     assert client.body == b"data: 1\n\n:0 5\ndata: 2\n\n"  # and nothing is taken out

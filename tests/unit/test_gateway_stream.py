@@ -12,11 +12,15 @@ from memserve.api.chunks import DONE
 from memserve.api.generate import CallKind, GenerateCall
 from memserve.clock import ManualClock
 from memserve.gateway.stream import ClientStream
+from memserve.tokens import from_ids
 from tests.gateway_harness import Client, answer_to
+from tests.packed import listed
 
 
 def call_of(kind: CallKind = CallKind.COMPLETION, n: int = 1, usage: bool = False) -> GenerateCall:
-    return GenerateCall("c", kind, "m", 1, ((1, 2),), n=n, stream=True, include_usage=usage)
+    return GenerateCall(
+        "c", kind, "m", 1, (from_ids((1, 2)),), n=n, stream=True, include_usage=usage
+    )
 
 
 def stream_of(call: GenerateCall) -> tuple[ClientStream, Client, ManualClock]:
@@ -113,7 +117,7 @@ def test_another_server_s_comments_among_ours_go_through() -> None:
     stream.received(b": ping\n\n", False)
     stream.received(b":0 8\n\n:0 9,10\ndata: b\n\n", False)
     assert client.body == b"data: a\n\n: ping\n\n: ping\n\ndata: b\n\n"
-    assert stream.tokens() == ((7, 8, 9, 10),)
+    assert listed(stream.tokens()) == [[7, 8, 9, 10]]
 
 
 def test_an_instance_s_error_waits_for_somebody_who_goes_on() -> None:

@@ -12,11 +12,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from memserve.api import msgpack
 from memserve.api.generate import GenerateCall, PrefillPeer
 from memserve.api.handoff import PUSH_PATH, PushCall
 from memserve.api.instance_metrics import instance_metrics
 from memserve.api.peer_client import PeerClient
 from memserve.instance import fetch
+from memserve.tokens import from_ids
 from memserve.transfer import kv_link
 from memserve.types import SHARED, InstanceId, Namespace, Role
 from tests.fakes import save_tiny_tokenizer
@@ -32,6 +34,7 @@ from tests.handoff_harness import (
     until,
 )
 from tests.insider import peers
+from tests.packed import ids, packed
 from tests.tiny_models import Reference, save_tiny_model
 from tests.unit.test_instance_handoff_faults import faulty
 
@@ -148,7 +151,7 @@ async def test_a_stream_that_goes_on_fetches_what_it_had_generated(
     async with node(model, Role.COLOCATED) as one, node(model, Role.COLOCATED) as third:
         answer = await third.complete(*PROMPT, tokens=40)
         call = msgspec.structs.replace(
-            fetch_call(third, tokens=40), stream=True, resumed=(tuple(answer.tokens[0][:30]),)
+            fetch_call(third, tokens=40), stream=True, resumed=(from_ids(answer.tokens[0][:30]),)
         )
         before = one.engine.stats().computed_prompt_tokens
         with one.instance.run(call) as run:
@@ -169,7 +172,7 @@ async def test_nobody_is_asked_without_caching_or_by_itself(
         assert off.fetches.asked == 0
         await until(lambda: not off.cached, "nothing left of it")
         assert (await fetching(third, third)).tokens == [expected]
-        short = msgspec.structs.replace(fetch_call(third), prompts=((5, 6),))
+        short = msgspec.structs.replace(fetch_call(third), prompts=(from_ids((5, 6)),))
         with off.instance.run(short) as run:
             await completed(run)
         assert (off.fetches.asked, third.fetches.asked) == (0, 0)
@@ -339,20 +342,21 @@ async def http() -> AsyncIterator[PeerClient]:
         yield client
 
 
+PUSH = {
+    "tokens": ids(1),
+    "namespace": "",
+    "target": {"id": "x", "address": "tcp://127.0.0.1:9"},
+    "target_namespace": "",
+}
 BAD = {
-    "no call": (b"{}", 400),
-    "no JSON": (b"\xff", 400),
-    "a token that is none": (
-        b'{"tokens":[99999999999],"namespace":"","target":{"id":"x","address":"tcp://127.0.0.1:9"},'
-        b'"target_namespace":""}',
-        400,
-    ),
-    "an address that is none": (
-        b'{"tokens":[1],"namespace":"","target":{"id":"x","address":"nowhere"},'
-        b'"target_namespace":""}',
-        400,
-    ),
-    "an unknown field": (b'{"tokens":[1],"x":1}', 400),
+    "no call": packed({}),
+    "no msgpack": b"\xc1",
+    "JSON": b'{"tokens":[1],"namespace":""}',
+    "a token that is none": packed({**PUSH, "tokens": ids(-1)}),
+    "a part of a token": packed({**PUSH, "tokens": ids(1)[:3]}),
+    "numbers": packed({**PUSH, "tokens": [1]}),
+    "an address that is none": packed({**PUSH, "target": {"id": "x", "address": "nowhere"}}),
+    "an unknown field": packed({**PUSH, "x": 1}),
 }
 
 
@@ -360,10 +364,10 @@ BAD = {
 async def test_bad_calls_are_refused_in_openai_s_shape(
     model: Path, http: PeerClient, what: str
 ) -> None:
-    body, status = BAD[what]
     async with node(model, Role.COLOCATED) as one:
-        answer = await http.ask("POST", one.url + PUSH_PATH, body)
-        assert answer.status == status
+        url = one.url + PUSH_PATH
+        answer = await http.ask("POST", url, BAD[what], media=msgpack.MEDIA)
+        assert answer.status == 400
         assert json.loads(answer.body)["error"]["type"] == "invalid_request_error"
         assert (await http.ask("GET", one.url + PUSH_PATH)).status == 405
 
@@ -372,13 +376,14 @@ async def test_an_instance_that_drains_still_gives(model: Path, http: PeerClient
     async with node(model, Role.COLOCATED) as one, node(model, Role.COLOCATED) as third:
         await third.complete(*PROMPT)
         third.instance.standing.drain()
-        call = PushCall(tuple(PROMPT), SHARED, one.link.address, SHARED)
-        answer = await http.ask("POST", third.url + PUSH_PATH, msgspec.json.encode(call))
-        assert json.loads(answer.body) == {"blocks_sent": 4, "blocks_spared": 0}
+        call = PushCall(from_ids(PROMPT), SHARED, one.link.address, SHARED)
+        url = third.url + PUSH_PATH
+        answer = await http.ask("POST", url, msgpack.encode(call), media=msgpack.MEDIA)
+        assert msgspec.msgpack.decode(answer.body) == {"blocks_sent": 4, "blocks_spared": 0}
         assert one.has(PROMPT) == WHOLE
-        to_itself = PushCall(tuple(PROMPT), SHARED, third.link.address, Namespace("x"))
-        body = msgspec.json.encode(to_itself)
-        assert (await http.ask("POST", third.url + PUSH_PATH, body)).status == 400
+        to_itself = PushCall(from_ids(PROMPT), SHARED, third.link.address, Namespace("x"))
+        body = msgpack.encode(to_itself)
+        assert (await http.ask("POST", url, body, media=msgpack.MEDIA)).status == 400
 
 
 async def test_metrics_tell_of_fetches(model: Path) -> None:

@@ -14,6 +14,7 @@ from memserve.api.status import Latencies
 from memserve.engine.request import EngineInfo, EngineRequest, TokenLogprobs, TokenOutput, Usage
 from memserve.instance.generation import Generation, engine_requests
 from memserve.models.tokenizer import Tokenizer
+from memserve.tokens import from_ids
 from tests.fakes import tiny_tokenizer
 
 EOS = 1
@@ -29,6 +30,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def call(**fields: Any) -> GenerateCall:
     given: dict[str, Any] = {"prompts": ((5, 6, 7),), "kind": CallKind.COMPLETION, **fields}
+    given["prompts"] = tuple(map(from_ids, given["prompts"]))
     return GenerateCall(id="c", model="m", created=1, **given)
 
 

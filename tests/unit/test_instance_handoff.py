@@ -12,6 +12,7 @@ from memserve.api.generate import PrefillPeer
 from memserve.api.handoff import PrefillCall
 from memserve.api.namespaces import private
 from memserve.config import Caching
+from memserve.tokens import from_ids
 from memserve.transfer import kv_link
 from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role
 from tests.fakes import save_tiny_tokenizer
@@ -181,7 +182,7 @@ async def test_two_that_ask_with_one_id_get_their_own_answers(
             call = call_of(prompt)
             return PrefillCall(
                 id=RequestId("same"),
-                prompt=tuple(prompt),
+                prompt=from_ids(prompt),
                 sampling=call.sampling,
                 namespace=SHARED,
                 ephemeral=False,

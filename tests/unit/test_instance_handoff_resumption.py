@@ -12,6 +12,7 @@ import pytest
 
 from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall, PrefillPeer
+from memserve.tokens import from_ids
 from memserve.types import InstanceId, Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import call_of, completed, node, pair, prompt_of
@@ -108,7 +109,7 @@ async def test_what_was_generated_elsewhere_goes_back_too(model: Path) -> None:
     expected = Reference(model).generate(PROMPT, 40)
     async with pair(model) as (p, d):
         call = call_of(PROMPT, 40, prefill=[p])
-        call = msgspec.structs.replace(call, stream=True, resumed=(tuple(expected[:20]),))
+        call = msgspec.structs.replace(call, stream=True, resumed=(from_ids(expected[:20]),))
         events = events_of(await stream_of(d.instance, call))
         assert [t for event in events for t in event.token_ids] == expected[20:]
         await until(lambda: d.totals.returns == 1, "the return")
@@ -123,7 +124,7 @@ async def test_an_answer_that_ends_with_its_next_token(model: Path) -> None:
     expected = Reference(model).generate(PROMPT, 6)
     async with pair(model) as (p, d):
         call = call_of(PROMPT, 6, prefill=[p])
-        call = msgspec.structs.replace(call, stream=True, resumed=(tuple(expected[:5]),))
+        call = msgspec.structs.replace(call, stream=True, resumed=(from_ids(expected[:5]),))
         events = events_of(await stream_of(d.instance, call))
         assert [t for event in events for t in event.token_ids] == expected[5:]
         assert b'"finish_reason":"length"' in events[0].data

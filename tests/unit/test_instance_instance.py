@@ -15,11 +15,19 @@ from memserve.clock import ManualClock
 from memserve.instance import instance as module
 from memserve.instance.instance import IDLE_SECONDS, Identity, Instance, Parts, SelfTestFailed
 from memserve.models.tokenizer import Tokenizer
+from memserve.tokens import from_ids
 from memserve.types import Epoch, InstanceId, Role
 from tests.fakes import FakeEngine, tiny_tokenizer
 
 CALL = GenerateCall(
-    "c", CallKind.COMPLETION, "m", 1, ((1, 2),), SamplingParams(max_tokens=4), n=2, stream=True
+    "c",
+    CallKind.COMPLETION,
+    "m",
+    1,
+    (from_ids((1, 2)),),
+    SamplingParams(max_tokens=4),
+    n=2,
+    stream=True,
 )
 Start = Callable[[FakeEngine], Awaitable[Instance]]
 

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 import memserve
+from memserve.api import msgpack
 from memserve.api.errors import ApiError
 from memserve.api.generate import PrefillPeer
 from memserve.api.handoff import MEET_PATH, MeetCall, MeetResult
@@ -31,9 +32,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def meet(one: Node, peer: PrefillPeer) -> MeetResult:
     """As over HTTP, signed."""
     async with peers() as client:
-        body = msgspec.json.encode(MeetCall(peer))
-        decode = msgspec.json.Decoder(MeetResult).decode
-        return await client.call("POST", one.url + MEET_PATH, decode, body)
+        body = msgpack.encode(MeetCall(peer))
+        decode = msgspec.msgpack.Decoder(MeetResult).decode
+        return await client.call("POST", one.url + MEET_PATH, decode, body, media=msgpack.MEDIA)
 
 
 async def test_pools_meet_by_shared_memory_and_nothing_is_held(models: Path) -> None:

@@ -20,6 +20,7 @@ from memserve.engine.request import EngineInfo, EngineRequest, TokenOutput, Usag
 from memserve.instance.generation import Generation, engine_requests
 from memserve.instance.instance import Identity, Instance, Parts
 from memserve.models.tokenizer import Tokenizer
+from memserve.tokens import from_ids
 from memserve.types import Epoch, InstanceId, Role
 from tests.fakes import FakeEngine, tiny_tokenizer
 from tests.stream_harness import by_choice, events_of, resumed, stream_of
@@ -63,10 +64,11 @@ def call_of(*, kind: CallKind = CallKind.COMPLETION, **fields: Any) -> GenerateC
         kind=kind,
         model="m",
         created=1,
-        prompts=fields.pop("prompts", ((5,),)),
+        prompts=tuple(map(from_ids, fields.pop("prompts", ((5,),)))),
         sampling=SamplingParams(**{"max_tokens": 100, "seed": 0, **own}),
         stream=True,
         include_usage=True,
+        resumed=tuple(map(from_ids, fields.pop("resumed", ()))),
         **fields,
     )
 
@@ -145,8 +147,8 @@ def test_only_what_is_not_over_is_generated_and_the_first_of_it_leads(
     generation = Generation(call, tokenizer, ENGINE, Latencies(), 0.0)
     assert generation.over == {"c.0-0-0"}
     leader, follower = engine_requests(call, 0, over=generation.over)
-    assert (leader.id, leader.follows, leader.output) == ("c.0-0-1", None, (5,))
-    assert (follower.id, follower.follows, follower.output) == ("c.0-0-2", "c.0-0-1", ())
+    assert (leader.id, leader.follows, leader.output.tolist()) == ("c.0-0-1", None, [5])
+    assert (follower.id, follower.follows, len(follower.output)) == ("c.0-0-2", "c.0-0-1", 0)
 
 
 REFUSED = {
@@ -154,9 +156,6 @@ REFUSED = {
     "tokens behind a stop string": (call_of(resumed=((308, 5),), stop=("fox",)), 400),
     "more than max_tokens": (call_of(resumed=((5, 5, 5),), max_tokens=2), 400),
     "another number of choices": (call_of(resumed=((5,), (5,))), 400),
-    "no token at all": (call_of(resumed=((-5,),)), 400),
-    "a huge number": (call_of(resumed=((2**40,),)), 400),
-    "a huge number in the prompt": (call_of(prompts=((2**40,),)), 400),
     "no stream": (msgspec.structs.replace(call_of(resumed=((5,),)), stream=False), 400),
     "more than this instance can": (call_of(resumed=((5,) * 300,), max_tokens=400), 503),
 }

@@ -13,6 +13,7 @@ from memserve.api.status import InstanceState, MemberKind, PoolTotals
 from memserve.clock import MonotonicClock
 from memserve.instance.instance import Identity, Instance, Parts
 from memserve.instance.standing import Standing
+from memserve.tokens import from_ids
 from memserve.types import Epoch, InstanceId, Role
 from tests.fakes import FakeEngine, tiny_tokenizer
 
@@ -84,7 +85,13 @@ async def test_what_is_cached_follows_the_role_and_running_calls_do_not(tmp_path
     )
     await instance.start(parts)
     call = GenerateCall(
-        "c", CallKind.COMPLETION, "m", 1, ((1, 2),), SamplingParams(max_tokens=4), stream=True
+        "c",
+        CallKind.COMPLETION,
+        "m",
+        1,
+        (from_ids((1, 2)),),
+        SamplingParams(max_tokens=4),
+        stream=True,
     )
     ephemeral = []
     try:

@@ -15,6 +15,7 @@ from memserve.api.generate import FinishReason, SamplingParams
 from memserve.api.namespaces import salted
 from memserve.engine.request import EngineRequest, TokenOutput
 from memserve.errors import RequestError
+from memserve.tokens import from_ids
 from memserve.types import RequestId
 from memserve.vllm.answers import AnswerReader, MalformedAnswer, completion_body
 from memserve.vllm.metrics import UnknownMetrics, read_load, read_memory
@@ -121,7 +122,7 @@ def test_a_request_says_what_the_sequence_is() -> None:
 
 def test_what_was_generated_elsewhere_is_gone_on_from() -> None:
     sampling = SamplingParams(max_tokens=8, min_tokens=3, temperature=0.0, repetition_penalty=1.5)
-    body = json.loads(completion_body(request(sampling=sampling, output=(8, 9)), "m"))
+    body = json.loads(completion_body(request(sampling=sampling, output=from_ids((8, 9))), "m"))
     assert body["prompt"] == [5, 6, 7, 8, 9]
     assert (body["max_tokens"], body["min_tokens"]) == (6, 1)
 
@@ -138,7 +139,7 @@ def test_what_cannot_be_gone_on_with_exactly_is_refused(fields: dict[str, Any]) 
     sampling = SamplingParams(max_tokens=8, **fields)
     completion_body(request(sampling=sampling), "m")  # from its beginning it can
     with pytest.raises(RequestError, match="cannot go on"):
-        completion_body(request(sampling=sampling, output=(8,)), "m")
+        completion_body(request(sampling=sampling, output=from_ids((8,))), "m")
 
 
 METRICS = """\

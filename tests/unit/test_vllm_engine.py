@@ -13,6 +13,7 @@ from memserve.api.generate import FinishReason, SamplingParams
 from memserve.api.namespaces import salted
 from memserve.engine.request import EngineInfo, EngineRequest, TokenOutput
 from memserve.errors import EngineStopped, QueueFull, RequestError
+from memserve.tokens import from_ids
 from memserve.types import RequestId
 from memserve.vllm import engine as vllm_engine
 from memserve.vllm.engine import VllmEngine
@@ -87,7 +88,7 @@ def test_tokens_are_the_servers_and_what_was_cached_is_told(engine: VllmEngine, 
 
 def test_a_sequence_goes_on_where_another_one_stopped(engine: VllmEngine, sink: Sink) -> None:
     whole = expected(PROMPT, 6)
-    engine.submit([request("a", PROMPT, output=tuple(whole[:2]))])
+    engine.submit([request("a", PROMPT, output=from_ids(whole[:2]))])
     assert sink.tokens("a") == whole[2:]
 
 

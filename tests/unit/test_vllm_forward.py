@@ -20,6 +20,7 @@ from memserve.vllm.place import ServerPlace
 from tests.fake_vllm import Server
 from tests.fakes import MODEL, FakeCluster, FakeEngine, tiny_tokenizer, until
 from tests.insider import ask
+from tests.packed import HEADERS, ids, packed
 
 MESSAGES = [{"role": "user", "content": "What is the weather like?"}]
 FUNCTION = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
@@ -437,28 +438,32 @@ def test_without_a_server_everything_is_as_it_was(built_in: FakeCluster) -> None
 
 def test_a_built_in_engine_takes_nothing_as_it_is(built_in: FakeCluster) -> None:
     call: dict[str, Any] = {"id": "c", "kind": "chat", "model": MODEL, "created": 1}
-    call |= {"prompts": [[0]], "forward": {"path": "/v1/chat/completions", "body": {}}}
-    answer = ask(built_in.urls[0], GENERATE_PATH, json.dumps(call), "POST")
+    call |= {"prompts": [ids(0)], "forward": {"path": "/v1/chat/completions", "body": b"{}"}}
+    answer = ask(built_in.urls[0], GENERATE_PATH, packed(call), "POST", **HEADERS)
     assert (answer.status, answer.json["error"]["code"]) == (400, "no_forwarding")
 
 
 @pytest.mark.parametrize(
     "forward",
     [
-        {"path": "/metrics", "body": {}},
-        {"path": "/v1/load_lora_adapter", "body": {}},
-        {"path": "/v1/embeddings/../../sleep", "body": {}},
-        {"path": "/v1/embeddings", "body": []},
+        {"path": "/metrics", "body": b"{}"},
+        {"path": "/v1/load_lora_adapter", "body": b"{}"},
+        {"path": "/v1/embeddings/../../sleep", "body": b"{}"},
+        {"path": "/v1/embeddings", "body": b"[]"},
         {"path": "/v1/embeddings", "body": "{}"},
+        {"path": "/v1/embeddings", "body": {}},
+        {"path": "/v1/embeddings", "body": b""},
+        {"path": "/v1/embeddings", "body": b"{1}"},
+        {"path": "/v1/embeddings", "body": b"{} {}"},
         {"path": "/v1/embeddings"},
-        {"path": "/v1/embeddings", "body": {}, "more": 1},
+        {"path": "/v1/embeddings", "body": b"{}", "more": 1},
     ],
 )
 def test_instances_pass_on_objects_to_known_endpoints_only(
     cluster: FakeCluster, server: Server, forward: dict[str, Any]
 ) -> None:
     before = len(server.fake.bodies)
-    call = {"id": "c", "kind": "chat", "model": MODEL, "created": 1, "prompts": [[0]]}
-    body = json.dumps({**call, "forward": forward})
-    assert ask(cluster.urls[1], GENERATE_PATH, body, "POST").status == 400
+    call = {"id": "c", "kind": "chat", "model": MODEL, "created": 1, "prompts": [ids(0)]}
+    body = packed({**call, "forward": forward})
+    assert ask(cluster.urls[1], GENERATE_PATH, body, "POST", **HEADERS).status == 400
     assert len(server.fake.bodies) == before

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from memserve.types import TokenArray
+
 Decode = Callable[[Sequence[int]], str]
 
 PROMPT_WINDOW = 6  # prompt tokens that the first output token is decoded after
@@ -23,9 +25,9 @@ class Detokenizer:
 
     __slots__ = ("_decode", "_ids", "_read", "_text")
 
-    def __init__(self, decode: Decode, prompt: Sequence[int]) -> None:
+    def __init__(self, decode: Decode, prompt: TokenArray) -> None:
         self._decode = decode
-        self._ids = list(prompt[-PROMPT_WINDOW:])  # the window
+        self._ids: list[int] = prompt[-PROMPT_WINDOW:].tolist()  # the window
         self._read = len(self._ids)  # tokens of the window whose text has been given out
         self._text = decode(self._ids)  # their text
 

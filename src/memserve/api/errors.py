@@ -115,6 +115,15 @@ def method_not_allowed(method: str, path: str, allow: str | None) -> ApiError:
     )
 
 
+def unsupported_media(path: str, media: str) -> ApiError:
+    """A body of another type than the one, `media`, that this path takes."""
+    return ApiError(
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        f"{path} takes a body of content-type '{media}'.",
+        code="unsupported_media_type",
+    )
+
+
 def body_too_large(limit: int) -> ApiError:
     return ApiError(
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,

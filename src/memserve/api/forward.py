@@ -48,14 +48,15 @@ _WITHOUT_CACHE: Final = frozenset(
 
 
 class Forward(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A request for a vLLM server. `body`: a JSON object, with none of `GIVEN_FIELDS`.
+    """A request for a vLLM server. `body`: a JSON object, with none of `GIVEN_FIELDS`, as the
+    server gets it.
 
     `renders`: the call's prompt is what the server will compute, as far as the gateway can tell, so
     that its KV may be brought there before.
     """
 
     path: ForwardPath
-    body: msgspec.Raw
+    body: bytes
     renders: bool = False
 
     @property

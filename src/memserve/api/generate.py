@@ -1,6 +1,6 @@
 """The call that a gateway makes to an instance, and what sampling is asked for.
 
-`POST /v1/generate` takes one `GenerateCall` as JSON: token ids in. The answer is already in
+`POST /v1/generate` takes one `GenerateCall` as msgpack: token ids in. The answer is already in
 OpenAI's shape (a JSON body, or an SSE stream whose comments carry token ids: `chunks.py`), so
 that a gateway relays bytes and copies nothing.
 """
@@ -8,12 +8,13 @@ that a gateway relays bytes and copies nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from enum import StrEnum
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import force_setattr
 
 from memserve.api.forward import Forward
 from memserve.api.limits import (
@@ -29,8 +30,8 @@ from memserve.api.limits import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
 )
-from memserve.api.token_ids import TokenIds
 from memserve.errors import RequestError
+from memserve.tokens import WireTokens, token_field
 from memserve.types import InstanceId
 
 GENERATE_PATH = "/v1/generate"
@@ -150,7 +151,9 @@ class PrefillPeer(msgspec.Struct, frozen=True):
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
-class GenerateCall(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+class GenerateCall(
+    msgspec.Struct, frozen=True, eq=False, omit_defaults=True, forbid_unknown_fields=True
+):
     """One client request, tokenised. Choice `p * n + j` answers prompt p, sample j."""
 
     # Unique; also the OpenAI response id.
@@ -158,8 +161,8 @@ class GenerateCall(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
     kind: CallKind
     model: Name  # echoed
     created: Annotated[int, Meta(ge=0, le=2**53)]  # Unix seconds, echoed
-    # Token ids; chat has exactly one.
-    prompts: Annotated[tuple[Sequence[int], ...], Meta(min_length=1, max_length=MAX_SEQUENCES)]
+    # Chat has exactly one.
+    prompts: Annotated[tuple[WireTokens, ...], Meta(min_length=1, max_length=MAX_SEQUENCES)]
     sampling: SamplingParams = SamplingParams()
     n: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 1
     stop: Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] = ()
@@ -176,20 +179,16 @@ class GenerateCall(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
     prefill: Annotated[tuple[PrefillPeer, ...], Meta(max_length=MAX_PEERS)] = ()
     # Whose longer prefix the computing instance pulls before it computes the rest.
     fetch: PrefillPeer | None = None
-    # By choice: the token ids of the events that the client has already, from an instance that
+    # By choice: the tokens of the events that the client has already, from an instance that
     # was lost. The stream goes on exactly behind them; a choice that they end (by an end token,
     # a stop string, or max_tokens) says no more, and a stream of such choices is its usage and
     # [DONE]. (): a fresh call. Streams only.
-    resumed: Annotated[tuple[tuple[int, ...], ...], Meta(max_length=MAX_SEQUENCES)] = ()
+    resumed: Annotated[tuple[WireTokens, ...], Meta(max_length=MAX_SEQUENCES)] = ()
     # What a vLLM server gets instead of token ids. The answer is its own, and cannot be resumed;
     # prompt and sampling are then what a gateway made of the request, to choose an instance by.
     forward: Forward | None = None
 
-
-def _encodable(value: object) -> msgspec.Raw:
-    if isinstance(value, TokenIds):
-        return value.json
-    raise NotImplementedError(f"{type(value)} is no part of a call")
-
-
-encode_call = msgspec.json.Encoder(enc_hook=_encodable).encode
+    def __post_init__(self) -> None:
+        force_setattr(self, "prompts", tuple(map(token_field, self.prompts)))
+        if self.resumed:
+            force_setattr(self, "resumed", tuple(map(token_field, self.resumed)))

@@ -7,6 +7,8 @@ uses it, D computes it again: nothing but time depends on it.
 
 Whoever computes a prompt may first ask a third instance for the prefix that it has (a
 `PushCall`). That costs time if it fails, and nothing else.
+
+Calls and results are msgpack (`api/msgpack.py`), errors are JSON as everywhere.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from typing import Annotated
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import force_setattr
 
 from memserve.api.generate import Int32, PrefillPeer, SamplingParams
 from memserve.api.limits import MAX_ID_CHARACTERS, MAX_NAME_CHARACTERS
+from memserve.tokens import NO_TOKENS, WireTokens, token_field
 from memserve.types import InstanceId, Namespace, RequestId
 
 PREFILL_PATH = "/v1/prefill"
@@ -36,19 +40,23 @@ class PoolPeer(msgspec.Struct, frozen=True):
     address: Annotated[str, Meta(max_length=MAX_ID_CHARACTERS, pattern=r"^tcp://[!-~]+$")]
 
 
-class PrefillCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PrefillCall(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):
     """`POST /v1/prefill`. One sequence."""
 
     id: Annotated[RequestId, Meta(min_length=1, max_length=2 * MAX_ID_CHARACTERS)]
-    prompt: tuple[int, ...]
+    prompt: WireTokens
     sampling: SamplingParams
     namespace: _Namespace  # of the KV at P
     ephemeral: bool  # P forgets the KV once D has it
     target: PoolPeer  # D's pool
     target_namespace: _Namespace  # of the KV at D
     priority: Int32 = 0
-    output: tuple[int, ...] = ()  # generated already, by an instance that was lost
+    output: WireTokens = NO_TOKENS  # generated already, by an instance that was lost
     fetch: PrefillPeer | None = None  # whose longer prefix P pulls first
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "prompt", token_field(self.prompt))
+        force_setattr(self, "output", token_field(self.output))
 
 
 class TokenScores(msgspec.Struct, frozen=True):
@@ -76,15 +84,18 @@ class PrefillResult(msgspec.Struct, frozen=True):
     blocks_fetched: int = 0
 
 
-class PushCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PushCall(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):
     """`POST /v1/kv/push`: give `target` what the receiver's index has of `tokens` and the
     target's index lacks. The answer comes when it is in the target's index.
     """
 
-    tokens: tuple[int, ...]
+    tokens: WireTokens
     namespace: _Namespace  # of the KV at the receiver
     target: PoolPeer
     target_namespace: _Namespace
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "tokens", token_field(self.tokens))
 
 
 class PushResult(msgspec.Struct, frozen=True):

@@ -17,7 +17,8 @@ Header = tuple[bytes, bytes]
 Headers = Iterable[Header]
 Body = bytes | bytearray
 
-JSON_HEADER = (b"content-type", b"application/json")
+JSON_MEDIA = "application/json"
+JSON_HEADER = (b"content-type", JSON_MEDIA.encode())
 EVENTS_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),

@@ -17,6 +17,7 @@ import numpy as np
 from msgspec import Meta
 
 from memserve.api.namespaces import salt_of, salted
+from memserve.tokens import from_wire
 from memserve.types import Epoch, InstanceId, Namespace, TokenArray
 
 SNAPSHOT_PATH = "/kv/snapshot"
@@ -124,7 +125,7 @@ class StoredBlocks(msgspec.Struct, array_like=True, frozen=True):
 
     @property
     def token_array(self) -> TokenArray:
-        return np.frombuffer(self.tokens, "<i4")
+        return from_wire(self.tokens)
 
 
 class KVSnapshot(msgspec.Struct, frozen=True):

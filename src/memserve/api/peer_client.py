@@ -20,6 +20,7 @@ from yarl import URL
 
 from memserve.api.audience import origin_of
 from memserve.api.errors import ApiError, ErrorBody, ErrorDetail
+from memserve.api.http_message import JSON_MEDIA
 from memserve.api.serving import IDLE_CONNECTION_SECONDS
 from memserve.api.signatures import CONTENT_HEADER, PROOF_HEADER, Signer, digest_of
 from memserve.api.tls import unchecked_tls
@@ -114,15 +115,19 @@ class PeerClient:
         decode: Callable[[bytes], T],
         body: bytes = b"",
         *,
+        media: str = JSON_MEDIA,
         seconds: float | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
     ) -> T:
         """What a peer answers with 200, decoded. Raises PeerError.
 
+        `media`: the content type of `body`.
         `seconds`: for the whole of it; None: no limit but for the connection, where an answer
         may rightly take as long as a queue.
         """
-        answer = await self.ask(method, url, body, seconds=seconds, max_bytes=max_bytes)
+        answer = await self.ask(
+            method, url, body, media=media, seconds=seconds, max_bytes=max_bytes
+        )
         if answer.status != HTTPStatus.OK:
             _refused(answer)
         return decoded(decode, answer.body, url)
@@ -133,13 +138,15 @@ class PeerClient:
         url: str,
         body: bytes = b"",
         *,
+        media: str = JSON_MEDIA,
         seconds: float | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
     ) -> PeerAnswer:
         """An answer of any status. Raises PeerError."""
         timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
+        headers = {"content-type": media} if body else {}
         try:
-            return await self._ask(method, URL(url), body, timeout, max_bytes)
+            return await self._ask(method, URL(url), body, headers, timeout, max_bytes)
         except aiohttp.ClientConnectorError as error:
             nobody = isinstance(error.os_error, ConnectionRefusedError)
             # aiohttp's own text has an object's address in it.
@@ -150,16 +157,22 @@ class PeerClient:
             raise PeerError(_said(error)) from error
 
     async def _ask(
-        self, method: str, url: URL, body: bytes, limits: aiohttp.ClientTimeout, max_bytes: int
+        self,
+        method: str,
+        url: URL,
+        body: bytes,
+        headers: dict[str, str],
+        limits: aiohttp.ClientTimeout,
+        max_bytes: int,
     ) -> PeerAnswer:
         signer = self.signer
         if signer is None:
-            return (await self._exchange(method, url, body, {}, limits, max_bytes))[0]
+            return (await self._exchange(method, url, body, headers, limits, max_bytes))[0]
         origin, target = origin_of(str(url)), url.raw_path_qs.encode()
         digest = await digest_of(body)
         for left in reversed(range(TRIES)):
             signed = signer.sign(origin, method.encode(), target, digest)
-            headers = {"authorization": signed.authorization.decode()}
+            headers["authorization"] = signed.authorization.decode()
             answer, told = await self._exchange(method, url, body, headers, limits, max_bytes)
             if answer.status == HTTPStatus.UNAUTHORIZED:
                 challenge = told.get("www-authenticate", "")
@@ -181,8 +194,6 @@ class PeerClient:
         limits: aiohttp.ClientTimeout,
         max_bytes: int,
     ) -> tuple[PeerAnswer, dict[str, str]]:
-        if body:
-            headers["content-type"] = "application/json"
         async with self._session.request(
             method,
             url,

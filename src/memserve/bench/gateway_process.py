@@ -76,13 +76,19 @@ class _Sampling(msgspec.Struct, frozen=True):
 
 
 class _Call(msgspec.Struct):
-    """What the backend reads of a client's request and of a gateway's call."""
+    """What the backend reads of a gateway's call."""
 
-    max_tokens: int = 0
     sampling: _Sampling = _Sampling()
 
 
-_calls = msgspec.json.Decoder(_Call)
+class _Request(msgspec.Struct):
+    """What it reads of a client's request."""
+
+    max_tokens: int = 0
+
+
+_calls = msgspec.msgpack.Decoder(_Call)
+_client_requests = msgspec.json.Decoder(_Request)
 
 
 class Backend(asyncio.Protocol):
@@ -141,9 +147,10 @@ class Backend(asyncio.Protocol):
         if whole is not None:
             self._transport.write(_whole(whole, proof))
             return
-        call = _calls.decode(self._body)
-        self._left = call.max_tokens or call.sampling.max_tokens
-        self._event = _NAMED if self._url == GENERATE_PATH.encode() else _PLAIN
+        if self._url == GENERATE_PATH.encode():
+            self._left, self._event = _calls.decode(self._body).sampling.max_tokens, _NAMED
+        else:
+            self._left, self._event = _client_requests.decode(self._body).max_tokens, _PLAIN
         self._transport.write(_HEAD % proof)
         self._step()
 

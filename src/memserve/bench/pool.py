@@ -24,7 +24,7 @@ from memserve.config import Positive, doc
 from memserve.errors import IntegrityError
 from memserve.pool.layout import KVLayout
 from memserve.pool.pool import MemPool
-from memserve.pool.tokens import as_tokens
+from memserve.tokens import as_tokens
 from memserve.types import RefArray, TokenArray
 
 BLOCK_TOKENS = 16

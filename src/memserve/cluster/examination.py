@@ -14,6 +14,7 @@ from typing import TypeVar
 import msgspec
 
 import memserve
+from memserve.api import msgpack
 from memserve.api.audience import origin_of
 from memserve.api.generate import PrefillPeer
 from memserve.api.handoff import MEET_PATH, MeetCall, MeetResult
@@ -37,11 +38,10 @@ ASK_SECONDS = 5.0  # for what a process says of itself
 MEET_SECONDS = 15.0
 AT_ONCE = 16  # questions under way: members answer them beside their clients' requests
 
-_encode = msgspec.json.Encoder().encode
 _cluster = msgspec.json.Decoder(ClusterSummary)
 _feeds = msgspec.json.Decoder(tuple[FeedSeen, ...])
 _info = msgspec.json.Decoder(InstanceInfo)
-_meetings = msgspec.json.Decoder(MeetResult)
+_meetings = msgspec.msgpack.Decoder(MeetResult)
 T = TypeVar("T")
 
 
@@ -130,11 +130,16 @@ class _Examination:
         return MemberSeen(summary, info, clock_ahead=ahead)
 
     async def _meet(self, one: MemberSummary, other: MemberSummary) -> Meeting:
-        body = _encode(MeetCall(PrefillPeer(other.id, other.address)))
+        body = msgpack.encode(MeetCall(PrefillPeer(other.id, other.address)))
         try:
             async with self._turns:
                 met = await self._client.call(
-                    "POST", one.address + MEET_PATH, _meetings.decode, body, seconds=MEET_SECONDS
+                    "POST",
+                    one.address + MEET_PATH,
+                    _meetings.decode,
+                    body,
+                    media=msgpack.MEDIA,
+                    seconds=MEET_SECONDS,
                 )
         except PeerError as error:
             unknown = error.status == HTTPStatus.NOT_FOUND

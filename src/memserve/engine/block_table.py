@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from memserve.errors import OutOfBlocks
 from memserve.pool.pool import MemPool
 from memserve.pool.results import Match
+from memserve.tokens import NO_TOKENS
 from memserve.types import Medium, Namespace, RefArray, TokenArray, ref_medium
 
 _NO_REFS: RefArray = np.empty(0, dtype=np.int64)
-_NO_TOKENS: TokenArray = np.empty(0, dtype=np.int32)
 
 
 class BlockTable:
@@ -137,4 +137,4 @@ class BlockTable:
         """`release`, and forget what nobody else may find. Idempotent."""
         self.release()
         if self._ephemeral:
-            self._pool.delete(_NO_TOKENS, self._namespace)
+            self._pool.delete(NO_TOKENS, self._namespace)

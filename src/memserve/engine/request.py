@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from memserve.api.generate import FinishReason, SamplingParams, validate_samplin
 from memserve.api.limits import DEFAULT_MAX_WAITING
 from memserve.engine.observer import PrefillObserver
 from memserve.errors import RequestError
+from memserve.tokens import NO_TOKENS
 from memserve.types import SHARED, Namespace, RequestId, TokenArray
 
 
@@ -29,7 +30,7 @@ class EngineRequest:
     # Generated already, by a run that another one takes over (here or on another instance).
     # They count against `max_tokens` and are not emitted again; with a seed, or greedily, the
     # tokens that follow are those that the first run would have produced.
-    output: tuple[int, ...] = ()
+    output: TokenArray = field(default_factory=lambda: NO_TOKENS)  # [tokens] int32
     # End after one token, whatever `max_tokens` says: another instance goes on from there.
     prefill_only: bool = False
     # Another sample of the same prompt: wait until that one's prefill has put its blocks
@@ -41,7 +42,7 @@ class EngineRequest:
     @property
     def tokens(self) -> TokenArray:
         """Prompt and `output`, [tokens] int32."""
-        return np.concatenate((self.prompt, np.asarray(self.output, dtype=np.int32)))
+        return np.concatenate((self.prompt, self.output)) if len(self.output) else self.prompt
 
 
 @dataclass(frozen=True, slots=True)

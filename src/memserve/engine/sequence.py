@@ -54,7 +54,7 @@ class Sequence:
         self._tokens = np.empty(self.limit, dtype=np.int32)
         self.length = len(request.prompt) + len(request.output)
         self._tokens[: self.length] = request.tokens
-        for token in request.output:
+        for token in request.output.tolist():
             self.sampler.append(token)
         self._observer = observer
         self._observed = self.length // table.block_tokens  # blocks

@@ -27,13 +27,14 @@ from memserve.api.openai import (
     sampling_params,
 )
 from memserve.api.status import Limits
-from memserve.api.token_ids import TokenIds
 from memserve.errors import RequestError
 from memserve.gateway.body_scan import check_body
 from memserve.gateway.body_threads import BodyThreads
 from memserve.gateway.compiled import prepare
 from memserve.gateway.prompts import Prompt, read_prompts
 from memserve.models.tokenizer import Tokenizer
+from memserve.tokens import from_ids
+from memserve.types import TokenArray
 
 # About a millisecond of tokenising; longer texts go to a thread and leave the loop to others.
 INLINE_CHARACTERS = 4096
@@ -148,7 +149,7 @@ class CallBuilder:
         limits: Limits,
         *,
         kind: CallKind,
-        prompts: tuple[TokenIds, ...],
+        prompts: tuple[TokenArray, ...],
         max_tokens: int,
         logprobs: int | None,
         echo: bool = False,
@@ -202,7 +203,7 @@ class CallBuilder:
                 "context_length_exceeded",
             )
 
-    def _render(self, request: ChatRequest, limits: Limits) -> TokenIds:
+    def _render(self, request: ChatRequest, limits: Limits) -> TokenArray:
         try:
             text = self._tokenizer.apply_chat_template(
                 [_template_message(message) for message in request.messages],
@@ -213,11 +214,11 @@ class CallBuilder:
         self.check_length(text, limits, "messages")
         return self.token_ids(text, request.add_special_tokens is not False)
 
-    def token_ids(self, prompt: Prompt, special: bool) -> TokenIds:
+    def token_ids(self, prompt: Prompt, special: bool) -> TokenArray:
         """Of a text, as the tokenizer has it."""
-        if isinstance(prompt, TokenIds):
+        if not isinstance(prompt, str):
             return prompt
-        return TokenIds.of(self._tokenizer.encode(prompt, add_special_tokens=special))
+        return from_ids(self._tokenizer.encode(prompt, add_special_tokens=special))
 
 
 def with_session(call: GenerateCall, session: bytes) -> GenerateCall:
@@ -250,12 +251,12 @@ def check_sequences(prompts: int, samples: int, limits: Limits) -> None:
         )
 
 
-def _check_prompt(prompt: TokenIds, limits: Limits) -> None:
-    if not prompt:
+def _check_prompt(prompt: TokenArray, limits: Limits) -> None:
+    if not len(prompt):
         raise invalid("'prompt' has no tokens; at least one is needed.", "prompt")
-    if prompt.highest >= limits.vocab_size:
+    if (highest := int(prompt.max())) >= limits.vocab_size:
         raise invalid(
-            f"Token id {prompt.highest} is outside the vocabulary of {limits.vocab_size}.", "prompt"
+            f"Token id {highest} is outside the vocabulary of {limits.vocab_size}.", "prompt"
         )
 
 

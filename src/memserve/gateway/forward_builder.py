@@ -8,7 +8,6 @@ from memserve.api.forward import GENERATING_PATHS, ForwardPath
 from memserve.api.generate import CallKind, GenerateCall, SamplingParams
 from memserve.api.limits import LARGE_BODY_BYTES
 from memserve.api.status import Limits
-from memserve.api.token_ids import TokenIds
 from memserve.errors import RequestError
 from memserve.gateway.call_builder import (
     DEFAULT_COMPLETION_TOKENS,
@@ -19,8 +18,10 @@ from memserve.gateway.call_builder import (
 from memserve.gateway.conversation import Conversation, conversation_of, has_media
 from memserve.gateway.forward_request import ForwardRequest, read_request
 from memserve.models.tokenizer import Tokenizer
+from memserve.tokens import from_ids
+from memserve.types import TokenArray
 
-_NO_PROMPT = TokenIds.of((0,))
+_NO_PROMPT = from_ids((0,))
 _PREFIXES = {ForwardPath.CHAT: "chatcmpl", ForwardPath.COMPLETIONS: "cmpl"}
 
 
@@ -66,20 +67,20 @@ class ForwardBuilder:
             forward=request.forward(renders and path in GENERATING_PATHS),
         )
 
-    def _prompt(self, request: ForwardRequest, limits: Limits) -> tuple[TokenIds, bool]:
+    def _prompt(self, request: ForwardRequest, limits: Limits) -> tuple[TokenArray, bool]:
         """The prompt, and whether it should be all that the server computes."""
         special = request.asked.add_special_tokens
         if request.path is ForwardPath.COMPLETIONS and request.prompts:
             self._calls.check_lengths(request.prompts, limits)
             ids = self._calls.token_ids(request.prompts[0], special is not False)
-            return ids or _NO_PROMPT, len(request.prompts) == 1
+            return ids if len(ids) else _NO_PROMPT, len(request.prompts) == 1
         conversation = conversation_of(request.path, request.fields)
         if conversation is None:
             return _NO_PROMPT, False
         text, renders = self._render(conversation)
         self._calls.check_length(text, limits, "messages")
         ids = self._calls.token_ids(text, bool(special))
-        return ids or _NO_PROMPT, renders and not has_media(request.fields)
+        return ids if len(ids) else _NO_PROMPT, renders and not has_media(request.fields)
 
     def _render(self, conversation: Conversation) -> tuple[str, bool]:
         try:

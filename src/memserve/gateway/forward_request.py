@@ -34,7 +34,6 @@ from memserve.api.openai import (
     not_understood,
     unsupported,
 )
-from memserve.api.token_ids import TokenIds
 from memserve.gateway.body_scan import check_body
 from memserve.gateway.prompts import Prompt, read_prompts
 from memserve.gateway.token_parser import plain_token_ids
@@ -93,9 +92,10 @@ class ForwardRequest:
 
     def forward(self, renders: bool) -> Forward:
         """`renders`: see `Forward`."""
-        return Forward(self.path, msgspec.Raw(_encode(self.fields)), renders)
+        return Forward(self.path, _encode(self.fields), renders)
 
 
+_encode = msgspec.json.Encoder().encode
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -104,8 +104,12 @@ def read_request(path: ForwardPath, body: bytes) -> ForwardRequest:
     check_body(body)
     try:
         members = _members.decode(body)
-        prompts, tokens = _take_prompts(path, members), _take_tokens(path, members)
-        fields = {name: msgspec.json.decode(value) for name, value in members.items()}
+        prompts, unread = _read_tokens(path, members)
+        fields = {
+            name: msgspec.json.decode(value)
+            for name, value in members.items()
+            if name not in unread
+        }
     except msgspec.ValidationError as error:
         raise not_understood(error) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -125,26 +129,22 @@ def read_request(path: ForwardPath, body: bytes) -> ForwardRequest:
             _check_media(value, name)
     if path is ForwardPath.RESPONSES:
         _keep_nothing(kept)
-    if tokens is not None:
-        kept["tokens"] = tokens
-    if prompts:
-        kept["prompt"] = prompts[0] if len(prompts) == 1 else prompts
+    kept |= unread
     return ForwardRequest(path, asked, prompts, kept)
 
 
-def _take_prompts(path: ForwardPath, members: dict[str, msgspec.Raw]) -> tuple[Prompt, ...]:
-    """A completion's, out of the members: no object is made for each of their tokens."""
-    if path not in (ForwardPath.COMPLETIONS, ForwardPath.TOKENIZE) or "prompt" not in members:
-        return ()
-    return read_prompts(members.pop("prompt"))
-
-
-def _take_tokens(path: ForwardPath, members: dict[str, msgspec.Raw]) -> TokenIds | None:
-    if path is not ForwardPath.DETOKENIZE or "tokens" not in members:
-        return None
-    if (ids := plain_token_ids(members.pop("tokens"))) is None:
-        raise invalid("'tokens' is a list of token ids.", "tokens")
-    return ids
+def _read_tokens(
+    path: ForwardPath, members: dict[str, msgspec.Raw]
+) -> tuple[tuple[Prompt, ...], dict[str, msgspec.Raw]]:
+    """A completion's prompts, and the members that may have thousands of tokens, which go to the
+    server as the client has written them: no object is made for each token."""
+    if path in (ForwardPath.COMPLETIONS, ForwardPath.TOKENIZE) and "prompt" in members:
+        return read_prompts(members["prompt"]), {"prompt": members["prompt"]}
+    if path is ForwardPath.DETOKENIZE and "tokens" in members:
+        if plain_token_ids(members["tokens"]) is None:
+            raise invalid("'tokens' is a list of token ids.", "tokens")
+        return (), {"tokens": members["tokens"]}
+    return (), {}
 
 
 def _passes(path: ForwardPath, name: str, value: object) -> bool:
@@ -209,12 +209,3 @@ def _keep_nothing(fields: dict[str, Any]) -> None:
             "'store' is not supported: no answer is kept.", "store", "unsupported_parameter"
         )
     fields["store"] = False
-
-
-def _encodable(value: object) -> msgspec.Raw:
-    if isinstance(value, TokenIds):
-        return value.json
-    raise NotImplementedError(f"{type(value)} is no part of a request")
-
-
-_encode = msgspec.json.Encoder(enc_hook=_encodable).encode

@@ -15,7 +15,6 @@ from memserve.api.generate import GenerateCall
 from memserve.api.namespaces import salted
 from memserve.api.peer_client import PeerClient
 from memserve.api.status import EngineTotals, InstanceState, Limits
-from memserve.api.token_ids import TokenIds
 from memserve.clock import Clock
 from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.kv_feed import KvFeed
@@ -343,7 +342,7 @@ def _resumed(call: GenerateCall) -> int:
 def _tokens(call: GenerateCall) -> TokenArray:
     """The prompt, and what was generated of it elsewhere, [tokens] int32. Of several prompts
     the first: all of them run in one place."""
-    prompt = TokenIds.of(call.prompts[0]).array
+    prompt = call.prompts[0]
     if not _resumed(call):
         return prompt
-    return np.concatenate((prompt, np.array(call.resumed[0], dtype=np.int32)))
+    return np.concatenate((prompt, call.resumed[0]))

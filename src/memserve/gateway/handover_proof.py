@@ -25,6 +25,7 @@ import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from memserve.api import msgpack
 from memserve.api.figures import RequestFigures
 from memserve.api.generate import (
     GENERATE_PATH,
@@ -32,7 +33,6 @@ from memserve.api.generate import (
     GenerateCall,
     PrefillPeer,
     SamplingParams,
-    encode_call,
 )
 from memserve.api.handoff import MEET_PATH, MeetCall, MeetResult
 from memserve.api.limits import MAX_INT32
@@ -40,7 +40,8 @@ from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import InstanceState, Limits, MemberKind
 from memserve.clock import Clock
 from memserve.cluster.membership import DegradedPair, Member, Membership
-from memserve.types import Epoch, InstanceId, Role
+from memserve.tokens import from_ids
+from memserve.types import Epoch, InstanceId, Role, TokenArray
 from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
@@ -66,8 +67,7 @@ TOKENS = 2  # of an answer: were there but one, nobody would want the KV
 NOTHING_MOVED = "no KV arrived where it is decoded"
 NO_ANSWER = "the decode instance did not answer"
 
-_meetings = msgspec.json.Decoder(MeetResult)
-_encode = msgspec.json.Encoder().encode
+_meetings = msgspec.msgpack.Decoder(MeetResult)
 
 
 class _Usage(msgspec.Struct, frozen=True):
@@ -291,11 +291,11 @@ class HandoverProof(Collector):
             prefill=(PrefillPeer(prefill.id, prefill.address),),
         )
 
-    def _prompt(self, limits: Sequence[Limits], tokens: int) -> tuple[int, ...]:
+    def _prompt(self, limits: Sequence[Limits], tokens: int) -> TokenArray:
         """Random ids from the middle of the vocabulary: what is special is at its ends."""
         size = min(limit.vocab_size for limit in limits)
         low, high = size // 4, max(size // 2, size // 4 + 1)
-        return tuple(self._random.randrange(low, high) for _ in range(tokens))
+        return from_ids([self._random.randrange(low, high) for _ in range(tokens)])
 
     async def _failure(
         self, call: GenerateCall, prefill: Member, decode: Member
@@ -306,7 +306,8 @@ class HandoverProof(Collector):
                 "POST",
                 decode.address + GENERATE_PATH,
                 _answers.decode,
-                encode_call(call),
+                msgpack.encode(call),
+                media=msgpack.MEDIA,
                 seconds=PROOF_SECONDS,
             )
         except PeerError as error:
@@ -324,7 +325,8 @@ class HandoverProof(Collector):
                 "POST",
                 one.address + MEET_PATH,
                 _meetings.decode,
-                _encode(call),
+                msgpack.encode(call),
+                media=msgpack.MEDIA,
                 seconds=MEET_SECONDS,
             )
         except PeerError as error:

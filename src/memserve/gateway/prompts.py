@@ -9,11 +9,11 @@ import msgspec
 from memserve.api.errors import ApiError, invalid
 from memserve.api.limits import COUNTED_BODY_BYTES, MAX_ECHO_CHARACTERS, MAX_SEQUENCES
 from memserve.api.openai import Prompts
-from memserve.api.token_ids import TokenIds
 from memserve.gateway.body_scan import count_elements
 from memserve.gateway.token_parser import plain_token_ids
+from memserve.types import TokenArray
 
-Prompt = str | TokenIds
+Prompt = str | TokenArray
 
 _QUOTE, _OPEN = map(ord, '"[')
 _text = msgspec.json.Decoder(str)
@@ -41,7 +41,7 @@ def read_prompts(json: msgspec.Raw) -> tuple[Prompt, ...]:
             f"'prompt' has {count} prompts, and at most {MAX_SEQUENCES} may be.", "prompt"
         )
     prompts = tuple(map(_read_prompt, _several.decode(json)))
-    if not prompts or not all(prompts):
+    if not prompts or not all(prompt is not None and len(prompt) for prompt in prompts):
         raise _refusal(json)
     return cast(tuple[Prompt, ...], prompts)
 

@@ -11,9 +11,10 @@ from http import HTTPStatus
 
 import msgspec
 
+from memserve.api import msgpack
 from memserve.api.asgi import Interruption
 from memserve.api.errors import ApiError, invalid, unavailable
-from memserve.api.generate import GenerateCall, PrefillPeer, encode_call
+from memserve.api.generate import GenerateCall, PrefillPeer
 from memserve.api.http_message import JSON_HEADER, Header, Headers, Reply
 from memserve.api.limits import MAX_ANSWER_BYTES
 from memserve.api.status import MemberKind
@@ -23,6 +24,7 @@ from memserve.gateway.refusals import no_instance, stopping
 from memserve.gateway.router import Plan, Router, Ticket
 from memserve.gateway.stream import ClientStream
 from memserve.gateway.upstream import Flow, Unreachable, Upstream
+from memserve.tokens import from_ids
 from memserve.types import Epoch, InstanceId, Role
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ LOOK_SECONDS = 0.1  # how often those that wait for an instance look for one
 _Lives = set[tuple[InstanceId, Epoch | None]]  # of members
 # Numbers: to look a member of an enumeration up takes longer than to compare it.
 _OK, _FULL = HTTPStatus.OK.value, HTTPStatus.TOO_MANY_REQUESTS.value
+_NO_PROMPT = from_ids((0,))
 _REFUSALS = (HTTPStatus.SERVICE_UNAVAILABLE.value, _FULL)
 
 
@@ -227,7 +230,7 @@ class Relay:
         try:
             with interruption:
                 await self._upstream.call(
-                    member.address, encode_call(_planned(call, plan)), attempt
+                    member.address, msgpack.encode(_planned(call, plan)), attempt
                 )
             if interruption.happened:
                 attempt.lost = "given up"
@@ -289,7 +292,7 @@ def _planned(call: GenerateCall, plan: Plan) -> GenerateCall:
     moves = plan.prefill or plan.fetch is not None
     if call.forward is not None and not (moves and call.forward.renders):
         # Its server computes the prompt, from the body.
-        return msgspec.structs.replace(call, prompts=((0,),))
+        return msgspec.structs.replace(call, prompts=(_NO_PROMPT,))
     if not moves:
         return call
     return msgspec.structs.replace(

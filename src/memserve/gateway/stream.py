@@ -14,6 +14,8 @@ from memserve.api.chunks import DONE
 from memserve.api.generate import GenerateCall
 from memserve.api.http_message import EVENTS_HEADERS, Headers, Reply
 from memserve.clock import Clock
+from memserve.tokens import from_ids
+from memserve.types import TokenArray
 
 EVENT_END = b"\n\n"
 _COLON = ord(":")
@@ -76,7 +78,7 @@ class ClientStream:
         self.error = None
         self._interrupted = self.reply.started
 
-    def tokens(self) -> tuple[tuple[int, ...], ...]:
+    def tokens(self) -> tuple[TokenArray, ...]:
         """What the client has of each choice; () if that is nothing at all."""
         if not self._events:
             return ()
@@ -85,7 +87,7 @@ class ClientStream:
             choice, _, named = event.partition(b" ")
             if named:
                 ids[int(choice)] += map(int, named.split(b","))
-        return tuple(map(tuple, ids))
+        return tuple(map(from_ids, ids))
 
     def finish(self) -> bool:
         """End a stream that lacks nothing but its end. Whether that was so."""

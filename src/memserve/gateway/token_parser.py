@@ -7,31 +7,30 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve.api.token_ids import TokenIds
 from memserve.gateway.compiled import compiled
 from memserve.types import TokenArray
 
 _OPEN, _CLOSE, _COMMA, _ZERO, _NINE, _SPACE = map(ord, "[],09 ")
 _HIGHEST = 2**31 - 1
-_NOT_PLAIN = (-1, -1)
+_NOT_PLAIN = -1
 
 
-def plain_token_ids(json: msgspec.Raw) -> TokenIds | None:
-    """The ids, if these bytes, which are valid JSON, are an array of nothing else; None: they
-    are a text, several prompts, or wrong."""
+def plain_token_ids(json: msgspec.Raw) -> TokenArray | None:
+    """The ids [tokens], none of them negative, if these bytes, which are valid JSON, are an array
+    of nothing else; None: they are a text, several prompts, or wrong."""
     text: NDArray[np.uint8] = np.frombuffer(json, dtype=np.uint8)
     room = np.empty(len(text) // 2 + 1, dtype=np.int32)  # an id takes two bytes with its comma
-    count, highest = _parse.run(text, room)
-    return TokenIds(room[:count], json, highest) if count > 0 else None
+    count = _parse.run(text, room)
+    return room[:count] if count > 0 else None
 
 
-@compiled("UniTuple(int64, 2)(Array(uint8, 1, 'C', readonly=True), int32[::1])")
-def _parse(text: NDArray[np.uint8], ids: TokenArray) -> tuple[int, int]:
-    """How many ids there are, and the highest of them: decimal numbers between brackets, with
-    commas and maybe white space."""
+@compiled("int64(Array(uint8, 1, 'C', readonly=True), int32[::1])")
+def _parse(text: NDArray[np.uint8], ids: TokenArray) -> int:
+    """How many ids there are: decimal numbers between brackets, with commas and maybe white
+    space."""
     if len(text) < 3 or text[0] != _OPEN or text[-1] != _CLOSE:
         return _NOT_PLAIN
-    count, value, digits, highest = 0, np.int64(0), 0, np.int64(0)
+    count, value, digits = 0, np.int64(0), 0
     over = False  # a space stands behind the number
     for at in range(1, len(text)):
         byte = np.int64(text[at])
@@ -46,10 +45,9 @@ def _parse(text: NDArray[np.uint8], ids: TokenArray) -> tuple[int, int]:
             if not digits:
                 return _NOT_PLAIN
             ids[count] = value
-            highest = max(highest, value)
             count, value, digits, over = count + 1, np.int64(0), 0, False
         elif byte <= _SPACE:  # no other control character is outside a string of valid JSON
             over = digits > 0
         else:
             return _NOT_PLAIN
-    return count, int(highest)
+    return count

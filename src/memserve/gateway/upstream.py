@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from memserve.api import msgpack
 from memserve.api.audience import origin_of
 from memserve.api.generate import GENERATE_PATH
 from memserve.api.local_connection import CONNECTION_HEADER
@@ -217,7 +218,7 @@ class Upstream:
             raise Unreachable(f"{address!r} is no address") from error
         head = (
             f"POST {GENERATE_PATH} HTTP/1.1\r\nhost: {parts.netloc}\r\n"
-            "content-type: application/json\r\ncontent-length: "
+            f"content-type: {msgpack.MEDIA}\r\ncontent-length: "
         ).encode()
         netloc = parts.netloc.encode()
         secure = parts.scheme == "https"

@@ -7,36 +7,48 @@ from typing import Final, Generic, TypeVar
 
 import msgspec
 
+from memserve.api import msgpack
 from memserve.api.control import MAX_CONTROL_BYTES, RoleCall, ShutdownCall
 from memserve.api.errors import invalid, queue_full
 from memserve.api.generate import GenerateCall
 from memserve.api.handoff import MeetCall, PrefillCall, PushCall
+from memserve.api.http_message import JSON_MEDIA
 from memserve.api.limits import (
     LARGE_BODIES_WAITING,
     LARGE_BODY_BYTES,
     MAX_ECHO_CHARACTERS,
     MAX_SEQUENCES,
 )
+from memserve.api.peer_client import DECODE_ERRORS
 
-# A call is token ids as JSON, about 7 bytes each: enough for contexts of millions of tokens.
+# Most of a call are its tokens, four bytes each: enough for contexts of millions of them.
 MAX_CALL_BYTES = 64 * 1024 * 1024
 LARGE_RETRY_SECONDS = 1
 
 _Call = TypeVar("_Call")
+_objects = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class CallReader(Generic[_Call]):
-    """Decodes one kind of call."""
+    """Decodes one kind of call, from one form."""
 
-    def __init__(self, kind: type[_Call], max_bytes: int = MAX_CALL_BYTES) -> None:
+    def __init__(
+        self, kind: type[_Call], media: str = msgpack.MEDIA, max_bytes: int = MAX_CALL_BYTES
+    ) -> None:
+        """`media`: the content type of the form, msgpack's or JSON's."""
+        self.media = media
         self.max_bytes = max_bytes
-        self._decoder = msgspec.json.Decoder(kind)
+        self._decoder = (
+            msgspec.msgpack.Decoder(kind) if media == msgpack.MEDIA else msgspec.json.Decoder(kind)
+        )
 
     def read(self, body: bytes) -> _Call:
         """Raises ApiError (400)."""
         try:
             call = self._decoder.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            if isinstance(call, GenerateCall) and call.forward is not None:
+                _objects.decode(call.forward.body)
+        except DECODE_ERRORS as error:
             raise invalid(f"not a call: {str(error)[:MAX_ECHO_CHARACTERS]}") from error
         if isinstance(call, GenerateCall):
             _check_sequences(call)
@@ -68,16 +80,16 @@ class LargeCalls:
 GENERATE: Final = CallReader(GenerateCall)
 PREFILL: Final = CallReader(PrefillCall)
 PUSH: Final = CallReader(PushCall)
-MEET: Final = CallReader(MeetCall, MAX_CONTROL_BYTES)
-ROLE: Final = CallReader(RoleCall, MAX_CONTROL_BYTES)
-SHUTDOWN: Final = CallReader(ShutdownCall, MAX_CONTROL_BYTES)
+MEET: Final = CallReader(MeetCall, max_bytes=MAX_CONTROL_BYTES)
+ROLE: Final = CallReader(RoleCall, JSON_MEDIA, MAX_CONTROL_BYTES)
+SHUTDOWN: Final = CallReader(ShutdownCall, JSON_MEDIA, MAX_CONTROL_BYTES)
 
 
 def _check_sequences(call: GenerateCall) -> None:
     sequences = len(call.prompts) * call.n
     if sequences > MAX_SEQUENCES:
         raise invalid(f"{sequences} sequences in one call, and at most {MAX_SEQUENCES}", "n")
-    if not all(call.prompts):
+    if not all(map(len, call.prompts)):
         raise invalid("a prompt has no tokens", "prompt")
     if call.resumed and len(call.resumed) != sequences:
         raise invalid(f"{sequences} choices, and tokens of {len(call.resumed)}", "resumed")

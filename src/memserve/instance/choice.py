@@ -11,6 +11,7 @@ from memserve.api.generate import FinishReason, GenerateCall
 from memserve.api.stop_strings import StopStrings
 from memserve.engine.request import TokenLogprobs, TokenOutput
 from memserve.models.tokenizer import Tokenizer
+from memserve.types import TokenArray
 
 
 class Choice:
@@ -25,7 +26,7 @@ class Choice:
         index: int,
         call: GenerateCall,
         tokenizer: Tokenizer,
-        prompt: Sequence[int],
+        prompt: TokenArray,
         stops: StopStrings | None = None,
         lead: str = "",
     ) -> None:
@@ -45,14 +46,14 @@ class Choice:
         """What an output adds. A stop string drops the tokens that came after it."""
         return self._add(output.token_ids, output.finish_reason, output.stop_token, output.logprobs)
 
-    def resume(self, token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> None:
+    def resume(self, tokens: TokenArray, eos_token_ids: Sequence[int]) -> None:
         """Begin behind tokens that the client has already. They may have ended the choice.
 
         `eos_token_ids` are the model's. Raises ApiError for tokens that come after the end.
         """
         params = self._call.sampling
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
-        for token_id in token_ids:
+        for token_id in tokens.tolist():
             if self.finished:
                 raise invalid(f"choice {self.index} ends before its last token", "resumed")
             stop_token = token_id if token_id in ends else None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from memserve.api import msgpack
 from memserve.api.errors import ApiError, invalid, unavailable
 from memserve.api.generate import PrefillPeer
 from memserve.api.handoff import PUSH_PATH, MeetCall, MeetResult, PushCall, PushResult
@@ -24,7 +25,6 @@ from memserve.clock import Clock
 from memserve.engine.request import EngineStats
 from memserve.errors import PoolError, TransferError
 from memserve.instance.link import KVLink
-from memserve.instance.submission import token_array
 from memserve.types import Namespace, RequestId, TokenArray
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,7 @@ MIN_FETCH_SECONDS = 0.25
 MAX_FETCH_SECONDS = 5.0
 INFO_SECONDS = 2.0  # for what a peer says of itself, as long as a gateway's poll may take
 
-_encode = msgspec.json.Encoder().encode
-_results = msgspec.json.Decoder(PushResult)
+_results = msgspec.msgpack.Decoder(PushResult)
 _info = msgspec.json.Decoder(InstanceInfo)
 
 
@@ -91,7 +90,7 @@ class Fetcher:
             return Fetched()
         if missing <= 0:
             return Fetched()
-        call = PushCall(tuple(tokens[:useful].tolist()), source, self._link.address, target)
+        call = PushCall(tokens[:useful], source, self._link.address, target)
         counters, started = self._counters, self._clock.now()
         counters.asked += 1
         blocks = 0
@@ -110,12 +109,11 @@ class Fetcher:
 
     async def push(self, call: PushCall) -> PushResult:
         """Give another instance what it asks for. Raises ApiError where that cannot be done."""
-        tokens = token_array(call.tokens, "tokens")
         if call.target.id == self._link.address.id:
             raise invalid("an instance does not push to itself", "target")
         try:
             pushed = await self._link.push(
-                call.target, tokens, call.namespace, call.target_namespace
+                call.target, call.tokens, call.namespace, call.target_namespace
             )
         except (TransferError, PoolError) as error:
             self._counters.pushes_failed += 1
@@ -159,7 +157,11 @@ class Fetcher:
 
     async def _ask(self, peer: PrefillPeer, call: PushCall) -> PushResult:
         return await self._peers.call(
-            "POST", peer.address + PUSH_PATH, _results.decode, _encode(call)
+            "POST",
+            peer.address + PUSH_PATH,
+            _results.decode,
+            msgpack.encode(call),
+            media=msgpack.MEDIA,
         )
 
 

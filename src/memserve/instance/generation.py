@@ -19,8 +19,8 @@ from memserve.api.stop_strings import StopStrings
 from memserve.engine.request import EngineInfo, EngineRequest, TokenOutput
 from memserve.instance.choice import Choice
 from memserve.instance.figures import SequenceFigures, combined
-from memserve.instance.submission import token_array
 from memserve.models.tokenizer import Tokenizer
+from memserve.tokens import NO_TOKENS
 from memserve.types import Namespace, RequestId
 
 
@@ -30,20 +30,16 @@ def engine_requests(
     """The sequences of a call's `run` here that are not `over`: see `sequence_id`.
 
     Samples after the first wait for its prefill and share it. Each has a seed of its own.
-    Without `shared`, every sequence computes its own KV and leaves none. Raises ApiError for
-    what can be no token ids.
+    Without `shared`, every sequence computes its own KV and leaves none.
     """
     requests = []
     common = shared_namespace(call)
-    for p, ids in enumerate(call.prompts):
-        prompt = token_array(ids, "prompt")
+    for p, prompt in enumerate(call.prompts):
         first: RequestId | None = None
         for j in range(call.n):
             request_id = sequence_id(call, run, p * call.n + j)
             if request_id in over:
                 continue
-            output = call.resumed[p * call.n + j] if call.resumed else ()
-            token_array(output, "resumed")
             requests.append(
                 EngineRequest(
                     id=request_id,
@@ -52,7 +48,7 @@ def engine_requests(
                     namespace=common if shared else private(request_id),
                     ephemeral=not shared,
                     priority=call.priority,
-                    output=output,
+                    output=call.resumed[p * call.n + j] if call.resumed else NO_TOKENS,
                     follows=first if shared else None,
                 )
             )
@@ -112,12 +108,9 @@ class Generation:
         self._arrived = now
         self._block_bytes = block_bytes
         self._choices: dict[RequestId, Choice] = {}
-        try:
-            self._begin(call, tokenizer, run)
-            if call.resumed:
-                self._resume(call, engine.eos_token_ids)
-        except OverflowError as error:  # the tokenizer's word for them
-            raise invalid(f"a token id is outside the vocabulary: {error}", "prompt") from error
+        self._begin(call, tokenizer, run)
+        if call.resumed:
+            self._resume(call, engine.eos_token_ids)
         self.over = frozenset(id for id, choice in self._choices.items() if choice.finished)
         # What each took that ran here.
         self.figures = {id: SequenceFigures(now) for id in self._choices if id not in self.over}
@@ -128,7 +121,9 @@ class Generation:
     def _begin(self, call: GenerateCall, tokenizer: Tokenizer, run: int) -> None:
         stops = StopStrings(call.stop, call.include_stop_str_in_output) if call.stop else None
         for p, prompt in enumerate(call.prompts):
-            lead = tokenizer.decode(prompt, call.skip_special_tokens) if call.echo else ""
+            lead = ""
+            if call.echo:
+                lead = tokenizer.decode(prompt.tolist(), call.skip_special_tokens)
             for index in range(p * call.n, (p + 1) * call.n):
                 own = None if stops is None else stops.anew()
                 choice = Choice(index, call, tokenizer, prompt, own, lead)

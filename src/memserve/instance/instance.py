@@ -297,8 +297,8 @@ class Instance:
         if served.remote is not None:
             busy = served.parts.engine.stats().waiting > 0
             for request in requests:
-                output = (*request.output, *run.produced.get(request.id, ()))
-                served.remote.ended(request, output, request.id not in unfinished, busy)
+                produced = run.produced.get(request.id, ())
+                served.remote.ended(request, produced, request.id not in unfinished, busy)
 
     @asynccontextmanager
     async def forward(self, call: GenerateCall, forward: Forward) -> AsyncIterator[ForwardedAnswer]:

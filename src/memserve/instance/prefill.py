@@ -17,7 +17,7 @@ from memserve.errors import PoolError, TransferError
 from memserve.instance.dispatcher import Dispatcher
 from memserve.instance.fetch import Fetcher
 from memserve.instance.link import KVLink, PrefillStream
-from memserve.instance.submission import Submission, token_array
+from memserve.instance.submission import Submission
 from memserve.transfer.kv_link import Pushed
 from memserve.types import RequestId, TokenArray
 
@@ -48,8 +48,8 @@ class Prefiller:
         KV that does not arrive is no error: the decode instance computes what it did not get.
         """
         # With what an instance that was lost had generated: its KV is wanted like the prompt's.
-        tokens = token_array((*call.prompt, *call.output), "prompt")
         request = self._request(call)
+        tokens = request.tokens
         self._submission.check([request])
         fetched = await self._fetcher.fetch(
             call.fetch, call.id, tokens, call.namespace, call.namespace
@@ -86,7 +86,7 @@ class Prefiller:
         request_id = RequestId(f"{call.id}-prefill-{next(self._numbers)}")
         return EngineRequest(
             id=request_id,
-            prompt=token_array(call.prompt, "prompt"),
+            prompt=call.prompt,
             sampling=call.sampling,
             namespace=call.namespace,
             priority=call.priority,

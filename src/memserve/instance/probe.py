@@ -14,12 +14,11 @@ from memserve.api.generate import SamplingParams
 from memserve.engine.engine import Engine
 from memserve.engine.request import EngineRequest, TokenOutput
 from memserve.errors import MemserveError
+from memserve.tokens import NO_TOKENS
 from memserve.types import Namespace, RequestId, TokenArray
 
 # A point that takes longer than this is no use to a scheduler, and the engine has hung.
 POINT_SECONDS = 300.0
-
-_NO_TOKENS: TokenArray = np.empty(0, dtype=np.int32)
 
 
 class ProbeFailed(MemserveError):
@@ -84,7 +83,7 @@ class EngineProbe:
                 self._pretend_cached(tokens[:cached], namespace)
             return self._time(prompts, cached, outputs, namespace)
         finally:
-            self._pool.delete(_NO_TOKENS, namespace)
+            self._pool.delete(NO_TOKENS, namespace)
 
     def _prompt(self, tokens: int) -> TokenArray:
         return self._rng.integers(0, self._engine.info.vocab_size, tokens, dtype=np.int32)

@@ -16,6 +16,7 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
+from memserve.api import msgpack
 from memserve.api.errors import ApiError
 from memserve.api.generate import FinishReason, GenerateCall, PrefillPeer, SamplingParams
 from memserve.api.handoff import PREFILL_PATH, PoolPeer, PrefillCall, PrefillResult
@@ -29,7 +30,8 @@ from memserve.instance.fetch import Fetcher
 from memserve.instance.figures import SequenceFigures
 from memserve.instance.generation import shared_namespace
 from memserve.instance.link import KVLink
-from memserve.instance.submission import Submission, token_array
+from memserve.instance.submission import Submission
+from memserve.tokens import from_ids
 from memserve.types import Namespace, RequestId, TokenArray
 
 log = logging.getLogger(__name__)
@@ -45,8 +47,7 @@ MAX_RETURNS = 4
 # wanted. It waits so long for that: a few pushes on one host, and less than computing it again.
 RETURN_SECONDS = 0.1
 
-_encode = msgspec.json.Encoder().encode
-_results = msgspec.json.Decoder(PrefillResult)
+_results = msgspec.msgpack.Decoder(PrefillResult)
 
 
 class _Unanswered(Exception):
@@ -108,7 +109,7 @@ class RemotePrefill:
     async def bring(self, call: GenerateCall, namespace: Namespace) -> None:
         """Have the KV of a call's prompt come into `namespace` here, computed or held elsewhere:
         for a server that computes the prompt from a body, and then finds it."""
-        prompt = token_array(call.prompts[0], "prompt")
+        prompt = call.prompts[0]
         request = EngineRequest(
             id=RequestId(f"{call.id}-forward"),
             prompt=prompt,
@@ -153,7 +154,7 @@ class RemotePrefill:
             return
         self._note(result, leader, own)
         output = self._output(leader, result)
-        behind = replace(leader, output=(*leader.output, result.token))
+        behind = replace(leader, output=np.append(leader.output, np.int32(result.token)))
         # Where the engine cannot go on behind that token, it computes it again: from the KV, which
         # is here, that takes a step.
         takes = output.finish_reason is not None or self._submission.goes_on(behind)
@@ -223,10 +224,10 @@ class RemotePrefill:
     ) -> PrefillResult | None:
         """None: nobody did it. `shared` is the namespace of prompts that others may reuse."""
         counters = self._counters
-        body = _encode(
+        body = msgpack.encode(
             PrefillCall(
                 id=request.id,
-                prompt=tuple(request.prompt.tolist()),
+                prompt=request.prompt,
                 sampling=request.sampling,
                 namespace=request.namespace if self._link.caching == "off" else shared,
                 ephemeral=self._link.caching == "off",
@@ -264,7 +265,7 @@ class RemotePrefill:
     async def _post(self, peer: PrefillPeer, body: bytes) -> PrefillResult:
         try:
             return await self._peers.call(
-                "POST", peer.address + PREFILL_PATH, _results.decode, body
+                "POST", peer.address + PREFILL_PATH, _results.decode, body, media=msgpack.MEDIA
             )
         except PeerError as error:
             raise _Unanswered(str(error)) from error
@@ -282,9 +283,9 @@ class RemotePrefill:
     # --- giving back ----------------------------------------------------------------------
 
     def ended(
-        self, request: EngineRequest, output: Sequence[int], finished: bool, busy: bool
+        self, request: EngineRequest, produced: Sequence[int], finished: bool, busy: bool
     ) -> None:
-        """A sequence is over, with these tokens generated.
+        """A sequence is over, with these tokens generated here.
 
         What it made while decoding goes back to where its prompt was computed, unless the
         instance is `busy` or others are on their way.
@@ -297,7 +298,7 @@ class RemotePrefill:
         if busy or len(self._returns) >= MAX_RETURNS:
             self._counters.returns_dropped += 1
             return
-        tokens = np.concatenate((request.prompt, np.array(output, dtype=np.int32)))
+        tokens = np.concatenate((request.tokens, from_ids(produced)))
         task = self._in_background(self._give_back(request, home, tokens))
         self._returns[task] = request.prompt
         task.add_done_callback(self._returns.pop)

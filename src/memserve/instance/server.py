@@ -14,6 +14,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 from starlette.types import Message, Receive, Scope, Send
 
+from memserve.api import msgpack
 from memserve.api.asgi import (
     ClientGone,
     HangUp,
@@ -23,7 +24,13 @@ from memserve.api.asgi import (
     start_events,
 )
 from memserve.api.control import DRAIN_PATH, RESUME_PATH, ROLE_PATH, SHUTDOWN_PATH
-from memserve.api.errors import ApiError, method_not_allowed, path_not_found, unavailable
+from memserve.api.errors import (
+    ApiError,
+    method_not_allowed,
+    path_not_found,
+    unavailable,
+    unsupported_media,
+)
 from memserve.api.forward import Forward
 from memserve.api.generate import GENERATE_PATH, GenerateCall
 from memserve.api.handoff import MEET_PATH, PREFILL_PATH, PUSH_PATH
@@ -121,19 +128,19 @@ class InstanceApp:
         call = await self._read(calls.PREFILL, scope, receive)
         with HangUp(receive):
             result = await self._instance.prefill(call)
-            await send_body(send, HTTPStatus.OK, _encode(result))
+            await _send_result(send, result)
 
     async def _push(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = await self._read(calls.PUSH, scope, receive)
         with HangUp(receive):
             result = await self._instance.push(call)
-            await send_body(send, HTTPStatus.OK, _encode(result))
+            await _send_result(send, result)
 
     async def _meet(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = await self._read(calls.MEET, scope, receive)
         with HangUp(receive):
             result = await self._instance.meet(call)
-            await send_body(send, HTTPStatus.OK, _encode(result))
+            await _send_result(send, result)
 
     async def _role(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = await self._read(calls.ROLE, scope, receive)
@@ -176,8 +183,7 @@ class InstanceApp:
 
     async def _kv_snapshot(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await self._instance.kv_snapshot()
-        media = (b"content-type", b"application/msgpack")
-        await send_body(send, HTTPStatus.OK, body, media=media)
+        await send_body(send, HTTPStatus.OK, body, media=msgpack.HEADER)
 
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         text = generate_latest(self._registry)
@@ -186,7 +192,14 @@ class InstanceApp:
 
     async def _read(self, reader: CallReader[_Call], scope: Scope, receive: Receive) -> _Call:
         body = await read_body(scope, receive, reader.max_bytes)
+        if reader.media == msgpack.MEDIA and msgpack.HEADER not in scope["headers"]:
+            raise unsupported_media(scope["path"], reader.media)
         return await self._large.read(reader, body)
+
+
+async def _send_result(send: Send, result: msgspec.Struct) -> None:
+    """What another instance has asked for, as it reads it."""
+    await send_body(send, HTTPStatus.OK, msgpack.encode(result), media=msgpack.HEADER)
 
 
 async def _stream(run: Run, send: Send) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
-
 from memserve.api.errors import invalid, queue_full, unavailable
 from memserve.engine.request import EngineProtocol, EngineRequest
 from memserve.errors import EngineStopped, QueueFull, RequestError
 from memserve.instance.throughput import FinishRate
-from memserve.types import RequestId, TokenArray
+from memserve.types import RequestId
 
 
 class Submission:
@@ -47,7 +45,7 @@ class Submission:
         try:
             yield
         except RequestError as error:
-            if any(request.output for request in requests):
+            if any(len(request.output) for request in requests):
                 # It ran elsewhere until now: what is wrong with it is that it is here.
                 raise unavailable(
                     f"This instance cannot go on: {error}", "cannot_resume"
@@ -66,11 +64,3 @@ class Submission:
 
     def cancel(self, ids: Sequence[RequestId]) -> None:
         self._engine.cancel(ids)
-
-
-def token_array(token_ids: Sequence[int], param: str) -> TokenArray:
-    """[tokens] int32. Raises ApiError for numbers that are no token ids of any model."""
-    try:
-        return np.array(token_ids, dtype=np.int32)
-    except OverflowError as error:
-        raise invalid(f"a token id is no 32-bit integer: {error}", param) from error

@@ -31,7 +31,7 @@ from memserve.pool.results import InsertResult, Match, MediumStats, PoolStats
 from memserve.pool.segment import sweep
 from memserve.pool.storage import BlockStore, Extent
 from memserve.pool.tiers import Tiers
-from memserve.pool.tokens import as_tokens
+from memserve.tokens import as_tokens
 from memserve.types import (
     SHARED,
     Epoch,

@@ -25,12 +25,12 @@ from memserve.errors import (
 from memserve.pool.blocks import as_refs
 from memserve.pool.eviction import Eviction
 from memserve.pool.layout import KVLayout
-from memserve.pool.tokens import as_tokens
+from memserve.tokens import as_tokens, to_wire
 from memserve.transfer.base import Transport
 from memserve.transfer.conversation import Conversation
 from memserve.transfer.conversion import require_filled
 from memserve.transfer.links import is_local
-from memserve.transfer.messages import Prepare, to_wire_tokens, to_words
+from memserve.transfer.messages import Prepare, to_words
 from memserve.transfer.path import PathName
 from memserve.transfer.pending import OpenTransfer, PeerStats, Transfer
 from memserve.transfer.secret import cluster_keys
@@ -324,7 +324,7 @@ class MemPool(SharedPool):
                     f"{len(source)} blocks of {self.layout.block_tokens} tokens "
                     f"for {len(array)} tokens"
                 )
-            wire_tokens = to_wire_tokens(array)
+            wire_tokens = to_wire(array)
         require_sendable(namespace, 0 if wire_tokens is None else len(wire_tokens))
         words = None if target is None else to_words(target)
         prepare = Prepare(next(self._numbers), len(source), medium, namespace, wire_tokens, words)

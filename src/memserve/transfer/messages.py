@@ -1,7 +1,7 @@
 """What pools say to each other about transfers, as msgpack.
 
 Block references travel as *words*: little-endian int64 without the owner, whose instance and
-epoch the envelope names once. Tokens travel as little-endian int32.
+epoch the envelope names once. Tokens travel as `memserve.tokens` has them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from memserve.types import (
     MEDIUM_BITS,
     Medium,
     RefArray,
-    TokenArray,
 )
 
 WORD_BYTES = 8
@@ -30,7 +29,6 @@ WORD_BYTES = 8
 MAX_TEXT = 1024
 
 _WORD = np.dtype("<i8")
-_TOKEN = np.dtype("<i4")
 _OWNER_SHIFT = GENERATION_BITS + INDEX_BITS + MEDIUM_BITS
 _WORD_MASK = (1 << _OWNER_SHIFT) - 1
 
@@ -157,12 +155,3 @@ def from_words(words: bytes, owner: int) -> RefArray:
         raise ValueError("block words out of range")
     local |= owner << _OWNER_SHIFT
     return local
-
-
-def to_wire_tokens(tokens: TokenArray) -> bytes:
-    return tokens.astype(_TOKEN, copy=False).tobytes()
-
-
-def from_wire_tokens(data: bytes) -> TokenArray:
-    """Raises ValueError if the length fits no int32."""
-    return np.frombuffer(data, dtype=_TOKEN).astype(np.int32, copy=False)

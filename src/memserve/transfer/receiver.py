@@ -12,13 +12,13 @@ from memserve.errors import LengthMismatch, NotOwned, UnwrittenBlocks
 from memserve.pool.layout import KVLayout
 from memserve.pool.results import InsertResult, Match
 from memserve.pool.storage import Extent
+from memserve.tokens import TOKEN_BYTES, from_wire
 from memserve.transfer.canary import Canaries, Canary
 from memserve.transfer.conversion import common_heads, require_filled
 from memserve.transfer.destination_session import DestinationSession
 from memserve.transfer.guards import Guard
 from memserve.transfer.messages import (
     Prepare,
-    from_wire_tokens,
     from_words,
     to_words,
 )
@@ -231,13 +231,13 @@ class Receiver:
         return self._pool.guard(target, heads, self._granted(peer))
 
     def _tokens(self, prepare: Prepare, data: bytes) -> TokenArray:
-        block_bytes = 4 * self._pool.layout.block_tokens
+        block_bytes = TOKEN_BYTES * self._pool.layout.block_tokens
         if len(data) != prepare.blocks * block_bytes:
             raise LengthMismatch(
                 f"{prepare.blocks} blocks of {self._pool.layout.block_tokens} tokens "
                 f"for {len(data)} bytes of tokens"
             )
-        return from_wire_tokens(data)
+        return from_wire(data)
 
 
 def _refs(words: bytes, owner_number: int) -> RefArray:

@@ -117,7 +117,7 @@ def require_exact(request: EngineRequest) -> None:
     take what was generated for a part of the prompt."""
     sampling = request.sampling
     random = sampling.temperature > 0 and sampling.seed is not None
-    if request.output and (random or sampling.presence_penalty or sampling.frequency_penalty):
+    if len(request.output) and (random or sampling.presence_penalty or sampling.frequency_penalty):
         raise RequestError("vLLM cannot go on with a seed or with penalties", "seed")
 
 

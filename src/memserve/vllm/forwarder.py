@@ -108,7 +108,7 @@ class Forwarder:
 def forwarded_body(call: GenerateCall, forward: Forward, namespace: Namespace, model: str) -> bytes:
     """What the server gets: the client's fields, and those that clients do not choose. Raises
     ApiError for what is no object."""
-    body = bytes(forward.body)
+    body = forward.body
     if len(body) < 2 or body[0] != _OPEN or body[-1] != _CLOSE:
         raise invalid("what is forwarded is no JSON object", "forward")
     given: dict[str, str | int] = {"model": model}

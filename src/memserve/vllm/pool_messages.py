@@ -2,7 +2,7 @@
 socket that this user alone can reach.
 
 A frame is the length of what follows, 4 bytes, and a `Call` or a `Reply` as msgpack. Calls are
-answered in any order, each once. Tokens are int32 bytes.
+answered in any order, each once.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import struct
 from typing import TypeVar
 
 import msgspec
+from msgspec.structs import force_setattr
 
+from memserve.api import msgpack
 from memserve.api.handoff import PoolPeer
 from memserve.api.status import PoolTotals
 from memserve.config import Caching, TransferMode
 from memserve.errors import TransferError
+from memserve.tokens import WireTokens, token_field
 from memserve.types import Namespace
 
 HEAD_BYTES = 4
@@ -38,11 +41,14 @@ class Serve(msgspec.Struct, frozen=True, tag=True):
     mode: TransferMode
 
 
-class Count(msgspec.Struct, frozen=True, tag=True):
+class Count(msgspec.Struct, frozen=True, eq=False, tag=True):
     """How many leading tokens have KV? Answered by `Counted`. Namespaces are salts here."""
 
-    tokens: bytes
+    tokens: WireTokens
     namespace: Namespace
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "tokens", token_field(self.tokens))
 
 
 class Meet(msgspec.Struct, frozen=True, tag=True):
@@ -57,26 +63,32 @@ class Reach(msgspec.Struct, frozen=True, tag=True):
     peer: PoolPeer
 
 
-class Push(msgspec.Struct, frozen=True, tag=True):
+class Push(msgspec.Struct, frozen=True, eq=False, tag=True):
     """Give a peer what it lacks of these tokens. Answered by `PushDone`, with what the order, if
     one is named, has sent before, and which ends with this."""
 
     peer: PoolPeer
-    tokens: bytes
+    tokens: WireTokens
     source: Namespace
     target: Namespace
     order: int = 0
 
+    def __post_init__(self) -> None:
+        force_setattr(self, "tokens", token_field(self.tokens))
 
-class Order(msgspec.Struct, frozen=True, tag=True):
+
+class Order(msgspec.Struct, frozen=True, eq=False, tag=True):
     """From now on, what a request that names this order computes of these tokens goes to a peer at
     once. Answered by `Done`, as soon as the peer is met."""
 
     order: int
     peer: PoolPeer
-    tokens: bytes
+    tokens: WireTokens
     source: Namespace
     target: Namespace
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "tokens", token_field(self.tokens))
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag=True):
@@ -159,7 +171,6 @@ class Reply(msgspec.Struct, frozen=True):
     heard: Heard
 
 
-_encode = msgspec.msgpack.Encoder().encode
 decode_call = msgspec.msgpack.Decoder(Call).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
@@ -168,7 +179,7 @@ _Heard = TypeVar("_Heard", Served, Counted, Reached, PushDone, Totals, Done)
 
 def frame(message: Call | Reply) -> bytes:
     """Raises TransferError for one that is too large."""
-    body = _encode(message)
+    body = msgpack.encode(message)
     if len(body) > MAX_FRAME_BYTES:
         raise TransferError(f"a message of {len(body)} bytes to the pool of a vLLM server")
     return len(body).to_bytes(HEAD_BYTES) + body

@@ -147,7 +147,7 @@ class RemoteLink:
         return self._totals
 
     async def cached(self, tokens: TokenArray, namespace: Namespace) -> int:
-        said = m.Count(tokens.tobytes(), _theirs(namespace))
+        said = m.Count(tokens, _theirs(namespace))
         return (await self._call(said, m.Counted)).tokens
 
     async def push(
@@ -159,7 +159,7 @@ class RemoteLink:
         order: int = 0,
     ) -> Pushed:
         """See `KVLink`. `order`: what has sent some of it before."""
-        said = m.Push(peer, tokens.tobytes(), _theirs(source), _theirs(target), order)
+        said = m.Push(peer, tokens, _theirs(source), _theirs(target), order)
         done = await self._call(said, m.PushDone)
         return Pushed(done.sent, done.spared)
 
@@ -169,7 +169,7 @@ class RemoteLink:
         number = int.from_bytes(os.urandom(7))  # which nobody else can name
         names = _theirs(source), _theirs(target)
         try:
-            await self._call(m.Order(number, peer, tokens.tobytes(), *names), m.Done)
+            await self._call(m.Order(number, peer, tokens, *names), m.Done)
         except asyncio.CancelledError:  # it may have been given all the same
             self.withdraw(number)
             raise

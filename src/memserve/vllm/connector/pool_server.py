@@ -177,7 +177,7 @@ class PoolServer:
                 return await asyncio.to_thread(self._serve_pool, said)
             case m.Count(tokens, namespace):
                 space = self._spaces.of(namespace)
-                return m.Counted(await self._served.cached(_tokens(tokens), space))
+                return m.Counted(await self._served.cached(tokens, space))
             case m.Meet(peer):
                 await self._served.meet(peer)
             case m.Reach(peer):
@@ -188,7 +188,7 @@ class PoolServer:
             case m.Order(order, peer, tokens, source, target):
                 await self._served.meet(peer)
                 caller.orders.add(order)
-                self._orders[order] = _Order(peer, _tokens(tokens), source, target)
+                self._orders[order] = _Order(peer, tokens, source, target)
             case m.Withdraw(order):
                 caller.orders.discard(order)
                 self._withdraw(order)
@@ -225,9 +225,9 @@ class PoolServer:
         if order is not None:
             await _let_send(order)
             before = order.sent
-        tokens, source = _tokens(said.tokens), self._spaces.of(said.source)
+        source = self._spaces.of(said.source)
         target = beside(source, said.target)
-        pushed = await self._served.push(said.peer, tokens, source, target)
+        pushed = await self._served.push(said.peer, said.tokens, source, target)
         return Pushed(before + pushed.sent, max(0, pushed.spared - before))
 
     def _go_on(self, number: int, ready: int, space: Namespace) -> None:
@@ -274,10 +274,6 @@ async def _let_send(order: _Order) -> None:
     except asyncio.CancelledError:
         order.sending.cancel()
         raise
-
-
-def _tokens(data: bytes) -> TokenArray:
-    return np.frombuffer(data, dtype=np.int32)
 
 
 Ready = Callable[[int, TokenArray, Namespace], None]  # see `PoolServer.ready`

@@ -1,4 +1,4 @@
-"""Tokens: what becomes int32 without loss, and nothing else."""
+"""Tokens: what becomes int32 without loss, and nothing else; and their bytes between processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from memserve.errors import InvalidTokens
-from memserve.pool.tokens import as_tokens
+from memserve.tokens import as_tokens, from_ids, from_wire, to_wire, token_field
 
 
 def test_int32_arrays_are_taken_as_they_are() -> None:
@@ -56,3 +56,27 @@ def test_no_tokens_are_tokens() -> None:
 def test_what_is_no_int32_is_refused_with_the_culprit(tokens: object, message: str) -> None:
     with pytest.raises(InvalidTokens, match=message):
         as_tokens(tokens)  # type: ignore[arg-type]
+
+
+def test_tokens_come_back_from_their_bytes_without_a_copy() -> None:
+    tokens = np.array([0, 1, 2**31 - 1], dtype=np.int32)
+    for given in (tokens, tokens[::2], tokens[:0], from_ids((7, 8))):
+        data = to_wire(given)
+        assert len(data) == 4 * len(given)
+        read = token_field(data)
+        assert (read.dtype, read.flags.c_contiguous) == (np.int32, True)
+        assert read.tolist() == given.tolist()
+        assert not len(read) or np.shares_memory(read, np.frombuffer(data, dtype=np.uint8))
+    assert token_field(tokens) is tokens
+
+
+@pytest.mark.parametrize("data", [b"a", b"abc", b"abcde"])
+def test_bytes_that_end_within_a_token_are_none(data: bytes) -> None:
+    for read in (from_wire, token_field):
+        with pytest.raises(ValueError, match="multiple"):
+            read(data)
+
+
+def test_no_message_has_negative_ids() -> None:
+    with pytest.raises(ValueError, match="token id -5 is negative"):
+        token_field(to_wire(np.array([3, -5, 0], dtype=np.int32)))
