@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 # Newer than what it was made from: nothing is installed twice.
 INSTALLED := $(VENV)/.installed
 BENCH_JSON ?= build/bench
+# The evaluation is a package of its own, which is not installed.
+EVALUATION := PYTHONPATH=benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m evaluation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-vllm lint format bench peers vllm clean
+.PHONY: help setup serve test test-vllm lint format bench peers peers-install vllm paper soak readme clean
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -17,7 +19,11 @@ help:
 	@echo "make lint    the same without the tests;   make format   put the code into shape"
 	@echo "make bench   microbenchmarks of the pool, transfers and the engine, as JSON in $(BENCH_JSON)"
 	@echo "make vllm    vLLM alone, on this machine's CPU, for the tests that need one (4 GB)"
-	@echo "make peers   vLLM and others in environments of their own, to be measured beside (4 GB)"
+	@echo "make peers   measure beside vLLM and others, which it installs (4 GB; ARGS='--quick ...')"
+	@echo "make peers-install   only install them (PEERS='vllm ...': only these)"
+	@echo "make paper   the paper's evaluation, as a report in build/paper (DATA=FOLDER; ARGS='--quick')"
+	@echo "make soak    a whole cluster under mixed load for an hour (ARGS='--minutes 10 ...')"
+	@echo "make readme  benchmarks/README.md anew, from benchmarks/results"
 	@echo "make clean   remove what these made, the environment included"
 
 setup: $(INSTALLED)
@@ -71,14 +77,27 @@ bench: setup
 	@$(BIN)/memserve bench engine --json $(BENCH_JSON)/engine.json
 	@echo "==> results are in $(BENCH_JSON)"
 
-peers: setup
+peers: peers-install
+	@$(EVALUATION) peers $(ARGS)
+
+peers-install: setup
 	@echo "==> installing peers in build/peers (minutes)"
-	@$(BIN)/python -m memserve.bench.peers.install $(PEERS)
+	@$(EVALUATION).peers.install $(PEERS)
+
+paper: setup
+	@test -n "$(DATA)" || { echo "which data? make paper DATA=FOLDER, with loogle/ and react/ in it"; exit 1; }
+	@$(EVALUATION) paper build/paper --data "$(DATA)" $(ARGS)
+
+soak: setup
+	@$(EVALUATION) soak $(ARGS)
+
+readme: setup
+	@$(EVALUATION) readme
 
 vllm: setup
 	@echo "==> installing vLLM in build/peers/vllm (minutes)"
-	@$(BIN)/python -m memserve.bench.peers.install vllm
+	@$(EVALUATION).peers.install vllm
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from evaluation.paper.matrix import Cell, CellRun, PaperConfig, groups, step_groups
 from memserve.bench.loadgen import LoadResult, RequestRecord
 from memserve.bench.measure import ServeRun
-from memserve.bench.paper_matrix import Cell, CellRun, PaperConfig, groups, step_groups
 from memserve.bench.processes import ProcessFigures
 from memserve.bench.report import summarise
 from memserve.config import ModelConfig

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import memserve
-from memserve.bench.peers.places import ROOT, python_of, why_missing
+from memserve.bench.vllm_engine import ROOT, python_of, why_missing
 from memserve.vllm.server import tier_settings
 from tests.fakes import url_told
 from tests.insider import ask

@@ -1,6 +1,6 @@
 """A real vLLM's KV events: a script of requests, and what they are checked against.
 
-`python -m tests.vllm_events` records it anew into `tests/data` (needs `make peers`; a minute).
+`python -m tests.vllm_events` records it anew into `tests/data` (needs `make vllm`; a minute).
 The recording is what came over its socket and what it said was cached, for tests that always run.
 """
 
@@ -19,10 +19,10 @@ import aiohttp
 import msgspec
 import zmq
 
-from memserve.bench.peers.places import python_of
-from memserve.bench.peers.process import serving
-from memserve.bench.peers.vllm import START_SECONDS, VllmSettings, kv_events_flag, vllm_command
-from memserve.bench.peers.vllm import vllm_environment as environment
+from evaluation.peers.process import serving
+from evaluation.peers.vllm import START_SECONDS, VllmSettings, kv_events_flag, vllm_command
+from evaluation.peers.vllm import vllm_environment as environment
+from memserve.bench.vllm_engine import python_of
 from tests.tiny_models import save_tiny_model
 
 RECORDING = Path(__file__).parent / "data" / "vllm-0.32-kv-events.msgpack"

@@ -36,16 +36,12 @@ from memserve.config import (
     check_config,
     load_config,
 )
-from memserve.errors import ConfigError, MemserveError, ModelError
 from memserve.flags import Given, flags_of, to_flags, with_flags
 from memserve.logs import log_to_stderr
 from memserve.models.resolve import pinned, resolve_model
 from memserve.models.tokenizer import Tokenizer
-from memserve.terminal import progress_lines, rendered
+from memserve.terminal import progress_lines, rendered, run_app
 from memserve.types import Role
-
-FAILED = 1
-WRONG_USE = 2  # what the person at the keyboard can mend
 
 # A cluster's instances listen where they can; a single instance is one of its kind.
 _CLUSTER_LEAVES_OUT = ("host", "port", "advertise")
@@ -69,12 +65,8 @@ _ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True
 
 
 def main() -> None:
-    """Run the command; an error that is raised on purpose is one line, without a traceback."""
-    try:
-        app()
-    except MemserveError as error:
-        print(f"memserve: {error}", file=sys.stderr)
-        sys.exit(WRONG_USE if isinstance(error, ConfigError | ModelError) else FAILED)
+    """Run the command."""
+    run_app(app)
 
 
 def _show_version(asked: bool) -> None:

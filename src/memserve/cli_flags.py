@@ -12,6 +12,10 @@ import typer
 
 from memserve.flags import Flag
 
+JsonFile = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="write JSON; - is standard output")
+]
+
 
 def takes_flags(*flags: Iterable[Flag]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator under `app.command()`: the command gets an option for each of the flags, and

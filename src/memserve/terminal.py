@@ -9,9 +9,23 @@ from collections.abc import Callable
 from functools import partial
 from typing import TextIO
 
+import typer
 from rich.console import Console
 
+from memserve.errors import ConfigError, MemserveError, ModelError
 from memserve.models.resolve import Progress
+
+FAILED = 1
+WRONG_USE = 2  # what the person at the keyboard can mend
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command; an error that is raised on purpose is one line, without a traceback."""
+    try:
+        app()
+    except MemserveError as error:
+        print(f"memserve: {error}", file=sys.stderr)
+        sys.exit(WRONG_USE if isinstance(error, ConfigError | ModelError) else FAILED)
 
 
 def progress_lines(write: Callable[[str], None] | None = None) -> Progress:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from memserve.bench.soak import SoakConfig, SoakReport, SoakResult, run_soak
-from memserve.bench.soak_page import write_plot
-from memserve.bench.vitals import process_tree
+from evaluation.soak.page import write_plot
+from evaluation.soak.run import SoakConfig, SoakReport, SoakResult, run_soak
+from evaluation.soak.vitals import process_tree
 from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelConfig
 from memserve.types import Role
 from tests.fakes import MODEL, save_tiny_tokenizer

@@ -18,8 +18,8 @@ from typing import Protocol
 
 import msgspec
 
+from evaluation.soak.vitals import Life, Vitals, vitals
 from memserve.bench.environment import Environment, capture_environment
-from memserve.bench.vitals import Life, Vitals, vitals
 from memserve.pool.segment import start_time
 from tests.fault.load import Load, Question, Seen, What
 from tests.fault.processes import PATIENCE

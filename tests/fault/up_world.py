@@ -24,6 +24,8 @@ from urllib.parse import urlsplit
 import msgspec
 import pytest
 
+from evaluation.soak.cluster import RunningUp, running_up
+from evaluation.soak.vitals import process_tree
 from memserve.api.control import InstanceChange, WantedState
 from memserve.api.generate import GENERATE_PATH
 from memserve.api.status import (
@@ -35,8 +37,6 @@ from memserve.api.status import (
     PoolTotals,
 )
 from memserve.bench.measure import BenchmarkError
-from memserve.bench.soak_cluster import RunningUp, running_up
-from memserve.bench.vitals import process_tree
 from memserve.clock import MonotonicClock
 from memserve.cluster.rolling import restart
 from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelConfig

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from evaluation.soak.vitals import vitals
 from memserve.api.http_message import Reply, Request
 from memserve.api.http_server import HttpServer
-from memserve.bench.vitals import vitals
 from tests.fuzz.mutate import INTEGERS, Mutator, mutators
 
 LIMIT = 100_000  # bytes of a body

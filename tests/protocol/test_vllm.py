@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from memserve.api.namespaces import salted
-from memserve.bench.peers.places import python_of, why_missing
+from memserve.bench.vllm_engine import python_of, why_missing
 from memserve.cluster.kv_feed import KvFeed
 from memserve.cluster.kv_subscription import EventSource
 from memserve.scheduler.prompt_tree import PromptTree

@@ -14,9 +14,9 @@ from typing import Any
 import aiohttp
 import pytest
 
+from evaluation.paper.page import paper_page
+from evaluation.paper.tables import reduce_runs
 from memserve.bench.environment import capture_environment
-from memserve.bench.paper_page import paper_page
-from memserve.bench.paper_tables import reduce_runs
 from tests.paper_runs import made_up_runs
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
@@ -26,12 +26,13 @@ _FLAGS = (
 )
 _SECONDS = 60.0  # a browser's first start on a busy machine takes a good part of it
 _LOOK = """JSON.stringify((() => {
-  const plot = document.querySelector("svg.plot").getBoundingClientRect();
+  const plot = document.querySelector("img.plot");
   return {
-    ready: document.readyState, plots: document.querySelectorAll("svg.plot").length,
-    loaded: performance.getEntriesByType("resource").length,
-    drawn: plot.width > 300 && plot.height > 200,
-    line: getComputedStyle(document.querySelector("svg.plot .s0 path")).stroke,
+    ready: document.readyState, plots: document.querySelectorAll("img.plot").length,
+    loaded: performance.getEntriesByType("resource").filter(
+      (one) => !one.name.startsWith("data:")).length,
+    drawn: plot.complete && plot.naturalWidth > 300 && plot.naturalHeight > 200,
+    filter: getComputedStyle(plot).filter,
     paper: getComputedStyle(document.body).backgroundColor,
     tooWide: document.documentElement.scrollWidth > innerWidth };
 })())"""
@@ -127,4 +128,5 @@ async def test_a_report_is_drawn_in_light_and_dark_and_loads_nothing(tmp_path: P
         assert not found["tooWide"]
     assert seen["light"]["paper"] == "rgb(255, 255, 255)"
     assert seen["dark"]["paper"] == "rgb(21, 24, 28)"
-    assert seen["light"]["line"] != seen["dark"]["line"]
+    assert seen["light"]["filter"] == "none"
+    assert "invert" in seen["dark"]["filter"]

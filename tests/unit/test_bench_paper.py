@@ -10,15 +10,15 @@ from typing import TypeVar
 
 import pytest
 
-from memserve.bench import paper_run
+from evaluation.paper import measure
+from evaluation.paper.claims import CLAIMS, Claim, Finding, findings
+from evaluation.paper.matrix import COMPARED, TOPOLOGIES, PaperConfig, groups
+from evaluation.paper.measure import Budget, Kept, TimeIsUp, measure_groups
+from evaluation.paper.page import paper_page
+from evaluation.paper.simulate import RATES, SHAPES
+from evaluation.paper.tables import measured_findings, reasons, reduce_runs
 from memserve.bench.environment import capture_environment
 from memserve.bench.measure import ServeRun
-from memserve.bench.paper_claims import CLAIMS, Claim, Finding, findings
-from memserve.bench.paper_matrix import COMPARED, TOPOLOGIES, PaperConfig, groups
-from memserve.bench.paper_page import paper_page
-from memserve.bench.paper_run import Budget, Kept, TimeIsUp, measure_groups
-from memserve.bench.paper_sim import RATES, SHAPES
-from memserve.bench.paper_tables import measured_findings, reasons, reduce_runs
 from memserve.bench.statistics import Estimate
 from memserve.bench.work import ServeBenchConfig, Work
 from memserve.clock import ManualClock
@@ -103,8 +103,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
         cluster.started.append(config)
         yield cluster
 
-    monkeypatch.setattr(paper_run, "started_cluster", started)
-    monkeypatch.setattr(paper_run, "load_sessions", lambda *_: ())
+    monkeypatch.setattr(measure, "started_cluster", started)
+    monkeypatch.setattr(measure, "load_sessions", lambda *_: ())
     return cluster
 
 

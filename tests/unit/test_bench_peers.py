@@ -15,13 +15,9 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from memserve.bench.environment import capture_environment
-from memserve.bench.loadgen import LoadResult, RequestRecord
-from memserve.bench.openai_client import OpenAIClient
-from memserve.bench.peers.command import chosen_parts
-from memserve.bench.peers.config import PARTS, QUICK_PARTS, PeersConfig
-from memserve.bench.peers.index import IndexShape, index_table, run_index_bench
-from memserve.bench.peers.install import (
+from evaluation.peers.config import PARTS, QUICK_PARTS, PeersConfig, chosen_parts
+from evaluation.peers.index import IndexShape, index_table, run_index_bench
+from evaluation.peers.install import (
     PEERS,
     TORCH,
     Peer,
@@ -31,14 +27,17 @@ from memserve.bench.peers.install import (
     run_command,
     without_cuda,
 )
-from memserve.bench.peers.places import why_missing
-from memserve.bench.peers.process import PeerFailed, serving
-from memserve.bench.peers.report import NOT_MEASURED, PeersResult, peers_tables
-from memserve.bench.peers.servers import start_generate
-from memserve.bench.peers.serving import Contest, PeerRun
-from memserve.bench.peers.vllm import VllmSettings, vllm_command
-from memserve.bench.readme import render_readme
+from evaluation.peers.process import PeerFailed, serving
+from evaluation.peers.report import NOT_MEASURED, PeersResult, peers_tables
+from evaluation.peers.servers import start_generate
+from evaluation.peers.serving import Contest, PeerRun
+from evaluation.peers.vllm import VllmSettings, vllm_command
+from evaluation.readme import render_readme
+from memserve.bench.environment import capture_environment
+from memserve.bench.loadgen import LoadResult, RequestRecord
+from memserve.bench.openai_client import OpenAIClient
 from memserve.bench.report import summarise
+from memserve.bench.vllm_engine import why_missing
 from memserve.clock import MonotonicClock
 from memserve.errors import ConfigError
 from memserve.models.tokenizer import Tokenizer

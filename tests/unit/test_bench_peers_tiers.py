@@ -21,16 +21,14 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from rich.console import Console
 
-from memserve.bench.loadgen import LoadResult, RequestRecord
-from memserve.bench.openai_client import OpenAIClient
-from memserve.bench.peers import tiers
-from memserve.bench.peers.affinity import pin_back
-from memserve.bench.peers.config import PARTS, QUICK_PARTS
-from memserve.bench.peers.contest_tables import contest_tables
-from memserve.bench.peers.process import PeerFailed
-from memserve.bench.peers.serving import Contest, Loads, PeerRun
-from memserve.bench.peers.split_proxy import application, prompt_request, with_cached
-from memserve.bench.peers.tiers import (
+from evaluation.peers import tiers
+from evaluation.peers.affinity import pin_back
+from evaluation.peers.config import PARTS, QUICK_PARTS
+from evaluation.peers.contest_tables import contest_tables
+from evaluation.peers.process import PeerFailed
+from evaluation.peers.serving import Contest, Loads, PeerRun
+from evaluation.peers.split_proxy import application, prompt_request, with_cached
+from evaluation.peers.tiers import (
     HOST_NAMES,
     LMCACHE_NAMES,
     SPLIT_NAMES,
@@ -42,12 +40,14 @@ from memserve.bench.peers.tiers import (
     nixl_flag,
     nixl_variables,
     offloading_flag,
-    own_instance,
     prefill_and_decode,
-    vllm_arguments,
     why_no_nixl,
 )
+from memserve.bench import vllm_engine
+from memserve.bench.loadgen import LoadResult, RequestRecord
+from memserve.bench.openai_client import OpenAIClient
 from memserve.bench.report import summarise
+from memserve.bench.vllm_engine import as_vllm, own_instance, vllm_arguments
 from memserve.clock import MonotonicClock
 from memserve.config import ClusterConfig, InstanceConfig, ModelConfig, check_config
 from memserve.errors import ConfigError
@@ -389,13 +389,13 @@ def run(server: str, repeat: int, seconds: float, cached: int) -> PeerRun:
 
 def test_any_cluster_may_be_measured_with_vllm_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = [InstanceConfig(role=Role.PREFILL), InstanceConfig(role=Role.DECODE)]
-    monkeypatch.setattr(tiers, "why_missing", lambda _: "not installed")
+    monkeypatch.setattr(vllm_engine, "why_missing", lambda _: "not installed")
     with pytest.raises(ConfigError, match="not installed, or `make vllm`"):
-        tiers.as_vllm(roles)
-    monkeypatch.setattr(tiers, "why_missing", lambda _: None)
-    made = tiers.as_vllm(roles)
+        as_vllm(roles)
+    monkeypatch.setattr(vllm_engine, "why_missing", lambda _: None)
+    made = as_vllm(roles)
     assert [each.role for each in made] == [Role.PREFILL, Role.DECODE]
     assert all(each.engine == "vllm" and each.dram and each.cpus for each in made)
-    (template,) = tiers.as_vllm(roles[:1])
+    (template,) = as_vllm(roles[:1])
     assert template.cpus is None  # of several of them
     check_config(ClusterConfig(instance=made))

@@ -3,74 +3,115 @@
 from __future__ import annotations
 
 import re
+from base64 import b64decode
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Group
 from rich.table import Table
 
+from memserve.bench import plots
 from memserve.bench.environment import capture_environment
-from memserve.bench.html import heading, page, paragraph, table
-from memserve.bench.plots import Line, Point, distribution_plot, line_plot, ticks
+from memserve.bench.pages import render_page
+from memserve.bench.plots import (
+    Line,
+    Plot,
+    Point,
+    Series,
+    check_matplotlib,
+    distribution,
+    draw,
+    draw_scatter,
+)
+from memserve.bench.tables import PlainTable, plain_tables
+from memserve.errors import ConfigError
 
-finite = st.floats(0, 1e6, allow_nan=False)
+SVG = {"svg": "http://www.w3.org/2000/svg"}
+PLOT = Plot(
+    "T & U $a_1$",
+    "rate",
+    "s",
+    (Line("a < b", (Point(1, 2, 1.5, 2.5), Point(2, 3))), Line("c", (Point(1, 0),))),
+)
 
 
-def test_every_point_and_name_is_drawn() -> None:
-    lines = [
-        Line("a < b", (Point(1, 2, 1.5, 2.5), Point(2, 3))),
-        Line("c", (Point(1, 0),)),
-    ]
-    root = ElementTree.fromstring(line_plot("T & U", "rate", "s", lines))
-    assert len(root.findall(".//circle")) == 3
-    assert len(root.findall(".//path[@class='range']")) == 1
-    assert {"T & U", "a < b", "c"} <= {text.text for text in root.iter("text")}
+def texts(svg: str) -> set[str | None]:
+    return {text.text for text in ElementTree.fromstring(svg).iterfind(".//svg:text", SVG)}
 
 
-@given(st.lists(st.tuples(finite, finite), min_size=1, max_size=6))
-def test_nothing_is_drawn_outside_the_frame(points: list[tuple[float, float]]) -> None:
-    root = ElementTree.fromstring(
-        line_plot("t", "x", "y", [Line("l", tuple(Point(x, y) for x, y in points))])
-    )
-    for circle in root.iter("circle"):
-        assert 50 < float(circle.attrib["cx"]) < 400
-        assert 29 <= float(circle.attrib["cy"]) <= 241
+def test_every_plot_and_name_is_drawn() -> None:
+    second = Plot("second", "rate", "s", PLOT.lines)
+    assert {"T & U $a_1$", "second", "rate", "s", "a < b", "c"} <= texts(draw(PLOT, second))
+
+
+def test_equal_plots_are_equal_files() -> None:
+    assert draw(PLOT) == draw(PLOT)
+
+
+def test_a_scatter_plot_has_every_point() -> None:
+    series = [Series("one", [0.1, 1.0, 7.0], [0.1, 1.1, 6.0]), Series("two", [2.0], [3.0])]
+    svg = draw_scatter("t", "measured", "predicted", series)
+    root = ElementTree.fromstring(svg)
+    for number, one in enumerate(series, 1):
+        marks = root.findall(f".//svg:g[@id='PathCollection_{number}']//svg:use", SVG)
+        assert len(marks) == len(one.x)
+    assert {"one", "two", "0.1", "5", "measured"} <= texts(svg)
 
 
 def test_a_distribution_ends_at_one() -> None:
-    svg = distribution_plot("t", "s", [("a", [3.0, 1.0, 2.0])])
-    path = next(p for p in ElementTree.fromstring(svg).iter("path") if "L" in p.attrib["d"])
-    assert path.attrib["d"].count("L") == 2
-    assert path.attrib["d"].endswith(" 30.0")  # the frame's upper edge
-    assert distribution_plot("t", "s", []) == ""
+    (line,) = distribution("t", "s", [("a", [3.0, 1.0, 2.0])]).lines
+    assert [(p.x, p.y) for p in line.points] == [(1, pytest.approx(1 / 3)), (2, 2 / 3), (3, 1)]
+    assert distribution("t", "s", []).lines == ()
 
 
-@given(finite, finite)
-def test_ticks_are_inside_and_few(one: float, other: float) -> None:
-    low, high = sorted((one, other))
-    found = ticks(low, high)
-    span = high - low
-    assert 1 <= len(found) <= 7 or span < 1e-6 * high
-    assert all(low - 1e-6 * span <= value <= high + 1e-6 * span for value in found)
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_: str) -> ModuleSpec | None:
+        return None
+
+    monkeypatch.setattr(plots, "find_spec", absent)
+    for call in (check_matplotlib, lambda: draw(PLOT)):
+        with pytest.raises(ConfigError, match=r"pip install 'memserve\[bench\]'"):
+            call()
 
 
-def test_ticks_are_round() -> None:
-    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert ticks(0.5, 2.4) == [0.5, 1.0, 1.5, 2.0]
-
-
-def test_a_page_needs_nothing_else_and_escapes_what_it_shows() -> None:
+def test_tables_in_groups_and_grids_are_told_one_by_one() -> None:
     shown = Table("name", title="one")
-    shown.add_row("<b>")
+    shown.add_column("count", justify="right")
+    shown.add_row("[bold]a[/bold]", "1")
     grid = Table.grid()
     grid.add_row(shown)
-    grid.add_row("not measured: it [bold]is[/bold] absent")
-    text = page(
-        "A & B", capture_environment(), (heading("x"), paragraph("<i>"), table(Group(grid)))
+    grid.add_row("it [bold]is[/bold] absent")
+    assert list(plain_tables(Group(grid, "last"))) == [
+        PlainTable("one", ("name", "count"), (False, True), (("a", "1"),)),
+        "it is absent",
+        "last",
+    ]
+
+
+def test_a_page_needs_nothing_else_and_escapes_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "made_up" / "templates"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "x.html").write_text(
+        "{% extends 'page.html' %}{% from 'macros.html' import items, plots, table %}"
+        "{% block title %}A & {{ name }}{% endblock %}"
+        "{% block content %}{{ table(shown) }}{{ items([name]) }}{{ plots(drawn) }}{% endblock %}"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    shown = Table("name")
+    shown.add_row("<b>")
+    text = render_page(
+        *("x.html", capture_environment(), "made_up"), name="<i>", shown=shown, drawn=[PLOT]
     )
     assert "<td>&lt;b&gt;</td>" in text
-    assert "&lt;i&gt;" in text
-    assert "it is absent" in text
-    assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org)|@import|url\(|<script", text)
+    assert "<li>&lt;i&gt;</li>" in text
+    assert "<title>A & &lt;i&gt;</title>" in text
+    assert 'alt="T &amp; U $a_1$"' in text
+    (image,) = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', text)
+    assert "a < b" in texts(b64decode(image).decode())
+    rest = text.replace(image, "")
+    assert not re.search(r"href=|https?://|@import|url\(|<script|src=\"(?!data:)", rest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from memserve.bench.prefill import (
+from evaluation.prefill import (
     CACHED_RATIOS,
     PrefillBenchReport,
     lengths,

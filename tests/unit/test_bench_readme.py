@@ -9,14 +9,14 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
+from evaluation.cli import app
+from evaluation.paper.matrix import PaperConfig
+from evaluation.paper.tables import reduce_runs
+from evaluation.readme import render_readme
 from memserve.bench.environment import capture_environment
 from memserve.bench.measure import ServeRun
-from memserve.bench.paper_matrix import PaperConfig
-from memserve.bench.paper_tables import reduce_runs
-from memserve.bench.readme import render_readme
 from memserve.bench.serve import ServeBenchResult
 from memserve.bench.work import ServeBenchConfig
-from memserve.cli import app
 from memserve.errors import ConfigError
 from tests.paper_runs import cells, made_up_run, made_up_runs
 
@@ -46,7 +46,7 @@ def results(tmp_path: Path) -> Path:
     save(folder / "a-server.json", command, ServeBenchConfig(), serve_result(1))
     runs = made_up_runs(lambda _: 1.0)
     paper = reduce_runs(runs, (), (), ("x: time was up",))
-    save(folder / "paper.json", "memserve bench paper out", PaperConfig(data="d"), paper)
+    save(folder / "paper.json", "python -m evaluation paper out", PaperConfig(data="d"), paper)
     return folder
 
 
@@ -90,13 +90,13 @@ def test_what_cannot_be_read_is_named_with_the_command_that_makes_it_anew(result
     (results / "x.json").write_text("{}")
     with pytest.raises(ConfigError) as refused:
         render_readme(results)
-    assert "run memserve bench paper out" in str(refused.value)
+    assert "run python -m evaluation paper out" in str(refused.value)
     assert "x.json: no result of a measurement" in str(refused.value)
 
 
 def test_the_command_writes_and_checks(results: Path) -> None:
     runner = CliRunner()
-    arguments = ["bench", "readme", "--results", str(results)]
+    arguments = ["readme", "--results", str(results)]
     assert runner.invoke(app, [*arguments, "--check"]).exit_code == 1
     assert runner.invoke(app, arguments).exit_code == 0
     assert (results.parent / "README.md").read_text() == render_readme(results)

@@ -12,7 +12,11 @@ from collections import Counter
 import msgspec
 import pytest
 
-from memserve.bench.soak import (
+from evaluation.soak.client import Outcome, _whole
+from evaluation.soak.cluster import to_toml
+from evaluation.soak.load import KindTally, described
+from evaluation.soak.page import over_time, soak_tables, verdict
+from evaluation.soak.run import (
     TOLERANCES,
     QuietLook,
     Sample,
@@ -20,12 +24,9 @@ from memserve.bench.soak import (
     default_cluster,
     record_of,
 )
-from memserve.bench.soak_client import Outcome, _whole
-from memserve.bench.soak_cluster import to_toml
-from memserve.bench.soak_load import KindTally, described
-from memserve.bench.soak_page import drawn, soak_tables, verdict
-from memserve.bench.trend import Tolerance, theil_sen, trend_of
-from memserve.bench.vitals import Life, Vitals, name_of, process_tree, vitals
+from evaluation.soak.trend import Tolerance, theil_sen, trend_of
+from evaluation.soak.vitals import Life, Vitals, name_of, process_tree, vitals
+from memserve.bench.plots import draw
 from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelConfig, parse_config
 from memserve.types import Role
 
@@ -119,7 +120,8 @@ def test_a_result_is_sound_or_not_and_can_be_read_back() -> None:
         assert not result(quiet=(look,)).sound
     assert msgspec.json.decode(msgspec.json.encode(result()), type=SoakResult) == result()
     assert soak_tables(result()).renderables
-    assert all(svg.startswith("<svg") for svg in drawn(result()))
+    drawn = draw(*over_time(result()))
+    assert all(f">{plot.title}</text>" in drawn for plot in over_time(result()))
 
 
 def test_this_process_has_vitals() -> None:

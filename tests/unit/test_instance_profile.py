@@ -310,8 +310,9 @@ def test_the_command_fits_checks_and_plots(
     assert profile_table(report).renderables
     write_plot(report, tmp_path / "plots" / "p.svg")
     root = ElementTree.fromstring((tmp_path / "plots" / "p.svg").read_text())
-    circles = root.findall("{http://www.w3.org/2000/svg}circle")
-    assert len(circles) == 2 * 8 + 2  # both models, and the legend
+    svg = "{http://www.w3.org/2000/svg}"
+    points = [g for g in root.iter(f"{svg}g") if g.get("id", "").startswith("PathCollection")]
+    assert [len(list(one.iter(f"{svg}use"))) for one in points] == [8, 8, 1, 1]  # the legend
 
 
 def test_plots_that_cannot_be_are_refused_before_measuring() -> None:

@@ -8,15 +8,12 @@ from typing import Annotated, get_args
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from memserve.bench.environment import capture_environment
-from memserve.bench.html import write_page
 from memserve.bench.measure import measure_repeats
-from memserve.bench.peers.command import peers
-from memserve.bench.report import STDOUT, append_lines, serving_table, write_json
-from memserve.bench.report_cli import paper, readme
+from memserve.bench.pages import write_page
+from memserve.bench.plots import check_matplotlib
+from memserve.bench.report import append_lines, print_or_write, serving_table
 from memserve.bench.scheduler import (
     SchedulerWorkload,
     run_scheduler_bench,
@@ -24,10 +21,8 @@ from memserve.bench.scheduler import (
 )
 from memserve.bench.serve import ServeBenchResult, compare_caching
 from memserve.bench.serving_page import repeats_table, serving_page
-from memserve.bench.soak import SoakConfig, SoakReport, default_cluster, run_soak
-from memserve.bench.soak_page import soak_tables, write_plot
 from memserve.bench.work import ServeBenchConfig, Work, load_sessions
-from memserve.cli_flags import takes_flags
+from memserve.cli_flags import JsonFile, takes_flags
 from memserve.config import (
     ClusterConfig,
     Engine,
@@ -47,22 +42,16 @@ from memserve.models.resolve import Progress, pinned, resolve_model
 from memserve.terminal import progress_lines
 
 app = typer.Typer(no_args_is_help=True, help="Measure, and say on what.")
-app.command()(paper)
-app.command()(peers)
-app.command()(readme)
 
 _Engine = Annotated[
     str, typer.Option("--engine", help="builtin, or vllm: servers on this machine's CPU")
-]
-_Json = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="write JSON; - is standard output")
 ]
 
 
 @app.command()
 @takes_flags(flags_of(ServeBenchConfig), flags_of(ModelConfig))
 def serve(
-    json: _Json = None,
+    json: JsonFile = None,
     lines: Annotated[
         Path | None, typer.Option(help="add a line of JSON for each run to this file")
     ] = None,
@@ -88,6 +77,8 @@ def serve(
     data's texts are.
     """
     config = with_flags(ServeBenchConfig(), given)
+    if html is not None:
+        check_matplotlib()
     cluster, sessions, progress = _prepare(config, cluster_file, ClusterConfig(), given)
     if compare:
         result = asyncio.run(compare_caching(config, cluster, sessions, progress))
@@ -99,16 +90,16 @@ def serve(
     if html is not None:
         write_page(html, serving_page(capture_environment(), config, result.runs))
     if config.repeats > 1:
-        _report(json, config, result, repeats_table(result.runs))
+        print_or_write(json, config, result, repeats_table(result.runs))
     else:
         columns = [(run.name, run.summary) for run in result.runs]
-        _report(json, config, result, serving_table(columns))
+        print_or_write(json, config, result, serving_table(columns))
 
 
 @app.command()
 @takes_flags(flags_of(ServeBenchConfig, ("url",)), flags_of(ModelConfig))
 def caching(
-    json: _Json = None,
+    json: JsonFile = None,
     cluster_file: Annotated[
         Path | None,
         typer.Option("--cluster", help="TOML; default: a prefill and a decode instance"),
@@ -126,13 +117,13 @@ def caching(
     cluster, sessions, progress = _prepare(config, cluster_file, default, given)
     cluster = _with_engine(cluster, engine)
     result = asyncio.run(compare_steps(config, cluster, sessions, progress))
-    _report(json, config, result, caching_table(result))
+    print_or_write(json, config, result, caching_table(result))
 
 
 @app.command()
 @takes_flags(flags_of(ServeBenchConfig, ("url",)), flags_of(ModelConfig))
 def policies(
-    json: _Json = None,
+    json: JsonFile = None,
     cluster_file: Annotated[
         Path | None,
         typer.Option("--cluster", help="TOML; its first [[instance]] is what each looks like"),
@@ -152,7 +143,7 @@ def policies(
     cluster, sessions, progress = _prepare(config, cluster_file, ClusterConfig(), given)
     cluster = _with_engine(cluster, engine)
     result = asyncio.run(compare_policies(config, cluster, names, sessions, progress))
-    _report(json, config, result, policies_table(result))
+    print_or_write(json, config, result, policies_table(result))
 
 
 def _with_engine(cluster: ClusterConfig, engine: str) -> ClusterConfig:
@@ -161,7 +152,7 @@ def _with_engine(cluster: ClusterConfig, engine: str) -> ClusterConfig:
         raise ConfigError(f"--engine {engine}: {' or '.join(get_args(Engine))}")
     if engine == "builtin":
         return cluster
-    from memserve.bench.peers.tiers import as_vllm
+    from memserve.bench.vllm_engine import as_vllm
 
     return msgspec.structs.replace(cluster, instance=as_vllm(cluster.instance))
 
@@ -190,23 +181,23 @@ class PoolBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 @app.command()
 @takes_flags(flags_of(PoolBenchConfig))
-def pool(json: _Json = None, *, given: Given) -> None:
+def pool(json: JsonFile = None, *, given: Given) -> None:
     """Time the memory pool's calls, beside an index of block hashes, and its eviction."""
     from memserve.bench.pool import PoolWorkload, pool_bench_table, run_pool_bench
 
     config = with_flags(PoolBenchConfig(), given)
     workload = PoolWorkload(**msgspec.structs.asdict(config))
     report = run_pool_bench(workload, progress=progress_lines())
-    _report(json, config, report, pool_bench_table(report))
+    print_or_write(json, config, report, pool_bench_table(report))
 
 
 @app.command()
 @takes_flags(flags_of(SchedulerWorkload))
-def scheduler(json: _Json = None, *, given: Given) -> None:
+def scheduler(json: JsonFile = None, *, given: Given) -> None:
     """Time the scheduler's decisions: every policy, colocated and with roles apart."""
     workload = with_flags(SchedulerWorkload(), given)
     report = run_scheduler_bench(workload, progress=progress_lines())
-    _report(json, workload, report, scheduler_bench_table(report))
+    print_or_write(json, workload, report, scheduler_bench_table(report))
 
 
 class EngineBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,7 +210,7 @@ class EngineBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 @app.command()
 @takes_flags(flags_of(ModelConfig, ("served_name", "max_model_len")), flags_of(EngineBenchConfig))
-def engine(json: _Json = None, *, given: Given) -> None:
+def engine(json: JsonFile = None, *, given: Given) -> None:
     """Time the engine alone, in turns with Transformers' generate: prefill and decode."""
     from memserve.bench.engine import engine_bench_table, run_engine_bench
     from memserve.instance.build import choose_device, wanted_dtype
@@ -239,31 +230,7 @@ def engine(json: _Json = None, *, given: Given) -> None:
         repeats=config.repeats,
         progress=progress,
     )
-    _report(json, wanted, report, engine_bench_table(report))
-
-
-class PrefillBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Which prompts are computed."""
-
-    threads: Annotated[Positive | None, doc("default: one for each core")] = None
-    max_batch_tokens: Annotated[Positive, doc("as the instances' setting")] = 2048
-    longest: Annotated[Positive, doc("tokens; shorter ones are quarters of it")] = 4096
-    repeats: Annotated[Positive, doc("of every prompt, in turns; figures are medians")] = 3
-
-
-@app.command()
-@takes_flags(flags_of(ModelConfig, ("served_name", "max_model_len")), flags_of(PrefillBenchConfig))
-def prefill(json: _Json = None, *, given: Given) -> None:
-    """Time prompts of several lengths of which more and more is cached, on the engine alone."""
-    from memserve.bench.own_engine import load_own_engine
-    from memserve.bench.prefill import prefill_bench_table, run_prefill_bench
-
-    wanted = with_flags(ModelConfig(), given)
-    config = with_flags(PrefillBenchConfig(), given)
-    progress = progress_lines()
-    own = load_own_engine(wanted, config.threads, config.max_batch_tokens, progress)
-    report = run_prefill_bench(own, config.longest, config.repeats, progress)
-    _report(json, config, report, prefill_bench_table(report))
+    print_or_write(json, wanted, report, engine_bench_table(report))
 
 
 class TransferBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -276,7 +243,7 @@ class TransferBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 @app.command()
 @takes_flags(flags_of(TransferBenchConfig))
-def transfer(json: _Json = None, *, given: Given) -> None:
+def transfer(json: JsonFile = None, *, given: Given) -> None:
     """Time the paths between pools, beside memcpy and a socket, and what layouts cost."""
     from memserve.bench.transfer import run_transfer_bench, transfer_bench_table
 
@@ -287,7 +254,7 @@ def transfer(json: _Json = None, *, given: Given) -> None:
         link=config.link,
         progress=progress_lines(),
     )
-    _report(json, config, report, transfer_bench_table(report))
+    print_or_write(json, config, report, transfer_bench_table(report))
 
 
 class GatewayBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -304,62 +271,11 @@ class GatewayBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 @app.command()
 @takes_flags(flags_of(GatewayBenchConfig))
-def gateway(json: _Json = None, *, given: Given) -> None:
+def gateway(json: JsonFile = None, *, given: Given) -> None:
     """Take a gateway's CPU time per request and chunk, beside other routers if installed."""
     from memserve.bench.gateway import GatewayWorkload, gateway_bench_table, run_gateway_bench
 
     config = with_flags(GatewayBenchConfig(), given)
     workload = GatewayWorkload(**msgspec.structs.asdict(config))
     report = run_gateway_bench(workload, progress_lines())
-    _report(json, config, report, gateway_bench_table(report))
-
-
-@app.command()
-@takes_flags(flags_of(SoakConfig), flags_of(ModelConfig))
-def soak(
-    json: _Json = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="plots over time: .html or .svg")
-    ] = None,
-    log: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="where the cluster's output goes")
-    ] = None,
-    cluster_file: Annotated[
-        Path | None,
-        typer.Option("--cluster", help="TOML; default: an instance of each role, float32"),
-    ] = None,
-    *,
-    given: Given,
-) -> None:
-    """Load a whole cluster with a bit of everything, and watch what its processes hold.
-
-    It is `memserve up` that runs, as a process of its own. Exit code 1: an answer was wrong or
-    missing, a block leaked, or a process grew. In float32 equal prompts have equal answers,
-    whoever computes them and beside whom; other formats may differ in near ties. Ctrl-C ends it
-    early, with what there is by then.
-    """
-    config = with_flags(SoakConfig(), given)
-    progress = progress_lines()
-    file = (
-        load_config(cluster_file)
-        if cluster_file
-        else ClusterConfig(model=ModelConfig(dtype="float32"), instance=default_cluster())
-    )
-    wanted = with_flags(file.model, given)
-    cluster = msgspec.structs.replace(file, model=pinned(wanted, resolve_model(wanted, progress)))
-    check_config(cluster)
-    result = asyncio.run(run_soak(config, cluster, progress, log=log))
-    if plot is not None:
-        write_plot(plot, SoakReport.of(config, result))
-    if json is not None:
-        write_json(json, config, result)
-    if json != STDOUT:
-        Console().print(soak_tables(result))
-    raise typer.Exit(0 if result.sound else 1)
-
-
-def _report(json: str | None, config: msgspec.Struct, result: msgspec.Struct, table: Table) -> None:
-    if json is None:
-        Console().print(table)
-    else:
-        write_json(json, config, result)
+    print_or_write(json, config, report, gateway_bench_table(report))

@@ -1,16 +1,37 @@
-"""Plots as inline SVG, without a library: they take their colours from the page (`html`)."""
+"""Plots as SVG documents, drawn by matplotlib."""
 
 from __future__ import annotations
 
-import math
+import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from html import escape
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-_WIDTH, _HEIGHT = 330, 210  # of the area that is plotted in, pixels
-_LEFT, _RIGHT, _TOP, _BELOW = 56, 12, 30, 44
-_LEGEND = 18  # pixels of a line
-_TICKS = 5
+import numpy as np
+
+from memserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SIZE = (4.2, 3.2)  # inches of one plot
+_SQUARE = (6.0, 6.0)
+_BAND = 0.1  # relative, on both sides of a scatter plot's diagonal
+# Lines are told apart by people who see red and green alike, too. Equal plots are equal files.
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "memserve",
+    "text.parse_math": False,  # names may have a dollar in them
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.color": "#d9dde3",
+    "legend.fontsize": 8,
+}
+COLOURS = ("#0b62a8", "#c4570c", "#1d7f4e", "#8a3fa0", "#8f6a00", "#c2255c")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,106 +50,103 @@ class Line:
 
     name: str
     points: tuple[Point, ...]
-    steps: bool = False  # without marks, as of a distribution
-
-
-def line_plot(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
-    """An SVG element: both axes linear, the vertical one from 0. Empty without points."""
-    points = [point for line in lines for point in line.points]
-    if not points:
-        return ""
-    highest = max(max(p.y, p.high or p.y) for p in points)
-    axes = _Axes(
-        min(p.x for p in points), max(p.x for p in points), 0.0, highest if highest > 0 else 1.0
-    )
-    return _plot(title, x_label, y_label, axes, lines)
-
-
-def distribution_plot(
-    title: str, x_label: str, series: Sequence[tuple[str, Sequence[float]]]
-) -> str:
-    """Cumulative distributions: the share of values (y) that are at most x."""
-    lines = []
-    for name, values in series:
-        ordered = sorted(values)
-        shares = (Point(x, (i + 1) / len(ordered)) for i, x in enumerate(ordered))
-        lines.append(Line(name, tuple(shares), steps=True))
-    return line_plot(title, x_label, "share", lines)
+    marks: bool = True  # at each point, with its interval
 
 
 @dataclass(frozen=True, slots=True)
-class _Axes:
-    left: float
-    right: float
-    bottom: float
-    top: float
+class Plot:
+    """Lines over linear axes, the vertical one from 0."""
 
-    def x(self, value: float) -> float:
-        width = self.right - self.left
-        return _LEFT + (_WIDTH * (value - self.left) / width if width else _WIDTH / 2)
-
-    def y(self, value: float) -> float:
-        part = (value - self.bottom) / (self.top - self.bottom)
-        return _TOP + _HEIGHT * (1 - part)
+    title: str
+    x_label: str
+    y_label: str
+    lines: tuple[Line, ...]
 
 
-def _plot(title: str, x_label: str, y_label: str, axes: _Axes, lines: Sequence[Line]) -> str:
-    width = _LEFT + _WIDTH + _RIGHT
-    below = _TOP + _HEIGHT + _BELOW
-    height = below + _LEGEND * len(lines)
-    middle = _LEFT + _WIDTH / 2
-    parts = [
-        f'<svg class="plot" role="img" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}"><title>{escape(title)}</title>',
-        f'<text x="{middle}" y="18" class="name">{escape(title)}</text>',
-        f'<text x="{middle}" y="{below - 8}" class="axis">{escape(x_label)}</text>',
-        f'<text transform="translate(12 {_TOP + _HEIGHT / 2}) rotate(-90)" class="axis">'
-        f"{escape(y_label)}</text>",
-        *_grid(axes),
-    ]
-    for number, line in enumerate(lines):
-        parts += [
-            f'<g class="line s{number % COLOURS}">',
-            *_drawn(axes, line),
-            f'<path d="M{_LEFT} {below + _LEGEND * number + 4}h18"/>',
-            f'<text x="{_LEFT + 26}" y="{below + _LEGEND * number + 8}">{escape(line.name)}</text>',
-            "</g>",
-        ]
-    return "".join((*parts, "</svg>"))
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Points of a scatter plot, all > 0."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
 
 
-def _grid(axes: _Axes) -> Iterator[str]:
-    bottom = _TOP + _HEIGHT
-    for value in ticks(axes.bottom, axes.top):
-        y = axes.y(value)
-        yield f'<path class="grid" d="M{_LEFT} {y:.1f}h{_WIDTH}"/>'
-        yield f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="left">{value:g}</text>'
-    for value in ticks(axes.left, axes.right):
-        yield f'<text x="{axes.x(value):.1f}" y="{bottom + 16}" class="axis">{value:g}</text>'
-    yield f'<path class="frame" d="M{_LEFT} {_TOP}V{bottom}h{_WIDTH}"/>'
+def check_matplotlib() -> None:
+    """Raises ConfigError if no plot can be drawn, to be called before anything is measured."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib: pip install 'memserve[bench]'")
 
 
-def _drawn(axes: _Axes, line: Line) -> Iterator[str]:
-    at = [(axes.x(p.x), axes.y(p.y)) for p in line.points]
-    yield f'<path d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in at)}"/>'
-    if line.steps:
-        return
-    for point, (x, y) in zip(line.points, at, strict=True):
-        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>'
-        if point.low is not None and point.high is not None:
-            low, high = axes.y(max(axes.bottom, point.low)), axes.y(point.high)
-            yield f'<path class="range" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
+def distribution(title: str, unit: str, series: Sequence[tuple[str, Sequence[float]]]) -> Plot:
+    """Cumulative distributions: the share of values (y) that are at most x."""
+    lines = []
+    for name, values in series:
+        shares = np.arange(1, len(values) + 1) / max(1, len(values))
+        points = (Point(x, float(y)) for x, y in zip(sorted(values), shares, strict=True))
+        lines.append(Line(name, tuple(points), marks=False))
+    return Plot(title, unit, "share", tuple(lines))
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """A handful of round numbers from `low` to `high`."""
-    if high <= low:
-        return [low]
-    rough = (high - low) / _TICKS
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * d for d in (1, 2, 5, 10) if power * d >= rough)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
+def draw(*plots: Plot) -> str:
+    """An SVG document with the plots below each other. Raises ConfigError without matplotlib."""
+    check_matplotlib()
+    with _figure((_SIZE[0], _SIZE[1] * len(plots))) as figure:
+        for axes, plot in zip(figure.subplots(len(plots), squeeze=False)[:, 0], plots, strict=True):
+            _draw_lines(axes, plot)
+        return _svg(figure)
 
 
-COLOURS = 6  # classes s0, s1, ... that a page must give colours to
+def draw_scatter(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> str:
+    """An SVG document: logarithmic axes, the diagonal, and a band of 10 % around it. Raises
+    ConfigError without matplotlib."""
+    check_matplotlib()
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    values = [value for one in series for value in (*one.x, *one.y)]
+    ends = np.array([min(values) / 1.5, max(values) * 1.5])
+    with _figure(_SQUARE) as figure:
+        axes = figure.subplots()
+        for one, colour in zip(series, COLOURS, strict=False):
+            axes.scatter(one.x, one.y, color=colour, alpha=0.7, label=one.name, zorder=3)
+        axes.plot(ends, ends, color="#666666", linewidth=1)
+        axes.fill_between(ends, ends * (1 - _BAND), ends * (1 + _BAND), color="#99aaaa", alpha=0.3)
+        axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+        axes.set(title=title, xlabel=x_label, ylabel=y_label)
+        axes.legend()
+        return _svg(figure)
+
+
+@contextmanager
+def _figure(size: tuple[float, float]) -> Iterator[Figure]:
+    """An empty figure, in the style of all plots until the context ends."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        yield Figure(figsize=size, layout="constrained")
+
+
+def _draw_lines(axes: Axes, plot: Plot) -> None:
+    for number, line in enumerate(plot.lines):
+        colour = COLOURS[number % len(COLOURS)]
+        x, y = [p.x for p in line.points], [p.y for p in line.points]
+        marker = "o" if line.marks else ""
+        axes.plot(x, y, color=colour, marker=marker, markersize=4, label=line.name)
+        for p in line.points:
+            if line.marks and p.low is not None and p.high is not None:
+                axes.vlines(p.x, max(0.0, p.low), p.high, color=colour, linewidth=1)
+    axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
+    axes.set_ylim(bottom=0)
+    if plot.lines:
+        axes.legend()
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from rich.console import Group
 from rich.table import Table
 
+from memserve.bench.plots import Series, check_matplotlib, draw_scatter
 from memserve.bench.profile_cli import ProfileConfig
-from memserve.bench.scatter import Series, scatter_svg
 from memserve.errors import ConfigError
+from memserve.instance.fit import ArchitectureLevel, fit_costs, relative_errors
 from memserve.instance.profiling import MOST_WAITED, ProfiledEngine, take_measurements
 from memserve.scheduler.cost_model import CostModel
-from memserve.scheduler.fit import ArchitectureLevel, fit_costs, relative_errors
 from memserve.scheduler.measurements import Measurements, PrefillPoint
 from memserve.scheduler.profiles import Profile, ProfileStore, make_profile
 
@@ -198,12 +198,13 @@ def check_plot(path: Path, config: ProfileConfig) -> None:
         raise ConfigError(f"--plot {path}: an .svg file is written")
     if not config.held_out:
         raise ConfigError(f"--plot {path}: there is nothing to plot without held-out points")
+    check_matplotlib()
 
 
 def write_plot(report: ProfileReport, path: Path) -> None:
     """Predicted against measured times of the held-out points, as SVG."""
     measured = [point.measured for point in report.checked]
-    svg = scatter_svg(
+    svg = draw_scatter(
         f"{report.profile.subject.architecture.name}: prefill, points held out",
         "measured seconds",
         "predicted seconds",

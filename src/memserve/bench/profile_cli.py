@@ -7,10 +7,9 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 
-from memserve.bench.report import write_json
-from memserve.cli_flags import takes_flags
+from memserve.bench.report import print_or_write
+from memserve.cli_flags import JsonFile, takes_flags
 from memserve.config import ModelConfig, NonNegative, Positive, doc
 from memserve.flags import Given, flags_of, with_flags
 from memserve.terminal import progress_lines
@@ -27,9 +26,7 @@ class ProfileConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 @takes_flags(flags_of(ModelConfig, ("served_name", "max_model_len")), flags_of(ProfileConfig))
 def profile(
-    json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="write JSON; - is standard output")
-    ] = None,
+    json: JsonFile = None,
     plot: Annotated[
         Path | None, typer.Option(help="write predicted against measured times as SVG")
     ] = None,
@@ -50,7 +47,5 @@ def profile(
     report = run_profile(engine, config, ProfileStore(), progress)
     if plot is not None:
         write_plot(report, plot)
-    if json is None:
-        Console().print(profile_table(report))
-    else:
-        write_json(json, msgspec.structs.replace(config, threads=engine.settings.threads), report)
+    used = msgspec.structs.replace(config, threads=engine.settings.threads)
+    print_or_write(json, used, report, profile_table(report))

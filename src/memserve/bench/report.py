@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from memserve.bench.environment import Environment, capture_environment
@@ -150,6 +151,16 @@ class _Report(msgspec.Struct, frozen=True):
     result: msgspec.Struct
 
 
+def print_or_write(
+    json: str | None, config: msgspec.Struct, result: msgspec.Struct, shown: RenderableType
+) -> None:
+    """Print a table of the result, or write it as JSON to the file `json`."""
+    if json is None:
+        Console().print(shown)
+    else:
+        write_json(json, config, result)
+
+
 def write_json(destination: str, config: msgspec.Struct, result: msgspec.Struct) -> None:
     """Write a result with its settings and its environment; "-" is standard output."""
     report = _report(config, result)
@@ -171,7 +182,10 @@ def append_lines(path: Path, config: msgspec.Struct, results: Sequence[msgspec.S
 
 
 def _report(config: msgspec.Struct, result: msgspec.Struct) -> _Report:
-    return _Report(("memserve", *sys.argv[1:]), capture_environment(), config, result)
+    program = Path(sys.argv[0])
+    module = ("python", "-m", program.parent.name)  # `python -m evaluation`
+    words = module if program.name == "__main__.py" else (program.name,)
+    return _Report((*words, *sys.argv[1:]), capture_environment(), config, result)
 
 
 def serving_table(columns: Sequence[tuple[str, ServingSummary]]) -> Table:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 
 from memserve.bench.environment import Environment
-from memserve.bench.html import heading, page, paragraph, plots, table
 from memserve.bench.loadgen import RequestRecord
 from memserve.bench.measure import ServeRun
-from memserve.bench.plots import distribution_plot
+from memserve.bench.pages import render_page
+from memserve.bench.plots import Plot, distribution
 from memserve.bench.report import (
     Distribution,
     ServingSummary,
@@ -39,32 +39,25 @@ def serving_page(
 ) -> str:
     """A whole document."""
     done = {name: _requests(runs, name) for name in names_of(runs)}
-    how = (
+    arrivals = (
         f"{config.concurrency} sessions at a time (closed loop)"
         if config.concurrency
         else f"{config.rate:g} sessions begin per second (Poisson)"
     )
-    return page(
-        f"memserve bench serve: {config.workload}",
+    return render_page(
+        "serving.html",
         environment,
-        (
-            paragraph(f"{config.sessions} sessions, {how}, {config.repeats} repeats."),
-            heading("Over the repeats"),
-            paragraph("Means of runs with 95 % intervals (Student's t)."),
-            table(repeats_table(runs)),
-            plots(
-                (
-                    _distribution("Time to first token", done, _first_token),
-                    _distribution("Job completion time", done, lambda r: [r.end - r.scheduled]),
-                    _distribution("Time per output token", done, _per_token),
-                    _distribution("Between tokens", done, inter_token_times),
-                )
-            ),
-            heading("Each run"),
-            table(serving_table([(_title(run), run.summary) for run in runs])),
-            heading("Processes"),
-            table(processes_table(runs)),
+        config=config,
+        arrivals=arrivals,
+        repeats=repeats_table(runs),
+        distributions=(
+            _distribution("Time to first token", done, _first_token),
+            _distribution("Job completion time", done, lambda r: [r.end - r.scheduled]),
+            _distribution("Time per output token", done, _per_token),
+            _distribution("Between tokens", done, inter_token_times),
         ),
+        runs=serving_table([(_title(run), run.summary) for run in runs]),
+        processes=processes_table(runs),
     )
 
 
@@ -128,12 +121,12 @@ def _distribution(
     title: str,
     done: dict[str, list[RequestRecord]],
     values: Callable[[RequestRecord], Sequence[float]],
-) -> str:
+) -> Plot:
     series = [
         (name, [value for record in records for value in values(record)])
         for name, records in done.items()
     ]
-    return distribution_plot(title, "s", [one for one in series if one[1]])
+    return distribution(title, "s", [one for one in series if one[1]])
 
 
 def _first_token(record: RequestRecord) -> list[float]:

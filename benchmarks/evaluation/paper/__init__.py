@@ -1,0 +1,1 @@
+"""The paper's evaluation on this machine, and simulated on its own hardware."""

@@ -1,0 +1,1 @@
+"""What people use today, measured beside ours. `make peers-install` installs it."""

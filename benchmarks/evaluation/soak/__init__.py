@@ -1,0 +1,1 @@
+"""A whole cluster under mixed load for hours."""

@@ -1,1 +1,0 @@
-"""What people use today, measured beside ours. `make peers` installs it."""
