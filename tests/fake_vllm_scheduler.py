@@ -442,7 +442,7 @@ class FakeVllm:
         """Every block of the index holds what it must; how many there are."""
         self.pool.check_integrity()
         stats = self.pool.stats()
-        assert (stats.dram.active, stats.dram.pinned, stats.dram.orphan) == (0, 0, 0)
+        assert (stats.dram.active, stats.dram.pinned, stats.dram.detached) == (0, 0, 0)
         assert stats.matches == 0
         (extent,) = self.pool.extents(Medium.DRAM)
         memory = extent.memory.numpy().reshape(extent.blocks, len(LAYERS), RANKS, PAGE)

@@ -382,7 +382,7 @@ class FakeCluster:
         shutdown = Shutdown()
 
         async def drain() -> None:
-            instance.standing.end()
+            instance.lifecycle.end()
             await shutdown.wait_for(instance.idle(), 30)
 
         self.urls.append(url_of(sock))

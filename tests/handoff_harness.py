@@ -205,7 +205,7 @@ async def node(
     sock, shutdown = bind("127.0.0.1", 0), Shutdown()
 
     async def drain() -> None:
-        instance.standing.end()
+        instance.lifecycle.end()
         await shutdown.wait_for(instance.idle(), PATIENCE)
 
     handler = handler_of(instance, cluster_secret(), sock)

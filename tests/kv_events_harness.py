@@ -98,7 +98,7 @@ async def publishing(
     sock, shutdown = bind("127.0.0.1", 0), Shutdown()
 
     async def drain() -> None:
-        instance.standing.drain()
+        instance.lifecycle.drain()
 
     handler = handler_of(instance, cluster_secret(), sock)
     serving = asyncio.create_task(serve_http(handler, sock, shutdown, drain, MAX_BODY_BYTES))

@@ -9,7 +9,7 @@ import msgspec
 from evaluation.paper.matrix import Cell, CellRun, PaperConfig, groups, step_groups
 from memserve.bench.loadgen import LoadResult, RequestRecord
 from memserve.bench.measure import ServeRun
-from memserve.bench.processes import ProcessFigures
+from memserve.bench.processes import ProcessStats
 from memserve.bench.report import summarise
 from memserve.config import ModelConfig
 
@@ -27,7 +27,7 @@ def made_up_run(cell: Cell, ttft: float, busy: float = 0.5) -> CellRun:
     times = (ttft, ttft + gap, ttft + 2 * gap)
     request = RequestRecord("s", 0, 0.0, 0.0, ttft, times, times[-1], 100, 50, 3, None)
     records = (request, msgspec.structs.replace(request, turn=1))
-    processes = (ProcessFigures("prefill-0", busy * times[-1], 10**9),)
+    processes = (ProcessStats("prefill-0", busy * times[-1], 10**9),)
     summary = summarise(LoadResult(records, 0))
     run = ServeRun(cell.topology, "m", None, summary, records, cell.repeat, 0, processes)
     return CellRun(cell, run)

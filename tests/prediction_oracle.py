@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from memserve.scheduler.contract import PromptRequest
-from memserve.scheduler.line import Line
+from memserve.scheduler.instance_load import InstanceLoad
 from memserve.scheduler.load import MAX_ROWS, Load
 from memserve.types import InstanceId
 
@@ -61,11 +61,11 @@ class Oracle:
         for at in range(len(self.here)):
             self.predict(at, sources)
 
-    def usable(self, tokens: int, line: Line) -> int:
+    def usable(self, tokens: int, line: InstanceLoad) -> int:
         most = min(tokens, max(self.prompt - 1, 0))
         return most - most % line.spec.block_tokens
 
-    def sure(self, line: Line, held: int) -> int:
+    def sure(self, line: InstanceLoad, held: int) -> int:
         for waiting in line.prefills.values():
             if waiting.cached_tokens < held <= len(waiting.tokens):
                 same = np.array_equal(waiting.tokens[:held], self.request.tokens[:held])
@@ -90,7 +90,7 @@ class Oracle:
         path = "shm" if near else "nixl"
         return float(spec.costs.transfer_seconds(num_bytes, -(-tokens // block_tokens), path))
 
-    def batch(self, line: Line) -> tuple[int, int, float, float]:
+    def batch(self, line: InstanceLoad) -> tuple[int, int, float, float]:
         """Sequences that decode, and that will; tokens of each, and of each to come."""
         others = line.other_running
         running, batch = line.decoding + others, line.answers + others
@@ -100,13 +100,13 @@ class Oracle:
         output = line.output_tokens + others * self.load._typical_output
         return running, batch, context / batch, output / (2 * batch)
 
-    def step(self, line: Line, sequences: int, more: float) -> float:
+    def step(self, line: InstanceLoad, sequences: int, more: float) -> float:
         _, batch, each, _ = self.batch(line)
         fitting = min(sequences, line.spec.max_running)
         context = each * min(fitting, batch) + more
         return float(line.spec.costs.decode_step_seconds(fitting, context))
 
-    def left(self, line: Line) -> list[float]:
+    def left(self, line: InstanceLoad) -> list[float]:
         left = [*line.queue.left(), *[self.load._typical_prefill] * line.other_prefills]
         if len(left) > MAX_ROWS:
             left[MAX_ROWS - 1 :] = [sum(left[MAX_ROWS - 1 :])]
@@ -170,7 +170,7 @@ class Oracle:
                 until = line.residents.wait(excess, there, step, self.now)
                 here.queue = max(here.queue, until)
 
-    def left_unchanged(self, line: Line) -> list[float]:
+    def left_unchanged(self, line: InstanceLoad) -> list[float]:
         """The queue when it last changed."""
         return [*line.queue.left(), *[self.load._typical_prefill] * line.other_prefills]
 

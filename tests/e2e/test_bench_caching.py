@@ -41,7 +41,7 @@ def test_every_step_reports_what_it_cached_and_sent(tmp_path: Path) -> None:
         assert [turn["requests"] for turn in run["turns"]] == [2, 2, 2]
         assert (handoff["asked"], handoff["failed"]) == (8, 0)  # two of them warm up
         assert handoff["blocks_received"] > 0
-        assert (handoff["blocks_spared"] > 0) == (caching in ("pd", "full"))
+        assert (handoff["blocks_already_present"] > 0) == (caching in ("pd", "full"))
         assert (handoff["blocks_returned"] > 0) == (caching == "full")
     last = {caching: run["turns"][-1]["cached_ratio"] for caching, run in runs.items()}
     # Random answers are other tokens once they have been text, so that giving them back may not

@@ -147,5 +147,5 @@ def test_conversations_are_those_of_generate(
     assert (cached_tokens > 0) == (caching != "off")
     assert (pool["swapped_out"] > 0) == (caching != "off")
     assert (pool["evictions"] > 0) == (caching != "off")
-    assert (handoff["blocks_spared"] > 0) == (caching in ("pd", "full"))
+    assert (handoff["blocks_already_present"] > 0) == (caching in ("pd", "full"))
     assert (handoff["returns"] > 0) == (caching == "full")

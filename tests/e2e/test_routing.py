@@ -154,7 +154,7 @@ async def front(model: Path, *nodes: Node, policy: Policy = "prompt-tree") -> As
             await made.until_equal(*nodes)
             yield made
             assert made.router.scheduler.load.reserved == 0
-            assert not made.router.desk._tickets
+            assert not made.router.queue._tickets
         finally:
             shutdown.request()
             shutdown.request()

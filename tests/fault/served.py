@@ -77,7 +77,7 @@ class State:
     running: int
     waiting: int
     steps: int
-    held: int  # blocks: active, pinned, orphaned
+    held: int  # blocks: active, pinned, detached
     matches: int
     outgoing: int  # transfers
     quarantined: int  # blocks
@@ -177,7 +177,7 @@ def _instance(what: InstanceProcess, ready_fd: int) -> tuple[Callable[[], Any], 
             running=engine.running,
             waiting=engine.waiting,
             steps=engine.steps,
-            held=sum(medium.active + medium.pinned + medium.orphan for medium in media),
+            held=sum(medium.active + medium.pinned + medium.detached for medium in media),
             matches=stats.matches,
             outgoing=peers.outgoing,
             quarantined=peers.quarantined,

@@ -233,7 +233,7 @@ def test_machine_code_computes_what_python_does(asked: Asked) -> None:
         asked.predict(candidates)
         scores = candidates.weigh(first_token=1.0, decode=0.1, delays=1.0, stalls=0.1)
         ranking = Ranking.of(candidates, scores, candidates.least(scores))
-        return [*ranking.figures.tolist(), *ranking.seconds.tolist()]
+        return [*ranking.stats.tolist(), *ranking.seconds.tolist()]
 
     compiled = figures()
     with as_python():

@@ -133,7 +133,7 @@ def check_load(load: Load) -> None:
     for at, line in enumerate(load.lines):
         assert load.slots[line.spec.id] == line.slot == at
         assert line.answers >= line.decoding >= 0
-        figures = load.figures[at]
+        figures = load.stats[at]
         assert figures[kernels.RUNNING] == line.decoding + line.other_running
         assert figures[kernels.BATCH] == line.answers + line.other_running
         assert min(line.context_tokens, line.output_tokens) >= 0

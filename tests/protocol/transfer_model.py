@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from memserve.transfer.destination_session import DestinationSession
 from memserve.transfer.messages import (
-    WORD_BYTES,
+    WIRE_REF_BYTES,
     Drained,
     Failure,
     Prepare,
@@ -68,7 +68,8 @@ class Memory:
 
     def words(self, indices: list[int]) -> bytes:
         return b"".join(
-            (at | self.blocks[at].generation << 8).to_bytes(WORD_BYTES, "little") for at in indices
+            (at | self.blocks[at].generation << 8).to_bytes(WIRE_REF_BYTES, "little")
+            for at in indices
         )
 
     def free(self, indices: list[int]) -> None:
@@ -143,9 +144,9 @@ class Memory:
     def revoke(self, peer: Owner, number: int) -> None:
         self.free(self.grants.pop((peer, number), []))
 
-    def land(self, words: bytes, contents: list[Content], incarnation_of: object) -> None:
+    def land(self, words: bytes, contents: list[Content], attempt_of: object) -> None:
         for at in range(len(contents)):
-            word = int.from_bytes(words[at * WORD_BYTES : (at + 1) * WORD_BYTES], "little")
+            word = int.from_bytes(words[at * WIRE_REF_BYTES : (at + 1) * WIRE_REF_BYTES], "little")
             block = self.blocks[word & 0xFF]
             assert block.generation == word >> 8, "a write landed in a block that was freed"
             assert isinstance(block.holder, DestinationSession), "written to when published"
@@ -250,7 +251,7 @@ class World:
         """Bytes arrive; in nobody's memory if the process has ended."""
         life = self.life_of(copy.peer)
         if life.alive:
-            life.memory.land(copy.write.words, copy.contents(), copy.session)
+            life.memory.land(copy.write.wire_refs, copy.contents(), copy.session)
 
     def end_copy(self, copy: Copy, failure: Failure | None, drained: Drained) -> None:
         self.copies.remove(copy)

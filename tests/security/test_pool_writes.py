@@ -30,7 +30,7 @@ from memserve.transfer.messages import (
     Prepared,
     Refused,
     SessionMessage,
-    to_words,
+    to_wire_refs,
 )
 from memserve.transfer.process import own_process
 from memserve.transfer.regions import host_id
@@ -93,7 +93,7 @@ class Stranger:
             tokens=to_wire(TOKENS[: 4 * (3 if target is None else len(target))])
             if tokens
             else None,
-            target=None if target is None else to_words(target),
+            target=None if target is None else to_wire_refs(target),
         )
 
 
@@ -121,14 +121,14 @@ def test_three_messages_publish_nothing() -> None:
         prepare = stranger.prepare()
         prepared = stranger.ask(prepare)
         assert isinstance(prepared, Prepared)
-        answer = stranger.ask(Commit(prepare.number, prepared.incarnation))
+        answer = stranger.ask(Commit(prepare.number, prepared.attempt))
         assert isinstance(answer, Aborted)
         assert answer.failure is not None
         assert answer.failure.kind == "UnwrittenBlocks"
         assert has_nothing(b)
         assert b.stats().hbm.active == 0
         assert b.peer_stats().unwritten == 1
-        again = stranger.ask(Commit(prepare.number, prepared.incarnation))
+        again = stranger.ask(Commit(prepare.number, prepared.attempt))
         assert isinstance(again, Aborted)
         assert has_nothing(b)
         quiet(b)
@@ -174,7 +174,7 @@ def test_a_target_that_is_not_written_is_not_published() -> None:
         prepare = stranger.prepare(target)
         prepared = stranger.ask(prepare)
         assert isinstance(prepared, Prepared)
-        assert isinstance(stranger.ask(Commit(prepare.number, prepared.incarnation)), Aborted)
+        assert isinstance(stranger.ask(Commit(prepare.number, prepared.attempt)), Aborted)
         assert has_nothing(b)
         b.free_mem(target)
         quiet(b)
@@ -184,7 +184,7 @@ def test_only_what_was_given_to_a_peer_is_its_to_free() -> None:
     with MemPool(LAYOUT, 8, instance="b") as b, stranger_of(b) as stranger:
         engines, public = b.alloc_mem(2, private=True), b.alloc_mem(1)
         for number, refs in enumerate((engines, public)):
-            answer = stranger.ask(wire.FreeBlocks(number, to_words(refs)))
+            answer = stranger.ask(wire.FreeBlocks(number, to_wire_refs(refs)))
             assert isinstance(answer, wire.FreedBlocks)
             assert answer.failure is not None
             assert answer.failure.kind == "NotOwned"
@@ -192,9 +192,9 @@ def test_only_what_was_given_to_a_peer_is_its_to_free() -> None:
         own = stranger.prepare(tokens=False)
         prepared = stranger.ask(own)
         assert isinstance(prepared, Prepared)
-        committed = stranger.ask(Commit(own.number, prepared.incarnation))
+        committed = stranger.ask(Commit(own.number, prepared.attempt))
         assert isinstance(committed, Committed)
-        answer = stranger.ask(wire.FreeBlocks(9, committed.words))
+        answer = stranger.ask(wire.FreeBlocks(9, committed.wire_refs))
         assert answer == wire.FreedBlocks(9)
         assert b.stats().hbm.active == 3
         b.free_mem(np.concatenate((engines, public)))

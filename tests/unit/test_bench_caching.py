@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from memserve.api.figures import RequestFigures
+from memserve.api.request_stats import RequestStats
 from memserve.api.status import HandoffTotals
 from memserve.bench.caching import by_turn, sum_of
 from memserve.bench.loadgen import RequestRecord
 
 
 def record(turn: int, cached: int, first: float, end: float, error: str | None) -> RequestRecord:
-    figures = RequestFigures(cached, cached // 2, 0, 3, 300, 200, 0, 0, 0, 0, 0, 0)
+    figures = RequestStats(cached, cached // 2, 0, 3, 300, 200, 0, 0, 0, 0, 0, 0)
     times = (1.0, 1.0, first, (first, end), end)
     return RequestRecord("s", turn, *times, 100, cached, 2, error, figures)
 

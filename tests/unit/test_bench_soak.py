@@ -104,7 +104,7 @@ def test_processes_are_judged_by_all_their_figures() -> None:
 
 
 def result(**changes: object) -> SoakResult:
-    quiet = QuietLook(10, "decode-1", active=0, orphan=0, pinned=0, cached=7, whole=True)
+    quiet = QuietLook(10, "decode-1", active=0, detached=0, pinned=0, cached=7, whole=True)
     records = (record_of(UP, samples([MB for _ in HOUR])),)
     sound = SoakResult(60, (KindTally("probe", 10, 10),), records, (quiet,), ())
     return msgspec.structs.replace(sound, **changes)
@@ -115,7 +115,7 @@ def test_a_result_is_sound_or_not_and_can_be_read_back() -> None:
     assert not result(kinds=(KindTally("probe", 10, 9, wrong=1),)).sound
     assert not result(kinds=(KindTally("chat", 10, 9, unanswered=1),)).sound
     assert not result(cut_short="memserve up ended").sound
-    for changes in ({"active": 1}, {"orphan": 2}, {"pinned": 3}, {"whole": False}):
+    for changes in ({"active": 1}, {"detached": 2}, {"pinned": 3}, {"whole": False}):
         look = msgspec.structs.replace(result().quiet[0], **changes)
         assert not result(quiet=(look,)).sound
     assert msgspec.json.decode(msgspec.json.encode(result()), type=SoakResult) == result()

@@ -11,7 +11,7 @@ import pytest
 
 _COUNT = """
 import os, time, torch
-from memserve.engine.team import compute_alone, with_team
+from memserve.engine.team import use_one_thread, with_team
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -39,7 +39,7 @@ class TestTeam:
     def test_a_team_is_there_for_its_work_and_no_longer(self) -> None:
         run(
             """
-            compute_alone()
+            use_one_thread()
             before = threads()
             assert product() == before, "alone means without helpers"
             assert with_team(3, product) == before + 3

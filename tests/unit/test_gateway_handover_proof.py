@@ -17,10 +17,10 @@ import pytest
 from aiohttp import web
 
 from memserve.api.errors import unavailable
-from memserve.api.figures import RequestFigures
 from memserve.api.generate import GenerateCall
 from memserve.api.limits import MAX_INT32
 from memserve.api.peer_client import PeerClient
+from memserve.api.request_stats import RequestStats
 from memserve.api.serving import Shutdown, bind, url_of
 from memserve.api.status import (
     InstanceInfo,
@@ -61,7 +61,7 @@ from tests.waiting import until
 KV = "0" * 64
 OTHER_KV = "1" * 64
 P, D = Role.PREFILL, Role.DECODE
-FIGURES = RequestFigures(0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
+FIGURES = RequestStats(0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
 
 class World:

@@ -69,24 +69,24 @@ async def test_guessed_costs_do_not_hold_requests_back(world: Routed) -> None:
     await world.profiled("a")
     calls = [call_of(*range(4000)) for _ in range(64)]
     for call in calls:  # on the machine that is guessed, more than a minute's work
-        await world.router.desk.enter(call, NOBODY, Client().reply)
-    assert world.router.desk.waiting == 0
+        await world.router.queue.enter(call, NOBODY, Client().reply)
+    assert world.router.queue.waiting == 0
     for call in calls:
-        world.router.desk.leave(call.id)
+        world.router.queue.leave(call.id)
     # An instance that says that it is such a machine gets no more than it can do.
     world.profiles["b"] = profile_of("cpu")
     world.member("b")
     await world.profiled("b")
     seconds = world.router.scheduler.whole_prefill_seconds(4000)
-    world.router.desk.resize(1)
+    world.router.queue.resize(1)
     entering = []
-    while not world.router.desk.waiting:
+    while not world.router.queue.waiting:
         call = call_of(*range(4000))
-        entering.append(asyncio.create_task(world.router.desk.enter(call, NOBODY, Client().reply)))
+        entering.append(asyncio.create_task(world.router.queue.enter(call, NOBODY, Client().reply)))
         await asyncio.sleep(0)
     assert len(entering) * seconds > 10.0
     assert len(entering) < 64
-    world.router.desk.stop()
+    world.router.queue.stop()
     await asyncio.wait(entering)
 
 

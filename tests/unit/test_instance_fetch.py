@@ -127,7 +127,7 @@ async def test_a_prefill_instance_may_fetch_what_its_decode_instance_has(
         before = p.engine.stats().computed_prompt_tokens
         assert (await fetching(d, d, prefill=[p])).tokens == [expected]
         assert p.engine.stats().computed_prompt_tokens - before == len(PROMPT) - WHOLE
-        assert (d.totals.blocks_received, d.totals.blocks_spared) == (0, 4)
+        assert (d.totals.blocks_received, d.totals.blocks_already_present) == (0, 4)
         await until(lambda: d.totals.returns == 1, "the return")
 
 
@@ -375,11 +375,14 @@ async def test_bad_calls_are_refused_in_openai_s_shape(
 async def test_an_instance_that_drains_still_gives(model: Path, http: PeerClient) -> None:
     async with node(model, Role.COLOCATED) as one, node(model, Role.COLOCATED) as third:
         await third.complete(*PROMPT)
-        third.instance.standing.drain()
+        third.instance.lifecycle.drain()
         call = PushCall(from_ids(PROMPT), SHARED, one.link.address, SHARED)
         url = third.url + PUSH_PATH
         answer = await http.ask("POST", url, msgpack.encode(call), media=msgpack.MEDIA)
-        assert msgspec.msgpack.decode(answer.body) == {"blocks_sent": 4, "blocks_spared": 0}
+        assert msgspec.msgpack.decode(answer.body) == {
+            "blocks_sent": 4,
+            "blocks_already_present": 0,
+        }
         assert one.has(PROMPT) == WHOLE
         to_itself = PushCall(from_ids(PROMPT), SHARED, third.link.address, Namespace("x"))
         body = msgpack.encode(to_itself)

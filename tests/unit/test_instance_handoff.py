@@ -87,7 +87,7 @@ async def test_a_next_turn_computes_and_sends_only_what_is_missing(
         if caching == "full":
             assert len(prompt) - found < len(NEXT) + 2 * BLOCK
         here = whole(99) if caching in ("pd", "full") else 0
-        assert d.totals.blocks_spared - before.blocks_spared == here // BLOCK
+        assert d.totals.blocks_already_present - before.blocks_already_present == here // BLOCK
         sent = d.totals.blocks_received - before.blocks_received
         assert sent == (whole(len(prompt)) - here) // BLOCK
 
@@ -97,7 +97,7 @@ async def test_prompts_share_a_prefix_and_salts_share_nothing(model: Path) -> No
         system, one, two = prompt_of(40, 3), prompt_of(20, 4), prompt_of(20, 5)
         await d.complete(*system, *one, prefill=[p])
         assert (await d.complete(*system, *two, prefill=[p])).cached == whole(40)
-        assert d.totals.blocks_spared == 2
+        assert d.totals.blocks_already_present == 2
         salted = await d.complete(*system, *one, prefill=[p], cache_salt="tenant")
         assert salted.cached == 0
         again = await d.complete(*system, *one, prefill=[p], cache_salt="tenant")

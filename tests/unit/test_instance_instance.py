@@ -126,7 +126,7 @@ async def test_a_run_to_the_end_cancels_nothing(start: Start) -> None:
 async def test_an_instance_that_ends_takes_nothing_new(start: Start, ending: str) -> None:
     engine = FakeEngine()
     instance = await start(engine)
-    instance.standing.drain() if ending == "drain" else engine.crash()
+    instance.lifecycle.drain() if ending == "drain" else engine.crash()
     with pytest.raises(ApiError) as refused, instance.run(CALL):
         pass
     assert refused.value.status == 503

@@ -100,7 +100,7 @@ def test_a_pinning_insert_prefers_the_copy_in_hbm(pool: MemPool) -> None:
         assert result.new.tolist() == refs.tolist()
         assert result.match is not None
         assert result.match.refs.tolist() == refs.tolist()
-        assert pool.stats().dram.orphan == 2  # the reader keeps the old copy
+        assert pool.stats().dram.detached == 2  # the reader keeps the old copy
         assert torch.equal(pool.read(reader.refs), pool.read(refs))
         pool.check_integrity()
     assert pool.stats().dram.free == 8
@@ -114,7 +114,7 @@ def test_a_reader_can_put_back_what_the_index_lost(pool: MemPool) -> None:
     assert pool.delete(prompt(1)) == 1
     result = pool.insert(prompt(1), reader.refs)
     assert result.new.tolist() == reader.refs.tolist()
-    assert pool.stats().dram.orphan == 0
+    assert pool.stats().dram.detached == 0
     reader.release()
     assert cached_blocks(pool, prompt(1)) == 1
 

@@ -123,7 +123,7 @@ def test_an_orphan_without_a_reader_is_found() -> None:
         refs = pool.alloc_mem(1)
         blocks = pool._blocks.hbm
         blocks.state[pool.hbm_indices(refs)] = 3
-        blocks.active, blocks.orphan = 0, 1
-        with pytest.raises(IntegrityError, match="orphaned without a reader"):
+        blocks.active, blocks.detached = 0, 1
+        with pytest.raises(IntegrityError, match="detached without a reader"):
             pool.check_integrity()
         assert np.count_nonzero(blocks.state) == 1

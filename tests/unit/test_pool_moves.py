@@ -65,7 +65,7 @@ def assert_quiet(pool: MemPool) -> None:
     stats = pool.stats()
     assert stats.matches == 0
     for each in (stats.hbm, stats.dram):
-        assert (each.pinned, each.active, each.orphan) == (0, 0, 0)
+        assert (each.pinned, each.active, each.detached) == (0, 0, 0)
 
 
 @contextmanager

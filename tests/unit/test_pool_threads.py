@@ -88,7 +88,7 @@ def test_readers_never_see_another_prompts_kv() -> None:
         run_all(write, disturb, *[lambda seed=seed: read(seed) for seed in (1, 2, 3)])
         pool.check_integrity()
         stats = pool.stats()
-        assert (stats.matches, stats.hbm.active, stats.hbm.orphan) == (0, 0, 0)
+        assert (stats.matches, stats.hbm.active, stats.hbm.detached) == (0, 0, 0)
 
 
 def test_each_block_goes_to_one_thread() -> None:

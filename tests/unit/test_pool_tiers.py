@@ -76,7 +76,7 @@ def test_readers_keep_a_block_that_is_swapped_in(pool: MemPool) -> None:
     pool.swap_out(2)
     with pool.match(prompt(1, 2)) as reader:
         moved = pool.swap_in(reader.refs)
-        assert pool.stats().dram.orphan == 2
+        assert pool.stats().dram.detached == 2
         assert torch.equal(pool.read(reader.refs), pool.read(moved))
         with pool.match(prompt(1, 2)) as second:
             assert second.refs.tolist() == moved.tolist()

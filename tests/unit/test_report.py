@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from memserve.api.figures import RequestFigures
+from memserve.api.request_stats import RequestStats
 from memserve.bench.loadgen import LoadResult, RequestRecord
 from memserve.bench.report import (
     Distribution,
@@ -127,7 +127,7 @@ def test_good_requests_keep_every_part_of_the_slo(slo: Slo, good: int) -> None:
 
 def test_what_moved_is_known_only_of_servers_that_tell() -> None:
     assert summarise(LoadResult((record(),), unsent=0)).moved_bytes is None
-    figures = RequestFigures(25, 16, 2, 3, 300, 200, 0, 0, 0, 0, 0, 0)
+    figures = RequestStats(25, 16, 2, 3, 300, 200, 0, 0, 0, 0, 0, 0)
     summary = summarise(LoadResult((record(figures=figures), record()), unsent=0))
     assert (summary.moved_blocks, summary.moved_bytes, summary.avoided_bytes) == (5, 300, 200)
     assert summary.computed_tokens == 150

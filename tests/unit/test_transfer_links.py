@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from memserve.clock import MonotonicClock
-from memserve.transfer.conversation import Conversation
 from memserve.transfer.links import Arrival, Links
 from memserve.transfer.mempool import MemPool
+from memserve.transfer.peer_endpoint import PeerEndpoint
 from memserve.transfer.service import Service
 from memserve.transfer.shortcut import Neighbour
 from memserve.transfer.wire import HEADER_BYTES
@@ -77,7 +77,7 @@ def test_what_another_thread_says_over_the_network_is_sent_by_the_one_that_polls
 def test_a_task_runs_on_the_calling_thread_while_the_service_waits(service: Service) -> None:
     ran_on: list[int] = []
 
-    def task(conversation: Conversation, now: float) -> None:
+    def task(conversation: PeerEndpoint, now: float) -> None:
         ran_on.append(threading.get_ident())
 
     service.ask(lambda conversation, now: None)  # it has begun
@@ -90,7 +90,7 @@ def test_tasks_keep_their_order_while_the_service_is_busy(service: Service) -> N
     entered, go_on = threading.Event(), threading.Event()
     order: list[int] = []
 
-    def occupy(conversation: Conversation, now: float) -> None:
+    def occupy(conversation: PeerEndpoint, now: float) -> None:
         entered.set()
         assert go_on.wait(PATIENCE)
 

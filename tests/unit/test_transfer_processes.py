@@ -14,7 +14,7 @@ from memserve.transfer.base import HostId, PoolRegions
 from memserve.transfer.messages import Prepare
 from memserve.transfer.process import ProcessTag
 from memserve.transfer.secret import cluster_keys
-from memserve.transfer.session import FORSAKE, LEASE
+from memserve.transfer.session import LEASE, QUARANTINE_TIMEOUT
 from memserve.transfer.wire import Hello, encode, header
 from memserve.types import Epoch, InstanceId, Owner, RefArray
 from tests.transfer_child import BLOCKS, Child
@@ -152,7 +152,7 @@ def test_blocks_of_a_host_that_is_never_heard_of_again_come_back() -> None:
         eventually(lambda: b.stats().hbm.active == 5, "the Prepare")
         clock.advance(LEASE)
         eventually(lambda: b.peer_stats().quarantined == 5, "the end of the lease")
-        clock.advance(FORSAKE - 2 * LEASE)
+        clock.advance(QUARANTINE_TIMEOUT - 2 * LEASE)
         b.peer_stats()  # answered by the thread that looks at its clock
         assert b.peer_stats().quarantined == 5
         clock.advance(2 * LEASE)

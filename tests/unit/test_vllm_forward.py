@@ -356,7 +356,7 @@ def test_a_drain_waits_for_what_was_passed_on(
         assert response.read(10)
         instance = cluster.instances[0]
         assert not cluster.call(instance._idle.is_set)
-        cluster.call(instance.standing.drain)
+        cluster.call(instance.lifecycle.drain)
         assert response.read().endswith(b'<199>"}}]}\n\ndata: [DONE]\n\n')
         cluster.wait(instance.idle())
         assert cluster.engines[0].submitted[1:] == []  # but for the self-test

@@ -12,7 +12,7 @@ from rich.table import Table
 from evaluation.paper.claims import CHANGES, Figure, Finding, findings, findings_table
 from evaluation.paper.matrix import CellRun
 from memserve.bench.measure import GENERATOR
-from memserve.bench.processes import ProcessFigures
+from memserve.bench.processes import ProcessStats
 from memserve.bench.report import Distribution, ServingSummary
 from memserve.bench.serving_page import FIGURES
 from memserve.bench.statistics import Estimate, relative_change
@@ -285,7 +285,7 @@ def _row(workload: str, topology: str, rate: float, runs: Sequence[CellRun]) -> 
     )
 
 
-def _cpu(processes: Sequence[ProcessFigures], name: str) -> float:
+def _cpu(processes: Sequence[ProcessStats], name: str) -> float:
     return sum(one.cpu_seconds for one in processes if one.name == name)
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from evaluation.peers.process import end_with_parent
-from memserve.engine.team import compute_alone
+from memserve.engine.team import use_one_thread
 from memserve.models.tokenizer import Tokenizer
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
@@ -151,7 +151,7 @@ def _event(chunk: _Chunk) -> bytes:
 def main() -> None:
     model, dtype, threads, cores, port = sys.argv[1:]
     os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
-    compute_alone()
+    use_one_thread()
     end_with_parent()
     server = _Server(Path(model), dtype, int(threads))
     app = web.Application(client_max_size=1 << 24)

@@ -87,7 +87,7 @@ def quiet_table(result: SoakResult) -> Table:
     """The idle gaps together, by instance."""
     shown = Table(title="Instances when nothing ran: blocks that nobody should have had")
     shown.add_column("instance")
-    for name in ("looks", "active", "orphan", "pinned", "not accounted for"):
+    for name in ("looks", "active", "detached", "pinned", "not accounted for"):
         shown.add_column(name, justify="right")
     for instance in dict.fromkeys(look.instance for look in result.quiet):
         own = [look for look in result.quiet if look.instance == instance]
@@ -95,7 +95,7 @@ def quiet_table(result: SoakResult) -> Table:
             instance,
             str(len(own)),
             str(max(look.active for look in own)),
-            str(max(look.orphan for look in own)),
+            str(max(look.detached for look in own)),
             str(max(look.pinned for look in own)),
             str(sum(not look.whole for look in own)),
         )

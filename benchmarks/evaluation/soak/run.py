@@ -85,14 +85,14 @@ class QuietLook(msgspec.Struct, frozen=True):
     seconds: float
     instance: str
     active: int
-    orphan: int
+    detached: int
     pinned: int
     cached: int
-    whole: bool  # total = free + active + cached + orphan
+    whole: bool  # total = free + active + cached + detached
 
     @property
     def leaked(self) -> int:
-        return self.active + self.orphan + self.pinned
+        return self.active + self.detached + self.pinned
 
 
 class SoakResult(msgspec.Struct, frozen=True):
@@ -177,11 +177,11 @@ class _Soak:
                     seconds=round(self.now() - self.begin, 2),
                     instance=member.id,
                     active=member.hbm.active + member.dram.active,
-                    orphan=member.hbm.orphan + member.dram.orphan,
+                    detached=member.hbm.detached + member.dram.detached,
                     pinned=member.hbm.pinned + member.dram.pinned,
                     cached=member.hbm.cached + member.dram.cached,
                     whole=all(
-                        m.total == m.free + m.active + m.cached + m.orphan
+                        m.total == m.free + m.active + m.cached + m.detached
                         for m in (member.hbm, member.dram)
                     ),
                 )

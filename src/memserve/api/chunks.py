@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from memserve.api.figures import RequestFigures
 from memserve.api.generate import CallKind, FinishReason, GenerateCall
+from memserve.api.request_stats import RequestStats
 
 DONE = b"data: [DONE]\n\n"
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity; the value that vLLM uses
@@ -66,21 +66,21 @@ class CompletionUsage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-    memserve: RequestFigures | UnsetType = UNSET  # no part of OpenAI's
+    memserve: RequestStats | UnsetType = UNSET  # no part of OpenAI's
 
 
 def usage(
     prompt_tokens: int,
     completion_tokens: int,
     cached_tokens: int,
-    figures: RequestFigures | None = None,
+    stats: RequestStats | None = None,
 ) -> CompletionUsage:
     return CompletionUsage(
         prompt_tokens,
         completion_tokens,
         prompt_tokens + completion_tokens,
         PromptTokensDetails(cached_tokens),
-        figures or UNSET,
+        stats or UNSET,
     )
 
 

@@ -76,7 +76,7 @@ class PrefillResult(msgspec.Struct, frozen=True):
     stop_token: int | None  # the first token, if it ends the sequence
     logprobs: TokenScores | None
     blocks_sent: int
-    blocks_spared: int  # whole blocks of the prompt that D had already
+    blocks_already_present: int  # whole blocks of the prompt that D had already
     prefill_seconds: float  # queue included, fetch not
     transfer_seconds: float
     queue_seconds: float = 0.0  # from submission to the first step
@@ -102,7 +102,7 @@ class PushResult(msgspec.Struct, frozen=True):
     """Whole blocks. Both 0: the receiver has none of these tokens."""
 
     blocks_sent: int
-    blocks_spared: int  # that the target had already
+    blocks_already_present: int  # that the target had already
 
 
 class MeetCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

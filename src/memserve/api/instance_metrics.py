@@ -52,12 +52,12 @@ _DIRECTIONS: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
 )
 _HANDED_OVER: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
     ("received", lambda s: s.handoff.blocks_received),
-    ("spared", lambda s: s.handoff.blocks_spared),
+    ("already_present", lambda s: s.handoff.blocks_already_present),
     ("returned", lambda s: s.handoff.blocks_returned),
 )
 _HANDED_OVER_BYTES: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
     ("received", lambda s: s.handoff.blocks_received * s.handoff.block_bytes),
-    ("spared", lambda s: s.handoff.blocks_spared * s.handoff.block_bytes),
+    ("already_present", lambda s: s.handoff.blocks_already_present * s.handoff.block_bytes),
     ("returned", lambda s: s.handoff.blocks_returned * s.handoff.block_bytes),
     ("fetched", lambda s: s.fetch.blocks_received * s.fetch.block_bytes),
     ("pushed", lambda s: s.fetch.blocks_pushed * s.fetch.block_bytes),
@@ -96,7 +96,7 @@ _BLOCK_STATES: tuple[tuple[str, Callable[[MediumTotals], float]], ...] = (
     ("free", lambda m: m.free),
     ("active", lambda m: m.active),
     ("cached", lambda m: m.cached),
-    ("orphan", lambda m: m.orphan),
+    ("detached", lambda m: m.detached),
 )
 
 

@@ -110,14 +110,14 @@ class EngineTotals(msgspec.Struct, frozen=True):
 
 
 class MediumTotals(msgspec.Struct, frozen=True):
-    """The blocks of one medium: total = free + active + cached + orphan."""
+    """The blocks of one medium: total = free + active + cached + detached."""
 
     total: Count = 0
     free: Count = 0
     active: Count = 0  # held by running sequences
     cached: Count = 0  # held by the index
     pinned: Count = 0  # of the cached ones: being read
-    orphan: Count = 0  # gone from the index, still being read
+    detached: Count = 0  # gone from the index, still being read
 
 
 class PoolTotals(msgspec.Struct, frozen=True):
@@ -154,7 +154,7 @@ class HandoffTotals(msgspec.Struct):
     asked: Count = 0  # prefills asked for
     failed: Count = 0  # of these: not done; another was asked, or the prompt computed here
     blocks_received: Count = 0
-    blocks_spared: Count = 0  # of prompts, that were here already
+    blocks_already_present: Count = 0  # of prompts, that were here already
     blocks_returned: Count = 0
     returns: Count = 0  # sequences whose KV went back
     returns_dropped: Count = 0  # because of pressure or failure

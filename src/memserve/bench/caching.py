@@ -148,7 +148,7 @@ def caching_table(result: CachingBenchResult) -> Table:
             "",
             "",
             f"{handoff.blocks_received * block:.1f}",
-            f"{handoff.blocks_spared * block:.1f}",
+            f"{handoff.blocks_already_present * block:.1f}",
             f"{handoff.blocks_returned * block:.1f}",
             *_times(whole.ttft),
             *_times(whole.jct),

@@ -23,7 +23,7 @@ from memserve.engine.batch import BatchLimits
 from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import Model, load_model
 from memserve.engine.request import EngineRequest, TokenOutput
-from memserve.engine.team import compute_alone, with_team
+from memserve.engine.team import use_one_thread, with_team
 from memserve.pool.pool import MemPool
 from memserve.types import RequestId, TokenArray
 
@@ -76,7 +76,7 @@ def run_engine_bench(
     progress: Callable[[str], None] = lambda _: None,
 ) -> EngineBenchReport:
     """Measure prefill of one prompt, a decode step at batch 1, and decoding in batches."""
-    compute_alone()
+    use_one_thread()
     progress(f"loading {directory.name} twice")
     model = with_team(threads, lambda: load_model(directory, dtype, torch.device(device)))
     generate = _Generate(directory, dtype, device)

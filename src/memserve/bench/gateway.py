@@ -60,7 +60,7 @@ class GatewayRun(msgspec.Struct, frozen=True):
     gap_p99_ms: float
 
 
-class GatewayFigures(msgspec.Struct, frozen=True):
+class GatewayStats(msgspec.Struct, frozen=True):
     """Medians over the repeats."""
 
     name: str
@@ -73,7 +73,7 @@ class GatewayFigures(msgspec.Struct, frozen=True):
 
 
 class GatewayBenchReport(msgspec.Struct, frozen=True):
-    figures: tuple[GatewayFigures, ...]
+    figures: tuple[GatewayStats, ...]
     skipped: dict[str, str]  # name of a router: why it was not measured
 
 
@@ -151,13 +151,11 @@ def gateway_bench_table(report: GatewayBenchReport) -> Table:
     return table
 
 
-def _figures(
-    name: str, runs: Sequence[tuple[GatewayRun, GatewayRun, GatewayRun]]
-) -> GatewayFigures:
+def _figures(name: str, runs: Sequence[tuple[GatewayRun, GatewayRun, GatewayRun]]) -> GatewayStats:
     def middle(of: Callable[[tuple[GatewayRun, GatewayRun, GatewayRun]], float]) -> float:
         return median(map(of, runs))
 
-    return GatewayFigures(
+    return GatewayStats(
         name,
         middle(lambda run: run[0].requests_per_second),
         middle(lambda run: run[0].cpu_us_per_request),

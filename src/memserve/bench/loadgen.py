@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from memserve.api.figures import RequestFigures
+from memserve.api.request_stats import RequestStats
 from memserve.bench.openai_client import Answer, OpenAIClient
 from memserve.clock import Clock
 from memserve.workloads.session import Session, TokenRequest
@@ -41,7 +41,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
     cached_tokens: int
     output_tokens: int
     error: str | None
-    figures: RequestFigures | None = None  # of servers that tell
+    figures: RequestStats | None = None  # of servers that tell
 
 
 @dataclass(frozen=True, slots=True)

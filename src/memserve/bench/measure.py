@@ -20,7 +20,7 @@ from memserve.bench.loadgen import (
     warm_up,
 )
 from memserve.bench.openai_client import OpenAIClient, api_key_headers
-from memserve.bench.processes import ProcessFigures, ProcessMeter
+from memserve.bench.processes import ProcessMeter, ProcessStats
 from memserve.bench.report import ServingSummary, summarise
 from memserve.bench.work import ServeBenchConfig, Work
 from memserve.clock import MonotonicClock
@@ -51,7 +51,7 @@ class ServeRun(msgspec.Struct, frozen=True):
     requests: tuple[RequestRecord, ...]
     repeat: int = 0
     seed: int = 0  # of the arrivals
-    processes: tuple[ProcessFigures, ...] = ()  # of clusters that were started for the run
+    processes: tuple[ProcessStats, ...] = ()  # of clusters that were started for the run
 
 
 class StartedCluster:

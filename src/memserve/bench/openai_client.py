@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from memserve.api.figures import RequestFigures
+from memserve.api.request_stats import RequestStats
 from memserve.clock import Clock
 
 # Nothing may hang for ever: a server that sends nothing for this long has failed the request.
@@ -41,7 +41,7 @@ class _Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _PromptDetails | None = None
-    memserve: RequestFigures | None = None  # servers of ours
+    memserve: RequestStats | None = None  # servers of ours
 
 
 class _Error(msgspec.Struct, frozen=True):
@@ -70,7 +70,7 @@ class Answer:
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
-    figures: RequestFigures | None
+    figures: RequestStats | None
     error: str | None
 
 

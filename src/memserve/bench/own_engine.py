@@ -6,7 +6,7 @@ from memserve.config import ModelConfig, available_cores
 from memserve.engine.batch import BatchLimits
 from memserve.engine.engine import EngineSettings
 from memserve.engine.model import load_model
-from memserve.engine.team import compute_alone, with_team
+from memserve.engine.team import use_one_thread, with_team
 from memserve.instance.build import choose_device, wanted_dtype
 from memserve.instance.profiling import ProfiledEngine
 from memserve.models.resolve import Progress, resolve_model
@@ -26,7 +26,7 @@ def load_own_engine(
     device = choose_device(wanted.device)
     model = resolve_model(wanted, progress)
     threads = threads or available_cores()
-    compute_alone()
+    use_one_thread()
     dtype = wanted_dtype(wanted, model.path, device, threads)
     progress(f"loading {model.name} as {dtype} on {device}, {threads} threads")
     loaded = with_team(threads, lambda: load_model(model.path, dtype, device))

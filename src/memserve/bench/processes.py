@@ -12,7 +12,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 _RESET_PEAK = b"5"  # to `clear_refs`: the peak counts from now on
 
 
-class ProcessFigures(msgspec.Struct, frozen=True):
+class ProcessStats(msgspec.Struct, frozen=True):
     """One process during one run."""
 
     name: str
@@ -32,13 +32,13 @@ class ProcessMeter:
             if (used := _cpu_seconds(pid)) is not None:
                 self._before[name] = used
 
-    def read(self) -> tuple[ProcessFigures, ...]:
+    def read(self) -> tuple[ProcessStats, ...]:
         figures = []
         for name, before in self._before.items():
             pid = self._pids[name]
             used, peak = _cpu_seconds(pid), _peak_bytes(pid)
             if used is not None and peak is not None:
-                figures.append(ProcessFigures(name, used - before, peak))
+                figures.append(ProcessStats(name, used - before, peak))
         return tuple(figures)
 
 

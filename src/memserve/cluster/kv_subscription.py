@@ -162,7 +162,7 @@ class Subscription:
                 self._offer(await socket.recv_multipart())
                 if self.stream.gap:
                     self._recover_in_background()
-                await self._breathe()
+                await self._yield_to_loop()
 
     def _offer(self, frames: list[bytes]) -> None:
         self.heard = self._clock.now()
@@ -222,7 +222,7 @@ class Subscription:
             self.counts.foreign += 1
             return False  # another life, or somebody else: the membership will find out
         for _ in self.stream.restore(snapshot):
-            await self._breathe()
+            await self._yield_to_loop()
         return True
 
     async def _replay(self) -> None:
@@ -242,11 +242,11 @@ class Subscription:
                     if len(frames) >= 2 and frames[-2] == END_OF_REPLAY:
                         return
                     self._offer(frames)
-                    await self._breathe()
+                    await self._yield_to_loop()
             except TimeoutError:
                 log.debug("%s does not answer for replay", self._source.instance)
 
-    async def _breathe(self) -> None:
+    async def _yield_to_loop(self) -> None:
         """Let others run, if it has been long."""
         now = self._clock.now()
         if now - self._turn > SLICE_SECONDS:

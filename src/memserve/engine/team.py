@@ -17,7 +17,7 @@ import torch
 T = TypeVar("T")
 
 
-def compute_alone() -> None:
+def use_one_thread() -> None:
     """This thread is to have no team. PyTorch gives one to each thread that computes."""
     torch.set_num_threads(1)
 

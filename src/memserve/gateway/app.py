@@ -30,8 +30,8 @@ from memserve.gateway.admin import (
     Troubles,
     admin_app,
 )
+from memserve.gateway.admission_queue import AdmissionQueue, ClientLeft
 from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder, with_session
-from memserve.gateway.desk import ClientLeft, Desk
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.refusals import draining, no_instance
@@ -63,7 +63,7 @@ class GatewayApp:
         membership: Membership,
         relay: Relay,
         clock: Clock,
-        desk: Desk,
+        queue: AdmissionQueue,
         decisions: Decisions,
         collectors: Iterable[Collector],
         instance_wait: float,
@@ -80,7 +80,7 @@ class GatewayApp:
         self._instance_wait = instance_wait
         self._membership = membership
         self._relay = relay
-        self._desk = desk
+        self._queue = queue
         self._clock = clock
         self._access_log = access_log
         self._access = access
@@ -179,7 +179,7 @@ class GatewayApp:
                 request = msgspec.structs.replace(request, body=b"")
             if given is None:
                 headers = ((b"x-request-id", call.id.encode()),)
-            call = await self._desk.enter(call, _tenant(request, call, client), reply)
+            call = await self._queue.enter(call, _tenant(request, call, client), reply)
             if not reply.gone:
                 await self._relay.run(call, reply, headers, answer)
         except ApiError as error:
@@ -188,7 +188,7 @@ class GatewayApp:
             log.debug("a client left while its request waited")
         finally:
             if call is not None:
-                self._desk.leave(call.id)
+                self._queue.leave(call.id)
         self._record(request, given, call, reply, answer, started)
 
     async def _accept(

@@ -20,7 +20,7 @@ from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.kv_feed import KvFeed
 from memserve.cluster.membership import Member, Membership
 from memserve.gateway import handover_proof
-from memserve.gateway.desk import Desk
+from memserve.gateway.admission_queue import AdmissionQueue
 from memserve.gateway.instance_costs import InstanceCosts, StepTimes, answer_tokens
 from memserve.gateway.router import Plan as MemberPlan
 from memserve.gateway.routing_metrics import RoutingMetrics
@@ -76,8 +76,8 @@ class GlobalRouter:
         self.tree = PromptTree()
         self.scheduler = Scheduler(self.tree, clock, policy)
         self.feed = KvFeed(self.tree, peers, clock, vitals=self._vitals)
-        self.desk = Desk(Admission(), self._prefill_seconds, clock, instance_wait)
-        self.metrics = RoutingMetrics(policy, self.tree, self.feed, self.desk)
+        self.queue = AdmissionQueue(Admission(), self._prefill_seconds, clock, instance_wait)
+        self.metrics = RoutingMetrics(policy, self.tree, self.feed, self.queue)
         self._membership = membership
         self._clock = clock
         self._costs = InstanceCosts(peers)
@@ -145,13 +145,13 @@ class GlobalRouter:
     def prefilled(self, request: RequestId) -> None:
         """Its prompt is computed, or should be by now."""
         self.scheduler.prefilled(request)
-        self.desk.prefilled(request)
+        self.queue.prefilled(request)
 
     # --- members --------------------------------------------------------------------------
 
     def _changed(self, change: MemberChange) -> None:
         self.feed.observe(change)
-        self.desk.resize(self._computing())
+        self.queue.resize(self._computing())
         if change.change in (Change.LEFT, Change.DIED):
             known = self._known.get(change.id)
             if known is not None and known.epoch == change.epoch:
@@ -216,7 +216,7 @@ class GlobalRouter:
                     self._take_in(known, member, member.stats.engine)
                 except Exception as error:  # noqa: BLE001 - one's figures are not the others'
                     self._vitals.survive("a look at a member's figures", error)
-            self.desk.resize(self._computing())
+            self.queue.resize(self._computing())
             await asyncio.sleep(LOOK_SECONDS)
 
     def _prefill_seconds(self, tokens: int) -> float:

@@ -26,7 +26,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from memserve.api import msgpack
-from memserve.api.figures import RequestFigures
 from memserve.api.generate import (
     GENERATE_PATH,
     CallKind,
@@ -37,6 +36,7 @@ from memserve.api.generate import (
 from memserve.api.handoff import MEET_PATH, MeetCall, MeetResult
 from memserve.api.limits import MAX_INT32
 from memserve.api.peer_client import PeerClient, PeerError
+from memserve.api.request_stats import RequestStats
 from memserve.api.status import InstanceState, Limits, MemberKind
 from memserve.clock import Clock
 from memserve.cluster.membership import DegradedPair, Member, Membership
@@ -71,7 +71,7 @@ _meetings = msgspec.msgpack.Decoder(MeetResult)
 
 
 class _Usage(msgspec.Struct, frozen=True):
-    memserve: RequestFigures
+    memserve: RequestStats
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -135,7 +135,7 @@ def pairs_of(members: Sequence[Member], known: Iterable[Pair] = ()) -> list[Pair
 
 
 @dataclass(slots=True)
-class _Standing:
+class _PairState:
     """How far a pair's proof has come."""
 
     due: float  # when it is tried; only while it is not proven
@@ -158,7 +158,7 @@ class HandoverProof(Collector):
         self._clock = clock
         self._model = model
         self._vitals = vitals
-        self._pairs: dict[Pair, _Standing] = {}
+        self._pairs: dict[Pair, _PairState] = {}
         self._random = random.SystemRandom()  # so that no two processes make the same prompt
         self.worked = self.failed = 0
 
@@ -179,12 +179,12 @@ class HandoverProof(Collector):
 
     def degraded(self) -> tuple[DegradedPair, ...]:
         """The pairs that do not work, as far as is known."""
-        found = (standing.degraded for standing in self._pairs.values())
+        found = (state.degraded for state in self._pairs.values())
         return tuple(each for each in found if each is not None)
 
     def proven(self) -> list[Pair]:
         """The pairs that work."""
-        return [pair for pair, standing in self._pairs.items() if standing.proven]
+        return [pair for pair, state in self._pairs.items() if state.proven]
 
     def collect(self) -> Iterable[Metric]:
         """Prometheus' own name for it."""
@@ -210,19 +210,20 @@ class HandoverProof(Collector):
         ]
         now = self._clock.now()
         self._pairs = {
-            pair: self._pairs.get(pair) or _Standing(now) for pair in pairs_of(members, self._pairs)
+            pair: self._pairs.get(pair) or _PairState(now)
+            for pair in pairs_of(members, self._pairs)
         }
 
     async def prove(self, pair: Pair) -> None:
         """Have a pair hand a prompt over, and remember what came of it."""
-        standing = self._pairs[pair]
-        standing.due = self._clock.now() + standing.pause  # whatever happens
+        state = self._pairs[pair]
+        state.due = self._clock.now() + state.pause  # whatever happens
         prefill, decode = self._member(pair.prefill), self._member(pair.decode)
-        if prefill is None or decode is None or self._puts_off(standing, prefill, decode):
+        if prefill is None or decode is None or self._puts_off(state, prefill, decode):
             return
         call = self._call(prefill, decode)
         if call is None:  # so small that nothing can be handed over
-            standing.proven = True
+            state.proven = True
             return
         failure = await self._failure(call, prefill, decode)
         self.follow()
@@ -230,12 +231,12 @@ class HandoverProof(Collector):
             return
         if failure is None:
             self.worked += 1
-            if standing.degraded is not None:
+            if state.degraded is not None:
                 log.info("KV moves from %s to %s now", prefill.id, decode.id)
-            standing.proven, standing.degraded = True, None
-        elif not self._puts_off(standing, prefill, decode):
+            state.proven, state.degraded = True, None
+        elif not self._puts_off(state, prefill, decode):
             self.failed += 1
-            if standing.degraded is None:
+            if state.degraded is None:
                 log.warning(
                     "%s and %s are degraded: %s%s. Prompts are computed where they are decoded",
                     prefill.id,
@@ -243,9 +244,9 @@ class HandoverProof(Collector):
                     failure.why,
                     f" ({failure.detail})" if failure.detail else "",
                 )
-            standing.degraded = failure
-            standing.due = self._clock.now() + standing.pause
-            standing.pause = min(2 * standing.pause, MAX_PAUSE)
+            state.degraded = failure
+            state.due = self._clock.now() + state.pause
+            state.pause = min(2 * state.pause, MAX_PAUSE)
 
     # --- inside ---------------------------------------------------------------------------
 
@@ -259,14 +260,14 @@ class HandoverProof(Collector):
         member = self._membership.find(life.id)
         return member if member is not None and member.epoch == life.epoch else None
 
-    def _puts_off(self, standing: _Standing, *members: Member) -> bool:
+    def _puts_off(self, state: _PairState, *members: Member) -> bool:
         """Whether clients wait at one of them, so that now is not the time."""
         busy = any(m.stats is not None and m.stats.engine.waiting for m in members)
-        if not busy or standing.put_off == MAX_PUT_OFF:
-            standing.put_off = 0
+        if not busy or state.put_off == MAX_PUT_OFF:
+            state.put_off = 0
             return False
-        standing.put_off += 1
-        standing.due = self._clock.now() + BUSY_PAUSE
+        state.put_off += 1
+        state.due = self._clock.now() + BUSY_PAUSE
         return True
 
     def _call(self, prefill: Member, decode: Member) -> GenerateCall | None:

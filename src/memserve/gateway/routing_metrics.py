@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from memserve.api.histogram import Histogram
 from memserve.cluster.kv_feed import KvFeed
-from memserve.gateway.desk import Desk
+from memserve.gateway.admission_queue import AdmissionQueue
 from memserve.scheduler.contract import Plan
 from memserve.scheduler.prompt_tree import PromptTree
 
@@ -26,11 +26,11 @@ _PREFIX = "memserve_scheduler_"
 class RoutingMetrics(Collector):
     """Plain numbers that one event loop owns."""
 
-    def __init__(self, policy: str, tree: PromptTree, feed: KvFeed, desk: Desk) -> None:
+    def __init__(self, policy: str, tree: PromptTree, feed: KvFeed, queue: AdmissionQueue) -> None:
         self._policy = policy
         self._tree = tree
         self._feed = feed
-        self._desk = desk
+        self._queue = queue
         self._plans: Counter[str] = Counter()
         self._prompt_tokens = 0
         self._cached_tokens = 0
@@ -80,7 +80,7 @@ class RoutingMetrics(Collector):
             family.add_metric([], histogram.cumulative(), histogram.sum)
             yield family
         yield GaugeMetricFamily(
-            _PREFIX + "waiting", "Requests that wait for room.", self._desk.waiting
+            _PREFIX + "waiting", "Requests that wait for room.", self._queue.waiting
         )
         yield from self._trees()
         yield from self._feeds()

@@ -198,7 +198,7 @@ class Gateway:
         self._calls = CallBuilder(tokenizer, model, available_cores())
         self._proof = HandoverProof(self.membership, self._peers, clock, model, self.vitals)
         self._proving: asyncio.Task[None] | None = None
-        self._router.desk.grant(self._access.grants())
+        self._router.queue.grant(self._access.grants())
         self._siblings: Siblings | None = None
         if worker is not None:
             self._siblings = Siblings(self._peers, worker.index, worker.siblings)
@@ -208,7 +208,7 @@ class Gateway:
             self.membership,
             self._relay,
             clock,
-            self._router.desk,
+            self._router.queue,
             self._router.decisions,
             (
                 self._router.metrics,
@@ -286,7 +286,7 @@ class Gateway:
             self._app.drain()
             if not await shutdown.wait_for(self._app.idle(), self._config.drain_seconds):
                 log.warning("the gateway ends with requests still running")
-                self._router.desk.stop()
+                self._router.queue.stop()
                 self._relay.stop()
                 await shutdown.wait_for(self._app.idle(), STOP_SECONDS)
 
@@ -324,5 +324,5 @@ class Gateway:
         except ConfigError as error:
             log.error("the API keys stay as they were: %s", error)
         else:
-            self._router.desk.grant(self._access.grants())
+            self._router.queue.grant(self._access.grants())
             log.info("%d API keys", len(self._access.keys))

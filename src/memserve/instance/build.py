@@ -26,7 +26,7 @@ from memserve.engine.batch import BatchLimits
 from memserve.engine.dtype import choose_dtype
 from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import count_weights, load_model
-from memserve.engine.team import compute_alone, with_team
+from memserve.engine.team import use_one_thread, with_team
 from memserve.errors import ConfigError
 from memserve.hosts import bracketed, reachable_endpoint
 from memserve.instance.instance import Identity, Parts
@@ -53,7 +53,7 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
     if settings.cpus is not None:
         _pin(settings.cpus)
     threads = settings.threads or available_cores()
-    compute_alone()
+    use_one_thread()
     device = choose_device(config.model.device)
     directory = resolve_model(config.model, log.info)
     dtype = wanted_dtype(config.model, directory.path, device, threads)

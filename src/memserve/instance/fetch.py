@@ -120,7 +120,7 @@ class Fetcher:
             raise _not_pushed(call, error) from error
         self._counters.pushes += 1
         self._counters.blocks_pushed += pushed.sent
-        return PushResult(pushed.sent, pushed.spared)
+        return PushResult(pushed.sent, pushed.already_present)
 
     async def meet(self, call: MeetCall) -> MeetResult:
         """Ask a peer where its pool is, and have ours make a round trip to it. Raises ApiError

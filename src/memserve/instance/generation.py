@@ -10,15 +10,15 @@ import msgspec
 from memserve.api import chunks
 from memserve.api.chunks import Piece, StreamFormat
 from memserve.api.errors import ApiError, internal, invalid, unavailable
-from memserve.api.figures import RequestFigures
 from memserve.api.generate import CallKind, FinishReason, GenerateCall, SamplingParams
 from memserve.api.limits import INLINE_LOGPROBS
 from memserve.api.namespaces import private, salted
+from memserve.api.request_stats import RequestStats
 from memserve.api.status import Latencies
 from memserve.api.stop_strings import StopStrings
 from memserve.engine.request import EngineInfo, EngineRequest, TokenOutput
 from memserve.instance.choice import Choice
-from memserve.instance.figures import SequenceFigures, combined
+from memserve.instance.sequence_stats import SequenceStats, combined
 from memserve.models.tokenizer import Tokenizer
 from memserve.tokens import NO_TOKENS
 from memserve.types import Namespace, RequestId
@@ -113,8 +113,8 @@ class Generation:
             self._resume(call, engine.eos_token_ids)
         self.over = frozenset(id for id, choice in self._choices.items() if choice.finished)
         # What each took that ran here.
-        self.figures = {id: SequenceFigures(now) for id in self._choices if id not in self.over}
-        self._last = dict.fromkeys(self.figures, now)  # when each had its last token
+        self.stats = {id: SequenceStats(now) for id in self._choices if id not in self.over}
+        self._last = dict.fromkeys(self.stats, now)  # when each had its last token
         self._format = StreamFormat(call) if call.stream else None
         self._pieces: list[list[Piece]] = [[] for _ in self._choices]  # without streaming
 
@@ -160,7 +160,7 @@ class Generation:
             if choice.finished:
                 del self._last[output.id]
                 self._latencies.whole.observe(now - self._arrived)
-                self.figures[output.id].end(self._latencies, now)
+                self.stats[output.id].end(self._latencies, now)
                 if output.finish_reason is None:
                     self.stopped.append(output.id)
             if self._format is None:
@@ -195,19 +195,19 @@ class Generation:
             gap = (now - self._last[output.id]) / count
             self._latencies.inter_token.observe(gap, count)
         self._last[output.id] = now
-        self.figures[output.id].take(output.usage, now)
+        self.stats[output.id].take(output.usage, now)
 
     @property
     def generated_tokens(self) -> int:
         """By all runs of this call."""
         return sum(choice.tokens for choice in self._choices.values())
 
-    def totals(self) -> RequestFigures:
+    def totals(self) -> RequestStats:
         """What all sequences took, so far."""
-        firsts: dict[int, SequenceFigures] = {}
-        for id, figures in self.figures.items():
-            firsts.setdefault(self._choices[id].index // self._call.n, figures)
-        return combined(self.figures.values(), firsts.values(), self._block_bytes)
+        firsts: dict[int, SequenceStats] = {}
+        for id, stats in self.stats.items():
+            firsts.setdefault(self._choices[id].index // self._call.n, stats)
+        return combined(self.stats.values(), firsts.values(), self._block_bytes)
 
     def __str__(self) -> str:
         how = "failed" if self.failure is not None else "done" if self.finished else "given up"
@@ -218,12 +218,12 @@ class Generation:
         )
 
     def _usage(self) -> chunks.CompletionUsage:
-        figures = self.totals()
+        stats = self.totals()
         return chunks.usage(
             prompt_tokens=sum(map(len, self._call.prompts)),
             completion_tokens=self.generated_tokens,
-            cached_tokens=figures.cached_tokens_prefill,
-            figures=figures,
+            cached_tokens=stats.cached_tokens_prefill,
+            stats=stats,
         )
 
 

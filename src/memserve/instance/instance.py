@@ -50,10 +50,10 @@ from memserve.errors import EngineStopped, MemserveError, QueueFull, TransferErr
 from memserve.instance.dispatcher import Dispatcher, Mailbox
 from memserve.instance.fetch import Fetcher
 from memserve.instance.generation import Generation, engine_requests, shared_namespace
+from memserve.instance.lifecycle import InstanceLifecycle
 from memserve.instance.link import KVLink
 from memserve.instance.prefill import Prefiller
 from memserve.instance.remote_prefill import RemotePrefill
-from memserve.instance.standing import Standing
 from memserve.instance.submission import Submission
 from memserve.instance.throughput import FinishRate
 from memserve.models.tokenizer import Tokenizer
@@ -162,7 +162,7 @@ class Instance:
         """`peers`: to ask other instances; None where it has no link to any."""
         self.identity = identity
         self._peers = peers
-        self.standing = Standing(identity.id, identity.role)
+        self.lifecycle = InstanceLifecycle(identity.id, identity.role)
         self._clock = clock
         self._latencies = Latencies()
         self._rate = FinishRate(clock)
@@ -191,11 +191,11 @@ class Instance:
         if parts.link is not None:
             self._linked = self.vitals.task("link to the pool", parts.link.run())
         if self.state is InstanceState.STARTING:
-            self.standing.become(InstanceState.READY)
+            self.lifecycle.become(InstanceState.READY)
 
     @property
     def state(self) -> InstanceState:
-        return self.standing.state
+        return self.lifecycle.state
 
     def change_role(self, role: Role) -> None:
         """Raises ApiError (409) where it is not ready to, or can never have that role."""
@@ -207,7 +207,7 @@ class Instance:
                 "role is 'colocated'.",
                 "role_not_possible",
             )
-        self.standing.change_role(role)
+        self.lifecycle.change_role(role)
 
     def _serve(self, parts: Parts) -> _Served:
         submission = Submission(parts.engine, self._rate, self._lost_engine)
@@ -265,13 +265,13 @@ class Instance:
             number,
             0 if link is None else link.block_bytes,
         )
-        shared = self.standing.role in parts.sharing
+        shared = self.lifecycle.role in parts.sharing
         requests = engine_requests(call, number, shared, generation.over)
         with self._dispatcher.mailbox([request.id for request in requests]) as mailbox:
             handover: asyncio.Future[None] | None = None
             if served.remote is not None and (call.prefill or call.fetch is not None):
                 served.submission.check(requests)
-                start = served.remote.run(call, requests, generation.figures, mailbox)
+                start = served.remote.run(call, requests, generation.stats, mailbox)
                 handover = asyncio.ensure_future(start)
                 handover.add_done_callback(lambda done: _tell_failure(done, mailbox))
             elif requests:
@@ -314,7 +314,7 @@ class Instance:
                 "forward",
                 "no_forwarding",
             )
-        shared = self.standing.role in parts.sharing
+        shared = self.lifecycle.role in parts.sharing
         namespace = shared_namespace(call) if shared else private(call.id)
         with self._counted():
             if remote is not None and (call.prefill or call.fetch is not None):
@@ -345,7 +345,7 @@ class Instance:
             len(call.prompt),
             result.blocks_fetched,
             result.blocks_sent,
-            result.blocks_spared,
+            result.blocks_already_present,
         )
         return result
 
@@ -398,7 +398,7 @@ class Instance:
         return InstanceInfo(
             id=identity.id,
             epoch=identity.epoch,
-            role=self.standing.role,
+            role=self.lifecycle.role,
             state=self.state,
             pid=os.getpid(),
             model=identity.model,
@@ -473,8 +473,8 @@ class Instance:
         self._lost()
 
     def _lost(self) -> None:
-        if not self.standing.ending.is_set():
-            self.standing.become(InstanceState.DEAD)
+        if not self.lifecycle.ending.is_set():
+            self.lifecycle.become(InstanceState.DEAD)
             self.died.set()
 
     async def _probe(self, parts: Parts, seconds: float) -> bool:

@@ -72,7 +72,7 @@ class Prefiller:
             stop_token=output.stop_token,
             logprobs=_scores(output),
             blocks_sent=pushed.sent,
-            blocks_spared=pushed.spared,
+            blocks_already_present=pushed.already_present,
             prefill_seconds=computed - started,
             transfer_seconds=self._clock.now() - computed,
             queue_seconds=output.usage.queue_seconds,

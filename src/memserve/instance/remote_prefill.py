@@ -27,9 +27,9 @@ from memserve.engine.request import EngineRequest, TokenLogprobs, TokenOutput, U
 from memserve.errors import PoolError, TransferError
 from memserve.instance.dispatcher import Mailbox
 from memserve.instance.fetch import Fetcher
-from memserve.instance.figures import SequenceFigures
 from memserve.instance.generation import shared_namespace
 from memserve.instance.link import KVLink
+from memserve.instance.sequence_stats import SequenceStats
 from memserve.instance.submission import Submission
 from memserve.tokens import from_ids
 from memserve.types import Namespace, RequestId, TokenArray
@@ -74,7 +74,9 @@ class RemotePrefill:
         self._clock = clock
         self._max_tokens = max_tokens
         self._counters = HandoffTotals(block_bytes=link.block_bytes)
-        self._homes: dict[RequestId, PoolPeer] = {}  # who gets the KV of running sequences back
+        self._return_targets: dict[
+            RequestId, PoolPeer
+        ] = {}  # who gets the KV of running sequences back
         self._returns: dict[asyncio.Task[None], TokenArray] = {}  # with the prompts they began at
         self._background: set[asyncio.Task[None]] = set()
 
@@ -91,10 +93,10 @@ class RemotePrefill:
         self,
         call: GenerateCall,
         requests: Sequence[EngineRequest],
-        figures: Mapping[RequestId, SequenceFigures],
+        stats: Mapping[RequestId, SequenceStats],
         mailbox: Mailbox,
     ) -> None:
-        """Start all sequences of a call; what that takes goes to their `figures`. Errors reach
+        """Start all sequences of a call; what that takes goes to their `stats`. Errors reach
         the mailbox.
         """
         leaders = [request for request in requests if request.follows is None]
@@ -102,7 +104,7 @@ class RemotePrefill:
         try:
             async with asyncio.TaskGroup() as group:
                 for sequences in groups:
-                    group.create_task(self._start(call, sequences, figures, mailbox))
+                    group.create_task(self._start(call, sequences, stats, mailbox))
         except* ApiError as errors:
             mailbox.fail(_first(errors))
 
@@ -123,7 +125,7 @@ class RemotePrefill:
             await self._let_return(prompt)
             result = await self._prefill(call, request, shared)
             if result is not None:
-                self._note(result, request, SequenceFigures(self._clock.now()))
+                self._note(result, request, SequenceStats(self._clock.now()))
                 return
         await self._fetcher.fetch(call.fetch, request.id, prompt, shared, namespace)
 
@@ -131,11 +133,11 @@ class RemotePrefill:
         self,
         call: GenerateCall,
         sequences: Sequence[EngineRequest],
-        figures: Mapping[RequestId, SequenceFigures],
+        stats: Mapping[RequestId, SequenceStats],
         mailbox: Mailbox,
     ) -> None:
         leader, rest = sequences[0], list(sequences[1:])
-        shared, own = shared_namespace(call), figures[leader.id]
+        shared, own = shared_namespace(call), stats[leader.id]
         result: PrefillResult | None = None
         if call.prefill:
             await self._let_return(leader.prompt)
@@ -148,7 +150,7 @@ class RemotePrefill:
         if mailbox.closed:  # in this turn of the loop: the cancellation has not come through
             return
         for sequence in sequences:
-            figures[sequence.id].submitted = self._clock.now()
+            stats[sequence.id].submitted = self._clock.now()
         if result is None:
             self._submission.submit([leader, *rest])
             return
@@ -170,7 +172,7 @@ class RemotePrefill:
 
     def _expect_back(self, sequences: Sequence[EngineRequest], result: PrefillResult) -> None:
         if result.pool is not None and self._link.caching == "full":
-            self._homes.update(dict.fromkeys((s.id for s in sequences), result.pool))
+            self._return_targets.update(dict.fromkeys((s.id for s in sequences), result.pool))
             # So that what is made here goes back without delay, before the next turn comes.
             self._in_background(self._meet(result.pool))
 
@@ -197,14 +199,14 @@ class RemotePrefill:
 
     # --- asking ---------------------------------------------------------------------------
 
-    def _note(self, result: PrefillResult, leader: EngineRequest, own: SequenceFigures) -> None:
+    def _note(self, result: PrefillResult, leader: EngineRequest, own: SequenceStats) -> None:
         own.handed_over = True
         own.cached_tokens_prefill = result.cached_tokens
-        here = result.blocks_spared * self._link.block_tokens
+        here = result.blocks_already_present * self._link.block_tokens
         own.cached_tokens_decode = min(here, len(leader.prompt))
         own.blocks_fetched = result.blocks_fetched
         own.blocks_received = result.blocks_sent
-        own.blocks_spared = result.blocks_spared
+        own.blocks_already_present = result.blocks_already_present
         own.queue_seconds = result.queue_seconds
         own.fetch_seconds = result.fetch_seconds
         own.prefill_seconds = result.prefill_seconds - result.queue_seconds
@@ -214,7 +216,7 @@ class RemotePrefill:
         counters.cached_tokens_prefill += own.cached_tokens_prefill
         counters.cached_tokens_decode += own.cached_tokens_decode
         counters.blocks_received += own.blocks_received
-        counters.blocks_spared += own.blocks_spared
+        counters.blocks_already_present += own.blocks_already_present
         counters.queue_seconds += result.queue_seconds
         counters.prefill_seconds += result.prefill_seconds
         counters.transfer_seconds += result.transfer_seconds
@@ -290,7 +292,7 @@ class RemotePrefill:
         What it made while decoding goes back to where its prompt was computed, unless the
         instance is `busy` or others are on their way.
         """
-        home = self._homes.pop(request.id, None)
+        home = self._return_targets.pop(request.id, None)
         if request.ephemeral:  # the engine forgets only for those that it has run
             self._link.forget(request.namespace)
         if home is None or not finished:

@@ -113,7 +113,7 @@ async def _main(
     instance = Instance(identity, MonotonicClock(), peers)
     registration = Registration(peers, join, address, identity.id, identity.epoch)
     handler = handler_of(instance, secret, sock, advertised)
-    instance.standing.on_news(registration.tell)
+    instance.lifecycle.on_news(registration.tell)
     shutdown = Shutdown()
     shutdown.on_signals()
     loading = asyncio.ensure_future(_load(instance, make))
@@ -121,8 +121,8 @@ async def _main(
     async def drain() -> None:
         log.info("%s drains", identity.id)
         ending.set()
-        if not instance.standing.ending.is_set():
-            instance.standing.end()
+        if not instance.lifecycle.ending.is_set():
+            instance.lifecycle.end()
         await asyncio.wait((loading,))
         if not await shutdown.wait_for(instance.idle(), drain_seconds):
             log.warning("%s ends with calls still running", identity.id)
@@ -163,7 +163,7 @@ async def _end_when_useless(
 ) -> None:
     """Without an engine, or anything else that it needs, there is nothing to serve: whoever
     started the process starts another. The same when somebody asks for an end."""
-    asked = asyncio.ensure_future(instance.standing.ending.wait())
+    asked = asyncio.ensure_future(instance.lifecycle.ending.wait())
     died = asyncio.ensure_future(instance.died.wait())
     try:
         await asyncio.wait((loading, asked, died), return_when=asyncio.FIRST_COMPLETED)
@@ -188,7 +188,7 @@ def _exit_code(instance: Instance, loading: asyncio.Future[None]) -> int:
     elif instance.died.is_set():
         log.error("%s: %s", instance.identity.id, instance.vitals.reason or "the engine stopped")
     else:
-        return RESTART_EXIT_CODE if instance.standing.restart else 0
+        return RESTART_EXIT_CODE if instance.lifecycle.restart else 0
     return 1
 
 

@@ -148,16 +148,16 @@ class InstanceApp:
         await self._info(scope, receive, send)
 
     async def _drain(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._instance.standing.drain()
+        self._instance.lifecycle.drain()
         await self._info(scope, receive, send)
 
     async def _resume(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._instance.standing.resume()
+        self._instance.lifecycle.resume()
         await self._info(scope, receive, send)
 
     async def _shutdown(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = await self._read(calls.SHUTDOWN, scope, receive)
-        self._instance.standing.end(call.restart)
+        self._instance.lifecycle.end(call.restart)
         await self._info(scope, receive, send)
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:

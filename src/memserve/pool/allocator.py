@@ -1,6 +1,6 @@
 """Fixed-size blocks of one medium: free list, states, generations, pins.
 
-A block is FREE, ACTIVE (whoever allocated it owns it), CACHED (the index owns it), ORPHAN
+A block is FREE, ACTIVE (whoever allocated it owns it), CACHED (the index owns it), DETACHED
 (it left the index while somebody was reading it; the last reader's unpin frees it), or
 RETIRED (its generations are used up).
 """
@@ -22,8 +22,8 @@ from memserve.types import (
     RefArray,
 )
 
-FREE, ACTIVE, CACHED, ORPHAN, RETIRED = range(5)
-STATE_NAMES = ("free", "active", "cached", "orphaned", "retired")
+FREE, ACTIVE, CACHED, DETACHED, RETIRED = range(5)
+STATE_NAMES = ("free", "active", "cached", "detached", "retired")
 
 NO_REF = -1
 # As arrays: numpy takes as long to convert a Python number as to add it to 256 others.
@@ -55,7 +55,7 @@ class BlockAllocator:
         self._watches = 0
         self._mark: IndexArray = NOTHING  # scratch for `distinct`
         self._stack: IndexArray = NOTHING  # free blocks, the next one last
-        self.free = self.active = self.cached = self.orphan = self.retired = 0
+        self.free = self.active = self.cached = self.detached = self.retired = 0
         self.pinned = 0  # of the cached ones
 
     @property
@@ -135,21 +135,21 @@ class BlockAllocator:
         self.cached += len(index)
 
     def adopt(self, index: IndexArray) -> None:
-        """ORPHAN blocks become ACTIVE, for `cache` to follow at once."""
+        """DETACHED blocks become ACTIVE, for `cache` to follow at once."""
         self.state[index] = ACTIVE
-        self.orphan -= len(index)
+        self.detached -= len(index)
         self.active += len(index)
         self.pinned += len(index)
 
     def orphan_or_free(self, index: IndexArray) -> IndexArray:
-        """CACHED blocks whose place in the index was given to others; returns the ORPHAN ones."""
+        """CACHED blocks whose place in the index was given to others; returns the DETACHED ones."""
         pinned = self.pins[index] > 0
         kept = index[pinned]
         if len(kept):
-            self.state[kept] = ORPHAN
+            self.state[kept] = DETACHED
             self.cached -= len(kept)
             self.pinned -= len(kept)
-            self.orphan += len(kept)
+            self.detached += len(kept)
             self.watch(kept)
             index = index[~pinned]
         self.free_cached(index)
@@ -165,7 +165,7 @@ class BlockAllocator:
     def unpin(self, index: IndexArray) -> IndexArray:
         """One reader less. Returns the watched blocks that nobody reads any more.
 
-        ORPHAN ones among them are FREE then.
+        DETACHED ones among them are FREE then.
         """
         pins = self.pins[index]
         pins -= _ONE
@@ -176,10 +176,10 @@ class BlockAllocator:
         woken: IndexArray = index[self._watched[index] & (pins == 0)]
         self._watched[woken] = False
         self._watches -= len(woken)
-        orphans = woken[self.state[woken] == ORPHAN]
-        self.pinned += len(orphans)  # they were no longer counted
-        self.orphan -= len(orphans)
-        self._free(orphans)
+        detached = woken[self.state[woken] == DETACHED]
+        self.pinned += len(detached)  # they were no longer counted
+        self.detached -= len(detached)
+        self._free(detached)
         return woken
 
     def watch(self, index: IndexArray) -> None:

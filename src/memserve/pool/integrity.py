@@ -10,8 +10,8 @@ from memserve.errors import IntegrityError
 from memserve.pool.allocator import (
     ACTIVE,
     CACHED,
+    DETACHED,
     FREE,
-    ORPHAN,
     RETIRED,
     STATE_NAMES,
     BlockAllocator,
@@ -82,7 +82,7 @@ def _check_allocator(blocks: BlockAllocator) -> None:
         FREE: blocks.free,
         ACTIVE: blocks.active,
         CACHED: blocks.cached,
-        ORPHAN: blocks.orphan,
+        DETACHED: blocks.detached,
         RETIRED: blocks.retired,
     }
     for each, claim in claimed.items():
@@ -138,14 +138,14 @@ def _check_pins(blocks: BlockAllocator, held_by: list[IndexArray]) -> None:
             f"{pins[bad]} open matches hold it"
         )
     held = pins > 0
-    if (held & (state != CACHED) & (state != ORPHAN)).any():
-        bad = int((held & (state != CACHED) & (state != ORPHAN)).argmax())
+    if (held & (state != CACHED) & (state != DETACHED)).any():
+        bad = int((held & (state != CACHED) & (state != DETACHED)).argmax())
         raise IntegrityError(
             f"{blocks.medium.name} block {bad} is pinned and {STATE_NAMES[state[bad]]}"
         )
-    if ((state == ORPHAN) & ~held).any():
-        bad = int(((state == ORPHAN) & ~held).argmax())
-        raise IntegrityError(f"{blocks.medium.name} block {bad} is orphaned without a reader")
+    if ((state == DETACHED) & ~held).any():
+        bad = int(((state == DETACHED) & ~held).argmax())
+        raise IntegrityError(f"{blocks.medium.name} block {bad} is detached without a reader")
     pinned = int(np.count_nonzero(held & (state == CACHED)))
     if pinned != blocks.pinned:
         raise IntegrityError(

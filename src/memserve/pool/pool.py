@@ -23,10 +23,10 @@ from memserve.pool.allocator import ACTIVE, NOTHING, BlockAllocator
 from memserve.pool.blocks import Blocks, Part, as_refs
 from memserve.pool.epochs import new_epoch
 from memserve.pool.eviction import Eviction, make_eviction
-from memserve.pool.history import History
 from memserve.pool.layout import KVLayout
 from memserve.pool.listener import IndexListener, StoredRun, stored_runs
 from memserve.pool.moves import Mover, Moving
+from memserve.pool.prefix_cache import PrefixCache
 from memserve.pool.results import InsertResult, Match, MediumStats, PoolStats
 from memserve.pool.segment import sweep
 from memserve.pool.storage import BlockStore, Extent
@@ -93,7 +93,7 @@ class MemPool:
         self._blocks = Blocks(self.owner)
         policy = make_eviction(eviction, clock or MonotonicClock())
         self._tiers = Tiers(self._blocks, (self._hbm, self._dram), layout.block_tokens, policy)
-        self._history = History(self._blocks, self._tiers, policy)
+        self._history = PrefixCache(self._blocks, self._tiers, policy)
         self._index = self._tiers.index
         try:
             self._blocks.hbm.check_growth(hbm_blocks)

@@ -63,14 +63,14 @@ class InsertResult:
 
 
 class MediumStats(msgspec.Struct, frozen=True):
-    """Blocks of one medium: total = free + active + cached + orphan."""
+    """Blocks of one medium: total = free + active + cached + detached."""
 
     total: int
     free: int
     active: int  # owned by whoever allocated them
     cached: int  # owned by the index
     pinned: int  # of the cached ones: being read
-    orphan: int  # gone from the index, still being read
+    detached: int  # gone from the index, still being read
 
     @classmethod
     def of(cls, blocks: BlockAllocator) -> MediumStats:
@@ -80,7 +80,7 @@ class MediumStats(msgspec.Struct, frozen=True):
             active=blocks.active,
             cached=blocks.cached,
             pinned=blocks.pinned,
-            orphan=blocks.orphan,
+            detached=blocks.detached,
         )
 
 

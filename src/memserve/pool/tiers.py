@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from memserve.errors import IntegrityError, OutOfBlocks, StaleBlock
-from memserve.pool.allocator import ACTIVE, CACHED, ORPHAN, BlockAllocator
+from memserve.pool.allocator import ACTIVE, CACHED, DETACHED, BlockAllocator
 from memserve.pool.blocks import Blocks
 from memserve.pool.eviction import Eviction, EvictionQueue, Kind
 from memserve.pool.index import Node, RadixIndex
@@ -21,7 +21,7 @@ class Tiers:
     is run by the pool's `Mover`, which gives the lock up for each copy.
 
     Counts: a cached block may go if no pin is on it or on anything below it. Pins cover
-    whole prefixes, so that is every unpinned block; only while a pinned block is ORPHAN may
+    whole prefixes, so that is every unpinned block; only while a pinned block is DETACHED may
     its successor in the index be unpinned above pinned blocks, at most one for each. Some holds
     are on any blocks; while there are such everything is counted.
     """
@@ -45,7 +45,7 @@ class Tiers:
         self.swapped_in = 0
 
     def evictable(self, medium: Medium) -> int:
-        """How many historical blocks of the medium could go. Constant time without orphans."""
+        """How many historical blocks of the medium could go. Constant time without detached."""
         unpinned, uncertain = self._unpinned(medium)
         if not unpinned or not (uncertain or self.holds.scattered):
             return unpinned
@@ -256,7 +256,7 @@ class Tiers:
         """Whether somebody owns or reads some of these DRAM blocks."""
         dram = self._blocks.dram
         state = dram.state[index]
-        return bool(((state == ACTIVE) | (state == ORPHAN) | (dram.pins[index] > 0)).any())
+        return bool(((state == ACTIVE) | (state == DETACHED) | (dram.pins[index] > 0)).any())
 
     def wake(self, blocks: BlockAllocator, index: IndexArray) -> None:
         """Blocks that nobody reads any more, or that left the index."""
@@ -279,7 +279,7 @@ class Tiers:
         """Unpinned historical blocks, and how many of them pins below might hold."""
         blocks = self._blocks[medium]
         unpinned = blocks.cached - blocks.pinned
-        return unpinned, sum(each.orphan for each in self._blocks.media)
+        return unpinned, sum(each.detached for each in self._blocks.media)
 
     def _victim(self, queue: EvictionQueue, limit: int) -> tuple[Node, IndexArray] | None:
         """The candidate of least priority, and the positions of up to `limit` unpinned blocks

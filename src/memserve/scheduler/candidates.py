@@ -71,7 +71,7 @@ class Candidates:
     """Every candidate of a set, and its predicted seconds for one request.
 
     The arrays are made once, and `predict` fills them again for the next request: whoever wants
-    to keep figures takes copies.
+    to keep stats takes copies.
     """
 
     def __init__(self, load: Load, candidate_set: CandidateSet) -> None:
@@ -81,7 +81,7 @@ class Candidates:
         self.prompt_tokens = 0
         self.whole_prefill = 0.0  # seconds, the least, of the prompt with nothing cached
         n = len(load.lines)
-        self._used: Seconds = load.figures[:, k.USED]
+        self._used: Seconds = load.stats[:, k.USED]
         self._held: IndexArray = np.empty(n, np.int64)
         self._asked: IndexArray = np.empty((2 + k.MAX_SOURCES, n), np.int64)
         self._moved: Seconds = np.empty((2, 1 + k.MAX_SOURCES, n))
@@ -238,7 +238,7 @@ def whole_prefill_seconds(load: Load, prompt: int) -> Seconds:
     load.refresh()
     asked = np.zeros((1, len(load.lines)), dtype=np.int64)
     seconds: Seconds = _prefill_seconds(load, prompt, asked)[0]
-    seconds *= load.figures[:, k.PREFILL_FACTOR]
+    seconds *= load.stats[:, k.PREFILL_FACTOR]
     return seconds
 
 
@@ -317,15 +317,15 @@ def _memory_wait(
     now: float,
 ) -> Seconds:
     """Until there is HBM for a sequence of `needed` tokens, [instances]."""
-    figures = load.figures
+    stats = load.stats
     wait = np.zeros(len(cached))
-    short = figures[:, k.KV_TOKENS] + needed > figures[:, k.KV_CAPACITY]
+    short = stats[:, k.KV_TOKENS] + needed > stats[:, k.KV_CAPACITY]
     for slot in short.nonzero()[0].tolist():
         tokens = request.tokens[: cached[slot]]
         own = needed - load.shared_tokens(slot, request.namespace, tokens)
-        if figures[slot, k.KV_TOKENS] + own > figures[slot, k.KV_CAPACITY]:
-            busy = figures[slot, k.BATCH] > 0
-            step = float(steps[1, slot] * figures[slot, k.STEP_FACTOR]) if busy else 0.0
+        if stats[slot, k.KV_TOKENS] + own > stats[slot, k.KV_CAPACITY]:
+            busy = stats[slot, k.BATCH] > 0
+            step = float(steps[1, slot] * stats[slot, k.STEP_FACTOR]) if busy else 0.0
             wait[slot] = load.memory_wait(slot, own, step, now)
     return wait
 
@@ -345,5 +345,5 @@ def _wait_for_promises(
         if sure < tokens:
             if waits is None:
                 waits = wait.copy()
-            waits[slot] = max(waits[slot], load.figures[slot, k.LEFT_TOTAL])
+            waits[slot] = max(waits[slot], load.stats[slot, k.LEFT_TOTAL])
     return wait if waits is None else waits

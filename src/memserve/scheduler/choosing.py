@@ -124,10 +124,10 @@ def rank(
     prefixes: Prefixes,
     instance_terms: InstanceTerms,
     candidate_terms: CandidateTerms,
-    figures: IndexArray,
+    stats: IndexArray,
     seconds: Seconds,
 ) -> None:
-    """Fill `figures` [5, kept] and `seconds` [7, kept], the terms and the score, with those of
+    """Fill `stats` [5, kept] and `seconds` [7, kept], the terms and the score, with those of
     `chosen` and then of the best others, kept <= candidates.
 
     `table` [2, candidates]: slots of the instances that answer, and that compute the prompt.
@@ -135,14 +135,14 @@ def rank(
     source, cached, fetched = prefixes
     fetch, prefill, delays, stalls, _ = instance_terms
     transfer, decode, first_token = candidate_terms
-    kept = figures.shape[1]
+    kept = stats.shape[1]
     best = np.empty(kept, np.int64)
     _best_first(scores, chosen, best)
     for k in range(kept):
         at = best[k]
         c = table[1, at]
-        figures[0, k], figures[1, k] = table[0, at], c
-        figures[2, k], figures[3, k], figures[4, k] = source[c], cached[c], fetched[c]
+        stats[0, k], stats[1, k] = table[0, at], c
+        stats[2, k], stats[3, k], stats[4, k] = source[c], cached[c], fetched[c]
         waits = first_token[at] - transfer[at] - (fetch[c] + prefill[c])
         seconds[0, k] = max(waits, 0.0)  # what rounding left
         seconds[1, k], seconds[2, k], seconds[3, k] = fetch[c], prefill[c], transfer[at]

@@ -1,6 +1,6 @@
 """Decisions explain themselves: what was chosen, and what else there was.
 
-A decision keeps the figures of its best candidates as arrays, and words are made of them only
+A decision keeps the stats of its best candidates as arrays, and words are made of them only
 when somebody asks: explaining must not slow down deciding.
 """
 
@@ -51,7 +51,7 @@ class Ranking(msgspec.Struct, frozen=True, eq=False):
     """The best candidates of one decision: what was chosen, then the others, best first."""
 
     instances: Sequence[InstanceId]  # by slot, as they were
-    figures: IndexArray  # [5, kept]: slots of who answers, computes and is pulled from; tokens
+    stats: IndexArray  # [5, kept]: slots of who answers, computes and is pulled from; tokens
     seconds: Seconds  # [7, kept]: the terms, in their order, and the score
     prompt_tokens: int
 
@@ -59,7 +59,7 @@ class Ranking(msgspec.Struct, frozen=True, eq=False):
     def of(cls, candidates: Candidates, scores: Seconds, chosen: int) -> Ranking:
         """`chosen` comes first, whatever its score."""
         kept = min(len(scores), KEPT_CANDIDATES)
-        figures, seconds = np.empty((5, kept), np.int64), np.empty((7, kept))
+        stats, seconds = np.empty((5, kept), np.int64), np.empty((7, kept))
         c = candidates
         rank.run(
             chosen,
@@ -68,10 +68,10 @@ class Ranking(msgspec.Struct, frozen=True, eq=False):
             c.prefixes,
             c.instance_terms,
             c.candidate_terms,
-            figures,
+            stats,
             seconds,
         )
-        return cls(c.load.instances, figures, seconds, c.prompt_tokens)
+        return cls(c.load.instances, stats, seconds, c.prompt_tokens)
 
     @property
     def scores(self) -> Seconds:
@@ -80,10 +80,10 @@ class Ranking(msgspec.Struct, frozen=True, eq=False):
         return scores
 
     def __len__(self) -> int:
-        return int(self.figures.shape[1])
+        return int(self.stats.shape[1])
 
     def plan(self, at: int) -> Plan:
-        answers, computes, source, cached, fetched = self.figures[:, at].tolist()
+        answers, computes, source, cached, fetched = self.stats[:, at].tolist()
         names = self.instances
         return Plan(
             instance=names[answers],

@@ -22,7 +22,7 @@ _INSTANT = 1e-9  # seconds, instead of none in a quotient
 # Arguments that belong together are plain tuples: numba learns the type of each call's arguments,
 # of a plain tuple in C (0.3 us), of a named one in Python (4 us).
 LoadArrays = tuple[Seconds, Seconds, IndexArray]
-"""Of `Load`: `figures`, `left` [instances, rows] (seconds of each prompt in the queue), `kinds`."""
+"""Of `Load`: `stats`, `left` [instances, rows] (seconds of each prompt in the queue), `kinds`."""
 SetArrays = tuple[IndexArray, IndexArray]
 """Of `CandidateSet`: `parts`, `table`."""
 Questions = tuple[IndexArray, Seconds, IndexArray, Seconds]
@@ -45,9 +45,9 @@ _ANSWERS = "Tuple((float64[:,::1], float64[:,::1], float64[:,:,:,::1]))"
 _REQUEST = "Tuple((float64, int64, int64, boolean))"
 _PREDICTIONS = "Tuple((float64[:,::1], int64[:,::1], float64[:,::1]))"
 
-# `Load.figures` [instances, FIGURES], float64.
+# `Load.stats` [instances, STATS], float64.
 QUEUED = 0  # prompts that are told apart in `Load.left`
-LEFT_AT = 1  # the time of the queue's figures
+LEFT_AT = 1  # the time of the queue's stats
 LEFT_TOTAL = 2  # seconds in the queue
 UNDER_WAY = 3  # of them, before one of the prompts has ended
 KV_TOKENS = 4  # reserved in HBM
@@ -64,7 +64,7 @@ KV_CAPACITY = 14  # from here on what only members change
 SHORT_SHARE = 15
 CHUNK_TOKENS = 16
 MAX_RUNNING = 17
-FIGURES = 18
+STATS = 18
 
 # `Load.kinds` [instances, KINDS], int64.
 BLOCK_TOKENS = 0
@@ -134,10 +134,10 @@ def survey(
 ) -> None:
     """Fill `questions`, but for what sources would bring, and `found`, for a prompt of `prompt`
     tokens, of which instances have `held` [instances], and an answer of `output` tokens."""
-    figures, _, kinds = load
+    stats, _, kinds = load
     parts, _ = candidates
     asked, moved, sequences, contexts = questions
-    n, needed, half = len(figures), prompt + output, prompt + output / 2
+    n, needed, half = len(stats), prompt + output, prompt + output / 2
     short, least = 0, prompt
     for i in range(n):
         block = kinds[i, BLOCK_TOKENS]
@@ -147,9 +147,9 @@ def survey(
         moved[1, 0, i] = -(-(prompt - cached) // block)
         if parts[i, COMPUTING]:
             least = min(least, cached)
-        short += figures[i, KV_TOKENS] + needed > figures[i, KV_CAPACITY]
-        running, batch = figures[i, RUNNING], figures[i, BATCH]
-        most, each = figures[i, MAX_RUNNING], figures[i, CONTEXT]
+        short += stats[i, KV_TOKENS] + needed > stats[i, KV_CAPACITY]
+        running, batch = stats[i, RUNNING], stats[i, BATCH]
+        most, each = stats[i, MAX_RUNNING], stats[i, CONTEXT]
         # Beyond what fits into a batch, sequences wait and do not slow it down.
         now, before, after = min(running, most), min(batch, most), min(batch + 1, most)
         sequences[0, i], sequences[1, i], sequences[2, i] = int(now), int(before), int(after)
@@ -158,13 +158,13 @@ def survey(
         contexts[2, i] = each * min(after, batch) + half
     found[:] = -1
     found[SUMMARY, 0], found[SUMMARY, 1] = least, short
-    _find_longest(figures, asked[1], found)
+    _find_longest(stats, asked[1], found)
     if fetches:
         _find_sources(kinds, parts, asked[1], least, found)
 
 
 @inlined
-def _find_longest(figures: Seconds, cached: IndexArray, found: IndexArray) -> None:
+def _find_longest(stats: Seconds, cached: IndexArray, found: IndexArray) -> None:
     """Ties: the lowest slot."""
     below, behind = np.iinfo(np.int64).max, -1
     for at in range(MAX_SOURCES):
@@ -176,7 +176,7 @@ def _find_longest(figures: Seconds, cached: IndexArray, found: IndexArray) -> No
         if best < 0:
             return
         below, behind = cached[best], best
-        if figures[best, LEFT_TOTAL] > 0:
+        if stats[best, LEFT_TOTAL] > 0:
             found[LONGEST, at] = best
 
 
@@ -234,7 +234,7 @@ def _best_source(
 ) -> tuple[int, float]:
     """Which of `sources` is worth pulling from, -1: none, and seconds of that: it costs no more
     than it saves of `alone`, the prefill without. `factor`: of predicted prefills there."""
-    figures, _, kinds = load
+    stats, _, kinds = load
     _, prefills, moves = answers
     best, least, pulling = -1, np.inf, 0.0
     for s in range(sources.shape[1]):
@@ -244,8 +244,8 @@ def _best_source(
         if kinds[slot, POOL] != kinds[i, POOL]:
             continue
         near = int(kinds[slot, HOST] == kinds[i, HOST])
-        moving = moves[kinds[slot, GROUP], near, 1 + s, i] * figures[slot, TRANSFER_FACTOR]
-        total = moving + prefills[2 + s, i] * figures[i, PREFILL_FACTOR] * factor
+        moving = moves[kinds[slot, GROUP], near, 1 + s, i] * stats[slot, TRANSFER_FACTOR]
+        total = moving + prefills[2 + s, i] * stats[i, PREFILL_FACTOR] * factor
         if total <= alone and total < least:
             best, least, pulling = s, total, moving
     return best, pulling
@@ -253,23 +253,23 @@ def _best_source(
 
 @inlined
 def _queue(
-    figures: Seconds, left: Seconds, i: int, now: float, prefill: float
+    stats: Seconds, left: Seconds, i: int, now: float, prefill: float
 ) -> tuple[float, float, float]:
     """What a prompt of `prefill` seconds would meet: how much later it would be computed, how
     much later the others would be, together, and all that is there."""
     # Between events time is taken off all prompts alike: which is computed matters little
     # until one of them ends.
-    gone = min(now - figures[i, LEFT_AT], figures[i, UNDER_WAY])
-    rest = 1.0 - gone / max(figures[i, LEFT_TOTAL], _INSTANT)
+    gone = min(now - stats[i, LEFT_AT], stats[i, UNDER_WAY])
+    rest = 1.0 - gone / max(stats[i, LEFT_TOTAL], _INSTANT)
     total, before, longer = 0.0, 0.0, 0
-    for row in range(int(figures[i, QUEUED])):
+    for row in range(int(stats[i, QUEUED])):
         seconds = left[i, row] * rest
         total += seconds
         if seconds <= prefill:
             before += seconds
         else:
             longer += 1
-    share = figures[i, SHORT_SHARE]
+    share = stats[i, SHORT_SHARE]
     if share <= 0:
         return total, 0.0, total
     # With the shorter ones it gets its share; the oldest ones get theirs meanwhile.
@@ -278,22 +278,22 @@ def _queue(
 
 
 @inlined
-def _usually_running(figures: Seconds, parts: IndexArray) -> float:
+def _usually_running(stats: Seconds, parts: IndexArray) -> float:
     """Sequences that decode on an instance that answers, in the mean."""
     running, answering = 0.0, 0
-    for i in range(len(figures)):
+    for i in range(len(stats)):
         if parts[i, ANSWERING]:
-            running += figures[i, RUNNING]
+            running += stats[i, RUNNING]
             answering += 1
     return running / answering
 
 
 @inlined
-def _steps(figures: Seconds, steps: Seconds, i: int) -> tuple[float, float, float]:
+def _steps(stats: Seconds, steps: Seconds, i: int) -> tuple[float, float, float]:
     """Seconds of a decode step as it is now, with what is to come, and with this request."""
-    factor = figures[i, STEP_FACTOR]
-    now = steps[0, i] * factor if figures[i, RUNNING] > 0 else 0.0
-    before = steps[1, i] * factor if figures[i, BATCH] > 0 else 0.0
+    factor = stats[i, STEP_FACTOR]
+    now = steps[0, i] * factor if stats[i, RUNNING] > 0 else 0.0
+    before = steps[1, i] * factor if stats[i, BATCH] > 0 else 0.0
     return now, before, steps[2, i] * factor
 
 
@@ -316,32 +316,32 @@ def predict(
     `asked` and `answers`: the questions to cost models, and theirs; `sources` [2, sources] slots
     and tokens; `floor` [instances] seconds that the prompt waits at least.
     """
-    figures, left, kinds = load
+    stats, left, kinds = load
     parts, table = candidates
     steps, prefills, moves = answers
     now, prompt, output, overlapped = request
     by_instance, pulled, by_candidate = predictions
-    usual, least = _usually_running(figures, parts), np.inf
-    for i in range(len(figures)):
-        running, batch = figures[i, RUNNING], figures[i, BATCH]
-        step, before, after = _steps(figures, steps, i)
-        whole = prefills[0, i] * figures[i, PREFILL_FACTOR]
+    usual, least = _usually_running(stats, parts), np.inf
+    for i in range(len(stats)):
+        running, batch = stats[i, RUNNING], stats[i, BATCH]
+        step, before, after = _steps(stats, steps, i)
+        whole = prefills[0, i] * stats[i, PREFILL_FACTOR]
         least = min(least, whole)
         # Each chunk of the prompt takes as long as a step of decoding does besides.
-        slowed = step * (prompt / figures[i, CHUNK_TOKENS]) / max(whole, _INSTANT) + 1.0
-        alone = prefills[1, i] * figures[i, PREFILL_FACTOR] * slowed
+        slowed = step * (prompt / stats[i, CHUNK_TOKENS]) / max(whole, _INSTANT) + 1.0
+        alone = prefills[1, i] * stats[i, PREFILL_FACTOR] * slowed
         prefill, fetch, pulled[FROM, i], pulled[FETCHED, i] = alone, 0.0, -1, 0
         if sources.shape[1]:
             best, pulling = _best_source(load, asked, answers, sources, i, alone, slowed)
             if best >= 0:
-                prefill = prefills[2 + best, i] * figures[i, PREFILL_FACTOR] * slowed
+                prefill = prefills[2 + best, i] * stats[i, PREFILL_FACTOR] * slowed
                 fetch = pulling
                 pulled[FROM, i] = sources[0, best]
                 pulled[FETCHED, i] = asked[2 + best, i] - asked[1, i]
-        wait, delays, work = _queue(figures, left, i, now, prefill)
-        queue, room = max(wait, floor[i]), figures[i, WAIT_STEPS] * before
+        wait, delays, work = _queue(stats, left, i, now, prefill)
+        queue, room = max(wait, floor[i]), stats[i, WAIT_STEPS] * before
         # The answer, and what it costs those beside it.
-        slower = max(after - before, 0.0) * batch * min(figures[i, REMAINING], float(output))
+        slower = max(after - before, 0.0) * batch * min(stats[i, REMAINING], float(output))
         # If fewer are decoded than on the others, more will come before the prefill ends, or
         # crowd elsewhere.
         stalled = max(running, usual * parts[i, ANSWERING])
@@ -351,13 +351,13 @@ def predict(
         by_instance[COMPUTED, i] = queue + fetch + prefill
         by_instance[ROOM, i], by_instance[BUSY, i] = room, room + queue
         by_instance[DECODE, i] = (output - 1) * after + slower
-    _candidates(figures, kinds, table, moves, overlapped, by_instance, by_candidate)
+    _candidates(stats, kinds, table, moves, overlapped, by_instance, by_candidate)
     return least
 
 
 @inlined
 def _candidates(
-    figures: Seconds,
+    stats: Seconds,
     kinds: IndexArray,
     table: IndexArray,
     moves: Seconds,
@@ -372,7 +372,7 @@ def _candidates(
             ready += by_instance[ROOM, c]
         else:
             near = int(kinds[c, HOST] == kinds[a, HOST])
-            move = moves[kinds[c, GROUP], near, 0, a] * figures[c, TRANSFER_FACTOR]
+            move = moves[kinds[c, GROUP], near, 0, a] * stats[c, TRANSFER_FACTOR]
             if overlapped:
                 move = max(move - by_instance[PREFILL, c], 0.0)
             ready += move

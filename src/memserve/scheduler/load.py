@@ -1,7 +1,7 @@
 """What instances have to do: reservations, made with a plan and released when it ends.
 
-Each instance has a `Line`: the prompts that wait or are computed there, in order, and the
-answers that it decodes or will. The same figures stand in arrays over all instances, laid out
+Each instance has a `InstanceLoad`: the prompts that wait or are computed there, in order, and the
+answers that it decodes or will. The same stats stand in arrays over all instances, laid out
 as `kernels` reads them.
 """
 
@@ -15,14 +15,14 @@ import numpy as np
 
 from memserve.scheduler import kernels as k
 from memserve.scheduler.contract import Costs, InstanceSpec, Path, Seconds
-from memserve.scheduler.line import Line, Reservation
+from memserve.scheduler.instance_load import InstanceLoad, Reservation
 from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.scheduler.residents import Resident
 from memserve.types import IndexArray, InstanceId, Namespace, RequestId, Role, TokenArray
 
 MAX_ROWS = 64  # of prompts in an instance's queue that are told apart
 _RECENT = 1 / 64  # weight of the newest value in a running mean
-_ROW = struct.Struct(f"{k.KV_CAPACITY}d")  # of figures, those that change
+_ROW = struct.Struct(f"{k.KV_CAPACITY}d")  # of stats, those that change
 _ROW_ITEM = struct.calcsize("d")
 
 
@@ -35,11 +35,11 @@ class CostGroup:
 
 
 class Load:
-    """The lines of all instances, and their figures in arrays [instances], by slot."""
+    """The lines of all instances, and their stats in arrays [instances], by slot."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = np.random.default_rng(seed)
-        self._lines: dict[InstanceId, Line] = {}
+        self._lines: dict[InstanceId, InstanceLoad] = {}
         self._reservations: dict[RequestId, Reservation] = {}
         self._turn = 0.0
         self._typical_prefill = 0.0  # running means over reservations
@@ -54,9 +54,9 @@ class Load:
         self.lines = lines
         self.instances = tuple(self._lines)
         self.slots: Mapping[InstanceId, int] = {id_: at for at, id_ in enumerate(self.instances)}
-        self.figures: Seconds = np.zeros((n, k.FIGURES))
+        self.stats: Seconds = np.zeros((n, k.STATS))
         # The same memory: writing a row of Python's numbers into it takes half as long.
-        self._bytes = self.figures.reshape(-1).data.cast("B")
+        self._bytes = self.stats.reshape(-1).data.cast("B")
         self.kinds: IndexArray = np.zeros((n, k.KINDS), dtype=np.int64)
         self._set_left(np.zeros((n, 1)))
         self.unhindered: Seconds = np.zeros(n)  # nobody writes to it
@@ -74,7 +74,7 @@ class Load:
             self.kinds[at] = spec.block_tokens, host, groups.index(model), pool
             capacity = np.inf if spec.kv_tokens is None else spec.kv_tokens
             fixed = (capacity, spec.short_share, spec.chunk_tokens, spec.max_running)
-            self.figures[at, k.KV_CAPACITY :] = fixed
+            self.stats[at, k.KV_CAPACITY :] = fixed
         of_group = self.kinds[:, k.GROUP]
         self.cost_groups = tuple(
             CostGroup(costs, np.flatnonzero(of_group == at)) for at, costs in enumerate(groups)
@@ -91,7 +91,7 @@ class Load:
     def _set_left(self, left: Seconds) -> None:
         self.left = left  # [instances, prompts] seconds of each in a queue
         self._left_bytes = left.reshape(-1).data.cast("B")
-        self.arrays: k.LoadArrays = (self.figures, left, self.kinds)
+        self.arrays: k.LoadArrays = (self.stats, left, self.kinds)
 
     def refresh(self) -> None:
         """Bring the arrays up to date, before they are read."""
@@ -100,8 +100,8 @@ class Load:
                 self._show(line)
         self._stale.clear()
 
-    def _show(self, line: Line) -> None:
-        """Copy a line's figures into the arrays."""
+    def _show(self, line: InstanceLoad) -> None:
+        """Copy a line's stats into the arrays."""
         at, others = line.slot, line.other_running
         queued, total, under_way = self._show_queue(line)
         batch = line.answers + others
@@ -117,7 +117,7 @@ class Load:
             step_factor = costs.factor("decode")
         _ROW.pack_into(
             self._bytes,
-            at * k.FIGURES * _ROW_ITEM,
+            at * k.STATS * _ROW_ITEM,
             queued,
             line.queue.updated,
             total,
@@ -134,7 +134,7 @@ class Load:
             transfer_factor,
         )
 
-    def _show_queue(self, line: Line) -> tuple[int, float, float]:
+    def _show_queue(self, line: InstanceLoad) -> tuple[int, float, float]:
         """The queue's prompts, others' at its end; how many, their seconds, and those before one
         has ended."""
         if not line.prefills and not line.other_prefills:
@@ -162,7 +162,7 @@ class Load:
         if line is None:
             # Never chosen yet, in an order of this seed: gateways that start together do not
             # all begin with the same instance.
-            self._lines[spec.id] = Line(spec, -float(self._random.random()))
+            self._lines[spec.id] = InstanceLoad(spec, -float(self._random.random()))
         else:
             line.spec = spec
             line.queue.short_share = spec.short_share
@@ -178,7 +178,7 @@ class Load:
         self._rebuild()
         return True
 
-    def line(self, instance: InstanceId) -> Line:
+    def line(self, instance: InstanceId) -> InstanceLoad:
         """KeyError for an instance that is not there."""
         return self._lines[instance]
 
@@ -257,15 +257,15 @@ class Load:
 
     def has_room(self, slot: int, needed: float) -> bool:
         """Whether HBM is half empty with `needed` tokens more, as `refresh` found it."""
-        reserved, capacity = self.figures[slot, k.KV_TOKENS], self.figures[slot, k.KV_CAPACITY]
+        reserved, capacity = self.stats[slot, k.KV_TOKENS], self.stats[slot, k.KV_CAPACITY]
         return bool(reserved + needed < capacity / 2)
 
     def memory_wait(self, slot: int, needed: float, step: float, now: float) -> float:
         """Until an instance has HBM for a sequence of `needed` tokens, if those there end as
         expected, with decode steps of `step` seconds."""
-        figures = self.figures[slot].tolist()
-        excess = figures[k.KV_TOKENS] + needed - figures[k.KV_CAPACITY]
-        queue = figures[k.LEFT_TOTAL]
+        stats = self.stats[slot].tolist()
+        excess = stats[k.KV_TOKENS] + needed - stats[k.KV_CAPACITY]
+        queue = stats[k.LEFT_TOTAL]
         return self.lines[slot].residents.wait(excess, queue, step, now)
 
     def shared_tokens(self, slot: int, namespace: Namespace, tokens: TokenArray) -> int:

@@ -21,7 +21,7 @@ class Placement(msgspec.Struct, frozen=True):
     computes: InstanceId
 
 
-class Situation(msgspec.Struct, frozen=True, eq=False):
+class PolicyInput(msgspec.Struct, frozen=True, eq=False):
     """What a policy sees. It changes nothing."""
 
     request: PromptRequest
@@ -43,25 +43,25 @@ class Policy:
     """`fetches`: its plans may pull a longer prefix from a third instance. `sessions`: it looks
     at where a session ran before, which is kept for no other policy."""
 
-    choose: Callable[[Situation], Choice]
+    choose: Callable[[PolicyInput], Choice]
     fetches: bool = False
     sessions: bool = False
 
 
-def prompt_tree(situation: Situation) -> Choice:
+def prompt_tree(situation: PolicyInput) -> Choice:
     """The least predicted time to the first token plus weighted decode time."""
     candidates, weight = situation.candidates, situation.decode_weight
     scores = candidates.weigh(first_token=1.0, decode=weight, delays=1.0, stalls=weight)
     return Choice(candidates.least(scores), scores)
 
 
-def least_load(situation: Situation) -> Choice:
+def least_load(situation: PolicyInput) -> Choice:
     """The shortest queues, as if nobody had anything cached."""
     candidates, scores = situation.candidates, _load_scores(situation)
     return Choice(candidates.least(scores, candidates.candidate_set.usual), scores)
 
 
-def session(situation: Situation) -> Choice:
+def session(situation: PolicyInput) -> Choice:
     """Where the session ran before, as long as that is there; else by least load."""
     scores = _load_scores(situation)
     candidates, former = situation.candidates, situation.session
@@ -80,7 +80,7 @@ def session(situation: Situation) -> Choice:
     return Choice(candidates.least(scores, candidate_set.usual), scores)
 
 
-def round_robin(situation: Situation) -> Choice:
+def round_robin(situation: PolicyInput) -> Choice:
     """One after the other, in each role."""
     candidates, turn = situation.candidates, situation.turn
     candidate_set = candidates.candidate_set
@@ -113,5 +113,5 @@ def find_policy(name: str) -> Policy:
     return policy
 
 
-def _load_scores(situation: Situation) -> Seconds:
+def _load_scores(situation: PolicyInput) -> Seconds:
     return situation.candidates.weigh(decode=situation.decode_weight, work=1.0)

@@ -13,9 +13,9 @@ from memserve.scheduler.candidates import Candidates, CandidateSet, whole_prefil
 from memserve.scheduler.compiled import prepare
 from memserve.scheduler.contract import InstanceSpec, Plan, PrefixMatches, PromptRequest
 from memserve.scheduler.decisions import Decision, DecisionLog, Ranking
-from memserve.scheduler.line import Reservation
+from memserve.scheduler.instance_load import Reservation
 from memserve.scheduler.load import Load
-from memserve.scheduler.policies import Placement, Situation, find_policy
+from memserve.scheduler.policies import Placement, PolicyInput, find_policy
 from memserve.types import InstanceId, RequestId
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class Scheduler:
         )
         key = self._session_key(request)
         session = None if key is None else self._sessions.get(key)
-        situation = Situation(request, candidates, self._decode_weight, self._turn, session)
+        situation = PolicyInput(request, candidates, self._decode_weight, self._turn, session)
         choice = self._policy.choose(situation)
         self._turn += 1
         ranking = Ranking.of(candidates, choice.scores, choice.candidate)

@@ -38,9 +38,9 @@ class Calls:
     def active(self) -> bool:
         return bool(self._open)
 
-    def begin(self, peer: Owner, words: bytes, outcome: Future[None], now: float) -> FreeBlocks:
+    def begin(self, peer: Owner, wire_refs: bytes, outcome: Future[None], now: float) -> FreeBlocks:
         """Returns what to send."""
-        message = FreeBlocks(next(self._numbers), words)
+        message = FreeBlocks(next(self._numbers), wire_refs)
         call = _Call(peer, message, outcome, Retry(), now + LEASE)
         call.retry.start(now)
         self._open[message.call] = call

@@ -48,11 +48,11 @@ class DestinationState(Enum):
 class DestinationSession:
     """D: has blocks written by one life of a peer."""
 
-    def __init__(self, prepare: Prepare, incarnation: int, lease: Lease) -> None:
-        """`incarnation`: positive, never used before in this life. `lease`: of the source's."""
+    def __init__(self, prepare: Prepare, attempt: int, lease: Lease) -> None:
+        """`attempt`: positive, never used before in this life. `lease`: of the source's."""
         self.prepare = prepare
         self.number = prepare.number
-        self.incarnation = incarnation
+        self.attempt = attempt
         self.state = DestinationState.ALLOCATING
         self._lease = lease
         self._retry = Retry()
@@ -65,24 +65,24 @@ class DestinationSession:
         self._idle_since = now
         return [Allocate(self.prepare)]
 
-    def on_allocated(self, have: int, words: bytes, now: float) -> Actions:
-        """Blocks `have`.. are in `words`; or all are had, and `words` names them."""
+    def on_allocated(self, have: int, wire_refs: bytes, now: float) -> Actions:
+        """Blocks `have`.. are in `wire_refs`; or all are had, and `wire_refs` names them."""
         if have == self.prepare.blocks and self.prepare.tokens is not None:
-            return [Free(), *self._committed(AlreadyHave(self.number, words), now)]
+            return [Free(), *self._committed(AlreadyHave(self.number, wire_refs), now)]
         self.state = DestinationState.OPEN
-        self._prepared = Prepared(self.number, self.incarnation, have, words)
+        self._prepared = Prepared(self.number, self.attempt, have, wire_refs)
         return [Send(self._prepared)]
 
     def on_refused(self, failure: Failure) -> Actions:
         self.state = DestinationState.ENDED
         return [Send(Refused(self.number, failure)), Forget()]
 
-    def on_published(self, words: bytes, now: float) -> Actions:
-        return self._committed(Committed(self.number, self.incarnation, words), now)
+    def on_published(self, wire_refs: bytes, now: float) -> Actions:
+        return self._committed(Committed(self.number, self.attempt, wire_refs), now)
 
     def on_unpublishable(self, failure: Failure) -> Actions:
         self.state = DestinationState.ENDED
-        return [Free(), Send(Aborted(self.number, self.incarnation, failure)), Forget()]
+        return [Free(), Send(Aborted(self.number, self.attempt, failure)), Forget()]
 
     def on_message(self, message: SessionMessage, now: float) -> Actions:
         if self.state is DestinationState.ENDED:
@@ -144,32 +144,32 @@ class DestinationSession:
         return [] if self._prepared is None else [Send(self._prepared)]
 
     def _on_commit(self, message: Commit, now: float) -> Actions:
-        if message.incarnation != self.incarnation:
+        if message.attempt != self.attempt:
             return answer_as_unaware(message)
         if self.state is DestinationState.OPEN:
             return [Publish()]
         if self.state is DestinationState.QUARANTINED:  # too late, but all its writes are done
-            return self._aborted(Drained.YES, message.incarnation)
+            return self._aborted(Drained.YES, message.attempt)
         return [] if self._final is None else [Send(self._final)]
 
     def _on_abort(self, message: Abort, now: float) -> Actions:
-        if message.incarnation not in (0, self.incarnation):
+        if message.attempt not in (0, self.attempt):
             return answer_as_unaware(message)
         if self.state is DestinationState.COMMITTED:
             if not message.revoke:  # an answer to a question from before the commit
                 return []
             self.state = DestinationState.ENDED
-            answer = Aborted(self.number, message.incarnation)
+            answer = Aborted(self.number, message.attempt)
             return [Revoke(), Send(answer), Forget()]
         if message.drained is not Drained.NO:
-            return self._aborted(message.drained, message.incarnation)
+            return self._aborted(message.drained, message.attempt)
         if self.state is DestinationState.OPEN:
             return self._quarantine(now)[:-1]  # no question yet: it is draining
         return []
 
-    def _aborted(self, drained: Drained, incarnation: int) -> Actions:
+    def _aborted(self, drained: Drained, attempt: int) -> Actions:
         self.state = DestinationState.ENDED
-        answer = Aborted(self.number, incarnation)
+        answer = Aborted(self.number, attempt)
         sever: Actions = [Sever()] if drained is Drained.SEVERED else []
         return [*sever, Free(), Send(answer), Forget()]
 
@@ -180,7 +180,7 @@ class DestinationSession:
 
     def _query(self) -> Query:
         stop = self.state is DestinationState.QUARANTINED
-        return Query(self.number, self.incarnation, stop)
+        return Query(self.number, self.attempt, stop)
 
     def _committed(self, final: SessionMessage, now: float) -> Actions:
         self.state = DestinationState.COMMITTED
@@ -191,7 +191,7 @@ class DestinationSession:
 
 
 def answer_as_unaware(message: SessionMessage) -> Actions:
-    """What D says about a transfer, or an incarnation of one, of which it has nothing."""
+    """What D says about a transfer, or an attempt of one, of which it has nothing."""
     if isinstance(message, Commit | Abort):
-        return [Send(Aborted(message.number, message.incarnation))]
+        return [Send(Aborted(message.number, message.attempt))]
     return []

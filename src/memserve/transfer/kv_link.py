@@ -35,7 +35,7 @@ class Pushed:
     """Whole blocks of a prompt: those that went over, and those that the peer had already."""
 
     sent: int = 0
-    spared: int = 0
+    already_present: int = 0
 
 
 class PoolLink:

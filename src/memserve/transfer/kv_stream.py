@@ -57,11 +57,11 @@ class KVStream:
         self._pool = pool
         self._mode = mode
         self._lock = threading.Lock()  # guards what follows
-        self._leg: _Leg | None = None  # of the last admission
+        self._leg: _StreamAttempt | None = None  # of the last admission
         self._refusal: TransferError | PoolError | None = None  # why it has none
         self._closed = False
 
-    def begin(self, refs: RefArray) -> _Leg | None:
+    def begin(self, refs: RefArray) -> _StreamAttempt | None:
         with self._lock:
             if self._closed or (self._leg is not None and self._leg.complete):
                 return None
@@ -72,12 +72,12 @@ class KVStream:
                     refs,
                     tokens=self.tokens,
                     namespace=self.target,
-                    patience=STEP_SECONDS,
+                    idle_timeout=STEP_SECONDS,
                 )
             except (TransferError, PoolError) as error:
                 self._refusal = error
                 return None
-            self._leg = _Leg(self, self._pool, self._mode, transfer)
+            self._leg = _StreamAttempt(self, self._pool, self._mode, transfer)
             return self._leg
 
     async def finish(self) -> int:
@@ -109,7 +109,7 @@ class KVStream:
             leg.cancel()
 
 
-class _Leg:
+class _StreamAttempt:
     """One transfer, and what it reads (`PrefillWatch`). Called from several threads."""
 
     def __init__(

@@ -27,11 +27,11 @@ from memserve.pool.eviction import Eviction
 from memserve.pool.layout import KVLayout
 from memserve.tokens import as_tokens, to_wire
 from memserve.transfer.base import Transport
-from memserve.transfer.conversation import Conversation
 from memserve.transfer.conversion import require_filled
 from memserve.transfer.links import is_local
-from memserve.transfer.messages import Prepare, to_words
+from memserve.transfer.messages import Prepare, to_wire_refs
 from memserve.transfer.path import PathName
+from memserve.transfer.peer_endpoint import PeerEndpoint
 from memserve.transfer.pending import OpenTransfer, PeerStats, Transfer
 from memserve.transfer.secret import cluster_keys
 from memserve.transfer.sender import Outgoing
@@ -204,14 +204,14 @@ class MemPool(SharedPool):
         tokens: ArrayLike | None = None,
         namespace: str = SHARED,
         medium: Medium = Medium.HBM,
-        patience: float = DEADLINE,
+        idle_timeout: float = DEADLINE,
     ) -> OpenTransfer:
         """A transfer whose layers are written as they get ready, and that the caller commits.
 
-        `tokens`: to insert. It is aborted after `patience` seconds without a write.
+        `tokens`: to insert. It is aborted after `idle_timeout` seconds without a write.
         """
         space = Namespace(namespace)
-        return self._open(instance, src, dst, tokens, space, medium, patience, None)
+        return self._open(instance, src, dst, tokens, space, medium, idle_timeout, None)
 
     def claim(self, refs: ArrayLike) -> None:
         """Blocks that a peer allocated here become this caller's: they are no longer freed
@@ -287,7 +287,7 @@ class MemPool(SharedPool):
             service.ask(self._add_nixl)
         return service
 
-    def _add_nixl(self, conversation: Conversation, now: float) -> None:
+    def _add_nixl(self, conversation: PeerEndpoint, now: float) -> None:
         introductions = conversation.introductions
         if not introductions.has_transport("nixl"):
             # Heavy, an extra, and of no use on one host.
@@ -309,7 +309,7 @@ class MemPool(SharedPool):
         tokens: ArrayLike | None,
         namespace: Namespace,
         medium: Medium,
-        patience: float,
+        idle_timeout: float,
         mode: TransferMode | None,
     ) -> OpenTransfer:
         source = as_refs(src)
@@ -326,15 +326,17 @@ class MemPool(SharedPool):
                 )
             wire_tokens = to_wire(array)
         require_sendable(namespace, 0 if wire_tokens is None else len(wire_tokens))
-        words = None if target is None else to_words(target)
-        prepare = Prepare(next(self._numbers), len(source), medium, namespace, wire_tokens, words)
+        wire_refs = None if target is None else to_wire_refs(target)
+        prepare = Prepare(
+            next(self._numbers), len(source), medium, namespace, wire_tokens, wire_refs
+        )
         rounds = None if mode is None else rounds_of(len(source), self.layout.layers, mode)
         return self._begin(
             InstanceId(instance),
             prepare,
             source,
             _NONE if target is None else target,
-            patience,
+            idle_timeout,
             rounds,
         )
 
@@ -344,7 +346,7 @@ class MemPool(SharedPool):
         prepare: Prepare,
         source: RefArray,
         target: RefArray,
-        patience: float,
+        idle_timeout: float,
         rounds: Sequence[Round] | None,
     ) -> OpenTransfer:
         """`rounds`: all that is to be written; None: the caller will say."""
@@ -354,7 +356,7 @@ class MemPool(SharedPool):
             raise StaleBlock(f"not all of `dst` are blocks of the present life of {instance!r}")
         if len(source) and (prepare.tokens is not None or prepare.target is None):
             require_filled(self.layout, life.memory.layout, "a transfer of whole blocks")
-        session = SourceSession(prepare, service.lease(life.owner), patience)
+        session = SourceSession(prepare, service.lease(life.owner), idle_timeout)
         pins = self.pin_source(source)
 
         def act(step: Callable[[float], Actions]) -> None:
@@ -370,7 +372,7 @@ class MemPool(SharedPool):
         )
         outgoing = Outgoing(session, life.owner, handle, source, pins)
 
-        def begin(conversation: Conversation, now: float) -> None:
+        def begin(conversation: PeerEndpoint, now: float) -> None:
             for round in rounds or ():
                 session.write(round, now)
             if rounds is not None:
@@ -397,10 +399,10 @@ class MemPool(SharedPool):
             raise
         freed: Future[None] = Future()
 
-        def task(conversation: Conversation, now: float) -> None:
+        def task(conversation: PeerEndpoint, now: float) -> None:
             if conversation.peers.current(owner.instance).owner != owner:
                 raise StaleBlock(f"{owner.instance!r} has begun another life without them")
-            message = conversation.calls.begin(owner, to_words(refs), freed, now)
+            message = conversation.calls.begin(owner, to_wire_refs(refs), freed, now)
             conversation.say(owner, message)
 
         self._service.ask(task)

@@ -1,6 +1,6 @@
 """What pools say to each other about transfers, as msgpack.
 
-Block references travel as *words*: little-endian int64 without the owner, whose instance and
+Block references travel as *wire_refs*: little-endian int64 without the owner, whose instance and
 epoch the envelope names once. Tokens travel as `memserve.tokens` has them.
 """
 
@@ -23,7 +23,7 @@ from memserve.types import (
     RefArray,
 )
 
-WORD_BYTES = 8
+WIRE_REF_BYTES = 8
 # Characters of an error's text, and of a namespace: a person reads the one, and the other is a
 # hash or a short name with one.
 MAX_TEXT = 1024
@@ -59,7 +59,7 @@ class Prepare(_Message, frozen=True, tag=1):
     """S to D: have `blocks` blocks ready to be written.
 
     `tokens`: what they hold, if they are to be inserted; D then allocates only what its index
-    lacks. `target`: words of blocks that somebody at D allocated for this; otherwise D does.
+    lacks. `target`: wire_refs of blocks that somebody at D allocated for this; otherwise D does.
     """
 
     blocks: Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
@@ -70,18 +70,18 @@ class Prepare(_Message, frozen=True, tag=1):
 
 
 class Prepared(_Message, frozen=True, tag=2):
-    """D to S: write blocks `have`.. to `words`. `incarnation` names this answer: it is
+    """D to S: write blocks `have`.. to `wire_refs`. `attempt` names this answer: it is
     another one if a late copy of Prepare is taken for a new transfer."""
 
-    incarnation: Natural
+    attempt: Natural
     have: Natural
-    words: bytes
+    wire_refs: bytes
 
 
 class AlreadyHave(_Message, frozen=True, tag=3):
-    """D to S: all of it is cached here, in `words`. The end."""
+    """D to S: all of it is cached here, in `wire_refs`. The end."""
 
-    words: bytes
+    wire_refs: bytes
 
 
 class Refused(_Message, frozen=True, tag=4):
@@ -93,22 +93,22 @@ class Refused(_Message, frozen=True, tag=4):
 class Commit(_Message, frozen=True, tag=5):
     """S to D: all is written."""
 
-    incarnation: Natural
+    attempt: Natural
 
 
 class Committed(_Message, frozen=True, tag=6):
-    """D to S: all blocks of the transfer, first to last, are whole and in `words`. The end."""
+    """D to S: all blocks of the transfer, first to last, are whole and in `wire_refs`. The end."""
 
-    incarnation: Natural
-    words: bytes
+    attempt: Natural
+    wire_refs: bytes
 
 
 class Abort(_Message, frozen=True, tag=7):
-    """S to D: no commit will come. `incarnation` 0: of any, S has accepted none.
+    """S to D: no commit will come. `attempt` 0: of any, S has accepted none.
 
     `revoke`: if a commit came all the same, take back what it gave to S."""
 
-    incarnation: Natural
+    attempt: Natural
     drained: Drained
     revoke: bool = False
 
@@ -116,21 +116,21 @@ class Abort(_Message, frozen=True, tag=7):
 class Aborted(_Message, frozen=True, tag=8):
     """D to S: nothing of it is left here. `failure`: why, if D gave up first. The end."""
 
-    incarnation: Natural
+    attempt: Natural
     failure: Failure | None = None
 
 
 class Query(_Message, frozen=True, tag=9):
     """D to S: are you still at it? `stop`: I have given up; stop and say when it is drained."""
 
-    incarnation: Natural
+    attempt: Natural
     stop: bool
 
 
 class Keep(_Message, frozen=True, tag=10):
     """S to D: I am still at it."""
 
-    incarnation: Natural
+    attempt: Natural
 
 
 SessionMessage = (
@@ -143,15 +143,15 @@ def is_from_source(message: SessionMessage) -> bool:
     return isinstance(message, Prepare | Commit | Abort | Keep)
 
 
-def to_words(refs: RefArray) -> bytes:
+def to_wire_refs(refs: RefArray) -> bytes:
     """References [n] without their owner."""
     return (refs & _WORD_MASK).astype(_WORD, copy=False).tobytes()
 
 
-def from_words(words: bytes, owner: int) -> RefArray:
-    """References [n] of the interned `owner`. Raises ValueError if `words` are none."""
-    local = np.frombuffer(words, dtype=_WORD).astype(np.int64)
+def from_wire_refs(wire_refs: bytes, owner: int) -> RefArray:
+    """References [n] of the interned `owner`. Raises ValueError if `wire_refs` are none."""
+    local = np.frombuffer(wire_refs, dtype=_WORD).astype(np.int64)
     if (local >> _OWNER_SHIFT).any():  # negative ones, too
-        raise ValueError("block words out of range")
+        raise ValueError("block wire_refs out of range")
     local |= owner << _OWNER_SHIFT
     return local

@@ -24,7 +24,7 @@ ROUTES = 4
 
 
 @dataclass(slots=True, eq=False)
-class Life:
+class PeerSession:
     """One life of a peer, as it introduced itself."""
 
     owner: Owner
@@ -46,7 +46,7 @@ class Peer:
     instance: InstanceId
     dealer: Dealer | None = None  # our connection to it
     route: bytes | None = None  # its connection to us
-    life: Life | None = None  # the current one, if it is there
+    life: PeerSession | None = None  # the current one, if it is there
 
     @property
     def path(self) -> Dealer | bytes | None:
@@ -83,7 +83,7 @@ class Peers:
         """The current lives."""
         return {peer.life.owner for peer in self if peer.life is not None}
 
-    def current(self, instance: InstanceId) -> Life:
+    def current(self, instance: InstanceId) -> PeerSession:
         """Raises UnknownPeer."""
         peer = self._by_instance.get(instance)
         if peer is None:
@@ -119,7 +119,7 @@ class Peers:
         if known is not None and hello.edition < known.hello.edition:
             life = known  # it was on its way for longer than a later one
         else:
-            life = peer.life = Life(owner, hello.process, hello.memory, hello)
+            life = peer.life = PeerSession(owner, hello.process, hello.memory, hello)
             if known is not None:
                 life.routes = known.routes
             if hello.memory.host == host_id() and is_shortcut(hello.shortcut):
@@ -130,7 +130,7 @@ class Peers:
             life.routes.append(way)
         return over
 
-    def _replace(self, known: Life, peer: Peer, way: Way, silent: bool) -> list[Owner]:
+    def _replace(self, known: PeerSession, peer: Peer, way: Way, silent: bool) -> list[Owner]:
         """Another life takes the place of a known one; returns that one if it is over."""
         dead = is_known_dead(known.process)
         # Somebody else answers where it listened, so it does so no more.
@@ -210,7 +210,7 @@ class Peers:
         busy = [each.poll_interval for each in self._transports if each.in_flight]
         return min(busy) if busy else None
 
-    def _choose_transport(self, life: Life) -> None:
+    def _choose_transport(self, life: PeerSession) -> None:
         ours = {transport.name: transport for transport in self._transports}
         offers = {offer.transport: offer.description for offer in life.hello.offers}
         life.transport = None

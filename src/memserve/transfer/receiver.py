@@ -19,8 +19,8 @@ from memserve.transfer.destination_session import DestinationSession
 from memserve.transfer.guards import Guard
 from memserve.transfer.messages import (
     Prepare,
-    from_words,
-    to_words,
+    from_wire_refs,
+    to_wire_refs,
 )
 from memserve.types import Medium, Owner, RefArray, TokenArray
 
@@ -101,7 +101,7 @@ class Receiver:
     def allocate(
         self, peer: Owner, session: DestinationSession, source: KVLayout
     ) -> tuple[int, bytes]:
-        """How many blocks are cached already, and the words of the others (or of all, if all
+        """How many blocks are cached already, and the wire_refs of the others (or of all, if all
         are cached). `source`: of the peer's pool. Raises PoolError; `free` lets go of what is
         held by then."""
         prepare = session.prepare
@@ -117,17 +117,17 @@ class Receiver:
             return 0, prepare.target
         if tokens is None:  # they become the peer's, who knows what is in them
             held.own = self._pool.alloc_mem(prepare.blocks, prepare.medium, private=True)
-            return 0, to_words(held.own)
+            return 0, to_wire_refs(held.own)
         held.match = self._pool.match(tokens, prepare.namespace)
         missing = prepare.blocks - len(held.match.refs)
         if not missing:
-            return len(held.match.refs), to_words(held.match.refs)
+            return len(held.match.refs), to_wire_refs(held.match.refs)
         held.own = self._pool.alloc_mem(missing, prepare.medium, private=True)
         held.canary = self._canaries.plant(held.own, heads)
-        return len(held.match.refs), to_words(held.own)
+        return len(held.match.refs), to_wire_refs(held.own)
 
     def publish(self, peer: Owner, session: DestinationSession) -> bytes:
-        """Everything is written, the peer says. Returns the words of all blocks. Raises
+        """Everything is written, the peer says. Returns the wire_refs of all blocks. Raises
         UnwrittenBlocks where it is not, PoolError."""
         held = self._held[session]
         if held.canary is not None and (left := held.canary.left()):
@@ -142,7 +142,7 @@ class Receiver:
         else:
             refs = self._insert(held, held.tokens, session.prepare.namespace)
         self.free(session)
-        return to_words(refs)
+        return to_wire_refs(refs)
 
     def quarantine(self, session: DestinationSession) -> None:
         """Let go of all that nobody writes to."""
@@ -224,8 +224,8 @@ class Receiver:
         result.match.release()
         return result.match.refs
 
-    def _guard_target(self, peer: Owner, prepare: Prepare, words: bytes, heads: range) -> Guard:
-        target = _refs(words, self._owner_number)
+    def _guard_target(self, peer: Owner, prepare: Prepare, wire_refs: bytes, heads: range) -> Guard:
+        target = _refs(wire_refs, self._owner_number)
         if len(target) != prepare.blocks:
             raise LengthMismatch(f"{prepare.blocks} blocks for {len(target)} references")
         return self._pool.guard(target, heads, self._granted(peer))
@@ -240,8 +240,8 @@ class Receiver:
         return from_wire(data)
 
 
-def _refs(words: bytes, owner_number: int) -> RefArray:
+def _refs(wire_refs: bytes, owner_number: int) -> RefArray:
     try:
-        return from_words(words, owner_number)
+        return from_wire_refs(wire_refs, owner_number)
     except ValueError as error:
         raise LengthMismatch(str(error)) from error

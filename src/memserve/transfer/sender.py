@@ -9,7 +9,7 @@ from memserve.errors import MemserveError, PoolError, TransferError
 from memserve.pool.results import Match
 from memserve.transfer.base import BlockList, Completion, Outcome, Ticket, Transport, WriteList
 from memserve.transfer.failures import to_error, to_failure
-from memserve.transfer.messages import Drained, Failure, from_words
+from memserve.transfer.messages import Drained, Failure, from_wire_refs
 from memserve.transfer.peers import Peers
 from memserve.transfer.pending import Transfer
 from memserve.transfer.session import Actions, Finish, Write
@@ -63,7 +63,7 @@ class Sender:
             if life.owner != outgoing.peer or life.transport is None:
                 raise TransferError(life.obstacle or "it has another life now")
             first, last, layers = write.round
-            target = from_words(write.words, 0)
+            target = from_wire_refs(write.wire_refs, 0)
             writes = WriteList(
                 BlockList.of(outgoing.source[first:last]), BlockList.of(target), layers
             )
@@ -109,7 +109,7 @@ class Sender:
             outgoing.handle.fail(to_error(finish.failure, name))
             return
         try:
-            refs = from_words(finish.words, intern_owner(*outgoing.peer))
+            refs = from_wire_refs(finish.wire_refs, intern_owner(*outgoing.peer))
         except (ValueError, OverflowError) as error:
             outgoing.handle.fail(TransferError(f"{name!r} named no blocks: {error}"))
             return

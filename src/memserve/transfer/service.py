@@ -14,13 +14,13 @@ from typing import TypeVar
 from memserve.clock import Clock
 from memserve.errors import TransferError, TransferTimeout
 from memserve.transfer.base import Transport
-from memserve.transfer.conversation import Conversation, ConversingPool
 from memserve.transfer.dialling import Dialled
 from memserve.transfer.introductions import Counters
 from memserve.transfer.links import Links
 from memserve.transfer.messages import Failure
 from memserve.transfer.path import PathName
-from memserve.transfer.peers import Life
+from memserve.transfer.peer_endpoint import ConversingPool, PeerEndpoint
+from memserve.transfer.peers import PeerSession
 from memserve.transfer.secret import ClusterKeys
 from memserve.transfer.session import HEARTBEAT, LEASE, RETRY_FIRST, Lease
 from memserve.transfer.wire import Bye
@@ -42,7 +42,7 @@ CLOSE_TIMEOUT = 2.0
 
 
 class Service:
-    """Runs a `Conversation`. Methods may be called from any thread."""
+    """Runs a `PeerEndpoint`. Methods may be called from any thread."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Service:
         self._now = clock.now
         # Whoever wants the network wants all of it to go there.
         self._links = Links(keys, shortcut=path != "nixl")
-        self._conversation = Conversation(pool, self._links, transports, path)
+        self._conversation = PeerEndpoint(pool, self._links, transports, path)
         self._transports = transports
         self._tasks: deque[Callable[[], None]] = deque()
         # Held by whoever is in the conversation; never while waiting for anything but it.
@@ -79,7 +79,7 @@ class Service:
     def counters(self) -> Counters:
         return self._conversation.counters
 
-    def life(self, instance: InstanceId) -> Life:
+    def life(self, instance: InstanceId) -> PeerSession:
         """Of a peer, as it is known now. Raises UnknownPeer."""
         return self._conversation.peers.current(instance)
 
@@ -88,14 +88,14 @@ class Service:
 
     # --- calls ----------------------------------------------------------------------------
 
-    def submit(self, task: Callable[[Conversation, float], None]) -> None:
+    def submit(self, task: Callable[[PeerEndpoint, float], None]) -> None:
         """Have `task` run on the service's thread, soon. Raises TransferError if it ended."""
         if not self._running:
             raise TransferError(f"pool {self._pool.owner.instance!r} no longer talks to peers")
         self._tasks.append(lambda: task(self._conversation, self._now()))
         self._links.wake()
 
-    def run(self, task: Callable[[Conversation, float], None]) -> None:
+    def run(self, task: Callable[[PeerEndpoint, float], None]) -> None:
         """As `submit`, but on the calling thread if the service's only waits for messages: to
         wake that takes longer than what it would do. For tasks that neither post writes nor
         answer: nobody looks after them before the next heartbeat."""
@@ -108,11 +108,11 @@ class Service:
                 self._floor.release()
         self.submit(task)
 
-    def ask(self, question: Callable[[Conversation, float], T]) -> T:
+    def ask(self, question: Callable[[PeerEndpoint, float], T]) -> T:
         """The answer to a question that needs the service's thread."""
         answer: Future[T] = Future()
 
-        def task(conversation: Conversation, now: float) -> None:
+        def task(conversation: PeerEndpoint, now: float) -> None:
             try:
                 answer.set_result(question(conversation, now))
             except Exception as error:  # noqa: BLE001 - the asking thread raises it
@@ -137,7 +137,7 @@ class Service:
         """Know a peer. Raises PeerLost, PeerRefused, LayoutMismatch, TransferError."""
         outcome: Future[Owner] = Future()
 
-        def task(conversation: Conversation, now: float) -> None:
+        def task(conversation: PeerEndpoint, now: float) -> None:
             dealer = self._links.dial(address)
             gives_up_at = now + CONNECT_TIMEOUT
             conversation.introductions.dialling.begin(

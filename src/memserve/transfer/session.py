@@ -21,16 +21,17 @@ Abort, from any state of S before ENDED (cancelled, a write failed, deadline, D 
 D gives up (S silent, or told to): QUARANTINED, and it asks Query(stop) until S has drained.
 D never frees blocks that S may write to because of a lapsed lease, but for one of these reasons:
 S said drained (Abort YES or SEVERED; a Commit says it too); S's life is over (`on_gone`); or S is
-on another host and has been silent for `FORSAKE`, by when TCP has given its connections up.
+on another host and has been silent for `QUARANTINE_TIMEOUT`, by when TCP has given up its
+connections.
 
 What makes lost, repeated and late messages harmless:
 - S repeats Prepare, Commit and Abort until they are answered; D repeats Query.
-- Each Prepared names an incarnation. S writes to the first one that it hears of and to no
+- Each Prepared names an attempt. S writes to the first one that it hears of and to no
   other; Commit and Abort name it. A late Prepare may make D open another one: S aborts it.
 - Once ABORTING, S never writes again; once QUARANTINED, D never publishes.
 - S forgets a transfer only when its writes have drained. So it answers a Query about a
   transfer it does not know with Abort(YES), and no Abort has to be delivered for ever.
-- D answers a Commit or Abort about an incarnation it does not know with Aborted.
+- D answers a Commit or Abort about an attempt it does not know with Aborted.
 
 A side that hears nothing from the other life (not even heartbeats) for `LEASE` gives up.
 """
@@ -57,7 +58,7 @@ REMEMBER = DEADLINE + 2 * LEASE
 # Of a host that has died nobody says that it is gone. The kernel gives up a TCP connection whose
 # other side is not there after 16 minutes at most (UCX, by its own probes, after 16 s); blocks
 # that such a silent peer of another host might write to come back after this.
-FORSAKE = 1200.0
+QUARANTINE_TIMEOUT = 1200.0
 
 
 class Lease:
@@ -75,7 +76,7 @@ class Lease:
         return now - self.heard >= LEASE
 
     def forsaken(self, now: float) -> bool:
-        return now - self.heard >= FORSAKE
+        return now - self.heard >= QUARANTINE_TIMEOUT
 
 
 # --- actions --------------------------------------------------------------------------------
@@ -105,11 +106,11 @@ def rounds_of(blocks: int, layers: int, mode: TransferMode) -> list[Round]:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """S: copy blocks `round` to `words`, and say `on_write_done(serial, ...)` when drained."""
+    """S: copy blocks `round` to `wire_refs`, and say `on_write_done(serial, ...)` when drained."""
 
     serial: int
     round: Round
-    words: bytes
+    wire_refs: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +122,10 @@ class CancelWrites:
 class Finish:
     """S: tell the caller, once; behind the Release, unless writes still drain.
 
-    `words`: all blocks at D from number `have` on, or all."""
+    `wire_refs`: all blocks at D from number `have` on, or all."""
 
     failure: Failure | None
-    words: bytes = b""
+    wire_refs: bytes = b""
     have: int = 0
 
 

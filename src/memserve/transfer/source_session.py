@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from memserve.transfer.messages import (
-    WORD_BYTES,
+    WIRE_REF_BYTES,
     Abort,
     Aborted,
     AlreadyHave,
@@ -56,9 +56,9 @@ class SourceSession:
         self._patience = deadline
         self._deadline = float("inf")
         self._retry = Retry()
-        self._incarnation = 0
+        self._attempt = 0
         self._have = 0
-        self._words = b""
+        self._wire_refs = b""
         self._waiting: list[Round] = []  # rounds that came before Prepared
         self._sealed = False
         self._serial = 0
@@ -108,12 +108,12 @@ class SourceSession:
             case Prepared():
                 return self._on_prepared(message, now)
             case AlreadyHave() if self.state is SourceState.PREPARING:
-                have = len(message.words) // WORD_BYTES
-                return self._end(Finish(None, message.words, have))
+                have = len(message.wire_refs) // WIRE_REF_BYTES
+                return self._end(Finish(None, message.wire_refs, have))
             case Refused() if self.state is SourceState.PREPARING:
                 return self._end(Finish(message.failure))
-            case Committed() if self._awaits(SourceState.COMMITTING, message.incarnation):
-                return self._end(Finish(None, message.words, self._have))
+            case Committed() if self._awaits(SourceState.COMMITTING, message.attempt):
+                return self._end(Finish(None, message.wire_refs, self._have))
             case Aborted():
                 return self._on_aborted(message)
             case Query():
@@ -169,23 +169,23 @@ class SourceSession:
         if self._retry.due(now):
             if self.state is SourceState.PREPARING:
                 return [Send(self.prepare)]
-            return [Send(Commit(self.number, self._incarnation))]
+            return [Send(Commit(self.number, self._attempt))]
         return []
 
-    def _awaits(self, state: SourceState, incarnation: int) -> bool:
-        return self.state is state and incarnation == self._incarnation
+    def _awaits(self, state: SourceState, attempt: int) -> bool:
+        return self.state is state and attempt == self._attempt
 
     def _on_prepared(self, message: Prepared, now: float) -> Actions:
         if self.state is not SourceState.PREPARING:
-            if message.incarnation == self._incarnation:
+            if message.attempt == self._attempt:
                 return []
             return answer_as_stranger(message)
-        if message.have + len(message.words) // WORD_BYTES != self.prepare.blocks:
+        if message.have + len(message.wire_refs) // WIRE_REF_BYTES != self.prepare.blocks:
             return []
         self.state = SourceState.WRITING
-        self._incarnation = message.incarnation
+        self._attempt = message.attempt
         self._have = message.have
-        self._words = message.words
+        self._wire_refs = message.wire_refs
         self._retry.stop()
         self._deadline = now + self._patience
         actions: Actions = []
@@ -195,10 +195,10 @@ class SourceSession:
         return actions + self._commit_if_written(now)
 
     def _on_aborted(self, message: Aborted) -> Actions:
-        if self._awaits(SourceState.COMMITTING, message.incarnation):
+        if self._awaits(SourceState.COMMITTING, message.attempt):
             lost = Failure("TransferAborted", "the destination had given up")
             return self._end(Finish(message.failure or lost))
-        if self._awaits(SourceState.ABORTING, message.incarnation) and not self._writing:
+        if self._awaits(SourceState.ABORTING, message.attempt) and not self._writing:
             return self._end(None)
         return []
 
@@ -208,14 +208,14 @@ class SourceSession:
             # be to write into blocks that are free.
             if message.stop:
                 return self._abort(Failure("TransferAborted", "the destination gave up"), now)
-            return [Send(Keep(self.number, message.incarnation))]
-        if message.incarnation != self._incarnation:
+            return [Send(Keep(self.number, message.attempt))]
+        if message.attempt != self._attempt:
             return answer_as_stranger(message)
         if self.state is SourceState.ABORTING:
             return [Send(self._abort_message())]
         if message.stop:
             return self._abort(Failure("TransferAborted", "the destination gave up"), now)
-        return [Send(Keep(self.number, self._incarnation))]
+        return [Send(Keep(self.number, self._attempt))]
 
     def _write(self, round: Round) -> Actions:
         first = max(round.first, self._have)
@@ -223,15 +223,15 @@ class SourceSession:
             return []
         self._serial += 1
         self._writing.add(self._serial)
-        at, to = ((block - self._have) * WORD_BYTES for block in (first, round.last))
-        return [Write(self._serial, round._replace(first=first), self._words[at:to])]
+        at, to = ((block - self._have) * WIRE_REF_BYTES for block in (first, round.last))
+        return [Write(self._serial, round._replace(first=first), self._wire_refs[at:to])]
 
     def _commit_if_written(self, now: float) -> Actions:
         if self.state is not SourceState.WRITING or not self._sealed or self._writing:
             return []
         self.state = SourceState.COMMITTING
         self._retry.start(now)
-        return [Send(Commit(self.number, self._incarnation))]
+        return [Send(Commit(self.number, self._attempt))]
 
     def _abort(self, failure: Failure, now: float) -> Actions:
         self._unsure = self.state is SourceState.COMMITTING
@@ -255,7 +255,7 @@ class SourceSession:
 
     def _abort_message(self) -> Abort:
         drained = Drained.NO if self._writing else self._drained
-        return Abort(self.number, self._incarnation, drained, revoke=True)
+        return Abort(self.number, self._attempt, drained, revoke=True)
 
     def _end(self, finish: Finish | None) -> Actions:
         self.state = SourceState.ENDED
@@ -272,8 +272,8 @@ class SourceSession:
 
 
 def answer_as_stranger(message: SessionMessage) -> Actions:
-    """What S says about a transfer, or an incarnation of one, that it does not know: it is
+    """What S says about a transfer, or an attempt of one, that it does not know: it is
     not writing to it, and never will."""
     if isinstance(message, Prepared | Query):
-        return [Send(Abort(message.number, message.incarnation, Drained.YES))]
+        return [Send(Abort(message.number, message.attempt, Drained.YES))]
     return []

@@ -58,7 +58,7 @@ class SessionTable:
         self._remembered: deque[tuple[_Key, DestinationSession]] = deque()
         self._leases: dict[Owner, Lease] = {}
         self._gone: OrderedDict[Owner, None] = OrderedDict()  # the last GONE of them
-        self._incarnations = 0
+        self._attempts = 0
 
     @property
     def sources(self) -> int:
@@ -220,8 +220,8 @@ class SessionTable:
         if len(self._active) >= MAX_OPEN and self._open_of(peer) >= MAX_OPEN:
             failure = Failure("TransferError", f"{MAX_OPEN} transfers of it are under way already")
             return steps(peer, None, [Send(Refused(prepare.number, failure))])
-        self._incarnations += 1
-        session = DestinationSession(prepare, self._incarnations, self._lease(peer, now))
+        self._attempts += 1
+        session = DestinationSession(prepare, self._attempts, self._lease(peer, now))
         self._destinations[peer, prepare.number] = session
         self._active.add((peer, prepare.number))
         return steps(peer, session, session.start(now))

@@ -77,7 +77,7 @@ class FreeBlocks(msgspec.Struct, frozen=True, array_like=True, tag=35):
     """Free blocks of the receiver. Repeated until answered; `call` tells copies apart."""
 
     call: Natural
-    words: bytes
+    wire_refs: bytes
 
 
 class FreedBlocks(msgspec.Struct, frozen=True, array_like=True, tag=36):

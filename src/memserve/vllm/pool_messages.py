@@ -145,7 +145,7 @@ class PushDone(msgspec.Struct, frozen=True, tag=True):
     """Whole blocks."""
 
     sent: int
-    spared: int
+    already_present: int
 
 
 class Totals(msgspec.Struct, frozen=True, tag=True):

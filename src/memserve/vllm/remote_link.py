@@ -161,7 +161,7 @@ class RemoteLink:
         """See `KVLink`. `order`: what has sent some of it before."""
         said = m.Push(peer, tokens, _theirs(source), _theirs(target), order)
         done = await self._call(said, m.PushDone)
-        return Pushed(done.sent, done.spared)
+        return Pushed(done.sent, done.already_present)
 
     async def stream(
         self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace

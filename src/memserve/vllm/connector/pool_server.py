@@ -184,7 +184,7 @@ class PoolServer:
                 return m.Reached(await self._served.transport(peer))
             case m.Push():
                 pushed = await self._push(caller, said)
-                return m.PushDone(pushed.sent, pushed.spared)
+                return m.PushDone(pushed.sent, pushed.already_present)
             case m.Order(order, peer, tokens, source, target):
                 await self._served.meet(peer)
                 caller.orders.add(order)
@@ -228,7 +228,7 @@ class PoolServer:
         source = self._spaces.of(said.source)
         target = beside(source, said.target)
         pushed = await self._served.push(said.peer, said.tokens, source, target)
-        return Pushed(before + pushed.sent, max(0, pushed.spared - before))
+        return Pushed(before + pushed.sent, max(0, pushed.already_present - before))
 
     def _go_on(self, number: int, ready: int, space: Namespace) -> None:
         order = self._orders.get(number)

@@ -22,7 +22,7 @@ class ClientLeft(Exception):
     """Nobody waits for the answer any more."""
 
 
-class Desk:
+class AdmissionQueue:
     """Belongs to the event loop. Every request that has entered must `leave`."""
 
     def __init__(

@@ -12,24 +12,24 @@ from memserve.api.generate import CallKind, GenerateCall, SamplingParams
 from memserve.api.status import InstanceState, MemberKind, PoolTotals
 from memserve.clock import MonotonicClock
 from memserve.instance.instance import Identity, Instance, Parts
-from memserve.instance.standing import Standing
+from memserve.instance.lifecycle import InstanceLifecycle
 from memserve.tokens import from_ids
 from memserve.types import Epoch, InstanceId, Role
 from tests.fakes import FakeEngine, tiny_tokenizer
 
 READY, DRAINING, DEAD = InstanceState.READY, InstanceState.DRAINING, InstanceState.DEAD
-Step = Callable[[Standing], None]
+Step = Callable[[InstanceLifecycle], None]
 
 
-def standing() -> tuple[Standing, list[tuple[InstanceState, Role]]]:
+def lifecycle() -> tuple[InstanceLifecycle, list[tuple[InstanceState, Role]]]:
     news: list[tuple[InstanceState, Role]] = []
-    made = Standing(InstanceId("i"), Role.DECODE)
+    made = InstanceLifecycle(InstanceId("i"), Role.DECODE)
     made.on_news(lambda: news.append((made.state, made.role)))
     return made, news
 
 
 def test_a_drained_instance_can_be_ready_again_until_it_ends() -> None:
-    one, news = standing()
+    one, news = lifecycle()
     one.become(READY)
     one.drain()
     one.drain()  # once more is no news
@@ -53,10 +53,10 @@ def test_a_drained_instance_can_be_ready_again_until_it_ends() -> None:
 @pytest.mark.parametrize("state", [InstanceState.STARTING, DEAD])
 @pytest.mark.parametrize(
     "step",
-    [Standing.drain, Standing.resume, lambda one: one.change_role(Role.PREFILL)],
+    [InstanceLifecycle.drain, InstanceLifecycle.resume, lambda one: one.change_role(Role.PREFILL)],
 )
 def test_what_is_not_serving_cannot_change(state: InstanceState, step: Step) -> None:
-    one, news = standing()
+    one, news = lifecycle()
     one.become(state)
     news.clear()
     with pytest.raises(ApiError) as refused:
@@ -66,7 +66,7 @@ def test_what_is_not_serving_cannot_change(state: InstanceState, step: Step) -> 
 
 
 def test_a_dead_instance_that_ends_stays_dead() -> None:
-    one, _ = standing()
+    one, _ = lifecycle()
     one.become(DEAD)
     one.end()
     assert one.state is DEAD
@@ -96,11 +96,11 @@ async def test_what_is_cached_follows_the_role_and_running_calls_do_not(tmp_path
     ephemeral = []
     try:
         for role in (Role.PREFILL, Role.DECODE, Role.PREFILL):
-            instance.standing.change_role(role)
+            instance.lifecycle.change_role(role)
             with instance.run(call) as run:
                 ephemeral.append(engine.submitted[-1].ephemeral)
                 await run.step()
-                instance.standing.change_role(Role.COLOCATED)
+                instance.lifecycle.change_role(Role.COLOCATED)
                 while not run.generation.finished:
                     await run.step()
             assert instance.info().role is Role.COLOCATED

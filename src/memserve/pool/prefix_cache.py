@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.errors import NotOwned, OutOfBlocks
-from memserve.pool.allocator import ACTIVE, CACHED, ORPHAN
+from memserve.pool.allocator import ACTIVE, CACHED, DETACHED
 from memserve.pool.blocks import ALL, Blocks, Part, are_all
 from memserve.pool.eviction import Eviction
 from memserve.pool.index import Node, Path
@@ -29,7 +29,7 @@ class Inserted(NamedTuple):
     rest: RefArray  # the caller's that it took for the others
 
 
-class History:
+class PrefixCache:
     """The index, by its rules of ownership. Callers hold the pool's lock."""
 
     def __init__(self, blocks: Blocks, tiers: Tiers, policy: Eviction) -> None:
@@ -91,8 +91,8 @@ class History:
             else:
                 behind = list(self._blocks.by_medium(rest))
             for blocks, where, index in behind:
-                if not all_mine:  # readers may put ORPHAN blocks back
-                    blocks.adopt(index[state[known:][where] == ORPHAN])
+                if not all_mine:  # readers may put DETACHED blocks back
+                    blocks.adopt(index[state[known:][where] == DETACHED])
                 blocks.cache(index)
             self._index.extend(namespace, path, data, rest, behind, stamp)
         return Inserted(new, duplicate, path.refs, rest)
@@ -130,8 +130,8 @@ class History:
         """The same KV in HBM, in the same order. Raises as `MemPool.swap_in`."""
         parts, state = self._blocks.live(refs)
         self._blocks.require_distinct(parts)
-        if (state == ORPHAN).any():
-            name = self._blocks.name(int(refs[(state == ORPHAN).argmax()]))
+        if (state == DETACHED).any():
+            name = self._blocks.name(int(refs[(state == DETACHED).argmax()]))
             raise NotOwned(f"{name} has left the index and belongs to its readers")
         cached = state == CACHED
         moved = refs.copy()

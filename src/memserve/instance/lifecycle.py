@@ -13,7 +13,7 @@ from memserve.types import InstanceId, Role
 _SERVING = (InstanceState.READY, InstanceState.DRAINING)
 
 
-class Standing:
+class InstanceLifecycle:
     """Belongs to an `Instance` and its event loop."""
 
     def __init__(self, instance: InstanceId, role: Role) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 
-class RequestFigures(msgspec.Struct, frozen=True):
+class RequestStats(msgspec.Struct, frozen=True):
     """Tokens, whole blocks and bytes are sums over a request's prompts; seconds are those of the
     sequence that took longest. What goes back after the answer is in the metrics alone.
     """

@@ -21,11 +21,11 @@ class Reservation(msgspec.Struct, frozen=True, eq=False):
     context_tokens: int  # of its sequence, half way through its answer
     output_tokens: int
     kv_tokens: int  # that it takes up in HBM where it is answered, besides what is shared
-    computes: Line
-    answers: Line
+    computes: InstanceLoad
+    answers: InstanceLoad
 
 
-class Line:
+class InstanceLoad:
     """One instance's work. Changed by `Load` alone."""
 
     __slots__ = (

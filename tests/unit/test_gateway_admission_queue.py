@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memserve.api.errors import ApiError
 from memserve.api.generate import GenerateCall
 from memserve.clock import ManualClock
-from memserve.gateway.desk import ClientLeft, Desk
+from memserve.gateway.admission_queue import AdmissionQueue, ClientLeft
 from memserve.scheduler.admission import NOBODY, Admission, AdmissionLimits, Grant, tenant_id
 from tests.gateway_harness import Client
 from tests.router_harness import call_of
@@ -25,13 +25,13 @@ LIMITS = AdmissionLimits(requests=1, waiting=2, waiting_of_all=3)
 
 
 class Office:
-    """A desk, and everybody who has come to it. A token's prefill takes a second."""
+    """A queue, and everybody who has come to it. A token's prefill takes a second."""
 
     def __init__(self, limits: AdmissionLimits = LIMITS, instances: int = 1) -> None:
         self.clock = ManualClock(10.0)
         self.admission = Admission(limits)
-        self.desk = Desk(self.admission, float, self.clock, INSTANCE_WAIT)
-        self.desk.resize(instances)
+        self.queue = AdmissionQueue(self.admission, float, self.clock, INSTANCE_WAIT)
+        self.queue.resize(instances)
         self.calls: dict[str, GenerateCall] = {}
         self.clients: dict[str, Client] = {}
         self.entering: dict[str, asyncio.Task[None]] = {}
@@ -45,20 +45,22 @@ class Office:
         client = self.clients[name] = Client()
 
         async def enter() -> None:
-            self.given[name] = await self.desk.enter(call, tenant_id(tenant.encode()), client.reply)
+            self.given[name] = await self.queue.enter(
+                call, tenant_id(tenant.encode()), client.reply
+            )
             self.order.append(name)
 
         self.entering[name] = asyncio.create_task(enter())
         await turns()
 
     async def prefilled(self, name: str) -> None:
-        self.desk.prefilled(self.calls[name].id)
+        self.queue.prefilled(self.calls[name].id)
         await turns()
 
     async def leaves(self, name: str) -> None:
         """It does not wait any more, and is over: what the gateway's handler says of everyone."""
         assert self.entering[name].done()
-        self.desk.leave(self.calls[name].id)
+        self.queue.leave(self.calls[name].id)
         await turns()
 
     async def hangs_up(self, name: str) -> None:
@@ -75,8 +77,8 @@ class Office:
         return error
 
     def nobody_is_left(self) -> None:
-        assert not self.desk._tickets
-        assert not self.desk._waiters
+        assert not self.queue._tickets
+        assert not self.queue._waiters
         assert (self.admission.waiting, self.admission.admitted) == (0, 0)
         assert self.admission.prefill_seconds == 0.0
 
@@ -92,7 +94,7 @@ async def test_those_who_wait_go_when_others_leave() -> None:
     for name in ("first", "second", "third"):
         await office.comes(name)
     assert office.order == ["first"]
-    assert office.desk.waiting == 2
+    assert office.queue.waiting == 2
     await office.leaves("first")
     assert office.order == ["first", "second"]
     await office.leaves("second")
@@ -109,7 +111,7 @@ async def test_a_prompt_that_is_computed_makes_room_for_the_next() -> None:
     await office.prefilled("first")
     assert office.order == ["first", "second"]
     await office.prefilled("first")  # twice, and one that waits not at all
-    office.desk.prefilled("nobody")
+    office.queue.prefilled("nobody")
     for name in office.order:
         await office.leaves(name)
     office.nobody_is_left()
@@ -120,7 +122,7 @@ async def test_more_instances_make_room() -> None:
     for name in ("a", "b"):
         await office.comes(name, tokens=5)
     assert office.order == []
-    office.desk.resize(2)
+    office.queue.resize(2)
     await turns()
     assert office.order == ["a", "b"]
 
@@ -165,7 +167,7 @@ async def test_a_client_that_leaves_makes_room_for_others() -> None:
         await office.comes(name)
     await office.hangs_up("a")
     assert isinstance(office.error("a"), ClientLeft)
-    assert office.desk.waiting == 1
+    assert office.queue.waiting == 1
     await office.leaves("running")
     assert office.order == ["running", "b"]
     assert office.clients["b"].reply.on_gone is None  # whoever answers decides about it now
@@ -179,7 +181,7 @@ async def test_a_client_that_had_left_before_does_not_wait() -> None:
     call, client = call_of(), Client()
     client.reply.hung_up()
     with pytest.raises(ClientLeft):
-        await office.desk.enter(call, NOBODY, client.reply)
+        await office.queue.enter(call, NOBODY, client.reply)
     await office.leaves("running")
     office.nobody_is_left()
 
@@ -189,7 +191,7 @@ async def test_whoever_leaves_as_it_is_let_through_holds_nothing() -> None:
     for name in ("running", "a", "b"):
         await office.comes(name)
     office.clients["a"].reply.hung_up()  # in one turn of the loop with
-    office.desk.leave(office.calls["running"].id)
+    office.queue.leave(office.calls["running"].id)
     await turns()
     assert office.order == ["running", "b"]
     await office.leaves("b")
@@ -200,7 +202,7 @@ async def test_a_gateway_that_stops_tells_those_who_wait_and_those_who_come() ->
     office = Office()
     await office.comes("running")
     await office.comes("waiting")
-    office.desk.stop()
+    office.queue.stop()
     await turns()
     await office.comes("late")
     for name in ("waiting", "late"):
@@ -215,18 +217,18 @@ async def test_without_any_instance_one_waits_for_a_while() -> None:
     office = Office()
     await office.comes("running")
     await office.comes("lucky")
-    office.desk.resize(0)
+    office.queue.resize(0)
     office.clock.advance(INSTANCE_WAIT - 1)
-    office.desk.resize(0)
+    office.queue.resize(0)
     await office.leaves("running")
     assert not office.entering["lucky"].done()
-    office.desk.resize(1)
+    office.queue.resize(1)
     await turns()
     assert office.order == ["running", "lucky"]
     await office.comes("unlucky")
-    office.desk.resize(0)
+    office.queue.resize(0)
     office.clock.advance(INSTANCE_WAIT)
-    office.desk.resize(0)
+    office.queue.resize(0)
     await turns()
     assert office.refusal("unlucky").detail.code == "no_instance"
     await office.leaves("lucky")
@@ -240,20 +242,20 @@ async def test_costs_are_asked_for_once_a_size_and_again_when_prices_change() ->
         asked.append(tokens)
         return 1.0
 
-    desk = Desk(Admission(), price, ManualClock(), INSTANCE_WAIT)
-    desk.resize(1)
+    queue = AdmissionQueue(Admission(), price, ManualClock(), INSTANCE_WAIT)
+    queue.resize(1)
     for tokens in (100, 101, 500):
-        await desk.enter(call_of(*range(tokens)), NOBODY, Client().reply)
+        await queue.enter(call_of(*range(tokens)), NOBODY, Client().reply)
     assert asked == [100, 500]
-    desk.resize(1)
-    await desk.enter(call_of(*range(100)), NOBODY, Client().reply)
+    queue.resize(1)
+    await queue.enter(call_of(*range(100)), NOBODY, Client().reply)
     assert asked == [100, 500, 100]
 
 
 STEPS: dict[str, Callable[[Office, str], object]] = {
-    "prefilled": lambda office, name: office.desk.prefilled(office.calls[name].id),
+    "prefilled": lambda office, name: office.queue.prefilled(office.calls[name].id),
     "leaves": lambda office, name: (
-        office.entering[name].done() and office.desk.leave(office.calls[name].id)
+        office.entering[name].done() and office.queue.leave(office.calls[name].id)
     ),
     "hangs up": lambda office, name: office.clients[name].reply.hung_up(),
     "cancelled": lambda office, name: office.entering[name].cancel(),
@@ -282,21 +284,21 @@ async def _happen(events: list[tuple[object, ...]]) -> None:
                 name = str(len(office.calls))
                 await office.comes(name, tenant, tokens=tokens, priority=priority)
             case "resize", [int(instances)]:
-                office.desk.resize(instances)
+                office.queue.resize(instances)
             case "turn", _:
                 await turns()
             case "stop", _:
-                office.desk.stop()
+                office.queue.stop()
             case str(step), [int(number)] if office.calls:
                 STEPS[step](office, list(office.calls)[number % len(office.calls)])
         office.clock.advance(0.1)
     # Everybody who was let through comes to an end, until nobody waits.
-    office.desk.resize(1)
+    office.queue.resize(1)
     for _ in range(len(office.calls) + 1):
         await turns()
         for name, task in office.entering.items():
             if task.done():
-                office.desk.leave(office.calls[name].id)
+                office.queue.leave(office.calls[name].id)
     await turns()
     assert all(task.done() for task in office.entering.values())
     for name, task in office.entering.items():
@@ -312,7 +314,7 @@ async def test_instances_hear_of_a_priority_only_by_the_operator_s_leave() -> No
     for priority in (-(2**31), -1, 7):
         await office.comes(f"a{priority}", "a", priority=priority)
         assert office.given[f"a{priority}"].priority == 0
-    office.desk.grant({tenant_id(b"a"): Grant(privileged=True)})
+    office.queue.grant({tenant_id(b"a"): Grant(privileged=True)})
     await office.comes("granted", "a", priority=-3)
     await office.comes("other", "b", priority=-3)
     assert (office.given["granted"].priority, office.given["other"].priority) == (-3, 0)

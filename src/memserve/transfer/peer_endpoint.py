@@ -12,7 +12,7 @@ from memserve.transfer.destination_session import DestinationSession
 from memserve.transfer.failures import to_failure
 from memserve.transfer.introductions import IntroducedPool, Introductions
 from memserve.transfer.links import Arrival, Links
-from memserve.transfer.messages import from_words
+from memserve.transfer.messages import from_wire_refs
 from memserve.transfer.path import PathName
 from memserve.transfer.peers import Peers
 from memserve.transfer.pending import PeerStats
@@ -67,7 +67,7 @@ class ConversingPool(ReceivingPool, SendingPool, IntroducedPool, Protocol):
         ...
 
 
-class Conversation:
+class PeerEndpoint:
     """Owns the sessions, and what a pool knows of its peers."""
 
     def __init__(
@@ -247,21 +247,21 @@ class Conversation:
     def _allocate(self, peer: Owner, session: DestinationSession, now: float) -> Actions:
         try:
             source = self.peers.current(peer.instance).memory.layout
-            have, words = self.receiver.allocate(peer, session, source)
-            # The peer must know where these blocks are, before their words.
+            have, wire_refs = self.receiver.allocate(peer, session, source)
+            # The peer must know where these blocks are, before their wire_refs.
             self.introductions.refresh_memory()
         except (PoolError, TransferError) as error:
             self.receiver.free(session)
             return session.on_refused(to_failure(error))
-        return session.on_allocated(have, words, now)
+        return session.on_allocated(have, wire_refs, now)
 
     def _publish(self, peer: Owner, session: DestinationSession, now: float) -> Actions:
         try:
-            words = self.receiver.publish(peer, session)
+            wire_refs = self.receiver.publish(peer, session)
         except (PoolError, TransferError) as error:
             self.counters.unwritten += isinstance(error, UnwrittenBlocks)
             return session.on_unpublishable(to_failure(error))
-        return session.on_published(words, now)
+        return session.on_published(wire_refs, now)
 
     # --- inside ---------------------------------------------------------------------------
 
@@ -331,7 +331,7 @@ class Conversation:
         if answer is None:
             failure = None
             try:
-                refs = from_words(message.words, intern_owner(*self._pool.owner))
+                refs = from_wire_refs(message.wire_refs, intern_owner(*self._pool.owner))
                 self.receiver.free_granted(peer, refs)
             except PoolError as error:
                 failure = to_failure(error)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from memserve.api.figures import RequestFigures
+from memserve.api.request_stats import RequestStats
 from memserve.api.status import Latencies
 from memserve.engine.request import Usage
 
 
 @dataclass(slots=True)
-class SequenceFigures:
+class SequenceStats:
     """Of one sequence. Whoever hands its prompt over or fetches a prefix fills in what that
     took; its generation does the rest. Times are the instance's clock's, blocks whole ones.
     """
@@ -22,7 +22,7 @@ class SequenceFigures:
     cached_tokens_decode: int = 0
     blocks_fetched: int = 0
     blocks_received: int = 0
-    blocks_spared: int = 0
+    blocks_already_present: int = 0
     queue_seconds: float = 0.0
     fetch_seconds: float = 0.0
     prefill_seconds: float = 0.0
@@ -64,18 +64,18 @@ class SequenceFigures:
 
 
 def combined(
-    sequences: Collection[SequenceFigures], first: Collection[SequenceFigures], block_bytes: int
-) -> RequestFigures:
-    """A request's figures. `first` are those of each prompt's first sample: later ones share its
+    sequences: Collection[SequenceStats], first: Collection[SequenceStats], block_bytes: int
+) -> RequestStats:
+    """A request's stats. `first` are those of each prompt's first sample: later ones share its
     prefill, and that saving is not the cache's."""
     received = sum(s.blocks_received for s in sequences)
-    return RequestFigures(
+    return RequestStats(
         cached_tokens_prefill=sum(s.cached_tokens_prefill for s in first),
         cached_tokens_decode=sum(s.cached_tokens_decode for s in first),
         blocks_fetched=sum(s.blocks_fetched for s in sequences),
         blocks_received=received,
         bytes_received=received * block_bytes,
-        bytes_avoided=sum(s.blocks_spared for s in sequences) * block_bytes,
+        bytes_avoided=sum(s.blocks_already_present for s in sequences) * block_bytes,
         queue_seconds=max((s.queue_seconds for s in sequences), default=0.0),
         fetch_seconds=max((s.fetch_seconds for s in sequences), default=0.0),
         prefill_seconds=max((s.prefill_seconds for s in sequences), default=0.0),

@@ -12,7 +12,7 @@ from memserve.api.generate import FinishReason
 from memserve.api.instance_metrics import instance_metrics
 from memserve.api.status import Latencies
 from memserve.engine.request import Usage
-from memserve.instance.figures import SequenceFigures, combined
+from memserve.instance.sequence_stats import SequenceStats, combined
 from memserve.types import InstanceId, Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import BLOCK, Node, call_of, completed, node, pair, prompt_of
@@ -31,13 +31,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_prompt_computed_here() -> None:
     latencies = Latencies()
-    figures = SequenceFigures(submitted=10.0)
-    figures.take(Usage(70, 16, 0, queue_seconds=2.0), 15.0)
-    figures.take(Usage(70, 16, 1, queue_seconds=2.0), 16.0)
-    figures.end(latencies, 18.0)
-    assert (figures.queue_seconds, figures.prefill_seconds, figures.decode_seconds) == (2, 3, 3)
-    assert (figures.cached_tokens_prefill, figures.cached_tokens_decode) == (16, 16)
-    assert figures.preemptions == 1
+    stats = SequenceStats(submitted=10.0)
+    stats.take(Usage(70, 16, 0, queue_seconds=2.0), 15.0)
+    stats.take(Usage(70, 16, 1, queue_seconds=2.0), 16.0)
+    stats.end(latencies, 18.0)
+    assert (stats.queue_seconds, stats.prefill_seconds, stats.decode_seconds) == (2, 3, 3)
+    assert (stats.cached_tokens_prefill, stats.cached_tokens_decode) == (16, 16)
+    assert stats.preemptions == 1
     parts = (latencies.queue, latencies.prefill, latencies.decode)
     assert [part.sum for part in parts] == [2.0, 3.0, 3.0]
     assert not sum(latencies.transfer.counts) + sum(latencies.fetch.counts)
@@ -45,23 +45,23 @@ def test_a_prompt_computed_here() -> None:
 
 def test_a_prompt_computed_elsewhere_queues_at_both_sides() -> None:
     latencies = Latencies()
-    figures = SequenceFigures(submitted=10.0, handed_over=True, queue_seconds=1.0)
-    figures.prefill_seconds, figures.transfer_seconds = 4.0, 0.5
-    figures.take(Usage(70, 16, 0), 16.0)  # the first token, from the prefill instance
-    figures.take(Usage(70, 64, 0, queue_seconds=2.0), 19.0)
-    figures.take(Usage(70, 64, 0, queue_seconds=2.0), 20.0)
-    figures.end(latencies, 20.0)
-    assert (figures.queue_seconds, figures.prefill_seconds, figures.decode_seconds) == (3, 4, 2)
+    stats = SequenceStats(submitted=10.0, handed_over=True, queue_seconds=1.0)
+    stats.prefill_seconds, stats.transfer_seconds = 4.0, 0.5
+    stats.take(Usage(70, 16, 0), 16.0)  # the first token, from the prefill instance
+    stats.take(Usage(70, 64, 0, queue_seconds=2.0), 19.0)
+    stats.take(Usage(70, 64, 0, queue_seconds=2.0), 20.0)
+    stats.end(latencies, 20.0)
+    assert (stats.queue_seconds, stats.prefill_seconds, stats.decode_seconds) == (3, 4, 2)
     assert (latencies.transfer.sum, sum(latencies.transfer.counts)) == (0.5, 1)
 
 
 def test_a_request_s_figures_are_sums_and_slowest_times() -> None:
-    one = SequenceFigures(0.0, cached_tokens_prefill=16, blocks_received=3, blocks_spared=1)
-    two = SequenceFigures(0.0, cached_tokens_prefill=32, queue_seconds=2.0, preemptions=1)
-    figures = combined([one, two], [one], block_bytes=100)
-    assert figures.cached_tokens_prefill == 16
-    assert (figures.bytes_received, figures.bytes_avoided) == (300, 100)
-    assert (figures.queue_seconds, figures.preemptions) == (2.0, 1)
+    one = SequenceStats(0.0, cached_tokens_prefill=16, blocks_received=3, blocks_already_present=1)
+    two = SequenceStats(0.0, cached_tokens_prefill=32, queue_seconds=2.0, preemptions=1)
+    stats = combined([one, two], [one], block_bytes=100)
+    assert stats.cached_tokens_prefill == 16
+    assert (stats.bytes_received, stats.bytes_avoided) == (300, 100)
+    assert (stats.queue_seconds, stats.preemptions) == (2.0, 1)
 
 
 async def turn(one: Node, prompt: list[int], **options: Any) -> tuple[list[int], dict[str, Any]]:
@@ -101,7 +101,7 @@ async def test_usage_tells_both_sides_of_a_hand_over(
         }
         sent = totals.blocks_received * size
         assert samples[("handoff_bytes_total", "d", "received")] == sent
-        assert samples[("handoff_bytes_total", "d", "spared")] == second["bytes_avoided"]
+        assert samples[("handoff_bytes_total", "d", "already_present")] == second["bytes_avoided"]
         assert samples[("handoff_bytes_total", "d", "returned")] > 0
         assert samples[("handoff_prompt_tokens_total", "d", "prefill")] == here
         for part in ("queue", "prefill", "transfer", "decode"):

@@ -25,18 +25,18 @@ class Saturated:
     def __init__(self, cluster: FakeCluster) -> None:
         self.cluster = cluster
         (self.engine,) = cluster.engines
-        self.desk = cluster.gateway._router.desk
-        self.desk._admission.limits = AdmissionLimits(requests=1, waiting=1)
+        self.queue = cluster.gateway._router.queue
+        self.queue._admission.limits = AdmissionLimits(requests=1, waiting=1)
         before = len(self.engine.submitted)
         self.engine.gate.clear()
         self.running = send_request(cluster.url, ASKED)
         until(lambda: len(self.engine.submitted) == before + 1)
 
     def until_waiting(self, count: int) -> None:
-        until(lambda: self.cluster.call(lambda: self.desk.waiting) == count)
+        until(lambda: self.cluster.call(lambda: self.queue.waiting) == count)
 
     def nobody_is_left(self) -> bool:
-        return self.cluster.call(lambda: not self.desk._tickets and not self.desk._waiters)
+        return self.cluster.call(lambda: not self.queue._tickets and not self.queue._waiters)
 
 
 @pytest.fixture
