@@ -70,6 +70,9 @@ class EmulatedLink:
         """Nothing gets through any more, and nobody is told."""
         _run("ip", "-n", self.far.namespace, "link", "set", _DEVICE, "down")
 
+    def mend(self) -> None:
+        _run("ip", "-n", self.far.namespace, "link", "set", _DEVICE, "up")
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
