@@ -38,6 +38,7 @@ from tests.vllm_cluster import (
 
 SHORT = "--max-model-len", "768"
 pytestmark = [
+    pytest.mark.real_vllm,
     pytest.mark.skipif(MISSING is not None, reason=f"vLLM is {MISSING}, or `make vllm`"),
     pytest.mark.timeout(START_SECONDS + 120),
 ]

@@ -30,6 +30,7 @@ from tests.vllm_cluster import (
 )
 
 pytestmark = [
+    pytest.mark.real_vllm,
     pytest.mark.skipif(MISSING is not None, reason=f"vLLM is {MISSING}, or `make vllm`"),
     pytest.mark.timeout(START_SECONDS + 120),
 ]

@@ -23,6 +23,7 @@ from memserve.bench.peers.index import IndexShape, index_table, run_index_bench
 from memserve.bench.peers.install import (
     PEERS,
     TORCH,
+    TORCH_INDEX,
     Peer,
     PeerNotInstalled,
     install,
@@ -90,6 +91,33 @@ def test_a_peer_gets_our_torch_and_is_not_installed_twice(tmp_path: Path) -> Non
     assert len(commands.ran) == ran
     install(msgspec.structs.replace(peer, bare=("engine==2", TORCH)), tmp_path, commands)
     assert len(commands.ran) > ran
+
+
+@pytest.mark.parametrize(
+    ("peer", "download"),
+    [
+        (Peer(name="p", bare=("engine==1",)), "engine==1"),
+        (Peer(name="p", bare=("engine==1", TORCH)), f"--extra-index-url {TORCH_INDEX} engine==1"),
+        (Peer(name="p", requirements=("library",)), "library"),
+    ],
+)
+def test_a_download_that_breaks_off_is_begun_again(
+    tmp_path: Path, peer: Peer, download: str
+) -> None:
+    commands, broken = Commands(), []
+
+    def run(command: Sequence[str]) -> str:
+        if download in " ".join(command) and not broken:
+            broken.append(command)
+            raise PeerNotInstalled("it broke off")
+        if TORCH in command and "--extra-index-url" not in command:
+            raise PeerNotInstalled("no such distribution")
+        return commands(command)
+
+    (tmp_path / "p").mkdir()
+    install(peer, tmp_path, run)
+    assert why_missing("p", tmp_path) is None
+    assert any(download in line for line in commands.ran)
 
 
 def test_what_brought_cuda_does_not_count_as_installed(tmp_path: Path) -> None:
