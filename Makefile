@@ -8,14 +8,23 @@ BENCH_JSON ?= build/bench
 # The evaluation is a package of its own, which is not installed.
 EVALUATION := PYTHONPATH=benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m evaluation
 
+VLLM := build/peers/vllm
+# Processes of tests beside each other: each takes whole files, whose tests share servers, in their
+# order, so that the long ones (tests/e2e, tests/fault) come first.
+WORKERS ?= 2
+PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-vllm lint format bench peers peers-install vllm paper soak readme clean
+.PHONY: help setup serve test test-core test-vllm lint format bench peers peers-install vllm paper soak
+.PHONY: readme clean
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
 	@echo "make serve   serve the demo model on http://127.0.0.1:8000 (ARGS='--port 9000 ...')"
-	@echo "make test    lint, types, layers and all tests"
-	@echo "make test-vllm   the tests that need a real vLLM, which it installs (4 GB, some 20 minutes)"
+	@echo "make test    lint, types, layers and all tests, also those with a vLLM, which it installs"
+	@echo "             (4 GB; WORKERS=2 tests at a time; ARGS='-k pool ...' for pytest)"
+	@echo "make test-core   the same without vLLM;   make test-vllm   what test-core leaves out"
 	@echo "make lint    the same without the tests;   make format   put the code into shape"
 	@echo "make bench   microbenchmarks of the pool, transfers and the engine, as JSON in $(BENCH_JSON)"
 	@echo "make vllm    vLLM alone, on this machine's CPU, for the tests that need one (4 GB)"
@@ -55,13 +64,18 @@ lint: setup
 	@echo "==> import layers"
 	@$(BIN)/lint-imports --no-logo --no-cache  # a cached graph misses edits
 
-test: lint
+# A download beside computations; each says what it has to say when it is done.
+test: setup
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint vllm
 	@echo "==> pytest"
-	@$(BIN)/pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+test-core: lint
+	@echo "==> pytest"
+	@$(PYTEST) -m 'not real_vllm' $(ARGS)
 
 test-vllm: vllm
-	@$(BIN)/pytest $(ARGS) tests/e2e/test_vllm_real.py tests/e2e/test_vllm_connector.py \
-		tests/e2e/test_vllm_handover.py tests/protocol/test_vllm.py
+	@$(PYTEST) -m real_vllm $(ARGS)
 
 format: setup
 	@$(BIN)/ruff check --fix .
@@ -95,8 +109,10 @@ readme: setup
 	@$(EVALUATION) readme
 
 vllm: setup
-	@echo "==> installing vLLM in build/peers/vllm (minutes)"
+	@echo "==> installing vLLM in $(VLLM) (minutes)"
 	@$(EVALUATION).peers.install vllm
+	@test -e $(VLLM)/.installed \
+		|| { echo "vLLM could not be installed: make test-core runs all tests that need none"; exit 1; }
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,1 +1,9 @@
 """Fixtures that every test directory shares."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported, here and in the processes that tests start. The tests' models are so
+# small that OpenMP's threads mostly wait for each other, in a loop, on cores that others need.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

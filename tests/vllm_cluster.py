@@ -19,8 +19,9 @@ from typing import Any
 
 import memserve
 from memserve.bench.vllm_engine import ROOT, python_of, why_missing
+from memserve.pool.segment import SHM_DIRECTORY
 from memserve.vllm.server import tier_settings
-from tests.fakes import url_told
+from tests.fakes import until, url_told
 from tests.insider import ask
 
 # Of another version than the installed one: the interpreter of its environment.
@@ -30,6 +31,8 @@ MISSING = None if OTHER else why_missing("vllm", ROOT)
 # A server takes half a minute to start, and minutes where the machine has other work.
 START_SECONDS = 280
 SOURCE = Path(memserve.__file__).parents[1]  # vLLM's environment has no package of ours
+# In place of `vllm serve`; -P, since the directory of the script is not to be imported from.
+FORKING = [str(PYTHON), "-P", str(Path(__file__).with_name("vllm_forking.py"))]
 BLOCK = 32
 LARGE = "67108864"  # bytes of vLLM's own KV cache, for all that a test asks
 CONFIG = """
@@ -45,7 +48,7 @@ INSTANCE = """
 engine = "vllm"
 threads = 1
 {settings}
-vllm_command = ["env", {path}, {environment}{python}, "-m", "vllm.entrypoints.openai.api_server"]
+vllm_command = ["env", {path}, {environment}{command}]
 vllm_args = ["--enforce-eager", "--block-size", "{block}", {arguments}]
 """
 
@@ -111,7 +114,7 @@ def up(
             settings=table.settings,
             path=json.dumps(f"PYTHONPATH={SOURCE}"),
             environment=f"{json.dumps(table.environment)}, " if table.environment else "",
-            python=json.dumps(str(PYTHON)),
+            command=json.dumps(FORKING)[1:-1],
             block=table.block,
             arguments=json.dumps(table.arguments)[1:-1],
         )
@@ -189,6 +192,17 @@ def post(url: str, path: str, body: dict[str, Any]) -> Any:
 
 def prompt_of(seed: int, tokens: int) -> list[int]:
     return random.Random(seed).choices(range(5, 500), k=tokens)
+
+
+def segments() -> set[Path]:
+    """Shared memory of the pools of all processes below this one."""
+    owners = set(map(str, descendants(os.getpid(), "")))
+    # memserve-NAMESPACE-PID-...
+    return {path for path in SHM_DIRECTORY.glob("memserve-*") if path.name.split("-")[2] in owners}
+
+
+def until_gone(paths: set[Path]) -> None:
+    until(lambda: not any(path.exists() for path in paths))
 
 
 def descendants(process: int, name: str) -> list[int]:

@@ -20,23 +20,25 @@ from typing import Any
 
 import pytest
 
-from memserve.pool.segment import SHM_DIRECTORY
 from memserve.vllm.server import tier_settings
 from tests.fakes import metric, save_tiny_tokenizer, until
 from tests.tiny_models import Reference, save_tiny_model
 from tests.vllm_cluster import (
     BLOCK,
+    FORKING,
     MISSING,
-    PYTHON,
     SOURCE,
     START_SECONDS,
     Instances,
     prompt_of,
+    segments,
+    until_gone,
     up,
 )
 
 SHORT = "--max-model-len", "768"
 pytestmark = [
+    pytest.mark.real_vllm,
     pytest.mark.skipif(MISSING is not None, reason=f"vLLM is {MISSING}, or `make vllm`"),
     pytest.mark.timeout(START_SECONDS + 120),
 ]
@@ -89,8 +91,8 @@ def serving(model: Path, dram: str, *arguments: str, cores: str = "0") -> Iterat
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     tier = json.dumps(tier_settings(dram))
-    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--served-model-name", "m", "--dtype", "float32", "--enforce-eager"]
+    command = [*FORKING, "--model", str(model), "--served-model-name", "m"]
+    command += ["--dtype", "float32", "--enforce-eager"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--block-size", str(BLOCK)]
     command += ["--enable-prompt-tokens-details", "--kv-transfer-config", tier, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "VLLM_SERVER_DEV_MODE": "1"}
@@ -191,7 +193,6 @@ def test_tokens_are_right_when_neither_memory_is_large_enough(qwen3: Path) -> No
 
 def test_an_instance_with_dram_has_it_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
     """A prompt comes back after others have pushed it out of vLLM's own cache."""
-    before = set(SHM_DIRECTORY.glob("memserve-*"))
     least = "3000000" if model.name == "gemma3" else "1500000"  # that vLLM starts with
     small = Instances("dram = '16MiB'", ("--kv-cache-memory-bytes", least, *SHORT))
     with up(model, tmp_path, small) as cluster:
@@ -205,5 +206,6 @@ def test_an_instance_with_dram_has_it_and_leaves_nothing(model: Path, tmp_path: 
         assert cached == 480
         # The gateway knew, since the pool's events are among vLLM's.
         assert metric(cluster.url, "memserve_scheduler_cached_tokens_total") - planned >= 480
-        assert set(SHM_DIRECTORY.glob("memserve-*")) - before
-    until(lambda: not set(SHM_DIRECTORY.glob("memserve-*")) - before)
+        held = segments()
+        assert held
+    until_gone(held)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from memserve.config import Caching
-from memserve.pool.segment import SHM_DIRECTORY
 from tests.fakes import metric, save_tiny_tokenizer, until
 from tests.tiny_models import VOCAB, Reference, save_tiny_model
 from tests.vllm_cluster import (
@@ -24,11 +23,14 @@ from tests.vllm_cluster import (
     gateway,
     post,
     prompt_of,
+    segments,
     server,
+    until_gone,
     up,
 )
 
 pytestmark = [
+    pytest.mark.real_vllm,
     pytest.mark.skipif(MISSING is not None, reason=f"vLLM is {MISSING}, or `make vllm`"),
     pytest.mark.timeout(START_SECONDS + 120),
 ]
@@ -46,7 +48,6 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_chat_s_kv_goes_from_prefill_to_decode_and_back(qwen3: Path, tmp_path: Path) -> None:
     reference = Reference(qwen3)
-    before = set(SHM_DIRECTORY.glob("memserve-*"))
     with up(qwen3, tmp_path, *PAIR, policy="least-load") as cluster:
         history, figures = prompt_of(1, 150), []
         for turn in range(3):
@@ -72,7 +73,9 @@ def test_a_chat_s_kv_goes_from_prefill_to_decode_and_back(qwen3: Path, tmp_path:
         assert done["choices"][0]["token_ids"] == reference.generate(prompt, 8)
         assert done["usage"]["prompt_tokens_details"]["cached_tokens"] == 128
         until(lambda: metric(cluster.url, RECEIVED) == received + 4)
-    until(lambda: not set(SHM_DIRECTORY.glob("memserve-*")) - before)
+        held = segments()
+        assert held
+    until_gone(held)
 
 
 def check(cluster: Cluster, reference: Reference, seeds: range) -> None:
@@ -127,12 +130,13 @@ def test_what_is_kept_is_as_the_file_says(qwen3: Path, tmp_path: Path, caching: 
 
 def test_engines_that_are_killed_cost_time_alone(qwen3: Path, tmp_path: Path) -> None:
     reference = Reference(qwen3)
-    before = set(SHM_DIRECTORY.glob("memserve-*"))
     tables = (*PAIR, PAIR[1])
     with up(qwen3, tmp_path, *tables, policy="least-load") as cluster:
         check(cluster, reference, range(20, 26))
         engines = descendants(cluster.process.pid, "VLLM::EngineCore")
         assert len(engines) == 3
+        held = segments()
+        assert held
         for victim in engines[:2]:
             killer = threading.Timer(0.3, os.kill, (victim, signal.SIGKILL))
             killer.start()
@@ -147,13 +151,13 @@ def test_engines_that_are_killed_cost_time_alone(qwen3: Path, tmp_path: Path) ->
 
         until(whole)
         check(cluster, reference, range(52, 60))
-    until(lambda: not set(SHM_DIRECTORY.glob("memserve-*")) - before)
+        held |= segments()
+    until_gone(held)
 
 
 def test_servers_join_by_one_flag_each(qwen3: Path, tmp_path: Path) -> None:
     """A gateway alone, and vLLM servers that somebody else has started."""
     reference = Reference(qwen3)
-    before = set(SHM_DIRECTORY.glob("memserve-*"))
     with gateway(qwen3, tmp_path, policy="least-load") as cluster:
         with server(qwen3, cluster.url, "prefill"), server(qwen3, cluster.url, "decode") as decode:
             until(lambda: [each["state"] for each in cluster.members()] == ["ready"] * 2)
@@ -170,5 +174,7 @@ def test_servers_join_by_one_flag_each(qwen3: Path, tmp_path: Path) -> None:
             body |= {"kv_transfer_params": {"memserve": {"order": 1}}, "return_token_ids": True}
             done = post(decode, "/v1/completions", body)
             assert done["choices"][0]["token_ids"] == answer.tokens[:4]
+            held = segments()
+            assert held
         until(lambda: not any(each["state"] == "ready" for each in cluster.members()))
-    until(lambda: not set(SHM_DIRECTORY.glob("memserve-*")) - before)
+    until_gone(held)

@@ -32,6 +32,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 pytestmark = [
+    pytest.mark.real_vllm,
     pytest.mark.skipif(MISSING is not None, reason=f"vLLM is {MISSING}, or `make vllm`"),
     pytest.mark.timeout(START_SECONDS + 120),
 ]

@@ -20,6 +20,7 @@ V = InstanceId("vllm")
 _MISSING = why_missing("vllm")
 
 
+@pytest.mark.real_vllm
 @pytest.mark.skipif(_MISSING is not None, reason=f"vLLM is {_MISSING}")
 async def test_matches_are_what_a_vllm_reuses() -> None:
     with vllm_server(python_of("vllm")) as server:

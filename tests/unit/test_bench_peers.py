@@ -20,6 +20,7 @@ from evaluation.peers.index import IndexShape, index_table, run_index_bench
 from evaluation.peers.install import (
     PEERS,
     TORCH,
+    TORCH_INDEX,
     Peer,
     PeerNotInstalled,
     install,
@@ -98,6 +99,33 @@ def test_one_peer_has_the_packages_of_another(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     install(Peer(name="p", over="q"), tmp_path, Commands())
     assert (tmp_path / "p" / "over.pth").read_text() == f"{tmp_path / 'q'}\n"
+
+
+@pytest.mark.parametrize(
+    ("peer", "download"),
+    [
+        (Peer(name="p", bare=("engine==1",)), "engine==1"),
+        (Peer(name="p", bare=("engine==1", TORCH)), f"--extra-index-url {TORCH_INDEX} engine==1"),
+        (Peer(name="p", requirements=("library",)), "library"),
+    ],
+)
+def test_a_download_that_breaks_off_is_begun_again(
+    tmp_path: Path, peer: Peer, download: str
+) -> None:
+    commands, broken = Commands(), []
+
+    def run(command: Sequence[str]) -> str:
+        if download in " ".join(command) and not broken:
+            broken.append(command)
+            raise PeerNotInstalled("it broke off")
+        if TORCH in command and "--extra-index-url" not in command:
+            raise PeerNotInstalled("no such distribution")
+        return commands(command)
+
+    (tmp_path / "p").mkdir()
+    install(peer, tmp_path, run)
+    assert why_missing("p", tmp_path) is None
+    assert any(download in line for line in commands.ran)
 
 
 def test_what_brought_cuda_does_not_count_as_installed(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def install(peer: Peer, root: Path, run: Run) -> None:
         names += without_cuda(run((python, "-c", _REQUIRES.format(peer.of))).splitlines())
     if names:
         # Asked for again, so that nothing that needs torch brings another one.
-        run((*get, *names, *(name for name in peer.bare if name == TORCH)))
+        _get((*get, *names, *(name for name in peer.bare if name == TORCH)), run)
     if peer.unwanted:
         run((*pip, "uninstall", "--yes", *peer.unwanted))
     installed = run((python, "-c", _INSTALLED)).split()
@@ -118,14 +118,21 @@ def _put_over(python: str, other: str, run: Run) -> None:
     (Path(own) / "over.pth").write_text(f"{others}\n", encoding="utf-8")
 
 
+def _get(command: tuple[str, ...], run: Run) -> None:
+    """Twice if need be: pip tries to connect again, but drops a download that breaks off."""
+    try:
+        run(command)
+    except PeerNotInstalled:
+        run(command)
+
+
 def _get_bare(names: tuple[str, ...], get: tuple[str, ...], run: Run) -> None:
     """Where pip knows of no CPU build of torch: from the index that has it."""
     try:
         run((*get, *names))
     except PeerNotInstalled:
-        if TORCH not in names:
-            raise
-        run((*get, "--extra-index-url", TORCH_INDEX, *names))
+        index = ("--extra-index-url", TORCH_INDEX) if TORCH in names else ()
+        _get((*get, *index, *names), run)
 
 
 _REQUIRES = "from importlib import metadata; print(*metadata.requires('{}') or (), sep='\\n')"
