@@ -252,7 +252,7 @@ class Started:
         flag = "--kv-transfer-config"
         value = arguments[arguments.index(flag) + 1] if flag in arguments else "{}"
         self.connectors.append(json.loads(value).get("kv_connector", ""))
-        assert (peer == "lmcache") == (self.connectors[-1] == "LMCacheMPConnector")
+        assert (peer == "lmcache") == ("LMCacheMPConnector" in value)
         return Server(self.fails.get(self.connectors[-1]))
 
     def lmcache(self, _: object, __: int, size: int, ___: int) -> Server:
@@ -282,9 +282,8 @@ async def _contest_of(
     monkeypatch.setattr(tiers, "ours", lambda *_: nullcontext("http://127.0.0.1:1"))
     monkeypatch.setattr(tiers, "first_prompt", AsyncMock(return_value=None))
     monkeypatch.setattr(tiers, "rounds", _names)
-    settings, model = TierSettings(dram="1MiB"), ModelDirectory(path, "m", None)
-    contest = beside_lmcache if lmcache else host_memory
-    return await contest(LOADS, settings, model, (0, 1), (), lambda _: None)
+    contest, model = beside_lmcache if lmcache else host_memory, ModelDirectory(path, "m", None)
+    return await contest(LOADS, TierSettings(dram="1MiB"), model, (0, 1), (), lambda _: None)
 
 
 async def _names(_: Loads, __: float, urls: dict[str, str], *___: object) -> tuple[PeerRun, ...]:
