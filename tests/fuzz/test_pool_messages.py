@@ -17,8 +17,8 @@ import zmq
 
 from memserve import Medium, MemPool
 from memserve.transfer import wire
-from memserve.transfer.conversation import Conversation
 from memserve.transfer.links import Arrival, Links, Way
+from memserve.transfer.peer_endpoint import PeerEndpoint
 from memserve.transfer.secret import cluster_keys
 from tests.transfer_harness import (
     LAYOUT,
@@ -208,14 +208,14 @@ def test_mutants_of_valid_messages(recorded: list[list[Value]], seed: int) -> No
                 route = rng.randbytes(5)
 
                 def deliver(
-                    conversation: Conversation, now: float, said: list[bytes], route: bytes
+                    endpoint: PeerEndpoint, now: float, said: list[bytes], route: bytes
                 ) -> None:
                     for body in said:
-                        conversation.on_arrival(Arrival([HEADER, body], route), now)
+                        endpoint.on_arrival(Arrival([HEADER, body], route), now)
 
                 service.ask(
-                    lambda conversation, now, said=said, route=route: deliver(  # type: ignore[misc]
-                        conversation, now, said, route
+                    lambda endpoint, now, said=said, route=route: deliver(  # type: ignore[misc]
+                        endpoint, now, said, route
                     )
                 )
             if number % 20 == 0:
@@ -230,11 +230,11 @@ def test_mutants_of_valid_messages(recorded: list[list[Value]], seed: int) -> No
                     pass
         stats = b.peer_stats()
 
-        def bury(conversation: Conversation, now: float) -> None:
+        def bury(endpoint: PeerEndpoint, now: float) -> None:
             """All lives but one are over, also those whose names are mutants."""
-            lives = {peer for peer, _ in conversation.table._destinations}
-            for owner in (lives | conversation.peers.known()) - {a.owner}:
-                conversation.on_over(owner, now)
+            lives = {peer for peer, _ in endpoint.table._destinations}
+            for owner in (lives | endpoint.peers.known()) - {a.owner}:
+                endpoint.on_over(owner, now)
 
         service.ask(bury)
         assert stats.failed == 0, "something unexpected was raised; it is in the log"

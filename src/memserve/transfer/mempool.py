@@ -146,7 +146,7 @@ class MemPool(SharedPool):
         service = self._service
         if service is None:
             return PeerStats()
-        return service.ask(lambda conversation, now: conversation.stats())
+        return service.ask(lambda endpoint, now: endpoint.stats())
 
     def on_failure(self, call: Callable[[BaseException], None]) -> None:
         """Have `call` called with the error that has ended the thread which talks to peers, if
@@ -217,7 +217,7 @@ class MemPool(SharedPool):
         """Blocks that a peer allocated here become this caller's: they are no longer freed
         when the peer is gone. Raises StaleBlock if they were."""
         given = as_refs(refs)
-        self._require_service().ask(lambda conversation, now: conversation.receiver.claim(given))
+        self._require_service().ask(lambda endpoint, now: endpoint.receiver.claim(given))
         self.require_live(given)
 
     # --- memory: what peers change about it -----------------------------------------------
@@ -287,8 +287,8 @@ class MemPool(SharedPool):
             service.ask(self._add_nixl)
         return service
 
-    def _add_nixl(self, conversation: PeerEndpoint, now: float) -> None:
-        introductions = conversation.introductions
+    def _add_nixl(self, endpoint: PeerEndpoint, now: float) -> None:
+        introductions = endpoint.introductions
         if not introductions.has_transport("nixl"):
             # Heavy, an extra, and of no use on one host.
             from memserve.transfer.nixl import NixlTransport
@@ -360,7 +360,7 @@ class MemPool(SharedPool):
         pins = self.pin_source(source)
 
         def act(step: Callable[[float], Actions]) -> None:
-            service.submit(lambda conversation, now: conversation.act(outgoing, step(now), now))
+            service.submit(lambda endpoint, now: endpoint.act(outgoing, step(now), now))
 
         handle = OpenTransfer(
             instance,
@@ -372,12 +372,12 @@ class MemPool(SharedPool):
         )
         outgoing = Outgoing(session, life.owner, handle, source, pins)
 
-        def begin(conversation: PeerEndpoint, now: float) -> None:
+        def begin(endpoint: PeerEndpoint, now: float) -> None:
             for round in rounds or ():
                 session.write(round, now)
             if rounds is not None:
                 session.seal(now)
-            conversation.begin(outgoing, now)
+            endpoint.begin(outgoing, now)
 
         try:
             service.run(begin)
@@ -399,11 +399,11 @@ class MemPool(SharedPool):
             raise
         freed: Future[None] = Future()
 
-        def task(conversation: PeerEndpoint, now: float) -> None:
-            if conversation.peers.current(owner.instance).owner != owner:
+        def task(endpoint: PeerEndpoint, now: float) -> None:
+            if endpoint.peers.current(owner.instance).owner != owner:
                 raise StaleBlock(f"{owner.instance!r} has begun another life without them")
-            message = conversation.calls.begin(owner, to_wire_refs(refs), freed, now)
-            conversation.say(owner, message)
+            message = endpoint.calls.begin(owner, to_wire_refs(refs), freed, now)
+            endpoint.say(owner, message)
 
         self._service.ask(task)
         self._service.wait(freed)
@@ -411,7 +411,7 @@ class MemPool(SharedPool):
     def _tell_memory(self) -> None:
         service = self._service
         if service is not None:
-            service.ask(lambda conversation, now: conversation.introductions.refresh_memory())
+            service.ask(lambda endpoint, now: endpoint.introductions.refresh_memory())
 
 
 def _make_shm(owner: Owner, layout: KVLayout) -> Sequence[Transport]:

@@ -59,10 +59,10 @@ class Service:
         self._now = clock.now
         # Whoever wants the network wants all of it to go there.
         self._links = Links(keys, shortcut=path != "nixl")
-        self._conversation = PeerEndpoint(pool, self._links, transports, path)
+        self._endpoint = PeerEndpoint(pool, self._links, transports, path)
         self._transports = transports
         self._tasks: deque[Callable[[], None]] = deque()
-        # Held by whoever is in the conversation; never while waiting for anything but it.
+        # Held by whoever is in the endpoint; never while waiting for anything but it.
         self._floor = threading.Lock()
         self._running = True
         self._thread = threading.Thread(
@@ -77,14 +77,14 @@ class Service:
 
     @property
     def counters(self) -> Counters:
-        return self._conversation.counters
+        return self._endpoint.counters
 
     def life(self, instance: InstanceId) -> PeerSession:
         """Of a peer, as it is known now. Raises UnknownPeer."""
-        return self._conversation.peers.current(instance)
+        return self._endpoint.peers.current(instance)
 
     def lease(self, owner: Owner) -> Lease:
-        return self._conversation.table.lease(owner, self._now())
+        return self._endpoint.table.lease(owner, self._now())
 
     # --- calls ----------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ class Service:
         """Have `task` run on the service's thread, soon. Raises TransferError if it ended."""
         if not self._running:
             raise TransferError(f"pool {self._pool.owner.instance!r} no longer talks to peers")
-        self._tasks.append(lambda: task(self._conversation, self._now()))
+        self._tasks.append(lambda: task(self._endpoint, self._now()))
         self._links.wake()
 
     def run(self, task: Callable[[PeerEndpoint, float], None]) -> None:
@@ -102,7 +102,7 @@ class Service:
         if self._floor.acquire(blocking=False):
             try:
                 if self._running and not self._tasks:  # tasks go on in the order of the calls
-                    task(self._conversation, self._now())
+                    task(self._endpoint, self._now())
                     return
             finally:
                 self._floor.release()
@@ -112,9 +112,9 @@ class Service:
         """The answer to a question that needs the service's thread."""
         answer: Future[T] = Future()
 
-        def task(conversation: PeerEndpoint, now: float) -> None:
+        def task(endpoint: PeerEndpoint, now: float) -> None:
             try:
-                answer.set_result(question(conversation, now))
+                answer.set_result(question(endpoint, now))
             except Exception as error:  # noqa: BLE001 - the asking thread raises it
                 answer.set_exception(error)
 
@@ -131,18 +131,16 @@ class Service:
             raise TransferTimeout(f"no answer for {CALL_TIMEOUT:g} s") from error
 
     def listen(self, address: str) -> str:
-        return self.ask(lambda conversation, now: self._links.listen(address))
+        return self.ask(lambda endpoint, now: self._links.listen(address))
 
     def connect(self, instance: InstanceId, address: str) -> Owner:
         """Know a peer. Raises PeerLost, PeerRefused, LayoutMismatch, TransferError."""
         outcome: Future[Owner] = Future()
 
-        def task(conversation: PeerEndpoint, now: float) -> None:
+        def task(endpoint: PeerEndpoint, now: float) -> None:
             dealer = self._links.dial(address)
             gives_up_at = now + CONNECT_TIMEOUT
-            conversation.introductions.dialling.begin(
-                Dialled(instance, dealer, outcome, gives_up_at)
-            )
+            endpoint.introductions.dialling.begin(Dialled(instance, dealer, outcome, gives_up_at))
 
         self.ask(task)
         return self.wait(outcome)
@@ -150,7 +148,7 @@ class Service:
     def close(self) -> None:
         """Cancel what is going on, tell the peers, and end the thread."""
         if self._running:
-            self.submit(lambda conversation, now: self._stop())
+            self.submit(lambda endpoint, now: self._stop())
         self._thread.join()
 
     # --- the thread -----------------------------------------------------------------------
@@ -169,22 +167,22 @@ class Service:
 
     def _serve(self) -> None:
         beat_at = tick_at = self._now()
-        conversation = self._conversation
+        endpoint = self._endpoint
         self._links.adopt()
         while self._running:
             arrivals = self._links.poll(self._pause(beat_at, tick_at))
             with self._floor:
                 for arrival in arrivals:
-                    conversation.on_arrival(arrival, self._now())
+                    endpoint.on_arrival(arrival, self._now())
                 while self._tasks:
                     self._carry_out(self._tasks.popleft())
                 now = self._now()
-                conversation.poll_transports(now)
+                endpoint.poll_transports(now)
                 if now >= tick_at:
-                    conversation.on_tick(now)
+                    endpoint.on_tick(now)
                     tick_at = now + TICK
                 if now >= beat_at:
-                    conversation.on_beat(now)
+                    endpoint.on_beat(now)
                     beat_at = now + HEARTBEAT
         with self._floor:
             self._farewell()
@@ -193,26 +191,26 @@ class Service:
         try:
             task()
         except Exception:  # noqa: BLE001 - one caller's, whose deadline tells it; others go on
-            self._conversation.report("a task of a local caller has failed")
+            self._endpoint.report("a task of a local caller has failed")
 
     def _pause(self, beat_at: float, tick_at: float) -> float:
         """Seconds to wait for messages."""
-        conversation = self._conversation
-        interval = conversation.peers.poll_interval
+        endpoint = self._endpoint
+        interval = endpoint.peers.poll_interval
         if interval is not None:
             if interval and not self._tasks:
                 sleep(min(interval, TICK))
             return 0.0
-        until = min(beat_at, tick_at) if conversation.busy else beat_at
+        until = min(beat_at, tick_at) if endpoint.busy else beat_at
         return max(0.0, until - self._now())
 
     def _tear_down(self) -> None:
-        conversation = self._conversation
-        for outgoing in conversation.sender.all:
+        endpoint = self._endpoint
+        for outgoing in endpoint.sender.all:
             if not outgoing.handle.done:
                 outgoing.handle.fail(TransferError("the pool was closed"))
-            conversation.sender.release(outgoing.session)
-        conversation.introductions.dialling.abandon()
+            endpoint.sender.release(outgoing.session)
+        endpoint.introductions.dialling.abandon()
         self._links.close()
         for transport in self._transports:
             transport.close()
@@ -222,12 +220,12 @@ class Service:
 
     def _farewell(self) -> None:
         """After this nothing of ours can land anywhere, and the peers know."""
-        conversation = self._conversation
+        endpoint = self._endpoint
         end = self._now() + CLOSE_TIMEOUT
-        for outgoing in conversation.sender.all:
+        for outgoing in endpoint.sender.all:
             failure = Failure("TransferCancelled", "the pool was closed")
-            conversation.act(outgoing, outgoing.session.fail(failure, self._now()), self._now())
-        while conversation.peers.poll_interval is not None and self._now() < end:
-            conversation.poll_transports(self._now())
-        if conversation.peers.poll_interval is None:
-            conversation.say_to_all(Bye())
+            endpoint.act(outgoing, outgoing.session.fail(failure, self._now()), self._now())
+        while endpoint.peers.poll_interval is not None and self._now() < end:
+            endpoint.poll_transports(self._now())
+        if endpoint.peers.poll_interval is None:
+            endpoint.say_to_all(Bye())
