@@ -60,8 +60,8 @@ async def test_an_instance_without_a_thread_is_dead(tokenizer: Tokenizer, part: 
     else:
         service = pool._service
         assert service is not None
-        service._conversation.on_tick = _raises  # type: ignore[method-assign]
-        service._conversation.on_beat = _raises  # type: ignore[method-assign]
+        service._endpoint.on_tick = _raises  # type: ignore[method-assign]
+        service._endpoint.on_beat = _raises  # type: ignore[method-assign]
         named = service.thread.name
     await until(instance.died.is_set, "its death")
     assert instance.info().state is InstanceState.DEAD

@@ -21,10 +21,10 @@ from memserve.transfer import service as service_module
 from memserve.transfer import table as table_module
 from memserve.transfer import wire
 from memserve.transfer.base import PoolRegions
-from memserve.transfer.conversation import Conversation
 from memserve.transfer.conversion import meaning
 from memserve.transfer.links import Arrival
 from memserve.transfer.messages import Prepare, Prepared, Refused
+from memserve.transfer.peer_endpoint import PeerEndpoint
 from memserve.transfer.process import ProcessTag, own_process
 from memserve.transfer.regions import host_id
 from memserve.transfer.secret import cluster_keys
@@ -181,7 +181,7 @@ def test_lives_come_and_go_without_an_end() -> None:
     with MemPool(LAYOUT, 8, instance="b") as b:
         b.serve(LOCAL)
 
-        def live(conversation: Conversation, now: float) -> None:
+        def live(endpoint: PeerEndpoint, now: float) -> None:
             for number in range(20_000):
                 life, route = owner(f"p{number % 7000}", number + 1), number.to_bytes(5)
                 said: list[wire.Message] = [wire.Hello(False, own_process(), MEMORY, ())]
@@ -189,10 +189,10 @@ def test_lives_come_and_go_without_an_end() -> None:
                     said += [Prepare(1, 1, Medium.HBM), wire.FreeBlocks(1, b"")]
                 for message in said:
                     frames = [HEADER, body(life, b, message)]
-                    conversation.on_arrival(Arrival(frames, route), now)
+                    endpoint.on_arrival(Arrival(frames, route), now)
                 intern_owner(*life)
-                conversation.on_arrival(Arrival([HEADER, body(life, b, wire.Bye())], route), now)
-            conversation.counters.misdirected += 1
+                endpoint.on_arrival(Arrival([HEADER, body(life, b, wire.Bye())], route), now)
+            endpoint.counters.misdirected += 1
 
         b._require_service().submit(live)
         eventually(lambda: b._require_service().counters.misdirected > 0, "the last of them")
@@ -204,10 +204,10 @@ def test_lives_come_and_go_without_an_end() -> None:
 
 
 def _lives_of(pool: MemPool) -> tuple[int, int, int, int]:
-    def look(conversation: Conversation, now: float) -> tuple[int, int, int, int]:
-        table = conversation.table
-        peers = len(list(conversation.peers))
-        return len(table._gone), len(table._leases), peers, len(conversation.calls._answers)
+    def look(endpoint: PeerEndpoint, now: float) -> tuple[int, int, int, int]:
+        table = endpoint.table
+        peers = len(list(endpoint.peers))
+        return len(table._gone), len(table._leases), peers, len(endpoint.calls._answers)
 
     return pool._require_service().ask(look)
 

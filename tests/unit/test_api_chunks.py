@@ -10,12 +10,19 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from memserve.api import chunks
-from memserve.api.chunks import Piece, StreamFormat, TokenScore
+from memserve.api.chunks import Piece, ScoredToken, StreamFormat, TokenScore
 from memserve.api.generate import CallKind, FinishReason, GenerateCall, SamplingParams
 from memserve.tokens import from_ids
 
 AWKWARD = 'a "quoted"\\\n\u2028 line \x00 é 👍'
-SCORE = TokenScore("é", -0.25, (("é", -0.25), ("e", float("-inf"))))
+
+
+def token(id: int, text: str, logprob: float, part: bytes | None = None) -> ScoredToken:
+    return ScoredToken(id, text, text.encode() if part is None else part, logprob)
+
+
+ACUTE = token(3, "é", -0.25)
+SCORE = TokenScore(ACUTE, (ACUTE, token(4, "e", float("-inf"))), 10)
 USED = chunks.usage(prompt_tokens=5, completion_tokens=2, cached_tokens=4)
 
 
@@ -37,7 +44,7 @@ def event(data: bytes) -> Any:
 @pytest.mark.parametrize("asked", [{}, {"return_token_ids": True}])
 def test_chat_chunks_are_openai_s(asked: dict[str, Any]) -> None:
     form = StreamFormat(call(CallKind.CHAT, **asked))
-    role = ChatCompletionChunk.model_validate(event(form.event(Piece(1, "x", (4,)), role=True)))
+    role = ChatCompletionChunk.model_validate(event(form.event(Piece(1, "x", (4,)), first=True)))
     assert (role.choices[0].delta.role, role.choices[0].delta.content) == ("assistant", "x")
     text = event(form.event(Piece(1, AWKWARD, (3,))))
     chunk = ChatCompletionChunk.model_validate(text)
@@ -45,6 +52,17 @@ def test_chat_chunks_are_openai_s(asked: dict[str, Any]) -> None:
     assert (chunk.choices[0].index, chunk.choices[0].delta.content) == (1, AWKWARD)
     assert chunk.choices[0].finish_reason is None
     assert text["choices"][0].get("token_ids") == ([3] if asked else None)
+
+
+def test_the_first_chunk_of_a_choice_has_the_prompt_s_token_ids_where_asked_for() -> None:
+    for kind in CallKind:
+        form = StreamFormat(call(kind, return_token_ids=True))
+        for choice in range(2):
+            first = event(form.event(Piece(choice, "", (4,)), first=True))
+            place = first if kind is CallKind.CHAT else first["choices"][0]
+            assert place["prompt_token_ids"] == [1, 2]
+        assert b"prompt_token_ids" not in form.event(Piece(0, "x", (4,)))
+        assert b"prompt_token_ids" not in StreamFormat(call(kind)).event(Piece(0, "x", (4,)), True)
 
 
 def test_the_last_chunk_of_a_choice_says_why_it_ended() -> None:
@@ -75,6 +93,8 @@ def test_a_body_is_openai_s(kind: CallKind) -> None:
     shape = ChatCompletion if kind is CallKind.CHAT else Completion
     assert [choice.index for choice in shape.model_validate(data).choices] == [0, 1]
     assert data["choices"][1]["token_ids"] == [3]
+    place = data if kind is CallKind.CHAT else data["choices"][1]
+    assert place["prompt_token_ids"] == [1, 2]
     assert data["choices"][1]["stop_reason"] is None
 
 
@@ -86,9 +106,28 @@ def test_logprobs_of_chat() -> None:
     assert entry["top_logprobs"][1]["logprob"] == chunks.LOWEST_LOGPROB  # JSON has no infinity
 
 
+def test_bytes_of_parts_of_a_character_make_the_character() -> None:
+    parts = [token(at, "\ufffd", -1.0, bytes([byte])) for at, byte in enumerate("👍".encode())]
+    scores = tuple(TokenScore(part, (part,), 0) for part in parts)
+    chat = StreamFormat(call(CallKind.CHAT, sampling=SamplingParams(logprobs=1)))
+    entries = event(chat.event(Piece(0, "👍", (0, 1, 2, 3), scores)))["choices"][0]["logprobs"]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries["content"]).decode() == "👍"
+    form = StreamFormat(call(CallKind.COMPLETION, sampling=SamplingParams(logprobs=1)))
+    logprobs = event(form.event(Piece(0, "👍", (0, 1, 2, 3), scores)))["choices"][0]["logprobs"]
+    assert logprobs["tokens"][0] == "bytes:\\xf0"
+
+
+def test_tokens_of_one_text_all_have_their_log_probability() -> None:
+    same = [token(7, "a", -11.5), token(8, "a", -0.25), token(9, "a", -3.0)]
+    form = StreamFormat(call(CallKind.COMPLETION, sampling=SamplingParams(logprobs=3)))
+    score = TokenScore(same[1], tuple(same), 0)
+    logprobs = event(form.event(Piece(0, "a", (8,), (score,))))["choices"][0]["logprobs"]
+    assert logprobs["top_logprobs"] == [{"a": -0.25, "token_id:7": -11.5, "token_id:9": -3.0}]
+
+
 def test_logprobs_of_completions_know_where_each_token_starts() -> None:
     form = StreamFormat(call(CallKind.COMPLETION, sampling=SamplingParams(logprobs=1)))
-    piece = Piece(0, "éé", (3, 3), (SCORE, SCORE), text_offset=10)
+    piece = Piece(0, "éé", (3, 3), (SCORE, TokenScore(ACUTE, SCORE.top, 11)))
     logprobs = event(form.event(piece))["choices"][0]["logprobs"]
     assert logprobs["text_offset"] == [10, 11]
     assert logprobs["tokens"] == ["é", "é"]

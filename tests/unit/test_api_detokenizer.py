@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from memserve.api.detokenizer import MAX_WINDOW, UNFINISHED, Detokenizer
+from memserve.api.detokenizer import MAX_WINDOW, Detokenizer
+from memserve.models.tokenizer import UNDECODABLE
 from memserve.tokens import from_ids
 
 Decode = Callable[[Sequence[int]], str]
@@ -99,7 +100,7 @@ def test_a_character_is_held_back_until_it_is_whole() -> None:
 
 
 def test_a_character_that_never_becomes_whole_comes_at_the_end() -> None:
-    assert streamed(SENTENCEPIECE, [], [1 + 0xF0]) == ["", UNFINISHED]
+    assert streamed(SENTENCEPIECE, [], [1 + 0xF0]) == ["", UNDECODABLE]
 
 
 @pytest.mark.parametrize("token", [SPECIAL, NEVER_UTF8])

@@ -223,13 +223,46 @@ def test_usage_counts_each_prompt_once_and_the_cache_s_part_of_it(tokenizer: Tok
     assert usage["prompt_tokens_details"]["cached_tokens"] == 4
 
 
-def test_echo_puts_the_prompt_before_each_answer(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("sent", ["<s>the quick</s>", None])
+def test_echo_puts_the_prompt_as_it_was_sent_before_each_answer(
+    sent: str | None, tokenizer: Tokenizer
+) -> None:
     prompt = tokenizer.encode("the quick")
-    driven = Driven(call(prompts=(tuple(prompt),), echo=True, stream=True), tokenizer)
+    driven = Driven(call(prompts=(tuple(prompt),), echo=(sent,), stream=True), tokenizer)
     ids = tokenizer.encode(" brown fox", add_special_tokens=False)
     for token_id in ids:
         driven.feed(output(driven.requests[0], [token_id]))
-    assert texts(events(driven.streamed)) == "the quick brown fox"
+    assert texts(events(driven.streamed)) == (sent or "the quick") + " brown fox"
+
+
+@pytest.mark.parametrize("cut", range(5))
+def test_a_token_begins_where_the_text_before_it_ends(cut: int, tokenizer: Tokenizer) -> None:
+    """Characters of several tokens, and a stream that was cut before any of them. Parts of a
+    character begin where the text that was certain before it ends."""
+    text = " the 🫶 lazy"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    sampling = SamplingParams(logprobs=0, max_tokens=len(ids))
+    before = {"resumed": (from_ids(ids[:cut]),)} if cut else {}
+    driven = Driven(call(stream=True, sampling=sampling, **before), tokenizer)
+    for token_id in ids[cut:]:
+        driven.feed(output(driven.requests[0], [token_id], logprobs=True))
+    found = [
+        offset
+        for chunk in events(driven.streamed)
+        for offset in chunk["choices"][0]["logprobs"]["text_offset"]
+    ]
+    assert found == [0, 4, 4, 4, text.index(" lazy")][cut:]
+
+
+def test_a_stop_string_may_begin_within_min_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(" the lazy dog", add_special_tokens=False)
+    for least, expected in ((len(ids) - 1, " the la"), (len(ids), " the lazy dog")):
+        sampling = SamplingParams(min_tokens=least, max_tokens=len(ids) + 5)
+        driven = Driven(call(stream=True, stop=("zy dog",), sampling=sampling), tokenizer)
+        for token_id in ids:
+            driven.feed(output(driven.requests[0], [token_id]))
+        driven.feed(output(driven.requests[0], [], FinishReason.LENGTH))
+        assert texts(events(driven.streamed)) == expected
 
 
 def test_logprobs_of_held_back_text_are_not_lost(tokenizer: Tokenizer) -> None:

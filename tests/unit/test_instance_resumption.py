@@ -92,7 +92,7 @@ CALLS = {
     "logprobs": call_of(logprobs=2, n=2),
     "logprobs of a chat": call_of(kind=CHAT, logprobs=2, stop=("lazy dog",)),
     "token ids": call_of(return_token_ids=True, stop=("lazy",)),
-    "echo": call_of(echo=True, prompts=((5, 6, 7),), logprobs=0),
+    "echo": call_of(echo=("\x00 as sent",), prompts=((5, 6, 7),), logprobs=0),
 }
 
 

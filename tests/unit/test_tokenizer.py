@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from memserve.errors import ConfigError, ModelError, RequestError
 from memserve.models.tokenizer import Tokenizer
+from tests.fakes import tiny_tokenizer
 
 BOS, EOS, TURN = 0, 1, 2
 TURNS = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<turn>{% endfor %}"
@@ -195,3 +196,23 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
     write(tmp_path, "tokenizer_config.json", bos_token=3)
     with pytest.raises(ModelError, match=r"tokenizer_config\.json.*bos_token"):
         Tokenizer.load(tmp_path)
+
+
+def test_parts_of_a_character_have_their_bytes(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tmp_path)
+    text = " the 🫶 \ufffd lazy"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
+    assert any("\ufffd" in tokenizer.token_text(token_id) for token_id in ids)
+
+
+def test_bytes_of_sentencepiece_are_bytes(tmp_path: Path) -> None:
+    vocab: dict[str, int] = {"▁a": 0, "a": 1, **{f"<0x{at:02X}>": 2 + at for at in range(256)}}
+    model = models.BPE(vocab=vocab, merges=[], byte_fallback=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer = Tokenizer(backend)
+    ids = [1, *(2 + byte for byte in "🫶".encode()), 0]
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == "a🫶 a"

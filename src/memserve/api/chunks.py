@@ -36,12 +36,31 @@ _encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
-class TokenScore:
-    """A token's text and log-probability, and those of the most probable tokens there."""
+class ScoredToken:
+    """A token with its log-probability. `bytes`: what it adds to the text; of a token that is a
+    part of a character, which has no text of its own, that part."""
 
-    token: str
+    id: int
+    text: str
+    bytes: bytes
     logprob: float
-    top: tuple[tuple[str, float], ...]
+
+    @property
+    def name(self) -> str:
+        """The token's text, or its bytes in OpenAI's notation where it is no whole character."""
+        if self.text.encode() == self.bytes:
+            return self.text
+        return "bytes:" + "".join(f"\\x{value:02x}" for value in self.bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """The chosen token, the most probable tokens in its place, and where it begins in the text of
+    its choice, in characters."""
+
+    chosen: ScoredToken
+    top: tuple[ScoredToken, ...]
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +71,6 @@ class Piece:
     text: str
     token_ids: Sequence[int]
     scores: Sequence[TokenScore] = ()
-    text_offset: int = 0  # characters of tokens before this piece's, for completions' logprobs
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token or string that the client had named
 
@@ -130,6 +148,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     finish_reason: str | None
     stop_reason: int | str | None
     token_ids: Sequence[int] | UnsetType = UNSET
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,6 +160,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: CompletionUsage
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,6 +184,7 @@ def body(call: GenerateCall, choices: Sequence[Piece], used: CompletionUsage) ->
                 model=call.model,
                 choices=[_chat_choice(call, piece) for piece in choices],
                 usage=used,
+                prompt_token_ids=_prompt(call, 0) if call.return_token_ids else UNSET,
             )
         )
     return _encode(
@@ -196,7 +217,14 @@ def _completion_choice(call: GenerateCall, piece: Piece) -> CompletionChoice:
         finish_reason=piece.finish_reason,
         stop_reason=piece.stop_reason,
         token_ids=piece.token_ids if call.return_token_ids else UNSET,
+        prompt_token_ids=_prompt(call, piece.choice) if call.return_token_ids else UNSET,
     )
+
+
+def _prompt(call: GenerateCall, choice: int) -> list[int]:
+    """Token ids of a choice's prompt."""
+    ids: list[int] = call.prompts[choice // call.n].tolist()
+    return ids
 
 
 class StreamFormat:
@@ -230,11 +258,15 @@ class StreamFormat:
             if chat
             else _completion_logprobs
         )
+        self._chat = chat
+        self._call = call
         self._token_ids = call.return_token_ids
         self._plain = self._logprobs is None and not self._token_ids
 
-    def event(self, piece: Piece, role: bool = False) -> bytes:
-        """One choice's new tokens, and their text if there is any. With `role`, a chat's role."""
+    def event(self, piece: Piece, first: bool = False) -> bytes:
+        """One choice's new tokens, and their text if there is any. `first`: of the choice; a
+        chat's role goes with it, and the prompt's token ids where they are asked for."""
+        role = first and self._chat
         ids = piece.token_ids
         named = b"%d" % ids[0] if len(ids) == 1 else ",".join(map(str, ids)).encode()
         comment = b":%d %b\n" % (piece.choice, named)
@@ -242,7 +274,7 @@ class StreamFormat:
             # Held-back text makes pieces without any; their ids and scores still matter.
             wanted = role or piece.text or piece.finish_reason is not None
             if wanted or self._token_ids or piece.scores:
-                return comment + self._full_chunk(piece, role)
+                return comment + self._full_chunk(piece, first)
         elif piece.text:
             chunk = self._prefixes[piece.choice] + _encode(piece.text)
             return comment + chunk + self._plain_end
@@ -252,8 +284,8 @@ class StreamFormat:
         """The last chunk, where the client asked for it."""
         return self._head + b',"choices":[],"usage":' + _encode(used) + b"}\n\n"
 
-    def _full_chunk(self, piece: Piece, role: bool) -> bytes:
-        if role:
+    def _full_chunk(self, piece: Piece, first: bool) -> bytes:
+        if first and self._chat:
             head = b"%b%d%b" % (self._choice_head, piece.choice, self._role_head)
             head += _encode(piece.text)
         elif piece.text:
@@ -272,6 +304,10 @@ class StreamFormat:
         if self._token_ids:
             parts += (b',"token_ids":', _encode(piece.token_ids))
         parts.append(b"}]}\n\n")
+        if self._token_ids and first:
+            # As in vLLM: a completion's choice has its prompt's; a chat has one prompt in all.
+            prompt = b',"prompt_token_ids":' + _encode(_prompt(self._call, piece.choice))
+            parts[-1] = b"}]" + prompt + b"}\n\n" if self._chat else prompt + b"}]}\n\n"
         return b"".join(parts)
 
 
@@ -279,12 +315,12 @@ def _chat_logprobs(piece: Piece) -> ChatLogprobs:
     return ChatLogprobs(
         [
             ChatTokenLogprob(
-                score.token,
-                _finite(score.logprob),
-                list(score.token.encode()),
+                score.chosen.text,
+                _finite(score.chosen.logprob),
+                list(score.chosen.bytes),
                 [
-                    TopLogprob(token, _finite(logprob), list(token.encode()))
-                    for token, logprob in score.top
+                    TopLogprob(token.text, _finite(token.logprob), list(token.bytes))
+                    for token in score.top
                 ],
             )
             for score in piece.scores
@@ -293,24 +329,24 @@ def _chat_logprobs(piece: Piece) -> ChatLogprobs:
 
 
 def _completion_logprobs(piece: Piece) -> CompletionLogprobs:
-    offset = piece.text_offset
-    offsets = []
-    for score in piece.scores:
-        offsets.append(offset)
-        offset += len(score.token)
     return CompletionLogprobs(
-        text_offset=offsets,
-        token_logprobs=[_finite(score.logprob) for score in piece.scores],
-        tokens=[score.token for score in piece.scores],
-        # The chosen token is named even where it is not among the most probable.
-        top_logprobs=[
-            {
-                token: _finite(logprob)
-                for token, logprob in ((score.token, score.logprob), *score.top)
-            }
-            for score in piece.scores
-        ],
+        text_offset=[score.offset for score in piece.scores],
+        token_logprobs=[_finite(score.chosen.logprob) for score in piece.scores],
+        tokens=[score.chosen.name for score in piece.scores],
+        top_logprobs=[_by_name(score) for score in piece.scores],
     )
+
+
+def _by_name(score: TokenScore) -> dict[str, float]:
+    """Log-probabilities by token. The chosen one is there even where it is not among the most
+    probable. Another token of the same name is called by its id, as vLLM calls tokens on demand:
+    none is lost."""
+    named = {score.chosen.name: _finite(score.chosen.logprob)}
+    for token in score.top:
+        if token.id != score.chosen.id:
+            name = token.name if token.name not in named else f"token_id:{token.id}"
+            named[name] = _finite(token.logprob)
+    return named
 
 
 def _finite(logprob: float) -> float:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from memserve.models.tokenizer import UNDECODABLE
 from memserve.types import TokenArray
 
 Decode = Callable[[Sequence[int]], str]
 
 PROMPT_WINDOW = 6  # prompt tokens that the first output token is decoded after
-UNFINISHED = "\ufffd"  # what decoders put for bytes that are no character (yet)
 MAX_CHARACTER_TOKENS = 4  # a character has at most 4 bytes, each at least a token's part
 MAX_WINDOW = 16  # tokens decoded per new token: bounds the work while nothing is certain
 
@@ -35,7 +35,7 @@ class Detokenizer:
         """Text that has become certain with this token; may be empty."""
         self._ids.append(token_id)
         text = self._decode(self._ids)
-        if text.endswith(UNFINISHED):
+        if text.endswith(UNDECODABLE):
             return "" if len(self._ids) < MAX_WINDOW else self._release(text)
         if text == self._text:  # the token has no text, but may be what gives the next its own
             if len(self._ids) >= MAX_WINDOW:

@@ -170,8 +170,10 @@ class GenerateCall(
     skip_special_tokens: bool = True
     stream: bool = False
     include_usage: bool = False  # a last chunk with usage
-    echo: bool = False  # completions: the prompt's text before the answer's
-    return_token_ids: bool = False  # the client asked for `choices[].token_ids`
+    # Completions: what stands before the answer, of each prompt: its text as it was sent; None: of
+    # token ids, theirs. (): nothing.
+    echo: Annotated[tuple[str | None, ...], Meta(max_length=MAX_SEQUENCES)] = ()
+    return_token_ids: bool = False  # the client asked for `token_ids`, `prompt_token_ids`
     cache_salt: Name = ""  # namespace of the KV cache
     priority: Int32 = 0  # lower runs first
     session: Name | None = None  # what the `session` policy keeps together
@@ -190,5 +192,7 @@ class GenerateCall(
 
     def __post_init__(self) -> None:
         force_setattr(self, "prompts", tuple(map(token_field, self.prompts)))
+        if len(self.echo) not in (0, len(self.prompts)):
+            raise ValueError(f"{len(self.prompts)} prompts, and {len(self.echo)} to echo")
         if self.resumed:
             force_setattr(self, "resumed", tuple(map(token_field, self.resumed)))

@@ -37,14 +37,16 @@ class StopStrings:
         other._held = ""
         return other
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Text that can be given out, and the stop string if one ended it."""
+    def push(self, text: str, ends: bool = True) -> tuple[str, str | None]:
+        """Text that can be given out, and the stop string if one ended it. `ends`: a stop string
+        that is complete within `text` ends it; else only one that begins there and is complete
+        later."""
         begun, held = self._held, self._held
         for position, character in enumerate(text):
             if not held and character not in self._firsts:
                 continue
             held = self._beginning(held + character)
-            if character in self._lasts and (stop := self._complete(held)) is not None:
+            if ends and character in self._lasts and (stop := self._complete(held)) is not None:
                 whole = begun + text[: position + 1]
                 self._held = ""
                 return (whole if self._include else whole[: -len(stop)]), stop

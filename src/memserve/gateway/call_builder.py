@@ -140,7 +140,7 @@ class CallBuilder:
             prompts=prompts,
             max_tokens=request.max_tokens or min(DEFAULT_COMPLETION_TOKENS, room),
             logprobs=request.logprobs,
-            echo=bool(request.echo),
+            echo=_texts(given) if request.echo else (),
         )
 
     def _call(
@@ -152,7 +152,7 @@ class CallBuilder:
         prompts: tuple[TokenArray, ...],
         max_tokens: int,
         logprobs: int | None,
-        echo: bool = False,
+        echo: tuple[str | None, ...] = (),
     ) -> GenerateCall:
         sampling = sampling_params(request, max_tokens, logprobs)
         try:
@@ -266,3 +266,8 @@ def _room(prompt_tokens: int, asked: int | None, limits: Limits, param: str) -> 
     if room < (asked or 1):
         raise context_length_exceeded(limits.max_tokens, prompt_tokens, asked, param)
     return room
+
+
+def _texts(given: tuple[Prompt, ...]) -> tuple[str | None, ...]:
+    """Prompts that were sent as text, as they were."""
+    return tuple([prompt if isinstance(prompt, str) else None for prompt in given])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from memserve.api.chunks import Piece, TokenScore
+from memserve.api.chunks import Piece, ScoredToken, TokenScore
 from memserve.api.detokenizer import Detokenizer
 from memserve.api.errors import invalid
 from memserve.api.generate import FinishReason, GenerateCall
@@ -40,7 +40,8 @@ class Choice:
         self._detokenizer = Detokenizer(self._decode, prompt)
         self._stops = stops
         self._lead = lead
-        self._text_offset = len(self._lead)
+        # Of the text, stop strings included: where the next token begins.
+        self._length = len(self._lead)
 
     def feed(self, output: TokenOutput) -> Piece:
         """What an output adds. A stop string drops the tokens that came after it."""
@@ -63,8 +64,6 @@ class Choice:
             elif self.tokens + 1 == params.max_tokens:
                 reason = FinishReason.LENGTH
             self._add((token_id,), reason, stop_token, ())
-            if params.logprobs is not None:
-                self._text_offset += len(self._tokenizer.token_text(token_id))
 
     def _add(
         self,
@@ -77,8 +76,10 @@ class Choice:
         text, self._lead = [self._lead], ""
         stop: str | None = None
         silent = stop_token is not None and not self._call.include_stop_str_in_output
+        offsets: list[int] = []
         for position, token_id in enumerate(ids):
             self.tokens += 1
+            offsets.append(self._length)
             if silent and position == len(ids) - 1:
                 break
             new, stop = self._search(self._detokenizer.push(token_id))
@@ -94,24 +95,21 @@ class Choice:
         if stop is not None:
             reason = FinishReason.STOP
         self.finished = reason is not None
-        scores = self._scores(ids, logprobs)
-        offset = self._text_offset
-        self._text_offset += sum(len(score.token) for score in scores)
         return Piece(
             choice=self.index,
             text="".join(text),
             token_ids=ids,
-            scores=scores,
-            text_offset=offset,
+            scores=self._scores(ids, offsets, logprobs),
             finish_reason=reason,
             stop_reason=stop if stop is not None else self._named(stop_token),
         )
 
     def _search(self, text: str) -> tuple[str, str | None]:
-        # As in vLLM, what min_tokens forces out is not searched.
-        if self._stops is None or not text or self.tokens <= self._call.sampling.min_tokens:
+        self._length += len(text)
+        if self._stops is None or not text:
             return text, None
-        return self._stops.push(text)
+        # As in vLLM: none ends within `min_tokens`, but one may begin there.
+        return self._stops.push(text, ends=self.tokens > self._call.sampling.min_tokens)
 
     def _named(self, stop_token: int | None) -> int | None:
         """The stop token if the client named it; the model's own end token needs no reason."""
@@ -120,19 +118,20 @@ class Choice:
         return stop_token if stop_token in self._call.sampling.stop_token_ids else None
 
     def _scores(
-        self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+        self, ids: Sequence[int], offsets: Sequence[int], logprobs: Sequence[TokenLogprobs]
     ) -> tuple[TokenScore, ...]:
-        if not logprobs:
-            return ()
-        text = self._tokenizer.token_text
         return tuple(
             TokenScore(
-                text(token_id),
-                entry.chosen,
-                tuple((text(other), logprob) for other, logprob in entry.top),
+                self._scored(token_id, entry.chosen),
+                tuple(self._scored(other, logprob) for other, logprob in entry.top),
+                offset,
             )
-            for token_id, entry in zip(ids, logprobs, strict=False)
+            for token_id, offset, entry in zip(ids, offsets, logprobs, strict=False)
         )
+
+    def _scored(self, token_id: int, logprob: float) -> ScoredToken:
+        text = self._tokenizer.token_text(token_id)
+        return ScoredToken(token_id, text, self._tokenizer.token_bytes(token_id), logprob)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, self._call.skip_special_tokens)

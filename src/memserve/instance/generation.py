@@ -10,7 +10,7 @@ import msgspec
 from memserve.api import chunks
 from memserve.api.chunks import Piece, StreamFormat
 from memserve.api.errors import ApiError, internal, invalid, unavailable
-from memserve.api.generate import CallKind, FinishReason, GenerateCall, SamplingParams
+from memserve.api.generate import FinishReason, GenerateCall, SamplingParams
 from memserve.api.limits import INLINE_LOGPROBS
 from memserve.api.namespaces import private, salted
 from memserve.api.request_stats import RequestStats
@@ -123,7 +123,9 @@ class Generation:
         for p, prompt in enumerate(call.prompts):
             lead = ""
             if call.echo:
-                lead = tokenizer.decode(prompt.tolist(), call.skip_special_tokens)
+                sent = call.echo[p]
+                special = call.skip_special_tokens
+                lead = tokenizer.decode(prompt.tolist(), special) if sent is None else sent
             for index in range(p * call.n, (p + 1) * call.n):
                 own = None if stops is None else stops.anew()
                 choice = Choice(index, call, tokenizer, prompt, own, lead)
@@ -166,7 +168,7 @@ class Generation:
             if self._format is None:
                 self._pieces[choice.index].append(piece)
             else:
-                parts.append(self._format.event(piece, first and self._call.kind is CallKind.CHAT))
+                parts.append(self._format.event(piece, first))
         if not self._last and not self.finished:
             self.finished = True
             if self._format is not None and self.failure is None:
@@ -242,5 +244,4 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
         text="".join(piece.text for piece in pieces),
         token_ids=[token_id for piece in pieces for token_id in piece.token_ids],
         scores=[score for piece in pieces for score in piece.scores],
-        text_offset=pieces[0].text_offset,
     )

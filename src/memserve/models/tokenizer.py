@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +38,23 @@ class _TokenizerFile(msgspec.Struct, frozen=True):
     add_bos_token: bool | None = None
     tokenizer_class: str | None = None
     chat_template: str | list[_NamedTemplate] | None = None
+
+
+UNDECODABLE = "\ufffd"  # what decoders put for bytes that are no character (yet)
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+
+
+def _byte_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for: itself where it can be
+    printed, the others from U+0100 on. Source: GPT-2's `bytes_to_unicode`."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in printed]
+    return {chr(value): value for value in printed} | {
+        chr(0x100 + at): value for at, value in enumerate(others)
+    }
+
+
+_BYTE_OF = _byte_characters()
 
 
 class _ModelFile(msgspec.Struct, frozen=True):
@@ -171,6 +189,20 @@ class Tokenizer:
         """One token's text as it stands inside a text, its leading space included."""
         text = self.decode([*self._anchor, token_id], skip_special_tokens=False)
         return text.removeprefix(self._anchor_text)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes that one token adds to a text; of a token that is a part of a character,
+        that part."""
+        text = self.token_text(token_id)
+        if UNDECODABLE not in text:
+            return text.encode()
+        piece = self._backend.id_to_token(token_id) or ""
+        if match := _BYTE_TOKEN.fullmatch(piece):  # sentencepiece: of a character without a token
+            return bytes([int(match[1], 16)])
+        values = [_BYTE_OF.get(character) for character in piece]
+        if None in values:
+            return text.encode()
+        return bytes(value for value in values if value is not None)
 
 
 def _read(path: Path, kind: type[_File]) -> _File:

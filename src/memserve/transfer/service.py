@@ -62,7 +62,7 @@ class Service:
         self._endpoint = PeerEndpoint(pool, self._links, transports, path)
         self._transports = transports
         self._tasks: deque[Callable[[], None]] = deque()
-        # Held by whoever is in the endpoint; never while waiting for anything but it.
+        # Held by the thread that runs the endpoint, and by none that waits for anything else.
         self._floor = threading.Lock()
         self._running = True
         self._thread = threading.Thread(
