@@ -250,10 +250,11 @@ def metric(url: str, name: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith(name + " "))
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what other threads do; the limit is the test's own."""
+def until(condition: Callable[[], bool], pause: float = 0.005) -> None:
+    """Wait for what other threads or processes do; the limit is the test's own. `pause`: seconds
+    between looks, longer where a look takes the time of what is waited for."""
     while not condition():
-        time.sleep(0.005)
+        time.sleep(pause)
 
 
 def url_told(output: IO[str]) -> str | None:

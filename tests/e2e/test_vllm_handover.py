@@ -160,7 +160,9 @@ def test_servers_join_by_one_flag_each(qwen3: Path, tmp_path: Path) -> None:
     reference = Reference(qwen3)
     with gateway(qwen3, tmp_path, policy="least-load") as cluster:
         with server(qwen3, cluster.url, "prefill"), server(qwen3, cluster.url, "decode") as decode:
-            until(lambda: [each["state"] for each in cluster.members()] == ["ready"] * 2)
+            until(
+                lambda: [each["state"] for each in cluster.members()] == ["ready"] * 2, pause=0.25
+            )
             roles = {each["role"]: each for each in cluster.members()}
             assert {each["kind"] for each in roles.values()} == {"vllm"}
             assert all(each["pool"] for each in roles.values())
@@ -176,5 +178,5 @@ def test_servers_join_by_one_flag_each(qwen3: Path, tmp_path: Path) -> None:
             assert done["choices"][0]["token_ids"] == answer.tokens[:4]
             held = segments()
             assert held
-        until(lambda: not any(each["state"] == "ready" for each in cluster.members()))
+        until(lambda: not any(each["state"] == "ready" for each in cluster.members()), pause=0.25)
     until_gone(held)
