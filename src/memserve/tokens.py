@@ -1,4 +1,4 @@
-"""Token ids as one-dimensional, contiguous int32 arrays (`TokenArray`), and their wire format.
+"""Token ids as one-dimensional int32 arrays (`TokenArray`), and their wire format.
 
 Messages carry the array's bytes: little-endian int32. Arrays read from bytes are read-only views.
 """

@@ -100,7 +100,7 @@ class Holds:
 
     @property
     def scattered(self) -> bool:
-        """Whether unpinned blocks may be before held ones in the index; those cannot be evicted."""
+        """Whether the index may have unpinned blocks before held ones: these cannot be evicted."""
         return any(not hold.prefix for hold in self._open)
 
     def open(self, refs: RefArray, *, follows: bool = True, prefix: bool = False) -> Hold:
