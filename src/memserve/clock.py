@@ -1,4 +1,4 @@
-"""Time, injected wherever a decision depends on it, so that tests own it."""
+"""Clocks. Code whose decisions depend on time takes a `Clock`, so that tests control it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Monotonic seconds; only differences mean something."""
+    """A source of monotonic seconds with an arbitrary start."""
 
     def now(self) -> float: ...
 
@@ -19,7 +19,7 @@ class MonotonicClock:
 
 
 class ManualClock:
-    """A clock that moves only when told to (tests, simulation)."""
+    """A clock that moves only with `advance`, for tests and the simulator."""
 
     def __init__(self, start: float = 0.0) -> None:
         self._now = start

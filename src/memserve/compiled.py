@@ -1,11 +1,11 @@
-"""Functions that are compiled to machine code: once for a machine, and never within a request.
+"""Functions compiled with numba: once per machine, and never during a request.
 
-numba keeps what it compiled beside the source (`__pycache__`), or in the user's cache folder
-where that is read-only; `NUMBA_CACHE_DIR` names another one. Where it can write nowhere, each
-process compiles when it starts, and says so.
+numba caches compiled code beside the source (`__pycache__`), or in the user's cache folder if
+that is read-only; `NUMBA_CACHE_DIR` names another folder. If no folder can be written, each
+process compiles at its start, and logs a warning.
 
-Only who calls `Kernels.prepare` imports numba. Without, the same functions run as the Python that
-they are: enough for an instance, which asks its cost model a few times when it starts.
+Only `Kernels.prepare` imports numba. Without this call the functions run as plain Python, which
+is enough for an instance: it uses its cost model a few times at its start.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_LOADED_SECONDS = 1.0  # what takes longer was compiled, and not found
+_LOADED_SECONDS = 1.0  # a longer `prepare` has compiled, not loaded from the cache
 
 
 class Compiled(Generic[_P, _R]):
-    """A function for certain types. Once prepared, `run` raises TypeError for others instead of
-    compiling."""
+    """A function and its numba signature. Once prepared, `run` raises TypeError for arguments of
+    other types instead of compiling."""
 
     __slots__ = ("python", "run", "signature")
 
@@ -36,12 +36,13 @@ class Compiled(Generic[_P, _R]):
 
 
 class Kernels:
-    """What is prepared together. Belongs to the modules whose functions it compiles."""
+    """A group of functions that are compiled together, with the same numba options."""
 
     def __init__(
         self, whose: str, *, fastmath: Collection[str] = (), without_gil: bool = False
     ) -> None:
-        """`whose`: in log lines. `fastmath`: LLVM's flags of what may be reordered."""
+        """`whose`: name of the group in log lines. `fastmath`: LLVM's fast-math flags.
+        `without_gil`: release the GIL while a function runs."""
         self._whose = whose
         self._fastmath = set(fastmath)
         self._without_gil = without_gil
@@ -49,10 +50,10 @@ class Kernels:
         self._parts: list[Callable[..., Any]] = []
 
     def compiled(self, signature: str) -> Callable[[Callable[_P, _R]], Compiled[_P, _R]]:
-        """Compile a function for these types, when `prepare` is called.
+        """Decorate a function that `prepare` compiles for the types of `signature`.
 
-        What is compiled is found again until the function's own file changes: the functions that
-        it calls and the constants that it reads must stand in the same file.
+        numba's cache is valid until the function's own file changes, so the functions that it
+        calls and the constants that it reads must be in the same file.
         """
 
         def decorate(function: Callable[_P, _R]) -> Compiled[_P, _R]:
@@ -63,14 +64,15 @@ class Kernels:
         return decorate
 
     def inlined(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
-        """A part of functions that are `compiled`, in the same file."""
+        """Decorate a function that `compiled` functions of the same file call."""
         self._parts.append(function)
         return function
 
     def prepare(self) -> None:
-        """Compile what is not compiled yet, or load it; with NUMBA_DISABLE_JIT it stays Python.
+        """Compile all functions, or load them from the cache; with NUMBA_DISABLE_JIT they stay
+        Python.
 
-        OSError: the folder of compiled code cannot be read.
+        Raises OSError if the cache folder cannot be read.
         """
         if not self._unprepared:
             return
@@ -102,7 +104,7 @@ class Kernels:
 
 
 def _compile(dispatcher: Any, signature: str) -> bool:
-    """Whether the next process will find it."""
+    """Compile for one signature; return whether the result is cached for other processes."""
     kept = True
     try:
         dispatcher.enable_caching()

@@ -1,13 +1,13 @@
-"""One error hierarchy: everything this package raises on purpose is a `MemserveError`.
+"""The error hierarchy: every error that this package raises on purpose is a `MemserveError`.
 
-Messages carry the numbers that a person needs to act: what was asked, what there was.
+Messages carry the numbers that a person needs to act: the amount asked for, the amount there.
 """
 
 from __future__ import annotations
 
 
 class MemserveError(Exception):
-    """Root of every error raised on purpose."""
+    """Base class of all errors of this package."""
 
 
 class ConfigError(MemserveError):
@@ -19,7 +19,7 @@ class ModelError(MemserveError):
 
 
 class ClusterError(MemserveError):
-    """A process of a local cluster that failed; the message ends with what it said last."""
+    """A process of a local cluster that failed; the message ends with its last output."""
 
 
 # --- pool -----------------------------------------------------------------------------
@@ -30,7 +30,7 @@ class PoolError(MemserveError):
 
 
 class OutOfBlocks(PoolError):
-    """Not enough blocks, even after evicting all that may be evicted."""
+    """Too few blocks, even if all evictable ones are evicted. Attributes count blocks."""
 
     def __init__(self, medium: str, asked: int, free: int, evictable: int, total: int) -> None:
         super().__init__(
@@ -48,7 +48,7 @@ class DoubleFree(PoolError):
 
 
 class StaleBlock(PoolError):
-    """A reference from before the block was freed and given to someone else."""
+    """A reference whose block has been freed since (its generation is over)."""
 
 
 class ForeignBlock(PoolError):
@@ -60,19 +60,19 @@ class WrongMedium(PoolError):
 
 
 class PinnedBlock(PoolError):
-    """A block that somebody is reading."""
+    """A block that a match or a read holds, and that therefore cannot be freed."""
 
 
 class NotOwned(PoolError):
-    """A block that belongs to the index and not to the caller (or the other way round)."""
+    """A block that the caller does not own, may not use in this call, or named twice."""
 
 
 class LengthMismatch(PoolError):
-    """Tokens, references or tensors whose lengths do not fit each other."""
+    """Tokens, references or tensors of lengths that do not match, or a negative count."""
 
 
 class InvalidTokens(PoolError):
-    """Tokens that are not int32."""
+    """Tokens that are not a one-dimensional array of int32 values."""
 
 
 class LayoutMismatch(PoolError):
@@ -84,7 +84,7 @@ class SharedMemoryFull(PoolError):
 
 
 class IntegrityError(PoolError):
-    """`check_integrity` found a block with no owner, with two, or an index that disagrees."""
+    """A contradiction in the pool's book-keeping, such as a block with no owner or with two."""
 
 
 # --- transfer -------------------------------------------------------------------------
@@ -95,15 +95,15 @@ class TransferError(MemserveError):
 
 
 class UnknownPeer(TransferError):
-    """An instance that is not connected, or another life of it than the one that is."""
+    """An instance, or a life (epoch) of an instance, that is not connected."""
 
 
 class UnknownBlock(TransferError):
-    """A block outside of the memory that its owner has described."""
+    """A block outside the memory regions that its owner has announced."""
 
 
 class SegmentGone(TransferError):
-    """Shared memory that its owner has given back, or that this process cannot see."""
+    """Shared memory that its owner has released, or that this process cannot see."""
 
 
 class PeerLost(TransferError):
@@ -111,30 +111,30 @@ class PeerLost(TransferError):
 
 
 class PeerRefused(TransferError):
-    """A peer that cannot be talked to: another secret, protocol version or identity."""
+    """A failed handshake: the peer has another secret, protocol version or identity."""
 
 
 class TransferCancelled(TransferError):
-    """The caller cancelled."""
+    """The caller cancelled the transfer."""
 
 
 class TransferAborted(TransferError):
-    """The destination gave up."""
+    """The target ended the transfer."""
 
 
 class UnwrittenBlocks(TransferError):
-    """Blocks whose transfer was committed, but which its source has not written."""
+    """Blocks of a commit that the source has not written."""
 
 
 class TransferTimeout(TransferError, TimeoutError):
-    """Not done in time; it may still be going on."""
+    """A wait for a transfer that took too long; the transfer may still be running."""
 
 
 # --- engine ---------------------------------------------------------------------------
 
 
 class RequestError(MemserveError):
-    """A request that can never be served as it stands; `param` names the field at fault."""
+    """A request that cannot be served unless it is changed; `param` names the invalid field."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -142,7 +142,7 @@ class RequestError(MemserveError):
 
 
 class GivenUp(MemserveError):
-    """What was being prepared is not wanted any more."""
+    """The caller stopped waiting, for example for the start of a vLLM server."""
 
 
 class EngineStopped(MemserveError):
@@ -150,7 +150,7 @@ class EngineStopped(MemserveError):
 
 
 class QueueFull(MemserveError):
-    """As many requests wait as may wait."""
+    """The queue of waiting requests has reached its limit."""
 
     def __init__(self, waiting: int, limit: int) -> None:
         super().__init__(f"{waiting} requests are waiting and at most {limit} may")
@@ -162,7 +162,7 @@ class QueueFull(MemserveError):
 
 
 class ProfileError(MemserveError):
-    """Measurements that no cost model can be made of."""
+    """Measurements from which no cost model can be fitted."""
 
 
 # --- benchmarks -----------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Hosts to listen on: addresses of IPv4 and IPv6, names that have either, and wildcards.
+"""Hosts to listen on: IPv4 and IPv6 addresses, host names, and wildcards.
 
-A name is resolved here for sockets of the kernel and of ZeroMQ alike (ZeroMQ resolves none to
-listen on). Where it has both kinds of address, it is IPv4's, as clients try that one, too.
+Names are resolved here for TCP sockets and for ZeroMQ, which does not resolve a name to listen
+on. If a name has both kinds of address, the IPv4 address is used, since clients try it too.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import socket
 
 WILDCARDS = ("0.0.0.0", "::")
 
-# What `getaddrinfo` says of an address, and sockets take: host and port, and for IPv6 more.
+# An address as `getaddrinfo` returns it: (host, port), for IPv6 also flow label and scope id.
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
 
 
 def resolve(host: str, port: int) -> tuple[socket.AddressFamily, SocketAddress]:
-    """Where to listen. Raises OSError for a name that has no address."""
+    """Return the address family and address to listen on. Raises OSError for a name without an
+    address."""
     kind = socket.SOCK_STREAM
     try:
         found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
@@ -34,8 +35,8 @@ def resolve(host: str, port: int) -> tuple[socket.AddressFamily, SocketAddress]:
 
 
 def open_socket(host: str, port: int) -> tuple[socket.socket, SocketAddress]:
-    """A socket of TCP and the address to bind it to. `::` is for IPv4, too, whatever the system's
-    default is. Raises OSError."""
+    """Return a TCP socket and the address to bind it to. `::` accepts IPv4 too, independent of
+    the system's default. Raises OSError."""
     family, address = resolve(host, port)
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     if family == socket.AF_INET6:
@@ -44,24 +45,24 @@ def open_socket(host: str, port: int) -> tuple[socket.socket, SocketAddress]:
 
 
 def bracketed(host: str) -> str:
-    """The host as URLs and endpoints have it."""
+    """Return the host as URLs and endpoints write it: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def advertised(host: str) -> str:
-    """The host that others are told; this machine's name for a wildcard."""
+    """Return the host that peers connect to: this machine's name for a wildcard, else `host`."""
     return socket.getfqdn() if host in WILDCARDS else host
 
 
 def split_endpoint(endpoint: str) -> tuple[str, str]:
-    """Host, without brackets, and port of `tcp://host:port`."""
+    """Return the host, without brackets, and the port of `tcp://host:port`."""
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     return host.removeprefix("[").removesuffix("]"), port
 
 
 def numeric_endpoint(endpoint: str) -> str:
-    """An endpoint of ZeroMQ to listen on, with an address in place of a host's name. What is no
-    such name (an interface's, `*`) stays."""
+    """Return a ZeroMQ endpoint to listen on, with the host's name replaced by its address. A host
+    that does not resolve (an interface's name, `*`) is kept."""
     if not endpoint.startswith("tcp://"):
         return endpoint
     host, port = split_endpoint(endpoint)
@@ -73,14 +74,13 @@ def numeric_endpoint(endpoint: str) -> str:
 
 
 def reachable_endpoint(endpoint: str) -> str:
-    """An endpoint as peers are told it: a wildcard is no place to connect to."""
+    """Return the endpoint that peers connect to: a wildcard becomes this machine's name."""
     host, port = split_endpoint(endpoint)
     return f"tcp://{bracketed(advertised(host))}:{port}" if host in WILDCARDS else endpoint
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, in brackets or not, or `localhost`, can be reached from this machine
-    alone."""
+    """Return whether a host is `localhost` or a loopback address, with or without brackets."""
     if host == "localhost":
         return True
     try:

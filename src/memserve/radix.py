@@ -1,10 +1,9 @@
-"""A radix tree of tokens: what the index of a pool and the trees of a gateway have in common.
+"""A radix tree of tokens: the base of a pool's index and of a gateway's prompt trees.
 
-An edge is a run of whole blocks of int32 tokens, kept as their bytes; children are keyed by the
-bytes of their first block. Lookups compare the tokens themselves, whole edges with one memcmp
-each, so no hash collision can name another prompt's KV. A subclass of `RadixNode` says what is
-stored with the blocks of an edge, and a subclass of `RadixTree` moves that when edges are cut
-and joined.
+An edge is a run of whole blocks of int32 tokens, stored as bytes; a node's children are keyed by
+the bytes of their first block. Lookups compare the tokens themselves, one memcmp per edge, so no
+hash collision can lead to another prompt's KV. A subclass of `RadixNode` adds the data of an
+edge's blocks, and a subclass of `RadixTree` moves that data when edges are split and merged.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ class RadixNode:
     def __init__(self, id: int, parent: Self | None, start: int, edge: bytes) -> None:
         self.id = id
         self.parent = parent  # None: a root, or no longer in the tree
-        self.start = start  # blocks from the root to this edge
+        self.start = start  # number of blocks between the root and this edge
         self.edge = edge
         self.children: dict[bytes, Self] = {}
 
     def subtree(self) -> Iterator[Self]:
-        """This node and all below, parents before their children."""
+        """Yield this node and all nodes below, parents before their children."""
         stack = [self]
         while stack:
             node = stack.pop()
@@ -43,7 +42,7 @@ N = TypeVar("N", bound=RadixNode)
 
 
 class RadixNodes(Generic[N]):
-    """The nodes of one or several trees by id, without roots."""
+    """The nodes of one or several trees by id, without roots, and the counter of ids."""
 
     def __init__(self) -> None:
         self.ids = itertools.count(1)
@@ -51,9 +50,9 @@ class RadixNodes(Generic[N]):
 
 
 class RadixTree(Generic[N]):
-    """Trees of one block size, and what changes their shape.
+    """Lookup and changes of shape, for trees of one block size.
 
-    The callers decide when edges are cut and joined, and own what is stored with them.
+    The caller decides when edges are split and merged, and owns the data stored with them.
     """
 
     def __init__(self, nodes: RadixNodes[N], block_tokens: int) -> None:
@@ -63,12 +62,12 @@ class RadixTree(Generic[N]):
         self._ids = nodes.ids
 
     def _new(self, parent: N | None, start: int, edge: bytes) -> N:
-        """A node with an id of its own, and nothing stored with its edge."""
+        """Return a node with a unique id and no data for its edge."""
         raise NotImplementedError
 
     def follow(self, root: N, data: bytes) -> tuple[list[N], int]:
-        """The nodes along `data`, from below the root to the last with a block in common, and the
-        length of the stored prefix: bytes of whole blocks."""
+        """Return the nodes that share blocks with `data`, from below the root on, and the length
+        of the stored prefix: bytes of whole blocks."""
         nodes: list[N] = []
         children, step = root.children, self.block_bytes
         last, at = len(data) - step, 0
@@ -85,7 +84,7 @@ class RadixTree(Generic[N]):
         return nodes, at
 
     def add(self, parent: N, edge: bytes) -> N:
-        """A new child of `parent`, which has none for the first block of `edge`."""
+        """Add and return a child of `parent`, which must have none for `edge`'s first block."""
         step = self.block_bytes
         child = self._new(parent, parent.start + len(parent.edge) // step, edge)
         parent.children[edge[:step]] = child
@@ -93,8 +92,8 @@ class RadixTree(Generic[N]):
         return child
 
     def split(self, node: N, at: int) -> N:
-        """Cut the edge of `node` before its block `at`, inside the edge; returns the new node of
-        the upper part. The lower part keeps its id and its children."""
+        """Split the edge of `node` before its block `at`, 0 < at < its blocks; return a new node
+        for the upper part. `node` is the lower part, with its id and its children."""
         parent, step = node.parent, self.block_bytes
         assert parent is not None
         upper = self._new(parent, node.start, node.edge[: at * step])
@@ -107,8 +106,8 @@ class RadixTree(Generic[N]):
         return upper
 
     def merge(self, node: N) -> N:
-        """Join `node` to its only child, which is returned: it keeps its id and its children.
-        `node` is no longer in the tree."""
+        """Merge `node` into its only child and return the child, with its id and its children.
+        `node` leaves the tree."""
         parent = node.parent
         assert parent is not None
         (child,) = node.children.values()
@@ -120,7 +119,7 @@ class RadixTree(Generic[N]):
         return child
 
     def remove(self, node: N) -> N:
-        """Take `node`, which has no children, out of its parent, which is returned."""
+        """Remove `node`, which has no children, from the tree; return its parent."""
         parent = node.parent
         assert parent is not None
         del parent.children[node.edge[: self.block_bytes]]
@@ -128,8 +127,8 @@ class RadixTree(Generic[N]):
         return parent
 
     def forget(self, node: N) -> None:
-        """Let go of a node that the tree no longer reaches. Others may still name it: it must
-        hold no memory."""
+        """Clear a node that left the tree: queues and tables may still refer to it, and must not
+        keep its data alive."""
         del self.nodes[node.id]
         node.parent = None
         node.edge = b""
@@ -137,8 +136,8 @@ class RadixTree(Generic[N]):
 
 
 def common_bytes(edge: bytes, offset: int, data: bytes, at: int, step: int) -> int:
-    """Length of what edge[offset:] and data[at:] have in common from their start, in bytes, of
-    whole blocks of `step` bytes."""
+    """Return the length of the common prefix of edge[offset:] and data[at:]: bytes, rounded down
+    to whole blocks of `step` bytes."""
     count = min(len(edge) - offset, len(data) - at) // TOKEN_BYTES
     if count <= 0:
         return 0

@@ -1,9 +1,8 @@
-"""The cluster's secret: where a process gets it from, and where it is kept on this machine.
+"""The cluster's secret: its sources (environment, file), and its files on this machine.
 
-Everything of one cluster shares it: instances, gateways, and the person who operates them. It is
-never an argument of a command and never in a log. Where nobody gives one, processes of one user
-on one machine share a file that nobody else can read: other users of the machine are strangers,
-and so is the network, since such a secret does not suffice beyond loopback.
+Instances, gateways and operators of one cluster share it. It is never an argument of a command
+and never in a log. If none is configured, all processes of one user on one machine share a
+secret in a file that only this user can read; it suffices on loopback addresses only.
 """
 
 from __future__ import annotations
@@ -23,20 +22,23 @@ SECRET_VARIABLE = "MEMSERVE_SECRET"
 SECRET_FILE_VARIABLE = "MEMSERVE_SECRET_FILE"
 DIRECTORY_VARIABLE = "MEMSERVE_RUNTIME_DIR"
 
-# A person may choose the secret: make guessing it expensive (some 50 ms and 16 MiB a guess).
+# A person may choose a weak secret: make each guess cost some 50 ms and 16 MiB.
 _SCRYPT_COST = 1 << 14
 _SCRYPT_BLOCK = 8
 _SALT = b"memserve cluster 2"
 
-_BYTES = 32  # of a secret that is made here
+_BYTES = 32  # random bytes of a generated secret
 _MAX_FILE_BYTES = 4096
 _LOCAL_NAME = "local.secret"
 
 
 @dataclass(frozen=True, slots=True)
 class Secret:
-    """`values`: the first one is shown to others, all are accepted from them, so that a secret
-    can be changed while the cluster runs. `local`: it is this user's on this machine."""
+    """The values of a cluster's secret.
+
+    `values`: this process presents the first one and accepts all, so that a secret can be
+    changed while the cluster runs. `local`: generated for this user on this machine.
+    """
 
     values: tuple[str, ...]
     local: bool = False
@@ -45,20 +47,20 @@ class Secret:
         return f"Secret({len(self.values)} values, local={self.local})"  # never the values
 
     def __str__(self) -> str:
-        """As MEMSERVE_SECRET has it."""
+        """The values in the format of MEMSERVE_SECRET."""
         return ",".join(self.values)
 
     @property
     def masters(self) -> tuple[bytes, ...]:
-        """A key [32 bytes] of each value, from which the keys of each use are derived."""
+        """One key [32 bytes] per value; the keys of each use are derived from it."""
         return tuple(map(_master, self.values))
 
 
 def cluster_secret(given: str | None = None) -> Secret:
-    """The secret `given`, or of MEMSERVE_SECRET, of the file that MEMSERVE_SECRET_FILE names, or
-    else of this user on this machine.
+    """Return the first of: the secret `given`, MEMSERVE_SECRET, the file that MEMSERVE_SECRET_FILE
+    names, this user's own secret on this machine.
 
-    Several values are separated by commas. Raises ConfigError for one that cannot be read.
+    Commas separate several values. Raises ConfigError for a secret that cannot be read.
     """
     text = given if given is not None else os.environ.get(SECRET_VARIABLE)
     if text:
@@ -70,13 +72,13 @@ def cluster_secret(given: str | None = None) -> Secret:
 
 
 def new_secret() -> Secret:
-    """A random one."""
+    """Return a random secret."""
     return Secret((os.urandom(_BYTES).hex(),))
 
 
 def require_secret(secret: Secret, host: str) -> None:
-    """Raise ConfigError where `host` is reached from elsewhere and only this user's own secret is
-    there: other machines could not have it."""
+    """Raise ConfigError if `host` is not a loopback host and the secret is local, because other
+    machines cannot have it."""
     if secret.local and not is_loopback(host):
         raise ConfigError(
             f"{host} can be reached from other machines: set {SECRET_VARIABLE} or "
@@ -88,21 +90,21 @@ def require_secret(secret: Secret, host: str) -> None:
 
 
 def keep_secret(secret: Secret, port: int) -> Path:
-    """Keep the secret of the cluster whose gateway listens on a port of this machine, for
-    `secret_of`. Returns the file, which the caller removes when the cluster ends."""
+    """Write the secret of the cluster whose gateway listens on this port of this machine to a
+    file, for `secret_of`. Returns the path; the caller removes it when the cluster ends."""
     path = runtime_directory() / f"gateway-{port}.secret"
     _write(path, str(secret))
     return path
 
 
 def forget_secret(port: int) -> None:
-    """A cluster that had this port, and was killed, may have left its secret."""
+    """Remove the file that a killed cluster may have left for this port."""
     (runtime_directory() / f"gateway-{port}.secret").unlink(missing_ok=True)
 
 
 def secret_of(url: str) -> Secret:
-    """The secret of the cluster whose gateway is at a URL: one that the environment names; that
-    which was kept for this port of this machine; or this user's own."""
+    """Return the secret of the cluster whose gateway is at `url`: the environment's, else the one
+    that `keep_secret` wrote for this port of this machine, else this user's own."""
     found = cluster_secret()
     try:
         parts = urlsplit(url)
@@ -117,10 +119,10 @@ def secret_of(url: str) -> Secret:
 
 
 def runtime_directory() -> Path:
-    """The directory of this user's files, which nobody else can look into; made if need be.
+    """Return the directory of this user's files, mode 0700; create it if it does not exist.
 
-    It is in memory, beside the pools' segments: secrets do not outlive the machine's run.
-    Raises ConfigError where somebody else has made it, or others may read it.
+    The default is in memory, beside the pools' segments, so secrets do not survive a reboot.
+    Raises ConfigError if another user owns the directory or can access it.
     """
     chosen = os.environ.get(DIRECTORY_VARIABLE)
     path = Path(chosen) if chosen else Path(f"/dev/shm/.memserve-{os.getuid()}")
@@ -147,7 +149,7 @@ def _local_secret() -> str:
 
 
 def _write(path: Path, text: str, *, replace: bool = True) -> None:
-    """Whole, or not at all; without `replace`, whoever is first has made it."""
+    """Write a file atomically. Without `replace`, an existing file is kept."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
     try:
@@ -164,7 +166,8 @@ def _write(path: Path, text: str, *, replace: bool = True) -> None:
 
 
 def _read(path: Path) -> str:
-    """Raises ConfigError. A file that others may read is no secret."""
+    """Return a file's text. Raises ConfigError if it is unreadable, too long, or open to all
+    users."""
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode

@@ -1,7 +1,6 @@
-"""Token ids in their one form: a one-dimensional, contiguous int32 array (`TokenArray`).
+"""Token ids as one-dimensional int32 arrays (`TokenArray`), and their wire format.
 
-Between processes they travel as the array's bytes, little-endian int32. Arrays that were read from
-bytes are views of them, and cannot be written to.
+Messages carry the array's bytes: little-endian int32. Arrays read from bytes are read-only views.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ _INT32 = np.iinfo(_DTYPE)
 TOKEN_BYTES = _WIRE.itemsize
 NO_TOKENS: TokenArray = np.frombuffer(b"", dtype=np.int32)
 
-# The type of a message's field that holds tokens. A decoder is told `bytes`, and so refuses
-# anything else before it makes an object of it; the message's `__post_init__` replaces them by what
-# `token_field` makes of them, so that no other code sees bytes.
+# The type of a message field that holds tokens. Decoders see `bytes`, and so refuse all other
+# types; the message's `__post_init__` replaces the bytes by `token_field(bytes)`, so that all
+# other code sees an array.
 if TYPE_CHECKING:
     WireTokens = TokenArray
 else:
@@ -33,10 +32,9 @@ else:
 
 
 def token_field(given: TokenArray | bytes) -> TokenArray:
-    """The token ids [tokens] of a message: an array, where it is made here, is returned as it is.
+    """Return the token ids [tokens] of a message field; an array is returned unchanged.
 
-    Raises ValueError for bytes that are no token ids of any model: their length is no multiple of
-    four, or an id is negative.
+    Raises ValueError for bytes whose length is not a multiple of four, or with a negative id.
     """
     if not isinstance(given, bytes):
         return given
@@ -47,26 +45,26 @@ def token_field(given: TokenArray | bytes) -> TokenArray:
 
 
 def from_wire(data: bytes) -> TokenArray:
-    """The tokens [tokens] of bytes, without a copy. Raises ValueError for a length that is no
-    multiple of four."""
+    """Return the tokens [tokens] in `data`, without a copy on little-endian hosts. Raises
+    ValueError for a length that is not a multiple of four."""
     return np.frombuffer(data, dtype=_WIRE).astype(np.int32, copy=False)
 
 
 def to_wire(tokens: TokenArray) -> bytes:
-    """The bytes of tokens, TOKEN_BYTES each."""
+    """Return the tokens' bytes, TOKEN_BYTES each."""
     return tokens.astype(_WIRE, copy=False).tobytes()
 
 
 def from_ids(ids: Sequence[int]) -> TokenArray:
-    """Ids [tokens] that are Python's integers, such as a tokenizer's: several times faster than
-    `as_tokens`. Raises struct.error for one that is no integer, or outside of int32."""
+    """Return token ids [tokens] from Python ints, such as a tokenizer's; several times faster
+    than `as_tokens`. Raises struct.error for other types and for values outside int32."""
     return np.frombuffer(struct.pack(f"{len(ids)}i", *ids), dtype=np.int32)
 
 
 def as_tokens(tokens: ArrayLike) -> TokenArray:
-    """`tokens` as a one-dimensional int32 array; an int32 array is returned as it is.
+    """Return `tokens` as a one-dimensional int32 array; such an array is returned unchanged.
 
-    Raises InvalidTokens for anything that is not a flat sequence of integers within int32.
+    Raises InvalidTokens for anything but a flat sequence of integers within int32.
     """
     if isinstance(tokens, np.ndarray) and tokens.dtype == _DTYPE and tokens.ndim == 1:
         return tokens
@@ -93,7 +91,7 @@ def _check_range(array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> No
 
 
 def _describe_bad_type(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> str:
-    if array.dtype.kind == "O":  # numpy gave up: find what is no int, or too large a one
+    if array.dtype.kind == "O":  # not an integer type: find the first invalid element
         for at, value in enumerate(array.tolist()):
             if isinstance(value, bool) or not isinstance(value, int):
                 return f"token {value!r} at position {at} is no integer"

@@ -1,9 +1,9 @@
 """Identifiers, and references to KV blocks packed into numpy arrays.
 
 A block reference is one int64: owner, medium, index and generation. A list of blocks is an
-int64 array of them, so that a 4096-token prompt costs one array and no object per block.
-An *owner* is one life of one instance (id and epoch), interned in this process; on a wire it
-travels as id and epoch beside the rest.
+int64 array, so that a 4096-token prompt costs one array and no object per block. An *owner*
+is one life of one instance (id and epoch). Its number in a reference is valid in this process
+only; messages carry the id and the epoch instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RequestId = NewType("RequestId", str)
 Epoch = NewType("Epoch", int)
 Namespace = NewType("Namespace", str)
 
-SHARED = Namespace("")  # the namespace of requests that ask for none
+SHARED = Namespace("")  # the default namespace
 
 TokenArray = NDArray[np.int32]
 RefArray = NDArray[np.int64]
@@ -30,21 +30,21 @@ IndexArray = NDArray[np.int64]
 
 
 class Medium(IntEnum):
-    """Where a block lives."""
+    """The kind of memory that holds a block."""
 
     HBM = 0  # the engine's device memory; host memory where the engine runs on a CPU
     DRAM = 1
 
 
 class Role(StrEnum):
-    """What an instance does for a request."""
+    """The part of a request that an instance computes."""
 
     PREFILL = "prefill"
     DECODE = "decode"
     COLOCATED = "colocated"
 
 
-# Bits of a packed reference, low to high; 63 in all, so that it is never negative.
+# Bits of a packed reference, from low to high: 63 in all, so that a reference is never negative.
 GENERATION_BITS = 24
 INDEX_BITS = 24
 MEDIUM_BITS = 2
@@ -59,7 +59,7 @@ _MEDIUM_SHIFT = _INDEX_SHIFT + INDEX_BITS
 _OWNER_SHIFT = _MEDIUM_SHIFT + MEDIUM_BITS
 
 
-# On hot paths: converting a Python number takes numpy as long as shifting 256 references.
+# Arrays for hot paths: numpy takes as long to convert a Python int as to shift 256 references.
 _INDEX_SHIFT_ARRAY = np.array(_INDEX_SHIFT)
 _INDEX_MASK_ARRAY = np.array(MAX_BLOCKS - 1)
 
@@ -73,17 +73,16 @@ class Owner(NamedTuple):
 
 _owners: list[Owner] = []
 _owner_numbers: dict[Owner, int] = {}
-# Lives that are over, the one that ended first in front. Their numbers are given away when there
-# are no others: after some thousand further lives. A reference that somebody has kept for so long
-# then names another life; to free it there fails, since it was not given to whoever asks.
+# Ended lives, in the order in which they ended. Their numbers are reused when all MAX_OWNERS are
+# taken, thousands of lives later. A reference kept for so long then names another life's block.
 _retired: OrderedDict[Owner, None] = OrderedDict()
 _owner_lock = threading.Lock()
 
 
 def intern_owner(instance: InstanceId, epoch: Epoch) -> int:
-    """The number that stands for this instance life in references of this process.
+    """Return the number of this instance life in references of this process.
 
-    Raises OverflowError while `MAX_OWNERS` others are alive.
+    Raises OverflowError if `MAX_OWNERS` other lives are not retired.
     """
     owner = Owner(instance, epoch)
     with _owner_lock:
@@ -96,7 +95,7 @@ def intern_owner(instance: InstanceId, epoch: Epoch) -> int:
 
 
 def retire_owner(owner: Owner) -> None:
-    """This life is over. Its references stay what they are for a long while; see `_retired`."""
+    """Mark a life as ended. Its number is reused only when none is left; see `_retired`."""
     with _owner_lock:
         if owner in _owner_numbers:
             _retired[owner] = None
@@ -116,13 +115,13 @@ def _new_number(owner: Owner) -> int:
 
 
 def owner_of(number: int) -> Owner:
-    """The instance life behind an interned number. IndexError if there is none."""
+    """Return the instance life of an interned number. Raises IndexError if there is none."""
     return _owners[number]
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRef:
-    """One reference, unpacked: for messages and tests, never on a hot path."""
+    """One unpacked reference, for error messages and tests; too slow for hot paths."""
 
     instance: InstanceId
     epoch: Epoch
@@ -150,7 +149,7 @@ def ref_generation(refs: RefArray) -> IndexArray:
 
 
 def unpack_ref(ref: int) -> BlockRef:
-    """The fields of one packed reference."""
+    """Return the fields of one packed reference."""
     owner = owner_of(int(ref) >> _OWNER_SHIFT)
     one = np.array([ref], dtype=np.int64)
     return BlockRef(

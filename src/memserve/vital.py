@@ -1,8 +1,8 @@
-"""Tasks and threads that a process needs: when one of them ends, the process says why, is not
-healthy any more, and ends itself, so that whoever supervises it starts it again.
+"""Supervision of the tasks and threads that a process cannot work without.
 
-What fails and can simply be tried again (one poll, one event, one errand) is logged and counted
-instead, and everything else goes on.
+When one of them ends, the process logs the reason, is unhealthy and ends itself, so that its
+supervisor restarts it. A failure that can be retried (of one poll, event or errand) is logged
+and counted instead, and the process continues.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from memserve.logs import shown
 
 log = logging.getLogger(__name__)
 
-# Between looks at threads, which cannot say that they end: as often as members are polled.
+# Interval of checks whether threads live, since they do not report their end; same as the
+# interval at which members are polled.
 LOOK_SECONDS = 1.0
 
 T = TypeVar("T")
 
 
 class Vitals:
-    """Belongs to an event loop, until `close`."""
+    """The vital tasks and threads of one event loop, watched until `close`."""
 
     def __init__(self, on_failure: Callable[[], None] | None = None) -> None:
-        """`on_failure` is called once, on the loop, when something vital has ended."""
+        """`on_failure` is called once, on the loop, when a vital task or thread has ended."""
         self.failed = asyncio.Event()
-        self.reason = ""  # what has ended, and why
-        self.survived: Counter[str] = Counter()  # what failed and was tried again, by its name
+        self.reason = ""  # name of the ended task or thread, and its error
+        self.survived: Counter[str] = Counter()  # failures that were survived, by name
         self._on_failure = on_failure
         self._loop = asyncio.get_running_loop()
         self._closed = False
@@ -40,14 +41,14 @@ class Vitals:
         self._errands: set[asyncio.Task[Any]] = set()
 
     def task(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run what must not end before it is cancelled."""
+        """Run a vital coroutine, which must not end before it is cancelled."""
         task = self._loop.create_task(work, name=name)
         task.add_done_callback(self._task_ended)
         return task
 
     def errand(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run what comes to an end; should it fail, that is logged and counted, also if nobody
-        awaits it."""
+        """Run a coroutine that may end. A failure is logged and counted, even if no caller awaits
+        the task."""
         task = self._loop.create_task(work, name=name)
         self._errands.add(task)
         task.add_done_callback(self._errand_ended)
@@ -60,19 +61,19 @@ class Vitals:
             self._look()
 
     def survive(self, name: str, error: BaseException) -> None:
-        """Count something that failed as nobody expected, and is tried again; log it now and
-        then, with where it happened."""
+        """Count an unexpected failure of an operation that is retried. Failures 1, 2, 4, 8, ...
+        of a name are logged with their traceback."""
         self.survived[name] += 1
         count = self.survived[name]
-        if count & (count - 1) == 0:  # a power of two
+        if count & (count - 1) == 0:
             log.error("%s failed (%d times so far)", shown(name), count, exc_info=error)
 
     def fail(self, name: str, error: BaseException | None) -> None:
-        """Something vital has ended. From any thread."""
+        """Report that a vital task or thread has ended. May be called from any thread."""
         self._loop.call_soon_threadsafe(self._fail, name, error)
 
     def close(self) -> None:
-        """From now on everything may end."""
+        """Stop watching: from now on tasks and threads may end."""
         self._closed = True
         if self._watching is not None:
             self._watching.cancel()
@@ -81,7 +82,7 @@ class Vitals:
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():
-            if not task.cancelling():  # nobody has asked for it
+            if not task.cancelling():  # cancelled without a call of `task.cancel`
                 self._fail(task.get_name(), asyncio.CancelledError())
         else:
             self._fail(task.get_name(), task.exception())

@@ -1,1 +1,1 @@
-"""Where a model comes from: hub, directory or the demo packages; its tokenizer."""
+"""Finding a model (hub, directory or demo packages), its tokenizer and its chat template."""

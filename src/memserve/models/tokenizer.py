@@ -1,4 +1,4 @@
-"""Text to token ids and back, from a model directory's own files and without torch."""
+"""Tokenizer of a model directory: text to token ids and back, without torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tokenizers.models import WordLevel, WordPiece
 from memserve.errors import ConfigError, ModelError
 from memserve.models.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate
 
-# Transformers' tokenizer classes that begin every text with <bos> unless told otherwise, even
-# where tokenizer.json (for example one made from a GGUF file) has no post-processor for it.
+# Transformers' tokenizer classes that prepend <bos> by default, even if tokenizer.json (for
+# example one made from a GGUF file) has no post-processor for it.
 _BOS_CLASSES = frozenset({"LlamaTokenizer", "GemmaTokenizer", "CodeLlamaTokenizer"})
 
 
@@ -29,7 +29,7 @@ class _AddedToken(msgspec.Struct, frozen=True):
 
 
 class _TokenizerFile(msgspec.Struct, frozen=True):
-    """What we use of tokenizer_config.json."""
+    """The fields of tokenizer_config.json in use."""
 
     bos_token: str | _AddedToken | None = None
     eos_token: str | _AddedToken | None = None
@@ -40,13 +40,16 @@ class _TokenizerFile(msgspec.Struct, frozen=True):
     chat_template: str | list[_NamedTemplate] | None = None
 
 
-UNDECODABLE = "\ufffd"  # what decoders put for bytes that are no character (yet)
+UNDECODABLE = "\ufffd"  # decoders' replacement for bytes that form no whole character
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 def _byte_characters() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for: itself where it can be
-    printed, the others from U+0100 on. Source: GPT-2's `bytes_to_unicode`."""
+    """Return the byte of each character of a byte-level vocabulary.
+
+    A printable byte's character is itself; the other bytes' characters follow from U+0100 on.
+    Source: GPT-2's `bytes_to_unicode`.
+    """
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in printed]
     return {chr(value): value for value in printed} | {
@@ -58,7 +61,7 @@ _BYTE_OF = _byte_characters()
 
 
 class _ModelFile(msgspec.Struct, frozen=True):
-    """What we use of config.json and generation_config.json."""
+    """The fields of config.json and generation_config.json in use."""
 
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -72,9 +75,9 @@ _File = TypeVar("_File", bound=msgspec.Struct)
 
 
 class Tokenizer:
-    """A model's vocabulary, its chat template and the ids that begin and end a text.
+    """A model's vocabulary, its chat template, and the token ids that begin and end a text.
 
-    Immutable after loading; every method may be called from any thread.
+    Immutable after loading; any thread may call any method.
     """
 
     def __init__(
@@ -87,9 +90,8 @@ class Tokenizer:
         chat_template: str = DEFAULT_CHAT_TEMPLATE,
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        """`backend` becomes this object's own: its truncation and padding are turned off.
-
-        `special_tokens` are the template's variables (bos_token, eos_token, ...).
+        """`backend`: owned by this object from now on; its truncation and padding are turned off.
+        `special_tokens`: variables of the chat template (bos_token, eos_token, ...).
         """
         backend.no_truncation()
         backend.no_padding()
@@ -104,16 +106,16 @@ class Tokenizer:
             for token_id, token in backend.get_added_tokens_decoder().items()
             if token.special
         )
-        # Some decoders drop a text's leading space; behind this token every other keeps its own.
+        # Some decoders drop the leading space of a text; a token behind this one keeps its space.
         self._anchor = backend.encode("a", add_special_tokens=False).ids
         self._anchor_text = self.decode(self._anchor, skip_special_tokens=False)
 
     @classmethod
     def load(cls, directory: Path, chat_template: str | None = None) -> Tokenizer:
-        """Read a model directory. `chat_template` is a Jinja file that replaces the model's own.
+        """Load a model directory. `chat_template`: path of a Jinja file that replaces the model's.
 
-        Raises ModelError for a directory without a usable tokenizer.json, ConfigError for a
-        template file that cannot be read.
+        Raises ModelError for a directory without a usable tokenizer.json, and for other files
+        that are malformed; ConfigError for a template file that cannot be read.
         """
         path = directory / "tokenizer.json"
         if not path.is_file():
@@ -140,23 +142,23 @@ class Tokenizer:
         )
 
     def longest_token(self) -> int | None:
-        """Characters of text that one token stands for, at most; None where there is no such
-        number: a tokenizer of words has one token for any unknown word.
+        """Return the most characters of text that one token stands for.
 
-        Of other tokenizers this does not count what some of them leave out (spaces in a row) or
-        take together (characters in a row that are unknown to them). Looks at every token.
+        None for word tokenizers, whose unknown token stands for a word of any length. Does not
+        count text that a tokenizer drops (repeated spaces) or joins (unknown characters in a
+        row). Looks at every token of the vocabulary.
         """
         if isinstance(self._backend.model, WordLevel | WordPiece):
             return None
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=None)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; <bos> stands in front, once, where the model expects it.
+        """Return the token ids of `text`, with one <bos> in front if the model expects it.
 
-        A text that already begins with <bos> (as a rendered chat template often does) gets
-        no second one.
+        A text that begins with <bos> already, as a rendered chat template often does, gets no
+        second one.
         """
-        # Unlike `encode`, a batch gives other threads the interpreter while it works.
+        # Unlike `encode`, the batch call releases the GIL.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         bos = self.bos_token_id
@@ -169,7 +171,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids; bytes that form no whole character become U+FFFD."""
+        """Return the text of token ids; bytes that form no whole character become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
@@ -179,25 +181,24 @@ class Tokenizer:
         tools: Sequence[object] | None = None,
         variables: Mapping[str, object] | None = None,
     ) -> str:
-        """Messages (`role`, `content`) as the text that the model continues; see `ChatTemplate`.
-
-        Raises RequestError where the template refuses them.
+        """Return messages (`role`, `content`) as the text that the model continues; see
+        `ChatTemplate.render`. Raises RequestError if the template refuses them.
         """
         return self._chat_template.render(messages, add_generation_prompt, tools, variables)
 
     def token_text(self, token_id: int) -> str:
-        """One token's text as it stands inside a text, its leading space included."""
+        """Return one token's text within a longer text, including its leading space."""
         text = self.decode([*self._anchor, token_id], skip_special_tokens=False)
         return text.removeprefix(self._anchor_text)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """UTF-8 bytes that one token adds to a text; of a token that is a part of a character,
-        that part."""
+        """Return the UTF-8 bytes that one token adds to a text; a token may add only a part of a
+        character."""
         text = self.token_text(token_id)
         if UNDECODABLE not in text:
             return text.encode()
         piece = self._backend.id_to_token(token_id) or ""
-        if match := _BYTE_TOKEN.fullmatch(piece):  # sentencepiece: of a character without a token
+        if match := _BYTE_TOKEN.fullmatch(piece):  # sentencepiece's byte fallback
             return bytes([int(match[1], 16)])
         values = [_BYTE_OF.get(character) for character in piece]
         if None in values:
@@ -206,7 +207,8 @@ class Tokenizer:
 
 
 def _read(path: Path, kind: type[_File]) -> _File:
-    """A JSON file's fields that `kind` names; its defaults where there is no such file."""
+    """Return the fields of a JSON file that `kind` names; the defaults if the file is missing.
+    Raises ModelError for a malformed file."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -232,7 +234,7 @@ def _special_tokens(settings: _TokenizerFile) -> dict[str, str]:
 
 
 def _adds_bos(settings: _TokenizerFile) -> bool:
-    """Whether <bos> is prepended where tokenizer.json's own post-processor does not do so."""
+    """Return whether to prepend <bos> if tokenizer.json's own post-processor does not."""
     if settings.add_bos_token is not None:
         return settings.add_bos_token
     return (settings.tokenizer_class or "").removesuffix("Fast") in _BOS_CLASSES
@@ -241,7 +243,8 @@ def _adds_bos(settings: _TokenizerFile) -> bool:
 def _eos_token_ids(
     backend: tokenizers.Tokenizer, eos_token: str | None, generation: _ModelFile, model: _ModelFile
 ) -> tuple[int, ...]:
-    """The tokens that end an answer: generation_config's (config's without it), tokenizer's."""
+    """Return the tokens that end an answer: generation_config.json's, or else config.json's, and
+    the tokenizer's."""
     configured = generation.eos_token_id
     if configured is None:
         configured = model.eos_token_id
@@ -253,7 +256,8 @@ def _eos_token_ids(
 
 
 def _template_source(directory: Path, settings: _TokenizerFile, override: str | None) -> str:
-    """The template to use: the override, then the places where models keep theirs, newest first."""
+    """Return the chat template: `override`'s file, chat_template.jinja, chat_template.json,
+    tokenizer_config.json, or the default, in this order."""
     if override is not None:
         try:
             return Path(override).read_text(encoding="utf-8")

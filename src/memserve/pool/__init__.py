@@ -1,1 +1,1 @@
-"""The memory of one instance: fixed-size KV blocks, their index, their tiers."""
+"""The KV memory of one instance: fixed-size blocks, their index, and their two media."""

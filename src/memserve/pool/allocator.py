@@ -1,8 +1,7 @@
-"""Fixed-size blocks of one medium: free list, states, generations, pins.
+"""Book-keeping of one medium's fixed-size blocks: free list, states, generations, pins.
 
-A block is FREE, ACTIVE (whoever allocated it owns it), CACHED (the index owns it), DETACHED
-(it left the index while somebody was reading it; the last reader's unpin frees it), or
-RETIRED (its generations are used up).
+A block is FREE, ACTIVE (its allocator owns it), CACHED (the index owns it), DETACHED (it left
+the index while pinned; the last unpin frees it), or RETIRED (its generations are used up).
 """
 
 from __future__ import annotations
@@ -26,45 +25,44 @@ FREE, ACTIVE, CACHED, DETACHED, RETIRED = range(5)
 STATE_NAMES = ("free", "active", "cached", "detached", "retired")
 
 NO_REF = -1
-# As arrays: numpy takes as long to convert a Python number as to add it to 256 others.
+# Arrays: numpy takes as long to convert a Python int as to add it to 256 elements.
 _ONE = np.array(1, dtype=np.int32)
 _GENERATION = np.array(MAX_GENERATION)
 NOTHING: IndexArray = np.empty(0, dtype=np.int64)
 
 
 class BlockAllocator:
-    """Book-keeping for blocks `0..capacity`; the bytes are in a `BlockStore`.
+    """Book-keeping of blocks 0 to capacity - 1; the bytes are in a `BlockStore`.
 
-    Arrays are indexed by block and only ever grow: the generation of a block that was given
-    back to the system must still be known when its index comes into use again. Methods trust
-    their arguments; `Blocks` checks what comes from outside.
+    Arrays are indexed by block and never shrink: when an index is used again after `shrink`,
+    its generation continues. Methods trust their arguments; `Blocks` checks callers' input.
     """
 
     def __init__(self, owner: int, medium: Medium) -> None:
         self.medium = medium
-        self.head = (owner << MEDIUM_BITS) | int(medium)  # a reference without index, generation
+        self.head = (owner << MEDIUM_BITS) | int(medium)  # the high bits of every reference
         self.capacity = 0
         self.state: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
-        # The reference to each block as it is now; of a FREE one, as it will be given out.
+        # The current reference to each block; of a FREE block, the one that `take` will give out.
         self.ref: RefArray = NOTHING
         self.pins: NDArray[np.int32] = np.empty(0, dtype=np.int32)
-        # ACTIVE blocks that peers may not name as where they want to write.
+        # ACTIVE blocks that peers may not write to.
         self.private: NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
-        self.node: IndexArray = NOTHING  # of a CACHED block: the index node that holds it
+        self.node: IndexArray = NOTHING  # id of the index node that holds a CACHED block
         self._watched: NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
         self._watches = 0
         self._mark: IndexArray = NOTHING  # scratch for `distinct`
-        self._stack: IndexArray = NOTHING  # free blocks, the next one last
+        self._stack: IndexArray = NOTHING  # FREE blocks; `take` pops from the end
         self.free = self.active = self.cached = self.detached = self.retired = 0
-        self.pinned = 0  # of the cached ones
+        self.pinned = 0  # CACHED blocks with pins
 
     @property
     def total(self) -> int:
-        """Blocks that can be used."""
+        """Number of usable blocks."""
         return self.capacity - self.retired
 
     def check_growth(self, blocks: int) -> None:
-        """Raises PoolError unless `grow` could add so many."""
+        """Raise PoolError unless `grow` can add this number of blocks."""
         if not 0 <= blocks <= MAX_BLOCKS - self.capacity:
             raise PoolError(
                 f"{blocks} more {self.medium.name} blocks asked; there are {self.capacity}, "
@@ -72,7 +70,7 @@ class BlockAllocator:
             )
 
     def grow(self, blocks: int) -> None:
-        """Add FREE blocks at the end."""
+        """Add blocks at the end: FREE, except indices that are RETIRED already."""
         start, end = self.capacity, self.capacity + blocks
         missing = end - len(self.state)
         if missing > 0:
@@ -93,7 +91,7 @@ class BlockAllocator:
         self._push(usable)
 
     def withhold(self, start: int) -> None:
-        """Take the free blocks from `start` on out of the free list (before `shrink`)."""
+        """Remove the blocks from `start` on from the free list, before `shrink`."""
         stack = self._stack[: self.free]
         below = stack[stack < start]
         self.free = len(below)
@@ -105,12 +103,15 @@ class BlockAllocator:
         self._push(behind[self.state[behind] == FREE])
 
     def shrink(self, start: int) -> None:
-        """Forget the blocks from `start` on: all withheld or retired."""
+        """Remove the blocks from `start` on; all must be withheld or RETIRED."""
         self.retired -= int(np.count_nonzero(self.state[start : self.capacity] == RETIRED))
         self.capacity = start
 
     def take(self, count: int, private: bool = False) -> IndexArray:
-        """`count` FREE blocks become ACTIVE; there must be as many. Ascending where possible."""
+        """Make `count` FREE blocks ACTIVE; return their indices [count].
+
+        The caller checks that so many are free. Indices ascend if the free list allows it.
+        """
         top = self.free - count
         index: IndexArray = self._stack[top : self.free][::-1].copy()
         self.free = top
@@ -124,25 +125,26 @@ class BlockAllocator:
         self._free(index)
 
     def free_cached(self, index: IndexArray) -> None:
-        """Blocks that left the index; none of them pinned."""
+        """Free blocks that left the index and have no pins."""
         self.cached -= len(index)
         self._free(index)
 
     def cache(self, index: IndexArray) -> None:
-        """ACTIVE blocks become the index's."""
+        """Make ACTIVE blocks CACHED: the index owns them."""
         self.state[index] = CACHED
         self.active -= len(index)
         self.cached += len(index)
 
     def adopt(self, index: IndexArray) -> None:
-        """DETACHED blocks become ACTIVE, for `cache` to follow at once."""
+        """Make DETACHED blocks ACTIVE; the caller calls `cache` for them at once."""
         self.state[index] = ACTIVE
         self.detached -= len(index)
         self.active += len(index)
         self.pinned += len(index)
 
     def orphan_or_free(self, index: IndexArray) -> IndexArray:
-        """CACHED blocks whose place in the index was given to others; returns the DETACHED ones."""
+        """Take CACHED blocks from the index, which holds other blocks in their place: pinned
+        ones become DETACHED and are returned, the others FREE."""
         pinned = self.pins[index] > 0
         kept = index[pinned]
         if len(kept):
@@ -156,16 +158,16 @@ class BlockAllocator:
         return kept
 
     def pin(self, index: IndexArray) -> None:
-        """One more reader for each CACHED block; `index` without repetition."""
+        """Add one pin to each CACHED or DETACHED block; `index` [n] has no repetition."""
         pins = self.pins[index]
         self.pinned += len(index) - int(np.count_nonzero(pins))
         pins += _ONE
         self.pins[index] = pins
 
     def unpin(self, index: IndexArray) -> IndexArray:
-        """One reader less. Returns the watched blocks that nobody reads any more.
+        """Remove one pin from each block; return the watched blocks without pins.
 
-        DETACHED ones among them are FREE then.
+        DETACHED blocks among those become FREE.
         """
         pins = self.pins[index]
         pins -= _ONE
@@ -177,19 +179,19 @@ class BlockAllocator:
         self._watched[woken] = False
         self._watches -= len(woken)
         detached = woken[self.state[woken] == DETACHED]
-        self.pinned += len(detached)  # they were no longer counted
+        self.pinned += len(detached)  # `pinned` counts CACHED blocks only
         self.detached -= len(detached)
         self._free(detached)
         return woken
 
     def watch(self, index: IndexArray) -> None:
-        """Have `unpin` report these pinned blocks."""
+        """Have `unpin` return these pinned blocks when their last pin goes."""
         fresh = index[~self._watched[index]]
         self._watched[fresh] = True
         self._watches += len(fresh)
 
     def distinct(self, index: IndexArray) -> bool:
-        """Whether no block occurs twice, in linear time."""
+        """Return whether all indices differ, in linear time."""
         count = len(index)
         if 0 not in (index[1:] > index[:-1]).tobytes():
             return True
@@ -198,7 +200,7 @@ class BlockAllocator:
         return bool(np.count_nonzero(self._mark[index] == order) == count)
 
     def free_list(self) -> IndexArray:
-        """The FREE blocks that are not withheld."""
+        """Return the FREE blocks that are not withheld."""
         return self._stack[: self.free]
 
     def _free(self, index: IndexArray) -> None:
@@ -209,7 +211,7 @@ class BlockAllocator:
         self.ref[index] = refs
         self.state[index] = FREE
         if np.count_nonzero(refs & _GENERATION) < len(refs):
-            # Generations wrapped around: old references would look valid again.
+            # The generation wrapped around: references from its first uses would be valid again.
             spent = (refs & MAX_GENERATION) == 0
             self.ref[index[spent]] = NO_REF
             self.state[index[spent]] = RETIRED

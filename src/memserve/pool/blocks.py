@@ -1,4 +1,4 @@
-"""The blocks of one pool, both media: references into indices, and what is refused."""
+"""The blocks of one pool in both media: references are checked and become block indices."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ _REF_DTYPE = np.dtype(np.int64)
 
 
 class Part(NamedTuple):
-    """The references of one medium within an array of references."""
+    """The references of one medium within an array of references [n]."""
 
     blocks: BlockAllocator
-    where: slice | NDArray[np.bool_]  # which of the array
-    indices: IndexArray
+    where: slice | NDArray[np.bool_]  # selects them in the array
+    indices: IndexArray  # their block indices
 
 
 class Blocks:
-    """One allocator per medium."""
+    """The allocators of a pool, one per medium, and the checks of callers' references."""
 
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
@@ -60,7 +60,7 @@ class Blocks:
         return self.media[medium]
 
     def parts(self, refs: RefArray) -> list[Part]:
-        """Own references by medium. Raises ForeignBlock."""
+        """Return the parts of `refs` by medium. Raises ForeignBlock."""
         if not len(refs):
             return []
         head = refs >> _HEAD_SHIFT
@@ -80,9 +80,9 @@ class Blocks:
         return found
 
     def live(self, refs: RefArray) -> tuple[list[Part], NDArray[np.uint8]]:
-        """Own references by medium, and each block's state [n].
+        """Return the parts of `refs` [n] by medium, and each block's state [n].
 
-        Raises ForeignBlock, and StaleBlock for references to blocks that were freed.
+        Raises ForeignBlock; StaleBlock for references to blocks that were freed.
         """
         part = self._all_in(self.hbm, refs)
         if part is not None:
@@ -102,9 +102,9 @@ class Blocks:
         return parts, state
 
     def freeable(self, refs: RefArray) -> list[Part]:
-        """Own references by medium, all to distinct ACTIVE blocks.
+        """Return the parts of `refs` by medium if all name distinct ACTIVE blocks.
 
-        Raises ForeignBlock, DoubleFree, StaleBlock, PinnedBlock, NotOwned.
+        Otherwise raises ForeignBlock, DoubleFree, StaleBlock, PinnedBlock or NotOwned.
         """
         part = self._all_in(self.hbm, refs)
         if part is not None:
@@ -124,17 +124,17 @@ class Blocks:
         return parts
 
     def _all_in(self, blocks: BlockAllocator, refs: RefArray) -> Part | None:
-        """All the references, if each is the present one to a block of this medium."""
+        """Return a Part if every reference is current and in `blocks`, else None."""
         if not blocks.capacity:
             return None
         index = ref_index(refs)
         present = blocks.ref.take(index, mode="clip")
-        if present.tobytes() != refs.tobytes():  # a third of the time of an array comparison
+        if present.tobytes() != refs.tobytes():  # takes a third of an array comparison's time
             return None
         return Part(blocks, ALL, index)
 
     def by_medium(self, refs: RefArray) -> Iterator[Part]:
-        """As `parts`, for references that are known to be the pool's own."""
+        """Yield the parts of `refs` by medium, unchecked: for the pool's own references."""
         medium = ref_medium(refs)
         in_dram = np.count_nonzero(medium)
         if in_dram == 0 or in_dram == len(refs):
@@ -146,21 +146,21 @@ class Blocks:
             yield Part(blocks, where, ref_index(refs[where]))
 
     def pins(self, refs: RefArray) -> NDArray[np.int32]:
-        """Readers of each block [n]; the pool's own references."""
+        """Return the pin count of each block [n], unchecked: for the pool's own references."""
         pins = np.empty(len(refs), dtype=np.int32)
         for blocks, where, index in self.by_medium(refs):
             pins[where] = blocks.pins[index]
         return pins
 
     def require_distinct(self, parts: list[Part]) -> None:
-        """Raises NotOwned where one block is named twice."""
+        """Raise NotOwned if a block is named twice."""
         for blocks, _, index in parts:
             if not blocks.distinct(index):
                 name = self.name(int(blocks.ref[index[_first_repetition(index)]]))
                 raise NotOwned(f"{name} is named twice in one call")
 
     def name(self, ref: int) -> str:
-        """One own reference, for an error message."""
+        """Return the text of one reference for an error message."""
         block = unpack_ref(ref)
         return f"{block.medium.name} block {block.index} of generation {block.generation}"
 
@@ -208,12 +208,12 @@ class Blocks:
 
 
 def are_all(states: NDArray[np.uint8], state: int) -> bool:
-    """Whether all are `state`; a fifth of the time of an array comparison."""
+    """Return whether all states equal `state`; takes a fifth of an array comparison's time."""
     return states.tobytes() == bytes((state,)) * len(states)
 
 
 def as_refs(refs: ArrayLike) -> RefArray:
-    """`refs` as a one-dimensional int64 array. Raises ForeignBlock if they are none."""
+    """Return `refs` as a one-dimensional int64 array. Raises ForeignBlock for other types."""
     if isinstance(refs, np.ndarray) and refs.dtype == _REF_DTYPE and refs.ndim == 1:
         return refs
     array = np.asarray(refs)
@@ -227,7 +227,7 @@ def as_refs(refs: ArrayLike) -> RefArray:
 
 
 def _first_repetition(index: IndexArray) -> int:
-    """Position of the first block that occurred before."""
+    """Return the position of the first index that repeats an earlier one."""
     _, first = np.unique(index, return_index=True)
     again = np.ones(len(index), dtype=np.bool_)
     again[first] = False

@@ -1,5 +1,5 @@
-"""Epochs: numbers that tell an instance's lives apart. They say nothing about time: the clocks
-of two hosts disagree, and clocks are set back."""
+"""Epochs: random numbers that distinguish the lives of an instance. They are not times: the
+clocks of two hosts disagree, and clocks are set back."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import secrets
 
 from memserve.types import Epoch
 
-EPOCH_BITS = 63  # what a signed number on a wire holds
+EPOCH_BITS = 63  # the non-negative values of an int64 in a message
 
 
 def new_epoch() -> Epoch:
-    """Of no other life, of any pool or instance anywhere: random, and never 0."""
+    """Return a random epoch, never 0; two lives get the same one with negligible probability."""
     return Epoch(secrets.randbits(EPOCH_BITS) or 1)

@@ -1,8 +1,8 @@
-"""What goes first: policies, and the queue of blocks that may go.
+"""Eviction order: the policies, and the queues of nodes whose blocks may be evicted.
 
-A node is a candidate of a medium while its edge has blocks there and nothing below it does;
-its blocks go from the end of the edge. Candidates stay in heaps whose order is repaired
-lazily, so that using a prefix costs one store and evicting O(log n), without a scan.
+A node is a candidate of a medium if its edge has blocks of that medium and no node below it has.
+Its blocks are evicted from the end of the edge. Candidates are in heaps whose order is repaired
+lazily: an access to a prefix costs one store per node, an eviction O(log n), without a scan.
 """
 
 from __future__ import annotations
@@ -17,30 +17,29 @@ from memserve.clock import Clock
 from memserve.pool.index import Node
 from memserve.types import Medium
 
-BlockKey = tuple[Medium, int]  # a block, whatever its generation
+BlockKey = tuple[Medium, int]  # medium and block index, without generation
 
-# Stale heap entries that are tolerated before the heap is rebuilt: twice the live ones, and
-# a few for small heaps.
+# The heap is rebuilt when it is longer than _STALE_RATIO * live entries + _STALE_SLACK.
 _STALE_RATIO = 2
 _STALE_SLACK = 64
 
 
 class Eviction(Protocol):
-    """A priority for what is cached: the lowest goes first."""
+    """An eviction policy: gives cached blocks priorities; the lowest is evicted first."""
 
     def stamp(self) -> float:
-        """The mark of an access now. Never less than one given before."""
+        """Return the stamp of an access now; stamps never decrease."""
 
     def priority(self, stamp: float, depth: int) -> float:
-        """Of a block last used at `stamp` whose last token is at `depth`; not less for a
-        later stamp."""
+        """Return the priority of a block that was last used at `stamp` and ends at token
+        `depth`; it must not decrease with `stamp`."""
 
     def evicted(self, priority: float) -> None:
-        """A block of this priority was chosen."""
+        """Called when a block of this priority was chosen for eviction or for a swap out."""
 
 
 class LeastRecentlyUsed:
-    """The longest unused goes first."""
+    """LRU: the priority is the time of the last access."""
 
     def __init__(self, clock: Clock) -> None:
         self._now = clock.now
@@ -56,16 +55,18 @@ class LeastRecentlyUsed:
 
 
 def linear_cost(depth: int) -> float:
-    """Relative time to recompute a block that ends at token `depth`: the projections cost the
-    same everywhere, attention grows with what comes before. Equal parts at 4096 tokens."""
+    """Return the relative time to recompute a block that ends at token `depth`.
+
+    The projections cost 1 per block; attention grows with `depth` and costs 1 at 4096 tokens.
+    """
     return 1.0 + depth / 4096
 
 
 class CostAware:
-    """What is cheapest to recompute goes first, aged by GreedyDual (Young, 1994).
+    """GreedyDual (Young, 1994): the cheapest block to recompute is evicted first, with ageing.
 
-    Blocks have one size, so cost per byte is cost. The priority of an access is the priority
-    of the last eviction plus the cost: unused blocks are overtaken sooner or later.
+    Blocks have one size, so cost per byte is cost. A block's priority is the highest evicted
+    priority at its last access plus its cost, so that unused blocks are evicted in the end.
     """
 
     def __init__(self, cost: Callable[[int], float] = linear_cost) -> None:
@@ -84,7 +85,7 @@ class CostAware:
 
 
 def make_eviction(policy: Literal["lru", "cost"] | Eviction, clock: Clock) -> Eviction:
-    """The policy of a name."""
+    """Return the policy with this name, or `policy` itself. Raises ValueError."""
     if policy == "lru":
         return LeastRecentlyUsed(clock)
     if policy == "cost":
@@ -95,20 +96,20 @@ def make_eviction(policy: Literal["lru", "cost"] | Eviction, clock: Clock) -> Ev
 
 
 class Kind(IntEnum):
-    """What a queue offers."""
+    """The kind of blocks that a queue offers."""
 
-    HBM = 0  # HBM blocks, to be swapped out, or dropped with what is below them in DRAM
-    DRAM_LEAF = 1  # DRAM blocks at the end of all: nothing else goes with them
-    DRAM_COVERED = 2  # DRAM blocks with HBM ones behind, which would go with them
+    HBM = 0  # HBM blocks: swapped out, or dropped together with the DRAM blocks behind them
+    DRAM_LEAF = 1  # DRAM blocks without blocks behind them
+    DRAM_COVERED = 2  # DRAM blocks with HBM blocks behind them; both are dropped together
 
 
 class EvictionQueue:
-    """The candidates of one kind."""
+    """A priority queue of the candidate nodes of one kind."""
 
     def __init__(self, kind: Kind, policy: Eviction, block_tokens: int) -> None:
         self.kind = kind
         self.medium = Medium.HBM if kind is Kind.HBM else Medium.DRAM
-        # For every insertion, and enumerations are slow.
+        # Plain ints for hot paths: access to an enumeration's member is slow.
         self._slot, self._medium = int(kind), int(self.medium)
         self._leaves = None if kind is Kind.HBM else kind is Kind.DRAM_LEAF
         self._policy = policy
@@ -116,7 +117,7 @@ class EvictionQueue:
         self._heap: list[tuple[float, int, Node]] = []
         self._serials = itertools.count(1)
         self._compact_at = _STALE_SLACK
-        # By the pinned block that each waits for: the node, and the serial that marks it.
+        # Pinned block -> the node that waits for its last unpin, and the node's serial.
         self._parked: dict[BlockKey, tuple[Node, int]] = {}
 
     def is_candidate(self, node: Node) -> bool:
@@ -125,12 +126,12 @@ class EvictionQueue:
         return self._leaves is None or node.is_dram_leaf() == self._leaves
 
     def offer(self, node: Node) -> None:
-        """Queue a node unless it is queued, parked or no candidate."""
+        """Queue the node if it is a candidate and neither queued nor parked."""
         if not node.queued[self._slot] and self.is_candidate(node):
             self._push(node)
 
     def peek(self) -> Node | None:
-        """The candidate of least priority; it stays queued."""
+        """Return the candidate of lowest priority, or None; it stays queued."""
         heap = self._heap
         while heap:
             priority, serial, node = heap[0]
@@ -146,21 +147,21 @@ class EvictionQueue:
         return None
 
     def park(self, node: Node, pinned: BlockKey) -> None:
-        """Set aside the node that `peek` gave until this block is released."""
+        """Remove the node that `peek` returned from the heap until `released(pinned)`."""
         heapq.heappop(self._heap)
-        serial = next(self._serials)  # no entry has it
+        serial = next(self._serials)  # in no heap entry: marks the node as parked
         node.queued[self._slot] = serial
         self._parked[pinned] = (node, serial)
 
     def released(self, block: BlockKey) -> None:
-        """Nobody reads this block any more: what waited for it may go again."""
+        """Queue the node that waits for this block, which has no pins any more."""
         node, serial = self._parked.pop(block, (None, 0))
         if node is not None and node.queued[self._slot] == serial:
             node.queued[self._slot] = 0
             self.offer(node)
 
     def charge(self, node: Node) -> None:
-        """Tell the policy that blocks of this node were chosen."""
+        """Report to the policy that blocks of this node were chosen."""
         self._policy.evicted(self._priority(node))
 
     def _priority(self, node: Node) -> float:

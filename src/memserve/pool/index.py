@@ -1,9 +1,8 @@
 """The index: a radix tree from token prefixes to the blocks that hold their KV.
 
-The tree is canonical: apart from roots no node has exactly one child, so memory follows what is
-stored.
-
-The index owns CACHED blocks; `BlockAllocator.node` leads from a block to its node.
+The tree is canonical: no node except a root has exactly one child, so the number of nodes
+depends only on the stored prefixes. The index owns CACHED blocks; `BlockAllocator.node` maps a
+block to its node.
 """
 
 from __future__ import annotations
@@ -19,51 +18,51 @@ from memserve.radix import RadixNode, RadixNodes, RadixTree
 from memserve.types import IndexArray, Medium, RefArray, ref_medium
 
 _MEDIA = (Medium.HBM, Medium.DRAM)
-_DRAM = int(Medium.DRAM)  # looking up an enumeration's member takes as long as a tree step
+_DRAM = int(Medium.DRAM)  # for `walk`: access to an enumeration's member costs a tree step
 _NO_REFS: RefArray = np.empty(0, dtype=np.int64)
 
 
 class Node(RadixNode):
-    """An edge, its blocks, and counts of them and of those below."""
+    """A node: its edge, the edge's blocks, and counts of blocks by medium."""
 
     __slots__ = ("below", "own", "queued", "refs", "stamp")
 
     def __init__(self, id: int, parent: Node | None, start: int, edge: bytes) -> None:
         super().__init__(id, parent, start, edge)
-        self.refs = _NO_REFS  # [blocks of the edge]; replaced, never changed
-        self.stamp = 0.0  # last access, in the eviction policy's terms
-        self.own = [0, 0]  # blocks of the edge, by medium
-        self.below = [0, 0]  # children whose subtree has blocks of the medium
+        self.refs = _NO_REFS  # [blocks of the edge]; the array is replaced, never changed
+        self.stamp = 0.0  # last access; a stamp of the eviction policy
+        self.own = [0, 0]  # by medium: blocks of the edge
+        self.below = [0, 0]  # by medium: children whose subtree has blocks of it
         self.queued = [0, 0, 0]  # by eviction queue: serial of the valid entry, 0 for none
 
     def holds(self, medium: int) -> bool:
-        """Whether this edge or anything below has blocks of the medium."""
+        """Return whether this edge or a node below has blocks of the medium."""
         return self.own[medium] > 0 or self.below[medium] > 0
 
     def is_dram_leaf(self) -> bool:
-        """Whether its last block is in DRAM and nothing hangs below."""
+        """Return whether the node has no children and its last block is in DRAM."""
         if self.children or not self.own[Medium.DRAM]:
             return False
         return not self.own[Medium.HBM] or bool(ref_medium(self.refs[-1:])[0])
 
     def positions(self, medium: Medium) -> IndexArray:
-        """Where in the edge its blocks of this medium are, ascending."""
+        """Return the ascending positions within the edge of its blocks of this medium."""
         if self.own[medium] == len(self.refs):
             return np.arange(len(self.refs))
         return np.flatnonzero(ref_medium(self.refs) == medium)
 
 
 class Path(NamedTuple):
-    """How far the tokens of a lookup are stored."""
+    """Result of a lookup: the stored prefix of the given tokens."""
 
     nodes: list[Node]
-    refs: RefArray  # [blocks], an array of its own
-    matched: int  # blocks of the last node's edge
-    in_dram: bool  # whether any may be there; False is certain
+    refs: RefArray  # [blocks of the prefix], a copy
+    matched: int  # blocks of the last node's edge that are part of the prefix
+    in_dram: bool  # False: no block is in DRAM; True: the nodes have DRAM blocks
 
 
 class RadixIndex(RadixTree[Node]):
-    """One tree per namespace over the blocks of one pool.
+    """The trees of one pool's cached blocks, one per namespace.
 
     `changed` is called with every node that may have become evictable.
     """
@@ -73,11 +72,11 @@ class RadixIndex(RadixTree[Node]):
         self._blocks = blocks
         self._changed = changed
         self.listener: IndexListener | None = None
-        self._namespaces: dict[int, str] = {}  # of root ids
+        self._namespaces: dict[int, str] = {}  # by root id
         self.roots: dict[str, Node] = {}
 
     def walk(self, namespace: str, data: bytes, stamp: float) -> Path:
-        """The longest stored prefix, in whole blocks; marks what it passes with `stamp`."""
+        """Return the longest stored prefix in whole blocks; sets the stamp of its nodes."""
         root = self.roots.get(namespace)
         if root is None:
             return Path([], _NO_REFS, 0, False)
@@ -100,7 +99,7 @@ class RadixIndex(RadixTree[Node]):
         parts: Iterable[Part],
         stamp: float,
     ) -> None:
-        """Store `refs` [n], by medium in `parts`, for the n blocks of `data` behind `path`."""
+        """Store `refs` [n] for the n blocks of `data` behind `path`; `parts`: `refs` by medium."""
         if not path.nodes:
             node = self._root(namespace)
         else:
@@ -127,7 +126,7 @@ class RadixIndex(RadixTree[Node]):
             self.listener.stored(StoredRun(namespace, parent, node.refs[-len(refs) :], edge))
 
     def repoint(self, node: Node, positions: IndexArray, refs: RefArray) -> RefArray:
-        """Give `positions` of an edge other blocks; returns those that were there."""
+        """Put blocks `refs` [n] at `positions` [n] of an edge; return the previous blocks [n]."""
         old = node.refs[positions]
         node.refs = node.refs.copy()  # listeners share the array
         node.refs[positions] = refs
@@ -141,7 +140,7 @@ class RadixIndex(RadixTree[Node]):
         return old
 
     def repoint_refs(self, old: RefArray, new: RefArray) -> None:
-        """Put block `new[i]` where CACHED block `old[i]` is, anywhere in the tree."""
+        """Put block `new[i]` in the place of CACHED block `old[i]`, in any node."""
         homes = np.empty(len(old), dtype=np.int64)
         for blocks, where, index in self._blocks.by_medium(old):
             homes[where] = blocks.node[index]
@@ -153,7 +152,7 @@ class RadixIndex(RadixTree[Node]):
             self.repoint(node, positions, new[mine])
 
     def cut(self, node: Node, keep: int) -> RefArray:
-        """Remove the edge's blocks from `keep` on and everything below; returns them."""
+        """Remove the edge's blocks from `keep` on and all nodes below; return their blocks."""
         gone = [node.refs[keep:]]
         for below in list(node.subtree())[1:]:
             gone.append(below.refs)
@@ -174,10 +173,11 @@ class RadixIndex(RadixTree[Node]):
         return refs
 
     def prune(self, top: Node) -> RefArray:
-        """Remove what is at and below `top`, except pinned blocks and their ancestors."""
+        """Remove the subtree of `top` except pinned blocks and the blocks before them; return
+        the removed blocks."""
         held = self.held(top)
-        # Cuts that leave something of a node come first: a cut that removes a node may merge
-        # its parent into the one sibling left, which then is one that stays.
+        # Partial cuts come first: a cut that removes a node may merge its parent into the one
+        # remaining sibling, and the positions of a planned cut in that sibling would be wrong.
         partial: list[Node] = []
         whole: list[Node] = []
         stack = [top]
@@ -193,7 +193,8 @@ class RadixIndex(RadixTree[Node]):
         return np.concatenate(gone) if gone else _NO_REFS
 
     def held(self, top: Node) -> dict[int, int]:
-        """By node at and below `top`: how many blocks of its edge pins keep in place."""
+        """Return for each node of the subtree of `top` how many blocks of its edge, from the
+        start, must stay because they or later blocks are pinned."""
         held: dict[int, int] = {}
         for node in reversed(list(top.subtree())):
             if any(held[child.id] for child in node.children.values()):
@@ -220,7 +221,7 @@ class RadixIndex(RadixTree[Node]):
         return Node(next(self._ids), parent, start, edge)
 
     def split(self, node: Node, at: int) -> Node:
-        """The lower node keeps its place in the eviction queues, because its tail stays."""
+        """Split as `RadixTree.split`; the lower node stays queued, because its tail is the same."""
         upper = super().split(node, at)
         upper.stamp = node.stamp
         upper.refs = node.refs[:at].copy()
@@ -233,7 +234,7 @@ class RadixIndex(RadixTree[Node]):
         return upper
 
     def merge(self, node: Node) -> Node:
-        """The child keeps its place in the eviction queues, too."""
+        """Merge as `RadixTree.merge`; the child stays queued for eviction."""
         refs, own, stamp = node.refs, node.own, node.stamp
         child = super().merge(node)
         child.refs = np.concatenate((refs, child.refs))
@@ -244,7 +245,7 @@ class RadixIndex(RadixTree[Node]):
         return child
 
     def _detach(self, node: Node) -> None:
-        """Take an emptied node out of the tree; its key is the start of its edge still."""
+        """Remove a node without blocks from the tree; its edge still holds its key."""
         parent = self.remove(node)
         if parent.parent is None:
             if not parent.children:
@@ -255,14 +256,14 @@ class RadixIndex(RadixTree[Node]):
             self._changed(parent)
 
     def forget(self, node: Node) -> None:
-        """Eviction queues may still name the node: it is no candidate any more."""
+        """Forget the node; eviction queues may still name it, so make it no candidate."""
         super().forget(node)
         node.own = [0, 0]
         node.queued = [0, 0, 0]
         node.refs = _NO_REFS
 
     def _house(self, node: Node, refs: RefArray) -> int:
-        """Note where blocks live now; returns how many of them are in DRAM."""
+        """Set `node` as the node of these blocks; return how many of them are in DRAM."""
         in_dram = 0
         for blocks, _, index in self._blocks.by_medium(refs):
             blocks.node[index] = node.id
@@ -276,7 +277,7 @@ class RadixIndex(RadixTree[Node]):
         self._count(node, Medium.DRAM, in_dram, node.below[Medium.DRAM])
 
     def _count(self, node: Node, medium: int, own: int, below: int) -> None:
-        """Set a node's counts, and tell ancestors if its subtree gained or lost the medium."""
+        """Set a node's counts, and update ancestors if its subtree gained or lost the medium."""
         held = node.own[medium] > 0 or node.below[medium] > 0
         node.own[medium] = own
         node.below[medium] = below
@@ -290,13 +291,13 @@ class RadixIndex(RadixTree[Node]):
             node = parent
 
     def _tail_changed(self, node: Node) -> None:
-        """What the queues knew about this node's last blocks is void."""
+        """Invalidate the node's queue entries, because its last blocks changed; queue it again."""
         node.queued = [0, 0, 0]
         self._changed(node)
 
 
 def _joined(nodes: list[Node], matched: int) -> RefArray:
-    """The blocks of a path, `matched` of its last node, as a new array."""
+    """Return a new array of the nodes' blocks, with the first `matched` of the last node."""
     if len(nodes) == 1:
         return nodes[0].refs[:matched].copy()
     parts = [node.refs for node in nodes]

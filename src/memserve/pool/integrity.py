@@ -1,4 +1,5 @@
-"""Does the book-keeping agree with itself? For tests and idle times: it reads everything."""
+"""Consistency check of allocators, index and eviction queues. Reads all of their state: for
+tests and idle times."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def check(
     queues: Sequence[EvictionQueue],
     pins: Sequence[Part],
 ) -> None:
-    """Raises IntegrityError naming the first thing that disagrees. `pins`: of open matches."""
+    """Raise IntegrityError for the first contradiction. `pins`: blocks of open matches, holds."""
     nodes = [node for root in index.roots.values() for node in _checked_tree(index, root)]
     if len(nodes) != len(index.nodes) or any(index.nodes[node.id] is not node for node in nodes):
         raise IntegrityError(f"{len(nodes)} nodes hang on roots, {len(index.nodes)} are known")
@@ -97,7 +98,7 @@ def _check_allocator(blocks: BlockAllocator) -> None:
 
 
 def _check_owners(blocks: BlockAllocator, nodes: list[Node]) -> None:
-    """CACHED blocks are in exactly one place of the index, all others in none."""
+    """Check that each CACHED block has exactly one place in the index, and the others none."""
     name = blocks.medium.name
     homes = np.zeros(blocks.capacity, dtype=np.int64)
     for node in nodes:

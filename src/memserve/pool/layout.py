@@ -1,4 +1,4 @@
-"""How the KV cache of one model lies in memory."""
+"""The memory layout of one model's KV blocks."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Shape, type and origin of KV blocks. Two pools exchange bytes only if these agree.
+    """Shape, type and origin of KV blocks.
 
     A block holds the keys and values of `block_tokens` consecutive tokens in all layers.
-    `aggregated`: a block is one contiguous run of bytes, a slab is
-    `[blocks, layers, 2, block_tokens, kv_heads, head_dim]`. Otherwise one run per layer and
-    K or V: `[layers, 2, blocks, block_tokens, kv_heads, head_dim]`.
+    `aggregated`: a block is one contiguous run of bytes, and an extent is
+    `[blocks, layers, 2, block_tokens, kv_heads, head_dim]`. Otherwise a block has one run per
+    layer and K or V, and an extent is
+    `[layers, 2, blocks, block_tokens, kv_heads, head_dim]`.
     """
 
     layers: int
@@ -42,9 +43,9 @@ class KVLayout:
     revision: str = ""
     rope: str = ""  # positions are baked into cached keys
     quantization: str = ""
-    # A pool of one rank of a tensor-parallel group holds a range of the model's KV heads.
+    # The pool of a tensor-parallel rank holds heads head_start to head_start + kv_heads - 1.
     head_start: int = 0
-    total_kv_heads: int = 0  # of the model; 0: kv_heads, the pool holds them all
+    total_kv_heads: int = 0  # KV heads of the model; 0 means kv_heads
 
     def __post_init__(self) -> None:
         for name in ("layers", "kv_heads", "head_dim", "block_tokens"):
@@ -62,7 +63,7 @@ class KVLayout:
 
     @property
     def heads(self) -> range:
-        """The KV heads held, numbered over the whole model."""
+        """The KV heads in these blocks, as numbers of the whole model's heads."""
         return range(self.head_start, self.head_start + self.kv_heads)
 
     @property
@@ -71,7 +72,7 @@ class KVLayout:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token: K and V of all layers."""
+        """Bytes of one token's K and V in all layers."""
         return self.layers * 2 * self.kv_heads * self.head_dim * self.torch_dtype.itemsize
 
     @property
@@ -85,11 +86,11 @@ class KVLayout:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every field, as hex: equal exactly if the bytes mean the same."""
+        """SHA-256 (hex) of all fields: equal if and only if all fields are equal."""
         return hashlib.sha256(msgspec.json.encode(asdict(self), order="sorted")).hexdigest()
 
     def require_kv(self, count: int, kv: torch.Tensor) -> None:
-        """Raises LengthMismatch, LayoutMismatch unless `kv` is the KV of `count` blocks."""
+        """Raise LengthMismatch or LayoutMismatch unless `kv` is `[count, *block_shape]`."""
         expected = (count, *self.block_shape)
         if kv.ndim and kv.shape[0] != count:
             raise LengthMismatch(f"KV of {kv.shape[0]} blocks for {count} references")
@@ -99,9 +100,9 @@ class KVLayout:
             )
 
     def views(self, memory: torch.Tensor, blocks: int) -> torch.Tensor:
-        """The KV tensor over flat uint8 `memory`, without a copy.
+        """Return a view of flat uint8 `memory` as KV, without a copy.
 
-        Returns `[blocks, layers, 2, block_tokens, kv_heads, head_dim]`, strided where the
+        Shape: `[blocks, layers, 2, block_tokens, kv_heads, head_dim]`; not contiguous if the
         layout is not aggregated. Raises LengthMismatch if the sizes differ.
         """
         if memory.numel() != blocks * self.block_bytes:
@@ -115,8 +116,8 @@ class KVLayout:
         return typed.view(layers, two, blocks, *rest).permute(2, 0, 1, 3, 4, 5)
 
     def runs(self, memory: NDArray[np.uint8], blocks: int) -> NDArray[np.uint8]:
-        """Flat host `memory` as the contiguous runs of bytes that each block consists of,
-        `[blocks, runs, bytes]`, without a copy."""
+        """Return a view of flat host `memory` as `[blocks, runs, bytes of a run]`, without a
+        copy; a block's runs are its contiguous pieces."""
         if self.aggregated:
             return memory.reshape(blocks, 1, self.block_bytes)
         runs = 2 * self.layers

@@ -1,8 +1,8 @@
-"""What the index tells whoever wants to know what it holds.
+"""The interface for listeners to changes of the index.
 
-The index calls under the pool's lock, so a listener only notes what it is told: arrays and bytes
-are shared with the index, which never changes them. Where there is no listener nothing is
-computed.
+The index calls its listener under the pool's lock, so a listener only stores the arguments for
+later. Arrays and bytes are shared with the index, which never changes them in place. Without a
+listener the index computes no runs.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
 
 
 class StoredRun(NamedTuple):
-    """Consecutive historical blocks of one prompt."""
+    """Consecutive cached blocks of one prompt."""
 
     namespace: str
-    parent: int | None  # the block before the first; None: they begin a prompt
+    parent: int | None  # reference to the block before the run; None: the run begins a prompt
     refs: RefArray  # [n]
-    data: bytes  # their int32 tokens
+    data: bytes  # int32 tokens [n * block_tokens]
 
 
 class IndexListener(Protocol):
-    """Called in the order of the changes, under the pool's lock."""
+    """Receives the changes of the index in their order, under the pool's lock."""
 
     def stored(self, run: StoredRun) -> None:
         """Blocks entered the index."""
 
     def removed(self, namespace: str, refs: RefArray) -> None:
-        """Blocks left it."""
+        """Blocks `refs` [n] left the index."""
 
     def moved(self, run: StoredRun, old: RefArray) -> None:
-        """Tokens that are in the index have other blocks now, instead of `old` [n]."""
+        """Blocks `run.refs` [n] replaced blocks `old` [n] for the same tokens."""
 
 
 def stored_runs(roots: Mapping[str, Node]) -> Iterator[StoredRun]:
-    """All of an index, parents before their children."""
+    """Yield one run for each edge below the roots, parents before their children."""
     for namespace, root in roots.items():
         for node in root.subtree():
             if node.parent is not None:
@@ -51,8 +51,10 @@ def stored_runs(roots: Mapping[str, Node]) -> Iterator[StoredRun]:
 def moved_runs(
     namespace: str, node: Node, positions: IndexArray, block_bytes: int
 ) -> Iterator[tuple[StoredRun, IndexArray]]:
-    """The blocks that are at these positions of an edge now, as runs, ascending, each with its
-    part of `positions`."""
+    """Yield the present blocks at these positions of an edge as consecutive runs, ascending.
+
+    Each run comes with the indices into `positions` [n] of its blocks.
+    """
     order = np.argsort(positions, kind="stable")
     ascending = positions[order]
     breaks = (np.flatnonzero(np.diff(ascending) != 1) + 1).tolist()
@@ -64,7 +66,7 @@ def moved_runs(
 
 
 def _parent(node: Node, position: int) -> int | None:
-    """The block before one of an edge."""
+    """Return the reference to the block before this position of the edge; None at a root."""
     if position:
         return int(node.refs[position - 1])
     above = node.parent

@@ -1,10 +1,11 @@
 """Copies between HBM and DRAM, made without the pool's lock.
 
-What moves blocks is written as a generator that runs under the lock and yields each copy that it
-needs: `Mover.run` makes it with the lock given up, and goes on. What it will still need by then is
-held (`Holds`): held blocks are neither evicted nor moved, and where the index takes another block
-for one of them, the hold follows it there. One mover at a time: two could take each other's
-blocks, and running out of them must not be found out while another one is about to free some.
+A movement of blocks is a generator that runs under the lock and yields each `Copy` that it needs.
+`Mover.run` makes the copy with the lock released, then resumes the generator under the lock. A
+hold (`Holds`) keeps blocks that the generator needs after the copy: they are pinned, and if the
+index replaces one by another block, the hold follows to that block. One movement runs at a time:
+two could take each other's blocks, and one could raise OutOfBlocks while the other is about to
+free some.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Copy:
-    """Blocks of one store into blocks of another, or of the same."""
+    """A copy of blocks from one store to another, or within one store."""
 
     source: BlockStore
     source_index: IndexArray
@@ -33,17 +34,20 @@ class Copy:
     target_index: IndexArray
 
     def make(self) -> None:
-        """Returns when the bytes are there."""
+        """Copy the bytes; blocks until they are in the target."""
         self.target.copy_from(self.source, self.source_index, self.target_index)
 
 
-# Steps under the lock; a copy without it after each.
+# The code between two yields runs under the pool's lock, each yielded copy without it.
 Moving = Generator[Copy, None, T]
 
 
 class Mover:
-    """Runs movements. Owns the lock that makes them come one after the other; it is taken before
-    the pool's, so nobody may move anything while he holds that one."""
+    """Runs movements one at a time, under its lock `turn`.
+
+    `turn` is acquired before the pool's lock: a thread that holds the pool's lock must not call
+    `run`.
+    """
 
     def __init__(self, lock: threading.RLock) -> None:
         """`lock`: the pool's."""
@@ -51,7 +55,8 @@ class Mover:
         self.turn = threading.RLock()
 
     def run(self, moving: Moving[T]) -> T:
-        """The result. What a copy raises is raised in the generator, to be tidied up there."""
+        """Run a movement; return its result. An error of a copy is raised in the generator,
+        which cleans up."""
         with self.turn:
             copy: Copy | None = None
             error: BaseException | None = None
@@ -71,15 +76,15 @@ class Mover:
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """One pin on each of these blocks, of whoever moves or reads them."""
+    """One pin on each of the blocks `refs` [n], for a movement or a read."""
 
     refs: RefArray
-    follows: bool  # to where the index has their KV, if it takes other blocks for it
-    prefix: bool  # they are all that is before any of them
+    follows: bool  # if the index replaces a held block, hold the other block instead
+    prefix: bool  # `refs` is a whole prefix, so no unpinned block is before a held one
 
 
 class Holds:
-    """The holds that are open. Callers hold the pool's lock."""
+    """The open holds of a pool. Callers hold the pool's lock."""
 
     def __init__(self, blocks: Blocks) -> None:
         self._blocks = blocks
@@ -90,16 +95,16 @@ class Holds:
 
     @property
     def parts(self) -> list[Part]:
-        """What is pinned by them."""
+        """The blocks that open holds pin, once for each hold."""
         return [part for hold in self._open for part in self._blocks.by_medium(hold.refs)]
 
     @property
     def scattered(self) -> bool:
-        """Whether unpinned blocks may be before pinned ones, and so stay with them."""
+        """Whether the index may have unpinned blocks before held ones: these cannot be evicted."""
         return any(not hold.prefix for hold in self._open)
 
     def open(self, refs: RefArray, *, follows: bool = True, prefix: bool = False) -> Hold:
-        """Pin blocks [n] that are the index's or its readers', each named once."""
+        """Pin CACHED or DETACHED blocks `refs` [n], all distinct; return the hold."""
         for blocks, _, index in self._blocks.by_medium(refs):
             blocks.pin(index)
         hold = Hold(refs.copy(), follows, prefix)
@@ -107,15 +112,15 @@ class Holds:
         return hold
 
     def close(self, hold: Hold) -> list[tuple[Part, IndexArray]]:
-        """Unpin; returns what nobody reads any more, to be woken."""
+        """Unpin a hold's blocks; return those that `unpin` reports, for `Tiers.wake`."""
         self._open.remove(hold)
         return [
             (part, part.blocks.unpin(part.indices)) for part in self._blocks.by_medium(hold.refs)
         ]
 
     def follow(self, old: RefArray, new: RefArray) -> list[tuple[Part, IndexArray]]:
-        """The index has CACHED blocks `new` [n] where `old` were: so have holds. Returns as
-        `close`."""
+        """Move the pins of following holds from `old` [n] to CACHED blocks `new` [n], which
+        replaced them in the index. Returns as `close`."""
         woken = []
         for hold in self._open:
             where = np.flatnonzero(np.isin(hold.refs, old))

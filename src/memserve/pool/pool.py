@@ -46,20 +46,20 @@ from memserve.types import (
 
 T = TypeVar("T")
 
-# A DRAM segment unless told otherwise: large enough to be few, small enough to give back.
+# Default size of a DRAM segment: few segments in all, each small enough to give back.
 SEGMENT_BYTES = 64 * 1024 * 1024
 MAX_INITIAL_SEGMENTS = 64
 
 
 class MemPool:
-    """Fixed-size KV blocks in HBM and DRAM, and the index of those that are reusable.
+    """Fixed-size KV blocks in HBM and DRAM, and the index of the cached ones.
 
-    References are int64 arrays (see `memserve.types`); tokens are anything numpy turns into
-    int32. Every error leaves the pool as it was.
+    References are int64 arrays (see `memserve.types`); tokens are anything that numpy turns
+    into int32. Every error leaves the pool unchanged.
 
-    Calls may come from any thread. The bytes of a block that was allocated and not yet
-    inserted are its owner's to synchronise: the pool does not order `write`, `read` or a
-    kernel on `layer_views` against each other. Bytes of inserted blocks never change.
+    Calls may come from any thread. The owner of an active block synchronises access to its
+    bytes: the pool does not order `write`, `read` or a kernel on `layer_views` against each
+    other. Bytes of inserted blocks never change.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class MemPool:
         dram_segment_blocks: int | None = None,
         epoch: int | None = None,
     ) -> None:
-        """`epoch`: which life of the instance this is, another one than those before; by default
-        a new one. Raises SharedMemoryFull where host memory for the blocks cannot be had.
+        """`epoch`: must differ from the epochs of the instance's earlier lives; default: a random
+        one. Raises SharedMemoryFull if the host has no memory for the blocks.
         """
         self.layout = layout
         self.owner = Owner(InstanceId(instance), new_epoch() if epoch is None else Epoch(epoch))
@@ -111,7 +111,7 @@ class MemPool:
         self.close()
 
     def close(self) -> None:
-        """Give the memory back. Tensors from `layer_views` stay valid; references do not."""
+        """Release the memory. Tensors from `layer_views` stay valid; references do not."""
         with self._mover.turn, self._lock:
             self._closed = True
             self._hbm.close()
@@ -128,11 +128,11 @@ class MemPool:
         *,
         private: bool = False,
     ) -> RefArray:
-        """References [n] to blocks that are the caller's until `free_mem` or `insert`.
+        """Return references [n] to blocks that the caller owns until `free_mem` or `insert`.
 
-        All or nothing; evicts unpinned historical blocks as needed, HBM ones to DRAM where
-        there is room or something colder. `private`: no peer may name them to write to. Raises
-        OutOfBlocks; ForeignBlock for an instance that is not connected.
+        Allocates all `n` or raises. Evicts unpinned cached blocks as needed: from HBM to DRAM
+        if DRAM has room or colder blocks, else drops them. `private`: peers may not write to
+        these blocks. Raises OutOfBlocks; ForeignBlock if `instance` is not this pool's.
         """
         if n < 0:
             raise LengthMismatch(f"{n} blocks asked")
@@ -146,10 +146,10 @@ class MemPool:
         return self._mover.run(self._while_open(self._tiers.allocate(medium, n, private)))
 
     def free_mem(self, refs: ArrayLike) -> None:
-        """Give allocated blocks back.
+        """Free active blocks.
 
-        Raises DoubleFree, StaleBlock, ForeignBlock; PinnedBlock and NotOwned for blocks of
-        the index.
+        Raises DoubleFree, StaleBlock, ForeignBlock; PinnedBlock or NotOwned for blocks that
+        the index owns.
         """
         given = as_refs(refs)
         with self._lock:
@@ -157,10 +157,10 @@ class MemPool:
                 blocks.free_active(index)
 
     def write(self, refs: ArrayLike, kv: torch.Tensor) -> None:
-        """Copy `kv` [n, layers, 2, block_tokens, kv_heads, head_dim] into allocated blocks.
+        """Copy `kv` [n, layers, 2, block_tokens, kv_heads, head_dim] into active blocks.
 
-        Raises LengthMismatch, LayoutMismatch; NotOwned for blocks of the index: historical KV
-        never changes.
+        Raises LengthMismatch, LayoutMismatch, StaleBlock, ForeignBlock; NotOwned for cached
+        blocks, whose KV never changes.
         """
         given = as_refs(refs)
         self.layout.require_kv(len(given), values := torch.as_tensor(kv))
@@ -176,16 +176,16 @@ class MemPool:
             self._store(blocks).scatter(index, part)
 
     def read(self, refs: ArrayLike) -> torch.Tensor:
-        """A copy of the blocks' KV [n, layers, 2, block_tokens, kv_heads, head_dim].
+        """Return a copy of the blocks' KV [n, layers, 2, block_tokens, kv_heads, head_dim].
 
-        On the pool's device if all blocks are in HBM, otherwise on the host. Raises
-        StaleBlock, ForeignBlock.
+        The copy is on the pool's device if all blocks are in HBM, otherwise on the host.
+        Raises StaleBlock, ForeignBlock.
         """
         given = as_refs(refs)
         with self._lock:
             self._require_open()
             parts, state = self._blocks.live(given)
-            # Readers keep the blocks that they have, wherever the index has the KV by then.
+            # `follows=False`: the copy below reads these blocks, even if the index moves the KV.
             reading = self._tiers.holds.open(np.unique(given[state != ACTIVE]), follows=False)
         try:
             if len(parts) == 1:
@@ -202,9 +202,9 @@ class MemPool:
     # --- index ----------------------------------------------------------------------------
 
     def match(self, tokens: ArrayLike, namespace: str = SHARED, *, in_hbm: bool = False) -> Match:
-        """The longest cached prefix in whole blocks, pinned until `Match.release`.
+        """Return the longest cached prefix in whole blocks, pinned until `Match.release`.
 
-        `in_hbm`: move what is in DRAM to HBM first; the match is as long as HBM has room.
+        `in_hbm`: first move the prefix's DRAM blocks to HBM; cut the match where HBM is full.
         """
         data = as_tokens(tokens).tobytes()
         with self._lock:
@@ -217,17 +217,17 @@ class MemPool:
     def insert(
         self, tokens: ArrayLike, refs: ArrayLike, namespace: str = SHARED, *, pin: bool = False
     ) -> InsertResult:
-        """Make the KV of `tokens` [n * block_tokens] in `refs` [n] reusable.
+        """Put the KV of `tokens` [n * block_tokens], in blocks `refs` [n], into the index.
 
-        The index takes the `new` blocks. Where it has a block for the same prefix already,
-        the caller's is `duplicate` and stays the caller's; blocks from a match of the same
-        prefix are in neither list.
+        The index becomes the owner of the `new` blocks. If it already has a block for a
+        prefix, the caller's block is a `duplicate` and stays the caller's. Blocks that came
+        from a match of the same prefix are in neither list.
 
-        `pin`: also return a match of all the tokens, made in the same step. Where the index
-        has its copy in DRAM and the caller's is in HBM, it then takes the caller's (`new`).
+        `pin`: also return a match of all the tokens, made under the same lock. Then a caller's
+        HBM block replaces the index's DRAM block for the same prefix, and counts as `new`.
 
-        Raises LengthMismatch; NotOwned for blocks that the index has for other tokens, or
-        named twice; StaleBlock, ForeignBlock.
+        Raises LengthMismatch; NotOwned for blocks that are cached for other tokens, or named
+        twice; StaleBlock, ForeignBlock.
         """
         array, given = as_tokens(tokens), as_refs(refs)
         if len(array) != len(given) * self.layout.block_tokens:
@@ -244,10 +244,10 @@ class MemPool:
             return InsertResult(new, duplicate, self._open_match(refs, in_dram=True))
 
     def delete(self, tokens: ArrayLike, namespace: str = SHARED) -> int:
-        """Forget everything that begins with the whole blocks of `tokens`, and those of their
-        own blocks that no other cached prompt shares; returns how many blocks went.
+        """Free all cached prompts that begin with the whole blocks of `tokens`, except blocks
+        that another cached prompt shares; return the number of freed blocks.
 
-        Pinned blocks and what leads to them stay. No tokens: the whole namespace.
+        Pinned blocks and the blocks before them stay. No tokens: the whole namespace.
         """
         array = as_tokens(tokens)
         with self._lock:
@@ -259,23 +259,23 @@ class MemPool:
     # --- tiers ----------------------------------------------------------------------------
 
     def swap_out(self, n: int) -> int:
-        """Move up to `n` unpinned historical blocks from HBM to DRAM, coldest first; returns
-        how many went."""
+        """Move up to `n` unpinned cached blocks from HBM to DRAM, coldest first; return the
+        number of moved blocks."""
         if n < 0:
             raise LengthMismatch(f"{n} blocks asked")
         return self._mover.run(self._while_open(self._tiers.swap_out(n)))
 
     def swap_in(self, refs: ArrayLike) -> RefArray:
-        """References to the same KV in HBM, in the same order; HBM ones pass through.
+        """Move DRAM blocks to HBM; return HBM references [n] in the order of `refs`.
 
-        Allocated blocks stay the caller's; for cached ones the index names the new block, and
-        readers of the old one keep it. Raises OutOfBlocks, StaleBlock, ForeignBlock; NotOwned
-        for blocks that only their readers still hold.
+        HBM blocks pass through. Active blocks stay the caller's; for cached ones the index names
+        the HBM block, and matches keep the DRAM block. Raises OutOfBlocks, StaleBlock,
+        ForeignBlock; NotOwned for detached blocks, and for blocks named twice.
         """
         return self._mover.run(self._while_open(self._history.swap_in(as_refs(refs))))
 
     def grow_dram(self, blocks: int) -> None:
-        """Add DRAM blocks. Raises SharedMemoryFull."""
+        """Add DRAM blocks. Raises SharedMemoryFull; PoolError above MAX_BLOCKS."""
         with self._mover.turn, self._lock:
             self._require_open()
             self._blocks.dram.check_growth(blocks)
@@ -292,10 +292,10 @@ class MemPool:
             self._blocks.dram.grow(blocks)
 
     def shrink_dram(self, blocks: int) -> int:
-        """Give up to `blocks` DRAM blocks back, in whole segments from the end; returns how
-        many went.
+        """Release up to `blocks` DRAM blocks, in whole segments from the end; return the number
+        of released blocks.
 
-        Historical blocks there move to other DRAM blocks, or evict what is coldest. Stops at
+        Cached blocks move to other DRAM blocks, evicting the coldest if none is free. Stops at
         a segment with active or pinned blocks.
         """
         return self._mover.run(self._tiers.shrink_dram(blocks))
@@ -303,12 +303,12 @@ class MemPool:
     # --- for engines and operators --------------------------------------------------------
 
     def layer_views(self) -> list[torch.Tensor]:
-        """HBM by layer, each `[hbm_blocks, 2, block_tokens, kv_heads, head_dim]`, in place."""
+        """Return a view of HBM per layer: `[hbm_blocks, 2, block_tokens, kv_heads, head_dim]`."""
         layers = range(self.layout.layers)
         return [slab.view[:, layer] for slab in self._hbm.extents for layer in layers]
 
     def hbm_indices(self, refs: ArrayLike) -> IndexArray:
-        """Block numbers [n] within `layer_views`. Raises WrongMedium, StaleBlock, ForeignBlock."""
+        """Return indices [n] into `layer_views`. Raises WrongMedium, StaleBlock, ForeignBlock."""
         given = as_refs(refs)
         with self._lock:
             parts, _ = self._blocks.live(given)
@@ -322,24 +322,24 @@ class MemPool:
         return parts[0].indices
 
     def extents(self, medium: Medium) -> tuple[Extent, ...]:
-        """The memory behind the medium's blocks now; DRAM grows and shrinks."""
+        """Return the medium's extents at this moment; DRAM grows and shrinks."""
         with self._lock:
             self._require_open()
             return tuple((self._hbm if medium is Medium.HBM else self._dram).extents)
 
     def listen(self, listener: IndexListener | None) -> None:
-        """Have one listener told, under the pool's lock, of what enters and leaves the index."""
+        """Set the one listener for changes of the index; it is called under the pool's lock."""
         with self._lock:
             self._index.listener = listener
 
     def indexed(self, mark: Callable[[], None]) -> list[StoredRun]:
-        """All that the index has, parents first; `mark` is called before the next change."""
+        """Return all runs of the index, parents first; `mark` runs under the same lock."""
         with self._lock:
             mark()
             return list(stored_runs(self._index.roots))
 
     def evictable(self, medium: Medium = Medium.HBM) -> int:
-        """Historical blocks that allocation may take away."""
+        """Return the number of cached blocks that an allocation could evict."""
         with self._lock:
             return self._tiers.evictable(medium)
 
@@ -357,9 +357,9 @@ class MemPool:
             )
 
     def check_integrity(self) -> None:
-        """Every block has exactly one owner and the index agrees. Raises IntegrityError.
+        """Check that every block has exactly one owner. Raises IntegrityError.
 
-        Reads everything: for tests and idle times.
+        Reads the whole index and all block states: for tests and idle times.
         """
         with self._lock:
             pins = [part for match in self._matches for part in match._pinned]

@@ -1,4 +1,4 @@
-"""Historical KV: what enters the index, is found in it, and leaves it by request."""
+"""The prefix cache: find, insert, delete and swap in cached KV."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _NONE: RefArray = np.empty(0, dtype=np.int64)
 
 
 class Inserted(NamedTuple):
-    """What an insertion did with the caller's blocks."""
+    """Result of `PrefixCache.insert`."""
 
-    new: RefArray  # taken by the index
-    duplicate: RefArray  # still the caller's
-    known: RefArray  # the index's, for the first of the tokens
-    rest: RefArray  # the caller's that it took for the others
+    new: RefArray  # the caller's blocks that the index owns now
+    duplicate: RefArray  # blocks that are still the caller's
+    known: RefArray  # the index's blocks for the prefix that it had already
+    rest: RefArray  # the caller's blocks for the tokens behind that prefix
 
 
 class PrefixCache:
-    """The index, by its rules of ownership. Callers hold the pool's lock."""
+    """Applies the rules of block ownership to the index. Callers hold the pool's lock."""
 
     def __init__(self, blocks: Blocks, tiers: Tiers, policy: Eviction) -> None:
         self._blocks = blocks
@@ -39,11 +39,14 @@ class PrefixCache:
         self._policy = policy
 
     def find(self, namespace: str, data: bytes) -> Path:
-        """The longest cached prefix, not pinned."""
+        """Return the longest cached prefix, not pinned."""
         return self._index.walk(namespace, data, self._policy.stamp())
 
     def bring_in(self, namespace: str, data: bytes) -> Moving[RefArray]:
-        """The longest cached prefix, moved to HBM as much as there is room for, and pinned."""
+        """Move the longest cached prefix to HBM; return its blocks, pinned.
+
+        The prefix is cut where HBM has no more room.
+        """
         hold = self._tiers.holds.open(self.find(namespace, data).refs, prefix=True)
         try:
             while True:
@@ -55,7 +58,7 @@ class PrefixCache:
                     self._tiers.let_go(longer)
                 try:
                     yield from self._tiers.to_hbm(hold, _NONE)
-                except OutOfBlocks:  # others have taken some meanwhile: there is less room
+                except OutOfBlocks:  # other threads took blocks during a copy: less room now
                     continue
                 self.pin(hold.refs)
                 return hold.refs
@@ -63,10 +66,10 @@ class PrefixCache:
             self._tiers.let_go(hold)
 
     def insert(self, namespace: str, data: bytes, refs: RefArray, prefer_hbm: bool) -> Inserted:
-        """Store live `refs` [n] for n blocks of tokens.
+        """Store blocks `refs` [n] for n blocks of tokens.
 
-        `prefer_hbm`: replace the index's copy in DRAM by the caller's in HBM. Raises
-        NotOwned, StaleBlock, ForeignBlock; then nothing has changed.
+        `prefer_hbm`: replace the index's DRAM block by the caller's HBM block for the same
+        prefix. Raises NotOwned, StaleBlock, ForeignBlock, before any change.
         """
         parts, state = self._blocks.live(refs)
         self._blocks.require_distinct(parts)
@@ -91,15 +94,15 @@ class PrefixCache:
             else:
                 behind = list(self._blocks.by_medium(rest))
             for blocks, where, index in behind:
-                if not all_mine:  # readers may put DETACHED blocks back
+                if not all_mine:  # a match may insert its DETACHED blocks again
                     blocks.adopt(index[state[known:][where] == DETACHED])
                 blocks.cache(index)
             self._index.extend(namespace, path, data, rest, behind, stamp)
         return Inserted(new, duplicate, path.refs, rest)
 
     def delete(self, namespace: str, data: bytes) -> int:
-        """Remove what begins with the whole blocks of `data`, and those of its own blocks that
-        nothing else shares, unless pins hold them; returns how many went. Empty: all."""
+        """Free the unpinned blocks that only prompts beginning with `data` need; return their
+        number. `data`: tokens of whole blocks; empty: all blocks of the namespace."""
         root = self._index.roots.get(namespace)
         if root is None:
             return 0
@@ -112,7 +115,7 @@ class PrefixCache:
         return count
 
     def pin(self, refs: RefArray, in_dram: bool = True) -> list[Part]:
-        """One more reader for each block. `in_dram`: False if it is known that none are there."""
+        """Add one pin to each block. `in_dram`: False promises that no block is in DRAM."""
         if in_dram:
             parts = list(self._blocks.by_medium(refs))
         else:
@@ -122,12 +125,12 @@ class PrefixCache:
         return parts
 
     def unpin(self, parts: Iterable[Part]) -> None:
-        """One reader less."""
+        """Remove one pin from each block."""
         for blocks, _, index in parts:
             self._tiers.wake(blocks, blocks.unpin(index))
 
     def swap_in(self, refs: RefArray) -> Moving[RefArray]:
-        """The same KV in HBM, in the same order. Raises as `MemPool.swap_in`."""
+        """Move DRAM blocks to HBM; return HBM references [n]. Raises as `MemPool.swap_in`."""
         parts, state = self._blocks.live(refs)
         self._blocks.require_distinct(parts)
         if (state == DETACHED).any():
@@ -135,7 +138,7 @@ class PrefixCache:
             raise NotOwned(f"{name} has left the index and belongs to its readers")
         cached = state == CACHED
         moved = refs.copy()
-        hold = self._tiers.holds.open(refs[cached])  # making room must not evict them
+        hold = self._tiers.holds.open(refs[cached])  # so that `make_room` does not evict them
         try:
             moved[~cached] = yield from self._tiers.to_hbm(hold, refs[~cached])
             moved[cached] = hold.refs
@@ -144,21 +147,23 @@ class PrefixCache:
         return moved
 
     def _own(self, namespace: str, data: bytes) -> list[Node]:
-        """The node at and below which is all that only prompts beginning with `data` need."""
+        """Return [node] whose subtree holds the blocks that only prompts beginning with `data`
+        need, or [] if there are none."""
         path = self._index.walk(namespace, data, self._policy.stamp())
         if not path.nodes:
             return []
         last = path.nodes[-1]
         if len(path.refs) == len(data) // self._index.block_bytes:
             return [last]
-        # Where the tokens part from what is stored, what is stored goes on without them.
+        # `data` is not stored as a whole. If the stored tokens go on behind the common prefix,
+        # another prompt needs that prefix.
         shared = last.children or path.matched < len(last.refs)
         return [] if shared else [last]
 
     def _require_own_place(
         self, refs: RefArray, state: NDArray[np.uint8], present: RefArray
     ) -> None:
-        """Blocks of the index are only good where the index has them."""
+        """Raise NotOwned if a CACHED block is given for other tokens than the index has it for."""
         bad = state == CACHED
         bad[: len(present)] &= refs[: len(present)] != present
         if bad.any():
@@ -167,7 +172,7 @@ class PrefixCache:
             raise NotOwned(f"{name} (position {at}) is cached for other tokens than these")
 
     def _upgrade(self, present: RefArray, mine: RefArray, where: NDArray[np.bool_]) -> None:
-        """The index takes the caller's ACTIVE blocks `mine` instead of its own `present`."""
+        """Replace the index's blocks `present` by the caller's ACTIVE blocks `mine`, at `where`."""
         for blocks, _, index in self._blocks.by_medium(mine[where]):
             blocks.cache(index)
         self._tiers.replace(present[where], mine[where])

@@ -1,4 +1,4 @@
-"""What the pool's calls return."""
+"""The results of `MemPool` calls: matches, insertions and statistics."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from memserve.types import RefArray
 
 
 class Match:
-    """A cached prefix that cannot be evicted until `release`.
+    """A cached prefix, pinned until `release`.
 
-    `tokens`: its length. `refs`: its blocks [tokens / block_tokens], in HBM or DRAM.
+    `tokens`: its length in tokens. `refs`: its blocks [tokens / block_tokens], in HBM or DRAM.
     """
 
     __slots__ = ("_pinned", "_release", "refs", "tokens")
@@ -30,11 +30,11 @@ class Match:
     ) -> None:
         self.tokens = tokens
         self.refs = refs
-        self._pinned = pinned  # apart from refs, which callers may change
+        self._pinned = pinned  # not derived from `refs`, which callers may change
         self._release = release
 
     def release(self) -> None:
-        """Let the blocks go; a second call does nothing."""
+        """Unpin the blocks; a second call does nothing."""
         self._release(self)
 
     def __enter__(self) -> Match:
@@ -54,8 +54,11 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class InsertResult:
-    """`new`: blocks that the index took. `duplicate`: blocks whose KV it had; still the
-    caller's. `match`: all the tokens, pinned, if asked for."""
+    """Result of `MemPool.insert`.
+
+    `new`: blocks that the index owns now. `duplicate`: blocks whose KV the index had already;
+    still the caller's. `match`: all the tokens, with `pin=True`; else None.
+    """
 
     new: RefArray
     duplicate: RefArray
@@ -63,14 +66,14 @@ class InsertResult:
 
 
 class MediumStats(msgspec.Struct, frozen=True):
-    """Blocks of one medium: total = free + active + cached + detached."""
+    """Block counts of one medium: total = free + active + cached + detached."""
 
     total: int
     free: int
-    active: int  # owned by whoever allocated them
+    active: int  # owned by their allocator
     cached: int  # owned by the index
-    pinned: int  # of the cached ones: being read
-    detached: int  # gone from the index, still being read
+    pinned: int  # cached blocks that a match or a read holds
+    detached: int  # no longer in the index, still held
 
     @classmethod
     def of(cls, blocks: BlockAllocator) -> MediumStats:
@@ -85,13 +88,13 @@ class MediumStats(msgspec.Struct, frozen=True):
 
 
 class PoolStats(msgspec.Struct, frozen=True):
-    """The pool at one moment; the counters only grow."""
+    """State of a pool at one moment; the last three fields are counters since its start."""
 
     hbm: MediumStats
     dram: MediumStats
     namespaces: int
-    nodes: int  # of the index
-    matches: int  # not released
-    evictions: int  # historical blocks dropped
+    nodes: int  # of the index, without roots
+    matches: int  # not released yet
+    evictions: int  # cached blocks dropped
     swapped_out: int
     swapped_in: int

@@ -1,8 +1,8 @@
-"""Named POSIX shared memory whose owner is known, so that nothing outlives a crash.
+"""Named POSIX shared memory that is removed even if its owner crashed.
 
-A segment's name says which process made it (PID namespace, pid, start time). Segments of
-processes that are gone are removed when the next pool starts. `multiprocessing.shared_memory`
-does not do: its resource tracker unlinks segments that belong to other processes.
+A segment's name contains its process (PID namespace, pid, start time). The next pool that starts
+removes the segments of dead processes. `multiprocessing.shared_memory` is not used, because its
+resource tracker unlinks segments of other processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from memserve.errors import SharedMemoryFull
 SHM_DIRECTORY = Path("/dev/shm")
 PREFIX = "memserve-"
 
-# A path of it fits into an address of a Unix socket (108 bytes).
+# Bytes. The path of such a name fits into the address of a Unix socket (108 bytes).
 MAX_NAME = 90
 
 _NAME = re.compile(re.escape(PREFIX) + r"(?P<ns>\d+)-(?P<pid>\d+)-(?P<start>\d+)-\d+", re.ASCII)
@@ -28,19 +28,19 @@ _serial = itertools.count()
 
 
 class SharedSegment:
-    """`size` bytes of shared memory, zeroed, all of them backed by memory.
+    """`size` bytes of zeroed shared memory, all allocated at once.
 
-    The name goes when the segment is closed, collected, or its process exits; mappings (here
-    and in peers) stay valid as long as somebody uses them.
+    The name is removed when the segment is closed or collected, or its process exits. Mappings
+    in this process and in peers stay valid until they are unmapped.
     """
 
     def __init__(self, size: int, directory: Path = SHM_DIRECTORY) -> None:
-        """Raises SharedMemoryFull where the file system has no room."""
+        """Raises SharedMemoryFull if the file system has no room."""
         self.size = size
         self.path = directory / new_name()
         descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
-            # Reserve every page now: a full /dev/shm is SIGBUS at first touch otherwise.
+            # Reserve every page now: with a full /dev/shm, a first touch would raise SIGBUS.
             os.posix_fallocate(descriptor, 0, size)
             self.buffer = mmap.mmap(descriptor, size)
         except OSError as error:
@@ -57,26 +57,25 @@ class SharedSegment:
         return self.path.name
 
     def close(self) -> None:
-        """Remove the name. The memory goes with the last tensor that views it."""
+        """Remove the name. The memory is freed with the last mapping of it."""
         self._unlink()
 
 
 def new_name() -> str:
-    """For a file of this process that `sweep` removes when the process is gone."""
+    """Return a name for a file that `sweep` removes after this process has ended."""
     return f"{PREFIX}{_process_tag()}-{next(_serial)}"
 
 
 def is_segment_name(name: str) -> bool:
-    """Whether `new_name` of some process could have made it. A name that came over a wire must
-    not lead anywhere else."""
+    """Return whether `name` has the form of `new_name`. A peer's name is checked with it, so that
+    it cannot lead to another path."""
     return len(name) <= MAX_NAME and _NAME.fullmatch(name) is not None
 
 
 def leftovers(directory: Path = SHM_DIRECTORY) -> list[Path]:
-    """The segments of dead processes.
+    """Return the paths of the segments of dead processes.
 
-    Only names of this PID namespace: another container may share the directory, and its
-    pids mean nothing here.
+    Only names of this PID namespace count: a container that shares the directory has other pids.
     """
     found = []
     for path in directory.glob(PREFIX + "*"):
@@ -89,19 +88,19 @@ def leftovers(directory: Path = SHM_DIRECTORY) -> list[Path]:
 
 
 def sweep(directory: Path = SHM_DIRECTORY) -> list[str]:
-    """Remove the segments of dead processes; returns their names."""
+    """Remove the segments of dead processes; return their names."""
     removed = []
     for path in leftovers(directory):
         try:
             path.unlink()
-        except OSError:  # another sweep won; another user's; no segment at all but a directory
+        except OSError:  # another sweep removed it, it is another user's, or it is a directory
             continue
         removed.append(path.name)
     return removed
 
 
 def _unlink(path: Path, pid: int) -> None:
-    if os.getpid() == pid:  # a forked child inherits the object, not the segment
+    if os.getpid() == pid:  # a forked child has the object too, but does not own the segment
         path.unlink(missing_ok=True)
 
 
@@ -115,7 +114,7 @@ def pid_namespace() -> int:
 
 
 def start_time(pid: int) -> int | None:
-    """Clock ticks from boot to the start of a running process; None if there is none."""
+    """Return the clock ticks from boot to the start of a running process; None if none runs."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
@@ -123,7 +122,7 @@ def start_time(pid: int) -> int | None:
     # The command may hold spaces and parentheses: fields count from the last parenthesis.
     fields = stat.rpartition(")")[2].split()
     state, threads, start = fields[0], int(fields[17]), int(fields[19])
-    # A zombie has no memory any more, once its last thread has gone.
+    # A zombie without other threads has no memory left.
     return None if state in "ZX" and threads <= 1 else start
 
 

@@ -1,4 +1,4 @@
-"""The bytes of one medium's blocks."""
+"""The memory that holds the bytes of one medium's blocks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from memserve.types import IndexArray
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Consecutive blocks in one piece of memory."""
+    """Consecutive blocks in one piece of memory: a shared segment or device memory."""
 
     start: int  # index of the first block
     blocks: int
     memory: torch.Tensor  # uint8 [blocks * block_bytes]
-    view: torch.Tensor  # the same, [blocks, layers, 2, block_tokens, kv_heads, head_dim]
+    view: torch.Tensor  # view of it: [blocks, layers, 2, block_tokens, kv_heads, head_dim]
     segment: SharedSegment | None  # None: device memory
-    runs: NDArray[np.uint8] | None  # host memory as runs of bytes, [blocks, runs, bytes]
+    runs: NDArray[np.uint8] | None  # view of host memory: [blocks, runs, bytes]; else None
 
     @property
     def end(self) -> int:
@@ -33,10 +33,11 @@ class Extent:
 
 
 class BlockStore:
-    """Memory that grows and shrinks by whole extents. Owns it; knows nothing of who uses it."""
+    """Owns one medium's memory, which grows and shrinks by whole extents. Does not know which
+    blocks are in use."""
 
     def __init__(self, layout: KVLayout, device: torch.device, pinned: bool) -> None:
-        """`pinned`: lock host memory, for direct copies from and to a GPU."""
+        """`pinned`: page-lock host memory, for direct copies from and to a GPU."""
         self.layout = layout
         self.device = device
         self.extents: list[Extent] = []
@@ -47,7 +48,7 @@ class BlockStore:
         return self.extents[-1].end if self.extents else 0
 
     def grow(self, blocks: int) -> None:
-        """Add one extent, or none for no blocks. Raises SharedMemoryFull."""
+        """Add one extent of `blocks` blocks; 0 adds none. Raises SharedMemoryFull."""
         if not blocks:
             return
         size = blocks * self.layout.block_bytes
@@ -64,7 +65,7 @@ class BlockStore:
         self.extents.append(Extent(self.blocks, blocks, memory, view, segment, runs))
 
     def shrink(self) -> None:
-        """Give the last extent back; nobody may use its blocks any more."""
+        """Release the last extent; its blocks must not be in use."""
         self._free(self.extents.pop())
 
     def close(self) -> None:
@@ -79,7 +80,7 @@ class BlockStore:
         extent.segment.close()
 
     def gather(self, index: IndexArray) -> torch.Tensor:
-        """Copies of blocks `index` [n], on this store's device."""
+        """Return copies [n, ...] of blocks `index` [n], on this store's device."""
         shape = (len(index), *self.layout.block_shape)
         out = torch.empty(shape, dtype=self.layout.torch_dtype, device=self.device)
         if self.device.type != "cpu":
@@ -101,28 +102,28 @@ class BlockStore:
             target[...] = row
 
     def copy_from(self, source: BlockStore, source_index: IndexArray, index: IndexArray) -> None:
-        """Copy blocks of another store into blocks `index`; returns when the bytes are there."""
+        """Copy blocks `source_index` [n] of `source` to blocks `index` [n]; blocks until done."""
         if self.device.type == "cpu" and source.device.type == "cpu":
             sources = source._host_blocks(source_index)
             for block, target in zip(sources, self._host_blocks(index), strict=True):
                 target[...] = block
             return
-        # Host memory is page-locked, so each copy is one DMA; blocks are large enough for that.
+        # Host memory is page-locked, so a copy is a DMA; blocks are large enough for one each.
         for at, to in zip(source_index.tolist(), index.tolist(), strict=True):
             self._block(to).copy_(source._block(at), non_blocking=True)
         torch.cuda.synchronize()
 
     def _rows(self, kv: torch.Tensor) -> NDArray[np.uint8]:
-        """Contiguous KV of n blocks on the host as `[n, runs, bytes]`."""
+        """Return a view of n blocks' contiguous KV on the host as `[n, runs, bytes]`."""
         flat = kv.view(-1).view(torch.uint8).numpy()
         runs = 1 if self.layout.aggregated else 2 * self.layout.layers
         return flat.reshape(len(kv), runs, self.layout.block_bytes // runs)
 
     def _host_blocks(self, index: IndexArray) -> Iterator[NDArray[np.uint8]]:
-        """Blocks in place, each `[runs, bytes]`.
+        """Yield a view `[runs, bytes]` of each block.
 
-        One at a time: a copy per block runs at the speed of memory, where a gather of all
-        first fills fresh pages.
+        A copy per block runs at the speed of memory; a gather of all blocks would first fill
+        fresh pages.
         """
         starts = [extent.start for extent in self.extents]
         for at in index.tolist():
@@ -139,7 +140,7 @@ class BlockStore:
 
 
 def lock_pages(memory: torch.Tensor) -> None:
-    """Let the GPU copy from and to host memory directly. Raises PoolError."""
+    """Page-lock host memory, so that the GPU copies from and to it directly. Raises PoolError."""
     cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     status = cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
     if int(status) != 0:

@@ -1,4 +1,4 @@
-"""Moving historical blocks between HBM and DRAM, and dropping them."""
+"""Moves cached blocks between HBM and DRAM, and drops them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ _NO_REFS: RefArray = np.empty(0, dtype=np.int64)
 
 
 class Tiers:
-    """The index's blocks over both media. Callers hold the pool's lock; what returns a `Moving`
-    is run by the pool's `Mover`, which gives the lock up for each copy.
+    """Makes room in both media by moving and dropping the index's blocks.
 
-    Counts: a cached block may go if no pin is on it or on anything below it. Pins cover
-    whole prefixes, so that is every unpinned block; only while a pinned block is DETACHED may
-    its successor in the index be unpinned above pinned blocks, at most one for each. Some holds
-    are on any blocks; while there are such everything is counted.
+    Callers hold the pool's lock. The pool's `Mover` runs methods that return a `Moving`, and
+    releases the lock for each copy.
+
+    Which blocks are evictable: a cached block without pins on it and on blocks behind it. Pins
+    of matches cover whole prefixes, so every unpinned block is evictable, with two exceptions.
+    For each DETACHED block, the block that replaced it in the index may be unpinned and have
+    pinned blocks behind it. And a hold may be on any blocks; while such a hold is open
+    (`Holds.scattered`), the evictable blocks are counted one by one.
     """
 
     def __init__(
@@ -38,14 +41,17 @@ class Tiers:
         self.queues = tuple(EvictionQueue(kind, policy, block_tokens) for kind in Kind)
         self.index = RadixIndex(blocks, block_tokens, self._offer)
         self.holds = Holds(blocks)
-        self.moving: RefArray = _NO_REFS  # allocated blocks, on their way to HBM
-        self._copies = 0  # made so far
-        self.evictions = 0  # historical blocks dropped
+        self.moving: RefArray = _NO_REFS  # active DRAM blocks that are being copied to HBM
+        self._copies = 0  # copies made so far
+        self.evictions = 0  # cached blocks dropped
         self.swapped_out = 0
         self.swapped_in = 0
 
     def evictable(self, medium: Medium) -> int:
-        """How many historical blocks of the medium could go. Constant time without detached."""
+        """Return the number of evictable blocks of the medium.
+
+        Constant time unless there are detached blocks or scattered holds.
+        """
         unpinned, uncertain = self._unpinned(medium)
         if not unpinned or not (uncertain or self.holds.scattered):
             return unpinned
@@ -58,7 +64,10 @@ class Tiers:
         return count
 
     def drop_for(self, medium: Medium, count: int) -> bool:
-        """As `make_room` where that takes no copy; False where it may, or there is no room."""
+        """Make room without a copy; return whether `count` blocks are free.
+
+        Only for HBM without a DRAM tier; returns False where `make_room` is needed.
+        """
         blocks = self._blocks[medium]
         unpinned, uncertain = self._unpinned(medium)
         short = count - blocks.free
@@ -70,8 +79,10 @@ class Tiers:
         return count <= blocks.free
 
     def make_room(self, medium: Medium, count: int) -> Moving[None]:
-        """Have at least `count` blocks free. Raises OutOfBlocks, and then has changed nothing,
-        unless others have taken meanwhile what it made free."""
+        """Evict until at least `count` blocks are free.
+
+        Raises OutOfBlocks, before any eviction unless other threads took blocks during a copy.
+        """
         blocks = self._blocks[medium]
         while (short := count - blocks.free) > 0:
             unpinned, uncertain = self._unpinned(medium)
@@ -89,16 +100,16 @@ class Tiers:
                 )
 
     def allocate(self, medium: Medium, count: int, private: bool) -> Moving[RefArray]:
-        """`count` blocks that were free, or were made free. Raises OutOfBlocks."""
+        """Return references to `count` ACTIVE blocks, after making room. Raises OutOfBlocks."""
         blocks = self._blocks[medium]
         yield from self.make_room(medium, count)
         return blocks.ref[blocks.take(count, private)]
 
     def swap_out(self, count: int) -> Moving[int]:
-        """Move up to `count` unpinned blocks from HBM to DRAM; returns how many went.
+        """Move up to `count` unpinned blocks from HBM to DRAM; return the number moved.
 
-        Where DRAM is full, the coldest leaves there are dropped first. Blocks that somebody has
-        matched while they were copied stay.
+        If DRAM is full, the coldest DRAM leaves are dropped first. Blocks that were matched
+        during their copy stay in HBM.
         """
         hbm, dram = self._blocks.media
         if count > dram.free:
@@ -125,9 +136,10 @@ class Tiers:
         return moved
 
     def to_hbm(self, hold: Hold, active: RefArray) -> Moving[RefArray]:
-        """Have the same KV in HBM. Of the cached blocks that are held, those in DRAM move, and
-        the hold follows. Returns where the allocated blocks `active` [n] are then. Raises
-        OutOfBlocks, and then has moved none; StaleBlock if `active` ones are not any more.
+        """Move the DRAM blocks of `hold` and of `active` [n] to HBM; return `active` [n] in HBM.
+
+        `hold` follows to the HBM blocks. Raises OutOfBlocks, before any move; StaleBlock if
+        blocks of `active` were freed during the copy.
         """
         held = hold.refs[ref_medium(hold.refs) == Medium.DRAM]
         mine = active[ref_medium(active) == Medium.DRAM]
@@ -148,7 +160,7 @@ class Tiers:
         cached[len(held) :] = False
         own = there & (state == ACTIVE)
         own[: len(held)] = False
-        # The index has others for the rest by now, and the hold is on those.
+        # The other held blocks were replaced in the index during the copy; the hold followed.
         hbm.free_active(target[~(cached | own)])
         hbm.cache(target[cached])
         self.replace(old[cached], hbm.ref[target[cached]])
@@ -163,8 +175,10 @@ class Tiers:
         return moved
 
     def replace(self, old: RefArray, new: RefArray) -> None:
-        """Have the index hold CACHED blocks `new` where `old` are; readers keep the old, and holds
-        go on to the new."""
+        """Replace blocks `old` [n] in the index by CACHED blocks `new` [n].
+
+        Matches keep `old`; holds that follow take `new`. Unpinned blocks of `old` become FREE.
+        """
         if not len(old):
             return
         self.index.repoint_refs(old, new)
@@ -178,8 +192,8 @@ class Tiers:
             self.wake(part.blocks, index)
 
     def drop(self, kind: Kind, count: int) -> int:
-        """Drop historical blocks until `count` more of the kind's medium are free, or none is
-        left that may go; returns how many more are free."""
+        """Drop cached blocks until `count` more blocks of the kind's medium are free or no
+        candidate is left; return how many more are free."""
         queue = self.queues[kind]
         blocks = self._blocks[queue.medium]
         before = blocks.free
@@ -200,12 +214,12 @@ class Tiers:
         return blocks.free - before
 
     def discard(self, refs: RefArray) -> None:
-        """Free blocks that were cut from the index."""
+        """Free unpinned blocks that were cut from the index."""
         for blocks, _, index in self._blocks.by_medium(refs):
             blocks.free_cached(index)
 
     def shrink_dram(self, count: int) -> Moving[int]:
-        """Give whole segments of at most `count` blocks back; returns how many blocks went."""
+        """Release whole segments of at most `count` blocks in all; return the blocks released."""
         store, gone = self._stores[Medium.DRAM], 0
         while store.extents:
             last = store.extents[-1]
@@ -217,8 +231,11 @@ class Tiers:
         return gone
 
     def _vacate_dram(self, start: int) -> Moving[bool]:
-        """Empty the DRAM blocks from `start` on and withhold them; False, and nothing is
-        withheld, if active or pinned blocks are there or the others have no place."""
+        """Move cached blocks away from the DRAM blocks from `start` on, and withhold those.
+
+        Returns False, with nothing withheld, if some are active, pinned or detached, or if the
+        rest of DRAM has no room for the cached ones.
+        """
         dram = self._blocks.dram
         behind = np.arange(start, dram.capacity)
         if self._is_used(behind):
@@ -229,7 +246,7 @@ class Tiers:
             dram.restore(start)
             return False
         while len(cached) > dram.free:
-            # Counts what gets free behind `start` too.
+            # `make_room` also counts blocks that become free behind `start`.
             yield from self.make_room(Medium.DRAM, len(cached))
             dram.withhold(start)
             cached = cached[dram.state[cached] == CACHED]
@@ -247,28 +264,28 @@ class Tiers:
         dram.cache(target[same])
         self.replace(old[same], dram.ref[target[same]])
         dram.withhold(start)
-        if self._is_used(behind):  # somebody has matched some of it meanwhile
+        if self._is_used(behind):  # blocks were matched during the copy
             dram.restore(start)
             return False
         return True
 
     def _is_used(self, index: IndexArray) -> bool:
-        """Whether somebody owns or reads some of these DRAM blocks."""
+        """Return whether any of these DRAM blocks is ACTIVE, DETACHED or pinned."""
         dram = self._blocks.dram
         state = dram.state[index]
         return bool(((state == ACTIVE) | (state == DETACHED) | (dram.pins[index] > 0)).any())
 
     def wake(self, blocks: BlockAllocator, index: IndexArray) -> None:
-        """Blocks that nobody reads any more, or that left the index."""
+        """Queue the nodes that are parked until these blocks have no pins or leave the index."""
         for block in index.tolist():
             for queue in self.queues:
                 queue.released((blocks.medium, block))
 
     def _free_hbm(self, short: int) -> Moving[None]:
-        """One step towards `short` more free HBM blocks."""
+        """Take one step towards `short` more free HBM blocks: a drop or a swap out."""
         unpinned, uncertain = self._unpinned(Medium.DRAM)
         room = self._blocks.dram.free + max(0, unpinned - uncertain)
-        # What DRAM cannot hold is dropped, and that is the coldest.
+        # DRAM has no room for all of them: drop the coldest.
         if short > room and self.drop(Kind.HBM, short - room):
             return
         copies = self._copies
@@ -276,14 +293,15 @@ class Tiers:
             self.drop(Kind.HBM, short)
 
     def _unpinned(self, medium: Medium) -> tuple[int, int]:
-        """Unpinned historical blocks, and how many of them pins below might hold."""
+        """Return the number of unpinned cached blocks, and the most of them that may have pinned
+        blocks behind them: the number of detached blocks."""
         blocks = self._blocks[medium]
         unpinned = blocks.cached - blocks.pinned
         return unpinned, sum(each.detached for each in self._blocks.media)
 
     def _victim(self, queue: EvictionQueue, limit: int) -> tuple[Node, IndexArray] | None:
-        """The candidate of least priority, and the positions of up to `limit` unpinned blocks
-        of the medium at the end of its edge."""
+        """Return the candidate of lowest priority, and the positions of up to `limit` unpinned
+        blocks of the medium at the end of its edge; None if there is no candidate."""
         pins = self._blocks[queue.medium].pins
         while (node := queue.peek()) is not None:
             positions = node.positions(queue.medium)[-limit:]
@@ -297,7 +315,7 @@ class Tiers:
         return None
 
     def _pinned_from(self, node: Node, keep: int) -> int | None:
-        """A pinned block in the edge from `keep` on or below, if there is one."""
+        """Return a pinned block of the edge from `keep` on or of a node below, or None."""
         for each in node.subtree():
             refs = each.refs[keep:] if each is node else each.refs
             pinned = np.flatnonzero(self._blocks.pins(refs))
@@ -311,8 +329,8 @@ class Tiers:
         queue.park(node, (part.blocks.medium, int(part.indices[0])))
 
     def _copied(self, source: Medium, index: IndexArray, target: Medium) -> Moving[IndexArray]:
-        """Newly taken blocks of the target medium, with the bytes of others, which must be held
-        or allocated."""
+        """Copy blocks `index` [n] of `source`, which must be held or active, to new blocks of
+        `target`; return the indices [n] of those, which are ACTIVE and private."""
         taken = self._blocks[target].take(len(index), private=True)
         try:
             yield Copy(self._stores[source], index, self._stores[target], taken)

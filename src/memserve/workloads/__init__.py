@@ -1,1 +1,1 @@
-"""Real requests for benchmarks and for the simulator, read from the public data sets."""
+"""Workloads for benchmarks and the simulator: from public data sets, traces, and synthetic."""

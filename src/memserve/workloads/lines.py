@@ -1,4 +1,4 @@
-"""Lines of JSON in a file: what is wrong with one is said in a line, with file and number."""
+"""Reads JSON lines; an error is one line of text that names the file and the line's number."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import msgspec
 from memserve.errors import ConfigError
 from memserve.workloads.session import open_data
 
-# A document of millions of words; more is a file of another kind.
+# Room for a document of millions of words; a longer line means that the file is no JSON lines.
 MAX_LINE_BYTES = 64 * 1024 * 1024
-_SHOWN = 200  # characters of an error
+_SHOWN = 200  # most characters of an error that are shown
 
 _Record = TypeVar("_Record")
 
@@ -21,7 +21,7 @@ _Record = TypeVar("_Record")
 def read_lines(
     path: Path, kind: type[_Record], limit: int | None = None, most: int = MAX_LINE_BYTES
 ) -> Iterator[tuple[int, _Record]]:
-    """The first `limit` records, each with the number of its line; empty lines are passed over.
+    """Yield the first `limit` records, each with its line number from 1; empty lines are skipped.
     Raises ConfigError, also for lines of more than `most` bytes."""
     decoder = msgspec.json.Decoder(kind)
     number = found = 0
@@ -47,6 +47,6 @@ def read_lines(
 
 
 def shown(error: Exception) -> str:
-    """An error as part of a line."""
+    """Return an error's text on one line, cut to `_SHOWN` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

@@ -1,7 +1,7 @@
 """LooGLE: questions about long documents. Long shared prompts, short answers.
 
-A session is one reader of one document: a few of its questions in a row. Several sessions read
-the same document, so that sessions share their longest part.
+A session is one reader of one document, who asks a few of its questions in a row. Several
+sessions may read one document, and then share their longest part.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from memserve.workloads.session import (
     fitting_turns,
 )
 
-# Of a session's context, kept for questions and answers.
+# Tokens of a session's context that are reserved for each question.
 _QUESTION_TOKENS = 64
 _SUMMARY = "Write a summary of the text above."
 
@@ -45,13 +45,13 @@ class _Question(TypedDict):
     A: object
 
 
-# How Python's own parser, and what it is turned into, can fail on a text.
+# The errors of `ast.literal_eval`, and of converting its result, for a malformed text.
 _NO_QUESTIONS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, and what is asked about it."""
+    """One text, and the questions about it with their answers."""
 
     title: str
     text: str
@@ -59,9 +59,9 @@ class Document:
 
 
 def read_loogle(path: Path) -> Iterator[Document]:
-    """The documents of a LooGLE file (JSON lines), or of all `*.jsonl` in a folder.
+    """Yield the documents of a LooGLE file (JSON lines), or of all `*.jsonl` in a folder.
 
-    Raises ConfigError for what is no such file.
+    Raises ConfigError for other files.
     """
     for file in data_files(path, "*.jsonl"):
         for number, record in read_lines(file, _Record):
@@ -81,9 +81,10 @@ def loogle_sessions(
     limits: SessionLimits,
     count_tokens: CountTokens,
 ) -> tuple[Session, ...]:
-    """`count` readers, each of a document and with questions that the seed decides.
+    """Return up to `count` sessions; the seed decides their documents and questions.
 
-    Documents are cut so that `max_turns` questions fit. Raises ConfigError without documents.
+    Documents are cut so that `max_turns` questions fit; a session of which no turn fits is left
+    out. Raises ConfigError without documents, or if the limits leave no room for one.
     """
     choice = random.Random(seed)
     found = list(documents)
@@ -121,5 +122,5 @@ def _questions(record: _Record) -> tuple[Exchange, ...]:
 
 
 def _text(answer: object) -> str:
-    """Cloze questions are answered by a dictionary of masks."""
+    """Return an answer as text: the answer to a cloze question is a dictionary of masks."""
     return answer if isinstance(answer, str) else str(answer)

@@ -1,7 +1,7 @@
-"""ReAct: an agent that thinks, acts and reads what came of it. Long prompts that grow.
+"""ReAct: an agent that thinks, acts and reads the observation. Long prompts that grow.
 
-Every session begins with the same few-shot prompt. Each turn is one thought and action; what
-the action brought stands in front of the next one.
+Every session begins with the same few-shot prompt. The answer of a turn is one thought and
+action; the prompt of the next turn is the action's observation.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class _Trajectory(msgspec.Struct):
 
 
 def read_react(path: Path) -> Iterator[tuple[str, tuple[Exchange, ...]]]:
-    """The runs in a folder with `fever_prompt.json` and `*trajectories.jsonl`, each as the
-    texts that are appended and generated in turn. Raises ConfigError.
+    """Yield the name and the exchanges of each run in a folder with `fever_prompt.json` and
+    `*trajectories.jsonl`. Raises ConfigError.
     """
     examples = _examples(path / _PROMPT_FILE)
     for file in data_files(path, "*trajectories.jsonl"):
@@ -57,8 +57,9 @@ def react_sessions(
     limits: SessionLimits,
     count_tokens: CountTokens,
 ) -> tuple[Session, ...]:
-    """`count` runs of the agent, in an order that the seed decides, the data repeated as often
-    as needed. Raises ConfigError where none fits the limits.
+    """Return `count` runs of the agent as sessions, in an order that the seed decides; runs are
+    repeated if the data has fewer. Raises ConfigError if none of the first `count` runs fits the
+    limits.
     """
     choice = random.Random(seed)
     pool = [run for run in runs if len(run[1]) >= limits.min_turns]

@@ -1,7 +1,7 @@
-"""What a workload is made of: sessions of turns, with the output length each turn asks for.
+"""The types of a workload: sessions of turns, each with the output length that it asks for.
 
-A session is one user; its turns are causally ordered, because each prompt contains the answers
-before it. Sessions are independent of each other, but may begin with the same tokens.
+A session is one user. Its turns run one after the other, because each prompt contains the
+answers before it. Sessions are independent of each other, but may begin with the same tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from memserve.errors import ConfigError
 
 CountTokens = Callable[[str], int]
 
-# Shorter prompts and answers are mostly broken records (the rule of vLLM's benchmark).
+# Least tokens of a prompt or answer: shorter ones are mostly broken records (as in vLLM's
+# benchmark).
 MIN_TOKENS = 4
-# What a chat template may add around one message: role, separators, <bos>.
+# Most tokens that a chat template adds around one message: role, separators, <bos>.
 TEMPLATE_TOKENS = 16
 
 
@@ -25,9 +26,9 @@ TEMPLATE_TOKENS = 16
 class Turn:
     """One request of a session."""
 
-    prompt: str  # what comes behind the turns before
-    answer: str  # the data's answer to it; empty where the data has none
-    output_tokens: int  # what to generate: the answer's length in tokens, clamped
+    prompt: str  # the text behind the earlier turns' prompts and answers
+    answer: str  # the data's answer to the prompt; empty if the data has none
+    output_tokens: int  # tokens to generate: the answer's length, clamped
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,12 @@ class Session:
 
     id: str
     turns: tuple[Turn, ...]
-    chat: bool = True  # messages of a chat; else one text that grows
+    chat: bool = True  # True: turns are chat messages; False: turns extend one text
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """A request whose prompt is token ids, with the time at which it arrives."""
+    """A request whose prompt is token ids, with its arrival time."""
 
     id: str
     arrival: float  # seconds since the start
@@ -51,7 +52,7 @@ class TokenRequest:
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """What a session may be; a longer one is cut after its last turn that fits."""
+    """The limits of a session; a longer one is cut after its last turn that fits."""
 
     min_turns: int = 1
     max_turns: int = 8
@@ -61,7 +62,7 @@ class SessionLimits:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What a user said and what the data's model answered."""
+    """A user's prompt and the answer in the data."""
 
     prompt: str
     answer: str
@@ -73,7 +74,7 @@ def fitting_turns(
     count_tokens: CountTokens,
     min_answer_tokens: int = MIN_TOKENS,
 ) -> tuple[Turn, ...]:
-    """The first exchanges, as many as the limits allow, as turns."""
+    """Return the first exchanges as turns, as many as the limits allow."""
     turns: list[Turn] = []
     context = 0
     for exchange in exchanges[: limits.max_turns]:
@@ -90,17 +91,17 @@ def fitting_turns(
 
 
 def cut_to_tokens(text: str, tokens: int, count_tokens: CountTokens) -> str:
-    """The start of `text`, of at most so many tokens and not much fewer."""
+    """Return the start of `text`: at most `tokens` tokens, and not many fewer."""
     count = count_tokens(text)
     while count > tokens:
-        # Tokens are not spread evenly: each round comes closer, from above.
+        # Tokens differ in length, so a cut in proportion may leave too many: repeat.
         text = text[: min(len(text) - 1, len(text) * tokens // count)]
         count = count_tokens(text)
     return text
 
 
 def open_data(path: Path) -> IO[bytes]:
-    """Raises ConfigError for a file that cannot be read."""
+    """Open a data file for reading. Raises ConfigError if that fails."""
     try:
         return path.open("rb")
     except OSError as error:
@@ -110,7 +111,8 @@ def open_data(path: Path) -> IO[bytes]:
 
 
 def data_files(path: Path, pattern: str) -> Iterator[Path]:
-    """`path` itself, or the files in it whose names match, in order. Raises ConfigError."""
+    """Yield `path`, or if it is a folder its files that match `pattern`, in order of their names.
+    Raises ConfigError, also for a folder without such files."""
     try:
         files = sorted(path.glob(pattern)) if path.is_dir() else None
     except (OSError, ValueError) as error:

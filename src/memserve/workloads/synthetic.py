@@ -11,7 +11,7 @@ from memserve.workloads.session import TokenRequest
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefixes:
-    """`groups` prefixes, each in front of many prompts."""
+    """The shape of the workload: `requests` prompts, each behind one of `groups` prefixes."""
 
     requests: int = 64
     groups: int = 8
@@ -23,7 +23,7 @@ class SharedPrefixes:
 
 
 def shared_prefix_requests(shape: SharedPrefixes, seed: int) -> Iterator[TokenRequest]:
-    """The same seed gives the same requests."""
+    """Yield the requests in order of arrival; a seed always gives the same requests."""
     choice = random.Random(seed)
 
     def tokens(count: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The workloads whose requests are text: one way to choose their sessions."""
+"""One function that chooses the sessions of any workload whose requests are text."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ def text_sessions(
     limits: SessionLimits,
     count_tokens: CountTokens,
 ) -> tuple[Session, ...]:
-    """`count` sessions that the seed decides, of the data at a path; ShareGPT without one is
-    the installed package's. Raises ConfigError.
+    """Return `count` sessions of the data at path `data`; the seed decides which.
+
+    LooGLE may return fewer. Without `data`, ShareGPT is the installed package's. Raises
+    ConfigError.
     """
     choose = (count, seed, limits, count_tokens)
     if workload == "sharegpt":
@@ -35,7 +37,7 @@ def text_sessions(
 
 
 def required_data(workload: str, data: str | None) -> Path:
-    """The path of a workload that has no data of its own. Raises ConfigError without one."""
+    """Return `data` as a path. Raises ConfigError without it, since the workload has no package."""
     if data is None:
         raise ConfigError(f"the workload {workload} needs --data: its file or folder")
     return Path(data)

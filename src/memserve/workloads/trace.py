@@ -1,7 +1,7 @@
-"""Traces in Mooncake's format: when requests came, how long they were, what they shared.
+"""Traces in Mooncake's format: arrival times, lengths and shared prefixes of requests.
 
 A line has `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`, one id for
-each 512 tokens of the prompt; equal leading ids are equal prefixes.
+each 512 tokens of the prompt; equal leading ids mean equal prefixes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from memserve.workloads.lines import read_lines
 from memserve.workloads.session import TokenRequest
 
 BLOCK_TOKENS = 512
-MAX_TIMESTAMP = 10**12  # thirty years
+MAX_TIMESTAMP = 10**12  # milliseconds; thirty years
 MAX_LENGTH = 2**24  # tokens; above any model's context
-MAX_HASH_ID = 2**40  # the quotient by a vocabulary is still a token id
-MAX_TRACE_LINE_BYTES = 1024 * 1024  # the ids of the longest prompt
+MAX_HASH_ID = 2**40  # an id divided by a vocabulary of more than 512 tokens fits int32
+MAX_TRACE_LINE_BYTES = 1024 * 1024  # room for the ids of the longest prompt
 
 
 class TraceLine(msgspec.Struct, frozen=True):
@@ -41,16 +41,16 @@ class TraceLine(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class TraceScale:
-    """How a trace is made fit for smaller machines: its shape stays, its size shrinks."""
+    """How to scale a trace down for smaller machines; the prefixes stay shared."""
 
-    block_tokens: int = BLOCK_TOKENS  # that one hash id stands for; at least 2
-    time: float = 1.0  # 2: everything comes half as fast
+    block_tokens: int = BLOCK_TOKENS  # tokens that one hash id stands for; at least 2
+    time: float = 1.0  # factor of arrival times; 2 halves the request rate
     max_output_tokens: int | None = None
     vocabulary: int = 32_000
 
 
 def read_trace(path: Path, limit: int | None = None) -> Iterator[TraceLine]:
-    """The requests of a trace in order of arrival. Raises ConfigError."""
+    """Yield the first `limit` requests of a trace in order of arrival. Raises ConfigError."""
     before = 0
     for number, line in read_lines(path, TraceLine, limit, MAX_TRACE_LINE_BYTES):
         if line.timestamp < before:
@@ -67,7 +67,7 @@ def read_trace(path: Path, limit: int | None = None) -> Iterator[TraceLine]:
 
 
 def token_requests(lines: Iterator[TraceLine], scale: TraceScale) -> Iterator[TokenRequest]:
-    """Prompts of token ids that share exactly what the trace's prompts share."""
+    """Yield the trace's requests, scaled, with token ids that share the trace's prefixes."""
     for number, line in enumerate(lines):
         output = max(1, line.output_length * scale.block_tokens // BLOCK_TOKENS)
         if scale.max_output_tokens is not None:
@@ -81,11 +81,11 @@ def token_requests(lines: Iterator[TraceLine], scale: TraceScale) -> Iterator[To
 
 
 def prompt_tokens(line: TraceLine, scale: TraceScale) -> TokenArray:
-    """A prompt [tokens] int32 that follows from the hash ids alone."""
+    """Return a prompt's token ids [tokens], int32, which depend only on its hash ids."""
     ids = np.array(line.hash_ids, dtype=np.int64)[:, None]
     offsets = np.arange(scale.block_tokens)[None, :]
     blocks = (ids + offsets * 40503) % scale.vocabulary
-    # The id itself, in two digits: different ids never give the same block.
+    # Tokens 0 and 1 are the id in base `vocabulary`: different ids give different blocks.
     blocks[:, 1:2] = ids // scale.vocabulary
     length = max(1, line.input_length * scale.block_tokens // BLOCK_TOKENS)
     tokens: TokenArray = blocks.reshape(-1).astype(np.int32)[:length]
