@@ -98,7 +98,8 @@ class BlockAllocator:
         self._stack[: self.free] = below
 
     def restore(self, start: int) -> None:
-        """Undo `withhold`."""
+        """Undo `withhold`. Blocks that became free since are in the free list already."""
+        self.withhold(start)
         behind = np.arange(start, self.capacity)
         self._push(behind[self.state[behind] == FREE])
 
