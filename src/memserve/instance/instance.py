@@ -94,8 +94,7 @@ class Events(Protocol):
     def info(self) -> KVEventsInfo: ...
 
     def snapshot(self) -> bytes:
-        """Return an encoded `KVSnapshot`. Raises TransferError if the publisher has none or has
-        ended."""
+        """Return an encoded `KVSnapshot`. Raises TransferError if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +199,8 @@ class Instance:
         return self.lifecycle.state
 
     def change_role(self, role: Role) -> None:
-        """Change the role. Raises ApiError (409) while starting and when dead, and for a role
-        other than `colocated` of a vLLM instance without a link."""
+        """Change the role. Raises ApiError (409) while starting, when dead, and if the instance is
+        a vLLM one without a link, whose role is `colocated`."""
         alone = self._served is not None and self._served.fetcher is None
         server = self.identity.kind is not MemberKind.MEMSERVE
         if server and alone and role is not Role.COLOCATED:
@@ -305,11 +304,8 @@ class Instance:
 
     @asynccontextmanager
     async def forward(self, call: GenerateCall, forward: Forward) -> AsyncIterator[ForwardedAnswer]:
-        """Context of a call whose body goes unchanged to the vLLM server. Leaving it early closes
-        the connection to the server.
-
-        Raises ApiError if the instance refuses the call.
-        """
+        """Context of a call that goes to the vLLM server behind this instance. Leaving it early
+        hangs up. Raises ApiError if the instance refuses the call."""
         served = self._ready()
         parts, remote = served.parts, served.remote
         if parts.forwarder is None:
@@ -505,8 +501,7 @@ class Instance:
 
 
 def _tell_failure(handover: asyncio.Future[None], mailbox: Mailbox) -> None:
-    """Fail the mailbox if a hand-over ended with an unexpected error, or its call would wait for
-    ever."""
+    """Fail the mailbox after an unexpected error of a hand-over: its call waits for tokens."""
     if not handover.cancelled() and (failure := handover.exception()) is not None:
         log.error("a hand-over failed", exc_info=failure)
         mailbox.fail(internal(f"The hand-over failed: {failure!r}", "handoff_error"))

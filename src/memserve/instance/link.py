@@ -61,14 +61,14 @@ class KVLink(Protocol):
         self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace
     ) -> PrefillStream:
         """Return the observer for a prefill of `tokens`, which sends completed blocks to a peer.
-        Raises TransferError if the peer cannot be reached."""
+        Raises the errors of `meet`."""
 
     async def meet(self, peer: PoolPeer) -> None:
-        """Connect to a peer unless connected. Raises TransferError."""
+        """Connect to a peer unless connected. Raises TransferError, LayoutMismatch."""
 
     async def transport(self, peer: PoolPeer) -> str:
         """Return the name of the transport to a peer, after a round trip that moves no KV.
-        Raises TransferError."""
+        Raises TransferError, LayoutMismatch."""
 
     async def run(self) -> None:
         """Run until no more KV can be moved, which makes the instance useless."""
