@@ -1,13 +1,13 @@
-"""Attention over block tables: the function that Transformers' models call for every layer.
+"""Attention over block tables: the function that Transformers' models call for each layer.
 
-A step is one packed batch `[1, tokens]`: first one row per decoding sequence, then the prefill
-chunks, one after the other. Every layer writes its new K and V into the pool's layer view and
-reads the context back through the sequences' block tables. What all layers share (tables,
-masks) is prepared once per step and per sliding window.
+A step is one packed batch `[1, tokens]`: one row per decoding sequence, then the prefill chunks
+one after the other. Each layer writes its new K and V into the pool's layer view, and gathers the
+context through the sequences' block tables. Tables and masks are made once per step and sliding
+window (`PagedBatch`).
 
-Kernels are PyTorch's `scaled_dot_product_attention`. On CPUs a padded batch beats a call per
-sequence as long as the gathered context stays in cache and is not allocated anew, hence the
-groups of similar length and the workspace (see docs/architecture.md for the figures).
+Kernels are PyTorch's `scaled_dot_product_attention`. On CPUs a padded batch is faster than a call
+per sequence while the gathered context stays in cache and reuses its memory, hence the groups of
+similar length and the workspace (figures: docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def paged_attention(
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface over a paged pool.
 
-    query [1, heads, tokens, dim], key and value [1, kv_heads, tokens, dim], rotated already.
-    Returns [1, tokens, heads, dim]. Raises ModelError for what it cannot compute.
+    query [1, heads, tokens, dim], key and value [1, kv_heads, tokens, dim], with rotary embedding
+    applied. Returns [1, tokens, heads, dim]. Raises ModelError for attention sinks, and for heads
+    whose size differs from the pool's.
     """
     if s_aux is not None:
         raise ModelError("attention sinks are not supported by the built-in engine")
@@ -81,7 +82,7 @@ def _decode(
         context.view(rows, -1, kv_heads, dim)[:, group.seen].transpose(1, 2)
         for context in workspace.gather(view, group.table)
     )
-    # All heads of a KV head become queries of one call: its keys are read once.
+    # The query heads of a KV head become queries of one head, so its keys are read once.
     queries = q[group.rows].view(rows, kv_heads, -1, dim)
     result = _attend(queries, keys, values, group.mask, False, scale, softcap)
     return result.reshape(rows, -1, dim)
@@ -131,7 +132,7 @@ def _attend(
     grouped = q.shape[1] != k.shape[1]
     if softcap is None:
         if grouped and mask is not None and q.is_cuda:
-            # CUDA's fused kernels take either a mask or grouped heads.
+            # CUDA's fused kernels support a mask or grouped heads, not both.
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
             v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
             grouped = False
@@ -152,7 +153,7 @@ def _attend(
 
 
 def _no_mask(*_: object, **__: object) -> None:
-    """Masks are built here, per step, from block tables."""
+    """Make no mask for Transformers: `PagedBatch` makes the masks from block tables."""
 
 
 def register() -> None:

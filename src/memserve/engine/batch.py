@@ -1,11 +1,11 @@
-"""Which sequences run in the next step: continuous batching with chunked prefill.
+"""Scheduler of one engine's steps: continuous batching with chunked prefill.
 
-Every decoding sequence is in every step. Prefill takes what is left of the step's token
-budget, which is small while anything decodes (a long prompt must not hold up the others'
-next token) and large otherwise. Half of it goes to the first prompt in the order of priority
-and arrival, which therefore never starves, the rest to the shortest ones: a long prompt does
-not hold up short ones behind it. Memory is taken in the order of priority and arrival; who came
-last gives way.
+Every decoding sequence is in every step. The prefill token budget of a step is small while any
+sequence decodes (a long prompt must not delay their next tokens) and large otherwise. Half of
+the budget goes to the first prompt in the order of priority and arrival, which therefore never
+starves. The other half goes to the prompts with the fewest tokens left, so a long prompt does
+not block short ones behind it. Memory is given in the order of priority and arrival; the last
+running sequence is preempted first.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from memserve.engine.sequence import Sequence
 from memserve.errors import OutOfBlocks
 from memserve.types import RequestId
 
-# Prompts computed at a time: each more holds memory longer than it must.
+# Maximum of sequences in prefill. Prefills that share the budget hold memory for longer.
 MAX_PREFILLING = 8
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """Per step."""
+    """Limits of one step."""
 
-    max_tokens: int  # computed when nothing decodes
-    mixed_tokens: int  # prefilled beside decoding sequences
+    max_tokens: int  # prefill tokens of a step without decoding sequences
+    mixed_tokens: int  # prefill tokens of a step with decoding sequences
     max_running: int  # sequences that hold memory
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """`count` tokens of a sequence, from its first token without KV."""
+    """The next `count` tokens of a sequence to compute, from its first token without KV."""
 
     sequence: Sequence
     count: int
@@ -41,7 +41,7 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: the decoding sequences (one token each), then the prefill chunks."""
+    """One step: decoding sequences (one token each) and prefill chunks."""
 
     decodes: tuple[ScheduledSequence, ...]
     prefills: tuple[ScheduledSequence, ...]
@@ -52,12 +52,13 @@ class StepPlan:
 
 
 class BatchScheduler:
-    """Queues of one engine. Used by the engine's thread only, except `len`-like counts."""
+    """Waiting and running sequences of one engine. For the engine's thread only; any thread may
+    read `waiting`, `running` and `preemptions`."""
 
     def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
-        self._waiting: list[Sequence] = []  # in order
-        self._running: list[Sequence] = []  # in order
+        self._waiting: list[Sequence] = []  # sorted by `Sequence.order`
+        self._running: list[Sequence] = []  # sorted by `Sequence.order`
         self._known: dict[RequestId, Sequence] = {}
         self.preemptions = 0
 
@@ -74,7 +75,7 @@ class BatchScheduler:
         bisect.insort(self._waiting, sequence, key=_order)
 
     def remove(self, request_id: RequestId) -> Sequence | None:
-        """Forget a sequence, wherever it is, and free its memory."""
+        """Remove a sequence from its queue and free its memory. Returns None for an unknown id."""
         sequence = self._known.pop(request_id, None)
         if sequence is None:
             return None
@@ -84,16 +85,16 @@ class BatchScheduler:
         return sequence
 
     def drain(self) -> list[Sequence]:
-        """Forget everything."""
+        """Remove all sequences, free their memory, and return them."""
         return [s for s in map(self.remove, list(self._known)) if s is not None]
 
     def plan(self) -> StepPlan | None:
-        """The next step, with memory reserved for it; None when there is nothing to run."""
+        """Return the next step, with memory reserved for it; None if no sequence can run."""
         decodes = self._plan_decodes()
         budget = self._limits.mixed_tokens if decodes else self._limits.max_tokens
         self._admit()
         decoding = {scheduled.sequence for scheduled in decodes}
-        # With those whose prompt was all cached but for the last token.
+        # Includes admitted sequences whose tokens are all cached except the last one.
         prefilling = [sequence for sequence in self._running if sequence not in decoding]
         counts = share_budget(budget, [sequence.remaining for sequence in prefilling])
         prefills = tuple(
@@ -106,7 +107,8 @@ class BatchScheduler:
         return StepPlan(tuple(decodes), prefills)
 
     def _plan_decodes(self) -> list[ScheduledSequence]:
-        """Reserve one token for every decoding sequence, at the expense of the last ones."""
+        """Reserve memory for one token of each decoding sequence; preempt the last running
+        sequences if memory is short."""
         decodes = []
         for sequence in list(self._running):
             if sequence.prefilling or sequence not in self._running:
@@ -116,7 +118,8 @@ class BatchScheduler:
         return decodes
 
     def _reserve(self, sequence: Sequence) -> bool:
-        """Room for the sequence's last token; False if it had to give way itself."""
+        """Reserve memory for the sequence's last token. Returns False if the sequence itself was
+        preempted."""
         while True:
             try:
                 sequence.table.reserve(sequence.length)
@@ -135,11 +138,11 @@ class BatchScheduler:
         bisect.insort(self._waiting, victim, key=_order)
 
     def _admit(self) -> None:
-        """Start waiting sequences in order while there is memory.
+        """Admit waiting sequences in order while there is memory.
 
-        A sequence whose prompt another one is computing right now is passed over, not waited
-        for; one that does not fit stops the queue, or small ones would starve it. Each that
-        runs is left a block to grow into, or it would be preempted at once.
+        A sequence that gains from a prefill in progress is skipped until that prefill is done.
+        A sequence that does not fit stops the queue; otherwise small sequences would starve it.
+        Each running sequence keeps a headroom of one block, or it would be preempted at once.
         """
         prefilling = [sequence for sequence in self._running if sequence.prefilling]
         for sequence in list(self._waiting):
@@ -165,10 +168,11 @@ class BatchScheduler:
 
 
 def share_budget(budget: int, remaining: Seq[int]) -> list[int]:
-    """How many tokens of each prompt are computed in a step of `budget` tokens, given how many
-    each lacks, first come first.
+    """Return the number of tokens to compute of each prompt in a step of `budget` tokens.
 
-    The first has half of it, and what the shortest ones leave.
+    `remaining`: tokens without KV of each prompt, in the order of priority and arrival. The
+    first prompt gets half of the budget, then the others by ascending `remaining`; the first
+    prompt also gets the rest.
     """
     if not remaining:
         return []

@@ -1,10 +1,9 @@
-"""The KV blocks of one running sequence: the cached prefix it shares, and its own tail.
+"""The KV blocks of one running sequence: a cached prefix and a tail of active blocks.
 
-The prefix belongs to the index and is pinned through a `Match`; the tail is active memory of
-this sequence. A block moves from tail to prefix as soon as it is full and computed, so that
-other sequences share it while this one still runs. Preemption is therefore nothing but
-`release`: the prefix stays in the index as historical KV (swapped to DRAM when HBM is needed,
-dropped when DRAM is full), and only the last, partial block is lost.
+The index owns the prefix, which a `Match` pins; the sequence owns the tail. A block moves from
+tail to prefix as soon as it is full and computed, so other sequences share it while this one
+still runs. Preemption is a `release`: the prefix stays cached (swapped to DRAM when HBM is needed,
+dropped when DRAM is full), and only KV in blocks that are not full is lost.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ _NO_REFS: RefArray = np.empty(0, dtype=np.int64)
 
 
 class BlockTable:
-    """Owned by one sequence, used by the engine's thread only."""
+    """Blocks of one sequence, which owns the table. Used by the engine's thread only."""
 
     def __init__(self, pool: MemPool, namespace: Namespace, ephemeral: bool) -> None:
-        """`ephemeral`: the namespace is this sequence's own and ends with it; the index then
-        only serves preemption.
+        """`ephemeral`: the namespace is this sequence's alone, and `close` drops it. The index
+        then only keeps KV over a preemption.
         """
         self._pool = pool
         self._namespace = namespace
@@ -45,7 +44,7 @@ class BlockTable:
 
     @property
     def refs(self) -> RefArray:
-        """The blocks [blocks], in token order, in HBM."""
+        """References of the blocks [blocks], in HBM, in token order."""
         prefix = _NO_REFS if self._prefix is None else self._prefix.refs
         return np.concatenate([prefix, self._tail])
 
@@ -59,11 +58,11 @@ class BlockTable:
         return 0 if self._prefix is None else self._prefix.tokens
 
     def acquire(self, tokens: TokenArray, headroom: int) -> int:
-        """Pin the longest cached prefix, brought to HBM, and reserve blocks for all `tokens`.
+        """Pin the longest cached prefix, swap it into HBM, and reserve blocks for all `tokens`.
 
-        The last token is never taken from the cache: its logits are wanted. Raises OutOfBlocks
-        unless `headroom` blocks would be left; then nothing is held and nothing was moved.
-        Returns the tokens found.
+        Returns the number of cached tokens. The last token is always computed, for its logits.
+        Raises OutOfBlocks, before anything is pinned or moved, unless `headroom` blocks would
+        stay free or evictable.
         """
         assert self._prefix is None
         assert not len(self._tail)
@@ -76,7 +75,7 @@ class BlockTable:
         try:
             self._indices = self._pool.hbm_indices(self._prefix.refs)
             self.reserve(len(tokens))
-        except BaseException:  # no room, or a copy to make some that failed
+        except BaseException:  # OutOfBlocks, or a failed copy of a swap-out
             self.release()
             raise
         return self._prefix.tokens
@@ -90,7 +89,7 @@ class BlockTable:
         return -(-tokens // self._block_tokens)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` tokens in all. Raises OutOfBlocks, and then has no effect."""
+        """Allocate blocks for `tokens` tokens in total. Raises OutOfBlocks, without effect."""
         missing = self._blocks(tokens) - len(self._indices)
         if missing > 0:
             refs = self._pool.alloc_mem(missing, Medium.HBM, private=True)
@@ -100,10 +99,10 @@ class BlockTable:
     def commit(
         self, tokens: TokenArray, take_over: Callable[[RefArray], None] | None = None
     ) -> None:
-        """Give the full blocks of `tokens`, whose KV is all computed, to the index.
+        """Give the full blocks of `tokens`, all with KV, to the index.
 
-        Where another sequence was first, its block is used from now on, and ours is freed, or
-        goes to `take_over`.
+        If the index has a block of the same tokens already, the table uses that block from now
+        on, and its own one goes to `take_over`, or is freed without a `take_over`.
         """
         blocks = len(tokens) // self._block_tokens
         before = self.cached_tokens // self._block_tokens
@@ -134,7 +133,7 @@ class BlockTable:
         self._indices = _NO_REFS
 
     def close(self) -> None:
-        """`release`, and forget what nobody else may find. Idempotent."""
+        """Release all blocks, and drop an ephemeral namespace. Idempotent."""
         self.release()
         if self._ephemeral:
             self._pool.delete(NO_TOKENS, self._namespace)

@@ -1,4 +1,4 @@
-"""Which number format is fastest for a model on this machine, by measuring it."""
+"""Choice of the fastest dtype for a model on this machine, by measurement."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from memserve.engine.linear import speed_up_products
 from memserve.engine.model import WeightCount
 from memserve.engine.team import with_team
 
-# The work that the choice is made for: a chat turn's uncached prompt, and its answer.
+# Assumed request: the uncached prompt of a chat turn, and its answer.
 PREFILL_TOKENS = 256
 DECODE_TOKENS = 128
-# One matrix of this many weights stands for the model: it comes from memory at every decode
-# step, as the model does.
+# Weights of the timed matrix, about: too large for a CPU's caches, like a model's weights.
 SAMPLE_WEIGHTS = 32 * 1024 * 1024
 _REPEATS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class DtypeChoice:
-    """The fastest format, and why."""
+    """The fastest dtype, with the predictions that led to it."""
 
     dtype: torch.dtype
-    seconds: tuple[tuple[str, float], ...]  # predicted per request, best first
+    seconds: tuple[tuple[str, float], ...]  # (dtype, predicted per request), fastest first
 
     def __str__(self) -> str:
         figures = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds)
@@ -34,10 +33,10 @@ class DtypeChoice:
 
 
 def choose_dtype(weights: WeightCount, device: torch.device, threads: int) -> DtypeChoice:
-    """Time matrix products of a model's width in each format this device computes with.
+    """Return the fastest of bfloat16 and float32 on a CPU, by timing matrix products of a model's
+    width with `threads` threads. Takes well under a second.
 
-    Takes well under a second on a CPU. On a GPU nothing is timed: it is bfloat16 where there
-    is hardware for it, else float16.
+    On a GPU: bfloat16 if the hardware supports it, else float16, without timing.
     """
     if device.type == "cuda":
         fast = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -66,7 +65,7 @@ def _seconds(x: torch.Tensor, weight: torch.Tensor) -> float:
     rows, hidden = weight.shape
     layer = torch.nn.Linear(hidden, rows, bias=False, device="meta")
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    speed_up_products(layer)  # as the engine will
+    speed_up_products(layer)  # as `load_model` does
     with torch.inference_mode():
         layer(x)
         for _ in range(_REPEATS):

@@ -1,4 +1,4 @@
-"""The built-in engine: one thread that turns requests into tokens, step by step."""
+"""The built-in engine: one thread that generates tokens for requests, step by step."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from memserve.types import RequestId
 
 log = logging.getLogger(__name__)
 
-# How often a step is tried again while nothing runs and the memory belongs to others (a
-# transfer, a reader): short beside a step, long beside a lock.
+# Retry interval while sequences wait and no step can run because transfers or readers hold the
+# memory: short compared with a step, long compared with a lock.
 STARVED_SECONDS = 0.005
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """What the operator chooses."""
+    """Engine settings that the operator chooses."""
 
     name: str  # of the model, in the API
-    threads: int
+    threads: int  # of PyTorch's CPU kernels
     limits: BatchLimits
     max_waiting: int
     max_model_len: int | None = None  # default: the model's own limit
@@ -70,8 +70,8 @@ _Command = _Submit | _Cancel | _Stop
 
 
 class Engine:
-    """Implements `EngineProtocol`. Public calls come from any thread and return at once; the
-    model, the sequences and every write to the pool belong to the engine's thread.
+    """Implementation of `EngineProtocol` on PyTorch. The engine's thread owns the model and the
+    sequences, and makes all of the engine's writes to the pool.
     """
 
     def __init__(
@@ -88,15 +88,15 @@ class Engine:
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._accepting = False
-        self._queued = 0  # submitted, not yet seen by the thread
-        self._lock = threading.Lock()  # guards the two above
+        self._queued = 0  # sequences submitted and not yet taken by the thread
+        self._lock = threading.Lock()  # guards `_accepting` and `_queued`
         self._kernels = kernels_of(model.device)
         self._runner = Runner(model, pool, self._kernels)
         self._fence: KernelFence | None = None  # on a GPU, while the thread runs
         self._scheduler = BatchScheduler(settings.limits)
         self._counters = _Counters()
         self._arrivals = 0
-        self._starved = False  # sequences wait for memory that others hold
+        self._starved = False  # the last `plan` found nothing that can run
         self._info = self._describe()
 
     @property
@@ -123,7 +123,7 @@ class Engine:
 
     @property
     def threads(self) -> list[threading.Thread]:
-        """That must not end before `stop`, once it has started."""
+        """Threads of a started engine that must stay alive until `stop`."""
         engine = [] if self._thread is None else [self._thread]
         return engine if self._fence is None else [*engine, self._fence.thread]
 
@@ -137,7 +137,7 @@ class Engine:
     def submit(self, requests: Seq[EngineRequest]) -> None:
         """Queue the sequences of one call, all or none.
 
-        Raises RequestError for one that can never run, QueueFull, EngineStopped.
+        Raises RequestError for a sequence that can never run, QueueFull, EngineStopped.
         """
         validate_requests(requests, self._info)
         with self._lock:
@@ -146,7 +146,7 @@ class Engine:
             self._commands.put(_Submit(tuple(requests), self._clock.now()))
 
     def check(self, requests: Seq[EngineRequest]) -> None:
-        """Raise what `submit` would raise now, and queue nothing."""
+        """Raise the errors that `submit` would raise now, without queueing."""
         validate_requests(requests, self._info)
         with self._lock:
             self._make_sure_of_room(len(requests))
@@ -159,11 +159,12 @@ class Engine:
             raise QueueFull(waiting, self._settings.max_waiting)
 
     def cancel(self, ids: Seq[RequestId]) -> None:
-        """Stop sequences within one step and free what they hold. Unknown ids are ignored."""
+        """Stop sequences within one step and free their blocks. Unknown ids are ignored."""
         self._commands.put(_Cancel(tuple(ids)))
 
     def stats(self) -> EngineStats:
-        """Totals since start, and the present queues. Read without a lock: each is one int."""
+        """Totals since start and current queue lengths. Read without a lock: each field is one
+        number."""
         counters = self._counters
         return EngineStats(
             running=self._scheduler.running,
@@ -179,7 +180,7 @@ class Engine:
         )
 
     def stop(self) -> None:
-        """End the thread after its present step; what still runs gets a CANCELLED output."""
+        """End the thread after its current step; unfinished sequences get a CANCELLED output."""
         with self._lock:
             self._accepting = False
         self._commands.put(_Stop())
@@ -200,12 +201,12 @@ class Engine:
                     if outputs:
                         sink(outputs)
         except Exception as failure:
-            # Whatever went wrong, every client must hear of it rather than wait for ever.
+            # Every client must get an error instead of waiting for ever.
             log.exception("the engine failed")
             reason, error = FinishReason.ERROR, f"the engine failed: {failure}"
         finally:
-            # A step that failed half way may have left kernels that still write to blocks which
-            # are about to be free. A device that is lost writes nothing.
+            # Kernels of a failed step may still write to blocks that `_shut_down` frees, so wait
+            # for them. RuntimeError: the device is lost and writes nothing.
             with suppress(RuntimeError):
                 self._runner.finish()
             self._shut_down(sink, reason, error)
@@ -213,9 +214,9 @@ class Engine:
                 self._fence.close()
 
     def _take_commands(self) -> bool:
-        """Carry out what has been asked, waiting only if there is nothing to compute.
+        """Carry out all queued commands; block only while there is nothing to compute.
 
-        Returns False to stop.
+        Returns False after a stop command.
         """
         try:
             if not self._scheduler.running and not self._scheduler.waiting:
@@ -302,7 +303,7 @@ class Engine:
     def _shut_down(self, sink: OutputSink, reason: FinishReason, error: str | None) -> None:
         with self._lock:
             self._accepting = False
-        while True:  # what was submitted before the flag fell
+        while True:  # requests submitted before `_accepting` was cleared
             try:
                 command = self._commands.get_nowait()
             except queue.Empty:

@@ -1,8 +1,8 @@
-"""When the kernels of a GPU have run: they do long after the call that queued them has returned.
+"""Synchronisation with a GPU's kernels, which run long after the calls that queue them return.
 
-Nothing that they write may be read, and nothing that they may still write may be given away, before
-that. The runner therefore waits for the kernels of each step, so that insertion and freeing, which
-follow a step, follow its kernels; what observers want to know earlier comes from `KernelFence`.
+A block must not be read, inserted or freed before the kernels that write it have run. The runner
+therefore waits for the kernels of each step. Observers of a prefill are called earlier, from
+`KernelFence`, as soon as the kernels of one layer have run.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ class Mark(Protocol):
     """A place in the queue of a device's kernels: a CUDA event."""
 
     def synchronize(self) -> None:
-        """Returns when everything before it has run. Raises RuntimeError if the device is lost."""
+        """Wait until all kernels before the mark have run. Raises RuntimeError if the device is
+        lost."""
         ...
 
 
 class Kernels(Protocol):
-    """What the engine's thread has queued on its device."""
+    """Kernel queue of the engine's thread on its device."""
 
     def mark(self) -> Mark | None:
-        """The end of the queue as it is now. None: nothing is queued, all has run."""
+        """Return a mark at the current end of the queue. None: all kernels have run."""
         ...
 
 
 class CudaKernels:
-    """Kernels on a GPU: a call returns when its kernels are queued, long before they have run."""
+    """Kernel queue of a GPU: the current CUDA stream of the calling thread."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -50,7 +51,7 @@ class CudaKernels:
 
 
 class NoKernels:
-    """On a CPU a call returns when it is done."""
+    """Kernel queue of a CPU, always empty: a call returns when its result is there."""
 
     def mark(self) -> None:
         return None
@@ -66,24 +67,24 @@ class _Due(NamedTuple):
 
 
 class KernelFence:
-    """Calls back, in order and from a thread of its own, when the kernels queued so far have
-    run. The engine's thread owns it."""
+    """Makes calls, in order and in its own thread, when the kernels queued before them have run.
+    Owned by the engine's thread."""
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
-        self._lost = False  # nothing that is queued, now or later, is ever called
+        self._lost = False  # the device is lost: queued and later calls are dropped
         self._due: queue.SimpleQueue[_Due | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine-fence", daemon=True)
         self._thread.start()
 
     @property
     def thread(self) -> threading.Thread:
-        """It ends with `close`; to be watched before that."""
+        """The calling thread; it must stay alive until `close`."""
         return self._thread
 
     def after(self, call: Callable[[], None]) -> None:
-        """Have `call` called behind everything that this thread has queued; never, once the device
-        was lost."""
+        """Make `call` when all kernels that this thread has queued have run; drop it if the device
+        is lost."""
         if self._lost:
             return
         mark = self._kernels.mark()
@@ -93,31 +94,31 @@ class KernelFence:
             self._due.put(_Due(mark, call))
 
     def close(self) -> None:
-        """Returns when all calls have been made."""
+        """Wait until all calls have been made or dropped, and end the thread."""
         self._due.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         while (due := self._due.get()) is not None:
             if self._lost:
-                continue  # so that what waits is let go
+                continue  # drop the call
             try:
                 due.mark.synchronize()
             except RuntimeError:
-                # The device is lost, and the engine with it: it tells everybody. Nothing is
-                # ready any more, and nothing may be sent.
+                # The device is lost, and the engine fails with it. The KV of later calls is
+                # invalid and must not be sent.
                 log.exception("a device failed; what it computed is not sent")
                 self._lost = True
                 continue
             try:
                 due.call()
             except Exception:
-                # One transfer's, which then ends by its deadline; the others wait for this thread.
+                # Only one transfer fails, by its deadline; other transfers need this thread.
                 log.exception("a block that is ready was not passed on")
 
 
 class FencedObserver:
-    """Passes on what an engine on a GPU says, `ready` behind the kernels."""
+    """Observer for an engine on a GPU: passes calls on to `inner`, `ready` through the fence."""
 
     def __init__(self, inner: PrefillObserver, fence: KernelFence) -> None:
         self._inner = inner

@@ -1,9 +1,9 @@
-"""Layers of Transformers' models in bfloat16 on a CPU, with the compiled kernels between the
-matrix products.
+"""Layers for Transformers' models in bfloat16 on a CPU, with compiled kernels (`kernels.py`)
+between the matrix products.
 
-They take the place of a model's own norms, whatever the family, and of its decoder layers if it
-is a Llama or a Gemma 3. Same weights, same formulas, rounded at the same places; what a layer
-does not know is left as it is.
+`fuse` replaces the RMS norms of Llama, Mistral, Qwen2, Qwen3 and Gemma 3, and the decoder layers
+of Llama and Gemma 3. Weights, formulas and places of rounding stay the same. Other modules stay
+as they are.
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin, [1, tokens, dim]
 
 
 def fuse(model: nn.Module) -> None:
-    """Replace what is known of a model in bfloat16 on a CPU, weights loaded, for inference.
-
-    Compiles the kernels, if nobody has.
-    """
+    """Replace the known bfloat16 modules of a loaded model on a CPU, for inference only. Compiles
+    the kernels unless compiled."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if (norm := _norm_of(child)) is not None:
@@ -58,27 +56,27 @@ def _norm_of(module: nn.Module) -> RowNorm | None:
 
 
 def _known(layer: nn.Module) -> bool:
-    """Whether its norms have been replaced: then it is in bfloat16."""
+    """Whether the layer's norms are replaced, which means that it is in bfloat16."""
     return isinstance(layer.get_submodule("input_layernorm"), RowNorm)
 
 
 def _bits(x: Tensor) -> Bits:
-    """[..., width] as [rows, width], the same memory; `x` must be contiguous."""
+    """Return contiguous bfloat16 `x` [..., width] as [rows, width] uint16, in the same memory."""
     bits: Bits = x.view(-1, x.shape[-1]).view(torch.uint16).numpy()
     return bits
 
 
 @dataclass(frozen=True, slots=True)
 class _Norm:
-    """What a norm's kernels take."""
+    """Arguments of a norm's kernels."""
 
     gain: kernels.Floats  # [width]
     eps: float
-    early: bool
+    early: bool  # round before the gain, as Llama does
 
 
 class RowNorm(nn.Module):
-    """An RMS norm over the last dimension."""
+    """RMS norm over the last dimension."""
 
     def __init__(self, norm: _Norm) -> None:
         super().__init__()
@@ -93,7 +91,7 @@ class RowNorm(nn.Module):
 
 
 def _add_and_norm(residual: Tensor, x: Tensor, module: nn.Module) -> Tensor:
-    """Adds `x` to `residual` in place; returns the norm of the sum."""
+    """Add `x` to `residual` in place; return the norm of the sum."""
     assert isinstance(module, RowNorm)
     out = torch.empty_like(x)
     norm = module.norm
@@ -102,7 +100,7 @@ def _add_and_norm(residual: Tensor, x: Tensor, module: nn.Module) -> Tensor:
 
 
 def _norm_and_add(residual: Tensor, x: Tensor, module: nn.Module) -> None:
-    """Replaces `x` by its norm, and adds that to `residual`."""
+    """Replace `x` by its norm, and add the norm to `residual`, both in place."""
     assert isinstance(module, RowNorm)
     norm = module.norm
     kernels.norm_and_add.run(_bits(residual), _bits(x), norm.gain, norm.eps, norm.early)
@@ -116,7 +114,8 @@ def _attend(
     norms: tuple[nn.Module, nn.Module] | None,
     window: int | None,
 ) -> Tensor:
-    """Self-attention of [1, tokens, width]; `norms` are those of queries and keys."""
+    """Self-attention of `x` [1, tokens, width]; `norms`: of queries and keys, if the model has
+    them; `window`: sliding window in tokens."""
     cos, sin = (_bits(part) for part in rotation)
     dim = int(attention.head_dim)  # type: ignore[arg-type]
     tokens = x.shape[1]
@@ -145,7 +144,7 @@ def _attend(
 def _feed_forward(mlp: nn.Module, x: Tensor) -> Tensor:
     gate: Tensor = mlp.gate_proj(x)  # type: ignore[operator]
     up: Tensor = mlp.up_proj(x)  # type: ignore[operator]
-    if isinstance(mlp.act_fn, GELUTanh):  # PyTorch's takes three times as long
+    if isinstance(mlp.act_fn, GELUTanh):  # PyTorch's kernel takes three times as long
         kernels.gelu_gate.run(_bits(gate), _bits(up))
     else:
         gate = mlp.act_fn(gate).mul_(up)  # type: ignore[operator]
@@ -154,7 +153,7 @@ def _feed_forward(mlp: nn.Module, x: Tensor) -> Tensor:
 
 
 class FusedLlamaLayer(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
-    """[1, tokens, width] -> the same tensor, changed."""
+    """Llama decoder layer; `forward` changes [1, tokens, width] in place and returns it."""
 
     def forward(  # type: ignore[override]
         self,
@@ -171,7 +170,7 @@ class FusedLlamaLayer(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
 
 
 class FusedGemma3Layer(Gemma3DecoderLayer):  # type: ignore[no-untyped-call]
-    """[1, tokens, width] -> the same tensor, changed."""
+    """Gemma 3 decoder layer; `forward` changes [1, tokens, width] in place and returns it."""
 
     def forward(  # type: ignore[override]
         self,

@@ -1,14 +1,14 @@
-"""What lies between the matrix products of a step in bfloat16 on a CPU, compiled.
+"""Compiled CPU kernels for bfloat16: norms, rotary embedding, GELU, argmax.
 
-PyTorch has no bfloat16 kernel for most of it: it converts to float32, and every operation of a
-formula is a call of its own that goes over the data again. Here each formula is one pass over
-rows that stay in the core's cache. Results are rounded where Transformers' models round them,
-and a row's result depends on that row alone. One thread does it: for the few rows of a decode
-step a barrier costs more than the work, and a prompt's rows take a few percent of its products.
+PyTorch has no bfloat16 kernels for most of these formulas: it converts to float32 and passes over
+the data once per operation. Here each formula is one pass over rows that stay in the core's cache.
+Results are rounded where Transformers' models round them, and a row's result depends on that row
+alone. The kernels use one thread: for the few rows of a decode step a barrier costs more than the
+work, and for a prompt's rows they take a few percent of the time of its matrix products.
 
 Arrays of bfloat16 are uint16 here, the upper half of a float32's bits.
 
-What the kernels call must stand in this file, see `compiled.py`.
+Functions that kernels call must be in this file, see `compiled.py`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from memserve.compiled import Kernels
 Bits = NDArray[np.uint16]
 Floats = NDArray[np.float32]
 
-_BLOCK_ROWS = 64  # of logits, among which a maximum is searched
-_INFINITY = 0x7F80  # as `_ordered` has it
-# Sums may be taken in any order, so that they vectorise; NaN and infinities stay what they are.
+_BLOCK_ROWS = 64  # rows that `first_maxima` reduces to one number per column
+_INFINITY = 0x7F80  # the value of `_ordered` for +infinity
+# Sums may be reordered, which vectorises them; NaN and infinities keep IEEE semantics.
 _REORDER = {"reassoc", "contract", "nsz"}
 
 _KERNELS = Kernels("the engine", fastmath=_REORDER, without_gil=True)
-prepare = _KERNELS.prepare  # so that no request waits for it
+prepare = _KERNELS.prepare  # compiles the kernels, at start, so that no request waits for it
 
 
 @_KERNELS.inlined
@@ -37,7 +37,7 @@ def _up(bits: np.uint16) -> np.float32:
 
 @_KERNELS.inlined
 def _down(value: np.float32) -> np.uint16:
-    """To the nearest, ties to even; what is no number becomes some NaN or infinity."""
+    """Round to the nearest bfloat16, ties to even. NaN becomes any NaN, infinity or zero."""
     bits = np.float32(value).view(np.uint32)
     even = (bits >> np.uint32(16)) & np.uint32(1)
     return np.uint16((bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
@@ -50,7 +50,7 @@ def _round(value: np.float32) -> np.float32:
 
 @_KERNELS.inlined
 def _normalise(row: Bits, gain: Floats, eps: float, early: bool, out: Bits) -> None:
-    """RMS norm of one row. `early`: round before the gain, as Llama does, not only after it."""
+    """RMS norm of one row. `early`: round before the gain too, as Llama does."""
     width = len(row)
     squares = np.float32(0)
     for i in range(width):
@@ -109,8 +109,11 @@ def rotate(x: Bits, cos: Bits, sin: Bits) -> None:
 
 @_KERNELS.inlined
 def _exp(x: np.float32) -> np.float32:
-    """To float32's precision from -87 to 87, and held there beyond. 2 to the nearest integer
-    power, times Cephes' polynomial of what is left; the library's would be a call per number."""
+    """exp(x) to float32's precision, with `x` clamped to -87..87.
+
+    Computed as a power of 2 times Cephes' polynomial of the rest, which vectorises; the library's
+    exp is a call per number.
+    """
     x = min(max(x, np.float32(-87)), np.float32(87))
     power = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     # ln 2 in two parts, the first one exact in products with `power`.
@@ -128,21 +131,22 @@ def _exp(x: np.float32) -> np.float32:
 
 @_KERNELS.compiled("void(uint16[:,::1],uint16[:,::1])")
 def gelu_gate(gate: Bits, up: Bits) -> None:
-    """gate = gelu(gate) * up, [rows, width]; the tanh form of gelu, which is x sigmoid(2 ...)."""
+    """gate = gelu(gate) * up, [rows, width]; the tanh form of gelu as x * sigmoid(2 * ...)."""
     for row in range(gate.shape[0]):
         for i in range(gate.shape[1]):
             x = _up(gate[row, i])
             inner = x * (np.float32(1) + np.float32(0.044715) * x * x)
             inner *= np.float32(-1.5957691216)
             active = x / (np.float32(1) + _exp(inner))
-            if inner > np.float32(87):  # beyond what `_exp` tells apart
+            if inner > np.float32(87):  # `_exp` clamps here
                 active = np.float32(0)
             gate[row, i] = _down(_round(active) * _up(up[row, i]))
 
 
 @_KERNELS.inlined
 def _ordered(bits: np.int16) -> np.int16:
-    """An integer that is ordered as the numbers are, but -0.0 before 0.0 and every NaN last."""
+    """Map bfloat16 bits to an integer with the order of the numbers; -0.0 comes before 0.0, and
+    NaN last."""
     sign = np.int16(np.int16(bits >> np.int16(15)) & np.int16(0x7FFF))
     value = np.int16(bits ^ sign)
     return np.int16(0x7FFF) if value < np.int16(-0x7F81) else value
@@ -150,10 +154,11 @@ def _ordered(bits: np.int16) -> np.int16:
 
 @_KERNELS.compiled("void(int16[:,::1],int64[::1])")
 def first_maxima(columns: NDArray[np.int16], out: NDArray[np.int64]) -> None:
-    """The first maximum of each column of `columns` [length, n] of bfloat16 into `out` [n]; -1
-    where there is a NaN, or where it is infinite or zero (of either sign): look there yourself.
+    """Write the row of the first maximum of each column of `columns` [length, n], bfloat16 bits,
+    to `out` [n]. -1 if the column has a NaN or its maximum is infinite or zero (of either sign):
+    the caller then searches that column.
 
-    Blocks of rows are reduced to one number per column, which vectorises; then the block of the
+    Blocks of rows are reduced to one number per column, which vectorises; then the block with the
     maximum is searched.
     """
     length, n = columns.shape

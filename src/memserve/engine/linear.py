@@ -1,12 +1,12 @@
-"""Matrix products of a model in bfloat16 on a CPU, as fast as its memory.
+"""Linear layers for models in bfloat16 on a CPU, at full memory bandwidth.
 
-`F.linear` hands oneDNN the weights as they lie, and its kernels for few rows of input then reach
-two thirds of the memory's bandwidth (float32 shows no such gap). Weights in oneDNN's own blocked
-order reach all of it, from one row up, and take a third less time for a few hundred rows. The
-blocked copy takes the place of the original, except where the matrix is the embedding too: that
-one stays as it is, the left factor of the product instead of the right one, which for the few
-rows that want logits is as fast, and needs no second copy of what is often the largest matrix.
-All accumulate in float32; the results agree to bfloat16's rounding.
+`F.linear` gives oneDNN the weights in row-major order; for few rows of input oneDNN then reaches
+two thirds of the memory bandwidth (float32 has no such gap). With weights in oneDNN's blocked
+order it reaches the full bandwidth, from one row up, and takes a third less time for a few hundred
+rows. The blocked copy replaces the original weights. An output layer that shares its matrix with
+the embedding keeps the row-major weights and uses them as the left factor of the product: for the
+few rows that need logits this is as fast, and saves a copy of what is often the largest matrix.
+All products accumulate in float32; the results agree to bfloat16's rounding.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 
 class PackedLinear(nn.Linear):
-    """`nn.Linear` whose weights lie in oneDNN's order; `weight` itself is gone."""
+    """`nn.Linear` with weights in oneDNN's blocked order, `packed`; it has no `weight`."""
 
     packed: Tensor
 
     def pack(self) -> None:
-        """Once, when the weights are loaded."""
+        """Replace `weight` by `packed`. Call once, when the weights are loaded."""
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
         del self.weight
 
@@ -33,7 +33,7 @@ class PackedLinear(nn.Linear):
 
 
 class SharedLinear(nn.Linear):
-    """`nn.Linear` over weights that others use as they lie, for few rows of input.
+    """`nn.Linear` for few rows of input, with row-major weights that the embedding uses too.
 
     The result [..., out_features] is a transposed view, except for a single row.
     """
@@ -50,15 +50,15 @@ class SharedLinear(nn.Linear):
 
 
 def has_bfloat16_kernels() -> bool:
-    """Whether oneDNN is there, and computes in bfloat16 on this CPU."""
+    """Whether PyTorch has oneDNN, and oneDNN supports bfloat16 on this CPU."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def speed_up_products(model: nn.Module) -> None:
-    """Use the two above for every plain linear layer held in bfloat16 on a CPU, where oneDNN
-    has kernels for it."""
+    """Replace each `nn.Linear` in bfloat16 on a CPU by PackedLinear, or by SharedLinear if an
+    embedding has its weights. No effect if oneDNN has no bfloat16 kernels."""
     if not has_bfloat16_kernels():
         return
     embeddings = {m.weight.data_ptr() for m in model.modules() if isinstance(m, nn.Embedding)}

@@ -1,4 +1,4 @@
-"""A decoder-only Transformers model, ready to run packed batches over a pool."""
+"""Loading and forward pass of a decoder-only Transformers model over a pool's blocks."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the pool and the scheduler need to know of a model."""
+    """Sizes of a model that the pool and the scheduler need."""
 
     layers: int
     kv_heads: int
     head_dim: int
     vocab_size: int
-    max_position: int
+    max_position: int  # tokens of context
     eos_token_ids: tuple[int, ...]
-    rope: str  # everything that changes cached keys, as text, for the fingerprint
+    rope: str  # rotary-embedding parameters as text, for the fingerprint: they change cached keys
 
 
 @dataclass(frozen=True, slots=True)
 class WeightCount:
-    """Weights that a token is multiplied with."""
+    """Numbers of weights in a model's matrix products."""
 
     hidden: int  # width of the model
-    layers: int  # weights that every token passes
-    output: int  # more of them where the next token is wanted
+    layers: int  # weights of the layers, used for each token
+    output: int  # weights of the output layer, used for tokens that need logits
 
 
 class Model:
-    """Weights on a device. Not thread-safe: one engine thread runs it."""
+    """A loaded model on one device. Not thread-safe: for one engine thread."""
 
     def __init__(self, module: nn.Module, shape: ModelShape, dtype: torch.dtype) -> None:
         self.module = module
@@ -61,7 +61,8 @@ class Model:
     def layout(
         self, name: str, block_tokens: int, aggregated: bool, revision: str = ""
     ) -> KVLayout:
-        """How this model's KV lies in blocks."""
+        """Return the layout of this model's KV in blocks. `name` and `revision` identify the model
+        in the fingerprint."""
         return KVLayout(
             layers=self.shape.layers,
             kv_heads=self.shape.kv_heads,
@@ -75,8 +76,10 @@ class Model:
         )
 
     def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: PagedBatch) -> Tensor:
-        """One step. tokens and positions [tokens] int64; keep [rows] int64, the rows of the
-        packed batch that need logits. Returns [rows, vocab].
+        """Run one step. Returns logits [rows, vocab].
+
+        tokens and positions: [tokens] int64. keep: [rows] int64, the rows of the packed batch
+        that need logits.
         """
         output = self.module(
             input_ids=tokens.unsqueeze(0),
@@ -90,9 +93,10 @@ class Model:
 
 
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Model:
-    """Load weights (safetensors) and configuration from a local directory.
+    """Load configuration and weights (safetensors) from a local directory.
 
-    Raises ModelError for what is not a decoder-only model of this Transformers version.
+    Raises ModelError unless it holds a decoder-only model that this Transformers version and the
+    built-in engine support.
     """
     attention.register()
     try:
@@ -119,7 +123,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Mod
 
 
 def count_weights(directory: Path) -> WeightCount:
-    """From the configuration alone, without loading a weight. Raises ModelError."""
+    """Count a model's weights from its configuration, without loading them. Raises ModelError."""
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         with torch.device("meta"):
@@ -137,7 +141,8 @@ def count_weights(directory: Path) -> WeightCount:
 
 
 def read_shape(config: PretrainedConfig, directory: Path) -> ModelShape:
-    """The shape of a text decoder. Raises ModelError where its KV has no single shape."""
+    """Return the shape of a text decoder. Raises ModelError for encoder-decoders, for KV shared
+    between layers, and for latent attention."""
     text = config.get_text_config(decoder=True)
     if text.is_encoder_decoder:
         raise ModelError(f"{text.model_type} is an encoder-decoder; only decoders are served")
@@ -160,7 +165,8 @@ def read_shape(config: PretrainedConfig, directory: Path) -> ModelShape:
 
 
 def _eos_token_ids(config: PretrainedConfig, directory: Path) -> tuple[int, ...]:
-    """End tokens: the generation settings win over the model's, as in `generate`."""
+    """Return the end tokens: those of the generation settings, if any, else the model's, as in
+    Transformers' `generate`."""
     ids = config.get_text_config(decoder=True).eos_token_id
     with contextlib.suppress(OSError):  # many models ship without generation settings
         generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
@@ -173,7 +179,7 @@ def _eos_token_ids(config: PretrainedConfig, directory: Path) -> tuple[int, ...]
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Its progress bar writes over a server's log."""
+    """Turn Transformers' progress bar off, which would write into the log."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

@@ -1,7 +1,7 @@
-"""Who wants a prompt's KV block by block while it is computed: the contract, free of torch.
+"""Contract of observers that follow a prefill block by block. No torch import.
 
-The engine tells; it never waits. All calls but `PrefillWatch.ready` come from the engine's
-thread, between its steps or within one, so they return at once and raise nothing.
+The engine's thread makes all calls except, on a GPU, `PrefillWatch.ready`. The engine does not
+wait for observers, so calls must return at once and raise nothing.
 """
 
 from __future__ import annotations
@@ -12,38 +12,38 @@ from memserve.types import RefArray
 
 
 class PrefillWatch(Protocol):
-    """Follows the blocks of one sequence from one admission to the end or to a preemption."""
+    """Follows the blocks of one sequence from an admission to the end or a preemption."""
 
-    by_layer: bool  # `ready` for each layer of a chunk instead of once, when it is computed
+    by_layer: bool  # True: one `ready` per layer of a chunk; False: one after the whole chunk
 
     def ready(self, first: int, last: int, layer: int | None) -> None:
-        """Blocks `first`..`last` have their final bytes in `layer` (None: in all of them).
+        """Blocks [first, last) have their final bytes in `layer` (None: in all layers).
 
-        Each block is named once for each layer, cached ones at once. On a GPU the call comes
-        from another thread, as soon as the kernels have run; it may come after `released`.
+        Each block is ready once per layer. Cached blocks are ready at admission, in all layers.
+        On a GPU the call comes from another thread after the kernels have run, and may come after
+        `released`.
         """
         ...
 
     def superseded(self, refs: RefArray) -> None:
-        """These blocks are the watch's from now on, to free: the sequence uses others with the
-        same KV, since the index had them first."""
+        """The watch owns `refs` [n] from now on and frees them. The index had other blocks for
+        these tokens, which the sequence uses instead."""
         ...
 
     def released(self, computed: int) -> None:
-        """The sequence is about to let go of its blocks. The first `computed` of them are in
-        the index (where they were superseded: others); the rest is lost. The last call but
-        for `ready`."""
+        """The sequence is about to release its blocks. The first `computed` blocks, or those that
+        superseded them, are in the index; the others are freed. The last call except `ready`."""
         ...
 
 
 class PrefillObserver(Protocol):
-    """Is told when a sequence has memory."""
+    """Receives the admissions of one sequence."""
 
     def begin(self, refs: RefArray) -> PrefillWatch | None:
-        """The sequence was admitted. `refs` [n], in HBM, are or will be the whole blocks of its
-        tokens. They are live until they are `superseded` and freed, or `released`.
+        """The sequence was admitted; called again, with other blocks, after a preemption. Returns
+        a watch, or None to ignore this admission.
 
-        Once for each admission: again after a preemption, with other blocks. None: of no
-        interest.
+        `refs` [n], in HBM: the whole blocks of the sequence's tokens, computed or not. A block is
+        valid until `released`, or until the watch frees it after `superseded`.
         """
         ...

@@ -1,7 +1,6 @@
-"""One step's packed batch, laid out for attention: which rows read which blocks.
+"""Index tensors and masks of one step's packed batch, made from block tables for attention.
 
-Pure preparation: block tables in, index tensors and masks out. What all layers share is made
-once per step and per sliding window.
+All layers with the same sliding window share them; each is made once per step.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# A decode group's gathered context, in bytes: beyond this a CPU's caches no longer help.
+# Maximum bytes of a decode group's gathered context per layer; more does not fit a CPU's caches.
 GROUP_BYTES = 4 * 1024 * 1024
-# A group takes sequences down to this share of its longest one; the rest would be padding.
+# Minimum context of a sequence in a decode group, as a share of the longest one: limits padding.
 GROUP_FILL = 0.5
 
 
@@ -39,44 +38,44 @@ class DecodeGroup:
     """Decoding sequences of similar length that share one kernel call."""
 
     rows: Tensor  # [n] int64, rows of the packed batch
-    table: Tensor  # [n * blocks] int64, padded to the longest
-    seen: slice  # of each sequence's gathered tokens, those that any of them sees
-    mask: Tensor | None  # [n, 1, 1, seen] additive; None: every sequence sees all of it
+    table: Tensor  # [n * blocks] int64, blocks of each sequence, padded to the longest
+    seen: slice  # of a sequence's gathered tokens: the range that any of the sequences sees
+    mask: Tensor | None  # [n, 1, 1, seen] additive; None: every sequence sees all of `seen`
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Consecutive queries of one prefill span, with the keys that they may see."""
+    """Consecutive queries of one prefill span, with the range of keys that they see."""
 
     query: slice  # rows of the packed batch
-    keys: slice  # relative to the key range that the span provides
+    keys: slice  # relative to the span's key range
     mask: Tensor | None  # [queries, keys] additive
-    causal: bool
+    causal: bool  # a causal mask applies, and `mask` is None
 
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """One prefill span under one window."""
+    """Tiles and keys of one prefill span under one sliding window."""
 
     tiles: tuple[Tile, ...]
-    packed: slice | None  # keys straight from the packed batch (no context in the pool) ...
-    table: Tensor | None  # ... or the blocks to gather, [blocks] int64
-    tokens: slice  # which of the gathered tokens are the span's key range
+    packed: slice | None  # rows of the packed batch that are the keys, if the pool has no context
+    table: Tensor | None  # [blocks] int64, else: the blocks to gather keys from
+    tokens: slice  # the gathered tokens that are the span's key range
 
 
 @dataclass(slots=True)
 class PagedBatch:
-    """One step's view of the pool. Built by the engine, read by every attention layer."""
+    """One step's batch and its view of the pool. The runner builds it, attention layers read it."""
 
     views: Sequence[Tensor]  # per layer [blocks, 2, block_tokens, kv_heads, head_dim]
     spans: Sequence[Span]
     decodes: int  # the first `decodes` spans have length 1 and are the first rows
     dtype: torch.dtype
     workspace: Workspace  # the engine's, lent for the step
-    # Called by every layer behind the kernels that write the step's K and V into the pool.
+    # Called by each layer with its index, after queueing the writes of its K and V to the pool.
     on_layer: Callable[[int], None] | None = None
-    write_block: Tensor = field(init=False)  # [tokens] int64
-    write_slot: Tensor = field(init=False)
+    write_block: Tensor = field(init=False)  # [tokens] int64, HBM block index
+    write_slot: Tensor = field(init=False)  # [tokens] int64, position in the block
     _groups: dict[int | None, tuple[DecodeGroup, ...]] = field(default_factory=dict)
     _prefills: dict[int | None, tuple[Prefill, ...]] = field(default_factory=dict)
 
@@ -103,14 +102,14 @@ class PagedBatch:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
 
     def groups(self, window: int | None) -> tuple[DecodeGroup, ...]:
-        """How the decoding sequences are batched under this sliding window."""
+        """Return the groups of decoding sequences under a sliding window [tokens]."""
         cached = self._groups.get(window)
         if cached is None:
             cached = self._groups[window] = tuple(self._make_groups(window))
         return cached
 
     def prefills(self, window: int | None) -> tuple[Prefill, ...]:
-        """How the prefill spans are cut under this sliding window."""
+        """Return the prefill spans under a sliding window [tokens]."""
         cached = self._prefills.get(window)
         if cached is None:
             cached = self._prefills[window] = tuple(
@@ -123,7 +122,7 @@ class PagedBatch:
         view = self.views[0]
         block_bytes = view[0].numel() * view.element_size()
         cap = max(1, GROUP_BYTES // block_bytes)
-        reach = []  # (first block, blocks, row) of what each sequence sees
+        reach = []  # (first block, blocks, row): the blocks that each sequence sees
         for row, span in enumerate(self.spans[: self.decodes]):
             first = 0 if window is None else max(0, span.total - window) // block_tokens
             reach.append((first, -(-span.total // block_tokens) - first, row))
@@ -171,7 +170,8 @@ class PagedBatch:
 
     def _make_prefill(self, span: Span, window: int | None) -> Prefill:
         block_tokens = self.block_tokens
-        base = 0 if window is None else max(0, span.context + 1 - window)  # first key seen
+        # Position of the first key that any query of the span sees.
+        base = 0 if window is None else max(0, span.context + 1 - window)
         if span.context == 0:
             packed = slice(span.start, span.start + span.length)
             table, tokens = None, slice(0, span.length)
@@ -213,14 +213,15 @@ class PagedBatch:
 
 
 class Workspace:
-    """Memory for gathered context, kept between steps: fresh pages cost more than the copy."""
+    """Buffers for gathered context, kept between steps: touching new pages costs more than the
+    copy."""
 
     def __init__(self) -> None:
         self._buffers: dict[int, Tensor] = {}
 
     def gather(self, view: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of the blocks `table` [n] from a layer view, each [n * block_tokens, kv_heads,
-        head_dim]. Valid until the next call.
+        """Copy the blocks `table` [n] of a layer view. Returns K and V, each [n * block_tokens,
+        kv_heads, head_dim], valid until the next call.
         """
         return self._gather(0, view[:, 0], table), self._gather(1, view[:, 1], table)
 

@@ -1,4 +1,4 @@
-"""The engine's contract: what goes in, what comes out. Frozen, and free of torch."""
+"""Contract of an engine: requests, outputs, limits, protocol. Frozen types, no torch import."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from memserve.types import SHARED, Namespace, RequestId, TokenArray
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One sequence to generate (a call with n > 1 or several prompts is several of these)."""
+    """One sequence to generate. A call with n > 1 or several prompts makes several requests."""
 
     id: RequestId
     prompt: TokenArray  # [tokens] int32, not empty
     sampling: SamplingParams
     namespace: Namespace = SHARED
-    # Nobody else uses the namespace: what it holds is forgotten when the sequence ends.
+    # The namespace belongs to this sequence alone; its KV is dropped when the sequence ends.
     ephemeral: bool = False
     priority: int = 0  # lower runs first; arrival order breaks ties
-    # Generated already, by a run that another one takes over (here or on another instance).
-    # They count against `max_tokens` and are not emitted again; with a seed, or greedily, the
-    # tokens that follow are those that the first run would have produced.
+    # Tokens that an earlier run generated (here or on another instance). They count against
+    # `max_tokens` and are not emitted again. With a seed or greedy sampling, the tokens that
+    # follow are those of an uninterrupted run.
     output: TokenArray = field(default_factory=lambda: NO_TOKENS)  # [tokens] int32
-    # End after one token, whatever `max_tokens` says: another instance goes on from there.
+    # End after one generated token regardless of `max_tokens`; another instance continues.
     prefill_only: bool = False
-    # Another sample of the same prompt: wait until that one's prefill has put its blocks
-    # into the index, then share them instead of computing them again.
+    # Id of the first sample of the same prompt: wait until that sample's prefill has put its
+    # blocks into the index, then share the blocks instead of computing them again.
     follows: RequestId | None = None
-    # Is told of the KV of `tokens`, block by block, while it is computed.
+    # Receives a call for each block of `tokens` whose KV is computed.
     observer: PrefillObserver | None = None
 
     @property
@@ -47,31 +47,32 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities (of the raw distribution) at one position, most probable first."""
+    """Natural log-probabilities of the raw distribution (before penalties and temperature)
+    at one position."""
 
-    chosen: float
+    chosen: float  # of the sampled token
     rank: int  # 1: the most probable token
-    top: tuple[tuple[int, float], ...]  # (token id, logprob), as many as were asked for
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), most probable first
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a finished (or just started) sequence has cost."""
+    """Token counts and queue time of one sequence so far."""
 
     prompt_tokens: int
-    # Prompt tokens whose KV was not computed for this request; None: that is told later, with
-    # the sequence's last output at the latest.
+    # Prompt tokens whose KV was cached. None: not known yet; the sequence's last output at the
+    # latest has the number.
     cached_tokens: int | None
     preemptions: int
-    queue_seconds: float = 0.0  # from `submit` to its first step
+    queue_seconds: float = 0.0  # from `submit` to the sequence's first step
 
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """What one step produced for one sequence.
+    """Output of one step for one sequence.
 
-    `token_ids` includes an end or stop token that ended the sequence. After an output with
-    `finish_reason` nothing more comes for this id. `error` is set with `FinishReason.ERROR`.
+    `token_ids` includes the end or stop token that ended the sequence. An output with
+    `finish_reason` is the last one of its id. `error` is set with `FinishReason.ERROR`.
     """
 
     id: RequestId
@@ -79,18 +80,18 @@ class TokenOutput:
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
-    stop_token: int | None = None  # which end or stop token ended it
+    stop_token: int | None = None  # the end or stop token that ended the sequence
     error: str | None = None
 
 
-# Called from the engine's thread once per step with everything the step produced; it must
-# not block. A server hands the batch to its event loop with `call_soon_threadsafe`.
+# Callback for all outputs of one step, called from the engine's thread; it must not block. A
+# server hands the outputs to its event loop with `call_soon_threadsafe`.
 OutputSink = Callable[[Sequence[TokenOutput]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Limits that requests are checked against."""
+    """Limits and description of an engine; `validate_requests` checks requests against it."""
 
     model: str
     vocab_size: int
@@ -102,18 +103,17 @@ class EngineInfo:
     threads: int
     eos_token_ids: tuple[int, ...] = ()  # the model's own end tokens
     max_running: int = 64  # sequences per step
-    mixed_batch_tokens: int = 256  # prefilled in a step that also decodes
+    mixed_batch_tokens: int = 256  # prefill tokens in a step that also decodes
     max_waiting: int = DEFAULT_MAX_WAITING  # sequences
 
     @property
     def max_tokens(self) -> int:
-        """Prompt plus output tokens that one sequence may have."""
+        """Maximum of prompt plus output tokens of one sequence."""
         return min(self.max_model_len, self.pool_tokens)
 
 
 def validate_requests(requests: Sequence[EngineRequest], info: EngineInfo) -> None:
-    """Raise RequestError for the first sequence of a call that an engine with these limits can
-    never run."""
+    """Raise RequestError for the first of `requests` that exceeds the limits in `info`."""
     passed: SamplingParams | None = None
     for request in requests:
         validate_sampling(request.sampling, info.vocab_size, passed)
@@ -147,7 +147,7 @@ def _validate_tokens(request: EngineRequest, info: EngineInfo) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Totals since start, and the present state. Counters only grow."""
+    """Totals since start, which only grow, and the current queue lengths (sequences)."""
 
     running: int
     waiting: int
@@ -162,7 +162,8 @@ class EngineStats:
 
 
 class EngineProtocol(Protocol):
-    """What an instance needs of its engine. Every call returns at once, from any thread."""
+    """Interface between an instance and its engine. Calls may come from any thread; all but
+    `stop` return at once."""
 
     @property
     def info(self) -> EngineInfo: ...
@@ -173,20 +174,20 @@ class EngineProtocol(Protocol):
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         """Queue the sequences of one call, all or none.
 
-        Raises RequestError for one that can never run (too long for the context or the pool,
-        token ids out of range, sampling values out of range), QueueFull, EngineStopped.
+        Raises RequestError for a sequence that can never run (too long for the context or the
+        pool, token ids or sampling values out of range), QueueFull, EngineStopped.
         """
 
     def check(self, requests: Sequence[EngineRequest]) -> None:
-        """Raise what `submit` would raise now, and queue nothing."""
+        """Raise the errors that `submit` would raise now, without queueing."""
 
     def cancel(self, ids: Sequence[RequestId]) -> None:
-        """Stop sequences within one step and free what they hold. Unknown ids are ignored.
+        """Stop sequences within one step and free their blocks. Unknown ids are ignored.
 
-        No further output comes for them, not even a last one.
+        A cancelled sequence gets no output with a `finish_reason`.
         """
 
     def stats(self) -> EngineStats: ...
 
     def stop(self) -> None:
-        """End the thread after its present step; what still runs gets a CANCELLED output."""
+        """End the thread after its current step; unfinished sequences get a CANCELLED output."""

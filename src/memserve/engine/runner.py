@@ -1,4 +1,4 @@
-"""One step on the device: a plan into tensors, the model, a token for who wants one."""
+"""Execution of one step on the device: tensors, forward pass, sampling."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from memserve.types import RequestId
 
 
 class Runner:
-    """Turns a plan into tensors, runs the model, samples."""
+    """Runs step plans of one engine on its model and pool."""
 
     def __init__(self, model: Model, pool: MemPool, kernels: Kernels) -> None:
-        """`kernels`: of the model's device."""
+        """`kernels`: the kernel queue of the model's device."""
         self._model = model
         self._kernels = kernels
         self._views = pool.layer_views()
         self._workspace = Workspace()
 
     def run(self, plan: StepPlan) -> dict[RequestId, Sample]:
-        """Samples of the sequences whose every token has KV after this step.
+        """Run a step. Returns a sample for each sequence that has no token without KV left.
 
-        Returns when its kernels have run: the KV is there, and nothing writes to any block of the
-        step any more. Not so after an error; see `finish`.
+        Returns after the step's kernels have run: the KV is complete, and no kernel writes to
+        its blocks. After an error kernels may still run; see `finish`.
         """
         spans: list[Span] = []
         tokens, positions = [], []
@@ -61,22 +61,22 @@ class Runner:
             torch.tensor(keep, dtype=torch.int64, device=device),
             batch,
         )
-        if not sampled:  # or to look at the logits would be to wait
+        if not sampled:  # otherwise `sample` waits for the kernels
             self.finish()
             return {}
         chosen = sample(logits, [s.sampler for s in sampled])
         return {s.id: c for s, c in zip(sampled, chosen, strict=True)}
 
     def finish(self) -> None:
-        """Returns when what was queued has run. Raises RuntimeError if the device is lost."""
+        """Wait until all queued kernels have run. Raises RuntimeError if the device is lost."""
         mark = self._kernels.mark()
         if mark is not None:
             mark.synchronize()
 
 
 def _layer_listener(plan: StepPlan) -> Callable[[int], None] | None:
-    """What the layers of a step call, if a watch wants to know; for which blocks is the same
-    for all of them."""
+    """Return the callback that each layer of the step calls, or None if no watch needs it. The
+    completed blocks are the same in all layers."""
     told = [
         (watch, *blocks)
         for sequence, count in ((s.sequence, s.count) for s in plan.scheduled)

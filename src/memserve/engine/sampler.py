@@ -1,14 +1,14 @@
-"""Chooses the next token of each sequence from its row of logits.
+"""Sampling of the next token of each sequence from its row of logits.
 
 Filters apply in the order of vLLM's v1 sampler: `min_tokens`, `logit_bias` and penalties on
 logits, then temperature, min-p, top-k and top-p.
 
-Rows are sampled one by one on the host, by numpy on one thread: a row's result cannot depend
-on its neighbours, a row stays in the core's cache, and no barrier waits for a core that
-another process holds (which costs milliseconds, and sampling a row takes a fraction of one).
+Rows are sampled one by one on the host, by numpy on one thread: a row's result cannot depend on
+other rows, a row stays in the core's cache, and no barrier waits for a core that another process
+holds (that costs milliseconds; sampling a row takes a fraction of one).
 
-Randomness is one uniform number per token, a function of the sequence's seed and the token's
-position alone. Batching, preemption, or going on elsewhere do not change a seeded sequence.
+Each token uses one uniform random number, a function of the sequence's seed and the token's
+position alone. Batching, preemption and failover do not change a seeded sequence.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ FloatArray = NDArray[np.float32]
 IdArray = NDArray[np.int64]
 
 GREEDY_BELOW = 1e-5  # temperatures this low are greedy, as in vLLM
-MAX_TEMPERATURE = 1e30  # uniform long before; beyond it float32 has no inverse
+MAX_TEMPERATURE = 1e30  # higher ones are clamped: uniform anyway, and float32 has no inverse
 
-# A row is reduced as a matrix of so many rows, to one number per column: this vectorises, and
-# what is left to search are 1/64 of the vocabulary and then the 64 tokens of one column.
+# A row of logits is reduced as a matrix of FOLD rows to one number per column. This vectorises,
+# and leaves 1/64 of the vocabulary to search, then the 64 tokens of one column.
 FOLD = 64
 
-# Top-p first looks at tokens with at least (1 - top_p) / 1024 of the mass, then at / 8192, ...
+# Top-p first takes tokens with at least (1 - top_p) / 1024 of the mass, then / 8192, ...
 FIRST_NUCLEUS = 1024
 NUCLEUS_GROWTH = 8
 
-# Distinct tokens of shorter prompts are found by sorting, of longer ones by marking.
+# `_distinct` sorts fewer tokens than this, and marks more in a table.
 SORTED_BELOW = 1024
 
 
 class SamplerState:
-    """What the sampling of one sequence keeps between steps. Its sequence owns it."""
+    """Sampling state of one sequence, which owns it: parameters, seed, token counts."""
 
     __slots__ = (
         "_counts",
@@ -65,10 +65,10 @@ class SamplerState:
         eos_token_ids: Sequence[int],
         like: SamplerState | None = None,
     ) -> None:
-        """`prompt` [tokens] int32. `eos_token_ids` end the sequence: () with `ignore_eos`. `like`:
-        perhaps of another sample of the same call.
+        """`prompt`: [tokens] int32. `eos_token_ids`: the model's, () with `ignore_eos`. `like`:
+        another state, whose `_FixedTokens` are reused if it is of the same call.
 
-        Without a seed, one is drawn from the operating system.
+        Without a seed in `params`, the operating system gives a random one.
         """
         self.params = params
         self._prompt_tokens = len(prompt)
@@ -85,14 +85,14 @@ class SamplerState:
             self._counts = TokenCounts(prompt[:0])
 
     def append(self, token: int) -> None:
-        """`token` now follows the prompt and the tokens appended before."""
+        """Count `token` as the next generated token."""
         self._generated += 1
         if self._counts is not None:
             self._counts.add(token)
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """The model's and the client's own."""
+        """Tokens that end the sequence: the model's end tokens and the client's stop tokens."""
         return self._fixed.end_tokens
 
     @property
@@ -101,18 +101,18 @@ class SamplerState:
 
     @property
     def adjusts(self) -> bool:
-        """Whether the next token's logits change before temperature."""
+        """Whether `adjust` changes the next token's logits."""
         fixed = self._fixed
         held_open = self._generated < self.params.min_tokens and fixed.end_ids.size > 0
         return held_open or fixed.bias_ids.size > 0 or self._counts is not None
 
     @property
     def is_argmax(self) -> bool:
-        """Whether the first maximum of the raw logits is all that the next step asks for."""
+        """Whether the next sample is the first maximum of the raw logits, without logprobs."""
         return self.greedy and not self.adjusts and self.params.logprobs is None
 
     def adjust(self, logits: FloatArray) -> FloatArray:
-        """A copy of `logits` [vocab] after `min_tokens`, `logit_bias` and penalties."""
+        """Return a copy of `logits` [vocab] after `min_tokens`, `logit_bias` and penalties."""
         logits = logits.copy()
         fixed = self._fixed
         if self._generated < self.params.min_tokens:
@@ -123,14 +123,14 @@ class SamplerState:
         return logits
 
     def uniform(self) -> float:
-        """The number in [0, 1) that decides the next token: a function of seed and position."""
+        """Return the next token's random number in [0, 1), a function of seed and position."""
         position = self._prompt_tokens + self._generated
         bits = int(np.random.Philox(key=self._seed, counter=position).random_raw())
         return (bits >> 11) * 2.0**-53
 
 
 class _FixedTokens:
-    """The tokens that a request names, made ready once for all its samples and steps."""
+    """Arrays of a request's end tokens and `logit_bias`, shared by its samples and steps."""
 
     __slots__ = ("_eos", "_params", "bias", "bias_ids", "end_ids", "end_tokens")
 
@@ -143,7 +143,7 @@ class _FixedTokens:
         self.bias: FloatArray = np.array(list(params.logit_bias.values()), np.float32)
 
     def is_of(self, params: SamplingParams, eos_token_ids: Sequence[int]) -> bool:
-        """Whether another request names the same ones; False: perhaps not."""
+        """Whether another request has the same tokens; False for equal ones of another call."""
         return (
             params.stop_token_ids is self._params.stop_token_ids
             and params.logit_bias is self._params.logit_bias
@@ -152,21 +152,21 @@ class _FixedTokens:
 
 
 class TokenCounts:
-    """The distinct tokens of one sequence, and how often each was generated.
+    """Distinct prompt tokens and generated tokens of one sequence, with counts of the latter.
 
-    Those of the prompt are an array: with long prompts and many samples, an object for each
-    would take gigabytes.
+    Arrays, not sets, hold the prompt's tokens: with long prompts and many samples, sets would take
+    gigabytes.
     """
 
     __slots__ = ("_counts", "_generated", "_prompt", "_slots", "_unseen")
 
     def __init__(self, prompt: TokenArray) -> None:
-        """`prompt` [tokens] int32; its tokens are seen, but not generated."""
+        """`prompt`: [tokens] int32, subject to the repetition penalty only."""
         self._prompt = _distinct(prompt)  # ascending
-        self._generated = array("i")
-        self._counts = array("i")  # of each
-        self._slots: dict[int, int] = {}  # where each is
-        self._unseen = array("i")  # those that the prompt does not have
+        self._generated = array("i")  # distinct generated tokens
+        self._counts = array("i")  # count of each token in `_generated`
+        self._slots: dict[int, int] = {}  # token -> place in `_generated`
+        self._unseen = array("i")  # generated tokens that the prompt does not have
 
     def add(self, token: int) -> None:
         """Count one generated token."""
@@ -195,7 +195,7 @@ class TokenCounts:
 
 
 def _distinct(tokens: TokenArray) -> NDArray[np.signedinteger]:
-    """The different ones of `tokens` [n], ascending."""
+    """Return the distinct tokens of `tokens` [n], ascending."""
     if len(tokens) < SORTED_BELOW:
         return np.unique(tokens)
     seen = np.zeros(int(tokens.max()) + 1, dtype=np.bool_)
@@ -208,15 +208,15 @@ class Sample:
     """The token chosen for one row."""
 
     token: int
-    logprobs: TokenLogprobs | None = None  # of the raw logits, where they were asked for
+    logprobs: TokenLogprobs | None = None  # of the raw logits, if the request asks for them
 
 
 def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sample]:
-    """One token per row of `logits` [rows, vocab] of any float dtype, on any device.
+    """Return one sample per row of `logits` [rows, vocab] of any float dtype, on any device.
 
-    Neither logits nor states change: the caller appends what it accepts. A row that is no
-    distribution (a NaN, an infinite maximum, no token left) gives its argmax, so that one
-    broken sequence does not stop the others. ValueError if the lengths differ.
+    Changes neither logits nor states; the caller appends accepted tokens to the states. A row
+    that is no distribution (a NaN, an infinite maximum, no token left) gives its argmax, so that
+    one broken sequence does not stop the others. Raises ValueError if the lengths differ.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         if logits.device.type != "cpu":
@@ -231,9 +231,9 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sample]
 
 
 def _column_maxima(logits: torch.Tensor) -> IdArray | None:
-    """Where the rows of `logits` have their first maxima, -1 for a row that is left to others;
-    None for all of them: only columns of bfloat16 are worth it, as products of shared weights
-    leave them (see linear.py)."""
+    """Return the token of the first maximum of each row of `logits`, -1 for rows that the kernel
+    does not handle. None unless `logits` are column-major bfloat16, the result of SharedLinear
+    for several rows: only for these is the kernel faster."""
     if logits.dtype != torch.bfloat16 or not logits.t().is_contiguous():
         return None
     out = np.empty(len(logits), np.int64)
@@ -243,7 +243,7 @@ def _column_maxima(logits: torch.Tensor) -> IdArray | None:
 
 
 def _sample_from_device(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sample]:
-    """Bring over only the rows that need more than their argmax, in one copy."""
+    """Sample logits on a GPU: argmax there; one copy to the host of all rows that need more."""
     maxima = logits.argmax(dim=-1).tolist()
     samples = [Sample(token) for token, _ in zip(maxima, states, strict=True)]
     moved = [i for i, state in enumerate(states) if not state.is_argmax]
@@ -264,7 +264,7 @@ def _sample_row(row: torch.Tensor, state: SamplerState) -> Sample:
 
 
 def _float32(row: torch.Tensor) -> FloatArray:
-    """One row [vocab] in host memory, itself if it is float32 already."""
+    """Return a host row [vocab] as float32; without a copy if it is float32 already."""
     if row.dtype == torch.bfloat16:  # unknown to numpy: the upper half of a float32's bits
         bits = row.view(torch.int16).numpy().astype(np.int32)
         bits <<= 16
@@ -273,9 +273,10 @@ def _float32(row: torch.Tensor) -> FloatArray:
 
 
 def _draw(logits: FloatArray, params: SamplingParams, uniform: float) -> int:
-    """The token of `logits` [vocab] at `uniform` of the filtered distribution's mass.
+    """Return the token of `logits` [vocab] at the fraction `uniform` of the filtered mass.
 
-    Candidates are laid out by probability, then id; without any filter, in a fixed order.
+    Candidates are in descending order of probability, then by id; without any filter, in the
+    order of `_draw_from_all`.
     """
     peak = float(logits.max())
     if not math.isfinite(peak):
@@ -283,7 +284,7 @@ def _draw(logits: FloatArray, params: SamplingParams, uniform: float) -> int:
     temperature = min(params.temperature, MAX_TEMPERATURE)
     if params.min_p > 0 or 0 < params.top_k < len(logits):
         ids = np.flatnonzero(logits >= _floor(logits, params, peak, temperature))
-        total = None  # the survivors' own
+        total = None  # top-p then refers to the mass of the remaining tokens
     else:
         weights = _weights(logits, peak, temperature)
         if params.top_p == 1:
@@ -292,17 +293,17 @@ def _draw(logits: FloatArray, params: SamplingParams, uniform: float) -> int:
         ids = _nucleus_candidates(weights, total, params.top_p)
 
     ids = _most_probable_first(logits, ids)
-    if 0 < params.top_k < len(ids):  # ties with the last one stay, as in vLLM
+    if 0 < params.top_k < len(ids):  # keep ties with the k-th token, as in vLLM
         ids = ids[logits[ids] >= logits[ids[params.top_k - 1]]]
     mass = _weights(logits[ids], peak, temperature).cumsum(dtype=np.float64)
-    if params.top_p < 1:  # up to and with the token that reaches top_p
+    if params.top_p < 1:  # keep tokens up to and including the one that reaches top_p
         target = params.top_p * (mass[-1] if total is None else total)
         mass = mass[: np.searchsorted(mass, target) + 1]
     return int(ids[_locate(mass, uniform)[0]])
 
 
 def _floor(logits: FloatArray, params: SamplingParams, peak: float, temperature: float) -> float:
-    """A logit that no token which passes min-p and top-k lies below; exact for min-p."""
+    """Lower bound of the logits that pass min-p and top-k; exact for min-p."""
     floor = -math.inf
     if params.min_p > 0:
         floor = peak + temperature * math.log(params.min_p)
@@ -312,18 +313,18 @@ def _floor(logits: FloatArray, params: SamplingParams, peak: float, temperature:
 
 
 def _top_k_floor(logits: FloatArray, k: int) -> float:
-    """A logit that at least `k` tokens reach, seldom many more."""
+    """Return a logit that at least `k` tokens reach, usually few more than `k`."""
     maxima = _fold(logits, -np.inf).max(axis=0)
     values = maxima if len(maxima) >= k else logits
     return float(np.partition(values, len(values) - k)[len(values) - k])
 
 
 def _nucleus_candidates(weights: FloatArray, total: float, top_p: float) -> IdArray:
-    """Ids, ascending, of the tokens that make up `top_p` of the total, and some lighter ones.
+    """Return ids, ascending, of a superset of the top-p tokens.
 
-    Tokens below (1 - top_p) / n of the total are left out. If there are at most n of them, the
-    others must reach top_p, so n = vocabulary is sure to do; a small n does for most rows, and
-    whether it did is checked.
+    Tokens with less than (1 - top_p) / n of the total are left out. If at most n tokens are left
+    out, the others reach top_p, so n = vocabulary always suffices. A small n suffices for most
+    rows; the loop checks it and raises n otherwise.
     """
     n = FIRST_NUCLEUS
     while True:
@@ -334,9 +335,9 @@ def _nucleus_candidates(weights: FloatArray, total: float, top_p: float) -> IdAr
 
 
 def _most_probable_first(logits: FloatArray, ids: IdArray) -> IdArray:
-    """`ids` by descending logit, then ascending id.
+    """Return `ids` by descending logit, then ascending id.
 
-    One sort of integers that hold both, ten times as fast as a stable sort of the logits.
+    Sorts integers that combine logit and id, ten times as fast as a stable sort of the logits.
     """
     bits = (logits[ids] + np.float32(0)).view(np.int32)  # + 0 turns -0.0 into 0.0
     ranks = bits ^ (bits >> 31 & 0x7FFFFFFF)  # ordered as the floats are
@@ -346,7 +347,7 @@ def _most_probable_first(logits: FloatArray, ids: IdArray) -> IdArray:
 
 
 def _draw_from_all(weights: FloatArray, uniform: float) -> int:
-    """Inverse of the cumulative distribution of `weights` [vocab], column by column."""
+    """Return the token at the fraction `uniform` of `weights` [vocab], column by column."""
     folded = _fold(weights, 0)
     column, rest = _locate(folded.sum(axis=0).cumsum(dtype=np.float64), uniform)
     row, _ = _locate(folded[:, column].cumsum(dtype=np.float64), rest)
@@ -354,9 +355,8 @@ def _draw_from_all(weights: FloatArray, uniform: float) -> int:
 
 
 def _locate(mass: NDArray[np.float64], uniform: float) -> tuple[int, float]:
-    """Which item holds the point `uniform` (in [0, 1)) of a cumulative mass, and where in it.
-
-    The second is in [0, 1) again. The item always has mass of its own.
+    """Return the item at the fraction `uniform` in [0, 1) of a cumulative mass, and the fraction
+    in [0, 1) of that item's own mass. The item's mass is never zero.
     """
     target = uniform * mass[-1]  # less than mass[-1] even when rounded
     item = int(np.searchsorted(mass, target, side="right"))
@@ -365,7 +365,7 @@ def _locate(mass: NDArray[np.float64], uniform: float) -> tuple[int, float]:
 
 
 def _weights(logits: FloatArray, peak: float, temperature: float) -> FloatArray:
-    """Unnormalised probabilities: 1 for the logit `peak`."""
+    """Return unnormalised probabilities, 1 for the logit `peak`."""
     weights = logits - np.float32(peak)
     weights *= 1 / temperature
     np.exp(weights, out=weights)
@@ -377,7 +377,7 @@ def _total(weights: FloatArray) -> float:
 
 
 def _fold(values: FloatArray, padding: float) -> FloatArray:
-    """`values` [n] as [FOLD, columns], row after row, padded at the end."""
+    """Return `values` [n] as [FOLD, columns], row-major, padded at the end."""
     missing = -len(values) % FOLD
     if missing:
         values = np.append(values, np.full(missing, padding, np.float32))
@@ -385,7 +385,7 @@ def _fold(values: FloatArray, padding: float) -> FloatArray:
 
 
 def _logprobs(logits: FloatArray, token: int, count: int) -> TokenLogprobs:
-    """Of `token`, and of the `count` most probable tokens."""
+    """Return log-probabilities of `token` and of the `count` most probable tokens."""
     peak = float(logits.max())
     shift = peak + math.log(_total(_weights(logits, peak, 1.0)))
     top: IdArray = np.empty(0, np.int64)

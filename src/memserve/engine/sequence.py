@@ -1,4 +1,4 @@
-"""One sequence in the engine: its tokens, how far their KV is computed, its blocks."""
+"""One sequence in the engine: tokens, number of tokens with KV, block table, sampler state."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from memserve.engine.request import EngineRequest, Usage
 from memserve.engine.sampler import SamplerState
 from memserve.types import RequestId, TokenArray
 
-# The part of a prompt that must be saved for it to wait for another that has it in common.
+# A sequence waits for another's prefill if that saves at least this share of its tokens that
+# the other sequence has not computed yet.
 _WORTH_WAITING = 0.5
 
 
 class Sequence:
-    """Owned by the engine's thread.
+    """Prompt and generated tokens of one sequence, with their KV. Owned by the engine's thread.
 
-    Tokens are the prompt and what has been generated. A sequence decodes while exactly its last
-    token has no KV, and prefills while more have none.
+    A sequence decodes while only its last token has no KV, and prefills while more tokens have
+    none.
     """
 
     def __init__(
@@ -33,12 +34,13 @@ class Sequence:
         observer: PrefillObserver | None = None,
         like: Sequence | None = None,
     ) -> None:
-        """`observer`: the request's, as the engine's device has it. `like`: perhaps another sample
-        of the same call, to share with it what their sampling has in common."""
+        """`observer`: the request's observer, on a GPU behind a `KernelFence`. `like`: another
+        sequence; if both are samples of one call, they share the fixed part of their sampler
+        state."""
         self.request = request
         self.arrival = arrival
         self.submitted = submitted  # seconds of the engine's clock
-        self.queue_seconds = 0.0  # until its first step
+        self.queue_seconds = 0.0  # from `submitted` to the first step
         self.table = table
         self.computed = 0  # leading tokens whose KV is in the table
         self.cached_tokens = 0  # prompt tokens found in the index when first admitted
@@ -57,8 +59,8 @@ class Sequence:
         for token in request.output.tolist():
             self.sampler.append(token)
         self._observer = observer
-        self._observed = self.length // table.block_tokens  # blocks
-        self.watch: PrefillWatch | None = None  # while it is admitted
+        self._observed = self.length // table.block_tokens  # whole blocks that are watched
+        self.watch: PrefillWatch | None = None  # while the sequence is admitted
 
     @property
     def id(self) -> RequestId:
@@ -84,7 +86,7 @@ class Sequence:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Who goes first: priority, then arrival."""
+        """Sort key: priority, then arrival; the lowest runs first."""
         return (self.request.priority, self.arrival)
 
     @property
@@ -92,10 +94,10 @@ class Sequence:
         return Usage(self.prompt_tokens, self.cached_tokens, self.preemptions, self.queue_seconds)
 
     def admit(self, headroom: int) -> None:
-        """Take what is cached, and room for all present tokens.
+        """Pin the cached prefix and reserve blocks for all current tokens.
 
-        Raises OutOfBlocks unless `headroom` blocks would be left for others; then nothing is
-        held.
+        Raises OutOfBlocks, and then holds nothing, unless `headroom` blocks stay free for other
+        sequences.
         """
         self.computed = self.table.acquire(self.tokens, headroom)
         if self.fresh:
@@ -107,13 +109,13 @@ class Sequence:
                 self.watch.ready(0, cached, None)
 
     def gains_from(self, other: Sequence) -> bool:
-        """Whether to let `other`, which prefills, go ahead: it is about to compute a good part
-        of what this one, which waits, would compute too."""
+        """Whether this waiting sequence should wait for the prefill of `other`, which is about to
+        compute a large part (`_WORTH_WAITING`) of the same blocks."""
         if self.request.ephemeral or self.request.namespace != other.request.namespace:
             return False
         mine, others = self.tokens, other.tokens
         most = min(len(mine) - 1, len(others))
-        # Most prompts differ from the start: looking at one token is enough.
+        # Cheap exit: most prompts differ from the start, so one token tells.
         if most <= other.computed or mine[other.computed] != others[other.computed]:
             return False
         differ = np.flatnonzero(mine[:most] != others[:most])
@@ -122,17 +124,16 @@ class Sequence:
         return gained >= _WORTH_WAITING * (len(mine) - other.computed)
 
     def completes(self, count: int) -> tuple[int, int]:
-        """Which of the watched blocks, first and behind the last, get their last KV with
-        `count` more tokens."""
+        """Range [first, last) of the watched blocks that `count` more tokens complete."""
         return self._observed_blocks(self.computed), self._observed_blocks(self.computed + count)
 
     def _observed_blocks(self, tokens: int) -> int:
         return min(tokens // self.table.block_tokens, self._observed)
 
     def advance(self, count: int) -> int:
-        """`count` more tokens have KV now; full blocks become shared.
+        """Count `count` more tokens as computed, and give full blocks to the index.
 
-        Returns how many of them are prompt tokens.
+        Returns the number of prompt tokens among them.
         """
         before = self.computed
         first, last = self.completes(count)
@@ -145,7 +146,7 @@ class Sequence:
         return max(0, min(self.computed, self.prompt_tokens) - before)
 
     def append(self, token: int) -> FinishReason | None:
-        """Add a sampled token; says whether it was the last."""
+        """Add a sampled token. Returns the finish reason if it is the last one, else None."""
         self._tokens[self.length] = token
         self.length += 1
         self.sampler.append(token)
@@ -154,14 +155,14 @@ class Sequence:
         return FinishReason.LENGTH if self.length == self.limit else None
 
     def preempt(self) -> None:
-        """Give the memory back; cached blocks are found again at the next admission."""
+        """Release all blocks. The next admission finds the full ones that are still cached."""
         self._end_watch()
         self.table.release()
         self.computed = 0
         self.preemptions += 1
 
     def close(self) -> None:
-        """The end: nothing is held any more."""
+        """Release all blocks for good; drop the KV of an ephemeral namespace."""
         self._end_watch()
         self.table.close()
         self.computed = 0

@@ -1,9 +1,9 @@
-"""Who may compute with several threads: one at a time.
+"""Control of OpenMP's thread teams: only one thread of the process computes with several threads.
 
-GNU's OpenMP keeps a team of threads for whoever has computed with several, until that thread ends.
-While the teams' threads outnumber the cores, those that wait for each other sleep instead of
-spinning. A decode step has some three hundred such waits: on two cores with one idle team beside
-the engine's it took 54 ms instead of 37.
+GNU's OpenMP keeps a team for each thread that has computed with several threads, until that thread
+ends. While the teams' threads outnumber the cores, they sleep at barriers instead of spinning. A
+decode step has about three hundred barriers: on two cores it took 54 ms instead of 37 ms with one
+idle team beside the engine's.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ T = TypeVar("T")
 
 
 def use_one_thread() -> None:
-    """This thread is to have no team. PyTorch gives one to each thread that computes."""
+    """Give the calling thread no team. By default PyTorch gives each computing thread one."""
     torch.set_num_threads(1)
 
 
 def with_team(threads: int, work: Callable[[], T]) -> T:
-    """Do `work` in a thread that has a team of so many, and ends with it."""
+    """Run `work` in a thread with a team of `threads`, which ends afterwards. Returns the result
+    of `work`."""
     with ThreadPoolExecutor(1, "team", torch.set_num_threads, (threads,)) as thread:
         return thread.submit(work).result()

@@ -1,1 +1,1 @@
-"""An engine, its pool and the server in front of them: one process."""
+"""Instances: an engine, its pool and an HTTP server in one process."""

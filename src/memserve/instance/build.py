@@ -1,4 +1,4 @@
-"""The built-in engine and its pool, made from a configuration."""
+"""Construction of an instance with the built-in engine from a configuration."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Identity) -> Parts:
-    """Load the model and set up engine and pool.
+    """Load the model, profile it if needed, and set up engine, pool, link and KV events.
 
     Raises ConfigError, ModelError, SharedMemoryFull.
     """
@@ -105,7 +105,8 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a setting. Raises ConfigError for one that is not here."""
+    """Return the device of the setting `model.device`. Raises ConfigError if it does not exist
+    here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -122,7 +123,7 @@ def choose_device(name: str) -> torch.device:
 def wanted_dtype(
     wanted: ModelConfig, directory: Path, device: torch.device, threads: int
 ) -> torch.dtype:
-    """The one that is named, or the fastest for this model on this device."""
+    """Return the configured dtype; for `auto` the fastest one for this model on this device."""
     if wanted.dtype != "auto":
         dtype: torch.dtype = vars(torch)[wanted.dtype]
         return dtype
@@ -165,8 +166,8 @@ def _make_pool(
 def block_counts(
     settings: InstanceConfig, block_bytes: int, device: torch.device
 ) -> tuple[int, int]:
-    """Blocks of HBM and of DRAM, wherever the settings say them: as blocks, as bytes, or as a
-    share of what is free on a GPU. Raises ConfigError."""
+    """Return the numbers of HBM and DRAM blocks. The settings give them as blocks, as bytes, or,
+    for HBM, as a percentage of a GPU's free memory. Raises ConfigError."""
     hbm, dram = settings.hbm_blocks, settings.dram_blocks
     if settings.hbm is not None:
         hbm = _hbm_bytes(settings.hbm, device) // block_bytes

@@ -1,4 +1,4 @@
-"""Calls as an instance takes them: every way in which bytes can be no call is a 400."""
+"""Decoding of the calls that an instance takes; malformed bytes raise ApiError (400)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from memserve.api.limits import (
 )
 from memserve.api.peer_client import DECODE_ERRORS
 
-# Most of a call are its tokens, four bytes each: enough for contexts of millions of them.
+# A call consists mostly of tokens of 4 bytes: room for contexts of millions of tokens.
 MAX_CALL_BYTES = 64 * 1024 * 1024
 LARGE_RETRY_SECONDS = 1
 
@@ -30,12 +30,12 @@ _objects = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class CallReader(Generic[_Call]):
-    """Decodes one kind of call, from one form."""
+    """Decoder of one type of call in one format."""
 
     def __init__(
         self, kind: type[_Call], media: str = msgpack.MEDIA, max_bytes: int = MAX_CALL_BYTES
     ) -> None:
-        """`media`: the content type of the form, msgpack's or JSON's."""
+        """`media`: the format's content type, msgpack's or JSON's."""
         self.media = media
         self.max_bytes = max_bytes
         self._decoder = (
@@ -43,7 +43,7 @@ class CallReader(Generic[_Call]):
         )
 
     def read(self, body: bytes) -> _Call:
-        """Raises ApiError (400)."""
+        """Decode and check a call. Raises ApiError (400)."""
         try:
             call = self._decoder.decode(body)
             if isinstance(call, GenerateCall) and call.forward is not None:
@@ -56,15 +56,16 @@ class CallReader(Generic[_Call]):
 
 
 class LargeCalls:
-    """Reads large calls beside the event loop, one at a time: each may take ten times its size
-    of memory. Belongs to the event loop."""
+    """Decodes large calls in a thread, one at a time: decoding may take ten times a call's size
+    in memory. Belongs to the event loop."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
         self._waiting = 0
 
     async def read(self, reader: CallReader[_Call], body: bytes) -> _Call:
-        """Raises ApiError."""
+        """Decode a call of any size. Raises ApiError (400, or queue_full if too many large calls
+        wait)."""
         if len(body) <= LARGE_BODY_BYTES:
             return reader.read(body)
         if self._waiting >= LARGE_BODIES_WAITING:

@@ -1,4 +1,4 @@
-"""One choice of an answer: engine outputs in, pieces of text out."""
+"""One choice of an answer: detokenisation, stop strings, log-probabilities."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from memserve.types import TokenArray
 
 
 class Choice:
-    """Detokenises one sequence and ends it at a stop string.
+    """Turns one sequence's outputs into pieces of text, and ends at a stop string.
 
-    After a piece with `finish_reason` the choice is over, even where the engine does not know
-    yet: the owner cancels the sequence then.
+    After a piece with `finish_reason` the choice is finished. If a stop string ended it, the
+    engine still runs the sequence, and the owner cancels it.
     """
 
     def __init__(
@@ -30,27 +30,28 @@ class Choice:
         stops: StopStrings | None = None,
         lead: str = "",
     ) -> None:
-        """`stops`: a search of its own; `lead`: what the text begins with."""
+        """`stops`: the stop-string search of this choice alone. `lead`: text before the generated
+        text (`echo`)."""
         self.index = index
-        self.started = False  # the client has tokens of it
+        self.started = False  # an output was added, or resumed
         self.finished = False
-        self.tokens = 0  # generated so far
+        self.tokens = 0  # generated so far, resumed ones included
         self._call = call
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(self._decode, prompt)
         self._stops = stops
         self._lead = lead
-        # Of the text, stop strings included: where the next token begins.
+        # Characters so far, stop strings included: the text offset of the next token.
         self._length = len(self._lead)
 
     def feed(self, output: TokenOutput) -> Piece:
-        """What an output adds. A stop string drops the tokens that came after it."""
+        """Add an output. Returns its piece; tokens after a stop string are dropped."""
         return self._add(output.token_ids, output.finish_reason, output.stop_token, output.logprobs)
 
     def resume(self, tokens: TokenArray, eos_token_ids: Sequence[int]) -> None:
-        """Begin behind tokens that the client has already. They may have ended the choice.
+        """Begin after `tokens` [n], which the client has already. They may finish the choice.
 
-        `eos_token_ids` are the model's. Raises ApiError for tokens that come after the end.
+        `eos_token_ids` are the model's. Raises ApiError for tokens after the end of the choice.
         """
         params = self._call.sampling
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
@@ -108,11 +109,12 @@ class Choice:
         self._length += len(text)
         if self._stops is None or not text:
             return text, None
-        # As in vLLM: none ends within `min_tokens`, but one may begin there.
+        # As in vLLM: a stop string may begin within `min_tokens`, but not end there.
         return self._stops.push(text, ends=self.tokens > self._call.sampling.min_tokens)
 
     def _named(self, stop_token: int | None) -> int | None:
-        """The stop token if the client named it; the model's own end token needs no reason."""
+        """Return the stop token if the client asked for it. An end token of the model is no
+        `stop_reason`."""
         if stop_token is None:
             return None
         return stop_token if stop_token in self._call.sampling.stop_token_ids else None

@@ -1,4 +1,4 @@
-"""From the engine's thread to the event loop: one wake-up per step, whatever it produced."""
+"""Delivery of outputs from the engine's thread to calls on the event loop: one wake-up per step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memserve.types import RequestId
 
 
 class Mailbox:
-    """The outputs of one call that nobody has taken yet. Belongs to the event loop."""
+    """Queue of one call's outputs. Belongs to the event loop."""
 
     __slots__ = ("_error", "_outputs", "_waiter", "closed")
 
@@ -28,14 +28,14 @@ class Mailbox:
         self._wake()
 
     def fail(self, error: ApiError) -> None:
-        """Have the taker raise `error`."""
+        """Make `take` raise `error`."""
         self._error = error
         self._wake()
 
     async def take(self) -> list[TokenOutput]:
-        """All outputs since the last call, at least one. One taker at a time.
+        """Wait for outputs. Returns all since the last `take`, at least one. One taker at a time.
 
-        Raises ApiError if there will be none.
+        Raises the ApiError given to `fail`.
         """
         if not self._outputs and self._error is None:
             self._waiter = asyncio.get_running_loop().create_future()
@@ -52,7 +52,7 @@ class Mailbox:
 
 
 class Dispatcher:
-    """Routes outputs to the mailboxes of their calls."""
+    """Routes the engine's outputs to the mailboxes of their calls."""
 
     def __init__(
         self,
@@ -60,12 +60,13 @@ class Dispatcher:
         clock: Clock,
         on_failure: Callable[[str, BaseException], None],
     ) -> None:
-        """`on_failure`: outputs could not be delivered, and calls may wait for them for ever."""
+        """`on_failure` is called if outputs could not be delivered: their calls may wait for
+        ever."""
         self._on_failure = on_failure
         self._loop = loop
         self._clock = clock
         self._mailboxes: dict[RequestId, Mailbox] = {}
-        self.last_output = clock.now()  # when the engine last produced something
+        self.last_output = clock.now()  # time of the engine's last outputs
 
     def sink(self, outputs: Sequence[TokenOutput]) -> None:
         """The engine's `OutputSink`, called from its thread."""
@@ -73,7 +74,7 @@ class Dispatcher:
 
     @contextmanager
     def mailbox(self, ids: Sequence[RequestId]) -> Iterator[Mailbox]:
-        """Collects the outputs of these sequences while the block runs."""
+        """Context with a mailbox that collects the outputs of these sequences."""
         mailbox = Mailbox()
         self._mailboxes.update(dict.fromkeys(ids, mailbox))
         try:

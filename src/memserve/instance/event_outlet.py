@@ -1,6 +1,6 @@
-"""Where an instance's KV events go out: sockets, numbers, and what can be had again.
+"""Sockets, sequence numbers and replay buffer of an instance's KV events.
 
-Belongs to one thread, which polls its sockets.
+Belongs to one thread, which polls the sockets.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from memserve.hosts import bracketed, numeric_endpoint
 from memserve.transfer.secret import ClusterKeys
 from memserve.types import Epoch, InstanceId
 
-# What a subscriber that was away for a moment may ask for again, instead of a snapshot.
+# Limits of the replay buffer: a subscriber with a short gap replays it instead of a snapshot.
 REPLAY_BATCHES = 10_000
 REPLAY_BYTES = 32 * 1024 * 1024
-SEND_HIGH_WATER = 10_000  # batches for one slow subscriber; then it misses some
+SEND_HIGH_WATER = 10_000  # batches queued for one slow subscriber; further ones are dropped
 
 
 class EventOutlet:
-    """Numbers batches and sends them; keeps the last ones for who has missed them."""
+    """Numbers and publishes batches of events, and replays the last ones on request."""
 
     def __init__(
         self,
@@ -42,10 +42,10 @@ class EventOutlet:
         snapshot: bool = True,
         buffer_batches: int = REPLAY_BATCHES,
     ) -> None:
-        """At any free ports of `host`. With `keys`, only who knows the cluster's secret can
-        listen. `snapshot`: there is one to begin with. Raises ConfigError for a host that nothing
-        can listen at."""
-        self.next = 0  # the next batch's number
+        """Bind two free ports of `host`. With `keys`, only clients with the cluster's secret can
+        connect. `snapshot`: subscribers can get a snapshot first. Raises ConfigError for a host
+        that cannot be bound."""
+        self.next = 0  # the next batch's sequence number
         self._sent: deque[tuple[int, bytes]] = deque(maxlen=buffer_batches)
         self._sent_bytes = 0
         self.context = zmq.Context[zmq.Socket[bytes]]()
@@ -64,7 +64,7 @@ class EventOutlet:
         self._topic = self.info.topic.encode()
 
     def publish(self, payload: bytes) -> None:
-        """Send a batch, as it is encoded."""
+        """Number, send and keep an encoded batch."""
         sequence = self.next
         self.next += 1
         if len(self._sent) == self._sent.maxlen:
@@ -77,20 +77,20 @@ class EventOutlet:
         self._publisher.send_multipart((self._topic, number, payload))
 
     def register(self, poller: zmq.Poller) -> None:
-        """Have `poller` say when somebody wants something."""
+        """Add the sockets that receive requests to `poller`."""
         poller.register(self._replay, zmq.POLLIN)
         if self._gate is not None:
             poller.register(self._gate, zmq.POLLIN)
 
     def answer(self, ready: Container[object]) -> None:
-        """Answer who wants something, of the sockets that are `ready`."""
+        """Answer the requests on sockets in `ready`."""
         if self._gate is not None and self._gate in ready and self._keys is not None:
             self._keys.answer(self._gate)
         if self._replay in ready:
             self._answer_replay()
 
     def close(self) -> None:
-        """After all sockets of `context` that are others'."""
+        """Close sockets and `context`. Callers close their own sockets of `context` before."""
         for socket in (self._publisher, self._replay, self._gate):
             if socket is not None:
                 socket.close(linger=0)
@@ -110,7 +110,7 @@ class EventOutlet:
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self.context.socket(kind)
         socket.sndhwm = SEND_HIGH_WATER
-        socket.maxmsgsize = MAX_REQUEST_BYTES  # topics, sequence numbers
+        socket.maxmsgsize = MAX_REQUEST_BYTES  # only topics and sequence numbers come in
         if self._keys is not None:
             self._keys.secure_server(socket)
         return socket

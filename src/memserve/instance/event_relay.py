@@ -1,9 +1,9 @@
-"""The KV events of a vLLM server, passed on to gateways.
+"""Relay of a vLLM server's KV events to gateways.
 
-vLLM publishes to whoever connects; here it does so at a Unix socket that only this user reaches,
-and what comes is sent on, as it is, where only those who have the cluster's secret can listen:
-events tell prompts. What vLLM lacks is added: the topic names one life of the instance, an idle
-publisher says that it is idle, and what was missed is said to be so.
+Events contain prompts, and vLLM publishes them to any client. A server that memserve starts
+therefore publishes at a Unix socket that only this user can open, and the relay sends the batches
+unchanged to clients with the cluster's secret. The relay adds: a topic with the instance's epoch,
+empty batches while vLLM is idle, and an AllBlocksCleared after missed batches.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from memserve.types import Epoch, InstanceId
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.2  # between looks at whether it is to end
+LOOK_SECONDS = 0.2  # between checks of `_stopping`
 RECEIVE_HIGH_WATER = 100_000  # batches
 
 
 class EventRelay:
-    """The events of one vLLM server, passed on until `close`. Where some came before it was
-    made, subscribers are told that all is cleared."""
+    """Relays the events of one vLLM server until `close`. For missed batches, also those from
+    before its start, the relay publishes an AllBlocksCleared."""
 
     def __init__(
         self,
@@ -48,8 +48,8 @@ class EventRelay:
         host: str,
         keys: ClusterKeys | None,
     ) -> None:
-        """`source`: the endpoint at which vLLM publishes. The rest as of `EventOutlet`. Raises
-        ConfigError for what is no endpoint."""
+        """`source`: the endpoint at which vLLM publishes. Other arguments: see `EventOutlet`.
+        Raises ConfigError for an invalid `source` or `host`."""
         self._outlet = EventOutlet(instance, epoch, block_tokens, host, keys, snapshot=False)
         self._events = self._outlet.context.socket(zmq.SUB)
         self._events.rcvhwm = RECEIVE_HIGH_WATER
@@ -61,7 +61,7 @@ class EventRelay:
             self._events.close(linger=0)
             self._outlet.close()
             raise ConfigError(f"KV events of vLLM at {source}: {error}") from error
-        self._expected = 0  # vLLM's number of the next batch
+        self._expected = 0  # vLLM's sequence number of the next batch
         self._encode = msgspec.msgpack.Encoder().encode
         self._stopping = threading.Event()
         self.thread = threading.Thread(target=self._run, name="kv-events", daemon=True)
@@ -103,7 +103,7 @@ class EventRelay:
             batch = decode_frames(frames)
         except MalformedEvents as error:
             log.warning("vLLM published what are no KV events: %s", error)
-            self._say([AllBlocksCleared()])  # what it was, nobody knows
+            self._say([AllBlocksCleared()])  # the lost events may have removed any block
             self._expected += 1
             return
         if batch.sequence != self._expected:

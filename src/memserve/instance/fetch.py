@@ -1,8 +1,7 @@
-"""A longer prefix from a third instance, before a prompt is computed; and the same for others.
+"""Fetches of longer prefixes from other instances, and pushes for their fetches.
 
-The instance that is to compute a prompt asks the one that has more of it to push its KV here.
-Whatever goes wrong costs time and nothing else, and never much more of it than computing what
-was asked for would have cost.
+The instance that computes a prompt asks the one that has a longer prefix cached to push the KV.
+A failure costs time only, and not much more than computing the missing tokens.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from memserve.types import Namespace, RequestId, TokenArray
 
 log = logging.getLogger(__name__)
 
-# How long a fetch may take: as long as computing the same tokens would, as far as the engine's
-# pace so far tells it, but no less than two instances need to meet for the first time, and no
-# more than an instance that has stopped answering may keep a client waiting.
+# Limits of a fetch's timeout, which is the time that the engine would need to compute the same
+# tokens, judged by its pace so far. The minimum lets two instances connect for the first time;
+# the maximum bounds the wait for an instance that has stopped answering.
 MIN_FETCH_SECONDS = 0.25
 MAX_FETCH_SECONDS = 5.0
-INFO_SECONDS = 2.0  # for what a peer says of itself, as long as a gateway's poll may take
+INFO_SECONDS = 2.0  # timeout of a peer's `/info`, equal to that of a gateway's poll
 
 _results = msgspec.msgpack.Decoder(PushResult)
 _info = msgspec.json.Decoder(InstanceInfo)
@@ -42,19 +41,19 @@ _info = msgspec.json.Decoder(InstanceInfo)
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What a fetch brought: whole blocks; and how long it took."""
+    """Result of a fetch: blocks received, and its duration."""
 
     blocks: int = 0
     seconds: float = 0.0
 
 
 class Fetcher:
-    """Belongs to one event loop."""
+    """Fetches prefixes, and answers other instances' push and meet calls. One event loop's."""
 
     def __init__(
         self, peers: PeerClient, link: KVLink, pace: Callable[[], EngineStats], clock: Clock
     ) -> None:
-        """`pace`: the engine's totals."""
+        """`pace` returns the engine's totals."""
         self._peers = peers
         self._link = link
         self._pace = pace
@@ -73,10 +72,10 @@ class Fetcher:
         source: Namespace,
         target: Namespace,
     ) -> Fetched:
-        """Have `peer` push what it has of `tokens`, of its namespace `source`, into ours.
+        """Ask `peer` to push the KV of `tokens` from its namespace `source` into `target` here.
 
-        Nobody is asked where nothing useful is missing here: of the tokens, all but the last
-        need KV.
+        The peer is not asked if all whole blocks of `tokens` without the last token are cached
+        here, or if caching is off. Errors are logged, not raised.
         """
         if peer is None or peer.id == self._link.address.id or self._link.caching == "off":
             return Fetched()
@@ -108,7 +107,7 @@ class Fetcher:
         return Fetched(blocks, seconds)
 
     async def push(self, call: PushCall) -> PushResult:
-        """Give another instance what it asks for. Raises ApiError where that cannot be done."""
+        """Push cached KV to the instance that asks for it. Raises ApiError if that fails."""
         if call.target.id == self._link.address.id:
             raise invalid("an instance does not push to itself", "target")
         try:
@@ -123,8 +122,8 @@ class Fetcher:
         return PushResult(pushed.sent, pushed.already_present)
 
     async def meet(self, call: MeetCall) -> MeetResult:
-        """Ask a peer where its pool is, and have ours make a round trip to it. Raises ApiError
-        with what stands in the way."""
+        """Ask a peer for its pool's address, and make a round trip from this pool to it. Raises
+        ApiError with the reason if that fails."""
         peer = call.peer
         if peer.id == self._link.address.id:
             raise invalid("an instance does not meet itself", "peer")
@@ -148,7 +147,7 @@ class Fetcher:
         return MeetResult(transport, self._clock.now() - started)
 
     def _patience(self, tokens: int) -> float:
-        """Seconds that computing so many tokens would take, within limits."""
+        """Timeout of a fetch of `tokens` tokens, in seconds: the time to compute them, limited."""
         stats = self._pace()
         if not stats.computed_prompt_tokens:
             return MAX_FETCH_SECONDS

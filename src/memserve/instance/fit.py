@@ -1,4 +1,4 @@
-"""From measurements to a cost model. Every coefficient is seconds per something, and >= 0."""
+"""Fit of a cost model to measurements. Coefficients are seconds per unit of work, and >= 0."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from memserve.scheduler.measurements import (
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
 
-# Step sizes whose cost is a parameter of its own, where points are dense enough.
+# Knots of the curve over step sizes [tokens]; only those with measured points near them are used.
 _TOKEN_KNOTS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-# A masked step computes the pairs that its mask hides as well, and so do the tiles of a sliding
-# window: two for each one that counts.
+# Pairs computed per visible pair: a masked step also computes the pairs that its mask hides, and
+# so do the tiles of a sliding window.
 _HIDDEN = 2.0
-# Of a point that was not measured, against one that was: enough where there is nothing else.
+# Weight of an imagined point relative to a measured one: decides only where no points are measured.
 _IMAGINED_WEIGHT = 1e-3
-# Over a network, until that has been measured: a 10 Gbit/s link.
+# Cost of an unmeasured network: a 10 Gbit/s link.
 _UNMEASURED = LinkCost(2e-3, 1 / 1.1e9, 20e-6)
-# Relative errors beyond this pull no harder than this: one disturbed point is not the truth.
+# Relative errors above this count linearly, so that a disturbed point has limited influence.
 _HUBER = 0.1
 _ROUNDS = 5  # of reweighting
 
@@ -50,11 +50,11 @@ def fit_costs(
     max_batch_tokens: int,
     like: Costs | None = None,
 ) -> CostModel:
-    """The cost model nearest to the measurements, by relative error.
+    """Return the cost model with the least relative error against the measurements.
 
-    Few points are enough: what they cannot tell apart shares a coefficient, and where there are
-    none the curves of `like` are followed, at the measured points' speed. Raises ProfileError
-    for less than two prefills or decode steps of different sizes.
+    Few points suffice: coefficients that the points cannot tell apart are shared, and step sizes
+    without points follow the curves of `like`, scaled to the measured points. Raises ProfileError
+    for fewer than two different sizes of prefills or of decode steps.
     """
     prefills, decodes = _Weighed(measured.prefill), _Weighed(measured.decode)
     if like is not None and measured.prefill and measured.decode:
@@ -88,11 +88,11 @@ _Point = TypeVar("_Point", PrefillPoint, DecodePoint)
 
 
 class _Weighed(Generic[_Point]):
-    """Points, and how much each counts."""
+    """Points with weights, measured ones first."""
 
     def __init__(self, points: Sequence[_Point]) -> None:
         self.points: list[_Point] = list(points)
-        self.measured = len(points)  # the first ones
+        self.measured = len(points)  # number of measured points
         self.weights = [1.0] * len(points)
 
     def lean_on(self, imagined: Sequence[_Point]) -> None:
@@ -129,8 +129,8 @@ def _imagined_decodes(like: Costs, measured: Sequence[DecodePoint]) -> list[Deco
 
 
 def _nearby(size: int, sizes: NDArray[np.int64], ratios: NDArray[np.float64]) -> float:
-    """What is measured over what is typical for steps of about a size: a machine may be as fast
-    as usual with memory and much faster with arithmetic."""
+    """Return the ratio of measured to typical seconds at a step size, interpolated over `sizes`.
+    It depends on the size: a machine may have typical memory and much faster arithmetic."""
     order = np.argsort(sizes, kind="stable")
     return float(np.interp(np.log(size), np.log(sizes[order]), ratios[order]))
 
@@ -138,7 +138,8 @@ def _nearby(size: int, sizes: NDArray[np.int64], ratios: NDArray[np.float64]) ->
 def _fit_prefill(
     weighed: _Weighed[PrefillPoint], model: Architecture, limit: int
 ) -> tuple[_Knots, float, tuple[float, float, float, float, float]]:
-    """The curve over step sizes, seconds per prompt, and attention's coefficients."""
+    """Return the curve over step sizes [tokens], seconds per prompt, and the coefficients of
+    attention: pair, masked pair, context pair, window pair, gathered token."""
     points = weighed.points
     cached = np.array([p.cached_tokens for p in points], dtype=np.int64)
     prompt = np.array([p.prompt_tokens for p in points], dtype=np.int64)
@@ -160,7 +161,7 @@ def _fit_prefill(
     gather = full * (cached * steps.steps + np.where(behind, first, 0) + steps.gathered)
     pairs = [causal, _HIDDEN * masked + context, _HIDDEN * windowed]
     columns = pairs if weighed.measured > len(knots) + 6 else [np.sum(pairs, axis=0)]
-    # Only prompts of several steps tell what is once per prompt from what is once per step.
+    # Only prompts of several steps separate the cost per prompt from the cost per step.
     once = np.where((steps.steps > 1).any(), np.ones(len(points)), 0.0)
     matrix = np.column_stack([curve, once, *columns, gather])
     found = fit_relative(
@@ -173,7 +174,8 @@ def _fit_prefill(
 
 
 def _fit_decode(weighed: _Weighed[DecodePoint], model: Architecture) -> tuple[_Knots, float, float]:
-    """The curve over sequences, and seconds per token of context in a layer of either kind."""
+    """Return the curve over numbers of sequences, and seconds per token of context in a layer with
+    full attention and in one with a sliding window."""
     points = weighed.points
     sequences = np.array([p.sequences for p in points], dtype=np.int64)
     context = np.array([p.context_tokens for p in points], dtype=np.int64)
@@ -191,7 +193,7 @@ def _fit_decode(weighed: _Weighed[DecodePoint], model: Architecture) -> tuple[_K
 
 
 def _fit_link(points: Sequence[TransferPoint]) -> LinkCost | None:
-    """None for no points."""
+    """Return the cost of a link, or None without points."""
     if not points:
         return None
     matrix = np.array([[1.0, p.num_bytes, p.pieces] for p in points])
@@ -200,9 +202,11 @@ def _fit_link(points: Sequence[TransferPoint]) -> LinkCost | None:
 
 
 def fit_relative(features: Matrix, seconds: Vector, weights: Vector | None = None) -> Vector:
-    """Coefficients >= 0 [columns] with least relative error of `features` [points, columns] @
-    coefficients against `seconds` [points] > 0. Outliers count linearly, not squared; `weights`
-    [points] are of the squares. Raises ProfileError if no solution is found.
+    """Return coefficients >= 0 [columns] with the least relative error of `features` [points,
+    columns] @ coefficients against `seconds` [points] > 0.
+
+    Errors are squared and multiplied by `weights` [points]; those above _HUBER count linearly.
+    Raises ProfileError if no solution is found.
     """
     scaled = features / seconds[:, None]
     ones = np.ones(len(seconds))
@@ -218,10 +222,10 @@ def fit_relative(features: Matrix, seconds: Vector, weights: Vector | None = Non
 
 
 def non_negative(a: Matrix, b: Vector) -> Vector:
-    """argmin |a x - b| over x >= 0. Raises ProfileError if it is not found."""
-    from scipy.optimize import nnls  # half a second, which a stored profile saves an instance
+    """Return argmin |a x - b| over x >= 0. Raises ProfileError if none is found."""
+    from scipy.optimize import nnls  # the import takes 0.5 s, and a stored profile needs no fit
 
-    # Columns are of one size: from 1 for a constant to 1e12 for the pairs of an attention.
+    # Scale the columns to norm 1: they range from 1 for a constant to 1e12 for attention's pairs.
     norms = np.linalg.norm(a, axis=0)
     norms[norms == 0] = 1.0
     try:
@@ -233,8 +237,9 @@ def non_negative(a: Matrix, b: Vector) -> Vector:
 
 
 def _knots(sizes: NDArray[np.int64], wanted: Sequence[int], limit: int | None) -> list[int]:
-    """Of the wanted step sizes those that have points of their own: in ascending order, each the
-    largest size measured up to it and beyond the one before."""
+    """Return the knots, ascending measured step sizes: for each wanted size the largest measured
+    one up to it, if above the previous knot. `limit`: largest knot. Raises ProfileError for fewer
+    than two knots."""
     there = sorted(set(sizes.tolist()))
     if limit is not None:
         there = [size for size in there if size <= limit]
@@ -249,7 +254,8 @@ def _knots(sizes: NDArray[np.int64], wanted: Sequence[int], limit: int | None) -
 
 
 def _hats(sizes: NDArray[np.int64], knots: Sequence[int]) -> Matrix:
-    """Features [sizes, knots] whose coefficients are the curve's first value and increments."""
+    """Return features [sizes, knots] whose coefficients are the curve's first value and its
+    increments from knot to knot."""
     columns = [np.ones(len(sizes))]
     for low, high in pairwise(knots):
         share = np.maximum(0.0, (sizes - low) / (high - low))
@@ -263,8 +269,8 @@ def _curve(knots: Sequence[int], increments: Sequence[float]) -> _Knots:
 
 
 class ArchitectureLevel:
-    """What the operator-level model is compared with: seconds per FLOP of the whole forward
-    pass, and a constant. It knows neither steps nor windows nor reading the context.
+    """Baseline for the operator-level cost model: a constant plus seconds per FLOP of the whole
+    forward pass, without steps, sliding windows and reads of the context.
     """
 
     def __init__(self, points: Sequence[PrefillPoint], model: Architecture) -> None:
@@ -282,7 +288,7 @@ class ArchitectureLevel:
         return np.column_stack([np.ones(len(points)), flops])
 
     def predict(self, points: Sequence[PrefillPoint]) -> Vector:
-        """Seconds [points]."""
+        """Return predicted seconds [points]."""
         predicted: Vector = self._features(points) @ self._coefficients
         return predicted
 

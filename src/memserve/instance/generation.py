@@ -1,4 +1,4 @@
-"""One call's way through the engine: its sequences, and the answer in OpenAI's bytes."""
+"""Sequences of one call, and its answer in OpenAI's format made from the engine's outputs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ from memserve.types import Namespace, RequestId
 def engine_requests(
     call: GenerateCall, run: int, shared: bool = True, over: Container[RequestId] = ()
 ) -> tuple[EngineRequest, ...]:
-    """The sequences of a call's `run` here that are not `over`: see `sequence_id`.
+    """Return the engine requests of a call, except those whose ids are in `over`.
 
-    Samples after the first wait for its prefill and share it. Each has a seed of its own.
-    Without `shared`, every sequence computes its own KV and leaves none.
+    `run`: number of this run of the call, see `sequence_id`. Samples of a prompt after the first
+    wait for the first one's prefill and share its KV. If the call has a seed, each sample gets a
+    different one. Without `shared`, every sequence computes its own KV and leaves none in the
+    index.
     """
     requests = []
     common = shared_namespace(call)
@@ -57,15 +59,15 @@ def engine_requests(
 
 
 def sequence_id(call: GenerateCall, run: int, choice: int) -> RequestId:
-    """Which sequence answers a choice. A call whose stream was cut may come back to an instance
-    that still has outputs of its earlier run on their way, so each run has names of its own.
+    """Return the id of the sequence that answers a choice. `run` makes ids unique: a call whose
+    stream was cut may return to an instance that still delivers outputs of its earlier run.
     """
     return RequestId(f"{call.id}.{run}-{choice // call.n}-{choice % call.n}")
 
 
 def shared_namespace(call: GenerateCall) -> Namespace:
-    """Of prompts that reuse each other's KV. Clients choose their salts, so salts and the ids
-    of sequences are kept apart.
+    """Return the namespace in which prompts with the call's `cache_salt` share KV. Never equal to
+    a `private` one, whatever salt a client chooses.
     """
     return salted(call.cache_salt)
 
@@ -80,9 +82,9 @@ def _seeded(sampling: SamplingParams, sample: int) -> SamplingParams:
 class Generation:
     """Turns the engine's outputs for one call into its answer. No I/O.
 
-    `feed` returns the bytes to stream; without streaming it returns none and `body` has all.
-    The end comes with the outputs that finish the last choice; where none is left to finish
-    from the start, with a `feed` of nothing.
+    `feed` returns the bytes to stream; without streaming it returns no bytes, and `body` returns
+    the whole answer. The answer is finished after the `feed` that ends the last choice. If all
+    choices are finished from the start, an empty `feed` finishes it.
     """
 
     def __init__(
@@ -95,13 +97,13 @@ class Generation:
         run: int = 0,
         block_bytes: int = 0,
     ) -> None:
-        """`now` is when the call arrived, `run` the number of this run of it among all runs
-        here, `block_bytes` those of a block that may be moved.
+        """`now`: arrival time of the call, seconds of the instance's clock. `run`: number of this
+        run, see `sequence_id`. `block_bytes`: bytes of a transferred block, 0 without a link.
 
         Raises ApiError for a call that cannot be resumed.
         """
         self.failure: ApiError | None = None  # why the answer cannot be completed
-        self.stopped: list[RequestId] = []  # ended by a stop string: the owner cancels them
+        self.stopped: list[RequestId] = []  # ended by a stop string; the owner cancels them
         self.finished = False
         self._call = call
         self._latencies = latencies
@@ -112,9 +114,10 @@ class Generation:
         if call.resumed:
             self._resume(call, engine.eos_token_ids)
         self.over = frozenset(id for id, choice in self._choices.items() if choice.finished)
-        # What each took that ran here.
+        # Statistics of the sequences that run here.
         self.stats = {id: SequenceStats(now) for id in self._choices if id not in self.over}
-        self._last = dict.fromkeys(self.stats, now)  # when each had its last token
+        # Unfinished sequences, with the time of each one's last output.
+        self._last = dict.fromkeys(self.stats, now)
         self._format = StreamFormat(call) if call.stream else None
         self._pieces: list[list[Piece]] = [[] for _ in self._choices]  # without streaming
 
@@ -146,10 +149,10 @@ class Generation:
         return list(self._last)
 
     def feed(self, outputs: Sequence[TokenOutput], now: float) -> bytes:
-        """Take in what the engine produced for this call."""
+        """Add outputs of the engine. Returns the bytes to stream."""
         parts: list[bytes] = []
         for output in outputs:
-            if output.id not in self._last:  # what came after a stop string
+            if output.id not in self._last:  # an output after a stop string
                 continue
             if output.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED):
                 del self._last[output.id]
@@ -179,14 +182,14 @@ class Generation:
 
     @property
     def large(self) -> bool:
-        """Whether `body` takes so long that an event loop should not be kept by it."""
+        """Whether `body` takes too long for an event loop."""
         alternatives = self._call.sampling.logprobs
         scores = 0 if alternatives is None else 1 + alternatives
-        # A token without scores takes a tenth of the time of a score.
+        # A token without log-probabilities takes a tenth of the time of one log-probability.
         return self.generated_tokens * (10 * scores + 1) > 10 * INLINE_LOGPROBS
 
     def body(self) -> bytes:
-        """The whole answer, once finished (without streaming). From any thread."""
+        """Return the whole answer of a finished call without streaming. May run in any thread."""
         return chunks.body(self._call, [_joined(pieces) for pieces in self._pieces], self._usage())
 
     def _measure(self, output: TokenOutput, first: bool, now: float) -> None:
@@ -201,11 +204,11 @@ class Generation:
 
     @property
     def generated_tokens(self) -> int:
-        """By all runs of this call."""
+        """Tokens that all runs of this call generated."""
         return sum(choice.tokens for choice in self._choices.values())
 
     def totals(self) -> RequestStats:
-        """What all sequences took, so far."""
+        """Return the combined statistics of all sequences so far."""
         firsts: dict[int, SequenceStats] = {}
         for id, stats in self.stats.items():
             firsts.setdefault(self._choices[id].index // self._call.n, stats)
@@ -230,13 +233,13 @@ class Generation:
 
 
 def _failure(output: TokenOutput) -> ApiError:
-    if output.finish_reason is FinishReason.CANCELLED:  # by a stop of the engine, not by us
+    if output.finish_reason is FinishReason.CANCELLED:  # the engine stopped
         return unavailable("The instance stopped before the answer was done.", "instance_stopped")
     return internal(output.error or "The engine failed.", "engine_error")
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:
-    """A choice's pieces as one."""
+    """Return the pieces of a choice as one piece."""
     if len(pieces) == 1:
         return pieces[0]
     return replace(

@@ -1,4 +1,4 @@
-"""An instance: an engine, its pool, and the calls that run on them. Belongs to one event loop."""
+"""An instance: an engine, its pool, and the calls that run on them, on one event loop."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ from memserve.vllm.forwarder import ForwardedAnswer, Forwarder
 
 log = logging.getLogger(__name__)
 
-# The first token may wait for kernels to be compiled and weights to be read from disk.
+# Limit of the self-test at start: kernels may be compiled and weights read from disk.
 FIRST_TOKEN_SECONDS = 300.0
-# An instance that has produced nothing for this long is asked for a token before it is called
-# healthy; that token has less time than such a check's usual limit of 10 s.
+# If the engine has produced nothing for IDLE_SECONDS, a health check asks it for a token. The
+# limit for that token, HEALTH_SECONDS, is below the usual timeout of a health probe, 10 s.
 IDLE_SECONDS = 10.0
 HEALTH_SECONDS = 8.0
 
@@ -78,44 +78,45 @@ class SelfTestFailed(MemserveError):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who an instance is, and which of its lives this is. The role is the one it starts with."""
+    """Name, epoch, model and kind of an instance."""
 
     id: InstanceId
     epoch: Epoch
-    role: Role
+    role: Role  # at start; `InstanceLifecycle.role` is the current one
     model: str
     kind: MemberKind = MemberKind.MEMSERVE
 
 
 class Events(Protocol):
-    """What tells gateways which prefixes an instance holds."""
+    """Publisher of an instance's KV events, which tell gateways what prefixes it holds."""
 
     @property
     def info(self) -> KVEventsInfo: ...
 
     def snapshot(self) -> bytes:
-        """A `KVSnapshot`. Raises TransferError where there is none (any more)."""
+        """Return an encoded `KVSnapshot`. Raises TransferError if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an instance is made of. It owns them: `close` is called when it ends."""
+    """The parts of an instance. The instance owns them and calls `close` when it ends."""
 
     engine: EngineProtocol
     tokenizer: Tokenizer
     pool_totals: Callable[[], PoolTotals]
     close: Callable[[], None]  # after the engine has stopped
-    sharing: frozenset[Role] = frozenset(Role)  # in which KV outlives its sequence, for others
+    # Roles in which the KV of a sequence stays in the index for other sequences.
+    sharing: frozenset[Role] = frozenset(Role)
     link: KVLink | None = None  # to the pools of other instances
-    profile: Profile | None = None  # what it costs
-    events: Events | None = None  # which prefixes it holds
-    # Asked once the engine runs: threads without which it is of no use.
+    profile: Profile | None = None  # the engine's cost model
+    events: Events | None = None  # publisher of KV events
+    # Threads that the instance cannot do without; called once the engine runs.
     threads: Callable[[], Sequence[threading.Thread]] = lambda: ()
-    forwarder: Forwarder | None = None  # to a server that takes requests as they are
+    forwarder: Forwarder | None = None  # to a vLLM server, which takes requests unchanged
 
 
 class Run:
-    """One call while it runs."""
+    """One running call: reads the engine's outputs and makes the bytes of the answer."""
 
     def __init__(
         self, generation: Generation, mailbox: Mailbox, submission: Submission, clock: Clock
@@ -127,11 +128,11 @@ class Run:
         self._clock = clock
 
     async def step(self) -> bytes:
-        """Wait for the engine; the bytes to stream, if any.
+        """Wait for outputs of the engine. Returns the bytes to stream, possibly none.
 
-        Raises ApiError where the answer cannot be completed.
+        Raises ApiError if the answer cannot be completed.
         """
-        # Where nothing is left to generate, nothing comes.
+        # Without unfinished sequences the mailbox stays empty.
         outputs = await self._mailbox.take() if self.generation.unfinished else []
         for output in outputs:
             self.produced.setdefault(output.id, []).extend(output.token_ids)
@@ -146,20 +147,20 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """What calls run on, once the engine is there."""
+    """Parts and helpers that calls run on, from `start` on."""
 
     parts: Parts
     submission: Submission
-    prefiller: Prefiller | None  # for prompts that other instances go on with
-    remote: RemotePrefill | None  # for prompts that other instances compute
-    fetcher: Fetcher | None  # for prefixes that other instances have
+    prefiller: Prefiller | None  # computes prompts for decode instances
+    remote: RemotePrefill | None  # has prompts computed by prefill instances
+    fetcher: Fetcher | None  # fetches prefixes from other instances
 
 
 class Instance:
-    """Runs calls on an engine and knows what state it is in."""
+    """Runs calls on an engine, and reports state, health and statistics. One event loop's."""
 
     def __init__(self, identity: Identity, clock: Clock, peers: PeerClient | None = None) -> None:
-        """`peers`: to ask other instances; None where it has no link to any."""
+        """`peers`: HTTP client for other instances; without it the instance uses no link."""
         self.identity = identity
         self._peers = peers
         self.lifecycle = InstanceLifecycle(identity.id, identity.role)
@@ -167,7 +168,7 @@ class Instance:
         self._latencies = Latencies()
         self._rate = FinishRate(clock)
         self._running = 0
-        self.died = asyncio.Event()  # something that it needs has ended by itself
+        self.died = asyncio.Event()  # the engine or another vital task or thread has ended
         self.vitals = Vitals(self._lost)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -175,12 +176,12 @@ class Instance:
         self._dispatcher = Dispatcher(asyncio.get_running_loop(), clock, self.vitals.fail)
         self._probes = itertools.count()
         self._runs = itertools.count()
-        self._steps_seen = 0  # by the last health check that looked
-        self._linked: asyncio.Task[None] | None = None
-        self._check: asyncio.Future[bool] | None = None  # the last one after a failure
+        self._steps_seen = 0  # the engine's step count at the last health check that read it
+        self._linked: asyncio.Task[None] | None = None  # runs `KVLink.run`
+        self._check: asyncio.Future[bool] | None = None  # self-check after the last failure
 
     async def start(self, parts: Parts) -> None:
-        """Start the engine and ask it for a token. Raises SelfTestFailed."""
+        """Start the engine and ask it for one token. Raises SelfTestFailed if none comes."""
         self._served = self._serve(parts)
         parts.engine.start(self._dispatcher.sink)
         if not await self._probe(parts, FIRST_TOKEN_SECONDS):
@@ -198,7 +199,8 @@ class Instance:
         return self.lifecycle.state
 
     def change_role(self, role: Role) -> None:
-        """Raises ApiError (409) where it is not ready to, or can never have that role."""
+        """Change the role. Raises ApiError (409) while starting, when dead, and if the instance is
+        a vLLM one without a link, whose role is `colocated`."""
         alone = self._served is not None and self._served.fetcher is None
         server = self.identity.kind is not MemberKind.MEMSERVE
         if server and alone and role is not Role.COLOCATED:
@@ -224,11 +226,11 @@ class Instance:
         )
 
     async def idle(self) -> None:
-        """Returns when no call is running."""
+        """Wait until no call is running."""
         await self._idle.wait()
 
     async def stop(self) -> None:
-        """Stop the engine; calls that still run end with an error. Takes up to a step."""
+        """Stop the engine, which takes up to one step; running calls end with an error."""
         self.vitals.close()
         if self._linked is not None:
             self._linked.cancel()
@@ -236,7 +238,7 @@ class Instance:
             await asyncio.to_thread(self._served.parts.engine.stop)
 
     async def close(self) -> None:
-        """Give back what the instance holds, after `stop`."""
+        """Close link, forwarder and pool. Call `stop` before."""
         if self._served is None:
             return
         if self._served.remote is not None:
@@ -249,9 +251,9 @@ class Instance:
 
     @contextmanager
     def run(self, call: GenerateCall) -> Iterator[Run]:
-        """Run a call; leaving the block early cancels its sequences.
+        """Context of a running call. Leaving it early cancels the call's sequences.
 
-        Raises ApiError where the instance does not take it.
+        Raises ApiError if the instance refuses the call.
         """
         served = self._ready()
         parts, link = served.parts, served.parts.link
@@ -302,10 +304,8 @@ class Instance:
 
     @asynccontextmanager
     async def forward(self, call: GenerateCall, forward: Forward) -> AsyncIterator[ForwardedAnswer]:
-        """What a call has for the server behind this instance; leaving the block early hangs up.
-
-        Raises ApiError where it is not taken.
-        """
+        """Context of a call that goes to the vLLM server behind this instance. Leaving it early
+        hangs up. Raises ApiError if the instance refuses the call."""
         served = self._ready()
         parts, remote = served.parts, served.remote
         if parts.forwarder is None:
@@ -331,7 +331,7 @@ class Instance:
         self._rate.record(call.n)
 
     async def prefill(self, call: PrefillCall) -> PrefillResult:
-        """Compute a prompt for another instance. Raises ApiError."""
+        """Compute a prompt for a decode instance and send its KV there. Raises ApiError."""
         served = self._ready()
         if served.prefiller is None:
             raise self._no_link()
@@ -350,7 +350,7 @@ class Instance:
         return result
 
     async def push(self, call: PushCall) -> PushResult:
-        """Give another instance KV from the index. Raises ApiError."""
+        """Send KV from this instance's index to another instance. Raises ApiError."""
         served = self._served
         if served is None or self.state not in (InstanceState.READY, InstanceState.DRAINING):
             raise self._unavailable()
@@ -360,7 +360,7 @@ class Instance:
             return await served.fetcher.push(call)
 
     async def meet(self, call: MeetCall) -> MeetResult:
-        """Find out whether KV could go to another instance. Raises ApiError."""
+        """Test the KV transport to another instance. Raises ApiError if KV cannot go there."""
         served = self._served
         if served is None or self.state not in (InstanceState.READY, InstanceState.DRAINING):
             raise self._unavailable()
@@ -380,7 +380,7 @@ class Instance:
                 self._idle.set()
 
     async def healthy(self) -> bool:
-        """Whether a token can be produced now. An instance at rest is asked for one."""
+        """Whether the engine produces tokens now. An idle engine is asked for one token."""
         if self.state is not InstanceState.READY or self._served is None:
             return False
         if self._clock.now() - self._dispatcher.last_output < IDLE_SECONDS:
@@ -424,7 +424,7 @@ class Instance:
         return None if served is None or served.parts.link is None else served.parts.link.address
 
     async def kv_snapshot(self) -> bytes:
-        """A `KVSnapshot`. Raises ApiError where no KV events are published."""
+        """Return an encoded `KVSnapshot`. Raises ApiError if none can be had."""
         events = self._events()
         if events is None:
             raise unavailable(f"Instance {self.identity.id} publishes no KV events.", "no_events")
@@ -437,11 +437,11 @@ class Instance:
         return None if self._served is None else self._served.parts.events
 
     def profile(self) -> Profile | None:
-        """None until the engine is there, and where nobody knows what it costs."""
+        """The engine's cost model. None before `start`, and if the instance has no cost model."""
         return None if self._served is None else self._served.parts.profile
 
     def stats(self) -> InstanceStats | None:
-        """None until the engine is there."""
+        """Totals since start. None before `start`."""
         if self._served is None:
             return None
         parts, remote, fetcher = self._served.parts, self._served.remote, self._served.fetcher
@@ -478,7 +478,7 @@ class Instance:
             self.died.set()
 
     async def _probe(self, parts: Parts, seconds: float) -> bool:
-        """Ask the engine for one token."""
+        """Ask the engine for one token. False if none comes within `seconds`."""
         probe = EngineRequest(
             id=RequestId(f"self-test-{next(self._probes)}"),
             prompt=np.array([parts.tokenizer.bos_token_id or 0], dtype=np.int32),
@@ -497,11 +497,11 @@ class Instance:
                 self._lost_engine()
                 return False
             except QueueFull:
-                return True  # there is work enough to show for
+                return True  # a full queue is no sign of a broken engine
 
 
 def _tell_failure(handover: asyncio.Future[None], mailbox: Mailbox) -> None:
-    """Nobody may wait for tokens of a hand-over that broke in a way that was not foreseen."""
+    """Fail the mailbox after an unexpected error of a hand-over: its call waits for tokens."""
     if not handover.cancelled() and (failure := handover.exception()) is not None:
         log.error("a hand-over failed", exc_info=failure)
         mailbox.fail(internal(f"The hand-over failed: {failure!r}", "handoff_error"))

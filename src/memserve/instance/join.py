@@ -1,4 +1,4 @@
-"""Registering with gateways, again whenever a new one is there, and leaving in order."""
+"""Registration of an instance with gateways, repeated for gateways that restart, and leaving."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from memserve.types import Epoch, InstanceId
 
 log = logging.getLogger(__name__)
 
-# Between registrations. A gateway that knows the instance has no use for them; one that was
-# started again knows its members after this, and RETRY_SECONDS if it was not there at all.
+# Between registrations with one gateway. They are for gateways that restart: such a gateway knows
+# its members after JOIN_SECONDS, or after RETRY_SECONDS if a registration failed meanwhile.
 JOIN_SECONDS = 2.0
 RETRY_SECONDS = 0.25
-UNHEARD_TRIES = 20  # in vain, some 5 s: more than a gateway's restart takes; then it is said
+UNHEARD_TRIES = 20  # failed tries between warnings, about 5 s: longer than a gateway's restart
 JOIN_TIMEOUT = 2.0
-LEAVE_TIMEOUT = 1.0  # a process that ends does not wait for long
+LEAVE_TIMEOUT = 1.0  # short, since the process waits for it at its end
 
 
 class Registration:
-    """Keeps an instance known to gateways, while `run` runs."""
+    """Registers an instance with gateways while `run` runs."""
 
     def __init__(
         self,
@@ -44,25 +44,26 @@ class Registration:
         self._news = [asyncio.Event() for _ in gateways]
 
     def tell(self) -> None:
-        """The instance has changed: have the gateways ask at once."""
+        """Register again at once: role or state has changed, and the gateways ask for them."""
         for news in self._news:
             news.set()
 
     async def run(self) -> None:
-        """Register, every few seconds, until cancelled."""
+        """Register every JOIN_SECONDS, until cancelled."""
         async with asyncio.TaskGroup() as group:
             for url, news in zip(self._urls, self._news, strict=True):
                 group.create_task(self._keep_joined(url, news))
             await asyncio.Event().wait()  # also where there is no gateway
 
     async def leave(self) -> None:
-        """Tell the gateways that the instance ends. After `run`, or it would join again."""
+        """Tell the gateways that the instance ends. Call after `run` has ended, which would
+        register again."""
 
         async def leave(url: str) -> None:
             try:
                 await self._peers.ask("DELETE", url, self._leave, seconds=LEAVE_TIMEOUT)
             except PeerError as error:
-                log.debug("%s cannot be reached: %s", url, error)  # its polls will tell it
+                log.debug("%s cannot be reached: %s", url, error)  # its polls notice the end
 
         await asyncio.gather(*map(leave, self._urls))
 
@@ -83,8 +84,8 @@ class Registration:
                         log.warning("%s cannot be reached, %d times: %s", url, unheard, said)
                     said, pause = refused, RETRY_SECONDS
                 elif said != refused:
-                    # Perhaps for a life of the same name that has just died unnoticed: the
-                    # gateway asks it now.
+                    # The gateway may still know an earlier life of this instance; it checks that
+                    # one now, so retry soon.
                     pause = RETRY_SECONDS
                     log.warning("%s refuses this instance: %s", url, said)
             else:

@@ -1,8 +1,8 @@
-"""Publishes what enters and leaves a pool's index, as vLLM publishes its own.
+"""Publisher of a pool's KV events, blocks stored and removed, in vLLM's format.
 
-The pool's callers only append to a queue. One thread numbers, encodes and sends, a few
-milliseconds' worth at a time, and answers replay requests. If the queue overflows, what does
-not fit is lost and a sequence number is left out, which subscribers notice.
+The pool's callers only append to a queue. One thread encodes and sends the queue's events of
+BATCH_SECONDS as a batch, and answers replay requests. If the queue overflows, events are lost,
+and the publisher skips a sequence number so that subscribers notice.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from memserve.types import (
     ref_medium,
 )
 
-# What a subscriber learns later than it happens; many steps' events then go together.
+# Delay of events, so that one batch holds the changes of several callers.
 BATCH_SECONDS = 0.005
-MAX_PENDING = 100_000  # changes of the index that wait to be sent
-# Many times what the thread needs to get to a mark in the queue.
+MAX_PENDING = 100_000  # queued changes of the index
+# Timeout of a snapshot: many times what the thread needs to reach a mark in the queue.
 SNAPSHOT_SECONDS = 30.0
 
 _NAME_MASK = (1 << (GENERATION_BITS + INDEX_BITS + MEDIUM_BITS)) - 1  # without the owner
@@ -57,14 +57,14 @@ _MEDIA = {Medium.HBM: "GPU", Medium.DRAM: "CPU"}  # vLLM's names
 
 @dataclass(slots=True)
 class _Mark:
-    """A place in the queue: `sequence` is the last one before it."""
+    """A place in the queue; `sequence` is the number of the last batch before it."""
 
     sequence: int = -1
     passed: threading.Event = field(default_factory=threading.Event)
 
 
 class KVEventPublisher:
-    """The listener of one pool. `close` it before the pool."""
+    """Publishes the events of one pool, as its listener. `close` it before the pool."""
 
     def __init__(
         self,
@@ -73,8 +73,8 @@ class KVEventPublisher:
         keys: ClusterKeys | None = None,
         buffer_batches: int = REPLAY_BATCHES,
     ) -> None:
-        """Begin, at any free ports of `host`. With `keys`, only who knows the cluster's secret
-        can listen. Raises ConfigError for a host that nothing can listen at.
+        """Start publishing at free ports of `host`. With `keys`, only clients with the cluster's
+        secret can connect. Raises ConfigError for a host that cannot be bound.
         """
         self._pool = pool
         self._queue: deque[StoredRun | RefArray | _Mark] = deque()
@@ -94,19 +94,20 @@ class KVEventPublisher:
 
     @property
     def thread(self) -> threading.Thread:
-        """It ends with `close`; to be watched before that."""
+        """The publishing thread; it must stay alive until `close`."""
         return self._thread
 
     def close(self) -> None:
-        """Send what waits, and end."""
+        """Send all queued events, and end the thread."""
         self._pool.listen(None)
         self._stopping.set()
         self._wake()
         self._thread.join()
-        os.close(self._wake_fd)  # not before: the number may be somebody else's by then
+        os.close(self._wake_fd)  # only after `join`: the number may be reused at once
 
     def snapshot(self) -> bytes:
-        """A `KVSnapshot`. Waits for the thread; raises TransferError once it has ended."""
+        """Return an encoded `KVSnapshot`. Waits for the thread to reach a mark in the queue.
+        Raises TransferError if the thread has ended or does not reach it."""
         if self._stopping.is_set():
             raise TransferError("KV events are no longer published")
         mark = _Mark()
@@ -174,7 +175,7 @@ class KVEventPublisher:
                     last = now
             self._flush()
         finally:
-            self._stopping.set()  # nobody waits for a thread that has ended
+            self._stopping.set()  # `snapshot` must not wait for a thread that has ended
             self._end()
 
     def _end(self) -> None:
@@ -184,8 +185,8 @@ class KVEventPublisher:
         self._outlet.close()
 
     def _flush(self) -> None:
-        """Send all that waits."""
-        self._awake = False  # before looking: what comes later wakes us again
+        """Send all queued events."""
+        self._awake = False  # before reading the queue: a later `_put` wakes the thread again
         events: list[BlockStored | BlockRemoved] = []
         items = 0  # tokens and hashes
         while self._queue:
@@ -202,7 +203,7 @@ class KVEventPublisher:
         self._publish_any(events)
         if self._overflow:
             self._overflow = False
-            self._outlet.next += 1  # nobody will get this one
+            self._outlet.next += 1  # the gap tells subscribers that events were lost
 
     def _publish_any(self, events: list[BlockStored | BlockRemoved]) -> None:
         if events:
@@ -217,7 +218,7 @@ class KVEventPublisher:
 def wire_events(
     change: StoredRun | RefArray, block_tokens: int
 ) -> list[BlockStored | BlockRemoved]:
-    """What is said of blocks that were stored, or (only their references) are gone."""
+    """Return the events of a run of stored blocks, or of removed blocks given as references."""
     if isinstance(change, StoredRun):
         return [*_stores(change, block_tokens)]
     medium, names = ref_medium(change), change & _NAME_MASK
@@ -229,7 +230,7 @@ def wire_events(
 
 
 def _stores(run: StoredRun, size: int) -> Iterator[BlockStored]:
-    """One event for each stretch in one medium."""
+    """Yield a BlockStored for each stretch of blocks in one medium; `size`: tokens of a block."""
     medium = ref_medium(run.refs)
     cuts = (np.flatnonzero(np.diff(medium)) + 1).tolist()
     names: list[BlockHash] = (run.refs & _NAME_MASK).tolist()
@@ -251,7 +252,7 @@ def _stores(run: StoredRun, size: int) -> Iterator[BlockStored]:
 
 
 def stored_blocks(run: StoredRun) -> StoredBlocks:
-    """A run in a snapshot."""
+    """Return a run of stored blocks in a snapshot's format."""
     return StoredBlocks(
         namespace=Namespace(run.namespace),
         parent=None if run.parent is None else run.parent & _NAME_MASK,

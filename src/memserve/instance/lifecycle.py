@@ -1,4 +1,4 @@
-"""An instance's role and state, as they change at run time, and who wants to hear of it."""
+"""Role and state of an instance at run time, with listeners for changes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _SERVING = (InstanceState.READY, InstanceState.DRAINING)
 
 
 class InstanceLifecycle:
-    """Belongs to an `Instance` and its event loop."""
+    """Role and state of one `Instance`; used on the instance's event loop."""
 
     def __init__(self, instance: InstanceId, role: Role) -> None:
         self.role = role
         self.state = InstanceState.STARTING
-        self.ending = asyncio.Event()  # it will not be ready again
-        self.restart = False  # and wants to be started anew
+        self.ending = asyncio.Event()  # set by `end`: the instance will not be ready again
+        self.restart = False  # the supervisor is to start the process again after the end
         self._instance = instance
         self._listeners: list[Callable[[], None]] = []
 
@@ -34,7 +34,8 @@ class InstanceLifecycle:
             self._tell()
 
     def change_role(self, role: Role) -> None:
-        """What runs goes on. Raises ApiError (409) while starting and when dead."""
+        """Change the role; running calls continue. Raises ApiError (409) while starting and when
+        dead."""
         if self.state not in _SERVING:
             raise self._not_now("change its role")
         if role is not self.role:
@@ -42,19 +43,20 @@ class InstanceLifecycle:
             self._tell()
 
     def drain(self) -> None:
-        """Take nothing new. Raises ApiError (409) while starting and when dead."""
+        """Refuse new calls. Raises ApiError (409) while starting and when dead."""
         if self.state not in _SERVING:
             raise self._not_now("drain")
         self.become(InstanceState.DRAINING)
 
     def resume(self) -> None:
-        """Take calls again after `drain`. Raises ApiError (409)."""
+        """Take calls again after `drain`. Raises ApiError (409) while starting, when dead, and
+        after `end`."""
         if self.state not in _SERVING or self.ending.is_set():
             raise self._not_now("take requests")
         self.become(InstanceState.READY)
 
     def end(self, restart: bool = False) -> None:
-        """For good. The last word on `restart` counts."""
+        """Drain for good. Of several calls the last one's `restart` counts."""
         self.restart = restart
         self.ending.set()
         if self.state is not InstanceState.DEAD:

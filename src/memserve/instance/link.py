@@ -1,7 +1,7 @@
-"""The way from an instance's calls to its pool and to those of its peers: the contract.
+"""Contract of an instance's access to its pool and to the pools of peers.
 
-The pool may be in this process (`memserve.transfer.kv_link`) or in that of a vLLM server
-(`memserve.vllm.remote_link`).
+Implementations: `memserve.transfer.kv_link` for a pool in this process, and
+`memserve.vllm.remote_link` for a pool in a vLLM server's process.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from memserve.types import Namespace, TokenArray
 
 
 class PrefillStream(PrefillObserver, Protocol):
-    """A prompt's KV on its way to a peer while it is computed."""
+    """Observer of a prefill that sends the KV to a peer while it is computed."""
 
     async def deliver(self) -> Pushed:
-        """All is computed: have it published at the peer. Raises as `KVLink.push`."""
+        """Finish the transfer after the prefill: the peer's index gets the blocks. Raises the
+        errors of `KVLink.push`."""
 
     def close(self) -> None:
-        """Cancel what is not on its way for good. Idempotent."""
+        """Cancel the transfer unless it is delivered. Idempotent."""
 
 
 class KVLink(Protocol):
-    """Belongs to one event loop."""
+    """An instance's pool, and transfers to the pools of peers. Belongs to one event loop."""
 
     @property
     def address(self) -> PoolPeer:
-        """Where the pool is served."""
+        """Instance id and endpoint of the pool, for peers."""
 
     @property
     def caching(self) -> Caching: ...
@@ -43,15 +44,15 @@ class KVLink(Protocol):
 
     @property
     def kv(self) -> str:
-        """What the bytes of a block mean: pools in which it differs have nothing to exchange."""
+        """Fingerprint of the KV in hex. Only pools with equal fingerprints exchange KV."""
 
     async def cached(self, tokens: TokenArray, namespace: Namespace) -> int:
-        """How many leading tokens have KV in our index. Raises TransferError."""
+        """Number of leading tokens with KV in this pool's index. Raises TransferError."""
 
     async def push(
         self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace
     ) -> Pushed:
-        """Give a peer what our index has of `tokens` and its index lacks.
+        """Send a peer the blocks of `tokens` that this pool's index has and the peer's lacks.
 
         Raises TransferError, or an error of the peer's pool (OutOfBlocks).
         """
@@ -59,21 +60,22 @@ class KVLink(Protocol):
     async def stream(
         self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace
     ) -> PrefillStream:
-        """The observer for a prefill of `tokens`, which sends what is ready of it to a peer.
-        Raises TransferError where the peer cannot be reached."""
+        """Return the observer for a prefill of `tokens`, which sends completed blocks to a peer.
+        Raises the errors of `meet`."""
 
     async def meet(self, peer: PoolPeer) -> None:
-        """Connect to a peer, if that has not been done. Raises TransferError."""
+        """Connect to a peer unless connected. Raises TransferError, LayoutMismatch."""
 
     async def transport(self, peer: PoolPeer) -> str:
-        """The name of what KV would go to a peer by, after a round trip to it that moves none.
-        Raises TransferError."""
+        """Return the name of the transport to a peer, after a round trip that moves no KV.
+        Raises TransferError, LayoutMismatch."""
 
     async def run(self) -> None:
-        """Returns when nothing can be moved any more, and the instance is of no use."""
+        """Run until no more KV can be moved, which makes the instance useless."""
 
     def forget(self, namespace: Namespace) -> None:
-        """Drop all KV of a namespace, and a while later what was pinned or came since."""
+        """Drop all KV of a namespace now, and once more a while later: blocks that were pinned,
+        or came since."""
 
     def close(self) -> None:
-        """The pool is about to be closed."""
+        """Stop all background work. Call before the pool is closed."""

@@ -1,4 +1,4 @@
-"""The prefill side of a hand-over: compute a prompt, send its KV, answer with one token."""
+"""Prefill side of a hand-over: compute a prompt, send its KV, return the first token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Prefiller:
-    """Answers `PrefillCall`s. Cancelling one stops its sequence and its transfer."""
+    """Runs `PrefillCall`s. Cancelling `run` stops the call's sequence and transfer."""
 
     def __init__(
         self,
@@ -43,12 +43,12 @@ class Prefiller:
         self._numbers = itertools.count()
 
     async def run(self, call: PrefillCall) -> PrefillResult:
-        """Raises ApiError where the prompt cannot be computed.
+        """Compute a prompt. Raises ApiError if that fails.
 
-        KV that does not arrive is no error: the decode instance computes what it did not get.
+        A failed transfer is no error: the decode instance computes the missing KV itself.
         """
-        # With what an instance that was lost had generated: its KV is wanted like the prompt's.
         request = self._request(call)
+        # After a failover, `tokens` includes the lost instance's output.
         tokens = request.tokens
         self._submission.check([request])
         fetched = await self._fetcher.fetch(
@@ -81,8 +81,8 @@ class Prefiller:
         )
 
     def _request(self, call: PrefillCall) -> EngineRequest:
-        # A gateway asks another decode instance under the same id while the first one, which
-        # it has given up, may still wait here.
+        # The number makes the id unique: after a failover, another decode instance asks with the
+        # same call id while the sequence of the first one may still be queued here.
         request_id = RequestId(f"{call.id}-prefill-{next(self._numbers)}")
         return EngineRequest(
             id=request_id,
@@ -109,7 +109,8 @@ class Prefiller:
         return output
 
     async def _stream(self, call: PrefillCall, tokens: TokenArray) -> PrefillStream | None:
-        """What sends the KV while it is computed. None: nothing will be sent."""
+        """Return the observer that sends the KV while it is computed. None: no KV is sent (no
+        whole block, no use at the decode instance, or the instance is out of reach)."""
         last = len(call.output) + 1 >= call.sampling.max_tokens
         if len(tokens) < self._link.block_tokens or (last and not _is_kept(call)):
             return None
@@ -134,7 +135,7 @@ class Prefiller:
 
 
 def _is_kept(call: PrefillCall) -> bool:
-    """Whether the decode instance has a use for the KV when the answer is over."""
+    """Whether the decode instance keeps the KV after the end of the answer."""
     return not is_private(call.target_namespace)
 
 

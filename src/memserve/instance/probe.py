@@ -1,4 +1,4 @@
-"""A stop-watch for one engine: how long a prefill, a decode step or a transfer takes."""
+"""Timing of one engine's prefills and decode steps."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from memserve.errors import MemserveError
 from memserve.tokens import NO_TOKENS
 from memserve.types import Namespace, RequestId, TokenArray
 
-# A point that takes longer than this is no use to a scheduler, and the engine has hung.
+# Timeout of one measurement: an engine that takes longer has hung.
 POINT_SECONDS = 300.0
 
 
 class ProbeFailed(MemserveError):
-    """The engine did not do what it was asked to be timed at."""
+    """The engine failed or hung during a measurement, or cached other tokens than expected."""
 
 
 class EngineProbe:
-    """Runs an engine that is nobody else's, and times it. Leaves its pool as it was.
+    """Runs and times an engine that has no other user. Leaves the engine's pool empty again.
 
-    What counts as cached is made up: blocks of whatever bytes under a namespace of the probe's
-    own, which is gone before the call returns. Computing on them takes as long as on real ones.
+    Cached prefixes are blocks of arbitrary bytes, in a namespace that is deleted before the call
+    returns. Attention over them takes as long as over real KV.
     """
 
     def __init__(self, engine: Engine) -> None:
-        """`engine`: not started yet; the context manager starts and stops it."""
+        """`engine` is not started yet; this context manager starts and stops it."""
         self._engine = engine
         self._pool = engine.pool
         self._changed = threading.Condition()
-        self._times: list[float] = []  # of the steps that produced something
-        self._left = 0
-        self._cached: list[int] = []  # tokens, as the engine reported them
+        self._times: list[float] = []  # ends of steps with outputs, seconds of `perf_counter`
+        self._left = 0  # unfinished sequences
+        self._cached: list[int] = []  # cached tokens of each sequence, as the engine reports them
         self._error: str | None = None
         self._calls = 0
         self._rng = np.random.default_rng(0)
@@ -58,23 +58,25 @@ class EngineProbe:
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens that a timed prompt may have."""
+        """Maximum of tokens of a timed prompt."""
         return self._engine.info.max_tokens - 1
 
     def prefill(self, prompt_tokens: int, cached_tokens: int) -> float:
-        """Seconds from the call to the first token; `cached_tokens`: whole blocks."""
+        """Seconds from submission to the first token. `cached_tokens`: of whole blocks."""
         started = self._run(1, prompt_tokens, cached_tokens, 1)
         return self._times[0] - started
 
     def decode(self, sequences: int, context_tokens: int, steps: int) -> float:
-        """Median seconds of a step of sequences with so much context each, about."""
+        """Median seconds of `steps` decode steps of `sequences` sequences with about
+        `context_tokens` tokens of context each."""
         block = self._pool.layout.block_tokens
         cached = (context_tokens - 1) // block * block
         self._run(sequences, context_tokens, cached, steps + 1)
         return float(np.median(np.diff(self._times)[-steps:]))
 
     def _run(self, sequences: int, prompt: int, cached: int, outputs: int) -> float:
-        """Generate `outputs` tokens for each of so many prompts; when that began."""
+        """Generate `outputs` tokens for each of `sequences` random prompts. Returns the start
+        time, seconds of `perf_counter`."""
         self._calls += 1
         namespace = Namespace(f"memserve-probe-{id(self)}-{self._calls}")
         prompts = [self._prompt(prompt) for _ in range(sequences)]
@@ -116,7 +118,7 @@ class EngineProbe:
         return started
 
     def _sink(self, outputs: Sequence[TokenOutput]) -> None:
-        """On the engine's thread."""
+        """The engine's `OutputSink`, called from its thread."""
         now = time.perf_counter()
         with self._changed:
             self._times.append(now)

@@ -1,4 +1,4 @@
-"""Measuring an instance in its own process: what its cost model is fitted to."""
+"""Measurement of an engine's prefills, decode steps and transfers for its cost model."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ log = logging.getLogger(__name__)
 Effort = Literal["quick", "full"]
 Progress = Callable[[str], None]
 
-# Steps timed at each decode point, behind the one that admits the sequences.
+# Steps timed at each decode point, after the step that admits the sequences.
 _STEPS = 3
 _WARM_TOKENS = 64
-# How often points are measured once more that other processes disturbed, as time allows.
+# Extra rounds for points that other processes disturbed, as time allows.
 _AGAIN = 3
-_TRANSFERS = 5  # of each size
+_TRANSFERS = 5  # timed transfers of each size
 _FAR = "profile-far"
-_TRANSFER_SECONDS = 30.0  # a scratch pool that does not answer is broken
+_TRANSFER_SECONDS = 30.0  # timeout of one transfer
 
 
 @dataclass(frozen=True, slots=True)
 class ProfilePlan:
-    """What is measured. Points of most use first: what does not fit the time is left out."""
+    """Points to measure, the most useful first: points that do not fit the time are left out."""
 
     prefill: Sequence[tuple[int, int]]  # (tokens to compute, cached tokens)
     decode: Sequence[tuple[int, int]]  # (sequences, context tokens of each)
-    blocks: Sequence[int]  # moved at once
+    blocks: Sequence[int]  # numbers of blocks of a transfer
     rounds: int
-    seconds: float  # no point is begun after that, except in the first `needed`
-    needed: int  # of each kind
-    pool_tokens: int  # whose KV is held at once
+    seconds: float  # time limit: no further point starts after that, except the `needed` ones
+    needed: int  # first points of each kind, measured in any case
+    pool_tokens: int  # size of the pool that is measured on
 
 
 QUICK = ProfilePlan(
@@ -61,7 +61,7 @@ QUICK = ProfilePlan(
     decode=((1, 64), (8, 64), (8, 512), (16, 256)),
     blocks=(1, 16),
     rounds=1,
-    seconds=3.5,  # loading the model is to stay most of the start
+    seconds=3.5,  # short compared with loading a model
     needed=2,
     pool_tokens=6 * 1024,
 )
@@ -87,7 +87,7 @@ PLANS: dict[Effort, ProfilePlan] = {"quick": QUICK, "full": FULL}
 
 
 def _prefill_points(samples: Samples) -> tuple[PrefillPoint, ...]:
-    """Of points (tokens to compute, cached tokens)."""
+    """Return the prefills of samples whose points are (tokens to compute, cached tokens)."""
     return tuple(
         PrefillPoint(tokens + cached, cached, sample.seconds)
         for (tokens, cached), sample in samples.believed.items()
@@ -95,7 +95,7 @@ def _prefill_points(samples: Samples) -> tuple[PrefillPoint, ...]:
 
 
 class Profiler:
-    """Measures one engine that is nobody else's and not started."""
+    """Measures one engine, which has no other user and is not started."""
 
     def __init__(self, engine: Engine, clock: Clock, progress: Progress) -> None:
         self._engine = engine
@@ -109,10 +109,12 @@ class Profiler:
     def measure(
         self, plan: ProfilePlan, most_sequences: int, held_out: Sequence[tuple[int, int]] = ()
     ) -> tuple[Measurements, tuple[PrefillPoint, ...]]:
-        """Run a plan, as far as the engine's limits let it. `most_sequences`: of a step.
+        """Run a plan within the engine's limits. Returns its measurements, and the `held_out`
+        prefills.
 
-        `held_out`: further prefills, (prompt tokens, cached tokens), measured in the same rounds,
-        so that a machine whose speed drifts is as fast for them; returned beside the rest.
+        `most_sequences`: maximum of sequences in a step. `held_out`: further prefills, (prompt
+        tokens, cached tokens), measured in the same rounds so that a drift of the machine's speed
+        affects all points equally.
         """
         block = self._block
         prefill = Samples(self._fitting_prefills(plan.prefill))
@@ -120,7 +122,7 @@ class Profiler:
         others = Samples((x - c // block * block, c // block * block) for x, c in held_out)
         end = self._clock.now() + plan.seconds
         with EngineProbe(self._engine) as probe:
-            # Kernels are chosen and pages are touched the first time.
+            # Warm-up: the first prefill chooses kernels and touches pages.
             probe.prefill(min(_WARM_TOKENS, probe.longest_prompt), 0)
 
             def time_prefill(tokens: int, cached: int) -> float:
@@ -151,7 +153,7 @@ class Profiler:
         measured = Measurements(
             prefill=_prefill_points(prefill),
             decode=tuple(
-                # The steps that are timed see the context grow.
+                # The context grows by a token per timed step: take the middle one's.
                 DecodePoint(s, s * (context + 1 + _STEPS // 2), sample.seconds)
                 for (s, context), sample in decode.believed.items()
             ),
@@ -167,20 +169,20 @@ class Profiler:
         needed: int,
         end: float,
     ) -> None:
-        """Each point once; the first `needed` ones even if it is too late."""
+        """Measure each point once; after `end` only the first `needed` ones."""
         for at, point in enumerate(points):
             if at < needed or self._clock.now() < end:
                 samples.take(point, run)
-        # What disturbs one turn's point is to disturb another's the next time.
+        # Another order next time, so that a periodic disturbance hits other points.
         self._rng.shuffle(samples.points)
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens that a measured prompt may have."""
+        """Maximum of tokens of a measured prompt."""
         return min(self._engine.info.max_tokens, self._room - 2 * self._block) - 1
 
     def _fitting_prefills(self, wanted: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """Shortened where the context or the pool is smaller."""
+        """Yield the wanted points, shortened to the context and the pool."""
         longest = self.longest_prompt
         for tokens, cached in wanted:
             computed = max(1, min(tokens, longest // 2))
@@ -207,7 +209,7 @@ def measure_transfers(
     blocks: Sequence[int],
     progress: Progress,
 ) -> tuple[TransferPoint, ...]:
-    """Times between two small pools of this process, by every path that works here."""
+    """Time transfers between two small pools of this process, by each of `paths` that works."""
     points: list[TransferPoint] = []
     for path in paths:
         progress(f"transfers, {path}")
@@ -237,7 +239,7 @@ def _time_path(
         source = rng.permutation(near.alloc_mem(2 * most))
         target = rng.permutation(far.alloc_mem(2 * most))
         for count in blocks:
-            # Whole blocks, and the same layer by layer: many pieces instead of few.
+            # Transfers of the same blocks in few pieces and in many.
             for mode, pieces in modes:
                 times = []
                 for _ in range(_TRANSFERS):
@@ -252,5 +254,5 @@ def _time_path(
 
 
 def _middle(times: Sequence[float]) -> float:
-    """The median; of an even number the lower one, as disturbances only make slower."""
+    """Return the median, of an even number the lower one: disturbances only slow down."""
     return sorted(times)[(len(times) - 1) // 2]

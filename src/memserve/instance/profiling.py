@@ -1,4 +1,4 @@
-"""The profile of an instance: the stored one, or one measured before it takes requests."""
+"""Profile of an instance: loaded from the store, or measured before the instance takes requests."""
 
 from __future__ import annotations
 
@@ -37,20 +37,21 @@ from memserve.scheduler.profiles import (
 
 log = logging.getLogger(__name__)
 
-# What a GPU that no figures are known of is taken for.
+# Assumed model of an NVIDIA GPU without known figures.
 _TYPICAL_GPU = "a100"
-_MOST_WAITING = 64  # more than any plan submits at once
-# Of the time of a measurement that its threads may wait for a core: with more, what else runs on
-# the machine was measured too. OpenMP's threads spin for each other, which multiplies it.
+_MOST_WAITING = 64  # more sequences than any plan submits at once
+# Maximum share of the measuring time that threads waited for a core; above it, other processes
+# distort the measurements. OpenMP's threads spin for each other, which multiplies the wait.
 MOST_WAITED = 0.15
-# Of the pool that is measured on: contexts get shorter where a token's KV is large.
+# Maximum size of the measured pool, except for a minimum of _FEWEST_TOKENS. If a token's KV is
+# large, the measured contexts get shorter.
 _POOL_BYTES = 1 << 30
 _FEWEST_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class ProfiledEngine:
-    """A model as an engine is to run it."""
+    """A model with the layout and settings of the engine to profile."""
 
     model: Model
     layout: KVLayout
@@ -59,7 +60,8 @@ class ProfiledEngine:
 
     @property
     def subject(self) -> Subject:
-        """What a profile of it is a profile of. Raises ModelError."""
+        """Key of the engine's profile: hardware, architecture, dtype, step size. Raises
+        ModelError."""
         device = self.model.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         dtype = self.layout.dtype
@@ -72,7 +74,7 @@ class ProfiledEngine:
 
     @contextmanager
     def profiler(self, effort: Effort, progress: Progress) -> Iterator[Profiler]:
-        """A stop-watch on an engine and a pool that nobody else sees. Raises SharedMemoryFull."""
+        """Context with a Profiler on an engine and a pool of its own. Raises SharedMemoryFull."""
         tokens = PLANS[effort].pool_tokens
         blocks = min(tokens, max(_POOL_BYTES // self.layout.token_bytes, _FEWEST_TOKENS))
         blocks = -(-blocks // self.layout.block_tokens)
@@ -83,7 +85,8 @@ class ProfiledEngine:
 
 
 def instance_profile(engine: ProfiledEngine, mode: Profiling, store: ProfileStore) -> Profile:
-    """The stored profile; else, with "auto", a quick one, which is stored; else a typical one.
+    """Return the stored profile; else, with mode "auto", measure a quick one and store it; else
+    return the default profile. A failed measurement gives the default profile too.
 
     Raises ModelError.
     """
@@ -129,10 +132,11 @@ def take_measurements(
     held_out: Callable[[int], Sequence[tuple[int, int]]] = lambda _: (),
     rounds: int | None = None,
 ) -> tuple[Measurements, tuple[PrefillPoint, ...]]:
-    """Prefills, decode steps, and transfers by the paths that are here; and the prefills
-    `held_out` (prompt tokens, cached tokens), chosen by the longest possible prompt.
+    """Measure prefills, decode steps, and transfers by the paths available here.
 
-    Raises ProbeFailed, OutOfBlocks, SharedMemoryFull.
+    Returns the measurements, and held-out prefills. `held_out` gets the longest possible prompt
+    (tokens) and returns their points (prompt tokens, cached tokens). `rounds` replaces the plan's
+    number and scales its time limit. Raises ProbeFailed, OutOfBlocks, SharedMemoryFull.
     """
     plan = PLANS[effort]
     if rounds is not None:
@@ -151,7 +155,7 @@ def take_measurements(
 
 
 def default_profile(subject: Subject) -> Profile:
-    """From the figures of typical hardware, for a subject that was not measured."""
+    """Return a profile derived from the figures of typical hardware, without measurement."""
     device = subject.hardware.device.lower()
     named = [name for name in HARDWARE if name in device and name != "cpu"]
     if named or "nvidia" in device:

@@ -1,8 +1,8 @@
-"""The decode side of a hand-over: have a prompt computed elsewhere, go on from its first token.
+"""Decode side of a hand-over: request a prefill from another instance, continue from its token.
 
-Whatever goes wrong on the way costs time and nothing else: the next prefill instance is asked,
-and in the end the prompt is computed here. A prefill instance that does not answer its own
-`/info` for a while is given up, since its answer may rightly take as long as its queue.
+A failure costs time only: the next prefill instance is asked, and at last this instance computes
+the prompt. The prefill request has no time limit, since it may wait in a long queue; instead the
+prefill instance is given up if it does not answer `/info` for a while.
 """
 
 from __future__ import annotations
@@ -36,26 +36,25 @@ from memserve.types import Namespace, RequestId, TokenArray
 
 log = logging.getLogger(__name__)
 
-# How often a prefill instance that computes for us is asked whether it lives, how long one
-# answer may take, and how many may be missing: three make a death, as for the gateway.
-ALIVE_SECONDS = 1.0
-ALIVE_TIMEOUT = 1.0
-MAX_MISSES = 3
-# Returns under way at a time. More would compete with pushes that a client waits for.
+ALIVE_SECONDS = 1.0  # between `/info` requests to a prefill instance that computes for this one
+ALIVE_TIMEOUT = 1.0  # of one such request
+MAX_MISSES = 3  # failed requests in a row after which it is given up, as in the gateway
+# Concurrent returns. More would compete with pushes that a client waits for.
 MAX_RETURNS = 4
-# The next turn of a conversation may come before what the last one made is back where it is
-# wanted. It waits so long for that: a few pushes on one host, and less than computing it again.
+# The next turn of a conversation may come before the KV of the last answer is back at the prefill
+# instance. A prefill waits up to this long for such returns: as long as a few pushes on one host,
+# and less than computing the KV again.
 RETURN_SECONDS = 0.1
 
 _results = msgspec.msgpack.Decoder(PrefillResult)
 
 
 class _Unanswered(Exception):
-    """A prefill instance did not do it."""
+    """A prefill instance gave no result."""
 
 
 class RemotePrefill:
-    """Belongs to one event loop, from the first call to `close`."""
+    """Starts calls with prefills from other instances, and returns KV to them. One event loop's."""
 
     def __init__(
         self,
@@ -66,7 +65,7 @@ class RemotePrefill:
         clock: Clock,
         max_tokens: int,
     ) -> None:
-        """`max_tokens`: prompt and output tokens that the engine allows."""
+        """`max_tokens`: the engine's maximum of prompt plus output tokens of a sequence."""
         self._peers = peers
         self._link = link
         self._submission = submission
@@ -76,8 +75,8 @@ class RemotePrefill:
         self._counters = HandoffTotals(block_bytes=link.block_bytes)
         self._return_targets: dict[
             RequestId, PoolPeer
-        ] = {}  # who gets the KV of running sequences back
-        self._returns: dict[asyncio.Task[None], TokenArray] = {}  # with the prompts they began at
+        ] = {}  # by running sequence: the pool that gets its KV at the end
+        self._returns: dict[asyncio.Task[None], TokenArray] = {}  # running returns: their prompts
         self._background: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -96,9 +95,8 @@ class RemotePrefill:
         stats: Mapping[RequestId, SequenceStats],
         mailbox: Mailbox,
     ) -> None:
-        """Start all sequences of a call; what that takes goes to their `stats`. Errors reach
-        the mailbox.
-        """
+        """Start all sequences of a call, fill in their `stats`, and put ApiErrors into the
+        mailbox."""
         leaders = [request for request in requests if request.follows is None]
         groups = [[leader, *(r for r in requests if r.follows == leader.id)] for leader in leaders]
         try:
@@ -109,13 +107,14 @@ class RemotePrefill:
             mailbox.fail(_first(errors))
 
     async def bring(self, call: GenerateCall, namespace: Namespace) -> None:
-        """Have the KV of a call's prompt come into `namespace` here, computed or held elsewhere:
-        for a server that computes the prompt from a body, and then finds it."""
+        """Bring the KV of a call's first prompt into `namespace` of this instance's pool, by a
+        remote prefill or else a fetch. The vLLM server then finds it cached when it gets the
+        forwarded body."""
         prompt = call.prompts[0]
         request = EngineRequest(
             id=RequestId(f"{call.id}-forward"),
             prompt=prompt,
-            # Of two tokens, so that somebody wants the KV of the first one's prompt.
+            # For max_tokens=1 a prefill instance sends no KV into a private namespace.
             sampling=SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True),
             namespace=namespace,
             priority=call.priority,
@@ -147,7 +146,7 @@ class RemotePrefill:
                 call.fetch, leader.id, leader.tokens, shared, leader.namespace
             )
             own.blocks_fetched, own.fetch_seconds = fetched.blocks, fetched.seconds
-        if mailbox.closed:  # in this turn of the loop: the cancellation has not come through
+        if mailbox.closed:  # the call has ended, but its cancellation has not arrived here yet
             return
         for sequence in sequences:
             stats[sequence.id].submitted = self._clock.now()
@@ -157,8 +156,8 @@ class RemotePrefill:
         self._note(result, leader, own)
         output = self._output(leader, result)
         behind = replace(leader, output=np.append(leader.output, np.int32(result.token)))
-        # Where the engine cannot go on behind that token, it computes it again: from the KV, which
-        # is here, that takes a step.
+        # If the engine cannot continue after that token, it computes the token again, in one step
+        # since the KV is here.
         takes = output.finish_reason is not None or self._submission.goes_on(behind)
         if not takes:
             rest.insert(0, leader)
@@ -173,7 +172,7 @@ class RemotePrefill:
     def _expect_back(self, sequences: Sequence[EngineRequest], result: PrefillResult) -> None:
         if result.pool is not None and self._link.caching == "full":
             self._return_targets.update(dict.fromkeys((s.id for s in sequences), result.pool))
-            # So that what is made here goes back without delay, before the next turn comes.
+            # Connect now, so that the return is not delayed past the conversation's next turn.
             self._in_background(self._meet(result.pool))
 
     def _output(self, leader: EngineRequest, result: PrefillResult) -> TokenOutput:
@@ -224,7 +223,9 @@ class RemotePrefill:
     async def _prefill(
         self, call: GenerateCall, request: EngineRequest, shared: Namespace
     ) -> PrefillResult | None:
-        """None: nobody did it. `shared` is the namespace of prompts that others may reuse."""
+        """Ask the prefill instances of a call in turn. Returns the first result, or None if all
+        fail. `shared`: namespace in which prefill instances keep the KV, unless caching is off.
+        """
         counters = self._counters
         body = msgpack.encode(
             PrefillCall(
@@ -287,13 +288,13 @@ class RemotePrefill:
     def ended(
         self, request: EngineRequest, produced: Sequence[int], finished: bool, busy: bool
     ) -> None:
-        """A sequence is over, with these tokens generated here.
+        """Handle the end of a sequence; `produced`: the tokens generated here.
 
-        What it made while decoding goes back to where its prompt was computed, unless the
-        instance is `busy` or others are on their way.
+        With caching `full`, return the KV of a `finished` sequence to the instance that computed
+        its prompt, unless this instance is `busy` or MAX_RETURNS returns are running.
         """
         home = self._return_targets.pop(request.id, None)
-        if request.ephemeral:  # the engine forgets only for those that it has run
+        if request.ephemeral:  # the engine drops the namespace only of sequences that it has run
             self._link.forget(request.namespace)
         if home is None or not finished:
             return
@@ -306,7 +307,7 @@ class RemotePrefill:
         task.add_done_callback(self._returns.pop)
 
     async def _let_return(self, prompt: TokenArray) -> None:
-        """Wait for returns that a prefill of this prompt will want, within reason."""
+        """Wait up to RETURN_SECONDS for returns whose prompt is a prefix of this prompt."""
         wanted = [
             task
             for task, start in self._returns.items()

@@ -1,4 +1,4 @@
-"""One instance as a process of its own."""
+"""Process of one instance: startup, serving, drain, exit code."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from memserve.types import InstanceId
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/health", "/metrics")  # what probes and scrapers ask for
+OPEN_PATHS = ("/health", "/metrics")  # need no signature: probes and scrapers have no secret
 
 Build = Callable[[ClusterConfig, InstanceConfig, Identity], Parts]
 
-# How long calls that were still running after the drain have to be told that they end.
+# Time for calls that still run after the drain to send their error to the client.
 STOP_SECONDS = 5.0
 
 
@@ -50,13 +50,14 @@ def run_instance(
     ready_fd: int | None = None,
     build: Build | None = None,
 ) -> int:
-    """Serve until it is asked to end (SIGTERM, SIGINT, `POST /shutdown`), or the engine is lost.
+    """Serve until asked to end (SIGTERM, SIGINT, `POST /shutdown`) or a vital part is lost.
 
-    Returns the process's exit code: 0, or RESTART_EXIT_CODE if it was asked to come back.
+    Returns the process's exit code: 0, RESTART_EXIT_CODE if a restart was asked for, 1 after a
+    failure.
 
     The port is open before the model is loaded. Its address goes, as one line, to `ready_fd`
-    (closed then) or to standard output. `join` are the URLs of gateways to register with.
-    `build` makes engine and pool; by default the built-in ones.
+    (closed then) or to standard output. `join`: URLs of gateways to register with. `build` makes
+    the instance's parts; the default depends on `settings.engine`.
     """
     secret = cluster_secret()
     require_secret(secret, settings.host)
@@ -106,7 +107,8 @@ async def _main(
     advertised: str | None,
     ending: threading.Event,
 ) -> int:
-    """`ending` is set when there is no use any more in what `make` waits for."""
+    """Serve one instance. Sets `ending` at the start of the drain, so that `make` stops waiting.
+    Returns the exit code."""
     server, authorities = tls
     address = advertised or url_of(sock, tls=server is not None)
     peers = PeerClient(Signer(secret), authorities)
@@ -130,7 +132,8 @@ async def _main(
         await shutdown.wait_for(instance.idle(), STOP_SECONDS)
         joining.cancel()
         await asyncio.wait((joining,))
-        if loading.exception() is None and not instance.died.is_set():  # a death is to be seen
+        # After a failure the gateways keep the member, and their polls see that it is dead.
+        if loading.exception() is None and not instance.died.is_set():
             await registration.leave()
 
     async with asyncio.TaskGroup() as background:
@@ -149,8 +152,8 @@ async def _main(
 def handler_of(
     instance: Instance, secret: Secret, sock: socket.socket, advertised: str | None = None
 ) -> Guard:
-    """What answers an instance's HTTP requests: those of the cluster, and probes. `advertised`:
-    another URL than that of the socket."""
+    """Return the HTTP handler of an instance, which checks the signatures of all requests except
+    those to OPEN_PATHS. `advertised`: a further URL that requests may be signed for."""
     audience = Audience()
     audience.add_socket(sock)
     if advertised is not None:
@@ -161,8 +164,8 @@ def handler_of(
 async def _end_when_useless(
     instance: Instance, loading: asyncio.Future[None], shutdown: Shutdown
 ) -> None:
-    """Without an engine, or anything else that it needs, there is nothing to serve: whoever
-    started the process starts another. The same when somebody asks for an end."""
+    """Request a shutdown when loading fails, a vital part is lost, or an end is asked for. After
+    a failure the supervisor starts another process."""
     asked = asyncio.ensure_future(instance.lifecycle.ending.wait())
     died = asyncio.ensure_future(instance.died.wait())
     try:
@@ -172,7 +175,7 @@ async def _end_when_useless(
     finally:
         asked.cancel()
         died.cancel()
-    if not shutdown.requested.is_set():  # a second request would not wait for running calls
+    if not shutdown.requested.is_set():  # a second request would skip waiting for running calls
         shutdown.request()
 
 
@@ -193,7 +196,7 @@ def _exit_code(instance: Instance, loading: asyncio.Future[None]) -> int:
 
 
 async def _load(instance: Instance, build: Callable[[], Parts]) -> None:
-    # In a thread, so that the instance can say meanwhile that it is starting.
+    # In a thread, so that the event loop can answer requests meanwhile.
     parts = await asyncio.to_thread(build)
     await instance.start(parts)
     log.info("%s is ready", instance.identity.id)

@@ -1,4 +1,4 @@
-"""Times taken repeatedly, and which of them to believe: those that nothing else disturbed."""
+"""Repeated time measurements, and the choice of those that other processes did not disturb."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Of a sample's time that its threads may wait for a core. OpenMP's threads spin for each other:
-# what one waits, all lose.
+# Maximum share of a clean sample's time that threads waited for a core. OpenMP's threads spin
+# for each other, so all lose the time that one of them waits.
 _CLEAN = 0.03
 _INSTANT = 1e-9
 
@@ -17,10 +17,10 @@ Point = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One time, and how much of it threads of this process waited for a core."""
+    """One measured time."""
 
     seconds: float
-    waited: float
+    waited: float  # seconds that this process's threads waited for a core, per wall second
 
     @property
     def clean(self) -> bool:
@@ -28,14 +28,14 @@ class Sample:
 
 
 class Samples:
-    """Points, each named once, and the times that they took."""
+    """Distinct points to measure, and the samples of each."""
 
     def __init__(self, points: Iterable[Point]) -> None:
         self.points = list(dict.fromkeys(points))
         self.taken: dict[Point, list[Sample]] = {}
 
     def take(self, point: Point, run: Callable[[int, int], float]) -> None:
-        """Time a point once more."""
+        """Add a sample of `point`; `run(*point)` returns its seconds."""
         waited, began = seconds_waited(), time.perf_counter()
         seconds = run(*point)
         wall = max(time.perf_counter() - began, _INSTANT)
@@ -44,12 +44,13 @@ class Samples:
 
     @property
     def disturbed(self) -> list[Point]:
-        """Points without an undisturbed time."""
+        """Measured points without a clean sample."""
         return [point for point, took in self.taken.items() if not any(s.clean for s in took)]
 
     @property
     def believed(self) -> dict[Point, Sample]:
-        """Of each point the median of its undisturbed times, or its least disturbed one."""
+        """For each measured point the median of its clean samples (the lower one of two), or else
+        the sample with the least `waited`."""
         return {point: _believe(took) for point, took in self.taken.items()}
 
 
@@ -61,8 +62,8 @@ def _believe(took: Sequence[Sample]) -> Sample:
 
 
 def seconds_waited() -> float:
-    """For how long threads of this process have waited for a core so far, in all; 0.0 where the
-    kernel does not say."""
+    """Total seconds that this process's live threads have waited for a core so far; 0.0 if the
+    kernel does not count them."""
     nanoseconds = 0
     for task in Path("/proc/self/task").glob("*/schedstat"):
         try:

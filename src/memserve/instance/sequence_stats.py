@@ -1,4 +1,4 @@
-"""What the sequences of a call took, put together from all who had a part in it."""
+"""Statistics of a call's sequences: cached tokens, blocks moved, seconds of each phase."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from memserve.engine.request import Usage
 
 @dataclass(slots=True)
 class SequenceStats:
-    """Of one sequence. Whoever hands its prompt over or fetches a prefix fills in what that
-    took; its generation does the rest. Times are the instance's clock's, blocks whole ones.
+    """Statistics of one sequence. `RemotePrefill` fills in the figures of a hand-over or fetch,
+    `Generation` the others. Times are seconds of the instance's clock.
     """
 
-    submitted: float  # when the engine here was asked for it
-    handed_over: bool = False  # the prompt was computed elsewhere
+    submitted: float  # when the sequence went to the engine here
+    handed_over: bool = False  # another instance computed the prompt
     cached_tokens_prefill: int = 0
     cached_tokens_decode: int = 0
     blocks_fetched: int = 0
@@ -34,7 +34,7 @@ class SequenceStats:
     _cached_known: bool = False
 
     def take(self, usage: Usage, now: float) -> None:
-        """Another output has come."""
+        """Count an output that came at `now`."""
         self.preemptions = usage.preemptions
         if self._first_token is None:
             self._first_token = now
@@ -42,16 +42,17 @@ class SequenceStats:
                 self.queue_seconds = usage.queue_seconds
                 self.prefill_seconds = max(0.0, now - self.submitted - usage.queue_seconds)
         elif self.handed_over and not self._queued_here:
-            self._queued_here = True  # the first of its own: before, it waited here once more
+            # The first output of the engine here: the sequence waited in a second queue before.
+            self._queued_here = True
             self.queue_seconds += usage.queue_seconds
             self._first_token = min(now, self._first_token + usage.queue_seconds)
         if not (self.handed_over or self._cached_known) and usage.cached_tokens is not None:
-            # What is said later may be of KV that was computed for this answer.
+            # Later numbers may include KV that was computed for this answer.
             self._cached_known = True
             self.cached_tokens_prefill = self.cached_tokens_decode = usage.cached_tokens
 
     def end(self, latencies: Latencies, now: float) -> None:
-        """It has come to its end."""
+        """Count the end of the sequence, and add its times to `latencies`."""
         if self._first_token is not None:
             self.decode_seconds = now - self._first_token
         latencies.queue.observe(self.queue_seconds)
@@ -66,8 +67,11 @@ class SequenceStats:
 def combined(
     sequences: Collection[SequenceStats], first: Collection[SequenceStats], block_bytes: int
 ) -> RequestStats:
-    """A request's stats. `first` are those of each prompt's first sample: later ones share its
-    prefill, and that saving is not the cache's."""
+    """Return a request's statistics: sums of tokens, blocks and preemptions, maxima of seconds.
+
+    Cached tokens count only in `first`, the first sample of each prompt: later samples share its
+    prefill, which is no saving of the cache.
+    """
     received = sum(s.blocks_received for s in sequences)
     return RequestStats(
         cached_tokens_prefill=sum(s.cached_tokens_prefill for s in first),

@@ -1,4 +1,4 @@
-"""An instance's HTTP side, as a bare ASGI application."""
+"""HTTP endpoints of an instance, as a bare ASGI application."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class InstanceApp:
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
         self._large = LargeCalls()
-        # Of large answers: what many threads do at once, an event loop waits for as often.
+        # One large answer is encoded at a time: each encoding thread delays the event loop.
         self._encoding = asyncio.Lock()
         self._registry = CollectorRegistry()
         self._registry.register(_OwnStats(instance))
@@ -163,7 +163,7 @@ class InstanceApp:
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         healthy = await self._instance.healthy()
         status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
-        # Anybody may ask: it says no more than that.
+        # Anybody may ask, without a signature, so the answer holds the state only.
         await send_body(send, status, _encode(Health(self._instance.state)))
 
     async def _info(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -198,7 +198,7 @@ class InstanceApp:
 
 
 async def _send_result(send: Send, result: msgspec.Struct) -> None:
-    """What another instance has asked for, as it reads it."""
+    """Send the result of another instance's call, as msgpack."""
     await send_body(send, HTTPStatus.OK, msgpack.encode(result), media=msgpack.HEADER)
 
 
@@ -222,7 +222,8 @@ async def _stream(run: Run, send: Send) -> None:
 
 
 async def _pass_on(answer: ForwardedAnswer, send: Send) -> None:
-    """A server's answer, byte by byte. Raises ApiError where nothing has come of it."""
+    """Send a vLLM server's answer unchanged. Raises ApiError if the server is lost before its
+    first bytes."""
     started = False
     try:
         async for data in answer.pieces():
@@ -234,7 +235,7 @@ async def _pass_on(answer: ForwardedAnswer, send: Send) -> None:
         log.warning("%s", error)
         if not started:
             raise unavailable("The vLLM server was lost.", "server_lost") from error
-        return  # without an end: whoever reads it sees that something is missing
+        return  # without the end of the body, so that the client notices the loss
     if not started:
         await send(_head_of(answer))
     await send({"type": "http.response.body", "body": b""})

@@ -1,4 +1,4 @@
-"""The engine as calls see it: its refusals in the API's form."""
+"""Submission of sequences to the engine, with the engine's errors as ApiErrors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memserve.types import RequestId
 
 
 class Submission:
-    """Queues sequences and cancels them. `lost` is called when the engine turns out to be gone."""
+    """Queues and cancels sequences. Calls `lost` if the engine has stopped."""
 
     def __init__(self, engine: EngineProtocol, rate: FinishRate, lost: Callable[[], None]) -> None:
         self._engine = engine
@@ -21,23 +21,25 @@ class Submission:
         self._lost = lost
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
-        """Raises ApiError where the engine does not take them."""
+        """Queue sequences, all or none. Raises ApiError if the engine refuses them."""
         with self._refusals(requests):
             self._engine.submit(requests)
 
     def check(self, requests: Sequence[EngineRequest]) -> None:
-        """Raise what `submit` would raise now: before others are asked to work for them."""
+        """Raise the ApiError that `submit` would raise now, without queueing: called before other
+        instances work for these sequences."""
         with self._refusals(requests):
             self._engine.check(requests)
 
     def goes_on(self, request: EngineRequest) -> bool:
-        """Whether the engine can go on exactly behind what another one has generated."""
+        """Whether the engine can continue right after the tokens in `request.output`, which
+        another engine has generated."""
         try:
             self._engine.check([request])
         except RequestError:
             return False
         except (QueueFull, EngineStopped):
-            return True  # which `submit` will say
+            return True  # `submit` raises these
         return True
 
     @contextmanager
@@ -46,7 +48,8 @@ class Submission:
             yield
         except RequestError as error:
             if any(len(request.output) for request in requests):
-                # It ran elsewhere until now: what is wrong with it is that it is here.
+                # Another instance accepted this request, so the instance is at fault, not the
+                # client.
                 raise unavailable(
                     f"This instance cannot go on: {error}", "cannot_resume"
                 ) from error

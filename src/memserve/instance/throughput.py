@@ -1,4 +1,4 @@
-"""How fast sequences come to an end: what tells a refused client when to come back."""
+"""Rate at which sequences finish, for the `Retry-After` of refused requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_RETRY_SECONDS = 60  # longer guesses are worth nothing
 
 
 class FinishRate:
-    """Ends of sequences in the last `WINDOW_SECONDS`."""
+    """Finish times of sequences in the last `WINDOW_SECONDS`."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -25,7 +25,7 @@ class FinishRate:
         self._forget(now)
 
     def retry_after(self, waiting: int) -> int:
-        """Whole seconds, at least 1, until `waiting` sequences have likely been worked off."""
+        """Estimate the seconds until `waiting` sequences have finished: 1..MAX_RETRY_SECONDS."""
         now = self._clock.now()
         self._forget(now)
         if not self._ends:

@@ -1,4 +1,4 @@
-"""An instance whose engine is a vLLM server, made from a configuration."""
+"""Construction of an instance whose engine is a vLLM server from a configuration."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ from memserve.vllm.server import (
 
 log = logging.getLogger(__name__)
 
-KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own; of a server that somebody else has started
-SAY_SECONDS = 10.0  # between words on what is waited for
+KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own variable; the key of a server at `vllm_url`
+SAY_SECONDS = 10.0  # between log messages while waiting for the server
 
 
 class _Model(msgspec.Struct, frozen=True):
@@ -61,10 +61,10 @@ _models = msgspec.json.Decoder(_Models)
 def build_vllm(
     ending: threading.Event, config: ClusterConfig, settings: InstanceConfig, identity: Identity
 ) -> Parts:
-    """Start a vLLM server, or find the one that is named, and wait until it serves.
+    """Start a vLLM server, or attach to the one at `vllm_url`, and wait until it serves.
 
-    Raises ConfigError, ModelError; EngineStopped where it ends first, or is none that we know;
-    GivenUp as soon as `ending` is set.
+    Raises ConfigError, ModelError; EngineStopped if the server ends first or its version is
+    unknown; GivenUp as soon as `ending` is set.
     """
     found = resolve_model(config.model, log.info)
     tokenizer = Tokenizer.load(found.path)
@@ -75,7 +75,7 @@ def build_vllm(
             else _attached(ending, settings, settings.vllm_url)
         )
         if server.pool is not None:
-            stack.callback(sweep)  # the shared memory of an engine that a signal has ended
+            stack.callback(sweep)  # a killed server leaves its shared memory behind
         info = _describe(server.place, settings, found.path)
         engine = VllmEngine(server.place, info)
         events: EventRelay | None = None
@@ -117,9 +117,9 @@ def build_vllm(
 @dataclass(frozen=True, slots=True)
 class _Server:
     place: ServerPlace
-    events: str | None = None  # where it publishes them
-    pool: Path | None = None  # the socket of the pool in it
-    watched: list[threading.Thread] = field(default_factory=list)  # they end with it
+    events: str | None = None  # endpoint of its KV events
+    pool: Path | None = None  # socket of the pool in its process
+    watched: list[threading.Thread] = field(default_factory=list)  # must stay alive
 
 
 def _started(
@@ -130,7 +130,7 @@ def _started(
     found: ModelDirectory,
     stack: ExitStack,
 ) -> _Server:
-    """A server of our own, which `stack` ends."""
+    """Start a vLLM server and wait until it is ready. `stack` stops it."""
     require_command(settings.vllm_command)
     server = VllmServer()
     stack.callback(server.stop)
@@ -153,7 +153,8 @@ def _started(
 
 
 def _attached(ending: threading.Event, settings: InstanceConfig, url: str) -> _Server:
-    """A server that somebody else has started; it may not be up yet."""
+    """Wait until the server at `url`, which the operator starts, is healthy. Raises GivenUp as
+    soon as `ending` is set."""
     check_url(url)
     place = ServerPlace(url.rstrip("/"), key=os.environ.get(KEY_VARIABLE))
     said = 0.0
@@ -193,8 +194,8 @@ def _describe(place: ServerPlace, settings: InstanceConfig, directory: Path) -> 
 
 
 def _vocabulary(directory: Path) -> tuple[int, tuple[int, ...]]:
-    """Its size and the end tokens: the generation settings win over the model's. Raises
-    ModelError."""
+    """Return the vocabulary's size and the end tokens of the model in `directory`. End tokens of
+    `generation_config.json` win over those of `config.json`. Raises ModelError."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         settings = directory / "generation_config.json"
