@@ -15,6 +15,7 @@ from memserve.api.generate import PrefillPeer
 from memserve.api.handoff import PrefillResult
 from memserve.clock import MonotonicClock
 from memserve.config import Caching
+from memserve.errors import LayoutMismatch
 from memserve.instance import remote_prefill
 from memserve.instance.remote_prefill import RemotePrefill
 from memserve.pool.layout import KVLayout
@@ -143,6 +144,19 @@ async def test_kv_that_does_not_arrive_is_computed(
         assert d.totals.blocks_received == 0
         if caching == "off":
             await until(lambda: not p.cached + d.cached, "nothing left of it")
+
+
+async def test_kv_of_another_layout_is_computed(
+    model: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def differs(*_: object) -> None:
+        raise LayoutMismatch("blocks of another size")
+
+    monkeypatch.setattr(kv_link.PoolLink, "meet", differs)
+    async with pair(model) as (p, d):
+        answer = await d.complete(*PROMPT, tokens=12, prefill=[p])
+        assert answer.tokens == [expected]
+        assert (d.totals.asked, d.totals.failed, d.totals.blocks_received) == (1, 0, 0)
 
 
 async def test_an_instance_that_was_restarted_is_met_again(

@@ -118,7 +118,7 @@ class Prefiller:
             return await self._link.stream(
                 call.target, tokens, call.namespace, call.target_namespace
             )
-        except TransferError as error:
+        except (TransferError, PoolError) as error:
             log.warning("%s: %s cannot be reached for KV: %s", call.id, call.target.id, error)
             return None
 

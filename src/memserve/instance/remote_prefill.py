@@ -330,7 +330,7 @@ class RemotePrefill:
     async def _meet(self, peer: PoolPeer) -> None:
         try:
             await self._link.meet(peer)
-        except TransferError as error:
+        except (TransferError, PoolError) as error:
             log.warning("%s cannot be reached for KV: %s", peer.id, error)
 
     async def _give_back(self, request: EngineRequest, home: PoolPeer, tokens: TokenArray) -> None:
