@@ -51,7 +51,7 @@ class CachingRun(msgspec.Struct, frozen=True):
 
     caching: Caching
     turns: tuple[TurnSummary, ...]
-    handoff: HandoffTotals  # of all decode instances in all repeats, warm-up included
+    handoff: HandoffTotals  # sums over decode instances and repeats, with warm-up
     run: ServeRun
 
 

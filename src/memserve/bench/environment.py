@@ -25,7 +25,7 @@ class Environment(msgspec.Struct, frozen=True):
 
     time: str  # UTC, ISO 8601
     memserve: str
-    commit: str | None  # of the checkout the code runs from, "+" behind it if changed since
+    commit: str | None  # of the code's checkout, with "+" if files have changed
     python: str
     packages: dict[str, str]
     platform: str

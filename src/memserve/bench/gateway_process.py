@@ -402,7 +402,7 @@ def _gateway(arguments: Sequence[str]) -> int:
     parser.add_argument("--worker", type=WorkerPlace.parse)
     parser.add_argument("--exit-with-parent", action="store_true")
     given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING)  # lines with a prefix: one that is a URL is ours
+    logging.basicConfig(level=logging.WARNING)  # log lines have a prefix, unlike the URL
     if given.exit_with_parent:
         exit_with_parent()
     gateway = GatewayConfig(port=given.port, policy=given.policy, workers=given.workers)

@@ -1,4 +1,4 @@
-"""`memserve bench policies`: the same sessions with each policy, on clusters of each shape."""
+"""`memserve bench policies`: equal sessions with each policy, on clusters of each shape."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def _time_policy(
     for spec in specs:
         scheduler.put(spec)
         tree.join(spec.id, spec.block_tokens, spec.role)
-    among = frozenset(spec.id for spec in specs)  # as a gateway names its members
+    among = frozenset(spec.id for spec in specs)  # as a gateway passes its members
     holders = [spec.id for spec in specs if spec.role is not Role.DECODE]
     holders = holders or [spec.id for spec in specs]
     prompts = _Prompts(workload)

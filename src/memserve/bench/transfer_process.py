@@ -181,7 +181,7 @@ class _Worker:
         begin = time.perf_counter()
         self._transport.post(self._peer.owner, writes)
         while not (ended := self._transport.poll()):
-            if self._transport.poll_interval:  # as the pools' own thread does
+            if self._transport.poll_interval:  # as the pool's transfer thread does
                 time.sleep(self._transport.poll_interval)
         seconds = time.perf_counter() - begin
         if ended[0].outcome is not Outcome.DONE:

@@ -50,7 +50,7 @@ class Finding(msgspec.Struct, frozen=True):
         return f"{word:4} {name}: {self.text}{'' if self.advice is None else f'; {self.advice}'}"
 
 
-# --- what was seen ------------------------------------------------------------------------------
+# --- results of the examination -----------------------------------------------------------------
 
 
 class FeedSeen(msgspec.Struct, frozen=True):

@@ -136,7 +136,7 @@ class KvFeed:
         await asyncio.wait((self._expiring, *finding, *self._ending))
         self._context.destroy(linger=0)
 
-    # --- what it is doing -----------------------------------------------------------------
+    # --- state ----------------------------------------------------------------------------
 
     def synchronised(self, instance: InstanceId) -> bool:
         """Return whether the tree has all events of the instance that are known of."""

@@ -100,7 +100,7 @@ class Membership:
         self._observers: list[Observer] = []
         self._ask: Callable[[Member], None] | None = None
 
-    # --- asking ---------------------------------------------------------------------------
+    # --- queries --------------------------------------------------------------------------
 
     @property
     def members(self) -> Sequence[Member]:
@@ -138,7 +138,7 @@ class Membership:
     def view(self) -> ClusterView:
         return ClusterView(self.epoch, [view_of(member) for member in self._members.values()])
 
-    # --- following ------------------------------------------------------------------------
+    # --- observers ------------------------------------------------------------------------
 
     def on_change(self, observer: Observer) -> Callable[[], None]:
         """Call `observer` with every change, and at once with `JOINED` for each present member.
@@ -155,7 +155,7 @@ class Membership:
         """Have `ask` called with each member that should be polled before the next heartbeat."""
         self._ask = ask
 
-    # --- what happens ---------------------------------------------------------------------
+    # --- events ---------------------------------------------------------------------------
 
     def join(self, address: str, *, lasting: bool = True) -> Member:
         """Return the member at this address, added if it is new, and have it polled at once.

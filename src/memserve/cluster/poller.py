@@ -55,7 +55,7 @@ class Poller:
         """Poll one member. An unexpected exception counts as a miss, and ends no other poll."""
         try:
             await self._poll(member)
-        except Exception as error:  # noqa: BLE001 - what one member says must not end all polls
+        except Exception as error:  # noqa: BLE001 - one member's answer must not end all polls
             self._vitals.survive("poll", error)
             self._membership.missed(member)
 

@@ -70,7 +70,7 @@ class VllmEngine:
         self._place = place
         self._info = info
         self._thread = threading.Thread(target=self._main, name="vllm-engine", daemon=True)
-        self._lock = threading.Lock()  # guards `_runs`, `_stopped`, `_loop` and the counters
+        self._lock = threading.Lock()  # guards `_runs`, `_stopped` and `_loop`
         self._runs: dict[RequestId, _Run] = {}
         self._stopped = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -152,7 +152,7 @@ class VllmEngine:
         if self._thread.ident is not None:
             self._thread.join()
 
-    # --- what is refused ------------------------------------------------------------------
+    # --- refusals -------------------------------------------------------------------------
 
     def _make_sure_of_room(self, count: int) -> None:
         if self._stopped:

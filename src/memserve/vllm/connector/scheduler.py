@@ -221,7 +221,7 @@ class PoolScheduler:
         sequence.ordered(job, Save(due.start, due.stop, refs))
         copies.saves.append(Copy(request_id, job, own, ref_index(refs)))
 
-    # --- what workers report --------------------------------------------------------------
+    # --- reports of workers ---------------------------------------------------------------
 
     def update(
         self,

@@ -97,7 +97,7 @@ class Sequence:
         self.loading = False
 
     def fail(self) -> None:
-        """Record that loaded blocks are invalid: load no more, void the saves in flight."""
+        """Record that loaded blocks are invalid: allow no more loads, void the saves in flight."""
         self.load_failed = True
         self.void()
 
