@@ -43,7 +43,7 @@ from memserve.models.tokenizer import Tokenizer
 from memserve.terminal import progress_lines, rendered, run_app
 from memserve.types import Role
 
-# A cluster's instances listen where they can; a single instance is one of its kind.
+# `up` chooses the instances' addresses; `instance` runs one.
 _CLUSTER_LEAVES_OUT = ("host", "port", "advertise")
 _INSTANCE_LEAVES_OUT = ("count",)
 _DRAIN_ONLY = [name for name in GatewayConfig.__struct_fields__ if name != "drain_seconds"]
@@ -112,7 +112,7 @@ def up(
         instance=tuple(with_flags(i, given, _CLUSTER_LEAVES_OUT) for i in file.instance),
     )
     check_config(wanted)
-    # Whoever supervises processes waits for nobody who reads what is printed.
+    # A slow reader of the output must not block the supervisor.
     with LinePrinter(STDOUT) as out, LinePrinter(STDERR) as errors:
         progress = progress_lines(errors.show)
         model = resolve_model(wanted.model, progress)
@@ -203,7 +203,8 @@ def prepare(*, given: Given) -> None:
 
 
 def _without_file(given: Given) -> ClusterConfig:
-    """The smallest cluster that hands over, unless other instances are asked for."""
+    """Return one prefill and one decode instance, or with --role, --count or --engine vllm one
+    default instance, which flags then change."""
     if given["role"] is not None or given["count"] is not None or given["engine"] == "vllm":
         return ClusterConfig()
     return ClusterConfig(
@@ -212,14 +213,15 @@ def _without_file(given: Given) -> ClusterConfig:
 
 
 def _begin_process(ends_with_parent: bool) -> None:
-    """For a process that serves: logs on standard error, its address on standard output."""
+    """Set up a serving process: logs to standard error; with `ends_with_parent`, the watchdog."""
     log_to_stderr()
     if ends_with_parent:
         exit_with_parent()
 
 
 def _outlive_reloads() -> None:
-    """SIGHUP ends nothing from now on, unless a terminal may send it: one that closes means it."""
+    """Block SIGHUP until `on_reload`, unless standard input is a terminal, whose SIGHUP at its end
+    must end the process."""
     if not os.isatty(0):
         hold_reloads()
 

@@ -123,7 +123,7 @@ def remove_(
 
 
 def _run(url: str, json: bool, work: Callable[[ClusterClient], Awaitable[object]]) -> None:
-    """Do it, then show what the cluster is like."""
+    """Run `work` with a client of the gateway, then print the cluster's view."""
 
     authorities = client_tls(os.environ.get(TLS_CA_VARIABLE))
 
@@ -136,7 +136,7 @@ def _run(url: str, json: bool, work: Callable[[ClusterClient], Awaitable[object]
     if json:
         print(msgspec.json.encode(view).decode())
     else:
-        # A table in a file or a pipe is not cut to the width of a terminal that is not there.
+        # Without a terminal, do not cut the table to a terminal's width.
         wide = None if sys.stdout.isatty() else 200
         console = Console(highlight=False, width=wide)
         console.print(cluster_table(view))
@@ -148,7 +148,7 @@ def _run(url: str, json: bool, work: Callable[[ClusterClient], Awaitable[object]
 
 
 def cluster_table(view: ClusterSummary) -> Table:
-    """A line for each instance. Memory is blocks in use (active or cached) of all."""
+    """Return a table with a row for each instance. Memory: blocks not free, of all blocks."""
     table = Table(title=f"epoch {view.epoch}", title_justify="left")
     for name in ("id", "kind", "pool", "role", "state", "address", "pid", "HBM", "DRAM"):
         table.add_column(name, justify="right" if name in ("pid", "HBM", "DRAM") else "left")

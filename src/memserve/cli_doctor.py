@@ -1,4 +1,4 @@
-"""`memserve doctor`: what is wrong with a running cluster, and what to do about it."""
+"""`memserve doctor`: checks of a running cluster, with advice."""
 
 from __future__ import annotations
 

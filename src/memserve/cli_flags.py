@@ -1,4 +1,4 @@
-"""Commands that take the flags of configuration tables, generated from the tables themselves."""
+"""Typer options for commands, generated from configuration tables."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ JsonFile = Annotated[
 
 
 def takes_flags(*flags: Iterable[Flag]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator under `app.command()`: the command gets an option for each of the flags, and
-    receives what was given (a `Given`) as its parameter `given`.
+    """Return a decorator, to use below `app.command()`: it adds an option for each flag, and passes
+    the values (a `Given`) as the parameter `given`.
     """
     options = [_option(flag) for flag in chain.from_iterable(flags)]
     names = [option.name for option in options]
@@ -33,7 +33,7 @@ def takes_flags(*flags: Iterable[Flag]) -> Callable[[Callable[..., None]], Calla
             given = {name: values.pop(name) for name in names}
             command(**values, given=given)
 
-        # Typer reads the options off the signature.
+        # Typer reads the options from the signature.
         run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
         return run
 

@@ -35,8 +35,8 @@ def new(
         bool, typer.Option("--priority", help="its `priority` counts among tenants")
     ] = False,
 ) -> None:
-    """Make a random key and print it: it is shown this once. What a gateway is given is its
-    entry, with a hash in place of the key."""
+    """Make a random API key and print it, once. Also makes its entry for gateways, which has a hash
+    in place of the key."""
     key, entry = new_key(name, tenant, priority)
     if file is None:
         print(f"entry for api_keys or a file of them: {entry}", file=sys.stderr)

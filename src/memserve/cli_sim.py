@@ -1,4 +1,4 @@
-"""`memserve sim`: policies and cluster shapes against each other, without the hardware."""
+"""`memserve sim`: comparison of policies and cluster shapes in a simulation."""
 
 from __future__ import annotations
 

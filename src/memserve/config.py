@@ -1,6 +1,6 @@
-"""Configuration: frozen, typed, read from TOML whose names are the flags' names.
+"""Configuration: frozen, typed structs, read from TOML with the same names as the flags.
 
-Unknown keys are refused with the nearest known one; wrong types and values with their path.
+Errors name an unknown key with the nearest known one, and a wrong type or value with its path.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Profiling = Literal["auto", "off"]
 Policy = Literal["prompt-tree", "session", "least-load", "round-robin"]
 Engine = Literal["builtin", "vllm"]
 
-# By step of caching: in which roles an instance keeps the KV of its own sequences for others.
+# For each caching setting, the roles in which an instance keeps its sequences' KV for later ones.
 KEEPING_ROLES: dict[Caching, frozenset[Role]] = {
     "off": frozenset(),
     "p": frozenset({Role.PREFILL, Role.COLOCATED}),
@@ -43,27 +43,28 @@ _UNITS |= {f"{k}B": 1000**n for n, k in enumerate("KMGT", 1)}
 
 
 def doc(text: str) -> Meta:
-    """What the field means, for people: the help text of its flag."""
+    """Return a field's description, which is the help text of its flag."""
     return Meta(description=text)
 
 
 def no_flag(text: str) -> Meta:
-    """The same of a field that is no flag: everybody on a machine can read its processes'
-    arguments."""
+    """Return the description of a field without a flag, for secrets: all users of a machine can
+    read the arguments of its processes."""
     return Meta(description=text, extra={"flag": False})
 
 
 def command_line(text: str) -> Meta:
-    """The same of a list of arguments, whose flag is one text, quoted as a shell wants it."""
+    """Return the description of a list of arguments, whose flag takes one text with shell
+    quoting."""
     return Meta(description=text, extra={"flag": "shell"})
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A table of the file."""
+    """A table of the TOML file."""
 
 
 class ModelConfig(_Section, frozen=True):
-    """Which model, and how its weights are held."""
+    """The model, and dtype and device of its weights."""
 
     path: Annotated[str, doc("'demo', a local directory, or a hub id")] = "demo"
     dtype: Annotated[Dtype, doc("weights and KV; auto: the model's")] = "auto"
@@ -74,7 +75,7 @@ class ModelConfig(_Section, frozen=True):
 
 
 class CacheConfig(_Section, frozen=True):
-    """What is cached and how it moves."""
+    """Caching of KV, blocks, and transfers."""
 
     caching: Annotated[Caching, doc("who keeps KV for later requests")] = "full"
     mode: Annotated[TransferMode, doc("how a transfer is cut into writes")] = "by-request-agg"
@@ -84,7 +85,7 @@ class CacheConfig(_Section, frozen=True):
 
 
 class InstanceConfig(_Section, frozen=True):
-    """`count` equal instances."""
+    """`count` instances with equal settings."""
 
     engine: Annotated[Engine, doc("what computes: our own, or a vLLM server")] = "builtin"
     role: Annotated[Role, doc("what it does for a request")] = Role.COLOCATED
@@ -126,7 +127,7 @@ class InstanceConfig(_Section, frozen=True):
 
 
 class GatewayConfig(_Section, frozen=True):
-    """The process that clients talk to."""
+    """The gateway, which clients talk to."""
 
     host: Annotated[str, doc("address to listen on")] = "127.0.0.1"
     port: Annotated[Port, doc("port to listen on; 0: any")] = 8000
@@ -159,7 +160,7 @@ class GatewayConfig(_Section, frozen=True):
 
 
 class SecurityConfig(_Section, frozen=True):
-    """What gateways and instances show each other, and their clients."""
+    """TLS certificates of gateways and instances."""
 
     tls_cert: Annotated[str | None, doc("a PEM file: serve https with this chain")] = None
     tls_key: Annotated[str | None, doc("its private key, PEM")] = None
@@ -179,7 +180,7 @@ class ClusterConfig(_Section, frozen=True):
 
 
 def load_config(path: Path) -> ClusterConfig:
-    """Read a TOML file. Raises ConfigError with the file, the key and what would be right."""
+    """Read a TOML file. Raises ConfigError with the file, the key and the expected value."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -196,7 +197,7 @@ def parse_config(text: str) -> ClusterConfig:
     """Parse TOML text. Raises ConfigError."""
     try:
         data = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, too
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
         raise ConfigError(str(error)) from error
     _refuse_unknown_keys(data)
     try:
@@ -226,7 +227,7 @@ def check_config(config: ClusterConfig) -> None:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a size such as `64GiB`, `1.5GB` or `4096`. Raises ConfigError."""
+    """Return the bytes of a size such as `64GiB`, `1.5GB` or `4096`. Raises ConfigError."""
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]i?B)?", text.strip())
     if match is None or not (size := int(float(match[1]) * _UNITS[match[2] or ""])):
         raise ConfigError(f"'{text}' is no size; sizes are like 64GiB, 1500MB or 4096 (bytes)")
@@ -234,7 +235,8 @@ def parse_bytes(text: str) -> int:
 
 
 def _check_vllm(instance: InstanceConfig) -> None:
-    """What vLLM decides by its own arguments is refused, and its name there given."""
+    """Raise ConfigError for settings that a vLLM server does not take, with vLLM's own arguments
+    for them, and for contradictions among the others."""
     own = {
         "hbm": "--gpu-memory-utilization or --kv-cache-memory-bytes",
         "hbm_blocks": "--num-gpu-blocks-override",
@@ -293,5 +295,5 @@ def _check_keys(prefix: str, table: dict[str, object], known: tuple[str, ...]) -
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -1,7 +1,7 @@
-"""Settings as command-line flags, and flags as settings: one spelling for both directions.
+"""Conversion of configuration tables to command-line flags, and back.
 
-A flag is the setting's name with dashes; the table it stands in is left out, as no two tables
-that meet in one command share a name. `model.path` is `--model`.
+A flag is the field's name with dashes, without its table: tables in one command share no field
+names. `model.path` is `--model`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from msgspec import inspect
 from memserve.config import ModelConfig
 from memserve.errors import ConfigError
 
-# What a command line gave, by parameter name; None where a flag was not used.
+# Values from a command line, by parameter name; None for a flag that was not used.
 Given = Mapping[str, str | bool | None]
 
 _Section = TypeVar("_Section", bound=msgspec.Struct)
@@ -25,17 +25,17 @@ _Section = TypeVar("_Section", bound=msgspec.Struct)
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """One setting of one table."""
+    """The flag of one field of one table."""
 
     section: type[msgspec.Struct]
     field: str
-    type: Any  # with its constraints
+    type: Any  # annotation with constraints
     default: Any
     help: str
 
     @property
     def parameter(self) -> str:
-        """Its name as a Python identifier."""
+        """The flag's name as a Python identifier."""
         if self.section is ModelConfig and self.field == "path":
             return "model"
         return self.field
@@ -54,14 +54,14 @@ class Flag:
 
     @property
     def is_command_line(self) -> bool:
-        """A list whose items may have commas: its flag is quoted as a shell wants it."""
+        """Whether the flag is a list of arguments in shell quoting; items may have commas."""
         described = inspect.type_info(self.type)
         extra = described.extra if isinstance(described, inspect.Metadata) else None
         return extra is not None and extra.get("flag") == "shell"
 
     @property
     def values(self) -> str:
-        """What may be given, for help texts: the choices, or the kind of value."""
+        """The choices, or the kind of value, for help texts."""
         kind = self._kind
         if self.is_command_line:
             return "'ARGUMENTS'"
@@ -80,13 +80,13 @@ class Flag:
         kind = inspect.type_info(self.type)
         if isinstance(kind, inspect.Metadata):
             kind = kind.type
-        if isinstance(kind, inspect.UnionType):  # with None
+        if isinstance(kind, inspect.UnionType):  # of one type and None
             (kind,) = (t for t in kind.types if not isinstance(t, inspect.NoneType))
         return kind
 
 
 def flags_of(section: type[msgspec.Struct], leave_out: Collection[str] = ()) -> Iterator[Flag]:
-    """The flags of one table, in its order, without the fields in `leave_out`."""
+    """Yield the flags of one table, in its order, without the fields in `leave_out`."""
     hints = get_type_hints(section, include_extras=True)
     for field in msgspec.structs.fields(section):
         if field.name in leave_out:
@@ -103,9 +103,9 @@ def flags_of(section: type[msgspec.Struct], leave_out: Collection[str] = ()) -> 
 
 
 def with_flags(section: _Section, given: Given, leave_out: Collection[str] = ()) -> _Section:
-    """The table with what was given, except for the fields in `leave_out`.
+    """Return the table with the given values, except for the fields in `leave_out`.
 
-    Raises ConfigError naming the flag whose value is refused.
+    Raises ConfigError with the flag whose value is refused.
     """
     changes: dict[str, object] = {}
     for flag in flags_of(type(section), leave_out):
@@ -116,7 +116,7 @@ def with_flags(section: _Section, given: Given, leave_out: Collection[str] = ())
 
 
 def to_flags(section: msgspec.Struct) -> list[str]:
-    """The command-line arguments that make this table; settings at their default are left out."""
+    """Return the command-line arguments for a table, without fields at their defaults."""
     arguments: list[str] = []
     for flag in flags_of(type(section)):
         value = msgspec.structs.asdict(section)[flag.field]
@@ -142,11 +142,11 @@ def _parse(flag: Flag, value: str | bool) -> object:
             parts = shlex.split(value)
         elif isinstance(value, str) and flag.is_list:
             parts = value.split(",")
-    except ValueError as error:  # a quotation without an end
+    except ValueError as error:  # an unclosed quotation
         raise ConfigError(f"{flag.name} {value}: {error}") from error
     try:
         return msgspec.convert(parts, flag.type, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{flag.name} {value}: {error}") from error
-    except UnicodeError as error:  # an argument that is no UTF-8
+    except UnicodeError as error:  # an argument that is not UTF-8
         raise ConfigError(f"{flag.name} {value!a}: not UTF-8") from error

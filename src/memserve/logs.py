@@ -1,7 +1,7 @@
-"""Log lines that are lines, and no longer than one reads, whatever is in them.
+"""Log formatting: one escaped line of limited length for each record.
 
-Ids, addresses and errors come from outside: from clients, from members, from peers. They can
-neither begin a line of their own nor fill the log.
+Ids, addresses and errors come from clients, members and peers, so they must not be able to forge a
+line or fill the log.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 import logging
 from types import TracebackType
 
-# A message that says more says it with data that somebody sent.
-MAX_MESSAGE = 4096  # characters
-# One value in a message: so that a long one leaves the rest of the message its place.
+# Characters of a message. A longer one contains data from outside.
+MAX_MESSAGE = 4096
+# Characters of one value in a message, so that a long value does not displace the rest.
 MAX_VALUE = 256
-# Of a traceback, which is ours but for the texts of exceptions. Its end says what happened.
+# Of a traceback. Its last lines are kept, which have the exception.
 MAX_TRACE_LINES = 200
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def shown(value: object, limit: int = MAX_VALUE) -> str:
-    """A value from outside as a log shows it: its text in one line of at most `limit`
-    characters and a note of how many were cut; what cannot be printed is escaped."""
+    """Return the text of a value from outside for a log: one line with the first `limit` characters
+    and the number of those that were cut. Unprintable characters are escaped, to at most
+    `2 * limit` characters."""
     text = str(value)
     cut = len(text) - limit
     if cut > 0:
@@ -32,7 +33,8 @@ def shown(value: object, limit: int = MAX_VALUE) -> str:
 
 
 class BoundedFormatter(logging.Formatter):
-    """One record, one line; a traceback's lines behind it are indented and counted."""
+    """Formats a record as one line of at most MAX_MESSAGE characters of message, and the last
+    MAX_TRACE_LINES lines of a traceback, indented, behind it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         message = record.message
@@ -50,7 +52,7 @@ class BoundedFormatter(logging.Formatter):
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Have what this process logs printed to standard error, with times."""
+    """Log to standard error, with times, from `level` on."""
     handler = logging.StreamHandler()
     handler.setFormatter(BoundedFormatter(_FORMAT))
     logging.basicConfig(level=level, handlers=[handler])

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees while a command works."""
+"""Terminal output of commands: errors, exit codes and progress lines."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from memserve.errors import ConfigError, MemserveError, ModelError
 from memserve.models.resolve import Progress
 
 FAILED = 1
-WRONG_USE = 2  # what the person at the keyboard can mend
+WRONG_USE = 2  # errors of configuration or model, which the user can fix
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a command; an error that is raised on purpose is one line, without a traceback."""
+    """Run a command. A MemserveError is printed as one line without a traceback, and ends the
+    process with FAILED or WRONG_USE."""
     try:
         app()
     except MemserveError as error:
@@ -29,8 +30,8 @@ def run_app(app: typer.Typer) -> None:
 
 
 def progress_lines(write: Callable[[str], None] | None = None) -> Progress:
-    """Prints lines to standard error, each with the seconds since now. `write` is called with
-    each line instead, as it looks there."""
+    """Return a function that prints a line to standard error with the seconds since this call.
+    With `write`, the function passes the formatted line to it instead."""
     started = time.monotonic()
 
     def show(console: Console, line: str) -> None:
@@ -43,8 +44,8 @@ def progress_lines(write: Callable[[str], None] | None = None) -> Progress:
 
 
 def rendered(file: TextIO, show: Callable[[Console], None]) -> str:
-    """What `show` prints, as it would look on `file`, without the last end of a line. Nothing
-    is written there."""
+    """Return the text that `show` prints to a console, formatted for `file`, without the last line
+    end. Writes nothing to `file`."""
     text = io.StringIO()
     show(Console(file=text, force_terminal=file.isatty(), highlight=False, soft_wrap=True))
     return text.getvalue().removesuffix("\n")

@@ -1,5 +1,5 @@
-"""`memserve bench caching`: the same conversations with each step of caching between prefill and
-decode instances: off, at the prefill instance, at both, and with new KV given back."""
+"""`memserve bench caching`: equal conversations with each caching setting of prefill and decode
+instances: `off`, `p` (prefill keeps KV), `pd` (both do), `full` (decode also returns KV)."""
 
 from __future__ import annotations
 
@@ -26,43 +26,43 @@ from memserve.errors import ClusterError
 from memserve.models.resolve import Progress
 from memserve.types import Role
 
-# What the last answers made goes back after they have ended: so long is it given.
+# Wait for the returns of the last answers' KV, which follow the answers.
 RETURN_SECONDS = 2.0
 _MB = 1e6
 
 
 class TurnSummary(msgspec.Struct, frozen=True):
-    """All sessions' requests of one turn, the first is 0. Failed ones are left out. Seconds."""
+    """All sessions' requests of one turn, from 0, without failed ones. Times in seconds."""
 
     turn: int
     requests: int
-    cached_ratio: float  # of prompt tokens, found where the prompt was computed
-    cached_ratio_decode: float  # of prompt tokens, found where the answer was decoded
-    computed_tokens: float  # of a prompt, mean
+    cached_ratio: float  # share of prompt tokens cached where the prompt was computed
+    cached_ratio_decode: float  # share of prompt tokens cached where the answer was decoded
+    computed_tokens: float  # prompt tokens computed per request, mean
     blocks_sent: int  # from prefill to decode
     bytes_sent: int
-    bytes_avoided: int  # that the decode instance had
+    bytes_avoided: int  # not sent, since the decode instance had them
     ttft: Distribution | None
     jct: Distribution | None
 
 
 class CachingRun(msgspec.Struct, frozen=True):
-    """One step of caching."""
+    """One run with one caching setting."""
 
     caching: Caching
     turns: tuple[TurnSummary, ...]
-    handoff: HandoffTotals  # of all decode instances in all repeats, warm-up included
+    handoff: HandoffTotals  # sums over decode instances and repeats, with warm-up
     run: ServeRun
 
 
 class CachingBenchResult(msgspec.Struct, frozen=True):
-    """Runs of the same workload."""
+    """Runs of one workload with each caching setting."""
 
     runs: tuple[CachingRun, ...]
 
 
 def one_and_one() -> tuple[InstanceConfig, ...]:
-    """The smallest cluster that hands over."""
+    """Return the smallest cluster with hand-overs: one prefill and one decode instance."""
     return (InstanceConfig(role=Role.PREFILL), InstanceConfig(role=Role.DECODE))
 
 
@@ -72,7 +72,7 @@ async def compare_steps(
     sessions: Work,
     progress: Progress,
 ) -> CachingBenchResult:
-    """Measure clusters that differ in their caching alone, one after the other.
+    """Measure clusters that differ only in `caching`, one after the other.
 
     Raises BenchmarkError, ClusterError.
     """
@@ -88,7 +88,7 @@ async def compare_steps(
 
 
 def by_turn(records: Sequence[RequestRecord]) -> tuple[TurnSummary, ...]:
-    """Reduce the records of a run, turn by turn."""
+    """Summarise the records of a run by turn."""
     done = [record for record in records if record.error is None]
     turns = []
     for turn in sorted({record.turn for record in done}):
@@ -117,9 +117,9 @@ def by_turn(records: Sequence[RequestRecord]) -> tuple[TurnSummary, ...]:
 
 
 def caching_table(result: CachingBenchResult) -> Table:
-    """A line for each turn of each step, and one for the whole run. `computed` is tokens of a
-    prompt, mean; what is sent, avoided and given back is in megabytes. Seconds are means and
-    P99."""
+    """Return a table with a row for each turn of each setting, and for the whole run. `computed`:
+    tokens per prompt, mean. Sent, avoided and returned KV in megabytes. Times: mean and P99 in
+    seconds."""
     table = Table()
     for name in ("caching", "turn", "P has", "D has", "computed", "sent MB", "avoided"):
         table.add_column(name, justify="left" if name == "caching" else "right")
@@ -167,7 +167,7 @@ async def _given_back(cluster: StartedCluster) -> HandoffTotals:
 
 
 async def _handoff_totals(url: str) -> HandoffTotals:
-    """Sums over the decode instances of a cluster."""
+    """Return the sums over the decode instances of the cluster at `url`."""
     try:
         async with ClusterClient(url) as client:
             members = (await client.view()).instances
@@ -179,7 +179,7 @@ async def _handoff_totals(url: str) -> HandoffTotals:
 
 
 def sum_of(totals: Sequence[HandoffTotals]) -> HandoffTotals:
-    """All counters added up; blocks are of one size."""
+    """Return the sums of all counters. All `totals` have one block size."""
     sums: dict[str, float] = {}
     for one in totals:
         for name, value in msgspec.structs.asdict(one).items():

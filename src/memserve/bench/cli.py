@@ -112,7 +112,7 @@ def caching(
     from memserve.bench.caching import caching_table, compare_steps, one_and_one
 
     config = with_flags(ServeBenchConfig(), given)
-    # Every prompt is to be computed by the prefill instance, whatever would be faster.
+    # With this policy the prefill instance computes every prompt, whether that is faster or not.
     default = ClusterConfig(gateway=GatewayConfig(policy="round-robin"), instance=one_and_one())
     cluster, sessions, progress = _prepare(config, cluster_file, default, given)
     cluster = _with_engine(cluster, engine)
@@ -147,7 +147,7 @@ def policies(
 
 
 def _with_engine(cluster: ClusterConfig, engine: str) -> ClusterConfig:
-    """Raises ConfigError for an engine that there is not."""
+    """Return the cluster with another engine. Raises ConfigError if it is unknown or missing."""
     if engine not in get_args(Engine):
         raise ConfigError(f"--engine {engine}: {' or '.join(get_args(Engine))}")
     if engine == "builtin":
@@ -160,7 +160,7 @@ def _with_engine(cluster: ClusterConfig, engine: str) -> ClusterConfig:
 def _prepare(
     config: ServeBenchConfig, cluster_file: Path | None, default: ClusterConfig, given: Given
 ) -> tuple[ClusterConfig, Work, Progress]:
-    """The cluster with the model that is meant, and what is sent."""
+    """Return the cluster with its model resolved, the workload, and a progress printer."""
     cluster = load_config(cluster_file) if cluster_file else default
     wanted = with_flags(cluster.model, given)
     progress = progress_lines()
@@ -171,7 +171,7 @@ def _prepare(
 
 
 class PoolBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How many prompts the pool is filled with."""
+    """Settings of `bench pool`."""
 
     prompts: Annotated[Positive, doc("stored")] = 10_000
     prompt_tokens: Annotated[Positive, doc("of each")] = 4096
@@ -201,7 +201,7 @@ def scheduler(json: JsonFile = None, *, given: Given) -> None:
 
 
 class EngineBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How much the engine is given to do."""
+    """Settings of `bench engine`."""
 
     threads: Annotated[Positive | None, doc("default: one for each core")] = None
     prompt_tokens: Annotated[Positive, doc("of the prompt that is prefilled")] = 1024
@@ -234,7 +234,7 @@ def engine(json: JsonFile = None, *, given: Given) -> None:
 
 
 class TransferBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How much is copied."""
+    """Settings of `bench transfer`."""
 
     blocks: Annotated[Positive, doc("copied at once")] = 256
     repeats: Annotated[Positive, doc("of each copy, in turns; more are steadier")] = 9
@@ -258,7 +258,7 @@ def transfer(json: JsonFile = None, *, given: Given) -> None:
 
 
 class GatewayBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What is sent through a gateway."""
+    """Settings of `bench gateway`."""
 
     streams: Annotated[Positive, doc("at the same time")] = 64
     prompt_tokens: Annotated[Positive, doc("of each prompt; 400 are 2 KB")] = 400

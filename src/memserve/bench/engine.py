@@ -1,7 +1,6 @@
-"""The built-in engine beside Transformers' `generate`: same weights, threads and prompts.
+"""The built-in engine against Transformers' `generate`: same weights, threads and prompts.
 
-The two take turns, so that a machine whose speed drifts slows both; ratios are taken pair by
-pair.
+The two take turns, so that a drift of the machine's speed affects both; ratios are per pair.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ BATCH_PROMPT_TOKENS = 64
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """Seconds of the same work in both, medians; the ratio's quartiles over the pairs."""
+    """Median seconds of equal work in both, and the median and quartiles of the pairs' ratio."""
 
     engine: float
     generate: float
@@ -51,7 +50,7 @@ class BatchPoint(msgspec.Struct, frozen=True):
 
 
 class EngineBenchReport(msgspec.Struct, frozen=True):
-    """What `run_engine_bench` measured."""
+    """The result of `run_engine_bench`."""
 
     model: str
     dtype: str
@@ -150,7 +149,7 @@ class _Generate:
         self._device = device
 
     def run(self, prompt: TokenArray, tokens: int) -> tuple[float, float]:
-        """Seconds to the first token, and per further token."""
+        """Return the seconds to the first token, and per further token."""
         ids = torch.from_numpy(prompt.astype(np.int64))[None].to(self._device)
         first = self._time(ids, 1)
         return first, (self._time(ids, tokens) - first) / (tokens - 1)
@@ -168,9 +167,9 @@ class _Generate:
 
 
 class _TimedEngine:
-    """The engine as a server runs it (its own thread, greedy), with a stop-watch.
+    """Times the engine as a server runs it: on its own thread, with greedy sampling.
 
-    One engine for each run: its threads must not be there while the other one computes.
+    Each run has its own engine, whose threads must not exist while `generate` computes.
     """
 
     def __init__(self, model: Model, pool: MemPool, threads: int, batch: int) -> None:
@@ -184,7 +183,7 @@ class _TimedEngine:
         )
 
     def run(self, prompts: Sequence[TokenArray], tokens: int) -> tuple[float, float]:
-        """Seconds to the first token, and the mean decode step once all are decoding."""
+        """Return the seconds to the first token, and the mean of a decode step with all prompts."""
         times: list[float] = []
         left = len(prompts)
         done = threading.Event()
@@ -208,12 +207,12 @@ class _TimedEngine:
             done.wait()
         finally:
             engine.stop()
-        # Prompts that together fit the step's budget all decode from the second step on.
+        # If the prompts together fit into one step's budget, all decode from the second step on.
         return times[0] - started, float(np.mean(np.diff(times)[-(tokens - 2) :]))
 
 
 def engine_bench_table(report: EngineBenchReport) -> Table:
-    """The report for a person."""
+    """Return the report as a table."""
     table = Table(
         title=f"{report.model}, {report.dtype}, {report.device}, {report.threads} threads, "
         f"median of {report.repeats}"

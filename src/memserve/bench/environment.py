@@ -1,4 +1,4 @@
-"""What a measurement was taken on: versions, hardware, commit. Part of every JSON result."""
+"""The environment of a measurement: versions, hardware, commit. Part of every JSON result."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from memserve import __version__
 from memserve.config import available_cores
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "aiohttp", "httptools", "uvloop")
-# For git and nvidia-smi, which answer at once or hang on a broken driver.
+# Seconds for git and nvidia-smi, which answer at once or hang on a broken driver.
 _TOOL_TIMEOUT = 10.0
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """Where and with what."""
+    """Versions, hardware and commit."""
 
     time: str  # UTC, ISO 8601
     memserve: str
-    commit: str | None  # of the checkout the code runs from, "+" behind it if changed since
+    commit: str | None  # of the code's checkout, with "+" if files have changed
     python: str
     packages: dict[str, str]
     platform: str
@@ -79,7 +79,7 @@ def _gpus() -> tuple[str, ...]:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None where it is absent or fails."""
+    """Return the output of a command; None if it is absent or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:

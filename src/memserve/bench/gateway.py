@@ -1,11 +1,10 @@
-"""What a gateway costs: its CPU per request and per chunk, and how long it holds chunks back.
+"""Costs of a gateway: CPU time per request and per chunk, and delays of chunks.
 
-Between a backend that echoes and a load generator, each a process of its own, stands the gateway
-that is measured; or none, to know what the two can do; or a relay that passes bytes on and looks
-at none of them, to know what the event loop and the kernel take of a gateway's CPU. CPU is the
-gateway's own, from /proc, that of all its workers if it has several. Requests per second are
-taken with chunks as fast as the backend writes them; CPU and gaps with chunks that are paced, so
-that each is a read and a write of its own.
+The gateway stands between a backend that streams fixed chunks and a load generator, each a process
+of its own. Two baselines: no gateway, for the limits of backend and generator; and a relay that
+passes bytes on without parsing, for the CPU time of the event loop and the kernel. CPU times are
+from /proc, of all processes of the gateway. Requests per second are measured with unpaced chunks;
+CPU per chunk and gaps with paced chunks, so that each chunk is one read and one write.
 """
 
 from __future__ import annotations
@@ -30,24 +29,24 @@ from memserve.bench.gateway_process import MODULE, LoadConfig, LoadSeen
 from memserve.config import Policy
 from memserve.errors import MemserveError
 
-READY_SECONDS = 30.0  # for a gateway to have found its backend
-WARM_SECONDS = 0.5  # of load before it counts
-FEW, MANY = 8, 64  # chunks per stream; between them lies what a chunk costs
+READY_SECONDS = 30.0  # until a gateway answers a request
+WARM_SECONDS = 0.5  # of load before the measurement
+FEW, MANY = 8, 64  # chunks per stream; the difference gives the cost of a chunk
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 _ROUTERS = {"vllm-router": (), "sglang-router": ("launch",)}  # and their subcommands
 _TEXTS = ("sglang-router",)  # refuses prompts of token ids
 
 
 class GatewayWorkload(msgspec.Struct, frozen=True):
-    """What is sent through each gateway."""
+    """The load through each gateway."""
 
     streams: int
     prompt_tokens: int  # as token ids; 5 digits each
-    gap_seconds: float  # between chunks, where they are paced
+    gap_seconds: float  # between paced chunks
     seconds: float  # of each run
     repeats: int
     policy: Policy
-    workers: int = 1  # processes of our gateway; more are measured beside one
+    workers: int = 1  # processes of memserve's gateway; with more, one is measured, too
 
 
 class GatewayRun(msgspec.Struct, frozen=True):
@@ -79,15 +78,16 @@ class GatewayBenchReport(msgspec.Struct, frozen=True):
 
 class _Target(msgspec.Struct, frozen=True):
     name: str
-    texts: bool  # takes no token ids: prompts are as many bytes of text
-    command: tuple[str, ...] | None  # with {url}, {port} and {metrics}; None: no gateway at all
-    prints_url: bool = False  # it chooses its port itself
+    texts: bool  # refuses token ids: prompts are texts of the same size in bytes
+    command: tuple[str, ...] | None  # with {url}, {port} and {metrics}; None: no gateway
+    prints_url: bool = False  # the gateway chooses its port itself
 
 
 def run_gateway_bench(
     workload: GatewayWorkload, progress: Callable[[str], None]
 ) -> GatewayBenchReport:
-    """Measure ours and those that are installed, in turns. Raises MemserveError."""
+    """Measure memserve's gateway, the baselines and installed routers, in turns. Raises
+    MemserveError if one of the first two fails; a router that fails is skipped."""
     targets = [
         _Target("none", False, None),
         _Target(
@@ -169,7 +169,7 @@ def _figures(name: str, runs: Sequence[tuple[GatewayRun, GatewayRun, GatewayRun]
 def _measure(
     target: _Target, workload: GatewayWorkload
 ) -> tuple[GatewayRun, GatewayRun, GatewayRun]:
-    """Not paced with few chunks, paced with few, paced with many."""
+    """Return three runs: unpaced with FEW chunks, paced with FEW, paced with MANY."""
     runs = []
     for gap, loads in ((0.0, (FEW,)), (workload.gap_seconds, (FEW, MANY))):
         with ExitStack() as stack:
@@ -227,8 +227,7 @@ def _load(
 
 
 def _cpu_seconds(pid: int | None) -> float:
-    """User and system time of all threads of a process and its children, those that have
-    ended too."""
+    """Return user and system seconds of a process and its children, with ended ones."""
     if pid is None:
         return 0.0
     process = Path(f"/proc/{pid}")
@@ -243,7 +242,7 @@ def _cpu_seconds(pid: int | None) -> float:
 
 @contextmanager
 def _serving(*arguments: str) -> Iterator[str]:
-    """A process of this benchmark's that prints its URL."""
+    """Run a process of `gateway_process`; yield the URL that it prints."""
     with _process((sys.executable, "-m", MODULE, *arguments)) as process:
         assert process.stdout is not None
         yield process.stdout.readline().decode().strip()
@@ -251,7 +250,7 @@ def _serving(*arguments: str) -> Iterator[str]:
 
 @contextmanager
 def _gateway(target: _Target, backend: str) -> Iterator[tuple[str, int]]:
-    """URL and pid of a gateway that is ready."""
+    """Run a gateway; yield its URL and pid when it is ready."""
     assert target.command is not None
     port, metrics = _free_port(), _free_port()
     command = [part.format(url=backend, port=port, metrics=metrics) for part in target.command]

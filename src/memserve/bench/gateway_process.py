@@ -1,8 +1,8 @@
-"""The processes around a gateway that is measured: `python -m memserve.bench.gateway_process`.
+"""Processes of the gateway benchmark: `python -m memserve.bench.gateway_process`.
 
-`backend GAP_SECONDS` answers every generating call with as many chunks as it asks for, on bare
-protocols; `load JSON` sends requests and prints what it saw; `gateway POLICY WORKERS URL...` is
-ours, with a vocabulary and no model; `relay URL` passes bytes on and looks at none of them.
+`backend GAP_SECONDS` answers each generating call with the number of chunks that it asks for;
+`load JSON` sends requests and prints its measurements; `gateway POLICY WORKERS URL...` is
+memserve's, with a vocabulary and no model; `relay URL` passes bytes on without parsing.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _chunk(data: bytes) -> bytes:
 
 
 _PLAIN = _chunk(_EVENT)
-_NAMED = _chunk(b":0 12345\n" + _EVENT)  # as an instance's events are
+_NAMED = _chunk(b":0 12345\n" + _EVENT)  # in the form of an instance's events
 _END = _chunk(_DONE) + b"0\r\n\r\n"
 
 
@@ -76,13 +76,13 @@ class _Sampling(msgspec.Struct, frozen=True):
 
 
 class _Call(msgspec.Struct):
-    """What the backend reads of a gateway's call."""
+    """The part of a memserve gateway's call that the backend reads."""
 
     sampling: _Sampling = _Sampling()
 
 
 class _Request(msgspec.Struct):
-    """What it reads of a client's request."""
+    """The part of an OpenAI request that the backend reads."""
 
     max_tokens: int = 0
 
@@ -97,7 +97,7 @@ class Backend(asyncio.Protocol):
     def __init__(
         self, loop: asyncio.AbstractEventLoop, gap: float, verifier: Verifier | None = None
     ) -> None:
-        """`verifier`: of what is signed; the other routers sign nothing."""
+        """`verifier`: checks signed calls; other routers' calls are unsigned."""
         self._loop = loop
         self._gap = gap
         self._verifier = verifier
@@ -183,10 +183,10 @@ def _lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def _described(url: bytes) -> bytes:
-    """What gateways and routers ask before they trust an instance."""
+    """Return the JSON body for a GET, with which gateways and routers probe an instance."""
     if url == b"/info":
-        # Room for all that it is sent at once, since it answers all of it at once. To predict how
-        # long a request waits for memory takes a gateway longer.
+        # Limits with room for all concurrent requests, since the backend answers them at once, and
+        # the prediction of waits for memory would cost the gateway CPU time.
         limits = Limits(VOCABULARY, 8192, POOL_TOKENS, 8192, 16, "float32", "cpu", 1)
         identity = InstanceId("echo"), Epoch(1), Role.COLOCATED, InstanceState.READY
         return _encode(InstanceInfo(*identity, os.getpid(), MODEL, limits))
@@ -210,12 +210,12 @@ async def _backend(gap: float) -> None:
 
 
 class _Side(asyncio.Protocol):
-    """One of the two connections of a relay that only passes bytes on."""
+    """One of the two connections of the relay."""
 
     def __init__(self, other: _Side | None = None) -> None:
         self.other = other
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self._early: list[bytes] = []  # until there is another side
+        self._early: list[bytes] = []  # bytes received before `join`
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -238,7 +238,7 @@ class _Side(asyncio.Protocol):
 
 
 async def _relay(backend: str) -> None:
-    """What any gateway on this event loop takes at least: two reads and two writes a request."""
+    """Run the relay: two reads and two writes per request, the least of any gateway."""
     loop, parts = asyncio.get_running_loop(), urlsplit(backend)
     joining: set[asyncio.Task[None]] = set()
 
@@ -262,8 +262,8 @@ async def _relay(backend: str) -> None:
 
 
 class LoadConfig(msgspec.Struct, frozen=True):
-    """What to send. Every stream is a connection that sends its next request when it has the
-    last one's answer."""
+    """The load. Each stream is a connection that sends its next request after the last answer's
+    end."""
 
     host: str
     port: int
@@ -271,7 +271,7 @@ class LoadConfig(msgspec.Struct, frozen=True):
     chunks: int
     seconds: float
     prompt_tokens: int
-    texts: bool = False  # the same bytes, as a text
+    texts: bool = False  # send the bytes of the token ids as a text
 
 
 class LoadSeen(msgspec.Struct, frozen=True):
@@ -289,7 +289,7 @@ class ClientRequest(msgspec.Struct, frozen=True):
 
 
 class _Client(asyncio.Protocol):
-    """One stream after the other on one connection."""
+    """One connection of the load generator, with one request after the other."""
 
     def __init__(self, load: _Load, requests: Sequence[bytes], turn: int) -> None:
         self._load = load
@@ -361,7 +361,7 @@ def _same(client: _Client) -> _Client:
 
 
 def _requests(config: LoadConfig) -> list[bytes]:
-    """256 prompts of token ids; every 16 of them share their first half."""
+    """Return 256 requests; groups of 16 prompts share their first half."""
     rng = np.random.default_rng(1)
     half = config.prompt_tokens // 2
     shared = rng.integers(10_000, VOCABULARY, (16, half))
@@ -402,7 +402,7 @@ def _gateway(arguments: Sequence[str]) -> int:
     parser.add_argument("--worker", type=WorkerPlace.parse)
     parser.add_argument("--exit-with-parent", action="store_true")
     given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING)  # lines with a prefix: one that is a URL is ours
+    logging.basicConfig(level=logging.WARNING)  # log lines have a prefix, unlike the URL
     if given.exit_with_parent:
         exit_with_parent()
     gateway = GatewayConfig(port=given.port, policy=given.policy, workers=given.workers)

@@ -1,4 +1,4 @@
-"""Two network namespaces on this machine, joined by a slow cable."""
+"""An emulated link: two network namespaces on this machine with a limited rate between them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Self
 
 from memserve.errors import EmulationError
 
-# `ip` and `tc` answer at once, or wait for a lock of the kernel.
+# Seconds for `ip` and `tc`, which answer at once, or wait for a lock of the kernel.
 _TOOL_TIMEOUT = 30.0
-# The token bucket holds what passes between two timer ticks, and a little more.
+# The token bucket holds the bytes of this time: a timer tick, and a little more.
 _BURST_SECONDS = 0.004
 _QUEUE = "50ms"
 _DEVICE = "cable"
@@ -22,19 +22,19 @@ _DEVICE = "cable"
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """One of the two machines that the link pretends to connect."""
+    """One end of the link: a network namespace and its address."""
 
     namespace: str
     address: str
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        """The command to run another command under."""
+        """The prefix of a command that runs it at this end."""
         return ("ip", "netns", "exec", self.namespace)
 
 
 class EmulatedLink:
-    """A veth pair whose both ends are shaped to `bits_per_second`. Needs root and iproute2."""
+    """A veth pair with both ends shaped to `bits_per_second`. Needs root and iproute2."""
 
     def __init__(self, bits_per_second: int) -> None:
         self.bits_per_second = bits_per_second
@@ -67,7 +67,7 @@ class EmulatedLink:
         return self
 
     def cut(self) -> None:
-        """Nothing gets through any more, and nobody is told."""
+        """Drop all packets from now on, without an error at either end."""
         _run("ip", "-n", self.far.namespace, "link", "set", _DEVICE, "down")
 
     def mend(self) -> None:

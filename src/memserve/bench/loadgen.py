@@ -1,12 +1,12 @@
 """A load generator for sessions.
 
-Open loop: it keeps its own schedule, whatever the server does. Sessions arrive as a Poisson
-process. Within one, the next turn is sent as soon as the answer before it has ended, because
-its prompt contains that answer. A late sender makes a slow server look fast (coordinated
-omission), so times count from the schedule, and lateness is reported.
+Open loop: sessions arrive as a Poisson process, whatever the server does. Within a session, the
+next turn is sent as soon as the answer before it has ended, because its prompt contains that
+answer. A late sender would make a slow server look fast (coordinated omission), so times count
+from the schedule, and lateness is reported.
 
-Closed loop: so many sessions at a time; the next one begins when one has ended. The server sets
-the pace: such runs say what it can do at most, and nothing of how long people would wait.
+Closed loop: a fixed number of sessions at a time; the next one begins when one has ended. The
+server sets the pace, so such runs measure its throughput, and not the waits of real clients.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ class RequestRecord(msgspec.Struct, frozen=True):
 
     session: str
     turn: int
-    scheduled: float  # when it should have been sent
+    scheduled: float  # planned time of sending
     sent: float
-    first_token: float | None  # None: nothing came
+    first_token: float | None  # None: no token arrived
     chunk_times: tuple[float, ...]
     end: float
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
     error: str | None
-    figures: RequestStats | None = None  # of servers that tell
+    figures: RequestStats | None = None  # `usage.memserve`, if the server sends it
 
 
 @dataclass(frozen=True, slots=True)
 class LoadSettings:
-    """How the load is made."""
+    """Settings of the load."""
 
     rate: float  # sessions per second, mean
     seed: int
@@ -56,14 +56,15 @@ class LoadSettings:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """Everything that was sent, by session and turn."""
+    """Records of all requests, by session and turn."""
 
     records: tuple[RequestRecord, ...]
-    unsent: int  # turns behind a failed one, which cannot be asked
+    unsent: int  # turns behind a failed one, whose prompts need its answer
 
 
 def arrival_times(count: int, rate: float, seed: int) -> tuple[float, ...]:
-    """Seconds at which `count` sessions of a Poisson process of `rate` per second arrive."""
+    """Return the arrival times in seconds of `count` sessions of a Poisson process with `rate` per
+    second."""
     gaps = random.Random(seed)
     times: list[float] = []
     now = 0.0
@@ -74,9 +75,8 @@ def arrival_times(count: int, rate: float, seed: int) -> tuple[float, ...]:
 
 
 async def warm_up(client: OpenAIClient, requests: int) -> str | None:
-    """Send short requests one after the other; the first error, if any.
-
-    What a server does only once (allocations, compilation, first connections) is then done.
+    """Send short requests one after the other, so that the server has made its first allocations,
+    compilations and connections. Stop at an error and return it; None: no error.
     """
     for index in range(requests):
         messages = [{"role": "user", "content": f"This is warm-up request number {index}."}]
@@ -95,8 +95,8 @@ async def generate_load(
 ) -> LoadResult:
     """Send every session at its time and wait for the last answer.
 
-    Requests of token ids bring their own times, which a closed loop leaves aside. `finished` is
-    called after each request. A failed request ends its session.
+    A TokenRequest has its own arrival time, which a closed loop ignores. `finished` is called after
+    each request. A failed request ends its session.
     """
     run = _Run(client, settings.replay_answers, clock, clock.now(), finished)
     if settings.concurrency is None:
@@ -125,7 +125,7 @@ async def _closed_loop(
     waiting = iter(enumerate(work))
 
     async def user() -> None:
-        for index, item in waiting:  # one iterator for all: each takes the next session
+        for index, item in waiting:  # one iterator for all tasks: each takes the next session
             found[index] = await run.item(item, run.elapsed())
 
     async with asyncio.TaskGroup() as group:
@@ -135,7 +135,7 @@ async def _closed_loop(
 
 
 def request_count(item: Session | TokenRequest) -> int:
-    """How many requests it is."""
+    """Return the number of requests of a session, or 1."""
     return len(item.turns) if isinstance(item, Session) else 1
 
 
@@ -168,7 +168,7 @@ class _Run:
 
     async def _session(self, session: Session, arrival: float) -> list[RequestRecord]:
         records: list[RequestRecord] = []
-        past: list[str] = []  # prompts and answers in turn
+        past: list[str] = []  # prompts and answers, alternating
         scheduled = arrival
         for index, turn in enumerate(session.turns):
             past.append(turn.prompt)

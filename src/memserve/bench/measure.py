@@ -1,4 +1,4 @@
-"""Measuring a server, and clusters of a given configuration that are started for it."""
+"""Measurement of a running server, and of clusters that are started for it."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ from memserve.models.resolve import Progress
 
 ASK_TIMEOUT = aiohttp.ClientTimeout(total=10.0)  # of the server's model list
 GENERATOR = "load generator"
-# Progress is told about this many times in a run.
+# Progress is printed about this many times in a run.
 _PROGRESS_LINES = 10
 
 _T = TypeVar("_T")
 
 
 class BenchmarkError(MemserveError):
-    """A server that cannot be measured."""
+    """The server cannot be measured."""
 
 
 class ServeRun(msgspec.Struct, frozen=True):
     """One measured run."""
 
     name: str
-    model: str  # as the server calls it
-    cluster: ClusterConfig | None  # None: a server that somebody else has started
+    model: str  # name in the server's API
+    cluster: ClusterConfig | None  # None: a server that ran already
     summary: ServingSummary
     requests: tuple[RequestRecord, ...]
     repeat: int = 0
     seed: int = 0  # of the arrivals
-    processes: tuple[ProcessStats, ...] = ()  # of clusters that were started for the run
+    processes: tuple[ProcessStats, ...] = ()  # empty for a server that ran already
 
 
 class StartedCluster:
-    """A cluster that runs and can be measured, any number of times."""
+    """A running cluster that can be measured any number of times."""
 
     def __init__(self, cluster: LocalCluster, config: ClusterConfig) -> None:
         self._cluster = cluster
@@ -66,13 +66,13 @@ class StartedCluster:
         return self._cluster.url
 
     async def or_failure(self, work: Awaitable[_T]) -> _T:
-        """The result of `work`; ClusterError if a process ends before."""
+        """Return the result of `work`. Raises ClusterError if a process ends before."""
         return await self._cluster.or_failure(work)
 
     async def run(
         self, name: str, config: ServeBenchConfig, work: Work, progress: Progress, repeat: int = 0
     ) -> ServeRun:
-        """Measure it once. Raises BenchmarkError, ClusterError."""
+        """Measure the cluster once. Raises BenchmarkError, ClusterError."""
         pids = {**self._cluster.pids(), GENERATOR: os.getpid()}
         measuring = measure_server(name, config, self.url, work, progress, repeat=repeat, pids=pids)
         return msgspec.structs.replace(await self.or_failure(measuring), cluster=self._config)
@@ -82,8 +82,8 @@ class StartedCluster:
 async def started_cluster(
     config: ClusterConfig, progress: Progress
 ) -> AsyncIterator[StartedCluster]:
-    """Start a cluster on a port that is free, and end it. Raises ClusterError."""
-    # Hand-overs are counted.
+    """Start a cluster on a free port, and end it. Raises ClusterError."""
+    # Hand-overs of the proof would be counted with the workload's.
     gateway = msgspec.structs.replace(config.gateway, port=0, prove_handover=False)
     config = msgspec.structs.replace(config, gateway=gateway)
     cluster = LocalCluster(config, Shutdown(), progress)
@@ -102,7 +102,8 @@ async def measure_cluster(
     progress: Progress,
     then: Callable[[StartedCluster], Awaitable[_T]],
 ) -> tuple[tuple[ServeRun, ...], _T]:
-    """All repeats on one cluster, and what `then` finds out before it ends.
+    """Start a cluster; return the runs of all repeats, and the result of `then`, called before the
+    cluster ends.
 
     Raises BenchmarkError, ClusterError.
     """
@@ -115,13 +116,13 @@ async def measure_cluster(
 
 
 async def nothing_else(_: StartedCluster) -> None:
-    """For `measure_cluster`."""
+    """Do nothing: a `then` for `measure_cluster`."""
 
 
 async def measure_repeats(
     name: str, config: ServeBenchConfig, work: Work, progress: Progress
 ) -> tuple[ServeRun, ...]:
-    """Measure the server at `config.url`, so often as the configuration says."""
+    """Measure the server at `config.url`, `config.repeats` times."""
     return tuple(
         [
             await measure_server(name, config, config.url, work, progress, repeat=repeat)
@@ -140,9 +141,9 @@ async def measure_server(
     repeat: int = 0,
     pids: dict[str, int] | None = None,
 ) -> ServeRun:
-    """Send the workload to the server at `url`; `pids`: its processes, if they are here.
+    """Send the workload to the server at `url`. `pids`: processes of this machine to meter.
 
-    Of several repeats, each finds the cache empty. Raises BenchmarkError if it cannot be measured.
+    If `config` has several repeats, each finds the cache empty. Raises BenchmarkError.
     """
     clock = MonotonicClock()
     total = sum(map(request_count, work))
@@ -179,7 +180,7 @@ class _ModelList(msgspec.Struct, frozen=True):
 
 
 async def served_model(url: str) -> str:
-    """What a server calls its model. Raises BenchmarkError."""
+    """Return the name of a server's model. Raises BenchmarkError."""
     try:
         async with (
             aiohttp.ClientSession(timeout=ASK_TIMEOUT, headers=api_key_headers()) as session,

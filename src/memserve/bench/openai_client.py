@@ -1,4 +1,4 @@
-"""One streamed request over the OpenAI API, with the time of everything that comes back."""
+"""Streamed requests over the OpenAI API, with the arrival time of each chunk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import msgspec
 from memserve.api.request_stats import RequestStats
 from memserve.clock import Clock
 
-# Nothing may hang for ever: a server that sends nothing for this long has failed the request.
-# Queueing counts, so that it is longer than any sensible wait for a first token.
+# A request fails if the server sends nothing for this time. Longer than any sensible wait for a
+# first token, which includes queueing.
 SILENCE_TIMEOUT = 300.0
 CONNECT_TIMEOUT = 10.0
 
@@ -41,7 +41,7 @@ class _Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _PromptDetails | None = None
-    memserve: RequestStats | None = None  # servers of ours
+    memserve: RequestStats | None = None  # from memserve's servers only
 
 
 class _Error(msgspec.Struct, frozen=True):
@@ -49,7 +49,7 @@ class _Error(msgspec.Struct, frozen=True):
 
 
 class _Chunk(msgspec.Struct, frozen=True):
-    """What we use of a chunk of either kind, or of an error in its place."""
+    """The fields used of a chat or completion chunk, or of an error in its place."""
 
     choices: tuple[_Choice, ...] = ()
     usage: _Usage | None = None
@@ -61,10 +61,10 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server sent for one request; times are the clock's."""
+    """A server's answer to one request. Times are the client's clock's, in seconds."""
 
     sent: float
-    chunk_times: tuple[float, ...]  # of the chunks that carried tokens
+    chunk_times: tuple[float, ...]  # of the chunks with tokens
     end: float
     text: str
     prompt_tokens: int
@@ -75,7 +75,7 @@ class Answer:
 
 
 def api_key_headers() -> dict[str, str]:
-    """What shows the key of OPENAI_API_KEY, as OpenAI's own client takes it."""
+    """Return the header with the key in OPENAI_API_KEY; none without that variable."""
     key = os.environ.get("OPENAI_API_KEY")
     return {} if not key else {"Authorization": f"Bearer {key}"}
 
@@ -84,10 +84,9 @@ class OpenAIClient:
     """A connection pool to one server. An async context manager."""
 
     def __init__(self, url: str, model: str, clock: Clock, cache_salt: str | None = None) -> None:
-        """`url` is the server's root, without /v1; `model` as the server calls it.
+        """`url`: the server's root, without /v1. `model`: name in the server's API.
 
-        With a `cache_salt`, servers that know it (vLLM, ours) reuse nothing that was sent with
-        another one.
+        `cache_salt`: vLLM and memserve share no cached KV between different salts.
         """
         self.url = url.rstrip("/")
         self._model = model
@@ -115,9 +114,10 @@ class OpenAIClient:
         output_tokens: int,
         session: str | None = None,
     ) -> Answer:
-        """Ask for exactly `output_tokens` tokens. Never raises for what a server does wrong.
+        """Send a chat request for exactly `output_tokens` tokens. Errors of the server are in the
+        answer's `error`, and not raised.
 
-        `session`: told to servers that keep a session's requests together.
+        `session`: id for servers that keep a session's requests on one instance.
         """
         fields = {"messages": list(messages), **self._fields(output_tokens)}
         return await self._post("/v1/chat/completions", fields, session)
@@ -125,7 +125,7 @@ class OpenAIClient:
     async def complete(
         self, prompt: str | Sequence[int], output_tokens: int, session: str | None = None
     ) -> Answer:
-        """The same for a plain prompt, text or token ids."""
+        """Send a completion request, as `chat`, with a text or token ids as the prompt."""
         given = prompt if isinstance(prompt, str) else list(prompt)
         fields = {"prompt": given, **self._fields(output_tokens)}
         return await self._post("/v1/completions", fields, session)
@@ -154,13 +154,13 @@ class OpenAIClient:
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "return_token_ids": True,  # some tokens have no text: their arrival counts too
+            "return_token_ids": True,  # to see the arrival of tokens without text, too
             **self._salt,
         }
 
 
 class _Received:
-    """What has come back so far."""
+    """The part of an answer received so far."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

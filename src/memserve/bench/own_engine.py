@@ -1,4 +1,4 @@
-"""An engine as instances run it, for measurements in this process."""
+"""The built-in engine as instances run it, for measurements in this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memserve.instance.build import choose_device, wanted_dtype
 from memserve.instance.profiling import ProfiledEngine
 from memserve.models.resolve import Progress, resolve_model
 
-_MIXED_TOKENS = 256  # nothing is prefilled beside decoding sequences here
+_MIXED_TOKENS = 256  # unused: these measurements do not mix prefill and decode
 _MAX_RUNNING = 64
 _BLOCK_TOKENS = 16
 
@@ -19,9 +19,9 @@ _BLOCK_TOKENS = 16
 def load_own_engine(
     wanted: ModelConfig, threads: int | None, max_batch_tokens: int, progress: Progress
 ) -> ProfiledEngine:
-    """Load a model as the command line wants it; `threads` None: one for each core.
+    """Load a model into an engine. `threads`: None: one for each core.
 
-    The calling thread computes alone from now on. Raises ModelError.
+    Limits PyTorch to one thread for work of the calling thread. Raises ModelError.
     """
     device = choose_device(wanted.device)
     model = resolve_model(wanted, progress)

@@ -1,4 +1,4 @@
-"""Reports as one HTML file that needs nothing else: style and plots are in it, and no script."""
+"""Reports as one self-contained HTML file: style and plots are inline, without scripts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _PACKAGE = "memserve.bench"
 def render_page(
     template: str, environment: measured_on.Environment, package: str = _PACKAGE, **values: object
 ) -> str:
-    """A whole document. `template`: a file in the folder `templates` of `package`, which extends
-    `page.html`; `values`: what it shows, escaped. Raises ConfigError without matplotlib."""
+    """Return an HTML document. `template`: a file in the folder `templates` of `package`, which
+    extends `page.html`. `values`: its variables, escaped. Raises ConfigError without matplotlib."""
     loader = ChoiceLoader([PackageLoader(name) for name in dict.fromkeys((package, _PACKAGE))])
     pages = Environment(
         loader=loader,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SIZE = (4.2, 3.2)  # inches of one plot
 _SQUARE = (6.0, 6.0)
 _BAND = 0.1  # relative, on both sides of a scatter plot's diagonal
-# Lines are told apart by people who see red and green alike, too. Equal plots are equal files.
+# Colours that red-green colour-blind readers can tell apart. Equal plots give equal files.
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "memserve",
@@ -36,7 +36,7 @@ COLOURS = ("#0b62a8", "#c4570c", "#1d7f4e", "#8a3fa0", "#8f6a00", "#c2255c")
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A value, and between what it may lie."""
+    """A point, and the interval of its y value, if known."""
 
     x: float
     y: float
@@ -46,7 +46,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One of a plot's lines; its colour goes by its place among them."""
+    """One of a plot's lines. Its position among the lines decides its colour."""
 
     name: str
     points: tuple[Point, ...]
@@ -73,13 +73,13 @@ class Series:
 
 
 def check_matplotlib() -> None:
-    """Raises ConfigError if no plot can be drawn, to be called before anything is measured."""
+    """Raise ConfigError if no plot can be drawn. Call it before the measurement."""
     if find_spec("matplotlib") is None:
         raise ConfigError("plots need matplotlib: pip install 'memserve[bench]'")
 
 
 def distribution(title: str, unit: str, series: Sequence[tuple[str, Sequence[float]]]) -> Plot:
-    """Cumulative distributions: the share of values (y) that are at most x."""
+    """Return a plot of cumulative distributions: y is the share of values that are at most x."""
     lines = []
     for name, values in series:
         shares = np.arange(1, len(values) + 1) / max(1, len(values))
@@ -89,7 +89,8 @@ def distribution(title: str, unit: str, series: Sequence[tuple[str, Sequence[flo
 
 
 def draw(*plots: Plot) -> str:
-    """An SVG document with the plots below each other. Raises ConfigError without matplotlib."""
+    """Return an SVG document with the plots below each other. Raises ConfigError without
+    matplotlib."""
     check_matplotlib()
     with _figure((_SIZE[0], _SIZE[1] * len(plots))) as figure:
         for axes, plot in zip(figure.subplots(len(plots), squeeze=False)[:, 0], plots, strict=True):
@@ -98,8 +99,8 @@ def draw(*plots: Plot) -> str:
 
 
 def draw_scatter(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> str:
-    """An SVG document: logarithmic axes, the diagonal, and a band of 10 % around it. Raises
-    ConfigError without matplotlib."""
+    """Return a scatter plot as SVG: logarithmic axes, the diagonal, and a band of 10 % around it.
+    Raises ConfigError without matplotlib."""
     check_matplotlib()
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -123,7 +124,7 @@ def draw_scatter(title: str, x_label: str, y_label: str, series: Sequence[Series
 
 @contextmanager
 def _figure(size: tuple[float, float]) -> Iterator[Figure]:
-    """An empty figure, in the style of all plots until the context ends."""
+    """Yield an empty figure; the style of all plots applies until the context ends."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

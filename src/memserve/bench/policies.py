@@ -1,4 +1,4 @@
-"""`memserve bench policies`: the same sessions with each policy, on clusters of each shape."""
+"""`memserve bench policies`: equal sessions with each policy, on clusters of each shape."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from memserve.types import Role
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Instances of one core each, as many as there are cores on the smallest machine."""
+    """A cluster of two instances."""
 
     name: str
     instances: tuple[InstanceConfig, ...]
 
 
 def shapes(like: InstanceConfig) -> tuple[Shape, ...]:
-    """Equal hardware: two instances that do everything, or one of each role."""
+    """Return two shapes of equal size: two colocated instances, or one prefill and one decode."""
 
     def instance(role: Role, count: int) -> InstanceConfig:
         return msgspec.structs.replace(like, role=role, count=count)
@@ -39,7 +39,7 @@ def shapes(like: InstanceConfig) -> tuple[Shape, ...]:
 
 
 def chosen_policies(names: Sequence[str] | None) -> tuple[Policy, ...]:
-    """All, or those that are named. Raises ConfigError."""
+    """Return all policies, or the named ones. Raises ConfigError for an unknown name."""
     known: tuple[Policy, ...] = get_args(Policy)
     if unknown := set(names or ()) - set(known):
         raise ConfigError(f"policy {', '.join(unknown)} is none of {', '.join(known)}")
@@ -55,7 +55,7 @@ class PolicyRun(msgspec.Struct, frozen=True):
 
 
 class PoliciesBenchResult(msgspec.Struct, frozen=True):
-    """Runs of the same workload."""
+    """Runs of one workload with each shape and policy."""
 
     runs: tuple[PolicyRun, ...]
 
@@ -67,7 +67,7 @@ async def compare_policies(
     sessions: Work,
     progress: Progress,
 ) -> PoliciesBenchResult:
-    """Measure clusters that differ in shape and policy alone, one after the other.
+    """Measure clusters that differ only in shape and policy, one after the other.
 
     Raises BenchmarkError, ClusterError.
     """
@@ -84,7 +84,7 @@ async def compare_policies(
 
 
 def policies_table(result: PoliciesBenchResult) -> Table:
-    """A line for each run; seconds, means and P99."""
+    """Return a table with a row for each run: means and P99 in seconds."""
     table = Table()
     for name in ("instances", "policy"):
         table.add_column(name)

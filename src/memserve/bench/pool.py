@@ -1,7 +1,7 @@
-"""The memory pool alone: microseconds per call, beside an index of chained block hashes.
+"""The memory pool alone: microseconds per call, against an index of chained block hashes.
 
-The KV is kept tiny (one byte per element, one element per head): what is measured is the
-book-keeping, and millions of blocks fit into any machine.
+The KV is tiny (one byte per element, one element per head), so that the book-keeping is measured,
+and millions of blocks fit into any machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCK_TOKENS = 16
 PolicyName = Literal["lru", "cost"]
 
 VOCABULARY = 128_000
-STORED_BLOCKS = (1_000, 10_000, 100_000)  # at which eviction is timed
+STORED_BLOCKS = (1_000, 10_000, 100_000)  # sizes of the pools in which eviction is timed
 SAMPLES = 1_000  # of each timed call
 
 _LAYOUT = KVLayout(
@@ -59,7 +59,7 @@ QUICK = PoolWorkload(prompts=200, prompt_tokens=1024, prefixes=5, prefix_tokens=
 
 
 class EvictionPoint(msgspec.Struct, frozen=True):
-    """Allocating one block when none is free."""
+    """Time of an allocation of one block when none is free."""
 
     policy: PolicyName
     stored_blocks: int
@@ -67,25 +67,25 @@ class EvictionPoint(msgspec.Struct, frozen=True):
 
 
 class PoolBenchReport(msgspec.Struct, frozen=True):
-    """Medians, microseconds; tokens given as int32 arrays."""
+    """Medians of a call in microseconds; tokens are int32 arrays."""
 
     workload: PoolWorkload
     insert: float
     match: float
     release: float
-    tokens_from_list: float  # what a Python list of tokens costs on top
+    tokens_from_list: float  # conversion of a Python list of tokens, in addition
     hashed_insert: float  # the same prompts in the index of chained hashes
     hashed_match: float
-    bytes_per_prompt: float  # growth of resident memory
+    bytes_per_prompt: float  # growth of resident memory, mean
     hashed_bytes_per_prompt: float
     conversation_match: float
-    alloc: float  # as many blocks as a prompt has
+    alloc: float  # of the blocks of one prompt
     free: float
     evictions: tuple[EvictionPoint, ...]
 
 
 class ChainedHashes:
-    """The usual index: SHA-256 over parent hash and block tokens, then a dictionary.
+    """The usual prefix index: a dictionary by SHA-256 of parent hash and block tokens.
 
     As in vLLM's prefix cache, without its per-block objects and serialisation.
     """
@@ -120,7 +120,7 @@ def run_pool_bench(
     stored_blocks: Sequence[int] = STORED_BLOCKS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> PoolBenchReport:
-    """Measure everything, the pool and the chained hashes with the same prompts."""
+    """Measure the pool and the chained hashes, with the same prompts."""
     workload = workload or PoolWorkload()
     progress(f"{workload.prompts} prompts into the pool")
     with MemPool(_LAYOUT, _blocks_needed(workload), instance="bench") as pool:
@@ -159,7 +159,7 @@ def run_pool_bench(
 
 
 def pool_bench_table(report: PoolBenchReport) -> Table:
-    """The report for a person."""
+    """Return the report as a table."""
     work = report.workload
     table = Table(
         title=f"{work.prompts} prompts of {work.prompt_tokens} tokens, {work.prefixes} shared "
@@ -172,7 +172,7 @@ def pool_bench_table(report: PoolBenchReport) -> Table:
         ("match", report.match, report.hashed_match, "us"),
         ("memory per prompt", report.bytes_per_prompt, report.hashed_bytes_per_prompt, "bytes"),
     ):
-        # Few prompts fit into pages that the process has already: no growth to see.
+        # With few prompts the process needs no more pages, so memory does not grow.
         ratio = f"{theirs / ours:.1f}" if ours > 0 else "-"
         table.add_row(name, f"{ours:.1f} {unit}", f"{theirs:.1f} {unit}", ratio)
     for name, value in (
@@ -197,7 +197,7 @@ def _blocks_needed(workload: PoolWorkload) -> int:
 
 
 def _prompts(workload: PoolWorkload) -> Iterator[TokenArray]:
-    """The same ones each time, made as they are needed."""
+    """Yield the workload's prompts, the same ones in each call."""
     rng = np.random.default_rng(0)
     prefixes = rng.integers(0, VOCABULARY, (workload.prefixes, workload.prefix_tokens), np.int32)
     own = workload.prompt_tokens - workload.prefix_tokens
@@ -249,7 +249,8 @@ def _time_alloc(pool: MemPool, blocks: int) -> tuple[float, float]:
 
 
 def _time_conversations(pool: MemPool, turns: int) -> float:
-    """Each turn was answered twice, so that the path to the last has an edge for every turn."""
+    """Return the median microseconds of matching a conversation's whole history. Each turn has two
+    answers in the index, so that the path has a branch, and an edge, for every turn."""
     rng = np.random.default_rng(1)
     times = []
     for _ in range(SAMPLES // 4):
@@ -276,7 +277,7 @@ def _store(pool: MemPool, tokens: TokenArray) -> None:
 def _time_hashed(
     workload: PoolWorkload, sample: Sequence[TokenArray]
 ) -> tuple[float, float, float]:
-    """Insert and match, microseconds, and bytes per prompt."""
+    """Return the medians of insert and match in microseconds, and bytes per prompt."""
     index = ChainedHashes()
     blocks: Iterator[int] = itertools.count()
     before = _resident_bytes()
@@ -307,7 +308,7 @@ def _time_eviction(policy: PolicyName, stored: int) -> float:
 
 
 def _timed(call: Callable[[], object]) -> float:
-    """Microseconds of one call."""
+    """Return the microseconds of one call."""
     started = time.perf_counter_ns()
     call()
     return (time.perf_counter_ns() - started) / 1e3

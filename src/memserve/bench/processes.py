@@ -1,4 +1,4 @@
-"""What processes of this machine used: CPU seconds and peak memory, from /proc."""
+"""CPU seconds and peak memory of processes on this machine, from /proc."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 import msgspec
 
 _TICKS = os.sysconf("SC_CLK_TCK")
-_RESET_PEAK = b"5"  # to `clear_refs`: the peak counts from now on
+_RESET_PEAK = b"5"  # written to `clear_refs`: resets the peak of resident memory
 
 
 class ProcessStats(msgspec.Struct, frozen=True):
-    """One process during one run."""
+    """Resources that one process used during one run."""
 
     name: str
     cpu_seconds: float  # user and system, all threads
-    peak_bytes: int  # resident, with shared pages; since the run began, if Linux lets us
+    peak_bytes: int  # resident, with shared pages; of the run, or the whole life (`_reset_peak`)
 
 
 class ProcessMeter:
-    """Measures processes from its making to `read`. Those that end before are left out."""
+    """Measures processes from the constructor to `read`, which leaves out those that have ended."""
 
     def __init__(self, pids: Mapping[str, int]) -> None:
-        """Process ids by name; only what this user may look at."""
+        """`pids`: process ids by name."""
         self._pids = dict(pids)
         self._before = {}
         for name, pid in self._pids.items():
@@ -47,7 +47,7 @@ def _cpu_seconds(pid: int) -> float | None:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return None
-    # The second field is the program's name, in brackets and with whatever is in it.
+    # The second field is the program's name in brackets, which may have spaces and brackets itself.
     fields = text.rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
@@ -65,4 +65,4 @@ def _reset_peak(pid: int) -> None:
     try:
         Path(f"/proc/{pid}/clear_refs").write_bytes(_RESET_PEAK)
     except OSError:
-        return  # another user's, or gone: the peak is then of its whole life
+        return  # another user's process, whose peak is then that of its whole life, or an ended one

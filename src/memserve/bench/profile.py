@@ -21,13 +21,13 @@ from memserve.scheduler.cost_model import CostModel
 from memserve.scheduler.measurements import Measurements, PrefillPoint
 from memserve.scheduler.profiles import Profile, ProfileStore, make_profile
 
-# Held-out points: where a prompt can be shorter, equal and much longer than a step.
+# Prompt tokens of held-out points: from shorter than one step to much longer.
 SHORTEST, LONGEST = 64, 8192
 CACHED_RATIOS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95)
 
 
 class Errors(msgspec.Struct, frozen=True):
-    """Relative errors of absolute value."""
+    """Distribution of absolute relative errors."""
 
     points: int
     median: float
@@ -36,7 +36,7 @@ class Errors(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, errors: NDArray[np.float64]) -> Errors | None:
-        """None for no points."""
+        """Return the distribution; None without errors."""
         if not len(errors):
             return None
         median, p95 = np.percentile(errors, [50, 95])
@@ -44,27 +44,27 @@ class Errors(msgspec.Struct, frozen=True):
 
 
 class CheckedPoint(msgspec.Struct, frozen=True):
-    """A held-out prefill."""
+    """A held-out prefill, measured and predicted."""
 
     prompt_tokens: int
     cached_tokens: int
     measured: float
-    predicted: float  # by the operators
+    predicted: float  # by the fit of operators
     by_architecture: float  # by the architecture-level fit
 
 
 class ProfileReport(msgspec.Struct, frozen=True):
-    """What was fitted, and how well it predicts."""
+    """The fitted cost model's errors, on fitted and on held-out points."""
 
     profile: Profile
     measured: Measurements
-    prefill: Errors | None  # of the points that were fitted
+    prefill: Errors | None  # of the fitted points
     decode: Errors | None
     transfer: Errors | None
     held_out: Errors | None
     held_out_by_architecture: Errors | None
     checked: tuple[CheckedPoint, ...]
-    stored: str  # where
+    stored: str  # path of the stored profile
 
 
 def run_profile(
@@ -73,7 +73,8 @@ def run_profile(
     store: ProfileStore,
     progress: Callable[[str], None],
 ) -> ProfileReport:
-    """Measure, fit, store and check. Raises ProfileError, ProbeFailed, OutOfBlocks, OSError."""
+    """Measure an instance, fit, store and check its cost model. Raises ProfileError, ProbeFailed,
+    OutOfBlocks, OSError."""
     subject = engine.subject
     measured, points = take_measurements(
         engine, "full", progress, partial(held_out_points, config.held_out), config.rounds
@@ -107,8 +108,9 @@ def run_profile(
 
 
 def held_out_points(count: int, longest: int) -> list[tuple[int, int]]:
-    """(prompt tokens, cached tokens): lengths even on a logarithmic scale, every cached ratio
-    with short and long ones; the same for everybody, and none of those that are fitted."""
+    """Return (prompt tokens, cached tokens) of held-out points: lengths evenly spaced on a
+    logarithmic scale, every cached ratio with short and long ones. Equal in every run, and none of
+    the fitted points."""
     longest = min(longest, LONGEST)
     rng = np.random.default_rng(1)
     at = (np.arange(count) + rng.random(count)) / count
@@ -156,7 +158,7 @@ def _transfer_errors(costs: CostModel, measured: Measurements) -> Errors | None:
 
 
 def profile_table(report: ProfileReport) -> Group:
-    """The report for a person: errors, and the held-out points."""
+    """Return the report as tables of errors and of held-out points."""
     subject = report.profile.subject
     hardware = subject.hardware
     errors = Table(
@@ -193,7 +195,7 @@ def profile_table(report: ProfileReport) -> Group:
 
 
 def check_plot(path: Path, config: ProfileConfig) -> None:
-    """Raises ConfigError for a plot that cannot be made, before anything is measured."""
+    """Raise ConfigError if the plot cannot be made. Call it before the measurement."""
     if path.suffix != ".svg":
         raise ConfigError(f"--plot {path}: an .svg file is written")
     if not config.held_out:
@@ -202,7 +204,7 @@ def check_plot(path: Path, config: ProfileConfig) -> None:
 
 
 def write_plot(report: ProfileReport, path: Path) -> None:
-    """Predicted against measured times of the held-out points, as SVG."""
+    """Write a plot of predicted against measured times of the held-out points, as SVG."""
     measured = [point.measured for point in report.checked]
     svg = draw_scatter(
         f"{report.profile.subject.architecture.name}: prefill, points held out",

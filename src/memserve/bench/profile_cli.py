@@ -16,7 +16,7 @@ from memserve.terminal import progress_lines
 
 
 class ProfileConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How thoroughly an instance is measured."""
+    """Settings of `memserve profile`."""
 
     threads: Annotated[Positive | None, doc("default: one for each core")] = None
     max_batch_tokens: Annotated[Positive, doc("as the instances' setting")] = 2048

@@ -1,4 +1,4 @@
-"""Results: what is said of a run, as a table for people and as JSON for everything else."""
+"""Summaries of load runs, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STDOUT = "-"
 
 
 class Distribution(msgspec.Struct, frozen=True):
-    """Mean and percentiles (linear between neighbours) of one figure."""
+    """Mean and percentiles (linear interpolation) of one figure."""
 
     count: int
     mean: float
@@ -29,7 +29,7 @@ class Distribution(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Distribution | None:
-        """None for no values."""
+        """Return the distribution of values; None without values."""
         if not values:
             return None
         p50, p90, p99 = np.percentile(values, [50, 90, 99])
@@ -37,7 +37,7 @@ class Distribution(msgspec.Struct, frozen=True):
 
 
 class Slo(msgspec.Struct, frozen=True):
-    """What a request must keep to be good, in seconds. None: anything will do."""
+    """Upper limits of a good request's TTFT and TPOT in seconds. None: no limit."""
 
     ttft: float | None = None
     tpot: float | None = None
@@ -55,10 +55,10 @@ class Slo(msgspec.Struct, frozen=True):
 
 
 class ServingSummary(msgspec.Struct, frozen=True):
-    """What a load run measured; seconds. Failed requests count in `failed` only.
+    """Summary of a load run; times in seconds. Failed requests count in `failed` only.
 
-    Tokens are those of prompts: reused where they were computed, moved between instances. What
-    moved is known of servers that tell (`usage.memserve`).
+    Cached tokens are prompt tokens that the computing instance had. Moved and avoided KV is known
+    from servers that send `usage.memserve`.
     """
 
     requests: int
@@ -68,25 +68,25 @@ class ServingSummary(msgspec.Struct, frozen=True):
     ttft: Distribution | None  # from the schedule to the first token
     tpot: Distribution | None  # between tokens after the first, mean of each request
     jct: Distribution | None  # from the schedule to the last byte
-    lateness: Distribution | None  # the generator's own: sent after it was scheduled
+    lateness: Distribution | None  # of the generator: from the schedule to sending
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
-    cached_ratio: float  # of prompt tokens
+    cached_ratio: float  # share of prompt tokens
     requests_per_second: float
     output_tokens_per_second: float
     inter_token: Distribution | None = None  # between chunks with tokens, of all requests
     computed_tokens: int = 0  # prompt tokens that were not cached
-    moved_blocks: int | None = None  # handed over or fetched; None: the server does not tell
+    moved_blocks: int | None = None  # handed over or fetched; None: not known
     moved_bytes: int | None = None  # handed over
-    avoided_bytes: int | None = None  # that were where they would have been handed to
+    avoided_bytes: int | None = None  # not handed over, since the decode instance had them
     slo: Slo = Slo()
-    good_requests: int = 0  # that kept it
-    goodput: float = 0.0  # of these, per second
+    good_requests: int = 0  # within `slo`
+    goodput: float = 0.0  # good requests per second
 
 
 def summarise(load: LoadResult, slo: Slo = Slo()) -> ServingSummary:  # noqa: B008 - frozen
-    """Reduce the records of a run."""
+    """Summarise the records of a run."""
     done = [record for record in load.records if record.error is None]
     duration = max((record.end for record in load.records), default=0.0)
     prompt_tokens = sum(record.prompt_tokens for record in done)
@@ -123,12 +123,12 @@ def summarise(load: LoadResult, slo: Slo = Slo()) -> ServingSummary:  # noqa: B0
 
 
 def inter_token_times(record: RequestRecord) -> list[float]:
-    """Seconds between the chunks of one answer."""
+    """Return the seconds between the chunks of one answer."""
     return [after - before for before, after in itertools.pairwise(record.chunk_times)]
 
 
 def tpot(record: RequestRecord) -> float | None:
-    """Seconds per token behind the first; None where there is none behind it."""
+    """Return the mean seconds per token behind the first; None for fewer than two tokens."""
     if record.first_token is None or record.output_tokens < 2:
         return None
     return (record.chunk_times[-1] - record.first_token) / (record.output_tokens - 1)
@@ -143,7 +143,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 class _Report(msgspec.Struct, frozen=True):
-    """One result file, or one line of several runs."""
+    """A result file, or one line of a file of several results."""
 
     command: tuple[str, ...]
     environment: Environment
@@ -174,7 +174,7 @@ def write_json(destination: str, config: msgspec.Struct, result: msgspec.Struct)
 
 
 def append_lines(path: Path, config: msgspec.Struct, results: Sequence[msgspec.Struct]) -> None:
-    """Add a line of JSON for each result, each with all that is needed to measure it again."""
+    """Append a line of JSON for each result, each with its settings and environment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         for result in results:
@@ -189,7 +189,7 @@ def _report(config: msgspec.Struct, result: msgspec.Struct) -> _Report:
 
 
 def serving_table(columns: Sequence[tuple[str, ServingSummary]]) -> Table:
-    """Runs side by side."""
+    """Return a table with a column for each run."""
     table = Table()
     table.add_column("")
     for name, _ in columns:
@@ -200,7 +200,7 @@ def serving_table(columns: Sequence[tuple[str, ServingSummary]]) -> Table:
 
 
 def _rows(summary: ServingSummary) -> list[tuple[str, str]]:
-    """Label and cell of each line of one column."""
+    """Return label and cell of each row of one column."""
     rows = [
         ("requests (failed)", f"{summary.requests} ({summary.failed})"),
         ("duration s", f"{summary.duration:.1f}"),

@@ -1,4 +1,4 @@
-"""`memserve bench scheduler`: how long deciding takes, with many instances and known prompts."""
+"""`memserve bench scheduler`: times of decisions, with many instances and known prompts."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role, Token
 BLOCK_TOKENS = 16
 VOCABULARY = 128_000
 INSTANCES_PER_HOST = 8
-# Holders of a known prompt: shared beginnings are held by many, the rest by a few.
+# Most holders of a known prompt. A shared prefix has more: those of all prompts with it.
 _MOST_HOLDERS = 4
-_RUNNING_PER_INSTANCE = 8  # requests whose answers go on while others are decided
+_RUNNING_PER_INSTANCE = 8  # requests that run during the decisions
 _WARM_UP = 200  # decisions that are not counted
-_LOAD = 0.8  # of the prefill seconds that the instances could compute
+_LOAD = 0.8  # share of the instances' prefill capacity that requests use
 
 Layout = Literal["colocated", "prefill + decode"]
 
 
 class SchedulerWorkload(msgspec.Struct, frozen=True, kw_only=True):
-    """What there is to decide about."""
+    """The cluster, the known prompts and the requests."""
 
     instances: Annotated[Positive, doc("half of them prefill where roles are apart")] = 64
     prompts: Annotated[Positive, doc("known to the prompt trees")] = 10_000
@@ -45,7 +45,7 @@ class SchedulerWorkload(msgspec.Struct, frozen=True, kw_only=True):
     few_tokens: Annotated[Positive, doc("of each prompt there")] = 400
 
     def small(self) -> SchedulerWorkload:
-        """The small cluster: its prompts share as large a part."""
+        """Return the workload of the small cluster, whose prompts share an equal part."""
         shared = self.prefix_tokens * self.few_tokens // self.prompt_tokens
         return msgspec.structs.replace(
             self,
@@ -68,9 +68,8 @@ class Timing(msgspec.Struct, frozen=True):
 
 
 class PolicyTiming(msgspec.Struct, frozen=True):
-    """One policy on one layout. `decide` is all of it: matching, choosing, reserving, and
-    telling the trees. `cpu` is the same without what other processes took. `release` is telling
-    the scheduler of a first token and of an end."""
+    """One policy on one layout. `decide`: wall time of a decision, with match, choice, reservation
+    and expectation. `cpu`: its CPU time. `release`: report of a first token and of an end."""
 
     layout: Layout
     policy: str
@@ -86,14 +85,14 @@ class PolicyTiming(msgspec.Struct, frozen=True):
 
 
 class SchedulerBenchReport(msgspec.Struct, frozen=True):
-    """Every policy on both layouts, with many instances and with few."""
+    """Timings of every policy on both layouts, with many instances and with few."""
 
     workload: SchedulerWorkload
     policies: tuple[PolicyTiming, ...]
 
 
 class _TimedTree:
-    """The trees, with a note of what each call took."""
+    """A prompt tree that records the seconds of each call."""
 
     def __init__(self, tree: PromptTree) -> None:
         self._tree = tree
@@ -115,7 +114,7 @@ class _TimedTree:
 
 
 class _Prompts:
-    """Known prompts, and requests that share some, little or nothing with them."""
+    """Known prompts, and requests that share more, less or nothing with them."""
 
     def __init__(self, workload: SchedulerWorkload) -> None:
         self._workload = workload
@@ -128,7 +127,7 @@ class _Prompts:
         return self._rng.integers(0, VOCABULARY, size, np.int32)
 
     def store(self, tree: PromptTree, holders: Sequence[InstanceId]) -> None:
-        """Give every known prompt to a few of `holders`, by events as instances send them."""
+        """Store every known prompt for 1 to _MOST_HOLDERS of `holders`, as KV events do."""
         workload, blocks = self._workload, self._workload.prompt_tokens // BLOCK_TOKENS
         rng = np.random.default_rng(1)
         self._known = []
@@ -146,8 +145,8 @@ class _Prompts:
                 tree.stored(holders[holder], SHARED, None, hashes, stored)
 
     def requests(self) -> Iterator[PromptRequest]:
-        """Half go on behind part of a known prompt; a third share a beginning; the rest is
-        new."""
+        """Yield requests: one half continue a part of a known prompt, a third have a shared
+        prefix, the rest have random prompts."""
         rng, workload = self._rng, self._workload
         for number in range(_WARM_UP + workload.decisions):
             kind = rng.random()
@@ -170,7 +169,7 @@ def run_scheduler_bench(
     workload: SchedulerWorkload | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> SchedulerBenchReport:
-    """Every policy on both layouts, with many instances and with few; the cost model is that of a
+    """Time every policy on both layouts, with many instances and with few, and the cost model of a
     13B model on two H800."""
     workload = workload or SchedulerWorkload()
     costs = cost_model("h800", "llama2-13b", tp=2)
@@ -206,7 +205,7 @@ def _time_policy(
     for spec in specs:
         scheduler.put(spec)
         tree.join(spec.id, spec.block_tokens, spec.role)
-    among = frozenset(spec.id for spec in specs)  # as a gateway names its members
+    among = frozenset(spec.id for spec in specs)  # as a gateway passes its members
     holders = [spec.id for spec in specs if spec.role is not Role.DECODE]
     holders = holders or [spec.id for spec in specs]
     prompts = _Prompts(workload)
@@ -222,7 +221,7 @@ def _time_policy(
         decision = scheduler.decide(request, among)
         wall.append(time.perf_counter() - started)
         cpu.append(time.thread_time() - cpu_started)
-        assert decision is not None  # all instances are there
+        assert decision is not None  # all instances are available
         fetches += decision.plan.fetch is not None
         considered = decision.considered
         clock.advance(pause)
@@ -251,7 +250,7 @@ def _time_policy(
 
 
 def scheduler_bench_table(report: SchedulerBenchReport) -> Table:
-    """The report for a person."""
+    """Return the report as a table."""
     work = report.workload
     table = Table(title=f"{work.prompts} known prompts; microseconds, median / P99")
     names = ("", "policy", "plans", "decide", "CPU", "match", "expect", "release", "fetches")

@@ -1,4 +1,4 @@
-"""`memserve bench serve`: conversations against a server, or against clusters of its own."""
+"""`memserve bench serve`: conversations against a server, or against clusters that it starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memserve.models.resolve import Progress
 
 
 class ServeBenchResult(msgspec.Struct, frozen=True):
-    """Runs of the same workload."""
+    """Runs of one workload."""
 
     runs: tuple[ServeRun, ...]
 
@@ -22,7 +22,7 @@ async def compare_caching(
     sessions: Work,
     progress: Progress,
 ) -> ServeBenchResult:
-    """Measure two clusters of the same configuration, one after the other: caching on, and off."""
+    """Measure one configuration with caching and without, one after the other."""
     found: list[ServeRun] = []
     for caching in ("full", "off"):
         cache = msgspec.structs.replace(cluster.cache, caching=caching)

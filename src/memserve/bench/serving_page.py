@@ -21,7 +21,7 @@ from memserve.bench.report import (
 from memserve.bench.statistics import Estimate
 from memserve.bench.work import ServeBenchConfig
 
-# Label, scale and value of a run's figures that are compared over repeats.
+# Label, scale and getter of the figures that are compared over repeats.
 FIGURES: tuple[tuple[str, float, Callable[[ServingSummary], float | None]], ...] = (
     ("TTFT mean s", 1.0, lambda s: _mean(s.ttft)),
     ("TTFT P99 s", 1.0, lambda s: _p99(s.ttft)),
@@ -37,7 +37,7 @@ FIGURES: tuple[tuple[str, float, Callable[[ServingSummary], float | None]], ...]
 def serving_page(
     environment: Environment, config: ServeBenchConfig, runs: Sequence[ServeRun]
 ) -> str:
-    """A whole document."""
+    """Return the report as an HTML document."""
     done = {name: _requests(runs, name) for name in names_of(runs)}
     arrivals = (
         f"{config.concurrency} sessions at a time (closed loop)"
@@ -62,12 +62,12 @@ def serving_page(
 
 
 def names_of(runs: Sequence[ServeRun]) -> list[str]:
-    """In order of appearance."""
+    """Return the distinct names of runs, in order of appearance."""
     return list(dict.fromkeys(run.name for run in runs))
 
 
 def repeats_table(runs: Sequence[ServeRun]) -> Table:
-    """A line for each of what was measured, with the spread over its repeats."""
+    """Return a table with a row for each name, with the spread over its repeats."""
     shown = Table("measured", "runs")
     for label, _, _ in FIGURES:
         shown.add_column(label, justify="right")
@@ -85,7 +85,7 @@ def repeats_table(runs: Sequence[ServeRun]) -> Table:
 
 
 def processes_table(runs: Sequence[ServeRun]) -> Table:
-    """What each process used in each run; empty for servers that were not started here."""
+    """Return a table of each process's CPU and memory in each run; empty without such figures."""
     shown = Table("measured", "process")
     shown.add_column("CPU s", justify="right")
     shown.add_column("of the run", justify="right")

@@ -1,4 +1,4 @@
-"""What several runs of the same thing say together: a mean, and how far it can be trusted."""
+"""Means over repeated runs, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-# Student's t, two-sided 95 %, for 1, 2, 3 ... degrees of freedom; from there on the normal's.
+# Student's t, two-sided 95 %, for 1, 2, 3 ... degrees of freedom; beyond them, the normal value.
 _T95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
@@ -18,9 +18,9 @@ _NORMAL95 = 1.960
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """The mean of a figure over runs, and the interval that holds the true one 19 times in 20.
+    """The mean of a figure over runs, and its 95 % confidence interval.
 
-    One run has no interval: `low` and `high` are the mean.
+    For one run, `low` and `high` are the mean.
     """
 
     mean: float
@@ -30,7 +30,7 @@ class Estimate(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate | None:
-        """By Student's t, as runs are few. None for no values."""
+        """Return the estimate by Student's t, since runs are few; None without values."""
         if not values:
             return None
         mean = float(np.mean(values))
@@ -40,21 +40,21 @@ class Estimate(msgspec.Struct, frozen=True):
         return cls(mean, mean - half, mean + half, len(values))
 
     def shown(self, scale: float = 1.0) -> str:
-        """The mean and half the interval, as `0.21 ±0.03`."""
+        """Return the mean and half the interval, as `0.21 ±0.03`."""
         text = f"{self.mean * scale:.3g}"
         return text if self.runs == 1 else f"{text} ±{(self.high - self.mean) * scale:.2g}"
 
 
 def t95(freedom: int) -> float:
-    """Student's t for a two-sided interval of 95 % and so many degrees of freedom, from 1."""
+    """Return Student's t for a two-sided 95 % interval; `freedom`: degrees of freedom, from 1."""
     return _T95[freedom - 1] if freedom <= len(_T95) else _NORMAL95
 
 
 def relative_change(before: Sequence[float], after: Sequence[float]) -> Estimate | None:
-    """How much `after` differs from `before`, as -0.3 for 30 % less; runs pair by pair.
+    """Return the relative change from `before` to `after` over pairs of runs: -0.3 is 30 % less.
 
-    Pairs were measured under the same arrivals, so that what these do to both cancels out. The
-    mean is the geometric one of the ratios: twice and half are no change together.
+    Each pair has the same arrivals, whose effect on both cancels out. The mean is the geometric
+    mean of ratios, so that 2 and 0.5 together are no change.
     """
     logs = [math.log(y / x) for x, y in zip(before, after, strict=True) if x > 0 and y > 0]
     found = Estimate.of(logs)

@@ -1,4 +1,4 @@
-"""What a command prints as plain text cells, for pages and for Markdown."""
+"""Conversion of printed tables to plain text cells, for pages and for Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 @dataclass(frozen=True, slots=True)
 class PlainTable:
-    """A table without its style."""
+    """A table of plain text."""
 
     title: str  # empty: none
     headers: tuple[str, ...]
@@ -21,7 +21,7 @@ class PlainTable:
 
 
 def plain_tables(shown: RenderableType) -> Iterator[PlainTable | str]:
-    """The tables of what a command prints, one after the other, and the lines between them."""
+    """Yield the tables of a command's output, and the lines between them, in order."""
     if isinstance(shown, Group):
         for part in shown.renderables:
             yield from plain_tables(part)

@@ -1,4 +1,4 @@
-"""Transfers between pools: each path beside a plain copy of the same bytes and a socket."""
+"""Transfers between pools: each path against memcpy of the same bytes, and against a socket."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PIECES_TOTAL = 64 * MIB  # moved in each comparison of layouts
 LINK_BITS = 10**9
 
 OVERHEAD_BLOCKS = (1, 16, 256)
-OVERHEAD_TURNS = 5  # for each repeat: they are short, and a scheduler's whims are not
+OVERHEAD_TURNS = 5  # for each repeat: turns are short, and the kernel's scheduler adds noise
 
 PathName = Literal["memcpy", "memcpy by block", "shm", "nixl", "nixl tcp", "socket"]
 _TRANSPORTS: tuple[PathName, ...] = ("shm", "nixl", "nixl tcp")
@@ -46,18 +46,18 @@ _LAYERS = 16
 
 
 class PathSpeed(msgspec.Struct, frozen=True):
-    """The median of one path. Beside them: one memcpy call, which from some size on bypasses the
-    cache, and one for each block, as transfers of scattered blocks must; a socket."""
+    """The median speed of one path. Baselines: one memcpy call, which bypasses the cache from some
+    size on; one memcpy per block, as for scattered blocks; a TCP socket."""
 
     path: PathName
     bytes_per_second: float
     of_memcpy: float  # medians of the ratios to the memcpy of the same turn
     of_socket: float
-    copies: float  # bytes that the sender's CPU copied, by bytes moved
+    copies: float  # bytes that the sender's CPU copied, per byte moved
 
 
 class BlockPoint(msgspec.Struct, frozen=True):
-    """Scattered aggregated blocks of one size."""
+    """Speeds for scattered aggregated blocks of one size."""
 
     block_bytes: int
     blocks: int
@@ -65,7 +65,7 @@ class BlockPoint(msgspec.Struct, frozen=True):
 
 
 class LayoutPoint(msgspec.Struct, frozen=True):
-    """The same bytes in blocks that are one run, and in blocks of separate pieces."""
+    """Speeds for equal bytes in aggregated and in discrete blocks."""
 
     path: PathName
     piece_bytes: int
@@ -75,16 +75,16 @@ class LayoutPoint(msgspec.Struct, frozen=True):
 
 
 class LinkPoint(msgspec.Struct, frozen=True):
-    """Between two network namespaces."""
+    """Efficiency over an emulated link between two network namespaces."""
 
     bits_per_second: int
     block_bytes: int
-    nixl: float  # part of the link's bytes that were KV
+    nixl: float  # speed as a share of the link's rate
     socket: float
 
 
 class TransferBenchReport(msgspec.Struct, frozen=True):
-    """Medians; `missing` says what could not be measured, and why."""
+    """Medians of all measurements. `missing`: measurements that were impossible, and why."""
 
     blocks: tuple[BlockPoint, ...]
     layouts: tuple[LayoutPoint, ...]
@@ -95,11 +95,11 @@ class TransferBenchReport(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """Two processes, connected."""
+    """Two connected processes with a pool each."""
 
     sender: BenchProcess
-    source: list[int]  # all blocks, scattered
-    target: list[int]
+    source: list[int]  # all of the sender's blocks, in random order
+    target: list[int]  # all of the target's blocks, in random order
 
     def write(self) -> Timing:
         return self.sender.run(Write(self.source, self.target))
@@ -122,7 +122,7 @@ def run_transfer_bench(
 ) -> TransferBenchReport:
     """Measure every path that this machine has.
 
-    `blocks`: copied at once. `link`: also between network namespaces; needs root.
+    `blocks`: in one transfer. `link`: also measure between network namespaces, which needs root.
     """
     missing = []
     transports = _TRANSPORTS
@@ -206,7 +206,8 @@ def _measure_link(size: int, blocks: int, repeats: int) -> LinkPoint:
 
 
 def _in_turns(runs: Sequence[Callable[[], Timing]], repeats: int) -> list[tuple[Timing, ...]]:
-    """One of each, again and again, so that what disturbs one disturbs all; two warm up."""
+    """Call all `runs` in turn, so that disturbances affect all alike. Return the timings of each
+    turn, without two warm-up turns."""
     turns = [tuple(run() for run in runs) for _ in range(repeats + 2)]
     return turns[2:]
 
@@ -224,7 +225,7 @@ def _layout(block_bytes: int, aggregated: bool = True) -> KVLayout:
 def _pair(
     layout: KVLayout, blocks: int, path: PathName, near: End | None = None, far: End | None = None
 ) -> Iterator[_Pair]:
-    """Processes at both ends of a path, on this machine or at the ends of a link."""
+    """Start processes at both ends of a path, on this machine or at the ends of a link."""
     tls = "tcp" if path == "nixl tcp" else None
     kind: Literal["shm", "nixl"] = "shm" if path == "shm" else "nixl"
     with ExitStack() as stack:
@@ -243,7 +244,7 @@ def _pair(
 
 
 def transfer_bench_table(report: TransferBenchReport) -> Table:
-    """Blocks, layouts, overheads, the link and what is missing, one below the other."""
+    """Return the tables of blocks, layouts, overheads, link and missing paths, below each other."""
     table = Table.grid()
     table.add_row(_block_table(report))
     table.add_row(_layout_table(report))

@@ -1,5 +1,5 @@
-"""What a transfer with insert costs beside the copy that it makes: to a pool in a process of its
-own, on this host."""
+"""The overhead of a transfer with insert over its copy, to a pool in another process of this
+host."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from memserve.transfer.regions import local_regions, pool_regions
 from memserve.transfer.shm import ShmTransport
 from memserve.types import Owner, RefArray
 
-# Longer than any transfer takes: a benchmark that gets there has failed.
+# Seconds until the benchmark fails: longer than any transfer takes.
 _PATIENCE = 30.0
 _WARM_UP = 3
 
 
 class OverheadPoint(msgspec.Struct, frozen=True):
-    """`transfer_with_insert` against the bare copy of the same blocks in the same turn."""
+    """Time of `transfer_with_insert` against a bare copy of the same blocks in the same turn."""
 
     blocks: int
     block_bytes: int
     copy_seconds: float  # medians
     transfer_seconds: float
-    overhead_seconds: float  # of the differences of each turn
-    copies: float  # bytes that a CPU copied, by bytes moved
+    overhead_seconds: float  # median of each turn's difference
+    copies: float  # bytes that a CPU copied, per byte moved
 
 
 class _Receiver(msgspec.Struct, frozen=True):
-    """What the other process says of itself."""
+    """Owner, memory and address of the receiver's pool."""
 
     owner: Owner
     memory: PoolRegions
@@ -48,13 +48,13 @@ class _Receiver(msgspec.Struct, frozen=True):
 def measure_overhead(
     layout: KVLayout, counts: Sequence[int], repeats: int
 ) -> tuple[OverheadPoint, ...]:
-    """For transfers of each of `counts` blocks, which the receiver does not have."""
+    """Return the overhead of transfers of each of `counts` blocks that the receiver lacks."""
     most = max(counts)
     with _receiver(layout, most) as (process, there), MemPool(layout, most, 0, "sender") as pool:
         pool.connect(there.owner.instance, there.address)
         source = np.random.default_rng(0).permutation(pool.alloc_mem(most))
         for view in pool.layer_views():
-            view.fill_(1)  # touched, as a cache in use is
+            view.fill_(1)  # touch the pages, as a cache in use has
         transport = ShmTransport(layout)
         transport.register(local_regions(pool))
         transport.add_peer(there.owner, there.memory, b"")
@@ -78,8 +78,8 @@ def _measure(
     copied, moved = transport.counters.bytes_copied, transport.counters.bytes_moved
     target: RefArray | None = None
     for turn in range(repeats + _WARM_UP):
-        # What comes second finds the blocks in the processor's caches, so they take turns in it.
-        # The blocks of the turn before are free by now, and nobody else's.
+        # The second of the two finds the blocks in the processor's caches, so the order alternates.
+        # The target blocks of the turn before are free, so the bare copy may write to them.
         copy = None if target is None or turn % 2 else _copy(transport, there.owner, source, target)
         begin = time.perf_counter()
         transfer = pool.transfer_with_insert(there.owner.instance, tokens, source)
@@ -105,7 +105,7 @@ def _measure(
 
 
 def _copy(transport: ShmTransport, peer: Owner, source: RefArray, target: RefArray) -> float:
-    """The same blocks to the same places, and nothing else."""
+    """Copy the blocks to the same places without a transfer; return the seconds."""
     begin = time.perf_counter()
     transport.post(peer, WriteList(BlockList.of(source), BlockList.of(target)))
     while not (ended := transport.poll()):
@@ -153,7 +153,7 @@ def _main(blocks: int) -> None:
         sys.stdout.buffer.write(answer + b"\n")
         sys.stdout.flush()
         for _ in lines:
-            pool.delete(())  # nothing is left that the next transfer could find
+            pool.delete(())  # so that the next transfer finds no block present
             sys.stdout.buffer.write(b"forgotten\n")
             sys.stdout.flush()
 

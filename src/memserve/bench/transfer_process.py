@@ -1,4 +1,4 @@
-"""A process with a pool and a transport, told by its parent what to copy and to time."""
+"""A process with a pool and a transport, which times copies on its parent's commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from memserve.transfer.regions import local_regions, pool_regions
 from memserve.transfer.shm import ShmTransport
 from memserve.types import Medium, Owner
 
-# Below the kernel's IOV_MAX of 1024.
+# Pieces of one `sendmsg`, below the kernel's IOV_MAX of 1024.
 _BATCH = 512
 _HEADER_BYTES = 8
 
@@ -34,18 +34,18 @@ _Answer = TypeVar("_Answer")
 
 
 class Start(msgspec.Struct, frozen=True):
-    """What to set up. The pool's blocks are all in HBM, and all taken."""
+    """Settings of a process. All of the pool's blocks are in HBM, and active."""
 
     instance: str
     layout: KVLayout
     blocks: int
     transport: Literal["shm", "nixl"]
     tls: str | None = None
-    host: str = "127.0.0.1"  # where the plain socket listens
+    host: str = "127.0.0.1"  # address of the plain socket
 
 
 class Address(msgspec.Struct, frozen=True):
-    """What a peer must know."""
+    """The data of a process that its peer needs."""
 
     owner: Owner
     memory: PoolRegions
@@ -55,7 +55,7 @@ class Address(msgspec.Struct, frozen=True):
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True):
-    """Know a peer."""
+    """Connect to a peer."""
 
     peer: Address
 
@@ -68,14 +68,14 @@ class Write(msgspec.Struct, frozen=True, tag=True):
 
 
 class Memcpy(msgspec.Struct, frozen=True, tag=True):
-    """Copy so many bytes into the peer's mapped memory, one piece after the other."""
+    """Copy `nbytes` into the peer's mapped memory, one piece after the other."""
 
     nbytes: int
-    piece: int  # bytes of one call
+    piece: int  # bytes of one memcpy call
 
 
 class Stream(msgspec.Struct, frozen=True, tag=True):
-    """Send so many blocks through one TCP socket, the old way."""
+    """Send blocks through one TCP socket, as the baseline."""
 
     source: list[int]
 
@@ -84,18 +84,18 @@ Command = Connect | Write | Memcpy | Stream
 
 
 class Timing(msgspec.Struct, frozen=True):
-    """One measured command."""
+    """Time of one command."""
 
     seconds: float
     nbytes: int
-    copied: int = 0  # by this process's CPU
+    copied: int = 0  # bytes, by this process's CPU
 
 
 class BenchProcess:
-    """Such a process, from its parent's side."""
+    """The parent's handle of one process, which it kills at the end of the context."""
 
     def __init__(self, start: Start, prefix: Sequence[str] = ()) -> None:
-        """`prefix`: a command to run it under."""
+        """`prefix`: a command that runs the process, such as that of a network namespace."""
         self._process = subprocess.Popen(
             [*prefix, sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -129,14 +129,14 @@ class BenchProcess:
 
 
 class _Worker:
-    """The same, inside."""
+    """The process's own side: runs commands."""
 
     def __init__(self, start: Start) -> None:
         self._pool = MemPool(start.layout, start.blocks, 0, start.instance)
         self._pool.alloc_mem(start.blocks)
         self._local = local_regions(self._pool)
         memory = self._local[0].memory.numpy()
-        memory[:] = 1  # touched, as a cache in use is
+        memory[:] = 1  # touch the pages, as a cache in use has
         self._memory = memory.data
         self._block_bytes = start.layout.block_bytes
         self._transport: Transport = (
@@ -181,7 +181,7 @@ class _Worker:
         begin = time.perf_counter()
         self._transport.post(self._peer.owner, writes)
         while not (ended := self._transport.poll()):
-            if self._transport.poll_interval:  # as the pools' own thread does
+            if self._transport.poll_interval:  # as the pool's transfer thread does
                 time.sleep(self._transport.poll_interval)
         seconds = time.perf_counter() - begin
         if ended[0].outcome is not Outcome.DONE:
@@ -208,7 +208,7 @@ class _Worker:
         return Timing(time.perf_counter() - begin, len(source) * size)
 
     def _receive(self, listener: socket.socket) -> None:
-        """The other end of `stream`: into the pool's memory, then one byte back."""
+        """Receive a peer's `Stream` into the pool's memory, and answer each with one byte."""
         connection, _ = listener.accept()
         while header := connection.recv(_HEADER_BYTES, socket.MSG_WAITALL):
             left = int.from_bytes(header)

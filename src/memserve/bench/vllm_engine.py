@@ -1,6 +1,7 @@
-"""vLLM servers as the instances of a cluster that is measured: `--engine vllm`.
+"""vLLM servers as the instances of a measured cluster: `--engine vllm`.
 
-vLLM has an environment of its own, because its dependencies contradict ours; `make vllm` makes it.
+vLLM has its own Python environment, because its dependencies conflict with memserve's; `make vllm`
+creates it.
 """
 
 from __future__ import annotations
@@ -17,34 +18,34 @@ from memserve.config import InstanceConfig
 from memserve.errors import ConfigError
 from memserve.types import Role
 
-# Environments of other servers, below the working directory, as everything that is built.
+# Python environments of other servers, relative to the working directory.
 ROOT = Path("build/peers")
-LARGE_KV = 512 << 20  # bytes of vLLM's own KV memory, for all that is asked
-_SOURCE = Path(memserve.__file__).parents[1]  # vLLM's environment has no package of ours
-BLOCK_TOKENS = 32  # tokens; vLLM's 128 would leave little of a short conversation's turns to share
+LARGE_KV = 512 << 20  # bytes of vLLM's own KV memory: enough for a whole workload
+_SOURCE = Path(memserve.__file__).parents[1]  # vLLM's environment does not have memserve installed
+BLOCK_TOKENS = 32  # with vLLM's 128, short turns would have few whole blocks to share
 _DRAM = "1GiB"  # behind vLLM's own memory
 
 
 def python_of(peer: str, root: Path = ROOT) -> Path:
-    """The Python of an environment, whether it is there or not."""
+    """Return the path of an environment's Python, which need not exist."""
     return root / peer / "bin" / "python"
 
 
 def marker_of(peer: str, root: Path = ROOT) -> Path:
-    """The file that is written last: an environment without it is unfinished."""
+    """Return the path of the file that an installation writes last."""
     return root / peer / ".installed"
 
 
 def why_missing(peer: str, root: Path = ROOT) -> str | None:
-    """Why an environment cannot be used; None: it can."""
+    """Return why an environment cannot be used; None if it can."""
     if marker_of(peer, root).exists():
         return None
     return f"not installed in {root / peer}: run `make peers-install`"
 
 
 def vllm_arguments(kv_bytes: int, step_tokens: int | None = None) -> tuple[str, ...]:
-    """The flags of vLLM servers that are compared; they come last and prevail. `step_tokens`: of
-    a step at most; None: vLLM's default."""
+    """Return the flags of measured vLLM servers, which override others. `kv_bytes`: KV memory.
+    `step_tokens`: most tokens of a step; None: vLLM's default."""
     step = () if step_tokens is None else ("--max-num-batched-tokens", str(step_tokens))
     return (
         *("--enforce-eager", "--block-size", str(BLOCK_TOKENS)),
@@ -55,7 +56,8 @@ def vllm_arguments(kv_bytes: int, step_tokens: int | None = None) -> tuple[str, 
 def own_instance(
     core: int | None, dram: str, arguments: Sequence[str], role: Role = Role.COLOCATED
 ) -> InstanceConfig:
-    """A vLLM server with our pool behind it. `core`: that it computes on; None: any."""
+    """Return an instance with a vLLM server and a pool of size `dram` behind it. `core`: CPU core
+    that it computes on; None: any."""
     python = str(python_of("vllm").absolute())
     quiet = ("VLLM_NO_USAGE_STATS=1", "HF_HUB_OFFLINE=1")
     module = ("-W", "ignore", "-m", "vllm.entrypoints.openai.api_server")
@@ -72,7 +74,7 @@ def own_instance(
 
 
 def as_vllm(instances: Sequence[InstanceConfig]) -> tuple[InstanceConfig, ...]:
-    """The given instances with vLLM servers, on a core each if there are several. Raises
+    """Return the instances with vLLM servers, on one core each if there are several. Raises
     ConfigError if vLLM is not installed."""
     if (why := why_missing("vllm")) is not None:
         raise ConfigError(f"--engine vllm: vLLM is {why}, or `make vllm`")

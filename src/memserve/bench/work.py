@@ -1,4 +1,4 @@
-"""What is sent to a server: a workload's sessions, chosen and cut to size."""
+"""The workload of a benchmark: sessions or requests, chosen and cut to size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Work = Sequence[Session | TokenRequest]
 
 
 class ServeBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What is sent, how fast, and where to."""
+    """Workload, load and server of a benchmark."""
 
     workload: Annotated[Workload, doc("what is asked")] = "sharegpt"
     data: Annotated[str | None, doc("its file or folder; default: the installed ShareGPT")] = None
@@ -65,7 +65,8 @@ class ServeBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_sessions(config: ServeBenchConfig, model: ModelDirectory, progress: Progress) -> Work:
-    """The workload. The model's tokenizer says how long texts are. Raises ConfigError."""
+    """Return the workload. The model's tokenizer counts the tokens of texts. Raises
+    ConfigError."""
     progress(f"choosing {config.sessions} sessions")
     if config.workload == "synthetic":
         shape = SharedPrefixes(
@@ -84,7 +85,7 @@ def load_sessions(config: ServeBenchConfig, model: ModelDirectory, progress: Pro
 
 
 def _trace(config: ServeBenchConfig) -> tuple[TokenRequest, ...]:
-    """The first requests of a trace, at `rate` per second in the mean."""
+    """Return the first `sessions` requests of a trace, scaled to a mean of `rate` per second."""
     lines = list(read_trace(required_data(config.workload, config.data), config.sessions))
     if not lines:
         raise ConfigError(f"{config.data}: no requests in it")

@@ -1,1 +1,1 @@
-"""Which instances there are, and processes that run them."""
+"""Cluster membership, the gateway's view of its members, and processes that run them."""

@@ -1,4 +1,4 @@
-"""What `Membership` tells those who follow it: the scheduler, the feeds of events."""
+"""Changes that `Membership` publishes to its observers, such as the scheduler and the KV feed."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from memserve.types import Epoch, InstanceId, Role
 
 
 class Change(StrEnum):
-    """Of one life of an instance: `JOINED`, then `STATE` and `ROLE` in any number, then one of
-    `LEFT` and `DIED`. A life that was given up too early and answers again joins again."""
+    """Changes of one life of an instance: `JOINED`, then any number of `STATE` and `ROLE`, then
+    `LEFT` or `DIED`. A life that counted as dead and answers again begins with `JOINED` again."""
 
-    JOINED = "joined"  # it has said who it is; it may still be starting
+    JOINED = "joined"  # it has answered with its id; it may still be starting
     STATE = "state"  # starting, ready, draining
     ROLE = "role"
-    LEFT = "left"  # in order, or removed: what it runs may still come to an end
-    DIED = "died"  # what it runs will not be answered
+    LEFT = "left"  # in order, or removed: its running requests may still finish
+    DIED = "died"  # its running requests will not be answered
 
 
 @dataclass(frozen=True, slots=True)
 class MemberChange:
-    """One change, and the member as it is after it (for `LEFT` and `DIED`: as it was)."""
+    """One change, with the member's values after it (for `LEFT` and `DIED`: before it)."""
 
     change: Change
     id: InstanceId
-    epoch: Epoch  # which of its lives
+    epoch: Epoch  # of its life
     address: str
     role: Role
     state: InstanceState
 
 
-# Called on the event loop after the change, in order. It is quick, raises nothing, and may ask
-# the membership, but not change it.
+# Called on the event loop after each change, in order. It must return soon and raise nothing; it
+# may read the membership, but not change it.
 Observer = Callable[[MemberChange], None]

@@ -1,4 +1,4 @@
-"""One child process: where it listens, what it says, and how it ends."""
+"""One child process: its address, its output, and its end."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from memserve.errors import ClusterError
 
 log = logging.getLogger(__name__)
 
-# What is kept of a child's output until somebody wants to see it.
+# Lines of a child's output that are kept: the last ones, and the last ones not shown.
 _TAIL_LINES = 30
 _CHUNK_BYTES = 1 << 16  # a pipe's size
-# For a dead child's last output to arrive: it is in the pipe already.
+# Longest wait for a dead child's last output, which is in the pipe already.
 _LAST_WORDS_SECONDS = 1.0
-# The line with which a process says where it listens (`api.serving.announce`): nothing else.
+# The line with a process's address (`api.serving.announce`), which has nothing else.
 _address = re.compile(r"https?://[^\s/]+")
 
 
 class Child:
-    """`python -m MODULE ARGUMENTS...` in a session of its own, so that Ctrl-C reaches the
+    """A process `python -m MODULE ARGUMENTS...` in a session of its own, so that Ctrl-C reaches the
     parent only.
 
-    It ends with its parent (see `watchdog`). Owned by whoever spawned it, who must end it.
+    It ends with its parent (see `watchdog`). The caller of `spawn` owns it and must end it.
     """
 
     def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
         self.name = name
         self._process = process
         self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)  # that nobody has seen
-        self._last: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)  # the last lines not shown
+        self._last: deque[str] = deque(maxlen=_TAIL_LINES)  # the last lines
         self._show: Callable[[str], None] | None = None
         self._output = asyncio.ensure_future(self._read_output())
         self.ended = asyncio.ensure_future(self._end())  # its exit code
@@ -53,11 +53,11 @@ class Child:
         module: str = "memserve",
         environment: Mapping[str, str] | None = None,
     ) -> Child:
-        """Start it. What it prints is kept until `show_output`. `environment`: in addition to
-        this process's; for what no argument may say."""
+        """Start a process. Its last lines are kept until `show_output`. `environment`: variables in
+        addition to this process's, for secrets, which arguments would show to all users."""
         starting = asyncio.create_subprocess_exec(
             sys.executable,
-            "-P",  # a file here that is named like a module of Python's is none of ours
+            "-P",  # do not import files of the working directory that are named like modules
             "-m",
             module,
             *arguments,
@@ -68,7 +68,7 @@ class Child:
             start_new_session=True,
             env={**os.environ, **(environment or {})},
         )
-        hold_reloads()  # it has to load before it can take one, and must not end by it
+        hold_reloads()  # the child inherits it: SIGHUP must not end it while it loads
         try:
             return cls(name, await starting)
         finally:
@@ -79,32 +79,32 @@ class Child:
         return self._process.pid
 
     async def address(self) -> str:
-        """The URL that it listens on, once it does. Raises ClusterError if it ends before."""
+        """Return the child's URL as soon as it listens. Raises ClusterError if it ends before."""
         await asyncio.wait((self._address, self.ended), return_when=asyncio.FIRST_COMPLETED)
         if not self._address.done():
             raise await self.failure()
         return self._address.result()
 
     async def failure(self, whole: bool = False) -> ClusterError:
-        """Waits until it ends; how that was, with its last lines that nobody has seen, or all
-        of its last lines."""
+        """Wait until the child ends. Return an error with its exit code and its last lines that
+        were not shown; with `whole`, shown ones, too."""
         code = await self.ended
         said = "".join(f"\n  {line}" for line in (self._last if whole else self._tail))
         return ClusterError(f"{self.name} ended with {how_ended(code)}{':' if said else ''}{said}")
 
     def show_output(self, show: Callable[[str], None]) -> None:
-        """Hand over its lines: those that were kept, and all that come from now on. `show`
-        must not wait: until it returns, the child's output is not read."""
+        """Call `show` with the kept lines, and with all further ones. `show` must not block: the
+        child's output is not read until it returns."""
         self._show = show
         while self._tail:
             self._hand_over(self._tail.popleft())
 
     def terminate(self) -> None:
-        """Ask it to end in order; asked twice, it waits for no request."""
+        """Send SIGTERM, the request to end in order; a second one does not wait for requests."""
         self._signal(signal.SIGTERM)
 
     def reload(self) -> None:
-        """Ask it to read again what may change while it runs."""
+        """Send SIGHUP, the request to read changeable files, such as API keys, again."""
         self._signal(signal.SIGHUP)
 
     def kill(self) -> None:
@@ -116,7 +116,7 @@ class Child:
         return code
 
     def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+        with contextlib.suppress(ProcessLookupError):  # the child has just ended by itself
             self._process.send_signal(number)
 
     async def _read_output(self) -> None:
@@ -143,15 +143,15 @@ class Child:
         assert self._show is not None
         try:
             self._show(f"{self.name}: {line}")
-        except Exception as error:  # noqa: BLE001 - a child must be read on, whoever shows it
+        except Exception as error:  # noqa: BLE001 - reading the child's output must go on
             log.debug("a line of %s could not be shown: %r", self.name, error)
 
 
 async def end_children(
     children: Sequence[Child], shutdown: Shutdown, seconds: float, kill_seconds: float
 ) -> None:
-    """Ask them to end; after so many seconds, or as soon as the shutdown is forced, once more;
-    after `kill_seconds` more kill those that are left."""
+    """End children: SIGTERM; after `seconds`, or as soon as the shutdown is forced, SIGTERM again;
+    after `kill_seconds` more SIGKILL. Returns when all have ended."""
     if not children:
         return
 

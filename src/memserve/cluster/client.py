@@ -1,4 +1,4 @@
-"""A gateway's `/cluster`, for those who manage it from outside."""
+"""Client of a gateway's `/cluster` API."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from memserve.errors import ClusterError, ConfigError
 from memserve.secrets import Secret, secret_of
 from memserve.types import Epoch, InstanceId, Role
 
-# Longer than a gateway takes to be told by an instance (`control.CONTROL_SECONDS`).
+# Longer than a gateway waits for an instance's answer (`control.CONTROL_SECONDS`).
 CLIENT_SECONDS = 10.0
-FEEDS_PATH = "/cluster/feeds"  # how members' KV events come in at a gateway
+FEEDS_PATH = "/cluster/feeds"  # state of a gateway's KV event subscriptions
 
 _encode = msgspec.json.Encoder().encode
 
 
 class MemberSummary(msgspec.Struct, frozen=True):
-    """A `MemberView`, as it is read."""
+    """A `MemberView`, as clients decode it."""
 
     id: InstanceId
     role: Role
@@ -42,12 +42,12 @@ class MemberSummary(msgspec.Struct, frozen=True):
 
     @property
     def life(self) -> tuple[str, int | None]:
-        """Differs from life to life."""
+        """Address and process id, which differ between the lives of an instance."""
         return self.address, self.pid
 
 
 class ClusterSummary(msgspec.Struct, frozen=True):
-    """A `ClusterView`, as it is read."""
+    """A `ClusterView`, as clients decode it."""
 
     epoch: Epoch
     instances: tuple[MemberSummary, ...]
@@ -64,18 +64,18 @@ T = TypeVar("T")
 
 
 class GatewayUnreachable(ClusterError):
-    """Nobody answers at the gateway's URL."""
+    """No answer from the gateway's URL, or an instance's."""
 
 
 class ClusterClient:
-    """Asks one gateway. Its methods raise GatewayUnreachable, and ClusterError with the
-    gateway's own words where it refuses. A context manager."""
+    """A client of one gateway, and an async context manager. Its methods raise GatewayUnreachable,
+    or ClusterError with the gateway's message if it refuses."""
 
     def __init__(
         self, url: str, secret: Secret | None = None, tls: ssl.SSLContext | None = None
     ) -> None:
-        """`secret`: the cluster's; None: the one that `secret_of` finds. `tls`: what is asked of
-        an https:// gateway. Raises ConfigError."""
+        """`secret`: the cluster's; None: from `secret_of`. `tls`: trusted authorities for https://
+        URLs. Raises ConfigError."""
         self._url = url.rstrip("/")
         self._signer = Signer(secret or secret_of(url))
         self._tls = tls
@@ -96,7 +96,7 @@ class ClusterClient:
         return await self._ask("GET", "/cluster", _cluster.decode)
 
     async def member(self, instance: str) -> MemberSummary:
-        """Raises ClusterError with the ids that there are."""
+        """Return the member with an id. Raises ClusterError with the known ids."""
         view = await self.view()
         member = view.find(instance)
         if member is None:
@@ -105,7 +105,7 @@ class ClusterClient:
         return member
 
     async def stats(self, member: MemberSummary) -> InstanceStats:
-        """What an instance says of itself, asked where it is."""
+        """Return an instance's `/stats`, from its own address."""
         return await self._call("GET", f"{member.address}/stats", _stats.decode)
 
     async def change(self, instance: str, wanted: InstanceChange) -> MemberSummary:
@@ -113,7 +113,7 @@ class ClusterClient:
         return await self._ask("POST", path, _member.decode, _encode(wanted))
 
     async def add(self, address: str) -> MemberSummary:
-        """Make an instance that runs at this URL a member."""
+        """Make the instance at this URL a member. Raises ConfigError for an invalid URL."""
         try:
             body = _encode(JoinRequest(address))
         except ValueError as error:
@@ -121,7 +121,7 @@ class ClusterClient:
         return await self._ask("POST", "/cluster/members", _member.decode, body)
 
     async def forget(self, address: str) -> None:
-        """Take whoever is at this URL out of the view."""
+        """Remove the member at this URL."""
         await self._ask("DELETE", "/cluster/members", bytes, _encode(LeaveRequest(address)))
 
     async def _ask(

@@ -1,4 +1,4 @@
-"""Telling a member to change: its role, whether it takes requests, whether it stays."""
+"""Changes of a member by a gateway: role, drain and resume, shutdown and restart."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from memserve.cluster.membership import Member, Membership
 
 log = logging.getLogger(__name__)
 
-# An instance answers at once, whatever it is doing: what was asked is done later.
+# An instance answers at once, and makes the change later.
 CONTROL_SECONDS = 5.0
 
 _encode = msgspec.json.Encoder().encode
@@ -34,7 +34,7 @@ _info = msgspec.json.Decoder(InstanceInfo)
 async def change_member(
     peers: PeerClient, membership: Membership, member: Member, wanted: InstanceChange
 ) -> None:
-    """Pass a change on; the membership shows it afterwards. Raises ApiError."""
+    """Send a change to a member, and update the membership with its answer. Raises ApiError."""
     if member.epoch is None or member.state is InstanceState.DEAD:
         state = "not there yet" if member.epoch is None else "dead"
         raise conflict(f"Instance {member.id} is {state}.", f"instance_{member.state}")

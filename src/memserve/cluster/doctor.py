@@ -1,7 +1,6 @@
-"""Checks of a cluster: what was seen of it goes in, findings come out. No I/O: `examination` looks.
+"""Checks of a cluster: functions from the result of `examination` to findings. No I/O.
 
-Each check is a function of all that was seen; it says something also where all is well, so that a
-script can see that it was made.
+A check that passes also returns a finding, so that a script can see that the check was made.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from memserve.cluster.client import ClusterSummary, MemberSummary
 from memserve.cluster.membership import DegradedPair
 from memserve.types import Role
 
-# Beyond this clocks are not kept by anybody: NTP keeps them within milliseconds. Signatures bear
-# more, since they follow the server's clock.
+# A larger difference means that NTP, which keeps clocks within milliseconds, does not run.
+# Signatures tolerate more, since they follow the server's clock.
 MAX_CLOCK_SECONDS = 5.0
-# Publishers that are idle say so every second; a feed that is silent for longer is broken.
+# Idle publishers send a batch every second; a feed that is silent for longer is broken.
 MAX_SILENT_SECONDS = 5.0
-# Of /dev/shm: with less, the next pool, or one that grows, may not find its memory.
+# Of /dev/shm: with less, another pool, or one that grows, may not get its memory.
 MIN_FREE_SHARE = 0.05
 _MIB = 1 << 20
 
 
 class Status(StrEnum):
-    """How bad it is. Only a failure makes the exit code 1."""
+    """Severity of a finding. Only a failure makes the exit code 1."""
 
     OK = "ok"
-    WARN = "warn"  # it works, but not as it should, or nobody can tell
+    WARN = "warn"  # works, but not as it should, or cannot be checked
     FAIL = "fail"
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """What a check has found, of one member or of the whole; `advice`: what to do about it."""
+    """A result of a check, for one member, or the cluster (None). `advice`: how to fix it."""
 
     check: str
     status: Status
@@ -51,11 +50,11 @@ class Finding(msgspec.Struct, frozen=True):
         return f"{word:4} {name}: {self.text}{'' if self.advice is None else f'; {self.advice}'}"
 
 
-# --- what was seen ------------------------------------------------------------------------------
+# --- results of the examination -----------------------------------------------------------------
 
 
 class FeedSeen(msgspec.Struct, frozen=True):
-    """How one member's KV events come in at the gateway: of a `MemberFeed` what is looked at."""
+    """State of the gateway's subscription to one member's KV events: a part of `MemberFeed`."""
 
     instance: str
     subscribed: bool
@@ -66,23 +65,23 @@ class FeedSeen(msgspec.Struct, frozen=True):
 
 
 class GatewaySeen(msgspec.Struct, frozen=True):
-    """The gateway. `failure`: why it cannot be reached; `refusal`: why it does not show its
-    members, and `no_secret` whether that is because of ours."""
+    """The gateway. `failure`: why it cannot be reached. `refusal`: why it does not show its members
+    or feeds; `no_secret`: because this process has another secret."""
 
     url: str
     version: str = ""
-    status: str = ""  # what its /health says
+    status: str = ""  # from its /health
     failure: str = ""
     refusal: str = ""
     no_secret: bool = False
     view: ClusterSummary | None = None
-    feeds: tuple[FeedSeen, ...] | None = None  # None: it does not tell
-    clock_ahead: float | None = None  # seconds, of ours
+    feeds: tuple[FeedSeen, ...] | None = None  # None: not known
+    clock_ahead: float | None = None  # seconds ahead of this machine's clock; None: not known
 
 
 class MemberSeen(msgspec.Struct, frozen=True):
-    """A member: what the gateway says of it, and what it says itself; `failure`: why that is not
-    known here."""
+    """A member. `summary`: from the gateway. `info`: from the member itself; None if it is dead, or
+    cannot be reached from here for the reason `failure`."""
 
     summary: MemberSummary
     info: InstanceInfo | None = None
@@ -103,8 +102,8 @@ class MemberSeen(msgspec.Struct, frozen=True):
 
 
 class Meeting(msgspec.Struct, frozen=True):
-    """Whether KV could go from the pool of `one` to that of `other`. `unknown`: `one` knows no
-    such question."""
+    """Whether KV can move from the pool of `one` to that of `other`: `transport` and `seconds`, or
+    `failure`. `unknown`: `one` has no such call (404)."""
 
     one: str
     other: str
@@ -123,9 +122,9 @@ class SharedMemorySeen(msgspec.Struct, frozen=True):
 
 
 class Examined(msgspec.Struct, frozen=True):
-    """All that was seen."""
+    """The result of an examination."""
 
-    version: str  # ours
+    version: str  # of this process
     gateway: GatewaySeen
     members: tuple[MemberSeen, ...] = ()
     meetings: tuple[Meeting, ...] = ()
@@ -208,7 +207,8 @@ def check_versions(seen: Examined) -> list[Finding]:
 
 
 def check_kv(seen: Examined) -> list[Finding]:
-    """Who can exchange KV, and who hands over and finds nobody to."""
+    """Check which members can exchange KV, and that each prefill and decode instance has a
+    partner."""
     found: list[Finding] = []
     groups: defaultdict[str, list[MemberSeen]] = defaultdict(list)
     for each in seen.members:
@@ -238,7 +238,7 @@ def check_kv(seen: Examined) -> list[Finding]:
 
 
 def check_events(seen: Examined) -> list[Finding]:
-    """Whether the gateway knows what its members have cached."""
+    """Check that the gateway receives its members' KV events."""
     if seen.gateway.view is None:
         return []
     if seen.gateway.feeds is None:
@@ -271,7 +271,7 @@ def _events(member: MemberSeen, feed: FeedSeen | None) -> Finding:
 
 
 def check_reach(seen: Examined) -> list[Finding]:
-    """Whether each pool reaches all others that hold the same KV."""
+    """Check that each pool reaches all others with the same fingerprint."""
     found: list[Finding] = []
     reached: defaultdict[str, list[str]] = defaultdict(list)
     for each in seen.meetings:
@@ -293,7 +293,7 @@ def check_reach(seen: Examined) -> list[Finding]:
 
 
 def check_handover(seen: Examined) -> list[Finding]:
-    """What the gateway has found out by handing prompts over."""
+    """Check for pairs in which the gateway has seen hand-overs fail."""
     view = seen.gateway.view
     if view is None:
         return []
@@ -362,12 +362,12 @@ CHECKS: Sequence[Check] = (
 
 
 def diagnose(seen: Examined) -> list[Finding]:
-    """The findings of all checks, in their order."""
+    """Return the findings of all checks, in the order of CHECKS."""
     return [finding for check in CHECKS for finding in check(seen)]
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
-    """0, or 1 if anything fails."""
+    """Return 1 if a finding is a failure, else 0."""
     return int(any(finding.status is Status.FAIL for finding in findings))
 
 

@@ -1,5 +1,6 @@
-"""Examination of a running cluster: asks its gateway, its members, and this machine. What that
-means, `doctor` says."""
+"""Examination of a running cluster: queries its gateway, its members and this machine.
+
+`doctor` judges the result."""
 
 from __future__ import annotations
 
@@ -33,10 +34,10 @@ from memserve.cluster.doctor import (
 from memserve.pool.segment import SHM_DIRECTORY, leftovers
 from memserve.secrets import Secret, secret_of
 
-ASK_SECONDS = 5.0  # for what a process says of itself
-# Two pools that cannot meet have found out by then (`transfer.service.CALL_TIMEOUT`).
+ASK_SECONDS = 5.0  # timeout of a process's answer about itself
+# Longer than a pool takes to find that a peer cannot be reached (`transfer.service.CALL_TIMEOUT`).
 MEET_SECONDS = 15.0
-AT_ONCE = 16  # questions under way: members answer them beside their clients' requests
+AT_ONCE = 16  # concurrent queries of members, which also serve clients meanwhile
 
 _cluster = msgspec.json.Decoder(ClusterSummary)
 _feeds = msgspec.json.Decoder(tuple[FeedSeen, ...])
@@ -60,18 +61,18 @@ _health = msgspec.json.Decoder(_Health)
 async def examine(
     url: str, tls: ssl.SSLContext | None = None, secret: Secret | None = None
 ) -> Examined:
-    """What is seen of the cluster whose gateway is at a URL; `tls`, `secret` as of
-    `ClusterClient`. Raises ConfigError."""
+    """Examine the cluster whose gateway is at `url`. `tls`, `secret`: as of `ClusterClient`. Raises
+    ConfigError; failed queries are part of the result."""
     signer = Signer(secret or secret_of(url))
     async with PeerClient(signer, tls) as client, PeerClient(None, tls) as stranger:
         return await _Examination(url.rstrip("/"), signer, client, stranger).run()
 
 
 class _Examination:
-    """One, from the gateway to the pools."""
+    """One examination: of the gateway, then the members, then each pair of pools."""
 
     def __init__(self, url: str, signer: Signer, client: PeerClient, stranger: PeerClient) -> None:
-        """`stranger`: for what anybody may ask, which proves nothing."""
+        """`stranger`: sends unsigned requests, for public paths."""
         self._url = url
         self._signer = signer
         self._client = client
@@ -92,7 +93,7 @@ class _Examination:
             version = await self._stranger.call(
                 "GET", f"{self._url}/version", _version.decode, seconds=ASK_SECONDS
             )
-            # It is 503 where the gateway takes no requests.
+            # The status is 503 if the gateway takes no requests.
             answer = await self._stranger.ask("GET", f"{self._url}/health", seconds=ASK_SECONDS)
             health = decoded(_health.decode, answer.body, self._url)
         except PeerError as error:
@@ -107,7 +108,7 @@ class _Examination:
         try:
             feeds = await self._ask(FEEDS_PATH, _feeds)
         except PeerError as error:
-            if error.status != HTTPStatus.NOT_FOUND:  # of a version without it
+            if error.status != HTTPStatus.NOT_FOUND:  # 404: a version without this path
                 seen = msgspec.structs.replace(seen, refusal=str(error))
         ahead = self._signer.clock_ahead(origin_of(self._url))
         return msgspec.structs.replace(seen, view=view, feeds=feeds, clock_ahead=ahead)
@@ -148,7 +149,7 @@ class _Examination:
 
 
 def shared_memory(directory: Path = SHM_DIRECTORY) -> SharedMemorySeen | None:
-    """What this machine has for pools; None: nothing of the kind."""
+    """Return size and leftovers of this machine's /dev/shm; None if there is none."""
     try:
         room = os.statvfs(directory)
     except OSError:
@@ -158,7 +159,7 @@ def shared_memory(directory: Path = SHM_DIRECTORY) -> SharedMemorySeen | None:
 
 
 def _partners(members: Iterable[MemberSeen]) -> list[tuple[MemberSummary, MemberSummary]]:
-    """Each with every other one of those that may exchange KV, both ways."""
+    """Return all ordered pairs of ready members whose pools have the same fingerprint."""
     pools = [each for each in members if each.ready and each.kv is not None]
     return [
         (one.summary, other.summary)

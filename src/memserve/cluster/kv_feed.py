@@ -1,4 +1,4 @@
-"""The feed of the prompt trees: subscribes to every member's KV events. One per gateway."""
+"""The KV feed: subscribes to every member's KV events, for the prompt tree. One per gateway."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
 
-EXPIRE_SECONDS = 1.0  # between looks for expectations that are over: much less than they last
-# Between questions to a member that loads its model: it is ready, and known, in one of them.
+EXPIRE_SECONDS = 1.0  # between removals of expired expectations: much less than they last
+# Longest pause between two questions to a member that starts for its event endpoint.
 MAX_FIND_SECONDS = 1.0
-MAX_COUNTED = 4096  # instances whose counts go on when they come back
-_INFO_SECONDS = 2.0  # as long as a poll may take
+MAX_COUNTED = 4096  # instances whose counts are kept for their next life
+_INFO_SECONDS = 2.0  # timeout of one question, as that of a poll
 _WILDCARDS = ("0.0.0.0", "*", "[::]", "::")
 _info = msgspec.json.Decoder(InstanceInfo)
 
 
 class MemberFeed(msgspec.Struct, frozen=True):
-    """How the events of one member come in."""
+    """State of the subscription to one member's KV events."""
 
     instance: InstanceId
-    subscribed: bool  # False: it has not said yet where its events are
-    synchronised: bool  # the trees have all that was heard of
-    sequence: int | None  # the last batch applied
-    lag: int  # batches heard of and not applied
-    silent_seconds: float  # since the last batch; beats come every second
-    blocks: int  # held
+    subscribed: bool  # False: the member's event endpoint is not known yet
+    synchronised: bool  # all batches published so far, as far as known, are applied
+    sequence: int | None  # number of the last batch applied
+    lag: int  # batches known of and not applied
+    silent_seconds: float  # since the last batch; an idle member sends one every second
+    blocks: int  # that the prompt tree has for the member
     counts: EventCounts
 
 
 class _Followed:
-    """One member while it is followed."""
+    """One followed member: the search for its endpoint, then the subscription."""
 
     def __init__(self, epoch: Epoch | None, role: Role) -> None:
         self.epoch = epoch
@@ -70,8 +70,8 @@ class KvFeed:
         secret: str | None = None,
         vitals: Vitals | None = None,
     ) -> None:
-        """`clock` is the one that `tree.expect` is called with; `secret` the cluster's, by default
-        the one that `cluster_secret` finds; `vitals` watches over the feed's tasks."""
+        """`clock`: gives the times that `tree.expect` is called with. `secret`: the cluster's;
+        None: from `cluster_secret`. `vitals`: watches the feed's tasks."""
         self._vitals = vitals or Vitals()
         self._tree = tree
         self._peers = peers
@@ -86,7 +86,7 @@ class KvFeed:
     # --- members --------------------------------------------------------------------------
 
     def observe(self, change: MemberChange) -> None:
-        """What the membership tells: give this to `Membership.on_change`."""
+        """Follow or forget a member by a change: the observer for `Membership.on_change`."""
         gone = change.change in (Change.LEFT, Change.DIED) or change.state is InstanceState.DEAD
         if not gone:
             self.follow(change.id, change.epoch, change.address, change.role)
@@ -94,8 +94,8 @@ class KvFeed:
             self.forget(change.id)
 
     def follow(self, instance: InstanceId, epoch: Epoch, address: str, role: Role) -> None:
-        """Follow this life of a member at a URL; any other life of it is cut out. One that is
-        followed already only takes on its role."""
+        """Follow the life `epoch` of a member at a URL; any other life of it is forgotten. If the
+        life is followed already, only its role is updated."""
         if self._is(instance, epoch):
             self._take_on(instance, role)
             return
@@ -106,14 +106,15 @@ class KvFeed:
         )
 
     def follow_source(self, source: EventSource) -> None:
-        """Follow a publisher that is no member of ours, as a vLLM with `--kv-events-config`:
-        until `forget`. Another source for the same instance replaces the last one."""
+        """Follow a publisher that is no member, such as a vLLM server with `--kv-events-config`,
+        until `forget`. Replaces a source for the same instance."""
         self.forget(source.instance)
         followed = self._followed[source.instance] = _Followed(source.epoch, source.role)
         self._subscribe(source, followed)
 
     def forget(self, instance: InstanceId) -> None:
-        """Cut an instance out of the trees, now. One that is not followed is ignored."""
+        """Remove an instance from the tree at once, and end its subscription. Ignored if it is not
+        followed."""
         followed = self._followed.pop(instance, None)
         if followed is None:
             return
@@ -127,7 +128,7 @@ class KvFeed:
         self._tree.leave(instance)
 
     async def close(self) -> None:
-        """Forget all, and close the connections."""
+        """Forget all instances, and close the connections."""
         finding = [each.finding for each in self._followed.values() if each.finding is not None]
         for instance in list(self._followed):
             self.forget(instance)
@@ -135,17 +136,18 @@ class KvFeed:
         await asyncio.wait((self._expiring, *finding, *self._ending))
         self._context.destroy(linger=0)
 
-    # --- what it is doing -----------------------------------------------------------------
+    # --- state ----------------------------------------------------------------------------
 
     def synchronised(self, instance: InstanceId) -> bool:
-        """Whether the trees have all that was heard of the instance."""
+        """Return whether the tree has all events of the instance that are known of."""
         followed = self._followed.get(instance)
         if followed is None or followed.subscription is None:
             return False
         return followed.subscription.synchronised
 
     def members(self) -> list[MemberFeed]:
-        """For metrics. The counts of an instance go on over its lives."""
+        """Return the state of all subscriptions, for metrics. Counts continue over the lives of an
+        instance."""
         return [self._view(instance, each) for instance, each in self._followed.items()]
 
     def _view(self, instance: InstanceId, followed: _Followed) -> MemberFeed:
@@ -180,7 +182,8 @@ class KvFeed:
     async def _find(
         self, instance: InstanceId, epoch: Epoch, address: str, followed: _Followed
     ) -> None:
-        """Ask the member where its events are, until it knows, and subscribe."""
+        """Ask the member's `/info` until it has an event endpoint, and subscribe. Ends without a
+        subscription if the member is up and publishes none."""
         pause = BACKOFF_SECONDS
         while True:
             try:
@@ -202,7 +205,7 @@ class KvFeed:
             pause = min(2 * pause, MAX_FIND_SECONDS)
 
     def _subscribe(self, source: EventSource, followed: _Followed) -> None:
-        if len(self._counts) >= MAX_COUNTED:  # ids come and go
+        if len(self._counts) >= MAX_COUNTED:  # drop the counts of instances not followed now
             self._counts = {i: each for i, each in self._counts.items() if i in self._followed}
         counts = self._counts.setdefault(source.instance, EventCounts())
         followed.subscription = Subscription(
@@ -241,7 +244,7 @@ def _source(info: InstanceInfo, events: KVEventsInfo, address: str, role: Role) 
 
 
 def _reachable(endpoint: str, host: str) -> str:
-    """An endpoint at all of a machine's addresses is at the one that we know it by."""
+    """Return an endpoint with `host` in place of a wildcard address."""
     name, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
     if name not in _WILDCARDS:
         return endpoint

@@ -1,4 +1,4 @@
-"""The subscription to one instance's KV events: receives, and closes gaps as they open."""
+"""The subscription to one instance's KV events: receives batches, and recovers missing ones."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
 
-# How long events may hold the event loop, which serves clients, before others get a turn.
+# Longest time that applying events holds the event loop, which also serves clients.
 SLICE_SECONDS = 0.002
-# Between attempts to recover: less than the instance's beat at first, so that one beat finds
-# one gap; at most a few polls of the membership, which finds out whether it is gone.
+# Pauses between attempts to recover. The first is less than the instance's beat, so that one beat
+# finds one gap; the last is a few polls of the membership, which finds out if the instance is gone.
 BACKOFF_SECONDS = 0.1
 MAX_BACKOFF_SECONDS = 5.0
-# Without a batch of it for so long a replay has failed; an instance answers between two batches.
+# A replay fails without a batch for this time; an instance answers between two batches.
 REPLAY_SECONDS = 2.0
-# A large cache's snapshot takes a second to make, and some to send over a slow network.
+# A large cache's snapshot takes a second to make, and seconds to send over a slow network.
 SNAPSHOT_SECONDS = 60.0
 MAX_SNAPSHOT_BYTES = 1024 * 1024 * 1024  # 2^24 blocks, with 16 tokens each
 RECEIVE_HIGH_WATER = 100_000  # batches
-HEARTBEAT_MS = int(2000 * BEAT_SECONDS)  # of the connection: it is made anew when one is missed
+HEARTBEAT_MS = int(2000 * BEAT_SECONDS)  # ZMQ reconnects if heartbeats are not answered
 
 Context = zmq.asyncio.Context
 _Place = tuple[TcpEndpoint, Topic, BlockTokens]
@@ -55,10 +55,11 @@ _snapshots = msgspec.msgpack.Decoder(KVSnapshot)
 
 @dataclass(frozen=True, slots=True)
 class EventSource:
-    """Where one life of an instance publishes its KV events, and how what was missed is had.
+    """Endpoints of one life of an instance for KV events, and for recovery of missed ones.
 
-    Our instances have a snapshot. Without one (vLLM) gaps are closed by a replay, if there is
-    an endpoint for it, and otherwise by forgetting and learning again.
+    Instances of memserve have a snapshot. Without one (vLLM), a gap is closed by a replay if there
+    is an endpoint for it; if batches remain missing, the tree forgets the instance's blocks and
+    goes on with the batches that follow.
     """
 
     instance: InstanceId
@@ -67,12 +68,12 @@ class EventSource:
     topic: str = ""
     replay_endpoint: str | None = None
     snapshot_url: str | None = None
-    epoch: Epoch | None = None  # of whoever has a snapshot
+    epoch: Epoch | None = None  # that a snapshot must have
     role: Role = Role.COLOCATED
     secured: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for what no socket should see."""
+        """Raises ConfigError for an invalid endpoint, topic or block size."""
         try:
             msgspec.convert((self.endpoint, self.topic, self.block_tokens), _Place)
             msgspec.convert(self.replay_endpoint, TcpEndpoint | None)
@@ -81,7 +82,8 @@ class EventSource:
 
 
 class Subscription:
-    """Keeps one instance in the trees until it is closed. Belongs to the event loop."""
+    """Applies one instance's KV events to the prompt tree until it is closed. Belongs to the event
+    loop."""
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class Subscription:
         counts: EventCounts,
         vitals: Vitals | None = None,
     ) -> None:
-        """`vitals`: counts what fails as nobody expected, and is begun anew."""
+        """`vitals`: counts unexpected exceptions, after which the subscription begins anew."""
         self._vitals = vitals or Vitals()
         self._source = source
         self._topic = source.topic.encode()
@@ -113,20 +115,20 @@ class Subscription:
         self._receiving = self._vitals.errand("KV events", self._keep_receiving())
 
     def close(self) -> None:
-        """From now on nothing of it reaches the trees. The caller cuts the instance out."""
+        """Apply no more events to the tree. The caller removes the instance from it."""
         self.stream.close()
         self._receiving.cancel()
         if self._recovery is not None:
             self._recovery.cancel()
 
     async def closed(self) -> None:
-        """Returns when its sockets are closed, too."""
+        """Return when the sockets are closed, after `close`."""
         tasks = [task for task in (self._receiving, self._recovery) if task is not None]
         await asyncio.wait(tasks)
 
     @property
     def synchronised(self) -> bool:
-        """Whether the trees have all that was heard of."""
+        """Whether the tree has all batches that are known of."""
         return not self.stream.gap and (self._recovery is None or self._recovery.done())
 
     # --- receiving ------------------------------------------------------------------------
@@ -137,16 +139,16 @@ class Subscription:
             began = self._clock.now()
             try:
                 await self._receive()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the trees must follow on
+            except Exception as error:  # noqa: BLE001 - the tree must be kept up to date
                 self._vitals.survive("a subscription to KV events", error)
             if self._clock.now() - began > MAX_BACKOFF_SECONDS:
                 pause = BACKOFF_SECONDS
             await asyncio.sleep(pause)
             pause = min(2 * pause, MAX_BACKOFF_SECONDS)
-            self._begin_anew()  # who knows what was applied of it
+            self._begin_anew()  # the failed batch may be applied in part
 
     def _begin_anew(self) -> None:
-        """Forget what the instance held; learn it again."""
+        """Remove all blocks of the instance from the tree, and begin another stream."""
         self.stream.close()
         self._tree.cleared(self._source.instance)
         self.counts.resets += 1
@@ -172,7 +174,7 @@ class Subscription:
             log.debug("%s: a batch of KV events is malformed: %s", self._source.instance, error)
             self.counts.malformed += 1
             return
-        if self._native and topic != self._topic:  # one that begins alike
+        if self._native and topic != self._topic:  # ZMQ subscribes to all topics with this prefix
             self.counts.foreign += 1
             return
         if not self._native and self.stream.restarted(sequence, batch):
@@ -182,7 +184,7 @@ class Subscription:
 
     def _new_stream(self) -> EventStream:
         source = self._source
-        # Those without snapshots begin to count at 0 with their first event.
+        # Publishers without snapshots number their batches from 0, their first event.
         start = None if self._native else -1
         return EventStream(self._tree, source.instance, source.block_tokens, self.counts, start)
 
@@ -208,7 +210,7 @@ class Subscription:
                 return
 
     async def _restore(self, url: str) -> bool:
-        """Take the state from a snapshot; False if there is none to be had now."""
+        """Restore the instance's blocks from a snapshot. Return False if that is impossible now."""
         try:
             body = await self._peers.call(
                 "GET", url, bytes, seconds=SNAPSHOT_SECONDS, max_bytes=MAX_SNAPSHOT_BYTES
@@ -220,13 +222,13 @@ class Subscription:
         said = (snapshot.instance, snapshot.epoch, snapshot.block_tokens)
         if said != (self._source.instance, self._source.epoch, self._source.block_tokens):
             self.counts.foreign += 1
-            return False  # another life, or somebody else: the membership will find out
+            return False  # another life or instance, which the membership will find out
         for _ in self.stream.restore(snapshot):
             await self._yield_to_loop()
         return True
 
     async def _replay(self) -> None:
-        """Ask for the batches that are missing. Some, or all, may no longer be had."""
+        """Request the missing batches. The publisher may not have all of them any more."""
         endpoint, position = self._source.replay_endpoint, self.stream.position
         if endpoint is None or position is None:
             return
@@ -247,7 +249,7 @@ class Subscription:
                 log.debug("%s does not answer for replay", self._source.instance)
 
     async def _yield_to_loop(self) -> None:
-        """Let others run, if it has been long."""
+        """Yield to the event loop if the last yield was more than SLICE_SECONDS ago."""
         now = self._clock.now()
         if now - self._turn > SLICE_SECONDS:
             await asyncio.sleep(0)

@@ -1,7 +1,7 @@
-"""Printing lines without ever waiting for whoever reads them.
+"""Printing lines from a thread, so that a slow reader never blocks the caller.
 
-A terminal that is paused, a pipe that nobody reads, a full disk: a process that supervises
-others must go on all the same, or its children wait for it in turn.
+With a paused terminal, a pipe without a reader or a full disk, a supervising process must go on, or
+its children block on their own output.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from types import TracebackType
 from typing import Self
 
 STDOUT, STDERR = 1, 2  # file descriptors
-# What waits for a slow reader: seconds of a busy cluster's log, 8 MiB at most.
-MAX_WAITING = 1024  # lines
-# How long `close` waits for lines to be taken: what ends must not hang at a terminal.
+# Lines queued for a slow reader: seconds of a busy cluster's log, 8 MiB at most.
+MAX_WAITING = 1024
+# Longest wait of `close` for queued lines: an ending process must not hang at a terminal.
 CLOSE_SECONDS = 1.0
-_FULL_SECONDS = 0.1  # between looks whether a descriptor that does not block has room again
+_FULL_SECONDS = 0.1  # longest wait for room in a non-blocking descriptor before another try
 
 
 class LinePrinter:
     """Writes lines to a file descriptor, from a thread of its own. A context manager.
 
-    What does not fit into the queue, or cannot be written, is dropped and counted; the next
-    line that is written comes after `[N lines dropped]`.
+    Lines that do not fit into the queue, or cannot be written, are dropped and counted; the next
+    line that is written follows `[N lines dropped]`.
     """
 
     def __init__(self, fd: int) -> None:
-        """`fd` stays the caller's."""
+        """The caller owns `fd`."""
         self.dropped = 0  # lines, since the beginning
         self._fd = fd
         self._waiting: deque[str] = deque()
         self._changed = threading.Condition()
-        self._told = 0  # of the dropped ones
+        self._told = 0  # dropped lines that were reported
         self._closing = False
-        # A daemon: it may be in a `write` that never returns when the process ends.
+        # A daemon thread: at the end of the process it may be in a `write` that never returns.
         self._thread = threading.Thread(target=self._run, name="line-printer", daemon=True)
         self._thread.start()
 
@@ -52,7 +52,7 @@ class LinePrinter:
         self.close()
 
     def show(self, line: str) -> None:
-        """Print a line, soon. Waits for nothing and raises nothing."""
+        """Queue a line for printing. Never blocks, and raises nothing."""
         with self._changed:
             if len(self._waiting) >= MAX_WAITING or self._closing:
                 self.dropped += 1
@@ -61,7 +61,7 @@ class LinePrinter:
             self._changed.notify()
 
     def close(self) -> None:
-        """Print what waits, unless that takes too long, and end."""
+        """Print the queued lines, within CLOSE_SECONDS, and end the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -83,25 +83,25 @@ class LinePrinter:
                     self.dropped += 1
 
     def _write(self, data: bytes) -> bool:
-        """All of it; False if that cannot be done."""
+        """Write all of `data`; return False if that fails."""
         while data:
             try:
                 data = data[os.write(self._fd, data) :]
-            except BlockingIOError:  # somebody else has made the descriptor non-blocking
+            except BlockingIOError:  # another process has made the descriptor non-blocking
                 select.select((), (self._fd,), (), _FULL_SECONDS)
-            except OSError:  # no space left, nobody there: the next line may fare better
+            except OSError:  # no space left, or no reader: the next line is tried again
                 return False
         return True
 
 
 class LineStream:
-    """A file to log to (`logging.StreamHandler.setStream`) that a printer writes."""
+    """A file for `logging.StreamHandler.setStream` whose lines a printer writes."""
 
     def __init__(self, printer: LinePrinter) -> None:
         self._printer = printer
 
     def write(self, text: str) -> None:
-        """A record, with its end of line."""
+        """Print a log record, which ends with a line end."""
         self._printer.show(text.removesuffix("\n"))
 
     def flush(self) -> None:

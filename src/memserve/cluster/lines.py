@@ -1,23 +1,22 @@
-"""Lines of a stream of bytes, none of them too long."""
+"""Splitting a stream of bytes into lines of limited length."""
 
 from __future__ import annotations
 
-# Longer than any line that says something: a traceback's, or one about a request. What is
-# behind it is data that somebody sent.
+# Longer than any useful line, such as a traceback's. A longer one contains data from a request.
 MAX_LINE_BYTES = 8192
 
 
 class Lines:
-    """Splits what comes in pieces; holds no more than `limit` bytes of a line without an end."""
+    """Splits pieces of a stream into lines; holds at most `limit` bytes of an incomplete line."""
 
     def __init__(self, limit: int = MAX_LINE_BYTES) -> None:
         self._limit = limit
-        self._begun = bytearray()  # of the last line, as much as is kept
-        self._length = 0  # of it, as it came
+        self._begun = bytearray()  # the first bytes of the incomplete line
+        self._length = 0  # of the incomplete line, with the bytes that are not kept
 
     def feed(self, data: bytes) -> list[str]:
-        """The lines that end in `data`, without their ends. A longer one is cut and says by
-        how many bytes."""
+        """Return the lines that end in `data`, without line ends. A line of more than `limit` bytes
+        is cut and tells how many bytes are missing."""
         *ended, rest = data.split(b"\n")
         lines = []
         for part in ended:
@@ -27,7 +26,7 @@ class Lines:
         return lines
 
     def end(self) -> list[str]:
-        """The last line, if the stream ends without an end of it."""
+        """Return the last line, if the stream has ended without a line end."""
         return [self._take()] if self._length else []
 
     def _add(self, part: bytes) -> None:

@@ -1,4 +1,4 @@
-"""A gateway and its instances as processes on this machine."""
+"""A local cluster: a gateway and its instances as supervised processes on this machine."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from memserve.models.resolve import Progress
 from memserve.pool.segment import sweep
 from memserve.secrets import SECRET_VARIABLE, cluster_secret, keep_secret, new_secret
 
-POLL_SECONDS = 0.2  # how often a starting cluster is asked for its state
-# A child drains for `drain_seconds`, if it has come to serve requests, and then needs up to
-# CLOSE_SECONDS to close connections, end its engine's step and give memory back. One that is
-# asked twice does not drain; after KILL_SECONDS more it is not asked any more.
+POLL_SECONDS = 0.2  # between looks at the state of a starting cluster
+# A child that serves drains for `drain_seconds`, and then needs up to CLOSE_SECONDS to close
+# connections, end its engine's step and free memory. After a second SIGTERM it does not drain;
+# KILL_SECONDS later it is killed.
 CLOSE_SECONDS = 10.0
 KILL_SECONDS = 5.0
 
@@ -38,7 +38,7 @@ _T = TypeVar("_T")
 
 
 class LocalCluster:
-    """Owns the processes from `start` to `stop`; the caller must call `stop`, whatever happens."""
+    """Owns the processes from `begin` or `start` to `stop`, which the caller must always call."""
 
     def __init__(
         self,
@@ -50,12 +50,12 @@ class LocalCluster:
         clock: Clock | None = None,
         module: str = "memserve",
     ) -> None:
-        """Every process resolves the model again: it should be on this machine by now.
+        """Each process resolves the model again, so it should be on this machine already.
 
-        `shutdown.forced` ends waiting for running requests in `stop`. `limits` are those of
-        `supervise`; `module` is what Python runs for each process.
+        `shutdown.forced` ends the wait for running requests in `stop`. `limits`: of restarts in
+        `supervise`. `module`: run by Python for each process.
         """
-        self.url = ""  # of the gateway, once `start` has returned
+        self.url = ""  # of the gateway, once `begin` has returned
         self._config = config
         self._shutdown = shutdown
         self._progress = progress
@@ -63,20 +63,20 @@ class LocalCluster:
         self._clock = clock or MonotonicClock()
         self._module = module
         given = cluster_secret()
-        # Of its own, so that another user of this machine is a stranger to it, and this user's
-        # other clusters are, too.
+        # A secret of its own, so that neither other users of this machine nor this user's other
+        # clusters can use it.
         self._secret = new_secret() if given.local else given
         self._secret_file: Path | None = None
         self._port: ReservedPort | None = None
         self._gateway: Supervised | None = None
         self._instances: list[Supervised] = []
         self._serving = False
-        self._ready: set[str] = set()  # instances that have been, once
+        self._ready: set[str] = set()  # instances that have been ready once
 
     async def begin(self) -> None:
-        """Start everything and wait until the gateway has an instance to send requests to.
+        """Start all processes and wait until the gateway has a ready instance.
 
-        Raises ClusterError when a process ends before that, with its last lines.
+        Raises ClusterError, with its last lines, if a process ends before that.
         """
         self._port = ReservedPort(
             self._config.gateway.host,
@@ -100,23 +100,23 @@ class LocalCluster:
         try:
             await self.or_failure(self._some_ready())
         except ClusterError as failure:
-            # Clients may be served since the last look at the gateway: they go first.
+            # Go on if an instance has become ready meanwhile: clients may be served already.
             if not await self._look():
                 raise
             self._progress(str(failure))
         self._serving = True
 
     async def start(self) -> None:
-        """As `begin`, but wait until every instance is ready: for who wants all or nothing.
+        """As `begin`, but wait until every instance is ready.
 
-        Raises ClusterError as soon as a process ends, with its last lines.
+        Raises ClusterError, with its last lines, as soon as a process ends.
         """
         await self.begin()
         await self.or_failure(self._all_ready())
 
     async def settled(self) -> list[str]:
-        """Returns when every instance is ready, or has crashed meanwhile: the names of those
-        that are not ready. To be awaited beside `supervise`, which starts them again."""
+        """Wait until every instance has been ready or has crashed, and return the names of those
+        that have not been ready. Call it beside `supervise`, which starts them again."""
         while True:
             await self._look()
             late = [one for one in self._instances if one.name not in self._ready]
@@ -125,22 +125,21 @@ class LocalCluster:
             await asyncio.sleep(POLL_SECONDS)
 
     def pids(self) -> dict[str, int]:
-        """Of the processes that run now, by name."""
+        """Return the process ids by name."""
         return {one.name: one.child.pid for one in self._all() if one.started}
 
     async def watch(self) -> None:
-        """Runs until a process ends, and raises ClusterError then."""
+        """Wait until a process ends, and raise ClusterError with its last lines."""
         children = self._children()
         await asyncio.wait([c.ended for c in children], return_when=asyncio.FIRST_COMPLETED)
         dead = next(child for child in children if child.ended.done())
         raise await dead.failure()
 
     async def supervise(self) -> None:
-        """Start again what crashes, as long as that leaves anything useful.
+        """Start crashed processes again, until the gateway or all instances have ended.
 
-        The gateway is never given up while an instance lives, since instances hold what is
-        cached. Raises ClusterError when the last instance is lost for good, or the gateway has
-        been asked to end.
+        The gateway is never given up while an instance lives, since instances hold the cached KV.
+        Raises ClusterError when the last instance has ended or is given up, or the gateway ends.
         """
         assert self._gateway is not None
         keeping = {asyncio.ensure_future(one.keep()): one for one in self._all()}
@@ -167,7 +166,8 @@ class LocalCluster:
             await asyncio.gather(*keeping, return_exceptions=True)
 
     async def or_failure(self, work: Awaitable[_T]) -> _T:
-        """The result of `work`; ClusterError if a process ends before. `work` is cancelled then."""
+        """Return the result of `work`. If a process ends before, cancel it and raise
+        ClusterError."""
         watching = asyncio.ensure_future(self.watch())
         working = asyncio.ensure_future(work)
         try:
@@ -180,17 +180,18 @@ class LocalCluster:
             working.cancel()
 
     def show_output(self, show: Callable[[str], None]) -> None:
-        """Hand over what the processes print from now on, line by line."""
+        """Call `show` with each line that the processes print, kept ones first."""
         for one in self._all():
             one.show_output(show)
 
     def reload(self) -> None:
-        """Have the gateway read its clients' keys again."""
+        """Have the gateway read its clients' API keys again."""
         if self._gateway is not None and self._gateway.started:
             self._gateway.child.reload()
 
     async def stop(self) -> None:
-        """End the gateway, which lets running requests finish, then the instances."""
+        """End the gateway, which finishes running requests, then the instances. Free the port, the
+        secret's file, and shared memory of killed processes."""
         patience = CLOSE_SECONDS + (self._config.gateway.drain_seconds if self._serving else 0)
         gateway = [self._gateway] if self._gateway is not None else []
         for group in (gateway, self._instances):
@@ -200,7 +201,7 @@ class LocalCluster:
             self._port.close()
         if self._secret_file is not None:
             self._secret_file.unlink(missing_ok=True)
-        sweep()  # an instance that was killed has left its shared memory behind
+        sweep()  # a killed instance leaves its shared memory behind
 
     def _supervised(
         self,
@@ -240,11 +241,11 @@ class LocalCluster:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _look(self) -> bool:
-        """Ask the gateway who is ready; whether anybody is."""
+        """Ask the gateway for ready instances; return whether there are any."""
         async with ClusterClient(self.url, self._secret) as client:
             try:
                 members = (await client.view()).instances
-            except ClusterError:  # it has ended: whoever watches it finds out
+            except ClusterError:  # it has ended, which `watch` or `supervise` finds out
                 return False
         ready = {member.id for member in members if member.state is InstanceState.READY}
         for name in sorted(ready - self._ready):
@@ -260,16 +261,16 @@ async def run_local_cluster(
     *,
     module: str = "memserve",
 ) -> None:
-    """Run a cluster until SIGINT or SIGTERM; a second one does not wait for requests.
+    """Run a cluster until SIGINT or SIGTERM; a second signal ends the wait for requests.
 
-    `ready` is called when all of it serves, or what does not has crashed, and is started again.
-    Raises ClusterError when a process fails before anything serves, or when so often afterwards
-    that nothing useful is left. `module`: as in `LocalCluster`.
+    `ready` is called when every instance has been ready or has crashed. Raises ClusterError if a
+    process ends before an instance is ready, or as `LocalCluster.supervise`. `module`: as in
+    `LocalCluster`.
     """
     shutdown = Shutdown()
     shutdown.on_signals()
     cluster = LocalCluster(config, shutdown, progress, module=module)
-    if not sys.stdin.isatty():  # a terminal that closes sends it, too, and means the end
+    if not sys.stdin.isatty():  # a terminal that closes sends SIGHUP, too, to end the process
         on_reload(cluster.reload)
 
     async def tell() -> None:
@@ -301,7 +302,7 @@ async def run_local_cluster(
 
 
 def instance_commands(config: ClusterConfig) -> Iterator[tuple[str, list[str]]]:
-    """Name and `memserve` arguments of each instance."""
+    """Yield the name and the `memserve` arguments of each instance."""
     settings = [table for table in config.instance for _ in range(table.count)]
     for index, table in enumerate(settings):
         name = f"{table.role}-{index}"
@@ -314,7 +315,7 @@ def instance_commands(config: ClusterConfig) -> Iterator[tuple[str, list[str]]]:
                 *to_flags(config.model),
                 *to_flags(config.cache),
                 *to_flags(_own_settings(table, len(settings))),
-                # Nobody can listen in on what stays within this machine.
+                # Loopback traffic needs no TLS.
                 *([] if is_loopback(table.host) else to_flags(config.security)),
                 "--drain-seconds",
                 str(config.gateway.drain_seconds),
@@ -323,7 +324,8 @@ def instance_commands(config: ClusterConfig) -> Iterator[tuple[str, list[str]]]:
 
 
 def _own_settings(table: InstanceConfig, instances: int) -> InstanceConfig:
-    """One instance's share: threads of several instances would take turns on the same cores."""
+    """Return one instance's settings, with its share of the cores as threads if neither threads nor
+    cores are given: with more threads than cores, instances slow each other down."""
     threads = table.threads
     if threads is None and table.cpus is None:
         threads = max(1, available_cores() // instances)

@@ -1,4 +1,4 @@
-"""Who belongs to the cluster, and in which state. No I/O: a poller tells what it has seen."""
+"""The members of a cluster and their states. No I/O: a poller reports answers and misses."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from memserve.types import Epoch, InstanceId, Role
 log = logging.getLogger(__name__)
 
 MAX_MISSES = 3  # polls without an answer before a member counts as dead
-# What `join` remembers: many times the instances that one gateway has ever had.
+# Limit of addresses from `join`: many times the instances of one gateway.
 MAX_MEMBERS = 4096
-# How long one that is dead, or was never met, is shown and asked: longer than a restart takes,
-# a large model's load included. It is no less welcome afterwards.
+# A dead member, or one that never answered, is listed and polled for this time: longer than a
+# restart, including the load of a large model. It may join again afterwards.
 FORGET_SECONDS = 600.0
 
 
 class Member:
-    """One instance as the cluster sees it. Changed by `Membership` alone."""
+    """One instance as the gateway knows it. Only `Membership` changes it."""
 
     def __init__(self, address: str, now: float) -> None:
         self.address = address
-        self.id = InstanceId(address)  # until it has said its own
+        self.id = InstanceId(address)  # the address until the first answer
         self.role = Role.COLOCATED
         self.kind = MemberKind.MEMSERVE
         self.pool = False
         self.kv: str | None = None  # see `InstanceInfo`
         self.state = InstanceState.STARTING
-        self.epoch: Epoch | None = None  # which of its lives; None: not met yet
+        self.epoch: Epoch | None = None  # of its present life; None: it has not answered yet
         self.pid: int | None = None
         self.limits: Limits | None = None
         self.stats: InstanceStats | None = None
-        self.misses = 0  # in a row
+        self.misses = 0  # polls in a row without an answer
         self.lasting = False  # named by configuration: never forgotten
-        self.heard = now  # the last sign of life
-        self.joined = False  # this life is known to observers
-        self.conflict: str | None = None  # why it is not believed who it says it is
+        self.heard = now  # clock time of the last answer or join
+        self.joined = False  # observers were told `JOINED` for this life
+        self.conflict: str | None = None  # why its id is refused; None: it is not
 
 
 class MemberView(msgspec.Struct, frozen=True):
-    """A member in `GET /cluster`. Empty media and no pid: it has not answered yet."""
+    """A member in `GET /cluster`. Without an answer so far, media are empty and `pid` is None."""
 
     id: InstanceId
     role: Role
@@ -64,16 +64,16 @@ class MemberView(msgspec.Struct, frozen=True):
     pid: int | None
     hbm: MediumTotals | dict[str, int]
     dram: MediumTotals | dict[str, int]
-    conflict: str | msgspec.UnsetType = msgspec.UNSET  # why it is not let in
+    conflict: str | msgspec.UnsetType = msgspec.UNSET  # why its id is refused
 
 
 class DegradedPair(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A prefill and a decode instance between which no KV moves, though it should."""
+    """A prefill and a decode instance between which hand-overs fail."""
 
     prefill: InstanceId
     decode: InstanceId
-    why: str  # in general; anybody may know
-    detail: str = ""  # with addresses, if something is known; for operators
+    why: str  # for everybody: without addresses
+    detail: str = ""  # for operators: with addresses, or empty
 
 
 class ClusterView(msgspec.Struct, frozen=True):
@@ -85,7 +85,7 @@ class ClusterView(msgspec.Struct, frozen=True):
 
 
 class Membership:
-    """The members, by address. `epoch` grows with every change of who is in it or of a state."""
+    """The members, by address. `epoch` grows with every change of a member, its state or role."""
 
     def __init__(
         self,
@@ -100,50 +100,50 @@ class Membership:
         self._observers: list[Observer] = []
         self._ask: Callable[[Member], None] | None = None
 
-    # --- asking ---------------------------------------------------------------------------
+    # --- queries --------------------------------------------------------------------------
 
     @property
     def members(self) -> Sequence[Member]:
         return list(self._members.values())
 
     def ready(self, kind: MemberKind | None = None) -> list[Member]:
-        """Members that take requests, of one kind or all; without the doubtful ones, as long as
-        there are others."""
+        """Return the members in state READY, of one kind or all. Members with misses are left out
+        if others are ready."""
         ready = [m for m in self._members.values() if m.state is InstanceState.READY]
         if kind is not None:
             ready = [m for m in ready if m.kind is kind]
         return [m for m in ready if not m.misses] or ready
 
     def has(self, kind: MemberKind) -> bool:
-        """Whether there is one of this kind, whatever its state: it may be restarted."""
+        """Return whether a member has this kind, in any state: a dead one may be restarted."""
         return any(m.kind is kind for m in self._members.values())
 
     def expects(self) -> bool:
-        """Whether somebody may take requests soon who does not now: nobody does; or a member
-        starts, is in doubt, or is dead, and may be restarted."""
+        """Return whether the set of ready members may grow soon: no member is ready, or one is
+        starting, has misses, or is dead and may be restarted."""
         coming = (InstanceState.STARTING, InstanceState.DEAD)
         members = [m for m in self._members.values() if m.conflict is None]
         return not self.ready() or any(m.misses or m.state in coming for m in members)
 
     def find(self, instance: InstanceId) -> Member | None:
-        """The member of this id; of several (dead ones elsewhere) the one that is there."""
+        """Return the member with this id, or None. Of several, one that is not dead."""
         named = [m for m in self._members.values() if m.id == instance]
         alive = [m for m in named if m.state is not InstanceState.DEAD]
         return next(iter(alive or named), None)
 
     def at(self, address: str) -> Member | None:
-        """The member at this address."""
+        """Return the member at this address, or None."""
         return self._members.get(address)
 
     def view(self) -> ClusterView:
         return ClusterView(self.epoch, [view_of(member) for member in self._members.values()])
 
-    # --- following ------------------------------------------------------------------------
+    # --- observers ------------------------------------------------------------------------
 
     def on_change(self, observer: Observer) -> Callable[[], None]:
-        """Tell `observer` of every change; first, as joined, of those that are here already.
+        """Call `observer` with every change, and at once with `JOINED` for each present member.
 
-        Returns what ends it. See `Change` for what comes in which order.
+        Returns a function that removes the observer. See `Change` for the order of changes.
         """
         for member in self.members:
             if member.joined:
@@ -152,16 +152,17 @@ class Membership:
         return lambda: self._observers.remove(observer)
 
     def on_question(self, ask: Callable[[Member], None]) -> None:
-        """Have `ask` called with each member that should be polled now, not at its turn."""
+        """Have `ask` called with each member that should be polled before the next heartbeat."""
         self._ask = ask
 
-    # --- what happens ---------------------------------------------------------------------
+    # --- events ---------------------------------------------------------------------------
 
     def join(self, address: str, *, lasting: bool = True) -> Member:
-        """The member at this address, added if it is new, and asked how it is.
+        """Return the member at this address, added if it is new, and have it polled at once.
 
-        One that is not `lasting` is forgotten `FORGET_SECONDS` after its last sign of life, of
-        which this is one. Raises ClusterError where there are too many already.
+        A member that is not `lasting` is forgotten when it is dead or has never answered, and
+        FORGET_SECONDS have passed since its last answer or join. Raises ClusterError if there are
+        MAX_MEMBERS.
         """
         member = self._members.get(address)
         if member is None:
@@ -174,8 +175,8 @@ class Membership:
         return member
 
     def leave(self, address: str, epoch: Epoch | None = None) -> bool:
-        """Remove a member: it ends in order, or somebody wants it out. With `epoch`, only that
-        life of it. Whether it was there."""
+        """Remove a member that ends in order, or that an operator removes; with `epoch`, only in
+        that life. Return whether it was removed."""
         member = self._members.get(address)
         if member is None or (epoch is not None and member.epoch not in (None, epoch)):
             return False
@@ -184,8 +185,9 @@ class Membership:
         return True
 
     def answered(self, member: Member, info: InstanceInfo, stats: InstanceStats | None) -> None:
-        """A poll's answer. An id is its holder's as long as that lives: who else says it is
-        known by its address alone, and gets no requests, until the holder is dead or has left."""
+        """Take a member's answer to a poll. Another member that says an id which a living one has
+        is refused: it is known by its address, and gets no requests, until the holder of the id is
+        dead or has left."""
         if not self._is_here(member):
             return
         if (holder := self.holder(info.id, member.address)) is not None:
@@ -211,7 +213,8 @@ class Membership:
         self._tell_news(member, before[2], before[3])
 
     def missed(self, member: Member) -> None:
-        """A poll without an answer. A member that was never met is still starting."""
+        """Count a poll without an answer; MAX_MISSES in a row make a member dead, unless it has
+        never answered."""
         if not self._is_here(member):
             return
         member.misses += 1
@@ -219,23 +222,25 @@ class Membership:
             self._died(member, f"no answer {member.misses} times")
 
     def refused(self, member: Member) -> None:
-        """Nobody listens at its address any more: its process has gone, for certain."""
+        """Take a refused connection: no process listens at the address, so the member is dead."""
         if not self._is_here(member):
             return
         member.misses += 1
-        if member.epoch is None and not member.lasting:  # gone before anybody met it
+        if member.epoch is None and not member.lasting:  # it ended before its first answer
             self._remove(member, Change.LEFT)
         else:
             self._died(member, "nobody listens there")
 
     def doubt(self, member: Member) -> None:
-        """A request to it failed: others are preferred until a poll, at once, says how it is."""
+        """Take a failed request to a member: have it polled at once, and prefer others until it
+        answers."""
         if self._is_here(member) and member.state is not InstanceState.DEAD:
             member.misses = max(member.misses, 1)
             self._question(member)
 
     def forget(self) -> None:
-        """Drop members that are long gone. Called from time to time."""
+        """Remove members that are dead or never answered, FORGET_SECONDS after their last answer
+        or join. The poller calls it at each heartbeat."""
         until = self._clock.now() - FORGET_SECONDS
         for member in self.members:
             gone = member.epoch is None or member.state is InstanceState.DEAD
@@ -244,7 +249,7 @@ class Membership:
                 self._remove(member, Change.LEFT)
 
     def holder(self, instance: InstanceId, address: str) -> Member | None:
-        """The member that has this id and lives, if that is not who is at this address."""
+        """Return the living member with this id at another address, or None."""
         for other in self._members.values():
             alive = other.epoch is not None and other.state is not InstanceState.DEAD
             if other.id == instance and alive and other.address != address:
@@ -252,8 +257,8 @@ class Membership:
         return None
 
     def claim(self, instance: InstanceId, epoch: Epoch, address: str) -> Member | None:
-        """Who holds the id that a life at this address says is its own, if that is another
-        life: it is asked at once whether it is still there. None: the id is free, or its own."""
+        """Return the holder of an id that an instance at `address` with `epoch` wants, and have
+        the holder polled at once. None: the id is free, or its holder is the same life."""
         holder = self.holder(instance, address)
         if holder is None or holder.epoch == epoch:
             return None
@@ -263,7 +268,7 @@ class Membership:
     # --- inside ---------------------------------------------------------------------------
 
     def _is_here(self, member: Member) -> bool:
-        """False for a member that was replaced while the answer was on its way."""
+        """Return False for a member that was removed or replaced while the answer was in flight."""
         return self._members.get(member.address) is member
 
     def _question(self, member: Member) -> None:
@@ -271,7 +276,8 @@ class Membership:
             self._ask(member)
 
     def _replace_former(self, member: Member, info: InstanceInfo) -> None:
-        """An instance that came back at another address replaces its dead life."""
+        """Remove dead members with the id of an instance that came back at another address; a
+        lasting one stays, as not met yet."""
         for other in self.members:
             if other is not member and other.id == info.id and other.epoch is not None:
                 log.info("%s has moved from %s to %s", info.id, other.address, member.address)
@@ -281,7 +287,7 @@ class Membership:
                     self._remove(other, Change.DIED)
 
     def _refuse(self, member: Member, why: str) -> None:
-        """It goes by somebody else's name."""
+        """Refuse a member whose id belongs to another one."""
         if member.conflict != why:
             log.warning("%s is not let in: %s", member.address, why)
             member.conflict = why
@@ -290,7 +296,7 @@ class Membership:
         self._forget_life(member)
 
     def _forget_life(self, member: Member) -> None:
-        """From now on nobody has been met there."""
+        """Reset a member to the state before its first answer."""
         if member.epoch is None:
             return
         self._over(member, Change.DIED)
@@ -300,7 +306,8 @@ class Membership:
         self._changed()
 
     def _make_room(self) -> None:
-        """For one more: in the place of whoever was never met, the oldest first."""
+        """Make room for one more member: if there are MAX_MEMBERS, remove the one without an answer
+        whose join is oldest. Raises ClusterError if all have answered or are lasting."""
         if len(self._members) < MAX_MEMBERS:
             return
         unmet = [m for m in self._members.values() if m.epoch is None and not m.lasting]
@@ -322,8 +329,8 @@ class Membership:
         self._over(member, why)
 
     def _tell_news(self, member: Member, state: InstanceState, role: Role) -> None:
-        """Tell of an answer; `state` and `role` are those before it."""
-        if member.state is InstanceState.DEAD:  # it says so itself: its engine has stopped
+        """Publish the changes of an answer; `state` and `role` are the values before it."""
+        if member.state is InstanceState.DEAD:  # it answers that its engine has stopped
             self._over(member, Change.DIED)
         elif not member.joined:
             member.joined = True
@@ -335,7 +342,7 @@ class Membership:
                 self._publish(Change.STATE, member)
 
     def _over(self, member: Member, change: Change) -> None:
-        """The end of a life, once."""
+        """Publish the end of a life, once."""
         if not member.joined:
             return
         member.joined = False
@@ -353,7 +360,7 @@ class Membership:
 
 
 def _change(change: Change, member: Member) -> MemberChange:
-    assert member.epoch is not None  # it has been met
+    assert member.epoch is not None  # it has answered
     return MemberChange(change, member.id, member.epoch, member.address, member.role, member.state)
 
 

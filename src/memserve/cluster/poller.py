@@ -1,4 +1,4 @@
-"""Asks every member, every second, how it is."""
+"""Polls every member each second for its state and load."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from memserve.api.status import InstanceInfo, InstanceState, InstanceStats
 from memserve.cluster.membership import Member, Membership
 from memserve.vital import Vitals
 
-# A heartbeat that is not answered in time is missed, and three make a death (`MAX_MISSES`).
-# A beat does not wait for the last one's answer: a member that hangs is dead after two beats
-# more than one timeout, and one that is merely late, on a crowded machine, stays alive.
+# A heartbeat without an answer in time is a miss; MAX_MISSES in a row make a member dead. A beat
+# does not wait for the answer of the beat before, so a member that hangs is dead after one timeout
+# and two beats, while one that answers late, on a busy machine, stays alive.
 POLL_SECONDS = 1.0
 POLL_TIMEOUT_SECONDS = 2.0
 
@@ -23,20 +23,20 @@ _stats = msgspec.json.Decoder(InstanceStats)
 
 
 class Poller:
-    """Polls the members of a `Membership` until cancelled; between heartbeats those of whom it
-    wants to know at once."""
+    """Polls the members of a `Membership` until cancelled: all at each heartbeat, and one at once
+    when the membership asks for it."""
 
     def __init__(
         self, membership: Membership, peers: PeerClient, vitals: Vitals | None = None
     ) -> None:
-        """`vitals`: counts the polls that fail as nobody expected."""
+        """`vitals`: counts polls that fail with an unexpected exception."""
         self._vitals = vitals or Vitals()
         self._membership = membership
         self._peers = peers
         self._group: asyncio.TaskGroup | None = None  # while running
-        self._asked: set[Member] = set()  # out of turn, not answered
-        self._numbers = itertools.count(1)
-        self._latest: dict[Member, int] = {}  # the poll whose answer was the last one used
+        self._asked: set[Member] = set()  # polls between heartbeats in flight
+        self._numbers = itertools.count(1)  # of polls
+        self._latest: dict[Member, int] = {}  # number of the poll whose answer was used last
         membership.on_question(self._ask_now)
 
     async def run(self) -> None:
@@ -52,10 +52,10 @@ class Poller:
                 await asyncio.sleep(POLL_SECONDS)
 
     async def poll(self, member: Member) -> None:
-        """Ask one member. Whatever comes of it, others are asked all the same."""
+        """Poll one member. An unexpected exception counts as a miss, and ends no other poll."""
         try:
             await self._poll(member)
-        except Exception as error:  # noqa: BLE001 - what one member says must not end all polls
+        except Exception as error:  # noqa: BLE001 - one member's answer must not end all polls
             self._vitals.survive("poll", error)
             self._membership.missed(member)
 
@@ -75,7 +75,7 @@ class Poller:
         except TimeoutError:
             self._membership.missed(member)
         else:
-            if number > self._latest.get(member, 0):  # not overtaken by a later one
+            if number > self._latest.get(member, 0):  # no later poll was answered before
                 self._latest[member] = number
                 self._membership.answered(member, info, stats)
 

@@ -1,4 +1,4 @@
-"""A port that stays ours while the process that listens on it comes and goes."""
+"""A port that stays reserved while the processes that listen on it are restarted."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from memserve.errors import ClusterError
 from memserve.hosts import SocketAddress, bracketed, open_socket
 
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-# A connection within this machine is made at once, unless who listens is late to accept.
+# A connection within this machine takes no time, unless the listener's backlog is full.
 _CONNECT_SECONDS = 1.0
 
 
 class ReservedPort:
-    """Bound, but not listened on: only processes of this user that share it (`api.serving.bind`)
-    can listen on it, whatever they allow. Connections are refused while none does."""
+    """A port that is bound and not listened on: only processes of this user that share it
+    (`api.serving.bind`) can listen on it. Connections are refused while none does."""
 
     def __init__(self, host: str, port: int, *, tls: bool = False) -> None:
-        """Port 0: any. `tls`: the child will speak it. Raises ClusterError where another process
-        listens on it or has reserved it, and for a host that is not this machine's."""
+        """Reserve a port; 0: any. `tls`: `url` is https. Raises ClusterError if another process
+        listens on the port or has reserved it, or `host` is not an address of this machine."""
         try:
             lock, address = open_socket(host, port)
         except OSError as error:
@@ -30,7 +30,7 @@ class ReservedPort:
             raise ClusterError(f"{host}:{port}: {error.strerror}") from error
         self.number: int = self._sock.getsockname()[1]
         own = bracketed(_WILDCARDS.get(host, host))
-        # As processes on this machine reach it.
+        # For processes on this machine.
         self.url = f"{'https' if tls else 'http'}://{own}:{self.number}"
 
     def close(self) -> None:
@@ -38,8 +38,8 @@ class ReservedPort:
 
 
 def is_listened_on(host: str, port: int) -> bool:
-    """Whether a process listens on a port of this machine; a reservation does not count. Raises
-    ClusterError for a host that is not this machine's."""
+    """Return whether a process listens on a port of this machine; a reservation does not count.
+    Raises ClusterError if the connection fails in another way, as for an unknown host."""
     try:
         sock, address = open_socket(_WILDCARDS.get(host, host), port)
         with sock:
@@ -47,7 +47,7 @@ def is_listened_on(host: str, port: int) -> bool:
             sock.connect(address)
     except ConnectionRefusedError:
         return False
-    except TimeoutError:  # more clients wait than it lets
+    except TimeoutError:  # its backlog is full
         return True
     except OSError as error:
         raise ClusterError(f"{host}:{port}: {error.strerror or error}") from error
@@ -55,10 +55,10 @@ def is_listened_on(host: str, port: int) -> bool:
 
 
 def _reserved(lock: socket.socket, address: SocketAddress) -> socket.socket:
-    """A socket that reserves the port. `lock`, not yet bound, listens meanwhile."""
-    # Without SO_REUSEPORT only one socket can listen, and none beside a reservation: of two that
-    # reserve the port at once, one fails here. SO_REUSEADDR, here and below, is for connections
-    # of a former life in TIME_WAIT.
+    """Return a socket that reserves the port. `lock`, not yet bound, listens meanwhile."""
+    # Without SO_REUSEPORT only one socket can listen, and none beside a reservation: of two
+    # processes that reserve the port at once, one fails here. SO_REUSEADDR, here and below, allows
+    # connections of an earlier process in TIME_WAIT.
     lock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     lock.bind(address)
     lock.listen(0)
@@ -71,8 +71,8 @@ def _reserved(lock: socket.socket, address: SocketAddress) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(lock.getsockname())
-        # Two sockets with SO_REUSEADDR can be any two users'. Without it on this one the kernel
-        # wants SO_REUSEPORT of both, and the same user.
+        # Two sockets with SO_REUSEADDR can share a port across users. Without it on this one the
+        # kernel requires SO_REUSEPORT on both, and the same user.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError:
         sock.close()

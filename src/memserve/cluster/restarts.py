@@ -1,4 +1,4 @@
-"""When a process that crashed is started again, and when that has no use any more."""
+"""Pauses before a crashed process is started again, and the limit of crashes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from memserve.clock import Clock
 
-# The first restart comes at once, for a crash that does not repeat. A process that crashes while
-# it starts is given up after the pauses and so many starts: within a minute for a small model.
+# The first pause is short, for a crash that does not repeat. A small model's process that crashes
+# at each start is given up within a minute.
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 30.0
 MAX_CRASHES = 5
@@ -17,8 +17,8 @@ WINDOW_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True)
 class RestartLimits:
-    """Pauses double from `first_pause` to `longest_pause`; `max_crashes` within `window` are
-    too many. Seconds."""
+    """Pauses double from `first_pause` to `longest_pause`; a process with `max_crashes` within
+    `window` is given up. Times in seconds."""
 
     first_pause: float = FIRST_PAUSE_SECONDS
     longest_pause: float = LONGEST_PAUSE_SECONDS
@@ -27,7 +27,7 @@ class RestartLimits:
 
 
 class Restarts:
-    """The crashes of one process's lives."""
+    """Counts the crashes of one supervised process."""
 
     def __init__(self, limits: RestartLimits, clock: Clock) -> None:
         self._limits = limits
@@ -39,7 +39,7 @@ class Restarts:
         return self._limits.longest_pause
 
     def crashed(self) -> float | None:
-        """Count a crash. Seconds to wait before the next start; None: give it up."""
+        """Count a crash. Return the seconds to wait before the next start; None: give it up."""
         now = self._clock.now()
         self._crashes.append(now)
         while now - self._crashes[0] > self._limits.window:

@@ -1,4 +1,4 @@
-"""Restarting instances one after the other, so that the others serve meanwhile."""
+"""Rolling restarts of instances, one at a time, and removal of an instance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memserve.clock import Clock
 from memserve.cluster.client import ClusterClient, ClusterSummary, MemberSummary
 from memserve.errors import ClusterError
 
-# An instance finishes what it runs, ends, is started again and loads its model.
+# Enough for an instance to finish its requests, end, start again and load its model.
 RESTART_SECONDS = 600.0
 POLL_SECONDS = 0.2
 
@@ -23,10 +23,10 @@ async def restart(
     progress: Callable[[str], None],
     seconds: float = RESTART_SECONDS,
 ) -> None:
-    """Restart them in turn; each is ready again before the next one is asked.
+    """Restart instances one at a time: each is ready again before the next restarts.
 
-    Raises ClusterError if one is not ready again after so many `seconds`; those after it are
-    left as they are.
+    Raises ClusterError if one is not ready again within `seconds`; the next ones are not restarted
+    then.
     """
     for number, instance in enumerate(instances, 1):
         before = await client.member(instance)
@@ -56,9 +56,9 @@ async def remove(
     progress: Callable[[str], None],
     seconds: float = RESTART_SECONDS,
 ) -> None:
-    """End an instance in order, and wait until it is gone; a dead one is forgotten.
+    """End an instance in order, and wait until it is gone; a dead one is only forgotten.
 
-    Raises ClusterError if it is still there after so many `seconds`.
+    Raises ClusterError if it is still there after `seconds`.
     """
     member = await client.member(instance)
     if member.state is InstanceState.DEAD or member.pid is None:
@@ -74,7 +74,7 @@ async def remove(
     if not await _until(client, is_gone, clock, seconds):
         raise ClusterError(f"{instance} is still there after {seconds:g} s")
     left = (await client.view()).find(instance)
-    if left is not None and left.life == member.life:  # it did not know whom to tell
+    if left is not None and left.life == member.life:  # it had no gateway to leave
         await client.forget(member.address)
 
 
@@ -88,7 +88,7 @@ async def _until(
     clock: Clock,
     seconds: float,
 ) -> bool:
-    """Look every POLL_SECONDS. Whether the condition came true in time."""
+    """Check a condition every POLL_SECONDS. Return whether it came true within `seconds`."""
     end = clock.now() + seconds
     while not condition(await client.view()):
         if clock.now() > end:

@@ -1,4 +1,4 @@
-"""A process with several lives: it is started again when it crashes."""
+"""A supervised process: starts it again when it crashes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memserve.pool.segment import sweep
 
 
 class Supervised:
-    """Owns the present `child`. Whoever made it must end that, whatever happens."""
+    """Supervises one process. The creator must end the present `child` in any case."""
 
     def __init__(
         self,
@@ -26,9 +26,9 @@ class Supervised:
         needed: Callable[[], bool] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`module` is what Python runs, with `arguments` and, besides ours, `environment`. As
-        long as it is `needed`, it is never given up, however often it crashes: others are of no
-        use without it."""
+        """`module`: run by Python with `arguments`. `environment`: variables in addition to this
+        process's. `needed`: while it returns True, the process is not given up, however often it
+        crashes, because others are useless without it."""
         self.name = name
         self._arguments = arguments
         self._restarts = restarts
@@ -36,7 +36,7 @@ class Supervised:
         self._module = module
         self._environment = environment
         self._needed = needed or (lambda: False)
-        self.crashes = 0  # in all of its lives
+        self.crashes = 0  # since the first start
         self._show: Callable[[str], None] | None = None
         self._child: Child | None = None
 
@@ -51,7 +51,7 @@ class Supervised:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs now. One between two lives does not."""
+        """Whether the process runs now; False in the pause before a restart."""
         return self._child is not None and not self._child.ended.done()
 
     async def start(self) -> None:
@@ -60,18 +60,18 @@ class Supervised:
             self._child.show_output(self._show)
 
     def show_output(self, show: Callable[[str], None]) -> None:
-        """Hand over what this life and the next ones print."""
+        """Call `show` with the lines that this process and its restarts print."""
         self._show = show
         self.child.show_output(show)
 
     async def keep(self) -> None:
-        """Start it again until it ends in order: with exit code 0.
+        """Start the process again whenever it ends, until it ends in order, with exit code 0.
 
-        Raises ClusterError, with its last lines, when it has crashed too often.
+        Raises ClusterError, with its last lines, if it has crashed too often.
         """
-        # Shielded: giving up watching must not end what others wait for too.
+        # Shielded, because other tasks wait for `ended`, too.
         while (code := await asyncio.shield(self.child.ended)) != 0:
-            sweep()  # what was its shared memory; that of living processes stays
+            sweep()  # the dead process's shared memory; that of living processes stays
             if code == RESTART_EXIT_CODE:
                 self._progress(f"{self.name} ended to be started again")
             else:
@@ -80,7 +80,8 @@ class Supervised:
         self._progress(f"{self.name} has ended, as it was asked to")
 
     async def _pause(self) -> float:
-        """After a crash: seconds until the next start. Raises ClusterError for no more."""
+        """Count a crash and return the seconds until the next start. Raises ClusterError if the
+        process is given up."""
         self.crashes += 1
         failure = await self.child.failure(whole=True)
         pause = self._restarts.crashed()
@@ -92,7 +93,7 @@ class Supervised:
             )
         if pause is None:
             raise ClusterError(f"{self.name} crashed too often and is given up; {failure}")
-        # While nobody sees what it prints, the reason is told here.
+        # Show the last lines here if its output is not shown.
         how, _, said = str(failure).partition("\n")
         end = f"\n{said}" if said and self._show is None else ""
         self._progress(f"{how.removesuffix(':')}; starting it again in {pause:g} s{end}")

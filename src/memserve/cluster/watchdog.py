@@ -1,7 +1,7 @@
-"""A child that cannot outlive its parent, by whatever means the parent ends.
+"""The watchdog of a child process: ends it when its parent ends, even by SIGKILL.
 
-The parent holds the writing end of the child's standard input and never writes. The kernel
-closes it with the parent, SIGKILL included, and the child reads the end of the file.
+The parent holds the writing end of the child's standard input and never writes. The kernel closes
+that end when the parent ends, and the child reads the end of the file.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import signal
 import threading
 import time
 
-# Without a parent nobody waits for answers long. First an orderly stop, then one that no
-# longer waits for running requests, then none is waited for at all.
+# Seconds of the first SIGTERM, an orderly stop, until the second, which does not wait for running
+# requests, and of the second until SIGKILL. Short, since without a parent nobody needs the answers.
 FORCE_SECONDS = 3.0
 KILL_SECONDS = 15.0
 
@@ -24,7 +24,7 @@ def exit_with_parent() -> None:
 
 
 def _watch() -> None:
-    # Whatever keeps it from watching: this process might outlive its parent, and must not.
+    # If standard input cannot be read, the process ends, too: it could outlive its parent.
     with contextlib.suppress(OSError):
         while os.read(0, 4096):
             pass

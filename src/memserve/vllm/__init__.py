@@ -1,1 +1,1 @@
-"""vLLM servers behind our instances: what computes there is vLLM, all else is ours."""
+"""vLLM servers as engines of instances, and the KV connector that runs inside vLLM."""

@@ -1,8 +1,9 @@
-"""What an instance asks of a vLLM server for one sequence, and what it reads of the answer. Pure.
+"""The request for one sequence at a vLLM server, and the parser of its streamed answer. Pure.
 
-Sequences go to `/v1/completions` as token ids and come back as token ids: texts, stop strings and
-OpenAI's forms are the instance's own. Forms are those of vLLM 0.32 (`CompletionRequest`,
-`CompletionStreamResponse`), where `return_token_ids` and `return_tokens_as_token_ids` exist.
+Sequences go to `/v1/completions` as token ids and come back as token ids; the instance itself does
+detokenization, stop strings and OpenAI's formats. Formats are those of vLLM 0.32
+(`CompletionRequest`, `CompletionStreamResponse`), which has `return_token_ids` and
+`return_tokens_as_token_ids`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _FINISHES = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
 class MalformedAnswer(MemserveError):
-    """What the server says is no answer to a completion."""
+    """The server's answer is not a valid stream of a completion."""
 
 
 _TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
@@ -73,7 +74,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def completion_body(request: EngineRequest, model: str) -> bytes:
-    """The request of one sequence. Raises RequestError as `require_exact`."""
+    """Return the JSON body for one sequence. Raises RequestError as `require_exact`."""
     require_exact(request)
     sampling, done = request.sampling, len(request.output)
     most = 1 if request.prefill_only else sampling.max_tokens - done
@@ -113,8 +114,9 @@ def completion_body(request: EngineRequest, model: str) -> bytes:
 
 
 def require_exact(request: EngineRequest) -> None:
-    """Raises RequestError where the server could not go on exactly as another one began: it would
-    take what was generated for a part of the prompt."""
+    """Raise RequestError if the server cannot continue a begun sequence exactly: vLLM counts the
+    generated tokens as prompt, so a seed's random state, and presence and frequency penalties,
+    would differ."""
     sampling = request.sampling
     random = sampling.temperature > 0 and sampling.seed is not None
     if len(request.output) and (random or sampling.presence_penalty or sampling.frequency_penalty):
@@ -122,7 +124,7 @@ def require_exact(request: EngineRequest) -> None:
 
 
 class AnswerReader:
-    """The outputs of one sequence, out of the bytes of its answer."""
+    """Parses the bytes of one sequence's answer into its outputs."""
 
     def __init__(self, request: EngineRequest) -> None:
         self.ended = False  # its last output has been read
@@ -134,27 +136,28 @@ class AnswerReader:
         self._last: TokenOutput | None = None  # until the usage behind it has come
 
     def feed(self, data: bytes) -> list[TokenOutput]:
-        """What has come whole. Raises MalformedAnswer."""
+        """Return the outputs of the events that are complete with `data`. Raises
+        MalformedAnswer."""
         *events, self._rest = (self._rest + data).split(_END)
         if len(self._rest) > MAX_EVENT_BYTES:
             raise MalformedAnswer(f"an event of more than {MAX_EVENT_BYTES} bytes")
         return [output for event in events for output in self._read(event)]
 
     def failed(self, why: str) -> TokenOutput:
-        """The last output of a sequence that the server gave up, with its reason."""
+        """Return the last output of a sequence that failed at the server, with the reason."""
         self.ended = True
         return TokenOutput(
             self._id, (), self._final_usage, finish_reason=FinishReason.ERROR, error=why
         )
 
     def cancelled(self) -> TokenOutput:
-        """The last output of a sequence that we gave up."""
+        """Return the last output of a sequence that this engine has cancelled."""
         self.ended = True
         return TokenOutput(self._id, (), self._final_usage, finish_reason=FinishReason.CANCELLED)
 
     @property
     def _final_usage(self) -> Usage:
-        """With cached tokens: 0 where the server has not told them."""
+        """Return the usage with cached tokens; 0 if the server has not reported them."""
         return Usage(self._prompt_tokens, self._cached or 0, 0)
 
     def _read(self, event: bytes) -> Iterator[TokenOutput]:
@@ -200,8 +203,9 @@ class AnswerReader:
 
 
 def _scores(said: _Scores, wanted: int) -> Iterator[TokenLogprobs]:
-    """vLLM adds the chosen token to those that were asked for, if it is none of them, and does
-    not tell its rank then: it is behind all of them."""
+    """Yield the log-probabilities of each token, with the `wanted` best alternatives. vLLM adds the
+    chosen token to the list if it is not among the best, without a rank; it is then ranked behind
+    all of them."""
     for name, chosen, top in zip(said.tokens, said.token_logprobs, said.top_logprobs, strict=False):
         if chosen is None:
             raise MalformedAnswer("a token without its score")

@@ -1,11 +1,11 @@
 """A vLLM server as the engine of an instance.
 
-An instance gives its engine token ids and gets token ids back (`EngineProtocol`). Here a vLLM
-server computes them: each sequence is a stream of its `/v1/completions`. A client that hangs up
-ends its stream, which vLLM answers by dropping the sequence within a step.
+An instance gives its engine token ids and gets token ids back (`EngineProtocol`). Here each
+sequence is a streaming request to the server's `/v1/completions`. Cancelling a sequence closes its
+stream, and vLLM drops the sequence within a step.
 
-One thread with an event loop of its own does it all. It ends when the server cannot be reached
-any more, and whoever watches it ends the instance: a new one starts a new server.
+One thread with an event loop of its own does all requests. The thread ends when the server cannot
+be reached any more; the instance, which watches the thread, then ends, too.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from memserve.vllm.place import ServerPlace
 
 log = logging.getLogger(__name__)
 
-# Its load is asked for as often as members are polled; a server that has not answered so many
-# times in a row is lost.
+# The load is polled as often as a gateway polls members. A server counts as lost after MAX_MISSES
+# polls in a row without an answer.
 POLL_SECONDS = 1.0
 POLL_TIMEOUT_SECONDS = 5.0
 MAX_MISSES = 3
@@ -52,25 +52,25 @@ MAX_ERROR_BYTES = 2048
 
 
 class _Run:
-    """One sequence under way."""
+    """One sequence in flight."""
 
     def __init__(self, request: EngineRequest, body: bytes) -> None:
         self.request = request
         self.body = body
         self.task: asyncio.Task[None] | None = None
-        self.begun = asyncio.Event()  # its prompt is computed, or it came to nothing
+        self.begun = asyncio.Event()  # set after the prompt is computed, or the sequence has ended
         self.tokens = 0  # generated
 
 
 class VllmEngine:
-    """Sequences at a vLLM server. See `EngineProtocol`."""
+    """An `EngineProtocol` that runs sequences at a vLLM server."""
 
     def __init__(self, place: ServerPlace, info: EngineInfo) -> None:
-        """`info`: of the server at `place`; its `model` as it is served there."""
+        """`info`: of the server at `place`; `model` is the name in its API."""
         self._place = place
         self._info = info
         self._thread = threading.Thread(target=self._main, name="vllm-engine", daemon=True)
-        self._lock = threading.Lock()  # of what other threads see
+        self._lock = threading.Lock()  # guards `_runs`, `_stopped` and `_loop`
         self._runs: dict[RequestId, _Run] = {}
         self._stopped = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -118,7 +118,8 @@ class VllmEngine:
                 self._loop.call_soon_threadsafe(_cancel, runs)
 
     def stats(self) -> EngineStats:
-        """Of the server's own counts, too: it may have other clients."""
+        """Return the counts of this engine. `running` and `waiting` include other clients'
+        sequences, and `steps` is the server's."""
         with self._lock:
             begun = sum(run.tokens > 0 for run in self._runs.values())
             waiting = len(self._runs) - begun
@@ -137,7 +138,8 @@ class VllmEngine:
         )
 
     def pool_totals(self) -> PoolTotals:
-        """The server's KV memory, as far as it tells: what is cached counts as free."""
+        """Return the use of the server's KV memory in blocks. vLLM does not tell how many blocks
+        are cached and unused; they count as free."""
         total = self._info.pool_tokens // self._info.block_tokens
         active = round(self._load.kv_used * total)
         return PoolTotals(hbm=MediumTotals(total=total, active=active, free=total - active))
@@ -150,7 +152,7 @@ class VllmEngine:
         if self._thread.ident is not None:
             self._thread.join()
 
-    # --- what is refused ------------------------------------------------------------------
+    # --- refusals -------------------------------------------------------------------------
 
     def _make_sure_of_room(self, count: int) -> None:
         if self._stopped:
@@ -174,7 +176,7 @@ class VllmEngine:
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         place = self._place
-        timeout = aiohttp.ClientTimeout(total=None)  # answers take as long as they take
+        timeout = aiohttp.ClientTimeout(total=None)  # an answer has no maximum duration
         async with aiohttp.ClientSession(
             connector=place.connector(), timeout=timeout, headers=place.headers
         ) as session:
@@ -183,7 +185,7 @@ class VllmEngine:
             polling = asyncio.create_task(self._poll())
             ended = asyncio.create_task(self._end.wait())
             await asyncio.wait((polling, ended), return_when=asyncio.FIRST_COMPLETED)
-            with self._lock:  # from here on nobody calls this loop
+            with self._lock:  # other threads do not call this loop after this
                 self._stopped, self._loop = True, None
             tasks = [run.task for run in list(self._runs.values()) if run.task is not None]
             for task in (polling, ended, *tasks):
@@ -191,7 +193,7 @@ class VllmEngine:
             await asyncio.gather(polling, ended, *tasks, return_exceptions=True)
 
     async def _poll(self) -> None:
-        """Ask the server for its load; returns when it is lost."""
+        """Ask the server for its load every POLL_SECONDS; return when the server is lost."""
         misses, last = 0, time.monotonic()
         while misses < MAX_MISSES:
             try:
@@ -219,11 +221,11 @@ class VllmEngine:
                 run.task = asyncio.create_task(self._run(run))
 
     async def _run(self, run: _Run) -> None:
-        """One sequence, to its last output. Cancelled, it says no more."""
+        """Run one sequence to its last output. A cancelled one gives no more outputs."""
         reader = AnswerReader(run.request)
         try:
             leader = self._runs.get(run.request.follows) if run.request.follows else None
-            if leader is not None:  # its prompt is cached by then
+            if leader is not None:  # wait until its prompt is cached
                 await leader.begun.wait()
             await self._read(run, reader)
         except (MalformedAnswer, aiohttp.ClientError, OSError) as error:
@@ -252,7 +254,8 @@ class VllmEngine:
         raise MalformedAnswer("it broke off its answer")
 
     async def _failed(self, run: _Run, reader: AnswerReader, why: str) -> None:
-        """Its last output: of a server that is lost, others may take the sequence over."""
+        """Give the sequence's last output: an error, or, if the server is lost, a cancellation,
+        after which another instance may continue the sequence; the engine then ends."""
         if await self._is_healthy():
             self._give([reader.failed(why)], run)
             return
@@ -271,7 +274,7 @@ class VllmEngine:
 
     def _give(self, outputs: Sequence[TokenOutput], run: _Run) -> None:
         with self._lock:
-            if self._runs.get(run.request.id) is not run:  # cancelled: nothing more is said
+            if self._runs.get(run.request.id) is not run:  # cancelled: gives no more outputs
                 return
             for output in outputs:
                 run.tokens += len(output.token_ids)

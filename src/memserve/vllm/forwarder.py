@@ -1,7 +1,6 @@
-"""Requests that a vLLM server is given as their clients have written them.
+"""Forwarding of whole client requests to a vLLM server, and of its answers as they arrive.
 
-Beside the sequences of its engine (`engine.py`), an instance passes on whole requests, and the
-server's answers as they come. Belongs to the instance's event loop.
+An instance uses it beside the sequences of its engine (`engine.py`), on its event loop.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from memserve.vllm.place import ServerPlace
 
 log = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 10.0  # a server accepts at once, unless it starves
+CONNECT_SECONDS = 10.0  # a server accepts at once, unless it gets no CPU time
 _DENIED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _OPEN, _CLOSE = ord("{"), ord("}")
 _encode = msgspec.json.Encoder().encode
 
 
 class BrokenOff(MemserveError):
-    """An answer that will not be completed."""
+    """The server ended an answer before it was complete."""
 
 
 class ForwardedAnswer:
-    """A server's answer while it comes."""
+    """A server's answer: status and headers, and the body as it arrives."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.status = response.status
@@ -45,7 +44,7 @@ class ForwardedAnswer:
         self._content = response.content
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """Its bytes, as many as came at once. Raises BrokenOff."""
+        """Yield the bytes of the body as they arrive. Raises BrokenOff."""
         try:
             async for data in self._content.iter_any():
                 yield data
@@ -54,21 +53,22 @@ class ForwardedAnswer:
 
 
 class Forwarder:
-    """Passes requests on to the server at `place`."""
+    """Forwards requests to the server at `place`."""
 
     def __init__(self, place: ServerPlace, info: EngineInfo) -> None:
-        """`info`: of that server; its `model` as it is served there."""
+        """`info`: of that server; `model` is the name in its API."""
         self._place = place
         self._info = info
         self._session: aiohttp.ClientSession | None = None
-        self._sequences = 0  # under way
+        self._sequences = 0  # running or queued at the server
 
     @asynccontextmanager
     async def answer(
         self, call: GenerateCall, forward: Forward, namespace: Namespace
     ) -> AsyncIterator[ForwardedAnswer]:
-        """The answer to what a call has for the server. Left early, it hangs up, and the server
-        drops what it was doing. Raises ApiError; QueueFull where too many are under way."""
+        """Send a call's forwarded request and yield the answer. Leaving the context early closes
+        the connection, and the server drops the request. Raises ApiError, or QueueFull if the
+        sequences in flight would exceed `max_running + max_waiting`."""
         body = forwarded_body(call, forward, namespace, self._info.model)
         most = self._info.max_running + self._info.max_waiting
         if self._sequences + call.n > most:
@@ -106,8 +106,8 @@ class Forwarder:
 
 
 def forwarded_body(call: GenerateCall, forward: Forward, namespace: Namespace, model: str) -> bytes:
-    """What the server gets: the client's fields, and those that clients do not choose. Raises
-    ApiError for what is no object."""
+    """Return the JSON body for the server: the client's fields, overridden by `model`, `cache_salt`
+    and `priority` of the call. Raises ApiError if the client's body is no JSON object."""
     body = forward.body
     if len(body) < 2 or body[0] != _OPEN or body[-1] != _CLOSE:
         raise invalid("what is forwarded is no JSON object", "forward")

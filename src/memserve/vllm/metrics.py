@@ -1,4 +1,4 @@
-"""What a vLLM server's `/metrics` say of its load and its memory. Pure."""
+"""Parsing load and KV memory size from the text of a vLLM server's `/metrics`. Pure."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 class UnknownMetrics(MemserveError):
-    """A version of vLLM whose metrics are others."""
+    """The metrics are not those of a supported vLLM version."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerLoad:
-    """Of all engines of a server together."""
+    """The load of a server: sums over its engines."""
 
     running: int  # sequences
-    waiting: int
-    steps: int  # since its start
-    kv_used: float  # of its KV memory, 0 to 1: what running sequences hold
+    waiting: int  # sequences
+    steps: int  # since the server's start
+    kv_used: float  # share of its KV memory that running sequences hold, 0 to 1
 
 
 @dataclass(frozen=True, slots=True)
 class ServerMemory:
-    """Of one engine."""
+    """The KV memory of one engine."""
 
     block_tokens: int
     blocks: int
 
 
 def read_load(text: str) -> ServerLoad:
-    """The load in the text of `/metrics`. Raises UnknownMetrics."""
+    """Return the load from the text of `/metrics`. Raises UnknownMetrics."""
     sums: dict[str, float] = {}
     for name, value in _SAMPLE.findall(text):
         try:
@@ -61,7 +61,7 @@ def read_load(text: str) -> ServerLoad:
 
 
 def read_memory(text: str) -> ServerMemory:
-    """The size of KV memory in the text of `/metrics`. Raises UnknownMetrics."""
+    """Return the size of KV memory from the text of `/metrics`. Raises UnknownMetrics."""
     found = _CACHE.search(text)
     labels = {} if found is None else dict(_LABEL.findall(found[1]))
     try:

@@ -1,4 +1,4 @@
-"""Where a vLLM server is, and how it is asked."""
+"""The address of a vLLM server, and requests to it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ import aiohttp
 from memserve.errors import EngineStopped
 
 ASK_SECONDS = 10.0
-# Of a connection: vLLM closes one after 5 s, and a request that crosses that end is lost.
+# Idle connections are closed after this. vLLM closes them after 5 s, and a request that is sent at
+# that moment is lost.
 IDLE_SECONDS = 2.5
 
 
 @dataclass(frozen=True, slots=True)
 class ServerPlace:
-    """`url`: of its HTTP server, without a path; with `path` it listens at that Unix socket, and
-    the URL's host means nothing. `key`: its API key, if it wants one."""
+    """Address and API key of a vLLM server.
+
+    `url`: its HTTP URL without a path. `path`: its Unix socket; the host in `url` is then unused.
+    `key`: its API key, or None."""
 
     url: str = "http://vllm"
     path: Path | None = None
@@ -32,14 +35,14 @@ class ServerPlace:
         return {} if self.key is None else {"authorization": f"Bearer {self.key}"}
 
     def connector(self) -> aiohttp.BaseConnector:
-        """Of as many connections as there are sequences. On a running event loop."""
+        """Return a connector without a limit of connections. Needs a running event loop."""
         if self.path is not None:
             return aiohttp.UnixConnector(str(self.path), limit=0, keepalive_timeout=IDLE_SECONDS)
         return aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS)
 
     def ask(self, path: str) -> bytes:
-        """What it answers to a GET. Raises OSError, HTTPException, and EngineStopped where that
-        is no success."""
+        """Return the body of the answer to `GET path`. Blocks for up to ASK_SECONDS per socket
+        operation. Raises OSError, HTTPException, or EngineStopped if the status is not 200."""
         connection = self._connection()
         try:
             connection.request("GET", path, headers=self.headers)

@@ -1,8 +1,7 @@
-"""What an instance says to the pool inside its vLLM server, and what it hears: frames on a Unix
-socket that this user alone can reach.
+"""Messages between an instance and the pool inside its vLLM server, on a Unix socket.
 
-A frame is the length of what follows, 4 bytes, and a `Call` or a `Reply` as msgpack. Calls are
-answered in any order, each once.
+A frame is the length of its body, 4 bytes, big-endian, and a `Call` or a `Reply` as msgpack. The
+pool answers each call once, in any order; `Cancel` has no answer. Namespaces in calls are salts.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from memserve.types import Namespace
 
 HEAD_BYTES = 4
 _CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
-MAX_FRAME_BYTES = 64 * 1024 * 1024  # the tokens of a prompt are by far the most of one
+MAX_FRAME_BYTES = 64 * 1024 * 1024  # most of a large frame are the tokens of a prompt
 
 # The key under which a request at the vLLM server names an order in its `kv_transfer_params`.
 PARAMETERS = "memserve"
 
 
 class Serve(msgspec.Struct, frozen=True, tag=True):
-    """Become reachable for peers on `host`. `secret`: the cluster's, as MEMSERVE_SECRET has it;
+    """Make the pool reachable for peers on `host`. `secret`: the cluster's, as in MEMSERVE_SECRET;
     None: this user's on this machine. Answered by `Served`."""
 
     host: str
@@ -42,7 +41,7 @@ class Serve(msgspec.Struct, frozen=True, tag=True):
 
 
 class Count(msgspec.Struct, frozen=True, eq=False, tag=True):
-    """How many leading tokens have KV? Answered by `Counted`. Namespaces are salts here."""
+    """Count the leading tokens that have KV in the pool. Answered by `Counted`."""
 
     tokens: WireTokens
     namespace: Namespace
@@ -58,14 +57,14 @@ class Meet(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reach(msgspec.Struct, frozen=True, tag=True):
-    """Find out what KV would go to a peer by. Answered by `Reached`, after a round trip there."""
+    """Find the transport to a peer, with a round trip to it. Answered by `Reached`."""
 
     peer: PoolPeer
 
 
 class Push(msgspec.Struct, frozen=True, eq=False, tag=True):
-    """Give a peer what it lacks of these tokens. Answered by `PushDone`, with what the order, if
-    one is named, has sent before, and which ends with this."""
+    """Send a peer the KV of these tokens that it lacks. Ends `order` (0: none), whose blocks
+    `PushDone`, the answer, includes."""
 
     peer: PoolPeer
     tokens: WireTokens
@@ -78,8 +77,8 @@ class Push(msgspec.Struct, frozen=True, eq=False, tag=True):
 
 
 class Order(msgspec.Struct, frozen=True, eq=False, tag=True):
-    """From now on, what a request that names this order computes of these tokens goes to a peer at
-    once. Answered by `Done`, as soon as the peer is met."""
+    """From now on, send a peer the KV of these tokens as a request that names this order computes
+    it. Answered by `Done`, as soon as the peer is connected."""
 
     order: int
     peer: PoolPeer
@@ -92,7 +91,7 @@ class Order(msgspec.Struct, frozen=True, eq=False, tag=True):
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag=True):
-    """An order is not wanted any more. Answered by `Done`."""
+    """End an order, and cancel its push. Answered by `Done`."""
 
     order: int
 
@@ -104,11 +103,11 @@ class Forget(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReadTotals(msgspec.Struct, frozen=True, tag=True):
-    """Answered by `Totals`."""
+    """Count the pool's blocks. Answered by `Totals`."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """The answer to a call is not wanted any more; neither of the two is answered."""
+    """Cancel the call `number`. Has no answer, and the cancelled call gets none."""
 
     number: int
 
@@ -122,7 +121,7 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Served(msgspec.Struct, frozen=True, tag=True):
-    """Whose pool it is, where it is reachable, and what it holds."""
+    """The pool's instance, its address for peers, and its layout."""
 
     instance: str
     address: str
@@ -136,13 +135,13 @@ class Counted(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reached(msgspec.Struct, frozen=True, tag=True):
-    """`transport`: its name."""
+    """`transport`: name of the transport to the peer."""
 
     transport: str
 
 
 class PushDone(msgspec.Struct, frozen=True, tag=True):
-    """Whole blocks."""
+    """Whole blocks that were sent, and that the peer had already."""
 
     sent: int
     already_present: int
@@ -157,7 +156,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """`of_pool`: a PoolError; otherwise a TransferError."""
+    """A failed call. `of_pool`: by a PoolError; otherwise by a TransferError."""
 
     text: str
     of_pool: bool
@@ -178,7 +177,7 @@ _Heard = TypeVar("_Heard", Served, Counted, Reached, PushDone, Totals, Done)
 
 
 def frame(message: Call | Reply) -> bytes:
-    """Raises TransferError for one that is too large."""
+    """Return a message as a frame. Raises TransferError if it is too large."""
     body = msgpack.encode(message)
     if len(body) > MAX_FRAME_BYTES:
         raise TransferError(f"a message of {len(body)} bytes to the pool of a vLLM server")
@@ -186,7 +185,7 @@ def frame(message: Call | Reply) -> bytes:
 
 
 def require_own(connection: socket.socket) -> None:
-    """Raises TransferError where another user's process is on the other end."""
+    """Raise TransferError if another user's process is on the other end."""
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _, user, _ = _CREDENTIALS.unpack(data)
     if user != os.getuid():
@@ -194,7 +193,7 @@ def require_own(connection: socket.socket) -> None:
 
 
 def body_bytes(head: bytes) -> int:
-    """How much follows a frame's head. Raises TransferError for more than is ever sent."""
+    """Return the size of a frame's body from its head. Raises TransferError if it is too large."""
     size = int.from_bytes(head)
     if size > MAX_FRAME_BYTES:
         raise TransferError(f"a message of {size} bytes at the pool of a vLLM server")

@@ -1,7 +1,6 @@
-"""An instance's way to the pool inside its vLLM server, and to those of its peers.
+"""`KVLink` of an instance whose pool is inside its vLLM server (`memserve.instance.link`).
 
-Implements `memserve.instance.link.KVLink`. Namespaces are said as the server has them, whose
-requests know a `cache_salt` and nothing else.
+Calls go to the pool's Unix socket. They name namespaces by vLLM's `cache_salt`.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ from memserve.vllm import pool_messages as m
 
 log = logging.getLogger(__name__)
 
-ASK_SECONDS = 10.0  # for the first answer, before anything is under way
-# For an answer: longer than it takes to find out that a peer cannot be reached, or that a transfer
-# does not end, so that the answer says so.
+ASK_SECONDS = 10.0  # timeout of the first call, `Serve`
+# Timeouts of answers: longer than the pool takes to find that a peer cannot be reached, or that a
+# transfer does not end, so that the answer gives the reason.
 CALL_SECONDS = 15.0
 PUSH_SECONDS = 2 * DEADLINE
 
@@ -41,7 +40,8 @@ _Heard = TypeVar("_Heard", m.Served, m.Counted, m.PushDone, m.Totals, m.Reached,
 
 
 class PushOrder:
-    """A prompt's KV on its way to a peer while a request that names it is computed."""
+    """A `PrefillStream`: the pool sends a prompt's KV to a peer while the vLLM server computes the
+    request that names this order's `number`."""
 
     def __init__(
         self,
@@ -60,22 +60,24 @@ class PushOrder:
         self._delivered = False
 
     def begin(self, refs: RefArray) -> None:
-        """The server's own scheduler knows what is ready."""
+        """Do nothing: the connector's scheduler reports ready blocks to the pool."""
 
     async def deliver(self) -> Pushed:
-        """All is computed: have it published at the peer. Raises as `RemoteLink.push`."""
+        """Send the rest when all tokens are computed, and publish the KV at the peer. Raises as
+        `RemoteLink.push`."""
         self._delivered = True
         return await self._link.push(self._peer, self._tokens, *self._namespaces, self.number)
 
     def close(self) -> None:
-        """Cancel what is not on its way for good. Idempotent."""
+        """Withdraw the order, unless `deliver` was called. Idempotent."""
         if not self._delivered:
             self._delivered = True
             self._link.withdraw(self.number)
 
 
 class RemoteLink:
-    """Belongs to one event loop, from the first call on it to `close`."""
+    """Calls the pool of a vLLM server. Belongs to one event loop, from its first call to
+    `close`."""
 
     def __init__(
         self,
@@ -86,15 +88,15 @@ class RemoteLink:
         caching: Caching,
         mode: TransferMode,
     ) -> None:
-        """Have the pool behind the socket at `path` served on `host`. Raises EngineStopped where
-        that fails. On any thread."""
+        """Have the pool behind the socket at `path` served on `host`. Blocks for up to ASK_SECONDS
+        per socket operation. Raises EngineStopped. May run on any thread."""
         self._numbers = itertools.count(1)
         self._caching: Caching = caching
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.settimeout(ASK_SECONDS)
             self._socket.connect(str(path))
-            m.require_own(self._socket)  # it is told the secret
+            m.require_own(self._socket)  # before the secret is sent
             said = m.Serve(host, None if secret.local else str(secret), caching, mode)
             self._socket.sendall(m.frame(m.Call(0, said)))
             with self._socket.makefile("rb") as file:
@@ -114,7 +116,7 @@ class RemoteLink:
         self._opening: asyncio.Task[asyncio.StreamWriter] | None = None
         self._background: set[asyncio.Task[object]] = set()
         self._ended = asyncio.Event()
-        self._lost = ""  # why there is no connection any more
+        self._lost = ""  # why the connection has ended; empty: it has not
         self._totals = PoolTotals()
         self._reading_totals = False
 
@@ -140,7 +142,7 @@ class RemoteLink:
 
     @property
     def totals(self) -> PoolTotals:
-        """The pool's, as they were a moment ago."""
+        """The pool's totals as of the last reading. Starts another reading in the background."""
         if not self._reading_totals:
             self._reading_totals = True
             self._in_background(self._read_totals())
@@ -158,7 +160,7 @@ class RemoteLink:
         target: Namespace,
         order: int = 0,
     ) -> Pushed:
-        """See `KVLink`. `order`: what has sent some of it before."""
+        """See `KVLink`. `order`: number of an order that has sent some of the blocks already."""
         said = m.Push(peer, tokens, _theirs(source), _theirs(target), order)
         done = await self._call(said, m.PushDone)
         return Pushed(done.sent, done.already_present)
@@ -166,11 +168,11 @@ class RemoteLink:
     async def stream(
         self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace
     ) -> PushOrder:
-        number = int.from_bytes(os.urandom(7))  # which nobody else can name
+        number = int.from_bytes(os.urandom(7))  # random, so that other clients cannot name it
         names = _theirs(source), _theirs(target)
         try:
             await self._call(m.Order(number, peer, tokens, *names), m.Done)
-        except asyncio.CancelledError:  # it may have been given all the same
+        except asyncio.CancelledError:  # the pool may have the order already
             self.withdraw(number)
             raise
         return PushOrder(self, number, peer, tokens, source, target)
@@ -188,7 +190,7 @@ class RemoteLink:
         self._in_background(self._say(m.Withdraw(order)))
 
     async def run(self) -> None:
-        """Returns when there is no pool to talk to any more."""
+        """Return when the connection to the pool has ended."""
         with suppress(TransferError):
             await self._writer()
             await self._ended.wait()
@@ -208,7 +210,8 @@ class RemoteLink:
     # --- calls ----------------------------------------------------------------------------
 
     async def _call(self, said: m.Said, expected: type[_Heard]) -> _Heard:
-        """The answer. Cancelling this cancels the call. Raises TransferError, PoolError."""
+        """Send a call and return its answer. A cancellation also cancels the call at the pool.
+        Raises TransferError, PoolError."""
         number = next(self._numbers)
         writer = await self._writer()
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
@@ -265,7 +268,7 @@ class RemoteLink:
             self._end(why)
 
     def _end(self, why: str) -> None:
-        """No call is answered any more."""
+        """End the connection: waiting and further calls fail with TransferError."""
         self._lost = self._lost or f"the vLLM server's pool is not there any more: {why}"
         self._ended.set()
         for answer in self._waiting.values():
@@ -273,7 +276,7 @@ class RemoteLink:
                 answer.set_result(m.Failed(self._lost, of_pool=False))
 
     async def _say(self, said: m.Said) -> None:
-        with suppress(TransferError, PoolError):  # a pool that is gone has forgotten
+        with suppress(TransferError, PoolError):  # a lost pool has lost the KV and the order, too
             await self._call(said, m.Done)
 
     async def _read_totals(self) -> None:

@@ -1,7 +1,7 @@
-"""A vLLM server as a child of an instance: the instance alone can reach it.
+"""A vLLM server as a child process of an instance.
 
-It listens on a Unix socket in a directory that only this user can enter, so that nobody needs a
-key and no stranger gets in: what clients may do is decided by the gateway and the instance.
+The server listens on a Unix socket in a directory that only this user can enter, so it needs no API
+key. The gateway and the instance decide what clients may do.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from memserve.vllm.place import ServerPlace
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.2  # between looks at a server that starts
-# After SIGTERM vLLM ends its engine's processes; what has not ended by then is killed, all of it.
+LOOK_SECONDS = 0.2  # between health checks of a server that starts
+# After SIGTERM vLLM ends its engine's processes. After this time the whole group is killed.
 END_SECONDS = 10.0
-GONE_SECONDS = 2.0  # between SIGKILL and the end of a process with gigabytes
+GONE_SECONDS = 2.0  # between SIGKILL and the end of a process that has gigabytes of memory
 MAX_PATH_BYTES = 107  # of a Unix socket, on Linux
 
-# The server, and beside it a guard that outlives both: when this process ends, by whatever means,
-# its end of the pipe closes, and the guard ends all that is left of the server's group, and
-# removes its directory.
+# Starts the server and a guard process. When this process ends, even by SIGKILL, its end of the
+# pipe closes; the guard then ends all processes left in the server's group, and removes its
+# directory.
 _GUARDED = f"""\
 import os, shutil, signal, sys, time
 group = os.getpid()
@@ -73,9 +73,10 @@ def server_command(
     events: str | None,
     tier: dict[str, Any] | None = None,
 ) -> list[str]:
-    """The command of a server for the model in `directory`, at the Unix socket of `place`, which
-    publishes KV events at the endpoint `events`; None: it caches nothing. `tier`: what is behind
-    its KV cache, see `tier_settings`. `vllm_args` come last: they prevail."""
+    """Return the command of a server for the model in `directory`, at the Unix socket of `place`.
+
+    `events`: ZMQ endpoint for KV events; None: no prefix caching. `tier`: the memory behind the KV
+    cache, see `tier_settings`. `vllm_args` come last, so they override the others."""
     command = list(settings.vllm_command)
     if command[-1] != "serve":  # `vllm serve MODEL`, or a module with `--model MODEL`
         command.append("--model")
@@ -83,7 +84,7 @@ def server_command(
     command += ["--served-model-name", model.served_name or model.path, "--dtype", model.dtype]
     if model.max_model_len is not None:
         command += ["--max-model-len", str(model.max_model_len)]
-    # Who counts cached tokens is told them; a line for each request, the instance writes.
+    # The prompt token details have the cached tokens. The instance writes the access log.
     command += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
     if events is None:
         command.append("--no-enable-prefix-caching")
@@ -97,9 +98,9 @@ def server_command(
 
 
 def tier_settings(dram: str, **own: str) -> dict[str, Any]:
-    """vLLM's `--kv-transfer-config` for a KV cache with so much of the host's memory behind it, and
-    the connector's `own` settings. The package must be there in the environment of
-    `vllm_command`, too."""
+    """Return vLLM's `--kv-transfer-config` for a pool of `dram` bytes of host memory (such as
+    '64GiB') behind the KV cache, with the connector's `own` settings. `memserve` must be installed
+    in the environment of `vllm_command`."""
     return {
         "kv_connector": "MemServeConnector",
         "kv_connector_module_path": "memserve.vllm.connector.facade",
@@ -110,7 +111,7 @@ def tier_settings(dram: str, **own: str) -> dict[str, Any]:
 
 
 def server_environment(settings: InstanceConfig) -> dict[str, str]:
-    """Where it computes, in vLLM's own variables."""
+    """Return vLLM's environment variables for the settings `cpus` and `threads`."""
     environment = {}
     if settings.cpus is not None:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, settings.cpus))
@@ -120,7 +121,7 @@ def server_environment(settings: InstanceConfig) -> dict[str, str]:
 
 
 def require_command(command: Sequence[str]) -> None:
-    """Raise ConfigError for a program that is not there."""
+    """Raise ConfigError if the program of `command` does not exist."""
     if shutil.which(command[0]) is None:
         raise ConfigError(
             f"{command[0]}: no such command; instance.vllm_command says what starts a vLLM server"
@@ -131,25 +132,26 @@ class VllmServer:
     """Owns the server's processes and its directory, from the constructor to `stop`."""
 
     def __init__(self) -> None:
-        """Raises ConfigError where temporary files have too long a path."""
+        """Raises ConfigError if the path of temporary files is too long for a Unix socket."""
         self._directory = Path(mkdtemp(prefix="memserve-vllm-"))  # for this user alone
         self.place = ServerPlace(path=self._directory / "http")
         events = self._directory / "events"
-        self.events = f"ipc://{events}"  # where it publishes KV events
-        self.pool = self._directory / "pool"  # the socket of the pool in it, if it has one
+        self.events = f"ipc://{events}"  # endpoint for the server's KV events
+        self.pool = self._directory / "pool"  # path for the socket of the server's pool, if any
         if len(os.fsencode(events)) > MAX_PATH_BYTES:
             shutil.rmtree(self._directory)
             raise ConfigError(f"{self._directory}: too long for Unix sockets; set TMPDIR")
         self._process: subprocess.Popen[bytes] | None = None
-        # Ends with the server: whoever needs it watches this thread.
+        # Ends with the server, so its users watch this thread.
         self.thread = threading.Thread(target=self._wait, name="vllm-server", daemon=True)
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start it; what it prints goes to standard error."""
+        """Start the server; its output goes to standard error."""
         self._process = subprocess.Popen(
             (sys.executable, "-c", _GUARDED, str(self._directory), *command),
             stdin=subprocess.PIPE,
-            # Not ours: who reads that waits for all who have it, and an engine may outlive us.
+            # A pipe, not this process's standard output: a reader of that waits until all holders
+            # close it, and an engine process may outlive this one.
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**_without_secrets(os.environ), **environment},
@@ -159,8 +161,8 @@ class VllmServer:
         threading.Thread(target=self._show, name="vllm-output", daemon=True).start()
 
     def until_ready(self, ending: threading.Event) -> None:
-        """Returns when it is healthy. Raises EngineStopped if it ends before, GivenUp as soon as
-        `ending` is set."""
+        """Return when the server is healthy. Raises EngineStopped if the server ends before,
+        GivenUp as soon as `ending` is set."""
         while not self.place.is_healthy():
             if not self.thread.is_alive():
                 raise EngineStopped(f"the vLLM server ended while it started: {self.ending()}")
@@ -168,18 +170,19 @@ class VllmServer:
                 raise GivenUp("the vLLM server was still starting")
 
     def ending(self) -> str:
-        """How it ended."""
+        """Return how the server ended, in words."""
         code = None if self._process is None else self._process.returncode
         return "it runs" if code is None else how_ended(code)
 
     def stop(self) -> None:
-        """End it, all of its processes, and remove what it leaves. Once."""
+        """End all processes of the server, and remove its directory and shared memory. Call it
+        once."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_SECONDS)
-            # Engines and workers are processes of their own.
+            # Engines and workers are further processes of the server's group.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -187,7 +190,7 @@ class VllmServer:
             if self._process.stdin is not None:
                 self._process.stdin.close()  # the guard's end
             _until_gone(self._process.pid)
-            sweep()  # the shared memory of its engine, which a signal ends without a word
+            sweep()  # a killed engine leaves its shared memory behind
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _wait(self) -> None:
@@ -204,7 +207,7 @@ class VllmServer:
 
 
 def _until_gone(group: int) -> None:
-    """Wait for the processes of a group that was killed."""
+    """Wait up to GONE_SECONDS until the processes of a killed group are gone."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         for _ in range(int(GONE_SECONDS / 0.02)):
             os.killpg(group, 0)
@@ -212,6 +215,6 @@ def _until_gone(group: int) -> None:
 
 
 def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """What computes has no use for the cluster's secret."""
+    """Return the environment without the cluster's secret, which vLLM does not need."""
     secrets = (SECRET_VARIABLE, SECRET_FILE_VARIABLE)
     return {name: value for name, value in environment.items() if name not in secrets}

@@ -1,10 +1,11 @@
-"""Copies of KV pages between vLLM's tensors and the pool's host memory, on a CPU and on a GPU.
+"""Copies of KV pages between vLLM's tensors and the pool's host memory, for CPU and GPU tensors.
 
-On a GPU they run on a stream of their own, so that the forward pass never waits for the bus. A
-save gathers its pages on the stream that computes, behind the kernels that have written them and
-before any that could write them again; only the way to the host is the copy stream's. A load is
-brought to the GPU at once, and spread over vLLM's blocks behind the kernels launched so far, which
-may still read what was in these blocks before.
+On a GPU, transfers between host and device run on a CUDA stream of their own, so that the forward
+pass never waits for the bus. A save gathers its pages into a staging buffer on the compute stream,
+after the kernels that wrote the pages and before any that could overwrite them; the copy stream
+then copies the buffer to the host. A load first fills a staging buffer from the host, and then
+scatters it over vLLM's blocks after the kernels launched so far, which may still read the previous
+content of these blocks.
 """
 
 from __future__ import annotations
@@ -23,32 +24,32 @@ Bytes = NDArray[np.uint8]
 
 
 class Pages(NamedTuple):
-    """Pages of the layers of one KV cache group, and their places in one segment of the pool."""
+    """Pages of n blocks, of the layers of one KV cache group, and their places in one segment."""
 
-    layers: Sequence[torch.Tensor]  # uint8 [vLLM's blocks, page], of each layer
+    layers: Sequence[torch.Tensor]  # for each layer uint8 [vLLM's blocks, page bytes]
     own: Indices  # vLLM's block ids [n]
-    host: Bytes  # [pool's blocks, layers, page]: one rank's part of the segment
-    places: Indices  # in `host` [n]
+    host: Bytes  # [pool's blocks, layers, page bytes]: one rank's part of the segment
+    places: Indices  # indices into `host` [n]
 
 
 class Mark(Protocol):
-    """A place in a stream of copies: a CUDA event."""
+    """A position in a stream of copies, as a CUDA event."""
 
     def query(self) -> bool:
-        """True if everything before it has run."""
+        """Return True if everything before the mark has run."""
         ...
 
 
 class CopyStream(Protocol):
-    """A queue of copies beside the stream that computes. The worker's thread owns it."""
+    """A queue of copies beside the compute stream. The worker's thread owns it."""
 
     def launch(self, work: Callable[[], None], *, behind_compute: bool) -> None:
-        """Queue the kernels that `work` launches; `behind_compute`: they wait for the kernels that
-        the computing stream has been given so far."""
+        """Queue the kernels that `work` launches; with `behind_compute` they run after the kernels
+        launched on the compute stream so far."""
         ...
 
     def mark(self) -> Mark:
-        """The end of the queue as it is now."""
+        """Return a mark at the present end of the queue."""
         ...
 
 
@@ -73,11 +74,11 @@ class CudaCopyStream:
 
 @dataclass(slots=True)
 class Pending:
-    """Copies of one request or job. `held`: memory that they use until they have run."""
+    """Copies of one request's load or one save. `held`: keeps their memory alive until they ran."""
 
     failed: bool = False
     held: list[object] = field(default_factory=list)
-    mark: Mark | None = None  # None: they have run
+    mark: Mark | None = None  # the end of the copies; None: they have run
 
     @property
     def ended(self) -> bool:
@@ -85,7 +86,7 @@ class Pending:
 
 
 class Copies(Protocol):
-    """Copies of one worker."""
+    """Begins the copies of one worker."""
 
     def save(self, pages: Pages, pending: Pending) -> None:
         """Copy vLLM's pages into the pool's."""
@@ -96,12 +97,12 @@ class Copies(Protocol):
         ...
 
     def close(self, pending: Pending) -> None:
-        """Mark the end of a request's or a job's copies."""
+        """Set the mark of `pending` behind its last copy."""
         ...
 
 
 class HostCopies:
-    """Copies within host memory, done when the call returns."""
+    """Copies within host memory, complete when the call returns."""
 
     def save(self, pages: Pages, pending: Pending) -> None:
         ids = torch.from_numpy(pages.own)
@@ -118,7 +119,7 @@ class HostCopies:
 
 
 class StreamCopies:
-    """Copies on a stream, under way when the call returns. The pool's memory is page-locked."""
+    """Copies on a stream, which run after the call returns. Needs page-locked host memory."""
 
     def __init__(self, stream: CopyStream) -> None:
         self._stream = stream
@@ -135,7 +136,7 @@ class StreamCopies:
                 host.copy_(staged[at].view_as(host), non_blocking=True)
 
         self._stream.launch(to_host, behind_compute=True)
-        # Given back before, it would be the next kernels' to write.
+        # If freed earlier, the allocator could give the buffer to kernels that overwrite it.
         pending.held += [staged, pages.host]
 
     def load(self, pages: Pages, pending: Pending) -> None:
@@ -163,12 +164,13 @@ class StreamCopies:
 
 
 def copies_of(device: torch.device) -> Copies:
-    """Copies for KV tensors on `device`."""
+    """Return the copies for KV tensors on `device`."""
     return StreamCopies(CudaCopyStream(device)) if device.type == "cuda" else HostCopies()
 
 
 def _stage(pages: Pages) -> torch.Tensor:
-    """Memory [n, layers, page] beside vLLM's tensors, in the order of the pool's blocks."""
+    """Return an empty buffer uint8 [n, layers, page bytes] on the device of vLLM's tensors, with
+    the axes of the pool's blocks."""
     shape = (len(pages.own), *pages.host.shape[1:])
     return torch.empty(shape, dtype=torch.uint8, device=pages.layers[0].device)
 
@@ -177,11 +179,12 @@ _Place = slice | tuple[int, int]
 
 
 def _runs(pages: Pages) -> Iterator[tuple[_Place, torch.Tensor]]:
-    """Runs of bytes that are one run in the pool as well: what of [n, layers, page], and the host
-    memory. One copy each: of another form, torch would copy through a buffer and wait for it.
+    """Yield the runs of bytes that are contiguous in the pool: the index into the staging buffer
+    [n, layers, page bytes], and the host memory. Each takes one copy; a strided host tensor would
+    make torch copy through another buffer and wait.
 
-    A run is as many blocks as lie behind each other, where this rank and this group have all of a
-    block; a block, where the group shares it with others; else one page.
+    A run is several adjacent blocks if this rank and group have all bytes of a block; one block if
+    other groups have a part of it; one page if other ranks do.
     """
     host = torch.from_numpy(pages.host)
     whole = host.shape[1] * host.shape[2]

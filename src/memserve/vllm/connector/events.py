@@ -1,7 +1,7 @@
-"""What the pool holds, told in vLLM's own KV events.
+"""The pool's content as KV events of vLLM.
 
-A block in the pool has the name that vLLM gives the same block in its own cache, with another
-medium: whoever follows the events sees one block in two places, and knows that it is still there
+A block in the pool has the hash that vLLM gives the same block in its own cache, with another
+medium: a follower of the events sees one block in two places, and knows that the pool still has it
 when vLLM has dropped its copy.
 """
 
@@ -17,14 +17,14 @@ from memserve.pool.listener import StoredRun
 from memserve.types import RefArray
 from memserve.vllm.connector.sequence import Spaces
 
-MEDIUM = "CPU"  # vLLM's word for the host's memory
-BlockName = bytes | int
-# vLLM's name of a block: of the block before it (None: it begins a prompt), its tokens, the salt.
+MEDIUM = "CPU"  # vLLM's name of host memory
+BlockName = bytes | int  # vLLM's block hash
+# Returns the name of a block from that of the block before it (None: none), its tokens, the salt.
 NameBlock = Callable[[BlockName | None, list[int], str], BlockName]
 
 
 class Stored(NamedTuple):
-    """Consecutive blocks of one prompt. `salt`: of those that begin it."""
+    """Consecutive blocks of one prompt, behind the block `parent` (None: from the beginning)."""
 
     names: list[BlockName]
     parent: BlockName | None
@@ -37,35 +37,36 @@ class Removed(NamedTuple):
 
 
 class _Moved(NamedTuple):
-    """Blocks [n] that have taken the place of others."""
+    """Blocks `refs` [n] that have replaced the blocks `old` [n] in the pool's index."""
 
     refs: RefArray
     old: RefArray
 
 
 class TierEvents:
-    """The pool's listener, which is called from any thread, under the pool's lock. The rest belongs
-    to vLLM's scheduling thread."""
+    """Translates the pool's events. The pool calls `stored`, `removed` and `moved` on any thread,
+    under its lock; vLLM's scheduling thread calls the rest."""
 
     def __init__(self, block_tokens: int, name: NameBlock, spaces: Spaces) -> None:
-        """`spaces`: of the pool; what other weights have computed is not told."""
+        """`spaces`: the pool's namespaces; KV of other weights is not reported."""
         self._block = block_tokens
         self._spaces = spaces
         self._name = name
-        self._names: dict[int, BlockName] = {}  # by the pool's reference
-        self._heard: deque[StoredRun | RefArray | _Moved | None] = deque()  # None: renewed
+        self._names: dict[int, BlockName] = {}  # reported blocks, by the pool's reference
+        # Events that `take` has not translated; None: `renewed`.
+        self._heard: deque[StoredRun | RefArray | _Moved | None] = deque()
 
     @property
     def held(self) -> set[BlockName]:
-        """Blocks that were told of and not taken back."""
+        """Names of the blocks that were reported as stored, and not as removed."""
         return set(self._names.values())
 
     def renewed(self) -> None:
-        """What was held until now is found no more."""
+        """Report all blocks held so far as removed: lookups do not find them any more."""
         self._heard.append(None)
 
     def take(self) -> list[Stored | Removed]:
-        """What has happened since the last call, in order."""
+        """Return the events since the last call, in order."""
         told: list[Stored | Removed] = []
         while self._heard:
             match self._heard.popleft():

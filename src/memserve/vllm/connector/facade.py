@@ -1,7 +1,6 @@
-"""The class that vLLM loads, in its scheduler and in each of its workers. It passes calls on.
+"""`MemServeConnector`, the class that vLLM loads in its scheduler and in each worker.
 
-Written for vLLM 0.30 to 0.33, where the calls used here have the same form; with what 0.27 to 0.29
-have instead.
+The calls have the form of vLLM 0.30 to 0.33; the methods that only 0.27 to 0.29 call are here, too.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ from memserve.vllm.pool_messages import PARAMETERS
 
 try:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
-except ImportError:  # before 0.30, which asks `get_finished`
+except ImportError:  # vLLM before 0.30 calls `get_finished`
     KVConnectorTransferResults = None
 
 KVConnectorMetadata.register(StepCopies)
@@ -69,11 +68,11 @@ KVConnectorWorkerMetadata.register(CopiesDone)
 
 log = logging.getLogger(__name__)
 
-_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")  # methods of drafting that need none of their own
+_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")  # methods of speculative decoding without own KV
 
 
 class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """vLLM's KV cache with a pool behind it."""
+    """A KV connector that puts a pool in host memory behind vLLM's KV cache."""
 
     _scheduler: PoolScheduler
     _server: PoolServer | None = None
@@ -81,7 +80,7 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     _worker: Worker
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
-        """Raises ConfigError for what the pool cannot hold."""
+        """Raises ConfigError if the pool cannot hold the KV cache, or a setting is invalid."""
         super().__init__(vllm_config, role, kv_cache_config)
         version = require_version(vllm.__version__)
         _require_plain(vllm_config, kv_cache_config, version)
@@ -125,7 +124,7 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A request's end waits for no delivery."""
+        """False: the end of a request does not wait for its saves."""
         return False
 
     @classmethod
@@ -151,7 +150,7 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         loaded, failed = self._worker.take_loaded()
-        self._worker.take_invalid()  # said by the requests
+        self._worker.take_invalid()  # `failed` already names the requests
         return KVConnectorTransferResults(set(), loaded, failed)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, set[str] | None]:
@@ -196,7 +195,8 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self.request_finished(request, block_ids)
 
     def has_pending_push_work(self) -> bool:
-        """An engine without requests goes on stepping until workers have reported."""
+        """While this is True, an engine without requests goes on stepping, so that workers can
+        report."""
         return self._scheduler.busy
 
     def take_events(self) -> Iterable[Any]:
@@ -217,7 +217,7 @@ class MemServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
 
 def _order(request: Any) -> int:
-    """What an instance has ordered of it; 0: nothing."""
+    """Return the number of the order that a request names, or 0."""
     said = (request.kv_transfer_params or {}).get(PARAMETERS)
     order = said.get("order") if isinstance(said, dict) else None
     return order if isinstance(order, int) else 0
@@ -241,7 +241,7 @@ def _vllm_event(event: Stored | Removed, block_tokens: int) -> Any:
 
 
 def _require_plain(vllm_config: Any, kv_cache_config: Any, version: Version) -> None:
-    """Raises ConfigError for forms of parallelism and of caches that were not thought through."""
+    """Raises ConfigError for unsupported forms of parallelism, KV caches and draft models."""
     parallel = vllm_config.parallel_config
     for name in ("pipeline", "decode_context", "prefill_context"):
         if getattr(parallel, f"{name}_parallel_size", 1) > 1:
@@ -291,8 +291,8 @@ def _pool(vllm_config: Any, kv_cache_config: Any, settings: MemberSettings, name
 def _instance(
     vllm_config: Any, settings: MemberSettings, name: str
 ) -> tuple[list[str], str | None]:
-    """The command of the instance that joins a cluster, but for the pool's socket, and the key of
-    the server's API."""
+    """Return the command of the instance that joins a cluster, without `--vllm-pool`, and the
+    server's API key or None. Raises ConfigError if the server's URL is unknown."""
     said = read_arguments(sys.argv[1:])
     if settings.url is None and said is None:
         raise ConfigError(
@@ -317,12 +317,13 @@ def _instance(
 
 
 def _events(vllm_config: Any, kv_cache_config: Any, spaces: Spaces) -> TierEvents | None:
-    """None where nobody listens, or vLLM's names are not those of the pool's blocks."""
+    """Return the pool's listener; None if KV events are off, or vLLM does not hash blocks of the
+    pool's size."""
     told, cache = vllm_config.kv_events_config, vllm_config.cache_config
     if told is None or not told.enable_kv_cache_events:
         return None
-    # Of all groups: a block of the pool has its part of each. Who follows vLLM's events looks at
-    # the group with full attention, which is named in the same way.
+    # One block size for all groups: a block of the pool has a part of each. Followers of vLLM's
+    # events use the group with full attention, whose blocks have the same hashes.
     block = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
     hashed = getattr(kv_cache_config, "hash_block_size", None) or block
     if not hashed == block == cache.block_size:
@@ -332,7 +333,7 @@ def _events(vllm_config: Any, kv_cache_config: Any, spaces: Spaces) -> TierEvent
 
 
 class _Salted(NamedTuple):
-    """As much of a request as gives its blocks their names."""
+    """The fields of vLLM's `Request` that the hashes of its blocks depend on."""
 
     cache_salt: str | None
     mm_features: tuple[()] = ()

@@ -1,4 +1,4 @@
-"""vLLM's KV cache as blocks of the pool: what they are, and what cannot be one."""
+"""The pool's layout for vLLM's KV cache, and the checks of vLLM's version and cache type."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from memserve.errors import ConfigError
 from memserve.pool.layout import DTYPES, KVLayout
 
-# Heads outermost in a page: the pages of a tensor-parallel group, one behind the other, are those
-# of a server without one. Before 0.30 it had another name, and not every backend's pages were so.
+# Heads are outermost in a page, so the pages of all tensor-parallel ranks in order are the page of
+# a server with one rank. vLLM before 0.30 has another name, and some backends' pages differ.
 LAYOUT = "LBHNC"
 _FORMER_LAYOUT = "HND"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "int8"}
-# Of vLLM, the lowest and the highest: those in which the facade's calls have the same form.
+# The lowest and the highest supported version of vLLM.
 VERSIONS = ((0, 27), (0, 33))
-_FULL = (0, 30)  # from here on: loads of several cache groups may fail, and are computed
+_FULL = (0, 30)  # from here on vLLM recomputes failed loads with several KV cache groups, too
 
 
-# Of a configuration: where it is from, not what is computed.
+# Fields of a model's configuration that tell its source, and do not change the computation.
 _ELSEWHERE = ("_name_or_path", "_commit_hash", "transformers_version")
 
 
@@ -44,24 +44,24 @@ class Group(Protocol):
 
 
 class Version(NamedTuple):
-    """Of vLLM, as far as the connector depends on it."""
+    """vLLM's version, as far as the connector depends on it."""
 
     major: int
     minor: int
 
     @property
     def is_full(self) -> bool:
-        """Whether a load that fails can be told by request."""
+        """Whether failed loads are reported by request; otherwise by block."""
         return self >= _FULL
 
     @property
     def layout(self) -> str:
-        """Its name for the layout of pages that the pool can hold."""
+        """vLLM's name for the layout of pages that the pool can hold."""
         return LAYOUT if self.is_full else _FORMER_LAYOUT
 
 
 def require_version(version: str) -> Version:
-    """Raises ConfigError for a vLLM that the connector does not know."""
+    """Parse vLLM's version. Raises ConfigError if it is not supported."""
     lowest, highest = (".".join(map(str, one)) for one in VERSIONS)
     try:
         major, minor = map(int, version.split(".")[:2])
@@ -75,25 +75,26 @@ def require_version(version: str) -> Version:
 
 
 class Origin(NamedTuple):
-    """What computes the KV: the same everywhere where it means the same."""
+    """The source of KV: servers with equal origins compute exchangeable KV."""
 
     model: str
     revision: str
-    settings: str  # of the model: they have a part in every key and value
-    packing: str  # what else the bytes depend on
+    settings: str  # digest of the model's configuration
+    packing: str  # everything else that the bytes depend on
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
-    """Of a model's configuration, wherever its files are and whichever library wrote them."""
+    """Return the digest of a model's configuration, without its path and library version."""
     own = {name: value for name, value in settings.items() if name not in _ELSEWHERE}
     text = json.dumps(own, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def layout_of(groups: Sequence[Group], origin: Origin, ranks: int) -> KVLayout:
-    """A block holds the pages of all layers, in the groups' order, of all tensor-parallel ranks.
+    """Return the layout of the pool. A block holds the pages of all layers, in the groups' order,
+    of all tensor-parallel ranks.
 
-    Raises ConfigError for what cannot be a block.
+    Raises ConfigError for a KV cache that does not fit into such blocks.
     """
     for group in groups:
         for name in ("num_kv_heads", "head_size", "dtype"):

@@ -1,7 +1,7 @@
-"""A vLLM server that joins a cluster by itself: the instance beside it, as a child of its engine.
+"""The instance beside a vLLM server that joins a cluster: a child process of vLLM's engine.
 
-The instance is the same process as where `memserve up` starts a vLLM server: it registers with
-gateways, answers them, and tells the pool in the engine where KV goes. It ends with the engine.
+The child is a `memserve instance`: it registers with gateways, answers them, and tells the pool in
+the engine where to send KV. It ends with the engine.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from memserve.types import Role
 log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own
-# Between lives of an instance that ends by itself: twice as long each time, up to the last one.
+# Pauses before an instance that ended by itself is started again; they double up to the last one.
 FIRST_PAUSE_SECONDS = 1.0
 LAST_PAUSE_SECONDS = 60.0
 _PREFIX = "memserve-member-"
-END_SECONDS = 5.0  # to leave its gateways, before it is killed
+END_SECONDS = 5.0  # between SIGTERM, on which the instance leaves its gateways, and SIGKILL
 
 
 class MemberSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`kv_connector_extra_config`, as a user writes it."""
+    """The connector's settings: vLLM's `kv_connector_extra_config`."""
 
     dram_bytes: str | int  # such as '64GiB'
-    instance: Annotated[str, Meta(max_length=256)] | None = None  # its id; default: vLLM's
+    instance: Annotated[str, Meta(max_length=256)] | None = None  # id; default: from vLLM's
     role: Role = Role.COLOCATED
-    join: tuple[str, ...] | str = ()  # gateways' URLs; none: it stays alone
-    host: str = "127.0.0.1"  # where gateways and peers reach it
-    port: int = 0
+    join: tuple[str, ...] | str = ()  # URLs of gateways; none: no instance is started
+    host: str = "127.0.0.1"  # at which gateways and peers reach the instance
+    port: int = 0  # of the instance; 0: any
     caching: Caching = "full"
     url: str | None = None  # of vLLM's API, if its command line does not tell
-    # Of a server that an instance has started, and talks to by itself:
-    socket: str | None = None
+    # Set by an instance that has started this server:
+    socket: str | None = None  # path of the pool's Unix socket
     model: str | None = None
     revision: str | None = None
 
@@ -61,7 +61,7 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def read_settings(extra: Mapping[str, object]) -> MemberSettings:
-    """Raises ConfigError that says what is known."""
+    """Convert the settings. Raises ConfigError that lists the known names."""
     try:
         return msgspec.convert(dict(extra), MemberSettings)
     except msgspec.ValidationError as error:
@@ -70,14 +70,15 @@ def read_settings(extra: Mapping[str, object]) -> MemberSettings:
 
 
 class ServerArguments(msgspec.Struct, frozen=True):
-    """What the command line of a vLLM server says about its API."""
+    """URL and key of a vLLM server's API, from its command line."""
 
     url: str
     key: str | None = None
 
 
 def read_arguments(arguments: Sequence[str]) -> ServerArguments | None:
-    """None: it listens where its command line does not tell."""
+    """Return URL and key of the API; None if the command line does not tell the URL (`--uds`,
+    `--config`, or a malformed one)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--host", "--port", "--api-key", "--ssl-certfile", "--uds", "--config"):
         parser.add_argument(name)
@@ -94,7 +95,7 @@ def read_arguments(arguments: Sequence[str]) -> ServerArguments | None:
 
 
 def _with_dashes(argument: str) -> str:
-    """As vLLM reads the name of a flag."""
+    """Return a flag with dashes for the underscores in its name, as vLLM reads it."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
@@ -108,8 +109,8 @@ def instance_command(
     url: str,
     events: str | None,
 ) -> list[str]:
-    """The command of the instance `name` beside the server at `url`, which publishes KV events at
-    `events`; the socket of its pool is still to be said."""
+    """Return the command of the instance `name` beside the server at `url`, which publishes KV
+    events at `events`. The caller appends `--vllm-pool`."""
     instance = InstanceConfig(
         engine="vllm",
         role=settings.role,
@@ -128,13 +129,15 @@ def instance_command(
 
 
 class Member:
-    """The instance's process, started again when it ends by itself. From `start` to `close`."""
+    """Runs the instance's process from `start` to `close`, and restarts it when it ends by itself.
+
+    `pool`: path for the pool's Unix socket, in a directory that `close` removes."""
 
     def __init__(self) -> None:
         _sweep()
         self._directory = Path(mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))  # for this user alone
         self.pool = self._directory / "pool"
-        self._lock = threading.Lock()  # of what follows
+        self._lock = threading.Lock()  # guards `_process` and the setting of `_closing`
         self._closing = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
@@ -151,7 +154,7 @@ class Member:
         run.start()
 
     def close(self) -> None:
-        with self._lock:  # from here on none is started
+        with self._lock:  # `_live` starts no process after this
             self._closing.set()
             process = self._process
         if process is not None:
@@ -178,12 +181,13 @@ class Member:
             pause = min(2 * pause, LAST_PAUSE_SECONDS)
 
     def _live(self, command: list[str], environment: dict[str, str]) -> str:
-        """One life of the process; how it ended."""
+        """Run the process once; return how it ended."""
         try:
             with self._lock:
                 if self._closing.is_set():
                     return "not begun"
-                # Its standard input closes when this process ends, however: it ends then, too.
+                # The child ends when its standard input closes, which the kernel does whenever
+                # this process ends.
                 process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
                 self._process = process
         except OSError as error:
@@ -192,7 +196,7 @@ class Member:
 
 
 def _sweep() -> None:
-    """Remove what processes have left that were killed."""
+    """Remove the directories of processes that were killed."""
     for directory in Path(gettempdir()).glob(f"{_PREFIX}*"):
         process = directory.name.removeprefix(_PREFIX).partition("-")[0]
         if process.isdigit() and not Path("/proc", process).exists():

@@ -1,4 +1,4 @@
-"""What travels between vLLM's scheduler and its workers, with each step."""
+"""Messages between the connector's scheduler side and its workers, with each step of vLLM."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ Indices = NDArray[np.int64]
 
 @dataclass(slots=True)
 class Copy:
-    """Blocks of vLLM and of the pool, pair by pair. `request` names a load, `job` a save."""
+    """A load or save of n blocks: pairs of vLLM's blocks and the pool's. `request` identifies a
+    load, `job` a save."""
 
     request: str
-    job: int
-    own: list[Indices]  # vLLM's block ids [n], for each KV cache group; 0: that group has none
+    job: int  # 0 for a load
+    own: list[Indices]  # vLLM's block ids [n], for each KV cache group; 0: no block
     pool: Indices  # indices in the pool's host memory [n]
 
 
@@ -26,28 +27,28 @@ class PoolMemory:
 
     first: int  # index of its first block
     blocks: int
-    name: str  # of the shared memory
+    name: str  # of the file in /dev/shm
     nbytes: int
 
 
 @dataclass(slots=True)
 class StepCopies:
-    """What workers copy in a step: loads before its forward pass, saves after it."""
+    """Copies of a step: loads before its forward pass, saves after it."""
 
     loads: list[Copy] = field(default_factory=list)
     saves: list[Copy] = field(default_factory=list)
-    memory: tuple[PoolMemory, ...] | None = None  # where it has changed
+    memory: tuple[PoolMemory, ...] | None = None  # all segments; None: unchanged
 
 
 @dataclass(slots=True)
 class CopiesDone:
-    """How many workers are through with each save, and the saves that one of them has not done."""
+    """Saves that have ended: by job the number of workers that report it, and failed jobs."""
 
     saves: dict[int, int]
-    failed: set[int]
+    failed: set[int]  # jobs that failed at one worker or more
 
     def aggregate(self, other: CopiesDone) -> CopiesDone:
-        """Of several workers."""
+        """Return the sum of both. vLLM calls this to merge the reports of workers."""
         saves = dict(self.saves)
         for job, workers in other.saves.items():
             saves[job] = saves.get(job, 0) + workers

@@ -1,7 +1,7 @@
-"""What a vLLM server's KV is: everything that the bytes of its blocks depend on.
+"""The origin of a vLLM server's KV: everything that the bytes of its blocks depend on.
 
-Two servers of which it is the same take each other's KV, so what is not known to be the same is
-taken for something else.
+Servers with equal origins exchange KV, so the origin also has every property whose effect on the
+bytes is unknown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 
 def origin_of(vllm_config: Any, kv_cache_config: Any, settings: MemberSettings) -> Origin:
-    """The origin of KV that this server computes; `settings`: what its user says of it."""
+    """Return the origin of the KV that this server computes; `model` and `revision` of `settings`
+    name the model where they are set."""
     model, ranks = vllm_config.model_config, vllm_config.parallel_config.world_size
     return Origin(
         settings.model or served_name(model),
@@ -32,33 +33,34 @@ def origin_of(vllm_config: Any, kv_cache_config: Any, settings: MemberSettings) 
 
 
 def served_name(model: Any) -> str:
-    """What its API calls a model."""
+    """Return the first name of the model in the server's API, or its path."""
     served = model.served_model_name
     return str((served[0] if isinstance(served, list) else served) or model.model)
 
 
 def _pages(ranks: int) -> str:
-    """The layout of a block's pages. Where it does not say that heads are outermost, it may differ
-    by the number of tensor-parallel ranks."""
+    """Return the layout of a block's pages. Before vLLM 0.30 the layout does not say that heads are
+    outermost, so bytes may depend on the number of tensor-parallel ranks, which is then added."""
     version = require_version(vllm.__version__)
     return version.layout if version.is_full else f"{version.layout} {ranks}"
 
 
 def _meanings(vllm_config: Any) -> list[str]:
-    """What decides what the bytes of a page mean, beside their type."""
+    """Return the settings that decide how a page's bytes are computed and encoded."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
     rope = getattr(model.hf_config, "rope_parameters", None)
     original = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
     said = [model.dtype, model.quantization, cache.cache_dtype, backend]
-    # Some models turn keys in another way where longer contexts are allowed.
+    # Some models use another rotary embedding if max_model_len exceeds the original length.
     said.append(original is not None and model.max_model_len > original)
     return list(map(str, said))
 
 
 def _revision(model: Any, given: str) -> str:
-    """As `ModelDirectory.identity`: a digest of a directory's weights, or the commit of a hub's
-    model; where nothing tells weights apart one of its own, unless the user has `given` one."""
+    """Return the revision of the weights, as `ModelDirectory.identity`: the digest of a directory's
+    weights, or else a hub model's commit, or else `given`, or else vLLM's `revision`. If all are
+    unknown, a random one, so that no other server has the same."""
     if Path(model.model).is_dir() and (digest := weights_digest(Path(model.model))):
         return digest
     commit = getattr(model.hf_config, "_commit_hash", None)
@@ -72,7 +74,8 @@ def _revision(model: Any, given: str) -> str:
 
 
 def _packing(kv_cache_config: Any) -> str:
-    """On a CPU the order of bytes within a page depends on what it can do."""
+    """Return the platform. On a CPU the order of bytes within a page depends on the instruction set
+    of the attention kernels, which is then added."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():

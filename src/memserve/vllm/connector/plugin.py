@@ -1,5 +1,5 @@
-"""The entry point `vllm.general_plugins`. vLLM loads it in each of its processes, so it imports
-nothing until a connector is asked for."""
+"""The entry point `vllm.general_plugins`. vLLM calls it in each of its processes, so the connector
+itself is imported only when vLLM asks for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ def register() -> None:
     """Make `"kv_connector": "MemServeConnector"` known to vLLM."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    known = getattr(KVConnectorFactory, "_registry", {})  # to register twice is an error there
+    known = getattr(KVConnectorFactory, "_registry", {})  # registering a name twice is an error
     if "MemServeConnector" not in known:
         KVConnectorFactory.register_connector(
             "MemServeConnector", "memserve.vllm.connector.facade", "MemServeConnector"

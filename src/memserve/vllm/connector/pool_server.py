@@ -1,8 +1,8 @@
-"""The pool inside a vLLM server, served to the instance beside it and to the peers that it names.
+"""Server for the pool inside a vLLM server: answers the instance beside it on a Unix socket.
 
-The instance says where bytes go; a request at the vLLM server can but name an order that the
-instance has given, so that a client of that server can send nothing anywhere. All of it runs on
-a thread of its own; vLLM's scheduling thread only leaves word of what is ready.
+Only the instance names peers that get KV. A request at the vLLM server can name an order of the
+instance and nothing else, so clients of vLLM cannot send KV anywhere. The server runs on a thread
+of its own; vLLM's scheduling thread only calls `ready`.
 """
 
 from __future__ import annotations
@@ -31,28 +31,29 @@ from memserve.vllm.connector.sequence import Spaces, beside
 
 log = logging.getLogger(__name__)
 
-# Of pushes while prompts are computed: more would hold up those that somebody waits for.
+# Concurrent pushes of unfinished prompts: more would delay pushes that a request waits for.
 MAX_EARLY_PUSHES = 4
 
 
 @dataclass(slots=True)
 class _Order:
-    """What becomes ready of a prompt goes to a peer. `source`, `target`: salts."""
+    """An instance's order to push a prompt's KV to a peer while it is computed. `source`, `target`:
+    salts here and at the peer."""
 
     peer: PoolPeer
     tokens: TokenArray
     source: str
     target: str
-    ready: int = 0  # leading tokens
-    space: Namespace = SHARED  # where they are
+    ready: int = 0  # leading tokens that the index has
+    space: Namespace = SHARED  # of these tokens in the index
     sent: int = 0  # blocks
     sending: asyncio.Task[None] | None = None
-    begun: bool = False  # it has its turn
+    begun: bool = False  # the task is past the semaphore
 
 
 @dataclass(slots=True, eq=False)
 class _Caller:
-    """One connection."""
+    """One connection, with its open orders and its unanswered calls by number."""
 
     writer: asyncio.StreamWriter
     orders: set[int] = field(default_factory=set)
@@ -60,11 +61,11 @@ class _Caller:
 
 
 class PoolServer:
-    """From `start` to `close`; the pool is its owner's."""
+    """Serves the pool from `start` to `close`. The caller owns the pool."""
 
     def __init__(self, pool: MemPool, spaces: Spaces, path: Path) -> None:
-        """`spaces`: of the pool. `path`: of the socket, in a directory that this user alone can
-        enter. Raises ConfigError for one that is too long."""
+        """`spaces`: the pool's namespaces. `path`: the socket's, in a directory that only this user
+        can enter. Raises ConfigError if the socket cannot be bound, as for too long a path."""
         self._pool = pool
         self._spaces = spaces
         self._link: PoolLink | None = None
@@ -84,8 +85,8 @@ class PoolServer:
         self._thread = threading.Thread(target=self._main, name="pool-server", daemon=True)
 
     def start(self) -> None:
-        """Take callers. Without the thread that talks to peers a pool is of no use to any: they
-        are hung up on then."""
+        """Accept callers. If the pool's thread for peers fails, the server ends and closes all
+        connections."""
         self._thread.start()
         self._pool.on_failure(lambda error: self._soon(self._ending.set))
 
@@ -95,8 +96,8 @@ class PoolServer:
             self._thread.join()
 
     def ready(self, order: int, tokens: TokenArray, namespace: Namespace) -> None:
-        """The pool's index has these leading tokens of a request that named the order. From
-        vLLM's scheduling thread; unknown orders, and those of other tokens, are ignored."""
+        """Report that the pool's index has these leading tokens of a request that names the order.
+        Called on vLLM's scheduling thread; ignored for an unknown order, or other tokens."""
         known = self._orders.get(order)
         if known is None or self._spaces.salt(namespace) != known.source:
             return
@@ -120,7 +121,7 @@ class PoolServer:
         await self._ending.wait()
         server.close()
         for caller in self._callers:
-            caller.writer.close()  # which its reader sees
+            caller.writer.close()  # its reader then sees the end of the stream
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._link is not None:
@@ -251,7 +252,7 @@ class PoolServer:
                         order.peer, order.tokens[:ready], space, target
                     )
                 except (TransferError, PoolError) as error:
-                    # What is asked for in the end is tried once more, and fails with a reason.
+                    # The final `Push` tries again, and reports the error.
                     log.info("KV did not reach %s early: %s", order.peer.id, error)
                     return
             order.sent += pushed.sent
@@ -264,7 +265,7 @@ class PoolServer:
 
 
 async def _let_send(order: _Order) -> None:
-    """Wait for what an order is sending; what has not had its turn is not waited for."""
+    """Wait for an order's running push; cancel one that still waits for the semaphore."""
     if order.sending is None:
         return
     if not order.begun:
@@ -280,4 +281,4 @@ Ready = Callable[[int, TokenArray, Namespace], None]  # see `PoolServer.ready`
 
 
 def tell_nobody(order: int, tokens: TokenArray, namespace: Namespace) -> None:
-    """A `Ready` where no instance gives orders."""
+    """Do nothing: a `Ready` where no instance gives orders."""

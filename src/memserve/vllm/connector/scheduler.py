@@ -1,8 +1,7 @@
-"""The scheduler's side: looks prompts up, orders copies, and publishes what was copied.
+"""The scheduler's side: looks prompts up in the pool, orders copies, and publishes saved blocks.
 
-It runs in vLLM's scheduling thread, between two steps. Loads are asynchronous: a request whose KV
-comes from the pool is scheduled when it is there, so nothing is ever computed from blocks that were
-not loaded.
+All of it runs on vLLM's scheduling thread, between two steps. Loads are asynchronous: vLLM
+schedules a request after its KV has been loaded, so no step computes from blocks that are not.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ BlockIds = SequenceOf[SequenceOf[int]]  # for each KV cache group
 
 
 class Request(Protocol):
-    """What is used of vLLM's `Request`."""
+    """The part of vLLM's `Request` that is used here."""
 
     request_id: str
     num_tokens: int
@@ -40,7 +39,7 @@ class Request(Protocol):
 
 
 class Scheduled(Protocol):
-    """What is used of vLLM's `NewRequestData`."""
+    """The part of vLLM's `NewRequestData` that is used here."""
 
     req_id: str
     block_ids: BlockIds
@@ -48,16 +47,16 @@ class Scheduled(Protocol):
 
 
 class GoingOn(Protocol):
-    """What is used of vLLM's `CachedRequestData`: requests that were scheduled before."""
+    """The part of vLLM's `CachedRequestData` that is used here: requests scheduled before."""
 
     req_ids: SequenceOf[str]
-    resumed_req_ids: Collection[str]  # whose blocks are all new
+    resumed_req_ids: Collection[str]  # after a preemption: `new_block_ids` has all of their blocks
     new_block_ids: SequenceOf[BlockIds | None]
     num_computed_tokens: SequenceOf[int]
 
 
 class Step(Protocol):
-    """What is used of vLLM's `SchedulerOutput`."""
+    """The part of vLLM's `SchedulerOutput` that is used here."""
 
     scheduled_new_reqs: SequenceOf[Scheduled]
     scheduled_cached_reqs: GoingOn
@@ -66,17 +65,17 @@ class Step(Protocol):
 
 
 class _Known:
-    """A request, from its arrival until nothing of it is on its way."""
+    """A request, from its arrival until it has ended and none of its copies is in flight."""
 
     __slots__ = ("loading_into", "match", "offered_from", "order", "request", "sequence")
 
     def __init__(self, request: Request, sequence: Sequence, order: int) -> None:
         self.request = request
         self.sequence = sequence
-        self.order = order  # 0: none
-        self.loading_into: list[list[int]] = []  # vLLM's blocks, by group
-        self.match: Match | None = None  # what was offered, or is being loaded
-        self.offered_from = 0  # blocks
+        self.order = order  # number of an instance's order; 0: none
+        self.loading_into: list[list[int]] = []  # vLLM's block ids, by KV cache group
+        self.match: Match | None = None  # pins the blocks that were offered, or are being loaded
+        self.offered_from = 0  # number of leading blocks that vLLM has itself
 
     def unpin(self) -> None:
         if self.match is not None:
@@ -85,7 +84,7 @@ class _Known:
 
 
 class PoolScheduler:
-    """Belongs to vLLM's scheduling thread. Owns the pool."""
+    """The connector's state in vLLM's scheduler, whose thread makes all calls. Owns the pool."""
 
     def __init__(
         self,
@@ -95,8 +94,9 @@ class PoolScheduler:
         events: TierEvents | None = None,
         ready: Ready = tell_nobody,
     ) -> None:
-        """`workers`: each copies its part of a block. `spaces`: of the pool. `events`: are told
-        what it holds. `ready`: is told what the index has of a request with an order."""
+        """`workers`: number of ranks, each of which copies its part of a block. `spaces`: the
+        pool's namespaces. `events`: the pool's listener. `ready`: called with the tokens of a
+        request with an order that the index has."""
         self._pool = pool
         self._spaces = spaces
         self._events = events
@@ -105,30 +105,30 @@ class PoolScheduler:
         self._workers = workers
         self._block = pool.layout.block_tokens
         self._known: dict[str, _Known] = {}
-        self._jobs: dict[int, tuple[_Known, int]] = {}  # saves: whose, workers yet to report
-        self._numbers = itertools.count(1)
+        self._jobs: dict[int, tuple[_Known, int]] = {}  # saves: request, workers yet to report
+        self._numbers = itertools.count(1)  # of jobs
         self._loads: list[Copy] = []  # for the next step
         self._told = -1  # the version of the pool's memory that workers know
         # Requests since the start.
-        self.unsaved = 0  # those that had no room, or whose prefix was evicted under them
+        self.unsaved = 0  # saving ended early: no free block, a window, or an evicted prefix
         self.failed_loads = 0
 
     @property
     def busy(self) -> bool:
-        """Whether workers have something to do or to report."""
+        """Whether loads are ordered for the next step, or saves are in flight."""
         return bool(self._loads or self._jobs)
 
     # --- admission ------------------------------------------------------------------------
 
     def arrived(self, request: Request, cacheable: bool, order: int = 0) -> None:
-        """A new request. `cacheable`: its KV depends on its token ids and nothing else. `order`: an
-        instance's, to send it to a peer."""
+        """Add a new request. `cacheable`: its KV depends on its token ids and nothing else.
+        `order`: number of an instance's order to push its KV to a peer; 0: none."""
         sequence = Sequence(request.cache_salt or "", cacheable, sent=bool(order))
         self._known[request.request_id] = _Known(request, sequence, order)
 
     def offer(self, request: Request, local: int) -> int:
-        """How many tokens behind the first `local` ones the pool can give; pinned until the
-        next offer, or the load's end."""
+        """Return the number of tokens behind the first `local` ones that the pool has. Their blocks
+        stay pinned until the next offer, or the end of the load."""
         known = self._known.get(request.request_id)
         if known is None or not known.sequence.may_load or request.skip_reading_prefix_cache:
             return 0
@@ -142,7 +142,8 @@ class PoolScheduler:
         return match.tokens - local
 
     def allocated(self, request_id: str, block_ids: BlockIds, external: int) -> None:
-        """vLLM has blocks for a request, and wants `external` tokens of what was offered."""
+        """Order the load of `external` offered tokens into vLLM's blocks `block_ids`, by group; 0:
+        vLLM declines the offer."""
         known = self._known.get(request_id)
         if known is None or known.sequence.loading:
             return
@@ -160,7 +161,7 @@ class PoolScheduler:
     # --- each step ------------------------------------------------------------------------
 
     def step(self, step: Step) -> StepCopies:
-        """What workers copy in it."""
+        """Return the copies that workers make in this step."""
         copies, self._loads = StepCopies(self._loads), []
         if self._pool.memory_version != self._told:
             self._told = self._pool.memory_version
@@ -203,7 +204,8 @@ class PoolScheduler:
         if not due:
             return
         own = [np.array(ids[due.start : due.stop], dtype=np.int64) for ids in sequence.block_ids]
-        # A group that has less keeps a window, and what was cached behind it is not to be had.
+        # A group with fewer or null blocks has a sliding window, and has freed the blocks before
+        # it.
         if any(len(ids) != len(due) or not ids.all() for ids in own):
             sequence.give_up()
             self.unsaved += 1
@@ -219,7 +221,7 @@ class PoolScheduler:
         sequence.ordered(job, Save(due.start, due.stop, refs))
         copies.saves.append(Copy(request_id, job, own, ref_index(refs)))
 
-    # --- what workers report --------------------------------------------------------------
+    # --- reports of workers ---------------------------------------------------------------
 
     def update(
         self,
@@ -228,8 +230,9 @@ class PoolScheduler:
         invalid: AbstractSet[int],
         done: CopiesDone | None,
     ) -> None:
-        """Loads that have ended, with those among them that failed; vLLM blocks that hold nothing
-        valid; saves. What is void is told before what is done."""
+        """Take the workers' reports: requests whose loads have ended, those of them that failed,
+        vLLM's ids of blocks with invalid KV, and saves that have ended. Voids requests first, so
+        that a save of invalid blocks in the same report is not published."""
         for request_id in failed:
             self._void(request_id)
         if invalid:
@@ -269,16 +272,17 @@ class PoolScheduler:
         self._leave(known)
 
     def _publish(self, known: _Known, save: Save) -> bool:
-        """Put a save into the index; False: nothing of it can be."""
+        """Insert a save into the index. Return False if that is impossible; the blocks then stay
+        the caller's."""
         sequence = known.sequence
-        # The step's inputs, so they are known when it is over; unless vLLM has dropped some.
+        # The step's inputs, so all are known when it is over, unless vLLM has dropped some.
         tokens = _array(known.request.all_token_ids, save.last * self._block)
         if len(tokens) < save.last * self._block:
             sequence.give_up()
             return False
         before, space = tokens[: save.first * self._block], self._spaces.of(sequence.salt)
         with self._pool.match(before, space) as match:
-            if len(match.refs) < save.first:  # evicted meanwhile
+            if len(match.refs) < save.first:  # the prefix was evicted meanwhile
                 sequence.give_up()
                 self.unsaved += 1
                 return False
@@ -293,7 +297,7 @@ class PoolScheduler:
     # --- ends -----------------------------------------------------------------------------
 
     def finished(self, request_id: str) -> None:
-        """vLLM is through with a request; what workers do for it may still be on its way."""
+        """Record that vLLM has ended a request. Its copies may still be in flight."""
         known = self._known.get(request_id)
         if known is None:
             return
@@ -303,13 +307,12 @@ class PoolScheduler:
         self._leave(known)
 
     def take_events(self) -> list[Stored | Removed]:
-        """What the pool has got and lost since the last call."""
+        """Return the blocks stored in and removed from the pool since the last call."""
         return [] if self._events is None else self._events.take()
 
     def reset(self) -> None:
-        """Find nothing any more of what is cached, and publish nothing that was computed before:
-        weights may have been changed. What is being read, or is on its way from a peer, is found no
-        more either."""
+        """Drop all cached KV and void the saves in flight, because weights may have changed.
+        Lookups do not find pinned blocks, or KV that a peer is sending, afterwards either."""
         for known in self._known.values():
             known.sequence.void()
             known.sequence.give_up()
@@ -340,5 +343,5 @@ class PoolScheduler:
 
 
 def _array(tokens: SequenceOf[int], count: int | None = None) -> TokenArray:
-    """The first `count` tokens, or all of them."""
+    """Return the first `count` tokens, or all of them, as int32."""
     return np.array(tokens[: len(tokens) if count is None else count], dtype=np.int32)

@@ -1,8 +1,7 @@
-"""The workers' side: what a step loads and saves, and which of it has ended.
+"""The workers' side: begins the loads and saves of each step, and reports those that have ended.
 
-Copies are begun where vLLM calls, loads before the forward pass and saves after it. vLLM hears of
-a request's load, and the scheduler of a save, when all of its copies have run, failed ones too:
-only then may their blocks be given to others.
+Loads begin before the forward pass, saves after it. A load is reported to vLLM, and a save to the
+scheduler, when all of its copies have run, even if one failed: only then may the blocks be reused.
 """
 
 from __future__ import annotations
@@ -24,27 +23,27 @@ log = logging.getLogger(__name__)
 
 
 class Worker:
-    """One rank's."""
+    """Loads and saves of one tensor-parallel rank, called by vLLM's worker."""
 
     def __init__(self, groups: Sequence[Sequence[str]], rank: int, ranks: int, blocks: int) -> None:
-        """`groups`: the layers' names, by KV cache group. `blocks`: of vLLM."""
+        """`groups`: names of layers, by KV cache group. `blocks`: number of vLLM's KV blocks."""
         self._groups = groups
         self._rank = rank
         self._ranks = ranks
         self._blocks = blocks
-        self._layers: list[list[torch.Tensor]] = []  # by group: uint8 [blocks, page]
-        self._page = 0
-        self._page_locked = False  # the memory is, for copies from and to a GPU
+        self._layers: list[list[torch.Tensor]] = []  # by group: uint8 [blocks, page bytes]
+        self._page = 0  # bytes
+        self._page_locked = False  # lock the pool's memory, for copies from and to a GPU
         self._copies: Copies = HostCopies()
-        # Each with its mapping, which keeps the memory page-locked; [blocks, layers, ranks, page].
+        # The mapping keeps the memory page-locked; the array is [blocks, layers, ranks, page].
         self._segments: list[tuple[PoolMemory, Mapping, Bytes]] = []
         self._loading: list[tuple[Copy, Pending]] = []
         self._saving: list[tuple[Copy, Pending]] = []
         self._invalid: set[int] = set()
 
     def register(self, kv_caches: MappingOf[str, torch.Tensor]) -> None:
-        """Take vLLM's KV tensors by layer, `[blocks, ...]`. Raises ConfigError where a block is not
-        one run of bytes."""
+        """Keep vLLM's KV tensors `[blocks, ...]`, by name of layer. Raises ConfigError if a block
+        is not one run of bytes, or page sizes differ."""
         self._layers = [
             [self._pages(name, kv_caches.get(name)) for name in names] for names in self._groups
         ]
@@ -58,7 +57,7 @@ class Worker:
         self._copies = copies_of(device)
 
     def _pages(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor:
-        """A layer's KV as uint8 [blocks, page]."""
+        """Return a view of a layer's KV as uint8 [blocks, page bytes]. Raises ConfigError."""
         if tensor is None or len(tensor) != self._blocks or not tensor[0].is_contiguous():
             raise ConfigError(
                 f"{name}: a block of this layer is not one run of bytes; another attention "
@@ -69,18 +68,18 @@ class Worker:
         return pages.view(torch.uint8)
 
     def load(self, copies: StepCopies) -> None:
-        """Begin to fill blocks of requests that wait for them."""
+        """Begin to copy the pool's blocks into vLLM's, after mapping segments that have changed."""
         self._map(copies.memory)
         for copy in copies.loads:
             self._loading.append((copy, self._begin(copy, self._copies.load, "loaded")))
 
     def save(self, copies: StepCopies) -> None:
-        """Begin to copy what the forward pass computes."""
+        """Begin to copy blocks that the forward pass has written into the pool."""
         for copy in copies.saves:
             self._saving.append((copy, self._begin(copy, self._copies.save, "saved")))
 
     def take_loaded(self) -> tuple[set[str], set[str]]:
-        """Requests whose loads have ended since the last call, and those of them that failed."""
+        """Return the requests whose loads have ended since the last call, and those that failed."""
         ended, self._loading = _ended(self._loading)
         failed = [copy for copy, pending in ended if pending.failed]
         for copy in failed:
@@ -88,12 +87,13 @@ class Worker:
         return {copy.request for copy, _ in ended}, {copy.request for copy in failed}
 
     def take_invalid(self) -> set[int]:
-        """vLLM's blocks whose loads have failed, of loads that were taken since the last call."""
+        """Return vLLM's ids of blocks whose loads failed, of the loads that `take_loaded` has
+        returned since the last call."""
         told, self._invalid = self._invalid, set()
         return told
 
     def take_saved(self) -> CopiesDone | None:
-        """Saves that have ended since the last call; None: none has."""
+        """Return the saves that have ended since the last call; None if there are none."""
         ended, self._saving = _ended(self._saving)
         if not ended:
             return None
@@ -117,15 +117,15 @@ class Worker:
         first = 0
         for layers, own in zip(self._layers, copy.own, strict=True):
             ids = own[at]
-            there = ids != 0  # the null block: behind a window
+            there = ids != 0  # 0, the null block: tokens outside a sliding window
             host = memory[:, first : first + len(layers), self._rank]
             first += len(layers)
             if there.any():
                 yield Pages(layers, ids[there], host, places[there])
 
     def _split(self, pool: Indices) -> list[tuple[Mapping, Bytes, Indices, Indices]]:
-        """Segments that have blocks of `pool`: the mapping, its memory, which of `pool` are in it,
-        and their places there. Raises SegmentGone where a block is in none."""
+        """Return for each segment with blocks of `pool`: the mapping, its memory, the positions of
+        these blocks in `pool`, and in the segment. Raises SegmentGone if a block is in none."""
         found = []
         for segment, mapping, memory in self._segments:
             end = segment.first + segment.blocks
@@ -159,7 +159,7 @@ _Begun = list[tuple[Copy, Pending]]
 
 
 def _ended(begun: _Begun) -> tuple[_Begun, _Begun]:
-    """Copies that have ended, and the others."""
+    """Split copies into those that have ended, and the others."""
     ended = [(copy, pending) for copy, pending in begun if pending.ended]
     if len(ended) == len(begun):
         return ended, []
