@@ -282,7 +282,7 @@ class RemoteLink:
     async def _read_totals(self) -> None:
         try:
             self._totals = (await self._call(m.ReadTotals(), m.Totals)).totals
-        except TransferError as error:
+        except (TransferError, PoolError) as error:
             log.debug("no totals: %s", error)
         finally:
             self._reading_totals = False

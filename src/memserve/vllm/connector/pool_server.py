@@ -170,7 +170,8 @@ class PoolServer:
             log.exception("%s failed", type(call.said).__name__)
             heard = m.Failed(f"{type(error).__name__}: {error}", of_pool=False)
         caller.writer.write(m.frame(m.Reply(call.number, heard)))
-        await caller.writer.drain()
+        with suppress(ConnectionError):  # the caller has left
+            await caller.writer.drain()
 
     async def _do(self, caller: _Caller, said: m.Said) -> m.Heard:
         match said:
