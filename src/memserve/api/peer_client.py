@@ -141,7 +141,7 @@ class PeerClient:
         seconds: float | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
     ) -> PeerAnswer:
-        """Return an answer of any status; but a 401 raises, as all failures do, PeerError."""
+        """Return an answer of any status (of a signed request: but 401). Raises PeerError."""
         timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
         headers = {"content-type": media} if body else {}
         try:
