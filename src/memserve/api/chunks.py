@@ -11,7 +11,7 @@ and ends with an empty line:
 The comment names all token ids that the event adds, whether they have text or not, and a chat's
 role comes in the first event of its choice. So the token ids of the events that a client has
 received whole are its state of a choice: `GenerateCall.resumed`. Events without a comment (usage,
-errors, [DONE]) add no tokens; a client that has the usage is continued without `include_usage`.
+errors, [DONE]) add no tokens. Usage follows all tokens: a client that has it lacks only [DONE].
 No line of JSON begins with a colon.
 
 Chunks are on the hot path of every token: the constant parts are encoded once per stream.
