@@ -1,1 +1,1 @@
-"""What travels between clients, gateways and instances, and the HTTP server that they share."""
+"""Messages between clients, gateways and instances, and the HTTP server that they share."""

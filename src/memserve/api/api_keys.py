@@ -1,14 +1,14 @@
-"""The keys of a gateway's clients: who each belongs to, kept as hashes.
+"""API keys of a gateway's clients, with names and tenants; kept as hashes.
 
 An entry is a key, or `sha256:` and its hash, and behind it, each after a space:
 
-    name=NAME       whose it is, in logs; without: the first letters of the hash
-    tenant=NAME     keys of one tenant share turns and cached prompts; without: the key alone
-    weight=NUMBER   its tenant's share of turns: 2 is twice that of others
+    name=NAME       the owner, in logs; default: the first 16 digits of the hash
+    tenant=NAME     keys of one tenant share turns and cached prompts; default: a tenant per key
+    weight=NUMBER   its tenant's share of turns: 2 is twice the default
     priority        its requests' `priority` counts against other tenants', too
 
-Keys are random, so that their hashes need no salt and no slow function; whoever chooses a key
-must choose one that cannot be guessed.
+Generated keys are random, so that their hashes need no salt and no slow function; a key that an
+operator chooses must be as hard to guess.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from memserve.errors import ConfigError
 
 KEYS_VARIABLE = "MEMSERVE_API_KEYS"
 MAX_KEYS = 100_000
-MAX_KEY_BYTES = 512  # of a key that a client shows: more is not looked at
+MAX_KEY_BYTES = 512  # of a key that a client shows; a longer one is no key
 _PREFIX = "sha256:"
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_KEY_BYTES = 32  # of one that is made here
+_KEY_BYTES = 32  # random bytes of a generated key
 _INDEX_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """Whose a key is, and what it may."""
+    """A key's hash, owner, tenant and rights."""
 
     digest: bytes  # SHA-256
     name: str
@@ -46,11 +46,11 @@ class ApiKey:
 
 
 class ApiKeys:
-    """A set of keys, by hash. Never changes: a reload makes another one."""
+    """A set of keys, by hash. Immutable: a reload makes another one."""
 
     def __init__(self, keys: Iterable[ApiKey] = (), *, wanted: bool = False) -> None:
-        """`wanted`: a key is asked for, though there may be none: then nobody gets in."""
-        # Looked up by a keyed hash, which nobody outside can predict; compared in constant time.
+        """`wanted`: clients need a key even if the set is empty; then none is let in."""
+        # Looked up by a keyed hash, which clients cannot predict; compared in constant time.
         self._secret = os.urandom(16)
         self._keys = {self._index(key.digest): key for key in keys}
         self.wanted = wanted or bool(self._keys)
@@ -62,7 +62,7 @@ class ApiKeys:
         return iter(self._keys.values())
 
     def find(self, shown: bytes) -> ApiKey | None:
-        """The key that a client shows; None if there is no such key."""
+        """Return the key that a client shows; None if it is not in the set."""
         if len(shown) > MAX_KEY_BYTES:
             return None
         digest = hashlib.sha256(shown).digest()
@@ -74,8 +74,8 @@ class ApiKeys:
 
 
 def load_keys(given: Iterable[str], file: str | None) -> ApiKeys:
-    """The keys of a configuration (`given`), of MEMSERVE_API_KEYS, and of a file with an entry
-    on each line (`#`: a comment). Raises ConfigError."""
+    """Return the keys of a configuration (`given`), of MEMSERVE_API_KEYS, and of a file with an
+    entry on each line (`#`: a comment). Raises ConfigError."""
     entries = _entries(given)
     wanted = file is not None or bool(os.environ.get(KEYS_VARIABLE))
     if file is not None:
@@ -86,13 +86,13 @@ def load_keys(given: Iterable[str], file: str | None) -> ApiKeys:
 
 
 def hashed(given: Iterable[str]) -> str:
-    """Those `given` and of MEMSERVE_API_KEYS, as the latter has them, without the keys
-    themselves. Raises ConfigError."""
+    """Return the entries of `given` and of MEMSERVE_API_KEYS, in that variable's format, with
+    hashes instead of keys. Raises ConfigError."""
     return ",".join(_entry(_parse(entry, source)) for entry, source in _entries(given))
 
 
 def new_key(name: str | None, tenant: str | None, privileged: bool) -> tuple[str, str]:
-    """A random key, and the entry for it. Raises ConfigError."""
+    """Return a random key, and its entry, which has the hash. Raises ConfigError."""
     key = f"sk-{os.urandom(_KEY_BYTES).hex()}"
     words = [key]
     words += [] if name is None else [f"name={name}"]
@@ -102,7 +102,8 @@ def new_key(name: str | None, tenant: str | None, privileged: bool) -> tuple[str
 
 
 def append_entry(path: Path, entry: str) -> None:
-    """Add an entry to a file of keys, which only this user may read. Raises ConfigError."""
+    """Add an entry to a file of keys; a file made here is readable by this user only. Raises
+    ConfigError."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
         with os.fdopen(descriptor, "r+b") as file:
@@ -114,7 +115,7 @@ def append_entry(path: Path, entry: str) -> None:
 
 
 def _entries(given: Iterable[str]) -> list[tuple[str, str]]:
-    """With where each comes from."""
+    """Return the entries, each with its source for error messages."""
     environment = os.environ.get(KEYS_VARIABLE, "").split(",")
     return [
         *((entry, "gateway.api_keys") for entry in given),
@@ -152,7 +153,7 @@ def _parse(entry: str, source: str) -> ApiKey:
         elif word == "weight":
             weight = _weight(value, source)
         elif word not in ("name", "tenant"):
-            # It may be a key that was put there by mistake: no message repeats it.
+            # The word may be a misplaced key, so the message does not repeat it.
             raise ConfigError(
                 f"{source}: behind the key stand name=, tenant=, weight= and priority, and "
                 "something else is there; keys are separated by commas, or lines of a file"

@@ -1,7 +1,8 @@
-"""ASGI, where speed is not all: an adapter to the server, and bodies, answers, hang-ups.
+"""ASGI adapter to the HTTP server, and helpers for bodies, answers and hang-ups.
 
-The adapter gives an application HEAD as GET, and drops the body of its answer. Errors that it
-answers in anything but JSON (frameworks do, when a handler fails) get OpenAI's shape here.
+Only for endpoints that are not on the hot path. The adapter gives an application HEAD as GET, and
+drops the answer's body. Errors that an application answers in anything but JSON (as frameworks do
+when a handler fails) get OpenAI's shape here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class ClientGone(Exception):
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:
-    """A request header's value; `name` in lower case."""
+    """Return a request header's first value, or None; `name` in lower case."""
     for key, value in scope["headers"]:
         if key == name:
             return bytes(value)
@@ -31,9 +32,10 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The request's body. Raises ApiError (413) without reading more than `limit` bytes.
+    """Return the request's body. Raises ApiError (413) if it is larger than `limit` bytes, and
+    ClientGone.
 
-    The server below throws the rest of a refused body away as it arrives.
+    The server below drops the rest of a refused body as it arrives.
     """
     length = header(scope, b"content-length")
     if length is not None and int(length) > limit:
@@ -63,7 +65,7 @@ async def send_body(
     headers: Headers = (),
     media: tuple[bytes, bytes] = JSON_HEADER,
 ) -> None:
-    """A whole answer."""
+    """Send a whole answer."""
     length = (b"content-length", b"%d" % len(body))
     await send(
         {"type": "http.response.start", "status": status, "headers": [media, length, *headers]}
@@ -89,12 +91,12 @@ async def start_events(send: Send, headers: Headers = ()) -> None:
 class Interruption:
     """`with Interruption() as lost:` is a block that `lost.interrupt()` ends from outside.
 
-    The block's task is cancelled where it waits, and goes on after the block; `happened` tells
-    it. A cancellation from elsewhere goes through.
+    The block's task is cancelled where it waits, and goes on behind the block, with `happened`
+    set. Any other cancellation passes through.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        """`loop` is the running one; it takes a system call to ask for it."""
+        """`loop`: the running loop, if known; looking it up takes a system call."""
         self.happened = False
         self._loop = loop
         self._task: asyncio.Task[object] | None = None
@@ -144,7 +146,7 @@ class HangUp(Interruption):
 
 
 def asgi_handler(app: ASGIApp) -> Handler:
-    """The server's handler that runs an ASGI application."""
+    """Return a handler for the server that runs an ASGI application."""
 
     async def handle(request: Request, reply: Reply) -> None:
         exchange = _Exchange(request, reply)
@@ -171,8 +173,8 @@ def _scope(request: Request) -> Scope:
 
 
 class _Exchange:
-    """One request and its answer as messages. What an application does against the protocol is
-    a RuntimeError of its own; the server then ends its client's wait."""
+    """One request and its answer as ASGI messages. Raises RuntimeError in an application that
+    breaks the protocol; the server then ends the reply."""
 
     def __init__(self, request: Request, reply: Reply) -> None:
         self._reply = reply
@@ -184,7 +186,7 @@ class _Exchange:
             self._flowing.set()
         self._status = 0
         self._headers: list[tuple[bytes, bytes]] = []
-        self._left: int | None = None  # bytes of the length that it has announced
+        self._left: int | None = None  # bytes missing to the announced content-length
         self._plain: list[bytes] | None = None  # the body of an error that is not JSON
         reply.on_gone, reply.on_flow = self._hung_up, self._flow
 
@@ -224,7 +226,7 @@ class _Exchange:
             reply.start(self._status, self._headers, sized=self._left is not None, whole=whole)
         if not more:
             reply.end(data)
-            self._gone.set()  # as far as the application can tell
+            self._gone.set()  # ASGI: `receive` returns a disconnect after the answer
             return
         if data:
             reply.write(data)
@@ -259,6 +261,6 @@ class _Exchange:
 def _plain_error(status: int, text: str) -> ApiError:
     known = HTTPStatus(status)
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        # Its text is for whoever runs the server, and in the log.
+        # The application's text may have internals; the log has it.
         return ApiError(known, f"{known.phrase}.", type="server_error", code="internal_error")
     return ApiError(known, text or f"{known.phrase}.")

@@ -1,4 +1,4 @@
-"""The addresses at which a server may be asked: what is signed for another one is not for it."""
+"""The addresses of a server: it refuses requests that are signed for any other address."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _REMEMBERED = 256  # of the addresses that were looked up
 
 
 class Audience:
-    """Filled before the server takes requests."""
+    """A server's addresses, as host:port. Filled before the server takes requests."""
 
     def __init__(self, *, any_name: bool = False) -> None:
-        """`any_name`: names lead here that this machine does not know of, as a load balancer's."""
+        """`any_name`: accept every host name, as a load balancer's, with a port of ours."""
         self._any_name = any_name
         self._ports: set[int] = set()
         self._known: set[str] = set()
 
     def add_socket(self, sock: socket.socket) -> None:
-        """All addresses of a listening socket."""
+        """Add all addresses of this machine with a listening socket's port."""
         self._ports.add(sock.getsockname()[1])
 
     def add_url(self, url: str) -> None:
-        """Another address, from where it is passed on to this server."""
+        """Add the address of a URL that leads to this server."""
         self._known.add(_authority(url))
 
     def __contains__(self, authority: object) -> bool:
@@ -41,7 +41,7 @@ class Audience:
 
 
 def check_url(url: str) -> None:
-    """Raise ConfigError for what is no http://host:port or https://host:port."""
+    """Raise ConfigError unless `url` is http://host:port or https://host:port."""
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -52,7 +52,7 @@ def check_url(url: str) -> None:
 
 
 def origin_of(url: str) -> str:
-    """scheme://host:port of a URL, with the port also where it is the usual one. Raises
+    """Return scheme://host:port of a URL, with the scheme's default port if it has none. Raises
     ValueError."""
     return f"{urlsplit(url).scheme}://{_authority(url)}"
 
@@ -77,9 +77,9 @@ def _is_address(host: str) -> bool:
 
 @lru_cache(maxsize=_REMEMBERED)
 def _is_here(host: str) -> bool:
-    """Whether a host is this machine: a name of its own, or an address that it can listen at."""
+    """Return whether a host is this machine: one of its names, or an address that it can bind."""
     if not _is_address(host):
-        # The last one may ask a name server, so it is only asked of what is no usual name.
+        # `advertised` may ask a name server, so it comes after the usual names.
         known = host in ("localhost", socket.gethostname().lower())
         return known or host == advertised("0.0.0.0").lower()
     bare = host.removeprefix("[").removesuffix("]")

@@ -1,21 +1,20 @@
 """Answers in OpenAI's shape: whole JSON bodies, and the chunks of a stream.
 
-An instance's stream tells a gateway which tokens its events stand for, so that it can be
-continued elsewhere. Each output of the engine is one event, which begins with a comment line
-(SSE's: clients ignore it) and ends with an empty line:
+An instance's stream names the tokens of its events, so that another instance can continue it.
+Each output of the engine is one event, which begins with an SSE comment line (clients ignore it)
+and ends with an empty line:
 
     :<choice> <token id>[,<token id>...]\n
     data: {...}\n                           (missing while the text is held back)
     \n
 
-The event names all token ids that it adds, whether they have text or not, and a chat's role
-comes in the first event of its choice. What a client has of a choice is therefore the token ids
-of the events that it has got whole: `GenerateCall.resumed`. Events without a comment (usage,
-errors, [DONE]) add no tokens; who has the usage already goes on without `include_usage`. No line
-of JSON begins with a colon.
+The comment names all token ids that the event adds, whether they have text or not, and a chat's
+role comes in the first event of its choice. So the token ids of the events that a client has
+received whole are its state of a choice: `GenerateCall.resumed`. Events without a comment (usage,
+errors, [DONE]) add no tokens. Usage follows all tokens: a client that has it lacks only [DONE].
+No line of JSON begins with a colon.
 
-Chunks are on the hot path of every token, so all that does not change from one to the next
-is encoded once per stream.
+Chunks are on the hot path of every token: the constant parts are encoded once per stream.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ _encode = msgspec.json.Encoder().encode
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
-    """A token with its log-probability. `bytes`: what it adds to the text; of a token that is a
-    part of a character, which has no text of its own, that part."""
+    """A token with its log-probability. `bytes`: the UTF-8 bytes that it adds to the text, which
+    may be only a part of a character; `text` cannot show that part."""
 
     id: int
     text: str
@@ -47,7 +46,7 @@ class ScoredToken:
 
     @property
     def name(self) -> str:
-        """The token's text, or its bytes in OpenAI's notation where it is no whole character."""
+        """The token's text, or, if that is not exactly `bytes`, these in OpenAI's notation."""
         if self.text.encode() == self.bytes:
             return self.text
         return "bytes:" + "".join(f"\\x{value:02x}" for value in self.bytes)
@@ -55,8 +54,8 @@ class ScoredToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """The chosen token, the most probable tokens in its place, and where it begins in the text of
-    its choice, in characters."""
+    """Log-probabilities at one position: the chosen token, and the most probable ones. `offset`:
+    of the chosen token in the text of its choice, in characters."""
 
     chosen: ScoredToken
     top: tuple[ScoredToken, ...]
@@ -65,7 +64,7 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What is new of one choice (in a stream), or all of it (in a body)."""
+    """A choice's next part (in a stream), or the whole choice (in a body)."""
 
     choice: int
     text: str
@@ -84,7 +83,7 @@ class CompletionUsage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-    memserve: RequestStats | UnsetType = UNSET  # no part of OpenAI's
+    memserve: RequestStats | UnsetType = UNSET  # our extension of OpenAI's usage
 
 
 def usage(
@@ -175,7 +174,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def body(call: GenerateCall, choices: Sequence[Piece], used: CompletionUsage) -> bytes:
-    """The whole answer, for a client that does not stream."""
+    """Return the JSON body of an answer that is not streamed."""
     if call.kind is CallKind.CHAT:
         return _encode(
             ChatCompletion(
@@ -222,7 +221,7 @@ def _completion_choice(call: GenerateCall, piece: Piece) -> CompletionChoice:
 
 
 def _prompt(call: GenerateCall, choice: int) -> list[int]:
-    """Token ids of a choice's prompt."""
+    """Return the token ids of a choice's prompt."""
     ids: list[int] = call.prompts[choice // call.n].tolist()
     return ids
 
@@ -239,7 +238,7 @@ class StreamFormat:
             call.created,
             _encode(call.model),
         )
-        # Where usage comes last, every other chunk says that it is not there yet.
+        # As in OpenAI's API: with `include_usage`, every chunk but the last has a null usage.
         choices = b',"usage":null' if call.include_usage else b""
         self._choice_head = self._head + choices + b',"choices":[{"index":'
         self._text_head = b',"delta":{"content":' if chat else b',"text":'
@@ -264,14 +263,14 @@ class StreamFormat:
         self._plain = self._logprobs is None and not self._token_ids
 
     def event(self, piece: Piece, first: bool = False) -> bytes:
-        """One choice's new tokens, and their text if there is any. `first`: of the choice; a
-        chat's role goes with it, and the prompt's token ids where they are asked for."""
+        """Return the event of one choice's next tokens, with their text if any. `first`: the
+        choice's first event, with a chat's role and, if asked for, the prompt's token ids."""
         role = first and self._chat
         ids = piece.token_ids
         named = b"%d" % ids[0] if len(ids) == 1 else ",".join(map(str, ids)).encode()
         comment = b":%d %b\n" % (piece.choice, named)
         if role or piece.finish_reason is not None or not self._plain:
-            # Held-back text makes pieces without any; their ids and scores still matter.
+            # A piece whose text is held back still has ids and scores.
             wanted = role or piece.text or piece.finish_reason is not None
             if wanted or self._token_ids or piece.scores:
                 return comment + self._full_chunk(piece, first)
@@ -281,7 +280,7 @@ class StreamFormat:
         return comment + b"\n"
 
     def usage(self, used: CompletionUsage) -> bytes:
-        """The last chunk, where the client asked for it."""
+        """Return the usage chunk, for `include_usage`."""
         return self._head + b',"choices":[],"usage":' + _encode(used) + b"}\n\n"
 
     def _full_chunk(self, piece: Piece, first: bool) -> bytes:
@@ -305,7 +304,7 @@ class StreamFormat:
             parts += (b',"token_ids":', _encode(piece.token_ids))
         parts.append(b"}]}\n\n")
         if self._token_ids and first:
-            # As in vLLM: a completion's choice has its prompt's; a chat has one prompt in all.
+            # As in vLLM: in the choice for completions, at the top level for chats.
             prompt = b',"prompt_token_ids":' + _encode(_prompt(self._call, piece.choice))
             parts[-1] = b"}]" + prompt + b"}\n\n" if self._chat else prompt + b"}]}\n\n"
         return b"".join(parts)
@@ -338,9 +337,8 @@ def _completion_logprobs(piece: Piece) -> CompletionLogprobs:
 
 
 def _by_name(score: TokenScore) -> dict[str, float]:
-    """Log-probabilities by token. The chosen one is there even where it is not among the most
-    probable. Another token of the same name is called by its id, as vLLM calls tokens on demand:
-    none is lost."""
+    """Return log-probabilities by token name, the chosen token's first. A further token with the
+    name of an earlier one is named `token_id:<id>`, vLLM's notation."""
     named = {score.chosen.name: _finite(score.chosen.logprob)}
     for token in score.top:
         if token.id != score.chosen.id:

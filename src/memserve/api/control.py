@@ -1,7 +1,7 @@
-"""What instances are told at run time, by people and by the cluster manager.
+"""Control calls to instances at run time, from operators and the cluster manager.
 
-An instance answers `POST /role /drain /resume /shutdown`; a gateway passes on what it gets as
-`POST /cluster/instances/{id}`. Each answers with how the instance is afterwards.
+An instance answers `POST /role /drain /resume /shutdown`; a gateway translates
+`POST /cluster/instances/{id}` into these. Each answers with the instance's state afterwards.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ RESUME_PATH = "/resume"
 SHUTDOWN_PATH = "/shutdown"
 MAX_CONTROL_BYTES = 4096
 
-# An instance that was asked to restart ends with this (EX_TEMPFAIL: try again); one that was
-# asked to leave ends with 0, and whoever started it lets it be.
+# Exit code of an instance that was asked to restart (EX_TEMPFAIL: try again). One that was asked
+# to leave exits with 0, and its supervisor does not restart it.
 RESTART_EXIT_CODE = 75
 
 
 def how_ended(code: int) -> str:
-    """An exit code of `subprocess` in words: a negative one is a signal."""
+    """Return an exit code of `subprocess` in words: a negative one is a signal."""
     return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
 
@@ -39,18 +39,18 @@ class RoleCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ShutdownCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`POST /shutdown`: finish what runs, then end; with `restart`, to be started again."""
+    """`POST /shutdown`: finish running requests, then end; with `restart`, to be restarted."""
 
     restart: bool = False
 
 
 class WantedState(StrEnum):
-    """What a person can ask an instance to be."""
+    """The states that an operator can set."""
 
     READY = "ready"  # take requests again
-    DRAINING = "draining"  # finish what runs, take nothing new, stay
+    DRAINING = "draining"  # finish running requests, take no others, do not end
     STOPPED = "stopped"  # drain and end
-    RESTARTING = "restarting"  # drain, end, and be started again by whoever supervises it
+    RESTARTING = "restarting"  # drain and end, to be restarted by its supervisor
 
 
 class InstanceChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +61,7 @@ class InstanceChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LeaveRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`DELETE /cluster/members` on a gateway; with `epoch`, for that life of the instance."""
+    """`DELETE /cluster/members` on a gateway; with `epoch`, only that life of the instance."""
 
     address: PeerUrl
     epoch: Epoch | None = None
@@ -77,5 +77,5 @@ def instance_not_found(instance: str) -> ApiError:
 
 
 def conflict(message: str, code: str) -> ApiError:
-    """The instance is in a state in which this cannot be done."""
+    """409: the instance's present state does not allow the change."""
     return ApiError(HTTPStatus.CONFLICT, message, code=code)

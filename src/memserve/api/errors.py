@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: a status, and `{"error": {...}}` as the body."""
+"""HTTP errors in OpenAI's shape: a status, and `{"error": {...}}` as the body."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import msgspec
 
 from memserve.errors import MemserveError
 
-# Characters of a message, with what it repeats of a request. Our own words are fewer than 200.
+# Characters of a message, including text from a request. Our own text has fewer than 200.
 MAX_MESSAGE_CHARACTERS = 256
 
-_TAIL_CHARACTERS = 80  # of them are the end's: there it says what would have been right
+_TAIL_CHARACTERS = 80  # kept at the end of a shortened message, which names the valid values
 _encode = msgspec.json.Encoder().encode
 
 
@@ -27,13 +27,13 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 class ApiError(MemserveError):
-    """An HTTP answer other than success.
+    """An HTTP error answer.
 
-    `retry_after` (seconds) is set where the same request may succeed later. `close` asks the
-    client to open a new connection for it, because this process is going away. `allow` is the
-    method that would have been right, `authenticate` what a 401 asks for. Messages that are too
-    long lose their middle, so that no answer, event or log line repeats more than
-    MAX_MESSAGE_CHARACTERS of what was sent.
+    `retry_after` (seconds) is set if the request may succeed later. `close` asks the client to
+    open a new connection for that, because this process ends. `allow`: the methods that the path
+    supports. `authenticate`: a 401's WWW-Authenticate header. Messages that are too long lose
+    their middle, so that no answer, event or log line repeats more than MAX_MESSAGE_CHARACTERS of
+    a request.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ApiError(MemserveError):
         self.authenticate = authenticate
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Headers that go with it."""
+        """Return the error's own headers."""
         headers = []
         if self.retry_after is not None:
             headers.append((b"retry-after", b"%d" % self.retry_after))
@@ -72,16 +72,17 @@ class ApiError(MemserveError):
         return headers
 
     def body(self) -> bytes:
-        """The JSON body."""
+        """Return the JSON body."""
         return _encode(ErrorBody(self.detail))
 
     def event(self) -> bytes:
-        """The same as a server-sent event: what a broken stream ends with."""
+        """Return the body as a server-sent event, which ends a broken stream."""
         return b"data: " + self.body() + b"\n\n"
 
 
 def bounded(text: str) -> str:
-    """The text as it can be encoded, without its middle if it is too long."""
+    """Return a text of at most MAX_MESSAGE_CHARACTERS: a longer one without its middle.
+    Characters that UTF-8 cannot encode become `?`."""
     if len(text) > MAX_MESSAGE_CHARACTERS:
         head = MAX_MESSAGE_CHARACTERS - _TAIL_CHARACTERS - 1
         text = f"{text[:head]}\N{HORIZONTAL ELLIPSIS}{text[-_TAIL_CHARACTERS:]}"
@@ -89,7 +90,7 @@ def bounded(text: str) -> str:
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that can never be served as it stands."""
+    """400: a request that can never be served in this form."""
     return ApiError(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
 
 
@@ -116,7 +117,7 @@ def method_not_allowed(method: str, path: str, allow: str | None) -> ApiError:
 
 
 def unsupported_media(path: str, media: str) -> ApiError:
-    """A body of another type than the one, `media`, that this path takes."""
+    """415: the body's type is not `media`, the only one that this path takes."""
     return ApiError(
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
         f"{path} takes a body of content-type '{media}'.",
@@ -135,7 +136,8 @@ def body_too_large(limit: int) -> ApiError:
 def context_length_exceeded(
     limit: int, prompt_tokens: int, max_tokens: int | None, param: str
 ) -> ApiError:
-    """`max_tokens` is None where the client asked for no number and any would be too many."""
+    """400: prompt and answer exceed the context length `limit`, in tokens. `max_tokens`: None if
+    the client gave none, and the prompt leaves no room for any."""
     if max_tokens is None:
         asked = f"Your prompt has {prompt_tokens} tokens, which leaves no room for an answer."
     else:
@@ -161,7 +163,7 @@ def queue_full(message: str, retry_after: int) -> ApiError:
 
 
 def unavailable(message: str, code: str, retry_after: int = 1, close: bool = False) -> ApiError:
-    """The server cannot take the request now; another one, or this one later, may."""
+    """503: the server cannot take the request now; another server, or this one later, may."""
     return ApiError(
         HTTPStatus.SERVICE_UNAVAILABLE,
         message,

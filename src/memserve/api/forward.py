@@ -1,10 +1,9 @@
-"""Requests that a vLLM server gets as its client has written them: where they go, what is in them.
+"""Requests that are forwarded to a vLLM server: their paths and fields.
 
-A gateway understands the requests of `openai.py` by itself. What it does not understand (tools,
-grammars, images, embeddings ...), a vLLM server may: its instance is sent the body, and posts it to
-the server. The names below are those of vLLM 0.32's requests. A field that is not among them is
-refused by name: vLLM would ignore it without a word, or do what no client may ask for (see
-`docs/vllm.md`).
+A gateway understands the requests of `openai.py` itself. Others (tools, grammars, images,
+embeddings ...) go to a vLLM member: the instance gets the body and posts it to its server. The
+field names below are those of vLLM 0.32. A gateway refuses any other field by name: vLLM would
+ignore it silently, or do something that no client may ask for (see `docs/vllm.md`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import msgspec
 
 
 class ForwardPath(StrEnum):
-    """The endpoints of a vLLM server that clients of a cluster reach."""
+    """Endpoints of a vLLM server that a cluster's clients can use."""
 
     CHAT = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
@@ -35,24 +34,24 @@ class ForwardPath(StrEnum):
     DETOKENIZE = "/detokenize"
 
 
-# Those of which a gateway itself serves what it understands.
+# Paths whose requests the gateway serves itself if it understands them.
 OWN_PATHS: Final = frozenset({ForwardPath.CHAT, ForwardPath.COMPLETIONS})
-# Those that a gateway has only where there is a vLLM server.
+# Paths that exist only while the cluster has a vLLM server.
 WHOLE_PATHS: Final = frozenset(ForwardPath) - OWN_PATHS
-# Those whose answers are generated, and may be streams.
+# Paths whose answers are generated, and may be streams.
 GENERATING_PATHS: Final = OWN_PATHS | {ForwardPath.RESPONSES, ForwardPath.MESSAGES}
-# Those that use no KV cache.
+# Paths that use no KV cache.
 _WITHOUT_CACHE: Final = frozenset(
     {ForwardPath.COUNT_TOKENS, ForwardPath.TOKENIZE, ForwardPath.DETOKENIZE}
 )
 
 
 class Forward(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A request for a vLLM server. `body`: a JSON object, with none of `GIVEN_FIELDS`, as the
-    server gets it.
+    """A request for a vLLM server. `body`: a JSON object without GIVEN_FIELDS, which the instance
+    adds.
 
-    `renders`: the call's prompt is what the server will compute, as far as the gateway can tell, so
-    that its KV may be brought there before.
+    `renders`: the call's prompt is, as far as the gateway can tell, the one that the server will
+    compute, so that its KV can be moved there before.
     """
 
     path: ForwardPath
@@ -61,16 +60,16 @@ class Forward(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def salted(self) -> bool:
-        """Whether the server's cache is used, and so a salt keeps tenants apart."""
+        """Whether the server uses its KV cache, so that a salt must keep tenants apart."""
         return self.path not in _WITHOUT_CACHE
 
     @property
     def prioritised(self) -> bool:
-        """Whether the server knows priorities of such requests."""
+        """Whether the server accepts a priority on this path."""
         return self.salted and self.path is not ForwardPath.MESSAGES
 
 
-# What the call says, and not the body: whoever posts it writes them.
+# Fields that come from the call, not from the body: the instance writes them.
 GIVEN_FIELDS: Final = frozenset({"model", "cache_salt", "priority"})
 
 _COMMON = {*GIVEN_FIELDS, "user"}
@@ -213,8 +212,8 @@ FIELDS: Final[Mapping[ForwardPath, frozenset[str]]] = {
         ForwardPath.DETOKENIZE: {"model", "tokens"},
     }.items()
 }
-# What clients send and no answer depends on (`best_of`: where it is `n`, as it must be); vLLM
-# does not know it everywhere.
+# Fields on which no answer depends (`best_of` must equal `n`): dropped on paths where vLLM does
+# not know them.
 IGNORED_FIELDS: Final = frozenset(
     {
         "best_of",

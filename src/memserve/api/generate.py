@@ -1,8 +1,8 @@
-"""The call that a gateway makes to an instance, and what sampling is asked for.
+"""The call that a gateway makes to an instance, with its sampling parameters.
 
-`POST /v1/generate` takes one `GenerateCall` as msgpack: token ids in. The answer is already in
-OpenAI's shape (a JSON body, or an SSE stream whose comments carry token ids: `chunks.py`), so
-that a gateway relays bytes and copies nothing.
+`POST /v1/generate` takes one `GenerateCall` as msgpack, with prompts as token ids. The answer has
+OpenAI's shape already (a JSON body, or an SSE stream whose comments carry token ids: `chunks.py`),
+so that a gateway relays its bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from memserve.types import InstanceId
 
 GENERATE_PATH = "/v1/generate"
 
-# What is decoded is checked by these; what is made here keeps to them.
+# Decoders check these limits; code of this process that makes a message keeps to them unchecked.
 Count = Annotated[int, Meta(ge=0, le=MAX_INT32)]
 Int32 = Annotated[int, Meta(ge=-MAX_INT32 - 1, le=MAX_INT32)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -54,7 +54,7 @@ class FinishReason(StrEnum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How the next token is chosen. Names and neutral values are vLLM's.
+    """Sampling parameters of a sequence. Names and neutral values are vLLM's.
 
     Source of the filters' order, vLLM's v1 sampler: `min_tokens`, `logit_bias` and penalties
     on logits, then temperature, then min-p, top-k and top-p on probabilities.
@@ -71,7 +71,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     frequency_penalty: float = 0.0  # over output
     logit_bias: Annotated[dict[int, float], Meta(max_length=MAX_LOGIT_BIASES)] = {}
     seed: Int64 | None = None
-    # Beside the model's own end tokens.
+    # In addition to the model's end tokens.
     stop_token_ids: Annotated[tuple[int, ...], Meta(max_length=MAX_STOP_TOKEN_IDS)] = ()
     ignore_eos: bool = False
     logprobs: Count | None = None  # alternatives to report besides the chosen token; None: none
@@ -82,8 +82,9 @@ def validate_sampling(
 ) -> None:
     """Raise RequestError, with the allowed range, for the first value out of range.
 
-    NaN and infinity always are. Types are the decoder's business. `like` has passed already: the
-    samples of one call differ in their seeds, and share lists that are not looked through again.
+    NaN and infinity are always out of range. The decoder has checked types. `like` has passed
+    already: if `params` shares its `stop_token_ids` and `logit_bias` objects, as the samples of
+    one call do, these are not checked again.
     """
     p = params
     if p.max_tokens < 1:
@@ -135,14 +136,14 @@ def _refused(param: str, value: float, allowed: str) -> RequestError:
 
 
 class CallKind(StrEnum):
-    """Which of OpenAI's endpoints the answer is for."""
+    """The OpenAI endpoint that the answer is for."""
 
     CHAT = "chat"
     COMPLETION = "completion"
 
 
 class PrefillPeer(msgspec.Struct, frozen=True):
-    """A prefill instance that a decode instance may ask."""
+    """An instance that another one may ask: for a prefill, or for a prefix to fetch."""
 
     id: Annotated[InstanceId, Meta(max_length=MAX_ID_CHARACTERS)]
     address: Address  # http://host:port
@@ -159,7 +160,7 @@ class GenerateCall(
     # Unique; also the OpenAI response id.
     id: Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARACTERS)]
     kind: CallKind
-    model: Name  # echoed
+    model: Name  # served name, echoed
     created: Annotated[int, Meta(ge=0, le=2**53)]  # Unix seconds, echoed
     # Chat has exactly one.
     prompts: Annotated[tuple[WireTokens, ...], Meta(min_length=1, max_length=MAX_SEQUENCES)]
@@ -170,24 +171,24 @@ class GenerateCall(
     skip_special_tokens: bool = True
     stream: bool = False
     include_usage: bool = False  # a last chunk with usage
-    # Completions: what stands before the answer, of each prompt: its text as it was sent; None: of
-    # token ids, theirs. (): nothing.
+    # Completions: the text to put before the answers of each prompt; None: the text of its token
+    # ids. (): no echo.
     echo: Annotated[tuple[str | None, ...], Meta(max_length=MAX_SEQUENCES)] = ()
     return_token_ids: bool = False  # the client asked for `token_ids`, `prompt_token_ids`
     cache_salt: Name = ""  # namespace of the KV cache
     priority: Int32 = 0  # lower runs first
-    session: Name | None = None  # what the `session` policy keeps together
-    # Who computes the prompt, best first; (): the receiver.
+    session: Name | None = None  # the `session` policy keeps its requests on one instance
+    # Instances to compute the prompt, best first; (): the receiver.
     prefill: Annotated[tuple[PrefillPeer, ...], Meta(max_length=MAX_PEERS)] = ()
-    # Whose longer prefix the computing instance pulls before it computes the rest.
+    # Instance with a longer cached prefix, which the computing instance pulls first.
     fetch: PrefillPeer | None = None
-    # By choice: the tokens of the events that the client has already, from an instance that
-    # was lost. The stream goes on exactly behind them; a choice that they end (by an end token,
-    # a stop string, or max_tokens) says no more, and a stream of such choices is its usage and
-    # [DONE]. (): a fresh call. Streams only.
+    # Streams only. By choice: the tokens of the events that the client has received from a lost
+    # instance. The stream continues exactly behind them. A choice that these tokens end (by an end
+    # token, a stop string, or max_tokens) adds no event; if all choices have ended, the stream is
+    # usage and [DONE]. (): a fresh call.
     resumed: Annotated[tuple[WireTokens, ...], Meta(max_length=MAX_SEQUENCES)] = ()
-    # What a vLLM server gets instead of token ids. The answer is its own, and cannot be resumed;
-    # prompt and sampling are then what a gateway made of the request, to choose an instance by.
+    # The request for a vLLM server, sent to it instead of token ids. The server's answer is
+    # relayed and cannot be resumed; prompt and sampling only serve the choice of an instance.
     forward: Forward | None = None
 
     def __post_init__(self) -> None:

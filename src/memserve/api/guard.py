@@ -1,4 +1,4 @@
-"""The door of a server that only the cluster may use."""
+"""Signature checks for a server that only the cluster may use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from memserve.api.signatures import Verifier, digest_of
 
 
 async def require_signature(verifier: Verifier, request: Request, reply: Reply) -> None:
-    """Let a signed request pass; its answer will prove itself. On a local connection one is
-    enough (`local_connection`). Raises Unauthenticated."""
+    """Check a request's signature, and have the reply prove itself. On a local connection the
+    connection's token does, too (`local_connection`). Raises Unauthenticated."""
     given, local = request.header(b"authorization"), request.local
     if local is not None and local.lets_in(given):
         return
@@ -29,7 +29,8 @@ async def require_signature(verifier: Verifier, request: Request, reply: Reply) 
 
 
 def turns_away(verifier: Verifier, request: Request) -> ApiError | None:
-    """Why a request that `require_signature` will be asked for is not worth reading."""
+    """Return the refusal of a request that `require_signature` would refuse by its head alone;
+    None: read on."""
     given, local = request.header(b"authorization"), request.local
     if local is not None and local.lets_in(given):
         return None
@@ -37,7 +38,7 @@ def turns_away(verifier: Verifier, request: Request) -> ApiError | None:
 
 
 class Guard:
-    """A handler that answers signed requests; those for `open_paths`, anybody's."""
+    """A handler that passes signed requests on, and all requests for `open_paths`."""
 
     def __init__(
         self, handler: Handler, verifier: Verifier, open_paths: Collection[str] = ()
@@ -56,5 +57,5 @@ class Guard:
         await self._handler(request, reply)
 
     def admit(self, request: Request) -> ApiError | None:
-        """Why the body of a request, of which the head is there, need not be sent."""
+        """Return the refusal of a request by its head, before the body is read; None: go on."""
         return turns_away(self._verifier, request)

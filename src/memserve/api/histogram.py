@@ -1,4 +1,4 @@
-"""A latency histogram that travels as it is: counts per bucket and the sum."""
+"""A latency histogram, also on the wire: counts per bucket and the sum, in seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LATENCY_BOUNDS = (
     *(1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0),
 )
 _BUCKETS = len(LATENCY_BOUNDS) + 1
-# One for each bucket: what comes from others may have neither more nor fewer.
+# One count for each bucket; decoders refuse any other number.
 Counts = Annotated[
     list[Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]],
     Meta(min_length=_BUCKETS, max_length=_BUCKETS),
@@ -33,7 +33,7 @@ class Histogram(msgspec.Struct):
         self.sum += seconds * times
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """Prometheus' buckets: (upper bound, observations at or below it)."""
+        """Return Prometheus' buckets: (upper bound, observations at or below it)."""
         buckets = []
         total = 0
         for bound, count in zip((*map(str, LATENCY_BOUNDS), "+Inf"), self.counts, strict=True):

@@ -1,9 +1,9 @@
-"""One client's connection of the HTTP server: whose turn it is, how long, and what is held.
+"""One client's connection to the HTTP server: turns, timeouts, and bytes held.
 
-Requests are answered one at a time. What a client pipelines waits, and it is not read from
-meanwhile; of a large read no more is parsed than makes one request wait. Nor is the next one
-begun while the client does not read the answers that it has: what a connection holds is one
-request, one answer beyond the transport's high-water mark, one read, and a slice's requests.
+Requests are answered one at a time. While a pipelined request waits, nothing is read, and no more
+of the last read is parsed. The next request does not begin while the client does not read its
+answers. So a connection holds at most one request, one answer beyond the transport's high-water
+mark, one read, and the requests of one slice.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from memserve.api.http_parser import MAX_SLICE_BYTES, RequestParser
 from memserve.api.http_refusals import timed_out, too_many_bodies, too_many_connections
 from memserve.api.local_connection import LocalConnection
 
-# Asked at the end of a request's head, before its body is there: why it is not to be sent. Counts
-# and remembers nothing, for the handler asks again.
+# Called at the end of a request's head, before its body: returns a refusal, or None. Changes no
+# state if it returns None, since the handler checks again.
 Admit = Callable[[Request], ApiError | None]
 
-# What a waiting request takes, but for its body: a few headers and their objects.
+# Memory of a waiting request without its body: a few headers and their objects.
 REQUEST_BYTES = 1024
 _END_OF_HEAD = b"\r\n\r\n"
 
 
 class Owner(Protocol):
-    """What a connection knows of its server."""
+    """The part of the server that a connection uses."""
 
     limits: HttpLimits
     counters: HttpCounters
@@ -46,7 +46,7 @@ class Owner(Protocol):
     loop: asyncio.AbstractEventLoop
 
     def add(self, connection: Connection) -> bool:
-        """Whether there is room for it; it is to be discarded in any case."""
+        """Register a connection; return whether there is room for it. `discard` it in any case."""
 
     def discard(self, connection: Connection) -> None: ...
 
@@ -55,7 +55,7 @@ class Owner(Protocol):
 
 
 class Connection(asyncio.Protocol):
-    """One client's; what the parser tells comes back to it, and what replies send."""
+    """One client's connection: the sink of its parser, and the wire of its replies."""
 
     def __init__(self, server: Owner) -> None:
         self._server = server
@@ -65,20 +65,20 @@ class Connection(asyncio.Protocol):
         self._secure = False  # TLS
         self._reply: Reply | None = None  # being answered
         self._began = 0.0  # when its handler began
-        self._http_10 = False  # its client
+        self._http_10 = False  # of its request
         self._waiting: deque[Request | ApiError] = deque()  # pipelined behind it
-        self._unread = b""  # read, and from `_at` on not parsed yet
+        self._unread = b""  # the last read, not parsed yet from `_at` on
         self._at = 0
-        self._held = 0  # bytes of `Owner.held_bytes` that are ours
+        self._held = 0  # this connection's bytes in `Owner.held_bytes`
         self._paused = False
         self._writable = True
         self._last = False  # no further request is taken
-        self._discards = False  # what comes is thrown away: something was refused
-        self.deadline = 0.0  # while the client has the word and says nothing
-        self._since = 0.0  # when the unfinished head or body began to be waited for; 0: none is
-        self._in_head = True  # which of these
-        self._stalled = 0.0  # since when nothing more can be written
-        self._unsent = 0  # bytes, when the connection was looked at while it was being closed
+        self._discards = False  # received bytes are dropped, since a request was refused
+        self.deadline = 0.0  # for the client's next request; valid while none is there
+        self._since = 0.0  # since when an unfinished head or body is waited for; 0: none
+        self._in_head = True  # `_since` is a head's, not a body's
+        self._stalled = 0.0  # since when the client has read nothing
+        self._unsent = 0  # bytes in the write buffer at the last check
         self._half_closed: HalfClosed | None = None
 
     # --- asyncio.Protocol
@@ -115,7 +115,7 @@ class Connection(asyncio.Protocol):
         self._last = True
         self._parser.close()
         self._hold(0)
-        reply, self._reply = self._reply, None  # they refer to each other
+        reply, self._reply = self._reply, None  # breaks the reference cycle
         if reply is not None:
             reply.hung_up()
 
@@ -163,7 +163,7 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._flow(True)
 
-    # --- what the parser tells
+    # --- the parser's sink
 
     def requested(self, request: Request) -> None:
         self._last = self._last or not request.keep_alive
@@ -202,7 +202,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(data)
 
     def replied(self, keep_alive: bool) -> None:
-        """The reply is complete: the client, or what it has pipelined, has the word."""
+        """The reply is complete: begin the next pipelined request, or wait for one, or close."""
         self._reply = None
         if self._transport.is_closing():
             return
@@ -221,7 +221,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is lost with it."""
+        """Whether closing the connection loses no request and no answer."""
         return (
             self._reply is None
             and not (self._since or self._waiting or self._unread)
@@ -236,7 +236,7 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def check(self, now: float) -> None:
-        """Close a connection that its client has kept for too long."""
+        """Close the connection, or refuse its request, if a time limit is exceeded."""
         limits, counters = self._server.limits, self._server.counters
         if not self._writable or self._transport.is_closing():
             unsent = self._transport.get_write_buffer_size()
@@ -257,10 +257,10 @@ class Connection(asyncio.Protocol):
         elif self._reply is None and not self._since and now > self.deadline:
             self._transport.close()
 
-    # --- whose turn it is
+    # --- turns
 
     def _take(self, data: bytes = b"") -> None:
-        """Parse until a request waits; the rest is for later."""
+        """Parse until a request waits; keep the rest for later."""
         if self._unread:
             data = self._unread[self._at :] + data if data else self._unread
         else:
@@ -270,7 +270,7 @@ class Connection(asyncio.Protocol):
         while at < size and not self._waiting and not self._last:
             if parser.unfinished:
                 end = at + (parser.missing or MAX_SLICE_BYTES)
-            else:  # a head by itself: its body is one part, then
+            else:  # up to a head's end, so that its body is fed as one part
                 end = at + MAX_SLICE_BYTES
                 found = data.find(_END_OF_HEAD, at, end)
                 if found >= 0:
@@ -304,7 +304,7 @@ class Connection(asyncio.Protocol):
         self._server.answer(work, reply)
 
     def _go_on(self) -> None:
-        """What has come already; then what is to come."""
+        """Begin waiting requests and parse received bytes; then read on."""
         while self._reply is None and self._writable and (self._waiting or self._unread):
             if self._waiting:
                 self._begin(self._waiting.popleft())
@@ -321,7 +321,7 @@ class Connection(asyncio.Protocol):
         self.deadline = self._now() + seconds
         if self._paused:
             self._paused = False
-            if self._since:  # nothing could come meanwhile
+            if self._since:  # the time without reading does not count
                 self._since = self._now()
             self._transport.resume_reading()
 
@@ -340,10 +340,10 @@ class Connection(asyncio.Protocol):
         elif writable and (self._waiting or not self._last):
             self._go_on()
 
-    # --- what is unfinished, and what is refused
+    # --- unfinished and refused requests
 
     def _wait_for_more(self) -> None:
-        """A head or a body has not come to its end yet."""
+        """Start the time limit of an unfinished head or body, and count its bytes."""
         parser = self._parser
         if not self._since or self._in_head != parser.in_head:
             self._since = self._now()
@@ -352,7 +352,7 @@ class Connection(asyncio.Protocol):
         self._account()
 
     def _account(self) -> None:
-        """Say what is held now; refuse a body that is too much."""
+        """Update the bytes held; refuse a body if all connections hold too many."""
         held = self._parser.held + len(self._unread)
         for work in self._waiting:
             held += REQUEST_BYTES if isinstance(work, ApiError) else REQUEST_BYTES + len(work.body)
@@ -371,7 +371,7 @@ class Connection(asyncio.Protocol):
             self._refuse(too_many_bodies())
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer what cannot be taken, and take no more."""
+        """Answer with an error behind the waiting requests, and take no further request."""
         if self._last:
             return
         self._last = self._discards = True
@@ -388,7 +388,7 @@ class Connection(asyncio.Protocol):
 
 
 def _is_local(peer: object) -> bool:
-    """Whether a peer's address is of this machine alone; sockets of Unix have none."""
+    """Return whether a peer's address is loopback; Unix sockets have no address, and count, too."""
     if not isinstance(peer, tuple):
         return True
     host = str(peer[0]).removeprefix("::ffff:")

@@ -1,15 +1,15 @@
-"""Whether a client that has finished sending is still there.
+"""Detection whether a client that has finished sending (FIN) is still there.
 
-The end of what a client sends (FIN) may mean that it has left (`close`), or that it has said all
-and waits for the answer (`shutdown`, as `printf ... | nc` does); the two look the same. So:
+A FIN may mean that the client has left (`close`), or that it has sent all and waits for the answer
+(`shutdown`, as `printf ... | nc` does); the two look the same. So:
 
 - Once the answer has begun, and with TLS, the client has left, and its request is cancelled.
-- Before that, a client of HTTP/1.1 is asked: it is sent `100 Continue`, which every client has to
-  skip (RFC 9110, 15.2), and which a socket that was closed answers with a reset. The connection's
-  state shows the reset after a round trip. Asked are those whose request is young after
-  YOUNG_SECONDS, so that most of the simple ones see nothing but their answer; all others at once.
-- HTTP/1.0 has no `100 Continue`. Who sends the end right behind the request has some seconds
-  (`HttpLimits.half_closed_seconds`) to wait for its answer; anybody else has left.
+- Before that, an HTTP/1.1 client is probed: the server sends `100 Continue`, which every client
+  must skip (RFC 9110, 15.2), and which a closed socket answers with a reset. The connection's
+  state shows the reset after a round trip. A client whose request is younger than YOUNG_SECONDS
+  is probed after that time, so that most simple clients see only their answer; others at once.
+- HTTP/1.0 has no `100 Continue`. If the FIN comes within YOUNG_SECONDS of the request, the client
+  has `HttpLimits.half_closed_seconds` to wait for its answer; otherwise it has left.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from collections.abc import Callable
 from memserve.api.http_message import Reply
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-YOUNG_SECONDS = 0.05  # less than anybody waits for an answer
-# After a sign of life was asked for: a round trip in the machine room, one around the world, and
-# then the next time.
+YOUNG_SECONDS = 0.05  # shorter than any client's timeout
+# Between looks at the state after a probe: a round trip in the machine room, one around the
+# world, and then the next probe.
 LOOK_SECONDS = (0.005, 0.1, 1.0)
 
 _TCP_CLOSE = 7  # the first byte of TCP_INFO, after a reset (Linux, net/tcp_states.h)
 
 
 class HalfClosed:
-    """One such client, until its answer is complete. `cancel` it then."""
+    """Watches one half-closed client until its answer is complete; then `cancel` it."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class HalfClosed:
         reply: Reply,
         departed: Callable[[], None],
     ) -> None:
-        """`departed` is called once, when it turns out to have left. The reply has not begun."""
+        """`departed` is called once, when the client has left. The reply must not have begun."""
         self._loop = loop
         self._transport = transport
         self._reply = reply
@@ -47,11 +47,11 @@ class HalfClosed:
         self._next: asyncio.TimerHandle | None = None
 
     def wait(self, seconds: float) -> None:
-        """It has left after so long, whatever it does."""
+        """Call `departed` after `seconds`, without a probe."""
         self._next = self._loop.call_later(seconds, self._departed)
 
     def ask(self, seconds: float) -> None:
-        """Make it answer with a reset if it has left, from so many seconds on."""
+        """Probe the client periodically, from `seconds` on."""
         self._next = self._loop.call_later(seconds, self._ask)
 
     def cancel(self) -> None:

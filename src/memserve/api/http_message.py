@@ -1,4 +1,4 @@
-"""A request as a handler gets it, and the reply that it gives: whole, or as a stream."""
+"""A handler's request, and its reply: whole, or as a stream."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Request(msgspec.Struct, frozen=True, eq=False):
     headers: list[Header]
     body: bytes
     http_10: bool
-    keep_alive: bool  # the client may send another one
-    target: bytes  # as it came
-    private: bool = False  # nobody can listen: TLS, or within this machine
-    local: LocalConnection | None = None  # that it came on; None where others could write to it
+    keep_alive: bool  # the client may send another request
+    target: bytes  # as received
+    private: bool = False  # no third party can listen: TLS, or within this machine
+    local: LocalConnection | None = None  # its connection, if within this machine; else None
 
     def header(self, name: bytes) -> bytes | None:
-        """A header's value; `name` in lower case."""
+        """Return a header's first value, or None; `name` in lower case."""
         for key, value in self.headers:
             if key == name:
                 return value
@@ -65,8 +65,8 @@ class Reply:
 
     `on_gone` is called once when the client hangs up before the end; `on_flow` with True when
     the client reads too slowly for what was written, with False when it has caught up. `added`
-    gives headers that belong to every answer, whoever makes it, of its status and of its body, if
-    that is whole before the first byte goes out.
+    returns further headers for the answer's status and body; the body is None if it is not whole
+    before the first byte is sent.
     """
 
     __slots__ = (
@@ -105,7 +105,7 @@ class Reply:
     def send(
         self, status: int, body: bytes, headers: Headers = (), media: Header = JSON_HEADER
     ) -> None:
-        """A whole answer."""
+        """Send a whole answer."""
         length = (b"content-length", b"%d" % len(body))
         self.started = True
         head = self._head(status, (media, length, *headers), b"" if self._bare else body)
@@ -117,12 +117,13 @@ class Reply:
     def start(
         self, status: int, headers: Headers, *, sized: bool = False, whole: Body | None = None
     ) -> None:
-        """Begin a stream. `sized`: `headers` have its length. `whole`: all that will come."""
+        """Begin a stream. `sized`: `headers` have its length. `whole`: the whole body, if it is
+        known already; it is still to be written."""
         self.started = True
         framing: tuple[Header, ...] = ()
         if not sized and not self._bare:
             if self._http_10:
-                self._keep_alive = False  # its end is the connection's
+                self._keep_alive = False  # closing the connection ends the stream
             else:
                 self._chunked = True
                 framing = ((b"transfer-encoding", b"chunked"),)
@@ -131,7 +132,7 @@ class Reply:
         self._pending = self._head(status, (*headers, *framing), whole)
 
     def write(self, data: bytes) -> None:
-        """More of a stream, not empty. Goes out at once, as one write."""
+        """Send bytes of a stream, at least one, at once, as one write."""
         if self._bare:
             return
         if self._chunked:
@@ -143,7 +144,7 @@ class Reply:
             self._wire.send(data)
 
     def end(self, data: bytes = b"") -> None:
-        """The end of a stream, with its last bytes."""
+        """End a stream, with its last bytes."""
         if self._bare:
             data = b""
         if self._chunked:
@@ -155,12 +156,12 @@ class Reply:
         self._finish(data)
 
     def abort(self) -> None:
-        """End without an end: the client sees that something is missing."""
+        """Close the connection without ending the stream: the client sees that it is incomplete."""
         self._keep_alive = False
         self._finish(b"")
 
     def hung_up(self) -> None:
-        """The connection's word that the client has gone."""
+        """Note that the client has gone; called by the connection."""
         self.gone = True
         tell, self.on_gone, self.on_flow = self.on_gone, None, None
         if tell is not None:
@@ -200,7 +201,7 @@ class _Date:
 
 
 def _date() -> bytes:
-    """The Date header, made once a second."""
+    """Return the Date header line, made once a second."""
     now = int(time.time())
     if now != _Date.second:
         _Date.second = now

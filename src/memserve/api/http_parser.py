@@ -1,13 +1,12 @@
-"""Requests out of a connection's bytes, on httptools (llhttp in its strict mode).
+"""Parser of a connection's bytes into requests, on httptools (llhttp in its strict mode).
 
-llhttp refuses what smuggles requests: conflicting or repeated lengths, a length beside
-`Transfer-Encoding`, bare LF, folded header lines, spaces before a header's colon. What it lets
-pass and a server may not is refused here: requests without one valid Host (RFC 9112, 3.2), other
-transfer codings than chunked (6.1), other versions than 1.0 and 1.1, CONNECT.
+llhttp refuses means of request smuggling: conflicting or repeated lengths, a length beside
+`Transfer-Encoding`, bare LF, folded header lines, spaces before a header's colon. This module
+refuses requests that a server may not accept and llhttp does: without one valid Host (RFC 9112,
+3.2), with other transfer codings than chunked (6.1) or versions than 1.0 and 1.1, CONNECT.
 
-An offer to upgrade (`Connection: Upgrade`) is ignored, as RFC 9110 (7.8) allows. llhttp, however,
-takes what follows such a head for another protocol. So the head goes, without `Upgrade`, through
-a fresh parser, and what follows it behind it.
+An offer to upgrade (`Connection: Upgrade`) is ignored, as RFC 9110 (7.8) allows. llhttp stops at
+such a head, so the head goes without `Upgrade` through a fresh parser, then the bytes behind it.
 """
 
 from __future__ import annotations
@@ -28,18 +27,17 @@ from memserve.api.http_refusals import (
 )
 from memserve.api.local_connection import LocalConnection
 
-MAX_HEAD_BYTES = 64 * 1024  # of request line and headers, with what separates them
+MAX_HEAD_BYTES = 64 * 1024  # request line and headers, with their separators
 MAX_HEADERS = 256  # a browser behind three proxies sends 40
 
-# What may be fed at once, unless it is known to be one body. Most requests whole, or 600 of the
-# shortest kind.
+# Bytes to feed at once, unless all belong to one body: most requests whole, or 600 of the shortest.
 MAX_SLICE_BYTES = 16 * 1024
 
-# Heads of which not more came before their last slice are smaller than MAX_HEAD_BYTES.
+# A head of which at most this much came before its last slice is smaller than MAX_HEAD_BYTES.
 _SURELY_SMALL = MAX_HEAD_BYTES - MAX_SLICE_BYTES
 _HEADER_OVERHEAD = len(b": \r\n")
 _LINE_OVERHEAD = len(b"  HTTP/1.1\r\n\r\n")
-# Headers that the server itself has a use for.
+# Headers that the server itself reads.
 _OWN_HEADERS = frozenset(
     (b"host", b"content-length", b"transfer-encoding", b"expect", b"upgrade"),
 )
@@ -52,27 +50,26 @@ _HOST = re.compile(
 
 
 class Sink(Protocol):
-    """What is told of requests."""
+    """Receiver of the parser's events."""
 
     def requested(self, request: Request) -> None:
-        """A whole one."""
+        """A request is whole."""
 
     def expects(self) -> None:
-        """A client waits for a sign before it sends its body (`Expect: 100-continue`)."""
+        """The client waits for a 100 before it sends its body (`Expect: 100-continue`)."""
 
     def headed(self, head: Request) -> None:
-        """A request whose body is to come, without it. Where the sink refuses it, it stops the
-        parser."""
+        """A head is whole, its body is to come. The sink stops the parser to refuse it."""
 
     def announced(self, length: int) -> None:
-        """A body of so many bytes is to come."""
+        """A body of `length` bytes is to come."""
 
     def refused(self, error: ApiError) -> None:
-        """What cannot be read; the parser takes nothing more."""
+        """A request is not acceptable; the parser has stopped."""
 
 
 class RequestParser:
-    """One connection's. `close` it: it and httptools' parser refer to each other."""
+    """Parser of one connection. Must be closed: it and httptools' parser refer to each other."""
 
     __slots__ = (
         "_body",
@@ -111,8 +108,8 @@ class RequestParser:
         unasked: int | None = None,
         local: LocalConnection | None = None,
     ) -> None:
-        """Bodies of more than `large` bytes are announced; heads whose bodies have more than
-        `unasked`, or an unknown number, if that is given. `private`, `local`: see `Request`."""
+        """Bodies of more than `large` bytes are `announced`. If `unasked` is given, heads with
+        bodies of more bytes, or unknown size, are `headed`. `private`, `local`: see `Request`."""
         self._sink = sink
         self._limit = max_body_bytes
         self._large = large
@@ -123,32 +120,31 @@ class RequestParser:
         if unasked is not None:
             self._usual = min(self._usual, unasked)
         self._parser = httptools.HttpRequestParser(self)
-        # The shortest way for requests that come whole, in at most MAX_SLICE_BYTES: call `stumbled`
-        # with what it raises (HttpParserError, HttpParserUpgrade), and `count` if `unfinished`.
+        # A fast path for at most MAX_SLICE_BYTES: the caller calls `stumbled` with an error that
+        # it raises (HttpParserError, HttpParserUpgrade), and `count` if `unfinished`.
         self.feed_data = self._parser.feed_data
-        self._host = b""  # the last that was valid; a connection's requests have the same
+        self._host = b""  # the last valid one; a connection's requests mostly have one Host
         self._stopped = False
-        # Of the request that is being read:
-        self.unfinished = False  # something of it has come
+        # The request that is being read:
+        self.unfinished = False  # some bytes of it have come
         self.in_head = True
         self.body_size = 0
-        # Bytes that came since it began, or since its head's end or some of its body did: a head,
-        # or else trailers and chunks' extensions.
+        # Bytes since the request's begin, its head's end or its body's last bytes: of a head, or of
+        # trailers and chunks' extensions.
         self._fed = 0
         self._url = b""
         self._headers: list[Header] = []
         self._count = 0  # of its headers, without trailers
-        self._parts: list[bytes] = []  # of a body, of this read
-        self._body = bytearray()  # of a body, of reads before
-        self._length = 0  # of a body, if it is known
+        self._parts: list[bytes] = []  # parts of the body since `gather`
+        self._body = bytearray()  # the body before these
+        self._length = 0  # of the body; 0: none, or not known
         self._offer = b""  # its head without the offer to upgrade
         self._method = b""
         self._http_10 = False
         self._keep_alive = True
 
     def feed(self, data: bytes | memoryview) -> None:
-        """More bytes: a body's `missing` ones, or MAX_SLICE_BYTES at most. The sink is told at
-        once of what is complete with them."""
+        """Parse bytes: a body's `missing` ones, or MAX_SLICE_BYTES at most. Calls the sink."""
         try:
             self.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -157,7 +153,7 @@ class RequestParser:
             self.count(len(data))
 
     def stumbled(self, data: bytes | memoryview, error: Exception) -> None:
-        """What `feed_data` has raised."""
+        """Handle an error of `feed_data`."""
         try:
             if isinstance(error, httptools.HttpParserUpgrade):
                 self._decline(data, error)
@@ -167,44 +163,44 @@ class RequestParser:
         self.refuse(invalid(f"Not HTTP/1.1: {error}"))
 
     def count(self, size: int) -> None:
-        """So many bytes came last, and the request is unfinished. The first ones may have been
-        another's: it is refused at the latest a slice beyond the limit, and never too early."""
+        """Count `size` bytes of an unfinished request. The first may belong to the request before,
+        so a head is refused at most one slice beyond the limit, and never below it."""
         self._fed += size
         if self._fed > MAX_HEAD_BYTES + MAX_SLICE_BYTES:
             self.refuse(head_too_large(MAX_HEAD_BYTES))
 
     @property
     def missing(self) -> int:
-        """Bytes that are known to belong to the body that is being read."""
+        """Bytes that the body still lacks; 0 if its length is not known."""
         return self._length - self.body_size if self._length else 0
 
     @property
     def held(self) -> int:
-        """Bytes of the request that is being read."""
+        """Bytes held of the request that is being read."""
         return self._fed + self.body_size if self.unfinished else 0
 
     def gather(self) -> None:
-        """Put together what has come of a body, so that small parts take no more than they are.
-        Call it when there is nothing more to feed for now."""
+        """Join the body's parts, so that small ones take no extra memory. Call it when there is
+        nothing more to feed for now."""
         for part in self._parts:
             self._body += part
         self._parts.clear()
 
     def refuse(self, error: ApiError) -> None:
-        """Tell the sink, unless it was told before, and forget the request."""
+        """Stop, and call the sink's `refused`, unless stopped already."""
         if not self._stopped:
             self.stop()
             self._sink.refused(error)
 
     def stop(self) -> None:
-        """Take nothing more, and forget the request that is being read."""
+        """Ignore all further bytes, and drop the request that is being read."""
         self._stopped = True
         self.unfinished = False
         self._body = bytearray()
         self._start_afresh()
 
     def close(self) -> None:
-        """Let go of everything. Call nothing after it."""
+        """Free everything. Nothing may be called afterwards."""
         self.stop()
         del self.feed_data
         self._parser = cast(httptools.HttpRequestParser, None)
@@ -235,7 +231,7 @@ class RequestParser:
                 elif name == b"host" and value == self._host:
                     hosts += 1
                 else:
-                    hosts = -MAX_HEAD_BYTES  # something to examine
+                    hosts = -MAX_HEAD_BYTES  # not the fast path: see `_examine`
         parser = self._parser
         self._count = len(self._headers)
         self._keep_alive = parser.should_keep_alive()
@@ -279,7 +275,7 @@ class RequestParser:
             body = parts[0] if len(parts) == 1 else b"".join(parts)
         url, headers = self._url, self._headers
         if len(headers) != self._count:
-            del headers[self._count :]  # trailers: nobody has asked for them
+            del headers[self._count :]  # trailers: no handler reads them
         self._url = b""
         self._headers = []
         self._parts = []
@@ -311,8 +307,7 @@ class RequestParser:
         self._length = self.body_size = 0
 
     def _examine(self, version: str) -> None:
-        """A head that is not as most are, and what it says of how the request is to be read.
-        Raises ApiError."""
+        """Check a head that is not on the fast path, and set up its body. Raises ApiError."""
         self._http_10 = version == "1.0"
         if version not in ("1.0", "1.1"):
             raise version_not_supported(version)
@@ -366,17 +361,17 @@ class RequestParser:
         if codings == b"chunked,":
             return
         if codings.rstrip(b",").split(b",")[-1].strip() != b"chunked":
-            raise invalid("The last transfer coding of a request is chunked.")  # or has no end
+            raise invalid("The last transfer coding of a request is chunked.")  # else: no end
         raise coding_not_implemented()
 
     def _without_offer(self) -> bytes:
-        """The head again, but for what it offers to upgrade to."""
+        """Return the head's bytes without its Upgrade headers."""
         lines = [b"%b: %b\r\n" % header for header in self._headers if header[0] != b"upgrade"]
         version = b"1.0" if self._http_10 else b"1.1"
         return b"%b %b HTTP/%b\r\n%b\r\n" % (self._method, self._url, version, b"".join(lines))
 
     def _decline(self, data: bytes | memoryview, upgrade: httptools.HttpParserUpgrade) -> None:
-        """Read on after an offer to upgrade; there may be more of them in `data`."""
+        """Go on behind a head that offers an upgrade; `data` may have further such heads."""
         while self._offer:
             head, self._offer = self._offer, b""
             data = memoryview(data)[upgrade.args[0] :]
@@ -397,7 +392,7 @@ def _valid_host(value: bytes) -> bytes:
 
 
 def _path_of(url: bytes) -> bytes:
-    """The path of a whole URL, as proxies send them; anything else as it is."""
+    """Return the path of an absolute URL, as proxies send; any other target as it is."""
     try:
         return httptools.parse_url(url).path or b"/"
     except httptools.HttpParserInvalidURLError:

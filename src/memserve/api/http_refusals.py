@@ -1,4 +1,4 @@
-"""Why the HTTP server itself refuses a request or a connection: no handler has seen it."""
+"""Errors with which the HTTP server itself, before any handler, refuses requests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def coding_not_implemented() -> ApiError:
 
 
 def timed_out(part: str) -> ApiError:
-    """`part` of a request did not come in its time."""
+    """408: `part` of a request (head, body) did not come in time."""
     return ApiError(
         HTTPStatus.REQUEST_TIMEOUT,
         f"The request's {part} took too long to come.",

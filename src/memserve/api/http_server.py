@@ -1,8 +1,8 @@
 """An HTTP/1.1 server on asyncio protocols.
 
-A handler gets requests whole, one at a time for each connection. What breaks HTTP or the limits
-is answered in OpenAI's shape. `http_connection` has whose turn it is and how long; `http_parser`
-what a request is; `http_limits` what clients may cost.
+A handler gets whole requests, one at a time for each connection. A request that breaks HTTP or
+the limits gets an error in OpenAI's shape. `http_connection` has turns and timeouts, `http_parser`
+parses requests, `http_limits` bounds connections, time and memory.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[Request, Reply], Coroutine[object, object, None]]
 
-# Of the descriptors that the process may have, clients get so many: a request that is passed on
-# takes another one, and the rest is for what the process itself opens.
+# Share of the process's file descriptors for clients' connections: a relayed request takes
+# another one upstream, and the process opens some itself.
 FILES_SHARE = 0.5
 
 
@@ -41,17 +41,18 @@ class HttpServer:
         counters: HttpCounters | None = None,
         admit: Admit | None = None,
     ) -> None:
-        """`counters` are those to count in, if others read them. `admit` is asked for requests
-        whose bodies are larger than `HttpLimits.unasked_body`, or of unknown size, before any of
-        the body is kept."""
+        """`counters`: where to count, if another object reads them. `admit` is called for a
+        request with a body of unknown size or larger than `HttpLimits.unasked_body`, before any
+        of the body is kept."""
         self.handler = handler
         self.admit = admit
         self.max_body_bytes = max_body_bytes
         self.limits = _possible(limits or HttpLimits(), max_body_bytes)
         self.counters = counters or HttpCounters()
-        self.held_bytes = 0  # now; see HttpLimits
+        self.held_bytes = 0  # bytes of requests not yet handled; bounded by HttpLimits.held_bytes
         self._connections: set[Connection] = set()
-        self._idle: list[Connection] | None = None  # longest at the end, as of the last sweep
+        # Idle connections, the longest idle last; None: not collected since the last sweep.
+        self._idle: list[Connection] | None = None
         self._empty = asyncio.Event()
         self.closing = False
         self.loop = asyncio.get_running_loop()
@@ -61,7 +62,7 @@ class HttpServer:
 
     @property
     def connections(self) -> int:
-        """Those that are open."""
+        """How many connections are open."""
         return len(self._connections)
 
     async def start(
@@ -81,7 +82,7 @@ class HttpServer:
         self._sweep()
 
     async def close(self, seconds: float) -> None:
-        """Accept no more; connections that are busy have so long to end."""
+        """Accept no more connections; abort busy ones after `seconds`."""
         self.closing = True
         if self._sweeping is not None:
             self._sweeping.cancel()
@@ -96,7 +97,7 @@ class HttpServer:
             connection.abort()
 
     def add(self, connection: Connection) -> bool:
-        """A connection tells that it is there; whether there is room for it."""
+        """Register a connection. Return whether there is room for it; if not, it must refuse."""
         self.counters.connections += 1
         full = len(self._connections) >= self.limits.connections
         room = not full or self._make_room()
@@ -116,10 +117,10 @@ class HttpServer:
     async def _answer(self, request: Request, reply: Reply) -> None:
         try:
             work = self.handler(request, reply)
-            del request  # its body is kept by whoever needs it, and not until the answer's end
+            del request  # frees its body as soon as the handler drops it
             await work
         finally:
-            # What the handler has raised, asyncio logs; its client does not wait for ever.
+            # asyncio logs an exception of the handler; the client must still get an end.
             del self._tasks[reply]
             if not reply.ended:
                 if reply.started:
@@ -128,8 +129,8 @@ class HttpServer:
                     reply.send_error(internal("The server failed while it had this request."))
 
     def _make_room(self) -> bool:
-        """Close the connection that has been idle for longest. Those that are idle are looked for
-        once a sweep: a flood of connections does not make each of them expensive."""
+        """Close the connection that has been idle for longest; return whether there was one. Idle
+        connections are collected once per sweep, so that a flood of connections stays cheap."""
         if self._idle is None:
             idle = [connection for connection in self._connections if connection.idle]
             self._idle = sorted(idle, key=lambda connection: connection.deadline, reverse=True)
@@ -148,13 +149,14 @@ class HttpServer:
         for connection in list(self._connections):
             try:
                 connection.check(now)
-            except Exception:  # one connection's trouble must not keep all others for ever
+            except Exception:  # one connection's failure must not end the sweep of the others
                 log.exception("a connection could not be looked at")
                 connection.abort()
 
 
 def _possible(limits: HttpLimits, max_body_bytes: int) -> HttpLimits:
-    """The limits, as far as the process and its own bodies allow."""
+    """Return the limits, with `connections` that the process's descriptors allow and `held_bytes`
+    for at least two of the largest bodies."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     connections = limits.connections
     if files != resource.RLIM_INFINITY:

@@ -101,7 +101,7 @@ _BLOCK_STATES: tuple[tuple[str, Callable[[MediumTotals], float]], ...] = (
 
 
 def instance_metrics(instances: Instances) -> Iterator[Metric]:
-    """All families, each with one series (or one per label value) for every instance."""
+    """Yield all metrics, each with one series (or one per label value) for every instance."""
     known = list(instances)
     for name, text, counter in _COUNTERS:
         family = CounterMetricFamily(f"memserve_instance_{name}", text, labels=["instance"])

@@ -1,9 +1,9 @@
-"""KV events on the wire: what an instance's cache holds, as it changes.
+"""KV events on the wire: changes of an instance's cached blocks.
 
 Batches, events and the sockets' frames are vLLM's (0.32): `[topic, sequence as 8 bytes
 big-endian, msgpack]` on a PUB socket; on the replay socket a request is `[b"", first sequence]`
-and the answers `[b"", topic, sequence, msgpack]`, the last with sequence -1. A snapshot, which
-vLLM has not, is ours.
+and the answers `[b"", topic, sequence, msgpack]`, the last with sequence -1. The snapshot is an
+extension that vLLM does not have.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from memserve.types import Epoch, InstanceId, Namespace, TokenArray
 SNAPSHOT_PATH = "/kv/snapshot"
 SEQUENCE_BYTES = 8
 END_OF_REPLAY = (-1).to_bytes(SEQUENCE_BYTES, "big", signed=True)
-# An idle publisher says so this often, with an empty batch: a subscriber that has missed the
-# last ones before finds out.
+# Between the empty batches of an idle publisher: a subscriber that has missed the last batch sees
+# a gap in the sequence numbers.
 BEAT_SECONDS = 1.0
-# What sockets take. A batch is cut at MAX_BATCH_ITEMS tokens and hashes, of up to 9 bytes each,
-# or at the first run above it: a prompt of millions of tokens. A larger message ends the
-# connection before it is in memory. Subscriptions and requests for replay are a topic and a
+# Message limits of the sockets. A batch is cut at MAX_BATCH_ITEMS tokens and hashes, of up to 9
+# bytes each, or at the first run above it: a prompt of millions of tokens. A larger message ends
+# the connection before it is in memory. Subscriptions and requests for replay are a topic and a
 # number; a CURVE handshake's messages are less than 500 bytes.
 MAX_BATCH_ITEMS = 1_000_000
 MAX_BATCH_BYTES = 64 * 1024 * 1024
 MAX_REQUEST_BYTES = 1024
 MAX_SEQUENCE = (1 << 63) - 1
-# A topic is an id, an epoch and what joins them. libzmq crashes on one of a megabyte.
+# Bytes of a topic (`topic_of`): an id, an epoch and separators. libzmq crashes on one of 1 MB.
 MAX_TOPIC = 320
-MAX_NAMESPACE = 4096  # of blocks: a salt (1 KiB at most in requests), or what others have
+MAX_NAMESPACE = 4096  # of blocks: a salt (1 KiB at most in requests), or another server's keys
 
 BlockHash = int | bytes
-# A salt or the name of an adapter (str), or what stands for an image (its identifier and offset)
-# or for embeddings (bytes): msgspec knows no union of str and bytes.
+# A salt or an adapter's name (str), an image's identifier and offset (pair), or a digest of
+# embeddings (bytes). Any, since msgspec has no union of str and bytes.
 ExtraKey = Any
 
-_NAMESPACE = "namespace"  # an extra key of ours, for namespaces that are no salts
+_NAMESPACE = "namespace"  # begins our extra key for a namespace without a salt
 
 
 class KVEvent(msgspec.Struct, omit_defaults=True, tag=True):
-    """A map with its type in `type`."""
+    """Base of events: a msgpack map with the event's class name in `type`."""
 
 
 class BlockStored(KVEvent):
-    """Consecutive blocks of one prompt. Our instances' hashes are ints that name a block's
-    life within the life of the instance."""
+    """Consecutive blocks of one prompt were cached. Hashes of memserve's own instances are ints,
+    each unique for one use of a block within one life of the instance."""
 
     block_hashes: list[BlockHash]
     parent_block_hash: BlockHash | None
@@ -79,19 +79,18 @@ class BlockRemoved(KVEvent):
 
 
 class AllBlocksCleared(KVEvent):
-    """Nothing is held any more."""
+    """The cache is empty."""
 
 
 class EventBatch(msgspec.Struct, array_like=True, omit_defaults=True):
-    """`ts`: wall-clock seconds when it was made."""
+    """Events in their order. `ts`: wall-clock seconds at which the batch was made."""
 
     ts: float
     events: list[BlockStored | BlockRemoved | AllBlocksCleared]
     data_parallel_rank: int | None = None
 
 
-# tcp, a host or what stands for all of a machine's addresses, a port: nothing else is connected
-# to, as no file (ipc) and nothing of this process's own (inproc).
+# tcp, with a host or wildcard, and a port: no file (ipc), and nothing in this process (inproc).
 TcpEndpoint = Annotated[
     str, Meta(pattern=r"^tcp://(\*|[A-Za-z0-9._-]{1,253}|\[[0-9A-Za-z:.%]{2,64}\]):[0-9]{1,5}\Z")
 ]
@@ -100,18 +99,18 @@ BlockTokens = Annotated[int, Meta(ge=1, le=1 << 20)]
 
 
 class KVEventsInfo(msgspec.Struct, frozen=True):
-    """Where an instance's events come from; part of `GET /info`."""
+    """Sockets and topic of an instance's KV events; part of `GET /info`."""
 
     endpoint: TcpEndpoint  # of the PUB socket
     replay_endpoint: TcpEndpoint  # of the ROUTER socket
     topic: Topic
     block_tokens: BlockTokens
     secured: bool = False  # CURVE, with the cluster's secret
-    snapshot: bool = True  # `GET /kv/snapshot` has all that is held; else a replay must do
+    snapshot: bool = True  # `GET /kv/snapshot` exists; else only a replay
 
 
 class StoredBlocks(msgspec.Struct, array_like=True, frozen=True):
-    """Consecutive blocks of one prompt in a snapshot; a hundredth of the work of lists."""
+    """Consecutive blocks of one prompt in a snapshot. Arrays take a hundredth of lists' work."""
 
     namespace: Namespace
     parent: int | None
@@ -129,7 +128,7 @@ class StoredBlocks(msgspec.Struct, array_like=True, frozen=True):
 
 
 class KVSnapshot(msgspec.Struct, frozen=True):
-    """`GET /kv/snapshot`: all that was held after the batch of this sequence, parents first."""
+    """`GET /kv/snapshot`: all cached blocks after batch `sequence`, parents first."""
 
     instance: InstanceId
     epoch: Epoch
@@ -142,11 +141,11 @@ _batches = msgspec.msgpack.Decoder(EventBatch)
 
 
 class MalformedEvents(ValueError):
-    """What came is no batch of events."""
+    """The bytes are not a batch of KV events."""
 
 
 class Batch(NamedTuple):
-    """A batch as it came: its place in the order, and what it says."""
+    """A received batch with its topic and sequence number."""
 
     topic: bytes
     sequence: int
@@ -154,8 +153,7 @@ class Batch(NamedTuple):
 
 
 def decode_frames(frames: Sequence[bytes]) -> Batch:
-    """The one reading of what comes from a publisher, live or as a replay. Raises
-    MalformedEvents, whatever it is."""
+    """Return the batch of a publisher's message, live or replayed. Raises only MalformedEvents."""
     if not 2 <= len(frames) <= 4 or len(frames[-2]) != SEQUENCE_BYTES:
         raise MalformedEvents(f"{len(frames)} frames")
     sequence = int.from_bytes(frames[-2], "big")
@@ -165,7 +163,7 @@ def decode_frames(frames: Sequence[bytes]) -> Batch:
 
 
 def decode_batch(payload: bytes) -> EventBatch:
-    """Raises MalformedEvents."""
+    """Return the batch of a msgpack payload. Raises MalformedEvents."""
     try:
         batch = _batches.decode(payload)
     # Wrong UTF-8 is a ValueError, nesting a RecursionError: extra keys may be anything.
@@ -177,12 +175,13 @@ def decode_batch(payload: bytes) -> EventBatch:
 
 
 def topic_of(instance: InstanceId, epoch: Epoch) -> str:
-    """Of one life: what another one says, from the same port, is never mistaken for it."""
+    """Return the topic of one life of an instance: messages of another life have another."""
     return f"kv@{instance}@{epoch}"
 
 
 def extra_keys(namespace: Namespace, blocks: int) -> list[tuple[ExtraKey, ...] | None] | None:
-    """Of the first blocks of a prompt, as vLLM has them of a `cache_salt`."""
+    """Return the extra keys of a prompt's first `blocks` blocks, with the namespace in the first,
+    as vLLM does with `cache_salt`; None for the shared namespace."""
     if not namespace:
         return None
     salt = salt_of(namespace)
@@ -191,7 +190,7 @@ def extra_keys(namespace: Namespace, blocks: int) -> list[tuple[ExtraKey, ...] |
 
 
 def namespace_of(event: BlockStored) -> Namespace:
-    """Of blocks that begin a prompt."""
+    """Return the namespace of an event's blocks, which begin a prompt."""
     keys = (event.extra_keys[0] if event.extra_keys else None) or ()
     salt: Namespace | None = None
     for key in keys:
@@ -205,7 +204,7 @@ def namespace_of(event: BlockStored) -> Namespace:
 
 
 def text_blocks(event: BlockStored) -> int:
-    """How many of the blocks are known by their tokens alone: up to the first with an image."""
+    """Return how many blocks, up to the first with media, are identified by tokens alone."""
     for at, keys in enumerate(event.extra_keys or ()):
         if any(_is_media(key) for key in keys or ()):
             return at
@@ -213,7 +212,7 @@ def text_blocks(event: BlockStored) -> int:
 
 
 def _is_media(key: ExtraKey) -> bool:
-    """Neither a salt nor the name of an adapter: tokens stand for something else."""
+    """Return whether a key is of an image or embeddings, for which tokens are placeholders."""
     return not isinstance(key, str) and not _is_namespace(key)
 
 

@@ -1,14 +1,14 @@
-"""Connections within a machine, which are proven once instead of with every request.
+"""Connections within a machine: proven once, instead of signed with every request.
 
-Between two processes of one machine nobody else can read a TCP connection or write to it. The
-first signed request on one so proves both ends for all that follows:
+No other process can read or write a TCP connection between two processes of one machine. So the
+first signed request on it proves both ends for all that follow:
 
     MemServe-Connection: TOKEN            in the answer to it
     Authorization: MemServe TOKEN         in later requests, whose answers carry no proof
 
-The token is derived from the secret and that request's MAC, so only who has the secret can tell
-it, and it is good for this connection alone. It is not left out altogether: a proxy may send
-requests of others through a connection on which ours went before.
+The token is derived from the secret and that request's MAC: only a process with the secret can
+compute it, and it is valid on this connection alone. Later requests still need it, since a proxy
+may send other clients' requests through a connection on which a signed one went before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CONNECTION_HEADER = b"memserve-connection"
 
 
 class LocalConnection:
-    """The server's side of one, and what its requests are let in with."""
+    """The server's side of a local connection, with the token that it has given out."""
 
     __slots__ = ("_authorization",)
 
@@ -29,12 +29,13 @@ class LocalConnection:
         self._authorization = b""
 
     def lets_in(self, authorization: bytes | None) -> bool:
-        """Whether a request has the token that was given out here."""
+        """Return whether a request has the connection's token."""
         known = self._authorization
         return bool(known and authorization) and hmac.compare_digest(known, authorization or b"")
 
     def proven(self, proof: Proof) -> list[tuple[bytes, bytes]]:
-        """Headers for the answer to a signed request that was accepted."""
+        """Return the headers that give out the token, for the answer to the first accepted signed
+        request; none for later ones."""
         if self._authorization:
             return []
         token = proof.connection_token()

@@ -1,7 +1,7 @@
-"""msgpack, as processes of a cluster encode what has tokens in it.
+"""msgpack encoding of calls that carry tokens, between processes of a cluster.
 
-Calls that carry tokens, and their answers, are msgpack and nothing else. Tokens in them are bytes
-(`memserve.tokens`): a prompt is neither written nor read as numbers.
+Such calls and their answers are msgpack only. Tokens are int32 bytes in them (`memserve.tokens`),
+not msgpack integers.
 """
 
 from __future__ import annotations

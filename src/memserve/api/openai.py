@@ -1,4 +1,4 @@
-"""What clients may send: OpenAI's requests with vLLM's extensions.
+"""Clients' requests: OpenAI's, with vLLM's extensions.
 
 A field that would change the answer and is not supported is refused by name, never ignored;
 its neutral values (null, [], {}, the default) are accepted, because clients send them.
@@ -37,15 +37,14 @@ _Name = Annotated[str, Meta(max_length=MAX_NAME_CHARACTERS)]
 _StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 _Stops = Annotated[tuple[_StopString, ...], Meta(max_length=MAX_STOP_STRINGS)]
 
-# What is not looked into: no object is made of it, however large and deep it is.
+# A field that is not parsed: no object is made of it, however large and deep it is.
 _Json = msgspec.Raw | UnsetType
 # Bytes of the longest neutral value, with white space.
 _LONGEST_NEUTRAL = 256
 
 
 class NotUnderstood(ApiError):
-    """A request that is refused (400) since it has something in it that is not known here, or in
-    a form that is not. A server that knows more may take it."""
+    """400: the gateway does not support a field of the request, or its form. A vLLM server may."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
@@ -76,7 +75,7 @@ _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
 
 
 class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
-    """Fields that a vLLM server knows, too. None is "not given".
+    """Fields that a vLLM server knows, too. None: not given.
 
     Ranges that depend on the model, and those of sampling, are checked by `validate_sampling`.
     """
@@ -92,7 +91,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[int, float], Meta(max_length=MAX_LOGIT_BIASES)] | None = None
     seed: int | None = None
-    user: _Name | None = None  # requests of one are kept together by the policy `session`
+    user: _Name | None = None  # the session of the `session` policy
     metadata: Annotated[dict[_Name, _Name], Meta(max_length=MAX_METADATA_ENTRIES)] | None = None
     safety_identifier: _Name | None = None
     prompt_cache_key: _Name | None = None
@@ -121,7 +120,7 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Fields that both endpoints share."""
 
     stream_options: StreamOptions | None = None
-    # What clients know and is taken here in its neutral values only.
+    # Fields that are accepted with neutral values only.
     allowed_token_ids: _Json = UNSET
     audio: _Json = UNSET
     bad_words: _Json = UNSET
@@ -180,7 +179,7 @@ Prompts = str | tuple[str | TokenId | tuple[TokenId, ...], ...]
 class CompletionRequest(_Request, frozen=True, kw_only=True):
     """`POST /v1/completions`."""
 
-    # Unread: `gateway.prompts` counts them first.
+    # Not parsed: `gateway.prompts` counts the prompts first.
     prompt: Annotated[msgspec.Raw, Meta(extra_json_schema=msgspec.json.schema(Prompts))]
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -193,7 +192,7 @@ class TextPart(
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One turn. What an assistant's answer carries besides text is accepted when empty."""
+    """One turn. Fields of an assistant's answer besides text are accepted when empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[tuple[TextPart, ...], Meta(max_length=MAX_PARTS)] | None = None
@@ -231,7 +230,7 @@ _chat = msgspec.json.Decoder(ChatRequest)
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
-    """All but its prompt is read. Raises ApiError (400) that names the field at fault."""
+    """Decode a request, but not its prompt. Raises ApiError (400) that names the field at fault."""
     request = _decode(_completion, body)
     _check_common(request)
     if request.echo and request.logprobs is not None:
@@ -240,7 +239,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
 
 
 def parse_chat(body: bytes) -> ChatRequest:
-    """Raises ApiError (400) that names the field at fault."""
+    """Decode a request. Raises ApiError (400) that names the field at fault."""
     request = _decode(_chat, body)
     _check_common(request)
     if request.echo:
@@ -257,7 +256,7 @@ def parse_chat(body: bytes) -> ChatRequest:
 def sampling_params(
     request: CompletionRequest | ChatRequest, max_tokens: int, logprobs: int | None
 ) -> SamplingParams:
-    """What the engine is asked for; fields that were not given take their neutral values."""
+    """Return the engine's parameters; fields that were not given have neutral values."""
     none, asked = _NO_SAMPLING, request
     return SamplingParams(
         max_tokens=max_tokens,
@@ -288,7 +287,7 @@ def unsupported(field: str) -> NotUnderstood:
 
 
 def check_best_of(request: SharedFields) -> None:
-    """Raises ApiError (400)."""
+    """Raise ApiError (400) if `best_of` is given and not `n`."""
     if request.best_of not in (None, request.samples):
         raise invalid("'best_of' other than 'n' is not supported.", "best_of")
 
@@ -315,7 +314,7 @@ _FIELD_OF_MESSAGE = re.compile(r"field `([^`]{0,64})")
 
 
 def not_understood(error: msgspec.ValidationError) -> NotUnderstood:
-    """What a decoder has found, by the field's name."""
+    """Return the error of a decoder, with the field's name."""
     message = str(error)
     field = _FIELD_OF_PATH.search(message) or _FIELD_OF_MESSAGE.search(message)
     if message.startswith("Invalid value") and "].content[" in message:
@@ -345,5 +344,5 @@ def _is_neutral(field: str, json: msgspec.Raw) -> bool:
 
 
 def is_neutral(field: str, value: object) -> bool:
-    """Whether a field of this value might as well not be there."""
+    """Return whether a field with this value has no effect on the answer."""
     return value in (None, [], {}) or value in _NEUTRAL.get(field, ())

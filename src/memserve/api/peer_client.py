@@ -1,8 +1,7 @@
 """The HTTP client with which processes of a cluster call each other.
 
-Requests are signed, and answers that do not prove themselves are not believed. Whatever goes
-wrong, from a name that cannot be encoded to an answer that is not what it should be, is one
-error: `PeerError`. Callers decide what it means; none of them dies of it.
+Requests are signed, and answers without a valid proof are refused. Every failure, from a host
+name that cannot be encoded to an answer that cannot be decoded, raises one error: `PeerError`.
 """
 
 from __future__ import annotations
@@ -27,24 +26,24 @@ from memserve.api.tls import unchecked_tls
 from memserve.hosts import is_loopback
 
 CONNECT_SECONDS = 2.0  # a process accepts at once, or it is gone
-# Unless the caller knows better: what processes say of themselves fits many times over.
+# Default limit: many times the size of any description or statistics.
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
-# At a server whose life is not known, one more than usual; where several processes listen at one
-# address, as a gateway's workers do, each new connection may come to another life.
+# Tries of a request, each after a 401 that names another life. One life takes two; if several
+# processes listen at one address, as a gateway's workers do, each connection may meet another.
 TRIES = 8
-_SHOWN = 300  # characters of what was said that go into an error's text
+_SHOWN = 300  # characters of an answer or error that go into a PeerError
 
 _error = msgspec.json.Decoder(ErrorBody)
 T = TypeVar("T")
 
-# What decoders raise on bytes that nobody should send: msgspec's own errors, wrong UTF-8 and
-# numbers (ValueError), nesting, and numbers that fit nowhere.
+# Errors of decoders on invalid bytes: msgspec's own, wrong UTF-8 and numbers (ValueError), too
+# deep nesting, and numbers out of range.
 DECODE_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError)
 
 
 class PeerError(Exception):
-    """No usable answer. `refused`: nobody listens there, for certain. `detail`, with `status`:
-    what the peer says why it does not do it."""
+    """No usable answer. `refused`: the connection was refused, so no process listens there.
+    `status`, `detail`: of the peer's error answer, if it gave one."""
 
     def __init__(
         self,
@@ -60,7 +59,7 @@ class PeerError(Exception):
         self.detail = detail
 
     def as_api_error(self) -> ApiError | None:
-        """The peer's refusal, to pass on; None where there was none."""
+        """Return the peer's error answer, to pass on; None if it gave none."""
         if self.status is None or self.detail is None:
             return None
         return ApiError(
@@ -83,8 +82,8 @@ class PeerClient:
     """Calls processes of the cluster by URL. A context manager, or `close` it."""
 
     def __init__(self, signer: Signer | None, tls: ssl.SSLContext | None = None) -> None:
-        """`signer`: None where there is nobody but ourselves, in tests. `tls`: what is asked of
-        https:// peers; None: a certificate of the machine's own authorities."""
+        """`signer`: None only in tests, for unsigned requests. `tls`: how https:// peers are
+        verified; None: by the machine's own authorities."""
         self.signer = signer
         self._tls: ssl.SSLContext | bool = True if tls is None else tls
         self._within = unchecked_tls()
@@ -119,11 +118,11 @@ class PeerClient:
         seconds: float | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
     ) -> T:
-        """What a peer answers with 200, decoded. Raises PeerError.
+        """Return the decoded body of a 200 answer. Raises PeerError, also for other statuses.
 
         `media`: the content type of `body`.
-        `seconds`: for the whole of it; None: no limit but for the connection, where an answer
-        may rightly take as long as a queue.
+        `seconds`: timeout of the whole call; None: only connecting has one, for answers that may
+        wait in a queue.
         """
         answer = await self.ask(
             method, url, body, media=media, seconds=seconds, max_bytes=max_bytes
@@ -142,7 +141,7 @@ class PeerClient:
         seconds: float | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
     ) -> PeerAnswer:
-        """An answer of any status. Raises PeerError."""
+        """Return an answer of any status (of a signed request: but 401). Raises PeerError."""
         timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
         headers = {"content-type": media} if body else {}
         try:
@@ -201,7 +200,7 @@ class PeerClient:
             headers=headers,
             timeout=limits,
             ssl=self._within if is_loopback(url.host or "") else self._tls,
-            allow_redirects=False,  # a member that sends us elsewhere is none
+            allow_redirects=False,  # members never redirect
         ) as answer:
             parts = bytearray()
             async for part in answer.content.iter_any():
@@ -219,7 +218,7 @@ def _bytes(told: Mapping[str, str], name: bytes) -> bytes | None:
 
 
 def decoded(decode: Callable[[bytes], T], body: bytes, source: str) -> T:
-    """What bytes of a peer say. Raises PeerError."""
+    """Return the decoded body of a peer's answer. Raises PeerError, which names `source`."""
     try:
         return decode(body)
     except DECODE_ERRORS as error:

@@ -1,4 +1,4 @@
-"""What one answer took: `usage.memserve` beside OpenAI's own figures, and the log's line."""
+"""Statistics of one answer: `usage.memserve` beside OpenAI's own figures, and the log's line."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import msgspec
 
 class RequestStats(msgspec.Struct, frozen=True):
     """Tokens, whole blocks and bytes are sums over a request's prompts; seconds are those of the
-    sequence that took longest. What goes back after the answer is in the metrics alone.
+    sequence that took longest. Returns of KV after the answer are in the metrics alone.
     """
 
-    cached_tokens_prefill: int  # of the prompts, found where they were computed
-    cached_tokens_decode: int  # of the prompts, that were where they are decoded
+    cached_tokens_prefill: int  # of the prompts, cached at the prefill instance
+    cached_tokens_decode: int  # of the prompts, cached at the decode instance
     blocks_fetched: int  # from a third instance, before the prompts were computed
     blocks_received: int  # from the prefill instance
     bytes_received: int
-    bytes_avoided: int  # of blocks that the prefill instance did not have to send
+    bytes_avoided: int  # of blocks already present at the decode instance
     queue_seconds: float  # until the first step, at the prefill and at the decode instance
     fetch_seconds: float
     prefill_seconds: float  # from the first step to the first token
-    transfer_seconds: float  # from the first token until its KV was where it is decoded
+    transfer_seconds: float  # from the first token until the KV is at the decode instance
     decode_seconds: float  # from the first token to the last
     preemptions: int
 

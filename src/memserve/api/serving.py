@@ -1,6 +1,7 @@
-"""An HTTP server that goes away politely: refuse what is new, finish what runs, exit.
+"""Running an HTTP server with a graceful shutdown, by signals; sockets and ready lines.
 
-After draining, connections have CLOSE_SECONDS to end.
+On a shutdown, the server refuses further requests and finishes running ones. Connections then
+have CLOSE_SECONDS to end.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from memserve.api.http_server import FILES_SHARE, Handler, HttpServer
 from memserve.hosts import advertised, bracketed, open_socket
 
 BACKLOG = 2048
-IDLE_CONNECTION_SECONDS = 30.0  # of a client's connection; see http_limits
+IDLE_CONNECTION_SECONDS = 30.0  # for which our clients keep an idle connection; see http_limits
 CLOSE_SECONDS = 2.0
-# An application refuses bodies itself; those of instances are token ids, about 7 bytes each.
+# The server's limit; applications have lower ones. Instances' bodies are mostly token ids.
 MAX_BODY_BYTES = 128 * 1024 * 1024
 
 
 class Shutdown:
-    """Asked for by a first signal, forced by a second."""
+    """State of a process's shutdown: requested by a first signal, forced by a second."""
 
     def __init__(self) -> None:
         self.requested = asyncio.Event()
@@ -41,13 +42,14 @@ class Shutdown:
         self.requested.set()
 
     def on_signals(self) -> None:
-        """SIGTERM and SIGINT from now on. Only in a process's main thread."""
+        """Call `request` on SIGTERM and SIGINT. Only in a process's main thread."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.request)
 
     async def wait_for(self, done: Awaitable[object], seconds: float) -> bool:
-        """Wait until `done`, a second signal, or the limit. Whether it was `done`."""
+        """Wait until `done` ends, a second signal comes, or `seconds` are over. Return whether
+        `done` has ended."""
         work = asyncio.ensure_future(done)
         forced = asyncio.ensure_future(self.forced.wait())
         finished, _ = await asyncio.wait(
@@ -58,8 +60,8 @@ class Shutdown:
         return work in finished
 
     async def run_until_requested(self, work: Coroutine[object, object, None]) -> None:
-        """Run `work` until it ends or the shutdown is requested: it is cancelled then, and has
-        ended when this returns. Raises what it raised before that."""
+        """Run `work` until it ends or the shutdown is requested, which cancels `work` and waits
+        for its end. Raises an exception that `work` raised before."""
         working = asyncio.ensure_future(work)
         requested = asyncio.ensure_future(self.requested.wait())
         try:
@@ -73,35 +75,35 @@ class Shutdown:
 
 
 def hold_reloads() -> None:
-    """SIGHUP waits from now on, until `on_reload`: in this thread, and in the threads and
-    processes that it starts."""
+    """Block SIGHUP until `on_reload`, in this thread and in threads and processes that it
+    starts: a signal meanwhile stays pending."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 
 def release_reloads() -> None:
-    """SIGHUP is taken again, in this thread: one that has waited, at once."""
+    """Unblock SIGHUP in this thread; a pending one is delivered at once."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 def on_reload(reload: Callable[[], None]) -> None:
-    """Call it on SIGHUP from now on, and for one that has waited. Only in a process's main
+    """Call `reload` on each SIGHUP from now on, a pending one included. Only in a process's main
     thread."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     release_reloads()
 
 
 def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A listening socket: from here on clients can connect, and wait. Port 0: any. `shared`:
-    other processes of this user's listen on the port too, and each connection comes to one of
-    them; or one has reserved it (`cluster.port`).
+    """Return a listening socket: from now on clients can connect, and wait. Port 0: any free one.
+    `shared`: other processes of this user listen on the port, and each connection goes to one of
+    them; or another process has reserved it (`cluster.port`).
 
-    `host` is an address of IPv4 or IPv6, a name that has one, or a wildcard (`0.0.0.0`, or `::`
-    for both). Raises OSError.
+    `host`: an IPv4 or IPv6 address, a host name, or a wildcard (`0.0.0.0`, or `::` for both).
+    Raises OSError.
     """
     sock, address = open_socket(host, port)
     try:
-        # Accepted connections inherit it. Without it every stream's first event waits for the
-        # client's delayed acknowledgement of the headers, 40 ms.
+        # Accepted connections inherit TCP_NODELAY. Without it, every stream's first event waits
+        # for the client's delayed acknowledgement of the headers, 40 ms.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
@@ -115,13 +117,13 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
 
 
 def url_of(sock: socket.socket, *, tls: bool = False) -> str:
-    """The http:// or https:// address of a listening socket; for a wildcard, this host's name."""
+    """Return the URL of a listening socket; for a wildcard address, with this host's name."""
     host, port = sock.getsockname()[:2]
     return f"{'https' if tls else 'http'}://{bracketed(advertised(host))}:{port}"
 
 
 def announce(address: str, ready_fd: int | None) -> None:
-    """Tell whoever started this process where it listens: one line, to a descriptor or stdout."""
+    """Write the address as one line to `ready_fd`, closed then, or to stdout, for the parent."""
     if ready_fd is None:
         print(address, flush=True)
         return
@@ -130,8 +132,8 @@ def announce(address: str, ready_fd: int | None) -> None:
 
 
 def allow_files(number: int) -> None:
-    """Let this process open so many files, as far as the system does: many shells give 1024,
-    which is for programs that use select(2), as nothing here does."""
+    """Raise this process's limit on open files to `number`, or to the hard limit. Many shells
+    set 1024, for programs that use select(2); memserve does not."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -147,7 +149,7 @@ async def serve(
     *,
     tls: ssl.SSLContext | None = None,
 ) -> None:
-    """`serve_http` for an ASGI application, which is given bodies whole."""
+    """Call `serve_http` for an ASGI application, which gets whole bodies."""
     await serve_http(asgi_handler(app), sock, shutdown, drain, max_body_bytes, tls=tls)
 
 
@@ -163,9 +165,8 @@ async def serve_http(
     counters: HttpCounters | None = None,
     admit: Admit | None = None,
 ) -> None:
-    """Serve until a shutdown is requested, then wait for `drain`, then close. With `tls`, by
-    TLS alone. `counters` are those to count in, for whoever shows them; `admit` says who may not
-    send a body (see `HttpServer`).
+    """Serve until a shutdown is requested, then wait for `drain`, then close. With `tls`, serve
+    TLS only. `counters`, `admit`: see `HttpServer`.
 
     While draining, connections are still accepted: the handler refuses the requests.
     """

@@ -1,30 +1,29 @@
-"""Proof that an HTTP request comes from the cluster, and that its answer does.
+"""Signatures that prove that an HTTP request, and its answer, come from the cluster.
 
     Authorization: MemServe HOST:PORT LIFE.SENDER.NUMBER.TIME.MAC
     MemServe-Proof: MAC
     MemServe-Content: MAC
 
-The MAC is HMAC-SHA256, with a key that is derived from the cluster's secret, over method, target,
-the body's digest, and the fields before it. They keep a request from being used twice, or by
-another server than the one that it is meant for:
+The MAC is HMAC-SHA256, with a key derived from the cluster's secret, over method, target, the
+body's digest, and the fields before it. The fields keep a request from being used twice, or at
+another server:
 
-- HOST:PORT is the address that is asked. A server takes requests for its own addresses alone
-  (`api/audience.py`): who listens at a dead member's address cannot have another one answer.
-- LIFE names the running server that it is for. A server tells its own in the challenge of a 401
-  (`WWW-Authenticate: MemServe life=..., time=...`), so the first request to a server, or to one
-  that was started again, is made twice. What was recorded is worth nothing elsewhere or later.
-  A challenge proves itself, as every answer does: nobody else can set a client's clock.
-- SENDER and NUMBER name the request. A server accepts each number of a sender once, in whatever
-  order they come; so it keeps a few words for each process that has the secret, and nothing for
-  strangers.
-- TIME, in milliseconds, by the server's clock as the challenge told it, bounds for how long it
-  must remember a sender that has gone.
+- HOST:PORT is the address of the server. A server accepts requests for its own addresses alone
+  (`api/audience.py`): a process at a dead member's address cannot pass requests on to another.
+- LIFE names the running server. A server tells its own in the challenge of a 401
+  (`WWW-Authenticate: MemServe life=..., time=...`), so the first request to a server, or to a
+  restarted one, is made twice. A recorded request is worth nothing elsewhere or later. Challenges
+  carry a proof, as all answers do: nobody without the secret can set a client's clock.
+- SENDER and NUMBER name the request. A server accepts each number of a sender once, in any order.
+  It keeps a bitmap for each process that has the secret, and nothing for others.
+- TIME, in milliseconds of the server's clock as the challenge told it, bounds for how long the
+  server must remember a sender that has gone.
 
-The proof in the answer is over the request's MAC and the status, and the other one over the body,
-too, if that is whole when the answer begins. Whoever listens at a member's address without the
-secret can give none, and is not believed. What is said is not hidden: that is TLS's part, and so
-is a stream's body on a network that others can write to. Within a machine a connection is proven
-once (`local_connection`).
+MemServe-Proof covers the request's MAC and the status; MemServe-Content covers the body, too, and
+is sent if the body is whole when the answer begins. A process without the secret can give
+neither. Signatures hide nothing: confidentiality, and integrity of streamed bodies on a network
+that others can write to, need TLS. Within a machine a connection is proven once
+(`local_connection`).
 """
 
 from __future__ import annotations
@@ -46,21 +45,21 @@ from memserve.api.errors import ApiError
 from memserve.secrets import Secret
 
 SCHEME = b"MemServe "
-_NO_LIFE = b"0" * 16  # of a server that has told none yet
+_NO_LIFE = b"0" * 16  # for a server whose life is not known yet
 PROOF_HEADER = b"memserve-proof"
 CONTENT_HEADER = b"memserve-content"
 
-# How far apart a request's time and the server's may be: longer than a request waits anywhere
-# before it is read. Clocks that differ by more are put right first.
+# Largest difference of a request's time and the server's: longer than a request waits anywhere
+# before it is read. A challenge corrects clocks that differ by more.
 WINDOW_SECONDS = 120.0
-# Numbers below a sender's highest one that are still accepted: more requests than a process has
-# on their way to one server at a time.
+# How far below a sender's highest number one is still accepted: more than the requests that a
+# process has under way to one server.
 REORDERED = 1 << 13
-# Senders that are remembered; each has the secret, and is forgotten when nothing of it can be
-# used any more.
+# Senders that a server remembers; each has the secret, and is dropped, if there are more, when
+# none of its requests can be in the time window.
 MAX_SENDERS = 4096
 MAX_CHALLENGES = 4096  # servers that a client remembers
-INLINE_BYTES = 256 * 1024  # digested on the spot: a quarter of a millisecond
+INLINE_BYTES = 256 * 1024  # digested on the event loop, in a quarter of a millisecond
 
 _FIELDS = re.compile(
     rb"MemServe ([A-Za-z0-9._:%\[\]-]{1,262}) "
@@ -70,20 +69,20 @@ _CHALLENGE = re.compile(r"MemServe life=([0-9a-f]{16}), time=(\d{1,15})")
 
 
 class Mac:
-    """HMAC-SHA256 (RFC 2104) with one key. Its two inner states are made once, which is most of
-    what `hmac.digest` does for a short message."""
+    """HMAC-SHA256 (RFC 2104) with one key. The two keyed hash states are computed once, which is
+    most of the work of `hmac.digest` for a short message."""
 
     __slots__ = ("_inner", "_outer")
     _BLOCK = 64
 
     def __init__(self, key: bytes) -> None:
-        """`key`: of at most 64 bytes."""
+        """`key`: at most 64 bytes."""
         padded = key.ljust(self._BLOCK, b"\0")
         self._inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in padded))
         self._outer = hashlib.sha256(bytes(byte ^ 0x5C for byte in padded))
 
     def hex(self, message: bytes) -> bytes:
-        """64 hexadecimal digits."""
+        """Return the MAC as 64 hexadecimal digits."""
         inner, outer = self._inner.copy(), self._outer.copy()
         inner.update(message)
         outer.update(inner.digest())
@@ -91,11 +90,11 @@ class Mac:
 
 
 class _Challenge(NamedTuple):
-    """What a server said of itself."""
+    """A server's life and clock, from its challenge."""
 
     life: bytes
-    ahead: int  # of our clock, milliseconds
-    begin: bytes  # of the fields of each request that is signed for it
+    ahead: int  # milliseconds that the server's clock is ahead of ours
+    begin: bytes  # first fields of each request to it: address, life and sender
 
 
 class Signed(msgspec.Struct, frozen=True):
@@ -117,8 +116,8 @@ class Signer:
         self._challenges: OrderedDict[str, _Challenge] = OrderedDict()
 
     def sign(self, origin: str, method: bytes, target: bytes, digest: bytes) -> Signed:
-        """For a server whose scheme, host and port are `origin`; `target` as it is sent, and the
-        `body_digest`."""
+        """Return a signature for a request to the server at `origin` (scheme://host:port).
+        `target`: as it is sent. `digest`: the body's `body_digest`."""
         challenge = self._challenges.get(origin) or self._challenge(origin, _NO_LIFE, 0)
         self._number += 1
         now = int(self._wall_clock() * 1000) + challenge.ahead
@@ -127,8 +126,8 @@ class Signer:
         return Signed(b"%b%b.%b" % (SCHEME, fields, mac), mac, challenge)
 
     def learn(self, origin: str, challenge: str, proof: bytes | None, signed: Signed) -> bool:
-        """Take in the challenge with which a request was refused, if it proves itself. Whether it
-        asks for another answer than this request had, so that another try may succeed."""
+        """Store the challenge of a 401, if its proof is valid. Return whether another try may
+        succeed, since `signed` was for another life or by a clock that is off."""
         match = _CHALLENGE.fullmatch(challenge)
         if match is None or proof is None:
             return False
@@ -143,8 +142,8 @@ class Signer:
         return signed.challenge.life != life or late
 
     def clock_ahead(self, origin: str) -> float | None:
-        """Seconds that a server's clock is ahead of ours, less the time that its challenge took to
-        come here; None where it has told none."""
+        """Seconds that a server's clock is ahead of ours, less the challenge's time on the way;
+        None before a challenge."""
         known = self._challenges.get(origin)
         return None if known is None else known.ahead / 1000
 
@@ -153,11 +152,12 @@ class Signer:
         return _Challenge(life, ahead, b"%b %b.%b." % (audience, life, self._sender))
 
     def connection_token(self, signed: Signed) -> bytes:
-        """What stands for a signature on a local connection on which this request was accepted."""
+        """Return the token that replaces signatures on the local connection on which this request
+        was accepted."""
         return _connection_token(self._answer_key, signed.mac)
 
     def proves(self, signed: Signed, status: int, proof: bytes | None) -> bool:
-        """Whether an answer comes from somebody who has the secret."""
+        """Return whether the answer comes from a process that has the secret."""
         return proof is not None and hmac.compare_digest(
             proof, _answer_mac(self._answer_key, signed.mac, status)
         )
@@ -165,14 +165,14 @@ class Signer:
     def proves_content(
         self, signed: Signed, status: int, body: bytes, content: bytes | None
     ) -> bool:
-        """Whether this is what was answered, to the last byte."""
+        """Return whether status and body are exactly what a process with the secret sent."""
         return content is not None and hmac.compare_digest(
             content, _content_mac(self._answer_key, signed.mac, status, body)
         )
 
 
 class Unauthenticated(ApiError):
-    """A 401 with a challenge, which proves itself to who has the secret."""
+    """A 401 with a challenge, and its proof if the request's MAC was valid."""
 
     def __init__(self, message: str, code: str, challenge: str, proof: bytes | None) -> None:
         super().__init__(
@@ -185,23 +185,23 @@ class Unauthenticated(ApiError):
         self.proof = proof
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Headers that go with it."""
+        """Return the error's headers, with the proof."""
         proof = [] if self.proof is None else [(PROOF_HEADER, self.proof)]
         return [*super().headers(), *proof]
 
 
 class _Numbers:
-    """Which numbers of a sender were used: the highest, and a bit for each below it."""
+    """Used numbers of a sender: the highest, and a bit for each of the REORDERED below it."""
 
     __slots__ = ("_highest", "_used", "until")
 
     def __init__(self) -> None:
         self._highest = 0
         self._used = 0
-        self.until = 0.0  # when nothing of it can be used any more
+        self.until = 0.0  # wall-clock seconds from which on none of its requests is in the window
 
     def take(self, number: int) -> bool:
-        """Use a number. False: it was used, or is so old that it may have been."""
+        """Use a number. Return False if it was used, or is too low to tell."""
         ahead = number - self._highest
         if ahead > 0:
             self._used = (self._used << min(ahead, REORDERED) | 1) & ((1 << REORDERED) - 1)
@@ -214,7 +214,7 @@ class _Numbers:
 
 
 class Verifier:
-    """Checks requests to one server, and proves its answers. Belongs to one event loop."""
+    """Checks signatures of requests to one server. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ class Verifier:
         audience: Container[str],
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """`audience`: addresses, as host:port, that the server answers at."""
+        """`audience`: the server's addresses, as host:port."""
         self._keys = [_keys(master) for master in secret.masters]
         self._audience = audience
         self._wall_clock = wall_clock
@@ -231,7 +231,8 @@ class Verifier:
         self.refused = 0
 
     def turns_away(self, authorization: bytes | None) -> Unauthenticated | None:
-        """Why a request is not worth reading: it has no signature at all. None: it has one."""
+        """Return the refusal of a request without a well-formed signature, to save reading its
+        body; None if it has one, which is not checked here."""
         if authorization is not None and _FIELDS.fullmatch(authorization) is not None:
             return None
         return self._refusal("This needs the cluster's secret: a signature of it.")
@@ -239,7 +240,7 @@ class Verifier:
     def check(
         self, authorization: bytes | None, method: bytes, target: bytes, digest: bytes
     ) -> Proof:
-        """What proves the answer to a request. Raises Unauthenticated."""
+        """Check a request's signature; return the proof for its answer. Raises Unauthenticated."""
         match = None if authorization is None else _FIELDS.fullmatch(authorization)
         if match is None:
             raise self._refusal("This needs the cluster's secret.")
@@ -291,17 +292,17 @@ class Verifier:
 
 
 class Proof(NamedTuple):
-    """Of an accepted request: what its answer proves itself with."""
+    """Key and MAC of an accepted request, which make the proofs in its answer."""
 
     key: Mac
     mac: bytes
 
     def connection_token(self) -> bytes:
-        """As `Signer.connection_token`."""
+        """Return the token that `Signer.connection_token` returns to the client."""
         return _connection_token(self.key, self.mac)
 
     def headers(self, status: int, body: bytes | bytearray | None) -> list[tuple[bytes, bytes]]:
-        """`body`: None where it is not whole yet."""
+        """Return the answer's proof headers. `body`: None if it is not whole yet."""
         proof = (PROOF_HEADER, _answer_mac(self.key, self.mac, status))
         if body is None:
             return [proof]
@@ -309,8 +310,7 @@ class Proof(NamedTuple):
 
 
 async def digest_of(body: bytes) -> bytes:
-    """What stands for a body in a signature. That of a large one takes milliseconds, and is
-    made on a thread."""
+    """Return `body_digest(body)`; computed on a thread if the body is larger than INLINE_BYTES."""
     if len(body) <= INLINE_BYTES:
         return body_digest(body)
     return await asyncio.to_thread(body_digest, body)
@@ -321,13 +321,13 @@ def body_digest(body: bytes) -> bytes:
 
 
 def _keys(master: bytes) -> tuple[Mac, Mac]:
-    """Of requests, and of answers: one is never mistaken for the other."""
+    """Return the keys of requests and of answers: neither MAC is valid as the other."""
     request = hmac.digest(master, b"http request", "sha256")
     return Mac(request), Mac(hmac.digest(master, b"http answer", "sha256"))
 
 
 def _request_mac(key: Mac, method: bytes, target: bytes, digest: bytes, fields: bytes) -> bytes:
-    # Neither method nor target can have a line break in it: HTTP allows none.
+    # The separators are unambiguous: HTTP allows no line break in a method or target.
     return key.hex(b"%b\n%b\n%b\n%b" % (method, target, fields, digest))
 
 

@@ -1,4 +1,4 @@
-"""What an instance says about itself: `GET /info` and `GET /stats`."""
+"""An instance's description and statistics: `GET /info` and `GET /stats`."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from memserve.errors import ConfigError
 from memserve.logs import shown
 from memserve.types import Epoch, InstanceId, Role
 
-# Of a process of the cluster; nothing behind the port.
+# URL of a process of the cluster: scheme, host and port, without a path.
 PeerUrl = Annotated[str, Meta(pattern=r"^https?://[A-Za-z0-9._:%\[\]-]{1,255}\Z")]
 
 
-# What people and programs can write down: in a path, a label, a topic, a log line. An URL is an
-# address, which a member that has not said its id goes by.
+# Instance ids are safe in a path, a metrics label, a topic and a log line. A URL is no id: it
+# names a member that has not reported its id yet.
 ID_PATTERN = r"\A(?!https?://)[A-Za-z0-9._:@/-]{1,256}\Z"
 Id = Annotated[InstanceId, Meta(pattern=ID_PATTERN)]
 LifeEpoch = Annotated[Epoch, Meta(ge=0, le=(1 << 63) - 1)]
 ModelName = Annotated[str, Meta(max_length=1024)]
-Name = Annotated[str, Meta(max_length=64)]  # of a dtype, a device
-# Of tokens, blocks, sequences: anything above is a mistake, and would be one in what is computed
-# with it. Counters have as much room as a signed number on a wire.
+Name = Annotated[str, Meta(max_length=64)]  # of a dtype, a device, a version
+# Tokens, blocks or sequences. The limit refuses absurd values before anything is computed with
+# them. Counters may have any value of an int64.
 Size = Annotated[int, Meta(ge=1, le=1 << 40)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Seconds = Annotated[float, Meta(ge=0, lt=1e15)]
 
 
 def check_id(text: str) -> InstanceId:
-    """An id from a command line or a file. Raises ConfigError."""
+    """Return an id from a command line or a file. Raises ConfigError."""
     if re.search(ID_PATTERN, text) is None:
         raise ConfigError(
             f"{shown(text)!r} is no id of an instance: 1 to 256 letters, digits and . _ : @ / -"
@@ -50,19 +50,19 @@ class InstanceState(StrEnum):
 
     STARTING = "starting"  # loading the model; takes no requests yet
     READY = "ready"
-    DRAINING = "draining"  # finishes what runs, takes nothing new
-    DEAD = "dead"  # its engine has stopped, or it has not answered for too long
+    DRAINING = "draining"  # finishes running requests, takes no others
+    DEAD = "dead"  # the engine has stopped, or the instance has not answered for too long
 
 
 class MemberKind(StrEnum):
-    """What computes at an instance."""
+    """The engine of an instance."""
 
     MEMSERVE = "memserve"  # the built-in engine
     VLLM = "vllm"
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What requests are checked against, and what the engine runs on."""
+    """Limits that requests are checked against, and the engine's hardware and batch sizes."""
 
     vocab_size: Size
     max_model_len: Size  # prompt + output tokens of the model
@@ -73,7 +73,7 @@ class Limits(msgspec.Struct, frozen=True):
     device: Name
     threads: Size
     max_running: Size = 64  # sequences per step
-    mixed_batch_tokens: Size = 256  # prefilled in a step that also decodes
+    mixed_batch_tokens: Size = 256  # prompt tokens in a step that also decodes
     max_waiting: Count = DEFAULT_MAX_WAITING  # sequences that may wait for the engine
 
 
@@ -85,17 +85,17 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     pid: Count
     model: ModelName
     limits: Limits | None = None  # None until the model is loaded
-    kv_events: KVEventsInfo | None = None  # likewise, and where there are none
+    kv_events: KVEventsInfo | None = None  # None until then, or if it publishes no KV events
     kind: MemberKind = MemberKind.MEMSERVE
-    pool: bool = False  # its KV can go to other instances, and theirs to it; once it is loaded
-    # What the bytes of its blocks mean, as hex: KV moves only between instances that agree.
+    pool: bool = False  # KV can move to and from other instances; False until loaded
+    # KV fingerprint, hex: KV moves only between instances with equal ones.
     kv: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
-    pool_peer: PoolPeer | None = None  # where its pool talks to others'; once it is loaded
-    version: Name = ""  # of memserve; "": one that does not say it yet
+    pool_peer: PoolPeer | None = None  # its pool's control address; None until loaded
+    version: Name = ""  # of memserve; "": not reported
 
 
 class EngineTotals(msgspec.Struct, frozen=True):
-    """The engine's counters since start, and what it is doing now."""
+    """The engine's counters since start; `running` and `waiting`: sequences now."""
 
     running: Count
     waiting: Count
@@ -127,20 +127,21 @@ class PoolTotals(msgspec.Struct, frozen=True):
     dram: MediumTotals = MediumTotals()
     namespaces: Count = 0
     nodes: Count = 0  # of the index
-    matches: Count = 0  # not released
-    evictions: Count = 0  # historical blocks dropped
+    matches: Count = 0  # held now
+    evictions: Count = 0  # cached blocks dropped
     swapped_out: Count = 0  # blocks, HBM to DRAM
     swapped_in: Count = 0
 
 
 class Latencies(msgspec.Struct, frozen=True):
-    """Of sequences, as the instance sees them: from the call's arrival."""
+    """Latencies of sequences at the instance, in seconds; `first_token` and `whole` from the
+    call's arrival."""
 
     first_token: Histogram = msgspec.field(default_factory=Histogram)
     inter_token: Histogram = msgspec.field(default_factory=Histogram)
     whole: Histogram = msgspec.field(default_factory=Histogram)
-    # The parts of `whole`, of sequences that came to their end. Where the prompt was computed
-    # elsewhere, queue and prefill are those there; transfer and fetch are counted where any were.
+    # Parts of `whole`, of finished sequences. If another instance computed the prompt, `queue` and
+    # `prefill` are that instance's. `transfer` and `fetch` count only sequences that had one.
     queue: Histogram = msgspec.field(default_factory=Histogram)
     fetch: Histogram = msgspec.field(default_factory=Histogram)
     prefill: Histogram = msgspec.field(default_factory=Histogram)
@@ -149,18 +150,18 @@ class Latencies(msgspec.Struct, frozen=True):
 
 
 class HandoffTotals(msgspec.Struct):
-    """A decode instance's dealings with prefill instances since start. Blocks are whole ones."""
+    """Hand-overs and returns of a decode instance since start. Blocks are whole ones."""
 
     asked: Count = 0  # prefills asked for
-    failed: Count = 0  # of these: not done; another was asked, or the prompt computed here
+    failed: Count = 0  # of `asked`; another instance was asked, or the prompt computed here
     blocks_received: Count = 0
-    blocks_already_present: Count = 0  # of prompts, that were here already
+    blocks_already_present: Count = 0  # of prompts, in the index here before
     blocks_returned: Count = 0
     returns: Count = 0  # sequences whose KV went back
     returns_dropped: Count = 0  # because of pressure or failure
-    prompt_tokens: Count = 0  # of prefills that were done
-    cached_tokens_prefill: Count = 0  # of these, found where they were computed
-    cached_tokens_decode: Count = 0  # of these, in whole blocks that were here
+    prompt_tokens: Count = 0  # of successful prefills
+    cached_tokens_prefill: Count = 0  # of `prompt_tokens`, in the prefill instance's index
+    cached_tokens_decode: Count = 0  # of `prompt_tokens`, in whole blocks of the index here
     queue_seconds: Seconds = 0.0
     prefill_seconds: Seconds = 0.0  # queue included
     transfer_seconds: Seconds = 0.0
@@ -168,13 +169,13 @@ class HandoffTotals(msgspec.Struct):
 
 
 class FetchTotals(msgspec.Struct):
-    """Prefixes that third instances were asked for, and those given to others, since start."""
+    """Prefixes fetched from third instances, and pushed to other instances, since start."""
 
     asked: Count = 0
-    failed: Count = 0  # of these: refused, lost, or not done in time
+    failed: Count = 0  # of `asked`: refused, lost, or not done in time
     blocks_received: Count = 0
-    seconds: Seconds = 0.0  # waited, failures included
-    pushes: Count = 0  # done for others
+    seconds: Seconds = 0.0  # waited for fetches, failures included
+    pushes: Count = 0  # done for other instances
     pushes_failed: Count = 0
     blocks_pushed: Count = 0
     block_bytes: Count = 0  # of one block
@@ -189,10 +190,10 @@ class InstanceStats(msgspec.Struct, frozen=True):
 
 
 class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`POST /cluster/members` on a gateway: the URL of an instance that joins, or has news.
+    """`POST /cluster/members` on a gateway: the URL of an instance that joins or has changed.
 
-    An instance that joins by itself also says who it is, so that it can be told if another
-    one goes by its name.
+    An instance that joins by itself adds id and epoch: the gateway refuses it if another living
+    instance has that id.
     """
 
     address: PeerUrl
@@ -204,7 +205,7 @@ class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def check_peer_url(address: str) -> None:
-    """Raise ValueError for what looks like a `PeerUrl` and cannot be connected to."""
+    """Raise ValueError for a `PeerUrl` without a host, or with port 0."""
     parts = urlsplit(address)
     if not parts.hostname or parts.port == 0:
         raise ValueError(f"{address} names no host and port")

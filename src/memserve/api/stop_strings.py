@@ -1,7 +1,7 @@
-"""Stop strings in a text that arrives in pieces.
+"""Search for stop strings in a text that arrives in pieces.
 
 The text ends at the first place where a stop string is complete; of several that end there,
-the longest counts. This does not depend on how the text was cut into pieces.
+the longest counts. The result does not depend on how the text was cut into pieces.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from copy import copy
 class StopStrings:
     """Searches one text for stop strings.
 
-    Of the text so far, only its longest end that begins a stop string matters: that is held
-    back, and each new character makes it one longer, or shorter until it begins one again (the
-    automaton of Aho and Corasick, its states as strings, found by bisection). Over a text every
-    character is added once and dropped once, however many stop strings there are.
+    Only the longest suffix of the text that begins a stop string is held back. Each further
+    character extends it; then its start is cut until it begins a stop string again (the automaton
+    of Aho and Corasick, its states as strings, found by bisection). Every character is added once
+    and dropped once, however many stop strings there are.
     """
 
     __slots__ = ("_firsts", "_held", "_include", "_lasts", "_sorted", "_stops")
@@ -28,19 +28,19 @@ class StopStrings:
         self._stops = tuple(sorted(self._sorted, key=len, reverse=True))
         self._firsts = frozenset([stop[0] for stop in self._stops])
         self._lasts = frozenset([stop[-1] for stop in self._stops])
-        self._held = ""  # the longest end of the text that begins a stop: not given out yet
+        self._held = ""  # the longest suffix of the text that begins a stop string
         self._include = include
 
     def anew(self) -> StopStrings:
-        """A search of another text for the same."""
+        """Return a search of another text for these stop strings."""
         other = copy(self)
         other._held = ""
         return other
 
     def push(self, text: str, ends: bool = True) -> tuple[str, str | None]:
-        """Text that can be given out, and the stop string if one ended it. `ends`: a stop string
-        that is complete within `text` ends it; else only one that begins there and is complete
-        later."""
+        """Return the text that can be given out, and the stop string that ended it, or None.
+        `ends`: a stop string that is complete in `text` ends it; if False, only one that begins
+        there and is complete later."""
         begun, held = self._held, self._held
         for position, character in enumerate(text):
             if not held and character not in self._firsts:
@@ -55,12 +55,12 @@ class StopStrings:
         return whole[: len(whole) - len(held)], None
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """Return the text that was held back, at the end of the text."""
         held, self._held = self._held, ""
         return held
 
     def _beginning(self, end: str) -> str:
-        """The longest end of `end` that a stop string begins with."""
+        """Return the longest suffix of `end` that a stop string begins with."""
         while end:
             at = bisect_left(self._sorted, end)
             if at < len(self._sorted) and self._sorted[at].startswith(end):
@@ -69,7 +69,7 @@ class StopStrings:
         return end
 
     def _complete(self, end: str) -> str | None:
-        """The longest stop string at the end of `end`."""
+        """Return the longest stop string at the end of `end`; None: there is none."""
         if not end.endswith(self._stops):
             return None
         return next(stop for stop in self._stops if end.endswith(stop))

@@ -1,4 +1,4 @@
-"""TLS for what gateways and instances serve, and for what they ask of each other."""
+"""TLS contexts of gateways and instances, as servers and as each other's clients."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import ssl
 
 from memserve.errors import ConfigError
 
-TLS_CA_VARIABLE = "MEMSERVE_TLS_CA"  # of commands that only ask
+TLS_CA_VARIABLE = "MEMSERVE_TLS_CA"  # for commands that are only clients
 
 
 def server_tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
-    """What a server shows its clients: a chain of certificates and its key, PEM files. None
-    without. Raises ConfigError."""
+    """Return the server's context with a certificate chain and its key (PEM files); None if
+    neither is given. Raises ConfigError."""
     if cert is None and key is None:
         return None
     if cert is None or key is None:
@@ -26,8 +26,8 @@ def server_tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
 
 
 def unchecked_tls() -> ssl.SSLContext:
-    """For servers within this machine, whose certificate names other hosts: nobody listens in,
-    and who answers proves itself by the cluster's secret."""
+    """Return a client's context without certificate checks, for servers within this machine:
+    their certificates name other hosts, no third party can listen, and answers carry a proof."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -35,8 +35,8 @@ def unchecked_tls() -> ssl.SSLContext:
 
 
 def client_tls(authorities: str | None) -> ssl.SSLContext | None:
-    """What is asked of https:// servers: a certificate of one of `authorities`, a PEM file. None
-    without: one of the machine's own. Raises ConfigError."""
+    """Return the client's context that trusts `authorities` (a PEM file); None if not given: the
+    machine's own are trusted. Raises ConfigError."""
     if authorities is None:
         return None
     try:

@@ -1,16 +1,18 @@
-"""Who may ask a gateway for what.
+"""Access control of a gateway's endpoints.
 
-| who | shows | may |
+| caller | credentials | paths |
 | --- | --- | --- |
-| client | `Authorization: Bearer KEY`, if there are keys | `/v1/*`, and what vLLM has elsewhere |
-| scraper, probe | nothing (`metrics_secret`: as an operator) | `/health`, `/metrics` |
-| operator | the cluster's secret: signed, or as Bearer where nobody can listen | `/cluster*` |
+| client | `Authorization: Bearer KEY`, if there are keys | `/v1/*`, and vLLM's other paths |
+| scraper | none (`metrics_secret`: as an operator) | `/metrics` |
+| probe, reader | none | `/health`, `/version`, `/docs`, `/openapi.json` |
+| operator | the cluster's secret: signed, or as Bearer by TLS or from this machine | `/cluster*` |
 | member | the cluster's secret, signed | `/cluster/members` |
 
-What stands in no row is not found.
+Any other path is answered with 404.
 
-A web page of another site makes its visitor's browser ask. Requests that name another `Origin`
-are refused unless `cors_origins` allows it; what needs the secret, no page has.
+A web page of another site can make its visitor's browser send requests. A client's request with
+another `Origin` is refused unless `cors_origins` allows it; other requests need the secret, which
+no page has, or tell nothing of clients.
 """
 
 from __future__ import annotations
@@ -39,25 +41,24 @@ _CLIENTS = "/v1/"
 _MORE_CLIENTS = frozenset(path.value for path in WHOLE_PATHS if not path.startswith(_CLIENTS))
 METRICS_PATH = "/metrics"
 _OPERATORS = "/cluster"
-# What says nothing of clients, and of the cluster no more than which instances are degraded.
+# Open paths tell nothing of clients, and of the cluster only its state and degraded pairs.
 _OPEN = frozenset({"/health", "/version", "/openapi.json", "/docs"})
-_MAX_AGE = b"600"  # seconds that a browser may remember what it is allowed
+_MAX_AGE = b"600"  # seconds that a browser may cache a preflight's answer
 _ANY = "*"
 
 
 class Client(NamedTuple):
-    """Who a request comes from. Without keys there is nothing to tell clients apart by but
-    what they say."""
+    """The sender of a request. `key`: None if the gateway has no keys."""
 
     key: ApiKey | None = None
 
     @property
     def turns(self) -> Tenant:
-        """Who takes turns with others."""
+        """The tenant in admission."""
         return NOBODY if self.key is None else _turns(self.key)
 
     def salted(self, cache_salt: str) -> str:
-        """What keeps its cached prompts apart: tenants never share any."""
+        """Return the cache salt with the key's tenant in it: tenants never share cached KV."""
         return portable(cache_salt if self.key is None else f"key@{self.key.tenant}:{cache_salt}")
 
 
@@ -65,7 +66,7 @@ ANYBODY = Client()
 
 
 class Access:
-    """The gateway's door. Belongs to the event loop."""
+    """Checks the credentials of a gateway's requests. Belongs to the event loop."""
 
     def __init__(
         self,
@@ -75,8 +76,8 @@ class Access:
         metrics_secret: bool = False,
         advertised: str | None = None,
     ) -> None:
-        """`advertised`: a URL at which it is reached besides those of its sockets."""
-        self.keys = keys  # replaced as a whole when they are loaded anew
+        """`advertised`: a URL of the gateway besides those of its sockets."""
+        self.keys = keys  # replaced as a whole by a reload
         self.audience = Audience(any_name=True)  # the caller adds the sockets that it serves
         if advertised is not None:
             self.audience.add_url(advertised)
@@ -88,10 +89,10 @@ class Access:
         self._origins = frozenset(origin.rstrip("/").encode() for origin in origins)
         self._metrics_secret = metrics_secret
         self.unauthorised = 0  # clients without a key
-        self.foreign = 0  # requests that pages of other sites made
+        self.foreign = 0  # refused requests of other sites' pages
 
     def client(self, request: Request, reply: Reply) -> Client:
-        """Who asks for `/v1/*`. Raises ApiError (401, 403)."""
+        """Return the client of a request for a client's path. Raises ApiError (401, 403)."""
         origin = request.header(b"origin")
         if origin is not None:
             self._from_page(origin, request, reply)
@@ -103,11 +104,11 @@ class Access:
         return Client(key)
 
     def grants(self) -> dict[Tenant, Grant]:
-        """What the tenants of keys may do beyond others."""
+        """Return the grants of the keys' tenants."""
         return {_turns(key): Grant(key.weight, key.privileged) for key in self.keys}
 
     def turns_away(self, request: Request) -> ApiError | None:
-        """Why the body of a request, of which the head is there, need not be sent."""
+        """Return the refusal of a request by its head, before the body is read; None: go on."""
         if not _is_clients(request.path):
             return turns_away(self.verifier, request)
         if self.keys.wanted and self.keys.find(_bearer(request) or b"") is None:
@@ -115,7 +116,7 @@ class Access:
         return None
 
     async def admit(self, request: Request, reply: Reply) -> None:
-        """Let whoever may ask for it pass, for all but what generates. Raises ApiError."""
+        """Check the credentials of a request that does not generate. Raises ApiError."""
         path = request.path
         if _is_clients(path):
             self.client(request, reply)
@@ -128,14 +129,14 @@ class Access:
             raise path_not_found(path)
 
     def preflight(self, request: Request, reply: Reply) -> bool:
-        """Answer a browser that asks what a page may do; False: this is no such question."""
+        """Answer a CORS preflight of an allowed origin; return False for any other request."""
         origin = request.header(b"origin")
         if request.method != "OPTIONS" or origin is None or not self._allows(origin):
             return False
         asked = request.header(b"access-control-request-headers")
         headers = (
             (b"access-control-allow-methods", b"GET, POST"),
-            # Nothing is done for a header that is done only for those without it.
+            # Any header may be allowed: none weakens a check.
             (b"access-control-allow-headers", asked or b"authorization, content-type"),
             (b"access-control-max-age", _MAX_AGE),
             *_cors(origin),
@@ -151,7 +152,7 @@ class Access:
             return
         digest = _digest(token)
         if not any(hmac.compare_digest(digest, known) for known in self._tokens):
-            await require_signature(self.verifier, request, reply)  # says what is needed
+            await require_signature(self.verifier, request, reply)  # raises: not signed
         if not request.private:
             raise ApiError(
                 HTTPStatus.FORBIDDEN,
@@ -185,8 +186,8 @@ class Access:
         return origin in self._origins or _ANY.encode() in self._origins
 
     def _own(self, origin: bytes, request: Request) -> bool:
-        """Whether the page is ours. Without keys only where its name is an address of this
-        machine: any other name may have been made to lead here."""
+        """Return whether the page comes from this gateway. Without keys, only a loopback host
+        counts: DNS can make any other name lead here."""
         host = request.header(b"host") or b""
         if origin.partition(b"://")[2] != host:
             return False

@@ -1,4 +1,4 @@
-"""The administrative endpoints, and the published schema of all of them."""
+"""The administrative endpoints, and the published schema of all endpoints."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ from memserve.scheduler.decisions import Decision, DecisionView
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 DECISIONS_PATH = "/cluster/decisions"
-OWN_METRICS_PATH = "/cluster/worker/metrics"  # what workers ask each other for
+OWN_METRICS_PATH = "/cluster/worker/metrics"  # one worker's metrics, for its siblings
 
 _COMPONENTS = "#/components/schemas/"
 
 _encode = msgspec.json.Encoder().encode
 _decisions = msgspec.json.Decoder(list[DecisionView])
 
-Decisions = Callable[[int], Sequence[Decision]]  # the last so many, newest first
-MAX_DECISIONS = 1_000_000  # that may be asked for; far fewer are kept
-SHOWN_DECISIONS = 100  # unless another number is asked for
+Decisions = Callable[[int], Sequence[Decision]]  # the last n, newest first
+MAX_DECISIONS = 1_000_000  # largest n that a request may have; far fewer are kept
+SHOWN_DECISIONS = 100  # default n
 
 
 @dataclass(frozen=True, slots=True)
 class Troubles:
-    """Where to look for what does not work, though requests are answered."""
+    """Sources of faults that do not keep requests from being answered."""
 
     degraded: Callable[[], Sequence[DegradedPair]] = tuple
     feeds: Callable[[], Sequence[MemberFeed]] = tuple
@@ -93,8 +93,8 @@ def admin_app(
     siblings: Siblings | None = None,
     troubles: Troubles | None = None,
 ) -> FastAPI:
-    """Everything but the two endpoints that generate. With `siblings`, for all workers
-    together; otherwise for this process alone."""
+    """Return the application of all endpoints that do not generate. With `siblings`, metrics and
+    decisions are those of all workers; otherwise of this process alone."""
     known = troubles or Troubles()
     app = FastAPI(title="memserve", version=memserve.__version__, redoc_url=None)
     started = int(time.time())
@@ -121,7 +121,7 @@ def admin_app(
             return _json(Health("draining", ready), 503)
         if not ready:
             return _json(Health("no instance", 0), 503)
-        # Where instances are, strangers need not know.
+        # `detail` has addresses, and anybody may read `/health`.
         degraded = [msgspec.structs.replace(pair, detail="") for pair in known.degraded()]
         return _json(Health("ready", ready, degraded or msgspec.UNSET))
 
@@ -134,7 +134,7 @@ def admin_app(
 
     @app.get(FEEDS_PATH)
     async def feeds() -> Response:
-        """How the KV events of each member come in, at this worker."""
+        """The state of each member's KV event feed at this worker."""
         return Response(_encode(list(known.feeds())), media_type="application/json")
 
     app.add_exception_handler(ApiError, _api_error)
@@ -164,8 +164,8 @@ def _observing_routes(
     async def last_decisions(
         n: Annotated[int, Query(ge=0, le=MAX_DECISIONS)] = SHOWN_DECISIONS,
     ) -> Response:
-        """Where the last requests were sent, newest first, and what else there was."""
-        # Decisions never change; a thousand of them are words after a tenth of a second.
+        """The last scheduling decisions, newest first, with all candidates."""
+        # On a thread: a thousand decisions take 0.1 s to format. They never change.
         body = await asyncio.to_thread(_explained, decisions(n))
         if siblings is not None:
             others = await siblings.answers(f"{DECISIONS_PATH}?n={n}")
@@ -184,7 +184,8 @@ def _explained(decisions: Sequence[Decision]) -> bytes:
 
 
 def _newest(n: int, lists: Sequence[bytes]) -> bytes:
-    """Of several workers' decisions the last, newest first: their clock is the machine's."""
+    """Return the last `n` of several workers' decisions, newest first: workers share the
+    machine's clock."""
     found = [decision for body in lists for decision in _decisions.decode(body)]
     found.sort(key=lambda decision: decision.at, reverse=True)
     return _encode(found[:n])
@@ -197,7 +198,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals, in OpenAI's shape."""
+    """Return Starlette's own errors in OpenAI's shape."""
     assert isinstance(error, HTTPException)
     path = request.url.path
     if error.status_code == HTTPStatus.NOT_FOUND:
@@ -209,7 +210,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _parameter_error(request: Request, error: Exception) -> Response:
-    """FastAPI's own refusals, likewise."""
+    """Return FastAPI's own validation errors in OpenAI's shape."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name = str(first["loc"][-1])
@@ -217,7 +218,7 @@ async def _parameter_error(request: Request, error: Exception) -> Response:
 
 
 def _with_openai(base: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-    """The schema, with the endpoints that do without FastAPI."""
+    """Return the schema function, extended by the endpoints that bypass FastAPI."""
     endpoints = {
         CHAT_PATH: (ChatRequest, ChatCompletion),
         COMPLETIONS_PATH: (CompletionRequest, Completion),

@@ -1,4 +1,4 @@
-"""Where requests wait when instances are saturated, in the order that `Admission` decides."""
+"""Queue of requests that wait while instances are saturated, in the order of `Admission`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from memserve.clock import Clock
 from memserve.gateway.refusals import no_instance, stopping
 from memserve.scheduler.admission import Admission, Grant, Refusal, Tenant, Ticket
 
-_COST_STEP = 64  # prompts that differ by fewer tokens cost the same here
+_COST_STEP = 64  # tokens; prompts of one step have one cost, which is cached
 _MAX_COSTS = 4096
 
 
 class ClientLeft(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has left: its request needs no answer."""
 
 
 class AdmissionQueue:
-    """Belongs to the event loop. Every request that has entered must `leave`."""
+    """Makes requests wait until `Admission` admits them. Belongs to the event loop. Every request
+    that has entered must `leave`."""
 
     def __init__(
         self,
@@ -32,8 +33,8 @@ class AdmissionQueue:
         clock: Clock,
         instance_wait: float,
     ) -> None:
-        """`prefill_seconds`: what a prompt of so many tokens takes with nothing cached;
-        `instance_wait`: seconds that requests wait where there is no instance."""
+        """`prefill_seconds`: seconds of a prefill, by prompt tokens, with nothing cached.
+        `instance_wait`: seconds without an instance until waiting requests are refused."""
         self._admission = admission
         self._prefill_seconds = prefill_seconds
         self._clock = clock
@@ -42,16 +43,16 @@ class AdmissionQueue:
         self._tickets: dict[str, Ticket] = {}
         self._waiters: dict[Ticket, asyncio.Future[None]] = {}
         self._stopping = False
-        self._none_since: float | None = None  # None: there are some
+        self._none_since: float | None = None  # since when there is no instance; None: there is
 
     @property
     def waiting(self) -> int:
         return self._admission.waiting
 
     async def enter(self, call: GenerateCall, tenant: Tenant, reply: Reply) -> GenerateCall:
-        """Returns when the call may start, as instances get it: their queues know no tenants, so
-        that a priority is told to them only where the tenant may have it before all others.
-        Raises ApiError, ClientLeft."""
+        """Wait until the call may start; return the call to send to an instance. It keeps its
+        priority only if its tenant is privileged: an instance's queue knows no tenants, so a
+        priority there goes before all of them. Raises ApiError, ClientLeft."""
         tokens = sum(map(len, call.prompts))
         ticket = self._admission.enter(tenant, self._cost(tokens), call.priority, self._clock.now())
         if isinstance(ticket, Refusal):
@@ -64,12 +65,12 @@ class AdmissionQueue:
         return call
 
     def grant(self, grants: Mapping[Tenant, Grant]) -> None:
-        """What tenants may do from now on; those that are not named, what everybody may."""
+        """Set the tenants' grants from now on; a tenant that is not named has the default one."""
         self._admission.grant(grants)
         self._let_through()
 
     def prefilled(self, call_id: str) -> None:
-        """Its prompt is computed. Unknown ones are ignored."""
+        """Mark a call's prompt as computed. Unknown ids are ignored."""
         ticket = self._tickets.get(call_id)
         if ticket is not None:
             self._admission.prefilled(ticket)
@@ -77,7 +78,7 @@ class AdmissionQueue:
                 self._let_through()
 
     def leave(self, call_id: str) -> None:
-        """It ended, however. Told twice: ignored."""
+        """End a call, with any outcome. A second time is ignored."""
         ticket = self._tickets.pop(call_id, None)
         if ticket is not None:
             self._admission.leave(ticket)
@@ -85,8 +86,8 @@ class AdmissionQueue:
                 self._let_through()
 
     def resize(self, instances: int) -> None:
-        """So many instances compute prompts now, and perhaps at other prices. Called again and
-        again: without any for too long, those that wait are refused."""
+        """Set how many instances compute prompts, and forget cached costs. Called periodically:
+        after `instance_wait` seconds without instances, waiting requests are refused."""
         self._costs.clear()
         self._admission.resize(instances)
         if instances:
@@ -100,7 +101,7 @@ class AdmissionQueue:
             self._refuse(no_instance)
 
     def stop(self) -> None:
-        """Refuse those that wait, and all that come."""
+        """Refuse waiting requests, and later ones that would have to wait."""
         self._stopping = True
         self._refuse(stopping)
 

@@ -1,4 +1,4 @@
-"""What a gateway does with a request. The endpoints that generate go around every framework."""
+"""The gateway's request handler. Endpoints that generate bypass the web framework."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ from memserve.types import Epoch
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_ID = 256  # bytes of X-Request-Id that are echoed
-HUNG_UP = 499  # the status of a request whose client has left, in log and metrics
-FAILED = 500  # and above: worth a line in the log
-# A gateway that starts knows no instance that joined the one before it. Instances register anew
-# every 2 s (`instance.join`): for so long it may yet hear of them.
+HUNG_UP = 499  # status, in log and metrics, of a request whose client has left
+FAILED = 500  # statuses from here on are logged as warnings
+# A gateway that starts knows only the configured instances. Other instances register again every
+# 2 s (`instance.join`), so a gateway without members waits at least that long for one.
 INTRODUCTION_SECONDS = 3.0
 LARGE_BODY_BYTES = 64 * 1024
-LOOK_SECONDS = 0.05  # how often requests that came before any instance look for one
+LOOK_SECONDS = 0.05  # between looks for an instance, while none has been met yet
 
 _Build = Callable[[bytes, Limits], Awaitable[GenerateCall]]
 
 
 class GatewayApp:
-    """Takes requests, and counts those that run until it is drained."""
+    """Handles requests, and counts the running ones, so that a drain can wait for them."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class GatewayApp:
         siblings: Siblings | None = None,
         troubles: Troubles | None = None,
     ) -> None:
-        """`instance_wait`: seconds that requests wait where there is no instance."""
+        """`instance_wait`: seconds after the start for which requests wait for an instance."""
         self._draining = False
         self._began = clock.now()
         self._instance_wait = instance_wait
@@ -92,30 +92,30 @@ class GatewayApp:
             CHAT_PATH: self._or_forward(calls.chat, ForwardPath.CHAT),
             COMPLETIONS_PATH: self._or_forward(calls.completion, ForwardPath.COMPLETIONS),
         }
-        # Only where there is a vLLM server.
+        # Served only while the cluster has a vLLM server.
         self._forwarding: dict[str, _Build] = {
             path.value: partial(forwards.build, path) for path in WHOLE_PATHS
         }
         admin = calls.model, membership, peers, self._metrics, lambda: self._draining, decisions
         self._admin: Handler = asgi_handler(admin_app(*admin, siblings, troubles))
-        # What siblings ask is answered for this worker alone, and not passed on again.
+        # Requests of sibling workers: answered for this worker alone, and not passed on again.
         self.handle_sibling: Handler = Guard(
             asgi_handler(admin_app(*admin, troubles=troubles)), access.verifier
         )
-        self._smallest: tuple[Epoch, Limits] | None = None  # as of that membership epoch
+        self._smallest: tuple[Epoch, Limits] | None = None  # membership epoch, and limits then
         self._idle = asyncio.Event()
         self._idle.set()
 
     def drain(self) -> None:
-        """Refuse new requests. What runs goes on."""
+        """Refuse new requests. Running requests go on."""
         self._draining = True
 
     async def idle(self) -> None:
-        """Returns when no request is running."""
+        """Return when no generating request is running."""
         await self._idle.wait()
 
     async def handle(self, request: Request, reply: Reply) -> None:
-        """The server's handler."""
+        """Handle one request: the server's `Handler`."""
         build = self._generating.get(request.path)
         if build is None and self._membership.has(MemberKind.VLLM):
             build = self._forwarding.get(request.path)
@@ -134,7 +134,8 @@ class GatewayApp:
                 self._idle.set()
 
     def _or_forward(self, build: _Build, path: ForwardPath) -> _Build:
-        """The same; what is not understood is for a vLLM server, where there is one."""
+        """Return `build` with a fallback: a request that raises NotUnderstood is forwarded to a
+        vLLM server, if the cluster has one."""
 
         async def understand(body: bytes, limits: Limits) -> GenerateCall:
             try:
@@ -170,12 +171,12 @@ class GatewayApp:
             client = self._access.client(request, reply)
             if client.key is not None:
                 answer.key = client.key.name
-            if len(request.body) <= INLINE_CHARACTERS:  # waits for nothing
+            if len(request.body) <= INLINE_CHARACTERS:  # tokenised on the event loop
                 call = await self._accept(build, request, reply, client)
             else:
                 call = await self._accept_large(build, request, reply, client)
             if len(request.body) > LARGE_BODY_BYTES:
-                # Not to be kept until the answer's end.
+                # Free the body before the answer, which may take long.
                 request = msgspec.structs.replace(request, body=b"")
             if given is None:
                 headers = ((b"x-request-id", call.id.encode()),)
@@ -210,8 +211,8 @@ class GatewayApp:
     async def _accept_large(
         self, build: _Build, request: Request, reply: Reply, client: Client
     ) -> GenerateCall:
-        """The same, for as long as the client is there: of what waits for its turn to be
-        tokenised, nothing is done for who has left. Raises ClientLeft then."""
+        """Call `_accept`, and cancel it if the client leaves: its body is then not tokenised.
+        Raises ApiError, ClientLeft."""
         interruption = Interruption()
         if not reply.gone:
             reply.on_gone = interruption.interrupt
@@ -223,7 +224,8 @@ class GatewayApp:
         raise ClientLeft
 
     async def _first_limits(self, reply: Reply) -> Limits:
-        """The same, once an instance has been met. Raises ApiError, ClientLeft."""
+        """Wait for an instance and return its limits. Raises ApiError (draining, or no instance
+        in time), ClientLeft."""
         while (limits := self._limits()) is None:
             if self._draining:
                 raise draining()
@@ -238,8 +240,8 @@ class GatewayApp:
         return limits
 
     def _limits(self) -> Limits | None:
-        """Those of the smallest instance: what is accepted, any of them can serve. While there is
-        none, as they were; None before the first."""
+        """Return the limits of the ready instance with the smallest `max_tokens`: any instance
+        can serve an accepted request. Without a ready instance: the last ones; None before any."""
         epoch = self._membership.epoch
         if self._smallest is not None and self._smallest[0] == epoch:
             return self._smallest[1]
@@ -285,7 +287,7 @@ def _line(
     first: float | None,
     took: float,
 ) -> str:
-    """What the log has of a request: how it went, and why it went there."""
+    """Return the log line of a request: its outcome, times in seconds, and plan."""
     plan = answer.plan
     return (
         f"{request.path}"
@@ -303,8 +305,8 @@ def _line(
 
 
 def _tenant(request: Request, call: GenerateCall, client: Client) -> Tenant:
-    """Who takes turns with others: the tenant of an API key; where keys are not asked for, who
-    shows the same one, or else has the same salt."""
+    """Return the tenant in admission: the API key's tenant. Where the gateway has no keys, an id
+    of the Authorization header, or else of the cache salt; NOBODY without either."""
     if client.key is not None:
         return client.turns
     key = request.header(b"authorization")

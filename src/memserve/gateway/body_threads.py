@@ -1,4 +1,4 @@
-"""Threads on which requests are read and tokenised that would hold up an event loop."""
+"""Threads that read and tokenise requests which would hold up the event loop."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from memserve.api.limits import (
     MAX_TOKENISED_CHARACTERS,
 )
 
-LARGE_RETRY_SECONDS = 5  # by when some of the large bodies that wait have been worked on
-TEXT_RETRY_SECONDS = 1  # the same of other texts
+# Retry-After of refusals: by then, some of the waiting bodies, or texts, have been worked on.
+LARGE_RETRY_SECONDS = 5
+TEXT_RETRY_SECONDS = 1
 
 T = TypeVar("T")
 
 
 class BodyThreads:
-    """Bounded in what waits for them. Cancelled, work that still waits is dropped."""
+    """Two thread pools with bounded queues. Cancelled work is dropped if it still waits."""
 
     def __init__(self, threads: int) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
-        # Threads of their own: large bodies do not hold up texts of the usual size.
+        # A pool of their own: large bodies must not hold up texts of the usual size.
         self._large = ThreadPoolExecutor(LARGE_BODIES_AT_ONCE, thread_name_prefix="large-body")
         self._large_now = 0
-        self._characters_now = 0  # that the other threads have, or will have
+        self._characters_now = 0  # tokenised now, or waiting for it, in the other pool
 
     def close(self) -> None:
         """End the threads."""
@@ -37,7 +38,8 @@ class BodyThreads:
         self._large.shutdown(cancel_futures=True)
 
     async def off_loop(self, characters: int, work: Callable[[], T]) -> T:
-        """The work on a text: so many characters wait for their turn, and no more."""
+        """Run `work` on a text of `characters`. Raises ApiError (429) if more than
+        MAX_TOKENISED_CHARACTERS would be under way."""
         if self._characters_now + characters > MAX_TOKENISED_CHARACTERS:
             raise queue_full(
                 f"{self._characters_now} characters are being tokenised, and no more than "
@@ -51,7 +53,7 @@ class BodyThreads:
             self._characters_now -= characters
 
     async def apart(self, work: Callable[[], T]) -> T:
-        """The work on one large body: so many wait for their turn, and no more."""
+        """Run `work` on one large body. Raises ApiError (429) if LARGE_BODIES_WAITING wait."""
         if self._large_now >= LARGE_BODIES_AT_ONCE + LARGE_BODIES_WAITING:
             raise queue_full(
                 f"{self._large_now} request bodies of more than {LARGE_BODY_BYTES} bytes are "
@@ -66,8 +68,9 @@ class BodyThreads:
 
 
 async def _in(threads: Executor, work: Callable[[], T]) -> T:
-    """What the work returns on one of the threads. Cancelled before its turn, it is not done,
-    and what it refers to is let go of at once: an executor keeps it until the turn comes."""
+    """Run `work` on one of the threads; return its result. If this is cancelled before the
+    work's turn, the work is not done and its references are freed at once: the executor alone
+    would keep them until the turn comes."""
     kept = [work]
     try:
         return await asyncio.get_running_loop().run_in_executor(threads, lambda: kept.pop()())

@@ -1,4 +1,4 @@
-"""From a client's request to the call that an instance gets: checked, templated, tokenised."""
+"""Builder of instance calls from clients' requests: checks, chat template, tokenisation."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ from memserve.models.tokenizer import Tokenizer
 from memserve.tokens import from_ids
 from memserve.types import TokenArray
 
-# About a millisecond of tokenising; longer texts go to a thread and leave the loop to others.
+# Tokenised on the event loop in about 1 ms; longer texts go to a thread.
 INLINE_CHARACTERS = 4096
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 
 class CallBuilder:
-    """Builds calls for one model. Cancelled, it drops what still waits for a thread."""
+    """Builds calls for one model. A cancelled build is dropped if it still waits for a thread."""
 
     def __init__(self, tokenizer: Tokenizer, model: str, threads: int) -> None:
         prepare()
         self.model = model
         self._tokenizer = tokenizer
         self._longest_token = tokenizer.longest_token()
-        self._life = os.urandom(10).hex()  # in every id, so that gateways' differ
+        self._life = os.urandom(10).hex()  # part of every id: no two gateways make the same one
         self._numbers = itertools.count(1)
         self.threads = BodyThreads(threads)
 
@@ -58,11 +58,11 @@ class CallBuilder:
         self.threads.close()
 
     def new_id(self, prefix: str) -> str:
-        """Of a call."""
+        """Return a unique call id that begins with `prefix`."""
         return f"{prefix}-{self._life}{next(self._numbers):012x}"
 
     async def chat(self, body: bytes, limits: Limits) -> GenerateCall:
-        """Raises ApiError that says what is wrong with the request."""
+        """Return the call of a chat request (JSON). Raises ApiError that names the fault."""
         if len(body) > LARGE_BODY_BYTES:
             return await self.threads.apart(
                 lambda: self._chat(self._parse_chat(body, limits), limits)
@@ -74,7 +74,7 @@ class CallBuilder:
         return await self.threads.off_loop(characters, lambda: self._chat(request, limits))
 
     async def completion(self, body: bytes, limits: Limits) -> GenerateCall:
-        """Raises ApiError that says what is wrong with the request."""
+        """Return the call of a completion request (JSON). Raises ApiError that names the fault."""
         if len(body) > LARGE_BODY_BYTES:
             return await self.threads.apart(
                 lambda: self._completion(*self._parse_completion(body, limits), limits)
@@ -181,19 +181,19 @@ class CallBuilder:
         )
 
     def check_model(self, asked: str | None) -> None:
-        """Raises ApiError (404)."""
+        """Raise ApiError (404) if `asked` names another model."""
         if asked not in (None, self.model):
             raise model_not_found((asked or "")[:MAX_ECHO_CHARACTERS], self.model)
 
     def check_lengths(self, given: tuple[Prompt, ...], limits: Limits) -> None:
-        """See `check_length`."""
+        """Call `check_length` for each prompt that is a text."""
         for prompt in given:
             if isinstance(prompt, str):
                 self.check_length(prompt, limits, "prompt")
 
     def check_length(self, text: str, limits: Limits, param: str) -> None:
-        """Refuse what has too many tokens whichever they are: to find out how many would take
-        hundreds of bytes of memory for each of them."""
+        """Raise ApiError (400) if `text` has more characters than `max_tokens` tokens can have.
+        Tokenising it to count them would take hundreds of bytes of memory for each token."""
         longest = self._longest_token
         if longest is not None and len(text) > limits.max_tokens * longest:
             raise invalid(
@@ -215,14 +215,16 @@ class CallBuilder:
         return self.token_ids(text, request.add_special_tokens is not False)
 
     def token_ids(self, prompt: Prompt, special: bool) -> TokenArray:
-        """Of a text, as the tokenizer has it."""
+        """Return a prompt's token ids, [tokens] int32; `special`: tokenise a text with the
+        tokenizer's special tokens."""
         if not isinstance(prompt, str):
             return prompt
         return from_ids(self._tokenizer.encode(prompt, add_special_tokens=special))
 
 
 def with_session(call: GenerateCall, session: bytes) -> GenerateCall:
-    """The call of a client who names its session in a header. Raises ApiError (400)."""
+    """Return the call with the session of header X-Session-Id. Raises ApiError (400) if that is
+    too long."""
     if len(session) > MAX_NAME_CHARACTERS:
         raise invalid(
             f"X-Session-Id has {len(session)} bytes, and at most {MAX_NAME_CHARACTERS} may be.",
@@ -232,7 +234,7 @@ def with_session(call: GenerateCall, session: bytes) -> GenerateCall:
 
 
 def _template_message(message: Message) -> dict[str, str]:
-    # "developer" is what OpenAI now calls the system's role; templates know the old name.
+    # OpenAI's role "developer" is "system" in chat templates.
     role = "system" if message.role == "developer" else message.role
     rendered = {"role": role, "content": message.text}
     if message.name is not None:
@@ -241,7 +243,7 @@ def _template_message(message: Message) -> dict[str, str]:
 
 
 def check_sequences(prompts: int, samples: int, limits: Limits) -> None:
-    """Raises ApiError (400)."""
+    """Raise ApiError (400) if a request has more sequences than allowed."""
     most = min(limits.max_waiting, MAX_SEQUENCES)
     if prompts * samples > most:
         raise invalid(
@@ -261,7 +263,8 @@ def _check_prompt(prompt: TokenArray, limits: Limits) -> None:
 
 
 def _room(prompt_tokens: int, asked: int | None, limits: Limits, param: str) -> int:
-    """Tokens that are left for the answer, at least 1 and at least what was asked for."""
+    """Return the tokens that are left for the answer, at least `asked` or 1. Raises ApiError if
+    there are fewer."""
     room = limits.max_tokens - prompt_tokens
     if room < (asked or 1):
         raise context_length_exceeded(limits.max_tokens, prompt_tokens, asked, param)
@@ -269,5 +272,5 @@ def _room(prompt_tokens: int, asked: int | None, limits: Limits, param: str) -> 
 
 
 def _texts(given: tuple[Prompt, ...]) -> tuple[str | None, ...]:
-    """Prompts that were sent as text, as they were."""
+    """Return the prompts that were sent as text; None for token ids."""
     return tuple([prompt if isinstance(prompt, str) else None for prompt in given])

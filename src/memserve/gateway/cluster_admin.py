@@ -1,4 +1,4 @@
-"""`/cluster`: who is there, who joins and leaves, and what each is told to be."""
+"""`/cluster` endpoints: the members, joins and leaves, changes of role and state."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def cluster_routes(
     siblings: Siblings | None,
     degraded: Callable[[], Sequence[DegradedPair]] = tuple,
 ) -> APIRouter:
-    """Errors are `ApiError`s, which the application turns into OpenAI's shape. What this worker
-    is told of members, its `siblings` hear too."""
+    """Return the routes. Errors are `ApiError`s, which the application turns into OpenAI's shape.
+    Joins, leaves and changes are passed on to `siblings`."""
     routes = APIRouter()
 
     @routes.get("/cluster")
     async def cluster() -> Response:
-        """The members, the epoch of their composition, and pairs between which no KV moves."""
+        """The members, the membership's epoch, and pairs between which no KV moves."""
         pairs = tuple(degraded()) or msgspec.UNSET
         return _json(msgspec.structs.replace(membership.view(), degraded=pairs))
 
     @routes.post("/cluster/members")
     async def join(request: Request) -> Response:
-        """An instance joins, joins again, or has news; its view."""
+        """Add an instance, or poll a known one at once; its view."""
         asked = await _read(request, _joins)
         if asked.id is not None and asked.epoch is not None:
             holder = membership.claim(asked.id, asked.epoch, asked.address)
@@ -70,8 +70,8 @@ def cluster_routes(
 
     @routes.delete("/cluster/members")
     async def leave(request: Request) -> Response:
-        """An instance leaves, or is removed; whoever is left. One that joins by itself and is
-        not ending comes back."""
+        """Remove an instance; the remaining members. One that joins by itself and is not ending
+        comes back."""
         asked = await _read(request, _leaves)
         left = membership.leave(asked.address, asked.epoch)
         if siblings is not None:
@@ -91,7 +91,7 @@ def cluster_routes(
             raise instance_not_found(instance)
         await change_member(peers, membership, member, wanted)
         if siblings is not None:
-            await siblings.joined(JoinRequest(member.address))  # they ask it how it is now
+            await siblings.joined(JoinRequest(member.address))  # they poll it at once
         return _json(view_of(member))
 
     return routes

@@ -1,5 +1,4 @@
-"""What a gateway compiles when it starts: it looks at bodies, and leaves the interpreter to
-other threads meanwhile."""
+"""The gateway's compiled kernels, which scan bodies without the GIL. Compiled at start."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The conversation in a request for a vLLM server, as chat templates know it.
+"""The conversation in a request for a vLLM server, in the form that chat templates take.
 
-It is used to choose an instance by, and nothing else: the server renders the request itself. So
-nothing is refused here; what is not understood is left out, and is the server's to refuse.
+It only serves the choice of an instance: the server renders the request itself. So this module
+refuses nothing; it leaves out what it does not understand, which the server may refuse.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Conversation:
     add_generation_prompt: bool = True
 
     def text(self) -> str:
-        """What is said in it, for models whose template cannot be used."""
+        """Return the messages' text, for a template that cannot be used."""
         return "\n".join(message["content"] for message in self.messages)
 
 
 def conversation_of(path: ForwardPath, fields: Mapping[str, Any]) -> Conversation | None:
-    """None: there is none in it."""
+    """Return the conversation of a request. None: this path has none."""
     if path is ForwardPath.RESPONSES:
         messages = [*_system(fields.get("instructions")), *_items(fields.get("input"))]
     elif path in (ForwardPath.MESSAGES, ForwardPath.CHAT):
@@ -60,7 +60,7 @@ def _system(content: object) -> Iterator[Message]:
 
 
 def has_media(fields: Mapping[str, Any]) -> bool:
-    """Whether a request has parts that are no texts."""
+    """Return whether a request has parts other than text."""
     given = fields.get("messages", fields.get("input"))
     messages = [each for each in given if isinstance(each, dict)] if isinstance(given, list) else []
     contents = [each.get("content") for each in messages]
@@ -80,7 +80,7 @@ def _messages(given: object) -> Iterator[Message]:
 
 
 def _items(given: object) -> Iterator[Message]:
-    """Of the input of a response."""
+    """Yield the messages in the `input` of `/v1/responses`."""
     if isinstance(given, str):
         yield {"role": "user", "content": given}
         return
@@ -88,7 +88,7 @@ def _items(given: object) -> Iterator[Message]:
 
 
 def _text(content: object) -> str:
-    """Of several parts the lines, as in vLLM; what is no text is left out."""
+    """Return a content's text: its text parts joined as lines, as in vLLM, without others."""
     if isinstance(content, str):
         return content
     parts = (
@@ -99,7 +99,7 @@ def _text(content: object) -> str:
 
 
 def _called(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call of a tool, with its arguments as templates want them."""
+    """Return a tool call with decoded arguments, as templates want them."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(
         arguments := function.get("arguments"), str
@@ -113,7 +113,7 @@ def _called(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """In the form of chat completions; those of responses and messages have their own."""
+    """Return a tool of responses or messages in the form of chat completions."""
     if "function" in tool or "name" not in tool:
         return tool
     function = {

@@ -1,4 +1,4 @@
-"""What Prometheus gets of a gateway's edge: connections, and who was refused there for what."""
+"""Metrics of a gateway's edge: connections, refusals by reason, and survived failures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memserve.vital import Vitals
 
 
 class EdgeMetrics(Collector):
-    """Reads what a server and the gateway's door have counted."""
+    """Reads the counters of the HTTP server, `Access` and `Vitals`."""
 
     def __init__(self, counters: HttpCounters, access: Access, vitals: Vitals) -> None:
         self._counters = counters
@@ -21,7 +21,7 @@ class EdgeMetrics(Collector):
         self._vitals = vitals
 
     def collect(self) -> Iterable[Metric]:
-        """Prometheus' own name for it."""
+        """Yield the metrics. Called by Prometheus."""
         accepted = self._counters.connections
         yield CounterMetricFamily("memserve_connections", "Connections accepted.", accepted)
         refusals = CounterMetricFamily(

@@ -1,4 +1,4 @@
-"""From a client's request to a call that has it passed on to a vLLM server."""
+"""Builder of calls that forward a client's request to a vLLM server."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _PREFIXES = {ForwardPath.CHAT: "chatcmpl", ForwardPath.COMPLETIONS: "cmpl"}
 class ForwardBuilder:
     """Builds calls for one model, on the threads of its `CallBuilder`.
 
-    Their prompt is what instances are chosen by. It is the server's where the gateway's template
-    renders what the server's does, and begins as that does where there are images in it.
+    A call's prompt only serves the choice of an instance. It equals the server's if the gateway's
+    template renders as the server's does; with images, only the first part is equal.
     """
 
     def __init__(self, calls: CallBuilder, tokenizer: Tokenizer) -> None:
@@ -37,8 +37,8 @@ class ForwardBuilder:
         self._tokenizer = tokenizer
 
     async def build(self, path: ForwardPath, body: bytes, limits: Limits) -> GenerateCall:
-        """Raises ApiError that says what is wrong with the request, as far as that is known
-        here."""
+        """Return the call of a request (JSON). Raises ApiError for faults that are known here;
+        the server checks the rest."""
         if len(body) > LARGE_BODY_BYTES:
             return await self._calls.threads.apart(lambda: self._build(path, body, limits))
         if len(body) > INLINE_CHARACTERS:
@@ -68,7 +68,7 @@ class ForwardBuilder:
         )
 
     def _prompt(self, request: ForwardRequest, limits: Limits) -> tuple[TokenArray, bool]:
-        """The prompt, and whether it should be all that the server computes."""
+        """Return the prompt, [tokens] int32, and whether it should equal the server's."""
         special = request.asked.add_special_tokens
         if request.path is ForwardPath.COMPLETIONS and request.prompts:
             self._calls.check_lengths(request.prompts, limits)
@@ -96,7 +96,7 @@ class ForwardBuilder:
 
 
 def _output_tokens(request: ForwardRequest, prompt_tokens: int, limits: Limits) -> int:
-    """How many tokens are expected at most: for the choice of an instance, and no limit."""
+    """Return the most output tokens to expect: for the choice of an instance, not as a limit."""
     if request.path not in GENERATING_PATHS:
         return 1
     if (asked := request.asked.output_tokens) is not None:

@@ -1,7 +1,7 @@
-"""A client's request for a vLLM server: what of it is passed on, and what is refused.
+"""A client's request for a vLLM server: checked, filtered and encoded again.
 
-Nothing is passed on that was not read: the server gets what is encoded anew here, so that both
-have the same in mind where a body is ambiguous.
+The server gets only fields that were decoded here, encoded again: of an ambiguous body, gateway
+and server so read the same. Prompts and token ids are checked and copied as they are.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _Positive = Annotated[int, Meta(ge=1, le=MAX_INT32)]
 _Scores = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 _StopString = Annotated[str, Meta(max_length=MAX_STOP_CHARACTERS)]
 
-# Where a part of a message says where its content is: vLLM would fetch it from there.
+# Suffix of the fields, in message parts, with a URL from which vLLM would fetch the content.
 _MEDIA_SUFFIX = "_url"
 _DATA = "data:"
-# Fields with no content of messages in them, where addresses are but words. Documents are texts
-# for a chat's template; those that are ranked have parts as messages do.
+# Fields without message content, whose URLs vLLM does not fetch. A chat's `documents` are texts
+# for the template (see `read_request`); those of other paths have parts, as messages do.
 _NO_CONTENT = frozenset(
     {
         "chat_template_kwargs",
@@ -58,12 +58,12 @@ _NO_CONTENT = frozenset(
         "tools",
     }
 )
-# Of a template's variables: they would replace the template, or what is made with it.
+# Template variables that would replace the template, or change its output's form.
 _TEMPLATE_STEERING = ("chat_template", "tokenize", "return_dict")
 
 
 class Asked(SharedFields, frozen=True, kw_only=True):
-    """What a gateway itself looks at. All else is the server's to check."""
+    """Fields that the gateway reads. The server checks all others."""
 
     max_completion_tokens: _Positive | None = None
     max_output_tokens: _Positive | None = None
@@ -77,13 +77,13 @@ class Asked(SharedFields, frozen=True, kw_only=True):
 
     @property
     def output_tokens(self) -> int | None:
-        """At most so many, of each sample."""
+        """The most output tokens of each sample; None: not given."""
         return self.max_completion_tokens or self.max_tokens or self.max_output_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardRequest:
-    """A request that may be passed on. `fields`: decoded, and as the server gets them."""
+    """A request that may be forwarded. `fields`: decoded, as the server gets them."""
 
     path: ForwardPath
     asked: Asked
@@ -91,7 +91,7 @@ class ForwardRequest:
     fields: dict[str, Any]
 
     def forward(self, renders: bool) -> Forward:
-        """`renders`: see `Forward`."""
+        """Return the request as a part of a call. `renders`: see `Forward`."""
         return Forward(self.path, _encode(self.fields), renders)
 
 
@@ -100,7 +100,7 @@ _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def read_request(path: ForwardPath, body: bytes) -> ForwardRequest:
-    """Raises ApiError (400) that names the field at fault."""
+    """Decode and check a body. Raises ApiError (400) that names the field at fault."""
     check_body(body)
     try:
         members = _members.decode(body)
@@ -136,8 +136,8 @@ def read_request(path: ForwardPath, body: bytes) -> ForwardRequest:
 def _read_tokens(
     path: ForwardPath, members: dict[str, msgspec.Raw]
 ) -> tuple[tuple[Prompt, ...], dict[str, msgspec.Raw]]:
-    """A completion's prompts, and the members that may have thousands of tokens, which go to the
-    server as the client has written them: no object is made for each token."""
+    """Return a completion's prompts, and the fields that may have thousands of tokens as raw JSON:
+    they are copied for the server, so that no object is made for each token."""
     if path in (ForwardPath.COMPLETIONS, ForwardPath.TOKENIZE) and "prompt" in members:
         return read_prompts(members["prompt"]), {"prompt": members["prompt"]}
     if path is ForwardPath.DETOKENIZE and "tokens" in members:
@@ -148,7 +148,7 @@ def _read_tokens(
 
 
 def _passes(path: ForwardPath, name: str, value: object) -> bool:
-    """Whether a field is for the server. Raises ApiError for one that is for nobody."""
+    """Return whether to send a field to the server. Raises ApiError for an unsupported one."""
     if name in FIELDS[path]:
         return name not in GIVEN_FIELDS
     if name in GIVEN_FIELDS or name in IGNORED_FIELDS or is_neutral(name, value):
@@ -168,7 +168,7 @@ def _check_template(fields: dict[str, Any]) -> None:
 
 
 def _check_tools(fields: dict[str, Any]) -> None:
-    """Servers of tools are the operator's to name."""
+    """Raise ApiError if a tool names a server: only the operator may configure these."""
     tools = fields.get("tools")
     for tool in tools if isinstance(tools, list) else ():
         if isinstance(tool, dict) and not tool.keys().isdisjoint(("server_url", "connector_id")):
@@ -176,7 +176,7 @@ def _check_tools(fields: dict[str, Any]) -> None:
 
 
 def _check_media(value: object, field: str) -> None:
-    """Raises ApiError where content is to be fetched: vLLM would do so from inside the cluster."""
+    """Raise ApiError for content at a URL: vLLM would fetch it from inside the cluster."""
     if isinstance(value, list):
         for item in value:
             _check_media(item, field)
@@ -185,9 +185,9 @@ def _check_media(value: object, field: str) -> None:
             if name.endswith(_MEDIA_SUFFIX) or (name == "source" and isinstance(content, dict)):
                 _check_place(content, field)
             elif name == "uuid" and content is not None:
-                # vLLM would take what anybody has sent under that name, whoever's tenant.
+                # vLLM would take cached media under that name, also another tenant's.
                 raise unsupported("uuid")
-            # What a model has asked a tool for is text to whoever reads it.
+            # vLLM takes a tool call's arguments as text.
             if not (name == "input" and value.get("type") == "tool_use"):
                 _check_media(content, field)
 
@@ -203,7 +203,8 @@ def _check_place(content: object, field: str) -> None:
 
 
 def _keep_nothing(fields: dict[str, Any]) -> None:
-    """An answer that is kept is at one server, where the next request may not come to."""
+    """Set `store` to false; raise ApiError if it is set: a stored answer is at one server, and
+    the next request may go to another."""
     if fields.get("store"):
         raise invalid(
             "'store' is not supported: no answer is kept.", "store", "unsupported_parameter"

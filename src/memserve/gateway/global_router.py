@@ -1,4 +1,4 @@
-"""The global scheduler as the gateway's router: members, events and polls in, plans out."""
+"""The global scheduler as the gateway's `Router`: members, KV events and polls in, plans out."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0  # between looks at what polls have brought: as often as they are made
-# A member's block size, until it has loaded its model and told its limits.
+LOOK_SECONDS = 1.0  # between looks at the members' polled totals: the interval of the polls
+# Assumed block size of a member until it has loaded its model and reported its limits.
 _BLOCK_TOKENS = 16
-# Where costs are but guessed, only the number of requests bounds what is let through; tenants
-# still take turns in proportion.
+# Factor on prefill costs while no instance has given a profile: only the number of requests then
+# bounds admission; tenants still take turns in proportion.
 _GUESSED = 1e-3
-# A first token teaches what a prefill costs where hardly anything else was predicted.
+# Least share of prefill in a predicted TTFT at which the measured TTFT corrects prefill costs.
 _PURE_PREFILL = 0.9
 
 
 @dataclass(slots=True)
 class _Known:
-    """A member's present life, as the scheduler knows it."""
+    """A member's current life, as the scheduler knows it."""
 
     epoch: Epoch
     spec: InstanceSpec
     steps: StepTimes
-    profiled: bool = False  # its costs are its own, and not a guess
+    profiled: bool = False  # its costs come from its own profile, not from a guess
     asking: asyncio.Task[None] | None = None
     totals: EngineTotals | None = None
     limits: Limits | None = None
@@ -70,8 +70,8 @@ class GlobalRouter:
         instance_wait: float,
         vitals: Vitals | None = None,
     ) -> None:
-        """`instance_wait`: seconds that requests wait where there is no instance. `vitals`
-        watches over the tasks."""
+        """`instance_wait`: seconds without an instance until waiting requests are refused.
+        `vitals` supervises the tasks."""
         self._vitals = vitals or Vitals()
         self.tree = PromptTree()
         self.scheduler = Scheduler(self.tree, clock, policy)
@@ -82,7 +82,7 @@ class GlobalRouter:
         self._clock = clock
         self._costs = InstanceCosts(peers)
         self._known: dict[InstanceId, _Known] = {}
-        self._unmet_turns = itertools.count()  # of members that the scheduler has not met
+        self._unmet_turns = itertools.count()  # round-robin over members unknown to the scheduler
         self._eligible = _Eligible((), Epoch(-1))
         self._unfollow = membership.on_change(self._changed)
         self._looking = self._vitals.task("router", self._look())
@@ -97,7 +97,7 @@ class GlobalRouter:
         await self.feed.close()
 
     def plan(self, call: GenerateCall, members: Sequence[Member]) -> MemberPlan:
-        """Where a call runs; reserved until the plan's ticket has ended."""
+        """Return the plan of a call. Its reservation lasts until the plan's ticket ends."""
         eligible = self._eligible
         if not eligible.are(members, self._membership.epoch):
             eligible = self._eligible = _Eligible(members, self._membership.epoch)
@@ -110,7 +110,7 @@ class GlobalRouter:
             priority=call.priority,
         )
         decision = self.scheduler.decide(request, eligible.ids)
-        if decision is None:  # their first sign of life is on its way
+        if decision is None:  # the scheduler knows none of `members` yet
             return MemberPlan(members[next(self._unmet_turns) % len(members)])
         plan = decision.plan
         self.metrics.planned(plan, decision.took)
@@ -125,11 +125,11 @@ class GlobalRouter:
         return MemberPlan(by_id[plan.instance], prefill, fetch, ticket, ticket.explain)
 
     def decisions(self, n: int) -> list[Decision]:
-        """The last `n`, newest first."""
+        """Return the last `n` decisions, newest first."""
         return self.scheduler.decisions.last(n)
 
     def first_token(self, request: RequestId, plan: Plan, planned: float) -> None:
-        """A plan of the time `planned` has come to its first token."""
+        """Record the first token of a plan made at `planned` (the clock's seconds)."""
         seconds = self._clock.now() - planned
         self.prefilled(request)
         self.metrics.first_token(seconds)
@@ -143,7 +143,7 @@ class GlobalRouter:
             costs.observe_prefill(plan.prompt_tokens, cached, seconds - others)
 
     def prefilled(self, request: RequestId) -> None:
-        """Its prompt is computed, or should be by now."""
+        """Mark a request's prompt as computed, as seen or as predicted."""
         self.scheduler.prefilled(request)
         self.queue.prefilled(request)
 
@@ -190,7 +190,7 @@ class GlobalRouter:
         known.profiled = True
         self._put(known, replace(known.spec, costs=costs))
         for other in tuple(self._known.values()):
-            if not other.profiled:  # the next best guess
+            if not other.profiled:  # this profile is now the best guess for it
                 self._put(other, replace(other.spec, costs=self._costs.unknown()))
 
     def _put(self, known: _Known, spec: InstanceSpec) -> None:
@@ -214,25 +214,26 @@ class GlobalRouter:
                     continue
                 try:
                     self._take_in(known, member, member.stats.engine)
-                except Exception as error:  # noqa: BLE001 - one's figures are not the others'
+                except Exception as error:  # noqa: BLE001 - one member must not stop the others
                     self._vitals.survive("a look at a member's figures", error)
             self.queue.resize(self._computing())
             await asyncio.sleep(LOOK_SECONDS)
 
     def _prefill_seconds(self, tokens: int) -> float:
-        """Of a prompt with nothing cached, as admission counts it."""
+        """Return the seconds, for admission, of a prefill of `tokens` with nothing cached."""
         seconds = self.scheduler.whole_prefill_seconds(tokens)
         told = any(known.profiled for known in self._known.values())
         return seconds if told else _GUESSED * seconds
 
     def _computing(self) -> int:
-        """How many instances compute prompts."""
+        """Return how many ready instances compute prompts; decode instances count only if there
+        are no others."""
         roles = [member.role for member in self._membership.ready()]
         decode = roles.count(Role.DECODE)
         return len(roles) - decode or decode
 
     def _take_kv(self, known: _Known, member: Member) -> None:
-        """Which instances its KV can move to, known once it has loaded its model."""
+        """Take over the KV fingerprint of a member; "" until it has loaded its model."""
         kv = member.kv if member.limits is not None else ""
         if kv == known.spec.kv:
             return
@@ -258,16 +259,16 @@ class GlobalRouter:
         known.steps.learn(known.spec, totals, context)
         last, known.totals = known.totals, totals
         if last is None or known.spec.role is Role.PREFILL:
-            return  # of prefill instances an answer is one token, whatever it comes to elsewhere
+            return  # prefill instances generate only the first token of an answer
         length = answer_tokens(last, totals)
-        # Answers that are no longer are self-tests and proofs, which say nothing of clients.
+        # Answers of at most TOKENS tokens are self-tests and hand-over proofs, not clients'.
         if length is not None and length > handover_proof.TOKENS:
             self.scheduler.output_length.ended(round(length))
 
 
 class _Eligible:
-    """Members that may be chosen. They are the same for one request after the other, until
-    something changes in the cluster, and then they need not be looked through again."""
+    """Members that a plan may choose, with look-ups by id and role. One object serves all
+    requests until the cluster changes, so that look-ups are not rebuilt for each request."""
 
     def __init__(self, members: Sequence[Member], epoch: Epoch) -> None:
         self._members = members
@@ -277,13 +278,14 @@ class _Eligible:
         self.prefill = [member for member in members if member.role is Role.PREFILL]
 
     def are(self, members: Sequence[Member], epoch: Epoch) -> bool:
-        """Nothing has changed: members' ids, roles and states are those of a cluster's epoch."""
+        """Return whether this object describes `members` at the membership's `epoch`, which fixes
+        ids, roles and states."""
         return self._epoch == epoch and self._members == members
 
 
 class _Reservation:
-    """A plan's ticket. Where nothing will be heard of a first token, since the answer comes
-    whole, the prompt counts as computed when it was predicted to be."""
+    """Ticket of a plan. An answer that is not streamed shows no first token: its prompt counts as
+    computed after the predicted TTFT."""
 
     __slots__ = ("_at", "_decision", "_expected", "_request", "_router", "_teaches")
 
@@ -300,7 +302,7 @@ class _Reservation:
         self._decision = decision
         self._at = at
         self._expected: asyncio.TimerHandle | None = None
-        # What else a server does before a first token (images, grammars) is not its prefill.
+        # A vLLM server's TTFT includes other work (images, grammars), so it teaches no prefill.
         self._teaches = call.forward is None
         if not call.stream:
             loop = asyncio.get_running_loop()
@@ -311,7 +313,7 @@ class _Reservation:
         return self._decision.summary().partition(": ")[2]  # without the request's id
 
     def first_token(self) -> None:
-        if self._expected is not None:  # the first bytes are the last ones too
+        if self._expected is not None:  # not streamed: the whole answer comes at once
             return
         if self._teaches:
             self._router.first_token(self._request, self._decision.plan, self._at)
@@ -320,7 +322,7 @@ class _Reservation:
 
     def ended(self) -> None:
         if self._expected is not None:
-            self._expected.cancel()  # another try of the same request starts anew
+            self._expected.cancel()  # it must not mark a retry of the request as prefilled
         self._router.scheduler.finished(self._request)
 
 
@@ -335,13 +337,13 @@ def _with_limits(spec: InstanceSpec, limits: Limits) -> InstanceSpec:
 
 
 def _resumed(call: GenerateCall) -> int:
-    """How many tokens were generated elsewhere."""
+    """Return how many tokens of the first choice a lost instance has generated."""
     return len(call.resumed[0]) if call.resumed else 0
 
 
 def _tokens(call: GenerateCall) -> TokenArray:
-    """The prompt, and what was generated of it elsewhere, [tokens] int32. Of several prompts
-    the first: all of them run in one place."""
+    """Return the first prompt and the tokens that a lost instance generated behind it, [tokens]
+    int32. The first one stands for several prompts: all run on one instance."""
     prompt = call.prompts[0]
     if not _resumed(call):
         return prompt

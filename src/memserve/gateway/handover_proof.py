@@ -1,11 +1,11 @@
-"""Proof that KV moves between prefill and decode instances, before anybody relies on it.
+"""Proof that KV moves between prefill and decode instances, with hand-overs of test prompts.
 
-A hand-over that moves nothing is no error: the decode instance computes the prompt, and answers.
-So a small prompt that nobody has cached is handed over as any other, and what arrived is looked
-at. Pairs in which nothing did are degraded: they are told of, and tried again until they work.
+A hand-over that moves no KV raises no error: the decode instance computes the prompt and answers.
+So the gateway hands over a small prompt that no instance has cached, and checks whether KV bytes
+arrived. A pair for which none did is reported as degraded, and tried again until it works.
 
-Each gateway, and each of its workers, makes proofs of its own. They share nothing but members, any
-worker may be asked for `/health`, and what one costs is a prompt of three blocks for each life of
+Each gateway, and each of its workers, makes proofs of its own: workers share only members, and
+any worker may be asked for `/health`. A proof costs one prompt of three blocks for each life of
 an instance.
 """
 
@@ -46,24 +46,23 @@ from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0  # between looks at the members: as often as they are polled
-# A pair that does not work is tried again after FIRST_PAUSE, then after twice as long, and so on.
+LOOK_SECONDS = 1.0  # between looks at the members: the interval of their polls
+# Seconds until a pair that does not work is tried again; doubled each time, up to MAX_PAUSE.
 FIRST_PAUSE = 10.0
 MAX_PAUSE = 300.0
-# As long as there are clients' sequences waiting at one of a pair, its proof waits, too; not for
-# ever, since a pair that is always busy is the one that should work.
+# Seconds that a proof is put off while sequences wait at an instance of the pair; not for ever,
+# since a pair that is always busy matters most.
 BUSY_PAUSE = 10.0
 MAX_PUT_OFF = 6  # times in a row
-# For the answer: three blocks behind whatever runs already. Longer than the transfer's own limits,
-# so that those say what is wrong.
+# Timeout of a proof: three blocks behind whatever runs already. Longer than the transfer's own
+# timeouts, so that their errors are reported.
 PROOF_SECONDS = 60.0
-MEET_SECONDS = 15.0  # for two pools to find out that they cannot meet: they have limits, too
-# Pairs that are remembered, many times those that one gateway has ever had: as many as each of a
-# quarter of the members that there can be needs.
+MEET_SECONDS = 15.0  # timeout of a round trip between two pools, which have timeouts of their own
+# Pairs that are remembered: one for each of a quarter of `membership.MAX_MEMBERS`.
 MAX_PAIRS = 1024
 
-BLOCKS = 3  # of a prompt
-TOKENS = 2  # of an answer: were there but one, nobody would want the KV
+BLOCKS = 3  # of a proof's prompt
+TOKENS = 2  # of its answer: for a single token, the decode instance would need no KV
 NOTHING_MOVED = "no KV arrived where it is decoded"
 NO_ANSWER = "the decode instance did not answer"
 
@@ -75,7 +74,7 @@ class _Usage(msgspec.Struct, frozen=True):
 
 
 class _Answer(msgspec.Struct, frozen=True):
-    """What a proof reads of an answer."""
+    """The part of an answer that a proof reads."""
 
     usage: _Usage
 
@@ -99,9 +98,9 @@ class Pair(NamedTuple):
 
 
 def pairs_of(members: Sequence[Member], known: Iterable[Pair] = ()) -> list[Pair]:
-    """The pairs to prove among members that hold the same KV: each prefill instance in one of
-    them at least, and each decode instance. Of the `known` ones those stay that can, so that
-    nothing is proved again because of somebody who came or left.
+    """Return the pairs to prove: among members with one KV fingerprint, each prefill and each
+    decode instance is in at least one. `known` pairs whose members are still there stay, so that
+    a member that joins or leaves makes no other pair be proved again.
 
     At most one for each member, and MAX_PAIRS. Members without KV to hand over are in none.
     """
@@ -136,23 +135,23 @@ def pairs_of(members: Sequence[Member], known: Iterable[Pair] = ()) -> list[Pair
 
 @dataclass(slots=True)
 class _PairState:
-    """How far a pair's proof has come."""
+    """State of a pair's proof."""
 
-    due: float  # when it is tried; only while it is not proven
-    pause: float = FIRST_PAUSE
+    due: float  # clock time of the next try; unused once it is proven
+    pause: float = FIRST_PAUSE  # seconds until the try after the next failure
     put_off: int = 0  # times in a row
     proven: bool = False
     degraded: DegradedPair | None = None
 
 
 class HandoverProof(Collector):
-    """Proves pairs one after the other, while `run` runs. Belongs to the event loop. It is no
-    client: nothing of it is in the gateway's queue, its turns or its requests' metrics."""
+    """Proves pairs one after the other, while `run` runs. Belongs to the event loop. Its calls go
+    to instances directly, and are not in the gateway's queue, turns or request metrics."""
 
     def __init__(
         self, membership: Membership, peers: PeerClient, clock: Clock, model: str, vitals: Vitals
     ) -> None:
-        """`model`: as answers name it."""
+        """`model`: the served name, for the calls."""
         self._membership = membership
         self._peers = peers
         self._clock = clock
@@ -163,14 +162,14 @@ class HandoverProof(Collector):
         self.worked = self.failed = 0
 
     async def run(self) -> None:
-        """Follow the members, until cancelled."""
+        """Follow the members and prove pairs that are due, until cancelled."""
         while True:
             self.follow()
             pair = self._next()
             if pair is None:
                 await asyncio.sleep(LOOK_SECONDS)
                 continue
-            # What fails as nobody expected is counted, and the pair tried again.
+            # `vitals` counts an unexpected failure; the pair is tried again.
             proof = self._vitals.errand("hand-over's proof", self.prove(pair))
             try:
                 await asyncio.wait((proof,))
@@ -178,16 +177,16 @@ class HandoverProof(Collector):
                 proof.cancel()
 
     def degraded(self) -> tuple[DegradedPair, ...]:
-        """The pairs that do not work, as far as is known."""
+        """Return the pairs whose last proof has failed."""
         found = (state.degraded for state in self._pairs.values())
         return tuple(each for each in found if each is not None)
 
     def proven(self) -> list[Pair]:
-        """The pairs that work."""
+        """Return the pairs that work, or whose limits are too small for a hand-over."""
         return [pair for pair, state in self._pairs.items() if state.proven]
 
     def collect(self) -> Iterable[Metric]:
-        """Prometheus' own name for it."""
+        """Yield the metrics. Called by Prometheus."""
         yield GaugeMetricFamily(
             "memserve_scheduler_degraded_pairs",
             "Prefill and decode instances between which no KV moves.",
@@ -201,8 +200,8 @@ class HandoverProof(Collector):
         yield proofs
 
     def follow(self) -> None:
-        """Take in who is there now: a new life is proved anew, and who has gone is forgotten."""
-        # Those that are in doubt, too: who misses a heartbeat is not another.
+        """Update the pairs from the members: add new lives to prove, drop lives that have ended."""
+        # With members in doubt: an instance that missed a poll is still in its life.
         members = [
             member
             for member in self._membership.members
@@ -215,19 +214,19 @@ class HandoverProof(Collector):
         }
 
     async def prove(self, pair: Pair) -> None:
-        """Have a pair hand a prompt over, and remember what came of it."""
+        """Have a pair hand a prompt over, and store the result."""
         state = self._pairs[pair]
-        state.due = self._clock.now() + state.pause  # whatever happens
+        state.due = self._clock.now() + state.pause  # even if this try raises
         prefill, decode = self._member(pair.prefill), self._member(pair.decode)
         if prefill is None or decode is None or self._puts_off(state, prefill, decode):
             return
         call = self._call(prefill, decode)
-        if call is None:  # so small that nothing can be handed over
+        if call is None:  # its limits are too small for a hand-over
             state.proven = True
             return
         failure = await self._failure(call, prefill, decode)
         self.follow()
-        if pair not in self._pairs:  # one of them has gone meanwhile, which may be why
+        if pair not in self._pairs:  # an instance has gone meanwhile, which may be why
             return
         if failure is None:
             self.worked += 1
@@ -251,7 +250,7 @@ class HandoverProof(Collector):
     # --- inside ---------------------------------------------------------------------------
 
     def _next(self) -> Pair | None:
-        """The pair that has been due for longest."""
+        """Return the pair that has been due for longest; None: none is due."""
         waiting = {p: each.due for p, each in self._pairs.items() if not each.proven}
         pair = min(waiting, key=lambda each: waiting[each], default=None)
         return pair if pair is not None and waiting[pair] <= self._clock.now() else None
@@ -261,7 +260,7 @@ class HandoverProof(Collector):
         return member if member is not None and member.epoch == life.epoch else None
 
     def _puts_off(self, state: _PairState, *members: Member) -> bool:
-        """Whether clients wait at one of them, so that now is not the time."""
+        """Return whether the proof is put off, since sequences wait at one of the members."""
         busy = any(m.stats is not None and m.stats.engine.waiting for m in members)
         if not busy or state.put_off == MAX_PUT_OFF:
             state.put_off = 0
@@ -271,8 +270,8 @@ class HandoverProof(Collector):
         return True
 
     def _call(self, prefill: Member, decode: Member) -> GenerateCall | None:
-        """A prompt that nobody has, in a namespace that nobody else uses. None: the instances
-        take no prompt that is long enough."""
+        """Return a call with a random prompt, in a namespace of its own. None: the instances
+        accept no prompt of BLOCKS blocks."""
         limits = [member.limits for member in (prefill, decode) if member.limits is not None]
         tokens = BLOCKS * max(limit.block_tokens for limit in limits)
         if tokens + TOKENS > min(limit.max_tokens for limit in limits):
@@ -287,13 +286,14 @@ class HandoverProof(Collector):
             prompts=(self._prompt(limits, tokens),),
             sampling=SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True),
             cache_salt=f"proof-{name}",
-            # Behind all clients; a vLLM server that has not been told to order requests takes none.
+            # Behind all clients. A vLLM server without priority scheduling refuses a priority.
             priority=MAX_INT32 if ours else 0,
             prefill=(PrefillPeer(prefill.id, prefill.address),),
         )
 
     def _prompt(self, limits: Sequence[Limits], tokens: int) -> TokenArray:
-        """Random ids from the middle of the vocabulary: what is special is at its ends."""
+        """Return random token ids, [tokens] int32, from the middle of the vocabulary: special
+        tokens are at its ends."""
         size = min(limit.vocab_size for limit in limits)
         low, high = size // 4, max(size // 2, size // 4 + 1)
         return from_ids([self._random.randrange(low, high) for _ in range(tokens)])
@@ -301,7 +301,7 @@ class HandoverProof(Collector):
     async def _failure(
         self, call: GenerateCall, prefill: Member, decode: Member
     ) -> DegradedPair | None:
-        """Why nothing moved; None: it did."""
+        """Run a proof's call. Return why no KV moved; None: KV moved."""
         try:
             answer = await self._peers.call(
                 "POST",
@@ -319,7 +319,8 @@ class HandoverProof(Collector):
         return DegradedPair(prefill.id, decode.id, NOTHING_MOVED, detail)
 
     async def _obstacle(self, one: Member, other: Member) -> str:
-        """What one says is in its way to the other; empty: it sees nothing."""
+        """Return why the pool of `one` cannot reach the pool of `other`, as `one` reports; "" if
+        it can."""
         call = MeetCall(PrefillPeer(other.id, other.address))
         try:
             await self._peers.call(

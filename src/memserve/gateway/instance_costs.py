@@ -1,7 +1,7 @@
-"""What instances cost: the models that they give, corrected by what happens.
+"""Cost models of instances: from their profiles, corrected by measured times.
 
-Instances of equal hardware and model share one model, and what is learnt of it: the scheduler
-predicts for all of them in one go.
+Instances of equal hardware and model share one cost model and its corrections: the scheduler
+predicts for all of them at once.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from memserve.scheduler.refined_costs import RefinedCosts
 log = logging.getLogger(__name__)
 
 PROFILE_PATH = "/profile"
-_PROFILE_SECONDS = 5.0  # it is a small file, held in memory
-# Between questions for a profile; an instance that serves has measured it, or never will.
+_PROFILE_SECONDS = 5.0  # timeout; a profile is a small file, held in memory
+# Between requests for a profile; an instance that serves has measured it, or never will.
 RETRY_SECONDS = 2.0
 MAX_QUESTIONS = 3
-# A step's mean over fewer steps than this says little.
+# Fewer steps give no useful mean.
 _MIN_STEPS = 8
 
-# Where no instance has said anything, until what they do is known: right are the proportions.
+# Assumed costs until an instance gives a profile: only their proportions are right.
 UNKNOWN: Costs = derive(HARDWARE["cpu"], GEMMA3_270M)
 
 
@@ -41,12 +41,13 @@ class InstanceCosts:
         self._typical: Costs = UNKNOWN
 
     def unknown(self) -> RefinedCosts:
-        """For an instance that has given no profile: most probably it is like the others. What
-        is learnt of it is its own."""
+        """Return a cost model for an instance without a profile: a copy of the last profile that
+        another instance gave, with corrections of its own."""
         return RefinedCosts(self._typical)
 
     async def of(self, address: str) -> RefinedCosts | None:
-        """The costs of the instance at a URL; None: it gives none."""
+        """Fetch the profile of the instance at a URL; return its cost model, shared by equal
+        instances. None: it gives no profile."""
         for _ in range(MAX_QUESTIONS):
             try:
                 body = await self._peers.call(
@@ -73,10 +74,11 @@ class StepTimes:
         self._last: EngineTotals | None = None
 
     def learn(self, spec: InstanceSpec, now: EngineTotals, context_tokens: float) -> None:
-        """`context_tokens`: that its running sequences hold in all, about."""
+        """`now`: the last poll's totals. `context_tokens`: about how many tokens its running
+        sequences hold in all."""
         last = self._last
         if last is None or now.computed_prompt_tokens != last.computed_prompt_tokens:
-            self._last = now  # not only decode steps
+            self._last = now  # some of the steps computed prompts
             return
         if now.steps < last.steps + _MIN_STEPS:
             return
@@ -89,10 +91,10 @@ class StepTimes:
 
 
 def answer_tokens(last: EngineTotals, now: EngineTotals) -> float | None:
-    """How long answers were between two polls, in tokens; None: that cannot be told.
+    """Return the mean length, in tokens, of the answers between two polls; None: unknown.
 
-    What was generated belongs to those that ended, and to those that run now and did not then:
-    they are half way, as those were that ran then and do not now.
+    The generated tokens are divided by the finished sequences plus half of the growth in running
+    ones: a running sequence is on average half done.
     """
     ended = now.finished - last.finished
     answers = ended + (now.running - last.running) / 2

@@ -1,6 +1,6 @@
-"""What Prometheus gets from a gateway: its own requests, and every instance's statistics.
+"""A gateway's Prometheus metrics: its own requests, and every instance's statistics.
 
-Counts are plain numbers that one event loop owns; Prometheus' objects are made when asked for.
+Counts are plain numbers that one event loop owns; Prometheus' objects are made for each scrape.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HISTOGRAMS = (
 
 
 class GatewayMetrics(Collector):
-    """One registry, so that several gateways fit into one process."""
+    """Metrics in registries of their own, so that several gateways fit into one process."""
 
     def __init__(self, membership: Membership) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()  # by endpoint and status
@@ -54,19 +54,19 @@ class GatewayMetrics(Collector):
         self._instances.register(_Instances(membership))
 
     def register(self, collector: Collector) -> None:
-        """Give Prometheus what this one collects, too."""
+        """Add a collector's metrics to `own`."""
         self._own.register(collector)
 
     def own(self) -> bytes:
-        """What this gateway itself has counted, in Prometheus' text format."""
+        """Return this gateway's own metrics, in Prometheus' text format."""
         return generate_latest(self._own)
 
     def instances(self) -> bytes:
-        """What the instances have told last, likewise."""
+        """Return the instances' last polled statistics, in Prometheus' text format."""
         return generate_latest(self._instances)
 
     def collect(self) -> Iterable[Metric]:
-        """Prometheus' own name for it."""
+        """Yield the metrics. Called by Prometheus."""
         requests = CounterMetricFamily(
             "memserve_requests", "Requests answered.", labels=["endpoint", "status"]
         )
@@ -98,7 +98,7 @@ class _Instances(Collector):
         self._membership = membership
 
     def collect(self) -> Iterable[Metric]:
-        """Prometheus' own name for it."""
+        """Yield the metrics. Called by Prometheus."""
         yield from instance_metrics(
             (member.id, member.stats)
             for member in self._membership.members

@@ -1,4 +1,4 @@
-"""A completion's prompts: texts, or token ids without an object for each."""
+"""Reader of a completion's prompts: texts, or token ids without an object for each."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _any = msgspec.json.Decoder(Prompts)
 
 
 def read_prompts(json: msgspec.Raw) -> tuple[Prompt, ...]:
-    """At least one, none of them empty. Raises ApiError (400): they are too many, which is found
-    before any is read, or no prompts."""
+    """Return the prompts of a `prompt` field, at least one and none empty. Raises ApiError (400)
+    for too many, counted before any is read, and for any other value."""
     ids = plain_token_ids(json)
     if ids is not None:
         return (ids,)
@@ -47,7 +47,7 @@ def read_prompts(json: msgspec.Raw) -> tuple[Prompt, ...]:
 
 
 def _read_prompt(json: msgspec.Raw) -> Prompt | None:
-    """One of several. None: there is something wrong with it."""
+    """Return one prompt of a list; None if it is not valid."""
     return _read_text(json) if memoryview(json)[0] == _QUOTE else plain_token_ids(json)
 
 
@@ -59,7 +59,7 @@ def _read_text(json: msgspec.Raw) -> str:
 
 
 def _refusal(json: msgspec.Raw) -> ApiError:
-    """What is wrong with a prompt, or with one of several."""
+    """Return the error of a prompt, or of a list of prompts, that is not valid."""
     if memoryview(json).nbytes > COUNTED_BODY_BYTES:
         return _mixed()
     try:

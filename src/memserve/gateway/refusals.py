@@ -1,4 +1,4 @@
-"""Why a gateway itself refuses a request: no instance had a part in it."""
+"""Errors with which a gateway itself refuses a request (503)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ def no_instance() -> ApiError:
 
 
 def stopping() -> ApiError:
-    """What runs or waits is ended."""
+    """For running and waiting requests that a stopping gateway ends."""
     return unavailable("The gateway is shutting down.", "gateway_stopping", close=True)
 
 
 def draining() -> ApiError:
-    """Nothing new is taken; what runs goes on."""
+    """For requests that come while the running ones finish."""
     return unavailable("The gateway is shutting down.", "gateway_draining", close=True)

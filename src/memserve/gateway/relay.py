@@ -1,5 +1,5 @@
-"""Sends a call to an instance and its answer's bytes to the client; where the instance is lost,
-to another one, which goes on where the first one stopped."""
+"""Relay of calls to an instance, and of the answer's bytes to the client. If the instance is lost,
+another one continues the answer."""
 
 from __future__ import annotations
 
@@ -29,38 +29,38 @@ from memserve.types import Epoch, InstanceId, Role
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3  # a call that takes instances down must not take all of them
-LOOK_SECONDS = 0.1  # how often those that wait for an instance look for one
+MAX_ATTEMPTS = 3  # instances per call: one that crashes instances must not crash all of them
+LOOK_SECONDS = 0.1  # between looks for an instance, while a call has none
 _Lives = set[tuple[InstanceId, Epoch | None]]  # of members
-# Numbers: to look a member of an enumeration up takes longer than to compare it.
+# As int: looking up an enumeration's member takes longer than the comparison.
 _OK, _FULL = HTTPStatus.OK.value, HTTPStatus.TOO_MANY_REQUESTS.value
 _NO_PROMPT = from_ids((0,))
 _REFUSALS = (HTTPStatus.SERVICE_UNAVAILABLE.value, _FULL)
 
 
 class Answer:
-    """What happened to a call, for the log and the metrics. Filled while it is relayed."""
+    """Outcome of a call, for log and metrics. Filled while the call is relayed."""
 
     __slots__ = ("broken", "failovers", "first_byte", "key", "pauses", "plan")
 
     def __init__(self) -> None:
         self.key: str | None = None  # the name of the API key that was shown
         self.plan: Plan | None = None  # the last one tried
-        self.first_byte: float | None = None  # when it reached the client; streams only
-        self.broken = False  # ended by an error in mid-stream
-        self.failovers = 0  # times that another instance went on with a stream
-        self.pauses: list[float] = []  # that the client saw then, seconds
+        self.first_byte: float | None = None  # clock time of its write to the client; streams only
+        self.broken = False  # the stream ended with an error
+        self.failovers = 0  # times that another instance continued a stream
+        self.pauses: list[float] = []  # seconds without bytes for the client, one per failover
 
 
 class Attempt:
-    """A call at one instance, and the instance's answer."""
+    """A call at one instance, and the instance's answer: the `Sink` of `Upstream.call`."""
 
     def __init__(self, ticket: Ticket, reply: Reply, stream: ClientStream | None) -> None:
         self.status = 0
         self.retry_after: bytes | None = None
-        self.media: bytes | None = None  # of the answer
-        self.lost: str | None = None  # how the instance failed
-        self.too_large = False  # the answer is, and was not taken to its end
+        self.media: bytes | None = None  # content type of the answer
+        self.lost: str | None = None  # how the instance failed; None: it has not
+        self.too_large = False  # the body exceeds MAX_ANSWER_BYTES, and was not read to its end
         self.on_too_large: Callable[[], None] | None = None
         self._parts: list[bytes] = []  # of the body, unless it is streamed
         self._size = 0
@@ -87,7 +87,7 @@ class Attempt:
         if self._streaming and self._stream is not None:
             self._stream.received(data, last)
         else:
-            # Whole before the first byte goes out: until then another may answer.
+            # Nothing is sent before the body is whole: until then another instance may answer.
             self._size += len(data)
             if self._size <= MAX_ANSWER_BYTES:
                 self._parts.append(data)
@@ -99,12 +99,12 @@ class Attempt:
 
     @property
     def body(self) -> bytes:
-        """What has come, unless it is streamed."""
+        """The body received so far; empty if it is streamed."""
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
 
     @property
     def header(self) -> Header:
-        """That says what the body is."""
+        """The body's content-type header."""
         return JSON_HEADER if self.media is None else (b"content-type", self.media)
 
     @property
@@ -113,7 +113,7 @@ class Attempt:
 
 
 class Relay:
-    """Relays calls, each to one instance at a time and to MAX_ATTEMPTS in all."""
+    """Relays calls, each to one instance at a time and to at most MAX_ATTEMPTS in all."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Relay:
         clock: Clock,
         instance_wait: float,
     ) -> None:
-        """`instance_wait`: seconds, where no instance is ready, until one should be."""
+        """`instance_wait`: seconds that a call waits while no instance is ready."""
         self._upstream = upstream
         self._membership = membership
         self._router = router
@@ -134,19 +134,20 @@ class Relay:
         self._stopping = False
 
     def instance_lost(self, member: Member) -> None:
-        """End what is under way to a member that will not answer any more."""
+        """Interrupt the calls at a member that will not answer any more."""
         for attempt in self._under_way[member.id]:
             attempt.interrupt()
 
     def stop(self) -> None:
-        """End everything that is under way, with an error."""
+        """Interrupt all calls; their clients get an error."""
         self._stopping = True
         for attempts in self._under_way.values():
             for attempt in attempts:
                 attempt.interrupt()
 
     async def run(self, call: GenerateCall, reply: Reply, headers: Headers, answer: Answer) -> None:
-        """Answer a client. Raises ApiError if nothing has been sent to it yet."""
+        """Relay a call until its client has an answer. Raises ApiError if that fails before
+        anything is sent to the client."""
         stream = ClientStream(call, reply, headers, self._clock) if call.stream else None
         tried: _Lives = set()
         refusal: Attempt | None = None
@@ -159,7 +160,7 @@ class Relay:
                 answer.first_byte, answer.pauses = stream.first_byte, stream.pauses
             if reply.gone or reply.ended:
                 return
-            if attempt.too_large:  # at any instance
+            if attempt.too_large:  # another instance's answer would be, too
                 raise _too_large()
             if attempt.lost is not None:
                 log.warning("%s: %s failed: %s", call.id, member.id, attempt.lost)
@@ -168,10 +169,10 @@ class Relay:
                         break
                     call = _behind(call, stream, answer)
             elif attempt.refused:
-                # A full queue says more than an instance that is going away.
+                # 429 (a full queue) tells the client more than 503 (an instance that goes away).
                 if refusal is None or attempt.status == _FULL:
                     refusal = attempt
-            elif reply.started:  # an instance that should have gone on, and will not
+            elif reply.started:  # the instance does not continue the stream
                 log.warning("%s: %s refuses to go on: %r", call.id, member.id, attempt.body)
             else:
                 reply.send(attempt.status, attempt.body, headers, attempt.header)
@@ -185,8 +186,8 @@ class Relay:
         reply: Reply,
         patient: bool,
     ) -> Plan | None:
-        """The next plan. Where there is none, and who is `patient` may hope for an instance that
-        starts or comes back: a later one."""
+        """Return the next plan; None: there is none. With `patient`, wait up to `instance_wait`
+        seconds for an instance that starts or comes back."""
         plan = self._next(call, tried)
         if plan is not None or not patient or len(tried) == MAX_ATTEMPTS:
             return plan
@@ -208,7 +209,8 @@ class Relay:
         return self._router.plan(call, members) if members else None
 
     def _takers(self, call: GenerateCall) -> list[Member]:
-        """Members that such a call may go to."""
+        """Return the members that may take the call. A forwarded one goes to vLLM servers: if its
+        prompt is not what the server computes, prefill instances take it only as a last resort."""
         if call.forward is None:
             return self._membership.ready()
         servers = self._membership.ready(MemberKind.VLLM)
@@ -254,7 +256,8 @@ class Relay:
         refusal: Attempt | None,
         tried: bool,
     ) -> None:
-        """No instance is left."""
+        """End a call for which no instance is left: send an error or the instances' refusal, or
+        raise ApiError."""
         if reply.ended or reply.gone:
             return
         if stream is not None and (reply.started or stream.error is not None):
@@ -281,7 +284,7 @@ def _too_large() -> ApiError:
 
 
 def _behind(call: GenerateCall, stream: ClientStream, answer: Answer) -> GenerateCall:
-    """The call that goes on with what the client has."""
+    """Return the call that continues behind the tokens which the client has."""
     if not (tokens := stream.tokens()):
         return call
     answer.failovers += 1
@@ -291,7 +294,7 @@ def _behind(call: GenerateCall, stream: ClientStream, answer: Answer) -> Generat
 def _planned(call: GenerateCall, plan: Plan) -> GenerateCall:
     moves = plan.prefill or plan.fetch is not None
     if call.forward is not None and not (moves and call.forward.renders):
-        # Its server computes the prompt, from the body.
+        # The vLLM server computes the prompt from the body.
         return msgspec.structs.replace(call, prompts=(_NO_PROMPT,))
     if not moves:
         return call

@@ -1,4 +1,4 @@
-"""Where a call runs: the instance that answers it, and who computes its prompt."""
+"""The router's contract: a plan of the instances that answer a call and compute its prompt."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from memserve.cluster.membership import Member
 
 
 class Ticket(Protocol):
-    """What a router hears of a plan of its own. Called on the event loop."""
+    """Callbacks to the router about one of its plans. Called on the event loop."""
 
     def first_token(self) -> None:
-        """The first bytes of an answer have come; not called for plans that came to nothing."""
+        """The first bytes of a successful answer have come; not called if none come."""
 
     def ended(self) -> None:
-        """The plan is over, however it ended. Called once."""
+        """The plan has ended, with any outcome. Called once."""
 
 
 class _NoTicket:
@@ -37,9 +37,9 @@ def _by_turns() -> str:
 
 
 class Plan(msgspec.Struct, frozen=True, eq=False):
-    """`member` answers. Its prompt is computed by the first of `prefill` that can, or by
-    itself, after the prefix that `fetch` has longest was pulled from there. `explain` says why,
-    in one line, to those who ask."""
+    """`member` answers. The first of `prefill` that can computes the prompt, or `member` itself.
+    The computing instance first pulls the cached prefix of `fetch`, if given. `explain` returns
+    the reasons of the plan, in one line."""
 
     member: Member
     prefill: tuple[Member, ...] = ()
@@ -49,10 +49,10 @@ class Plan(msgspec.Struct, frozen=True, eq=False):
 
 
 class Router(Protocol):
-    """Chooses among members that would take the call. Called on the event loop, so it is quick."""
+    """Chooses among members that may take a call. Runs on the event loop, so it must be quick."""
 
     def plan(self, call: GenerateCall, members: Sequence[Member]) -> Plan:
-        """A plan for one of `members`, which are ready and not empty.
+        """Return a plan for one of `members`, which are ready and at least one.
 
-        `call.resumed` has what earlier plans for this call, which have ended, brought about.
+        `call.resumed` has the tokens generated under earlier plans of this call; these have ended.
         """

@@ -1,4 +1,4 @@
-"""What Prometheus gets of the global scheduler: its decisions, its trees and their feeds."""
+"""Prometheus metrics of the global scheduler: decisions, prompt trees and KV event feeds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PREFIX = "memserve_scheduler_"
 
 
 class RoutingMetrics(Collector):
-    """Plain numbers that one event loop owns."""
+    """Counts decisions and first tokens, in plain numbers that one event loop owns."""
 
     def __init__(self, policy: str, tree: PromptTree, feed: KvFeed, queue: AdmissionQueue) -> None:
         self._policy = policy
@@ -40,7 +40,7 @@ class RoutingMetrics(Collector):
         self._first_token = Histogram()
 
     def planned(self, plan: Plan, took: float) -> None:
-        """A decision that took so many seconds."""
+        """Count a decision that took `took` seconds."""
         kind = "alone" if plan.prefill is None else "handed over"
         self._plans[kind if plan.fetch is None else f"{kind}, fetched"] += 1
         self._prompt_tokens += plan.prompt_tokens
@@ -50,11 +50,11 @@ class RoutingMetrics(Collector):
         self._predicted.observe(plan.terms.first_token)
 
     def first_token(self, seconds: float) -> None:
-        """From a plan to the first token of its stream."""
+        """Count the seconds from a plan to its stream's first token."""
         self._first_token.observe(seconds)
 
     def collect(self) -> Iterable[Metric]:
-        """Prometheus' own name for it."""
+        """Yield the metrics. Called by Prometheus."""
         plans = CounterMetricFamily(
             _PREFIX + "plans", "Decisions, by what was planned.", labels=["policy", "plan"]
         )

@@ -1,4 +1,4 @@
-"""A gateway as a process of its own."""
+"""The gateway process: wires up its parts, serves, drains and ends."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
 
-# How long requests that were still running after the drain have to be told that they end.
+# For the errors to requests that still run after the drain to reach their clients.
 STOP_SECONDS = 2.0
 
 
@@ -65,14 +65,14 @@ def run_gateway(
     reserved: bool = False,
     ready_fd: int | None = None,
 ) -> int:
-    """Serve until SIGTERM or SIGINT; the process's exit code. `config.gateway.workers` is for
-    `run_workers`: this is one gateway, and with `worker` one of several on its port. `reserved`:
-    its parent has reserved the port (`ReservedPort`).
+    """Serve until SIGTERM or SIGINT; return the process's exit code. This runs one gateway, with
+    `worker` one of several on its port; `config.gateway.workers` is for `run_workers`.
+    `reserved`: the parent process has reserved the port (`ReservedPort`).
 
     `members` are the URLs of instances; more may join. The gateway's own URL goes, as one
     line, to `ready_fd` (closed then) or to standard output, as soon as clients can connect.
 
-    Raises ConfigError for a configuration that does not suffice for where it listens.
+    Raises ConfigError if other machines can reach the address and no shared secret is set.
     """
 
     secret = cluster_secret()
@@ -112,16 +112,17 @@ def _bound(host: str, port: int, *, shared: bool) -> socket.socket:
 
 
 def _spare_the_log() -> None:
-    """A line for each request need not look up what no line here shows: the caller's place in
-    the source, and the names of process, thread and task. That is half of what a line costs
-    (the knobs are those of Python's "Logging HOWTO", Optimization)."""
+    """Turn off the logging module's look-ups of the caller's source line and of process, thread
+    and task names, which no log format here shows. They are half of the cost of a request's line
+    (Python's "Logging HOWTO", Optimization)."""
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 def _spare_the_collector() -> None:
-    """What is there now stays; of what requests make, hardly anything is a cycle. Collecting at
-    the default pace would take a tenth of the CPU, and pauses of as long as a chunk's gap."""
+    """Exempt present objects from garbage collection, and collect less often: requests make
+    hardly any cycles. At the default thresholds, collections would take a tenth of the CPU, in
+    pauses as long as the gap between chunks."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
@@ -161,12 +162,12 @@ async def _with_siblings(
 
 
 class Gateway:
-    """A gateway and what it owns: its connections to instances, and its polls of them."""
+    """A gateway, with its connections to instances and its background tasks."""
 
     def __init__(
         self, config: ClusterConfig, tokenizer: Tokenizer, worker: WorkerPlace | None = None
     ) -> None:
-        """`worker`: it is one of several on the port."""
+        """`worker`: set if the gateway is one of several workers on the port."""
         clock = MonotonicClock()
         self.vitals = Vitals()
         self.membership = Membership(self._lost)
@@ -246,14 +247,14 @@ class Gateway:
         await self._peers.close()
 
     async def hear_siblings(self, sock: socket.socket) -> None:
-        """Answer the other workers, until the end."""
+        """Answer the other workers on `sock`, until the gateway ends."""
         self._access.audience.add_socket(sock)
         self._private = HttpServer(self._app.handle_sibling, MAX_CONTROL_BYTES)
         await self._private.start(sock, BACKLOG)
 
     async def meet_members(self) -> None:
-        """Join the members that siblings have. Returns when those that take requests there do
-        so here too."""
+        """Join the members that sibling workers know. Return when those that are ready at a
+        sibling are ready here, too."""
         if self._siblings is None:
             return
         ready = set()
@@ -271,8 +272,8 @@ class Gateway:
             unfollow()
 
     async def serve(self, sock: socket.socket, shutdown: Shutdown) -> int:
-        """Serve until the shutdown is requested and running requests are done, or told. The
-        process's exit code: 1 if it ends because something that it needs has ended."""
+        """Serve until the shutdown is requested and running requests have ended. Return the
+        process's exit code: 1 if a vital task has failed, else 0."""
 
         self._access.audience.add_socket(sock)
 
@@ -307,7 +308,7 @@ class Gateway:
         return 1 if self.vitals.failed.is_set() else 0
 
     def reload_on_signal(self) -> None:
-        """SIGHUP from now on. Only in a process's main thread."""
+        """Reload the API keys on SIGHUP from now on. Only in a process's main thread."""
         on_reload(self._reload_keys)
 
     def _lost(self, member: Member) -> None:
@@ -318,7 +319,7 @@ class Gateway:
             self._upstream.forget(change.address)
 
     def _reload_keys(self) -> None:
-        """Keys that were taken out of the file are worth nothing from now on."""
+        """Replace all API keys by those of the configuration; keep them if it cannot be read."""
         try:
             self._access.keys = load_keys(self._config.api_keys, self._config.api_keys_file)
         except ConfigError as error:

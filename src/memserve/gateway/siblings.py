@@ -1,4 +1,4 @@
-"""What the workers of one gateway say to each other, over their private addresses."""
+"""Calls between the workers of one gateway, over their private addresses."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from memserve.cluster.client import ClusterSummary
 log = logging.getLogger(__name__)
 
 MEMBERS_PATH = "/cluster/members"
-# They are processes of one machine: one that takes longer is ending, or just being started again,
-# and will ask for the members itself. Less than an instance's JOIN_TIMEOUT.
+# Timeout of a call. Workers share a machine: one that takes longer is ending, or restarting, and
+# will then ask for the members itself. Less than an instance's JOIN_TIMEOUT.
 _ASK_SECONDS = 1.0
-# A worker that is started again looks at the members before it takes clients: as long as its
-# siblings have instances that serve, it must not say that there are none.
+# Limit on meeting the members before a restarted worker takes clients: it must not answer that no
+# instance is ready while its siblings have some.
 MEET_SECONDS = 5.0
 
 _encode = msgspec.json.Encoder().encode
@@ -28,30 +28,30 @@ _cluster = msgspec.json.Decoder(ClusterSummary)
 
 
 class Siblings:
-    """The other workers. Those that cannot be reached are left out."""
+    """Calls the other workers. Failures are logged and ignored."""
 
     def __init__(self, peers: PeerClient, index: int, urls: Mapping[int, str]) -> None:
-        """`index` is one's own; `urls`, by index, are the others' private addresses."""
+        """`index`: of this worker. `urls`: the others' private addresses, by index."""
         self.index = index
         self._peers = peers
         self._urls = urls
 
     async def joined(self, request: JoinRequest) -> None:
-        """Tell them of a member, or that it should be asked for news."""
+        """Tell the others of a member: to add it, or to poll it at once."""
         await self._tell("POST", _encode(request))
 
     async def left(self, request: LeaveRequest) -> None:
-        """Tell them that a member has left."""
+        """Tell the others that a member has left."""
         await self._tell("DELETE", _encode(request))
 
     async def answers(self, path: str) -> dict[int, bytes]:
-        """What each of them answers to a GET, by index."""
+        """Return the body of each worker's answer to a GET, by index; without those that fail."""
         found = await asyncio.gather(*(self._ask("GET", i, path) for i in self._urls))
         return {i: body for i, body in zip(self._urls, found, strict=True) if body is not None}
 
     async def members(self) -> Sequence[tuple[str, bool]]:
-        """Addresses of the members that any of them knows and has not found dead, and whether
-        it takes requests."""
+        """Return the address of each member that is not dead at some worker, and whether it is
+        ready at one."""
         known: dict[str, bool] = {}
         for index, body in (await self.answers("/cluster")).items():
             try:
@@ -71,7 +71,7 @@ class Siblings:
     async def _ask(self, method: str, index: int, path: str, body: bytes = b"") -> bytes | None:
         url = self._urls[index] + path
         try:
-            # What one of them refuses (a member that it does not know) is its own affair.
+            # A refusal (of a member that it does not know) is no failure: it is ignored, too.
             return await self._peers.call(method, url, bytes, body, seconds=_ASK_SECONDS)
         except PeerError as error:
             log.debug("worker %d cannot be reached: %r", index, error)

@@ -1,9 +1,9 @@
-"""What a client has got of its stream, so that another instance can go on where one was lost.
+"""A client's stream, with the tokens that it has got, so that another instance can continue it.
 
-`api/chunks.py` has the contract: each of an instance's events begins with a comment line that
-names its tokens. These lines are taken out and kept, unread until they are needed; the rest is
-relayed, whole events only. A stream whose first event has no such line (an unmodified vLLM's)
-is relayed as it is, and cannot be continued.
+`api/chunks.py` has the contract: each event of an instance begins with a comment line that names
+its tokens. `ClientStream` removes and keeps these lines, unparsed until a failover needs them,
+and relays the rest, whole events only. A stream whose first event has no such line (an unmodified
+vLLM's) is relayed as it is, and cannot be continued.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ from memserve.types import TokenArray
 EVENT_END = b"\n\n"
 _COLON = ord(":")
 _DIGITS = frozenset(b"0123456789")
-# JSON escapes quotation marks within strings: these bytes are always what they look like.
+# No text can contain these bytes: JSON escapes quotation marks within strings.
 _ERROR = b'data: {"error":'
 _OK = HTTPStatus.OK.value
 _USAGE = b'"choices":[],"usage":'
 
 
 class ClientStream:
-    """One client's stream, over all the instances that have a part in it."""
+    """One client's stream, over all the instances that generate a part of it."""
 
     def __init__(self, call: GenerateCall, reply: Reply, headers: Headers, clock: Clock) -> None:
         self.reply = reply
-        self.first_byte: float | None = None  # when it went to the client
-        self.pauses: list[float] = []  # seconds, one for each instance that was lost
-        self.error: bytes | None = None  # the event with which the current instance gave up
+        self.first_byte: float | None = None  # clock time of its write to the client
+        self.pauses: list[float] = []  # seconds without bytes, one for each failover
+        self.error: bytes | None = None  # error event of the current instance
         self._call = call
         self._headers = headers
         self._clock = clock
-        # None: nothing has come yet.
+        # None: not known before the first event.
         self._resumable: bool | None = None if call.forward is None else False
         self._events: list[bytes] = []  # comments: b"<choice> <id>,<id>"
         self._usage_sent = False
         self._done = False
         self._last_byte = 0.0
         self._interrupted = False
-        self._rest = b""  # of an event that has not come whole
+        self._rest = b""  # first bytes of an incomplete event
 
     @property
     def resumable(self) -> bool:
-        """Another instance could go on (or begin, where nothing has been sent)."""
+        """Whether another instance can continue, or begin if nothing has been sent."""
         return self._resumable is True or not self.reply.started
 
     @property
     def complete(self) -> bool:
-        """The client has all of it."""
+        """Whether the client has the whole stream."""
         return self._done or self.reply.ended
 
     def received(self, data: bytes, last: bool) -> None:
-        """Bytes of the current instance's stream; `last`: it has ended in order."""
+        """Relay bytes of the current instance's stream; `last`: that stream has ended in order."""
         if self._rest:
             data = self._rest + data
             self._rest = b""
@@ -73,13 +73,14 @@ class ClientStream:
             self.reply.write(data)
 
     def begin_attempt(self) -> None:
-        """What comes from now on is another instance's."""
+        """Start the stream of the next instance."""
         self._rest = b""
         self.error = None
         self._interrupted = self.reply.started
 
     def tokens(self) -> tuple[TokenArray, ...]:
-        """What the client has of each choice; () if that is nothing at all."""
+        """Return the token ids that the client has, by choice, each [tokens] int32; () if it has
+        no event."""
         if not self._events:
             return ()
         ids: list[list[int]] = [[] for _ in range(len(self._call.prompts) * self._call.n)]
@@ -90,7 +91,7 @@ class ClientStream:
         return tuple(map(from_ids, ids))
 
     def finish(self) -> bool:
-        """End a stream that lacks nothing but its end. Whether that was so."""
+        """End a stream of which the client has all but the end. Return whether it has ended."""
         if not self.reply.started:
             return False
         if self._done:
@@ -100,7 +101,7 @@ class ClientStream:
         return self.reply.ended
 
     def fail(self, error: bytes) -> None:
-        """End with an error event: the instance's own if it had one."""
+        """End the stream with an error event: the instance's own, or else `error`."""
         self._begin()
         self.reply.end(self.error or error)
 
@@ -115,7 +116,7 @@ class ClientStream:
         self._last_byte = now
 
     def _whole(self, data: bytes, last: bool) -> bytes:
-        """Events that are whole; the rest waits."""
+        """Return the whole events of `data`; keep the rest for later."""
         if last and not self._resumable:
             return data
         end = data.rfind(EVENT_END) + 1
@@ -124,7 +125,7 @@ class ClientStream:
         return data[:end]
 
     def _taken_out(self, data: bytes) -> bytes:
-        """What the client gets of whole events."""
+        """Return whole events as the client gets them: without token comments and error events."""
         if self._resumable is None:
             self._resumable = _is_comment(data)
         if not self._resumable:
@@ -145,16 +146,16 @@ class ClientStream:
         return data
 
     def _all_taken_out(self, data: bytes) -> bytes:
-        # A line break before each, so that a comment is found at the start too; it goes again.
+        # Prepend a line break, so that a comment at the start is found; removed at the end.
         before, *parts = (b"\n" + data).split(b"\n:")
         kept = [before]
         for part in parts:
-            if not part[:1].isdigit():  # somebody else's comment
+            if not part[:1].isdigit():  # not a token comment
                 kept.append(b"\n:" + part)
                 continue
             comment, _, text = part.partition(b"\n")
             self._events.append(comment)
-            if text:  # none: held back, and its empty line went with the next comment
+            if text:  # none: no text yet, and the split removed the event's empty line
                 kept.append(b"\n" + text.removeprefix(b"\n"))
         return b"".join(kept)[1:]
 

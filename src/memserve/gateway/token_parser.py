@@ -1,5 +1,5 @@
-"""A prompt of token ids, from JSON to an array in one go: without an object for each of them, a
-prompt of thousands costs a gateway microseconds."""
+"""Parser of a JSON array of token ids into an int32 array. Without an object for each id, a prompt
+of thousands takes microseconds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _NOT_PLAIN = -1
 
 
 def plain_token_ids(json: msgspec.Raw) -> TokenArray | None:
-    """The ids [tokens], none of them negative, if these bytes, which are valid JSON, are an array
-    of nothing else; None: they are a text, several prompts, or wrong."""
+    """Return the ids, [tokens] int32, of a valid JSON value that is an array of token ids (0 to
+    2**31 - 1), at least one; None for any other value."""
     text: NDArray[np.uint8] = np.frombuffer(json, dtype=np.uint8)
     room = np.empty(len(text) // 2 + 1, dtype=np.int32)  # an id takes two bytes with its comma
     count = _parse.run(text, room)
@@ -26,12 +26,12 @@ def plain_token_ids(json: msgspec.Raw) -> TokenArray | None:
 
 @compiled("int64(Array(uint8, 1, 'C', readonly=True), int32[::1])")
 def _parse(text: NDArray[np.uint8], ids: TokenArray) -> int:
-    """How many ids there are: decimal numbers between brackets, with commas and maybe white
-    space."""
+    """Fill `ids` from a JSON array of decimal numbers. Return how many there are, or _NOT_PLAIN
+    for any other text."""
     if len(text) < 3 or text[0] != _OPEN or text[-1] != _CLOSE:
         return _NOT_PLAIN
     count, value, digits = 0, np.int64(0), 0
-    over = False  # a space stands behind the number
+    over = False  # white space has ended the number
     for at in range(1, len(text)):
         byte = np.int64(text[at])
         if _ZERO <= byte <= _NINE:

@@ -1,4 +1,4 @@
-"""Connections to instances: kept alive, one call at a time on each, answers read as they come."""
+"""Keep-alive connections to instances: one call at a time on each, answers read as they come."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from memserve.api.tls import unchecked_tls
 from memserve.hosts import is_loopback
 
 _TARGET = GENERATE_PATH.encode()
-_INFO = b"/info"  # the least that is answered to the cluster alone
+_INFO = b"/info"  # a cheap request that needs a signature
 _NOTHING = body_digest(b"")
 _UNAUTHORIZED = HTTPStatus.UNAUTHORIZED.value
-ONE_WRITE_BYTES = 64 * 1024  # up to here copying a body costs less than another buffer to write
+ONE_WRITE_BYTES = 64 * 1024  # up to here copying a body costs less than writing two buffers
 
 
 class Unreachable(Exception):
-    """An instance that could not be reached, or broke off its answer."""
+    """The instance could not be reached, or broke off its answer."""
 
 
 class _Stale(Unreachable):
-    """A kept connection that the instance had closed already: nothing was lost."""
+    """The instance had closed an idle connection: the call can be made again."""
 
 
 class _Challenged(Unreachable):
-    """The call was signed for another life of the instance; nothing was done."""
+    """A 401: the call was signed for another life of the instance, which has not run it."""
 
     def __init__(self, challenge: bytes, proof: bytes | None, signed: Signed) -> None:
         super().__init__("the instance does not take this gateway's signature")
@@ -49,48 +49,48 @@ class _Challenged(Unreachable):
 
 
 class Flow(Protocol):
-    """Where an answer comes from."""
+    """Flow control of an answer's source."""
 
     def pause(self) -> None:
-        """Read no more: whoever the answer goes to is slow."""
+        """Read no more for now: the answer's receiver is slow."""
 
     def resume(self) -> None: ...
 
 
 class Sink(Protocol):
-    """Where an answer goes. Called from the event loop; raises nothing."""
+    """Receiver of an answer. Called from the event loop; raises nothing."""
 
     def begin(self, flow: Flow) -> None:
-        """The call is on its way."""
+        """The call is about to be sent."""
 
     def head(self, status: int, retry_after: bytes | None, media: bytes | None) -> None: ...
 
     def received(self, data: bytes, last: bool) -> None:
-        """Bytes of the body, as many as came at once. With `last`, which comes once and maybe
-        without bytes, the answer is complete."""
+        """Take the body's bytes of one read. `last`: the answer is complete; comes once, maybe
+        without bytes."""
 
 
 @dataclass(slots=True)
 class _Target:
-    """An instance's address, and the idle connections to it, the last used one at the end."""
+    """An instance's address, and idle connections to it, the most recently used one last."""
 
     host: str
     port: int
     tls: ssl.SSLContext | bool | None
     origin: str
     netloc: bytes
-    head: bytes  # of a call, up to the length of its body
+    head: bytes  # a call's request head, up to the value of content-length
     idle: list[_Connection] = field(default_factory=list)
 
     def hang_up(self) -> None:
-        """Close its idle connections."""
+        """Close the idle connections."""
         for connection in self.idle:
             connection.abort()
         self.idle.clear()
 
 
 class _Unheard:
-    """What proves who answers, and is not wanted for itself."""
+    """Sink that drops an answer whose proof alone is of interest."""
 
     def begin(self, flow: Flow) -> None:
         pass
@@ -103,10 +103,10 @@ class _Unheard:
 
 
 class Upstream:
-    """Calls instances by address. Owns the connections; one event loop's."""
+    """Calls instances by address. Owns the connections. Belongs to one event loop."""
 
     def __init__(self, signer: Signer | None, tls: ssl.SSLContext | None = None) -> None:
-        """As of `PeerClient`, whose `signer` it shares."""
+        """`signer`, `tls`: as in `PeerClient`, which has the same signer."""
         self._signer = signer
         self._tls: ssl.SSLContext | bool = True if tls is None else tls
         self._within = unchecked_tls()
@@ -114,10 +114,8 @@ class Upstream:
         self._closed = False
 
     async def call(self, address: str, body: bytes, sink: Sink) -> None:
-        """POST a call; returns when its answer is complete. Cancelled, it hangs up at once.
-
-        Raises Unreachable when the connection cannot be made or breaks.
-        """
+        """POST a call; return when `sink` has the whole answer. A cancellation closes the
+        connection at once. Raises Unreachable if the connection cannot be made or breaks."""
         target = self._targets.get(address) or self._new_target(address)
         try:
             connection = await self._exchange(target, body, sink)
@@ -133,7 +131,7 @@ class Upstream:
             connection.abort()
 
     def forget(self, address: str) -> None:
-        """Nobody will be called there soon."""
+        """Drop an address and its idle connections."""
         target = self._targets.pop(address, None)
         if target is not None:
             target.hang_up()
@@ -144,7 +142,7 @@ class Upstream:
             target.hang_up()
 
     async def _exchange(self, target: _Target, body: bytes, sink: Sink) -> _Connection:
-        """Make the call; the connection that it was made on."""
+        """Make the call; return the connection that it was made on."""
         connection = self._idle(target)
         if connection is not None:
             try:
@@ -171,7 +169,7 @@ class Upstream:
         oldest = time.monotonic() - IDLE_CONNECTION_SECONDS
         while target.idle:
             connection = target.idle.pop()
-            if connection.idle_since < oldest:  # and so are all below it
+            if connection.idle_since < oldest:  # the ones below are older still
                 connection.abort()
                 target.hang_up()
             elif connection.reusable:
@@ -179,8 +177,8 @@ class Upstream:
         return None
 
     async def _connect(self, target: _Target) -> _Connection:
-        """A new connection, to somebody who has proved to have the cluster's secret: prompts are
-        told to nobody else."""
+        """Return a connection to a process that has proved to have the cluster's secret: prompts
+        go to no other."""
         connection = await self._open(target)
         if self._signer is None:
             return connection
@@ -205,7 +203,7 @@ class Upstream:
                 )
         except TimeoutError as error:
             raise Unreachable(f"no connection within {CONNECT_SECONDS} s") from error
-        except (OSError, ValueError) as error:  # ValueError: a name that is none
+        except (OSError, ValueError) as error:  # ValueError: not a valid host name
             raise Unreachable(f"no connection: {error}") from error
         return connection
 
@@ -230,7 +228,7 @@ class Upstream:
 
 
 async def _prove(connection: _Connection, target: _Target, signer: Signer) -> None:
-    """Have whoever listens there show the secret. Raises Unreachable."""
+    """Have the process at the other end prove that it has the secret. Raises Unreachable."""
     signed = signer.sign(target.origin, b"GET", _INFO, _NOTHING)
     head = b"GET %b HTTP/1.1\r\nhost: %b\r\n%b\r\n"
     request = head % (_INFO, target.netloc, _authorization(signed.authorization))
@@ -251,17 +249,17 @@ def _authorization(value: bytes) -> bytes:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection; the parser calls it back."""
+    """One connection, with the callbacks of asyncio and httptools."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, signer: Signer | None) -> None:
-        """`signer`: holds answers to signed calls against their proofs."""
+        """`signer`: checks the proofs of answers to signed calls."""
         self._loop = loop
         self._signer = signer
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)  # until connected
         self._parser = httptools.HttpResponseParser(self)
         self._sink: Sink | None = None
         self._done: asyncio.Future[None] | None = None
-        self._pieces: list[bytes] = []  # of the body, from one read
+        self._pieces: list[bytes] = []  # parts of the body in one read
         self._retry_after: bytes | None = None
         self._media: bytes | None = None  # content-type
         self._answered = False  # a byte of the current answer has come
@@ -272,14 +270,14 @@ class _Connection(asyncio.Protocol):
         self._proof: bytes | None = None
         self._challenge = b""
         self.local = False  # within this machine
-        self.token = b""  # that the instance gave out last
-        self.authorization = b""  # header line that needs no signature; empty: there is none
+        self.token = b""  # the last connection token from the instance; see `local_connection`
+        self.authorization = b""  # header line with the token; empty: calls are signed
         self.reusable = True
         self.idle_since = 0.0
 
     async def exchange(self, request: Sequence[bytes], sink: Sink, signed: Signed | None) -> None:
-        """Raises Unreachable; _Stale where it makes sense to try on a new connection, and
-        _Challenged."""
+        """Send a request and wait for the whole answer. Raises Unreachable: _Stale if another
+        connection may do, _Challenged for a 401."""
         self._sink = sink
         self._signed = signed
         self._answered = self._complete = False
@@ -328,7 +326,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         sink = self._sink
-        if sink is None:  # nobody has asked
+        if sink is None:  # bytes without a request
             self.abort()
             return
         self._answered = True
@@ -338,7 +336,7 @@ class _Connection(asyncio.Protocol):
             self._fail(Unreachable(f"not an answer: {error}"))
             return
         pieces = self._pieces
-        if self._done is None or self._done.done():  # the head was not to be trusted
+        if self._done is None or self._done.done():  # the head's proof was not valid
             pieces.clear()
         elif pieces or self._complete:
             body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -393,7 +391,7 @@ class _Connection(asyncio.Protocol):
         self.reusable = self.reusable and self._parser.should_keep_alive()
 
     def _failure(self, status: int, signed: Signed) -> Unreachable | None:
-        """Why an answer with this head is not believed; None: it is."""
+        """Return why an answer with this head is not trusted; None: it is."""
         if status == _UNAUTHORIZED:
             return _Challenged(self._challenge, self._proof, signed)
         if self._signer is None or not self._signer.proves(signed, status, self._proof):

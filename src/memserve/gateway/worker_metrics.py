@@ -1,4 +1,4 @@
-"""One answer of several workers' figures: the same metrics, with the label `worker`."""
+"""Merger of several workers' metrics into one text, with the label `worker`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class _Merged(Collector):
         self._families = families
 
     def collect(self) -> Iterable[Metric]:
-        """Prometheus' own name for it."""
+        """Return the metrics. Called by Prometheus."""
         return self._families
 
 
 def merged(texts: Mapping[int, bytes]) -> bytes:
-    """Prometheus' text format, of the same of each worker by its index."""
+    """Merge metrics in Prometheus' text format, by worker index, into one text."""
     families: dict[str, Metric] = {}
     for index, text in texts.items():
         for family in text_string_to_metric_families(text.decode()):

@@ -1,15 +1,15 @@
-"""Several gateways on one port, so that they use several cores.
+"""Supervisor of several gateway processes (workers) on one port, to use several cores.
 
-Each worker is a gateway of its own: with its trees, its polls and its queue. They share the
-members alone. The kernel spreads clients' connections over the workers that listen; what is told
-to one worker about members, it passes on (`Siblings`). A process that serves nothing keeps the
-workers running, as `memserve up` does with all of its processes.
+Each worker is a gateway with prompt trees, polls and a queue of its own. Workers share only the
+members: each passes joins and leaves on to the others (`Siblings`). The kernel spreads clients'
+connections over the workers. The supervising process serves nothing; it restarts workers as
+`memserve up` restarts its processes.
 
-Order of the limits: a worker that is asked to end needs `drain_seconds`, then up to the gateway's
-STOP_SECONDS and the server's CLOSE_SECONDS. After WORKER_CLOSE_SECONDS beyond the drain it is
-asked again, and after WORKER_KILL_SECONDS more killed: before whoever started the gateway does
-the same to the whole of it (`cluster/local.py`). Workers whose parent was killed need up to
-`watchdog.FORCE_SECONDS` and a drain cut short to give the port back: less than ORPHAN_SECONDS.
+Order of the timeouts: a worker that is asked to end needs `drain_seconds`, then up to the
+gateway's STOP_SECONDS and the server's CLOSE_SECONDS. WORKER_CLOSE_SECONDS after the drain it is
+asked again, and WORKER_KILL_SECONDS later killed: before the gateway's parent process does so to
+the whole gateway (`cluster/local.py`). Workers whose parent was killed need up to
+`watchdog.FORCE_SECONDS` and a shortened drain to free the port: less than ORPHAN_SECONDS.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ WORKER_KILL_SECONDS = 2.0
 ORPHAN_SECONDS = 10.0
 _RETRY_SECONDS = 0.25  # between looks whether the port is free
 
-LOOPBACK = "127.0.0.1"  # where workers hear each other
+LOOPBACK = "127.0.0.1"  # of the workers' private addresses
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlace:
-    """Which of several workers a process is, and where each of them listens for the others."""
+    """A worker's index, and the private ports of all workers, by index."""
 
     index: int
     ports: tuple[int, ...]
 
     @classmethod
     def parse(cls, text: str) -> WorkerPlace:
-        """From `INDEX:PORT,PORT,...`. Raises ConfigError."""
+        """Return the place of `INDEX:PORT,PORT,...`. Raises ConfigError."""
         index, _, ports = text.partition(":")
         try:
             place = cls(int(index), tuple(map(int, ports.split(","))))
@@ -70,7 +70,7 @@ class WorkerPlace:
 
     @property
     def siblings(self) -> dict[int, str]:
-        """URLs of the others, by index."""
+        """URLs of the other workers, by index."""
         return {
             index: f"http://{LOOPBACK}:{port}"
             for index, port in enumerate(self.ports)
@@ -92,9 +92,8 @@ class Workers:
         clock: Clock | None = None,
         show: Callable[[str], None] | None = None,
     ) -> None:
-        """`command` are the arguments with which `python -m module` is a worker, but for
-        `--port` and `--worker`. `show` is called with each line that they print; it must not
-        wait."""
+        """`command`: the arguments with which `python -m module` runs a worker, without `--port`
+        and `--worker`. `show` is called with each line that workers print; it must not block."""
         self.url = ""  # once `start` has returned
         self._config = config
         self._command = command
@@ -107,9 +106,9 @@ class Workers:
         self._workers: list[Supervised] = []
 
     async def start(self, reserved: bool = False) -> None:
-        """Start them, and wait until all of them listen. `reserved`: this process's parent has
-        reserved the port, and who listens on it may be workers of a former life, that are
-        ending. Raises ClusterError."""
+        """Start the workers, and wait until all of them listen. `reserved`: this process's parent
+        has reserved the port, so other listeners can only be orphaned workers that are ending;
+        they have ORPHAN_SECONDS. Raises ClusterError."""
         port = self._config.port
         if reserved:
             await self._orphans_gone()
@@ -131,11 +130,11 @@ class Workers:
             await worker.start()
             worker.show_output(self._show)
         for worker in self._workers:
-            self.url = await worker.child.address()  # the same of all
+            self.url = await worker.child.address()  # all workers have one URL
 
     async def supervise(self) -> None:
-        """Start again what crashes; returns when all have ended in order. Raises ClusterError
-        when one crashes again and again and no other lives."""
+        """Restart workers that crash; return when all have ended in order. Raises ClusterError
+        if a worker keeps crashing and no other one lives."""
         keeping = [asyncio.ensure_future(worker.keep()) for worker in self._workers]
         try:
             await asyncio.gather(*keeping)
@@ -145,17 +144,17 @@ class Workers:
             await asyncio.gather(*keeping, return_exceptions=True)
 
     def reload(self) -> None:
-        """Have each of them read its clients' keys again."""
+        """Have each worker reload the API keys."""
         for worker in self._workers:
             if worker.started:
                 worker.child.reload()
 
     def pids(self) -> list[int]:
-        """Of the workers that run now, in their order."""
+        """Return the process ids of the running workers, in their order."""
         return [worker.child.pid for worker in self._workers if worker.started]
 
     async def stop(self) -> None:
-        """End them; running requests have their time to finish."""
+        """End the workers; running requests have `drain_seconds` to finish."""
         children: list[Child] = [worker.child for worker in self._workers if worker.started]
         seconds = self._config.drain_seconds + WORKER_CLOSE_SECONDS
         await end_children(children, self._shutdown, seconds, WORKER_KILL_SECONDS)
@@ -182,8 +181,8 @@ def run_workers(
     reserved: bool = False,
     ready_fd: int | None = None,
 ) -> int:
-    """Run `config.workers` gateways until SIGTERM or SIGINT; the process's exit code. The rest
-    as in `run_gateway` and `Workers`. Raises ClusterError."""
+    """Run `config.workers` gateways until SIGTERM or SIGINT; return the process's exit code. For
+    the parameters, see `run_gateway` and `Workers`. Raises ClusterError."""
     asyncio.run(_main(config, command, module, reserved, ready_fd))
     return 0
 
@@ -197,9 +196,9 @@ async def _main(
 ) -> None:
     shutdown = Shutdown()
     shutdown.on_signals()
-    # The workers have said when, and how bad it is.
+    # Workers' lines are printed as they are: they have time and level already.
     printer = LinePrinter(STDERR)
-    for handler in logging.getLogger().handlers:  # what this process says waits for nobody either
+    for handler in logging.getLogger().handlers:  # this process's log must not block either
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(LineStream(printer))
     workers = Workers(config, command, shutdown, module=module, show=printer.show)
