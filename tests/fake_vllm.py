@@ -35,7 +35,7 @@ STUBBORN = (
 METRICS = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
 vllm:num_requests_running{{engine="0",model_name="m"}} {running}
-vllm:num_requests_waiting{{engine="0",model_name="m"}} 0.0
+vllm:num_requests_waiting{{engine="0",model_name="m"}} {waiting}
 vllm:kv_cache_usage_perc{{engine="0",model_name="m"}} 0.25
 vllm:iteration_tokens_total_count{{engine="0",model_name="m"}} {steps}
 vllm:cache_config_info{{block_size="{block}",engine="0",num_gpu_blocks="{blocks}"}} 1.0
@@ -63,6 +63,7 @@ class FakeVllm:
     ) -> None:
         self._key = key
         self.running = self.steps = self.cancelled = 0
+        self.waiting = 0  # what it says
         self.lost = False  # its engine: it answers nothing of that any more
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []  # of what was passed on
@@ -106,6 +107,7 @@ class FakeVllm:
         if self.lost:
             raise web.HTTPInternalServerError
         figures = {"running": float(self.running), "steps": float(self.steps)}
+        figures["waiting"] = float(self.waiting)
         return web.Response(text=METRICS.format(**figures, block=BLOCK, blocks=BLOCKS))
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:

@@ -171,6 +171,25 @@ def test_what_a_lost_server_fails_with_others_may_take_over(
     engine.thread.join()
 
 
+def test_own_sequences_that_waited_at_the_last_poll_do_not_wait_for_ever(
+    server: Server, sink: Sink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM counts sequences whose KV is on its way as waiting; by the next poll they may be over,
+    and an instance that seems to be busy gives no KV back."""
+    monkeypatch.setattr(vllm_engine, "POLL_SECONDS", 0.01)
+    engine = VllmEngine(ServerPlace(path=tmp_path / "s"), INFO)
+    engine.start(sink)
+    engine.submit([request("a", PROMPT, tokens=220)])
+    until(lambda: "a" in sink.said)
+    server.fake.waiting = 3  # ours, and two of other clients
+    until(lambda: engine.stats().waiting == 2)
+    monkeypatch.setattr(vllm_engine, "POLL_SECONDS", 300.0)
+    engine.cancel([RequestId("a")])
+    assert engine.stats().waiting in (2, 3)  # as of a poll before or behind the end
+    server.fake.waiting = 0
+    engine.stop()
+
+
 def test_the_servers_memory_is_told(engine: VllmEngine) -> None:
     until(lambda: engine.pool_totals().hbm.active > 0)
     hbm = engine.pool_totals().hbm

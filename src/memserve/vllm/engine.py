@@ -78,6 +78,7 @@ class VllmEngine:
         self._end: asyncio.Event | None = None
         self._sink: OutputSink = lambda outputs: None
         self._load = ServerLoad(0, 0, 0, 0.0)
+        self._others_waiting = 0  # other clients' sequences, as of the last poll
         self._computed = self._cached = self._generated = self._finished = self._cancelled = 0
         self._busy = 0.0
 
@@ -126,7 +127,7 @@ class VllmEngine:
         load = self._load
         return EngineStats(
             running=max(begun, load.running),
-            waiting=max(waiting - max(0, load.running - begun), load.waiting),
+            waiting=max(0, waiting - max(0, load.running - begun)) + self._others_waiting,
             steps=load.steps,
             computed_prompt_tokens=self._computed,
             cached_prompt_tokens=self._cached,
@@ -196,6 +197,7 @@ class VllmEngine:
         """Ask the server for its load every POLL_SECONDS; return when the server is lost."""
         misses, last = 0, time.monotonic()
         while misses < MAX_MISSES:
+            own = len(self._runs)
             try:
                 async with asyncio.timeout(POLL_TIMEOUT_SECONDS):
                     load = read_load(await self._get("/metrics"))
@@ -207,6 +209,9 @@ class VllmEngine:
                 if load.running and self._load.running:
                     self._busy += now - last
                 misses, last, self._load = 0, now, load
+                # Own sequences that waited then are counted as of now, in `stats`: many have ended
+                # or begun by the next poll.
+                self._others_waiting = max(0, load.waiting - max(own, len(self._runs)))
             await asyncio.sleep(POLL_SECONDS)
         log.error("the vLLM server is lost: it has not answered %d times", misses)
 
