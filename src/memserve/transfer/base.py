@@ -1,8 +1,8 @@
-"""What moves bytes between pools: the contract that every transport keeps.
+"""The `Transport` contract (writes of KV blocks into a peer's pool), and its data types.
 
-A transport is one-sided. The sender writes into the memory of a peer, which takes no part in
-it; who may write where and when is agreed on a level above. A transport has no opinion on
-time either: deadlines, retries and heartbeats are its caller's.
+A transport is one-sided: the sender writes into the peer's memory, and the peer takes no part.
+The sessions above it (see `session`) agree on which blocks may be written and when. A transport
+has no timers: deadlines, retries and heartbeats belong to its caller.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from memserve.types import MAX_BLOCKS, IndexArray, Medium, Owner, RefArray, ref_
 Ticket = NewType("Ticket", int)  # one posted WriteList, unique within a transport
 
 
-# What a number in a message may be: what numpy and the kernel take, too.
+# A number in a message: non-negative and within int64, the range of numpy and of the kernel.
 Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
-# Segments of a pool that peers are told about: 1 TiB of DRAM in segments of 64 MiB.
+# Regions that a pool describes to peers, at most: 1 TiB of DRAM in segments of 64 MiB.
 MAX_REGIONS = 16_384
 
 
 class Region(msgspec.Struct, frozen=True):
-    """Consecutive blocks in one piece of an instance's memory, as a peer sees it."""
+    """Consecutive blocks in one piece of an instance's memory, as described to peers."""
 
     medium: Medium
     first_block: Annotated[int, Meta(ge=0, lt=MAX_BLOCKS)]
@@ -48,19 +48,19 @@ class Region(msgspec.Struct, frozen=True):
 
     @property
     def end(self) -> int:
-        """The index behind the last block."""
+        """The index of the last block plus 1."""
         return self.first_block + self.blocks
 
 
 class HostId(msgspec.Struct, frozen=True):
-    """Equal for processes that run one kernel and see one /dev/shm, and only for those."""
+    """Identity of a host: equal if, and only if, two processes share a kernel and a /dev/shm."""
 
     boot: Annotated[str, Meta(max_length=64)]  # the kernel's random boot id
     shm_device: Natural  # device number of the file system at /dev/shm
 
 
 class PoolRegions(msgspec.Struct, frozen=True):
-    """The memory of one pool: what a peer must know to write into it."""
+    """The memory of one pool, as a peer needs it to write into the pool."""
 
     layout: KVLayout
     host: HostId
@@ -69,7 +69,7 @@ class PoolRegions(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LocalRegion:
-    """A region of this process. Holding it keeps the memory mapped."""
+    """A region of this process's pool. A LocalRegion keeps its memory mapped."""
 
     region: Region
     memory: torch.Tensor  # uint8 [nbytes]
@@ -77,14 +77,14 @@ class LocalRegion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockList:
-    """Blocks of one pool, in order. A block is a medium and an index; arrays of one length."""
+    """Blocks of one pool, in order: a medium [n] and an index [n] for each block."""
 
     medium: IndexArray
     index: IndexArray
 
     @classmethod
     def of(cls, refs: RefArray) -> Self:
-        """The blocks of packed references [n], whoever owns them."""
+        """Return the blocks of packed references [n]; ignores owner and generation."""
         return cls(ref_medium(refs), ref_index(refs))
 
     def __len__(self) -> int:
@@ -93,16 +93,16 @@ class BlockList:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WriteList:
-    """Copies of local blocks into a peer's blocks, pair by pair.
+    """Copies of local blocks into a peer's blocks: `source[i]` into `target[i]`.
 
-    Pairs are copied in no promised order, so no target may be named twice. Where the two
-    layouts differ, the bytes are converted on the way (see `conversion`).
+    The order of the copies is undefined, so target blocks must be distinct. If the two layouts
+    differ, the copies convert between them (see `conversion`).
     """
 
     source: BlockList  # of this process's pool
     target: BlockList  # of the peer's pool
     layers: range | None = None  # the layers to copy; None: all
-    heads: range | None = None  # KV heads, numbered over the whole model; None: all in both
+    heads: range | None = None  # KV heads, numbered over the whole model; None: all common heads
 
     def __post_init__(self) -> None:
         counts = {
@@ -126,14 +126,14 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The end of a ticket. Each ticket has exactly one, and it means *drained*: the transport
-    reads the source blocks no more, so they may be reused."""
+    """The end of a ticket; each ticket has exactly one. The source blocks are *drained*: the
+    transport no longer reads them, so the caller may reuse them."""
 
     ticket: Ticket
     outcome: Outcome
     error: TransferError | None = None  # why, if FAILED
-    # The target blocks may be reused at once too. False where a connection broke and bytes may
-    # still sit in the peer's receive buffer: they may once the peer has forgotten this one.
+    # Whether the target blocks may be reused at once, too. False if a connection broke: bytes may
+    # still sit in the peer's receive buffer until the peer's transport has forgotten this sender.
     target_drained: bool = True
 
 
@@ -144,20 +144,19 @@ class TransportCounters:
     posted: int = 0  # tickets
     ended: int = 0  # tickets, however they ended
     bytes_moved: int = 0  # of KV, into the peers' memory
-    bytes_copied: int = 0  # read and written by this process's CPU for it
-    pieces: int = 0  # runs of bytes, or copy calls, after merging neighbours
+    bytes_copied: int = 0  # of `bytes_moved`, copied by this process's CPU
+    pieces: int = 0  # contiguous runs of bytes, or copy calls, after merging neighbours
 
 
 class Transport(Protocol):
-    """Writes into the memory of peers; driven by `poll`.
+    """Writes of local blocks into peers' memory; the caller drives them with `poll`.
 
-    All calls come from one thread. None of them waits for a peer. Arguments are checked at
-    the call, so errors that `post` raises have copied nothing and made no ticket; whatever
-    goes wrong later is a FAILED completion.
+    All calls come from one thread, and no call waits for a peer. `post` checks its arguments: if
+    `post` raises, nothing was copied and no ticket exists. Later errors become FAILED completions.
     """
 
-    name: str  # "shm", "nixl": under which two sides find out that they both have it
-    poll_interval: float  # seconds worth waiting between polls while tickets are in flight
+    name: str  # "shm" or "nixl"; two pools can use a transport that both have
+    poll_interval: float  # seconds to wait between polls while tickets are in flight
     counters: TransportCounters
 
     @property
@@ -166,60 +165,59 @@ class Transport(Protocol):
         ...
 
     def register(self, regions: Sequence[LocalRegion]) -> None:
-        """Make local memory known, for reading and for peers to write into.
+        """Register local memory, as a source and as a target of peers' writes.
 
         The transport keeps the memory mapped until `unregister`. Raises TransferError.
         """
         ...
 
     def unregister(self, regions: Sequence[LocalRegion]) -> None:
-        """Forget local memory, before its blocks go. No ticket in flight may read it."""
+        """Forget local memory that the pool gives back. No ticket in flight may read it."""
         ...
 
     def describe(self) -> bytes:
-        """What a peer's `add_peer` needs beside the regions; changes as they do."""
+        """Return the `description` for a peer's `add_peer`; it changes when the regions do."""
         ...
 
     def add_peer(self, peer: Owner, memory: PoolRegions, description: bytes) -> None:
-        """Be able to write to one life of one instance.
+        """Prepare writes to one life of a peer; call again when its memory grew or shrank.
 
-        Again with the same peer: its memory grew or shrank. A new life of an instance ends
-        the old one, as `remove_peer` does. Raises LayoutMismatch where no bytes of the two
-        layouts correspond; TransferError.
+        Another life of the instance replaces the previous one, as by `remove_peer`. Raises
+        LayoutMismatch if the two layouts have no KV in common; TransferError.
         """
         ...
 
     def remove_peer(self, peer: Owner) -> None:
-        """Forget a peer and cancel its tickets. Unknown: nothing happens."""
+        """Forget a life of a peer and cancel its tickets. Does nothing if it is unknown."""
         ...
 
     def post(self, peer: Owner, writes: WriteList) -> Ticket:
-        """Begin to copy. Local blocks must not change before the ticket's completion.
+        """Start to copy. Source blocks must not change before the ticket's completion.
 
-        Raises UnknownPeer; UnknownBlock for a block outside of every region, local or
-        remote; SegmentGone where the peer's memory has left since it was described.
+        Raises UnknownPeer; UnknownBlock if a local or remote block is in no region; SegmentGone
+        if the peer has given the memory back; TransferError for layers or heads not in both pools.
         """
         ...
 
     def poll(self) -> list[Completion]:
-        """Make progress, and return the tickets that ended since the last call."""
+        """Make progress; return the completions since the last call."""
         ...
 
     def cancel(self, ticket: Ticket) -> None:
-        """Ask for an early end. The completion still comes, DONE if the copy was faster.
+        """Request an early end. The completion still comes; DONE if the copy finished first.
 
-        It comes when the copy has really stopped. Where a peer is silent but not known to be
-        dead that takes as long as the network needs to give up: minutes, perhaps. Until then
-        a late byte may be read from the source blocks, so they must not be reused.
+        The completion comes when the copy has really stopped. If the peer is silent but not known
+        to be dead, that takes until the network gives up: possibly minutes. Until then the
+        transport may read the source blocks, so the caller must not reuse them.
         """
         ...
 
     def close(self) -> None:
-        """Let go of everything. Tickets in flight end without a completion."""
+        """Release all resources. Tickets in flight end without a completion."""
         ...
 
 
 def block_list(medium: Medium, index: IndexArray | list[int]) -> BlockList:
-    """Blocks of one medium."""
+    """Return a BlockList of one medium; `index` [n]."""
     array: NDArray[np.int64] = np.asarray(index, dtype=np.int64)
     return BlockList(np.full(len(array), int(medium), dtype=np.int64), array)

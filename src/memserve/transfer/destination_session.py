@@ -1,4 +1,4 @@
-"""D: the side of a transfer whose blocks are written. `session` has the protocol."""
+"""`DestinationSession`: the state machine of the side that receives; `session` has the protocol."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class DestinationState(Enum):
 
 
 class DestinationSession:
-    """D: has blocks written by one life of a peer."""
+    """D: receives blocks from one life of a peer. Methods return actions to perform in order."""
 
     def __init__(self, prepare: Prepare, attempt: int, lease: Lease) -> None:
-        """`attempt`: positive, never used before in this life. `lease`: of the source's."""
+        """`attempt`: positive, unique within this pool's life. `lease`: of the source's life."""
         self.prepare = prepare
         self.number = prepare.number
         self.attempt = attempt
@@ -57,8 +57,8 @@ class DestinationSession:
         self._lease = lease
         self._retry = Retry()
         self._idle_since = 0.0
-        self.forget_at = float("inf")  # once it is committed
-        self._final: SessionMessage | None = None  # what is repeated in COMMITTED
+        self.forget_at = float("inf")  # set when the session is committed
+        self._final: SessionMessage | None = None  # the answer to repeat in COMMITTED
         self._prepared: Prepared | None = None
 
     def start(self, now: float) -> Actions:
@@ -66,7 +66,8 @@ class DestinationSession:
         return [Allocate(self.prepare)]
 
     def on_allocated(self, have: int, wire_refs: bytes, now: float) -> Actions:
-        """Blocks `have`.. are in `wire_refs`; or all are had, and `wire_refs` names them."""
+        """The index has `have` leading blocks. `wire_refs`: the other blocks; all blocks if the
+        index has all."""
         if have == self.prepare.blocks and self.prepare.tokens is not None:
             return [Free(), *self._committed(AlreadyHave(self.number, wire_refs), now)]
         self.state = DestinationState.OPEN
@@ -100,19 +101,19 @@ class DestinationSession:
         return []
 
     def slim(self) -> None:
-        """Let go of the tokens, which nobody needs after the commit."""
+        """Drop the tokens, which are not needed after the commit."""
         self.prepare = msgspec.structs.replace(self.prepare, tokens=None)
         self._prepared = None
 
     def stop(self, now: float) -> Actions:
-        """Give up, for a reason of this side."""
+        """Give up for a local reason; no effect after the commit."""
         if self.state is DestinationState.ALLOCATING:
             self.state = DestinationState.ENDED
             return [Free(), Forget()]
         return self._quarantine(now) if self.state is DestinationState.OPEN else []
 
     def on_gone(self, now: float) -> Actions:
-        """The source's life is over: nothing of it can land any more."""
+        """The source's life is over: none of its writes can still arrive."""
         state, self.state = self.state, DestinationState.ENDED
         if state in (DestinationState.OPEN, DestinationState.QUARANTINED):
             return [Free(), Forget()]
@@ -148,7 +149,7 @@ class DestinationSession:
             return answer_as_unaware(message)
         if self.state is DestinationState.OPEN:
             return [Publish()]
-        if self.state is DestinationState.QUARANTINED:  # too late, but all its writes are done
+        if self.state is DestinationState.QUARANTINED:  # too late; but S's writes have drained
             return self._aborted(Drained.YES, message.attempt)
         return [] if self._final is None else [Send(self._final)]
 
@@ -156,7 +157,7 @@ class DestinationSession:
         if message.attempt not in (0, self.attempt):
             return answer_as_unaware(message)
         if self.state is DestinationState.COMMITTED:
-            if not message.revoke:  # an answer to a question from before the commit
+            if not message.revoke:  # an answer to a Query from before the commit
                 return []
             self.state = DestinationState.ENDED
             answer = Aborted(self.number, message.attempt)
@@ -164,7 +165,7 @@ class DestinationSession:
         if message.drained is not Drained.NO:
             return self._aborted(message.drained, message.attempt)
         if self.state is DestinationState.OPEN:
-            return self._quarantine(now)[:-1]  # no question yet: it is draining
+            return self._quarantine(now)[:-1]  # without the Query: S reports when it has drained
         return []
 
     def _aborted(self, drained: Drained, attempt: int) -> Actions:
@@ -191,7 +192,7 @@ class DestinationSession:
 
 
 def answer_as_unaware(message: SessionMessage) -> Actions:
-    """What D says about a transfer, or an attempt of one, of which it has nothing."""
+    """Return D's answer about a transfer or attempt of which D has nothing: Aborted."""
     if isinstance(message, Commit | Abort):
         return [Send(Aborted(message.number, message.attempt))]
     return []

@@ -1,4 +1,4 @@
-"""An instance's pool and those of its peers, for the event loop: pushes of cached KV."""
+"""`PoolLink`: asyncio interface of a pool's transfers: connects to peers, pushes and streams KV."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from memserve.types import InstanceId, Medium, Namespace, TokenArray
 log = logging.getLogger(__name__)
 
 _ALL: TokenArray = np.empty(0, dtype=np.int32)
-# What has ended for us may still hold pins, or put KV into the index: a cancelled step or
-# transfer on its last way. Longer than a step, and than a LEASE, after which the transfer of a
-# silent peer is never committed.
+# Seconds between the two deletes of `PoolLink.forget`. A cancelled step or transfer may still hold
+# pins, or insert KV; this is longer than a step, and longer than a LEASE, after which the transfer
+# of a silent peer is never committed.
 LINGER_SECONDS = 2 * LEASE
-# How long a peer counts as one that cannot be reached, once that was found out.
+# Seconds for which `meet` repeats a peer's last error instead of connecting again.
 REFUSED_SECONDS = 1.0
-MAX_REFUSED = 1024  # peers that are remembered as such
+MAX_REFUSED = 1024  # peers whose last error is remembered
 
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """Whole blocks of a prompt: those that went over, and those that the peer had already."""
+    """Numbers of whole blocks of a prompt: sent, and already in the peer's index."""
 
     sent: int = 0
     already_present: int = 0
 
 
 class PoolLink:
-    """Belongs to one event loop; the pool does the rest on threads of its own."""
+    """Transfers of one pool for one event loop; the pool runs them on its own threads."""
 
     def __init__(
         self, pool: MemPool, address: PoolPeer, caching: Caching, mode: TransferMode
     ) -> None:
-        """`address` is where `pool` is served."""
-        # A pool without HBM is a vLLM server's, and so are those that hold the same KV.
+        """`address`: where `pool` is served."""
+        # Only a vLLM server's pool has no HBM; its peers, with equal KV, are vLLM servers, too.
         self._medium = Medium.HBM if pool.extents(Medium.HBM) else Medium.DRAM
         self.address = address
         self.caching = caching
@@ -66,18 +66,18 @@ class PoolLink:
 
     @property
     def kv(self) -> str:
-        """What the bytes of a block mean, as hex."""
+        """The fingerprint of the KV: SHA-256 over everything but its placement, as hex."""
         return meaning(self._pool.layout).hex()
 
     async def cached(self, tokens: TokenArray, namespace: Namespace) -> int:
-        """How many leading tokens have KV in our index."""
+        """Return the number of leading tokens whose KV is in the local index."""
         with self._pool.match(tokens, namespace) as match:
             return match.tokens
 
     async def push(
         self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace
     ) -> Pushed:
-        """Give a peer what our index has of `tokens` and its index lacks.
+        """Send the cached KV of `tokens` to a peer, without blocks that the peer's index has.
 
         Raises TransferError, or an error of the peer's pool (OutOfBlocks).
         """
@@ -90,19 +90,19 @@ class PoolLink:
     async def stream(
         self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace
     ) -> LinkedStream:
-        """An observer for the prefill of `tokens`, which sends what is ready of it to a peer.
+        """Return an observer for the prefill of `tokens`, which sends ready KV to a peer.
 
-        Its owner calls `deliver` when all is computed, and `close` in any case. Raises
-        TransferError where the peer cannot be reached.
+        The caller calls `deliver` when all KV is computed, and `close` in any case. Raises as
+        `meet`.
         """
         await self.meet(peer)
         return LinkedStream(self, self._pool, self._mode, peer, tokens, source, target)
 
     async def meet(self, peer: PoolPeer) -> None:
-        """Connect to a peer, if that has not been done. Raises TransferError, LayoutMismatch.
+        """Connect to a peer unless it is connected. Raises TransferError, LayoutMismatch.
 
-        Once for all who ask; and one that could not be reached a moment ago is not asked again: to
-        find that out takes seconds, and a thread.
+        Concurrent calls share one attempt. For REFUSED_SECONDS after a failure, calls raise the
+        same error at once: an attempt can take seconds and occupies a thread.
         """
         if self._peers.get(peer.id) == peer.address:
             return
@@ -130,12 +130,12 @@ class PoolLink:
             del self._meetings[peer]
 
     async def run(self) -> None:
-        """Never returns: whoever owns the pool watches its threads."""
+        """Never return; the pool's owner watches the pool's threads."""
         await asyncio.Event().wait()
 
     async def transport(self, peer: PoolPeer) -> str:
-        """The name of what KV would go to a peer by, after a round trip to it that moves none.
-        Raises TransferError."""
+        """Return the name of the transport to a peer, after a round trip without KV.
+        Raises TransferError, LayoutMismatch."""
         await self.meet(peer)
         try:
             return await asyncio.to_thread(self._pool.transport_to, peer.id)
@@ -144,11 +144,12 @@ class PoolLink:
             raise
 
     def lost(self, peer: PoolPeer) -> None:
-        """It is to be met anew the next time."""
+        """Mark a peer as disconnected: the next `meet` connects again."""
         self._peers.pop(peer.id, None)
 
     def forget(self, namespace: Namespace) -> None:
-        """Drop all KV of a namespace, and a while later what was pinned or came since."""
+        """Delete a namespace's KV now, and again after LINGER_SECONDS: KV that was pinned, or
+        inserted since."""
         self._pool.delete(_ALL, namespace)
 
         def forget_again() -> None:
@@ -159,7 +160,7 @@ class PoolLink:
         self._lingering.add(handle)
 
     def close(self) -> None:
-        """The pool is about to be closed."""
+        """Cancel timers and connection attempts, before the pool closes."""
         for handle in self._lingering:
             handle.cancel()
         self._lingering.clear()
@@ -187,7 +188,7 @@ class PoolLink:
 
 
 class LinkedStream(KVStream):
-    """The stream of a link, which sends again what did not go over the first time."""
+    """A KVStream of a PoolLink that falls back to a push of the cached KV."""
 
     def __init__(
         self,
@@ -203,7 +204,7 @@ class LinkedStream(KVStream):
         self._link = link
 
     async def deliver(self) -> Pushed:
-        """Publish at the peer what was computed. Raises as `PoolLink.push`."""
+        """Publish the computed KV at the peer. Raises as `PoolLink.push`."""
         try:
             sent = await self.finish()
             return Pushed(sent, self.blocks - sent)
@@ -211,6 +212,6 @@ class LinkedStream(KVStream):
             self._link.lost(self.peer)
             raise
         except (TransferError, PoolError) as error:
-            # The peer had no room then, or the sequence lost its memory.
+            # The peer had no free blocks then, or the sequence was preempted.
             log.info("KV was not sent to %s while it was computed: %s", self.peer.id, error)
         return await self._link.push(self.peer, self.tokens, self.source, self.target)

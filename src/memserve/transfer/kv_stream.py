@@ -1,13 +1,13 @@
-"""A prompt's KV on its way into a peer's pool while it is still being computed.
+"""`KVStream`: sends a prompt's KV into a peer's pool while the engine computes the KV.
 
-The engine says which blocks are ready, and each goes at once: cached ones when the sequence is
-admitted, then those of each chunk, with `by-layer` those of each layer. Nothing is visible at
-the peer before all is there.
+The engine reports blocks that are ready, and the stream writes them at once: cached blocks when
+the sequence is admitted, then the blocks of each chunk (`by-layer`: of each layer). The peer
+publishes nothing before all blocks are written.
 
-Blocks must be neither freed nor evicted while they are read. Until the sequence lets go they are
-its own, or pinned by it; those that another sequence's replaced are kept here; and when it lets
-go, the stream pins what is in the index. A sequence that is preempted takes its memory with it:
-the transfer is cancelled, and the next admission opens another one.
+Blocks must be neither freed nor evicted while the transfer reads them. The sequence owns or pins
+its blocks until the engine releases it; then the stream pins the cached ones. The stream keeps
+superseded blocks, which the sequence replaced by equal blocks of the index. A preempted sequence
+loses its memory: the stream cancels the transfer, and the next admission opens another one.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from memserve.types import Namespace, RefArray, TokenArray
 
 log = logging.getLogger(__name__)
 
-# How long a transfer is left open without a block to send. The engine ends every sequence, so
-# this only bounds what an error could hold: longer than any step of a prefill takes. Once all is
-# computed, what is under way has DEADLINE, as a push without progress has.
+# Seconds that an open transfer may wait for the next block: longer than any prefill step. The
+# engine ends every sequence, so the limit only matters after an error. When all KV is computed,
+# `finish` allows DEADLINE for the rest.
 STEP_SECONDS = 600.0
 
 
 class KVStream:
-    """Observes one prefill (`PrefillObserver`). `finish` and `close` belong to the event loop,
-    the rest to the engine."""
+    """Sends the KV of one prefill (a `PrefillObserver`). The event loop calls `finish` and
+    `close`; the engine calls `begin`."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class KVStream:
         source: Namespace,
         target: Namespace,
     ) -> None:
-        """To a peer that is connected. `source`, `target`: namespaces here and there."""
+        """`peer`: connected. `source`, `target`: namespaces of the KV here and at the peer."""
         block_tokens = pool.layout.block_tokens
         self.blocks = len(tokens) // block_tokens
         self.peer = peer
@@ -57,8 +57,8 @@ class KVStream:
         self._pool = pool
         self._mode = mode
         self._lock = threading.Lock()  # guards what follows
-        self._leg: _StreamAttempt | None = None  # of the last admission
-        self._refusal: TransferError | PoolError | None = None  # why it has none
+        self._leg: _StreamAttempt | None = None  # the transfer of the last admission
+        self._refusal: TransferError | PoolError | None = None  # why that admission has none
         self._closed = False
 
     def begin(self, refs: RefArray) -> _StreamAttempt | None:
@@ -81,7 +81,8 @@ class KVStream:
             return self._leg
 
     async def finish(self) -> int:
-        """All is computed: publish it at the peer. Returns how many blocks it lacked.
+        """Commit when all KV is computed, and wait until the peer has published the blocks.
+        Returns the number of blocks sent.
 
         Raises TransferError, or an error of the peer's pool (OutOfBlocks).
         """
@@ -96,12 +97,12 @@ class KVStream:
         except TimeoutError as error:
             text = f"KV did not reach {self.peer.id} within {DEADLINE:g} s"
             raise TransferTimeout(text) from error
-        leg.let_go()  # or the pool's thread might not be done with that yet
+        leg.let_go()  # the transfer thread may not have run it yet
         leg.transfer.result(0)
         return leg.transfer.sent
 
     def close(self) -> None:
-        """Cancel what is not on its way for good. Idempotent."""
+        """Cancel the transfer unless its Commit is sent. Idempotent."""
         with self._lock:
             self._closed = True
             leg = self._leg
@@ -110,7 +111,7 @@ class KVStream:
 
 
 class _StreamAttempt:
-    """One transfer, and what it reads (`PrefillWatch`). Called from several threads."""
+    """The transfer of one admission, and the blocks it reads (a `PrefillWatch`). Thread-safe."""
 
     def __init__(
         self, stream: KVStream, pool: MemPool, mode: TransferMode, transfer: OpenTransfer
@@ -124,8 +125,8 @@ class _StreamAttempt:
         cut = range(layers) if mode == "by-request" else ()
         self._pieces: list[range | None] = [range(layer, layer + 1) for layer in cut] or [None]
         self._lock = threading.Lock()  # guards what follows
-        self._unready = stream.blocks * layers  # blocks, once for each layer
-        self._wanted = False  # the commit
+        self._unready = stream.blocks * layers  # (block, layer) pairs that are not computed
+        self._wanted = False  # `commit` was called
         self._ended = False
         self._superseded: list[RefArray] = []
         self._pins: Match | None = None
@@ -135,7 +136,7 @@ class _StreamAttempt:
         pieces = self._pieces if layer is None else [range(layer, layer + 1)]
         layers = self._pool.layout.layers if layer is None else 1
         with self._lock, _unless_closed():
-            if self._ended:  # it failed, or the peer has it all
+            if self._ended:  # the transfer failed, or the peer has all blocks
                 return
             for piece in pieces:
                 self.transfer.write(piece, first, last)
@@ -154,12 +155,12 @@ class _StreamAttempt:
         if not self.complete:
             self.cancel()
             return
-        with self._lock, suppress(PoolError):  # a pool that was closed
+        with self._lock, suppress(PoolError):  # the pool may be closed
             if not self._ended:
                 self._pins = self._pool.match(self._stream.tokens, self._stream.source)
 
     def commit(self) -> None:
-        """As soon as the last block is ready: on a GPU the word of it may be under way."""
+        """Commit when the last block is ready; on a GPU its `ready` call may still be pending."""
         with self._lock, _unless_closed():
             self._wanted = True
             self._commit_if_ready()
@@ -173,25 +174,25 @@ class _StreamAttempt:
             self.transfer.commit()
 
     def let_go(self) -> None:
-        """The transfer has ended. Where it failed, some of this may still be read, for a target
-        that nobody will ever see. Idempotent."""
+        """Release the blocks of the ended transfer. After a failure, writes in flight may still
+        read them, into target blocks that are never published. Idempotent."""
         with self._lock:
             self._ended = True
             if self._pins is not None:
                 self._pins.release()
             superseded, self._superseded = self._superseded, []
-            with suppress(PoolError):  # a pool that was closed
+            with suppress(PoolError):  # the pool may be closed
                 for refs in superseded:
                     self._pool.free_mem(refs)
 
 
 def _unless_closed() -> suppress:
-    """A pool that was closed has ended its transfers and told their callers."""
+    """Ignore TransferError of a closed pool, which has failed its transfers already."""
     return suppress(TransferError)
 
 
 async def ended(transfer: Transfer) -> None:
-    """Returns when the transfer has ended, however. Cancelling this cancels the transfer."""
+    """Wait for the transfer's end, whatever its outcome. Cancelling this cancels the transfer."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""MemPool with peers: the memory of one instance, and the way into that of others."""
+"""`MemPool`: one instance's KV blocks and index, with transfers to the pools of peers."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ class MemPool(SharedPool):
         path: PathName = "auto",
         transports: MakeTransports | None = None,
     ) -> None:
-        """`secret`: the cluster's; default: MEMSERVE_SECRET. Without one a pool can only be
-        served on this host. `path`, `transports`: how bytes go; default: whatever works."""
+        """`secret`: default MEMSERVE_SECRET; without one, `serve` takes only loopback addresses.
+        `path`: forces a transport. `transports`: makes them; default: shm, and nixl if needed."""
         self._service: Service | None = None
         self._failed: Future[BaseException] = Future()
         self._secret = secret
@@ -99,7 +99,7 @@ class MemPool(SharedPool):
         )
 
     def close(self) -> None:
-        """Leave the peers, then give the memory back."""
+        """Stop talking to peers, then free the memory."""
         service, self._service = self._service, None
         if service is not None:
             service.close()
@@ -108,30 +108,25 @@ class MemPool(SharedPool):
     # --- peers ----------------------------------------------------------------------------
 
     def serve(self, address: str, secret: str | None = None) -> str:
-        """Become reachable at tcp://host:port, port 0 for any; returns the address. `secret`: for
-        that of the constructor, which has the say once a peer is known.
-
-        Raises ConfigError for an address beyond this host without a secret; TransferError.
-        """
+        """Listen on tcp://host:port (0: any free port); return the address. `secret` replaces the
+        constructor's, unless `serve` or `connect` was called before. Raises ConfigError without a
+        secret for an address that other hosts can reach; TransferError."""
         if secret is not None and self._service is None:
             self._secret = secret
         service = self._started(address)
         return service.listen(address)
 
     def connect(self, instance: str, address: str) -> None:
-        """Know a peer; again with another address: it has moved.
-
-        Raises PeerLost where nobody answers; PeerRefused; LayoutMismatch.
-        """
+        """Connect, or reconnect, to a peer. Raises PeerLost, PeerRefused, LayoutMismatch."""
         if instance == self.owner.instance:
             raise TransferError(f"{instance!r} is this pool itself")
         self._started(address).connect(InstanceId(instance), address)
 
     def transport_to(self, instance: str) -> str:
-        """The name of what blocks would be written to a connected peer by, after a round trip to
-        it. Raises UnknownPeer, PeerLost; TransferError where there is no way."""
+        """Return the name of the transport to a connected peer, after a round trip to the peer.
+        Raises UnknownPeer; PeerLost; TransferError if no transport reaches the peer."""
         service = self._require_service()
-        # Nothing is allocated, but the peer has to answer.
+        # A round trip: 0 blocks are allocated.
         self.alloc_mem(0, Medium.HBM, instance)
         life = service.life(InstanceId(instance))
         if life.transport is None:
@@ -139,7 +134,7 @@ class MemPool(SharedPool):
         return life.transport.name
 
     def threads(self) -> list[threading.Thread]:
-        """That must not end before `close`: without them no peer can be talked to."""
+        """Return the threads that must run until `close`; transfers need them."""
         return [] if self._service is None else [self._service.thread]
 
     def peer_stats(self) -> PeerStats:
@@ -149,9 +144,8 @@ class MemPool(SharedPool):
         return service.ask(lambda endpoint, now: endpoint.stats())
 
     def on_failure(self, call: Callable[[BaseException], None]) -> None:
-        """Have `call` called with the error that has ended the thread which talks to peers, if
-        anything does; at once if it has. From that thread: it must not block. Nothing can be sent
-        or received then; close the pool, and start another."""
+        """Register `call` for the error that ends the transfer thread. `call` runs on that thread,
+        or at once after its end, and must not block. The pool then transfers nothing: close it."""
         self._failed.add_done_callback(lambda failed: call(failed.result()))
 
     # --- transfers ------------------------------------------------------------------------
@@ -165,15 +159,11 @@ class MemPool(SharedPool):
         mode: TransferMode = "by-request-agg",
         medium: Medium = Medium.HBM,
     ) -> Transfer:
-        """Copy blocks `src` [n] into a peer's blocks `dst` [n], or into new ones of `medium`.
-
-        Cached source blocks are pinned meanwhile; allocated ones must neither change nor be
-        freed before the end. New blocks at the peer are this caller's to free; `dst` must have
-        been allocated there. `by-request-agg` writes whole blocks, the others layer by layer.
-
-        Raises UnknownPeer, StaleBlock, ForeignBlock, LengthMismatch; all else comes from
-        `Transfer.result`.
-        """
+        """Copy blocks `src` [n] into a peer's allocated blocks `dst` [n]; default: new blocks of
+        `medium`, which the caller owns. Cached `src` is pinned; the caller must not change or free
+        allocated `src` before the end. `by-request-agg` writes whole blocks, other modes by layer.
+        Raises UnknownPeer, StaleBlock, ForeignBlock, NotOwned, LengthMismatch, LayoutMismatch;
+        `Transfer.result` raises all later errors."""
         return self._open(instance, src, dst, None, SHARED, medium, DEADLINE, mode)
 
     def transfer_with_insert(
@@ -187,11 +177,8 @@ class MemPool(SharedPool):
         mode: TransferMode = "by-request-agg",
         medium: Medium = Medium.HBM,
     ) -> Transfer:
-        """Make the KV of `tokens` [n * block_tokens] in `src` [n] reusable at a peer.
-
-        Only blocks that the peer's index lacks are sent, and none is visible there before all
-        are whole. Errors as of `transfer`.
-        """
+        """Copy the KV of `tokens` [n * block_tokens] in `src` [n] into a peer's index. Sends blocks
+        that the index lacks; the peer inserts them when all are written. Raises as `transfer`."""
         space = Namespace(namespace)
         return self._open(instance, src, dst, tokens, space, medium, DEADLINE, mode)
 
@@ -206,16 +193,14 @@ class MemPool(SharedPool):
         medium: Medium = Medium.HBM,
         idle_timeout: float = DEADLINE,
     ) -> OpenTransfer:
-        """A transfer whose layers are written as they get ready, and that the caller commits.
-
-        `tokens`: to insert. It is aborted after `idle_timeout` seconds without a write.
-        """
+        """Return a transfer that the caller writes part by part and commits. `tokens`: to insert.
+        Aborts after `idle_timeout` seconds without progress. Raises as `transfer`."""
         space = Namespace(namespace)
         return self._open(instance, src, dst, tokens, space, medium, idle_timeout, None)
 
     def claim(self, refs: ArrayLike) -> None:
-        """Blocks that a peer allocated here become this caller's: they are no longer freed
-        when the peer is gone. Raises StaleBlock if they were."""
+        """Take over blocks that a peer allocated here: the pool no longer frees them when the
+        peer is gone. Raises StaleBlock if they were freed already."""
         given = as_refs(refs)
         self._require_service().ask(lambda endpoint, now: endpoint.receiver.claim(given))
         self.require_live(given)
@@ -230,8 +215,8 @@ class MemPool(SharedPool):
         *,
         private: bool = False,
     ) -> RefArray:
-        """As in `memserve.pool`; with `instance`, blocks of that peer, which come back to it
-        when this pool closes or dies. Raises UnknownPeer, PeerLost."""
+        """As in `memserve.pool`; with `instance`, blocks of that peer, which the peer takes back
+        when this pool closes or dies. Also raises UnknownPeer, PeerLost."""
         if instance is None or instance == self.owner.instance:
             return super().alloc_mem(n, medium, private=private)
         if n < 0:
@@ -245,8 +230,8 @@ class MemPool(SharedPool):
             raise
 
     def free_mem(self, refs: ArrayLike) -> None:
-        """As in `memserve.pool`; also blocks of one peer, allocated from here. Blocks that a
-        peer is still writing to are free once it has stopped."""
+        """As in `memserve.pool`; or blocks of one peer that this pool allocated there. Blocks that
+        a peer is writing become free when it stops."""
         given = as_refs(refs)
         if len(given) and (ref_owner(given) != intern_owner(*self.owner)).any():
             self._free_at_peer(given)
@@ -262,10 +247,8 @@ class MemPool(SharedPool):
         self._tell_memory()
         return gone
 
-    # --- inside ---------------------------------------------------------------------------
-
     def _started(self, address: str) -> Service:
-        """The service; able to write to other hosts if `address` is on one."""
+        """Return the service, started if needed; adds NIXL for an `address` on another host."""
         with self._lock:
             self._require_open()
             if self._service is None:
@@ -282,15 +265,14 @@ class MemPool(SharedPool):
             service = self._service
         wanted = self._path == "nixl" or (not is_local(address) and self._path == "auto")
         if wanted and self._make_transports is None and find_spec("nixl") is not None:
-            # It protects no memory: who has its description may write anywhere in this pool. Only
-            # peers that have the secret are told.
+            # NIXL does not protect memory: any process with its description can write anywhere in
+            # this pool. Only peers with the secret get the description.
             service.ask(self._add_nixl)
         return service
 
     def _add_nixl(self, endpoint: PeerEndpoint, now: float) -> None:
         introductions = endpoint.introductions
         if not introductions.has_transport("nixl"):
-            # Heavy, an extra, and of no use on one host.
             from memserve.transfer.nixl import NixlTransport
 
             introductions.add_transport(NixlTransport(self.owner, self.layout))
@@ -349,7 +331,7 @@ class MemPool(SharedPool):
         idle_timeout: float,
         rounds: Sequence[Round] | None,
     ) -> OpenTransfer:
-        """`rounds`: all that is to be written; None: the caller will say."""
+        """Start a transfer of `rounds`; None: the caller writes and commits through the handle."""
         service = self._require_service()
         life = service.life(instance)
         if len(target) and (ref_owner(target) != intern_owner(*life.owner)).any():
@@ -390,7 +372,7 @@ class MemPool(SharedPool):
     def _free_at_peer(self, refs: RefArray) -> None:
         number = int(ref_owner(refs)[0])
         if self._service is None or (ref_owner(refs) != number).any():
-            super().free_mem(refs)  # says what is wrong with them
+            super().free_mem(refs)  # raises the precise error
             raise ForeignBlock("blocks of one instance at a time")
         try:
             owner = owner_of(number)

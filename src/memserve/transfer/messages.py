@@ -1,7 +1,7 @@
-"""What pools say to each other about transfers, as msgpack.
+"""The messages of one transfer, in msgpack; `session` has the protocol.
 
-Block references travel as *wire_refs*: little-endian int64 without the owner, whose instance and
-epoch the envelope names once. Tokens travel as `memserve.tokens` has them.
+Block references travel as *wire_refs*: little-endian int64 without the owner, which follows from
+the lives that the envelope names. Tokens travel in the format of `memserve.tokens`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from memserve.types import (
 )
 
 WIRE_REF_BYTES = 8
-# Characters of an error's text, and of a namespace: a person reads the one, and the other is a
-# hash or a short name with one.
+# Characters of an error's text, and of a namespace (a hash, or a short name with a hash).
 MAX_TEXT = 1024
 
 _WORD = np.dtype("<i8")
@@ -34,15 +33,15 @@ _WORD_MASK = (1 << _OWNER_SHIFT) - 1
 
 
 class Drained(IntEnum):
-    """What an aborting source knows about its writes."""
+    """Whether an aborting source's writes may still change the destination's blocks."""
 
-    NO = 0  # some may still land
-    YES = 1  # none will
-    SEVERED = 2  # none will once the destination has forgotten the broken connection
+    NO = 0  # they may
+    YES = 1  # they cannot
+    SEVERED = 2  # they cannot once the destination has forgotten the broken connection
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
-    """An error on its way to the caller: the name of its class, and what it says."""
+    """An error for the caller on the other side: the name of its class, and its text."""
 
     kind: Annotated[str, Meta(max_length=64)]
     message: Annotated[str, Meta(max_length=MAX_TEXT)]
@@ -50,16 +49,16 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Something about transfer `number`, which its source counts within its own life."""
+    """A message about transfer `number`, which is unique within the source's life."""
 
     number: Natural
 
 
 class Prepare(_Message, frozen=True, tag=1):
-    """S to D: have `blocks` blocks ready to be written.
+    """S to D: allocate `blocks` blocks of `medium`, which S will write.
 
-    `tokens`: what they hold, if they are to be inserted; D then allocates only what its index
-    lacks. `target`: wire_refs of blocks that somebody at D allocated for this; otherwise D does.
+    `tokens`: the tokens of the blocks, if D shall insert them; D then allocates only blocks that
+    its index lacks. `target`: wire_refs of D's blocks to write; None: D allocates them.
     """
 
     blocks: Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
@@ -70,8 +69,8 @@ class Prepare(_Message, frozen=True, tag=1):
 
 
 class Prepared(_Message, frozen=True, tag=2):
-    """D to S: write blocks `have`.. to `wire_refs`. `attempt` names this answer: it is
-    another one if a late copy of Prepare is taken for a new transfer."""
+    """D to S: write the transfer's blocks from `have` on to `wire_refs`. `attempt` identifies this
+    answer; a late copy of Prepare, taken for another transfer, gets another attempt."""
 
     attempt: Natural
     have: Natural
@@ -79,34 +78,34 @@ class Prepared(_Message, frozen=True, tag=2):
 
 
 class AlreadyHave(_Message, frozen=True, tag=3):
-    """D to S: all of it is cached here, in `wire_refs`. The end."""
+    """D to S: D's index has all blocks, in `wire_refs`. Ends the transfer."""
 
     wire_refs: bytes
 
 
 class Refused(_Message, frozen=True, tag=4):
-    """D to S: nothing was allocated. The end."""
+    """D to S: D allocated nothing. Ends the transfer."""
 
     failure: Failure
 
 
 class Commit(_Message, frozen=True, tag=5):
-    """S to D: all is written."""
+    """S to D: all blocks are written; publish them."""
 
     attempt: Natural
 
 
 class Committed(_Message, frozen=True, tag=6):
-    """D to S: all blocks of the transfer, first to last, are whole and in `wire_refs`. The end."""
+    """D to S: all blocks are published; `wire_refs` names them in order. Ends the transfer."""
 
     attempt: Natural
     wire_refs: bytes
 
 
 class Abort(_Message, frozen=True, tag=7):
-    """S to D: no commit will come. `attempt` 0: of any, S has accepted none.
+    """S to D: no Commit will follow. `attempt` 0: any attempt; S has accepted none.
 
-    `revoke`: if a commit came all the same, take back what it gave to S."""
+    `revoke`: if D has received a Commit, D takes back the blocks that it granted to S."""
 
     attempt: Natural
     drained: Drained
@@ -114,21 +113,23 @@ class Abort(_Message, frozen=True, tag=7):
 
 
 class Aborted(_Message, frozen=True, tag=8):
-    """D to S: nothing of it is left here. `failure`: why, if D gave up first. The end."""
+    """D to S: D has freed the attempt's blocks. `failure`: the reason, if D refused the Commit.
+    Ends the transfer."""
 
     attempt: Natural
     failure: Failure | None = None
 
 
 class Query(_Message, frozen=True, tag=9):
-    """D to S: are you still at it? `stop`: I have given up; stop and say when it is drained."""
+    """D to S: is S still writing? `stop`: D has given up; S shall stop, and report when its
+    writes have drained."""
 
     attempt: Natural
     stop: bool
 
 
 class Keep(_Message, frozen=True, tag=10):
-    """S to D: I am still at it."""
+    """S to D: S still works on this attempt."""
 
     attempt: Natural
 
@@ -139,19 +140,19 @@ SessionMessage = (
 
 
 def is_from_source(message: SessionMessage) -> bool:
-    """Whether it is for the destination."""
+    """Return whether S sends `message`, so that D must handle it."""
     return isinstance(message, Prepare | Commit | Abort | Keep)
 
 
 def to_wire_refs(refs: RefArray) -> bytes:
-    """References [n] without their owner."""
+    """Return references [n] without their owner, 8 bytes each."""
     return (refs & _WORD_MASK).astype(_WORD, copy=False).tobytes()
 
 
 def from_wire_refs(wire_refs: bytes, owner: int) -> RefArray:
-    """References [n] of the interned `owner`. Raises ValueError if `wire_refs` are none."""
+    """Return references [n] of the interned `owner`. Raises ValueError for malformed ones."""
     local = np.frombuffer(wire_refs, dtype=_WORD).astype(np.int64)
-    if (local >> _OWNER_SHIFT).any():  # negative ones, too
+    if (local >> _OWNER_SHIFT).any():  # also catches negative ones
         raise ValueError("block wire_refs out of range")
     local |= owner << _OWNER_SHIFT
     return local

@@ -1,4 +1,5 @@
-"""What a pool says and does to the messages of its peers. All calls come from one thread."""
+"""`PeerEndpoint`: handles peers' messages and performs the sessions' actions. All calls come from
+one thread at a time."""
 
 from __future__ import annotations
 
@@ -53,22 +54,21 @@ from memserve.types import Owner, intern_owner, retire_owner
 
 log = logging.getLogger(__name__)
 
-# Failures that are logged with their traceback; the others are only counted, so that no peer can
-# fill a disk.
+# Failures logged with a traceback; later ones are only counted, so that no peer can fill a disk.
 MAX_TRACEBACKS = 50
 
 
 class ConversingPool(ReceivingPool, SendingPool, IntroducedPool, Protocol):
-    """A pool, as far as its peers are concerned."""
+    """The methods of a pool that `PeerEndpoint` uses."""
 
     @property
     def freed_by_owner(self) -> int:
-        """Blocks that their owners gave back while a peer was writing to them."""
+        """Number of blocks that their owners freed while a peer was writing them."""
         ...
 
 
 class PeerEndpoint:
-    """Owns the sessions, and what a pool knows of its peers."""
+    """Owns a pool's sessions, and its knowledge of peers."""
 
     def __init__(
         self, pool: ConversingPool, links: Links, transports: list[Transport], path: PathName
@@ -103,7 +103,7 @@ class PeerEndpoint:
     # --- saying ---------------------------------------------------------------------------
 
     def say(self, peer: Owner, message: Message) -> None:
-        """To one life of a peer; nothing if it is not the current one."""
+        """Send a message to one life of a peer; dropped if that life is not current."""
         known = self.peers.get(peer.instance)
         if known is None or known.life is None or known.life.owner != peer:
             return
@@ -130,18 +130,18 @@ class PeerEndpoint:
             return
         try:
             self._on_envelope(arrival, envelope, now)
-        except Exception:  # noqa: BLE001 - a mistake of ours that one peer's message brings to
-            # light must not end what goes on with the others; it is logged and counted.
+        except Exception:  # noqa: BLE001 - a bug that one peer's message triggers must not end
+            # the transfers with other peers; `_leave` logs and counts the error.
             self._leave(envelope.sender, now)
 
     def report(self, what: str) -> None:
-        """Log the exception that is being handled, and count it."""
+        """Count the exception that is being handled, and log it (the first MAX_TRACEBACKS)."""
         self.counters.failed += 1
         if self.counters.failed <= MAX_TRACEBACKS:
             log.exception("%r: %s", self._pool.owner.instance, what)
 
     def on_beat(self, now: float) -> None:
-        """Once a heartbeat."""
+        """Send heartbeats, and find lives that have ended; called once per HEARTBEAT."""
         for owner in self.peers.ended():
             self.on_over(owner, now)
         for owner in self.table.forsaken(now):
@@ -159,7 +159,7 @@ class PeerEndpoint:
                 self.receiver.revoke_all(owner)
 
     def on_tick(self, now: float) -> None:
-        """A few times in the shortest retry."""
+        """Run timers: deadlines, and repeats of messages; called every `service.TICK`."""
         self.perform(self.table.on_tick(now), now)
         for peer, message in self.calls.on_tick(now):
             self.say(peer, message)
@@ -167,7 +167,7 @@ class PeerEndpoint:
             self.introductions.greet(dealer, answer=True)
 
     def on_over(self, owner: Owner, now: float) -> None:
-        """A life has certainly ended, and nothing that it wrote can land any more."""
+        """A life has certainly ended, and none of its writes can still arrive."""
         self.peers.forget(owner)
         self.perform(self.table.on_gone(owner, now), now)
         self.receiver.revoke_all(owner)
@@ -181,13 +181,13 @@ class PeerEndpoint:
 
     @property
     def busy(self) -> bool:
-        """Whether `on_tick` is due soon."""
+        """Whether a timer may be due before the next heartbeat."""
         return self.table.active or self.calls.active or len(self.introductions.dialling) > 0
 
     # --- doing ----------------------------------------------------------------------------
 
     def begin(self, outgoing: Outgoing, now: float) -> None:
-        """Start a transfer to a life that was current when the caller looked."""
+        """Start a transfer; it fails at once if the peer's life has ended since the lookup."""
         self.sender.add(outgoing)
         self.perform(self.table.begin(outgoing.peer, outgoing.session, now), now)
         if self.table.is_gone(outgoing.peer):
@@ -205,7 +205,7 @@ class PeerEndpoint:
                     self._perform_source(peer, session, action, now)
                 elif isinstance(session, DestinationSession):
                     self._perform_destination(peer, session, action, now)
-            except Exception:  # noqa: BLE001 - as in `on_arrival`; time brings steps, too
+            except Exception:  # noqa: BLE001 - as in `on_arrival`; timers also cause steps
                 self._leave(peer, now)
 
     def _perform_source(
@@ -248,7 +248,7 @@ class PeerEndpoint:
         try:
             source = self.peers.current(peer.instance).memory.layout
             have, wire_refs = self.receiver.allocate(peer, session, source)
-            # The peer must know where these blocks are, before their wire_refs.
+            # The peer must know the regions of these blocks before it gets their wire_refs.
             self.introductions.refresh_memory()
         except (PoolError, TransferError) as error:
             self.receiver.free(session)
@@ -278,16 +278,16 @@ class PeerEndpoint:
         elif envelope.receiver != self._pool.owner.epoch or not self.peers.is_from(
             sender, arrival.path
         ):
-            # One of the two has begun a new life since they met, or has not said on this way who
-            # it is; or somebody else speaks in its name.
+            # One side has restarted since the introduction, or the sender has not introduced itself
+            # on this connection, or another process uses the sender's name.
             self.counters.misdirected += 1
             self.introductions.greet(arrival.path, answer=True)
         else:
             self._on_message(arrival, envelope, now)
 
     def _leave(self, peer: Owner, now: float) -> None:
-        """A life whose message or step could not be handled: nothing that is half done for it may
-        go on. What it may write to is in quarantine; it may introduce itself again."""
+        """End all transfers with a life whose message or step failed in this pool. Blocks that the
+        life may still write go into quarantine; the life may introduce itself again."""
         self.report(f"talking to {peer.instance!r} failed; it has to introduce itself again")
         self.peers.leave(peer)
         self.perform(self.table.leave(peer, now), now)
@@ -302,7 +302,7 @@ class PeerEndpoint:
         self.table.heard(sender, now)
 
     def _is_silent(self, newcomer: Owner, now: float) -> bool:
-        """Whether nothing is heard of the life that has the newcomer's name."""
+        """Return whether the known life of the newcomer's instance is silent or absent."""
         known = self.peers.get(newcomer.instance)
         return known is None or known.life is None or self.table.silent(known.life.owner, now)
 

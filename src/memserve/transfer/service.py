@@ -1,5 +1,5 @@
-"""The thread that talks to a pool's peers. It owns sockets, transports and sessions, and no
-message can stop it. If it ends all the same, the pool's owner is told."""
+"""The transfer thread of a pool: owns its sockets, transports and sessions. No message can stop
+the thread; if it fails all the same, it calls `on_failure`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Seconds. Timers are looked at every TICK: a few times in the shortest retry. A connection
-# that does not answer within CONNECT_TIMEOUT fails: as long as a silent peer is given. A call
-# from another thread waits CALL_TIMEOUT for this one, which never waits for a peer: longer
-# than any lease, so that a peer's silence is reported as that. CLOSE_TIMEOUT is for writes
-# that are being cancelled.
+# Seconds. TICK: interval of timer checks, a fifth of the shortest retry. CONNECT_TIMEOUT: for the
+# first answer of a dialled peer, one LEASE as for any silent peer. CALL_TIMEOUT: for an answer of
+# the transfer thread to another thread; longer than a LEASE, so that the caller of a silent peer
+# gets PeerLost first. CLOSE_TIMEOUT: for cancelled writes to drain in `close`.
 TICK = RETRY_FIRST / 5
 CONNECT_TIMEOUT = LEASE
 CALL_TIMEOUT = 2 * LEASE
@@ -53,16 +52,17 @@ class Service:
         clock: Clock,
         on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        """`on_failure`: is told, on the thread, why it ends if nobody has told it to."""
+        """`on_failure`: called on the transfer thread with the error that ends it."""
         self._pool = pool
         self._on_failure = on_failure
         self._now = clock.now
-        # Whoever wants the network wants all of it to go there.
+        # `path="nixl"` also disables the Unix socket.
         self._links = Links(keys, shortcut=path != "nixl")
         self._endpoint = PeerEndpoint(pool, self._links, transports, path)
         self._transports = transports
         self._tasks: deque[Callable[[], None]] = deque()
-        # Held by the thread that runs the endpoint, and by none that waits for anything else.
+        # Held by the thread that runs the endpoint; free while the transfer thread waits for
+        # messages.
         self._floor = threading.Lock()
         self._running = True
         self._thread = threading.Thread(
@@ -72,7 +72,7 @@ class Service:
 
     @property
     def thread(self) -> threading.Thread:
-        """It ends with `close`; to be watched before that."""
+        """The transfer thread; it runs until `close`, unless it fails."""
         return self._thread
 
     @property
@@ -80,7 +80,7 @@ class Service:
         return self._endpoint.counters
 
     def life(self, instance: InstanceId) -> PeerSession:
-        """Of a peer, as it is known now. Raises UnknownPeer."""
+        """Return the current life of a peer. Raises UnknownPeer."""
         return self._endpoint.peers.current(instance)
 
     def lease(self, owner: Owner) -> Lease:
@@ -89,19 +89,19 @@ class Service:
     # --- calls ----------------------------------------------------------------------------
 
     def submit(self, task: Callable[[PeerEndpoint, float], None]) -> None:
-        """Have `task` run on the service's thread, soon. Raises TransferError if it ended."""
+        """Queue `task` for the transfer thread. Raises TransferError if that thread has ended."""
         if not self._running:
             raise TransferError(f"pool {self._pool.owner.instance!r} no longer talks to peers")
         self._tasks.append(lambda: task(self._endpoint, self._now()))
         self._links.wake()
 
     def run(self, task: Callable[[PeerEndpoint, float], None]) -> None:
-        """As `submit`, but on the calling thread if the service's only waits for messages: to
-        wake that takes longer than what it would do. For tasks that neither post writes nor
-        answer: nobody looks after them before the next heartbeat."""
+        """Run `task` on the calling thread if the transfer thread is waiting for messages (to wake
+        it takes longer than the task), otherwise as `submit`. Only for tasks that neither post
+        writes nor answer messages: the transfer thread may sleep until the next heartbeat."""
         if self._floor.acquire(blocking=False):
             try:
-                if self._running and not self._tasks:  # tasks go on in the order of the calls
+                if self._running and not self._tasks:  # tasks run in the order of the calls
                     task(self._endpoint, self._now())
                     return
             finally:
@@ -109,7 +109,7 @@ class Service:
         self.submit(task)
 
     def ask(self, question: Callable[[PeerEndpoint, float], T]) -> T:
-        """The answer to a question that needs the service's thread."""
+        """Run `question` on the transfer thread; return its result, or raise its error."""
         answer: Future[T] = Future()
 
         def task(endpoint: PeerEndpoint, now: float) -> None:
@@ -122,7 +122,7 @@ class Service:
         return self.wait(answer)
 
     def wait(self, answer: Future[T]) -> T:
-        """Of something that the service was told to find out."""
+        """Return the result of `answer`. Raises its error; TransferTimeout after CALL_TIMEOUT."""
         try:
             return answer.result(CALL_TIMEOUT)
         except TimeoutError as error:
@@ -134,7 +134,8 @@ class Service:
         return self.ask(lambda endpoint, now: self._links.listen(address))
 
     def connect(self, instance: InstanceId, address: str) -> Owner:
-        """Know a peer. Raises PeerLost, PeerRefused, LayoutMismatch, TransferError."""
+        """Connect to a peer; return its life. Raises PeerLost, PeerRefused, LayoutMismatch,
+        TransferError."""
         outcome: Future[Owner] = Future()
 
         def task(endpoint: PeerEndpoint, now: float) -> None:
@@ -146,7 +147,7 @@ class Service:
         return self.wait(outcome)
 
     def close(self) -> None:
-        """Cancel what is going on, tell the peers, and end the thread."""
+        """Cancel the transfers, say Bye to the peers, and end the thread."""
         if self._running:
             self.submit(lambda endpoint, now: self._stop())
         self._thread.join()
@@ -161,7 +162,7 @@ class Service:
                 with self._floor:
                     self._running = False
                     self._tear_down()
-        except BaseException as error:  # whatever it was: nobody else would know that it is over
+        except BaseException as error:  # every kind: no other thread would notice the end
             log.critical("the transfers of %r have ended", self._pool.owner.instance, exc_info=True)
             self._on_failure(error)
 
@@ -190,11 +191,11 @@ class Service:
     def _carry_out(self, task: Callable[[], None]) -> None:
         try:
             task()
-        except Exception:  # noqa: BLE001 - one caller's, whose deadline tells it; others go on
+        except Exception:  # noqa: BLE001 - only its caller fails, by timeout; others go on
             self._endpoint.report("a task of a local caller has failed")
 
     def _pause(self, beat_at: float, tick_at: float) -> float:
-        """Seconds to wait for messages."""
+        """Return the seconds to wait for messages; 0 while writes are in flight."""
         endpoint = self._endpoint
         interval = endpoint.peers.poll_interval
         if interval is not None:
@@ -219,7 +220,8 @@ class Service:
         self._running = False
 
     def _farewell(self) -> None:
-        """After this nothing of ours can land anywhere, and the peers know."""
+        """Abort outgoing transfers, wait up to CLOSE_TIMEOUT for their writes to drain, and say
+        Bye if they did: peers may then free every block that this pool could write to."""
         endpoint = self._endpoint
         end = self._now() + CLOSE_TIMEOUT
         for outgoing in endpoint.sender.all:

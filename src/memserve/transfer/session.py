@@ -1,6 +1,7 @@
-"""One transfer as two state machines: no sockets, no clock, no memory.
+"""The transfer protocol, its timeouts, and the actions of its two state machines.
 
-S is the source, D the destination. D allocates; then S writes; then D publishes.
+S is the source (`source_session`), D the destination (`destination_session`). Both are pure: no
+sockets, no clock, no memory. D allocates; then S writes; then D publishes.
 
     S                                                   D
     PREPARING  -- Prepare -------------------------->   allocates
@@ -9,7 +10,8 @@ S is the source, D the destination. D allocates; then S writes; then D publishes
     COMMITTING -- Commit --------------------------->   publishes
     ENDED      <------------------------ Committed --   COMMITTED (remembered for a while)
 
-Short cuts: D answers Prepare with AlreadyHave (its index has it all) or Refused; both end it.
+Short cuts: D answers Prepare with AlreadyHave (its index has all blocks) or Refused. Both messages
+end the transfer.
 
 Abort, from any state of S before ENDED (cancelled, a write failed, deadline, D silent):
 
@@ -18,20 +20,20 @@ Abort, from any state of S before ENDED (cancelled, a write failed, deadline, D 
     ABORTING   -- Abort(YES) ----------------------->   frees
     ENDED      <-------------------------- Aborted --   ENDED
 
-D gives up (S silent, or told to): QUARANTINED, and it asks Query(stop) until S has drained.
-D never frees blocks that S may write to because of a lapsed lease, but for one of these reasons:
-S said drained (Abort YES or SEVERED; a Commit says it too); S's life is over (`on_gone`); or S is
-on another host and has been silent for `QUARANTINE_TIMEOUT`, by when TCP has given up its
-connections.
+D gives up (S silent, or a local reason): QUARANTINED; D sends Query(stop) until S has drained.
+A lapsed lease alone never frees blocks that S may write to. D frees them if: S reported them
+drained (Abort YES or SEVERED, or Commit); or S's life is over (`on_gone`); or S is on another host
+and has been silent for `QUARANTINE_TIMEOUT`, after which TCP has given up its connections.
 
-What makes lost, repeated and late messages harmless:
-- S repeats Prepare, Commit and Abort until they are answered; D repeats Query.
-- Each Prepared names an attempt. S writes to the first one that it hears of and to no
-  other; Commit and Abort name it. A late Prepare may make D open another one: S aborts it.
-- Once ABORTING, S never writes again; once QUARANTINED, D never publishes.
-- S forgets a transfer only when its writes have drained. So it answers a Query about a
-  transfer it does not know with Abort(YES), and no Abort has to be delivered for ever.
-- D answers a Commit or Abort about an attempt it does not know with Aborted.
+Lost, repeated and late messages are harmless:
+- S repeats Prepare, Commit and Abort until D answers; D repeats Query.
+- Each Prepared names an attempt. S accepts the first Prepared that arrives and writes to no other
+  attempt; Commit and Abort name the attempt. A late Prepare may open another attempt at D, which
+  S aborts.
+- Once ABORTING, S posts no write; once QUARANTINED, D never publishes.
+- S forgets a transfer only when its writes have drained. So S answers a Query about an unknown
+  transfer with Abort(YES), and need not repeat an Abort for ever.
+- D answers a Commit or Abort for an unknown attempt with Aborted.
 
 A side that hears nothing from the other life (not even heartbeats) for `LEASE` gives up.
 """
@@ -44,25 +46,25 @@ from typing import NamedTuple
 from memserve.config import TransferMode
 from memserve.transfer.messages import Failure, Prepare, SessionMessage
 
-# Seconds. A life is silent after LEASE: five missed heartbeats, more than a loaded machine
-# delays. An unanswered message is repeated after RETRY_FIRST, then at doubled intervals up to
-# RETRY_MAX, so that several tries fit into a LEASE. A transfer that makes no progress for
-# DEADLINE is aborted though the other side lives: longer than any LEASE, or a dead peer would
-# look like a slow one. REMEMBER is how long D knows what it committed: as long as S may ask.
+# Seconds. A life is silent after LEASE: five missed heartbeats, more than a loaded machine delays
+# them. An unanswered message is repeated after RETRY_FIRST, then at doubled intervals up to
+# RETRY_MAX; several tries fit into a LEASE. S aborts a transfer without progress for DEADLINE even
+# if D lives; DEADLINE exceeds LEASE, so that a dead peer is reported as lost, not as slow. D
+# remembers a committed transfer for REMEMBER: as long as S may repeat its Commit.
 HEARTBEAT = 1.0
 LEASE = 5.0
 RETRY_FIRST = 0.25
 RETRY_MAX = 2.0
 DEADLINE = 60.0
 REMEMBER = DEADLINE + 2 * LEASE
-# Of a host that has died nobody says that it is gone. The kernel gives up a TCP connection whose
-# other side is not there after 16 minutes at most (UCX, by its own probes, after 16 s); blocks
-# that such a silent peer of another host might write to come back after this.
+# Seconds after which quarantined blocks of a silent peer on another host are freed: no process
+# reports the death of a host. The kernel gives up a TCP connection to a dead host after at most
+# 16 minutes (UCX, by its own probes, after 16 s).
 QUARANTINE_TIMEOUT = 1200.0
 
 
 class Lease:
-    """When a peer's life was last heard of."""
+    """The time (seconds) of the last message from a peer's life."""
 
     __slots__ = ("heard",)
 
@@ -84,21 +86,21 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send to the other side; it may get lost."""
+    """Send a message to the other side; the message may get lost."""
 
     message: SessionMessage
 
 
 class Round(NamedTuple):
-    """A part of the transfer that is ready to be written."""
+    """Blocks `first` to `last - 1` of the transfer, ready to be written."""
 
-    first: int  # block of the transfer
-    last: int  # behind the last one
+    first: int
+    last: int
     layers: range | None  # None: all
 
 
 def rounds_of(blocks: int, layers: int, mode: TransferMode) -> list[Round]:
-    """All of a transfer: whole blocks, or layer by layer."""
+    """Return the rounds that write a whole transfer: one, or one for each layer."""
     if mode == "by-request-agg":
         return [Round(0, blocks, None)]
     return [Round(0, blocks, range(at, at + 1)) for at in range(layers)]
@@ -106,7 +108,7 @@ def rounds_of(blocks: int, layers: int, mode: TransferMode) -> list[Round]:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """S: copy blocks `round` to `wire_refs`, and say `on_write_done(serial, ...)` when drained."""
+    """S: copy the blocks of `round` to `wire_refs`; then call `on_write_done(serial, ...)`."""
 
     serial: int
     round: Round
@@ -115,14 +117,14 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class CancelWrites:
-    """S: hurry up; every write still needs its `on_write_done`."""
+    """S: cancel all posted writes. Each write still needs its `on_write_done`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """S: tell the caller, once; behind the Release, unless writes still drain.
+    """S: report the outcome to the caller, once; after Release, unless writes still drain.
 
-    `wire_refs`: all blocks at D from number `have` on, or all."""
+    `wire_refs`: all blocks of the transfer at D. `have`: how many of them D did not need."""
 
     failure: Failure | None
     wire_refs: bytes = b""
@@ -131,44 +133,44 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """S: the source blocks are read no more."""
+    """S: unpin the source blocks; no write reads them any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Allocate:
-    """D: match, pin and allocate, then say `on_allocated` or `on_refused`."""
+    """D: match, pin and allocate; then call `on_allocated` or `on_refused`."""
 
     prepare: Prepare
 
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """D: insert, or hand over to S; then say `on_published` or `on_unpublishable`."""
+    """D: insert the blocks, or grant them to S; call `on_published` or `on_unpublishable`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """D: let go of everything but the blocks that may still be written to."""
+    """D: release the pins, but keep the blocks that S may still write to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """D: let go of everything; nobody writes any more."""
+    """D: release the pins and free the blocks; no write is in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sever:
-    """D: have the transport forget S, so that nothing in its buffers can land."""
+    """D: drop the transport's connection to S, so that no buffered byte can still be written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Revoke:
-    """D: take back what was handed over to S; it does not know that it has it."""
+    """D: free the blocks granted to S, which does not know of the grant."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """The session has ended; for D after it has been remembered long enough."""
+    """Drop the session, which has ended (a committed D: after REMEMBER)."""
 
 
 Action = (
@@ -189,7 +191,7 @@ Actions = list[Action]
 
 
 class Retry:
-    """When to repeat what was not answered."""
+    """The timer for repeating an unanswered message; `at` is infinite when stopped."""
 
     __slots__ = ("_wait", "at")
 
@@ -205,7 +207,7 @@ class Retry:
         self.at = float("inf")
 
     def due(self, now: float) -> bool:
-        """Whether it is time; then the next time is set."""
+        """Return True, and set the next time, if `now` has reached the timer; else False."""
         if now < self.at:
             return False
         self._wait = min(2 * self._wait, RETRY_MAX)

@@ -1,4 +1,4 @@
-"""S: the side of a transfer that writes. `session` has the protocol."""
+"""`SourceSession`: the state machine of the side that writes; `session` has the protocol."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class SourceState(Enum):
 
 
 class SourceSession:
-    """S: writes blocks into a peer's pool."""
+    """S: writes blocks into a peer's pool. Methods return the actions to perform, in order."""
 
     def __init__(self, prepare: Prepare, lease: Lease, deadline: float = DEADLINE) -> None:
-        """`lease`: of the destination's life. `deadline`: seconds without progress."""
+        """`lease`: of the destination's life. `deadline`: seconds without progress before abort."""
         self.prepare = prepare
         self.number = prepare.number
         self.state = SourceState.PREPARING
@@ -73,7 +73,7 @@ class SourceSession:
         return [Send(self.prepare)]
 
     def write(self, round: Round, now: float) -> Actions:
-        """Another part is ready. Nothing once the transfer has failed."""
+        """Write another round; no effect after a failure. Raises ValueError after `seal`."""
         if self._sealed:
             raise ValueError("no round may follow the last one")
         self._deadline = now + self._patience
@@ -85,18 +85,18 @@ class SourceSession:
         return self._write(round)
 
     def seal(self, now: float) -> Actions:
-        """There was the last round: commit when all are written."""
+        """Accept no more rounds; commit when all rounds are written."""
         self._sealed = True
         return self._commit_if_written(now)
 
     def cancel(self, now: float) -> Actions:
-        """Abort, unless it is too late: a commit on its way decides for itself."""
+        """Abort; no effect once Commit is sent: D's answer then decides the outcome."""
         if self.state not in (SourceState.PREPARING, SourceState.WRITING):
             return []
         return self._abort(Failure("TransferCancelled", "cancelled"), now)
 
     def fail(self, failure: Failure, now: float) -> Actions:
-        """Abort for a reason of this side. Nothing once a commit is on its way."""
+        """Abort for a local reason; no effect once Commit is sent."""
         if self.state not in (SourceState.PREPARING, SourceState.WRITING):
             return []
         return self._abort(failure, now)
@@ -123,7 +123,7 @@ class SourceSession:
     def on_write_done(
         self, serial: int, failure: Failure | None, drained: Drained, now: float
     ) -> Actions:
-        """A write has ended; `drained`: whether its target is quiet, too."""
+        """A write has ended; `drained`: whether late bytes may still reach its target blocks."""
         self._writing.remove(serial)
         if drained is Drained.SEVERED:
             self._drained = Drained.SEVERED
@@ -135,7 +135,7 @@ class SourceSession:
         return self._commit_if_written(now)
 
     def on_gone(self, now: float) -> Actions:
-        """The destination's life is over; its memory went with it."""
+        """The destination's life is over, and its memory is gone."""
         if self.state is SourceState.ENDED:
             return []
         if self.state is not SourceState.ABORTING:
@@ -150,7 +150,7 @@ class SourceSession:
         self._deadline = float("inf")
         if not self._writing:
             return actions + self._end(None)
-        self._lease = Lease(float("-inf"))  # nobody to tell when it has drained
+        self._lease = Lease(float("-inf"))  # lapsed: no Abort to send when all writes have drained
         return actions
 
     def on_tick(self, now: float) -> Actions:
@@ -159,7 +159,7 @@ class SourceSession:
         silent = self._lease.lapsed(now)
         if self.state is SourceState.ABORTING:
             if silent and self._is_quiet():
-                return self._end(None)  # it will ask when it is back
+                return self._end(None)  # D sends a Query when it is back
             return [Send(self._abort_message())] if self._retry.due(now) else []
         if silent:
             return self._abort(Failure("PeerLost", f"no word from it for {LEASE:g} s"), now)
@@ -204,8 +204,8 @@ class SourceSession:
 
     def _on_query(self, message: Query, now: float) -> Actions:
         if self.state is SourceState.PREPARING:
-            # Its Prepared may still be on the way: to disown it now and accept it later would
-            # be to write into blocks that are free.
+            # D's Prepared may still be in flight. An Abort(YES) now would have D free the blocks,
+            # and S would write into them when it accepts the Prepared.
             if message.stop:
                 return self._abort(Failure("TransferAborted", "the destination gave up"), now)
             return [Send(Keep(self.number, message.attempt))]
@@ -243,14 +243,14 @@ class SourceSession:
         return [Finish(failure), CancelWrites(), Send(self._abort_message())]
 
     def _all_drained(self, now: float) -> Actions:
-        """Nothing will land any more: D may free, and so may this side's caller."""
+        """All writes have drained: release the source blocks, and let D free its blocks."""
         if self._lease.lapsed(now) and self._is_quiet():
             return self._end(None)
         self._retry.start(now)
         return [*self._release(), Send(self._abort_message())]
 
     def _is_quiet(self) -> bool:
-        """Whether a stranger's answer, a plain Abort(YES), is all there is to say."""
+        """Return whether `answer_as_stranger`, a plain Abort(YES), would be a correct answer."""
         return not self._writing and not self._unsure and self._drained is Drained.YES
 
     def _abort_message(self) -> Abort:
@@ -272,8 +272,8 @@ class SourceSession:
 
 
 def answer_as_stranger(message: SessionMessage) -> Actions:
-    """What S says about a transfer, or an attempt of one, that it does not know: it is
-    not writing to it, and never will."""
+    """Return S's answer about a transfer or attempt that S does not know: Abort(YES), because S
+    is not writing to it and never will."""
     if isinstance(message, Prepared | Query):
         return [Send(Abort(message.number, message.attempt, Drained.YES))]
     return []
