@@ -66,6 +66,7 @@ class SourceSession:
         self._drained = Drained.YES
         self._released = False
         self._unsure = False  # whether the destination may have committed
+        self._gone = False  # whether the destination's life is over: no message reaches it
 
     def start(self, now: float) -> Actions:
         self._deadline = now + self._patience
@@ -148,10 +149,8 @@ class SourceSession:
         self.state = SourceState.ABORTING
         self._retry.stop()
         self._deadline = float("inf")
-        if not self._writing:
-            return actions + self._end(None)
-        self._lease = Lease(float("-inf"))  # lapsed: no Abort to send when all writes have drained
-        return actions
+        self._gone = True  # the session ends when all writes have
+        return actions if self._writing else actions + self._end(None)
 
     def on_tick(self, now: float) -> Actions:
         if self.state is SourceState.ENDED:
@@ -244,7 +243,7 @@ class SourceSession:
 
     def _all_drained(self, now: float) -> Actions:
         """All writes have drained: release the source blocks, and let D free its blocks."""
-        if self._lease.lapsed(now) and self._is_quiet():
+        if self._gone or (self._lease.lapsed(now) and self._is_quiet()):
             return self._end(None)
         self._retry.start(now)
         return [*self._release(), Send(self._abort_message())]
