@@ -137,8 +137,8 @@ class Load:
         )
 
     def _show_queue(self, line: InstanceLoad) -> tuple[int, float, float]:
-        """Copy the queue into `left`, prompts of other gateways last. Returns the number of prompts,
-        their seconds in sum, and the seconds until one of them ends."""
+        """Copy the queue into `left`, other gateways' prompts last. Returns the number of prompts,
+        their seconds in sum, and the seconds of those in prefill."""
         if not line.prefills and not line.other_prefills:
             return 0, 0.0, 0.0
         left = [*line.queue.left(), *[self._typical_prefill] * line.other_prefills]
