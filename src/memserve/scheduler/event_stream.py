@@ -50,7 +50,7 @@ class EventCounts(msgspec.Struct):
 
 
 class EventStream:
-    """The event stream of one epoch of one instance, which has joined the trees."""
+    """The events of one instance in the trees, within one epoch, from a join to `close`."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class EventStream:
         return max(0, self.newest - (-1 if self.position is None else self.position))
 
     def close(self) -> None:
-        """Ignore all later batches: the instance has left or restarted."""
+        """Ignore all later batches: the instance has left, or another stream replaces this one."""
         self._closed = True
 
     def closed(self) -> bool:
