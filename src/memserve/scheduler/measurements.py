@@ -44,6 +44,6 @@ class Measurements(msgspec.Struct, frozen=True):
     prefill: tuple[PrefillPoint, ...] = ()
     decode: tuple[DecodePoint, ...] = ()
     transfer: tuple[TransferPoint, ...] = ()
-    # Share of the prefill and decode time in which the threads waited for a core that other work
-    # had. A high share means that the figures are not the instance's own.
+    # Seconds that threads waited for a core that other work had, per second of prefills and decode
+    # steps. With a high value the figures are not the instance's own.
     waited: Annotated[float, Meta(ge=0)] = 0.0
