@@ -1,4 +1,4 @@
-"""The global scheduler: who holds which prefix, what everything costs, where a request runs.
+"""The global scheduler: which instance holds which prefix, predicted times, where a request runs.
 
-No I/O and no torch: a gateway and the simulator run the same code. `contract.py` comes first.
+No I/O and no torch: a gateway and the simulator run this code. Read `contract.py` first.
 """

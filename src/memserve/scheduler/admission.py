@@ -1,17 +1,17 @@
-"""Who may start when there is more to do than instances can: bounded, fair, short ones soon.
+"""`Admission`: bounded, fair queues of requests, in the gateway, while instances are full.
 
-While instances have room, every request is let through at once. Beyond that requests wait
-here, where their order can still be chosen, instead of in an instance's queue:
+While instances have room, requests are admitted at once. Otherwise they wait here, where their
+order can still change, instead of in an instance's queue:
 
-- tenants take turns, measured in predicted prefill seconds (start-time fair queueing: the one
-  that was given the least goes first; whoever was away does not save up);
-- a tenant's requests go by priority, lower first, and never ahead of other tenants' for it,
-  unless the operator has granted that tenant so;
-- of equal priority, a short prompt passes long ones, but a prompt only lets those pass that
-  arrive within `patience` times its own cost, and `longest_patience` at most;
-- a tenant's queue is bounded; who finds it full is told when to come back.
+- tenants take turns by predicted prefill seconds (start-time fair queueing: the tenant that was
+  given the least goes first; an idle tenant saves up nothing);
+- within a tenant, lower priority values go first; they do not pass other tenants' requests, unless
+  the operator has made the tenant privileged;
+- at equal priority a short prompt passes longer ones: a prompt is only passed by prompts that
+  arrive within `patience` times its own cost after it, and `longest_patience` at most;
+- queues are bounded; a request over the limit is refused with a time to retry.
 
-No I/O; the caller says what time it is, and asks `next` whenever something may have changed.
+No I/O and no clock: the caller passes the time, and calls `next` whenever room may have appeared.
 """
 
 from __future__ import annotations
@@ -31,28 +31,29 @@ from memserve.errors import ConfigError
 Tenant = NewType("Tenant", bytes)  # `tenant_id` of an API key's name, or of a cache_salt
 
 _TENANT_BYTES = 16
-_TENANT_KEY = secrets.token_bytes(16)  # of this process: ids say nothing about what they are of
+_TENANT_KEY = secrets.token_bytes(16)  # of this process: ids do not reveal keys or salts
 
-_MAX_IDLE_TENANTS = 10_000  # whose share is remembered; a salt may be new with every request
-_MANY_VOID = 64  # entries that are skipped, of those who came and went: more are swept out
+_MAX_IDLE_TENANTS = 10_000  # remembered; each request may bring another salt
+_MANY_VOID = 64  # void entries in `_turns` that are tolerated before a sweep
 _MIN_RETRY, _MAX_RETRY = 1, 600  # seconds
 
 
 def tenant_id(name: bytes) -> Tenant:
-    """Who takes turns with others, in a fixed size: what clients send is not kept. The same in
-    one process."""
+    """Fixed-size digest of a tenant's name, so that no client data is kept. Constant within a
+    process."""
     return Tenant(blake2b(name, digest_size=_TENANT_BYTES, key=_TENANT_KEY).digest())
 
 
-NOBODY = tenant_id(b"")  # of requests that show neither a key nor a salt
+NOBODY = tenant_id(b"")  # of requests without API key and `cache_salt`
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What an operator lets a tenant do. Raises ConfigError for a weight that is none."""
+    """An operator's settings of a tenant. Raises ConfigError for a weight that is not above 0 and
+    finite."""
 
-    weight: float = 1.0  # 2: twice the share of others
-    privileged: bool = False  # its priorities order its requests among everybody's
+    weight: float = 1.0  # 2: twice the share of a tenant with 1
+    privileged: bool = False  # its priorities also count against other tenants' requests
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -64,27 +65,27 @@ NO_GRANT = Grant()
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """How much is let through, and how much may wait."""
+    """Limits on admitted and on waiting requests."""
 
-    # Of each instance. The sum of predicted prefills, with nothing cached: enough for it never
-    # to run dry, and little enough for the order to be chosen here.
+    # Sum of the admitted requests' predicted prefills with nothing cached, per instance: enough
+    # that the instance does not run dry, little enough that the order is still decided here.
     prefill_seconds: float = 10.0
-    requests: int = 128  # as many as are decoded at once, and as many again
-    waiting: int = 256  # of each tenant
-    waiting_of_all: int = 4096
-    patience: float = 2.0
+    requests: int = 128  # admitted per instance: twice the sequences that decode at once
+    waiting: int = 256  # per tenant
+    waiting_of_all: int = 4096  # all tenants together
+    patience: float = 2.0  # multiple of a prompt's cost
     longest_patience: float = 30.0  # seconds
 
 
 class TicketState(Enum):
     WAITING = "waiting"
     ADMITTED = "admitted"
-    PREFILLED = "prefilled"  # its prompt is computed: only its answer counts
+    PREFILLED = "prefilled"  # counts as a request, no longer as prefill seconds
     LEFT = "left"
 
 
 class Ticket:
-    """One request's place. Changed by `Admission` alone."""
+    """One request's place in `Admission`, which alone changes it. `cost`: prefill seconds."""
 
     __slots__ = ("cost", "entered", "priority", "state", "tenant")
 
@@ -102,31 +103,31 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """429. `retry_after`: whole seconds, for the header of that name."""
+    """The reason of an HTTP 429. `retry_after`: whole seconds, for the header `Retry-After`."""
 
     retry_after: int
     waiting: int
     limit: int
-    of_all: bool  # the limit is that of all tenants together
+    of_all: bool  # `limit` is `waiting_of_all`, else `waiting`
 
     def __str__(self) -> str:
         whose = "in all" if self.of_all else "of this tenant"
         return f"{self.waiting} requests {whose} are waiting and at most {self.limit} may"
 
 
-# Rank, seconds given, number, tenant.
+# A tenant's entry in the heap of turns: rank, seconds given, number, tenant.
 _Turn = tuple[int, float, int, Tenant]
 
 
 class _Queue:
-    """One tenant's waiting tickets. `given`: prefill seconds that it was given, virtually."""
+    """One tenant's waiting tickets. `given`: its virtual time, prefill seconds over weight."""
 
     def __init__(self, given: float, grant: Grant) -> None:
         self.given = given
         self.grant = grant
-        self.turn = -1  # number of its entry among the turns; others of it are void
+        self.turn = -1  # number of its valid entry among the turns; its other entries are void
         self.waiting = 0
-        self.seconds = 0.0  # of those
+        self.seconds = 0.0  # cost of the waiting tickets, in sum
         self._heap: list[tuple[int, float, int, Ticket]] = []
 
     def push(self, ticket: Ticket, order: float, number: int) -> None:
@@ -136,7 +137,7 @@ class _Queue:
 
     @property
     def rank(self) -> int:
-        """Among all tenants: those that are not privileged are equals."""
+        """Priority of a privileged tenant's first ticket; 0 for other tenants. Lower goes first."""
         if not self.grant.privileged:
             return 0
         while self._heap and self._heap[0][-1].state is not TicketState.WAITING:
@@ -144,7 +145,7 @@ class _Queue:
         return self._heap[0][0] if self._heap else 0
 
     def pop(self) -> Ticket:
-        """IndexError if none waits."""
+        """Remove and return the first waiting ticket. Raises IndexError if none waits."""
         while True:
             ticket = heapq.heappop(self._heap)[-1]
             if ticket.state is TicketState.WAITING:
@@ -152,41 +153,42 @@ class _Queue:
                 return ticket
 
     def drop(self, ticket: Ticket) -> None:
-        """It does not wait any more. Its entry is skipped, or swept out with others like it."""
+        """Stop counting a ticket. Its heap entry, if still there, is skipped or swept later."""
         self.waiting -= 1
         self.seconds = self.seconds - ticket.cost if self.waiting else 0.0
 
     def sweep(self) -> None:
-        """Call after the state of a ticket has changed."""
+        """Remove the entries of tickets that no longer wait, if they are the majority. Call after
+        a ticket's state has changed."""
         if len(self._heap) > 2 * self.waiting + 16:
             self._heap = [entry for entry in self._heap if entry[-1].state is TicketState.WAITING]
             heapq.heapify(self._heap)
 
 
 class Admission:
-    """Lets requests through while there is room, in a fair order."""
+    """Admits requests while there is room, in a fair order between tenants."""
 
     def __init__(self, limits: AdmissionLimits | None = None, instances: int = 0) -> None:
         self.limits = limits or AdmissionLimits()
         self._instances = instances
         self._queues: OrderedDict[Tenant, _Queue] = OrderedDict()
-        self._turns: list[_Turn] = []  # tenants that wait; all but one of each are void
+        self._turns: list[_Turn] = []  # heap of waiting tenants; one valid entry each
         self._grants: Mapping[Tenant, Grant] = {}
-        self._reached = 0.0  # what tenants that wait were given, at least
+        self._reached = 0.0  # virtual time: `given` of the tenant admitted last, before its cost
         self._number = 0
-        self._tenants = 0  # that wait
-        self._waiting_seconds = 0.0
+        self._tenants = 0  # tenants with waiting tickets
+        self._waiting_seconds = 0.0  # cost of all waiting tickets
         self.waiting = 0
         self.admitted = 0
-        self.prefill_seconds = 0.0  # of those that are admitted and not computed
-        self._prefills = 0
+        self.prefill_seconds = 0.0  # cost of admitted tickets that are not prefilled
+        self._prefills = 0  # number of these
 
     def resize(self, instances: int) -> None:
-        """So many instances compute prompts now. Ask `next` afterwards."""
+        """Set the number of instances that compute prompts. Call `next` afterwards."""
         self._instances = instances
 
     def grant(self, grants: Mapping[Tenant, Grant]) -> None:
-        """What tenants may do from now on; those that are not named, what everybody may."""
+        """Replace all grants; tenants without one get `NO_GRANT`."""
         self._grants = dict(grants)
         for tenant, queue in self._queues.items():
             queue.grant = self._grants.get(tenant, NO_GRANT)
@@ -197,8 +199,8 @@ class Admission:
         return self._grants.get(tenant, NO_GRANT)
 
     def enter(self, tenant: Tenant, cost: float, priority: int, now: float) -> Ticket | Refusal:
-        """A request whose prompt takes `cost` seconds to compute. The ticket may be admitted
-        already; otherwise `next` will return it. Every ticket must `leave`."""
+        """Add a request whose prompt takes `cost` seconds to compute. Returns a ticket, which is
+        admitted already or which `next` returns later, or a refusal. Every ticket must `leave`."""
         ticket = Ticket(tenant, cost, priority, now)
         queue = self._queue(tenant)
         if not self.waiting and self._has_room():
@@ -212,7 +214,7 @@ class Admission:
         passed = min(self.limits.patience * cost, self.limits.longest_patience)
         away, rank = not queue.waiting, queue.rank
         if away:
-            # Whoever was away begins where the others are.
+            # An idle tenant's virtual time catches up with that of the waiting ones.
             queue.given = max(queue.given, self._reached)
             self._tenants += 1
         queue.push(ticket, now + passed, self._next_number())
@@ -223,7 +225,7 @@ class Admission:
         return ticket
 
     def next(self, now: float) -> Ticket | None:
-        """Admit one that waits, if there is room. Ask until None."""
+        """Admit and return one waiting ticket, if there is room. Call until it returns None."""
         if not self.waiting or not self._has_room():
             return None
         while True:
@@ -240,13 +242,14 @@ class Admission:
         return ticket
 
     def prefilled(self, ticket: Ticket) -> None:
-        """Its prompt is computed. Ask `next` afterwards."""
+        """Report that a ticket's prompt is computed. Call `next` afterwards."""
         if ticket.state is TicketState.ADMITTED:
             ticket.state = TicketState.PREFILLED
             self._prefill_ended(ticket)
 
     def leave(self, ticket: Ticket) -> None:
-        """It ended, or gave up waiting; a second time is ignored. Ask `next` afterwards."""
+        """Report that a request ended or gave up waiting. Repeats are ignored. Call `next`
+        afterwards."""
         before, ticket.state = ticket.state, TicketState.LEFT
         if before is TicketState.WAITING:
             queue = self._queues[ticket.tenant]
@@ -254,19 +257,20 @@ class Admission:
             queue.sweep()
             self._stopped_waiting(ticket, queue)
             if queue.waiting and queue.grant.privileged:
-                self._take_turn(ticket.tenant, queue)  # its rank may be another
+                self._take_turn(ticket.tenant, queue)  # the rank may have changed
         elif before is not TicketState.LEFT:
             self.admitted -= 1
             if before is TicketState.ADMITTED:
                 self._prefill_ended(ticket)
 
     def waits(self, tenant: Tenant) -> int:
-        """How many requests of a tenant wait."""
+        """Number of waiting requests of a tenant."""
         queue = self._queues.get(tenant)
         return 0 if queue is None else queue.waiting
 
     def _has_room(self) -> bool:
-        """One request may go over the limit, so that every prompt can be computed some time."""
+        """Whether another request may be admitted. The last one may exceed `prefill_seconds`, so
+        that even the longest prompt is admitted at some time."""
         return (
             self.prefill_seconds < self._instances * self.limits.prefill_seconds
             and self.admitted < self._instances * self.limits.requests
@@ -279,14 +283,15 @@ class Admission:
         self.prefill_seconds += ticket.cost
         began = max(self._reached, queue.given)
         queue.given = began + ticket.cost / queue.grant.weight
-        if not (queue.grant.privileged and ticket.priority):  # else it may have passed others
+        # A privileged ticket with a priority may have passed tenants that were given less.
+        if not (queue.grant.privileged and ticket.priority):
             self._reached = began
 
     def _prefill_ended(self, ticket: Ticket) -> None:
         self._prefills -= 1
         self.prefill_seconds -= ticket.cost
         if not self._prefills:
-            self.prefill_seconds = 0.0  # and with it what rounding left
+            self.prefill_seconds = 0.0  # remove accumulated rounding errors
 
     def _queue(self, tenant: Tenant) -> _Queue:
         queue = self._queues.get(tenant)
@@ -298,7 +303,8 @@ class Admission:
         return queue
 
     def _forget_idle(self) -> None:
-        """Of too many tenants, those without a waiting request that came the longest ago."""
+        """Drop the least recently used queues without waiting tickets, beyond
+        `_MAX_IDLE_TENANTS`."""
         while len(self._queues) > _MAX_IDLE_TENANTS + self._tenants:
             tenant, queue = self._queues.popitem(last=False)
             if queue.waiting:
@@ -326,15 +332,15 @@ class Admission:
         self._waiting_seconds -= ticket.cost
         if not self.waiting:
             self._waiting_seconds = 0.0
-            self._turns.clear()  # what is left of it is void
+            self._turns.clear()  # only void entries are left
 
     def _retry_after(self, queue: _Queue) -> int:
-        """Until half of the tenant's queue should be computed: those who come back find room.
-        Meanwhile the other tenants take their turns."""
+        """Predicted seconds until half of the tenant's queue is computed, with the other tenants'
+        turns in between, so that a retry finds room. From `_MIN_RETRY` to `_MAX_RETRY`."""
         mine = queue.seconds / 2
         others = min(mine * (self._tenants - 1), self._waiting_seconds - queue.seconds)
         ahead = mine + others
-        if not queue.waiting:  # all tenants together have filled it
+        if not queue.waiting:  # refused by `waiting_of_all`: half of all queues
             ahead = self._waiting_seconds / 2
         seconds = ahead / max(self._instances, 1)
         return min(max(math.ceil(seconds), _MIN_RETRY), _MAX_RETRY)

@@ -1,4 +1,4 @@
-"""What a transformer computes per token: its weight matrices and its attention, per device."""
+"""`Architecture`: sizes of a transformer, and what it computes per token on each device."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _DTYPE_BYTES = {
 
 
 class MatMul(msgspec.Struct, frozen=True):
-    """A weight matrix that the tokens of a step are multiplied with, on one device."""
+    """A weight matrix [outputs, inputs] that a step's tokens are multiplied with, on one device."""
 
     outputs: int
     inputs: int
-    count: int  # layers that have one
+    count: int  # number of layers with such a matrix
 
     @property
     def weights(self) -> int:
@@ -36,7 +36,7 @@ class MatMul(msgspec.Struct, frozen=True):
 
 
 class Architecture(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A dense decoder. With tensor parallelism each device holds 1/`tensor_parallel` of it."""
+    """A dense decoder. Each device holds 1/`tensor_parallel` of it."""
 
     name: str
     layers: _Count
@@ -46,26 +46,26 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     head_dim: _Count
     intermediate: _Count
     vocab: _Count
-    gated: bool = True  # an MLP of three matrices rather than two
-    window: Annotated[int, Meta(ge=0)] = 0  # tokens that sliding-window layers see
+    gated: bool = True  # the MLP has three matrices, else two
+    window: Annotated[int, Meta(ge=0)] = 0  # tokens that sliding-window layers attend to
     window_layers: Annotated[int, Meta(ge=0)] = 0
-    weight_bytes: _Count = 2  # of one weight
-    kv_bytes: _Count = 2  # of one element of K or V
+    weight_bytes: _Count = 2  # bytes of one weight
+    kv_bytes: _Count = 2  # bytes of one element of K or V
     tensor_parallel: _Count = 1
 
     @property
     def full_layers(self) -> int:
-        """Layers whose attention sees all of the context."""
+        """Number of layers with full attention."""
         return self.layers - self.window_layers
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """K and V of all layers, over all devices."""
+        """Bytes of K and V of one token, all layers, sum over devices."""
         return self.layers * 2 * self.kv_heads * self.head_dim * self.kv_bytes
 
     @property
     def layer_matmuls(self) -> tuple[MatMul, ...]:
-        """What every token passes, on one device."""
+        """Matrices that every token passes, on one device."""
         tp = self.tensor_parallel
         query = self.heads * self.head_dim
         key_value = 2 * self.kv_heads * self.head_dim
@@ -79,23 +79,23 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def output_matmul(self) -> MatMul:
-        """From the last hidden state to logits: only where a token is sampled."""
+        """Matrix from the last hidden state to logits, on one device; only for sampled tokens."""
         return MatMul(-(-self.vocab // self.tensor_parallel), self.hidden, 1)
 
     @property
     def parameters(self) -> int:
-        """Weights that take part in matrix products, over all devices."""
+        """Number of weights in matrix products, sum over devices."""
         whole = msgspec.structs.replace(self, tensor_parallel=1)
         return sum(m.weights for m in (*whole.layer_matmuls, whole.output_matmul))
 
     @property
     def pair_flops(self) -> int:
-        """Of one query attending to one key in one layer, on one device."""
+        """Flops of one query attending to one key in one layer, on one device."""
         return 4 * self.heads * self.head_dim // self.tensor_parallel
 
 
 class _Config(msgspec.Struct):
-    """The parts of a Transformers config.json that say how much is computed."""
+    """The fields of a Transformers config.json that determine an `Architecture`."""
 
     model_type: str = ""
     num_hidden_layers: int | None = None
@@ -113,15 +113,15 @@ class _Config(msgspec.Struct):
     text_config: _Config | None = None
 
 
-# Families whose MLP has no gate.
+# `model_type` values of families whose MLP has no gate.
 _UNGATED = ("gpt2", "opt", "gpt_neox", "falcon", "phi", "bloom")
 
 
 def read_architecture(directory: Path, name: str, dtype: str) -> Architecture:
-    """From a model directory's config.json, held as `dtype`. Raises ModelError.
+    """Architecture from a model directory's config.json, with weights and KV of `dtype`.
 
-    Of a mixture of experts the experts of one token count: its compute is right, the weights
-    that a batch reads are too few.
+    In a mixture of experts only the experts of one token count: compute is right, but the weights
+    that a batch reads are underestimated. Raises ModelError.
     """
     path = directory / "config.json"
     try:

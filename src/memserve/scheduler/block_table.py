@@ -1,7 +1,7 @@
-"""Where an instance's blocks are in the trees, by what the instance calls them.
+"""Block tables: the node and depth in the trees of each block that an instance's events name.
 
-Events name blocks; a table gives each a small number and knows its node and depth. Two kinds:
-instances of ours name blocks by medium and index, which are dense; other engines hash them.
+A table maps block names to small numbers. Two kinds: `References` for memserve's instances, whose
+names are packed references with a dense index, and `Hashes` for other engines.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ _Number = TypeVar("_Number", np.uint8, np.int32, np.int64)
 
 _NOWHERE = 0  # no node has this id
 _FIRST_SIZE = 1024
-_MEDIA = 7  # of one hash, that are told apart
-_MAX_REFERENCE = (1 << (GENERATION_BITS + INDEX_BITS + 1)) - 1  # two media
+_MEDIA = 7  # media with a bit of their own in `Hashes`
+_MAX_REFERENCE = (1 << (GENERATION_BITS + INDEX_BITS + 1)) - 1  # one bit for the medium
 
 
 class BlockTable:
-    """Node and depth of each stored block, by number. Belongs to one instance's entry."""
+    """Node and depth of each stored block of one instance, by block number."""
 
     def __init__(self) -> None:
         self.node: IndexArray = np.zeros(_FIRST_SIZE, dtype=np.int64)  # ids; 0: not stored
-        self._depth: Numbers = np.zeros(_FIRST_SIZE, dtype=np.int32)  # blocks before it
+        self._depth: Numbers = np.zeros(_FIRST_SIZE, dtype=np.int32)  # blocks from the root
         self.stored = 0
 
     def place(self, numbers: Numbers, node: int, start: int) -> None:
-        """Blocks that were nowhere are now `start`, `start + 1`, ... blocks deep, in `node`."""
+        """Record blocks that were not stored: they are in `node` at depth `start`, `start + 1`,
+        ..."""
         self.node[numbers] = node
         self._depth[numbers] = np.arange(start, start + len(numbers))
         self.stored += len(numbers)
 
     def vacate(self, numbers: Numbers) -> None:
-        """Stored blocks are nowhere."""
+        """Record that stored blocks are stored no longer."""
         self.node[numbers] = _NOWHERE
         self.stored -= len(numbers)
 
@@ -52,7 +53,7 @@ class BlockTable:
         return self._depth[numbers]
 
     def homes(self) -> list[int]:
-        """The nodes that have blocks of this instance."""
+        """Ids of the nodes that have blocks of this instance, ascending."""
         homes: list[int] = np.unique(self.node[self.node != _NOWHERE]).tolist()
         return homes
 
@@ -68,16 +69,17 @@ class BlockTable:
 
 
 class References(BlockTable):
-    """Names that are packed references without their owner: generation, index and medium."""
+    """Table for names that are packed references without owner: medium, index, generation. A
+    block's number follows from index and medium."""
 
     def __init__(self) -> None:
         super().__init__()
         self._hash: IndexArray = np.zeros(_FIRST_SIZE, dtype=np.int64)
 
     def number(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
-        """The numbers of blocks that are about to be stored.
+        """Numbers of blocks that are about to be stored.
 
-        Raises ValueError for names that are no references, and for two lives of one block.
+        Raises ValueError for names that are no references, and for two generations of one block.
         """
         given = _references(hashes)
         numbers = _slots(given)
@@ -85,18 +87,18 @@ class References(BlockTable):
             self._grow(int(numbers.max()) + 1)
         before = self._hash[numbers]
         self._hash[numbers] = given
-        if (self._hash[numbers] != given).any():  # the last one written is there
+        if (self._hash[numbers] != given).any():  # of equal numbers only the last was written
             self._hash[numbers] = before
             raise ValueError("two references to one block")
         return numbers
 
     def known(self, hash: BlockHash) -> int | None:
-        """The number of a stored block; None for any other."""
+        """Number of a stored block; None if it is not stored."""
         found = self.forget((hash,), None)
         return int(found[0]) if len(found) else None
 
     def forget(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
-        """The numbers of stored blocks; a reference has one medium, which it names."""
+        """Numbers of those blocks that are stored. `medium` is unused: references contain it."""
         given = _references(hashes)
         numbers = _slots(given)
         inside = numbers < len(self.node)
@@ -116,28 +118,29 @@ class References(BlockTable):
 
 
 class Hashes(BlockTable):
-    """Names of any kind. One block may be in several media under one name."""
+    """Table for names of any kind. One name may have copies in several media."""
 
     def __init__(self) -> None:
         super().__init__()
         self._numbers: dict[BlockHash, int] = {}
         self._names: list[BlockHash] = []
         self._free: list[int] = []
-        self._media: dict[str | None, int] = {}  # bit of each medium seen
-        self._copies: NDArray[np.uint8] = np.zeros(_FIRST_SIZE, dtype=np.uint8)  # media bits
+        self._media: dict[str | None, int] = {}  # bit mask by medium
+        self._copies: NDArray[np.uint8] = np.zeros(_FIRST_SIZE, dtype=np.uint8)  # media, by number
 
     def number(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
-        """The numbers of blocks that are about to be stored, new ones where needed."""
+        """Numbers of blocks that are about to be stored, with `medium` added to their media."""
         numbers = np.array([self._number(name) for name in hashes], dtype=np.int32)
         self._copies[numbers] |= self._bit(medium)
         return numbers
 
     def known(self, hash: BlockHash) -> int | None:
-        """The number of a block that has one."""
+        """Number of a name; None if it has none."""
         return self._numbers.get(hash)
 
     def forget(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
-        """The numbers of stored blocks that are gone from their last medium, each once."""
+        """Remove `medium` from the blocks' media. Returns the distinct numbers of stored blocks
+        that are in no medium now."""
         known = [number for name in hashes if (number := self._numbers.get(name)) is not None]
         numbers = distinct(np.array(known, dtype=np.int32))
         self._copies[numbers] &= ~np.uint8(self._bit(medium))
@@ -154,7 +157,7 @@ class Hashes(BlockTable):
 
     @property
     def num_bytes(self) -> int:
-        entry = 170  # of dictionary, list, key and number
+        entry = 170  # bytes of dictionary entry, list entry, key and number
         return super().num_bytes + self._copies.nbytes + entry * len(self._numbers)
 
     def _number(self, name: BlockHash) -> int:
@@ -171,7 +174,7 @@ class Hashes(BlockTable):
         return number
 
     def _bit(self, medium: str | None) -> int:
-        # Seven media are told apart; engines know three. Further ones share a bit.
+        # Seven media have a bit each; engines use three. Further media share the last bit.
         bit = self._media.get(medium)
         if bit is None and len(self._media) < _MEDIA:
             bit = self._media[medium] = 1 << len(self._media)
@@ -183,8 +186,8 @@ class Hashes(BlockTable):
 
 
 def _longer(numbers: NDArray[_Number], size: int) -> NDArray[_Number]:
-    """With zeros behind it. Memory that nobody writes to costs nothing: a block's number may be
-    large where there are few."""
+    """`numbers` extended by zeros to `size`. Large block numbers are cheap, since the system backs
+    zeroed memory only when it is written."""
     if len(numbers) >= size:
         return numbers
     longer = np.zeros(size, dtype=numbers.dtype)
@@ -193,7 +196,7 @@ def _longer(numbers: NDArray[_Number], size: int) -> NDArray[_Number]:
 
 
 def distinct(numbers: NDArray[_Number]) -> NDArray[_Number]:
-    """Ascending, each once. Most events are about one block: it needs no sorting."""
+    """Distinct numbers, ascending. Most events name one block, which needs no sorting."""
     return numbers if len(numbers) < 2 else np.unique(numbers)
 
 

@@ -1,8 +1,8 @@
-"""Every way to run one request, and how long each should take.
+"""Candidates, all ways to run one request, and the predicted seconds of each.
 
-Here is asked for what a prediction needs, of the load, of prompts that wait and of cost models;
-`kernels` computes it. All arrays over `[instances]` go by slot of `Load`, those over
-`[candidates]` by `CandidateSet`.
+This module collects the inputs of a prediction from `Load` and the cost models; `kernels` computes
+it. Index of `[instances]` arrays: slot of `Load`; of `[candidates]` arrays: column of
+`CandidateSet`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _NO_MOVES: Seconds = np.empty((0, 2, 0, 0))
 
 
 class CandidateSet:
-    """The candidates that a set of instances allows: first each that does all of it, then each
-    prefill instance with each decode instance. Holds until members or their roles change."""
+    """The candidates of a set of instances: first single instances, then pairs of a prefill and a
+    decode instance. Valid until members or their specs change."""
 
     def __init__(self, load: Load, among: Collection[InstanceId] | None = None) -> None:
-        """`among`: only these, and of them those that `load` has; None: all."""
+        """`among`: the allowed instances (unknown ones are ignored); None: all."""
         slots = range(len(load.lines))
         self.allowed: list[int] = [
             at for at in slots if among is None or load.lines[at].spec.id in among
@@ -35,7 +35,7 @@ class CandidateSet:
         self.prefill = load.with_role(Role.PREFILL, self.allowed)
         decode = load.with_role(Role.DECODE, self.allowed)
         colocated = load.with_role(Role.COLOCATED, self.allowed)
-        # Roles are soft: where nobody decodes, a prefill instance answers.
+        # Roles are soft: without decode instances, prefill instances decode too.
         alone = colocated + (decode or self.prefill)
         pools = load.kinds[:, k.POOL].tolist()
         pairs = [
@@ -46,7 +46,8 @@ class CandidateSet:
         self.table: IndexArray = np.ascontiguousarray(table)
         self.answers, self.computes = self.table
         self.pairs = len(pairs)
-        # As roles are meant: a decode instance computes prompts only where nobody else does.
+        # `usual`: candidates that follow the roles. A decode instance that computes a prompt does
+        # not, if there are pairs.
         self.answering = colocated + (decode or self.prefill)
         self.usual: NDArray[np.bool_] = np.ones(len(self), dtype=np.bool_)
         if pairs:
@@ -63,15 +64,14 @@ class CandidateSet:
         return len(self.answers)
 
     def find(self, answers: int, computes: int) -> int | None:
-        """The candidate with these slots."""
+        """Number of the candidate with these slots; None if there is none."""
         return self._find.get((answers, computes))
 
 
 class Candidates:
-    """Every candidate of a set, and its predicted seconds for one request.
+    """The candidates of a set, and their predicted seconds for one request.
 
-    The arrays are made once, and `predict` fills them again for the next request: whoever wants
-    to keep stats takes copies.
+    `predict` overwrites the arrays for the next request: copy values that must last.
     """
 
     def __init__(self, load: Load, candidate_set: CandidateSet) -> None:
@@ -79,7 +79,7 @@ class Candidates:
         self.candidate_set = candidate_set
         self._lines = load.lines
         self.prompt_tokens = 0
-        self.whole_prefill = 0.0  # seconds, the least, of the prompt with nothing cached
+        self.whole_prefill = 0.0  # seconds of the prompt with nothing cached, least instance
         n = len(load.lines)
         self._used: Seconds = load.stats[:, k.USED]
         self._held: IndexArray = np.empty(n, np.int64)
@@ -98,17 +98,17 @@ class Candidates:
         pulled: IndexArray = np.empty((k.PULLED, n), np.int64)
         by_candidate: Seconds = np.empty((k.PER_CANDIDATE, len(candidate_set)))
         self._predictions: k.Predictions = (by_instance, pulled, by_candidate)
-        # [instances]: tokens, and of those that are pulled whose they are; -1: nobody's
+        # [instances]: cached tokens; slot of the fetch's source (-1: no fetch); fetched tokens
         self.cached: IndexArray = self._asked[1]
         self.source: IndexArray = pulled[k.FROM]
         self.fetched: IndexArray = pulled[k.FETCHED]
         self.prefixes: choosing.Prefixes = (self.source, self.cached, self.fetched)
-        # [instances]: of computing the prompt
+        # [instances]: if the prompt is computed there
         self.fetch: Seconds = by_instance[k.FETCH]
         self.prefill: Seconds = by_instance[k.PREFILL]
-        self.delays: Seconds = by_instance[k.DELAYS]
-        self.stalls: Seconds = by_instance[k.STALLS]  # that answers there see, together
-        self.work: Seconds = by_instance[k.WORK]  # before it, whatever it takes itself
+        self.delays: Seconds = by_instance[k.DELAYS]  # of other queued prompts, summed
+        self.stalls: Seconds = by_instance[k.STALLS]  # of answers decoding there, summed
+        self.work: Seconds = by_instance[k.WORK]  # queued prefills, without this prompt
         self.instance_terms: choosing.InstanceTerms = (
             self.fetch,
             self.prefill,
@@ -136,14 +136,14 @@ class Candidates:
         fetches: bool,
         overlapped: bool = False,
     ) -> None:
-        """Predict every candidate. `output_tokens` is what is expected, at least 1; `matches` what
-        instances are known to hold of the prompt; `overlapped`: KV goes to the decode instance
-        while the prompt is computed.
+        """Fill the arrays with predictions for a request.
 
-        RuntimeError: members have changed since the set was made.
+        `output_tokens`: expected, at least 1; `matches`: tokens of the prompt held, by instance;
+        `fetches`: plans may pull prefixes; `overlapped`: KV goes to the decode instance during the
+        prefill. Raises RuntimeError if members have changed since the set was made.
         """
         load, candidate_set, asked, moved = self.load, self.candidate_set, self._asked, self._moved
-        if load.lines is not self._lines:  # compiled code does not look where arrays end
+        if load.lines is not self._lines:  # compiled code checks no array bounds
             raise RuntimeError("a set of candidates of former members")
         load.refresh()
         prompt = self.prompt_tokens = len(request.tokens)
@@ -203,7 +203,7 @@ class Candidates:
         stalls: float = 0.0,
         work: float = 0.0,
     ) -> Seconds:
-        """Their weighted sum, [candidates]."""
+        """Weighted sum of the predicted seconds, [candidates]."""
         scores = np.empty(len(self.first_token))
         choosing.weigh.run(
             self.candidate_set.computes,
@@ -215,8 +215,8 @@ class Candidates:
         return scores
 
     def least(self, scores: Seconds, allowed: NDArray[np.bool_] | None = None) -> int:
-        """The least score. Of those as good as equal: roles as they are meant and no copies of KV
-        that are not needed, then what was used the longest ago.
+        """Number of the candidate with the least score. Near ties: first a `usual` candidate
+        without fetch, then the least recently chosen.
 
         `allowed` [candidates]: only these; the scores of the others become infinite.
         """
@@ -234,7 +234,7 @@ class Candidates:
 
 
 def whole_prefill_seconds(load: Load, prompt: int) -> Seconds:
-    """exec(x, 0), [instances]."""
+    """exec(x, 0) of a prompt of `prompt` tokens, [instances], with learnt factors."""
     load.refresh()
     asked = np.zeros((1, len(load.lines)), dtype=np.int64)
     seconds: Seconds = _prefill_seconds(load, prompt, asked)[0]
@@ -245,8 +245,9 @@ def whole_prefill_seconds(load: Load, prompt: int) -> Seconds:
 def _sure_sources(
     load: Load, request: PromptRequest, slots: list[int], tokens: list[int], least: int
 ) -> IndexArray:
-    """Slots and tokens [2, sources] of prefixes that are there for certain, and longer than what
-    every instance has. `slots` and `tokens` as `survey` found them."""
+    """Sources of fetches [2, sources]: slots, and tokens without those that unfinished prefills
+    still have to compute. Only sources with more than `least` tokens. `slots` and `tokens`: from
+    `survey`."""
     sources = []
     for slot, held in zip(slots, tokens, strict=True):
         if slot < 0:
@@ -259,11 +260,11 @@ def _sure_sources(
     return np.ascontiguousarray(np.array(sources, dtype=np.int64).T)
 
 
-# --- what cost models are asked -----------------------------------------------------------
+# --- calls of cost models -----------------------------------------------------------------
 
 
 def _step_seconds(load: Load, sequences: IndexArray, contexts: Seconds) -> Seconds:
-    """Of decode steps, in the shape of the batches."""
+    """Seconds of decode steps, in the shape of `sequences` and `contexts`, [3, instances]."""
     if len(load.cost_groups) == 1:
         costs = load.cost_groups[0].costs
         return _filled(costs.decode_step_seconds(sequences, contexts), sequences)
@@ -275,7 +276,7 @@ def _step_seconds(load: Load, sequences: IndexArray, contexts: Seconds) -> Secon
 
 
 def _prefill_seconds(load: Load, prompt: int, asked: IndexArray) -> Seconds:
-    """exec(x, y), [rows, instances] as asked."""
+    """exec(x, y) in the shape of `asked`, cached tokens [rows, instances]."""
     if len(load.cost_groups) == 1:
         return _filled(load.cost_groups[0].costs.prefill_seconds(prompt, asked), asked)
     seconds = np.empty(asked.shape)
@@ -286,15 +287,16 @@ def _prefill_seconds(load: Load, prompt: int, asked: IndexArray) -> Seconds:
 
 
 def _filled(seconds: Seconds, asked: IndexArray) -> Seconds:
-    """For each that was asked for, as compiled code reads it, also if they are all the same."""
+    """`seconds` as a contiguous array in the shape of `asked`, as compiled code reads it: a cost
+    model may return a smaller shape that broadcasts."""
     if seconds.shape != asked.shape:
         seconds = np.broadcast_to(seconds, asked.shape)
     return np.ascontiguousarray(seconds)
 
 
 def _move_seconds(load: Load, moved: Seconds) -> Seconds:
-    """From an instance of each group, far and near: [groups, 2, rows, instances], with `moved`
-    [2, rows, instances] tokens and blocks."""
+    """Seconds of transfers [groups, 2 (far, near), rows, instances] from an instance of each group.
+    `moved` [2, rows, instances]: tokens and blocks."""
     tokens, blocks = moved
     seconds = np.empty((len(load.cost_groups), 2, *tokens.shape))
     for number, group in enumerate(load.cost_groups):
@@ -305,7 +307,7 @@ def _move_seconds(load: Load, moved: Seconds) -> Seconds:
     return seconds
 
 
-# --- what a prompt waits for, besides others' turns ---------------------------------------
+# --- waits of a prompt for HBM and for unfinished prefills --------------------------------
 
 
 def _memory_wait(
@@ -316,7 +318,8 @@ def _memory_wait(
     steps: Seconds,
     now: float,
 ) -> Seconds:
-    """Until there is HBM for a sequence of `needed` tokens, [instances]."""
+    """Seconds until there is HBM for a sequence of `needed` tokens, [instances]. `cached`: tokens
+    [instances], of which blocks that running sequences hold need no memory."""
     stats = load.stats
     wait = np.zeros(len(cached))
     short = stats[:, k.KV_TOKENS] + needed > stats[:, k.KV_CAPACITY]
@@ -333,9 +336,9 @@ def _memory_wait(
 def _wait_for_promises(
     load: Load, request: PromptRequest, longest: list[int], cached: IndexArray, wait: Seconds
 ) -> Seconds:
-    """`wait` [instances], and where a prefix counts that others' prompts have yet to bring, until
-    they are computed. Looks at the `longest` prefixes alone (slots, -1: none): what many instances
-    have is there, or costs little."""
+    """`wait` [instances], raised to the seconds of the queue where the matched prefix depends on
+    prefills that are not finished. Looks only at the `longest` prefixes (slots, -1: none): shorter
+    ones, which many instances have, are finished or cheap."""
     waits = None
     for slot in longest:
         if slot < 0:

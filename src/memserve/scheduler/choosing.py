@@ -1,7 +1,7 @@
-"""What policies and explanations do with the seconds of candidates, compiled.
+"""Compiled operations on the predicted seconds of candidates: weigh, choose the least, rank.
 
-Arrays over `[instances]` go by slot of `Load`, those over `[candidates]` by `CandidateSet`.
-Arguments that belong together are plain tuples, as in `kernels`.
+Index of `[instances]` arrays: slot of `Load`; of `[candidates]` arrays: column of `CandidateSet`.
+Related arguments are grouped in plain tuples, as in `kernels`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from memserve.scheduler.compiled import compiled, inlined
 from memserve.scheduler.contract import Seconds
 from memserve.types import IndexArray
 
-# Plans whose predictions differ by less than this part of the prompt's own prefill are equal:
-# predictions are not better than that, and equal ones take turns.
+# Scores that differ by at most this share of the prompt's whole prefill are ties, because
+# predictions are no more exact. Ties go to the least recently chosen, so that instances take turns.
 NEAR_TIE = 0.01
 
 _Bools = NDArray[np.bool_]
@@ -24,9 +24,9 @@ InstanceTerms = tuple[Seconds, Seconds, Seconds, Seconds, Seconds]
 CandidateTerms = tuple[Seconds, Seconds, Seconds]
 """`transfer`, `decode`, `first_token` [candidates]."""
 Weights = tuple[float, float, float, float, float]
-"""Of `first_token`, `decode`, `delays`, `stalls`, `work`."""
+"""Weights of `first_token`, `decode`, `delays`, `stalls`, `work`."""
 Prefixes = tuple[IndexArray, IndexArray, IndexArray]
-"""`source`, `cached`, `fetched` [instances]: a slot or -1, and tokens."""
+"""`source` (slot or -1), `cached` and `fetched` tokens [instances]."""
 
 _INSTANCE_TERMS = "UniTuple(float64[::1], 5)"
 _CANDIDATE_TERMS = "UniTuple(float64[::1], 3)"
@@ -67,11 +67,11 @@ def least(
     whole_prefill: float,
     scores: Seconds,
 ) -> int:
-    """The candidate with the least score. Of those as good as equal: roles as they are meant and
-    no copies of KV that are not needed, then what was used the longest ago.
+    """Number of the candidate with the least score. Near ties (NEAR_TIE): first a `usual` candidate
+    without fetch, then the least recently chosen.
 
-    `allowed` [candidates], one at least: the scores of the others become infinite. `fetched` and
-    `used` [instances]: tokens that would be pulled, and the turn of the last time.
+    `allowed` [candidates], at least one: the scores of the others become infinite. `fetched`
+    [instances]: tokens of the fetch; `used` [instances]: turn of the last choice.
     """
     limit = np.inf
     for at in range(len(scores)):
@@ -94,7 +94,7 @@ def least(
 
 @inlined
 def _best_first(scores: Seconds, chosen: int, best: IndexArray) -> None:
-    """`chosen`, and behind it those of the least other scores, in order."""
+    """Fill `best` with `chosen` and then the candidates of the least other scores, ascending."""
     best[0] = chosen
     last, count = len(best) - 1, 1
     for at in range(len(scores)):
@@ -127,10 +127,12 @@ def rank(
     stats: IndexArray,
     seconds: Seconds,
 ) -> None:
-    """Fill `stats` [5, kept] and `seconds` [7, kept], the terms and the score, with those of
-    `chosen` and then of the best others, kept <= candidates.
+    """Fill `stats` [5, kept] and `seconds` [7, kept] for `chosen` and then the best others; kept <=
+    candidates.
 
-    `table` [2, candidates]: slots of the instances that answer, and that compute the prompt.
+    `stats`: slots that answer, compute and are fetched from, cached and fetched tokens; `seconds`:
+    the fields of `Terms` in order, and the score. `table` [2, candidates]: slots that answer and
+    that compute the prompt.
     """
     source, cached, fetched = prefixes
     fetch, prefill, delays, stalls, _ = instance_terms
@@ -144,7 +146,7 @@ def rank(
         stats[0, k], stats[1, k] = table[0, at], c
         stats[2, k], stats[3, k], stats[4, k] = source[c], cached[c], fetched[c]
         waits = first_token[at] - transfer[at] - (fetch[c] + prefill[c])
-        seconds[0, k] = max(waits, 0.0)  # what rounding left
+        seconds[0, k] = max(waits, 0.0)  # rounding may leave a negative value
         seconds[1, k], seconds[2, k], seconds[3, k] = fetch[c], prefill[c], transfer[at]
         seconds[4, k], seconds[5, k] = decode[at] + stalls[c], delays[c]
         seconds[6, k] = scores[at]

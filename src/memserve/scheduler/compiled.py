@@ -1,4 +1,4 @@
-"""What is compiled when a scheduler is made, and not before."""
+"""Registry of the scheduler's numba functions. `Scheduler()` compiles them, no import does."""
 
 from __future__ import annotations
 

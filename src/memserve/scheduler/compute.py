@@ -1,7 +1,7 @@
-"""Seconds of a step's operators other than attention: matrix products and what is constant.
+"""Seconds of a step without attention: matrix products and constant parts.
 
-Two kinds: derived from a device's figures, operator by operator; or measured at some step
-sizes. Both are turned into tables once, so that a prediction is a look-up.
+Two kinds: `Waves`, derived from a device's figures, and `Measured` at some step sizes. Both make
+tables once, so that a prediction is a look-up.
 """
 
 from __future__ import annotations
@@ -20,35 +20,36 @@ Table = NDArray[np.float64]
 
 _Seconds = Annotated[float, Meta(ge=0)]
 
-# The smallest tile that kernels for few tokens compute.
+# Rows of the smallest tile, used by kernels for few tokens.
 _SMALLEST_TILE_ROWS = 16
-# A tile of half the width takes over half the time: its operands are read for less work.
+# Halvings of a tile's width that are tried, and the factor by which each raises the time per
+# flop, since operands are read for less work.
 _NARROWER_TILES = 2
 _NARROWING = 1.15
 
 
 class Waves(msgspec.Struct, frozen=True, kw_only=True, tag="waves"):
-    """From a device's figures. A product is cut into tiles, one for each unit at a time: a last
-    wave that is not full takes as long as a full one. Reading the weights is the lower bound.
+    """Seconds from a device's figures. A product is cut into tiles, which the units compute in
+    waves; a partial last wave takes as long as a full one. Reading the weights is the lower bound.
     """
 
     units: Annotated[int, Meta(ge=1)]  # streaming multiprocessors of a GPU, cores of a CPU
     tile: tuple[int, int]  # rows and columns
-    flops: Annotated[float, Meta(gt=0)]  # reached, all units, per second
-    bandwidth: Annotated[float, Meta(gt=0)]  # reached, bytes per second
+    flops: Annotated[float, Meta(gt=0)]  # effective, all units, per second
+    bandwidth: Annotated[float, Meta(gt=0)]  # effective, bytes per second
     step_seconds: _Seconds  # once per step
-    token_seconds: _Seconds  # of each token: small operators, all-reduces
+    token_seconds: _Seconds  # per token: small operators, all-reduces
 
     def prefill_table(self, model: Architecture, tokens: int) -> Table:
-        """Of steps that compute 0 to `tokens` prompt tokens, without the output matrix."""
+        """Seconds [tokens + 1] of steps with 0 to `tokens` prompt tokens, without output matrix."""
         return self._steps(model.layer_matmuls, model, np.arange(tokens + 1))
 
     def prompt_seconds(self, model: Architecture) -> float:
-        """Once per prompt: the logits of its last token."""
+        """Seconds once per prompt: logits of the last token."""
         return float(self._product(model.output_matmul, model, np.ones(1))[0])
 
     def decode_table(self, model: Architecture, sequences: int) -> Table:
-        """Of steps that decode 0 to `sequences` sequences."""
+        """Seconds [sequences + 1] of steps that decode 0 to `sequences` sequences."""
         rows = np.arange(sequences + 1)
         return self._steps((*model.layer_matmuls, model.output_matmul), model, rows)
 
@@ -79,7 +80,7 @@ class Waves(msgspec.Struct, frozen=True, kw_only=True, tag="waves"):
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True, tag="measured"):
-    """At some step sizes, in ascending order; straight lines between and beyond them."""
+    """Seconds measured at some step sizes, ascending; linear between and beyond them."""
 
     prefill: tuple[tuple[int, _Seconds], ...]  # (tokens, seconds), at least two
     decode: tuple[tuple[int, _Seconds], ...]  # (sequences, seconds), at least two
@@ -92,15 +93,15 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, tag="measured"):
                 raise ValueError(f"step sizes {sizes}: at least two, ascending, from 1")
 
     def prefill_table(self, model: Architecture, tokens: int) -> Table:
-        """Of steps that compute 0 to `tokens` prompt tokens, without the output matrix."""
+        """Seconds [tokens + 1] of steps with 0 to `tokens` prompt tokens, without output matrix."""
         return _interpolate(self.prefill, tokens)
 
     def prompt_seconds(self, model: Architecture) -> float:
-        """Once per prompt: the logits of its last token."""
+        """Seconds once per prompt: logits of the last token."""
         return self.prompt
 
     def decode_table(self, model: Architecture, sequences: int) -> Table:
-        """Of steps that decode 0 to `sequences` sequences."""
+        """Seconds [sequences + 1] of steps that decode 0 to `sequences` sequences."""
         return _interpolate(self.decode, sequences)
 
 

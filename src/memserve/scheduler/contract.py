@@ -1,4 +1,4 @@
-"""What the parts of the scheduler say to each other. Frozen values, times in seconds."""
+"""Types that the parts of the scheduler exchange: frozen values, times in seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role, TokenArray
 
-Path = Literal["shm", "nixl"]  # how KV moves: on one host, between hosts
+Path = Literal["shm", "nixl"]  # how KV moves: within a host, between hosts
 Seconds = NDArray[np.float64]
 
 
@@ -21,54 +21,54 @@ class Costs(Protocol):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """KV of all layers, K and V, of one token."""
+        """Bytes of K and V of one token, all layers."""
 
     def prefill_seconds(self, prompt_tokens: ArrayLike, cached_tokens: ArrayLike) -> Seconds:
-        """exec(x, y): a prompt of x tokens, of which `cached_tokens` (y * x) have KV already."""
+        """exec(x, y): prefill of a prompt of x tokens; `cached_tokens` (y * x) of them have KV."""
 
     def decode_step_seconds(self, sequences: ArrayLike, context_tokens: ArrayLike) -> Seconds:
-        """One step of a batch whose sequences hold `context_tokens` in all."""
+        """One decode step of a batch of `sequences`; `context_tokens`: sum over the batch."""
 
     def transfer_seconds(self, num_bytes: ArrayLike, pieces: ArrayLike, path: Path) -> Seconds:
-        """Moving KV to another instance in so many contiguous pieces."""
+        """Transfer of `num_bytes` of KV to another instance in `pieces` contiguous runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceSpec:
-    """An instance as the scheduler knows it. A new value replaces the last one of this id."""
+    """An instance as the scheduler knows it. Another spec with the same id replaces it."""
 
     id: InstanceId
     role: Role
     costs: Costs
     block_tokens: int
-    host: str  # instances of one host move KV over shared memory
+    host: str  # instances with equal `host` move KV over shared memory
     max_running: int = 64  # sequences per step
-    chunk_tokens: int = 512  # of prompts, in a step that also decodes
-    kv_tokens: int | None = None  # that HBM holds; None: not known, no limit
-    short_share: float = 0.5  # of a chunk, for the shortest prompt; 0: all in order, as vLLM
-    kv: str | None = ""  # KV moves between instances in which it is the same; None: to nobody
+    chunk_tokens: int = 512  # prompt tokens in a step that also decodes
+    kv_tokens: int | None = None  # KV capacity of HBM in tokens; None: not known, no limit
+    short_share: float = 0.5  # share of a chunk for the shortest prompt; 0: FCFS, as vLLM
+    kv: str | None = ""  # KV fingerprint: KV moves only between equal ones; None: never moves
 
 
 class PromptRequest(msgspec.Struct, frozen=True, eq=False):
-    """What a decision needs to know of a request."""
+    """The fields of a request that a decision needs."""
 
     id: RequestId
     tokens: TokenArray  # [prompt tokens] int32
     namespace: Namespace = SHARED
-    output_tokens: int = 128  # at most; a scheduler expects what answers took lately, if less
-    session: str | None = None  # what the `session` policy keeps together
+    output_tokens: int = 128  # upper bound; the scheduler predicts recent answers' length if less
+    session: str | None = None  # the `session` policy keeps requests of one session together
     priority: int = 0  # lower runs first
 
 
 class Terms(msgspec.Struct, frozen=True):
-    """Why a plan takes as long as it does: its predicted seconds."""
+    """Predicted seconds of a plan, by cause."""
 
-    queue: float = 0.0  # until its prefill starts
+    queue: float = 0.0  # waiting before the prefill, and for room in the batch
     fetch: float = 0.0  # pulling a longer prefix from a third instance
     prefill: float = 0.0  # exec(x, y)
-    transfer: float = 0.0  # KV from P to D
-    decode: float = 0.0  # all output tokens, with what they and the others cost each other
-    delays: float = 0.0  # that its prefill makes for other prompts there, together
+    transfer: float = 0.0  # hand-over of KV from prefill to decode instance
+    decode: float = 0.0  # decoding, slowdown of the batch's other answers, stalls by the prefill
+    delays: float = 0.0  # delay of other queued prompts by this prefill, summed
 
     @property
     def first_token(self) -> float:
@@ -76,30 +76,31 @@ class Terms(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Where a request runs. `instance` answers; `prefill`, if any, computes its prompt."""
+    """Where a request runs. `instance` decodes, and computes the prompt unless `prefill` does."""
 
     instance: InstanceId
     prefill: InstanceId | None = None
-    fetch: InstanceId | None = None  # whose longer prefix the prefilling instance pulls first
+    fetch: InstanceId | None = None  # source of a longer prefix, pulled before the prefill
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # found where the prompt is computed, before the fetch
+    cached_tokens: int = 0  # on the instance that computes the prompt, before the fetch
     fetched_tokens: int = 0
     terms: Terms = Terms()
 
     @property
     def computes(self) -> InstanceId:
-        """Where the prompt is computed."""
+        """The instance that computes the prompt."""
         return self.instance if self.prefill is None else self.prefill
 
 
 class PrefixMatches(Protocol):
-    """The prompt trees, as policies use them."""
+    """The part of `PromptTree` that the scheduler uses."""
 
     def match(self, namespace: Namespace, tokens: TokenArray) -> Mapping[InstanceId, int]:
-        """Longest known prefix in tokens (whole blocks of that instance), by instance that has
-        any."""
+        """Length in tokens of the longest known prefix, by instance; whole blocks of that
+        instance. Instances without a match are absent."""
 
     def expect(
         self, instance: InstanceId, namespace: Namespace, tokens: TokenArray, now: float
     ) -> None:
-        """This prompt was routed there: count it as held until events say so, or a TTL ends."""
+        """Count a prompt just routed to `instance` as held, until KV events confirm it or a TTL
+        ends."""

@@ -1,13 +1,13 @@
-"""How long an instance takes: the operators of a transformer, summed in closed form.
+"""`CostModel`: seconds that an instance takes, as sums over a transformer's operators.
 
-A prompt of x tokens, c of them cached, is computed in steps of at most `max_batch_tokens`.
-What a step costs beside attention depends on its tokens alone; attention is the sum over
-query-key pairs (n c + n^2 / 2 for n = x - c), and reading the context once per step. So
+A prompt of x tokens, c of them cached, is computed in steps of at most `max_batch_tokens`. A
+step's time without attention depends only on its tokens; attention is a sum over query-key pairs
+(n c + n^2 / 2 for n = x - c), plus reading the context once per step. So
 
     exec(x, c) = base(n) + c * slope(n) + windows(x) - windows(c)
 
-with tables `base` and `slope` over n, built once: a prediction is a few look-ups.
-The same form as the paper's a x^2 y + b x^2 + c x + d, with y its cached ratio c / x.
+with tables `base` and `slope` over n, built once: a prediction is a few look-ups. The MemServe
+paper's a x^2 y + b x^2 + c x + d, with cached ratio y = c / x, has this form.
 """
 
 from __future__ import annotations
@@ -31,43 +31,43 @@ _Ints = NDArray[np.int64]
 _Number = TypeVar("_Number", np.int64, np.float64)
 _Other = TypeVar("_Other", np.int64, np.float64)
 
-# Table entries to begin with; they double as longer prompts and larger batches come.
+# First lengths of the tables, which double for longer prompts and larger batches.
 _FIRST_TOKENS = 1 << 13
 _FIRST_SEQUENCES = 1 << 8
-# Between which the cost of recomputing a block is taken to be linear.
+# The two context lengths that `recompute_cost` interpolates between.
 _NEAR_TOKENS = 512
 _FAR_TOKENS = 1 << 13
-# More is a caller's mistake, and a table of gigabytes.
+# Upper bounds of table lengths: more is a caller's mistake, and takes gigabytes.
 MAX_TOKENS = 1 << 24
 MAX_STEP_TOKENS = 1 << 20
 
 
 class LinkCost(msgspec.Struct, frozen=True):
-    """One way between two pools."""
+    """Seconds of a transfer between two pools over one transport."""
 
-    seconds: _Seconds  # until the first byte moves, and for the acknowledgement
+    seconds: _Seconds  # once: until the first byte moves, and for the acknowledgement
     seconds_per_byte: _Seconds
-    seconds_per_piece: _Seconds  # each contiguous run of bytes
+    seconds_per_piece: _Seconds  # per contiguous run of bytes
 
 
 class AttentionCost(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds in one layer."""
+    """Seconds of attention in one layer, per query-key pair or token."""
 
-    pair: _Seconds  # a query and a key of a prompt's first tokens (causal kernel)
-    masked_pair: _Seconds  # of the same step, behind a context
-    context_pair: _Seconds  # a query and a key of the context
+    pair: _Seconds  # query and key of one step, without context before it (causal kernel)
+    masked_pair: _Seconds  # query and key of one step, with context before it
+    context_pair: _Seconds  # query of the step, key of the context
     window_pair: _Seconds  # in a sliding-window layer
-    gather: _Seconds  # reading a token of the context, once per step
-    decode: _Seconds  # a token of a decoding sequence's context
-    decode_window: _Seconds  # the same in a sliding-window layer
+    gather: _Seconds  # reading one token of the context, once per step
+    decode: _Seconds  # per context token of a decoding sequence
+    decode_window: _Seconds  # per context token in a sliding-window layer
 
 
 class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """Implements `Costs`. Immutable; tables are made on first use and grow."""
+    """Implements `Costs`. Immutable but for its tables, which are made on first use and grow."""
 
     architecture: Architecture
-    # Of a step that only prefills. A table has a row for each: what a member says must not make
-    # one that fills the memory of whoever asks it.
+    # Of a step that only prefills. Bounded, because a table has a row per token: a member's
+    # profile must not fill the gateway's memory.
     max_batch_tokens: Annotated[int, Meta(ge=1, le=MAX_STEP_TOKENS)]
     compute: Waves | Measured
     attention: AttentionCost
@@ -76,29 +76,25 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """KV of all layers, K and V, of one token."""
+        """Bytes of K and V of one token, all layers."""
         return self.architecture.kv_bytes_per_token
 
     def prefill_seconds(self, prompt_tokens: ArrayLike, cached_tokens: ArrayLike) -> Seconds:
-        """exec(x, y): prompts alone, up to their first tokens. At least one token is computed.
-
-        Raises ValueError for prompts of over MAX_TOKENS.
-        """
+        """exec(x, y) of prompts that run alone, up to the first token, which takes at least one
+        computed token. Raises ValueError for MAX_TOKENS or more, or negative counts."""
         prompt = np.asarray(prompt_tokens, dtype=np.int64)
         cached = np.asarray(cached_tokens, dtype=np.int64)
         return self._prefill.look_up(prompt, cached)
 
     def decode_step_seconds(self, sequences: ArrayLike, context_tokens: ArrayLike) -> Seconds:
-        """One step of a batch whose sequences hold `context_tokens` in all; nothing takes 0 s.
-
-        Raises ValueError for over MAX_TOKENS sequences.
-        """
+        """One decode step of a batch; `context_tokens`: sum over its sequences. An empty batch
+        takes 0 s. Raises ValueError for MAX_TOKENS sequences or more, or negative counts."""
         rows = np.asarray(sequences, dtype=np.int64)
         context = np.asarray(context_tokens, dtype=np.float64)
         return self._decode.look_up(rows, context)
 
     def transfer_seconds(self, num_bytes: ArrayLike, pieces: ArrayLike, path: Path) -> Seconds:
-        """Moving KV to another instance in so many contiguous pieces."""
+        """Transfer of `num_bytes` of KV to another instance in `pieces` contiguous runs."""
         link = self.shm if path == "shm" else self.nixl
         moved = np.asarray(num_bytes, dtype=np.float64)
         moved, runs, each = _together(moved, np.asarray(pieces, dtype=np.float64))
@@ -116,8 +112,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
 
 def recompute_cost(costs: Costs, block_tokens: int) -> Callable[[int], float]:
-    """Seconds to recompute a block that ends at a token, by that token's number: a straight line
-    through a prompt's beginning and a far context, as this is asked for every block inserted."""
+    """Function from the position of a block's end (tokens) to seconds to recompute the block. A
+    linear approximation, since it is called for every inserted block."""
     near, far = _NEAR_TOKENS, _FAR_TOKENS
     first = float(costs.prefill_seconds(near, 0)) / near
     later = float(costs.prefill_seconds(far + near, far)) / near
@@ -132,8 +128,8 @@ def recompute_cost(costs: Costs, block_tokens: int) -> Callable[[int], float]:
 def _together(
     first: NDArray[_Number], second: NDArray[_Other]
 ) -> tuple[NDArray[_Number], NDArray[_Other], Seconds]:
-    """Two arguments as the look-ups take them, one after the other, and room for what they find,
-    in the shape of both."""
+    """Both arguments flattened, as the look-ups take them, and an empty result in their broadcast
+    shape."""
     if first.ndim and second.ndim and first.shape != second.shape:
         shape = np.broadcast_shapes(first.shape, second.shape)
         first, second = np.broadcast_to(first, shape), np.broadcast_to(second, shape)
@@ -142,20 +138,20 @@ def _together(
 
 
 class Steps(msgspec.Struct, frozen=True):
-    """How a prompt's tokens fall into steps, and what attention does in them, by n = tokens to
-    compute [any shape]. The sums are exact; `context` pairs leave out what was cached before.
+    """Prefill steps of a prompt and their query-key pairs, by n = tokens to compute [any shape].
+    The sums are exact, and exclude pairs with cached tokens.
     """
 
-    steps: NDArray[np.float64]  # k
-    last: _Ints  # tokens of the last step, 1 to max_batch_tokens
-    first_pairs: NDArray[np.float64]  # among the tokens of the first step
-    later_pairs: NDArray[np.float64]  # within each of the later steps
-    context_pairs: NDArray[np.float64]  # of later steps with the steps before
-    gathered: NDArray[np.float64]  # tokens that the later steps read back, their own included
+    steps: NDArray[np.float64]  # number of steps k
+    last: _Ints  # tokens of the last step, up to max_batch_tokens
+    first_pairs: NDArray[np.float64]  # within the first step
+    later_pairs: NDArray[np.float64]  # within the later steps, summed
+    context_pairs: NDArray[np.float64]  # of later steps with earlier steps
+    gathered: NDArray[np.float64]  # tokens that later steps read back, their own included
 
     @classmethod
     def of(cls, tokens: _Ints, limit: int) -> Steps:
-        """`limit`: tokens of a step."""
+        """`limit`: most tokens of a step."""
         n = np.asarray(tokens, dtype=np.int64)
         k = np.maximum(1, -(-n // limit)).astype(np.float64)
         last = n - (k.astype(np.int64) - 1) * limit
@@ -168,13 +164,13 @@ class Steps(msgspec.Struct, frozen=True):
 
 
 def window_pairs(tokens: NDArray[np.generic], window: int) -> NDArray[np.float64]:
-    """Query-key pairs of the first so many tokens where each sees `window`, itself included."""
+    """Query-key pairs of the first `tokens` if each sees `window` tokens, itself included."""
     n = np.asarray(tokens, dtype=np.float64)
     return np.where(n < window, n * n / 2, window * window / 2 + window * (n - window))
 
 
 class _PrefillTables:
-    """Look-up tables over tokens, 0 to `size` - 1."""
+    """Look-up tables of prefill seconds by tokens, 0 to `size` - 1."""
 
     def __init__(self, model: CostModel) -> None:
         self._model = model
@@ -191,7 +187,7 @@ class _PrefillTables:
         return each
 
     def grow(self, longest: int) -> None:
-        """Hold prompts of `longest` tokens. Raises ValueError for too many."""
+        """Extend the tables to `longest` tokens. Raises ValueError for MAX_TOKENS or more."""
         if longest >= MAX_TOKENS:
             raise ValueError(f"a prompt of {longest} tokens; at most {MAX_TOKENS}")
         size = len(self._base)
@@ -215,7 +211,7 @@ class _PrefillTables:
             + cost.gather * steps.gathered
         )
         first = np.minimum(n, model.max_batch_tokens)
-        # Behind a context the first step is masked too, and reads its own tokens back.
+        # After a cached context the first step is masked too, and reads its own tokens back.
         behind = (cost.masked_pair - cost.pair) * steps.first_pairs + cost.gather * first
         self._base, self._behind = base, full * behind
         self._slope: Table = full * (cost.context_pair * n + cost.gather * steps.steps)
@@ -225,7 +221,7 @@ class _PrefillTables:
 
 
 class _DecodeTables:
-    """A look-up table over sequences."""
+    """Look-up table of decode steps' seconds by sequences."""
 
     def __init__(self, model: CostModel) -> None:
         cost, architecture = model.attention, model.architecture
@@ -245,7 +241,7 @@ class _DecodeTables:
         return each
 
     def grow(self, most: int) -> None:
-        """Hold batches of `most` sequences. Raises ValueError for too many."""
+        """Extend the table to `most` sequences. Raises ValueError for MAX_TOKENS or more."""
         if most >= MAX_TOKENS:
             raise ValueError(f"a batch of {most} sequences; at most {MAX_TOKENS}")
         size = len(self._base)

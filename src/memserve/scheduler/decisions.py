@@ -1,7 +1,7 @@
-"""Decisions explain themselves: what was chosen, and what else there was.
+"""`Decision`: the chosen plan and its best alternatives, for `GET /cluster/decisions` and the log.
 
-A decision keeps the stats of its best candidates as arrays, and words are made of them only
-when somebody asks: explaining must not slow down deciding.
+A decision keeps the figures of its best candidates as arrays. Plans and text are made from them on
+request only, so that explanations do not slow decisions down.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from memserve.scheduler.contract import Plan, Seconds, Terms
 from memserve.types import IndexArray, InstanceId, RequestId
 
 KEPT_DECISIONS = 1000
-KEPT_CANDIDATES = 16  # of each
+KEPT_CANDIDATES = 16  # per decision
 
 
 class CandidateView(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One candidate in `GET /cluster/decisions`; seconds. `score`: the least is best."""
+    """One candidate in `GET /cluster/decisions`. `score`: weighted seconds, least is best."""
 
     instance: InstanceId
     score: float
@@ -40,24 +40,24 @@ class DecisionView(msgspec.Struct, frozen=True):
 
     request: RequestId
     policy: str
-    at: float  # of the scheduler's clock, seconds
-    took: float  # seconds of computing
+    at: float  # seconds of the scheduler's clock
+    took: float  # seconds that the decision took to compute
     chosen: CandidateView
-    considered: int  # candidates in all
-    candidates: tuple[CandidateView, ...]  # the best of them, best first
+    considered: int  # number of all candidates
+    candidates: tuple[CandidateView, ...]  # the best ones, best first
 
 
 class Ranking(msgspec.Struct, frozen=True, eq=False):
-    """The best candidates of one decision: what was chosen, then the others, best first."""
+    """The best candidates of one decision: the chosen one, then the others, best first."""
 
-    instances: Sequence[InstanceId]  # by slot, as they were
-    stats: IndexArray  # [5, kept]: slots of who answers, computes and is pulled from; tokens
-    seconds: Seconds  # [7, kept]: the terms, in their order, and the score
+    instances: Sequence[InstanceId]  # by slot, at the time of the decision
+    stats: IndexArray  # [5, kept]: as `choosing.rank` fills it
+    seconds: Seconds  # [7, kept]: the fields of `Terms` in order, and the score
     prompt_tokens: int
 
     @classmethod
     def of(cls, candidates: Candidates, scores: Seconds, chosen: int) -> Ranking:
-        """`chosen` comes first, whatever its score."""
+        """Ranking of up to KEPT_CANDIDATES candidates; `chosen` is first, with any score."""
         kept = min(len(scores), KEPT_CANDIDATES)
         stats, seconds = np.empty((5, kept), np.int64), np.empty((7, kept))
         c = candidates
@@ -75,7 +75,7 @@ class Ranking(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def scores(self) -> Seconds:
-        """[kept]; the least is best."""
+        """Scores [kept]; least is best."""
         scores: Seconds = self.seconds[6]
         return scores
 
@@ -97,7 +97,7 @@ class Ranking(msgspec.Struct, frozen=True, eq=False):
 
 
 class Decision(msgspec.Struct, frozen=True, eq=False):
-    """What `Scheduler.decide` found. `plan` is reserved."""
+    """Result of `Scheduler.decide`, which has reserved `plan`."""
 
     request: RequestId
     policy: str
@@ -125,7 +125,7 @@ class Decision(msgspec.Struct, frozen=True, eq=False):
         return f"{self.request}: {_words(self.plan)} ({self.policy}, {self.considered} candidates)"
 
     def explanation(self) -> str:
-        """The summary, and a line of each of the best candidates."""
+        """The summary, and one line per candidate of the ranking."""
         lines = [f"{self.summary()}, decided in {self.took * 1e6:.0f} us"]
         for at, score in enumerate(self.ranking.scores.tolist()):
             lines.append(f"  {score:.4f}: {_words(self.ranking.plan(at))}")
@@ -145,11 +145,11 @@ class DecisionLog:
         self._kept.append(decision)
 
     def last(self, n: int = KEPT_DECISIONS) -> list[Decision]:
-        """The newest `n`, newest first; fewer if there are no more."""
+        """The last `n` decisions or fewer, newest first."""
         return list(itertools.islice(reversed(self._kept), max(n, 0)))
 
     def views(self, n: int = KEPT_DECISIONS) -> list[DecisionView]:
-        """The same, for `GET /cluster/decisions?n=`."""
+        """The last `n` decisions as views, for `GET /cluster/decisions?n=`."""
         return [decision.view() for decision in self.last(n)]
 
 

@@ -1,8 +1,8 @@
-"""One instance's KV events, put in order and applied to the trees. No I/O.
+"""`EventStream`: orders one instance's KV events and applies them to the prompt trees. No I/O.
 
-Batches may be lost, repeated or late. What cannot be applied yet is kept; whoever feeds the
-stream sees the `gap` and closes it by what is missing (a replay), by a snapshot, or, where
-there is neither, by forgetting what the instance held.
+Batches may be lost, repeated or late. A batch that cannot be applied yet is kept. The caller checks
+`gap`, and closes it with the missing batches (a replay), with a snapshot (`restore`), or, if
+neither is available, by forgetting the instance's blocks (`skip`).
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from memserve.api.kv_events import (
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.types import InstanceId, Namespace, TokenArray
 
-# Batches kept while a gap is closed: minutes of them. With more, a snapshot is needed anyway.
+# Batches kept while a gap is open, some minutes' worth. Beyond that a snapshot is needed anyway.
 MAX_AHEAD = 20_000
-MAX_AHEAD_ITEMS = 8_000_000  # tokens and hashes in these: up to 300 MB
-# Kinds of vLLM's cache groups whose blocks are no prefixes: they keep a window, or a state.
+MAX_AHEAD_ITEMS = 8_000_000  # tokens and hashes in the kept batches: up to 300 MB
+# Parts of the kinds of vLLM's cache groups whose blocks are no prefixes, but a window or a state.
 _NO_PREFIXES = ("sliding", "chunked", "mamba", "linear", "conv")
 
 
 class EventCounts(msgspec.Struct):
-    """Of one instance since it was first followed."""
+    """Counters of one instance's events since the gateway first followed it."""
 
     batches: int = 0  # applied
     events: int = 0
@@ -45,12 +45,12 @@ class EventCounts(msgspec.Struct):
     malformed: int = 0
     snapshots: int = 0
     replays: int = 0
-    resets: int = 0  # forgotten, to be learned again
-    foreign: int = 0  # batches and snapshots that name somebody else
+    resets: int = 0  # times that the instance's blocks were forgotten
+    foreign: int = 0  # batches and snapshots that name another instance
 
 
 class EventStream:
-    """The events of one life of one instance that has joined the trees."""
+    """The events of one instance in the trees, within one epoch, from a join to `close`."""
 
     def __init__(
         self,
@@ -60,37 +60,38 @@ class EventStream:
         counts: EventCounts,
         position: int | None = None,
     ) -> None:
-        """`position`: the last sequence that counts as applied; None: only a snapshot knows."""
+        """`position`: last sequence number that counts as applied; None: unknown until a
+        snapshot."""
         self.position = position
         self.counts = counts
-        self.newest = -1  # sequence seen
+        self.newest = -1  # highest sequence number seen
         self.applied_at = 0.0  # `ts` of the last batch applied
         self._tree = tree
         self._instance = instance
         self._block_tokens = block_tokens
         self._closed = False
         self._ahead: dict[int, EventBatch] = {}
-        self._ahead_items = 0  # at most
+        self._ahead_items = 0  # upper bound of tokens and hashes in `_ahead`
 
     @property
     def gap(self) -> bool:
-        """Whether something is missing."""
+        """Whether batches, or a snapshot, are missing."""
         return self.position is None or bool(self._ahead)
 
     @property
     def lag(self) -> int:
-        """Batches seen and not applied."""
+        """Distance, in batches, from the last applied to the newest seen."""
         return max(0, self.newest - (-1 if self.position is None else self.position))
 
     def close(self) -> None:
-        """Whatever still comes is not applied: the instance has left, or begins anew."""
+        """Ignore all later batches: the instance has left, or another stream replaces this one."""
         self._closed = True
 
     def closed(self) -> bool:
         return self._closed
 
     def offer(self, sequence: int, batch: EventBatch) -> None:
-        """A batch, from wherever it comes."""
+        """Take a batch, live or replayed: apply it, keep it for later, or ignore it."""
         if self._closed:
             return
         self.newest = max(self.newest, sequence)
@@ -109,18 +110,20 @@ class EventStream:
             self._ahead[sequence] = batch
 
     def restarted(self, sequence: int, batch: EventBatch) -> bool:
-        """Whether a batch comes from a later life that counts anew, where nothing else tells."""
+        """Whether a batch is of a later epoch whose sequence numbers restarted: its number was
+        applied before, but its timestamp is later. For engines that send no epoch."""
         seen = self.position is not None and sequence <= self.position
         return seen and batch.ts > self.applied_at
 
     def restore(self, snapshot: KVSnapshot) -> Iterator[None]:
-        """Replace what the instance holds; to be iterated to its end, pausing at will, while
-        nothing else but `offer` is called. A snapshot that is late changes nothing."""
+        """Replace the instance's blocks by a snapshot, a run of blocks per iteration. Iterate to
+        the end, with pauses if needed; meanwhile call nothing but `offer`. A snapshot older than
+        `position` changes nothing."""
         late = self.position is not None and self.position >= snapshot.sequence
         if late or self.closed():
             return
         self.counts.snapshots += 1
-        self.position = None  # until the end, nothing else is applied
+        self.position = None  # until the end `offer` keeps batches and applies none
         self._tree.cleared(self._instance)
         for each in snapshot.blocks:
             self._store_run(each)
@@ -133,7 +136,7 @@ class EventStream:
         self._catch_up()
 
     def skip(self) -> None:
-        """What is missing will never come: forget everything and go on with what there is."""
+        """Give up on missing batches: forget the instance's blocks, and apply the kept batches."""
         if self._closed:
             return
         self.counts.resets += 1
@@ -147,7 +150,7 @@ class EventStream:
     def _store_run(self, run: StoredBlocks) -> None:
         try:
             hashes, tokens = run.hashes, run.token_array
-        except ValueError:  # bytes that are no whole numbers
+        except ValueError:  # length is no multiple of a hash or token
             self.counts.malformed += 1
         else:
             self._store(run.namespace, run.parent, hashes, tokens)
@@ -220,7 +223,7 @@ class EventStream:
 
 
 def _items(batch: EventBatch) -> int:
-    """How much of memory a batch takes, in tokens and hashes."""
+    """Size of a batch: its number of tokens and hashes."""
     return sum(
         len(event.block_hashes) + (len(event.token_ids) if isinstance(event, BlockStored) else 0)
         for event in batch.events
@@ -229,7 +232,7 @@ def _items(batch: EventBatch) -> int:
 
 
 def _place(event: BlockStored | BlockRemoved) -> str | None:
-    """What tells copies of one hash apart: engines keep one for each medium and cache group."""
+    """Key that separates copies of one hash: medium, and cache group if it is not 0."""
     if not event.group_idx:
         return event.medium
     return f"{event.medium}/{event.group_idx}"

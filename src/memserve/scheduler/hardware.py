@@ -1,4 +1,4 @@
-"""Cost models of hardware that is not here, from its published figures.
+"""Cost models derived from published figures of hardware, without measurements.
 
 Sources and checks against published measurements: docs/cost-model.md.
 """
@@ -20,24 +20,24 @@ _Share = Annotated[float, Meta(gt=0, le=1)]
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True):
-    """One device, by its data sheet, and what share of each peak serving software reaches."""
+    """One device's data sheet, and the share of each peak that serving software reaches."""
 
     name: str
     units: Annotated[int, Meta(ge=1)]  # streaming multiprocessors, or cores
     flops: _Rate  # dense, 16 bits, all units, per second
     memory_bandwidth: _Rate  # bytes per second
-    device_bandwidth: _Rate  # to another device of the host, one direction
-    network_bandwidth: _Rate  # to another host, one direction
-    tile: tuple[int, int]  # rows and columns of the product that one unit computes at once
+    device_bandwidth: _Rate  # bytes per second to another device of the host, one direction
+    network_bandwidth: _Rate  # bytes per second to another host, one direction
+    tile: tuple[int, int]  # rows and columns of a product that a unit computes at once
     matmul_efficiency: _Share
     memory_efficiency: _Share
     attention_efficiency: _Share
     link_efficiency: _Share
-    layer_seconds: float  # launches and small operators of one layer
-    step_seconds: float  # scheduling, sampling
+    layer_seconds: float  # per layer and step: launches and small operators
+    step_seconds: float  # per step: scheduling, sampling
     collective_seconds: float  # latency of one all-reduce
-    transfer_seconds: float  # of a transfer to another instance, before its first byte
-    piece_seconds: float  # of each piece that is sent on its own
+    transfer_seconds: float  # per transfer to another instance, before the first byte
+    piece_seconds: float  # per contiguous piece of a transfer
 
 
 _H100 = Hardware(
@@ -60,7 +60,7 @@ _H100 = Hardware(
 )
 HARDWARE: dict[str, Hardware] = {
     "h100": _H100,
-    # The H100's die; NVLink is cut to 400 GB/s in both directions together.
+    # An H100 die with NVLink cut to 400 GB/s, sum of both directions.
     "h800": msgspec.structs.replace(_H100, name="h800", device_bandwidth=200e9),
     "a100": Hardware(
         name="a100",
@@ -80,7 +80,7 @@ HARDWARE: dict[str, Hardware] = {
         transfer_seconds=0.2e-3,
         piece_seconds=5e-6,
     ),
-    # Per core; a server core between 512-bit vectors and matrix units, with PyTorch's overheads.
+    # Figures per server core, between 512-bit vector and matrix units, with PyTorch's overheads.
     "cpu": Hardware(
         name="cpu",
         units=1,
@@ -105,9 +105,9 @@ HARDWARE: dict[str, Hardware] = {
 def cost_model(
     hardware: str, architecture: str | Architecture, tp: int = 1, max_batch_tokens: int = 2048
 ) -> CostModel:
-    """The cost model of an architecture on `tp` devices.
+    """Cost model of an architecture on `tp` devices.
 
-    `max_batch_tokens`: prefill tokens of a step. Raises ConfigError for unknown names.
+    `max_batch_tokens`: most prefill tokens of a step. Raises ConfigError for unknown names.
     """
     device = HARDWARE.get(hardware)
     if device is None:
@@ -124,21 +124,21 @@ def cost_model(
 
 
 def cores(hardware: Hardware, count: int) -> Hardware:
-    """So many cores of a CPU whose figures are per core."""
+    """`Hardware` of `count` cores, from the figures of one core."""
     return msgspec.structs.replace(
         hardware,
         units=hardware.units * count,
         flops=hardware.flops * count,
-        memory_bandwidth=hardware.memory_bandwidth * count**0.5,  # they share it
+        memory_bandwidth=hardware.memory_bandwidth * count**0.5,  # cores share the memory bus
     )
 
 
 def derive(hardware: Hardware, model: Architecture, max_batch_tokens: int = 2048) -> CostModel:
-    """The cost model that a device's figures give."""
+    """Cost model from a device's figures."""
     pair = model.pair_flops / (hardware.flops * hardware.attention_efficiency)
     bandwidth = hardware.memory_bandwidth * hardware.memory_efficiency
     per_layer = hardware.layer_seconds + _collectives(hardware, model)
-    # A device holds at least one KV head, whatever the parallelism.
+    # With more devices than KV heads, each device still holds one KV head.
     held = max(1, -(-model.kv_heads // model.tensor_parallel))
     read = 2 * held * model.head_dim * model.kv_bytes / bandwidth
     return CostModel(
@@ -167,12 +167,13 @@ def derive(hardware: Hardware, model: Architecture, max_batch_tokens: int = 2048
 
 
 def _collectives(hardware: Hardware, model: Architecture) -> float:
-    """Latency of the two all-reduces of a layer."""
+    """Seconds of latency of a layer's two all-reduces."""
     return 2 * hardware.collective_seconds if model.tensor_parallel > 1 else 0.0
 
 
 def _reduced(hardware: Hardware, model: Architecture) -> float:
-    """Seconds that a token's all-reduces take: a ring moves 2 (tp - 1) / tp of the data."""
+    """Seconds of a token's all-reduces without latency: a ring moves 2 (tp - 1) / tp of the
+    data."""
     tp = model.tensor_parallel
     moved = 2 * (tp - 1) / tp * model.hidden * model.weight_bytes * 2 * model.layers
     return moved / (hardware.device_bandwidth * hardware.link_efficiency)

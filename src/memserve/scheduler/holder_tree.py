@@ -1,8 +1,8 @@
-"""A radix tree of tokens whose edges know which instances hold them.
+"""`HolderTree`: a radix tree of tokens whose edges record which instances hold them.
 
-Each instance holds all of an edge or nothing of it: edges are cut where holders change, and
-joined again where they no longer differ, so that memory follows what is stored. Lookups always
-compare the tokens: the names that instances give their blocks only serve to find them again.
+An instance holds all of an edge or nothing of it. Edges are split where holders differ and
+merged where they are equal again, so that the tree's size follows the stored blocks. Lookups
+compare tokens, never hashes; block names only serve to find a stored block again.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ class Node(RadixNode):
     def __init__(self, id: int, parent: Node | None, start: int, edge: bytes, tree: HolderTree):
         super().__init__(id, parent, start, edge)
         self.tree = tree
-        self.blocks: dict[int, Numbers] = {}  # by holder's slot: its blocks [blocks of the edge]
-        self.expected: dict[int, float] = {}  # by slot: until when it counts as held
-        self.mask = 0  # bits of the slots in `blocks` and `expected`: who counts as a holder
+        self.blocks: dict[int, Numbers] = {}  # by holder's slot: block numbers [blocks of edge]
+        self.expected: dict[int, float] = {}  # by slot: deadline of an expectation
+        self.mask = 0  # holders: bits of the slots in `blocks` and `expected`
 
     def __len__(self) -> int:
-        """Blocks of the edge."""
+        """Number of blocks of the edge."""
         return len(self.edge) // self.tree.block_bytes
 
     def like(self, other: Node) -> bool:
-        """Whether the two could be one edge."""
+        """Whether both nodes have equal holders, so that their edges can be merged."""
         if self.mask != other.mask or self.expected != other.expected:
             return False
         return self.blocks.keys() == other.blocks.keys()
 
     def check(self) -> None:
-        """Raises AssertionError for a node that should not be as it is."""
+        """Raises AssertionError if an invariant of the node does not hold."""
         parent = self.parent
         assert parent is not None
         assert parent.children[self.edge[: self.tree.block_bytes]] is self
@@ -72,13 +72,14 @@ class HolderTree(RadixTree[Node]):
         self.root = self._new(None, 0, b"")
 
     def __bool__(self) -> bool:
-        """Whether anything is stored."""
+        """Whether the tree has any node below its root."""
         return bool(self.root.children)
 
     def walk(self, data: bytes, alive: int) -> list[tuple[int, int]]:
-        """Where holders among `alive` end along `data`: their mask, and bytes, ascending.
+        """Ends of the prefixes of `data` that holders in the mask `alive` have: (mask of holders,
+        bytes) by ascending bytes.
 
-        A holder that lacks a block on the way ends there, whatever it has behind.
+        A holder's prefix ends at its first missing block, even if it holds later ones.
         """
         ends: list[tuple[int, int]] = []
         nodes, length = self.follow(self.root, data)
@@ -95,7 +96,7 @@ class HolderTree(RadixTree[Node]):
         return ends
 
     def differing(self, at: Node, depth: int, data: bytes, slot: int, numbers: Numbers) -> Numbers:
-        """Which of `numbers`, stored somewhere, are not where `store` would put them."""
+        """Those of `numbers` that are stored, but not where `store` would put them."""
         table = self._tables[slot]
         right = np.zeros(len(numbers), dtype=np.bool_)
         for node, offset, done, count in self._along(at, depth, data):
@@ -108,8 +109,8 @@ class HolderTree(RadixTree[Node]):
         return astray
 
     def store(self, at: Node, depth: int, data: bytes, slot: int, numbers: Numbers) -> None:
-        """`slot` holds blocks `numbers` [n], nowhere so far or already there, for the n blocks
-        of `data` behind the block `depth` - 1 of `at`."""
+        """Record that `slot` holds blocks `numbers` [n] for the n blocks of `data`, which follow
+        block `depth` - 1, in node `at`. The numbers are stored nowhere, or there already."""
         touched: list[Node] = []
         step = self.block_bytes
         node, offset, done, total = at, depth - at.start, 0, len(numbers)
@@ -123,7 +124,7 @@ class HolderTree(RadixTree[Node]):
                 node, offset = child, 0
                 continue
             count = self._common_blocks(node, offset, data, done)
-            if not count:  # only behind a block that the slot holds: at the start, or at `at`
+            if not count:  # `data` leaves the edge after a block that `slot` holds
                 node = self.split(node, offset)
                 continue
             if slot in node.blocks:
@@ -139,7 +140,7 @@ class HolderTree(RadixTree[Node]):
         self._tidy_all(touched)
 
     def drop(self, node: Node, slot: int, positions: IndexArray) -> None:
-        """`slot` no longer holds the blocks at `positions` of the edge, ascending."""
+        """Record that `slot` no longer holds the blocks at `positions` (ascending) of the edge."""
         gone = []
         for first, end in reversed(_runs(positions)):
             piece = node
@@ -147,7 +148,7 @@ class HolderTree(RadixTree[Node]):
                 node = self.split(node, end)
                 piece = node
             if first:
-                node = self.split(node, first)  # `piece` keeps its end
+                node = self.split(node, first)  # `piece` is the lower part
             gone.append(piece)
         touched = []
         for piece in gone:
@@ -159,7 +160,8 @@ class HolderTree(RadixTree[Node]):
         self._tidy_all(touched)
 
     def expect(self, data: bytes, slot: int, deadline: float) -> bool:
-        """Count `slot` as a holder of all of `data` until `deadline`; False if it is one."""
+        """Count `slot` as a holder of all of `data` until `deadline`. Returns False if it stores
+        all of `data` already."""
         touched: list[Node] = []
         node, at, end, step = self.root, 0, len(data), self.block_bytes
         while at < end:
@@ -178,7 +180,7 @@ class HolderTree(RadixTree[Node]):
                 child.expected[slot] = max(deadline, child.expected.get(slot, deadline))
                 child.mask |= 1 << slot
                 touched.append(child)
-            if common < size and at < end:  # held so far, and parts from there
+            if common < size and at < end:  # `data` leaves an edge that `slot` holds
                 child = self.split(child, common // step)
                 touched.append(child)
             node = child
@@ -186,7 +188,7 @@ class HolderTree(RadixTree[Node]):
         return bool(touched)
 
     def give_up(self, data: bytes, slot: int, now: float) -> None:
-        """End what was expected along `data` until `now`."""
+        """Remove the expectations of `slot` along `data` whose deadline is `now` or earlier."""
         touched = []
         for node, _, _, _ in self._along(self.root, 0, data):
             if slot in node.expected and node.expected[slot] <= now:
@@ -196,7 +198,7 @@ class HolderTree(RadixTree[Node]):
         self._tidy_all(touched)
 
     def subtree(self) -> Iterator[Node]:
-        """All nodes, parents before their children, without the root."""
+        """All nodes except the root, parents before their children."""
         nodes = self.root.subtree()
         next(nodes)
         return nodes
@@ -204,8 +206,8 @@ class HolderTree(RadixTree[Node]):
     # --- inside ---------------------------------------------------------------------------
 
     def _along(self, at: Node, depth: int, data: bytes) -> Iterator[tuple[Node, int, int, int]]:
-        """The part of the tree that `data` follows behind `depth`: node, offset in its edge,
-        blocks of `data` before it, common blocks."""
+        """Parts of edges that equal `data`, from block `depth` on, which is in or after node `at`:
+        (node, offset in its edge, blocks of `data` before it, common blocks)."""
         node, offset, done = at, depth - at.start, 0
         step = self.block_bytes
         total = len(data) // step
@@ -225,15 +227,17 @@ class HolderTree(RadixTree[Node]):
                 return
 
     def _common_blocks(self, node: Node, offset: int, data: bytes, done: int) -> int:
-        """Blocks that the edge from `offset` on and `data` behind `done` blocks have in common."""
+        """Number of leading blocks in common: of the edge from block `offset` on, and of `data`
+        from block `done` on."""
         edge, step = node.edge, self.block_bytes
         start, at = offset * step, done * step
-        if data.startswith(edge[start:], at):  # as a rule
+        if data.startswith(edge[start:], at):  # the usual case, one memcmp
             return len(node) - offset
         return common_bytes(edge, start, data, at, step) // step
 
     def _append(self, node: Node, edge: bytes, slot: int, numbers: Numbers) -> Node:
-        """New blocks behind all of an edge."""
+        """Add blocks after the end of a node's edge: in the edge itself if `slot` is the only
+        holder of a leaf, else in a new child. Returns the node that has them."""
         alone = node.mask == 1 << slot and not node.children and not node.expected
         if node.parent is None or not alone:
             child = self.add(node, edge)
@@ -247,12 +251,12 @@ class HolderTree(RadixTree[Node]):
 
     def _claim(self, node: Node, slot: int, numbers: Numbers) -> None:
         node.blocks[slot] = numbers.copy()
-        node.expected.pop(slot, None)  # confirmed
+        node.expected.pop(slot, None)  # the expectation came true
         node.mask |= 1 << slot
         self._tables[slot].place(numbers, node.id, node.start)
 
     def _replace(self, node: Node, offset: int, slot: int, numbers: Numbers) -> None:
-        """Other blocks for tokens that the slot has: they moved."""
+        """Replace block numbers of tokens that `slot` holds: the KV is in other blocks now."""
         mine = node.blocks[slot]
         here = slice(offset, offset + len(numbers))
         changed = mine[here] != numbers
@@ -269,7 +273,7 @@ class HolderTree(RadixTree[Node]):
         return Node(next(self._ids), parent, start, edge, self)
 
     def split(self, node: Node, at: int) -> Node:
-        """Both nodes have the holders that `node` had."""
+        """As `RadixTree.split`; both parts get the holders of `node`."""
         upper = super().split(node, at)
         upper.mask = node.mask
         upper.expected = dict(node.expected)
@@ -280,7 +284,7 @@ class HolderTree(RadixTree[Node]):
         return upper
 
     def merge(self, node: Node) -> Node:
-        """The child has the holders of `node`."""
+        """As `RadixTree.merge`; concatenates the holders' block numbers."""
         blocks = node.blocks
         child = super().merge(node)
         for slot, numbers in blocks.items():
@@ -294,7 +298,8 @@ class HolderTree(RadixTree[Node]):
                 self._tidy(node)
 
     def _tidy(self, node: Node) -> None:
-        """Remove the node if nobody needs it, and join it to its like above and below."""
+        """Remove the node, and ancestors, while without holders and children; then merge it with
+        an only child, and with a parent whose only child it is, if the holders are equal."""
         while not node.mask and not node.children:
             if node.parent is None:
                 return
@@ -312,13 +317,13 @@ class HolderTree(RadixTree[Node]):
             self.merge(above)
 
     def forget(self, node: Node) -> None:
-        """Holders have nothing there any more."""
+        """As `RadixTree.forget`; drops the block numbers too."""
         super().forget(node)
         node.blocks = {}
 
 
 def _runs(positions: IndexArray) -> list[tuple[int, int]]:
-    """Ascending positions as runs: first, end."""
+    """Runs of ascending positions: (first, last + 1)."""
     if len(positions) < 2:
         return [(first, first + 1) for first in positions.tolist()]
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1

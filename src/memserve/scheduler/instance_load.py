@@ -1,4 +1,4 @@
-"""One instance's work, and what a request takes up of it."""
+"""`InstanceLoad`, the reserved work of one instance, and `Reservation`, one request's share."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from memserve.types import Namespace, RequestId, TokenArray
 
 
 class Reservation(msgspec.Struct, frozen=True, eq=False):
-    """What one request takes up. Owned by `Load` until it is released."""
+    """The predicted resources of one request. Owned by `Load` until `release`."""
 
     request: RequestId
     namespace: Namespace
     tokens: TokenArray
-    cached_tokens: int  # of them, found or fetched where the prompt is computed
+    cached_tokens: int  # of `tokens`: cached on, or fetched to, the instance that computes them
     prefill_seconds: float
-    context_tokens: int  # of its sequence, half way through its answer
+    context_tokens: int  # of the sequence, half way through the answer
     output_tokens: int
-    kv_tokens: int  # that it takes up in HBM where it is answered, besides what is shared
-    computes: InstanceLoad
-    answers: InstanceLoad
+    kv_tokens: int  # in HBM of the answering instance, without blocks shared with others
+    computes: InstanceLoad  # of the instance that computes the prompt
+    answers: InstanceLoad  # of the instance that decodes
 
 
 class InstanceLoad:
-    """One instance's work. Changed by `Load` alone."""
+    """The reserved work of one instance. Only `Load` changes it."""
 
     __slots__ = (
         "answers",
@@ -45,29 +45,29 @@ class InstanceLoad:
 
     def __init__(self, spec: InstanceSpec, used: float) -> None:
         self.spec = spec
-        self.slot = -1  # its place in the arrays; -1: removed
-        self.used = used  # turn in which it was last chosen, for ties
+        self.slot = -1  # position in the arrays of `Load`; -1: removed
+        self.used = used  # turn of the last choice, for ties
         self.queue = PrefillQueue(spec.short_share)
-        self.prefills: dict[RequestId, Reservation] = {}  # those of the queue, in order
+        self.prefills: dict[RequestId, Reservation] = {}  # of the requests in `queue`, in order
         self.residents = Residents()
-        self.answers = 0  # decoded here, or to be when their prompts are computed
-        self.decoding = 0  # of them
-        self.context_tokens = 0
-        self.output_tokens = 0
-        self.other_prefills = 0  # what the instance says it has beyond these reservations
-        self.other_running = 0
+        self.answers = 0  # answers that decode here, now or after their prefill
+        self.decoding = 0  # of `answers`: decoding now
+        self.context_tokens = 0  # sum over `answers`
+        self.output_tokens = 0  # sum over `answers`
+        self.other_prefills = 0  # prompts that the instance reports beyond the reservations
+        self.other_running = 0  # decoding sequences, likewise
 
     def append(self, reservation: Reservation, now: float) -> None:
         self.queue.append(reservation.request, reservation.prefill_seconds, now)
         self.prefills[reservation.request] = reservation
 
     def discard(self, request: RequestId, now: float) -> bool:
-        """Computed, or given up. False: neither waits nor runs here."""
+        """Take a prompt off the queue: it is computed, or given up. False: it is not queued."""
         self.prefills.pop(request, None)
         return self.queue.discard(request, now)
 
     @property
     def idle(self) -> bool:
-        """Nothing is reserved here."""
+        """Whether nothing is reserved here."""
         counts = (self.answers, self.decoding, self.context_tokens, self.output_tokens)
         return not self.prefills and not self.residents and not any(counts)

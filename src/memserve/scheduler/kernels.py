@@ -1,9 +1,9 @@
-"""The arithmetic of predictions, compiled: from what instances have to do to seconds.
+"""Compiled arithmetic of predictions: from the instances' loads to seconds of each candidate.
 
-Arrays over `[instances]` go by slot of `Load`, those over `[candidates]` by `CandidateSet`.
-Their columns and rows are numbered here, because compiled code is kept until its own file changes.
-Everything is written out one figure at a time: for a few instances an operation on a whole array
-takes longer to begin than to do, and for many no array is written that is read only once.
+Index of `[instances]` arrays: slot of `Load`; of `[candidates]` arrays: column of `CandidateSet`.
+Rows and columns are numbered in this file, because numba's cache of compiled code is only
+invalidated by changes of the compiled file. Loops instead of numpy operations: for few instances
+the call overhead of numpy dominates, and for many instances loops need no temporary arrays.
 """
 
 from __future__ import annotations
@@ -14,27 +14,32 @@ from memserve.scheduler.compiled import compiled, inlined
 from memserve.scheduler.contract import Seconds
 from memserve.types import IndexArray
 
-MAX_SOURCES = 4  # holders of longer prefixes that are looked at
-# A second in which an answer stands still, beside one in which it is decoded.
-STALL = 2.0
-_INSTANT = 1e-9  # seconds, instead of none in a quotient
+MAX_SOURCES = 4  # holders of longer prefixes that are considered
+STALL = 2.0  # weight of a second in which an answer stalls; a second of its decoding has weight 1
+_INSTANT = 1e-9  # seconds; lower bound of divisors
 
-# Arguments that belong together are plain tuples: numba learns the type of each call's arguments,
-# of a plain tuple in C (0.3 us), of a named one in Python (4 us).
+# Related arguments are grouped in plain tuples: numba dispatches on the argument types of each
+# call, which takes 0.3 us for a plain tuple (in C) and 4 us for a named tuple (in Python).
 LoadArrays = tuple[Seconds, Seconds, IndexArray]
-"""Of `Load`: `stats`, `left` [instances, rows] (seconds of each prompt in the queue), `kinds`."""
+"""Arrays of `Load`: `stats`, `left` [instances, rows] (seconds left of each queued prompt),
+`kinds`."""
 SetArrays = tuple[IndexArray, IndexArray]
-"""Of `CandidateSet`: `parts`, `table`."""
+"""Arrays of `CandidateSet`: `parts`, `table`."""
 Questions = tuple[IndexArray, Seconds, IndexArray, Seconds]
-"""What cost models are asked: cached tokens `asked` [2 + sources, instances] (nothing, what is
-there, what it would be with each source); `moved` [2, 1 + sources, instances] (the tokens that each
-lacks or pulls, and their blocks); `sequences` and `contexts` [3, instances] of decode steps as they
-are now, with what is to come, and with this request."""
+"""Arguments for cost models:
+
+- `asked` [2 + sources, instances]: cached tokens; row 0: none, row 1: as the instance has now,
+  from row 2 on: as it would have after a fetch from each source;
+- `moved` [2, 1 + sources, instances]: tokens and blocks to transfer; row 0: the part of the prompt
+  that the instance lacks, from row 1 on: a fetch from each source;
+- `sequences`, `contexts` [3, instances]: decode batches and their context tokens; now, with all
+  reserved answers, and with this request too.
+"""
 Answers = tuple[Seconds, Seconds, Seconds]
-"""Seconds, as cost models answer: `steps` [3, instances], `prefills` [2 + sources, instances],
-`moves` [groups, far or near, 1 + sources, instances]."""
+"""Seconds from cost models for these: `steps` [3, instances], `prefills` [2 + sources, instances],
+`moves` [groups, 2 (far, near), 1 + sources, instances]."""
 Request = tuple[float, int, int, bool]
-"""`now`, tokens of the prompt and of the answer, whether KV is sent while it is computed."""
+"""`now`, prompt tokens, output tokens, `overlapped` (KV is sent during the prefill)."""
 Predictions = tuple[Seconds, IndexArray, Seconds]
 """`by_instance`, `pulled`, `by_candidate`."""
 
@@ -45,69 +50,69 @@ _ANSWERS = "Tuple((float64[:,::1], float64[:,::1], float64[:,:,:,::1]))"
 _REQUEST = "Tuple((float64, int64, int64, boolean))"
 _PREDICTIONS = "Tuple((float64[:,::1], int64[:,::1], float64[:,::1]))"
 
-# `Load.stats` [instances, STATS], float64.
-QUEUED = 0  # prompts that are told apart in `Load.left`
-LEFT_AT = 1  # the time of the queue's stats
-LEFT_TOTAL = 2  # seconds in the queue
-UNDER_WAY = 3  # of them, before one of the prompts has ended
+# Columns of `Load.stats` [instances, STATS], float64.
+QUEUED = 0  # prompts in `Load.left`
+LEFT_AT = 1  # time of the queue's figures, seconds of the scheduler's clock
+LEFT_TOTAL = 2  # seconds of prefill in the queue
+UNDER_WAY = 3  # of LEFT_TOTAL: of the prompts in prefill
 KV_TOKENS = 4  # reserved in HBM
 RUNNING = 5  # sequences that decode now
-BATCH = 6  # and those that will when their prompts are computed
-CONTEXT = 7  # tokens of each of them
-REMAINING = 8  # tokens of each of their answers to come, in the mean
-WAIT_STEPS = 9  # until a full batch has room for one more
-USED = 10  # turn in which it was last chosen, for ties
-PREFILL_FACTOR = 11  # what was learnt beside the cost model
+BATCH = 6  # RUNNING, and sequences that will decode after their prefill
+CONTEXT = 7  # tokens per sequence of BATCH, mean
+REMAINING = 8  # tokens still to decode per sequence of BATCH, mean
+WAIT_STEPS = 9  # decode steps until a full batch has room for one more
+USED = 10  # turn of the last choice, for ties
+PREFILL_FACTOR = 11  # learnt factors on the cost model's seconds
 STEP_FACTOR = 12
 TRANSFER_FACTOR = 13
-KV_CAPACITY = 14  # from here on what only members change
+KV_CAPACITY = 14  # tokens of HBM; this and the columns after it are from `InstanceSpec`
 SHORT_SHARE = 15
 CHUNK_TOKENS = 16
 MAX_RUNNING = 17
 STATS = 18
 
-# `Load.kinds` [instances, KINDS], int64.
+# Columns of `Load.kinds` [instances, KINDS], int64.
 BLOCK_TOKENS = 0
 HOST = 1
-GROUP = 2  # of instances with the same cost model
-POOL = 3  # number of those between which KV can move; -1: to nobody
+GROUP = 2  # number of the `CostGroup`
+POOL = 3  # KV moves between instances with equal numbers; -1: never
 KINDS = 4
 
-# `CandidateSet.parts` [instances, PARTS], int64: 1 or 0.
+# Columns of `CandidateSet.parts` [instances, PARTS], int64: 1 or 0.
 ALLOWED = 0
 COMPUTING = 1
-ANSWERING = 2  # as roles are meant
+ANSWERING = 2  # regularly, by its role
 PARTS = 3
 
-# `CandidateSet.table` [2, candidates], int64.
+# Rows of `CandidateSet.table` [2, candidates], int64.
 ANSWERS = 0  # slot
 COMPUTES = 1  # slot
 
-# `found` of `survey` [FOUND, MAX_SOURCES], int64; -1: nobody.
-LONGEST = 0  # slots of the longest prefixes where prompts wait
-SOURCE = 1  # slots of prefixes that may be worth pulling, one of each length, host and pool
+# Rows of `found` in `survey` [FOUND, MAX_SOURCES], int64; -1: none.
+LONGEST = 0  # of the longest prefixes, the slots whose queue is not empty
+SOURCE = 1  # slots of prefixes that may be worth a fetch, one per (length, host, pool)
 SOURCE_TOKENS = 2
-SUMMARY = 3  # the least that is cached where prompts are computed; instances short of HBM
+SUMMARY = 3  # [0]: least cached tokens of COMPUTING instances; [1]: instances short of HBM
 FOUND = 4
 
-# `by_instance` [PER_INSTANCE, instances], float64: seconds, of computing the prompt there.
+# Rows of `by_instance` [PER_INSTANCE, instances], float64: seconds if the prompt is computed there.
 FETCH = 0
 PREFILL = 1
-DELAYS = 2
-STALLS = 3  # that answers there see of it, together
-WORK = 4  # before it, whatever it takes itself
-COMPUTED = 5  # until it is
-BUSY = 6  # until somebody else's prompt could be answered there
+DELAYS = 2  # of other queued prompts, summed
+STALLS = 3  # of answers decoding there, summed, times STALL
+WORK = 4  # prefill seconds in the queue, without this prompt
+COMPUTED = 5  # from now until the prompt is computed
+BUSY = 6  # from now until the instance could decode a prompt computed elsewhere
 ROOM = 7  # until a full batch has room
-DECODE = 8  # of the answer, without STALLS
+DECODE = 8  # of the answer, and the slowdown of others by it; without STALLS
 PER_INSTANCE = 9
 
-# `pulled` [PULLED, instances], int64.
-FROM = 0  # slot whose longer prefix is pulled; -1: nobody's
+# Rows of `pulled` [PULLED, instances], int64.
+FROM = 0  # slot of the fetch's source; -1: no fetch
 FETCHED = 1  # tokens
 PULLED = 2
 
-# `by_candidate` [PER_CANDIDATE, candidates], float64: seconds.
+# Rows of `by_candidate` [PER_CANDIDATE, candidates], float64: seconds.
 TRANSFER = 0
 DECODES = 1  # without STALLS
 FIRST_TOKEN = 2
@@ -116,7 +121,8 @@ PER_CANDIDATE = 3
 
 @inlined
 def _usable(tokens: int, block_tokens: int, prompt: int) -> int:
-    """Whole blocks, and never all of a prompt, since the last token's logits are needed."""
+    """Reusable tokens of a cached prefix: whole blocks, and less than the prompt, whose last
+    token must be computed for its logits."""
     most = min(tokens, max(prompt - 1, 0))
     return most - most % block_tokens
 
@@ -132,8 +138,8 @@ def survey(
     questions: Questions,
     found: IndexArray,
 ) -> None:
-    """Fill `questions`, but for what sources would bring, and `found`, for a prompt of `prompt`
-    tokens, of which instances have `held` [instances], and an answer of `output` tokens."""
+    """Fill `found`, and `questions` except the rows of sources, for a prompt of `prompt` tokens
+    and an answer of `output` tokens. `held` [instances]: cached tokens of the prompt."""
     stats, _, kinds = load
     parts, _ = candidates
     asked, moved, sequences, contexts = questions
@@ -150,7 +156,7 @@ def survey(
         short += stats[i, KV_TOKENS] + needed > stats[i, KV_CAPACITY]
         running, batch = stats[i, RUNNING], stats[i, BATCH]
         most, each = stats[i, MAX_RUNNING], stats[i, CONTEXT]
-        # Beyond what fits into a batch, sequences wait and do not slow it down.
+        # Sequences beyond MAX_RUNNING wait, and do not slow the batch.
         now, before, after = min(running, most), min(batch, most), min(batch + 1, most)
         sequences[0, i], sequences[1, i], sequences[2, i] = int(now), int(before), int(after)
         contexts[0, i] = each * min(now, batch)
@@ -165,7 +171,8 @@ def survey(
 
 @inlined
 def _find_longest(stats: Seconds, cached: IndexArray, found: IndexArray) -> None:
-    """Ties: the lowest slot."""
+    """Fill `found[LONGEST]`: of the MAX_SOURCES longest prefixes the slots with a queue. Ties: the
+    lowest slot."""
     below, behind = np.iinfo(np.int64).max, -1
     for at in range(MAX_SOURCES):
         best = -1
@@ -210,8 +217,8 @@ def _find_sources(
 def survey_sources(
     kinds: IndexArray, sources: IndexArray, prompt: int, asked: IndexArray, moved: Seconds
 ) -> None:
-    """What each of `sources` [2, sources] (slots, tokens) would give each instance: adds to
-    `asked`, from row 2 on, what it then has, and to `moved`, from row 1 on, what it would pull."""
+    """Fill the rows of `sources` [2, sources] (slots, tokens): in `asked`, from row 2 on, cached
+    tokens after a fetch; in `moved`, from row 1 on, fetched tokens and blocks."""
     for s in range(sources.shape[1]):
         block = kinds[sources[0, s], BLOCK_TOKENS]
         for i in range(len(kinds)):
@@ -232,8 +239,9 @@ def _best_source(
     alone: float,
     factor: float,
 ) -> tuple[int, float]:
-    """Which of `sources` is worth pulling from, -1: none, and seconds of that: it costs no more
-    than it saves of `alone`, the prefill without. `factor`: of predicted prefills there."""
+    """Best of `sources` to fetch from on instance `i`, and seconds of that fetch; -1 if fetch and
+    shorter prefill take longer than `alone`, the prefill without a fetch, with every source.
+    `factor`: slowdown of prefills by decode steps."""
     stats, _, kinds = load
     _, prefills, moves = answers
     best, least, pulling = -1, np.inf, 0.0
@@ -255,10 +263,10 @@ def _best_source(
 def _queue(
     stats: Seconds, left: Seconds, i: int, now: float, prefill: float
 ) -> tuple[float, float, float]:
-    """What a prompt of `prefill` seconds would meet: how much later it would be computed, how
-    much later the others would be, together, and all that is there."""
-    # Between events time is taken off all prompts alike: which is computed matters little
-    # until one of them ends.
+    """Seconds for a prompt of `prefill` seconds: its wait, the delay of the other queued prompts,
+    summed, and all work in the queue."""
+    # Since LEFT_AT the elapsed time is taken off all prompts in proportion: which of them is
+    # computed matters little until one ends.
     gone = min(now - stats[i, LEFT_AT], stats[i, UNDER_WAY])
     rest = 1.0 - gone / max(stats[i, LEFT_TOTAL], _INSTANT)
     total, before, longer = 0.0, 0.0, 0
@@ -272,14 +280,14 @@ def _queue(
     share = stats[i, SHORT_SHARE]
     if share <= 0:
         return total, 0.0, total
-    # With the shorter ones it gets its share; the oldest ones get theirs meanwhile.
+    # Shorter prompts and this one get `share` of each step; meanwhile the oldest get the rest.
     meanwhile = (before + prefill) * ((1 - share) / share)
     return before + min(meanwhile, total - before), longer * prefill, total
 
 
 @inlined
 def _usually_running(stats: Seconds, parts: IndexArray) -> float:
-    """Sequences that decode on an instance that answers, in the mean."""
+    """Mean number of decoding sequences per ANSWERING instance."""
     running, answering = 0.0, 0
     for i in range(len(stats)):
         if parts[i, ANSWERING]:
@@ -290,7 +298,7 @@ def _usually_running(stats: Seconds, parts: IndexArray) -> float:
 
 @inlined
 def _steps(stats: Seconds, steps: Seconds, i: int) -> tuple[float, float, float]:
-    """Seconds of a decode step as it is now, with what is to come, and with this request."""
+    """Seconds of a decode step: now, with all reserved answers, and with this request too."""
     factor = stats[i, STEP_FACTOR]
     now = steps[0, i] * factor if stats[i, RUNNING] > 0 else 0.0
     before = steps[1, i] * factor if stats[i, BATCH] > 0 else 0.0
@@ -311,10 +319,11 @@ def predict(
     request: Request,
     predictions: Predictions,
 ) -> float:
-    """Fill `predictions`; returns the least prefill of the prompt with nothing cached, seconds.
+    """Fill `predictions`; returns seconds of the prefill with nothing cached, the least of all
+    instances.
 
-    `asked` and `answers`: the questions to cost models, and theirs; `sources` [2, sources] slots
-    and tokens; `floor` [instances] seconds that the prompt waits at least.
+    `asked`: of `Questions`; `answers`: seconds from cost models; `sources` [2, sources]: slots and
+    tokens; `floor` [instances]: least seconds that the prompt waits.
     """
     stats, left, kinds = load
     parts, table = candidates
@@ -327,7 +336,7 @@ def predict(
         step, before, after = _steps(stats, steps, i)
         whole = prefills[0, i] * stats[i, PREFILL_FACTOR]
         least = min(least, whole)
-        # Each chunk of the prompt takes as long as a step of decoding does besides.
+        # Each chunk of the prompt is computed in a step that also decodes, and takes that longer.
         slowed = step * (prompt / stats[i, CHUNK_TOKENS]) / max(whole, _INSTANT) + 1.0
         alone = prefills[1, i] * stats[i, PREFILL_FACTOR] * slowed
         prefill, fetch, pulled[FROM, i], pulled[FETCHED, i] = alone, 0.0, -1, 0
@@ -340,10 +349,10 @@ def predict(
                 pulled[FETCHED, i] = asked[2 + best, i] - asked[1, i]
         wait, delays, work = _queue(stats, left, i, now, prefill)
         queue, room = max(wait, floor[i]), stats[i, WAIT_STEPS] * before
-        # The answer, and what it costs those beside it.
+        # Slowdown of the batch's other answers by this one, summed.
         slower = max(after - before, 0.0) * batch * min(stats[i, REMAINING], float(output))
-        # If fewer are decoded than on the others, more will come before the prefill ends, or
-        # crowd elsewhere.
+        # At least the mean number of sequences: an instance with fewer will get more before the
+        # prefill ends, or else the other instances will.
         stalled = max(running, usual * parts[i, ANSWERING])
         by_instance[FETCH, i], by_instance[PREFILL, i] = fetch, prefill
         by_instance[DELAYS, i], by_instance[WORK, i] = delays, work
@@ -376,7 +385,7 @@ def _candidates(
             if overlapped:
                 move = max(move - by_instance[PREFILL, c], 0.0)
             ready += move
-            # A full batch, or prompts that the decode instance computes itself, hold it up.
+            # A full batch, or prompts that the decode instance computes itself, delay the answer.
             decode += max(by_instance[BUSY, a] - ready, 0.0)
         by_candidate[TRANSFER, at] = move
         by_candidate[DECODES, at] = decode

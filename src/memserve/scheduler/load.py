@@ -1,8 +1,8 @@
-"""What instances have to do: reservations, made with a plan and released when it ends.
+"""`Load`, the reserved work of all instances: reservations are made with a plan and released when
+its request ends.
 
-Each instance has a `InstanceLoad`: the prompts that wait or are computed there, in order, and the
-answers that it decodes or will. The same stats stand in arrays over all instances, laid out
-as `kernels` reads them.
+Each instance has an `InstanceLoad`: queued prompts, in order, and answers that decode now or later.
+`Load` also keeps the figures in arrays over all instances, in the layout that `kernels` reads.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.scheduler.residents import Resident
 from memserve.types import IndexArray, InstanceId, Namespace, RequestId, Role, TokenArray
 
-MAX_ROWS = 64  # of prompts in an instance's queue that are told apart
-_RECENT = 1 / 64  # weight of the newest value in a running mean
-_ROW = struct.Struct(f"{k.KV_CAPACITY}d")  # of stats, those that change
+MAX_ROWS = 64  # queued prompts of an instance in `left`; the last row is the sum of the rest
+_RECENT = 1 / 64  # least weight of the newest value in a running mean
+_ROW = struct.Struct(f"{k.KV_CAPACITY}d")  # the columns of `stats` that requests change
 _ROW_ITEM = struct.calcsize("d")
 
 
 @dataclass(frozen=True, slots=True)
 class CostGroup:
-    """Instances whose times the same model predicts, but for a factor of each."""
+    """Instances with equal cost models, before the learnt factors of each instance."""
 
     costs: Costs
     slots: IndexArray
 
 
 class Load:
-    """The lines of all instances, and their stats in arrays [instances], by slot."""
+    """The `InstanceLoad` of every instance ("line"), and their figures in arrays by slot."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = np.random.default_rng(seed)
@@ -48,18 +48,19 @@ class Load:
         self._rebuild()
 
     def _rebuild(self) -> None:
-        """Give every line a slot. Members change seldom; decisions are made all the time."""
+        """Give every line a slot and make the arrays. Runs only when members change."""
         lines = tuple(self._lines.values())
         n = len(lines)
         self.lines = lines
         self.instances = tuple(self._lines)
         self.slots: Mapping[InstanceId, int] = {id_: at for at, id_ in enumerate(self.instances)}
         self.stats: Seconds = np.zeros((n, k.STATS))
-        # The same memory: writing a row of Python's numbers into it takes half as long.
+        # The memory of `stats` as bytes: `pack_into` writes a row of Python numbers in half the
+        # time of an assignment in numpy.
         self._bytes = self.stats.reshape(-1).data.cast("B")
         self.kinds: IndexArray = np.zeros((n, k.KINDS), dtype=np.int64)
         self._set_left(np.zeros((n, 1)))
-        self.unhindered: Seconds = np.zeros(n)  # nobody writes to it
+        self.unhindered: Seconds = np.zeros(n)  # no least wait; read-only
         hosts: dict[str, int] = {}
         groups: list[Costs] = []
         pools: dict[str, int] = {}
@@ -79,7 +80,8 @@ class Load:
         self.cost_groups = tuple(
             CostGroup(costs, np.flatnonzero(of_group == at)) for at, costs in enumerate(groups)
         )
-        # How KV can move between any two of them; `near` of a host, as `kernels` counts it.
+        # Transports between any two instances: (`near`, path); near is 1 within a host, as in
+        # `kernels`.
         paths: list[tuple[int, Path]] = []
         if len(hosts) > 1:
             paths.append((0, "nixl"))
@@ -89,30 +91,30 @@ class Load:
         self._stale = set(lines)
 
     def _set_left(self, left: Seconds) -> None:
-        self.left = left  # [instances, prompts] seconds of each in a queue
+        self.left = left  # [instances, prompts] seconds left of each queued prompt
         self._left_bytes = left.reshape(-1).data.cast("B")
         self.arrays: k.LoadArrays = (self.stats, left, self.kinds)
 
     def refresh(self) -> None:
-        """Bring the arrays up to date, before they are read."""
+        """Bring the arrays up to date. Call before reading them."""
         for line in self._stale:
             if line.slot >= 0:
                 self._show(line)
         self._stale.clear()
 
     def _show(self, line: InstanceLoad) -> None:
-        """Copy a line's stats into the arrays."""
+        """Copy a line's figures into the arrays."""
         at, others = line.slot, line.other_running
         queued, total, under_way = self._show_queue(line)
         batch = line.answers + others
         context = line.context_tokens + others * self._typical_context
         output = line.output_tokens + others * self._typical_output
-        remaining = output / (2 * batch) if batch else 0.0  # half of it is behind them
+        remaining = output / (2 * batch) if batch else 0.0  # on average half is decoded
         room = line.spec.max_running
         prefill_factor = step_factor = transfer_factor = 1.0
         costs = line.spec.costs
         if isinstance(costs, RefinedCosts):
-            # One model for instances that are alike, and what was learnt of each beside it.
+            # Equal instances share a cost model; the learnt factors are of each instance.
             prefill_factor, transfer_factor = costs.factor("prefill"), costs.factor("transfer")
             step_factor = costs.factor("decode")
         _ROW.pack_into(
@@ -135,8 +137,8 @@ class Load:
         )
 
     def _show_queue(self, line: InstanceLoad) -> tuple[int, float, float]:
-        """The queue's prompts, others' at its end; how many, their seconds, and those before one
-        has ended."""
+        """Copy the queue into `left`, other gateways' prompts last. Returns the number of prompts,
+        their seconds in sum, and the seconds of those in prefill."""
         if not line.prefills and not line.other_prefills:
             return 0, 0.0, 0.0
         left = [*line.queue.left(), *[self._typical_prefill] * line.other_prefills]
@@ -146,7 +148,7 @@ class Load:
         if missing > 0:
             wider = np.concatenate([self.left, np.zeros((len(self.lines), missing))], axis=1)
             self._set_left(wider)
-        # As in `_show`: numpy takes several times as long to convert a list.
+        # `pack_into` as in `_show`: numpy takes several times as long to convert a list.
         row = line.slot * self.left.shape[1] * _ROW_ITEM
         struct.pack_into(f"{len(left)}d", self._left_bytes, row, *left)
         return len(left), sum(left), line.queue.under_way()
@@ -154,14 +156,14 @@ class Load:
     # --- members ------------------------------------------------------------------------
 
     def put(self, spec: InstanceSpec) -> bool:
-        """Add an instance, or replace what is known of it; its reservations stay. False:
-        nothing is new."""
+        """Add an instance, or replace its spec; its reservations stay. Returns False if the spec
+        is unchanged."""
         line = self._lines.get(spec.id)
         if line is not None and line.spec == spec:
             return False
         if line is None:
-            # Never chosen yet, in an order of this seed: gateways that start together do not
-            # all begin with the same instance.
+            # Ties go to the least `used`: a random value below 0 puts unused instances first, in
+            # an order that differs between gateways with different seeds.
             self._lines[spec.id] = InstanceLoad(spec, -float(self._random.random()))
         else:
             line.spec = spec
@@ -170,7 +172,7 @@ class Load:
         return True
 
     def remove(self, instance: InstanceId) -> bool:
-        """Forget an instance and what is reserved there. False: it was not known."""
+        """Remove an instance and what is reserved there. Returns False if it is unknown."""
         line = self._lines.pop(instance, None)
         if line is None:
             return False
@@ -179,15 +181,15 @@ class Load:
         return True
 
     def line(self, instance: InstanceId) -> InstanceLoad:
-        """KeyError for an instance that is not there."""
+        """`InstanceLoad` of an instance. Raises KeyError for an unknown one."""
         return self._lines[instance]
 
     def with_role(self, role: Role, slots: Sequence[int]) -> list[int]:
         return [at for at in slots if self.lines[at].spec.role is role]
 
     def observe(self, instance: InstanceId, running: int, waiting: int) -> None:
-        """What the instance itself counts. What exceeds the reservations comes from others,
-        other gateways for example; what lacks is still on its way there."""
+        """Report an instance's own counts of sequences. An excess over the reservations is work
+        of others, such as other gateways. A deficit means that requests are still in flight."""
         line = self._lines.get(instance)
         if line is None:
             return
@@ -199,7 +201,7 @@ class Load:
     # --- reservations -------------------------------------------------------------------
 
     def reserve(self, reservation: Reservation, now: float) -> None:
-        """From now on its prompt and its answer count. Releases what the request held before."""
+        """Add a reservation; releases an earlier one of its request first."""
         self.release(reservation.request, now)
         self._reservations[reservation.request] = reservation
         computes, answers = reservation.computes, reservation.answers
@@ -222,7 +224,7 @@ class Load:
         self._typical_output += newest * (reservation.output_tokens - self._typical_output)
 
     def prefilled(self, request: RequestId, now: float) -> None:
-        """Its prompt is computed. Unknown requests, and a second time, are ignored."""
+        """Report that a request's prompt is computed. Unknown requests and repeats are ignored."""
         reservation = self._reservations.get(request)
         if reservation is None or not reservation.computes.discard(request, now):
             return
@@ -233,7 +235,7 @@ class Load:
         self._stale.update((computes, answers))
 
     def release(self, request: RequestId, now: float) -> Reservation | None:
-        """The request ended, however. None: nothing is reserved for it (any more)."""
+        """Remove and return a request's reservation; None if it has none."""
         reservation = self._reservations.pop(request, None)
         if reservation is None:
             return None
@@ -250,33 +252,33 @@ class Load:
 
     @property
     def reserved(self) -> int:
-        """Requests that hold a reservation."""
+        """Number of requests with a reservation."""
         return len(self._reservations)
 
-    # --- as decisions see it ------------------------------------------------------------
+    # --- queries of predictions ---------------------------------------------------------
 
     def has_room(self, slot: int, needed: float) -> bool:
-        """Whether HBM is half empty with `needed` tokens more, as `refresh` found it."""
+        """Whether less than half of HBM is reserved with `needed` tokens more, by the arrays."""
         reserved, capacity = self.stats[slot, k.KV_TOKENS], self.stats[slot, k.KV_CAPACITY]
         return bool(reserved + needed < capacity / 2)
 
     def memory_wait(self, slot: int, needed: float, step: float, now: float) -> float:
-        """Until an instance has HBM for a sequence of `needed` tokens, if those there end as
-        expected, with decode steps of `step` seconds."""
+        """Seconds until an instance has HBM for a sequence of `needed` tokens, if its requests end
+        as expected, with decode steps of `step` seconds."""
         stats = self.stats[slot].tolist()
         excess = stats[k.KV_TOKENS] + needed - stats[k.KV_CAPACITY]
         queue = stats[k.LEFT_TOTAL]
         return self.lines[slot].residents.wait(excess, queue, step, now)
 
     def shared_tokens(self, slot: int, namespace: Namespace, tokens: TokenArray) -> int:
-        """How many of `tokens`, which are cached there, a sequence there holds in HBM too."""
+        """Number of leading `tokens`, all cached there, that a request there holds in HBM too."""
         return self.lines[slot].residents.shared(namespace, tokens)
 
     def promised_tokens(
         self, slot: int, namespace: Namespace, tokens: TokenArray, held: int
     ) -> int:
-        """How many of the first `held` tokens this instance has for certain, as far as unfinished
-        prefills go: a tree counts a prompt as held as soon as it is routed."""
+        """Number of the first `held` tokens that do not depend on an unfinished prefill of this
+        instance. The prompt tree counts a prompt as held as soon as it is routed."""
         prefills = self.lines[slot].prefills
         if not prefills:
             return held

@@ -1,6 +1,6 @@
-"""Looking up seconds in a cost model's tables, compiled.
+"""Compiled look-ups of seconds in a cost model's tables.
 
-Of two arguments one may stand for all of the other: then it has one element.
+An argument with one element is broadcast to the length of the other.
 """
 
 from __future__ import annotations
@@ -38,12 +38,11 @@ def prefill_look_up(
     windows: _Floats,
     seconds: Seconds,
 ) -> int:
-    """Fill `seconds`. Tables [tokens]: `base` of so many to compute; `behind` and `slope` besides,
-    once and for each cached token, if any are cached; `windows` of all tokens, of which those of
-    the cached ones are taken off, or empty.
+    """Fill `seconds` with exec(x, c) for `prompt` x and `cached` c tokens.
 
-    Returns 0, or else how many tokens the tables lack room for. Raises ValueError for a negative
-    number of them.
+    Tables in seconds, by n = x - c (at least 1): `base`; if c > 0 also `behind`, and `slope` per
+    cached token. `windows`, by x and by c: attention in sliding-window layers, or empty. Returns 0,
+    or the largest x or c if the tables are too short for it. Raises ValueError for negative counts.
     """
     most = max(_most(prompt), _most(cached))
     if most >= len(base):
@@ -71,11 +70,11 @@ def decode_look_up(
     window: float,
     seconds: Seconds,
 ) -> int:
-    """Fill `seconds`. `base` [sequences]; `context` tokens of all of them, of which layers with
-    windows read `window` of each sequence.
+    """Fill `seconds` with decode steps of `sequences` with `context` tokens in sum.
 
-    Returns 0, or else how many sequences the table lacks room for. Raises ValueError for a
-    negative number of them.
+    `base`: table of seconds by sequences; `per_token`: seconds per context token; `window`: tokens
+    per sequence that sliding-window layers read. Returns 0, or the largest number of sequences if
+    the table is too short for it. Raises ValueError for negative counts.
     """
     most = _most(sequences)
     if most >= len(base):
@@ -99,7 +98,7 @@ def link_seconds(
     per_piece: float,
     seconds: Seconds,
 ) -> None:
-    """Fill `seconds`."""
+    """Fill `seconds` of transfers: `once` + `per_byte` * bytes + `per_piece` * pieces."""
     for at in range(len(seconds)):
         moved = num_bytes[at if len(num_bytes) > 1 else 0]
         runs = pieces[at if len(pieces) > 1 else 0]

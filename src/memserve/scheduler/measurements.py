@@ -1,4 +1,4 @@
-"""What was measured of an instance: the points that a cost model is fitted to and checked on."""
+"""`Measurements` of an instance: the points that a cost model is fitted to and checked on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Seconds = Annotated[float, Meta(gt=0)]
 
 
 class PrefillPoint(msgspec.Struct, frozen=True):
-    """A prompt computed alone, up to its first token."""
+    """Prefill of one prompt alone, up to its first token."""
 
     prompt_tokens: _Count
     cached_tokens: _Count
@@ -22,15 +22,15 @@ class PrefillPoint(msgspec.Struct, frozen=True):
 
 
 class DecodePoint(msgspec.Struct, frozen=True):
-    """One step of a batch."""
+    """One decode step of a batch."""
 
     sequences: _Count
-    context_tokens: _Count  # of all sequences
+    context_tokens: _Count  # sum over the sequences
     seconds: _Seconds
 
 
 class TransferPoint(msgspec.Struct, frozen=True):
-    """Blocks moved to another pool, from the call to the acknowledgement."""
+    """Transfer of blocks to another pool, from the call to the acknowledgement."""
 
     path: Path
     num_bytes: _Count
@@ -39,11 +39,11 @@ class TransferPoint(msgspec.Struct, frozen=True):
 
 
 class Measurements(msgspec.Struct, frozen=True):
-    """Medians of repeats."""
+    """Measured points, each the median of repeats."""
 
     prefill: tuple[PrefillPoint, ...] = ()
     decode: tuple[DecodePoint, ...] = ()
     transfer: tuple[TransferPoint, ...] = ()
-    # Of the time of prefills and decode steps, how much their threads waited for a core that
-    # something else had. Such times are not the instance's own.
+    # Seconds that threads waited for a core that other work had, per second of prefills and decode
+    # steps. With a high value the figures are not the instance's own.
     waited: Annotated[float, Meta(ge=0)] = 0.0

@@ -1,4 +1,5 @@
-"""How one candidate is chosen. A new policy is a function and an entry in `POLICIES`."""
+"""Policies: functions that choose a candidate. To add one, write a function and an entry in
+`POLICIES`."""
 
 from __future__ import annotations
 
@@ -15,24 +16,24 @@ from memserve.types import InstanceId
 
 
 class Placement(msgspec.Struct, frozen=True):
-    """Where a session ran last."""
+    """The instances that ran a session's last request."""
 
     answers: InstanceId
     computes: InstanceId
 
 
 class PolicyInput(msgspec.Struct, frozen=True, eq=False):
-    """What a policy sees. It changes nothing."""
+    """Input of a policy, which must not change it."""
 
     request: PromptRequest
-    candidates: Candidates  # never none
-    decode_weight: float  # of a second of decoding, beside one before the first token
+    candidates: Candidates  # at least one
+    decode_weight: float  # of a second of decoding; a second of TTFT has weight 1
     turn: int  # decisions before this one
-    session: Placement | None  # of the request's session
+    session: Placement | None  # last placement of the request's session
 
 
 class Choice(msgspec.Struct, frozen=True, eq=False):
-    """A candidate and by which figures [candidates] it was chosen, the least being best."""
+    """The chosen candidate, and the scores [candidates] that it was chosen by; least is best."""
 
     candidate: int
     scores: Seconds
@@ -40,8 +41,8 @@ class Choice(msgspec.Struct, frozen=True, eq=False):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """`fetches`: its plans may pull a longer prefix from a third instance. `sessions`: it looks
-    at where a session ran before, which is kept for no other policy."""
+    """A policy and what it needs. `fetches`: its plans may pull a longer prefix from a third
+    instance. `sessions`: it reads the session's last placement, which is recorded only then."""
 
     choose: Callable[[PolicyInput], Choice]
     fetches: bool = False
@@ -49,20 +50,21 @@ class Policy:
 
 
 def prompt_tree(situation: PolicyInput) -> Choice:
-    """The least predicted time to the first token plus weighted decode time."""
+    """Choose the least predicted TTFT + delays of other prompts + weighted decode time."""
     candidates, weight = situation.candidates, situation.decode_weight
     scores = candidates.weigh(first_token=1.0, decode=weight, delays=1.0, stalls=weight)
     return Choice(candidates.least(scores), scores)
 
 
 def least_load(situation: PolicyInput) -> Choice:
-    """The shortest queues, as if nobody had anything cached."""
+    """Choose the least queued work + weighted decode time; cached prefixes do not count."""
     candidates, scores = situation.candidates, _load_scores(situation)
     return Choice(candidates.least(scores, candidates.candidate_set.usual), scores)
 
 
 def session(situation: PolicyInput) -> Choice:
-    """Where the session ran before, as long as that is there; else by least load."""
+    """Choose the session's last instances; if they are no candidate now, the least loaded one that
+    keeps the answering or else the computing instance; else the least loaded one."""
     scores = _load_scores(situation)
     candidates, former = situation.candidates, situation.session
     candidate_set, slots = candidates.candidate_set, candidates.load.slots
@@ -81,19 +83,19 @@ def session(situation: PolicyInput) -> Choice:
 
 
 def round_robin(situation: PolicyInput) -> Choice:
-    """One after the other, in each role."""
+    """Choose instances in turn, in each role."""
     candidates, turn = situation.candidates, situation.turn
     candidate_set = candidates.candidate_set
     scores = candidates.first_token
     answers = computes = candidate_set.answering[turn % len(candidate_set.answering)]
     partners = [p for p in candidate_set.prefill if candidate_set.find(answers, p) is not None]
     if partners and answers not in partners:
-        # Both sides go round in step; one step more after a whole cycle, so that every pair
-        # gets its turn however many there are.
+        # Both sides advance together, so only some pairs would ever occur if the two counts
+        # have a common factor: shift the prefill side by one after each cycle.
         cycle = math.lcm(len(candidate_set.answering), len(partners))
         computes = partners[(turn + turn // cycle) % len(partners)]
     candidate = candidate_set.find(answers, computes)
-    assert candidate is not None  # alone, or one of its pairs
+    assert candidate is not None  # an instance alone, or one of its pairs
     return Choice(candidate, scores)
 
 
@@ -106,7 +108,7 @@ POLICIES: Mapping[str, Policy] = {
 
 
 def find_policy(name: str) -> Policy:
-    """Raises ConfigError, with the names there are."""
+    """Policy of that name. Raises ConfigError, which lists the known names."""
     policy = POLICIES.get(name)
     if policy is None:
         raise ConfigError(f"policy {name!r} is none of {', '.join(POLICIES)}")

@@ -1,7 +1,7 @@
-"""Profiles: cost models with what they were measured on, kept in the user's cache.
+"""Profiles: cost models with the hardware and model they are of, stored in the user's cache.
 
-One file for each combination of hardware and model, replaced as a whole. What cannot be read,
-or belongs to something else, is as good as absent.
+One file per combination of hardware and model, replaced atomically. A file that cannot be read, or
+that is of another subject, counts as absent.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from memserve.models.demo import user_cache
 from memserve.scheduler.architecture import Architecture
 from memserve.scheduler.cost_model import CostModel
 
-# A profile written by code that measured or computed otherwise is not read.
+# Profiles of other versions are not read. Raise it when measurements or formulas change.
 VERSION = 1
 
-# default: from the figures of a typical machine; quick: some points, at an instance's first
-# start; full: `memserve profile`.
+# default: derived from the figures of a typical machine; quick: a few points, measured at an
+# instance's first start; full: measured by `memserve profile`.
 Effort = Literal["default", "quick", "full"]
 _RANK: tuple[Effort, ...] = ("default", "quick", "full")
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the speed of an instance depends on, beside its model."""
+    """The parts of an instance, other than its model, that determine its speed."""
 
-    device: str  # the GPU's or the CPU's name
+    device: str  # name of the GPU or CPU
     threads: int
     software: str
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is measured: the key of a profile. Weights of one shape are equally fast."""
+    """The key of a profile. Models of one architecture share it: weights' values do not matter."""
 
     hardware: Hardware
     architecture: Architecture
@@ -53,12 +53,12 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every field, as hex."""
+        """SHA-256 of all fields, hex."""
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `GET /profile` of an instance answers, and what is stored."""
+    """A stored profile, and the answer of an instance to `GET /profile`."""
 
     version: int
     effort: Effort
@@ -68,14 +68,14 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def make_profile(effort: Effort, subject: Subject, costs: CostModel) -> Profile:
-    """A profile of now."""
+    """Profile with the present time."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Profile(version=VERSION, effort=effort, measured=now, subject=subject, costs=costs)
 
 
 _encode = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(Profile)
-_PROBED = np.array([1, 512, 8192])  # tokens, and bytes: 2 ms
+_PROBED = np.array([1, 512, 8192])  # tokens and bytes; the check takes 2 ms
 
 
 def encode_profile(profile: Profile) -> bytes:
@@ -83,7 +83,8 @@ def encode_profile(profile: Profile) -> bytes:
 
 
 def decode_profile(data: bytes) -> Profile:
-    """Raises ProfileError for what is no profile of this version, or predicts nonsense."""
+    """Decode a profile. Raises ProfileError if it is invalid, of another version, or predicts
+    seconds that are negative or not finite."""
     try:
         profile = _decoder.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError, OverflowError) as error:
@@ -96,8 +97,8 @@ def decode_profile(data: bytes) -> Profile:
 
 
 def _predicts(costs: CostModel) -> bool:
-    """Whether its predictions are finite and not negative, as far as prompts go: everybody's
-    requests are routed by them."""
+    """Whether predictions at `_PROBED` sizes are finite and not negative. All requests are routed
+    by them, so one bad profile would affect every client."""
     try:
         with np.errstate(all="ignore"):
             seconds = (
@@ -106,19 +107,19 @@ def _predicts(costs: CostModel) -> bool:
                 costs.transfer_seconds(_PROBED, 1, "shm"),
                 costs.transfer_seconds(_PROBED, 1, "nixl"),
             )
-    except (ValueError, ArithmeticError, MemoryError):  # numbers that fit nowhere
+    except (ValueError, ArithmeticError, MemoryError):  # numbers that are far too large
         return False
     return all(bool(np.all(np.isfinite(each) & (np.asarray(each) >= 0))) for each in seconds)
 
 
 def host_hardware(device: str, threads: int) -> Hardware:
-    """This machine, with an engine on `device` ("cpu", or a GPU's name)."""
+    """`Hardware` of this machine with an engine on `device`: "cpu", or a GPU's name."""
     name = cpu_name() if device == "cpu" else device
     return Hardware(device=name, threads=threads, software=f"torch {metadata.version('torch')}")
 
 
 def cpu_name() -> str:
-    """As the kernel calls it."""
+    """CPU's name by /proc/cpuinfo; the machine type if it has none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -128,7 +129,7 @@ def cpu_name() -> str:
 
 
 class ProfileStore:
-    """Profiles by subject."""
+    """Stored profiles by subject, one JSON file each."""
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory or user_cache() / "profiles"
@@ -137,7 +138,7 @@ class ProfileStore:
         return self.directory / f"{subject.fingerprint[:32]}.json"
 
     def load(self, subject: Subject) -> Profile | None:
-        """None where there is none, or none that can be used."""
+        """Stored profile of a subject; None if absent or unusable."""
         try:
             profile = decode_profile(self.path(subject).read_bytes())
         except (OSError, ProfileError):
@@ -145,7 +146,7 @@ class ProfileStore:
         return profile if profile.subject == subject else None
 
     def save(self, profile: Profile) -> Path:
-        """Store it, unless a more thorough one is there. Raises OSError."""
+        """Store a profile, unless one of more effort exists; returns its path. Raises OSError."""
         path = self.path(profile.subject)
         there = self.load(profile.subject)
         if there is not None and _RANK.index(there.effort) > _RANK.index(profile.effort):
@@ -165,7 +166,7 @@ class ProfileStore:
 
     @contextmanager
     def measuring(self, subject: Subject) -> Iterator[None]:
-        """One process of this machine at a time measures a subject; others wait. Raises OSError."""
+        """Lock a subject for measuring; other processes of this host wait. Raises OSError."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with self.path(subject).with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

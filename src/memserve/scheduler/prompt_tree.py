@@ -1,11 +1,11 @@
-"""The global prompt trees: which instance holds the KV of which prefixes.
+"""`PromptTree`, the global prompt trees: which instance holds the KV of which prefixes.
 
-Logically one tree for each role; in memory one radix tree per namespace and block size, whose
-edges carry a bit for each holder, and a mask of bits for each role. One lookup therefore
-answers for all instances, and a change of role moves nothing. Fed by the instances' KV events;
-between a decision and its events, by what the decision expects.
+Logically one tree per role; in memory one radix tree per namespace and block size, whose edges
+carry one bit per holder, and one bit mask per role. So one lookup serves all instances, and a
+change of role moves nothing. Sources: the instances' KV events, and expectations, which bridge
+the time from a decision to its events.
 
-No I/O and no clock of its own. Belongs to one thread.
+No I/O and no clock. Owned by one thread.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from memserve.scheduler.block_table import (
 from memserve.scheduler.holder_tree import HolderTree, Node, SharedNodes
 from memserve.types import InstanceId, Namespace, Role, TokenArray
 
-# How long a routed prompt counts as held without a word from its instance: longer than a
-# prompt waits and computes, because until then it looks as if nobody had it.
+# How long a routed prompt counts as held without KV events of it. Longer than a prompt waits
+# and computes: after expiry and before its events, no instance seems to hold the prefix.
 EXPECT_SECONDS = 60.0
 
-Prefix = tuple[Namespace, bytes]  # of one block and all before it
+Prefix = tuple[Namespace, bytes]  # bytes: digest of a block and all blocks before it
 
 
 class _Holder:
-    """One instance's entry."""
+    """An instance in the trees: its slot (bit position), role and block table."""
 
     def __init__(
         self, instance: InstanceId, slot: int, block_tokens: int, role: Role, references: bool
@@ -59,19 +59,19 @@ class _Expectation(NamedTuple):
 
 
 class PromptTreeStats(msgspec.Struct, frozen=True):
-    """The trees at one moment."""
+    """Sizes of the trees at one moment."""
 
     instances: int
     namespaces: int
     nodes: int
-    held_blocks: int  # counted once for each holder
-    tree_blocks: int  # counted once
+    held_blocks: int  # a block with n holders counts n times
+    tree_blocks: int  # a block with n holders counts once
     expectations: int
-    num_bytes: int  # of tokens, tables and block numbers, without what Python adds
+    num_bytes: int  # of tokens, tables and block numbers, without Python's object overhead
 
 
 class PromptTree:
-    """Longest known prefixes, by instance."""
+    """Finds the longest known prefix of a prompt on each instance."""
 
     def __init__(self, expect_seconds: float = EXPECT_SECONDS) -> None:
         self._expect_seconds = expect_seconds
@@ -79,8 +79,8 @@ class PromptTree:
         self._trees: dict[Namespace, dict[int, HolderTree]] = {}  # by block_tokens
         self._holders: dict[InstanceId, _Holder] = {}
         self._by_slot: list[_Holder | None] = []
-        self._roles = dict.fromkeys(Role, 0)  # masks
-        self._expected: deque[_Expectation] = deque()  # by deadline
+        self._roles = dict.fromkeys(Role, 0)  # masks of holders' bits
+        self._expected: deque[_Expectation] = deque()  # ascending deadlines
 
     # --- members --------------------------------------------------------------------------
 
@@ -92,10 +92,10 @@ class PromptTree:
         *,
         references: bool = False,
     ) -> None:
-        """Know an instance; it begins empty, also if it was known.
+        """Add an instance; it begins empty, even if it was known.
 
-        `references`: it names its blocks by packed references without owner (as our instances
-        do); otherwise by hashes of any kind.
+        `references`: its events name blocks by packed references without owner (memserve);
+        otherwise by hashes of any kind (vLLM). Raises ValueError for `block_tokens` < 1.
         """
         if block_tokens < 1:
             raise ValueError(f"blocks of {block_tokens} tokens")
@@ -111,7 +111,7 @@ class PromptTree:
         self._roles[role] |= holder.bit
 
     def leave(self, instance: InstanceId) -> None:
-        """Cut an instance out; no match names it from now on. Unknown ones are ignored."""
+        """Remove an instance; later matches do not name it. Unknown ids are ignored."""
         holder = self._holders.pop(instance, None)
         if holder is None:
             return
@@ -121,7 +121,7 @@ class PromptTree:
         del self._shared.tables[holder.slot]
 
     def set_role(self, instance: InstanceId, role: Role) -> None:
-        """What it holds stays. Raises KeyError for an instance that is not known."""
+        """Change an instance's role; its blocks stay. Raises KeyError for an unknown instance."""
         holder = self._holders[instance]
         self._roles[holder.role] &= ~holder.bit
         self._roles[role] |= holder.bit
@@ -145,12 +145,12 @@ class PromptTree:
         tokens: TokenArray,
         medium: str | None = None,
     ) -> bool:
-        """An instance holds blocks `hashes` [n] for `tokens` [n * block_tokens], behind its
-        block `parent` or, without, at the beginning of a prompt of `namespace` (which is only
-        looked at then).
+        """Record that an instance holds blocks `hashes` [n] for `tokens` [n * block_tokens].
 
-        Returns False if it is not known to hold the parent: something was missed. Raises
-        KeyError for an unknown instance, ValueError for what cannot be.
+        The blocks follow the instance's block `parent`; with None they begin a prompt of
+        `namespace`, which is only read in that case. Returns False if the instance does not hold
+        the parent as far as known: an event was missed. Raises KeyError for an unknown instance,
+        ValueError for lengths that do not match, repeated hashes, or invalid references.
         """
         holder = self._holders[instance]
         if len(tokens) != len(hashes) * holder.block_tokens or len(set(hashes)) != len(hashes):
@@ -170,9 +170,9 @@ class PromptTree:
             raise
         if holder.table.node[numbers].any():
             astray = place[0].tree.differing(*place, data, holder.slot, numbers)
-            if len(astray):  # their removal was missed, or comes later
-                # Named anew afterwards: hashes forget what they called a block that is gone.
+            if len(astray):  # stored elsewhere: their removal was missed, or comes later
                 self._drop(holder, astray)
+                # `Hashes` freed the numbers of the dropped blocks: number the hashes again.
                 numbers = holder.table.number(hashes, medium)
                 place = self._behind(holder, parent, namespace)
                 if place is None:
@@ -183,16 +183,16 @@ class PromptTree:
     def removed(
         self, instance: InstanceId, hashes: Sequence[BlockHash], medium: str | None = None
     ) -> int:
-        """An instance no longer holds these blocks in this medium; how many that were known
-        are gone from its last one. Raises KeyError for an unknown instance."""
+        """Record that an instance no longer holds blocks `hashes` in `medium`. Returns how many
+        known blocks are now in no medium of it. Raises KeyError for an unknown instance."""
         holder = self._holders[instance]
         numbers = holder.table.forget(hashes, medium)
         self._drop(holder, distinct(numbers))
         return len(numbers)
 
     def cleared(self, instance: InstanceId) -> None:
-        """An instance holds nothing, and nothing is expected of it any more. Raises KeyError
-        for an unknown one."""
+        """Record that an instance holds nothing, and give up its expectations. Raises KeyError
+        for an unknown instance."""
         holder = self._holders[instance]
         self._empty(holder)
         holder.table = References() if holder.references else Hashes()
@@ -203,8 +203,8 @@ class PromptTree:
     def match(
         self, namespace: Namespace, tokens: TokenArray, role: Role | None = None
     ) -> dict[InstanceId, int]:
-        """Longest known prefix in tokens, in whole blocks, by instance that has any; of one
-        role, if given."""
+        """Length in tokens of the longest known prefix, by instance; whole blocks. Instances
+        without a match are absent. `role`: only instances of that role."""
         found: dict[InstanceId, int] = {}
         trees = self._trees.get(namespace)
         if trees is None:
@@ -225,8 +225,8 @@ class PromptTree:
     def expect(
         self, instance: InstanceId, namespace: Namespace, tokens: TokenArray, now: float
     ) -> None:
-        """Count a prompt as held where it was routed to, until events of its blocks say so or
-        otherwise, or the time is over. Unknown instances are ignored."""
+        """Count the whole blocks of a prompt as held by `instance`, until KV events confirm that,
+        its cache is cleared, or `expect_seconds` pass. Unknown instances are ignored."""
         holder = self._holders.get(instance)
         if holder is None:
             return
@@ -240,8 +240,8 @@ class PromptTree:
             self._expected.append(_Expectation(deadline, holder.slot, tree, data))
 
     def expire(self, now: float) -> int:
-        """Give up what was expected for too long; returns how many prompts that were. Call it
-        now and then, with the clock of `expect`."""
+        """Give up the expectations whose deadline has passed; returns their number. Call it
+        regularly, with the clock of `expect`."""
         count = 0
         while self._expected and self._expected[0].deadline <= now:
             _, slot, tree, data = self._expected.popleft()
@@ -253,8 +253,8 @@ class PromptTree:
     # --- for tests, operators and metrics -------------------------------------------------
 
     def held(self, instance: InstanceId) -> set[Prefix]:
-        """What an instance is known (not merely expected) to hold, to compare with
-        `prefixes_of` what it does hold. Reads everything."""
+        """Prefixes that an instance holds according to its events, without expectations. Reads
+        every node."""
         holder = self._holders[instance]
         found: set[Prefix] = set()
         for by_size in self._trees.values():
@@ -274,7 +274,7 @@ class PromptTree:
         return self._holders[instance].table.stored
 
     def stats(self) -> PromptTreeStats:
-        """Reads every node."""
+        """Sizes of the trees. Reads every node."""
         nodes = list(self._shared.by_id.values())
         tables: list[BlockTable] = [holder.table for holder in self._holders.values()]
         numbers = sum(each.nbytes for node in nodes for each in node.blocks.values())
@@ -292,7 +292,7 @@ class PromptTree:
         )
 
     def check_integrity(self) -> None:
-        """Raises AssertionError where nodes, tables and trees disagree. Reads everything."""
+        """Raises AssertionError where nodes, tables and trees disagree. Reads every node."""
         nodes: dict[int, Node] = {}
         for by_size in self._trees.values():
             for tree in by_size.values():
@@ -316,7 +316,7 @@ class PromptTree:
     def _behind(
         self, holder: _Holder, parent: BlockHash | None, namespace: Namespace
     ) -> tuple[Node, int] | None:
-        """The node of the parent block and the depth behind it, if it is stored."""
+        """Node of block `parent` and the depth after it; None if the holder does not have it."""
         if parent is None:
             return self._tree(namespace, holder.block_tokens).root, 0
         number = holder.table.known(parent)
@@ -326,10 +326,11 @@ class PromptTree:
         return self._shared.by_id[home], int(holder.table.depth(one)[0]) + 1
 
     def _drop(self, holder: _Holder, numbers: Numbers) -> None:
-        """Forget where stored blocks are; `numbers` without repetition."""
+        """Remove stored blocks from their nodes; `numbers` are distinct."""
         homes, depths = holder.table.node[numbers], holder.table.depth(numbers)
         for home in distinct(homes).tolist():
-            # Nodes may have been joined since; a joined one keeps the id of its lower part.
+            # An earlier `drop` of this loop may have merged this node into its child, which keeps
+            # its own id: look the blocks up again.
             node = self._shared.by_id.get(home)
             mine = homes == home
             if node is None or node.blocks.get(holder.slot) is None:
@@ -345,7 +346,7 @@ class PromptTree:
             self._drop_if_empty(each.tree)
         self._expected = deque(each for each in self._expected if each.slot != holder.slot)
         for home in holder.table.homes():
-            node = self._shared.by_id.get(home)  # joined with another: that one's turn comes
+            node = self._shared.by_id.get(home)  # None: merged into a node that comes later
             if node is not None and holder.slot in node.blocks:
                 tree = node.tree
                 tree.drop(node, holder.slot, np.arange(len(node)))
@@ -368,8 +369,8 @@ class PromptTree:
 
 
 def block_digests(data: bytes, step: int, before: bytes = b"") -> list[bytes]:
-    """Of each block of `data`, `step` bytes long, a digest of it and all that lead to it;
-    `before` is the digest of the last one before, if there is one."""
+    """Digests of the blocks of `data`, `step` bytes each. A digest covers the block and all
+    blocks before it; `before`: the digest of the block in front of `data`, if any."""
     chain = []
     for at in range(0, len(data) - step + 1, step):
         before = blake2b(before + data[at : at + step], digest_size=16).digest()

@@ -1,7 +1,7 @@
-"""The prompts that wait or are computed on one instance, and how much of each is left.
+"""`PrefillQueue`: the prompts queued or in prefill on one instance, and the seconds left of each.
 
-An instance gives `short_share` of each step to the prompt of which the least is left, and the
-rest to the oldest. With 0 it computes one after the other, as vLLM does.
+An instance gives `short_share` of each step to the prompt with the least left, and the rest to the
+oldest. With 0 it computes prompts in order of arrival, as vLLM does.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from memserve.types import RequestId
 
 
 class PrefillQueue:
-    """Predicted seconds of each prompt, in order of arrival, as time goes on."""
+    """Predicted seconds left of each prompt, in order of arrival, advanced with the clock."""
 
     __slots__ = ("_left", "_shortest", "_updated", "short_share")
 
     def __init__(self, short_share: float) -> None:
         self.short_share = short_share
         self._left: dict[RequestId, float] = {}
-        self._shortest: RequestId | None = None  # of which the least is left; None: look for it
+        self._shortest: RequestId | None = None  # with the least left; None: to be searched
         self._updated = 0.0
 
     def __len__(self) -> int:
@@ -30,12 +30,12 @@ class PrefillQueue:
 
     @property
     def updated(self) -> float:
-        """The time of the figures."""
+        """Time of the figures, seconds of the caller's clock."""
         return self._updated
 
     def left(self) -> Iterable[float]:
-        """Seconds of each prompt, the oldest first, at `updated`. One that takes longer than
-        predicted has none left until it is removed."""
+        """Seconds left of each prompt at `updated`, the oldest first. A prompt that takes longer
+        than predicted has 0 until `discard`."""
         return self._left.values()
 
     def append(self, request: RequestId, seconds: float, now: float) -> None:
@@ -46,7 +46,7 @@ class PrefillQueue:
         self._left[request] = seconds
 
     def discard(self, request: RequestId, now: float) -> bool:
-        """Computed, or given up. False: neither waits nor runs here."""
+        """Remove a prompt: it is computed, or given up. Returns False if it is not queued."""
         if request not in self._left:
             return False
         self._advance(now)
@@ -56,7 +56,7 @@ class PrefillQueue:
         return True
 
     def under_way(self) -> float:
-        """Seconds of what can be computed before one of them has ended, at `updated`."""
+        """Seconds left, at `updated`, of the prompts in prefill: the oldest and the shortest."""
         if not self._left:
             return 0.0
         oldest, shortest = self._served()
@@ -77,7 +77,7 @@ class PrefillQueue:
         left, share = self._left, self.short_share
         if not left or elapsed <= 0:
             return
-        # One that should have ended keeps its place until it has: the others do not go on.
+        # A prompt with 0 left keeps its share until `discard`: the others do not advance.
         oldest, shortest = self._served()
         if oldest == shortest:
             left[oldest] = max(0.0, left[oldest] - elapsed)
@@ -86,4 +86,4 @@ class PrefillQueue:
             left[shortest] = max(0.0, left[shortest] - elapsed * share)
         known = self._shortest
         if known is not None and left[oldest] <= left[known]:
-            self._shortest = oldest  # of equal ones the first
+            self._shortest = oldest  # ties: the oldest

@@ -1,9 +1,9 @@
-"""A cost model corrected by what requests really took.
+"""`RefinedCosts`: a cost model corrected by observed times.
 
-A factor each for prefill, decode steps and transfers. What a caller sees includes disturbances
-that the model is not to learn (a queue it did not know of, a busy machine for a moment), and
-they only ever make things slower. So each factor follows a low quantile of the last ratios of
-real to predicted times, as far as they agree, in small steps and between bounds.
+One factor each for prefills, decode steps and transfers. Observed times include disturbances that
+the model must not learn (an unknown queue, a machine that is briefly busy), which only make them
+longer. So a factor follows a low quantile of the last ratios of observed to predicted times, in
+small steps and within bounds.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from memserve.scheduler.contract import Costs, Path, Seconds
 
 Kind = Literal["prefill", "decode", "transfer"]
 
-# Ratios that a factor is taken from: enough for a quantile, few enough to forget.
+# Last ratios that a factor is taken from: enough for a quantile, few enough to forget.
 _REMEMBERED = 64
-_FEWEST = 5
-# Below the median: half of what is seen may have waited for something.
+_FEWEST = 5  # ratios before the factor changes
+# Below the median, since half of the observations may include a wait.
 _QUANTILE = 0.35
-# A step towards the quantile, in logarithms; half of the way is made in three observations.
+# Share of the distance to the quantile (of logarithms) per observation: half of it in three.
 _PACE = 0.2
-# No machine is that much faster or slower than it was measured: beyond this something else is
-# wrong, and predictions are to stay in proportion.
+# A machine is not that much faster or slower than measured: beyond 8x the cause is another one.
 _BOUND = math.log(8.0)
 
 
 class _Factor:
-    """One factor, as its logarithm."""
+    """A correction factor, learnt as its logarithm."""
 
     def __init__(self) -> None:
         self._logs: deque[float] = deque(maxlen=_REMEMBERED)
@@ -49,10 +48,10 @@ class _Factor:
 
 
 class RefinedCosts:
-    """Implements `Costs`: `model`, times what was learnt. Not thread-safe.
+    """Implements `Costs`: the seconds of `model` times learnt factors. Not thread-safe.
 
-    Observed times are compared with the model itself, not with the corrected prediction, so
-    that a factor cannot feed on its own error.
+    Observed times are compared with `model`, not with corrected predictions, so that a factor
+    cannot amplify its own error.
     """
 
     def __init__(self, model: Costs) -> None:
@@ -64,32 +63,32 @@ class RefinedCosts:
         }
 
     def factor(self, kind: Kind) -> float:
-        """Real over predicted time; 1.0 while nothing was learnt."""
+        """Ratio of observed to predicted time; 1.0 at first."""
         return self._factors[kind].value
 
     # --- predictions ------------------------------------------------------------------
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """KV of all layers, K and V, of one token."""
+        """Bytes of K and V of one token, all layers."""
         return self.model.kv_bytes_per_token
 
     def prefill_seconds(self, prompt_tokens: ArrayLike, cached_tokens: ArrayLike) -> Seconds:
-        """As the model's."""
+        """Seconds of `model`, times the prefill factor."""
         seconds: Seconds = self._factors["prefill"].value * self.model.prefill_seconds(
             prompt_tokens, cached_tokens
         )
         return seconds
 
     def decode_step_seconds(self, sequences: ArrayLike, context_tokens: ArrayLike) -> Seconds:
-        """As the model's."""
+        """Seconds of `model`, times the decode factor."""
         seconds: Seconds = self._factors["decode"].value * self.model.decode_step_seconds(
             sequences, context_tokens
         )
         return seconds
 
     def transfer_seconds(self, num_bytes: ArrayLike, pieces: ArrayLike, path: Path) -> Seconds:
-        """As the model's."""
+        """Seconds of `model`, times the transfer factor."""
         seconds: Seconds = self._factors["transfer"].value * self.model.transfer_seconds(
             num_bytes, pieces, path
         )
@@ -98,26 +97,26 @@ class RefinedCosts:
     # --- observations -----------------------------------------------------------------
 
     def observe_prefill(self, prompt_tokens: int, cached_tokens: int, seconds: float) -> None:
-        """A prompt that did not wait took so long to its first token."""
+        """Report seconds to the first token of a prompt that did not wait."""
         self._observe("prefill", self.model.prefill_seconds(prompt_tokens, cached_tokens), seconds)
 
     def observe_decode_step(self, sequences: int, context_tokens: int, seconds: float) -> None:
-        """A step, or the mean of some, took so long."""
+        """Report seconds of a decode step, or the mean of several."""
         self._observe("decode", self.model.decode_step_seconds(sequences, context_tokens), seconds)
 
     def observe_transfer(self, num_bytes: int, pieces: int, path: Path, seconds: float) -> None:
-        """KV arrived after so long."""
+        """Report seconds from the start of a transfer to the arrival of its KV."""
         self._observe("transfer", self.model.transfer_seconds(num_bytes, pieces, path), seconds)
 
     def _observe(self, kind: Kind, predicted: Seconds, seconds: float) -> None:
         expected = float(predicted)
-        # A clock that stood still or nothing that was to be done: there is no ratio.
+        # No ratio for an empty task, or if the clock did not advance.
         if expected > 0 and seconds > 0 and math.isfinite(seconds):
             self._factors[kind].observe(seconds / expected)
 
 
 def _quantile(values: Sequence[float] | deque[float], share: float) -> float:
-    """Linear between neighbours; values: not empty."""
+    """Quantile at `share` of `values` (not empty), linear between neighbours."""
     ordered = sorted(values)
     at = share * (len(ordered) - 1)
     low = int(at)

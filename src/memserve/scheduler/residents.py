@@ -1,4 +1,4 @@
-"""The KV that requests hold, or will, in one instance's HBM, and when it should be free again."""
+"""`Residents`: KV that requests hold or will hold in one instance's HBM, and when it gets free."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ class Resident(msgspec.Struct, eq=False):
 
     namespace: Namespace
     prompt: TokenArray
-    kv_tokens: int  # besides what it shares with others there
-    output_tokens: int  # 0: leaves when its prompt is computed
-    decodes_since: float | None = None  # None: its prompt is not computed
+    kv_tokens: int  # without tokens shared with other requests there
+    output_tokens: int  # expected; 0: a prefill only, which ends with its prompt
+    decodes_since: float | None = None  # seconds of the clock; None: the prompt is not computed
 
 
 class Residents:
-    """Those of one instance."""
+    """The `Resident` of each request on one instance."""
 
     __slots__ = ("_by_request", "kv_tokens")
 
     def __init__(self) -> None:
         self._by_request: dict[RequestId, Resident] = {}
-        self.kv_tokens = 0  # in all
+        self.kv_tokens = 0  # sum over all
 
     def __len__(self) -> int:
         return len(self._by_request)
@@ -34,7 +34,8 @@ class Residents:
         self.kv_tokens += resident.kv_tokens
 
     def prefilled(self, request: RequestId, now: float) -> None:
-        """It decodes, or leaves. Unknown ones are ignored."""
+        """Report that a prompt is computed: the request decodes now, or is removed if it is a
+        prefill only. Unknown requests are ignored."""
         resident = self._by_request.get(request)
         if resident is None:
             return
@@ -49,13 +50,13 @@ class Residents:
             self.kv_tokens -= resident.kv_tokens
 
     def wait(self, excess: float, queue: float, step: float, now: float) -> float:
-        """Seconds until `excess` tokens should have left, where all prompts are computed in
-        `queue` seconds and a decode step takes `step`."""
+        """Predicted seconds until `excess` tokens are free, if all queued prompts are computed
+        after `queue` seconds and a decode step takes `step` seconds."""
         ends = []
         for resident in self._by_request.values():
             lasts = resident.output_tokens * step
             since = resident.decodes_since
-            # An answer that is longer than expected may end at any time.
+            # An answer longer than expected may end at any time: a quarter of its predicted time.
             ends_in = queue + lasts if since is None else max(since + lasts - now, lasts / 4)
             ends.append((ends_in, resident.kv_tokens))
         wait = 0.0
@@ -67,11 +68,12 @@ class Residents:
         return wait
 
     def shared(self, namespace: Namespace, tokens: TokenArray) -> int:
-        """How many leading `tokens` one of them has in HBM too, if they are cached there."""
+        """Largest number of leading `tokens`, which must be cached here, that a request's prompt
+        has too: these are in HBM already."""
         most = 0
         for held in self._by_request.values():
             size = min(len(held.prompt), len(tokens))
-            # Most have nothing more in common than the best so far: one token tells.
+            # Skip prompts that cannot beat the best so far, by comparing one token.
             if held.namespace != namespace or size <= most or held.prompt[most] != tokens[most]:
                 continue
             differs = held.prompt[:size] != tokens[:size]

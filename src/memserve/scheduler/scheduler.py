@@ -1,4 +1,4 @@
-"""The facade: membership in, decisions out, and what they reserve until requests end."""
+"""`Scheduler`, the facade: takes members and requests, returns decisions, keeps reservations."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from memserve.types import InstanceId, RequestId
 
 log = logging.getLogger(__name__)
 
-DECODE_WEIGHT = 0.1  # a second of decoding, beside one before the first token
-FIRST_OUTPUT_TOKENS = 128.0  # expected before any answer has ended
-_OUTPUT_NEWEST = 1 / 32  # weight of the newest answer in what is expected
-_OUTPUT_OUTLIER = 4.0  # an answer counts as at most so many times what was expected
+DECODE_WEIGHT = 0.1  # weight of a second of decoding; a second of TTFT has weight 1
+FIRST_OUTPUT_TOKENS = 128.0  # expected answer length before any answer has ended
+_OUTPUT_NEWEST = 1 / 32  # least weight of the newest answer in the running mean
+_OUTPUT_OUTLIER = 4.0  # cap of one answer's length, as a multiple of the expected length
 _SESSION_BYTES = 16
-_MAX_SESSIONS = 100_000  # whose placement is remembered, least recently used first out
-_MAX_ROSTERS = 16
+_MAX_SESSIONS = 100_000  # remembered placements, LRU
+_MAX_ROSTERS = 16  # values of `among` whose candidates are kept
 
 
 class OutputLength:
-    """How long answers are, from those that ended. A client's `max_tokens` says how long they
-    may be, which is misleading; a few endless answers must not either."""
+    """Running mean of answer lengths, in tokens. Predictions do not use `max_tokens` alone,
+    because answers often end earlier; a cap limits what a few endless answers add to the mean."""
 
     def __init__(self, first: float = FIRST_OUTPUT_TOKENS) -> None:
         self.expected = first
@@ -45,9 +45,9 @@ class OutputLength:
 
 
 class Scheduler:
-    """Decides where requests run. One thread at a time; no call blocks.
+    """Decides where requests run. For one thread at a time; no call blocks.
 
-    The same calls in the same order with the same clock and seed give the same decisions.
+    Deterministic: equal calls in equal order, with equal clock and seed, give equal decisions.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Scheduler:
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`overlapped`: KV goes to decode instances while prompts are computed. `timer` only
-        measures how long decisions take. ConfigError: there is no such policy."""
+        measures how long decisions take. Raises ConfigError for an unknown policy."""
         self._policy = find_policy(policy)
         prepare()
         self.policy = policy
@@ -75,24 +75,24 @@ class Scheduler:
         self.output_length = OutputLength()
         self.decisions = DecisionLog()
         self._turn = 0
-        self._sessions: OrderedDict[bytes, Placement] = OrderedDict()  # by digest of their names
+        self._sessions: OrderedDict[bytes, Placement] = OrderedDict()  # by `_session_key`
         self._candidates: dict[frozenset[InstanceId] | None, Candidates] = {}
 
     # --- members ------------------------------------------------------------------------
 
     def put(self, spec: InstanceSpec) -> None:
-        """A new instance, or what changed of one: its role, its costs. Reservations stay."""
+        """Add an instance, or replace its spec (another role, other costs). Reservations stay."""
         if self.load.put(spec):
             self._candidates.clear()
 
     def remove(self, instance: InstanceId) -> None:
-        """It is gone, with all that was reserved there. Unknown ones are ignored."""
+        """Remove an instance and what is reserved there. Unknown ids are ignored."""
         if self.load.remove(instance):
             self._candidates.clear()
 
     def observe(self, instance: InstanceId, *, running: int, waiting: int) -> None:
-        """What the instance counts itself: sequences that hold memory, and those that wait.
-        What exceeds the reservations here is counted as others' work until the next call."""
+        """Report an instance's own counts: sequences that hold memory, and sequences that wait.
+        Any excess over the reservations counts as other gateways' work until the next call."""
         self.load.observe(instance, running, waiting)
 
     # --- requests -----------------------------------------------------------------------
@@ -102,9 +102,9 @@ class Scheduler:
     ) -> Decision | None:
         """Choose where a request runs, reserve it there, and expect its prompt there.
 
-        `among`: instances that may be named in any part; None: all. None is returned if none
-        of them is there. Whoever asks for the same ones again passes the same frozenset, which
-        remembers its hash. A request that has a reservation (it is tried again) loses that first.
+        `among`: the only instances that the plan may name; None: all. Pass one frozenset object
+        repeatedly, since it caches its hash. A reservation that the request already has (on a
+        retry) is released first. Returns None if there is no candidate.
         """
         started = self._timer()
         now = self._clock.now()
@@ -144,19 +144,19 @@ class Scheduler:
         return decision
 
     def whole_prefill_seconds(self, prompt_tokens: int) -> float:
-        """What a prompt costs to compute with nothing cached, as `Admission` counts it: the mean
-        over instances, 0.0 without any."""
+        """Seconds to compute a prompt with nothing cached, mean over instances, as `Admission`
+        counts cost; 0.0 without instances."""
         if not self.load.lines:
             return 0.0
         return float(whole_prefill_seconds(self.load, prompt_tokens).mean())
 
     def prefilled(self, request: RequestId) -> None:
-        """Its first token came. Told twice, or of an unknown request: ignored."""
+        """Report a request's first token. A second call, or an unknown request, is ignored."""
         self.load.prefilled(request, self._clock.now())
 
     def finished(self, request: RequestId, output_tokens: int | None = None) -> None:
-        """It ended, however; `output_tokens`: of an answer that is complete. Told twice:
-        ignored."""
+        """Release a request's reservation, whether it succeeded or not. `output_tokens`: only for
+        a complete answer. A second call is ignored."""
         reservation = self.load.release(request, self._clock.now())
         if reservation is not None and output_tokens is not None:
             self.output_length.ended(output_tokens)
@@ -172,16 +172,16 @@ class Scheduler:
         return candidates
 
     def _kv_tokens(self, request: PromptRequest, output_tokens: int, plan: Plan) -> int:
-        """What its sequence takes up where it is answered."""
+        """KV tokens that the sequence takes up in HBM of the answering instance."""
         load, needed = self.load, len(request.tokens) + output_tokens
         slot = load.slots[plan.instance]
         if load.has_room(slot, needed):
-            return needed  # it does not matter yet how much of it is shared
+            return needed  # HBM is not short: skip the search for shared prefixes
         held = plan.cached_tokens if plan.prefill is None else plan.prompt_tokens
         return needed - load.shared_tokens(slot, request.namespace, request.tokens[:held])
 
     def _session_key(self, request: PromptRequest) -> bytes | None:
-        """What stands for its session, in a fixed size; None: nothing is kept of it."""
+        """Fixed-size digest of the session's name; None: no session, or the policy ignores it."""
         if request.session is None or not self._policy.sessions:
             return None
         return blake2b(request.session.encode(), digest_size=_SESSION_BYTES).digest()

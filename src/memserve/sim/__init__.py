@@ -1,1 +1,1 @@
-"""The scheduler and the cost model against simulated instances, in virtual time."""
+"""Simulator: the real scheduler and cost model with simulated instances, in virtual time."""

@@ -1,7 +1,8 @@
-"""A simulated pool: which blocks an instance holds, in two tiers, least recently used first out.
+"""`SimCache`, a simulated pool: the blocks that an instance holds in HBM and DRAM, with LRU
+eviction.
 
-Chains of blocks are released from their end, so that ends are older than what they hang on and
-go first, as in the real index.
+Chains of blocks are released from their end, so that a block is older than its parent and is
+evicted first, as in the real index.
 """
 
 from __future__ import annotations
@@ -14,42 +15,42 @@ from memserve.sim.prompt import BlockKey
 
 
 class CacheListener(Protocol):
-    """Hears of blocks that can, or can no longer, be reused."""
+    """Receives the keys of blocks that leave the cache."""
 
     def removed(self, key: BlockKey) -> None: ...
 
 
 class SimCache:
-    """Blocks by key. Those of running sequences are pinned; capacities are in blocks."""
+    """Blocks by key. Blocks of running sequences are pinned; capacities are in blocks."""
 
     def __init__(self, hbm_blocks: int, dram_blocks: int, listener: CacheListener) -> None:
         self._capacity = hbm_blocks
         self._dram_capacity = dram_blocks
         self._listener = listener
         self._pins: dict[BlockKey, int] = {}
-        self._idle: OrderedDict[BlockKey, None] = OrderedDict()  # in HBM, oldest first
-        self._dram: OrderedDict[BlockKey, None] = OrderedDict()
-        self._private = 0  # blocks in HBM that have no key (yet)
+        self._idle: OrderedDict[BlockKey, None] = OrderedDict()  # in HBM, unpinned, oldest first
+        self._dram: OrderedDict[BlockKey, None] = OrderedDict()  # oldest first
+        self._private = 0  # number of blocks in HBM without a key
 
     @property
     def free(self) -> int:
-        """Blocks of HBM that a sequence could have, those of the history included."""
+        """Number of HBM blocks that a sequence could get: unused, or cached and unpinned."""
         return self._capacity - len(self._pins) - self._private
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._pins or key in self._idle or key in self._dram
 
     def found(self, keys: Sequence[BlockKey]) -> int:
-        """How many leading blocks are here."""
+        """Number of leading blocks that are in HBM or DRAM."""
         for count, key in enumerate(keys):
             if key not in self:
                 return count
         return len(keys)
 
     def acquire(self, keys: Sequence[BlockKey], private: int) -> int | None:
-        """Pin leading blocks, which must be here, and take `private` new ones.
+        """Pin blocks `keys`, which must be present, and allocate `private` blocks without key.
 
-        Returns how many of the pinned ones had to come from DRAM; None if HBM has no room.
+        Returns the number of blocks swapped in from DRAM; None if HBM has no room.
         """
         idle = sum(key in self._idle for key in keys)
         swapped = sum(key in self._dram for key in keys)
@@ -64,10 +65,10 @@ class SimCache:
         return swapped
 
     def publish(self, keys: Sequence[BlockKey]) -> list[int]:
-        """Give as many private blocks these keys; the owner's pins stay on them.
+        """Give `keys` to as many private blocks, which stay pinned.
 
-        Returns the positions of those that nobody had: the others were here meanwhile, and the
-        private copy is given up.
+        Returns the positions of the keys that were not present. For the others the private copy
+        is dropped.
         """
         new = []
         for position, key in enumerate(keys):
@@ -80,7 +81,7 @@ class SimCache:
         return new
 
     def release(self, keys: Sequence[BlockKey], private: int) -> None:
-        """Unpin blocks, which stay for others, and give private ones back."""
+        """Unpin blocks `keys`, which stay cached, and free `private` blocks."""
         self._private -= private
         for key in reversed(keys):
             self._pins[key] -= 1
@@ -89,8 +90,8 @@ class SimCache:
                 self._idle[key] = None
 
     def put(self, keys: Sequence[BlockKey]) -> list[int]:
-        """Take blocks that somebody sent, as far as there is room for them; positions as of
-        `publish`. They are nobody's at once."""
+        """Store leading blocks that another instance sent, as far as HBM has room, unpinned.
+        Returns the positions of the keys that were not present."""
         held = self.found(keys)
         room = held + max(0, self.free - sum(key in self._idle for key in keys[:held]))
         taken = keys[:room]
@@ -101,7 +102,7 @@ class SimCache:
         return new
 
     def drop(self, keys: Sequence[BlockKey]) -> None:
-        """Forget idle blocks."""
+        """Drop those of the blocks that are not pinned."""
         for key in reversed(keys):
             if key in self._idle:
                 del self._idle[key]

@@ -1,4 +1,4 @@
-"""Simulated instances behind the real scheduler: requests in, times out."""
+"""`SimCluster`: simulated instances behind the real scheduler, which fill in requests' times."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from memserve.types import SHARED, InstanceId
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """How KV moves between the instances."""
+    """How KV moves between instances."""
 
     path: Path = "nixl"
-    aggregated: bool = True  # a block is one piece; else two for each layer
+    aggregated: bool = True  # one piece per block; else two (K, V) per block and layer
     layers: int = 1
 
 
 class SimCluster:
-    """Runs sessions to their end. Deterministic: its inputs alone decide what comes out."""
+    """Runs sessions to their end. Deterministic."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class SimCluster:
         )
 
     def run(self, sessions: Sequence[SimSession], done: Callable[[SimRequest], None]) -> None:
-        """Until the last answer has ended; `done` is called with each request."""
+        """Run until the last answer has ended. `done` is called with each finished request."""
         for session in sessions:
             _SessionRun(self, session, done).start()
         while self.timeline.step():
@@ -75,7 +75,7 @@ class SimCluster:
     # --- one request ----------------------------------------------------------------------
 
     def submit(self, request: SimRequest, ended: Callable[[SimRequest], None]) -> None:
-        """Have the scheduler place a request, now."""
+        """Place a request by the scheduler, now. `ended` is called when its answer is complete."""
         request.arrival = self.timeline.now()
         decision = self.scheduler.decide(
             PromptRequest(
@@ -85,11 +85,11 @@ class SimCluster:
                 session=request.session,
             )
         )
-        assert decision is not None  # there are instances, and none leaves
+        assert decision is not None  # instances never leave
         _RequestRun(self, request, decision.plan, ended).start()
 
     def transfer_seconds(self, source: InstanceId, blocks: int) -> float:
-        """Moving blocks from an instance to another."""
+        """Seconds to move `blocks` from `source` to another instance."""
         shape, network = self.instances[source].shape, self._network
         pieces = blocks if network.aggregated else blocks * 2 * network.layers
         size = blocks * shape.block_tokens * shape.costs.kv_bytes_per_token
@@ -97,7 +97,7 @@ class SimCluster:
 
     @property
     def returns(self) -> bool:
-        """Whether what was made while decoding goes back to the prefill instance."""
+        """Whether KV of answers is returned to the prefill instance."""
         return self._caching == "full"
 
     def _stored(
@@ -120,7 +120,7 @@ class SimCluster:
 
 
 def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending positions as ranges."""
+    """Ranges of ascending positions: (first, last + 1)."""
     runs: list[tuple[int, int]] = []
     for position in positions:
         if runs and runs[-1][1] == position:
@@ -131,7 +131,7 @@ def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:
 
 
 class _Removals:
-    """Tells the prompt tree what an instance drops."""
+    """Reports the blocks that an instance drops to the prompt tree."""
 
     def __init__(self, instance: InstanceId, tree: PromptTree) -> None:
         self._instance = instance
@@ -164,7 +164,7 @@ class _SessionRun:
 
 
 class _RequestRun:
-    """One request on its way through the plan."""
+    """One request that runs by its plan: fetch, prefill, hand-over, decode, return."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class _RequestRun:
             return
         request, size = self._request, self._computes.shape.block_tokens
         wanted = (self._plan.cached_tokens + self._plan.fetched_tokens) // size
-        # What the source still has, and the other lacks: the tree may know better days.
+        # Fetch what the source has now and the target lacks: the tree may be out of date.
         there = self._cluster.instances[source].cache.found(request.keys[:wanted])
         here = self._computes.cache.found(request.keys[:wanted])
         if there <= here:

@@ -1,4 +1,4 @@
-"""Requests for the simulator, from traces and from sessions of text."""
+"""Sessions for the simulator, from traces and from text workloads."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Encode = Callable[[str], Sequence[int]]
 def trace_sessions(
     lines: Iterable[TraceLine], keys: BlockKeys, speed: float = 1.0
 ) -> Iterator[SimSession]:
-    """Every request of a trace as a session of its own, but named by the conversation that it
-    belongs to as far as the trace shows: by the longest prompt before that it goes on from.
+    """Sessions of one request each, at the trace's arrival times divided by `speed`.
 
-    `speed` 2: everything comes twice as fast.
+    A request's `session` names its conversation: that of the earlier request with which it shares
+    the longest prefix, by the trace's hash ids, or else its own.
     """
     scale = TraceScale(block_tokens=keys.block_tokens)
-    owner: dict[int, str] = {}  # of the last hash id, the conversation
+    owner: dict[int, str] = {}  # conversation by hash id
     for number, line in enumerate(lines):
         name = next((owner[h] for h in reversed(line.hash_ids) if h in owner), f"trace-{number}")
-        # The first id is most often a system prompt that all share: no conversation.
+        # The first id is mostly a shared system prompt, which identifies no conversation.
         owner.update((h, name) for h in line.hash_ids[1:])
         tokens = prompt_tokens(line, scale)
         request = SimRequest(
@@ -44,7 +44,8 @@ def trace_sessions(
 def text_sessions(
     sessions: Sequence[Session], keys: BlockKeys, encode: Encode, rate: float, seed: int
 ) -> Iterator[SimSession]:
-    """Sessions of text in Poisson arrivals; answers are the data's."""
+    """Sessions of text, with the data's answers, in Poisson arrivals of `rate` per second. Raises
+    ConfigError for a rate that is not positive."""
     if rate <= 0:
         raise ConfigError(f"a rate of {rate} sessions per second")
     gaps = random.Random(seed)
@@ -58,7 +59,7 @@ def text_sessions(
             prompt = np.array(past, dtype=np.int32)
             answer = list(encode(turn.answer))[: turn.output_tokens]
             past += answer
-            # The last token of an answer is never computed on: it has no KV yet.
+            # The last token of an answer is not fed to the model, so it has no KV.
             final = np.array(past[:-1], dtype=np.int32)
             requests.append(
                 SimRequest(

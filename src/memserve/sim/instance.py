@@ -1,9 +1,9 @@
-"""A simulated instance: continuous batching with chunked prefill, by the cost model.
+"""`SimInstance`: continuous batching with chunked prefill, timed by the cost model.
 
-Time passes in phases in which the batch does not change: so many equal steps, then the next
-phase is planned. What arrives in between waits for the end of a step, as in the engine. Prompts
-are prefilled in chunks, and every step also serves all decoding sequences. A part of a step's
-chunk goes to the prompt of which the least is left, the rest to the others in their order.
+Time passes in phases: a number of equal steps of one batch, after which the next phase is planned.
+Arrivals during a phase wait for the end of a step, as in the engine. Prompts are prefilled in
+chunks, and a step also decodes all running sequences (unless `mixed_steps` is off). A share of a
+step's chunk goes to the prompt with the least left, the rest to the prompts in order of arrival.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from memserve.types import InstanceId, Role
 
 @dataclass(frozen=True, slots=True)
 class InstanceShape:
-    """What a simulated instance is made of."""
+    """Parameters of a simulated instance."""
 
     id: InstanceId
     role: Role
@@ -33,11 +33,11 @@ class InstanceShape:
     dram_blocks: int = 0
     max_running: int = 256
     chunk_tokens: int = 2048  # prefilled per step
-    short_share: float = 0.5  # of it, for the shortest prompt; 0: all in order, as vLLM
+    short_share: float = 0.5  # share of a chunk for the shortest prompt; 0: FCFS, as vLLM
     caches: bool = True  # keeps KV for later requests
     swap_bytes_per_second: float = 25e9  # DRAM to HBM
-    step_overhead: float = 0.0  # seconds of the host's work in each step, its devices idle
-    mixed_steps: bool = True  # False: no answer is decoded in a step that computes prompts
+    step_overhead: float = 0.0  # seconds per step of host work, while devices are idle
+    mixed_steps: bool = True  # False: a step that computes prompts decodes nothing
 
 
 @dataclass(slots=True, eq=False)
@@ -46,15 +46,15 @@ class Job:
 
     request: SimRequest
     prefill_only: bool
-    prefilled: Callable[[Job], None]  # its prompt is computed here: there is a first token
-    ended: Callable[[Job], None]  # its last token is there; never for `prefill_only`
+    prefilled: Callable[[Job], None]  # called when the prompt is computed here
+    ended: Callable[[Job], None]  # called after the last token; never for `prefill_only`
     pinned: list[BlockKey]
-    private: int = 0  # blocks without a key
-    admitted: bool = False  # its prompt has memory here
-    number: int = 0  # in the order of arrival
-    follows: Job | None = None  # computes what this one will find
-    uncached: int = 0  # tokens of its prompt that are not computed
-    token_seconds: float = 0.0  # of computing each
+    private: int = 0  # number of blocks without a key
+    admitted: bool = False  # the prompt has memory here
+    number: int = 0  # in order of arrival
+    follows: Job | None = None  # its prefill computes a prefix of this prompt: wait for it
+    uncached: int = 0  # prompt tokens still to compute
+    token_seconds: float = 0.0  # per token of `uncached`
     left: int = 0  # tokens to decode
     context: int = 0  # tokens with KV
 
@@ -64,12 +64,13 @@ class _Phase:
     begun: float
     step_seconds: float
     steps: int
-    chunks: Sequence[tuple[Job, int]]  # prompts, and tokens of each in a step
-    decodes: bool  # every decoding sequence gets a token in each step
+    chunks: Sequence[tuple[Job, int]]  # prompts, and tokens of each per step
+    decodes: bool  # each step decodes one token of every decoding sequence
 
 
 class SimInstance:
-    """`stored` is called with a request and the positions of its blocks that are new here."""
+    """A simulated engine with its cache. `stored` is called with the instance, block keys, their
+    request, and the positions of the keys that were not present."""
 
     def __init__(
         self,
@@ -85,17 +86,17 @@ class SimInstance:
         self._timeline = timeline
         self._stored = stored
         self._jobs = 0
-        self._queue: list[Job] = []  # prompts that hold no memory yet, in order
-        self._arrived: deque[Job] = deque()  # prompts computed elsewhere, to decode
-        self._prefilling: list[Job] = []  # those that do, in order
+        self._queue: list[Job] = []  # prompts without memory, in order of arrival
+        self._arrived: deque[Job] = deque()  # sequences to decode, prefilled elsewhere
+        self._prefilling: list[Job] = []  # prompts with memory, in order of arrival
         self._decoding: list[Job] = []
         self._phase: _Phase | None = None
         self._phase_number = 0
 
-    # --- what arrives ---------------------------------------------------------------------
+    # --- arrivals -------------------------------------------------------------------------
 
     def submit(self, job: Job) -> None:
-        """Compute a prompt, and decode unless it is `prefill_only`."""
+        """Queue a prompt to compute, and to decode unless it is `prefill_only`."""
         job.number = self._jobs
         self._jobs += 1
         found = self._reusable(job)
@@ -105,12 +106,12 @@ class SimInstance:
         self._disturb()
 
     def decode(self, job: Job) -> None:
-        """Go on with a sequence whose KV has arrived."""
+        """Queue a sequence to decode; its KV has arrived."""
         self._arrived.append(job)
         self._disturb()
 
     def store(self, keys: Sequence[BlockKey], request: SimRequest) -> None:
-        """Keep KV that another instance sent."""
+        """Cache blocks that another instance sent, if this one caches."""
         if not self.shape.caches:
             return
         new = self.cache.put(keys)
@@ -127,7 +128,7 @@ class SimInstance:
     # --- phases ---------------------------------------------------------------------------
 
     def _disturb(self) -> None:
-        """Something new is there: let the present phase end with its present step."""
+        """After an arrival: end the present phase with its present step, or begin one."""
         phase = self._phase
         if phase is None:
             self._begin()
@@ -162,7 +163,7 @@ class SimInstance:
     def _end_phase(self, number: int) -> None:
         phase = self._phase
         if number != self._phase_number or phase is None:
-            return  # planned anew since
+            return  # replaced by a later `_plan_end`
         steps = phase.steps
         self.busy_seconds += steps * phase.step_seconds
         self._phase = None
@@ -180,18 +181,18 @@ class SimInstance:
             if not job.uncached:
                 self._prefilling.remove(job)
                 self._prefilled(job)
-        if self._phase is None:  # a callback may have begun one
+        if self._phase is None:  # a callback may have begun a phase
             self._begin()
 
     # --- prompts --------------------------------------------------------------------------
 
     def _next_chunks(self) -> list[tuple[Job, int]]:
-        """What the next step computes of which prompts; those that get any hold memory."""
+        """Prompts of the next step, and tokens of each. Admits them first."""
         ready = [job for job in self._queue if job.follows is None or not job.follows.uncached]
         budget = self.shape.chunk_tokens
         chunks: dict[int, tuple[Job, int]] = {}
         short = int(budget * self.shape.short_share)
-        # What does not fit stops those behind it, or small ones would starve it.
+        # A prompt without room blocks later ones, or small prompts would starve it.
         passing = ready if short and ready and self._admit(ready[0]) else ()
         shortest = min({*self._prefilling, *passing}, key=_remaining, default=None)
         if short and shortest is not None and self._admit(shortest):
@@ -209,7 +210,8 @@ class SimInstance:
         return list(chunks.values())
 
     def _leader(self, job: Job, found: int) -> Job | None:
-        """Whose prompt goes on from the blocks that are here as this one does."""
+        """First other prompt in prefill or queue whose next block after the `found` cached ones is
+        the same: it computes a block that `job` can reuse."""
         keys = job.request.keys[found : found + 1]
         if not keys or not self.shape.caches:
             return None
@@ -219,14 +221,14 @@ class SimInstance:
         return None
 
     def _reusable(self, job: Job) -> int:
-        """How many leading blocks of its prompt are here."""
+        """Number of leading blocks of a job's prompt that are cached here and reusable."""
         request, shape = job.request, self.shape
-        # The last token is computed in any case: its logits are wanted.
+        # The last token is always computed, for its logits.
         most = (request.prompt_tokens - 1) // shape.block_tokens
         return self.cache.found(request.keys[:most]) if shape.caches else 0
 
     def _admit(self, job: Job) -> bool:
-        """Give a prompt memory, unless it has some; False if there is none for it."""
+        """Allocate memory for a prompt, unless it has it. Returns False if there is no room."""
         if job.admitted:
             return True
         if self.running >= self.shape.max_running:
@@ -237,7 +239,7 @@ class SimInstance:
         private = -(-total // shape.block_tokens) - found
         keys = request.keys[:found]
         swapped = self.cache.acquire(keys, private)
-        if swapped is None:  # until something that runs here has ended
+        if swapped is None:  # HBM is full until a running sequence ends
             return False
         self._queue.remove(job)
         bisect.insort(self._prefilling, job, key=_arrival)
@@ -290,7 +292,7 @@ class SimInstance:
                 self._finish(job)
 
     def _publish(self, job: Job, keys: Sequence[BlockKey]) -> None:
-        """The job's blocks up to `keys` are whole: others may use them."""
+        """Make a job's full blocks reusable by other requests; `keys`: of its leading blocks."""
         at = len(job.pinned)
         if not self.shape.caches or len(keys) <= at:
             return

@@ -1,4 +1,4 @@
-"""A simulated request: its prompt as blocks, and what happened to it."""
+"""`SimRequest`, a simulated request with its prompt's blocks and its results; `SimSession`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 
 from memserve.types import InstanceId, RequestId, TokenArray
 
-BlockKey = int  # names a block together with everything in front of it
+BlockKey = int  # identifies a block and all blocks before it
 
 
 class BlockKeys:
-    """Names for blocks of tokens: equal exactly for equal prefixes."""
+    """Maps blocks to keys, which are equal exactly for equal prefixes."""
 
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
         self._names: dict[tuple[BlockKey, bytes], BlockKey] = {}
 
     def of(self, tokens: TokenArray) -> tuple[BlockKey, ...]:
-        """The keys of the whole blocks of `tokens` [n] int32."""
+        """Keys of the whole blocks of `tokens` [n] int32."""
         data, size = tokens.tobytes(), 4 * self.block_tokens
         keys: list[BlockKey] = []
         key = 0
@@ -30,23 +30,23 @@ class BlockKeys:
 
 @dataclass(slots=True)
 class SimRequest:
-    """One request. Times are virtual seconds; `cached_tokens` is what was not computed."""
+    """One request and its results. Times are virtual seconds; None: not yet."""
 
     id: RequestId
     tokens: TokenArray  # [prompt tokens] int32
     keys: tuple[BlockKey, ...]  # of the prompt's whole blocks
     output_tokens: int
     session: str
-    # Of prompt and answer, where the data tells what the next prompt goes on from.
+    # Of prompt and answer, if the data has answers: the next prompt of the session extends them.
     final_tokens: TokenArray | None = None
     final_keys: tuple[BlockKey, ...] = ()
     arrival: float = 0.0
     first_token: float | None = None
     end: float | None = None
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt: not computed, fetched ones included
     fetched_tokens: int = 0
     computed_at: InstanceId | None = None
-    moved_tokens: int = 0  # from prefill to decode
+    moved_tokens: int = 0  # from prefill to decode instance
 
     @property
     def prompt_tokens(self) -> int:
@@ -55,7 +55,7 @@ class SimRequest:
 
 @dataclass(frozen=True, slots=True)
 class SimSession:
-    """Requests of which each arrives when the one before has ended, after `think` seconds."""
+    """Requests in sequence: each arrives `think` seconds after the end of the one before."""
 
     arrival: float
     requests: Sequence[SimRequest]

@@ -1,4 +1,4 @@
-"""One simulation: from settings to figures."""
+"""`simulate`: runs one simulation, from a `SimConfig` to a `SimResult`."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ from memserve.workloads.trace import BLOCK_TOKENS, read_trace
 
 _GB = 10**9
 _PROGRESS_LINES = 10
-# Bytes per second between a device and its host's memory, one direction, by the data sheets:
-# PCIe 5 and PCIe 4 with 16 lanes. On a CPU both tiers are the same memory.
+# Bytes per second between a device and its host's memory, one direction, from data sheets: PCIe 5
+# and PCIe 4 with 16 lanes. On a CPU both tiers are in the same memory.
 _HOST_BANDWIDTH: dict[str, float] = {"h800": 64e9, "h100": 64e9, "a100": 32e9, "cpu": 12e9}
 
 Progress = Callable[[str], None]
 Amount = Annotated[float, Meta(gt=0)]
-MAX_INSTANCES = 4096  # of a cluster; a decision looks at each pair of them
-MAX_AMOUNT = 1e9  # of anything: seconds, gigabytes, sessions per second, tokens, blocks
-MIN_AMOUNT = 1e-9  # but for nothing at all
+MAX_INSTANCES = 4096  # per cluster; a decision looks at every pair
+MAX_AMOUNT = 1e9  # of any number in `SimConfig`, in its own unit, except the seed
+MIN_AMOUNT = 1e-9  # of any such number that is not 0
 
 
 class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What runs on what."""
+    """Settings of a simulation: requests, cluster, model and hardware."""
 
     trace: Annotated[str | None, doc("requests in Mooncake's format")] = None
     workload: Annotated[TextWorkload | None, doc("sessions of text, for a trace")] = None
@@ -95,13 +95,13 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SimResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What a simulation found; seconds, and shares of 1. The same settings give the same."""
+    """Results of a simulation: times in seconds, ratios as shares of 1. Deterministic."""
 
     policy: str
     instances: int
     requests: int
     prompt_tokens: int
-    cached_ratio: float  # of prompt tokens, found or fetched where the prompt was computed
+    cached_ratio: float  # of prompt tokens: cached on, or fetched to, the computing instance
     ttft_mean: float
     ttft_p50: float
     ttft_p99: float
@@ -111,14 +111,15 @@ class SimResult(msgspec.Struct, frozen=True, kw_only=True):
     jct_p50: float
     jct_p99: float
     duration: float  # to the end of the last answer
-    load_imbalance: float  # busy time of the busiest instance over the mean of its role, largest
+    load_imbalance: float  # busiest instance's busy time over its role's mean; maximum over roles
     computed_tokens: int
     fetched_tokens: int  # pulled from third instances
     moved_tokens: int  # from prefill to decode instances
 
 
 def simulate(config: SimConfig, progress: Progress, encode: Encode | None = None) -> SimResult:
-    """Raises ConfigError. `encode` is needed for workloads of text."""
+    """Run a simulation. `progress` gets a line per tenth; `encode`, needed for workloads of text,
+    tokenizes. Raises ConfigError."""
     _check_numbers(config)
     architecture, costs = _costs(config)
     shapes = _shapes(config, architecture, costs)
@@ -142,7 +143,7 @@ def simulate(config: SimConfig, progress: Progress, encode: Encode | None = None
 
 
 def _check_numbers(config: SimConfig) -> None:
-    """Raises ConfigError for what no machine has: NaN, infinity, and what overflows later."""
+    """Raises ConfigError for numbers that are not finite, out of bounds, or too small."""
     try:
         msgspec.convert(msgspec.structs.asdict(config), SimConfig)
     except msgspec.ValidationError as error:
@@ -183,7 +184,7 @@ def _shapes(config: SimConfig, architecture: Architecture, costs: CostModel) -> 
     if config.decode and not (config.prefill or config.colocated):
         raise ConfigError("decode instances alone: give --prefill N too")
     block_tokens = BLOCK_TOKENS if config.trace is not None else 16
-    # A tenth of the memory is left to activations and to what the runtime needs.
+    # A tenth of device memory is for activations and the runtime.
     device = config.device_gb * _GB * config.tp * 0.9
     weights = architecture.parameters * architecture.weight_bytes
     block_bytes = block_tokens * architecture.kv_bytes_per_token
@@ -215,9 +216,9 @@ def _shapes(config: SimConfig, architecture: Architecture, costs: CostModel) -> 
 
 
 def _swap_bandwidth(config: SimConfig) -> float:
-    """Of all devices of an instance: each holds its part of the KV."""
+    """Bytes per second of an instance's swaps, sum over its devices, which share the KV."""
     hardware = HARDWARE.get(config.hardware)
-    if hardware is None:  # a profile stands for its costs, but not for its links
+    if hardware is None:  # needed even with a profile, which has no bandwidth of swaps
         raise ConfigError(f"no hardware '{config.hardware}'; known: {', '.join(sorted(HARDWARE))}")
     return _HOST_BANDWIDTH[config.hardware] * hardware.link_efficiency * config.tp
 
@@ -248,7 +249,7 @@ def _texts(config: SimConfig, encode: Encode) -> Sequence[Session]:
     def count_tokens(text: str) -> int:
         return len(encode(text))
 
-    assert config.workload is not None  # or there is a trace
+    assert config.workload is not None  # checked by `_sessions`
     choose = (config.sessions, config.seed, limits, count_tokens)
     return chosen_sessions(config.workload, config.data, *choose)
 

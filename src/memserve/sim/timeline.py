@@ -1,4 +1,4 @@
-"""Virtual time: what happens when, without waiting."""
+"""`Timeline`: a virtual clock with a queue of events."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Callable
 
 
 class Timeline:
-    """A clock (`memserve.clock.Clock`) that jumps from event to event.
+    """A `memserve.clock.Clock` that jumps from event to event.
 
-    Events of the same time happen in the order in which they were asked for, so that a run
-    depends on its inputs alone.
+    Events of equal time run in the order in which they were added, so that a run is deterministic.
     """
 
     def __init__(self) -> None:
@@ -24,16 +23,16 @@ class Timeline:
         return self._now
 
     def at(self, time: float, act: Callable[[], None]) -> None:
-        """Have `act` called at `time`, which must not be over."""
+        """Call `act` at `time`, seconds since the start, which must not be in the past."""
         assert time >= self._now
         heapq.heappush(self._events, (time, next(self._numbers), act))
 
     def after(self, seconds: float, act: Callable[[], None]) -> None:
-        """Have `act` called in so many seconds."""
+        """Call `act` after `seconds`."""
         self.at(self._now + seconds, act)
 
     def step(self) -> bool:
-        """Let the next event happen; False if there is none."""
+        """Run the next event; False if there is none."""
         if not self._events:
             return False
         self._now, _, act = heapq.heappop(self._events)
