@@ -14,7 +14,7 @@ from typing import Generic, Self, TypeVar
 
 import numpy as np
 
-TOKEN_BYTES = 4
+from memserve.tokens import TOKEN_BYTES
 
 
 class RadixNode:

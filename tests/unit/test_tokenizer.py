@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -198,11 +199,15 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+def bytes_of(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
+    return b"".join(tokenizer.token_bytes(each, tokenizer.token_text(each)) for each in ids)
+
+
 def test_parts_of_a_character_have_their_bytes(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(tmp_path)
     text = " the 🫶 \ufffd lazy"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
+    assert bytes_of(tokenizer, ids).decode() == text
     assert any("\ufffd" in tokenizer.token_text(token_id) for token_id in ids)
 
 
@@ -215,4 +220,4 @@ def test_bytes_of_sentencepiece_are_bytes(tmp_path: Path) -> None:
     )
     tokenizer = Tokenizer(backend)
     ids = [1, *(2 + byte for byte in "🫶".encode()), 0]
-    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == "a🫶 a"
+    assert bytes_of(tokenizer, ids).decode() == "a🫶 a"

@@ -44,7 +44,7 @@ from memserve.bench.vllm_engine import (
 )
 from memserve.bench.work import Work
 from memserve.clock import MonotonicClock
-from memserve.config import parse_bytes
+from memserve.config import InstanceConfig, Policy, parse_bytes
 from memserve.models.resolve import ModelDirectory, Progress
 from memserve.types import Role
 
@@ -92,6 +92,11 @@ class _Servers:
             variables=variables,
             peer=peer,
         )
+
+    async def own(self, instances: Sequence[InstanceConfig], policy: Policy = "prompt-tree") -> str:
+        """The URL of our gateway in front of these instances."""
+        cluster = ours(self.model, self.loads.dtype, instances, self.progress, policy)
+        return await self.stack.enter_async_context(cluster)
 
     async def are_ready(self, name: str, servers: Sequence[PeerServer]) -> bool:
         """Not if one of them is not."""
@@ -160,8 +165,7 @@ async def _with_host_memory(
         # One at first: a second would only repeat what the first says against it.
         pairs[offloading] = [servers.vllm(cores[0], offloads)]
     instances = [own_instance(core, tiers.dram, arguments) for core in cores]
-    cluster = ours(servers.model, servers.loads.dtype, instances, servers.progress)
-    urls = {own: await servers.stack.enter_async_context(cluster)}
+    urls = {own: await servers.own(instances)}
     for name, pair in pairs.items():
         if await servers.are_ready(name, pair):
             pair += [servers.vllm(core, offloads) for core in cores[len(pair) :]]
@@ -197,8 +201,7 @@ async def _with_lmcache(
         asked = (*arguments, *lmcache_flag(port))
         pair = [servers.vllm(core, asked, LMCACHE_VARIABLES, "lmcache") for core in cores]
     instances = [own_instance(core, tiers.dram, arguments) for core in cores]
-    cluster = ours(servers.model, servers.loads.dtype, instances, servers.progress)
-    urls = {own: await servers.stack.enter_async_context(cluster)}
+    urls = {own: await servers.own(instances)}
     return urls | (await servers.routed(lmcache, pair) if pair else {})
 
 
@@ -243,8 +246,7 @@ async def _split(servers: _Servers, tiers: TierSettings, cores: tuple[int, int])
     roles = zip((Role.PREFILL, Role.DECODE), cores, strict=True)
     instances = [own_instance(core, tiers.dram, arguments, role) for role, core in roles]
     # Whatever is cached where, prompts are then computed on the one and decoded on the other.
-    cluster = ours(servers.model, servers.loads.dtype, instances, servers.progress, "least-load")
-    urls = {own: await servers.stack.enter_async_context(cluster)}
+    urls = {own: await servers.own(instances, "least-load")}
     if pair and await servers.are_ready(nixl, pair):
         for core, server in zip(cores, pair, strict=True):
             # The connector takes the thread that computes to the machine's last core.

@@ -133,7 +133,7 @@ class Choice:
 
     def _scored(self, token_id: int, logprob: float) -> ScoredToken:
         text = self._tokenizer.token_text(token_id)
-        return ScoredToken(token_id, text, self._tokenizer.token_bytes(token_id), logprob)
+        return ScoredToken(token_id, text, self._tokenizer.token_bytes(token_id, text), logprob)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, self._call.skip_special_tokens)

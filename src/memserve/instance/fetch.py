@@ -94,7 +94,7 @@ class Fetcher:
         counters.asked += 1
         blocks = 0
         try:
-            async with asyncio.timeout(self._patience(missing)):
+            async with asyncio.timeout(self._timeout(missing)):
                 blocks = (await self._ask(peer, call)).blocks_sent
         except (PeerError, TimeoutError) as error:
             counters.failed += 1
@@ -146,7 +146,7 @@ class Fetcher:
             raise _not_met(peer, f"its pool at {info.pool_peer.address}: {error}") from error
         return MeetResult(transport, self._clock.now() - started)
 
-    def _patience(self, tokens: int) -> float:
+    def _timeout(self, tokens: int) -> float:
         """Timeout of a fetch of `tokens` tokens, in seconds: the time to compute them, limited."""
         stats = self._pace()
         if not stats.computed_prompt_tokens:

@@ -191,10 +191,9 @@ class Tokenizer:
         text = self.decode([*self._anchor, token_id], skip_special_tokens=False)
         return text.removeprefix(self._anchor_text)
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return the UTF-8 bytes that one token adds to a text; a token may add only a part of a
-        character."""
-        text = self.token_text(token_id)
+    def token_bytes(self, token_id: int, text: str) -> bytes:
+        """Return the UTF-8 bytes that one token, whose `token_text` is `text`, adds to a longer
+        text; a token may add only a part of a character."""
         if UNDECODABLE not in text:
             return text.encode()
         piece = self._backend.id_to_token(token_id) or ""

@@ -143,7 +143,7 @@ class BlockAllocator:
         self.active += len(index)
         self.pinned += len(index)
 
-    def orphan_or_free(self, index: IndexArray) -> IndexArray:
+    def detach_or_free(self, index: IndexArray) -> IndexArray:
         """Take CACHED blocks from the index, which holds other blocks in their place: pinned
         ones become DETACHED and are returned, the others FREE."""
         pinned = self.pins[index] > 0

@@ -185,7 +185,7 @@ class Tiers:
         for part, index in self.holds.follow(old, new) if len(self.holds) else ():
             self.wake(part.blocks, index)
         for blocks, _, index in self._blocks.by_medium(old):
-            self.wake(blocks, blocks.orphan_or_free(index))
+            self.wake(blocks, blocks.detach_or_free(index))
 
     def let_go(self, hold: Hold) -> None:
         for part, index in self.holds.close(hold):

@@ -14,10 +14,10 @@ from memserve.types import Medium, RefArray, ref_index, ref_medium
 def with_prefixes(
     blocks: Blocks, index: RadixIndex, refs: RefArray, state: NDArray[np.uint8]
 ) -> RefArray:
-    """The cached and orphaned ones of live `refs` [n], and the cached blocks before them:
+    """The cached and detached ones of live `refs` [n], and the cached blocks before them:
     pins cover whole prefixes. Each once; callers hold the pool's lock."""
     cached = np.unique(refs[state == CACHED])
-    orphans = np.unique(refs[(state != CACHED) & (state != ACTIVE)])
+    detached = np.unique(refs[(state != CACHED) & (state != ACTIVE)])
     needed: dict[Node, int] = {}  # blocks of the node's edge
     homes = {
         home
@@ -33,7 +33,7 @@ def with_prefixes(
         while node is not None and needed.get(node) != len(node.refs):
             needed[node] = len(node.refs)
             node = node.parent
-    return np.concatenate([*(node.refs[:last] for node, last in needed.items()), orphans])
+    return np.concatenate([*(node.refs[:last] for node, last in needed.items()), detached])
 
 
 def still_active(blocks: Blocks, refs: RefArray) -> NDArray[np.bool_]:

@@ -53,7 +53,7 @@ class SourceSession:
         self.number = prepare.number
         self.state = SourceState.PREPARING
         self._lease = lease
-        self._patience = deadline
+        self._idle_timeout = deadline
         self._deadline = float("inf")
         self._retry = Retry()
         self._attempt = 0
@@ -69,7 +69,7 @@ class SourceSession:
         self._gone = False  # whether the destination's life is over: no message reaches it
 
     def start(self, now: float) -> Actions:
-        self._deadline = now + self._patience
+        self._deadline = now + self._idle_timeout
         self._retry.start(now)
         return [Send(self.prepare)]
 
@@ -77,7 +77,7 @@ class SourceSession:
         """Write another round; no effect after a failure. Raises ValueError after `seal`."""
         if self._sealed:
             raise ValueError("no round may follow the last one")
-        self._deadline = now + self._patience
+        self._deadline = now + self._idle_timeout
         if self.state is SourceState.PREPARING:
             self._waiting.append(round)
             return []
@@ -132,7 +132,7 @@ class SourceSession:
             return [] if self._writing else self._all_drained(now)
         if failure is not None:
             return self._abort(failure, now)
-        self._deadline = now + self._patience
+        self._deadline = now + self._idle_timeout
         return self._commit_if_written(now)
 
     def on_gone(self, now: float) -> Actions:
@@ -163,7 +163,7 @@ class SourceSession:
         if silent:
             return self._abort(Failure("PeerLost", f"no word from it for {LEASE:g} s"), now)
         if now >= self._deadline:
-            text = f"no progress for {self._patience:g} s while {self.state.value}"
+            text = f"no progress for {self._idle_timeout:g} s while {self.state.value}"
             return self._abort(Failure("TransferTimeout", text), now)
         if self._retry.due(now):
             if self.state is SourceState.PREPARING:
@@ -186,7 +186,7 @@ class SourceSession:
         self._have = message.have
         self._wire_refs = message.wire_refs
         self._retry.stop()
-        self._deadline = now + self._patience
+        self._deadline = now + self._idle_timeout
         actions: Actions = []
         for round in self._waiting:
             actions += self._write(round)

@@ -160,8 +160,8 @@ _Begun = list[tuple[Copy, Pending]]
 
 def _ended(begun: _Begun) -> tuple[_Begun, _Begun]:
     """Split copies into those that have ended, and the others."""
-    ended = [(copy, pending) for copy, pending in begun if pending.ended]
-    if len(ended) == len(begun):
-        return ended, []
-    done = {id(pending) for _, pending in ended}
-    return ended, [(copy, pending) for copy, pending in begun if id(pending) not in done]
+    ended: _Begun = []
+    others: _Begun = []
+    for copy, pending in begun:
+        (ended if pending.ended else others).append((copy, pending))
+    return ended, others
