@@ -100,8 +100,8 @@ def test_an_instance_that_ends_is_started_again_until_its_server_ends(
     lives, key = tmp_path / "lives", tmp_path / "key"
     script = (
         "import os, sys, time\n"
-        f"open({str(lives)!r}, 'a').write('x')\n"
         f"open({str(key)!r}, 'w').write(os.environ.get('VLLM_API_KEY', ''))\n"
+        f"open({str(lives)!r}, 'a').write('x')\n"  # the last file: `close` may end it from here
         f"if len(open({str(lives)!r}).read()) < 3: sys.exit(1)\n"
         "sys.stdin.read()\n"
     )

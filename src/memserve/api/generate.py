@@ -17,6 +17,7 @@ from msgspec import Meta
 from msgspec.structs import force_setattr
 
 from memserve.api.forward import Forward
+from memserve.api.grammar import Grammar
 from memserve.api.limits import (
     MAX_ID_CHARACTERS,
     MAX_INT32,
@@ -75,6 +76,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     stop_token_ids: Annotated[tuple[int, ...], Meta(max_length=MAX_STOP_TOKEN_IDS)] = ()
     ignore_eos: bool = False
     logprobs: Count | None = None  # alternatives to report besides the chosen token; None: none
+    grammar: Grammar | None = None  # that the whole output obeys
 
 
 def validate_sampling(
@@ -190,6 +192,12 @@ class GenerateCall(
     # The request for a vLLM server, sent to it instead of token ids. The server's answer is
     # relayed and cannot be resumed; prompt and sampling only serve the choice of an instance.
     forward: Forward | None = None
+
+    @property
+    def own_engine(self) -> bool:
+        """Whether only the built-in engine can answer this call. For vLLM servers, the gateway
+        forwards the client's request instead."""
+        return self.forward is None and self.sampling.grammar is not None
 
     def __post_init__(self) -> None:
         force_setattr(self, "prompts", tuple(map(token_field, self.prompts)))

@@ -134,14 +134,18 @@ class GatewayApp:
                 self._idle.set()
 
     def _or_forward(self, build: _Build, path: ForwardPath) -> _Build:
-        """Return `build` with a fallback: a request that raises NotUnderstood is forwarded to a
-        vLLM server, if the cluster has one."""
+        """Return `build` with a fallback: if the cluster has a vLLM server, a request that raises
+        NotUnderstood is forwarded to it, and one for the built-in engine if no instance has that.
+        """
 
         async def understand(body: bytes, limits: Limits) -> GenerateCall:
+            has = self._membership.has
             try:
-                return await build(body, limits)
+                call = await build(body, limits)
+                if not call.own_engine or has(MemberKind.MEMSERVE) or not has(MemberKind.VLLM):
+                    return call
             except NotUnderstood:
-                if not self._membership.has(MemberKind.VLLM):
+                if not has(MemberKind.VLLM):
                     raise
             return await self._forwards.build(path, body, limits)
 

@@ -211,6 +211,8 @@ class Relay:
     def _takers(self, call: GenerateCall) -> list[Member]:
         """Return the members that may take the call. A forwarded one goes to vLLM servers: if its
         prompt is not what the server computes, prefill instances take it only as a last resort."""
+        if call.own_engine:
+            return self._membership.ready(MemberKind.MEMSERVE)
         if call.forward is None:
             return self._membership.ready()
         servers = self._membership.ready(MemberKind.VLLM)
