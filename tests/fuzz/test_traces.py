@@ -94,7 +94,11 @@ def test_a_trace_is_read_and_simulated_or_refused(tmp_path: Path) -> None:
         ({"output_length": -1}, "output_length"),
         ({"hash_ids": []}, "hash_ids"),
         ({"hash_ids": [-1, 2]}, "hash_ids"),
-        ({"hash_ids": [MAX_HASH_ID + 1, 2]}, "hash_ids"),
+        ({"hash_ids": [MAX_HASH_ID + 1, 2]}, "hash_ids"),  # 2^63
+        ({"hash_ids": [2**64 + 5, 2]}, "hash_ids"),
+        ({"hash_ids": [10**40, 2]}, "hash_ids"),
+        ({"hash_ids": [1, 2, 3]}, "3 hash ids for 700 tokens, each of 512: 2 fit"),
+        ({"timestamp": -0.5}, "timestamp"),
         ({"timestamp": 0}, "before the last one"),
     ],
 )

@@ -64,6 +64,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     id: str
     created: int
     max_model_len: int | None
+    vocab_size: int | None = None  # token ids of prompts are below it
     object: str = "model"
     owned_by: str = "memserve"
 
@@ -102,7 +103,8 @@ def admin_app(
     def card() -> ModelCard:
         limits = [member.limits for member in membership.ready() if member.limits is not None]
         longest = min((limit.max_tokens for limit in limits), default=None)
-        return ModelCard(model, started, longest)
+        ids = min((limit.vocab_size for limit in limits), default=None)
+        return ModelCard(model, started, longest, ids)
 
     @app.get("/v1/models")
     async def list_models() -> Response:
