@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from memserve.errors import ConfigError
+from memserve.logs import LogFormat, LogLevel
 from memserve.types import Role
 
 Caching = Literal["off", "p", "pd", "full"]
@@ -169,6 +170,15 @@ class SecurityConfig(_Section, frozen=True):
     ] = None
 
 
+class LogConfig(_Section, frozen=True):
+    """The logs of all processes, on standard error."""
+
+    level: Annotated[LogLevel, doc("lines from this level on")] = "info"
+    format: Annotated[LogFormat, doc("json: each line an object, with a request's figures")] = (
+        "text"
+    )
+
+
 class ClusterConfig(_Section, frozen=True):
     """A whole cluster on one machine."""
 
@@ -176,6 +186,7 @@ class ClusterConfig(_Section, frozen=True):
     gateway: GatewayConfig = GatewayConfig()
     security: SecurityConfig = SecurityConfig()
     cache: CacheConfig = CacheConfig()
+    log: LogConfig = LogConfig()
     instance: tuple[InstanceConfig, ...] = (InstanceConfig(),)
 
 
@@ -277,6 +288,7 @@ def _refuse_unknown_keys(data: dict[str, object]) -> None:
         "gateway": GatewayConfig,
         "security": SecurityConfig,
         "cache": CacheConfig,
+        "log": LogConfig,
         "instance": InstanceConfig,
     }
     _check_keys("", data, tuple(sections))
