@@ -26,6 +26,7 @@ from memserve.cli_keys import app as keys_app
 from memserve.cli_sim import sim
 from memserve.cluster.line_printer import STDERR, STDOUT, LinePrinter
 from memserve.cluster.local import LocalCluster, run_local_cluster
+from memserve.cluster.preflight import check_machine, with_room
 from memserve.cluster.watchdog import exit_with_parent
 from memserve.config import (
     CacheConfig,
@@ -116,10 +117,12 @@ def up(
         instance=tuple(with_flags(i, given, _CLUSTER_LEAVES_OUT) for i in file.instance),
     )
     check_config(wanted)
+    check_machine(wanted)
     # A slow reader of the output must not block the supervisor.
     with LinePrinter(STDOUT) as out, LinePrinter(STDERR) as errors:
         progress, show = _shown_as(wanted.log, errors.show)
         model = resolve_model(wanted.model, progress)
+        wanted = with_room(wanted, model.path, progress)
         cluster = msgspec.structs.replace(wanted, model=pinned(wanted.model, model))
 
         def ready(running: LocalCluster) -> None:

@@ -74,9 +74,9 @@ class JsonFormatter(BoundedFormatter):
     of a `FieldedMessage`, and `exception` with the last lines of a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        said = record.msg
-        fielded = not isinstance(said, str) and isinstance(said, FieldedMessage)
-        fields = said.fields() if fielded else {}
+        said, fields = record.msg, {}
+        if not isinstance(said, str) and isinstance(said, FieldedMessage):
+            fields = dict(said.fields())
         trace = {"exception": self.formatException(record.exc_info)} if record.exc_info else {}
         return json_line(
             record.name, record.getMessage(), record.levelname, record.created, {**fields, **trace}
