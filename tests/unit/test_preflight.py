@@ -46,7 +46,9 @@ def test_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> Non
     "name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA", "mps", "", "cuda:9999"]
 )
 def test_a_device_has_a_known_name(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"model.device = .*'cpu', 'cuda' or 'cuda:1' are devices"):
+    with pytest.raises(
+        ConfigError, match=r"model.device = .*'cpu', 'cuda' or 'cuda:1' are devices"
+    ):
         check_machine(ClusterConfig(model=ModelConfig(device=name), gateway=ANY))
 
 
