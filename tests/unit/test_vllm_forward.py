@@ -114,6 +114,11 @@ def cluster(tokenizer: Tokenizer, server: Server, stack: ExitStack) -> FakeClust
 
 
 @pytest.fixture(scope="module")
+def vllm_only(tokenizer: Tokenizer, server: Server, stack: ExitStack) -> FakeCluster:
+    return stack.enter_context(running(tokenizer, {0: server}))
+
+
+@pytest.fixture(scope="module")
 def keyed(tokenizer: Tokenizer, server: Server, stack: ExitStack) -> FakeCluster:
     keys = ("sk-a name=a tenant=red", "sk-b name=b tenant=blue priority")
     return stack.enter_context(running(tokenizer, {0: server}, api_keys=keys))
@@ -163,10 +168,10 @@ def passed(server: Server, answer: Answer) -> dict[str, Any]:
     ],
     ids=lambda fields: "-".join(fields),
 )
-def test_what_the_gateway_does_not_know_gets_to_the_server_as_it_is(
-    cluster: FakeCluster, server: Server, fields: dict[str, Any]
+def test_what_only_vllm_members_can_answer_gets_to_the_server_as_it_is(
+    vllm_only: FakeCluster, server: Server, fields: dict[str, Any]
 ) -> None:
-    answer = chat(cluster, **fields)
+    answer = chat(vllm_only, **fields)
     wanted = {"messages": MESSAGES, "model": MODEL, **fields}
     assert passed(server, answer) == wanted
     assert answer.json["path"] == ForwardPath.CHAT

@@ -120,6 +120,7 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Fields that both endpoints share."""
 
     stream_options: StreamOptions | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     # Fields that are accepted with neutral values only.
     allowed_token_ids: _Json = UNSET
     audio: _Json = UNSET
@@ -139,7 +140,6 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     logits_processors: _Json = UNSET
     modalities: _Json = UNSET
     prediction: _Json = UNSET
-    prompt_logprobs: _Json = UNSET
     reasoning_effort: _Json = UNSET
     response_format: _Json = UNSET
     return_tokens_as_token_ids: _Json = UNSET
@@ -166,7 +166,7 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-_SUPPORTED = {*SharedFields.__struct_fields__, "stream_options"}
+_SUPPORTED = {*SharedFields.__struct_fields__, "stream_options", "prompt_logprobs"}
 _UNSUPPORTED = tuple(name for name in _Request.__struct_fields__ if name not in _SUPPORTED)
 _unsupported_values = attrgetter(*_UNSUPPORTED)
 _ALL_ABSENT = (UNSET,) * len(_UNSUPPORTED)
@@ -181,6 +181,7 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
 
     # Not parsed: `gateway.prompts` counts the prompts first.
     prompt: Annotated[msgspec.Raw, Meta(extra_json_schema=msgspec.json.schema(Prompts))]
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_INT32)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -233,8 +234,6 @@ def parse_completion(body: bytes) -> CompletionRequest:
     """Decode a request, but not its prompt. Raises ApiError (400) that names the field at fault."""
     request = _decode(_completion, body)
     _check_common(request)
-    if request.echo and request.logprobs is not None:
-        raise NotUnderstood("'echo' cannot be combined with 'logprobs' here.", "echo")
     return request
 
 
@@ -254,7 +253,10 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 
 def sampling_params(
-    request: CompletionRequest | ChatRequest, max_tokens: int, logprobs: int | None
+    request: CompletionRequest | ChatRequest,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """Return the engine's parameters; fields that were not given have neutral values."""
     none, asked = _NO_SAMPLING, request
@@ -279,6 +281,7 @@ def sampling_params(
         stop_token_ids=asked.stop_token_ids or (),
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -329,6 +332,8 @@ def _check_common(request: CompletionRequest | ChatRequest) -> None:
             if value is not UNSET and not _is_neutral(name, value):
                 raise unsupported(name)
     check_best_of(request)
+    if request.stream and request.prompt_logprobs is not None:
+        raise invalid("'prompt_logprobs' is not available with 'stream'.", "prompt_logprobs")
     if request.stream_options is not None and not request.stream:
         raise invalid("'stream_options' needs 'stream': true.", "stream_options")
 
