@@ -41,6 +41,7 @@ from memserve.config import (
 )
 from memserve.flags import Given, flags_of, to_flags, with_flags
 from memserve.logs import json_child_line, json_line, log_to_stderr
+from memserve.models.demo import DEMO_MODEL
 from memserve.models.resolve import Progress, pinned, resolve_model
 from memserve.models.tokenizer import Tokenizer
 from memserve.terminal import progress_lines, rendered, run_app
@@ -130,7 +131,7 @@ def up(
             if wanted.log.format == "json":
                 progress(f"memserve serves {model.name} on {running.url}")
             else:
-                out.show(_first_steps(running.url, model.name))
+                out.show(_first_steps(running.url, model.name, wanted.model.path == DEMO_MODEL))
 
         asyncio.run(run_local_cluster(cluster, progress, ready))
 
@@ -256,15 +257,22 @@ def _outlive_reloads() -> None:
         hold_reloads()
 
 
-def _first_steps(url: str, model: str) -> str:
+def _first_steps(url: str, model: str, demo: bool) -> str:
     body = f'{{"model": "{model}", "prompt": "Once upon a time", "max_tokens": 16}}'
 
     def show(console: Console) -> None:
         console.print(f"\nmemserve serves {model} on [bold]{url}[/bold]; Ctrl-C stops it. Try:\n")
         console.print(
             f"  curl {url}/v1/completions -H 'Content-Type: application/json' \\\n"
-            f"    -d '{body}'\n",
+            f"    -d '{body}'\n\nor open {url}/ in a browser.\n",
             markup=False,
         )
+        if demo:
+            console.print(
+                "The demo model (Gemma 3 270M, pretrained) is a base model: it goes on with a text "
+                "and was not\ntaught to answer. A model that was: "
+                "memserve up --model Qwen/Qwen2.5-0.5B-Instruct\n",
+                markup=False,
+            )
 
     return rendered(sys.stdout, show)

@@ -32,6 +32,10 @@ DEFAULT_CHAT_TEMPLATE = """\
 Assistant:
 {% endif -%}
 """
+# A model without a template was not taught where an answer ends: with this one it would write the
+# other side's messages, too, up to the end of its context.
+DEFAULT_CHAT_STOPS = ("\nUser:", "\nAssistant:", "\nSystem:")
+DEFAULT_CHAT_TOKENS = 256
 
 
 class ChatTemplate:

@@ -98,6 +98,7 @@ class Tokenizer:
         self._backend = backend
         self._add_bos_token = add_bos_token
         self._chat_template = ChatTemplate(chat_template, special_tokens or {})
+        self.has_chat_template = chat_template != DEFAULT_CHAT_TEMPLATE
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(eos_token_ids)
