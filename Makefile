@@ -16,7 +16,7 @@ PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-core test-vllm lint format bench peers peers-install vllm paper soak
-.PHONY: readme clean
+.PHONY: readme clean install-check
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -31,6 +31,7 @@ help:
 	@echo "make peers-install   only install them (PEERS='vllm ...': only these)"
 	@echo "make paper   the paper's evaluation, as a report in build/paper (DATA=FOLDER; ARGS='--quick')"
 	@echo "make soak    a whole cluster under mixed load for an hour (ARGS='--minutes 10 ...')"
+	@echo "make install-check   build sdist and wheel, install the wheel elsewhere, and serve from it (3 GB)"
 	@echo "make readme  benchmarks/README.md anew, from benchmarks/results"
 	@echo "make clean   remove what these made, the environment included"
 
@@ -106,6 +107,9 @@ soak: setup
 
 readme: setup
 	@$(EVALUATION) readme
+
+install-check: setup
+	@$(BIN)/python tests/install_check.py
 
 vllm: setup
 	@echo "==> installing vLLM in $(VLLM) (minutes)"

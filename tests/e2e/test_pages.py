@@ -58,6 +58,9 @@ def test_a_stranger_sees_the_same_page_with_and_without_keys(start_cluster: Star
         assert get(open_url, path)[2] == get(closed_url, path)[2]
         assert MODEL not in get(closed_url, path)[2]
     assert get(closed_url, "/v1/models")[0] == 401
+    (card,) = json.loads(get(open_url, "/v1/models")[2])["data"]
+    assert card["id"] == MODEL
+    assert card["vocab_size"] == FakeEngine().info.vocab_size  # for who makes prompts of token ids
     assert get(closed_url, "/docs/oauth2-redirect")[0] == 404
 
 

@@ -135,3 +135,10 @@ def test_a_model_of_unknown_size_is_not_refused(tmp_path: Path) -> None:
     said: list[str] = []
     assert with_room(ClusterConfig(), tmp_path, said.append) == ClusterConfig()
     assert "whether memory suffices is not known" in said[0]
+    # A vLLM server may know the model; its host memory is counted all the same.
+    servers = ClusterConfig(instance=(InstanceConfig(engine="vllm", dram="1GiB"),))
+    assert with_room(servers, tmp_path, said.append) == servers
+    assert len(said) == 1
+    many = ClusterConfig(instance=(InstanceConfig(engine="vllm", dram="900TiB"),))
+    with pytest.raises(ConfigError, match="not enough memory"):
+        with_room(many, tmp_path, said.append)

@@ -21,6 +21,7 @@ from memserve.errors import ClusterError, ConfigError, ModelError
 from memserve.host_memory import host_memory
 from memserve.instance.memory_plan import (
     Machine,
+    ModelMemory,
     model_memory,
     planned,
     shared_memory,
@@ -60,8 +61,10 @@ def with_room(config: ClusterConfig, directory: Path, progress: Progress) -> Clu
     try:
         model = model_memory(directory, config.model.dtype)
     except ModelError as error:
-        progress(f"whether memory suffices is not known: {error}")
-        return config
+        if builtin:
+            progress(f"whether memory suffices is not known: {error}")
+            return config
+        model = ModelMemory(0, 0)  # weights and KV are the vLLM servers' own to place
     sweep()  # memory that a killed cluster has left is free
     return planned(config, model, Machine(host_memory(), shared_memory(), free))
 

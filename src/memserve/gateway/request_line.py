@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
@@ -57,8 +56,7 @@ def read_reason(refusal: bytes | bytearray) -> Reason | None:
     return Reason(shown(error.code or error.type or "-", _MAX_CODE), shown(error.message))
 
 
-@dataclass(frozen=True, slots=True)
-class RequestLine:
+class RequestLine(msgspec.Struct, frozen=True, eq=False):
     """A request's outcome, times in seconds, and plan. A `FieldedMessage`."""
 
     request: Request
