@@ -119,7 +119,11 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"model.device = '{name}': 'cpu', 'cuda' or 'cuda:N'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"model.device = '{name}': {torch.cuda.device_count()} CUDA devices here")
+        count = torch.cuda.device_count()
+        works = f"cuda:{count - 1}" if count else "cpu"
+        raise ConfigError(
+            f"model.device = '{name}': PyTorch finds {count} CUDA devices; '{works}' works"
+        )
     return device
 
 
