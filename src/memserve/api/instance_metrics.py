@@ -14,7 +14,10 @@ _Value = Callable[[InstanceStats], float]
 _PREFIX = "memserve_instance_"
 
 BUILD = gauge(
-    "memserve_build_info", "1", "Always 1; the label tells the version that runs.", Label("version")
+    "memserve_build_info",
+    "1",
+    "Always 1; the label tells the version that runs.",
+    Label("version", text="of memserve"),
 )
 STATE = gauge(
     _PREFIX + "state",
@@ -150,8 +153,9 @@ _BY_LABEL: tuple[tuple[MetricSpec, dict[str, _Value]], ...] = (
     _by(
         "handoff_bytes_total",
         "bytes",
-        "The same in bytes, and those of prefixes that were fetched from a third instance, or "
-        "pushed to one that fetches. `already_present` has not moved.",
+        "Bytes of KV of prompts that a prefill instance computed for this decode instance, as in "
+        "`handoff_blocks`, of prefixes fetched from a third instance, and of those pushed to an "
+        "instance that fetches. `already_present` has not moved.",
         "kind",
         {
             "received": lambda s: s.handoff.blocks_received * s.handoff.block_bytes,
@@ -224,7 +228,7 @@ _HISTOGRAMS: tuple[tuple[MetricSpec, Callable[[InstanceStats], Histogram]], ...]
     (
         histogram(
             _PREFIX + "time_to_first_token_seconds",
-            "From a call's arrival at the instance to a sequence's first token.",
+            "Time from a call's arrival at the instance to a sequence's first token.",
             INSTANCE,
         ),
         lambda s: s.latencies.first_token,
@@ -232,7 +236,7 @@ _HISTOGRAMS: tuple[tuple[MetricSpec, Callable[[InstanceStats], Histogram]], ...]
     (
         histogram(
             _PREFIX + "inter_token_seconds",
-            "Between two tokens of a sequence. Tokens that come together share their time.",
+            "Time between two tokens of a sequence. Tokens that come together share it.",
             INSTANCE,
         ),
         lambda s: s.latencies.inter_token,
@@ -240,7 +244,7 @@ _HISTOGRAMS: tuple[tuple[MetricSpec, Callable[[InstanceStats], Histogram]], ...]
     (
         histogram(
             _PREFIX + "sequence_seconds",
-            "From a call's arrival at the instance to a finished sequence's last token.",
+            "Time from a call's arrival at the instance to a finished sequence's last token.",
             INSTANCE,
         ),
         lambda s: s.latencies.whole,
@@ -248,7 +252,7 @@ _HISTOGRAMS: tuple[tuple[MetricSpec, Callable[[InstanceStats], Histogram]], ...]
     (
         histogram(
             _PREFIX + "queue_seconds",
-            "That finished sequences waited for their first step, also at the prefill instance "
+            "Time that finished sequences waited for their first step, also at the prefill instance "
             "that computed their prompt.",
             INSTANCE,
         ),
@@ -257,7 +261,7 @@ _HISTOGRAMS: tuple[tuple[MetricSpec, Callable[[InstanceStats], Histogram]], ...]
     (
         histogram(
             _PREFIX + "fetch_seconds",
-            "That finished sequences waited for a prefix of a third instance; only those that did.",
+            "Time that finished sequences waited for a prefix of a third instance; only those that did.",
             INSTANCE,
         ),
         lambda s: s.latencies.fetch,
@@ -265,7 +269,7 @@ _HISTOGRAMS: tuple[tuple[MetricSpec, Callable[[InstanceStats], Histogram]], ...]
     (
         histogram(
             _PREFIX + "prefill_seconds",
-            "From a finished sequence's first step to its first token, wherever its prompt was "
+            "Time from a finished sequence's first step to its first token, wherever its prompt was "
             "computed.",
             INSTANCE,
         ),
@@ -274,7 +278,7 @@ _HISTOGRAMS: tuple[tuple[MetricSpec, Callable[[InstanceStats], Histogram]], ...]
     (
         histogram(
             _PREFIX + "transfer_seconds",
-            "That finished sequences waited for their prompt's KV after a prefill instance had "
+            "Time that finished sequences waited for their prompt's KV after a prefill instance had "
             "computed it; only those that did.",
             INSTANCE,
         ),
@@ -283,7 +287,7 @@ _HISTOGRAMS: tuple[tuple[MetricSpec, Callable[[InstanceStats], Histogram]], ...]
     (
         histogram(
             _PREFIX + "decode_seconds",
-            "From a finished sequence's first token to its last.",
+            "Time from a finished sequence's first token to its last.",
             INSTANCE,
         ),
         lambda s: s.latencies.decode,

@@ -70,8 +70,8 @@ class MetricSource(Protocol):
     def metrics(self) -> Sequence[MetricSpec]:
         """What it reports."""
 
-    def report(self, page: Page) -> None:
-        """Write the present figures."""
+    async def report(self, page: Page) -> None:
+        """Write the present figures. Lets the event loop go on where that takes long."""
 
 
 class _Family:
@@ -106,12 +106,12 @@ class Page:
         return "".join(line for family in families for line in family.lines).encode()
 
 
-def page_of(sources: Iterable[MetricSource]) -> bytes:
+async def page_of(sources: Iterable[MetricSource]) -> bytes:
     """Return the page of several sources."""
     known = list(sources)
     page = Page(spec for source in known for spec in source.metrics)
     for source in known:
-        source.report(page)
+        await source.report(page)
     return page.text()
 
 

@@ -69,7 +69,10 @@ _PLAIN: tuple[tuple[MetricSpec, _Value], ...] = (
     ),
     (
         _spec(
-            "prefix_cache_hits_total", MetricKind.COUNTER, "tokens", "Those that were found there."
+            "prefix_cache_hits_total",
+            MetricKind.COUNTER,
+            "tokens",
+            "Prompt tokens that the instance's own cache had.",
         ),
         lambda s: s.engine.cached_prompt_tokens,
     ),
@@ -87,12 +90,17 @@ _PLAIN: tuple[tuple[MetricSpec, _Value], ...] = (
             "external_prefix_cache_hits_total",
             MetricKind.COUNTER,
             "tokens",
-            "Those whose KV came from another instance instead of being computed.",
+            "Prompt tokens whose KV came from another instance instead of being computed.",
         ),
         lambda s: s.engine.received_prompt_tokens,
     ),
     (
-        _spec("prompt_tokens_total", MetricKind.COUNTER, "tokens", "Prompt tokens, cached or not."),
+        _spec(
+            "prompt_tokens_total",
+            MetricKind.COUNTER,
+            "tokens",
+            "Prompt tokens of sequences that the engine ran, cached or not.",
+        ),
         _prompt_tokens,
     ),
     (
@@ -105,11 +113,21 @@ _PLAIN: tuple[tuple[MetricSpec, _Value], ...] = (
         lambda s: s.engine.cached_prompt_tokens + s.engine.received_prompt_tokens,
     ),
     (
-        _spec("generation_tokens_total", MetricKind.COUNTER, "tokens", "Tokens generated."),
+        _spec(
+            "generation_tokens_total",
+            MetricKind.COUNTER,
+            "tokens",
+            "Tokens that the engine generated.",
+        ),
         lambda s: s.engine.generated_tokens,
     ),
     (
-        _spec("num_preemptions_total", MetricKind.COUNTER, "sequences", "Sequences preempted."),
+        _spec(
+            "num_preemptions_total",
+            MetricKind.COUNTER,
+            "sequences",
+            "Sequences put back into the queue because no KV blocks were left.",
+        ),
         lambda s: s.engine.preemptions,
     ),
 )
@@ -153,43 +171,43 @@ _HISTOGRAMS: tuple[
         (
             "time_to_first_token_seconds",
             "seconds",
-            "From a call's arrival at the instance to a sequence's first token.",
+            "Time from a call's arrival at the instance to a sequence's first token.",
             lambda s: s.latencies.first_token,
         ),
         (
             "inter_token_latency_seconds",
             "seconds",
-            "Between two tokens of a sequence.",
+            "Time between two tokens of a sequence.",
             lambda s: s.latencies.inter_token,
         ),
         (
             "time_per_output_token_seconds",
             "seconds",
-            "The same under an older name, which older boards ask for.",
+            "Time between two tokens of a sequence; an older name of `vllm:inter_token_latency_seconds`.",
             lambda s: s.latencies.inter_token,
         ),
         (
             "e2e_request_latency_seconds",
             "seconds",
-            "From a call's arrival at the instance to a sequence's last token.",
+            "Time from a call's arrival at the instance to a sequence's last token.",
             lambda s: s.latencies.whole,
         ),
         (
             "request_queue_time_seconds",
             "seconds",
-            "That sequences waited for their first step.",
+            "Time that sequences waited for their first step.",
             lambda s: s.latencies.queue,
         ),
         (
             "request_prefill_time_seconds",
             "seconds",
-            "From a sequence's first step to its first token.",
+            "Time from a sequence's first step to its first token.",
             lambda s: s.latencies.prefill,
         ),
         (
             "request_decode_time_seconds",
             "seconds",
-            "From a sequence's first token to its last.",
+            "Time from a sequence's first token to its last.",
             lambda s: s.latencies.decode,
         ),
         (

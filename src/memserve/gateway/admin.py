@@ -151,14 +151,14 @@ def _observing_routes(
 
     @routes.get(METRICS_PATH)
     async def prometheus() -> Response:
-        own = metrics.own()
+        own = await metrics.own()
         if siblings is not None:
             own = merged({siblings.index: own, **await siblings.answers(OWN_METRICS_PATH)})
         return Response(own + await metrics.instances(), media_type=CONTENT_TYPE)
 
     @routes.get(OWN_METRICS_PATH, include_in_schema=False)
     async def own_metrics() -> Response:
-        return Response(metrics.own(), media_type=CONTENT_TYPE)
+        return Response(await metrics.own(), media_type=CONTENT_TYPE)
 
     @routes.get(DECISIONS_PATH)
     async def last_decisions(

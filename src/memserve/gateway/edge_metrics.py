@@ -54,7 +54,7 @@ class EdgeMetrics:
         self._access = access
         self._vitals = vitals
 
-    def report(self, page: Page) -> None:
+    async def report(self, page: Page) -> None:
         page.add(_CONNECTIONS, self._counters.connections)
         for why, count in _REFUSED.items():
             page.add(_REFUSALS, count(self._counters, self._access), why)

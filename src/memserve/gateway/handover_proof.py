@@ -199,7 +199,7 @@ class HandoverProof:
         """Return the pairs that work, or whose limits are too small for a hand-over."""
         return [pair for pair, state in self._pairs.items() if state.proven]
 
-    def report(self, page: Page) -> None:
+    async def report(self, page: Page) -> None:
         page.add(_DEGRADED, len(self.degraded()))
         page.add(_PROOFS, self.worked, "worked")
         page.add(_PROOFS, self.failed, "failed")

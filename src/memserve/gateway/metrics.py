@@ -63,15 +63,15 @@ _FAILOVERS = counter(
 )
 _FIRST_TOKEN = histogram(
     "memserve_time_to_first_token_seconds",
-    "From a streamed request's arrival at the gateway to the first bytes of its answer.",
+    "Time from a streamed request's arrival at the gateway to the first bytes of its answer.",
 )
 _SECONDS = histogram(
     "memserve_request_seconds",
-    "From a request's arrival at the gateway to the last byte of its answer, refusals included.",
+    "Time from a request's arrival at the gateway to the last byte of its answer, refusals included.",
 )
 _PAUSE = histogram(
     "memserve_failover_pause_seconds",
-    "That a client got nothing, from the last bytes of the lost instance to the first of the next.",
+    "Time that a client got nothing, from the last bytes of the lost instance to the first of the next.",
 )
 _INFO = gauge(
     "memserve_instance_info",
@@ -96,14 +96,6 @@ class GatewayMetrics:
         *(_REQUESTS, _RUNNING, _BROKEN, _HANG_UPS, _PROMPT_TOKENS, _FAILOVERS),
         *(_FIRST_TOKEN, _SECONDS, _PAUSE),
     )
-    of_instances: tuple[MetricSpec, ...] = (
-        BUILD,
-        _UNMET,
-        _INFO,
-        STATE,
-        *INSTANCE_METRICS,
-        *VLLM_METRICS,
-    )
 
     def __init__(self, membership: Membership, model: str = "") -> None:
         """`model`: the served name, for vLLM's metrics."""
@@ -116,39 +108,22 @@ class GatewayMetrics:
         self.time_to_first_token_seconds = Histogram()
         self.request_seconds = Histogram()
         self.failover_pause_seconds = Histogram()
-        self._membership = membership
-        self._model = model
         self._sources: list[MetricSource] = [self]
+        self._instances = InstancesMetrics(membership, model)
 
     def register(self, source: MetricSource) -> None:
         """Add a source's metrics to `own`."""
         self._sources.append(source)
 
-    @property
-    def sources(self) -> tuple[MetricSource, ...]:
-        """All whose metrics are `own`."""
-        return tuple(self._sources)
-
-    def own(self) -> bytes:
+    async def own(self) -> bytes:
         """Return this gateway's own metrics, in Prometheus' text format."""
-        return page_of(self._sources)
+        return await page_of(self._sources)
 
     async def instances(self) -> bytes:
-        """Return the instances' states and last polled statistics, in Prometheus' text format.
-        The event loop goes on in between: it is a megabyte or two for 64 instances."""
-        page = Page(self.of_instances)
-        report_build(page)
-        known = self._membership.members
-        members = [member for member in known if member.epoch is not None]
-        page.add(_UNMET, len(known) - len(members))
-        for first in range(0, len(members), AT_ONCE):
-            if first:
-                await asyncio.sleep(0)
-            for member in members[first : first + AT_ONCE]:
-                self._report_member(page, member)
-        return page.text()
+        """Return the instances' states and last polled statistics: 2 MB for 64 instances."""
+        return await page_of([self._instances])
 
-    def report(self, page: Page) -> None:
+    async def report(self, page: Page) -> None:
         for (endpoint, status), count in self.requests.items():
             page.add(_REQUESTS, count, endpoint, str(status))
         page.add(_RUNNING, self.running)
@@ -159,6 +134,31 @@ class GatewayMetrics:
         page.observe(_FIRST_TOKEN, self.time_to_first_token_seconds)
         page.observe(_SECONDS, self.request_seconds)
         page.observe(_PAUSE, self.failover_pause_seconds)
+
+
+class InstancesMetrics:
+    """The states and last polled statistics of a gateway's members."""
+
+    metrics: tuple[MetricSpec, ...] = (
+        *(BUILD, _UNMET, _INFO, STATE),
+        *INSTANCE_METRICS,
+        *VLLM_METRICS,
+    )
+
+    def __init__(self, membership: Membership, model: str) -> None:
+        self._membership = membership
+        self._model = model
+
+    async def report(self, page: Page) -> None:
+        report_build(page)
+        known = self._membership.members
+        members = [member for member in known if member.epoch is not None]
+        page.add(_UNMET, len(known) - len(members))
+        for first in range(0, len(members), AT_ONCE):
+            if first:
+                await asyncio.sleep(0)
+            for member in members[first : first + AT_ONCE]:
+                self._report_member(page, member)
 
     def _report_member(self, page: Page, member: Member) -> None:
         report_state(page, member.id, member.state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 
@@ -23,28 +24,32 @@ _PLANS = counter(
     Label("plan", ("alone", "alone_fetched", "handed_over", "handed_over_fetched")),
 )
 _DECIDING = counter(
-    "memserve_scheduler_decision_seconds_total", "seconds", "Time spent on these decisions."
+    "memserve_scheduler_decision_seconds_total",
+    "seconds",
+    "Time spent on deciding where requests run.",
 )
 _PROMPT_TOKENS = counter(
-    "memserve_scheduler_prompt_tokens_total", "tokens", "Prompt tokens of the requests decided."
+    "memserve_scheduler_prompt_tokens_total",
+    "tokens",
+    "Prompt tokens of the requests for which a place was decided.",
 )
 _CACHED_TOKENS = counter(
     "memserve_scheduler_cached_tokens_total",
     "tokens",
-    "Those that, as far as the gateway knew, the chosen instance had cached.",
+    "Prompt tokens that, as far as the gateway knew, the chosen instance had cached.",
 )
 _FETCHED_TOKENS = counter(
     "memserve_scheduler_fetched_tokens_total",
     "tokens",
-    "Those that were to be pulled from third instances.",
+    "Prompt tokens whose KV was to be pulled from third instances.",
 )
 _PREDICTED = histogram(
     "memserve_scheduler_predicted_first_token_seconds",
-    "Predicted from a decision to the request's first token.",
+    "Predicted time from a decision to the request's first token.",
 )
 _FIRST_TOKEN = histogram(
     "memserve_scheduler_first_token_seconds",
-    "Measured from a decision to the first token; streams only.",
+    "Measured time from a decision to the first token; of streams alone.",
 )
 _WAITING = gauge(
     "memserve_requests_waiting",
@@ -76,7 +81,7 @@ _TREE: tuple[tuple[MetricSpec, Callable[[PromptTreeStats], int]], ...] = (
         gauge(
             "memserve_prompt_tree_held_blocks",
             "blocks",
-            "KV blocks that instances hold, one that n instances hold n times.",
+            "KV blocks that instances hold; one that n instances hold counts n times.",
         ),
         lambda tree: tree.held_blocks,
     ),
@@ -84,7 +89,7 @@ _TREE: tuple[tuple[MetricSpec, Callable[[PromptTreeStats], int]], ...] = (
         gauge(
             "memserve_prompt_tree_tree_blocks",
             "blocks",
-            "The same, each counted once: the difference is duplicates.",
+            "Different KV blocks that instances hold: what `held_blocks` has more is duplicates.",
         ),
         lambda tree: tree.tree_blocks,
     ),
@@ -133,7 +138,7 @@ _HELD = gauge(
 _BATCHES = counter(
     "memserve_kv_feed_batches_total", "batches", "Batches of KV events applied.", INSTANCE
 )
-_EVENTS = counter("memserve_kv_feed_events_total", "events", "KV events in them.", INSTANCE)
+_EVENTS = counter("memserve_kv_feed_events_total", "events", "KV events applied.", INSTANCE)
 _FAULTS_OF: dict[str, Callable[[EventCounts], int]] = {
     "gap": lambda counts: counts.gaps,
     "duplicate": lambda counts: counts.duplicates,
@@ -201,7 +206,7 @@ class RoutingMetrics:
         """Count the seconds from a plan to its stream's first token."""
         self._first_token.observe(seconds)
 
-    def report(self, page: Page) -> None:
+    async def report(self, page: Page) -> None:
         for kind, count in self._plans.items():
             page.add(_PLANS, count, self._policy, kind)
         page.add(_DECIDING, self._took)
@@ -211,10 +216,19 @@ class RoutingMetrics:
         page.observe(_PREDICTED, self._predicted)
         page.observe(_FIRST_TOKEN, self._first_token)
         page.add(_WAITING, self._queue.waiting)
-        tree = self._tree.stats()
-        for spec, value in _TREE:
-            page.add(spec, value(tree))
+        await self._report_tree(page)
         self._report_feeds(page)
+
+    async def _report_tree(self, page: Page) -> None:
+        reading = self._tree.reading_stats()
+        while True:
+            try:
+                next(reading)
+            except StopIteration as end:
+                for spec, value in _TREE:
+                    page.add(spec, value(end.value))
+                return
+            await asyncio.sleep(0)
 
     def _report_feeds(self, page: Page) -> None:
         for member in self._feed.members():
