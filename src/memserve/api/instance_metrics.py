@@ -252,8 +252,8 @@ _HISTOGRAMS: tuple[tuple[MetricSpec, Callable[[InstanceStats], Histogram]], ...]
     (
         histogram(
             _PREFIX + "queue_seconds",
-            "Time that finished sequences waited for their first step, also at the prefill instance "
-            "that computed their prompt.",
+            "Time that finished sequences waited for their first step, also at the prefill "
+            "instance that computed their prompt.",
             INSTANCE,
         ),
         lambda s: s.latencies.queue,
@@ -261,7 +261,8 @@ _HISTOGRAMS: tuple[tuple[MetricSpec, Callable[[InstanceStats], Histogram]], ...]
     (
         histogram(
             _PREFIX + "fetch_seconds",
-            "Time that finished sequences waited for a prefix of a third instance; only those that did.",
+            "Time that finished sequences waited for a prefix of a third instance; only of those "
+            "that did.",
             INSTANCE,
         ),
         lambda s: s.latencies.fetch,
@@ -269,8 +270,8 @@ _HISTOGRAMS: tuple[tuple[MetricSpec, Callable[[InstanceStats], Histogram]], ...]
     (
         histogram(
             _PREFIX + "prefill_seconds",
-            "Time from a finished sequence's first step to its first token, wherever its prompt was "
-            "computed.",
+            "Time from a finished sequence's first step to its first token, wherever its prompt "
+            "was computed.",
             INSTANCE,
         ),
         lambda s: s.latencies.prefill,
@@ -278,8 +279,8 @@ _HISTOGRAMS: tuple[tuple[MetricSpec, Callable[[InstanceStats], Histogram]], ...]
     (
         histogram(
             _PREFIX + "transfer_seconds",
-            "Time that finished sequences waited for their prompt's KV after a prefill instance had "
-            "computed it; only those that did.",
+            "Time that finished sequences waited for their prompt's KV after a prefill instance "
+            "had computed it; only of those that did.",
             INSTANCE,
         ),
         lambda s: s.latencies.transfer,

@@ -183,7 +183,8 @@ _HISTOGRAMS: tuple[
         (
             "time_per_output_token_seconds",
             "seconds",
-            "Time between two tokens of a sequence; an older name of `vllm:inter_token_latency_seconds`.",
+            "Time between two tokens of a sequence: an older name of "
+            "`vllm:inter_token_latency_seconds`.",
             lambda s: s.latencies.inter_token,
         ),
         (

@@ -67,11 +67,11 @@ _FIRST_TOKEN = histogram(
 )
 _SECONDS = histogram(
     "memserve_request_seconds",
-    "Time from a request's arrival at the gateway to the last byte of its answer, refusals included.",
+    "Time from a request's arrival at the gateway to the last byte of its answer, be it a refusal.",
 )
 _PAUSE = histogram(
     "memserve_failover_pause_seconds",
-    "Time that a client got nothing, from the last bytes of the lost instance to the first of the next.",
+    "Time that a client got nothing, from the lost instance's last bytes to the next one's first.",
 )
 _INFO = gauge(
     "memserve_instance_info",
