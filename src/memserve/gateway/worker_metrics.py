@@ -15,14 +15,15 @@ def merged(pages: Mapping[int, bytes]) -> bytes:
     for index, page in pages.items():
         label = b'%b="%d"' % (WORKER.encode(), index)
         lines: list[bytes] = []
-        for line in page.splitlines(keepends=True):
+        for line in page.split(b"\n"):
             if line.startswith(_FAMILY):
                 lines = families.setdefault(line, [])
-            elif not line.startswith(b"#"):
+            elif line.startswith(b"#"):
+                if line not in lines:
+                    lines.append(line)
+            elif line:
                 lines.append(_with(label, line))
-            elif line not in lines:
-                lines.append(line)
-    return b"".join(line for head, lines in families.items() for line in (head, *lines))
+    return b"".join(b"%b\n" % line for head, lines in families.items() for line in (head, *lines))
 
 
 def _with(label: bytes, line: bytes) -> bytes:
