@@ -110,6 +110,13 @@ _TREE: tuple[tuple[MetricSpec, Callable[[PromptTreeStats], int]], ...] = (
         lambda tree: tree.num_bytes,
     ),
 )
+_SUBSCRIBED = gauge(
+    "memserve_kv_feed_subscribed",
+    "1 or 0",
+    "1 if the gateway receives the instance's KV events; 0 if it publishes none, or has not said "
+    "where.",
+    INSTANCE,
+)
 _SYNCHRONISED = gauge(
     "memserve_kv_feed_synchronised",
     "1 or 0",
@@ -176,7 +183,8 @@ class RoutingMetrics:
         *(_PLANS, _DECIDING, _PROMPT_TOKENS, _CACHED_TOKENS, _FETCHED_TOKENS),
         *(_PREDICTED, _FIRST_TOKEN, _WAITING),
         *(spec for spec, _ in _TREE),
-        *(_SYNCHRONISED, _LAG, _SILENT, _HELD, _BATCHES, _EVENTS, _FAULTS, _RECOVERIES),
+        *(_SUBSCRIBED, _SYNCHRONISED, _LAG, _SILENT, _HELD),
+        *(_BATCHES, _EVENTS, _FAULTS, _RECOVERIES),
     )
 
     def __init__(self, policy: str, tree: PromptTree, feed: KvFeed, queue: AdmissionQueue) -> None:
@@ -233,6 +241,7 @@ class RoutingMetrics:
     def _report_feeds(self, page: Page) -> None:
         for member in self._feed.members():
             name, counts = member.instance, member.counts
+            page.add(_SUBSCRIBED, member.subscribed, name)
             page.add(_SYNCHRONISED, member.synchronised, name)
             page.add(_LAG, member.lag, name)
             page.add(_SILENT, member.silent_seconds, name)
