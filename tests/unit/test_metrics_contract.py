@@ -60,6 +60,15 @@ def test_the_document_says_what_the_code_does() -> None:
     assert page == made, "make metrics-docs"
 
 
+def test_other_pages_name_metrics_that_there_are() -> None:
+    root = metrics_document.PAGE.parent.parent
+    for page in (root / "README.md", *(root / "docs").rglob("*.md")):
+        text = page.read_text(encoding="utf-8").partition("## Names that have changed")[0]
+        for name in set(re.findall(r"\bmemserve_[a-z_]*[a-z]\b", text)):
+            bare = re.sub(r"_(bucket|sum|count)$", "", name)
+            assert {name, bare} & set(metrics_document.ALL), (page.name, name)
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_a_meaning_is_a_sentence_that_stands_alone(spec: MetricSpec) -> None:
     assert spec.text.endswith(".")
