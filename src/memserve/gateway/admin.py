@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 import memserve
@@ -25,6 +24,7 @@ from memserve.api.errors import (
     model_not_found,
     path_not_found,
 )
+from memserve.api.metric import CONTENT_TYPE
 from memserve.api.openai import ChatRequest, CompletionRequest
 from memserve.api.peer_client import PeerClient
 from memserve.cluster.client import FEEDS_PATH
@@ -156,14 +156,14 @@ def _observing_routes(
 
     @routes.get(METRICS_PATH)
     async def prometheus() -> Response:
-        own = metrics.own()
+        own = await metrics.own()
         if siblings is not None:
             own = merged({siblings.index: own, **await siblings.answers(OWN_METRICS_PATH)})
-        return Response(own + metrics.instances(), media_type=CONTENT_TYPE_LATEST)
+        return Response(own + await metrics.instances(), media_type=CONTENT_TYPE)
 
     @routes.get(OWN_METRICS_PATH, include_in_schema=False)
     async def own_metrics() -> Response:
-        return Response(metrics.own(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await metrics.own(), media_type=CONTENT_TYPE)
 
     @routes.get(DECISIONS_PATH)
     async def last_decisions(

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
 import msgspec
-from prometheus_client.registry import Collector
 
 from memserve.api.asgi import Interruption, asgi_handler
 from memserve.api.errors import ApiError, method_not_allowed
@@ -17,6 +16,7 @@ from memserve.api.generate import GenerateCall
 from memserve.api.guard import Guard
 from memserve.api.http_message import Header, Reply, Request
 from memserve.api.http_server import Handler
+from memserve.api.metric import MetricSource
 from memserve.api.openai import NotUnderstood
 from memserve.api.peer_client import PeerClient
 from memserve.api.status import Limits, MemberKind
@@ -65,7 +65,7 @@ class GatewayApp:
         clock: Clock,
         queue: AdmissionQueue,
         decisions: Decisions,
-        collectors: Iterable[Collector],
+        counted: Iterable[MetricSource],
         instance_wait: float,
         access: Access,
         peers: PeerClient,
@@ -74,7 +74,8 @@ class GatewayApp:
         siblings: Siblings | None = None,
         troubles: Troubles | None = None,
     ) -> None:
-        """`instance_wait`: seconds after the start for which requests wait for an instance."""
+        """`counted`: whose metrics `/metrics` has beside its own. `instance_wait`: seconds after
+        the start for which requests wait for an instance."""
         self._draining = False
         self._began = clock.now()
         self._instance_wait = instance_wait
@@ -84,9 +85,9 @@ class GatewayApp:
         self._clock = clock
         self._access_log = access_log
         self._access = access
-        self._metrics = GatewayMetrics(membership)
-        for collector in collectors:
-            self._metrics.register(collector)
+        self._metrics = GatewayMetrics(membership, calls.model)
+        for source in counted:
+            self._metrics.register(source)
         self._forwards = forwards
         self._generating: dict[str, _Build] = {
             CHAT_PATH: self._or_forward(calls.chat, ForwardPath.CHAT),

@@ -8,11 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 import torch
 
 from memserve.api.handoff import PoolPeer
-from memserve.api.status import PoolTotals
 from memserve.config import (
     KEEPING_ROLES,
     ClusterConfig,
@@ -40,7 +38,7 @@ from memserve.pool.eviction import CostAware, Eviction
 from memserve.pool.layout import KVLayout
 from memserve.scheduler.cost_model import recompute_cost
 from memserve.scheduler.profiles import Profile, ProfileStore
-from memserve.transfer.kv_link import PoolLink
+from memserve.transfer.kv_link import PoolLink, totals_of
 from memserve.transfer.mempool import MemPool
 from memserve.transfer.secret import cluster_keys
 
@@ -90,14 +88,11 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
         stack.callback(events.close)
         close = stack.pop_all().close
 
-    def pool_totals() -> PoolTotals:
-        return msgspec.convert(pool.stats(), PoolTotals, from_attributes=True)
-
     sharing = KEEPING_ROLES[config.cache.caching]
     return Parts(
         engine,
         tokenizer,
-        pool_totals,
+        lambda: totals_of(pool),
         close,
         sharing,
         link,
