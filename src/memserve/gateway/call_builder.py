@@ -20,7 +20,6 @@ from memserve.api.limits import (
 from memserve.api.openai import (
     ChatRequest,
     CompletionRequest,
-    Message,
     chat_logprobs,
     parse_chat,
     parse_completion,
@@ -30,7 +29,9 @@ from memserve.api.status import Limits
 from memserve.errors import RequestError
 from memserve.gateway.body_scan import check_body
 from memserve.gateway.body_threads import BodyThreads
+from memserve.gateway.chat_plan import ChatPlan, is_plain, plan_chat
 from memserve.gateway.compiled import prepare
+from memserve.gateway.model_formats import ModelFormats
 from memserve.gateway.prompts import Prompt, read_prompts
 from memserve.models.tokenizer import Tokenizer
 from memserve.tokens import from_ids
@@ -44,8 +45,15 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 class CallBuilder:
     """Builds calls for one model. A cancelled build is dropped if it still waits for a thread."""
 
-    def __init__(self, tokenizer: Tokenizer, model: str, threads: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        model: str,
+        threads: int,
+        formats: ModelFormats = ModelFormats(),  # noqa: B008 (immutable)
+    ) -> None:
         prepare()
+        self._formats = formats
         self.model = model
         self._tokenizer = tokenizer
         self._longest_token = tokenizer.longest_token()
@@ -69,6 +77,8 @@ class CallBuilder:
             )
         request = self._parse_chat(body, limits)
         characters = sum(len(message.text) for message in request.messages)
+        if len(body) > INLINE_CHARACTERS and not is_plain(request):
+            characters = len(body)  # tools and their calls are text, too
         if characters <= INLINE_CHARACTERS:
             return self._chat(request, limits)
         return await self.threads.off_loop(characters, lambda: self._chat(request, limits))
@@ -111,10 +121,12 @@ class CallBuilder:
         return request, prompts
 
     def _chat(self, request: ChatRequest, limits: Limits) -> GenerateCall:
-        prompt = self._render(request, limits)
+        plan = plan_chat(request, self._formats)
+        text = self._render(plan, limits)
+        prompt = self.token_ids(text, request.add_special_tokens is not False)
         asked = request.max_completion_tokens or request.max_tokens
         room = _room(len(prompt), asked, limits, "messages")
-        return self._call(
+        call = self._call(
             request,
             limits,
             kind=CallKind.CHAT,
@@ -122,6 +134,9 @@ class CallBuilder:
             max_tokens=asked or room,
             logprobs=chat_logprobs(request),
         )
+        if plan.answer is None and not plan.extended:
+            return call
+        return plan.applied(call, text)
 
     def _completion(
         self, request: CompletionRequest, given: tuple[Prompt, ...], limits: Limits
@@ -203,16 +218,19 @@ class CallBuilder:
                 "context_length_exceeded",
             )
 
-    def _render(self, request: ChatRequest, limits: Limits) -> TokenArray:
+    def _render(self, plan: ChatPlan, limits: Limits) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
-                [_template_message(message) for message in request.messages],
-                add_generation_prompt=request.add_generation_prompt is not False,
+                plan.messages,
+                add_generation_prompt=plan.opens_answer,
+                tools=plan.tools,
+                variables=plan.variables,
             )
         except RequestError as error:
             raise invalid(str(error), error.param) from error
+        text = plan.completed(text)
         self.check_length(text, limits, "messages")
-        return self.token_ids(text, request.add_special_tokens is not False)
+        return text
 
     def token_ids(self, prompt: Prompt, special: bool) -> TokenArray:
         """Return a prompt's token ids, [tokens] int32; `special`: tokenise a text with the
@@ -231,15 +249,6 @@ def with_session(call: GenerateCall, session: bytes) -> GenerateCall:
             "X-Session-Id",
         )
     return msgspec.structs.replace(call, session=session.decode("latin-1"))
-
-
-def _template_message(message: Message) -> dict[str, str]:
-    # OpenAI's role "developer" is "system" in chat templates.
-    role = "system" if message.role == "developer" else message.role
-    rendered = {"role": role, "content": message.text}
-    if message.name is not None:
-        rendered["name"] = message.name
-    return rendered
 
 
 def check_sequences(prompts: int, samples: int, limits: Limits) -> None:

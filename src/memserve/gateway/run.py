@@ -41,6 +41,7 @@ from memserve.gateway.edge_metrics import EdgeMetrics
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.global_router import GlobalRouter
 from memserve.gateway.handover_proof import HandoverProof
+from memserve.gateway.model_formats import formats_of
 from memserve.gateway.relay import Relay
 from memserve.gateway.siblings import MEET_SECONDS, Siblings
 from memserve.gateway.upstream import Upstream
@@ -196,7 +197,8 @@ class Gateway:
         )
         self._relay = Relay(self._upstream, self.membership, self._router, clock, wait)
         model = config.model.served_name or config.model.path
-        self._calls = CallBuilder(tokenizer, model, available_cores())
+        formats = formats_of(config.model, tokenizer)
+        self._calls = CallBuilder(tokenizer, model, available_cores(), formats)
         self._proof = HandoverProof(self.membership, self._peers, clock, model, self.vitals)
         self._proving: asyncio.Task[None] | None = None
         self._router.queue.grant(self._access.grants())
