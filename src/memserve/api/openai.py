@@ -268,6 +268,8 @@ def parse_chat(body: bytes) -> ChatRequest:
         raise NotUnderstood("'echo' is not supported here.", "echo")
     if request.top_logprobs and not request.logprobs:
         raise invalid("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
+    if not request.tools and request.tool_choice not in (None, "none", "auto"):
+        raise invalid("'tool_choice' needs 'tools'.", "tool_choice")
     if None not in (request.max_tokens, request.max_completion_tokens) and (
         request.max_tokens != request.max_completion_tokens
     ):

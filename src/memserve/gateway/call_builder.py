@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -20,6 +21,7 @@ from memserve.api.limits import (
 from memserve.api.openai import (
     ChatRequest,
     CompletionRequest,
+    NotUnderstood,
     chat_logprobs,
     parse_chat,
     parse_completion,
@@ -29,7 +31,7 @@ from memserve.api.status import Limits
 from memserve.errors import RequestError
 from memserve.gateway.body_scan import check_body
 from memserve.gateway.body_threads import BodyThreads
-from memserve.gateway.chat_plan import ChatPlan, is_plain, plan_chat
+from memserve.gateway.chat_plan import ChatPlan, is_extended, is_plain, plan_chat
 from memserve.gateway.compiled import prepare
 from memserve.gateway.model_formats import ModelFormats
 from memserve.gateway.prompts import Prompt, read_prompts
@@ -51,8 +53,12 @@ class CallBuilder:
         model: str,
         threads: int,
         formats: ModelFormats = ModelFormats(),  # noqa: B008 (immutable)
+        forwards: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`forwards`: whether the cluster has nothing but vLLM servers, which are told of tools by
+        the client's own request."""
         prepare()
+        self._forwards = forwards
         self._formats = formats
         self.model = model
         self._tokenizer = tokenizer
@@ -106,6 +112,8 @@ class CallBuilder:
             check_body(body)
         request = parse_chat(body)
         self.check_model(request.model)
+        if is_extended(request) and self._forwards():
+            raise NotUnderstood("Only the built-in engine takes this request.")
         check_sequences(1, request.samples, limits)
         return request
 

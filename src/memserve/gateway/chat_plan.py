@@ -147,14 +147,14 @@ def plan_chat(request: ChatRequest, formats: ModelFormats) -> ChatPlan:
         variables,
         answer,
         grammar,
-        _extended(request),
+        is_extended(request),
         opens,
         continued,
     )
 
 
-def _extended(request: ChatRequest) -> bool:
-    """Return whether a vLLM server would have to be told more than token ids."""
+def is_extended(request: ChatRequest) -> bool:
+    """Return whether a vLLM server that is told token ids alone would lack something."""
     return bool(
         request.tools
         or request.chat_template_kwargs
@@ -210,8 +210,6 @@ def _tools(
         reasoning=formats.reasoning, include_reasoning=request.include_reasoning is not False
     )
     if not tools:
-        if choice not in (None, "none", "auto"):
-            raise invalid("'tool_choice' needs 'tools'.", "tool_choice")
         return (), answer, None
     _check_tools(tools)
     if choice == "none":
