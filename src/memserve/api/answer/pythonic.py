@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 
 from memserve.api.answer.delta import Collector
@@ -24,7 +25,9 @@ _TOKEN = re.compile(
     r"""|(?P<word>[^\W\d]\w*)|(?P<mark>[=,:(){}\[\]]))""",
     re.DOTALL,
 )
-_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|(.))", re.DOTALL)
+_ESCAPE = re.compile(
+    r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U(00[01][0-9a-fA-F]{5})|(.))", re.DOTALL
+)
 _ESCAPES = {
     "n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "0": "\0",
     "\\": "\\", "'": "'", '"': '"', "\n": "",
@@ -283,7 +286,7 @@ def _unquoted(token: str) -> str:
 
 
 def _unescaped(match: re.Match[str]) -> str:
-    code = match[1] or match[2]
+    code = match[1] or match[2] or match[3]
     if code:
-        return chr(int(code, 16))
-    return _ESCAPES.get(match[3], match[0])
+        return chr(min(int(code, 16), sys.maxunicode))
+    return _ESCAPES.get(match[4], match[0])
