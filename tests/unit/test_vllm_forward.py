@@ -115,8 +115,7 @@ def cluster(tokenizer: Tokenizer, server: Server, stack: ExitStack) -> FakeClust
 
 
 @pytest.fixture(scope="module")
-def servers(tokenizer: Tokenizer, server: Server, stack: ExitStack) -> FakeCluster:
-    """No built-in instance, but one with a server."""
+def vllm_only(tokenizer: Tokenizer, server: Server, stack: ExitStack) -> FakeCluster:
     return stack.enter_context(running(tokenizer, {0: server}))
 
 
@@ -159,10 +158,10 @@ def passed(server: Server, answer: Answer) -> dict[str, Any]:
     ],
     ids=lambda fields: "-".join(fields),
 )
-def test_what_the_gateway_does_not_know_gets_to_the_server_as_it_is(
-    cluster: FakeCluster, server: Server, fields: dict[str, Any]
+def test_what_only_vllm_members_can_answer_gets_to_the_server_as_it_is(
+    vllm_only: FakeCluster, server: Server, fields: dict[str, Any]
 ) -> None:
-    answer = chat(cluster, **fields)
+    answer = chat(vllm_only, **fields)
     wanted = {"messages": MESSAGES, "model": MODEL, **fields}
     assert passed(server, answer) == wanted
     assert answer.json["path"] == ForwardPath.CHAT
@@ -187,10 +186,10 @@ def test_what_the_gateway_does_not_know_gets_to_the_server_as_it_is(
     ids=lambda fields: "-".join(fields),
 )
 def test_what_a_built_in_engine_would_take_gets_to_a_server_where_there_is_none(
-    servers: FakeCluster, cluster: FakeCluster, server: Server, fields: dict[str, Any]
+    vllm_only: FakeCluster, cluster: FakeCluster, server: Server, fields: dict[str, Any]
 ) -> None:
     wanted = {"messages": MESSAGES, "model": MODEL, **fields}
-    assert passed(server, chat(servers, **fields)) == wanted
+    assert passed(server, chat(vllm_only, **fields)) == wanted
     before = len(server.fake.paths)
     assert chat(cluster, max_tokens=2, **fields).status == 200
     assert len(server.fake.paths) == before
@@ -202,8 +201,8 @@ def test_what_the_gateway_knows_goes_the_usual_way(cluster: FakeCluster, server:
     assert len(server.fake.paths) == before
 
 
-def test_a_stream_is_the_servers_byte_for_byte(servers: FakeCluster) -> None:
-    answer = chat(servers, tools=TOOLS, stream=True, max_tokens=3)
+def test_a_stream_is_the_servers_byte_for_byte(vllm_only: FakeCluster) -> None:
+    answer = chat(vllm_only, tools=TOOLS, stream=True, max_tokens=3)
     events = [{"choices": [{"index": 0, "delta": {"content": f"<{n}>"}}]} for n in range(3)]
     said = b"".join(b"data: %b\n\n" % json.dumps(event).encode() for event in events)
     assert answer.text == said + b"data: [DONE]\n\n"
@@ -336,9 +335,9 @@ def test_a_priority_is_told_for_those_who_may_have_one(keyed: FakeCluster, serve
     assert said == [None, -3]
 
 
-def test_an_error_of_the_server_is_the_clients(servers: FakeCluster) -> None:
+def test_an_error_of_the_server_is_the_clients(vllm_only: FakeCluster) -> None:
     for stream in (False, True):
-        answer = chat(servers, tools=TOOLS, temperature=-1, stream=stream)
+        answer = chat(vllm_only, tools=TOOLS, temperature=-1, stream=stream)
         error = {"message": "not this one", "type": "BadRequestError", "code": 400}
         assert (answer.status, answer.json) == (400, {"error": error})
 
@@ -358,10 +357,10 @@ def test_who_hangs_up_before_an_answer_ends_what_the_server_does(
         cluster.wait(cluster.instances[0].idle())
 
 
-def test_who_hangs_up_ends_what_the_server_does(servers: FakeCluster, server: Server) -> None:
+def test_who_hangs_up_ends_what_the_server_does(vllm_only: FakeCluster, server: Server) -> None:
     cancelled = server.fake.cancelled
     fields = {"messages": MESSAGES, "tools": TOOLS, "stream": True, "max_tokens": 100_000}
-    connection = send(servers, ForwardPath.CHAT, **fields)
+    connection = send(vllm_only, ForwardPath.CHAT, **fields)
     assert connection.getresponse().read(20)
     assert server.fake.running == 1
     connection.close()

@@ -122,6 +122,7 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Fields that both endpoints share."""
 
     stream_options: StreamOptions | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     # Fields that are accepted with neutral values only.
     allowed_token_ids: _Json = UNSET
     audio: _Json = UNSET
@@ -139,7 +140,6 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     logits_processors: _Json = UNSET
     modalities: _Json = UNSET
     prediction: _Json = UNSET
-    prompt_logprobs: _Json = UNSET
     response_format: _Json = UNSET
     return_tokens_as_token_ids: _Json = UNSET
     service_tier: _Json = UNSET
@@ -172,6 +172,7 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
 
     # Not parsed: `gateway.prompts` counts the prompts first.
     prompt: Annotated[msgspec.Raw, Meta(extra_json_schema=msgspec.json.schema(Prompts))]
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_INT32)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     # Of chats; accepted with neutral values only.
@@ -255,8 +256,6 @@ def parse_completion(body: bytes) -> CompletionRequest:
     """Decode a request, but not its prompt. Raises ApiError (400) that names the field at fault."""
     request = _decode(_completion, body)
     _check_common(request)
-    if request.echo and request.logprobs is not None:
-        raise NotUnderstood("'echo' cannot be combined with 'logprobs' here.", "echo")
     return request
 
 
@@ -278,7 +277,10 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 
 def sampling_params(
-    request: CompletionRequest | ChatRequest, max_tokens: int, logprobs: int | None
+    request: CompletionRequest | ChatRequest,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """Return the engine's parameters; fields that were not given have neutral values."""
     none, asked = _NO_SAMPLING, request
@@ -303,6 +305,7 @@ def sampling_params(
         stop_token_ids=asked.stop_token_ids or (),
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -354,6 +357,8 @@ def _check_common(request: CompletionRequest | ChatRequest) -> None:
             if value is not UNSET and not _is_neutral(name, value):
                 raise unsupported(name)
     check_best_of(request)
+    if request.stream and request.prompt_logprobs is not None:
+        raise invalid("'prompt_logprobs' is not available with 'stream'.", "prompt_logprobs")
     if request.stream_options is not None and not request.stream:
         raise invalid("'stream_options' needs 'stream': true.", "stream_options")
 
