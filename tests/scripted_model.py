@@ -38,11 +38,15 @@ def scripted_engine(tokenizer: Tokenizer, **settings: Any) -> FakeEngine:
 
 def answer_to(prompt: str, schema: str | None = None) -> str:
     """What the model says. `schema`: the JSON schema that the answer obeys."""
+    results = _RESULT.findall(prompt)
+    told_results = results and prompt.rindex("</tool_response>") > prompt.rfind("</tool_call>")
     if schema is not None:
         whole = json.loads(schema or "{}")
+        choices = whole.get("items", {}).get("anyOf", [])
+        if choices and told_results:  # the last tool is the one that takes the answer
+            return json.dumps([example_of(choices[-1], whole)], ensure_ascii=False)
         return json.dumps(example_of(whole, whole), ensure_ascii=False)
-    results = _RESULT.findall(prompt)
-    if results and prompt.rindex("</tool_response>") > prompt.rfind("</tool_call>"):
+    if told_results:
         return FOUND + "; ".join(results)
     told = _TOOLS.search(prompt)
     if told is None:
