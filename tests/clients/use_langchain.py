@@ -30,8 +30,10 @@ def conversation(model: Any) -> str:
     messages: list[BaseMessage] = [HumanMessage("What is the weather?")]
     answer = model.invoke(messages)
     messages.append(answer)
-    for call in answer.tool_calls:
-        messages.append(ToolMessage(weather.invoke(call["args"]), tool_call_id=call["id"]))
+    messages += [
+        ToolMessage(weather.invoke(call["args"]), tool_call_id=call["id"])
+        for call in answer.tool_calls
+    ]
     return model.invoke(messages).content
 
 

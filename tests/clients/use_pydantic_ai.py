@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from collections.abc import AsyncIterable
 from typing import Any
 
 from pydantic import BaseModel
@@ -41,7 +42,13 @@ async def main() -> None:
     results["plain"] = (await agent().run(question)).output
     results["stream"] = await streamed(agent())
     results["tools"] = (await agent(tools=[weather]).run(question)).output
-    results["stream of tools"] = await streamed(agent(tools=[weather]))
+    kinds: list[str] = []
+
+    async def heard(context: object, events: AsyncIterable[Any]) -> None:
+        kinds.extend([event.event_kind async for event in events])
+
+    told = await agent(tools=[weather]).run(question, event_stream_handler=heard)
+    results["stream of tools"] = [told.output, kinds.count("part_delta") > 3]
     results["asked"] = asked
     by_tool = await agent(output_type=Weather).run(question)
     results["structured by a tool"] = by_tool.output.model_dump()

@@ -100,6 +100,12 @@ def ask(tokenizer_of: Callable[[str], Tokenizer]) -> Asked:
     return Asked(tokenizer_of(TEMPLATE))
 
 
+@pytest.fixture
+def ask_directly(tokenizer_of: Callable[[str], Tokenizer]) -> Asked:
+    """A model without reasoning."""
+    return Asked(tokenizer_of(TEMPLATE), ModelConfig(reasoning_parser="none"))
+
+
 async def test_the_template_gets_tools_as_transformers_gives_them(ask: Asked) -> None:
     text, call = await ask(tools=TOOLS)
     told = [
@@ -141,12 +147,11 @@ async def test_none_is_neither_told_of_tools_nor_read_for_calls(ask: Asked) -> N
     assert call.own_engine
 
 
-async def test_required_gives_a_list_of_calls(ask: Asked) -> None:
-    text, call = await ask(tools=TOOLS, tool_choice="required")
+async def test_required_gives_a_list_of_calls(ask_directly: Asked) -> None:
+    text, call = await ask_directly(tools=TOOLS, tool_choice="required")
     assert text.startswith("TOOLS")
-    assert call.answer == AnswerFormat(
-        ToolFormat.JSON_CALLS, (Function("weather"), Function("add"))
-    )
+    functions = (Function("weather"), Function("add"))
+    assert call.answer == AnswerFormat(ToolFormat.JSON_CALLS, functions)
     assert _schema(call) == {
         "type": "array",
         "minItems": 1,
@@ -167,7 +172,7 @@ async def test_required_gives_a_list_of_calls(ask: Asked) -> None:
             ]
         },
     }
-    _, single = await ask(tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    _, single = await ask_directly(tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
     assert _schema(single)["maxItems"] == 1
     assert single.answer is not None
     assert not single.answer.parallel
@@ -180,35 +185,35 @@ def _schema(call: GenerateCall) -> Any:
     return json.loads(grammar.source)
 
 
-async def test_a_named_function_gives_its_arguments(ask: Asked) -> None:
+async def test_a_named_function_gives_its_arguments(ask_directly: Asked) -> None:
     choice = {"type": "function", "function": {"name": "weather"}}
-    _, call = await ask(tools=TOOLS, tool_choice=choice)
+    _, call = await ask_directly(tools=TOOLS, tool_choice=choice)
     assert call.answer == AnswerFormat(ToolFormat.JSON_ARGUMENTS, (Function("weather"),))
     assert _schema(call) == PARAMETERS
 
 
-async def test_some_of_the_tools_may_be_allowed(ask: Asked) -> None:
+async def test_some_of_the_tools_may_be_allowed(ask_directly: Asked) -> None:
     named = {"type": "function", "function": {"name": "add"}}
     choice: dict[str, Any] = {"type": "allowed_tools", "allowed_tools": {"tools": [named]}}
     choice["allowed_tools"]["mode"] = "auto"
-    text, call = await ask(tools=TOOLS, tool_choice=choice)
+    text, call = await ask_directly(tools=TOOLS, tool_choice=choice)
     assert "weather" in text  # the prompt stays, and its KV
     assert call.answer is not None
     assert call.answer.functions == (Function("add"),)
     assert call.sampling.grammar is None
     choice["allowed_tools"]["mode"] = "required"
-    _, call = await ask(tools=TOOLS, tool_choice=choice)
+    _, call = await ask_directly(tools=TOOLS, tool_choice=choice)
     assert _schema(call)["items"]["properties"]["name"] == {"const": "add"}
 
 
-async def test_definitions_of_schemas_are_found_in_the_whole(ask: Asked) -> None:
+async def test_definitions_of_schemas_are_found_in_the_whole(ask_directly: Asked) -> None:
     nodes = {
         "type": "object",
         "properties": {"root": {"$ref": "#/$defs/node"}, "$ref": {"type": "string"}},
         "$defs": {"node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}}},
     }
     tools = [ADD, {"type": "function", "function": {"name": "link", "parameters": nodes}}]
-    _, call = await ask(tools=tools, tool_choice="required")
+    _, call = await ask_directly(tools=tools, tool_choice="required")
     schema = _schema(call)
     (name,) = schema["$defs"]
     there = {"$ref": f"#/$defs/{name}"}
@@ -237,14 +242,34 @@ async def test_effort_is_the_template_s(ask: Asked, effort: str, end: str) -> No
     assert text == f"[user]hi;effort {effort}\n{end}"
 
 
-async def test_a_grammar_leaves_no_room_for_reasoning(ask: Asked) -> None:
-    asked = {"tools": TOOLS, "tool_choice": "required"}
-    text, _ = await ask(**asked)
-    assert text.endswith("[answer]")
+async def test_a_required_call_comes_behind_the_reasoning(ask: Asked) -> None:
+    asked = {"tools": [ADD], "tool_choice": "required"}
     text, call = await ask(**asked, chat_template_kwargs={"enable_thinking": True})
-    assert text.endswith("[answer]<think>\n\n</think>\n\n")
+    assert text.endswith("[answer]<think>\n")
     assert call.answer is not None
-    assert call.answer.reasoning is ReasoningFormat.NONE
+    assert call.answer.reasoning_begun
+    form = _tags(call)
+    assert form["type"] == "sequence"
+    reasoning, _, answer = form["elements"]
+    assert (reasoning["begin"], reasoning["content"], reasoning["end"]) == (
+        "",
+        {"type": "any_text"},
+        "</think>",
+    )
+    assert answer["json_schema"]["items"]["properties"]["name"] == {"const": "add"}
+    # Where the prompt leaves it open, both are possible.
+    _, call = await ask(**asked)
+    form = _tags(call)
+    assert form["type"] == "or"
+    assert form["elements"][0] == answer
+    assert form["elements"][1]["elements"][0]["begin"] == "<think>"
+
+
+def _tags(call: GenerateCall) -> Any:
+    grammar = call.sampling.grammar
+    assert isinstance(grammar, Grammar)
+    assert grammar.kind is GrammarKind.STRUCTURAL_TAG
+    return json.loads(grammar.source)["format"]
 
 
 async def test_reasoning_can_be_sent_back(ask: Asked) -> None:

@@ -13,16 +13,16 @@ from memserve.api.answer.format import AnswerFormat, Function, ReasoningFormat, 
 from memserve.api.answer.reasoning import MARKERS
 from memserve.api.errors import invalid
 from memserve.api.generate import GenerateCall
-from memserve.api.grammar import Grammar, GrammarKind
+from memserve.api.grammar import Grammar
 from memserve.api.limits import (
     MAX_DEPTH,
-    MAX_GRAMMAR_CHARACTERS,
     MAX_TEMPLATE_CHARACTERS,
     MAX_TOOL_CHARACTERS,
     MAX_VALUES,
 )
 from memserve.api.openai import ChatRequest, Message, unsupported
 from memserve.api.openai_tools import AllowedChoice, NamedChoice, Tool
+from memserve.gateway.answer_grammar import behind_reasoning, or_calls, schema_grammar
 from memserve.gateway.calls_schema import ANY_ARGUMENTS, calls_schema
 from memserve.gateway.conversation import TEMPLATE_STEERING, decoded_arguments
 from memserve.gateway.model_formats import ModelFormats
@@ -46,7 +46,8 @@ class ChatPlan:
     tools: Sequence[Mapping[str, Any]] | None = None
     variables: Mapping[str, Any] | None = None
     answer: AnswerFormat | None = None
-    grammar: Grammar | None = None
+    callable: Sequence[Tool] = ()
+    grammar: Grammar | None = None  # of a call that is required
     extended: bool = False
     opens_answer: bool = True  # the template adds what begins an answer
     continued: str | None = None  # the last message's text, which the answer continues
@@ -54,39 +55,51 @@ class ChatPlan:
     def completed(self, text: str) -> str:
         """Return the rendered conversation as the prompt. Raises ApiError (400) if the message to
         continue is not in it."""
-        if self.continued is not None:
-            end = text.rfind(self.continued.strip())
-            if end < 0:
-                raise invalid(
-                    "The chat template changes the last message; it cannot be continued.",
-                    "continue_final_message",
-                )
-            return text[: end + len(self.continued.strip())]
-        if self.grammar is not None and self.answer is not None:
-            begin, close = MARKERS.get(self.answer.reasoning, ("", ""))
-            if begin and text.rstrip().endswith(begin):
-                return f"{text.rstrip()}\n\n{close}\n\n"  # the grammar leaves no room for reasoning
-        return text
+        if self.continued is None:
+            return text
+        end = text.rfind(self.continued.strip())
+        if end < 0:
+            raise invalid(
+                "The chat template changes the last message; it cannot be continued.",
+                "continue_final_message",
+            )
+        return text[: end + len(self.continued.strip())]
 
     def applied(self, call: GenerateCall, text: str) -> GenerateCall:
-        """Return the call with this plan's answer. `text`: the prompt's."""
-        answer = self.answer
-        if answer is not None and answer.reasoning is not ReasoningFormat.NONE:
-            begin, _ = MARKERS[answer.reasoning]
-            if self.grammar is not None:
-                answer = msgspec.structs.replace(answer, reasoning=ReasoningFormat.NONE)
-            elif self.continued is not None:
-                answer = _continuing(answer, self.continued)
-            elif text.rstrip().endswith(begin):
-                answer = msgspec.structs.replace(answer, reasoning_begun=True)
-        if answer == _ALL_CONTENT:
-            answer = None
+        """Return the call with this plan's answer. `text`: the prompt's. Raises ApiError (400) for
+        constraints that do not go together."""
+        answer = self.answer or _ALL_CONTENT
+        grammar = self.grammar or call.sampling.grammar
+        if self.grammar is None and grammar is not None and answer.functions:
+            single = not answer.parallel
+            grammar, form = or_calls(grammar, answer.tools, self.callable, single)
+            answer = msgspec.structs.replace(answer, tools=form)
+        if answer.reasoning is not ReasoningFormat.NONE:
+            answer = self._reasoning(answer, text)
+        if grammar is not None and answer.reasoning is not ReasoningFormat.NONE:
+            begun = answer.reasoning_begun or answer.reasoning is ReasoningFormat.DEEPSEEK_R1
+            grammar = behind_reasoning(grammar, answer.reasoning, begun)
         sampling = call.sampling
-        if self.grammar is not None:
-            sampling = msgspec.structs.replace(sampling, grammar=self.grammar)
+        if grammar is not sampling.grammar:
+            sampling = msgspec.structs.replace(sampling, grammar=grammar)
         return msgspec.structs.replace(
-            call, sampling=sampling, answer=answer, extended=self.extended
+            call,
+            sampling=sampling,
+            answer=None if answer == _ALL_CONTENT else answer,
+            extended=self.extended,
         )
+
+    def _reasoning(self, answer: AnswerFormat, text: str) -> AnswerFormat:
+        """Return the format of an answer to this prompt."""
+        begin, end = MARKERS[answer.reasoning]
+        said = self.continued
+        if said is not None:
+            begun = said.rfind(begin) > said.rfind(end)
+            if not begun:
+                return msgspec.structs.replace(answer, reasoning=ReasoningFormat.NONE)
+        else:
+            begun = text.rstrip().endswith(begin)
+        return msgspec.structs.replace(answer, reasoning_begun=begun)
 
 
 _ALL_CONTENT = AnswerFormat()
@@ -121,13 +134,11 @@ def plan_chat(request: ChatRequest, formats: ModelFormats) -> ChatPlan:
         if formats.reasoning is not ReasoningFormat.NONE:
             answer = AnswerFormat(reasoning=formats.reasoning)
         return ChatPlan(messages, answer=answer, opens_answer=opens)
-    tools, answer, grammar = _tools(request, formats)
+    tools, allowed, answer, grammar = _tools(request, formats)
     rendered = [_template_tool(tool) for tool in tools]
     if formats.in_text:
         messages, rendered = in_text(messages, rendered), []
     variables = _variables(request)
-    if grammar is not None and formats.reasoning is not ReasoningFormat.NONE:
-        variables.setdefault("enable_thinking", False)
     continued: str | None = None
     if request.continue_final_message:
         if request.add_generation_prompt:
@@ -146,6 +157,7 @@ def plan_chat(request: ChatRequest, formats: ModelFormats) -> ChatPlan:
         rendered or None,
         variables,
         answer,
+        allowed,
         grammar,
         is_extended(request),
         opens,
@@ -203,30 +215,31 @@ def _template_tool(tool: Tool) -> dict[str, Any]:
 
 def _tools(
     request: ChatRequest, formats: ModelFormats
-) -> tuple[Sequence[Tool], AnswerFormat, Grammar | None]:
-    """Return the tools to tell the model of, and the answer's format and grammar."""
+) -> tuple[Sequence[Tool], Sequence[Tool], AnswerFormat, Grammar | None]:
+    """Return the tools to tell the model of, those that it may call, and the answer's format and
+    grammar."""
     tools, choice = request.tools or (), request.tool_choice
     answer = AnswerFormat(
         reasoning=formats.reasoning, include_reasoning=request.include_reasoning is not False
     )
     if not tools:
-        return (), answer, None
+        return (), (), answer, None
     _check_tools(tools)
     if choice == "none":
-        return (), answer, None
+        return (), (), answer, None
     allowed, forced = _allowed(request, tools)
     form = formats.tools
     grammar: Grammar | None = None
     single = request.parallel_tool_calls is False
     if isinstance(choice, NamedChoice):
         form = ToolFormat.JSON_ARGUMENTS
-        grammar = _grammar(allowed[0].function.parameters or ANY_ARGUMENTS)
+        grammar = schema_grammar(allowed[0].function.parameters or ANY_ARGUMENTS)
     elif forced:
         form = ToolFormat.JSON_CALLS
-        grammar = _grammar(calls_schema(allowed, single))
+        grammar = schema_grammar(calls_schema(allowed, single))
     functions = tuple([_function(tool, form) for tool in allowed])
     answer = msgspec.structs.replace(answer, tools=form, functions=functions, parallel=not single)
-    return tools, answer, grammar
+    return tools, allowed, answer, grammar
 
 
 def _allowed(request: ChatRequest, tools: Sequence[Tool]) -> tuple[Sequence[Tool], bool]:
@@ -243,17 +256,6 @@ def _allowed(request: ChatRequest, tools: Sequence[Tool]) -> tuple[Sequence[Tool
     if unknown := names - {tool.function.name for tool in allowed}:
         raise invalid(f"'tool_choice' names '{min(unknown)}', which is no tool.", "tool_choice")
     return allowed, forced
-
-
-def _grammar(schema: Mapping[str, Any]) -> Grammar:
-    source = msgspec.json.encode(schema).decode()
-    if len(source) > MAX_GRAMMAR_CHARACTERS:
-        raise invalid(
-            f"The tools that may be called have {len(source)} characters as a schema, and at most "
-            f"{MAX_GRAMMAR_CHARACTERS} may be.",
-            "tools",
-        )
-    return Grammar(GrammarKind.JSON_SCHEMA, source)
 
 
 def _function(tool: Tool, form: ToolFormat) -> Function:
@@ -320,11 +322,3 @@ def _check_depth(value: object, field: str) -> None:
         if not level:
             return
     raise invalid(f"'{field}' is nested deeper than {MAX_DEPTH}.", field)
-
-
-def _continuing(answer: AnswerFormat, text: str) -> AnswerFormat:
-    """Return the format of an answer whose first part is `text`."""
-    begin, end = MARKERS[answer.reasoning]
-    if text.rfind(begin) > text.rfind(end):
-        return msgspec.structs.replace(answer, reasoning_begun=True)
-    return msgspec.structs.replace(answer, reasoning=ReasoningFormat.NONE)
