@@ -76,7 +76,7 @@ def test_pydantic_ai(use: Use) -> None:
         "stream": PLAIN,
         "tools": RAIN,
         "stream of tools": [RAIN, True],
-        "asked": [TEXT] * 2,
+        "asked": [TEXT] * 3,
         "structured by a tool": STRUCTURED,
         "structured by a tool, and tools": STRUCTURED,
         "structured": STRUCTURED,
