@@ -113,7 +113,7 @@ class CallBuilder:
             check_body(body)
         request = parse_chat(body)
         self.check_model(request.model)
-        if is_extended(request) and self._forwards():
+        if self._forwards() and is_extended(request):
             raise NotUnderstood("Only the built-in engine takes this request.")
         check_sequences(1, request.samples, limits)
         return request

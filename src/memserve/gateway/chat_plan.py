@@ -4,7 +4,7 @@ the chat template; the format of the answer, and the grammar of a call that is r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
@@ -38,8 +38,7 @@ _OWN_VARIABLES: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ChatPlan:
+class ChatPlan(msgspec.Struct, frozen=True):
     """The prompt's parts, and what the answer is read with."""
 
     messages: Sequence[Mapping[str, Any]]
@@ -105,24 +104,29 @@ class ChatPlan:
 _ALL_CONTENT = AnswerFormat()
 
 
+# Of a request and of a message: what is not plain text. A chat has many messages: one look at each.
+_beyond_text = attrgetter(
+    "tools",
+    "tool_choice",
+    "chat_template_kwargs",
+    "reasoning_effort",
+    "include_reasoning",
+    "continue_final_message",
+)
+_NONE_OF_THEM: Final = (None,) * 6
+_beside_content = attrgetter("tool_calls", "tool_call_id", "reasoning", "reasoning_content")
+_NOTHING_BESIDE: Final = (None,) * 4
+
+
 def is_plain(request: ChatRequest) -> bool:
     """Return whether a request has messages of plain text alone, and nothing else that concerns a
     chat template."""
-    return (
-        request.tools is None
-        and request.tool_choice is None
-        and request.chat_template_kwargs is None
-        and request.reasoning_effort is None
-        and request.include_reasoning is None
-        and not request.continue_final_message
-        and all(
-            message.role != "tool"
-            and not message.tool_calls
-            and message.reasoning is None
-            and message.reasoning_content is None
-            for message in request.messages
-        )
-    )
+    if _beyond_text(request) != _NONE_OF_THEM:
+        return False
+    for message in request.messages:
+        if _beside_content(message) != _NOTHING_BESIDE or message.role == "tool":
+            return False
+    return True
 
 
 def plan_chat(request: ChatRequest, formats: ModelFormats) -> ChatPlan:

@@ -105,6 +105,7 @@ class Choice:
         logprobs: Sequence[TokenLogprobs],
     ) -> Piece:
         self.started = True
+        parser = self._parser
         text, self._lead = [self._lead], ""
         stop: str | None = None
         silent = stop_token is not None and not self._call.include_stop_str_in_output
@@ -116,11 +117,11 @@ class Choice:
                 break
             new, stop = self._search(self._detokenizer.push(token_id))
             text.append(new)
-            if self._parser is not None:
-                self._parser.push(new)
-                if self._parser.over:
+            if parser is not None:
+                parser.push(new)
+                if parser.over:
                     reason = FinishReason.STOP
-            if stop is not None or (self._parser is not None and self._parser.over):
+            if stop is not None or (parser is not None and parser.over):
                 ids = ids[: position + 1]
                 break
         read = len(text)
@@ -133,9 +134,9 @@ class Choice:
             reason = FinishReason.STOP
         self.finished = reason is not None
         delta = None
-        if self._parser is not None:
-            delta = self._parsed(self._parser, "".join(text[read:]))
-            if reason is FinishReason.STOP and self._parser.calls_end:
+        if parser is not None:
+            delta = self._parsed(parser, "".join(text[read:]))
+            if reason is FinishReason.STOP and parser.calls_end:
                 reason = FinishReason.TOOL_CALLS
         return Piece(
             choice=self.index,
