@@ -158,3 +158,4 @@ def test_each_request_is_one_line_that_says_why_it_went_there(
     assert good.endswith("(prompt-tree, 1 candidates)")
     assert len(good) < 700
     assert bad.startswith("/v1/completions request=- call=- instance=- status=400 prompt_tokens=-")
+    assert " reason=invalid_json: " in bad

@@ -33,6 +33,7 @@ from memserve.cluster.membership import DegradedPair, Membership
 from memserve.gateway.access import METRICS_PATH
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
+from memserve.gateway.pages import page_routes
 from memserve.gateway.siblings import Siblings
 from memserve.gateway.worker_metrics import merged
 from memserve.scheduler.decisions import Decision, DecisionView
@@ -64,6 +65,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     id: str
     created: int
     max_model_len: int | None
+    vocab_size: int | None = None  # token ids of prompts are below it
     object: str = "model"
     owned_by: str = "memserve"
 
@@ -96,13 +98,15 @@ def admin_app(
     """Return the application of all endpoints that do not generate. With `siblings`, metrics and
     decisions are those of all workers; otherwise of this process alone."""
     known = troubles or Troubles()
-    app = FastAPI(title="memserve", version=memserve.__version__, redoc_url=None)
+    # FastAPI's own pages load their scripts from elsewhere.
+    app = FastAPI(title="memserve", version=memserve.__version__, docs_url=None, redoc_url=None)
     started = int(time.time())
 
     def card() -> ModelCard:
         limits = [member.limits for member in membership.ready() if member.limits is not None]
         longest = min((limit.max_tokens for limit in limits), default=None)
-        return ModelCard(model, started, longest)
+        ids = min((limit.vocab_size for limit in limits), default=None)
+        return ModelCard(model, started, longest, ids)
 
     @app.get("/v1/models")
     async def list_models() -> Response:
@@ -129,6 +133,7 @@ def admin_app(
     async def version() -> Response:
         return _json(Version(memserve.__version__))
 
+    app.include_router(page_routes())
     app.include_router(_observing_routes(metrics, decisions, siblings))
     app.include_router(cluster_routes(membership, peers, siblings, known.degraded))
 

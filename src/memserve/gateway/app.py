@@ -36,13 +36,13 @@ from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.refusals import draining, no_instance
 from memserve.gateway.relay import Answer, Relay
+from memserve.gateway.request_line import CLIENT_LEFT, MAX_REQUEST_ID, RequestLine, read_reason
 from memserve.gateway.siblings import Siblings
 from memserve.scheduler.admission import NOBODY, Tenant, tenant_id
 from memserve.types import Epoch
 
 log = logging.getLogger(__name__)
 
-MAX_REQUEST_ID = 256  # bytes of X-Request-Id that are echoed
 HUNG_UP = 499  # status, in log and metrics, of a request whose client has left
 FAILED = 500  # statuses from here on are logged as warnings
 # A gateway that starts knows only the configured instances. Other instances register again every
@@ -280,33 +280,9 @@ class GatewayApp:
         bad = status >= FAILED or answer.broken or answer.failovers
         level = logging.WARNING if bad else logging.INFO
         if (bad or self._access_log) and log.isEnabledFor(level):
-            log.log(level, _line(request, request_id, call, answer, status, first, took))
-
-
-def _line(
-    request: Request,
-    request_id: bytes | None,
-    call: GenerateCall | None,
-    answer: Answer,
-    status: int,
-    first: float | None,
-    took: float,
-) -> str:
-    """Return the log line of a request: its outcome, times in seconds, and plan."""
-    plan = answer.plan
-    return (
-        f"{request.path}"
-        f" request={'-' if request_id is None else ascii(request_id[:MAX_REQUEST_ID])[2:-1]}"
-        f"{'' if answer.key is None else f' key={answer.key}'}"
-        f" call={'-' if call is None else call.id}"
-        f" instance={'-' if plan is None else plan.member.id}"
-        f"{'' if call is None or call.forward is None else ' forwarded'}"
-        f" status={status}{' broken' if answer.broken else ''}"
-        f" prompt_tokens={'-' if call is None else sum(map(len, call.prompts))}"
-        f" first={'-' if first is None else f'{first:.4f}'} total={took:.4f}"
-        f"{''.join(f' pause={pause:.3f}' for pause in answer.pauses)}"
-        f"{'' if plan is None else f' plan={plan.explain()}'}"
-    )
+            reason = read_reason(reply.refusal) if status != HUNG_UP else CLIENT_LEFT
+            line = RequestLine(request, request_id, call, answer, status, first, took, reason)
+            log.log(level, line)
 
 
 def _tenant(request: Request, call: GenerateCall, client: Client) -> Tenant:
