@@ -36,6 +36,7 @@ from memserve.gateway.chat_plan import ChatPlan, is_extended, is_plain, plan_cha
 from memserve.gateway.compiled import prepare
 from memserve.gateway.model_formats import ModelFormats
 from memserve.gateway.prompts import Prompt, read_prompts
+from memserve.models.chat_template import DEFAULT_CHAT_STOPS, DEFAULT_CHAT_TOKENS
 from memserve.models.tokenizer import Tokenizer
 from memserve.tokens import from_ids
 from memserve.types import TokenArray
@@ -135,6 +136,8 @@ class CallBuilder:
         prompt = self.token_ids(text, request.add_special_tokens is not False)
         asked = request.max_completion_tokens or request.max_tokens
         room = _room(len(prompt), asked, limits, "messages")
+        if not self._tokenizer.has_chat_template and not asked:
+            room = min(room, DEFAULT_CHAT_TOKENS)
         call = self._call(
             request,
             limits,
@@ -143,6 +146,10 @@ class CallBuilder:
             max_tokens=asked or room,
             logprobs=chat_logprobs(request),
         )
+        # Who ignores the end of an answer wants its length, as a benchmark does.
+        templated = self._tokenizer.has_chat_template
+        if not (templated or request.stop is not None or request.ignore_eos):
+            call = msgspec.structs.replace(call, stop=DEFAULT_CHAT_STOPS)
         if plan.answer is None and not plan.extended:
             return call
         return plan.applied(call, text)
