@@ -177,7 +177,7 @@ def test_an_instance_killed_in_mid_call_is_not_noticed(
     cluster = start_cluster(reasoning_parser="qwen3")
     settings = {
         "answer": ids,
-        "step_seconds": 0.01,
+        "step_seconds": 0.004,
         "max_model_len": TOKENS,
         "pool_tokens": TOKENS,
     }
