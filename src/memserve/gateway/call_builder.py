@@ -147,8 +147,8 @@ class CallBuilder:
             logprobs=chat_logprobs(request),
         )
         # Who ignores the end of an answer wants its length, as a benchmark does.
-        templated = self._tokenizer.has_chat_template
-        if not (templated or request.stop is not None or request.ignore_eos):
+        wanted = request.stop is not None or request.ignore_eos
+        if not (self._tokenizer.has_chat_template or wanted):
             call = msgspec.structs.replace(call, stop=DEFAULT_CHAT_STOPS)
         if plan.answer is None and not plan.extended:
             return call

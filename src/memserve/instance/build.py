@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import torch
 
 from memserve.api.handoff import PoolPeer
