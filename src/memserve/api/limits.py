@@ -26,6 +26,10 @@ DEFAULT_MAX_WAITING = 256
 MAX_LOGPROBS = 20
 # Turns of a chat: longer than the contexts of today's models for anything but one-word turns.
 MAX_MESSAGES = 4096
+# Items of a `/v1/responses` input: a turn that calls a function has three.
+MAX_ITEMS = 3 * MAX_MESSAGES
+# Tools of a request.
+MAX_TOOLS = 1024
 # Parts of one message.
 MAX_PARTS = 256
 # Characters of a name, an id, a salt: kept for as long as a request lives, or longer.

@@ -30,7 +30,7 @@ from memserve.api.peer_client import PeerClient
 from memserve.cluster.client import FEEDS_PATH
 from memserve.cluster.kv_feed import MemberFeed
 from memserve.cluster.membership import DegradedPair, Membership
-from memserve.gateway.access import METRICS_PATH
+from memserve.gateway.access import LOAD_PATH, METRICS_PATH
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.siblings import Siblings
@@ -79,6 +79,13 @@ class Health(msgspec.Struct, frozen=True):
     degraded: list[DegradedPair] | msgspec.UnsetType = msgspec.UNSET  # if there are any
 
 
+class Load(msgspec.Struct, frozen=True):
+    server_load: int
+
+
+_load = msgspec.json.Decoder(Load)
+
+
 class Version(msgspec.Struct, frozen=True):
     version: str
 
@@ -124,6 +131,21 @@ def admin_app(
         # `detail` has addresses, and anybody may read `/health`.
         degraded = [msgspec.structs.replace(pair, detail="") for pair in known.degraded()]
         return _json(Health("ready", ready, degraded or msgspec.UNSET))
+
+    @app.get("/ping")
+    @app.post("/ping")
+    async def ping() -> Response:
+        """`/health` without a body, as SageMaker asks."""
+        return Response(status_code=(await health()).status_code)
+
+    @app.get(LOAD_PATH)
+    async def load() -> Response:
+        """Requests under way, at all workers."""
+        running = metrics.running
+        if siblings is not None:
+            for body in (await siblings.answers(LOAD_PATH)).values():
+                running += _load.decode(body).server_load
+        return _json(Load(running))
 
     @app.get("/version")
     async def version() -> Response:
