@@ -114,6 +114,11 @@ def cluster(tokenizer: Tokenizer, server: Server, stack: ExitStack) -> FakeClust
 
 
 @pytest.fixture(scope="module")
+def servers_only(tokenizer: Tokenizer, server: Server, stack: ExitStack) -> FakeCluster:
+    return stack.enter_context(running(tokenizer, {0: server}))
+
+
+@pytest.fixture(scope="module")
 def keyed(tokenizer: Tokenizer, server: Server, stack: ExitStack) -> FakeCluster:
     keys = ("sk-a name=a tenant=red", "sk-b name=b tenant=blue priority")
     return stack.enter_context(running(tokenizer, {0: server}, api_keys=keys))
@@ -392,8 +397,9 @@ def test_one_that_is_lost_in_mid_stream_is_told_at_once(
 
 @pytest.mark.parametrize("path", sorted(WHOLE_PATHS))
 def test_other_endpoints_of_the_servers(
-    cluster: FakeCluster, server: Server, path: ForwardPath
+    servers_only: FakeCluster, server: Server, path: ForwardPath
 ) -> None:
+    cluster = servers_only
     contents: dict[str, Any] = {
         "input": "a text",
         "messages": MESSAGES,
@@ -416,10 +422,38 @@ def test_other_endpoints_of_the_servers(
 @pytest.mark.parametrize(
     "fields", [{"store": True}, {"previous_response_id": "x"}, {"background": True}]
 )
-def test_no_answer_is_kept_at_one_server(cluster: FakeCluster, fields: dict[str, Any]) -> None:
-    answer = post(cluster, ForwardPath.RESPONSES, input="hi", **fields)
+def test_no_answer_is_kept_at_one_server(servers_only: FakeCluster, fields: dict[str, Any]) -> None:
+    answer = post(servers_only, ForwardPath.RESPONSES, input="hi", **fields)
     assert answer.json["error"]["code"] == "unsupported_parameter"
     assert answer.json["error"]["param"] in fields
+
+
+NATIVE: dict[ForwardPath, dict[str, Any]] = {
+    ForwardPath.RESPONSES: {"input": "hi"},
+    ForwardPath.TOKENIZE: {"prompt": "hi"},
+    ForwardPath.DETOKENIZE: {"tokens": [5]},
+}
+
+
+@pytest.mark.parametrize("path", sorted(NATIVE))
+def test_the_gateway_answers_itself_where_it_has_a_built_in_engine(
+    cluster: FakeCluster, server: Server, path: ForwardPath
+) -> None:
+    before = len(server.fake.bodies)
+    answer = post(cluster, path, model=MODEL, **NATIVE[path])
+    assert answer.status == 200, answer.text
+    assert "body" not in answer.json
+    assert len(server.fake.bodies) == before
+
+
+def test_what_the_gateway_does_not_understand_of_a_response_goes_to_a_server(
+    cluster: FakeCluster, server: Server
+) -> None:
+    image = {"type": "input_image", "image_url": "data:image/png;base64,eA=="}
+    asked = [{"role": "user", "content": [image]}]
+    body = passed(server, post(cluster, ForwardPath.RESPONSES, input=asked))
+    assert (body["input"], body["store"]) == (asked, False)
+    assert server.fake.paths[-1] == ForwardPath.RESPONSES
 
 
 def test_without_a_server_everything_is_as_it_was(built_in: FakeCluster) -> None:
@@ -432,8 +466,10 @@ def test_without_a_server_everything_is_as_it_was(built_in: FakeCluster) -> None
         "code": "unsupported_parameter",
     }
     assert chat(built_in, nonsense=1).json["error"]["param"] == "nonsense"
-    for path in WHOLE_PATHS:
-        assert post(built_in, path, input="hi").status == 404
+    for path in WHOLE_PATHS - NATIVE.keys():
+        answer = post(built_in, path, input="hi")
+        assert (answer.status, answer.json["error"]["code"]) == (404, "not_found")
+        assert path in answer.json["error"]["message"]
 
 
 def test_a_built_in_engine_takes_nothing_as_it_is(built_in: FakeCluster) -> None:

@@ -173,6 +173,7 @@ class GenerateCall(
     skip_special_tokens: bool = True
     stream: bool = False
     include_usage: bool = False  # a last chunk with usage
+    continuous_usage: bool = False  # the usage so far in every other chunk, too
     # Completions: the text to put before the answers of each prompt; None: the text of its token
     # ids. (): no echo.
     echo: Annotated[tuple[str | None, ...], Meta(max_length=MAX_SEQUENCES)] = ()

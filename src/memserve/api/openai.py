@@ -53,19 +53,42 @@ class NotUnderstood(ApiError):
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # padding against traffic analysis: none is added
+    continuous_usage_stats: bool | None = None  # vLLM's: with `include_usage`, in every chunk
 
+
+# Fields on which no answer here depends: any value is accepted. They are about what a provider
+# keeps and bills, the pace of its answer, its own ids, and media, which are refused themselves.
+IGNORED: Final = frozenset(
+    {
+        "media_io_kwargs",
+        "mm_payload",
+        "mm_processor_kwargs",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "service_tier",
+        "session_id",
+        "store",
+        "stream_interval",
+    }
+)
+# The same, but checked: they are kept for as long as a request lives.
+IGNORED_BUT_CHECKED: Final = frozenset({"metadata", "prompt_cache_key", "safety_identifier"})
 
 # Neutral values besides null, [] and {}.
 _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "continue_final_message": (False,),
     "function_call": ("none", "auto"),
+    "include_reasoning": (True,),
     "length_penalty": (1,),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
+    "return_mm_kwargs": (False,),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
     "return_tokens_as_token_ids": (False,),
-    "service_tier": ("auto", "default"),
+    "routed_experts_prompt_start": (0,),
     "spaces_between_special_tokens": (True,),
-    "store": (False,),
     "stream": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -128,32 +151,55 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     chat_template_kwargs: _Json = UNSET
     continue_final_message: _Json = UNSET
     documents: _Json = UNSET
+    ec_transfer_params: _Json = UNSET
     function_call: _Json = UNSET
     functions: _Json = UNSET
     guided_choice: _Json = UNSET
     guided_grammar: _Json = UNSET
     guided_json: _Json = UNSET
     guided_regex: _Json = UNSET
+    include_reasoning: _Json = UNSET
     kv_transfer_params: _Json = UNSET
     length_penalty: _Json = UNSET
     logits_processors: _Json = UNSET
+    logprob_token_ids: _Json = UNSET
     modalities: _Json = UNSET
+    moderation: _Json = UNSET
     prediction: _Json = UNSET
+    prompt_embeds: _Json = UNSET
     prompt_logprobs: _Json = UNSET
     reasoning_effort: _Json = UNSET
+    repetition_detection: _Json = UNSET
     response_format: _Json = UNSET
+    return_mm_kwargs: _Json = UNSET
+    return_prompt_text: _Json = UNSET
+    return_token_offsets: _Json = UNSET
     return_tokens_as_token_ids: _Json = UNSET
-    service_tier: _Json = UNSET
+    routed_experts_prompt_start: _Json = UNSET
     spaces_between_special_tokens: _Json = UNSET
-    store: _Json = UNSET
     structured_outputs: _Json = UNSET
     suffix: _Json = UNSET
+    thinking_token_budget: _Json = UNSET
     tool_choice: _Json = UNSET
     tools: _Json = UNSET
     truncate_prompt_tokens: _Json = UNSET
+    truncation_side: _Json = UNSET
     use_beam_search: _Json = UNSET
     verbosity: _Json = UNSET
+    vllm_xargs: _Json = UNSET
+    watermarking: _Json = UNSET
     web_search_options: _Json = UNSET
+    # IGNORED
+    media_io_kwargs: _Json = UNSET
+    mm_payload: _Json = UNSET
+    mm_processor_kwargs: _Json = UNSET
+    prompt_cache_options: _Json = UNSET
+    prompt_cache_retention: _Json = UNSET
+    request_id: _Json = UNSET
+    service_tier: _Json = UNSET
+    session_id: _Json = UNSET
+    store: _Json = UNSET
+    stream_interval: _Json = UNSET
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -165,8 +211,13 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def continuous_usage(self) -> bool:
+        options = self.stream_options
+        return bool(options and options.include_usage and options.continuous_usage_stats)
 
-_SUPPORTED = {*SharedFields.__struct_fields__, "stream_options"}
+
+_SUPPORTED = {*SharedFields.__struct_fields__, "stream_options", *IGNORED}
 _UNSUPPORTED = tuple(name for name in _Request.__struct_fields__ if name not in _SUPPORTED)
 _unsupported_values = attrgetter(*_UNSUPPORTED)
 _ALL_ABSENT = (UNSET,) * len(_UNSUPPORTED)
@@ -189,6 +240,9 @@ class TextPart(
     msgspec.Struct, frozen=True, tag_field="type", tag="text", forbid_unknown_fields=True
 ):
     text: str
+    # Where a provider's cache should begin: here every prefix is cached.
+    cache_control: msgspec.Raw | None = None
+    prompt_cache_breakpoint: msgspec.Raw | None = None
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -327,6 +381,10 @@ def _check_common(request: CompletionRequest | ChatRequest) -> None:
     if values != _ALL_ABSENT:
         for name, value in zip(_UNSUPPORTED, values, strict=True):
             if value is not UNSET and not _is_neutral(name, value):
+                if name == "return_tokens_as_token_ids" and (
+                    request.logprobs is None or request.logprobs is False
+                ):
+                    continue  # it names the tokens of log-probabilities
                 raise unsupported(name)
     check_best_of(request)
     if request.stream_options is not None and not request.stream:

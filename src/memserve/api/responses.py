@@ -84,7 +84,7 @@ NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "session_id": (),
     "truncation": ("disabled",),
     "vllm_xargs": (),
-    "watermarking": (False,),
+    "watermarking": (),
 }
 
 

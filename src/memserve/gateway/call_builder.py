@@ -173,6 +173,7 @@ class CallBuilder:
             skip_special_tokens=request.skip_special_tokens is not False,
             stream=bool(request.stream),
             include_usage=request.include_usage,
+            continuous_usage=request.continuous_usage,
             echo=echo,
             return_token_ids=bool(request.return_token_ids),
             cache_salt=request.cache_salt or "",
