@@ -198,7 +198,6 @@ def test_a_stream_is_the_servers_byte_for_byte(cluster: FakeCluster) -> None:
         ("kv_transfer_params", {"do_remote_prefill": True}),
         ("ec_transfer_params", {"x": 1}),
         ("vllm_xargs", {"x": 1}),
-        ("request_id", "mine"),
         ("session_id", "mine"),
         ("mm_processor_kwargs", {"x": 1}),
         ("media_io_kwargs", {"image": {"x": 1}}),
@@ -206,7 +205,6 @@ def test_a_stream_is_the_servers_byte_for_byte(cluster: FakeCluster) -> None:
         ("chat_template_kwargs", {"chat_template": "x"}),
         ("watermarking", False),
         ("guided_choice", ["yes"]),  # vLLM would ignore it
-        ("store", True),
         ("nonsense", 1),
         ("n", 1000),
         ("max_tokens", 0),
@@ -426,6 +424,17 @@ def test_no_answer_is_kept_at_one_server(servers_only: FakeCluster, fields: dict
     answer = post(servers_only, ForwardPath.RESPONSES, input="hi", **fields)
     assert answer.json["error"]["code"] == "unsupported_parameter"
     assert answer.json["error"]["param"] in fields
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("request_id", "mine"), ("store", True), ("service_tier", "flex"), ("metadata", {"a": "b"})],
+)
+def test_what_no_answer_depends_on_is_not_passed_on(
+    cluster: FakeCluster, server: Server, field: str, value: Any
+) -> None:
+    body = passed(server, chat(cluster, **{"tools": TOOLS, field: value}))
+    assert field not in body
 
 
 NATIVE: dict[ForwardPath, dict[str, Any]] = {
