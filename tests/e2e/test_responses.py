@@ -11,7 +11,9 @@ import pytest
 from openai.types.responses import ResponseItem
 from pydantic import TypeAdapter
 
+from memserve.api.serving import bind, url_of
 from memserve.config import GatewayConfig
+from memserve.gateway.siblings import Siblings
 from memserve.models.tokenizer import Tokenizer
 from tests.e2e.conftest import StartCluster
 from tests.e2e.test_openai_client import ANSWER, client_of, says
@@ -215,3 +217,48 @@ def test_background_responses_are_refused_by_name(client: openai.OpenAI) -> None
     with pytest.raises(openai.BadRequestError) as refused:
         client.responses.cancel(answer.id)
     assert refused.value.param == "background"
+
+
+def test_workers_of_a_gateway_find_each_other_s_responses(
+    start_cluster: StartCluster, tokenizer: Tokenizer
+) -> None:
+    one, other = start_cluster(says(tokenizer, ANSWER)), start_cluster(says(tokenizer, ANSWER))
+    sock = bind("127.0.0.1", 0)
+    url = url_of(sock)
+    other.wait(other.gateway.hear_siblings(sock))
+    siblings = Siblings(one.gateway._peers, 0, {1: url})
+    one.call(lambda: setattr(one.gateway._app._responses, "_siblings", siblings))
+    with client_of(one) as here, client_of(other) as there:
+        first = there.responses.create(model=MODEL, input="a")
+        assert here.responses.retrieve(first.id) == first
+        second = here.responses.create(model=MODEL, input="b", previous_response_id=first.id)
+        items = here.responses.input_items.list(second.id, order="asc").data
+        assert items[0] == here.responses.input_items.list(first.id).data[0]
+        assert len(items) == 3
+        here.responses.delete(first.id)
+        for client in (here, there):
+            with pytest.raises(openai.NotFoundError):
+                client.responses.retrieve(first.id)
+        # Others that are no workers of the same gateway are not asked.
+        with pytest.raises(openai.NotFoundError, match="made itself"):
+            there.responses.retrieve(second.id)
+
+
+def test_siblings_are_not_asked_for_what_is_no_id(cluster: FakeCluster) -> None:
+    asked: list[str] = []
+
+    class Nobody(Siblings):
+        async def answers(self, path: str, method: str = "GET") -> dict[int, bytes]:
+            asked.append(path)
+            return {}
+
+    nobody = Nobody(cluster.gateway._peers, 0, {})
+    cluster.call(lambda: setattr(cluster.gateway._app._responses, "_siblings", nobody))
+    with client_of(cluster) as client:
+        for name in ("resp_..%2f..%2fmembers", "x", "resp_a?b", "resp_", "resp_é"):
+            with pytest.raises(openai.NotFoundError):
+                client.responses.retrieve(name)
+        assert not asked
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve("resp_0a")
+        assert len(asked) == 1
