@@ -16,7 +16,7 @@ PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-core test-vllm lint format bench peers peers-install vllm paper soak
-.PHONY: readme clean
+.PHONY: api-docs readme clean
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -31,6 +31,7 @@ help:
 	@echo "make peers-install   only install them (PEERS='vllm ...': only these)"
 	@echo "make paper   the paper's evaluation, as a report in build/paper (DATA=FOLDER; ARGS='--quick')"
 	@echo "make soak    a whole cluster under mixed load for an hour (ARGS='--minutes 10 ...')"
+	@echo "make api-docs   docs/api.md's tables anew, from what the gateway takes"
 	@echo "make readme  benchmarks/README.md anew, from benchmarks/results"
 	@echo "make clean   remove what these made, the environment included"
 
@@ -103,6 +104,9 @@ paper: setup
 
 soak: setup
 	@$(EVALUATION) soak $(ARGS)
+
+api-docs: setup
+	@PYTHONPATH=src $(BIN)/python -m tests.api_fields
 
 readme: setup
 	@$(EVALUATION) readme

@@ -241,8 +241,8 @@ class TextPart(
 ):
     text: str
     # Where a provider's cache should begin: here every prefix is cached.
-    cache_control: msgspec.Raw | None = None
-    prompt_cache_breakpoint: msgspec.Raw | None = None
+    cache_control: _Json = UNSET
+    prompt_cache_breakpoint: _Json = UNSET
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

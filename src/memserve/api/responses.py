@@ -56,10 +56,14 @@ SHARED_WITH_CHAT: Final = (
 IGNORED: Final = frozenset(
     {
         "max_tool_calls",  # of tools that the server runs; there are none
+        "media_io_kwargs",  # of media, which are refused themselves
+        "mm_payload",
+        "mm_processor_kwargs",
         "prompt_cache_options",
         "prompt_cache_retention",
         "request_id",
         "service_tier",
+        "session_id",
         "stream_options",  # padding and its like
     }
 )
@@ -74,14 +78,10 @@ NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "enable_response_messages": (False,),
     "image": (),
     "kv_transfer_params": (),
-    "media_io_kwargs": (),
-    "mm_payload": ("tensors",),
-    "mm_processor_kwargs": (),
     "moderation": (),
     "previous_input_messages": (),
     "prompt": (),
     "return_mm_kwargs": (False,),
-    "session_id": (),
     "truncation": ("disabled",),
     "vllm_xargs": (),
     "watermarking": (),

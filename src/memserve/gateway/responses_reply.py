@@ -244,22 +244,18 @@ class ResponsesReply(Reply):
                     self._chunk(payload)
 
     def _chunk(self, payload: bytes) -> None:
+        self._size += len(payload)
+        if self._size > MAX_ANSWER_BYTES:
+            self._failed = _too_large()
+            return
         try:
             chunk = _chunk.decode(payload)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            self._failed = internal("The instance's answer cannot be read.").detail
-            return
-        if chunk.error is not None:
             self._failed = chunk.error
-            return
-        if chunk.usage is not None:
-            self._usage = chunk.usage
-        for choice in chunk.choices[:1]:
-            self._size += len(payload)
-            if self._size > MAX_ANSWER_BYTES:
-                self._failed = _too_large()
-                return
-            self._delta(choice)
+            self._usage = chunk.usage or self._usage
+            for choice in chunk.choices[:1]:
+                self._delta(choice)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            self._failed = internal("The instance's answer cannot be read.").detail
 
     def _delta(self, choice: _Choice) -> None:
         delta = choice.delta

@@ -35,6 +35,7 @@ _CHAT_FIELDS: Final = frozenset(
         "chat_template",
         "chat_template_kwargs",
         "continue_final_message",
+        "media_io_kwargs",
         "messages",
         "mm_processor_kwargs",
         "model",
