@@ -465,6 +465,17 @@ def test_what_the_gateway_does_not_understand_of_a_response_goes_to_a_server(
     assert server.fake.paths[-1] == ForwardPath.RESPONSES
 
 
+def test_tokens_of_what_the_gateway_does_not_understand_are_a_server_s(
+    cluster: FakeCluster, server: Server
+) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,eA=="}}
+    messages = [{"role": "user", "content": [part]}]
+    assert passed(server, post(cluster, ForwardPath.TOKENIZE, messages=messages))
+    assert server.fake.paths[-1] == ForwardPath.TOKENIZE
+    answer = post(cluster, ForwardPath.TOKENIZE, prompt="hi", nonsense=1)
+    assert (answer.status, answer.json["error"]["param"]) == (400, "nonsense")
+
+
 def test_without_a_server_everything_is_as_it_was(built_in: FakeCluster) -> None:
     answer = chat(built_in, tools=TOOLS)
     assert answer.status == 400
