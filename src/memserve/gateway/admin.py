@@ -25,8 +25,11 @@ from memserve.api.errors import (
     model_not_found,
     path_not_found,
 )
+from memserve.api.forward import ForwardPath
 from memserve.api.openai import ChatRequest, CompletionRequest
 from memserve.api.peer_client import PeerClient
+from memserve.api.responses import Response as ClientResponse
+from memserve.api.responses import ResponsesRequest
 from memserve.cluster.client import FEEDS_PATH
 from memserve.cluster.kv_feed import MemberFeed
 from memserve.cluster.membership import DegradedPair, Membership
@@ -34,6 +37,7 @@ from memserve.gateway.access import LOAD_PATH, METRICS_PATH
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.siblings import Siblings
+from memserve.gateway.tokenization import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from memserve.gateway.worker_metrics import merged
 from memserve.scheduler.decisions import Decision, DecisionView
 
@@ -244,6 +248,9 @@ def _with_openai(base: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, A
     endpoints = {
         CHAT_PATH: (ChatRequest, ChatCompletion),
         COMPLETIONS_PATH: (CompletionRequest, Completion),
+        ForwardPath.RESPONSES.value: (ResponsesRequest, ClientResponse),
+        ForwardPath.TOKENIZE.value: (TokenizeRequest, Tokens),
+        ForwardPath.DETOKENIZE.value: (DetokenizeRequest, Text),
     }
 
     def schema() -> dict[str, Any]:

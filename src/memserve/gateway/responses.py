@@ -6,10 +6,10 @@ processes with the cluster's secret can make; other gateways are not asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -44,7 +44,10 @@ RESPONSES_PATH: Final = ForwardPath.RESPONSES.value
 _STORED: Final = f"{RESPONSES_PATH}/"
 _SIBLINGS: Final = "/cluster/worker/responses/"  # <owner>/<id>, among the workers of a gateway
 _DEFAULT_PAGE, _MAX_PAGE = 20, 100  # items of a page; OpenAI's
+# Read and translated on the event loop: hundreds of short items take a millisecond.
+INLINE_BYTES: Final = 16 * 1024
 
+T = TypeVar("T")
 _encode = msgspec.json.Encoder().encode
 _stored = msgspec.msgpack.Decoder(StoredResponse)
 
@@ -116,7 +119,10 @@ class Responses:
         stored = await self.find(owner, response_id)
         if stored is None:
             raise self._unknown(response_id)
-        reply.send(HTTPStatus.OK, _page(stored.input, query) if part else stored.body)
+        body = stored.body
+        if part:
+            body = await self._aside(stored.size, partial(_page, stored.input, query))
+        reply.send(HTTPStatus.OK, body)
 
     def for_siblings(self, handler: Handler) -> Handler:
         """Return a handler that answers sibling workers, and passes any other request on."""
@@ -149,24 +155,29 @@ class Responses:
         return await self._forwards.build(ForwardPath.RESPONSES, body, limits)
 
     async def _build(self, body: bytes, limits: Limits, exchange: Exchange) -> GenerateCall:
-        apart = self._calls.threads.apart
-        large = len(body) > LARGE_BODY_BYTES
-        asked = await apart(lambda: read_request(body)) if large else read_request(body)
+        asked = await self._aside(len(body), partial(read_request, body))
         request = asked.request
         store = self._stores(request.store)
         before: tuple[bytes, ...] = ()
         if request.previous_response_id is not None:
             before = await self._before(exchange.owner, request.previous_response_id)
         stem = self._calls.new_id("item") if store else None
-        translate = partial(_translated, asked, before, stem)
-        large = large or sum(map(len, before)) > LARGE_BODY_BYTES
-        chat, given = await apart(translate) if large else translate()
+        size = len(body) + sum(map(len, before))
+        chat, given = await self._aside(size, partial(_translated, asked, before, stem))
         call = await self._calls.chat(chat, limits)
         response_id = f"resp_{call.id.removeprefix('chatcmpl-')}"
         response = asked.response(response_id, self._calls.model, store)
         keep = partial(self._keep, exchange.owner, response_id, given) if store else None
         exchange.reply.begin(response, bool(request.stream), keep)
         return call
+
+    async def _aside(self, size: int, work: Callable[[], T]) -> T:
+        """Do work on so many bytes: on a thread if it would hold up the event loop."""
+        if size > LARGE_BODY_BYTES:
+            return await self._calls.threads.apart(work)
+        if size > INLINE_BYTES:
+            return await self._calls.threads.off_loop(size, work)
+        return work()
 
     def _stores(self, asked: bool | None) -> bool:
         """Return whether to keep the answer; OpenAI's default is yes. Raises ApiError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -25,6 +25,7 @@ _INLINE_TOKENS: Final = 1024  # decoded on the event loop
 _Name = Annotated[str, Meta(max_length=MAX_NAME_CHARACTERS)]
 _Json = msgspec.Raw | UnsetType
 
+T = TypeVar("T")
 _encode = msgspec.json.Encoder().encode
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 # Fields of a chat that its tokens depend on.
@@ -44,7 +45,7 @@ _CHAT_FIELDS: Final = frozenset(
 )
 
 
-class _Asked(msgspec.Struct, frozen=True):
+class TokenizeRequest(msgspec.Struct, frozen=True):
     """`POST /tokenize`; of a chat, the other fields are read as those of a chat."""
 
     prompt: _Json = UNSET
@@ -76,7 +77,7 @@ class Text(msgspec.Struct, frozen=True):
     prompt: str
 
 
-_asked = msgspec.json.Decoder(_Asked)
+_asked = msgspec.json.Decoder(TokenizeRequest)
 _detokenize = msgspec.json.Decoder(DetokenizeRequest)
 
 
@@ -90,15 +91,7 @@ class Tokenization:
 
     async def tokenize(self, body: bytes, limits: Limits) -> bytes:
         """Return the tokens of a prompt or a chat, as JSON. Raises ApiError."""
-        if len(body) > COUNTED_BODY_BYTES:
-            check_body(body)
-        try:
-            members = _members.decode(body)
-            asked = _asked.decode(body)
-        except msgspec.ValidationError as error:
-            raise not_understood(error) from error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise not_json(error) from error
+        asked, members = await self._read(body, _read_tokenize)
         self._calls.check_model(asked.model)
         room = msgspec.structs.replace(limits, max_tokens=limits.max_tokens * _CONTEXTS)
         if asked.messages is not UNSET:
@@ -110,7 +103,7 @@ class Tokenization:
             return await self._off_loop(
                 len(call.prompts[0]), lambda: self._told(call.prompts[0], asked, limits)
             )
-        rest = members.keys() - set(_Asked.__struct_fields__)
+        rest = members.keys() - set(TokenizeRequest.__struct_fields__)
         if rest:
             raise unsupported(min(rest)[:64])
         if asked.prompt is UNSET:
@@ -119,14 +112,14 @@ class Tokenization:
 
     async def detokenize(self, body: bytes, limits: Limits) -> bytes:
         """Return the text of token ids, as JSON. Raises ApiError."""
-        try:
-            asked = _detokenize.decode(body)
-        except msgspec.ValidationError as error:
-            raise not_understood(error) from error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise not_json(error) from error
+        asked = await self._read(body, _detokenize.decode)
         self._calls.check_model(asked.model)
         return await self._off_loop(len(body), lambda: self._text(asked, limits))
+
+    async def _read(self, body: bytes, decode: Callable[[bytes], T]) -> T:
+        if len(body) > LARGE_BODY_BYTES:
+            return await self._calls.threads.apart(lambda: _decoded(decode, body))
+        return _decoded(decode, body)
 
     async def _off_loop(self, size: int, work: Callable[[], bytes]) -> bytes:
         if size > LARGE_BODY_BYTES:
@@ -135,7 +128,7 @@ class Tokenization:
             return await self._calls.threads.off_loop(size, work)
         return work()
 
-    def _prompt(self, asked: _Asked, limits: Limits, room: Limits) -> bytes:
+    def _prompt(self, asked: TokenizeRequest, limits: Limits, room: Limits) -> bytes:
         assert asked.prompt is not UNSET
         prompts = read_prompts(asked.prompt)
         if len(prompts) != 1 or not isinstance(prompts[0], str):
@@ -144,7 +137,7 @@ class Tokenization:
         special = asked.add_special_tokens is not False
         return self._told(self._calls.token_ids(prompts[0], special), asked, limits)
 
-    def _told(self, ids: TokenArray, asked: _Asked, limits: Limits) -> bytes:
+    def _told(self, ids: TokenArray, asked: TokenizeRequest, limits: Limits) -> bytes:
         tokens: list[int] = ids.tolist()
         strings = self._tokenizer.tokens(tokens) if asked.return_token_strs else None
         return _encode(Tokens(len(tokens), limits.max_tokens, tokens, strings))
@@ -161,3 +154,19 @@ class Tokenization:
                 f"Token id {highest} is outside the vocabulary of {limits.vocab_size}.", "tokens"
             )
         return _encode(Text(self._tokenizer.decode(tokens, skip_special_tokens=False)))
+
+
+def _read_tokenize(body: bytes) -> tuple[TokenizeRequest, dict[str, msgspec.Raw]]:
+    """Return a request, and all of its fields as JSON."""
+    return _asked.decode(body), _members.decode(body)
+
+
+def _decoded(decode: Callable[[bytes], T], body: bytes) -> T:
+    if len(body) > COUNTED_BODY_BYTES:
+        check_body(body)
+    try:
+        return decode(body)
+    except msgspec.ValidationError as error:
+        raise not_understood(error) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise not_json(error) from error
