@@ -321,7 +321,7 @@ def test_reasoning_text_and_calls_are_items() -> None:
         "output_item.added", "content_part.added", "output_text.delta",
         "output_text.done", "content_part.done", "output_item.done",
         "output_item.added", "function_call_arguments.delta", "function_call_arguments.delta",
-        "function_call_arguments.delta", "function_call_arguments.done", "output_item.done",
+        "function_call_arguments.done", "output_item.done",
         "output_item.added", "function_call_arguments.delta", "function_call_arguments.done",
         "output_item.done",
         "completed",

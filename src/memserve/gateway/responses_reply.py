@@ -28,12 +28,10 @@ from memserve.api.http_message import (
 from memserve.api.limits import MAX_ANSWER_BYTES
 from memserve.api.responses import (
     IncompleteDetails,
-    InputTokensDetails,
-    OutputTokensDetails,
     Response,
     ResponseError,
-    ResponseUsage,
 )
+from memserve.gateway.chat_chunks import Choice, ToolCall, Usage, decode_chunk, response_usage
 from memserve.gateway.responses_items import CallItem, Item, MessageItem, ReasoningItem, event
 
 EVENT_END: Final = b"\n\n"
@@ -41,60 +39,6 @@ _DATA: Final = b"data: "
 _DONE: Final = b"[DONE]"
 _encode = msgspec.json.Encoder().encode
 Keep = Callable[[bytes, Sequence[bytes]], None]
-
-
-class _Function(msgspec.Struct, frozen=True):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _ToolCall(msgspec.Struct, frozen=True):
-    index: int = 0
-    id: str | None = None
-    function: _Function = _Function()
-
-
-class _Delta(msgspec.Struct, frozen=True):
-    content: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: tuple[_ToolCall, ...] | None = None
-
-
-class _Logprobs(msgspec.Struct, frozen=True):
-    content: tuple[msgspec.Raw, ...] | None = None
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    delta: _Delta = _Delta()
-    logprobs: _Logprobs | None = None
-    finish_reason: str | None = None
-
-
-class _CachedTokens(msgspec.Struct, frozen=True):
-    cached_tokens: int | None = None
-
-
-class _ReasoningTokens(msgspec.Struct, frozen=True):
-    reasoning_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct, frozen=True):
-    prompt_tokens: int
-    completion_tokens: int = 0
-    prompt_tokens_details: _CachedTokens | None = None
-    completion_tokens_details: _ReasoningTokens | None = None
-
-
-class _Chunk(msgspec.Struct, frozen=True):
-    """What is read of a chat's chunk, or of an error event."""
-
-    choices: tuple[_Choice, ...] = ()
-    usage: _Usage | None = None
-    error: ErrorDetail | None = None
-
-
-_chunk = msgspec.json.Decoder(_Chunk)
 
 
 class _NoWire:
@@ -143,7 +87,7 @@ class ResponsesReply(Reply):
         self._item: Item | None = None  # the open one
         self._outputs: list[bytes] = []  # items that are done
         self._finish_reason: str | None = None
-        self._usage: _Usage | None = None
+        self._usage: Usage | None = None
         self._failed: ErrorDetail | None = None
         self._size = 0
         self.gone = outer.gone
@@ -249,7 +193,7 @@ class ResponsesReply(Reply):
             self._failed = _too_large()
             return
         try:
-            chunk = _chunk.decode(payload)
+            chunk = decode_chunk(payload)
             self._failed = chunk.error
             self._usage = chunk.usage or self._usage
             for choice in chunk.choices[:1]:
@@ -257,7 +201,7 @@ class ResponsesReply(Reply):
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
             self._failed = internal("The instance's answer cannot be read.").detail
 
-    def _delta(self, choice: _Choice) -> None:
+    def _delta(self, choice: Choice) -> None:
         delta = choice.delta
         if thought := delta.reasoning or delta.reasoning_content:
             self._text_item(ReasoningItem).add(thought, self._tell_raw)
@@ -265,7 +209,10 @@ class ResponsesReply(Reply):
         if delta.content or scores:
             self._text_item(MessageItem).add(delta.content or "", self._tell_raw, scores)
         for call in delta.tool_calls or ():
-            self._call(call).add(call.function.arguments or "", self._tell_raw)
+            part = call.function
+            item = self._call(call)
+            if part is not None and part.arguments:
+                item.add(part.arguments, self._tell_raw)
         if choice.finish_reason is not None:
             self._finish_reason = choice.finish_reason
 
@@ -279,7 +226,7 @@ class ResponsesReply(Reply):
             item = self._begun(kind(self._stem, len(self._outputs)))
         return item
 
-    def _call(self, call: _ToolCall) -> Item:
+    def _call(self, call: ToolCall) -> Item:
         """Return the open item if this is a part of its call, or else a new one."""
         item = self._item
         if (
@@ -288,7 +235,7 @@ class ResponsesReply(Reply):
             or call.id not in (None, item.call_id)
         ):
             self._close()
-            name = call.function.name or ""
+            name = "" if call.function is None else call.function.name or ""
             new = CallItem(self._stem, len(self._outputs), call.index, call.id, name)
             return self._begun(new)
         return item
@@ -360,23 +307,9 @@ class ResponsesReply(Reply):
             status=status,
             completed_at=int(time.time()) if status == "completed" else None,
             output=[msgspec.Raw(item) for item in self._outputs],
-            usage=_usage(self._usage),
+            usage=response_usage(self._usage),
             **changes,
         )
-
-
-def _usage(used: _Usage | None) -> ResponseUsage | None:
-    if used is None:
-        return None
-    cached = used.prompt_tokens_details
-    reasoning = used.completion_tokens_details
-    return ResponseUsage(
-        used.prompt_tokens,
-        InputTokensDetails(cached.cached_tokens or 0 if cached is not None else 0),
-        used.completion_tokens,
-        OutputTokensDetails(reasoning.reasoning_tokens or 0 if reasoning is not None else 0),
-        used.prompt_tokens + used.completion_tokens,
-    )
 
 
 def _status_of(detail: ErrorDetail) -> HTTPStatus:
