@@ -234,7 +234,16 @@ class FakeEngine:
             else (self._logprobs(token, sampling.logprobs),),
             finish_reason=finish,
             stop_token=token if ended else None,
+            prompt_logprobs=self._prompt_logprobs(request)
+            if sequence.tokens == 1 + len(request.output)
+            else (),
         )
+
+    def _prompt_logprobs(self, request: EngineRequest) -> tuple[TokenLogprobs, ...]:
+        count = request.sampling.prompt_logprobs
+        if count is None or len(request.output):
+            return ()
+        return tuple(self._logprobs(token, count) for token in request.prompt[1:].tolist())
 
     def _logprobs(self, token: int, count: int) -> TokenLogprobs:
         others = tuple(((token + i) % self.vocab_size, -0.5 - i) for i in range(count))

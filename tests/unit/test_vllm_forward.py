@@ -114,7 +114,7 @@ def cluster(tokenizer: Tokenizer, server: Server, stack: ExitStack) -> FakeClust
 
 
 @pytest.fixture(scope="module")
-def servers_only(tokenizer: Tokenizer, server: Server, stack: ExitStack) -> FakeCluster:
+def vllm_only(tokenizer: Tokenizer, server: Server, stack: ExitStack) -> FakeCluster:
     return stack.enter_context(running(tokenizer, {0: server}))
 
 
@@ -168,10 +168,10 @@ def passed(server: Server, answer: Answer) -> dict[str, Any]:
     ],
     ids=lambda fields: "-".join(fields),
 )
-def test_what_the_gateway_does_not_know_gets_to_the_server_as_it_is(
-    cluster: FakeCluster, server: Server, fields: dict[str, Any]
+def test_what_only_vllm_members_can_answer_gets_to_the_server_as_it_is(
+    vllm_only: FakeCluster, server: Server, fields: dict[str, Any]
 ) -> None:
-    answer = chat(cluster, **fields)
+    answer = chat(vllm_only, **fields)
     wanted = {"messages": MESSAGES, "model": MODEL, **fields}
     assert passed(server, answer) == wanted
     assert answer.json["path"] == ForwardPath.CHAT
@@ -395,9 +395,9 @@ def test_one_that_is_lost_in_mid_stream_is_told_at_once(
 
 @pytest.mark.parametrize("path", sorted(WHOLE_PATHS))
 def test_other_endpoints_of_the_servers(
-    servers_only: FakeCluster, server: Server, path: ForwardPath
+    vllm_only: FakeCluster, server: Server, path: ForwardPath
 ) -> None:
-    cluster = servers_only
+    cluster = vllm_only
     contents: dict[str, Any] = {
         "input": "a text",
         "messages": MESSAGES,
@@ -420,8 +420,8 @@ def test_other_endpoints_of_the_servers(
 @pytest.mark.parametrize(
     "fields", [{"store": True}, {"previous_response_id": "x"}, {"background": True}]
 )
-def test_no_answer_is_kept_at_one_server(servers_only: FakeCluster, fields: dict[str, Any]) -> None:
-    answer = post(servers_only, ForwardPath.RESPONSES, input="hi", **fields)
+def test_no_answer_is_kept_at_one_server(vllm_only: FakeCluster, fields: dict[str, Any]) -> None:
+    answer = post(vllm_only, ForwardPath.RESPONSES, input="hi", **fields)
     assert answer.json["error"]["code"] == "unsupported_parameter"
     assert answer.json["error"]["param"] in fields
 

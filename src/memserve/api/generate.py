@@ -77,6 +77,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     ignore_eos: bool = False
     logprobs: Count | None = None  # alternatives to report besides the chosen token; None: none
     grammar: Grammar | None = None  # that the whole output obeys
+    # Alternatives to report for each token of the prompt but the first; None: no scores of the
+    # prompt, which is otherwise computed whole, without cached KV.
+    prompt_logprobs: Count | None = None
 
 
 def validate_sampling(
@@ -109,6 +112,8 @@ def validate_sampling(
         raise _refused("frequency_penalty", p.frequency_penalty, "from -2 to 2")
     if p.logprobs is not None and not 0 <= p.logprobs <= MAX_LOGPROBS:
         raise _refused("logprobs", p.logprobs, f"from 0 to {MAX_LOGPROBS}")
+    if p.prompt_logprobs is not None and not 0 <= p.prompt_logprobs <= MAX_LOGPROBS:
+        raise _refused("prompt_logprobs", p.prompt_logprobs, f"from 0 to {MAX_LOGPROBS}")
     if p.seed is not None and not -(2**63) <= p.seed < 2**63:
         raise _refused("seed", p.seed, "a signed 64-bit integer")
     if like is not None and _same_lists(p, like):
@@ -177,6 +182,11 @@ class GenerateCall(
     # Completions: the text to put before the answers of each prompt; None: the text of its token
     # ids. (): no echo.
     echo: Annotated[tuple[str | None, ...], Meta(max_length=MAX_SEQUENCES)] = ()
+    # The answer has no tokens (`max_tokens` 0): the one that each sequence generates is dropped.
+    prompt_only: bool = False
+    # Alternatives to report for each prompt token in vLLM's form, at most `sampling`'s; not for
+    # streams. With `echo` and `sampling.logprobs`, OpenAI's form has the prompt's scores, too.
+    prompt_logprobs: Count | None = None
     return_token_ids: bool = False  # the client asked for `token_ids`, `prompt_token_ids`
     cache_salt: Name = ""  # namespace of the KV cache
     priority: Int32 = 0  # lower runs first
@@ -198,7 +208,9 @@ class GenerateCall(
     def own_engine(self) -> bool:
         """Whether only the built-in engine can answer this call. For vLLM servers, the gateway
         forwards the client's request instead."""
-        return self.forward is None and self.sampling.grammar is not None
+        asked = self.sampling
+        special = asked.grammar is not None or asked.prompt_logprobs is not None
+        return special and self.forward is None
 
     def __post_init__(self) -> None:
         force_setattr(self, "prompts", tuple(map(token_field, self.prompts)))

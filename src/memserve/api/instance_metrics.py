@@ -45,6 +45,7 @@ _HISTOGRAMS: tuple[tuple[str, str, Callable[[InstanceStats], Histogram]], ...] =
 _SOURCES: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
     ("computed", lambda s: s.engine.computed_prompt_tokens),
     ("cached", lambda s: s.engine.cached_prompt_tokens),
+    ("received", lambda s: s.engine.received_prompt_tokens),
 )
 _DIRECTIONS: tuple[tuple[str, Callable[[InstanceStats], float]], ...] = (
     ("out", lambda s: s.pool.swapped_out),

@@ -36,6 +36,8 @@ MAX_PARTS = 256
 MAX_NAME_CHARACTERS = 1024
 # Entries of `metadata`; OpenAI's limit.
 MAX_METADATA_ENTRIES = 16
+# Log-probabilities of prompts in one answer: those of 12,000 tokens with MAX_LOGPROBS each.
+MAX_PROMPT_SCORES = 256 * 1024
 # Characters of a grammar or JSON schema: several times the largest schemas in use.
 MAX_GRAMMAR_CHARACTERS = 256 * 1024
 # Nesting depth of arrays and objects. No valid request needs more than 6.

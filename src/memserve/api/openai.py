@@ -143,6 +143,7 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Fields that both endpoints share."""
 
     stream_options: StreamOptions | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     # Fields that are accepted with neutral values only.
     allowed_token_ids: _Json = UNSET
     audio: _Json = UNSET
@@ -167,7 +168,6 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     moderation: _Json = UNSET
     prediction: _Json = UNSET
     prompt_embeds: _Json = UNSET
-    prompt_logprobs: _Json = UNSET
     reasoning_effort: _Json = UNSET
     repetition_detection: _Json = UNSET
     response_format: _Json = UNSET
@@ -217,7 +217,7 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return bool(options and options.include_usage and options.continuous_usage_stats)
 
 
-_SUPPORTED = {*SharedFields.__struct_fields__, "stream_options", *IGNORED}
+_SUPPORTED = {*SharedFields.__struct_fields__, "stream_options", "prompt_logprobs", *IGNORED}
 _UNSUPPORTED = tuple(name for name in _Request.__struct_fields__ if name not in _SUPPORTED)
 _unsupported_values = attrgetter(*_UNSUPPORTED)
 _ALL_ABSENT = (UNSET,) * len(_UNSUPPORTED)
@@ -232,6 +232,7 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
 
     # Not parsed: `gateway.prompts` counts the prompts first.
     prompt: Annotated[msgspec.Raw, Meta(extra_json_schema=msgspec.json.schema(Prompts))]
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_INT32)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -287,8 +288,6 @@ def parse_completion(body: bytes) -> CompletionRequest:
     """Decode a request, but not its prompt. Raises ApiError (400) that names the field at fault."""
     request = _decode(_completion, body)
     _check_common(request)
-    if request.echo and request.logprobs is not None:
-        raise NotUnderstood("'echo' cannot be combined with 'logprobs' here.", "echo")
     return request
 
 
@@ -308,7 +307,10 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 
 def sampling_params(
-    request: CompletionRequest | ChatRequest, max_tokens: int, logprobs: int | None
+    request: CompletionRequest | ChatRequest,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """Return the engine's parameters; fields that were not given have neutral values."""
     none, asked = _NO_SAMPLING, request
@@ -333,6 +335,7 @@ def sampling_params(
         stop_token_ids=asked.stop_token_ids or (),
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -381,14 +384,20 @@ def _check_common(request: CompletionRequest | ChatRequest) -> None:
     if values != _ALL_ABSENT:
         for name, value in zip(_UNSUPPORTED, values, strict=True):
             if value is not UNSET and not _is_neutral(name, value):
-                if name == "return_tokens_as_token_ids" and (
-                    request.logprobs is None or request.logprobs is False
-                ):
+                if name == "return_tokens_as_token_ids" and not _scored(request):
                     continue  # it names the tokens of log-probabilities
                 raise unsupported(name)
     check_best_of(request)
+    if request.stream and request.prompt_logprobs is not None:
+        raise invalid("'prompt_logprobs' is not available with 'stream'.", "prompt_logprobs")
     if request.stream_options is not None and not request.stream:
         raise invalid("'stream_options' needs 'stream': true.", "stream_options")
+
+
+def _scored(request: CompletionRequest | ChatRequest) -> bool:
+    """Return whether the answer has log-probabilities. 0 asks for those of the tokens chosen."""
+    plain = request.logprobs is None or request.logprobs is False
+    return not plain or request.prompt_logprobs is not None
 
 
 def _is_neutral(field: str, json: msgspec.Raw) -> bool:

@@ -107,6 +107,7 @@ class EngineTotals(msgspec.Struct, frozen=True):
     finished: Count
     cancelled: Count
     busy_seconds: Seconds
+    received_prompt_tokens: Count = 0
 
 
 class MediumTotals(msgspec.Struct, frozen=True):

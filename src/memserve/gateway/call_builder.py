@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Sequence
 
 import msgspec
 
@@ -15,6 +16,7 @@ from memserve.api.limits import (
     LARGE_BODY_BYTES,
     MAX_ECHO_CHARACTERS,
     MAX_NAME_CHARACTERS,
+    MAX_PROMPT_SCORES,
     MAX_SEQUENCES,
 )
 from memserve.api.openai import (
@@ -138,7 +140,11 @@ class CallBuilder:
             limits,
             kind=CallKind.COMPLETION,
             prompts=prompts,
-            max_tokens=request.max_tokens or min(DEFAULT_COMPLETION_TOKENS, room),
+            max_tokens=(
+                min(DEFAULT_COMPLETION_TOKENS, room)
+                if request.max_tokens is None
+                else request.max_tokens
+            ),
             logprobs=request.logprobs,
             echo=_texts(given) if request.echo else (),
         )
@@ -154,7 +160,13 @@ class CallBuilder:
         logprobs: int | None,
         echo: tuple[str | None, ...] = (),
     ) -> GenerateCall:
-        sampling = sampling_params(request, max_tokens, logprobs)
+        prompt_logprobs = request.prompt_logprobs
+        if echo and logprobs is not None:
+            prompt_logprobs = max(logprobs, prompt_logprobs or 0)
+        if prompt_logprobs is not None:
+            _check_scores(prompts, request.samples, prompt_logprobs)
+        # The engine generates at least one token, from the logits that end the prefill.
+        sampling = sampling_params(request, max_tokens or 1, logprobs, prompt_logprobs)
         try:
             validate_sampling(sampling, limits.vocab_size)
         except RequestError as error:
@@ -175,6 +187,8 @@ class CallBuilder:
             include_usage=request.include_usage,
             continuous_usage=request.continuous_usage,
             echo=echo,
+            prompt_only=not max_tokens,
+            prompt_logprobs=request.prompt_logprobs,
             return_token_ids=bool(request.return_token_ids),
             cache_salt=request.cache_salt or "",
             session=request.user or None,
@@ -260,6 +274,17 @@ def _check_prompt(prompt: TokenArray, limits: Limits) -> None:
     if (highest := int(prompt.max())) >= limits.vocab_size:
         raise invalid(
             f"Token id {highest} is outside the vocabulary of {limits.vocab_size}.", "prompt"
+        )
+
+
+def _check_scores(prompts: Sequence[TokenArray], samples: int, alternatives: int) -> None:
+    """Raise ApiError (400) for more scores of prompts than one answer may have."""
+    count = samples * sum(map(len, prompts)) * (1 + alternatives)
+    if count > MAX_PROMPT_SCORES:
+        raise invalid(
+            f"The prompts have {count} log-probabilities, and at most {MAX_PROMPT_SCORES} may be "
+            "in one answer: send fewer prompts, or ask for fewer alternatives.",
+            "logprobs",
         )
 
 

@@ -10,6 +10,7 @@ from memserve.api.errors import invalid
 from memserve.api.generate import FinishReason, GenerateCall
 from memserve.api.stop_strings import StopStrings
 from memserve.engine.request import TokenLogprobs, TokenOutput
+from memserve.instance.prompt_text import token_offsets
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import TokenArray
 
@@ -41,12 +42,34 @@ class Choice:
         self._detokenizer = Detokenizer(self._decode, prompt)
         self._stops = stops
         self._lead = lead
+        self._prompt = prompt
+        self._texts: dict[int, tuple[str, bytes]] = {}  # of tokens in scores
         # Characters so far, stop strings included: the text offset of the next token.
         self._length = len(self._lead)
 
     def feed(self, output: TokenOutput) -> Piece:
         """Add an output. Returns its piece; tokens after a stop string are dropped."""
+        if self._call.prompt_only:
+            return self._only_prompt(output.token_ids)
         return self._add(output.token_ids, output.finish_reason, output.stop_token, output.logprobs)
+
+    def prompt_scores(self, logprobs: Sequence[TokenLogprobs]) -> list[TokenScore]:
+        """Return the scores of the prompt's tokens; `logprobs`: of all but the first. Takes
+        microseconds for each."""
+        ids = self._prompt.tolist()
+        echo = self._call.echo
+        text = echo[self.index // self._call.n] if echo else None
+        offsets = token_offsets(self._tokenizer, self._prompt, text, self._decode)
+        first = TokenScore(self._scored(ids[0], 0.0), (), offsets[0], None)
+        return [first, *self._scores(ids[1:], offsets[1:], logprobs)]
+
+    def _only_prompt(self, ids: Sequence[int]) -> Piece:
+        """Return the piece of a choice whose only token is dropped; a stream's comment names it,
+        so that another instance knows that the choice is finished."""
+        self.started = self.finished = True
+        self.tokens += len(ids)
+        text, self._lead = self._lead, ""
+        return Piece(self.index, text, ids, finish_reason=FinishReason.LENGTH)
 
     def resume(self, tokens: TokenArray, eos_token_ids: Sequence[int]) -> None:
         """Begin after `tokens` [n], which the client has already. They may finish the choice.
@@ -127,13 +150,17 @@ class Choice:
                 self._scored(token_id, entry.chosen),
                 tuple(self._scored(other, logprob) for other, logprob in entry.top),
                 offset,
+                entry.rank,
             )
             for token_id, offset, entry in zip(ids, offsets, logprobs, strict=False)
         )
 
     def _scored(self, token_id: int, logprob: float) -> ScoredToken:
-        text = self._tokenizer.token_text(token_id)
-        return ScoredToken(token_id, text, self._tokenizer.token_bytes(token_id, text), logprob)
+        found = self._texts.get(token_id)
+        if found is None:
+            text = self._tokenizer.token_text(token_id)
+            found = self._texts[token_id] = text, self._tokenizer.token_bytes(token_id, text)
+        return ScoredToken(token_id, *found, logprob)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, self._call.skip_special_tokens)

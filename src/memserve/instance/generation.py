@@ -8,7 +8,7 @@ from dataclasses import replace
 import msgspec
 
 from memserve.api import chunks
-from memserve.api.chunks import Piece, StreamFormat
+from memserve.api.chunks import Piece, StreamFormat, TokenScore
 from memserve.api.errors import ApiError, internal, invalid, unavailable
 from memserve.api.generate import FinishReason, GenerateCall, SamplingParams
 from memserve.api.limits import INLINE_LOGPROBS
@@ -16,7 +16,7 @@ from memserve.api.namespaces import private, salted
 from memserve.api.request_stats import RequestStats
 from memserve.api.status import Latencies
 from memserve.api.stop_strings import StopStrings
-from memserve.engine.request import EngineInfo, EngineRequest, TokenOutput
+from memserve.engine.request import EngineInfo, EngineRequest, TokenLogprobs, TokenOutput
 from memserve.instance.choice import Choice
 from memserve.instance.sequence_stats import SequenceStats, combined
 from memserve.models.tokenizer import Tokenizer
@@ -120,6 +120,8 @@ class Generation:
         self._last = dict.fromkeys(self.stats, now)
         self._format = StreamFormat(call) if call.stream else None
         self._pieces: list[list[Piece]] = [[] for _ in self._choices]  # without streaming
+        # By choice, without streaming: `body` makes scores of them.
+        self._prompt_logprobs: dict[int, Sequence[TokenLogprobs]] = {}
 
     def _begin(self, call: GenerateCall, tokenizer: Tokenizer, run: int) -> None:
         stops = StopStrings(call.stop, call.include_stop_str_in_output) if call.stop else None
@@ -150,6 +152,7 @@ class Generation:
 
     def feed(self, outputs: Sequence[TokenOutput], now: float) -> bytes:
         """Add outputs of the engine. Returns the bytes to stream."""
+        call = self._call
         parts: list[bytes] = []
         for output in outputs:
             if output.id not in self._last:  # an output after a stop string
@@ -170,7 +173,11 @@ class Generation:
                     self.stopped.append(output.id)
             if self._format is None:
                 self._pieces[choice.index].append(piece)
+                if first and call.sampling.prompt_logprobs is not None:
+                    self._prompt_logprobs[choice.index] = output.prompt_logprobs
             else:
+                if first and call.echo and call.sampling.logprobs is not None:
+                    piece = _echoed(piece, choice.prompt_scores(output.prompt_logprobs), call)
                 parts.append(self._format.event(piece, first))
         if not self._last and not self.finished:
             self.finished = True
@@ -183,14 +190,30 @@ class Generation:
     @property
     def large(self) -> bool:
         """Whether `body` takes too long for an event loop."""
-        alternatives = self._call.sampling.logprobs
-        scores = 0 if alternatives is None else 1 + alternatives
+        sampling = self._call.sampling
+        scores = 0 if sampling.logprobs is None else 1 + sampling.logprobs
+        if sampling.prompt_logprobs is not None:
+            positions = sum(map(len, self._prompt_logprobs.values()))
+            if positions * (1 + sampling.prompt_logprobs) > INLINE_LOGPROBS:
+                return True
         # A token without log-probabilities takes a tenth of the time of one log-probability.
         return self.generated_tokens * (10 * scores + 1) > 10 * INLINE_LOGPROBS
 
     def body(self) -> bytes:
         """Return the whole answer of a finished call without streaming. May run in any thread."""
-        return chunks.body(self._call, [_joined(pieces) for pieces in self._pieces], self._usage())
+        joined = [_joined(pieces) for pieces in self._pieces]
+        for choice in self._choices.values():
+            if choice.index in self._prompt_logprobs:
+                joined[choice.index] = self._scored(choice, joined[choice.index])
+        return chunks.body(self._call, joined, self._usage())
+
+    def _scored(self, choice: Choice, piece: Piece) -> Piece:
+        """Return the whole of a choice with the scores of its prompt."""
+        call = self._call
+        scores = choice.prompt_scores(self._prompt_logprobs[choice.index])
+        if call.echo and call.sampling.logprobs is not None:
+            piece = _echoed(piece, scores, call)
+        return replace(piece, prompt_scores=scores)
 
     def _measure(self, output: TokenOutput, first: bool, now: float) -> None:
         if first:
@@ -205,6 +228,8 @@ class Generation:
     @property
     def generated_tokens(self) -> int:
         """Tokens that all runs of this call generated."""
+        if self._call.prompt_only:
+            return 0
         return sum(choice.tokens for choice in self._choices.values())
 
     def totals(self) -> RequestStats:
@@ -236,6 +261,12 @@ def _failure(output: TokenOutput) -> ApiError:
     if output.finish_reason is FinishReason.CANCELLED:  # the engine stopped
         return unavailable("The instance stopped before the answer was done.", "instance_stopped")
     return internal(output.error or "The engine failed.", "engine_error")
+
+
+def _echoed(piece: Piece, scores: Sequence[TokenScore], call: GenerateCall) -> Piece:
+    """Return a piece that begins with an echoed prompt, with the prompt's scores."""
+    shown = [replace(score, top=score.top[: call.sampling.logprobs]) for score in scores]
+    return replace(piece, scores=(*shown, *piece.scores))
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:

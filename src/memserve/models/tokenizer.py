@@ -170,6 +170,22 @@ class Tokenizer:
             return [bos, *ids]
         return ids
 
+    def offsets(self, text: str, ids: Sequence[int]) -> list[int] | None:
+        """Return the offset in `text`, in characters, of each of the tokens `ids` that it was
+        encoded to; None if it is encoded to others. A token without text, as <bos>, has the offset
+        of the token before it."""
+        for special in (True, False):
+            encoding = self._backend.encode(text, add_special_tokens=special)
+            at, lead = 0, len(ids) - len(encoding.ids)
+            offsets = []
+            # `encode` adds a <bos> in front, or removes one.
+            for start, end in [(0, 0)] * lead + encoding.offsets[max(0, -lead) :]:
+                at = max(at, start if end > start else 0)
+                offsets.append(at)
+            if list(ids[max(0, lead) :]) == encoding.ids[max(0, -lead) :] and abs(lead) <= 1:
+                return offsets
+        return None
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; bytes that form no whole character become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
