@@ -45,7 +45,7 @@ _STORED: Final = f"{RESPONSES_PATH}/"
 _SIBLINGS: Final = "/cluster/worker/responses/"  # <owner>/<id>, among the workers of a gateway
 _DEFAULT_PAGE, _MAX_PAGE = 20, 100  # items of a page; OpenAI's
 # Read and translated on the event loop: hundreds of short items take a millisecond.
-INLINE_BYTES: Final = 16 * 1024
+INLINE_BYTES: Final = 8 * 1024
 
 T = TypeVar("T")
 _encode = msgspec.json.Encoder().encode
