@@ -201,3 +201,34 @@ def test_usage_may_come_with_every_chunk(cluster: FakeCluster) -> None:
     assert {used["prompt_tokens"] for used in usages} == {final["prompt_tokens"]}
     assert final["completion_tokens"] == 3
     assert final["total_tokens"] == usages[-1]["total_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "a b c", "max_tokens": 4}),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": [{"type": "text", "text": "a b c"}]}],
+                "max_completion_tokens": 4,
+            },
+        ),
+    ],
+)
+def test_what_guidellm_sends_by_default(
+    cluster: FakeCluster, path: str, fields: dict[str, Any]
+) -> None:
+    """guidellm 0.8.1; of each request it counts the chunks with text, and reads the last usage."""
+    more = {
+        "model": MODEL,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "stop": None,
+        "ignore_eos": True,
+    }
+    answer = post(cluster, path, **fields, **more)
+    assert answer.status == 200, answer.body
+    events = [event.removeprefix(b"data: ") for event in answer.body.split(b"\n\n")[:-1]]
+    usages = [used for event in events[:-1] if (used := json.loads(event)["usage"])]
+    assert usages[-1]["completion_tokens"] == 4

@@ -17,7 +17,7 @@ import zstandard
 from memserve.api.compression import PIECE_BYTES, Decompression
 from memserve.api.errors import ApiError
 from memserve.config import GatewayConfig
-from memserve.gateway.response_store import owner_of
+from memserve.gateway.response_store import StoredResponse, owner_of
 from memserve.models.tokenizer import Tokenizer
 from tests.fakes import FakeCluster, FakeEngine, tiny_tokenizer
 
@@ -127,6 +127,16 @@ def test_pages_are_bounded(keyed: FakeCluster, query: str) -> None:
     path = f"/v1/responses/{id_of(made(keyed, A))}/input_items?{query}"
     status, _, body = ask(keyed, "GET", path, A)
     assert (status, json.loads(body)["error"]["param"]) == (400, query.partition("=")[0])
+
+
+def test_no_more_is_gone_on_from_than_a_body_may_have(open_to_all: FakeCluster) -> None:
+    name = id_of(made(open_to_all, {}))
+    store = open_to_all.gateway._app._responses.store
+    item = json.dumps({"type": "reasoning", "id": "r", "encrypted_content": "x" * 2**20}).encode()
+    large = StoredResponse(b"{}", (item,) * 16, ())
+    open_to_all.call(lambda: store.put(owner_of(b"shown:"), name, large))
+    status, _, body = made(open_to_all, {}, previous_response_id=name)
+    assert (status, json.loads(body)["error"]["param"]) == (400, "previous_response_id")
 
 
 # --- compressed bodies

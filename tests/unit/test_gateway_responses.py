@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.responses import Response as ClientsResponse
-from openai.types.responses import ResponseStreamEvent
+from openai.types.responses import ResponseItem, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from memserve.api.errors import ApiError
@@ -30,6 +30,7 @@ from tests.gateway_harness import Client
 
 POST = Request("POST", "/v1/responses", b"", [], b"", False, True, b"/v1/responses")
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+ITEM: TypeAdapter[Any] = TypeAdapter(ResponseItem)
 HEADERS = (*EVENTS_HEADERS, (b"x-request-id", b"r1"))
 
 
@@ -107,6 +108,23 @@ def test_what_was_kept_continues_the_conversation() -> None:
         {"role": "user", "content": "hi"},
     ]
     assert [json.loads(item)["id"] for item in before] == ["item_1_0", "item_1_1"]
+
+
+def test_what_is_kept_are_items_that_the_client_knows() -> None:
+    items = [
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+        {"role": "system", "content": "b"},
+        {"role": "assistant", "content": "c"},
+        CALL,
+        {**RESULT, "output": [{"type": "input_text", "text": "4"}]},
+        {"type": "reasoning", "id": "r", "summary": []},
+    ]
+    asked = read_request(json.dumps({"input": items}).encode())
+    kept = [json.loads(item) for item in kept_items(read_input(asked), "item_1")]
+    assert [item["type"] for item in kept] == ["message"] * 3 + [CALL["type"], RESULT["type"]]
+    for item in kept:
+        ITEM.validate_python(item)
+    assert kept[4]["output"] == "4"
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

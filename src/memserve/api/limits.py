@@ -28,6 +28,8 @@ MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
 # Items of a `/v1/responses` input: a turn that calls a function has three.
 MAX_ITEMS = 3 * MAX_MESSAGES
+# Bytes of the stored conversation that a `/v1/responses` request goes on from: as the largest body.
+MAX_CONVERSATION_BYTES = 16 * 1024 * 1024
 # Tools of a request.
 MAX_TOOLS = 1024
 # Parts of one message.

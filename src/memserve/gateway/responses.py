@@ -20,7 +20,7 @@ from memserve.api.forward import ForwardPath
 from memserve.api.generate import GenerateCall
 from memserve.api.http_message import Reply, Request
 from memserve.api.http_server import Handler
-from memserve.api.limits import LARGE_BODY_BYTES, MAX_NAME_CHARACTERS
+from memserve.api.limits import LARGE_BODY_BYTES, MAX_CONVERSATION_BYTES, MAX_NAME_CHARACTERS
 from memserve.api.openai import NotUnderstood, unsupported
 from memserve.api.status import Limits, MemberKind
 from memserve.cluster.membership import Membership
@@ -196,6 +196,12 @@ class Responses:
             error = self._unknown(response_id)
             raise invalid(
                 error.detail.message, "previous_response_id", "previous_response_not_found"
+            )
+        if (size := stored.size) > MAX_CONVERSATION_BYTES:
+            raise invalid(
+                f"The conversation before takes {size} bytes, and at most "
+                f"{MAX_CONVERSATION_BYTES} may be gone on from.",
+                "previous_response_id",
             )
         return stored.input + stored.output
 
