@@ -232,3 +232,28 @@ def test_what_guidellm_sends_by_default(
     events = [event.removeprefix(b"data: ") for event in answer.body.split(b"\n\n")[:-1]]
     usages = [used for event in events[:-1] if (used := json.loads(event)["usage"])]
     assert usages[-1]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_log_probabilities_may_be_named_by_their_ids(
+    cluster: FakeCluster, stream: bool
+) -> None:
+    asked = {"max_tokens": 2, "return_tokens_as_token_ids": True, "stream": stream}
+    message = {"role": "user", "content": "x"}
+    chats = post(
+        cluster, "/v1/chat/completions", messages=[message], logprobs=True, top_logprobs=2, **asked
+    )
+    texts = post(cluster, "/v1/completions", prompt="a", logprobs=1, **asked)
+    for answer in (chats, texts):
+        assert answer.status == 200, answer.body
+        first, second = (b'"token_id:2"', b'"token_id:3"')  # what the engine says
+        assert first in answer.body
+        assert second in answer.body
+    if not stream:
+        scores = texts.json["choices"][0]["logprobs"]
+        assert scores["tokens"] == ["token_id:2", "token_id:3"]
+        assert scores["top_logprobs"][0]["token_id:2"] == -0.5
+        score = chats.json["choices"][0]["logprobs"]["content"][0]
+        assert bytes(score["bytes"]) == b"token_id:2"
+    refused = post(cluster, "/v1/completions", prompt="a", prompt_logprobs=1, **asked)
+    assert refused.status == 400

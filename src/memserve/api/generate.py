@@ -188,6 +188,8 @@ class GenerateCall(
     # streams. With `echo` and `sampling.logprobs`, OpenAI's form has the prompt's scores, too.
     prompt_logprobs: Count | None = None
     return_token_ids: bool = False  # the client asked for `token_ids`, `prompt_token_ids`
+    # Log-probabilities name their tokens `token_id:<id>`, as vLLM's do.
+    return_tokens_as_token_ids: bool = False
     cache_salt: Name = ""  # namespace of the KV cache
     priority: Int32 = 0  # lower runs first
     session: Name | None = None  # the `session` policy keeps its requests on one instance

@@ -86,7 +86,6 @@ _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "return_mm_kwargs": (False,),
     "return_prompt_text": (False,),
     "return_token_offsets": (False,),
-    "return_tokens_as_token_ids": (False,),
     "routed_experts_prompt_start": (0,),
     "spaces_between_special_tokens": (True,),
     "stream": (False,),
@@ -131,6 +130,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
 
@@ -174,7 +174,6 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     return_mm_kwargs: _Json = UNSET
     return_prompt_text: _Json = UNSET
     return_token_offsets: _Json = UNSET
-    return_tokens_as_token_ids: _Json = UNSET
     routed_experts_prompt_start: _Json = UNSET
     spaces_between_special_tokens: _Json = UNSET
     structured_outputs: _Json = UNSET
@@ -384,20 +383,17 @@ def _check_common(request: CompletionRequest | ChatRequest) -> None:
     if values != _ALL_ABSENT:
         for name, value in zip(_UNSUPPORTED, values, strict=True):
             if value is not UNSET and not _is_neutral(name, value):
-                if name == "return_tokens_as_token_ids" and not _scored(request):
-                    continue  # it names the tokens of log-probabilities
                 raise unsupported(name)
     check_best_of(request)
     if request.stream and request.prompt_logprobs is not None:
         raise invalid("'prompt_logprobs' is not available with 'stream'.", "prompt_logprobs")
+    if request.return_tokens_as_token_ids and request.prompt_logprobs is not None:
+        raise NotUnderstood(
+            "'return_tokens_as_token_ids' cannot be combined with 'prompt_logprobs' here.",
+            "return_tokens_as_token_ids",
+        )
     if request.stream_options is not None and not request.stream:
         raise invalid("'stream_options' needs 'stream': true.", "stream_options")
-
-
-def _scored(request: CompletionRequest | ChatRequest) -> bool:
-    """Return whether the answer has log-probabilities. 0 asks for those of the tokens chosen."""
-    plain = request.logprobs is None or request.logprobs is False
-    return not plain or request.prompt_logprobs is not None
 
 
 def _is_neutral(field: str, json: msgspec.Raw) -> bool:

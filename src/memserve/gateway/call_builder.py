@@ -190,6 +190,7 @@ class CallBuilder:
             prompt_only=not max_tokens,
             prompt_logprobs=request.prompt_logprobs,
             return_token_ids=bool(request.return_token_ids),
+            return_tokens_as_token_ids=bool(request.return_tokens_as_token_ids),
             cache_salt=request.cache_salt or "",
             session=request.user or None,
             priority=request.priority or 0,
