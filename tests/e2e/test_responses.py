@@ -18,6 +18,7 @@ from memserve.models.tokenizer import Tokenizer
 from tests.e2e.conftest import StartCluster
 from tests.e2e.test_openai_client import ANSWER, client_of, says
 from tests.fakes import MODEL, FakeCluster, FakeEngine, until
+from tests.scripted_model import FOUND, TEXT, scripted_engine
 
 ITEM: TypeAdapter[Any] = TypeAdapter(ResponseItem)
 
@@ -262,3 +263,39 @@ def test_siblings_are_not_asked_for_what_is_no_id(cluster: FakeCluster) -> None:
         with pytest.raises(openai.NotFoundError):
             client.responses.retrieve("resp_0a")
         assert len(asked) == 1
+
+
+WEATHER: Any = {
+    "type": "function",
+    "name": "weather",
+    "description": "The weather of a city.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    "strict": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_function_is_called_and_its_result_answered(
+    start_cluster: StartCluster, tokenizer: Tokenizer, stream: bool
+) -> None:
+    with client_of(start_cluster(scripted_engine(tokenizer))) as client:
+
+        def create(**fields: Any) -> Any:
+            asked: dict[str, Any] = {"model": MODEL, "tools": [WEATHER], **fields}
+            if not stream:
+                return client.responses.create(**asked)
+            with client.responses.stream(**asked) as events:
+                for _ in events:
+                    pass
+                return events.get_final_response()
+
+        first = create(input="What is the weather?")
+        (call,) = [item for item in first.output if item.type == "function_call"]
+        assert (call.name, json.loads(call.arguments)) == ("weather", {"city": TEXT})
+        assert call.status == "completed"
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+        second = create(input=[result], previous_response_id=first.id)
+        assert second.output_text == f"{FOUND}rain"
+        # The same without anything that is stored.
+        turns = [{"role": "user", "content": "What is the weather?"}, *first.output, result]
+        assert create(input=turns, store=False).output_text == second.output_text
