@@ -150,6 +150,9 @@ class GatewayConfig(_Section, frozen=True):
     workers: Annotated[Positive, doc("processes that share the port, for as many cores")] = 1
     policy: Annotated[Policy, doc("how an instance is chosen")] = "prompt-tree"
     max_body_bytes: Annotated[Positive, doc("more is answered 413")] = 16 * 1024 * 1024
+    response_store_bytes: Annotated[
+        NonNegative, doc("memory of a worker for /v1/responses to go on from; 0: none is kept")
+    ] = 64 * 1024 * 1024
     drain_seconds: Annotated[PositiveSeconds, doc("how long SIGTERM waits for requests")] = 30.0
     # Longer than most restarts, much less than clients' own timeouts.
     instance_wait_seconds: Annotated[

@@ -23,6 +23,10 @@ Given = Mapping[str, str | bool | None]
 _Section = TypeVar("_Section", bound=msgspec.Struct)
 
 
+# Other names of flags, by field: those that vLLM's server has.
+_ALIASES: Mapping[str, tuple[str, ...]] = {"cors_origins": ("--allowed-origins",)}
+
+
 @dataclass(frozen=True, slots=True)
 class Flag:
     """The flag of one field of one table."""
@@ -45,6 +49,11 @@ class Flag:
     @property
     def name(self) -> str:
         return "--" + self.parameter.replace("_", "-")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, `name` first."""
+        return (self.name, *_ALIASES.get(self.field, ()))
 
     @property
     def is_switch(self) -> bool:
@@ -143,8 +152,9 @@ def _parse(flag: Flag, value: str | bool) -> object:
         if isinstance(value, str) and flag.is_command_line:
             parts = shlex.split(value)
         elif isinstance(value, str) and flag.is_list:
-            parts = value.split(",")
-    except ValueError as error:  # an unclosed quotation
+            # vLLM's lists are JSON.
+            parts = msgspec.json.decode(value) if value.startswith("[") else value.split(",")
+    except (ValueError, msgspec.DecodeError) as error:  # an unclosed quotation, or no JSON
         raise ConfigError(f"{flag.name} {value}: {error}") from error
     try:
         return msgspec.convert(parts, flag.type, strict=False)

@@ -44,7 +44,10 @@ from memserve.gateway.global_router import GlobalRouter
 from memserve.gateway.handover_proof import HandoverProof
 from memserve.gateway.model_formats import formats_of
 from memserve.gateway.relay import Relay
+from memserve.gateway.response_store import ResponseStore
+from memserve.gateway.responses import Responses
 from memserve.gateway.siblings import MEET_SECONDS, Siblings
+from memserve.gateway.tokenization import Tokenization
 from memserve.gateway.upstream import Upstream
 from memserve.gateway.workers import LOOPBACK, WorkerPlace
 from memserve.hosts import is_loopback
@@ -207,6 +210,15 @@ class Gateway:
         if worker is not None:
             self._siblings = Siblings(self._peers, worker.index, worker.siblings)
         self._private: HttpServer | None = None
+        forwards = ForwardBuilder(self._calls, tokenizer)
+        responses = Responses(
+            self._calls,
+            forwards,
+            self.membership,
+            self._access,
+            ResponseStore(config.gateway.response_store_bytes),
+            self._siblings,
+        )
         self._app = GatewayApp(
             self._calls,
             self.membership,
@@ -222,10 +234,13 @@ class Gateway:
             wait,
             self._access,
             self._peers,
-            ForwardBuilder(self._calls, tokenizer),
+            forwards,
             config.gateway.access_log,
             self._siblings,
             Troubles(self._proof.degraded, self._router.feed.members),
+            responses=responses,
+            tokenization=Tokenization(self._calls, tokenizer),
+            max_body_bytes=self._max_body_bytes,
         )
 
     async def __aenter__(self) -> Gateway:
