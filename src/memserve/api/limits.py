@@ -34,6 +34,8 @@ MAX_NAME_CHARACTERS = 1024
 MAX_METADATA_ENTRIES = 16
 # Characters of a grammar or JSON schema: several times the largest schemas in use.
 MAX_GRAMMAR_CHARACTERS = 256 * 1024
+# Texts of a `choice`.
+MAX_CHOICES = 1024
 # Nesting depth of arrays and objects. No valid request needs more than 6.
 MAX_DEPTH = 32
 # Fields of a request, known or not; there are about 80.

@@ -7,14 +7,14 @@ its neutral values (null, [], {}, the default) are accepted, because clients sen
 from __future__ import annotations
 
 import re
-from http import HTTPStatus
 from operator import attrgetter
 from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from memserve.api.errors import ApiError, invalid
+from memserve.api.errors import NotUnderstood as NotUnderstood
+from memserve.api.errors import invalid
 from memserve.api.generate import SamplingParams
 from memserve.api.limits import (
     MAX_ECHO_CHARACTERS,
@@ -30,6 +30,8 @@ from memserve.api.limits import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
 )
+from memserve.api.structured import FIELDS as STRUCTURED_FIELDS
+from memserve.api.structured import grammar_of
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT32)]
 _Positive = Annotated[int, Meta(ge=1, le=MAX_INT32)]
@@ -41,13 +43,6 @@ _Stops = Annotated[tuple[_StopString, ...], Meta(max_length=MAX_STOP_STRINGS)]
 _Json = msgspec.Raw | UnsetType
 # Bytes of the longest neutral value, with white space.
 _LONGEST_NEUTRAL = 256
-
-
-class NotUnderstood(ApiError):
-    """400: the gateway does not support a field of the request, or its form. A vLLM server may."""
-
-    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -120,6 +115,13 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Fields that both endpoints share."""
 
     stream_options: StreamOptions | None = None
+    # Constraints of the answer: `structured.grammar_of`.
+    response_format: _Json = UNSET
+    structured_outputs: _Json = UNSET
+    guided_json: _Json = UNSET
+    guided_regex: _Json = UNSET
+    guided_choice: _Json = UNSET
+    guided_grammar: _Json = UNSET
     # Fields that are accepted with neutral values only.
     allowed_token_ids: _Json = UNSET
     audio: _Json = UNSET
@@ -130,10 +132,6 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     documents: _Json = UNSET
     function_call: _Json = UNSET
     functions: _Json = UNSET
-    guided_choice: _Json = UNSET
-    guided_grammar: _Json = UNSET
-    guided_json: _Json = UNSET
-    guided_regex: _Json = UNSET
     kv_transfer_params: _Json = UNSET
     length_penalty: _Json = UNSET
     logits_processors: _Json = UNSET
@@ -141,12 +139,10 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     prediction: _Json = UNSET
     prompt_logprobs: _Json = UNSET
     reasoning_effort: _Json = UNSET
-    response_format: _Json = UNSET
     return_tokens_as_token_ids: _Json = UNSET
     service_tier: _Json = UNSET
     spaces_between_special_tokens: _Json = UNSET
     store: _Json = UNSET
-    structured_outputs: _Json = UNSET
     suffix: _Json = UNSET
     tool_choice: _Json = UNSET
     tools: _Json = UNSET
@@ -166,7 +162,7 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-_SUPPORTED = {*SharedFields.__struct_fields__, "stream_options"}
+_SUPPORTED = {*SharedFields.__struct_fields__, "stream_options", *STRUCTURED_FIELDS}
 _UNSUPPORTED = tuple(name for name in _Request.__struct_fields__ if name not in _SUPPORTED)
 _unsupported_values = attrgetter(*_UNSUPPORTED)
 _ALL_ABSENT = (UNSET,) * len(_UNSUPPORTED)
@@ -279,6 +275,7 @@ def sampling_params(
         stop_token_ids=asked.stop_token_ids or (),
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,
+        grammar=grammar_of(request),
     )
 
 
