@@ -51,11 +51,11 @@ class _ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The first six are constraints. None: not given."""
 
-    json: msgspec.Raw | None = None
+    json: msgspec.Raw | UnsetType = UNSET
     regex: _Text | None = None
     choice: Annotated[tuple[_Text, ...], Meta(min_length=1, max_length=MAX_CHOICES)] | None = None
     grammar: _Text | None = None
-    structural_tag: msgspec.Raw | None = None
+    structural_tag: msgspec.Raw | UnsetType = UNSET
     json_object: bool | None = None
     disable_any_whitespace: bool | None = None
     disable_fallback: bool | None = None  # there is one compiler
@@ -64,7 +64,7 @@ class _StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
     def constraints(self) -> Iterator[tuple[str, GrammarKind, str]]:
         """Yield name, kind and source of each constraint."""
-        if self.json is not None and (schema := _json_text(self.json)) != "null":
+        if self.json is not UNSET and (schema := _json_text(self.json)) != "null":
             yield "json", GrammarKind.JSON_SCHEMA, schema
         if self.regex is not None:
             yield "regex", GrammarKind.REGEX, self.regex
@@ -72,7 +72,7 @@ class _StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True
             yield "choice", GrammarKind.CHOICE, msgspec.json.encode(self.choice).decode()
         if self.grammar is not None:
             yield "grammar", GrammarKind.EBNF, self.grammar
-        if self.structural_tag is not None and (tag := _json_text(self.structural_tag)) != "null":
+        if self.structural_tag is not UNSET and (tag := _json_text(self.structural_tag)) != "null":
             yield "structural_tag", GrammarKind.STRUCTURAL_TAG, tag
         if self.json_object:
             yield "json_object", GrammarKind.JSON_OBJECT, ""
@@ -168,9 +168,8 @@ def _of_guided(field: str, value: msgspec.Raw) -> Grammar | None:
 
 def _json_text(value: msgspec.Raw) -> str:
     """Return JSON that was given as such, or as a string that contains it."""
-    if bytes(value[:1]) == b'"':
-        return _string.decode(value)
-    return bytes(value).decode()
+    text = bytes(value).decode()
+    return _string.decode(text) if text.startswith('"') else text
 
 
 def _misformed(field: str, error: msgspec.ValidationError) -> NotUnderstood:
