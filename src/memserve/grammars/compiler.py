@@ -26,16 +26,6 @@ from memserve.models.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import llguidance
 
-# What compiling may take, and then each token of a sequence. A token that needs more ends its
-# sequence with an error; the hardest grammars reach these limits after 20 to 30 ms.
-LIMITS: Final = {
-    "initial_lexer_fuel": 1_000_000,
-    "max_grammar_size": 500_000,
-    "step_lexer_fuel": 200_000,
-    "step_max_items": 25_000,
-    "max_items_in_row": 5_000,  # more than the keys of MAX_SCHEMA_PROPERTIES need
-    "max_lexer_states": 100_000,
-}
 _ANY_OBJECT: Final = '{"type":"object"}'
 _UNKNOWN_KEYS: Final = re.compile(r"Unimplemented keys: (\[.*?\])")
 
@@ -58,8 +48,7 @@ class GrammarCompiler:
             self._library = library_tokenizer(self._tokenizer, self._size)
         try:
             source = self._source(grammar)
-            limits = llguidance.LLParserLimits(**LIMITS, verbose_errors=False)
-            matcher = llguidance.LLMatcher(self._library, source, log_level=0, limits=limits)
+            matcher = llguidance.LLMatcher(self._library, source, log_level=0, limits=_limits())
             if matcher.is_error():
                 raise RequestError(_reason(matcher.get_error(), grammar))
             compiled = LibraryGrammar(matcher, self._size)
@@ -93,6 +82,22 @@ class GrammarCompiler:
                 raise RequestError("no text obeys the schema `false`")
             source = "{}" if schema is True else source
         return library.grammar_from_json_schema(source, overrides=json_options(grammar.compact))
+
+
+def _limits() -> llguidance.LLParserLimits:
+    """Return what compiling may take, and then each token of a sequence. A token that needs more
+    ends its sequence with an error; the hardest grammars get there in 20 to 30 ms."""
+    import llguidance
+
+    return llguidance.LLParserLimits(
+        initial_lexer_fuel=1_000_000,
+        max_grammar_size=500_000,
+        step_lexer_fuel=200_000,
+        step_max_items=25_000,
+        max_items_in_row=5_000,  # more than the keys of MAX_SCHEMA_PROPERTIES need
+        max_lexer_states=100_000,
+        verbose_errors=False,
+    )
 
 
 class LibraryGrammar:

@@ -11,7 +11,7 @@ from memserve.api.limits import MAX_SCHEMA_PROPERTIES
 from memserve.errors import RequestError
 
 if TYPE_CHECKING:
-    import llguidance
+    from llguidance._lib import JsonCompileOptions
 
 _BOUNDED = ("properties", "patternProperties", "required", "anyOf", "oneOf", "allOf")
 
@@ -38,12 +38,13 @@ def check_schema(schema: object) -> None:
         for name in _BOUNDED:
             members = part.get(name)
             if isinstance(members, dict | list) and len(members) > MAX_SCHEMA_PROPERTIES:
+                count = len(members)
                 raise RequestError(
-                    f"{len(members)} {name} at {pointer}, and at most {MAX_SCHEMA_PROPERTIES} may be"
+                    f"{count} {name} at {pointer}, and at most {MAX_SCHEMA_PROPERTIES} may be"
                 )
 
 
-def json_options(compact: bool) -> llguidance.JsonCompileOptions:
+def json_options(compact: bool) -> JsonCompileOptions:
     """Return how the library writes JSON: each option, so that no schema can set one."""
     return {
         "whitespace_flexible": not compact,

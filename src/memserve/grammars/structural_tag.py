@@ -44,7 +44,7 @@ class GrammarText(msgspec.Struct, tag="grammar", forbid_unknown_fields=True):
     grammar: _Text
 
 
-class Sequence_(msgspec.Struct, tag="sequence", forbid_unknown_fields=True):
+class InSequence(msgspec.Struct, tag="sequence", forbid_unknown_fields=True):
     elements: Annotated[list[Format], Meta(min_length=1)]
 
 
@@ -52,7 +52,7 @@ class Or(msgspec.Struct, tag="or", forbid_unknown_fields=True):
     elements: Annotated[list[Format], Meta(min_length=1)]
 
 
-class Optional_(msgspec.Struct, tag="optional", forbid_unknown_fields=True):
+class AtMostOnce(msgspec.Struct, tag="optional", forbid_unknown_fields=True):
     content: Format
 
 
@@ -100,9 +100,9 @@ Format = (
     | AnyText
     | Regex
     | GrammarText
-    | Sequence_
+    | InSequence
     | Or
-    | Optional_
+    | AtMostOnce
     | Plus
     | Star
     | Repeat
@@ -177,7 +177,7 @@ class _Writer:
             return self._until(ends)
         if isinstance(part, TriggeredTags):
             return self._triggered(part, ends, depth)
-        if isinstance(part, Sequence_):
+        if isinstance(part, InSequence):
             *first, last = part.elements
             written = [self._inner(one, depth) for one in first]
             return " ".join([*written, self.write(last, ends, depth)])
@@ -199,14 +199,12 @@ class _Writer:
             return f"{self._literal(part.begin)} {self.write(part.content, part.ends, depth)}"
         if isinstance(part, TagsWithSeparator):
             return self._separated(part, depth)
-        if isinstance(part, Optional_ | Plus | Star | Repeat):
+        if isinstance(part, AtMostOnce | Plus | Star | Repeat):
             return f"({self._inner(part.content, depth)}){_times(part)}"
         assert isinstance(part, JsonSchema | Regex | GrammarText)
         return self._own_grammar(part)
 
-    def _triggered(
-        self, part: TriggeredTags, ends: tuple[str, ...] | None, depth: int
-    ) -> str:
+    def _triggered(self, part: TriggeredTags, ends: tuple[str, ...] | None, depth: int) -> str:
         behind: dict[str, list[str]] = {trigger: [] for trigger in part.triggers}
         whole: list[str] = []
         for tag in part.tags:
@@ -262,9 +260,15 @@ class _Writer:
         if ends is None:
             return self._terminal(_ANY)
         texts = [end for end in ends if end and end not in self._special]
-        options = [f"{self._terminal(_ANY)} <[{self._special[end]}]>" for end in ends if end in self._special]
+        options = [
+            f"{self._terminal(_ANY)} <[{self._special[end]}]>"
+            for end in ends
+            if end in self._special
+        ]
         if texts:
-            options.append(self._terminal(f"{_ANY} ({' | '.join(map(json.dumps, texts))})", "[lazy]"))
+            options.append(
+                self._terminal(f"{_ANY} ({' | '.join(map(json.dumps, texts))})", "[lazy]")
+            )
         if "" in ends:
             options.append(self._terminal(_ANY))
         return f"({' | '.join(options)})"
@@ -296,17 +300,17 @@ class _Writer:
         return name
 
 
-def _times(part: Optional_ | Plus | Star | Repeat) -> str:
+def _times(part: AtMostOnce | Plus | Star | Repeat) -> str:
     if isinstance(part, Repeat):
         if -1 < part.max < part.min:
             raise RequestError(f"a repetition of {part.min} to {part.max} times")
         return f"{{{part.min},{'' if part.max < 0 else part.max}}}"
-    return {Optional_: "?", Plus: "+", Star: "*"}[type(part)]
+    return {AtMostOnce: "?", Plus: "+", Star: "*"}[type(part)]
 
 
 def _is_open(part: Format) -> bool:
     """Whether a format ends with free text."""
-    if isinstance(part, Sequence_):
+    if isinstance(part, InSequence):
         return _is_open(part.elements[-1])
     if isinstance(part, Or):
         return any(map(_is_open, part.elements))

@@ -28,7 +28,9 @@ from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import count_weights, load_model
 from memserve.engine.team import use_one_thread, with_team
 from memserve.errors import ConfigError
+from memserve.grammars.compiler import GrammarCompiler
 from memserve.hosts import bracketed, reachable_endpoint
+from memserve.instance.grammars import Grammars
 from memserve.instance.instance import Identity, Parts
 from memserve.instance.kv_events import KVEventPublisher
 from memserve.instance.profiling import ProfiledEngine, instance_profile
@@ -77,7 +79,9 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
     )
     measured = ProfiledEngine(model, layout, engine_settings, directory.path)
     profile = instance_profile(measured, settings.profile, ProfileStore())
+    grammars = Grammars(GrammarCompiler(tokenizer, model.shape.vocab_size))
     with ExitStack() as stack:
+        stack.callback(grammars.close)
         pool = stack.enter_context(_make_pool(config, settings, identity, layout, device, profile))
         engine = Engine(model, pool, engine_settings)
         endpoint = pool.serve(f"tcp://{bracketed(settings.host)}:0")
@@ -101,6 +105,7 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
         profile,
         events,
         lambda: (*engine.threads, *pool.threads(), events.thread),
+        grammars=grammars,
     )
 
 

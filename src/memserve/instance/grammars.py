@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 from memserve.api.errors import invalid, queue_full
@@ -30,6 +32,14 @@ class Compiled(CompiledGrammar, Protocol):
 class Compiler(Protocol):
     def compile(self, grammar: Grammar) -> Compiled:
         """Compile a grammar. Raises RequestError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """The grammar of a call, and the choices that the call's resumed tokens end by it."""
+
+    grammar: CompiledGrammar
+    ended: frozenset[int] = frozenset()
 
 
 class Grammars:
@@ -61,18 +71,24 @@ class Grammars:
         except RequestError as error:
             raise invalid(str(error), error.param, "invalid_grammar") from error
 
-    async def ends(self, compiled: Compiled, tokens: TokenArray) -> bool:
-        """Return whether no token may follow `tokens`. Replaying takes 1 to 2 us a token."""
-        ids: list[int] = tokens.tolist()
-        return await asyncio.wrap_future(self._thread.submit(compiled.ends, ids))
+    async def constraints(
+        self, grammar: Grammar, resumed: Sequence[TokenArray] = ()
+    ) -> Constraints:
+        """Return the constraints of a call; `resumed`: as in `GenerateCall`. Raises ApiError as
+        `compile` does."""
+        compiled = await self.compile(grammar)
+        if not resumed:
+            return Constraints(compiled)
+        # On the thread: replaying takes 1 to 2 us a token.
+        replay = self._thread.submit(_ended, compiled, [ids.tolist() for ids in resumed])
+        return Constraints(compiled, await asyncio.wrap_future(replay))
 
     def _begin(self, grammar: Grammar) -> Future[Compiled]:
         if self._waiting >= MAX_WAITING:
             raise queue_full(f"{self._waiting} grammars wait to be compiled", RETRY_SECONDS)
         self._waiting += 1
         future = self._thread.submit(self._compiler.compile, grammar)
-        loop = asyncio.get_running_loop()
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended))
+        asyncio.wrap_future(future).add_done_callback(self._ended)
         self._kept[grammar] = future
         self._characters += len(grammar.source)
         while len(self._kept) > MAX_KEPT or self._characters > MAX_KEPT_CHARACTERS:
@@ -80,5 +96,11 @@ class Grammars:
             self._characters -= len(dropped.source)
         return future
 
-    def _ended(self) -> None:
+    def _ended(self, done: asyncio.Future[Compiled]) -> None:
         self._waiting -= 1
+        if not done.cancelled():
+            done.exception()  # whoever asked has it
+
+
+def _ended(compiled: Compiled, choices: list[list[int]]) -> frozenset[int]:
+    return frozenset(at for at, tokens in enumerate(choices) if tokens and compiled.ends(tokens))
