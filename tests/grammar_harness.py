@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 
 from memserve.api.grammar import Grammar, GrammarKind
+from memserve.errors import GrammarFailed
 from memserve.grammars.compiler import GrammarCompiler, LibraryGrammar
 from memserve.models.tokenizer import Tokenizer
 from tests.fakes import save_tiny_tokenizer
@@ -36,13 +37,16 @@ def check(text: str, schema: Any) -> None:
 
 
 def matches(grammar: LibraryGrammar, tokenizer: Tokenizer, text: str) -> bool:
-    """Whether the grammar takes the text as a whole."""
+    """Whether the grammar takes the text as a whole. It fails where what it wants has no end."""
     matcher = grammar.matcher()
-    for token in tokenizer.encode(text, add_special_tokens=False):
-        if matcher.ended or not _allows(matcher.allowed()[0], token):
-            return False
-        matcher.accept(token)
-    return matcher.ended or matcher.allowed()[1]
+    try:
+        for token in tokenizer.encode(text, add_special_tokens=False):
+            if matcher.ended or not _allows(matcher.allowed()[0], token):
+                return False
+            matcher.accept(token)
+        return matcher.ended or matcher.allowed()[1]
+    except GrammarFailed:
+        return False
 
 
 def _allows(bits: Any, token: int) -> bool:

@@ -41,6 +41,8 @@ MAX_CHOICES = 1024
 MAX_SCHEMA_PROPERTIES = 1000
 # Rules of a grammar with the rules that they use written out, in symbols.
 MAX_GRAMMAR_SYMBOLS = 100_000
+# Regular parts of a grammar that leads back to itself; each is compared with all others.
+MAX_TERMINALS = 500
 # Parentheses in each other, and nesting of a structural tag.
 MAX_GRAMMAR_DEPTH = 32
 # Nesting depth of arrays and objects. No valid request needs more than 6.

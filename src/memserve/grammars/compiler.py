@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 
 from memserve.api.grammar import Grammar, GrammarKind
 from memserve.errors import GrammarFailed, RequestError
-from memserve.grammars import gbnf
+from memserve.grammars.gbnf import is_gbnf
+from memserve.grammars.gbnf_lark import lark_of
 from memserve.grammars.json_schema import json_options, parse_schema, place_of
 from memserve.grammars.structural_tag import lark_of_tag
 from memserve.grammars.vocabulary import library_tokenizer
@@ -26,6 +28,10 @@ from memserve.models.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import llguidance
 
+# CPU time that a sequence's grammar may take: at the start, and more with each token. Most take
+# some ten microseconds, the keys of MAX_SCHEMA_PROPERTIES ten milliseconds.
+BURST_SECONDS: Final = 0.25
+TOKEN_SECONDS: Final = 0.005
 _ANY_OBJECT: Final = '{"type":"object"}'
 _UNKNOWN_KEYS: Final = re.compile(r"Unimplemented keys: (\[.*?\])")
 
@@ -67,9 +73,7 @@ class GrammarCompiler:
         if grammar.kind is GrammarKind.REGEX:
             return library.grammar_from_regex(source)
         if grammar.kind is GrammarKind.EBNF:
-            return library.grammar_from_lark(
-                gbnf.lark_of(source) if gbnf.is_gbnf(source) else source
-            )
+            return library.grammar_from_lark(lark_of(source) if is_gbnf(source) else source)
         if grammar.kind is GrammarKind.CHOICE:
             return library.grammar_from_lark(_lark_of_choice(source))
         if grammar.kind is GrammarKind.STRUCTURAL_TAG:
@@ -120,24 +124,33 @@ class LibraryGrammar:
 
 
 class LibraryMatcher:
-    """A `Matcher`."""
+    """A `Matcher`, with a budget of CPU time. An ambiguous grammar may need ever more time for a
+    token, the longer the text is, and all sequences of an engine wait for each other's masks."""
 
-    __slots__ = ("_byte", "_end", "_matcher")
+    __slots__ = ("_byte", "_end", "_left", "_matcher")
 
     def __init__(self, matcher: llguidance.LLMatcher, end: int) -> None:
         self._matcher = matcher
         self._end = end
         self._byte = end // 8, 1 << end % 8  # where the mask says whether the text may end
+        self._left = BURST_SECONDS
 
     def allowed(self) -> tuple[NDArray[np.uint8], bool]:
+        if self._left < 0:
+            raise GrammarFailed("the answer's grammar takes too long: it is too ambiguous")
+        began = time.thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._left += began - time.thread_time()
         if self._matcher.is_error():
             raise GrammarFailed(f"the answer's grammar failed: {_first_line(self._error)}")
         at, bit = self._byte
         return bits[: (self._end + 7) // 8], bool(bits[at] & bit)
 
     def accept(self, token: int) -> None:
-        self._matcher.consume_token(token)
+        if self._left >= 0:
+            began = time.thread_time()
+            self._matcher.consume_token(token)
+            self._left += TOKEN_SECONDS + began - time.thread_time()
 
     @property
     def ended(self) -> bool:

@@ -17,7 +17,8 @@ from msgspec import Meta
 
 from memserve.api.limits import MAX_GRAMMAR_DEPTH, MAX_INT32
 from memserve.errors import RequestError
-from memserve.grammars import gbnf
+from memserve.grammars.gbnf import is_gbnf
+from memserve.grammars.gbnf_lark import lark_of
 from memserve.grammars.json_schema import check_schema, json_options
 
 _Text = Annotated[str, Meta(min_length=1)]
@@ -246,7 +247,7 @@ class _Writer:
             text = LLMatcher.grammar_from_regex(part.pattern)
         else:
             source = part.grammar
-            lark = gbnf.lark_of(source) if gbnf.is_gbnf(source) else source
+            lark = lark_of(source) if is_gbnf(source) else source
             text = LLMatcher.grammar_from_lark(lark)
         name = f"g{len(self._grammars)}"
         grammar = {"lark_grammar": text}
