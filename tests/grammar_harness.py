@@ -36,8 +36,9 @@ def check(text: str, schema: Any) -> None:
     jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
 
 
-def matches(grammar: LibraryGrammar, tokenizer: Tokenizer, text: str) -> bool:
-    """Whether the grammar takes the text as a whole. It fails where what it wants has no end."""
+def matches(grammar: LibraryGrammar, tokenizer: Tokenizer, text: str) -> bool | None:
+    """Whether the grammar takes the text as a whole. None: it failed, since what it wants has no
+    end, or can be read in too many ways."""
     matcher = grammar.matcher()
     try:
         for token in tokenizer.encode(text, add_special_tokens=False):
@@ -46,7 +47,7 @@ def matches(grammar: LibraryGrammar, tokenizer: Tokenizer, text: str) -> bool:
             matcher.accept(token)
         return matcher.ended or matcher.allowed()[1]
     except GrammarFailed:
-        return False
+        return None
 
 
 def _allows(bits: Any, token: int) -> bool:
