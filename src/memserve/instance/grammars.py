@@ -62,7 +62,8 @@ class Grammars:
         future = self._kept.get(grammar)
         if future is None:
             future = self._begin(grammar)
-        self._kept.move_to_end(grammar)
+        else:
+            self._kept.move_to_end(grammar)
         try:
             if not future.done():
                 # Whoever gives up does not take it from the others.
