@@ -78,7 +78,7 @@ def test_neutral_values_of_what_is_not_supported_are_accepted(neutral: dict[str,
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
         ({"store": True}, "store"),
         ({"best_of": 2}, "best_of"),
         ({"prompt_logprobs": 0}, "prompt_logprobs"),

@@ -325,6 +325,7 @@ def _check_common(request: CompletionRequest | ChatRequest) -> None:
         for name, value in zip(_UNSUPPORTED, values, strict=True):
             if value is not UNSET and not _is_neutral(name, value):
                 raise unsupported(name)
+    grammar_of(request)  # raises before anything is tokenised
     check_best_of(request)
     if request.stream_options is not None and not request.stream:
         raise invalid("'stream_options' needs 'stream': true.", "stream_options")

@@ -12,6 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from memserve.engine import kernels
+
 FloatArray = NDArray[np.float32]
 
 
@@ -19,8 +21,8 @@ class Matcher(Protocol):
     """State of a grammar behind some tokens; a function of these tokens alone. One thread's."""
 
     def allowed(self) -> tuple[NDArray[np.uint8], bool]:
-        """Return the tokens that may follow, one bit for each (the lowest bit first), and whether
-        the text may end here. Raises GrammarFailed."""
+        """Return the tokens that may follow, one bit for each (the lowest bit first; an array that
+        may be written to), and whether the text may end here. Raises GrammarFailed."""
 
     def accept(self, token: int) -> None:
         """Add a token. If it was not allowed, `allowed` raises GrammarFailed from now on."""
@@ -44,6 +46,7 @@ class Constraint:
 
     def __init__(self, grammar: CompiledGrammar, eos_token_ids: Sequence[int]) -> None:
         """`eos_token_ids`: the model's, whether they end this sequence or not."""
+        kernels.prepare()
         self._matcher = grammar.matcher()
         self._eos_ids = np.array(eos_token_ids, np.int64)
 
@@ -59,10 +62,8 @@ class Constraint:
         """Set `logits` [vocab] of all tokens that are not allowed to -inf, in place. Where the
         text may end, `end_ids` are allowed. Raises GrammarFailed."""
         bits, may_end = self._matcher.allowed()
-        refused = np.unpackbits(~bits, count=len(logits), bitorder="little").view(np.bool_)
-        known = 8 * len(bits)
-        refused[known:] = True
-        refused[self._eos_ids] = True
+        ends = logits[end_ids]
+        kernels.keep_allowed.run(bits, logits)
+        logits[self._eos_ids] = -np.inf
         if may_end:
-            refused[end_ids] = False
-        logits[refused] = -np.inf
+            logits[end_ids] = ends

@@ -144,7 +144,7 @@ class LibraryMatcher:
         if self._matcher.is_error():
             raise GrammarFailed(f"the answer's grammar failed: {_first_line(self._error)}")
         at, bit = self._byte
-        return bits[: (self._end + 7) // 8], bool(bits[at] & bit)
+        return bits[: (self._end + 7) // 8].copy(), bool(bits[at] & bit)
 
     def accept(self, token: int) -> None:
         if self._left >= 0:
