@@ -145,6 +145,10 @@ def test_conversations_are_those_of_generate(
     assert handoff["failed"] == 0
     assert handoff["blocks_received"] > 0
     assert (cached_tokens > 0) == (caching != "off")
+    # What P sends for a request is no hit of D's cache.
+    decode = stats["decode"]["engine"]
+    assert decode["received_prompt_tokens"] > 0
+    assert (decode["cached_prompt_tokens"] > 0) == (caching in ("pd", "full"))
     assert (pool["swapped_out"] > 0) == (caching != "off")
     assert (pool["evictions"] > 0) == (caching != "off")
     assert (handoff["blocks_already_present"] > 0) == (caching in ("pd", "full"))

@@ -22,7 +22,7 @@ def token(id: int, text: str, logprob: float, part: bytes | None = None) -> Scor
 
 
 ACUTE = token(3, "é", -0.25)
-SCORE = TokenScore(ACUTE, (ACUTE, token(4, "e", float("-inf"))), 10)
+SCORE = TokenScore(ACUTE, (ACUTE, token(4, "e", float("-inf"))), 10, 1)
 USED = chunks.usage(prompt_tokens=5, completion_tokens=2, cached_tokens=4)
 
 
@@ -108,7 +108,7 @@ def test_logprobs_of_chat() -> None:
 
 def test_bytes_of_parts_of_a_character_make_the_character() -> None:
     parts = [token(at, "\ufffd", -1.0, bytes([byte])) for at, byte in enumerate("👍".encode())]
-    scores = tuple(TokenScore(part, (part,), 0) for part in parts)
+    scores = tuple(TokenScore(part, (part,), 0, 1) for part in parts)
     chat = StreamFormat(call(CallKind.CHAT, sampling=SamplingParams(logprobs=1)))
     entries = event(chat.event(Piece(0, "👍", (0, 1, 2, 3), scores)))["choices"][0]["logprobs"]
     assert b"".join(bytes(entry["bytes"]) for entry in entries["content"]).decode() == "👍"
@@ -120,14 +120,14 @@ def test_bytes_of_parts_of_a_character_make_the_character() -> None:
 def test_tokens_of_one_text_all_have_their_log_probability() -> None:
     same = [token(7, "a", -11.5), token(8, "a", -0.25), token(9, "a", -3.0)]
     form = StreamFormat(call(CallKind.COMPLETION, sampling=SamplingParams(logprobs=3)))
-    score = TokenScore(same[1], tuple(same), 0)
+    score = TokenScore(same[1], tuple(same), 0, 1)
     logprobs = event(form.event(Piece(0, "a", (8,), (score,))))["choices"][0]["logprobs"]
     assert logprobs["top_logprobs"] == [{"a": -0.25, "token_id:7": -11.5, "token_id:9": -3.0}]
 
 
 def test_logprobs_of_completions_know_where_each_token_starts() -> None:
     form = StreamFormat(call(CallKind.COMPLETION, sampling=SamplingParams(logprobs=1)))
-    piece = Piece(0, "éé", (3, 3), (SCORE, TokenScore(ACUTE, SCORE.top, 11)))
+    piece = Piece(0, "éé", (3, 3), (SCORE, TokenScore(ACUTE, SCORE.top, 11, 2)))
     logprobs = event(form.event(piece))["choices"][0]["logprobs"]
     assert logprobs["text_offset"] == [10, 11]
     assert logprobs["tokens"] == ["é", "é"]

@@ -235,6 +235,108 @@ def test_echo_puts_the_prompt_as_it_was_sent_before_each_answer(
     assert texts(events(driven.streamed)) == (sent or "the quick") + " brown fox"
 
 
+def scored(request: EngineRequest, token: int, count: int) -> TokenOutput:
+    """An output with scores of the prompt: -1, -2 ... for its tokens, and `count` others each."""
+    scores = tuple(
+        TokenLogprobs(-1.0 - at, 9, tuple((300 + i, -0.25 * (i + 1)) for i in range(count)))
+        for at in range(len(request.prompt) - 1)
+    )
+    return TokenOutput(
+        request.id,
+        (token,),
+        Usage(len(request.prompt), 0, 0),
+        logprobs=(TokenLogprobs(-0.5, 1, ((token, -0.5),)),),
+        finish_reason=FinishReason.LENGTH,
+        prompt_logprobs=scores,
+    )
+
+
+TEXTS = "the 🫶 lazy dog", "<s>the quick", " two  spaces", "naïve 你好"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echoed_prompt_has_scores(text: str, stream: bool, tokenizer: Tokenizer) -> None:
+    prompt = tokenizer.encode(text)
+    (token,) = tokenizer.encode("!", add_special_tokens=False)
+    sampling = SamplingParams(max_tokens=1, logprobs=1, prompt_logprobs=2)
+    asked = call(prompts=(prompt,), echo=(text,), stream=stream, sampling=sampling)
+    driven = Driven(asked, tokenizer)
+    found = driven.feed(scored(driven.requests[0], token, 2))
+    choice = found[0]["choices"][0] if stream else driven.body()["choices"][0]
+    assert choice["text"] == text + "!"
+    scores = choice["logprobs"]
+    assert scores["token_logprobs"] == [None, *(-1.0 - at for at in range(len(prompt) - 1)), -0.5]
+    first, *others, last = scores["top_logprobs"]
+    assert first is None
+    for name, top in zip(scores["tokens"][1:-1], others, strict=True):
+        assert list(top) == [name, tokenizer.token_text(300)]
+    assert last == {"!": -0.5}
+    # Each token begins at its own text; parts of one character all begin where that does.
+    offsets = scores["text_offset"]
+    assert offsets[:2] == [0, 0]  # <bos>, and the text's first token
+    assert offsets == sorted(offsets)
+    for name, offset in zip(scores["tokens"][1:], offsets[1:], strict=True):
+        if not name.startswith("bytes:"):
+            assert (text + "!")[offset:].startswith(name)
+    assert offsets[-1] == len(text)
+
+
+def test_scores_of_an_echo_of_token_ids_lie_in_their_text(tokenizer: Tokenizer) -> None:
+    prompt = tokenizer.encode("the 🫶 lazy")
+    sampling = SamplingParams(max_tokens=1, logprobs=0, prompt_logprobs=0)
+    driven = Driven(call(prompts=(prompt,), echo=(None,), sampling=sampling), tokenizer)
+    driven.feed(scored(driven.requests[0], 5, 0))
+    (choice,) = driven.body()["choices"]
+    offsets = dict(
+        zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], strict=True)
+    )
+    assert choice["text"].startswith("the 🫶 lazy")
+    assert offsets["<bos>"] == 0
+    assert choice["text"][offsets[" lazy"] :].startswith(" lazy")
+
+
+@pytest.mark.parametrize("kind", CallKind)
+def test_prompt_logprobs_are_vllms(kind: CallKind, tokenizer: Tokenizer) -> None:
+    sampling = SamplingParams(max_tokens=1, logprobs=2, prompt_logprobs=2)
+    asked = call(kind=kind, prompts=((5, 300, 7),), sampling=sampling, prompt_logprobs=1)
+    driven = Driven(asked, tokenizer)
+    driven.feed(scored(driven.requests[0], 6, 2))
+    body = driven.body()
+    where = body if kind is CallKind.CHAT else body["choices"][0]
+    text = tokenizer.token_text
+    assert where["prompt_logprobs"] == [
+        None,
+        {"300": {"logprob": -1.0, "rank": 9, "decoded_token": text(300)}},
+        {
+            "7": {"logprob": -2.0, "rank": 9, "decoded_token": text(7)},
+            "300": {"logprob": -0.25, "rank": 1, "decoded_token": text(300)},
+        },
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("finish", [FinishReason.LENGTH, FinishReason.STOP])
+def test_an_answer_of_the_prompt_alone_has_no_tokens(
+    stream: bool, finish: FinishReason, tokenizer: Tokenizer
+) -> None:
+    asked = call(
+        echo=("as sent",),
+        stream=stream,
+        include_usage=True,
+        return_token_ids=True,
+        sampling=SamplingParams(max_tokens=1),
+        prompt_only=True,
+    )
+    driven = Driven(asked, tokenizer)
+    told = driven.feed(output(driven.requests[0], [EOS], finish, stop_token=EOS))
+    choice = (told[0] if stream else driven.body())["choices"][0]
+    usage = (told[1] if stream else driven.body())["usage"]
+    assert (choice["text"], choice["finish_reason"]) == ("as sent", "length")
+    assert choice["token_ids"] == []
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 0)
+
+
 @pytest.mark.parametrize("cut", range(5))
 def test_a_token_begins_where_the_text_before_it_ends(cut: int, tokenizer: Tokenizer) -> None:
     """Characters of several tokens, and a stream that was cut before any of them. Parts of a
@@ -288,6 +390,24 @@ def test_an_engine_s_error_ends_the_answer(tokenizer: Tokenizer) -> None:
     assert driven.generation.failure is not None
     assert "X" in str(driven.generation.failure)
     assert driven.generation.unfinished == [first.id]  # left for the owner to cancel
+
+
+def test_ends_are_counted_by_reason_with_the_lengths_of_what_finished(tokenizer: Tokenizer) -> None:
+    driven = Driven(call(n=5, stop=("quick",)), tokenizer)
+    eos, limit, stop, failed, cancelled = driven.requests
+    quick = tokenizer.encode("quick", add_special_tokens=False)
+    driven.feed(output(eos, [20]), output(limit, [20]))
+    driven.feed(output(eos, [EOS], FinishReason.STOP, stop_token=EOS))
+    driven.feed(output(limit, [20, 20], FinishReason.LENGTH))
+    driven.feed(output(stop, quick))  # the engine does not know of it
+    driven.feed(
+        output(failed, [], FinishReason.ERROR), output(cancelled, [], FinishReason.CANCELLED)
+    )
+    ended = driven.latencies.ended
+    assert (ended.stop, ended.length, ended.abort, ended.error) == (2, 1, 1, 1)
+    assert ended.prompt_tokens.sum == 3 * 3
+    assert sum(ended.prompt_tokens.counts) == sum(ended.generated_tokens.counts) == 3
+    assert ended.generated_tokens.sum == driven.generation.generated_tokens >= 2 + 3 + 1
 
 
 def test_latencies_are_per_sequence(tokenizer: Tokenizer) -> None:

@@ -92,6 +92,17 @@ CALLS = {
     "logprobs": call_of(logprobs=2, n=2),
     "logprobs of a chat": call_of(kind=CHAT, logprobs=2, stop=("lazy dog",)),
     "token ids": call_of(return_token_ids=True, stop=("lazy",)),
+    "scores of a prompt": call_of(
+        echo=("\x00\x01 as sent", None),
+        prompts=((5, 6, 7), (8,)),
+        logprobs=1,
+        prompt_logprobs=2,
+        max_tokens=3,
+    ),
+    "scores of a prompt alone": call_of(
+        echo=("the quick",), logprobs=0, prompt_logprobs=0, max_tokens=1, n=2, prompt_only=True
+    ),
+    "a prompt alone": call_of(kind=CHAT, max_tokens=1, n=2, prompt_only=True),
     "echo": call_of(echo=("\x00 as sent",), prompts=((5, 6, 7),), logprobs=0),
 }
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from memserve.api.answer.delta import Delta
+from memserve.api.answer.message import ChatMessage, delta_of, message_of
 from memserve.api.generate import CallKind, FinishReason, GenerateCall
 from memserve.api.request_stats import RequestStats
 
@@ -55,11 +57,14 @@ class ScoredToken:
 @dataclass(frozen=True, slots=True)
 class TokenScore:
     """Log-probabilities at one position: the chosen token, and the most probable ones. `offset`:
-    of the chosen token in the text of its choice, in characters."""
+    of the chosen token in the text of its choice, in characters. `rank`: of the chosen token, 1
+    for the most probable one; None: it has no log-probability, as the first token of a prompt.
+    """
 
     chosen: ScoredToken
     top: tuple[ScoredToken, ...]
     offset: int
+    rank: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,8 @@ class Piece:
     scores: Sequence[TokenScore] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token or string that the client had named
+    delta: Delta | None = None  # what is in the text, if the call says what may be in it
+    prompt_scores: Sequence[TokenScore] = ()  # for `prompt_logprobs`
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -120,15 +127,21 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
 
 
-class ChatMessage(msgspec.Struct, frozen=True):
-    role: str
-    content: str
-    refusal: None = None
+class PromptLogprob(msgspec.Struct, frozen=True):
+    """One token at a position of a prompt, in vLLM's form."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# One for each prompt token, by token id.
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -148,6 +161,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     stop_reason: int | str | None
     token_ids: Sequence[int] | UnsetType = UNSET
     prompt_token_ids: Sequence[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,6 +174,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     usage: CompletionUsage
     prompt_token_ids: Sequence[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,6 +199,7 @@ def body(call: GenerateCall, choices: Sequence[Piece], used: CompletionUsage) ->
                 choices=[_chat_choice(call, piece) for piece in choices],
                 usage=used,
                 prompt_token_ids=_prompt(call, 0) if call.return_token_ids else UNSET,
+                prompt_logprobs=_prompt_logprobs(call, choices[0]),
             )
         )
     return _encode(
@@ -200,7 +216,9 @@ def body(call: GenerateCall, choices: Sequence[Piece], used: CompletionUsage) ->
 def _chat_choice(call: GenerateCall, piece: Piece) -> ChatChoice:
     return ChatChoice(
         index=piece.choice,
-        message=ChatMessage("assistant", piece.text),
+        message=ChatMessage("assistant", piece.text)
+        if piece.delta is None
+        else message_of(call, piece.choice, piece.delta),
         logprobs=_chat_logprobs(piece) if call.sampling.logprobs is not None else None,
         finish_reason=piece.finish_reason,
         stop_reason=piece.stop_reason,
@@ -215,9 +233,33 @@ def _completion_choice(call: GenerateCall, piece: Piece) -> CompletionChoice:
         logprobs=_completion_logprobs(piece) if call.sampling.logprobs is not None else None,
         finish_reason=piece.finish_reason,
         stop_reason=piece.stop_reason,
-        token_ids=piece.token_ids if call.return_token_ids else UNSET,
+        token_ids=_own_ids(call, piece) if call.return_token_ids else UNSET,
         prompt_token_ids=_prompt(call, piece.choice) if call.return_token_ids else UNSET,
+        prompt_logprobs=_prompt_logprobs(call, piece),
     )
+
+
+def _own_ids(call: GenerateCall, piece: Piece) -> Sequence[int]:
+    """Return the token ids that the client is told."""
+    return () if call.prompt_only else piece.token_ids
+
+
+def _prompt_logprobs(call: GenerateCall, piece: Piece) -> PromptLogprobs | UnsetType:
+    if call.prompt_logprobs is None:
+        return UNSET
+    return [_by_id(score, call.prompt_logprobs) for score in piece.prompt_scores]
+
+
+def _by_id(score: TokenScore, count: int) -> dict[int, PromptLogprob] | None:
+    """Return the log-probabilities of a prompt's token and of the `count` most probable ones."""
+    if score.rank is None:
+        return None
+    tokens = {
+        score.chosen.id: PromptLogprob(_finite(score.chosen.logprob), score.rank, score.chosen.text)
+    }
+    for rank, token in enumerate(score.top[:count], 1):
+        tokens.setdefault(token.id, PromptLogprob(_finite(token.logprob), rank, token.text))
+    return tokens
 
 
 def _prompt(call: GenerateCall, choice: int) -> list[int]:
@@ -269,9 +311,10 @@ class StreamFormat:
         ids = piece.token_ids
         named = b"%d" % ids[0] if len(ids) == 1 else ",".join(map(str, ids)).encode()
         comment = b":%d %b\n" % (piece.choice, named)
-        if role or piece.finish_reason is not None or not self._plain:
+        if role or piece.finish_reason is not None or not self._plain or piece.delta is not None:
             # A piece whose text is held back still has ids and scores.
-            wanted = role or piece.text or piece.finish_reason is not None
+            said = piece.text if piece.delta is None else not piece.delta.empty
+            wanted = role or said or piece.finish_reason is not None
             if wanted or self._token_ids or piece.scores:
                 return comment + self._full_chunk(piece, first)
         elif piece.text:
@@ -284,7 +327,10 @@ class StreamFormat:
         return self._head + b',"choices":[],"usage":' + _encode(used) + b"}\n\n"
 
     def _full_chunk(self, piece: Piece, first: bool) -> bytes:
-        if first and self._chat:
+        if piece.delta is not None:
+            head = b'%b%d,"delta":' % (self._choice_head, piece.choice)
+            head += _encode(delta_of(self._call, piece.choice, piece.delta, first))[:-1]
+        elif first and self._chat:
             head = b"%b%d%b" % (self._choice_head, piece.choice, self._role_head)
             head += _encode(piece.text)
         elif piece.text:
@@ -301,7 +347,7 @@ class StreamFormat:
         if piece.finish_reason is not None:
             parts += (b',"stop_reason":', _encode(piece.stop_reason))
         if self._token_ids:
-            parts += (b',"token_ids":', _encode(piece.token_ids))
+            parts += (b',"token_ids":', _encode(_own_ids(self._call, piece)))
         parts.append(b"}]}\n\n")
         if self._token_ids and first:
             # As in vLLM: in the choice for completions, at the top level for chats.
@@ -330,15 +376,19 @@ def _chat_logprobs(piece: Piece) -> ChatLogprobs:
 def _completion_logprobs(piece: Piece) -> CompletionLogprobs:
     return CompletionLogprobs(
         text_offset=[score.offset for score in piece.scores],
-        token_logprobs=[_finite(score.chosen.logprob) for score in piece.scores],
+        token_logprobs=[
+            None if score.rank is None else _finite(score.chosen.logprob) for score in piece.scores
+        ],
         tokens=[score.chosen.name for score in piece.scores],
         top_logprobs=[_by_name(score) for score in piece.scores],
     )
 
 
-def _by_name(score: TokenScore) -> dict[str, float]:
+def _by_name(score: TokenScore) -> dict[str, float] | None:
     """Return log-probabilities by token name, the chosen token's first. A further token with the
     name of an earlier one is named `token_id:<id>`, vLLM's notation."""
+    if score.rank is None:
+        return None
     named = {score.chosen.name: _finite(score.chosen.logprob)}
     for token in score.top:
         if token.id != score.chosen.id:

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 from msgspec.structs import force_setattr
 
+from memserve.api.answer.format import AnswerFormat
 from memserve.api.forward import Forward
 from memserve.api.grammar import Grammar
 from memserve.api.limits import (
@@ -46,10 +47,12 @@ Address = Annotated[str, Meta(max_length=MAX_ID_CHARACTERS)]
 
 
 class FinishReason(StrEnum):
-    """Why a choice ended. The first two are OpenAI's; clients never see `CANCELLED`."""
+    """Why a choice ended. The first three are OpenAI's; clients never see `CANCELLED`. Engines do
+    not know of `TOOL_CALLS`."""
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
     CANCELLED = "cancelled"
     ERROR = "error"
 
@@ -77,6 +80,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     ignore_eos: bool = False
     logprobs: Count | None = None  # alternatives to report besides the chosen token; None: none
     grammar: Grammar | None = None  # that the whole output obeys
+    # Alternatives to report for each token of the prompt but the first; None: no scores of the
+    # prompt, which is otherwise computed whole, without cached KV.
+    prompt_logprobs: Count | None = None
 
 
 def validate_sampling(
@@ -109,6 +115,8 @@ def validate_sampling(
         raise _refused("frequency_penalty", p.frequency_penalty, "from -2 to 2")
     if p.logprobs is not None and not 0 <= p.logprobs <= MAX_LOGPROBS:
         raise _refused("logprobs", p.logprobs, f"from 0 to {MAX_LOGPROBS}")
+    if p.prompt_logprobs is not None and not 0 <= p.prompt_logprobs <= MAX_LOGPROBS:
+        raise _refused("prompt_logprobs", p.prompt_logprobs, f"from 0 to {MAX_LOGPROBS}")
     if p.seed is not None and not -(2**63) <= p.seed < 2**63:
         raise _refused("seed", p.seed, "a signed 64-bit integer")
     if like is not None and _same_lists(p, like):
@@ -176,6 +184,11 @@ class GenerateCall(
     # Completions: the text to put before the answers of each prompt; None: the text of its token
     # ids. (): no echo.
     echo: Annotated[tuple[str | None, ...], Meta(max_length=MAX_SEQUENCES)] = ()
+    # The answer has no tokens (`max_tokens` 0): the one that each sequence generates is dropped.
+    prompt_only: bool = False
+    # Alternatives to report for each prompt token in vLLM's form, at most `sampling`'s; not for
+    # streams. With `echo` and `sampling.logprobs`, OpenAI's form has the prompt's scores, too.
+    prompt_logprobs: Count | None = None
     return_token_ids: bool = False  # the client asked for `token_ids`, `prompt_token_ids`
     cache_salt: Name = ""  # namespace of the KV cache
     priority: Int32 = 0  # lower runs first
@@ -192,12 +205,19 @@ class GenerateCall(
     # The request for a vLLM server, sent to it instead of token ids. The server's answer is
     # relayed and cannot be resumed; prompt and sampling only serve the choice of an instance.
     forward: Forward | None = None
+    # Chats: what to find in the text. None: it is all content.
+    answer: AnswerFormat | None = None
+    # The request has tools, tool calls or variables of the chat template: vLLM servers get it as
+    # it is.
+    extended: bool = False
 
     @property
     def own_engine(self) -> bool:
         """Whether only the built-in engine can answer this call. For vLLM servers, the gateway
         forwards the client's request instead."""
-        return self.forward is None and self.sampling.grammar is not None
+        asked = self.sampling
+        special = asked.grammar is not None or asked.prompt_logprobs is not None or self.extended
+        return special and self.forward is None
 
     def __post_init__(self) -> None:
         force_setattr(self, "prompts", tuple(map(token_field, self.prompts)))

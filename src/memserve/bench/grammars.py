@@ -119,7 +119,8 @@ def _walk(grammar: LibraryGrammar, vocab: int) -> tuple[list[float], list[float]
     logits = random.normal(size=vocab).astype(np.float32)
     matcher, constraint = grammar.matcher(), Constraint(grammar, ())
     ends = np.zeros(0, np.int64)
-    fills, masks = [], []
+    fills: list[float] = []
+    masks: list[float] = []
     while len(fills) < WALK:
         if matcher.ended:
             matcher, constraint = grammar.matcher(), Constraint(grammar, ())

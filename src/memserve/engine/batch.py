@@ -55,8 +55,11 @@ class BatchScheduler:
     """Waiting and running sequences of one engine. For the engine's thread only; any thread may
     read `waiting`, `running` and `preemptions`."""
 
-    def __init__(self, limits: BatchLimits) -> None:
+    def __init__(self, limits: BatchLimits, scored_rows: int) -> None:
+        """`scored_rows`: maximum of prompt tokens to score in a step without decoding sequences,
+        whose logits are all in memory at once."""
         self._limits = limits
+        self._scored_rows = scored_rows
         self._waiting: list[Sequence] = []  # sorted by `Sequence.order`
         self._running: list[Sequence] = []  # sorted by `Sequence.order`
         self._known: dict[RequestId, Sequence] = {}
@@ -96,7 +99,7 @@ class BatchScheduler:
         decoding = {scheduled.sequence for scheduled in decodes}
         # Includes admitted sequences whose tokens are all cached except the last one.
         prefilling = [sequence for sequence in self._running if sequence not in decoding]
-        counts = share_budget(budget, [sequence.remaining for sequence in prefilling])
+        counts = share_budget(budget, self._wanted(prefilling, bool(decodes)))
         prefills = tuple(
             ScheduledSequence(sequence, count)
             for sequence, count in zip(prefilling, counts, strict=True)
@@ -105,6 +108,19 @@ class BatchScheduler:
         if not decodes and not prefills:
             return None
         return StepPlan(tuple(decodes), prefills)
+
+    def _wanted(self, prefilling: Seq[Sequence], mixed: bool) -> list[int]:
+        """Return the tokens that each sequence may compute in this step; `mixed`: others decode,
+        and must not wait for the logits of many rows."""
+        room = self._scored_rows // 4 if mixed else self._scored_rows
+        wanted = []
+        for sequence in prefilling:
+            count = sequence.remaining
+            if sequence.scores is not None and not sequence.scores.complete:
+                count = min(count, room)
+                room -= count
+            wanted.append(count)
+        return wanted
 
     def _plan_decodes(self) -> list[ScheduledSequence]:
         """Reserve memory for one token of each decoding sequence; preempt the last running
@@ -170,7 +186,7 @@ class BatchScheduler:
 def share_budget(budget: int, remaining: Seq[int]) -> list[int]:
     """Return the number of tokens to compute of each prompt in a step of `budget` tokens.
 
-    `remaining`: tokens without KV of each prompt, in the order of priority and arrival. The
+    `remaining`: the most for each prompt, in the order of priority and arrival. The
     first prompt gets half of the budget, then the others by ascending `remaining`; the first
     prompt also gets the rest.
     """

@@ -57,16 +57,16 @@ class BlockTable:
         """Tokens of the pinned prefix."""
         return 0 if self._prefix is None else self._prefix.tokens
 
-    def acquire(self, tokens: TokenArray, headroom: int) -> int:
-        """Pin the longest cached prefix, swap it into HBM, and reserve blocks for all `tokens`.
+    def acquire(self, tokens: TokenArray, reusable: int, headroom: int) -> int:
+        """Pin the longest cached prefix of the first `reusable` tokens, swap it into HBM, and
+        reserve blocks for all `tokens`.
 
-        Returns the number of cached tokens. The last token is always computed, for its logits.
-        Raises OutOfBlocks, before anything is pinned or moved, unless `headroom` blocks would
-        stay free or evictable.
+        Returns the number of cached tokens. Raises OutOfBlocks, before anything is pinned or
+        moved, unless `headroom` blocks would stay free or evictable.
         """
         assert self._prefix is None
         assert not len(self._tail)
-        wanted = tokens[:-1]
+        wanted = tokens[:reusable]
         with self._pool.match(wanted, self._namespace) as found:
             in_hbm = int(np.count_nonzero(ref_medium(found.refs) == Medium.HBM))
             missing = self._blocks(len(tokens)) - in_hbm

@@ -28,6 +28,7 @@ from memserve.engine.request import (
 )
 from memserve.engine.runner import Runner
 from memserve.engine.sampler import Sample
+from memserve.engine.scoring import scored_rows
 from memserve.engine.sequence import Sequence
 from memserve.errors import EngineStopped, QueueFull
 from memserve.pool.pool import MemPool
@@ -93,7 +94,7 @@ class Engine:
         self._kernels = kernels_of(model.device)
         self._runner = Runner(model, pool, self._kernels)
         self._fence: KernelFence | None = None  # on a GPU, while the thread runs
-        self._scheduler = BatchScheduler(settings.limits)
+        self._scheduler = BatchScheduler(settings.limits, scored_rows(model.shape.vocab_size))
         self._counters = _Counters()
         self._arrivals = 0
         self._starved = False  # the last `plan` found nothing that can run
@@ -177,6 +178,7 @@ class Engine:
             finished=counters.finished,
             cancelled=counters.cancelled,
             busy_seconds=counters.busy_seconds,
+            received_prompt_tokens=counters.received_prompt_tokens,
         )
 
     def stop(self) -> None:
@@ -276,7 +278,9 @@ class Engine:
         for sequence, count in ((s.sequence, s.count) for s in plan.scheduled):
             if sequence.fresh:
                 sequence.queue_seconds = started - sequence.submitted
-                counters.cached_prompt_tokens += sequence.cached_tokens
+                received = min(sequence.cached_tokens, sequence.request.received_tokens)
+                counters.received_prompt_tokens += received
+                counters.cached_prompt_tokens += sequence.cached_tokens - received
             counters.computed_prompt_tokens += sequence.advance(count)
             chosen = samples.get(sequence.id)
             if chosen is not None:
@@ -298,6 +302,7 @@ class Engine:
             token_ids=(chosen.token,),
             usage=sequence.usage,
             logprobs=() if chosen.logprobs is None else (chosen.logprobs,),
+            prompt_logprobs=sequence.take_scores(),
             finish_reason=finish,
             stop_token=chosen.token if chosen.token in sequence.sampler.end_tokens else None,
         )
@@ -338,3 +343,4 @@ class _Counters:
     finished: int = 0
     cancelled: int = 0
     busy_seconds: float = 0.0
+    received_prompt_tokens: int = 0

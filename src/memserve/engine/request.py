@@ -40,6 +40,8 @@ class EngineRequest:
     # Receives a call for each block of `tokens` whose KV is computed.
     observer: PrefillObserver | None = None
     grammar: CompiledGrammar | None = None  # `sampling.grammar`, compiled for the model
+    # Prompt tokens whose KV other instances have sent for this request: no hits of this cache.
+    received_tokens: int = 0
 
     @property
     def tokens(self) -> TokenArray:
@@ -85,6 +87,8 @@ class TokenOutput:
     stop_token: int | None = None  # the end or stop token that ended the sequence
     error: str | None = None
     at_fault: bool = False  # with `error`: the request is to blame, not the engine
+    # Of the prompt's tokens but the first, if asked for; in the sequence's first output only.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 # Callback for all outputs of one step, called from the engine's thread; it must not block. A
@@ -152,7 +156,10 @@ def _validate_tokens(request: EngineRequest, info: EngineInfo) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Totals since start, which only grow, and the current queue lengths (sequences)."""
+    """Totals since start, which only grow, and the current queue lengths (sequences).
+
+    A prompt token counts once: as computed, as found in the cache, or as received from another
+    instance for its request."""
 
     running: int
     waiting: int
@@ -164,6 +171,7 @@ class EngineStats:
     finished: int
     cancelled: int
     busy_seconds: float
+    received_prompt_tokens: int = 0
 
 
 class EngineProtocol(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from memserve.engine.fence import Kernels
 from memserve.engine.model import Model
 from memserve.engine.paged_batch import PagedBatch, Span, Workspace
 from memserve.engine.sampler import Sample, sample
+from memserve.engine.scoring import PromptScores
 from memserve.pool.pool import MemPool
 from memserve.types import RequestId
 
@@ -35,6 +36,8 @@ class Runner:
         spans: list[Span] = []
         tokens, positions = [], []
         keep, sampled = [], []
+        scored: list[tuple[PromptScores, int]] = []  # with numbers of rows
+        scored_rows: list[int] = []
         row = 0
         for scheduled in plan.scheduled:
             sequence, count = scheduled.sequence, scheduled.count
@@ -42,6 +45,10 @@ class Runner:
             spans.append(Span(row, count, begin, sequence.table.indices))
             tokens.append(sequence.tokens[begin:end])
             positions.append(np.arange(begin, end))
+            if sequence.scores is not None:
+                rows = sequence.scores.rows(begin, end)
+                scored.append((sequence.scores, len(rows)))
+                scored_rows += [row + at for at in rows]
             row += count
             if end == sequence.length:
                 keep.append(row - 1)
@@ -58,9 +65,12 @@ class Runner:
         logits = self._model.forward(
             torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),
             torch.from_numpy(np.concatenate(positions)).to(device),
-            torch.tensor(keep, dtype=torch.int64, device=device),
+            torch.tensor(keep + scored_rows, dtype=torch.int64, device=device),
             batch,
         )
+        if scored_rows:
+            _score(logits[len(keep) :], scored)
+            logits = logits[: len(keep)]
         if not sampled:  # otherwise `sample` waits for the kernels
             self.finish()
             return {}
@@ -72,6 +82,14 @@ class Runner:
         mark = self._kernels.mark()
         if mark is not None:
             mark.synchronize()
+
+
+def _score(logits: torch.Tensor, scored: Sequence[tuple[PromptScores, int]]) -> None:
+    """Give `logits` [rows, vocab] to the prompts whose tokens they predict, in order."""
+    logits = logits.contiguous().cpu()  # the product for several rows is column-major
+    for scores, count in scored:
+        scores.add(logits[:count])
+        logits = logits[count:]
 
 
 def _layer_listener(plan: StepPlan) -> Callable[[int], None] | None:

@@ -358,8 +358,13 @@ def _fold(values: FloatArray, padding: float) -> FloatArray:
     return values.reshape(FOLD, -1)
 
 
+def row_logprobs(row: torch.Tensor, token: int, count: int) -> TokenLogprobs:
+    """Return log-probabilities of `token` and of the `count` most probable tokens in a row of
+    logits [vocab] on the host."""
+    return _logprobs(_float32(row), token, count)
+
+
 def _logprobs(logits: FloatArray, token: int, count: int) -> TokenLogprobs:
-    """Return log-probabilities of `token` and of the `count` most probable tokens."""
     peak = float(logits.max())
     shift = peak + math.log(_total(_weights(logits, peak, 1.0)))
     top: IdArray = np.empty(0, np.int64)

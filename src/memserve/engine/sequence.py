@@ -8,8 +8,9 @@ from memserve.api.generate import FinishReason
 from memserve.engine.block_table import BlockTable
 from memserve.engine.constraint import Constraint
 from memserve.engine.observer import PrefillObserver, PrefillWatch
-from memserve.engine.request import EngineRequest, Usage
+from memserve.engine.request import EngineRequest, TokenLogprobs, Usage
 from memserve.engine.sampler import SamplerState
+from memserve.engine.scoring import PromptScores
 from memserve.types import RequestId, TokenArray
 
 # A sequence waits for another's prefill if that saves at least this share of its tokens that
@@ -64,6 +65,10 @@ class Sequence:
         self._tokens[: self.length] = request.tokens
         for token in request.output.tolist():
             self.sampler.append(token)
+        self.scores: PromptScores | None = None
+        if params.prompt_logprobs is not None and not len(request.output):
+            self.scores = PromptScores(request.prompt, params.prompt_logprobs)
+        self._counted = 0  # leading prompt tokens that `advance` has returned, or that were cached
         self._observer = observer
         self._observed = self.length // table.block_tokens  # whole blocks that are watched
         self.watch: PrefillWatch | None = None  # while the sequence is admitted
@@ -105,9 +110,13 @@ class Sequence:
         Raises OutOfBlocks, and then holds nothing, unless `headroom` blocks stay free for other
         sequences.
         """
-        self.computed = self.table.acquire(self.tokens, headroom)
+        reusable = self.length - 1  # the last token is computed for its logits
+        if self.scores is not None and not self.scores.complete:
+            reusable = self.scores.scored  # before a preemption
+        self.computed = self.table.acquire(self.tokens, reusable, headroom)
         if self.fresh:
             self.cached_tokens = min(self.computed, self.prompt_tokens)
+            self._counted = self.cached_tokens
         if self._observer is not None and self._observed:
             self.watch = self._observer.begin(self.table.refs[: self._observed])
             cached = self._observed_blocks(self.computed)
@@ -118,6 +127,8 @@ class Sequence:
         """Whether this waiting sequence should wait for the prefill of `other`, which is about to
         compute a large part (`_WORTH_WAITING`) of the same blocks."""
         if self.request.ephemeral or self.request.namespace != other.request.namespace:
+            return False
+        if self.scores is not None:
             return False
         mine, others = self.tokens, other.tokens
         most = min(len(mine) - 1, len(others))
@@ -139,9 +150,9 @@ class Sequence:
     def advance(self, count: int) -> int:
         """Count `count` more tokens as computed, and give full blocks to the index.
 
-        Returns the number of prompt tokens among them.
+        Returns the number of prompt tokens among them, without those that were computed before a
+        preemption.
         """
-        before = self.computed
         first, last = self.completes(count)
         self.computed += count
         self.fresh = False
@@ -149,7 +160,9 @@ class Sequence:
         self.table.commit(self.tokens[: self.computed], None if watch is None else watch.superseded)
         if watch is not None and first < last and not watch.by_layer:
             watch.ready(first, last, None)
-        return max(0, min(self.computed, self.prompt_tokens) - before)
+        before = self._counted
+        self._counted = max(before, min(self.computed, self.prompt_tokens))
+        return self._counted - before
 
     def append(self, token: int) -> FinishReason | None:
         """Add a sampled token. Returns the finish reason if it is the last one, else None."""
@@ -159,6 +172,10 @@ class Sequence:
         if token in self.sampler.end_tokens or self.sampler.ended:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.length == self.limit else None
+
+    def take_scores(self) -> tuple[TokenLogprobs, ...]:
+        """Return the log-probabilities of the prompt once, when all are there."""
+        return () if self.scores is None else self.scores.take()
 
     def preempt(self) -> None:
         """Release all blocks. The next admission finds the full ones that are still cached."""

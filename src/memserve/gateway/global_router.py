@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from memserve.api.generate import GenerateCall
-from memserve.api.namespaces import salted
+from memserve.api.namespaces import private, salted
 from memserve.api.peer_client import PeerClient
 from memserve.api.status import EngineTotals, InstanceState, Limits
 from memserve.clock import Clock
@@ -30,7 +30,7 @@ from memserve.scheduler.decisions import Decision
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.scheduler.scheduler import Scheduler
-from memserve.types import Epoch, InstanceId, RequestId, Role, TokenArray
+from memserve.types import Epoch, InstanceId, Namespace, RequestId, Role, TokenArray
 from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class GlobalRouter:
         request = PromptRequest(
             id=RequestId(call.id),
             tokens=_tokens(call),
-            namespace=salted(call.cache_salt),
+            namespace=_namespace(call),
             output_tokens=call.sampling.max_tokens - _resumed(call),
             session=call.session,
             priority=call.priority,
@@ -334,6 +334,14 @@ def _with_limits(spec: InstanceSpec, limits: Limits) -> InstanceSpec:
         chunk_tokens=limits.mixed_batch_tokens,
         kv_tokens=limits.pool_tokens,
     )
+
+
+def _namespace(call: GenerateCall) -> Namespace:
+    """Return the namespace in which cached KV serves the call; one without any if the prompt is
+    computed whole, for its scores."""
+    if call.sampling.prompt_logprobs is not None and not call.resumed:
+        return private(call.id)
+    return salted(call.cache_salt)
 
 
 def _resumed(call: GenerateCall) -> int:

@@ -212,7 +212,11 @@ class Relay:
         """Return the members that may take the call. A forwarded one goes to vLLM servers: if its
         prompt is not what the server computes, prefill instances take it only as a last resort."""
         if call.own_engine:
-            return self._membership.ready(MemberKind.MEMSERVE)
+            own = self._membership.ready(MemberKind.MEMSERVE)
+            if call.sampling.prompt_logprobs is None:
+                return own
+            # The instance that computes the prompt has its scores, so it answers, too.
+            return [member for member in own if member.role is not Role.DECODE] or own
         if call.forward is None:
             return self._membership.ready()
         servers = self._membership.ready(MemberKind.VLLM)

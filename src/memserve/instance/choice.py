@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from memserve.api.answer.delta import Delta
+from memserve.api.answer.parser import AnswerParser, markers_of
 from memserve.api.chunks import Piece, ScoredToken, TokenScore
 from memserve.api.detokenizer import Detokenizer
 from memserve.api.errors import invalid
 from memserve.api.generate import FinishReason, GenerateCall
 from memserve.api.stop_strings import StopStrings
 from memserve.engine.request import TokenLogprobs, TokenOutput
+from memserve.instance.prompt_text import token_offsets
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import TokenArray
 
@@ -36,17 +39,46 @@ class Choice:
         self.started = False  # an output was added, or resumed
         self.finished = False
         self.tokens = 0  # generated so far, resumed ones included
+        self.prompt_tokens = len(prompt)
         self._call = call
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(self._decode, prompt)
         self._stops = stops
         self._lead = lead
+        self._parser: AnswerParser | None = None
+        self._skipped: frozenset[int] = frozenset()  # special tokens, where others are kept
+        if call.answer is not None:
+            self._parser = AnswerParser(call.answer)
+            if seen := tokenizer.special_among(markers_of(call.answer)):
+                self._skipped = tokenizer.special_ids - seen
+        self._detokenizer = Detokenizer(self._decode, prompt)
+        self._prompt = prompt
+        self._texts: dict[int, tuple[str, bytes]] = {}  # of tokens in scores
         # Characters so far, stop strings included: the text offset of the next token.
         self._length = len(self._lead)
 
     def feed(self, output: TokenOutput) -> Piece:
         """Add an output. Returns its piece; tokens after a stop string are dropped."""
+        if self._call.prompt_only:
+            return self._only_prompt(output.token_ids)
         return self._add(output.token_ids, output.finish_reason, output.stop_token, output.logprobs)
+
+    def prompt_scores(self, logprobs: Sequence[TokenLogprobs]) -> list[TokenScore]:
+        """Return the scores of the prompt's tokens; `logprobs`: of all but the first. Takes
+        microseconds for each."""
+        ids = self._prompt.tolist()
+        echo = self._call.echo
+        text = echo[self.index // self._call.n] if echo else None
+        offsets = token_offsets(self._tokenizer, self._prompt, text, self._decode)
+        first = TokenScore(self._scored(ids[0], 0.0), (), offsets[0], None)
+        return [first, *self._scores(ids[1:], offsets[1:], logprobs)]
+
+    def _only_prompt(self, ids: Sequence[int]) -> Piece:
+        """Return the piece of a choice whose only token is dropped; a stream's comment names it,
+        so that another instance knows that the choice is finished."""
+        self.started = self.finished = True
+        self.tokens += len(ids)
+        text, self._lead = self._lead, ""
+        return Piece(self.index, text, ids, finish_reason=FinishReason.LENGTH)
 
     def resume(self, tokens: TokenArray, eos_token_ids: Sequence[int], ended: bool = False) -> None:
         """Begin after `tokens` [n], which the client has already. They may finish the choice.
@@ -75,6 +107,7 @@ class Choice:
         logprobs: Sequence[TokenLogprobs],
     ) -> Piece:
         self.started = True
+        parser = self._parser
         text, self._lead = [self._lead], ""
         stop: str | None = None
         silent = stop_token is not None and not self._call.include_stop_str_in_output
@@ -86,9 +119,14 @@ class Choice:
                 break
             new, stop = self._search(self._detokenizer.push(token_id))
             text.append(new)
-            if stop is not None:
+            if parser is not None:
+                parser.push(new)
+                if parser.over:
+                    reason = FinishReason.STOP
+            if stop is not None or (parser is not None and parser.over):
                 ids = ids[: position + 1]
                 break
+        read = len(text)
         if stop is None and reason is not None:
             rest, stop = self._search(self._detokenizer.flush())
             text.append(rest)
@@ -97,6 +135,11 @@ class Choice:
         if stop is not None:
             reason = FinishReason.STOP
         self.finished = reason is not None
+        delta = None
+        if parser is not None:
+            delta = self._parsed(parser, "".join(text[read:]))
+            if reason is FinishReason.STOP and parser.calls_end:
+                reason = FinishReason.TOOL_CALLS
         return Piece(
             choice=self.index,
             text="".join(text),
@@ -104,7 +147,15 @@ class Choice:
             scores=self._scores(ids, offsets, logprobs),
             finish_reason=reason,
             stop_reason=stop if stop is not None else self._named(stop_token),
+            delta=delta,
         )
+
+    def _parsed(self, parser: AnswerParser, rest: str) -> Delta:
+        """Return what the text has shown since the last piece. `rest`: not pushed yet."""
+        parser.push(rest)
+        if self.finished:
+            parser.finish()
+        return parser.take()
 
     def _search(self, text: str) -> tuple[str, str | None]:
         self._length += len(text)
@@ -128,13 +179,20 @@ class Choice:
                 self._scored(token_id, entry.chosen),
                 tuple(self._scored(other, logprob) for other, logprob in entry.top),
                 offset,
+                entry.rank,
             )
             for token_id, offset, entry in zip(ids, offsets, logprobs, strict=False)
         )
 
     def _scored(self, token_id: int, logprob: float) -> ScoredToken:
-        text = self._tokenizer.token_text(token_id)
-        return ScoredToken(token_id, text, self._tokenizer.token_bytes(token_id, text), logprob)
+        found = self._texts.get(token_id)
+        if found is None:
+            text = self._tokenizer.token_text(token_id)
+            found = self._texts[token_id] = text, self._tokenizer.token_bytes(token_id, text)
+        return ScoredToken(token_id, *found, logprob)
 
     def _decode(self, ids: Sequence[int]) -> str:
+        if self._skipped and self._call.skip_special_tokens:
+            shown = [token_id for token_id in ids if token_id not in self._skipped]
+            return self._tokenizer.decode(shown, skip_special_tokens=False)
         return self._tokenizer.decode(ids, self._call.skip_special_tokens)

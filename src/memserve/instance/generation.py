@@ -8,7 +8,8 @@ from dataclasses import replace
 import msgspec
 
 from memserve.api import chunks
-from memserve.api.chunks import Piece, StreamFormat
+from memserve.api.answer.delta import joined
+from memserve.api.chunks import Piece, StreamFormat, TokenScore
 from memserve.api.errors import ApiError, internal, invalid, unavailable
 from memserve.api.generate import FinishReason, GenerateCall, SamplingParams
 from memserve.api.limits import INLINE_LOGPROBS
@@ -17,7 +18,7 @@ from memserve.api.request_stats import RequestStats
 from memserve.api.status import Latencies
 from memserve.api.stop_strings import StopStrings
 from memserve.engine.constraint import CompiledGrammar
-from memserve.engine.request import EngineInfo, EngineRequest, TokenOutput
+from memserve.engine.request import EngineInfo, EngineRequest, TokenLogprobs, TokenOutput
 from memserve.instance.choice import Choice
 from memserve.instance.sequence_stats import SequenceStats, combined
 from memserve.models.tokenizer import Tokenizer
@@ -128,6 +129,8 @@ class Generation:
         self._last = dict.fromkeys(self.stats, now)
         self._format = StreamFormat(call) if call.stream else None
         self._pieces: list[list[Piece]] = [[] for _ in self._choices]  # without streaming
+        # By choice, without streaming: `body` makes scores of them.
+        self._prompt_logprobs: dict[int, Sequence[TokenLogprobs]] = {}
 
     def _begin(self, call: GenerateCall, tokenizer: Tokenizer, run: int) -> None:
         stops = StopStrings(call.stop, call.include_stop_str_in_output) if call.stop else None
@@ -160,6 +163,7 @@ class Generation:
 
     def feed(self, outputs: Sequence[TokenOutput], now: float) -> bytes:
         """Add outputs of the engine. Returns the bytes to stream."""
+        call = self._call
         parts: list[bytes] = []
         for output in outputs:
             if output.id not in self._last:  # an output after a stop string
@@ -167,6 +171,7 @@ class Generation:
             if output.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED):
                 del self._last[output.id]
                 self.failure = _failure(output)
+                self._latencies.ended.fail(output.finish_reason)
                 continue
             choice = self._choices[output.id]
             first = not choice.started
@@ -176,11 +181,18 @@ class Generation:
                 del self._last[output.id]
                 self._latencies.whole.observe(now - self._arrived)
                 self.stats[output.id].end(self._latencies, now)
+                self._latencies.ended.finish(
+                    piece.finish_reason, choice.prompt_tokens, choice.tokens
+                )
                 if output.finish_reason is None:
                     self.stopped.append(output.id)
             if self._format is None:
                 self._pieces[choice.index].append(piece)
+                if first and call.sampling.prompt_logprobs is not None:
+                    self._prompt_logprobs[choice.index] = output.prompt_logprobs
             else:
+                if first and call.echo and call.sampling.logprobs is not None:
+                    piece = _echoed(piece, choice.prompt_scores(output.prompt_logprobs), call)
                 parts.append(self._format.event(piece, first))
         if not self._last and not self.finished:
             self.finished = True
@@ -193,14 +205,30 @@ class Generation:
     @property
     def large(self) -> bool:
         """Whether `body` takes too long for an event loop."""
-        alternatives = self._call.sampling.logprobs
-        scores = 0 if alternatives is None else 1 + alternatives
+        sampling = self._call.sampling
+        scores = 0 if sampling.logprobs is None else 1 + sampling.logprobs
+        if sampling.prompt_logprobs is not None:
+            positions = sum(map(len, self._prompt_logprobs.values()))
+            if positions * (1 + sampling.prompt_logprobs) > INLINE_LOGPROBS:
+                return True
         # A token without log-probabilities takes a tenth of the time of one log-probability.
         return self.generated_tokens * (10 * scores + 1) > 10 * INLINE_LOGPROBS
 
     def body(self) -> bytes:
         """Return the whole answer of a finished call without streaming. May run in any thread."""
-        return chunks.body(self._call, [_joined(pieces) for pieces in self._pieces], self._usage())
+        joined = [_joined(pieces) for pieces in self._pieces]
+        for choice in self._choices.values():
+            if choice.index in self._prompt_logprobs:
+                joined[choice.index] = self._scored(choice, joined[choice.index])
+        return chunks.body(self._call, joined, self._usage())
+
+    def _scored(self, choice: Choice, piece: Piece) -> Piece:
+        """Return the whole of a choice with the scores of its prompt."""
+        call = self._call
+        scores = choice.prompt_scores(self._prompt_logprobs[choice.index])
+        if call.echo and call.sampling.logprobs is not None:
+            piece = _echoed(piece, scores, call)
+        return replace(piece, prompt_scores=scores)
 
     def _measure(self, output: TokenOutput, first: bool, now: float) -> None:
         if first:
@@ -215,6 +243,8 @@ class Generation:
     @property
     def generated_tokens(self) -> int:
         """Tokens that all runs of this call generated."""
+        if self._call.prompt_only:
+            return 0
         return sum(choice.tokens for choice in self._choices.values())
 
     def totals(self) -> RequestStats:
@@ -250,6 +280,12 @@ def _failure(output: TokenOutput) -> ApiError:
     return internal(output.error or "The engine failed.", "engine_error")
 
 
+def _echoed(piece: Piece, scores: Sequence[TokenScore], call: GenerateCall) -> Piece:
+    """Return a piece that begins with an echoed prompt, with the prompt's scores."""
+    shown = [replace(score, top=score.top[: call.sampling.logprobs]) for score in scores]
+    return replace(piece, scores=(*shown, *piece.scores))
+
+
 def _joined(pieces: Sequence[Piece]) -> Piece:
     """Return the pieces of a choice as one piece."""
     if len(pieces) == 1:
@@ -259,4 +295,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
         text="".join(piece.text for piece in pieces),
         token_ids=[token_id for piece in pieces for token_id in piece.token_ids],
         scores=[score for piece in pieces for score in piece.scores],
+        delta=None
+        if pieces[-1].delta is None
+        else joined(piece.delta for piece in pieces if piece.delta is not None),
     )

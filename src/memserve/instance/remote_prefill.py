@@ -146,6 +146,10 @@ class RemotePrefill:
                 call.fetch, leader.id, leader.tokens, shared, leader.namespace
             )
             own.blocks_fetched, own.fetch_seconds = fetched.blocks, fetched.seconds
+            received = fetched.blocks
+        else:
+            received = result.blocks_sent
+        leader = replace(leader, received_tokens=received * self._link.block_tokens)
         if mailbox.closed:  # the call has ended, but its cancellation has not arrived here yet
             return
         for sequence in sequences:

@@ -79,7 +79,8 @@ class VllmEngine:
         self._sink: OutputSink = lambda outputs: None
         self._load = ServerLoad(0, 0, 0, 0.0)
         self._others_waiting = 0  # other clients' sequences, as of the last poll
-        self._computed = self._cached = self._generated = self._finished = self._cancelled = 0
+        self._computed = self._cached = self._received = 0
+        self._generated = self._finished = self._cancelled = 0
         self._busy = 0.0
 
     @property
@@ -136,6 +137,7 @@ class VllmEngine:
             finished=self._finished,
             cancelled=self._cancelled,
             busy_seconds=self._busy,
+            received_prompt_tokens=self._received,
         )
 
     def pool_totals(self) -> PoolTotals:
@@ -288,7 +290,9 @@ class VllmEngine:
                     del self._runs[run.request.id]
                     self._finished += output.finish_reason is not FinishReason.ERROR
                     cached = output.usage.cached_tokens or 0
-                    self._cached += cached
+                    received = min(cached, run.request.received_tokens)
+                    self._received += received
+                    self._cached += cached - received
                     self._computed += output.usage.prompt_tokens - cached
         run.begun.set()
         self._sink(outputs)
