@@ -109,7 +109,9 @@ class Node:
 
     async def answer(self, *prompt: int, **options: Any) -> Completion:
         """Have it answer; others may be answered meanwhile."""
-        with self.instance.run(call_of(prompt, **options)) as run:
+        call = call_of(prompt, **options)
+        constraints = await self.instance.constraints(call)
+        with self.instance.run(call, constraints) as run:
             return await completed(run)
 
     async def settled(self) -> None:

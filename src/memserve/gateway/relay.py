@@ -165,7 +165,7 @@ class Relay:
             if attempt.lost is not None:
                 log.warning("%s: %s failed: %s", call.id, member.id, attempt.lost)
                 if stream is not None:
-                    if stream.finish() or not stream.resumable:
+                    if stream.finish() or not stream.resumable or stream.refused:
                         break
                     call = _behind(call, stream, answer)
             elif attempt.refused:

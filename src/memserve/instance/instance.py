@@ -50,6 +50,7 @@ from memserve.errors import EngineStopped, MemserveError, QueueFull, TransferErr
 from memserve.instance.dispatcher import Dispatcher, Mailbox
 from memserve.instance.fetch import Fetcher
 from memserve.instance.generation import Generation, engine_requests, shared_namespace
+from memserve.instance.grammars import Constraints, Grammars
 from memserve.instance.lifecycle import InstanceLifecycle
 from memserve.instance.link import KVLink
 from memserve.instance.prefill import Prefiller
@@ -113,6 +114,7 @@ class Parts:
     # Threads that the instance cannot do without; called once the engine runs.
     threads: Callable[[], Sequence[threading.Thread]] = lambda: ()
     forwarder: Forwarder | None = None  # to a vLLM server, which takes requests unchanged
+    grammars: Grammars | None = None  # None: the engine takes none
 
 
 class Run:
@@ -220,7 +222,9 @@ class Instance:
         return _Served(
             parts,
             submission,
-            Prefiller(parts.link, self._dispatcher, submission, fetcher, self._clock),
+            Prefiller(
+                parts.link, self._dispatcher, submission, fetcher, self._clock, parts.grammars
+            ),
             RemotePrefill(self._peers, parts.link, submission, fetcher, self._clock, longest),
             fetcher,
         )
@@ -249,9 +253,22 @@ class Instance:
             await self._served.parts.forwarder.close()
         await asyncio.to_thread(self._served.parts.close)
 
+    async def constraints(self, call: GenerateCall) -> Constraints | None:
+        """Return the compiled grammar of a call, None if it has none. Raises ApiError."""
+        grammar = call.sampling.grammar
+        if grammar is None:
+            return None
+        grammars = self._ready().parts.grammars
+        if grammars is None:
+            raise invalid(
+                f"Instance {self.identity.id} has an engine that takes no grammar.", grammar.param
+            )
+        return await grammars.constraints(grammar, call.resumed)
+
     @contextmanager
-    def run(self, call: GenerateCall) -> Iterator[Run]:
+    def run(self, call: GenerateCall, constraints: Constraints | None = None) -> Iterator[Run]:
         """Context of a running call. Leaving it early cancels the call's sequences.
+        `constraints`: what `constraints` has returned for it.
 
         Raises ApiError if the instance refuses the call.
         """
@@ -266,9 +283,11 @@ class Instance:
             self._clock.now(),
             number,
             0 if link is None else link.block_bytes,
+            () if constraints is None else constraints.ended,
         )
+        grammar = None if constraints is None else constraints.grammar
         shared = self.lifecycle.role in parts.sharing
-        requests = engine_requests(call, number, shared, generation.over)
+        requests = engine_requests(call, number, shared, generation.over, grammar)
         with self._dispatcher.mailbox([request.id for request in requests]) as mailbox:
             handover: asyncio.Future[None] | None = None
             if served.remote is not None and (call.prefill or call.fetch is not None):

@@ -16,6 +16,7 @@ from memserve.engine.request import EngineRequest, TokenOutput
 from memserve.errors import PoolError, TransferError
 from memserve.instance.dispatcher import Dispatcher
 from memserve.instance.fetch import Fetcher
+from memserve.instance.grammars import Grammars
 from memserve.instance.link import KVLink, PrefillStream
 from memserve.instance.submission import Submission
 from memserve.transfer.kv_link import Pushed
@@ -34,7 +35,10 @@ class Prefiller:
         submission: Submission,
         fetcher: Fetcher,
         clock: Clock,
+        grammars: Grammars | None = None,
     ) -> None:
+        """`grammars`: None if the engine takes none."""
+        self._grammars = grammars
         self._link = link
         self._dispatcher = dispatcher
         self._submission = submission
@@ -48,6 +52,8 @@ class Prefiller:
         A failed transfer is no error: the decode instance computes the missing KV itself.
         """
         request = self._request(call)
+        if call.sampling.grammar is not None and self._grammars is not None:
+            request = replace(request, grammar=await self._grammars.compile(call.sampling.grammar))
         # After a failover, `tokens` includes the lost instance's output.
         tokens = request.tokens
         self._submission.check([request])
@@ -78,6 +84,7 @@ class Prefiller:
             queue_seconds=output.usage.queue_seconds,
             fetch_seconds=fetched.seconds,
             blocks_fetched=fetched.blocks,
+            ended=output.finish_reason is FinishReason.STOP,
         )
 
     def _request(self, call: PrefillCall) -> EngineRequest:
@@ -125,7 +132,8 @@ class Prefiller:
     async def _deliver(
         self, call: PrefillCall, output: TokenOutput, stream: PrefillStream | None
     ) -> Pushed:
-        if stream is None or (output.stop_token is not None and not _is_kept(call)):
+        ended = output.finish_reason is FinishReason.STOP
+        if stream is None or (ended and not _is_kept(call)):
             return Pushed()
         try:
             return await stream.deliver()

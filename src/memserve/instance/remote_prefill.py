@@ -181,7 +181,7 @@ class RemotePrefill:
 
     def _output(self, leader: EngineRequest, result: PrefillResult) -> TokenOutput:
         finish = None
-        if result.stop_token is not None:
+        if result.stop_token is not None or result.ended:
             finish = FinishReason.STOP
         else:
             output = len(leader.output) + 1

@@ -99,8 +99,10 @@ class InstanceApp:
         if call.forward is not None:
             await self._forward(call, call.forward, receive, send)
             return
-        with self._instance.run(call) as run, HangUp(receive):
-            await (_stream(run, send) if call.stream else self._answer(run, send))
+        with HangUp(receive):
+            constraints = await self._instance.constraints(call)
+            with self._instance.run(call, constraints) as run:
+                await (_stream(run, send) if call.stream else self._answer(run, send))
 
     async def _answer(self, run: Run, send: Send) -> None:
         generation = run.generation
