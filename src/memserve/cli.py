@@ -33,6 +33,7 @@ from memserve.config import (
     InstanceConfig,
     ModelConfig,
     SecurityConfig,
+    TracesConfig,
     check_config,
     load_config,
 )
@@ -92,6 +93,7 @@ def _root(
     flags_of(SecurityConfig),
     flags_of(CacheConfig),
     flags_of(InstanceConfig, _CLUSTER_LEAVES_OUT),
+    flags_of(TracesConfig),
 )
 def up(
     config: Annotated[Path | None, typer.Argument(help="TOML; flags go before it")] = None,
@@ -109,6 +111,7 @@ def up(
         gateway=with_flags(file.gateway, given),
         security=with_flags(file.security, given),
         cache=with_flags(file.cache, given),
+        traces=with_flags(file.traces, given),
         instance=tuple(with_flags(i, given, _CLUSTER_LEAVES_OUT) for i in file.instance),
     )
     check_config(wanted)
@@ -126,7 +129,12 @@ def up(
 
 
 @app.command()
-@takes_flags(flags_of(ModelConfig), flags_of(GatewayConfig), flags_of(SecurityConfig))
+@takes_flags(
+    flags_of(ModelConfig),
+    flags_of(GatewayConfig),
+    flags_of(SecurityConfig),
+    flags_of(TracesConfig),
+)
 def gateway(
     instances: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="an instance's; may be repeated")
@@ -146,12 +154,13 @@ def gateway(
         model=with_flags(ModelConfig(), given),
         gateway=with_flags(GatewayConfig(), given),
         security=with_flags(SecurityConfig(), given),
+        traces=with_flags(TracesConfig(), given),
     )
     model = resolve_model(config.model, logging.info)
     members = instances or []
     if worker is None and config.gateway.workers > 1:
         command = ["gateway", *to_flags(pinned(config.model, model)), *to_flags(config.gateway)]
-        command += to_flags(config.security)
+        command += [*to_flags(config.security), *to_flags(config.traces)]
         command += [part for url in members for part in ("--instances", url)]
         raise typer.Exit(run_workers(config.gateway, command, reserved=exit_with_parent_))
     tokenizer = Tokenizer.load(model.path, config.gateway.chat_template)
@@ -167,6 +176,7 @@ def gateway(
     flags_of(CacheConfig),
     flags_of(SecurityConfig),
     flags_of(GatewayConfig, _DRAIN_ONLY),
+    flags_of(TracesConfig),
 )
 def instance(
     id_: Annotated[str | None, typer.Option("--id", help="unique; default: host and pid")] = None,
@@ -188,6 +198,7 @@ def instance(
         cache=with_flags(CacheConfig(), given),
         gateway=with_flags(GatewayConfig(), given, _DRAIN_ONLY),
         security=with_flags(SecurityConfig(), given),
+        traces=with_flags(TracesConfig(), given),
         instance=(settings,),
     )
     check_config(config)

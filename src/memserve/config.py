@@ -169,6 +169,23 @@ class SecurityConfig(_Section, frozen=True):
     ] = None
 
 
+class TracesConfig(_Section, frozen=True):
+    """OpenTelemetry traces of requests. The flags of these fields begin with `--traces-`."""
+
+    endpoint: Annotated[
+        str | None, doc("where they are sent by OTLP over HTTP, as http://host:4318; none: off")
+    ] = None
+    sample: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        doc("share of requests that are traced; default: OTEL_TRACES_SAMPLER_ARG, or 1"),
+    ] = None
+    client_rate: Annotated[
+        float,
+        Meta(ge=0),
+        doc("requests a second that are traced because their 'traceparent' asks for it"),
+    ] = 10.0
+
+
 class ClusterConfig(_Section, frozen=True):
     """A whole cluster on one machine."""
 
@@ -176,6 +193,7 @@ class ClusterConfig(_Section, frozen=True):
     gateway: GatewayConfig = GatewayConfig()
     security: SecurityConfig = SecurityConfig()
     cache: CacheConfig = CacheConfig()
+    traces: TracesConfig = TracesConfig()
     instance: tuple[InstanceConfig, ...] = (InstanceConfig(),)
 
 
@@ -277,6 +295,7 @@ def _refuse_unknown_keys(data: dict[str, object]) -> None:
         "gateway": GatewayConfig,
         "security": SecurityConfig,
         "cache": CacheConfig,
+        "traces": TracesConfig,
         "instance": InstanceConfig,
     }
     _check_keys("", data, tuple(sections))
