@@ -105,16 +105,16 @@ def test_no_headers_raise(headers: list[tuple[bytes, bytes]]) -> None:
     read_context(headers)
 
 
-_PARTS = st.sampled_from([b"00", b"-", b"01", b"ff", TRACE.encode(), SPAN.encode(), b" ", b"=", b","])
+_PARTS = st.sampled_from(
+    [b"00", b"-", b"01", b"ff", TRACE.encode(), SPAN.encode(), b" ", b"=", b","]
+)
 
 
 @given(st.lists(_PARTS, max_size=12), st.lists(st.sampled_from("ab=, @\t\r\nü*/-_1")))
 def test_what_is_read_can_be_sent_and_read_again(parts: list[bytes], state: list[str]) -> None:
     context = read(b"".join(parts), "".join(state).encode())
     if context is not None:
-        again = [
-            tuple(line.split(b": ", 1)) for line in context.lines().split(b"\r\n") if line
-        ]
+        again = [tuple(line.split(b": ", 1)) for line in context.lines().split(b"\r\n") if line]
         assert len(again) <= 2
         assert read_context(again) == context  # type: ignore[arg-type]
 
@@ -173,7 +173,9 @@ def test_clients_have_only_so_many_traces_a_second_recorded() -> None:
 
     def recorded() -> int:
         # Ids that a ratio of the id alone would take.
-        return sum(tracer.accept("a", asked(trace=b"0" * 31 + b"1"), 0.0).recording for _ in range(9))
+        return sum(
+            tracer.accept("a", asked(trace=b"0" * 31 + b"1"), 0.0).recording for _ in range(9)
+        )
 
     assert recorded() == 2
     clock.advance(0.5)
@@ -244,7 +246,9 @@ def test_the_environment_turns_traces_on() -> None:
         traces_endpoint(off, {**base, "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
 
 
-@pytest.mark.parametrize("url", ["collector:4318", "ftp://x", "http://", "http://[::1", "http://h:0"])
+@pytest.mark.parametrize(
+    "url", ["collector:4318", "ftp://x", "http://", "http://[::1", "http://h:0"]
+)
 def test_an_endpoint_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="OTLP receiver"):
         traces_endpoint(TracesConfig(endpoint=url), {})
@@ -299,7 +303,9 @@ def test_where_traces_are_off_nothing_of_them_is_imported() -> None:
         "names = ('opentelemetry.sdk', 'opentelemetry.exporter', 'google.protobuf')\n"
         "print([m for m in sys.modules if m.startswith(names)])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -389,7 +395,9 @@ def test_a_span_arrives_as_it_was() -> None:
         config = TracesConfig(endpoint=got.url)
         with open_tracer(config, "service", "here-1", variables) as tracer:
             assert tracer is not None
-            root = tracer.accept("a" * 1000, [*asked(), (b"tracestate", b"k=v")], tracer.clock.now())
+            root = tracer.accept(
+                "a" * 1000, [*asked(), (b"tracestate", b"k=v")], tracer.clock.now()
+            )
             root.attributes |= {"n": 1, "x": 0.5, "yes": True, "text": "é\n" * 1000}
             root.attributes["list"] = ("p", "q")
             root.event("first_token")

@@ -32,9 +32,10 @@ MAX_WAITING = 8192
 BATCH = 512  # spans in one request
 EXPORT_SECONDS = 0.5  # between two looks for finished spans
 # For one batch, tries included. Spans that end meanwhile wait, or are dropped.
-TIMEOUT_SECONDS = 10.0
+TIMEOUT_SECONDS = 5.0
 # For the last spans of a process: less than what its parent gives it to end (`gateway/workers.py`).
 CLOSE_SECONDS = 1.0
+END_SECONDS = 0.2  # then, for the thread to give up
 MAX_TEXT = 256  # characters of an attribute
 _SDK_LOGGERS = (
     "opentelemetry.exporter.otlp.proto.http.trace_exporter",
@@ -91,10 +92,12 @@ class SpanQueue:
             self.dropped += 1
 
     def close(self) -> None:
-        """Export what waits, for up to CLOSE_SECONDS, and end the thread."""
+        """Export what waits, for up to CLOSE_SECONDS, and end the thread, which does not hold the
+        process up if it is still in a request."""
         self._closing.set()
         self._thread.join(CLOSE_SECONDS)
         self._exporter.shutdown()  # ends the wait before another try
+        self._thread.join(END_SECONDS)
         for name in _SDK_LOGGERS:
             logging.getLogger(name).removeFilter(self._said)
 
