@@ -16,7 +16,7 @@ PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-core test-vllm lint format bench peers peers-install vllm paper soak
-.PHONY: readme clean
+.PHONY: readme clean docs-test
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test    lint, types, layers and all tests, also those with a vLLM, which it installs"
 	@echo "             (4 GB; WORKERS=2 tests at a time; ARGS='-k pool ...' for pytest)"
 	@echo "make test-core   the same without vLLM;   make test-vllm   what test-core leaves out"
+	@echo "make docs-test   the commands of the tutorial and the how-to pages, on port 8000"
 	@echo "make lint    the same without the tests;   make format   put the code into shape"
 	@echo "make bench   microbenchmarks of the pool, transfers and the engine, as JSON in $(BENCH_JSON)"
 	@echo "make vllm    vLLM alone, on this machine's CPU, for the tests that need one (4 GB)"
@@ -67,14 +68,17 @@ lint: setup
 test: setup
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint vllm
 	@echo "==> pytest"
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) -m 'not docs' $(ARGS)
 
 test-core: lint
 	@echo "==> pytest"
-	@$(PYTEST) -m 'not real_vllm' $(ARGS)
+	@$(PYTEST) -m 'not real_vllm and not docs' $(ARGS)
 
 test-vllm: vllm
 	@$(PYTEST) -m real_vllm $(ARGS)
+
+docs-test: setup
+	@$(BIN)/pytest tests/docs $(ARGS)
 
 format: setup
 	@$(BIN)/ruff check --fix .

@@ -21,6 +21,8 @@ from memserve.cluster.client import ClusterClient, ClusterSummary
 from memserve.cluster.rolling import RESTART_SECONDS, remove, restart
 from memserve.config import GatewayConfig
 from memserve.errors import ConfigError
+from memserve.scheduler.contract import Terms
+from memserve.scheduler.decisions import DecisionView
 from memserve.terminal import progress_lines
 from memserve.types import Role
 
@@ -122,29 +124,58 @@ def remove_(
     )
 
 
+@app.command()
+def decisions(
+    n: Annotated[int, typer.Option("-n", metavar="N", help="how many of the last", min=1)] = 1,
+    url: _Url = _DEFAULT_URL,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Show why the last requests went where they went: each candidate with its predicted seconds,
+    best first. The chosen one is marked with *."""
+
+    async def ask(client: ClusterClient) -> list[DecisionView]:
+        return await client.decisions(n)
+
+    found = asyncio.run(_with_client(url, ask))
+    if json:
+        print(msgspec.json.encode(found).decode())
+        return
+    console = _console()
+    for decision in found:
+        console.print(decision_table(decision))
+    if not found:
+        console.print("no request has been scheduled yet")
+
+
 def _run(url: str, json: bool, work: Callable[[ClusterClient], Awaitable[object]]) -> None:
     """Run `work` with a client of the gateway, then print the cluster's view."""
 
-    authorities = client_tls(os.environ.get(TLS_CA_VARIABLE))
+    async def run(client: ClusterClient) -> ClusterSummary:
+        await work(client)
+        return await client.view()
 
-    async def run() -> ClusterSummary:
-        async with ClusterClient(url, tls=authorities) as client:
-            await work(client)
-            return await client.view()
-
-    view = asyncio.run(run())
+    view = asyncio.run(_with_client(url, run))
     if json:
         print(msgspec.json.encode(view).decode())
     else:
-        # Without a terminal, do not cut the table to a terminal's width.
-        wide = None if sys.stdout.isatty() else 200
-        console = Console(highlight=False, width=wide)
+        console = _console()
         console.print(cluster_table(view))
         for pair in view.degraded or ():
             detail = f" ({pair.detail})" if pair.detail else ""
             console.print(
                 f"degraded: {pair.prefill} and {pair.decode}: {pair.why}{detail}", markup=False
             )
+
+
+async def _with_client(url: str, work: Callable[[ClusterClient], Awaitable[T]]) -> T:
+    tls = client_tls(os.environ.get(TLS_CA_VARIABLE))
+    async with ClusterClient(url, tls=tls) as client:
+        return await work(client)
+
+
+def _console() -> Console:
+    # Without a terminal, do not cut tables to a terminal's width.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def cluster_table(view: ClusterSummary) -> Table:
@@ -163,6 +194,29 @@ def cluster_table(view: ClusterSummary) -> Table:
             "" if member.pid is None else str(member.pid),
             _used(member.hbm),
             _used(member.dram),
+        )
+    return table
+
+
+def decision_table(decision: DecisionView) -> Table:
+    """Return a table with a row for each of a decision's best candidates. Seconds, as predicted."""
+    title = (
+        f"{decision.request}: {decision.chosen.prompt_tokens} prompt tokens, {decision.policy}, "
+        f"best of {decision.considered} candidates"
+    )
+    table = Table(title=title, title_justify="left")
+    terms = Terms.__struct_fields__
+    table.add_column("computes -> answers")
+    for name in ("cached", "fetched", *terms, "score"):
+        table.add_column(name, justify="right")
+    for one in decision.candidates:
+        where = one.instance if one.prefill is None else f"{one.prefill} -> {one.instance}"
+        table.add_row(
+            f"{'*' if one == decision.chosen else ' '} {where}",
+            str(one.cached_tokens),
+            "" if one.fetch is None else f"{one.fetched_tokens} from {one.fetch}",
+            *(f"{getattr(one.terms, name):.3f}" for name in terms),
+            f"{one.score:.3f}",
         )
     return table
 

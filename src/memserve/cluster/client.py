@@ -16,6 +16,7 @@ from memserve.api.signatures import Signer
 from memserve.api.status import InstanceState, InstanceStats, JoinRequest, MediumTotals, MemberKind
 from memserve.cluster.membership import DegradedPair
 from memserve.errors import ClusterError, ConfigError
+from memserve.scheduler.decisions import DecisionView
 from memserve.secrets import Secret, secret_of
 from memserve.types import Epoch, InstanceId, Role
 
@@ -60,6 +61,7 @@ class ClusterSummary(msgspec.Struct, frozen=True):
 _member = msgspec.json.Decoder(MemberSummary)
 _stats = msgspec.json.Decoder(InstanceStats)
 _cluster = msgspec.json.Decoder(ClusterSummary)
+_decisions = msgspec.json.Decoder(list[DecisionView])
 T = TypeVar("T")
 
 
@@ -94,6 +96,10 @@ class ClusterClient:
 
     async def view(self) -> ClusterSummary:
         return await self._ask("GET", "/cluster", _cluster.decode)
+
+    async def decisions(self, n: int) -> list[DecisionView]:
+        """Return the scheduler's last `n` decisions, newest first."""
+        return await self._ask("GET", f"/cluster/decisions?n={n}", _decisions.decode)
 
     async def member(self, instance: str) -> MemberSummary:
         """Return the member with an id. Raises ClusterError with the known ids."""

@@ -123,7 +123,7 @@ def choose_device(name: str) -> torch.device:
 def wanted_dtype(
     wanted: ModelConfig, directory: Path, device: torch.device, threads: int
 ) -> torch.dtype:
-    """Return the configured dtype; for `auto` the fastest one for this model on this device."""
+    """Return the configured dtype; for `auto`, the one that suits this model and device."""
     if wanted.dtype != "auto":
         dtype: torch.dtype = vars(torch)[wanted.dtype]
         return dtype
