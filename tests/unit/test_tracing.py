@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from memserve.clock import ManualClock
+from memserve.cluster.local import instance_commands
 from memserve.config import TracesConfig, parse_config
 from memserve.errors import ConfigError
 from memserve.flags import flags_of, to_flags, with_flags
@@ -278,6 +279,8 @@ def test_settings_have_flags_and_keys_of_one_name() -> None:
     assert with_flags(TracesConfig(), given) == config.traces
     with pytest.raises(ConfigError):
         parse_config("[traces]\nsample = 1.5")
+    for _, command in instance_commands(config):
+        assert " ".join(flags) in " ".join(command)
 
 
 def test_missing_packages_are_an_error_where_traces_are_configured(
@@ -295,7 +298,7 @@ def test_missing_packages_are_an_error_where_traces_are_configured(
 
 def test_where_traces_are_off_nothing_of_them_is_imported() -> None:
     script = (
-        "import sys, memserve.gateway.run, memserve.instance.run, memserve.cli\n"
+        "import sys, memserve.gateway.run, memserve.instance.run\n"
         "from memserve.config import TracesConfig\n"
         "from memserve.tracing.settings import open_tracer\n"
         "with open_tracer(TracesConfig(), 's', 'i', {}) as tracer: assert tracer is None\n"
@@ -336,7 +339,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(otlp, "EXPORT_SECONDS", 0.005)
 
 
-def test_what_does_not_fit_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(otlp, "MAX_WAITING", 3)
     monkeypatch.setattr(otlp, "BATCH", 2)
     exporter, clock = Exporter(), ManualClock()
@@ -348,6 +353,7 @@ def test_what_does_not_fit_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     queue.close()
     assert exporter.batches == [["s0", "s1"], ["s2"]]
     assert (queue.exported, queue.dropped, queue.failed) == (3, 2, 0)
+    assert caplog.text.count("some are dropped") == 1
 
 
 @pytest.mark.parametrize("outcome", [SpanExportResult.FAILURE, OSError("broken")])

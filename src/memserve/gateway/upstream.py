@@ -114,9 +114,8 @@ class Upstream:
         self._closed = False
 
     async def call(self, address: str, body: bytes, sink: Sink, lines: bytes = b"") -> None:
-        """POST a call; return when `sink` has the whole answer. A cancellation closes the
-        connection at once. `lines`: more header lines, not signed. Raises Unreachable if the
-        connection cannot be made or breaks."""
+        """POST a call, with more header `lines`, not signed; return when `sink` has the whole
+        answer. A cancellation closes the connection at once. Raises Unreachable."""
         target = self._targets.get(address) or self._new_target(address)
         try:
             connection = await self._exchange(target, body, sink, lines)

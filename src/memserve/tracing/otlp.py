@@ -76,6 +76,7 @@ class SpanQueue:
         self._waiting: deque[Span] = deque()
         self._closing = threading.Event()
         self._failing = False
+        self._told_dropped = False
         self._said = _LastWords()
         self._thread = threading.Thread(target=self._main, name="traces", daemon=True)
 
@@ -114,6 +115,11 @@ class SpanQueue:
             log.error("the export of traces has ended: there are no traces from now on")
 
     def _export_all(self) -> None:
+        if self.dropped and not self._told_dropped:
+            self._told_dropped = True
+            log.warning(
+                "spans end faster than they are exported, and some are dropped: sample less"
+            )
         while self._waiting:
             batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
             try:
