@@ -16,7 +16,7 @@ PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-core test-vllm lint format bench peers peers-install vllm paper soak
-.PHONY: readme clean docs-test
+.PHONY: readme clean docs-test install-check metrics-docs
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -32,6 +32,8 @@ help:
 	@echo "make peers-install   only install them (PEERS='vllm ...': only these)"
 	@echo "make paper   the paper's evaluation, as a report in build/paper (DATA=FOLDER; ARGS='--quick')"
 	@echo "make soak    a whole cluster under mixed load for an hour (ARGS='--minutes 10 ...')"
+	@echo "make install-check   build sdist and wheel, install the wheel elsewhere, and serve from it (3 GB)"
+	@echo "make metrics-docs   docs/metrics.md's tables anew, from the code"
 	@echo "make readme  benchmarks/README.md anew, from benchmarks/results"
 	@echo "make clean   remove what these made, the environment included"
 
@@ -108,8 +110,14 @@ paper: setup
 soak: setup
 	@$(EVALUATION) soak $(ARGS)
 
+metrics-docs: setup
+	@PYTHONPATH=src $(BIN)/python -m tests.metrics_document
+
 readme: setup
 	@$(EVALUATION) readme
+
+install-check: setup
+	@$(BIN)/python tests/install_check.py
 
 vllm: setup
 	@echo "==> installing vLLM in $(VLLM) (minutes)"

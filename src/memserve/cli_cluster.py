@@ -19,7 +19,7 @@ from memserve.api.tls import TLS_CA_VARIABLE, client_tls
 from memserve.clock import MonotonicClock
 from memserve.cluster.client import ClusterClient, ClusterSummary
 from memserve.cluster.rolling import RESTART_SECONDS, remove, restart
-from memserve.config import GatewayConfig
+from memserve.cluster.running import DEFAULT_URL, find_gateway
 from memserve.errors import ConfigError
 from memserve.scheduler.contract import Terms
 from memserve.scheduler.decisions import DecisionView
@@ -34,8 +34,13 @@ app = typer.Typer(
 )
 
 
-_DEFAULT_URL = f"http://{GatewayConfig().host}:{GatewayConfig().port}"
-_Url = Annotated[str, typer.Option(metavar="URL", help="a gateway's")]
+_Url = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help=f"a gateway's; default: that of this user's cluster here, or {DEFAULT_URL}",
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="print the cluster's view as JSON")]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="an instance's, as `list` shows it")]
 _Seconds = Annotated[float, typer.Option(metavar="SECONDS", help="for each instance")]
@@ -43,7 +48,7 @@ T = TypeVar("T")
 
 
 @app.command("list")
-def list_(url: _Url = _DEFAULT_URL, json: _Json = False) -> None:
+def list_(url: _Url = None, json: _Json = False) -> None:
     """Show the instances: role, state, memory in use."""
 
     async def look(client: ClusterClient) -> None:
@@ -56,7 +61,7 @@ def list_(url: _Url = _DEFAULT_URL, json: _Json = False) -> None:
 def role(
     id_: _Id,
     role: Annotated[Role, typer.Argument(help="what it is to do from now on")],
-    url: _Url = _DEFAULT_URL,
+    url: _Url = None,
     json: _Json = False,
 ) -> None:
     """Change an instance's role while it runs; its requests go on."""
@@ -64,14 +69,14 @@ def role(
 
 
 @app.command()
-def drain(id_: _Id, url: _Url = _DEFAULT_URL, json: _Json = False) -> None:
+def drain(id_: _Id, url: _Url = None, json: _Json = False) -> None:
     """Send no new requests to an instance; those that run go on."""
     wanted = InstanceChange(state=WantedState.DRAINING)
     _run(url, json, lambda client: client.change(id_, wanted))
 
 
 @app.command()
-def resume(id_: _Id, url: _Url = _DEFAULT_URL, json: _Json = False) -> None:
+def resume(id_: _Id, url: _Url = None, json: _Json = False) -> None:
     """Send requests to a drained instance again."""
     wanted = InstanceChange(state=WantedState.READY)
     _run(url, json, lambda client: client.change(id_, wanted))
@@ -82,7 +87,7 @@ def restart_(
     id_: Annotated[str | None, typer.Argument(metavar="ID")] = None,
     all_: Annotated[bool, typer.Option("--all", help="every instance, one by one")] = False,
     seconds: _Seconds = RESTART_SECONDS,
-    url: _Url = _DEFAULT_URL,
+    url: _Url = None,
     json: _Json = False,
 ) -> None:
     """Restart instances that something supervises, as `memserve up` does: each finishes what it
@@ -102,7 +107,7 @@ def restart_(
 @app.command()
 def add(
     address: Annotated[str, typer.Argument(metavar="URL", help="an instance's")],
-    url: _Url = _DEFAULT_URL,
+    url: _Url = None,
     json: _Json = False,
 ) -> None:
     """Make an instance that runs already a member (`memserve instance --join` does it itself)."""
@@ -113,7 +118,7 @@ def add(
 def remove_(
     id_: _Id,
     seconds: _Seconds = RESTART_SECONDS,
-    url: _Url = _DEFAULT_URL,
+    url: _Url = None,
     json: _Json = False,
 ) -> None:
     """End an instance for good, once it has finished what it runs; a dead one is forgotten."""
@@ -127,7 +132,7 @@ def remove_(
 @app.command()
 def decisions(
     n: Annotated[int, typer.Option("-n", metavar="N", help="how many of the last", min=1)] = 1,
-    url: _Url = _DEFAULT_URL,
+    url: _Url = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Show why the last requests went where they went: each candidate with its predicted seconds,
@@ -147,7 +152,7 @@ def decisions(
         console.print("no request has been scheduled yet")
 
 
-def _run(url: str, json: bool, work: Callable[[ClusterClient], Awaitable[object]]) -> None:
+def _run(url: str | None, json: bool, work: Callable[[ClusterClient], Awaitable[object]]) -> None:
     """Run `work` with a client of the gateway, then print the cluster's view."""
 
     async def run(client: ClusterClient) -> ClusterSummary:
@@ -167,9 +172,10 @@ def _run(url: str, json: bool, work: Callable[[ClusterClient], Awaitable[object]
             )
 
 
-async def _with_client(url: str, work: Callable[[ClusterClient], Awaitable[T]]) -> T:
+async def _with_client(url: str | None, work: Callable[[ClusterClient], Awaitable[T]]) -> T:
     tls = client_tls(os.environ.get(TLS_CA_VARIABLE))
-    async with ClusterClient(url, tls=tls) as client:
+    address, secret = find_gateway(url)
+    async with ClusterClient(address, secret, tls) as client:
         return await work(client)
 
 

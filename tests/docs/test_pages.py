@@ -69,7 +69,8 @@ def test_a_pages_commands_print_what_it_says(page: Path, tmp_path: Path) -> None
     shell = subprocess.Popen(
         ["bash", "-c", script],
         cwd=tmp_path,
-        env={**os.environ, "PATH": path},
+        # Other clusters of this user are not the page's.
+        env={**os.environ, "PATH": path, "MEMSERVE_RUNTIME_DIR": str(tmp_path / "runtime")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -113,7 +113,7 @@ async def test_workers_are_one_gateway() -> None:
         assert len(times) == MANY
         assert times == sorted(times, reverse=True)
         _, metrics = await gateway.ask("GET", "/metrics")
-        assert metrics.count('memserve_instance_running_sequences{instance="echo"}') == 1
+        assert metrics.count('memserve_instance_running_sequences{instance_id="echo"}') == 1
         # What one is told of members, all know.
         assert await gateway.members() == [{first}] * MANY
         assert (await gateway.ask("POST", "/cluster/members", address=second))[0] == 200

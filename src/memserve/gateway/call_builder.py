@@ -34,6 +34,7 @@ from memserve.gateway.body_scan import check_body
 from memserve.gateway.body_threads import BodyThreads
 from memserve.gateway.compiled import prepare
 from memserve.gateway.prompts import Prompt, read_prompts
+from memserve.models.chat_template import DEFAULT_CHAT_STOPS, DEFAULT_CHAT_TOKENS
 from memserve.models.tokenizer import Tokenizer
 from memserve.tokens import from_ids
 from memserve.types import TokenArray
@@ -116,7 +117,9 @@ class CallBuilder:
         prompt = self._render(request, limits)
         asked = request.max_completion_tokens or request.max_tokens
         room = _room(len(prompt), asked, limits, "messages")
-        return self._call(
+        if not self._tokenizer.has_chat_template and not asked:
+            room = min(room, DEFAULT_CHAT_TOKENS)
+        call = self._call(
             request,
             limits,
             kind=CallKind.CHAT,
@@ -124,6 +127,10 @@ class CallBuilder:
             max_tokens=asked or room,
             logprobs=chat_logprobs(request),
         )
+        # Who ignores the end of an answer wants its length, as a benchmark does.
+        if self._tokenizer.has_chat_template or request.stop is not None or request.ignore_eos:
+            return call
+        return msgspec.structs.replace(call, stop=DEFAULT_CHAT_STOPS)
 
     def _completion(
         self, request: CompletionRequest, given: tuple[Prompt, ...], limits: Limits

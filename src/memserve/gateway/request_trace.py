@@ -42,10 +42,10 @@ class RequestTrace:
             self._root.attributes["url.path"] = request.path
 
     @property
-    def label(self) -> str:
-        """The trace's id for the log's line; "" if it is not sampled."""
+    def id(self) -> str | None:
+        """The trace's id; None if it is not sampled."""
         root = self._root
-        return f" trace={root.context.trace_id:032x}" if root.recording else ""
+        return f"{root.context.trace_id:032x}" if root.recording else None
 
     def accepted(self, call: GenerateCall, body_bytes: int) -> None:
         """The request has been read and tokenised."""

@@ -37,6 +37,7 @@ class Choice:
         self.started = False  # an output was added, or resumed
         self.finished = False
         self.tokens = 0  # generated so far, resumed ones included
+        self.prompt_tokens = len(prompt)
         self._call = call
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(self._decode, prompt)

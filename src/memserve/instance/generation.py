@@ -160,6 +160,7 @@ class Generation:
             if output.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED):
                 del self._last[output.id]
                 self.failure = _failure(output)
+                self._latencies.ended.fail(output.finish_reason)
                 continue
             choice = self._choices[output.id]
             first = not choice.started
@@ -169,6 +170,9 @@ class Generation:
                 del self._last[output.id]
                 self._latencies.whole.observe(now - self._arrived)
                 self.stats[output.id].end(self._latencies, now)
+                self._latencies.ended.finish(
+                    piece.finish_reason, choice.prompt_tokens, choice.tokens
+                )
                 if output.finish_reason is None:
                     self.stopped.append(output.id)
             if self._format is None:

@@ -302,6 +302,7 @@ class Instance:
         unfinished = set(run.generation.unfinished)
         if unfinished:
             served.submission.cancel(list(unfinished))
+            self._latencies.ended.abort += len(unfinished)
         log.info("%s", run.generation)
         if run.span is not None and run.span.recording:
             request_trace.ended(run.span, run.generation)

@@ -32,6 +32,13 @@ DEFAULT_CHAT_TEMPLATE = """\
 Assistant:
 {% endif -%}
 """
+# A model without a template was not taught where an answer ends: with this one it would write the
+# other side's messages, too, up to the end of its context. With the empty line before it, if there
+# is one, the longer stop string counts: the answer is what the next turn's messages have.
+DEFAULT_CHAT_STOPS = tuple(
+    f"{breaks}{role}:" for role in ("User", "Assistant", "System") for breaks in ("\n\n", "\n")
+)
+DEFAULT_CHAT_TOKENS = 256
 
 
 class ChatTemplate:

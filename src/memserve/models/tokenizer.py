@@ -98,6 +98,7 @@ class Tokenizer:
         self._backend = backend
         self._add_bos_token = add_bos_token
         self._chat_template = ChatTemplate(chat_template, special_tokens or {})
+        self.has_chat_template = chat_template != DEFAULT_CHAT_TEMPLATE
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(eos_token_ids)
@@ -270,14 +271,22 @@ def _eos_token_ids(
     return tuple(dict.fromkeys(ids))
 
 
+def read_template(path: str) -> str:
+    """Return the text of the setting `chat_template`, a file. Raises ConfigError."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        said = error.strerror or str(error)
+    except (UnicodeDecodeError, ValueError) as error:  # ValueError: a NUL in its name
+        said = f"no text in UTF-8: {error}" if isinstance(error, UnicodeDecodeError) else str(error)
+    raise ConfigError(f"gateway.chat_template = {path!r}: {said}; it is the path of a Jinja file")
+
+
 def _template_source(directory: Path, settings: _TokenizerFile, override: str | None) -> str:
     """Return the chat template: `override`'s file, chat_template.jinja, chat_template.json,
     tokenizer_config.json, or the default, in this order."""
     if override is not None:
-        try:
-            return Path(override).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"chat template {override}: {error.strerror}") from error
+        return read_template(override)
     jinja_file = directory / "chat_template.jinja"
     if jinja_file.is_file():
         return jinja_file.read_text(encoding="utf-8")
