@@ -16,7 +16,7 @@ PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-core test-vllm lint format bench peers peers-install vllm paper soak
-.PHONY: readme clean docs-test install-check metrics-docs
+.PHONY: readme clean docs-test install-check metrics-docs clients-test
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -25,6 +25,7 @@ help:
 	@echo "             (4 GB; WORKERS=2 tests at a time; ARGS='-k pool ...' for pytest)"
 	@echo "make test-core   the same without vLLM;   make test-vllm   what test-core leaves out"
 	@echo "make docs-test   the commands of the tutorial and the how-to pages, on port 8000"
+	@echo "make clients-test   have agents' and clients' libraries, which it installs (500 MB), talk to it"
 	@echo "make lint    the same without the tests;   make format   put the code into shape"
 	@echo "make bench   microbenchmarks of the pool, transfers and the engine, as JSON in $(BENCH_JSON)"
 	@echo "make vllm    vLLM alone, on this machine's CPU, for the tests that need one (4 GB)"
@@ -81,6 +82,13 @@ test-vllm: vllm
 
 docs-test: setup
 	@$(BIN)/pytest tests/docs $(ARGS)
+
+# Each in an environment of its own: they ask for different versions of the same packages.
+clients-test: setup
+	@echo "==> installing clients in build/clients (minutes, the first time)"
+	@PYTHONPATH=benchmarks $(BIN)/python -m tests.clients.install
+	@echo "==> pytest"
+	@MEMSERVE_TEST_CLIENTS=1 $(BIN)/pytest tests/clients $(ARGS)
 
 format: setup
 	@$(BIN)/ruff check --fix .

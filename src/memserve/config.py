@@ -26,6 +26,10 @@ Eviction = Literal["lru", "cost"]
 Profiling = Literal["auto", "off"]
 Policy = Literal["prompt-tree", "session", "least-load", "round-robin"]
 Engine = Literal["builtin", "vllm"]
+ToolCallParser = Literal[
+    "auto", "none", "hermes", "llama3_json", "mistral", "qwen3_coder", "pythonic"
+]
+ReasoningParser = Literal["auto", "none", "deepseek_r1", "qwen3", "mistral"]
 
 # For each caching setting, the roles in which an instance keeps its sequences' KV for later ones.
 KEEPING_ROLES: dict[Caching, frozenset[Role]] = {
@@ -74,6 +78,12 @@ class ModelConfig(_Section, frozen=True):
     served_name: Annotated[str | None, doc("in the API; default: the path")] = None
     max_model_len: Annotated[Positive | None, doc("default: the model's own limit")] = None
     device: Annotated[str, doc("'cpu', 'cuda', 'cuda:1'; auto: cuda if there is one")] = "auto"
+    tool_call_parser: Annotated[
+        ToolCallParser, doc("how it writes tool calls; auto: by its chat template and type")
+    ] = "auto"
+    reasoning_parser: Annotated[
+        ReasoningParser, doc("how it marks its reasoning; auto: by its chat template")
+    ] = "auto"
 
 
 class CacheConfig(_Section, frozen=True):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import msgspec
 
 from memserve.api import chunks
+from memserve.api.answer.delta import joined
 from memserve.api.chunks import Piece, StreamFormat, TokenScore
 from memserve.api.errors import ApiError, internal, invalid, unavailable
 from memserve.api.generate import FinishReason, GenerateCall, SamplingParams
@@ -282,4 +283,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
         text="".join(piece.text for piece in pieces),
         token_ids=[token_id for piece in pieces for token_id in piece.token_ids],
         scores=[score for piece in pieces for score in piece.scores],
+        delta=None
+        if pieces[-1].delta is None
+        else joined(piece.delta for piece in pieces if piece.delta is not None),
     )

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
@@ -45,8 +46,11 @@ class ChatTemplate:
     """A compiled template. Raises ModelError if the source is not a valid template."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
         except jinja2.TemplateError as error:
             raise ModelError(f"the chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
@@ -79,6 +83,7 @@ class ChatTemplate:
             LookupError,
             AttributeError,
             ArithmeticError,
+            RecursionError,
         ) as error:
             # A template is a program over the client's input: it may fail with any of these.
             raise RequestError(
