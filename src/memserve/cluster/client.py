@@ -21,6 +21,7 @@ from memserve.types import Epoch, InstanceId, Role
 
 # Longer than a gateway waits for an instance's answer (`control.CONTROL_SECONDS`).
 CLIENT_SECONDS = 10.0
+DECISIONS_PATH = "/cluster/decisions"
 FEEDS_PATH = "/cluster/feeds"  # state of a gateway's KV event subscriptions
 
 _encode = msgspec.json.Encoder().encode
@@ -94,6 +95,10 @@ class ClusterClient:
 
     async def view(self) -> ClusterSummary:
         return await self._ask("GET", "/cluster", _cluster.decode)
+
+    async def read(self, path: str, decode: Callable[[bytes], T]) -> T:
+        """Return the decoded answer to a GET of one of an operator's paths."""
+        return await self._ask("GET", path, decode)
 
     async def member(self, instance: str) -> MemberSummary:
         """Return the member with an id. Raises ClusterError with the known ids."""

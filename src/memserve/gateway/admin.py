@@ -27,7 +27,7 @@ from memserve.api.errors import (
 )
 from memserve.api.openai import ChatRequest, CompletionRequest
 from memserve.api.peer_client import PeerClient
-from memserve.cluster.client import FEEDS_PATH
+from memserve.cluster.client import DECISIONS_PATH, FEEDS_PATH
 from memserve.cluster.kv_feed import MemberFeed
 from memserve.cluster.membership import DegradedPair, Membership
 from memserve.gateway.access import METRICS_PATH
@@ -35,11 +35,11 @@ from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.siblings import Siblings
 from memserve.gateway.worker_metrics import merged
-from memserve.scheduler.decisions import Decision, DecisionView
+from memserve.scheduler.decision_view import DecisionView
+from memserve.scheduler.decisions import Decision
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
-DECISIONS_PATH = "/cluster/decisions"
 OWN_METRICS_PATH = "/cluster/worker/metrics"  # one worker's metrics, for its siblings
 
 _COMPONENTS = "#/components/schemas/"
