@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import msgspec
 import pytest
+from textual.widgets import DataTable
 
 from memserve.cluster.client import ClusterClient, GatewayUnreachable
 from memserve.cluster.figures import STATS_PATH, ClusterFigures
+from memserve.models.tokenizer import Tokenizer
+from memserve.top.app import TopApp
 from memserve.watch import watcher as watching
 from memserve.watch.watcher import Watcher
 from tests.e2e.conftest import StartCluster
@@ -130,6 +135,26 @@ async def test_without_the_secret_it_says_so(
         await watcher.poll()
         assert watcher.lost
         assert "secret" in str(watcher.trouble)
+
+
+async def test_top_shows_a_cluster_and_says_when_its_gateway_is_gone(tokenizer: Tokenizer) -> None:
+    with ExitStack() as stack:
+        cluster = stack.enter_context(FakeCluster(tokenizer, [FakeEngine(), FakeEngine()]))
+        complete(cluster)
+        app = TopApp([cluster.url], pause=0.05)
+        async with app.run_test(size=(80, 24)) as pilot:
+            members, decisions = (
+                app.query_one(f"#{n}", DataTable) for n in ("members", "decisions")
+            )
+            while not (members.row_count and decisions.row_count):
+                await pilot.pause(0.05)
+            assert [str(members.get_cell(row, "id")) for row in members.rows] == ["i0", "i1"]
+            await asyncio.to_thread(stack.close)
+            while not app.watcher.lost:
+                await pilot.pause(0.05)
+            await pilot.pause(0.1)
+            assert app.query_one("#trouble").display
+            assert members.row_count == 2
 
 
 async def test_a_large_cluster_is_encoded_whole(start_cluster: StartCluster) -> None:

@@ -16,7 +16,10 @@ OTHER = "http://127.0.0.1:8001"
 def test_several_gateways_make_one_cluster() -> None:
     a, b = member_of("b", pid=1), member_of("a", pid=2)
     one = answer_of(
-        10.0, [(a, stats_of(1))], GatewayTotals(running=1, first_token=seen(0.1)), [decision("x", 8)]
+        10.0,
+        [(a, stats_of(1))],
+        GatewayTotals(running=1, first_token=seen(0.1)),
+        [decision("x", 8)],
     )
     other = answer_of(
         10.0,

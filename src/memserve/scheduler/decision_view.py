@@ -1,4 +1,4 @@
-"""Wire form of decisions, in `GET /cluster/decisions`. Imports nothing heavy: clients read it, too."""
+"""Wire form of decisions, in `GET /cluster/decisions`. Imports nothing heavy, for clients."""
 
 from __future__ import annotations
 
