@@ -16,7 +16,7 @@ PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-core test-vllm lint format bench peers peers-install vllm paper soak
-.PHONY: readme clean
+.PHONY: readme clean ui-test
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test    lint, types, layers and all tests, also those with a vLLM, which it installs"
 	@echo "             (4 GB; WORKERS=2 tests at a time; ARGS='-k pool ...' for pytest)"
 	@echo "make test-core   the same without vLLM;   make test-vllm   what test-core leaves out"
+	@echo "make ui-test     memserve top and dashboard, in a Chromium; says what it needs"
 	@echo "make lint    the same without the tests;   make format   put the code into shape"
 	@echo "make bench   microbenchmarks of the pool, transfers and the engine, as JSON in $(BENCH_JSON)"
 	@echo "make vllm    vLLM alone, on this machine's CPU, for the tests that need one (4 GB)"
@@ -75,6 +76,14 @@ test-core: lint
 
 test-vllm: vllm
 	@$(PYTEST) -m real_vllm $(ARGS)
+
+# The browser is no part of `make setup`: 400 MB that serving and the other tests do not need.
+ui-test: setup
+	@command -v chromium chromium-browser >/dev/null && $(BIN)/python -c 'import playwright' 2>/dev/null \
+		|| { echo "the dashboard's tests need a Chromium (apt-get install chromium) and" \
+			"Playwright ($(BIN)/pip install playwright)"; exit 1; }
+	@$(BIN)/pytest tests/unit/test_top.py tests/unit/test_dashboard_views.py \
+		tests/security/test_dashboard_guard.py tests/e2e/test_dashboard.py $(ARGS)
 
 format: setup
 	@$(BIN)/ruff check --fix .

@@ -72,10 +72,10 @@ def lines(
     if marks and series:
         series[0]["markLine"] = _failovers(shown, epoch)
     return {
-        "title": {"text": title, "left": 4, "textStyle": {"fontSize": 13, "color": _INK}},
+        "title": {"text": title, "left": 4, "top": 0, "textStyle": {"fontSize": 13, "color": _INK}},
         "animation": False,
         "grid": {"left": 56, "right": 24, "top": 52, "bottom": 28},
-        "legend": {"top": 22, "left": 0, "textStyle": {"color": _INK}},
+        "legend": {"top": 20, "left": 0, "textStyle": {"color": _INK}},
         "tooltip": {"trigger": "axis"},
         "xAxis": {"type": "time", "axisLabel": {"color": _INK, "hideOverlap": True}},
         "yAxis": {

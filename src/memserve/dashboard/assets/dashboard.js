@@ -57,7 +57,11 @@
         "marker-end": `url(#head-${flow.kind})`,
         d: `M${x1} ${y1} C${x1 + ox1 * bend} ${y1 + oy1 * bend} ` +
           `${x2 + ox2 * bend} ${y2 + oy2 * bend} ${x2} ${y2}` }));
-      const text = make("text", { x: (x1 + x2) / 2, y: (y1 + y2) / 2 + (shift > 0 ? 14 : -5) });
+      // Between cards above each other the labels are beside the arrows.
+      const place = oy1 && oy2
+        ? { x: (x1 + x2) / 2 + shift, y: (y1 + y2) / 2 + 4, "text-anchor": shift < 0 ? "end" : "start" }
+        : { x: (x1 + x2) / 2, y: (y1 + y2) / 2 + (shift > 0 ? 14 : -5), "text-anchor": "middle" };
+      const text = make("text", place);
       text.textContent = flow.label;
       svg.append(text);
     }
