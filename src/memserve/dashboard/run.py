@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
+import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,12 +73,32 @@ def run_dashboard(settings: Settings, ready: Callable[[str], None]) -> None:
     async def serve() -> None:
         async with watcher:
             watching = asyncio.create_task(watcher.run(lambda: None))
-            ready(f"{url_of(sock, tls=secure)}/{f'?token={token}' if made else ''}")
+            link = f"{url_of(sock, tls=secure)}/{f'?token={token}' if made else ''}"
             try:
-                await uvicorn.Server(config).serve(sockets=[sock])
+                await _Server(config, lambda: ready(link)).serve(sockets=[sock])
             finally:
                 watching.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await watching
 
     asyncio.run(serve())
+
+
+class _Server(uvicorn.Server):
+    """A server that a first SIGTERM or SIGINT ends in order, with exit code 0, and a second one at
+    once (uvicorn's own raises the signal anew afterwards). `ready` is called when it serves."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
