@@ -36,7 +36,7 @@ def main(members: int = 64, seconds: float = 30.0) -> None:
             _ask(url, KEPT_DECISIONS)
             measured = psutil.Process(child.pid)
             idle = asyncio.run(_percent(measured, seconds, None))
-            watched = asyncio.run(_percent(measured, seconds, url))
+            watched = asyncio.run(_percent(measured, seconds, url, members))
         finally:
             child.terminate()
             child.wait()
@@ -63,20 +63,26 @@ def _ask(url: str, count: int) -> None:
         thread.join()
 
 
-async def _percent(process: psutil.Process, seconds: float, url: str | None) -> float:
-    """CPU of a process over a time, in percent of a core; with `url`, while that is polled."""
+async def _percent(
+    process: psutil.Process, seconds: float, url: str | None, members: int = 0
+) -> float:
+    """CPU of a process over a time, in percent of a core; with `url`, while that is polled, which
+    must tell of so many members."""
     async with Watcher([] if url is None else [url]) as watcher:
         watching = None
         if url is not None:
+            await watcher.poll()
             watching = asyncio.create_task(watcher.run(lambda: None))
-            while watcher.history.latest is None:
-                await asyncio.sleep(0.1)
+            assert watcher.history.latest is not None, watcher.trouble
             assert len(watcher.history.latest.decisions) == 50
         before = process.cpu_times()
         await asyncio.sleep(seconds)
         after = process.cpu_times()
         if watching is not None:
             assert not watcher.failures
+            seen = watcher.history.latest
+            assert sum(member.stats is not None for member in seen.members) == members
+            assert len(watcher.history.points) > 0.5 * seconds
             watching.cancel()
     return 100 * (after.user + after.system - before.user - before.system) / seconds
 
