@@ -17,7 +17,7 @@ import pytest
 
 from memserve.api.generate import CallKind, GenerateCall, PrefillPeer, SamplingParams
 from memserve.api.serving import MAX_BODY_BYTES, Shutdown, bind, serve_http, url_of
-from memserve.api.status import FetchTotals, HandoffTotals
+from memserve.api.status import FetchTotals, HandoffTotals, PeerMoves
 from memserve.clock import MonotonicClock
 from memserve.config import (
     CacheConfig,
@@ -90,6 +90,12 @@ class Node:
         stats = self.instance.stats()
         assert stats is not None
         return stats.fetch
+
+    @property
+    def moves(self) -> dict[InstanceId, PeerMoves]:
+        stats = self.instance.stats()
+        assert stats is not None
+        return stats.moves
 
     def has(self, tokens: Sequence[int], namespace: Namespace = SHARED) -> int:
         """How many leading tokens have KV in the index."""

@@ -24,6 +24,7 @@ from memserve.cli_doctor import doctor
 from memserve.cli_flags import takes_flags
 from memserve.cli_keys import app as keys_app
 from memserve.cli_sim import sim
+from memserve.cli_watch import dashboard, top
 from memserve.cluster.line_printer import STDERR, STDOUT, LinePrinter
 from memserve.cluster.local import LocalCluster, run_local_cluster
 from memserve.cluster.preflight import check_machine, with_room
@@ -63,6 +64,8 @@ app.add_typer(bench_app, name="bench")
 app.command()(profile)
 app.command()(sim)
 app.command()(doctor)
+app.command()(top)
+app.command()(dashboard)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(keys_app, name="keys")
 

@@ -34,6 +34,7 @@ from memserve.gateway.admin import (
 )
 from memserve.gateway.admission_queue import AdmissionQueue, ClientLeft
 from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder, with_session
+from memserve.gateway.figures import figures_routes
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.refusals import draining, no_instance, no_member_can
@@ -120,11 +121,15 @@ class GatewayApp:
             path.value: partial(forwards.build, path) for path in WHOLE_PATHS
         }
         admin = calls.model, membership, peers, self._metrics, lambda: self._draining, decisions
-        self._admin: Handler = asgi_handler(admin_app(*admin, siblings, troubles))
+        figures = membership, self._metrics, queue, clock
+        app = admin_app(*admin, siblings, troubles)
+        app.include_router(figures_routes(*figures, siblings))
+        self._admin: Handler = asgi_handler(app)
         # Requests of sibling workers: answered for this worker alone, and not passed on again.
+        app = admin_app(*admin, troubles=troubles)
+        app.include_router(figures_routes(*figures, None))
         self.handle_sibling: Handler = Guard(
-            responses.for_siblings(asgi_handler(admin_app(*admin, troubles=troubles))),
-            access.verifier,
+            responses.for_siblings(asgi_handler(app)), access.verifier
         )
         self._smallest: tuple[Epoch, Limits] | None = None  # membership epoch, and limits then
         self._idle = asyncio.Event()

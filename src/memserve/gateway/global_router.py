@@ -128,6 +128,10 @@ class GlobalRouter:
         """Return the last `n` decisions, newest first."""
         return self.scheduler.decisions.last(n)
 
+    def now(self) -> float:
+        """Return the clock's seconds."""
+        return self._clock.now()
+
     def first_token(self, request: RequestId, plan: Plan, planned: float) -> None:
         """Record the first token of a plan made at `planned` (the clock's seconds)."""
         seconds = self._clock.now() - planned
@@ -315,6 +319,7 @@ class _Reservation:
     def first_token(self) -> None:
         if self._expected is not None:  # not streamed: the whole answer comes at once
             return
+        self._decision.outcome.first_token = self._router.now() - self._at
         if self._teaches:
             self._router.first_token(self._request, self._decision.plan, self._at)
         else:
@@ -323,6 +328,7 @@ class _Reservation:
     def ended(self) -> None:
         if self._expected is not None:
             self._expected.cancel()  # it must not mark a retry of the request as prefilled
+        self._decision.outcome.whole = self._router.now() - self._at
         self._router.scheduler.finished(self._request)
 
 

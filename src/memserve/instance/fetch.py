@@ -23,6 +23,7 @@ from memserve.api.status import FetchTotals, InstanceInfo
 from memserve.clock import Clock
 from memserve.engine.request import EngineStats
 from memserve.errors import PoolError, TransferError
+from memserve.instance.kv_moves import KVMoves
 from memserve.instance.link import KVLink
 from memserve.tracing.span import Span, SpanKind, headers_of, timed
 from memserve.types import Namespace, RequestId, TokenArray
@@ -60,6 +61,7 @@ class Fetcher:
         self._pace = pace
         self._clock = clock
         self._counters = FetchTotals(block_bytes=link.block_bytes)
+        self.moves = KVMoves()  # of hand-overs, too
 
     def totals(self) -> FetchTotals:
         """Counters since start, in blocks and bytes."""
@@ -109,6 +111,7 @@ class Fetcher:
             seconds = self._clock.now() - started
             counters.seconds += seconds
         counters.blocks_received += blocks
+        self.moves.received(peer.id, blocks * self._link.block_bytes)
         log.info("%s: %d blocks fetched from %s in %.4f s", request, blocks, peer.id, seconds)
         return Fetched(blocks, seconds)
 

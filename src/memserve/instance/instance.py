@@ -496,6 +496,7 @@ class Instance:
             latencies=self._latencies,
             handoff=HandoffTotals() if remote is None else remote.totals(),
             fetch=FetchTotals() if fetcher is None else fetcher.totals(),
+            moves={} if fetcher is None else fetcher.moves.totals(),
         )
 
     def _ready(self) -> _Served:

@@ -262,6 +262,7 @@ class RemotePrefill:
                 log.warning("%s: no prefill from %s: %s", request.id, peer.id, error)
                 continue
             log.info("%s: prefill at %s", request.id, peer.id)
+            self._fetcher.moves.received(peer.id, result.blocks_sent * self._link.block_bytes)
             return result
         return None
 
@@ -366,6 +367,7 @@ class RemotePrefill:
         self._counters.returns += 1
         self._counters.blocks_returned += pushed.sent
         size = pushed.sent * self._link.block_bytes
+        self._fetcher.moves.returned(home.id, size)
         log.info("%s: %d blocks (%d bytes) back to %s", request.id, pushed.sent, size, home.id)
 
 
