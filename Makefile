@@ -16,7 +16,7 @@ PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-core test-vllm lint format bench peers peers-install vllm paper soak
-.PHONY: readme clean docs-test install-check metrics-docs clients-test
+.PHONY: api-docs readme clean docs-test install-check metrics-docs clients-test
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -33,6 +33,7 @@ help:
 	@echo "make peers-install   only install them (PEERS='vllm ...': only these)"
 	@echo "make paper   the paper's evaluation, as a report in build/paper (DATA=FOLDER; ARGS='--quick')"
 	@echo "make soak    a whole cluster under mixed load for an hour (ARGS='--minutes 10 ...')"
+	@echo "make api-docs   docs/api.md's tables anew, from what the gateway takes"
 	@echo "make install-check   build sdist and wheel, install the wheel elsewhere, and serve from it (3 GB)"
 	@echo "make metrics-docs   docs/metrics.md's tables anew, from the code"
 	@echo "make readme  benchmarks/README.md anew, from benchmarks/results"
@@ -47,7 +48,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	@echo "==> installing memserve and what it needs (minutes, the first time)"
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet \
-		--constraint constraints.txt --editable '.[demo,bench,dev]'
+		--constraint constraints.txt --editable '.[demo,bench,traces,dev]'
 	@# With what it asks for, NIXL would bring CUDA libraries that torch's build may not fit.
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet \
 		--constraint constraints.txt --no-deps nixl nixl-cu12
@@ -117,6 +118,9 @@ paper: setup
 
 soak: setup
 	@$(EVALUATION) soak $(ARGS)
+
+api-docs: setup
+	@PYTHONPATH=src $(BIN)/python -m tests.api_fields
 
 metrics-docs: setup
 	@PYTHONPATH=src $(BIN)/python -m tests.metrics_document

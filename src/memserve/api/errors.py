@@ -101,6 +101,12 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
 
 
+def not_json(error: Exception, param: str | None = None) -> ApiError:
+    """400: the body, or the field `param`, cannot be decoded."""
+    what = "The request body" if param is None else f"'{param}'"
+    return invalid(f"{what} is not valid JSON: {error}", param, "invalid_json")
+
+
 def model_not_found(model: str, served: str) -> ApiError:
     return ApiError(
         HTTPStatus.NOT_FOUND,

@@ -26,6 +26,12 @@ DEFAULT_MAX_WAITING = 256
 MAX_LOGPROBS = 20
 # Turns of a chat: longer than the contexts of today's models for anything but one-word turns.
 MAX_MESSAGES = 4096
+# Items of a `/v1/responses` input: a turn that calls a function has three.
+MAX_ITEMS = 3 * MAX_MESSAGES
+# Bytes of the stored conversation that a `/v1/responses` request goes on from: as the largest body.
+MAX_CONVERSATION_BYTES = 16 * 1024 * 1024
+# Tools of a request.
+MAX_TOOLS = 1024
 # Parts of one message.
 MAX_PARTS = 256
 # Characters of a name, an id, a salt: kept for as long as a request lives, or longer.

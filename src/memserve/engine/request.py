@@ -14,6 +14,7 @@ from memserve.engine.constraint import CompiledGrammar
 from memserve.engine.observer import PrefillObserver
 from memserve.errors import RequestError
 from memserve.tokens import NO_TOKENS
+from memserve.tracing.span import Span
 from memserve.types import SHARED, Namespace, RequestId, TokenArray
 
 
@@ -42,6 +43,8 @@ class EngineRequest:
     grammar: CompiledGrammar | None = None  # `sampling.grammar`, compiled for the model
     # Prompt tokens whose KV other instances have sent for this request: no hits of this cache.
     received_tokens: int = 0
+    # Of the call in its trace; None: it is not traced. Engines only pass its context on.
+    span: Span | None = None
 
     @property
     def tokens(self) -> TokenArray:

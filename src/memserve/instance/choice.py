@@ -187,8 +187,13 @@ class Choice:
     def _scored(self, token_id: int, logprob: float) -> ScoredToken:
         found = self._texts.get(token_id)
         if found is None:
-            text = self._tokenizer.token_text(token_id)
-            found = self._texts[token_id] = text, self._tokenizer.token_bytes(token_id, text)
+            if self._call.return_tokens_as_token_ids:
+                text = f"token_id:{token_id}"
+                found = text, text.encode()
+            else:
+                text = self._tokenizer.token_text(token_id)
+                found = text, self._tokenizer.token_bytes(token_id, text)
+            self._texts[token_id] = found
         return ScoredToken(token_id, *found, logprob)
 
     def _decode(self, ids: Sequence[int]) -> str:

@@ -205,6 +205,10 @@ class Tokenizer:
         """Return the text of token ids; bytes that form no whole character become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """Return the entries of the vocabulary that token ids stand for."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in ids]
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, object]],
