@@ -14,6 +14,7 @@ CLIENTS = {
     "langchain": ("langchain-openai==1.7.4",),
     "instructor": ("instructor==1.17.0",),
     "litellm": ("litellm==1.110.2",),
+    "lm_eval": ("lm-eval[api]==0.4.13", "transformers==5.15.1"),
 }
 ROOT = PEERS.parent / "clients"
 
