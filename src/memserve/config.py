@@ -197,6 +197,23 @@ class LogConfig(_Section, frozen=True):
     )
 
 
+class TracesConfig(_Section, frozen=True):
+    """OpenTelemetry traces of requests. The flags of these fields begin with `--traces-`."""
+
+    endpoint: Annotated[
+        str | None, doc("where they are sent by OTLP over HTTP, as http://host:4318; none: off")
+    ] = None
+    sample: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        doc("share of requests that are traced; default: OTEL_TRACES_SAMPLER_ARG, or 1"),
+    ] = None
+    client_rate: Annotated[
+        float,
+        Meta(ge=0),
+        doc("requests a second that are traced because their 'traceparent' asks for it"),
+    ] = 10.0
+
+
 class ClusterConfig(_Section, frozen=True):
     """A whole cluster on one machine."""
 
@@ -205,6 +222,7 @@ class ClusterConfig(_Section, frozen=True):
     security: SecurityConfig = SecurityConfig()
     cache: CacheConfig = CacheConfig()
     log: LogConfig = LogConfig()
+    traces: TracesConfig = TracesConfig()
     instance: tuple[InstanceConfig, ...] = (InstanceConfig(),)
 
 
@@ -350,6 +368,7 @@ def _refuse_unknown_keys(data: dict[str, object]) -> None:
         "security": SecurityConfig,
         "cache": CacheConfig,
         "log": LogConfig,
+        "traces": TracesConfig,
         "instance": InstanceConfig,
     }
     _check_keys("", data, tuple(sections))

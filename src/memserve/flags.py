@@ -1,7 +1,8 @@
 """Conversion of configuration tables to command-line flags, and back.
 
 A flag is the field's name with dashes, without its table: tables in one command share no field
-names. `model.path` is `--model`; those of `log` are `--log-level` and `--log-format`.
+names. `model.path` is `--model`; those of `log` are `--log-level` and `--log-format`, those of
+`traces` begin with `--traces-`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 import msgspec
 from msgspec import inspect
 
-from memserve.config import LogConfig, ModelConfig
+from memserve.config import LogConfig, ModelConfig, TracesConfig
 from memserve.errors import ConfigError
 
 # Values from a command line, by parameter name; None for a flag that was not used.
@@ -44,6 +45,8 @@ class Flag:
             return "model"
         if self.section is LogConfig:
             return f"log_{self.field}"
+        if self.section is TracesConfig:
+            return f"traces_{self.field}"
         return self.field
 
     @property

@@ -129,6 +129,9 @@ async def test_workers_are_one_gateway() -> None:
         times = [float(at) for at in re.findall(r'"at":([0-9.]+)', decisions)]
         assert len(times) == MANY
         assert times == sorted(times, reverse=True)
+        _, figures = await gateway.ask("GET", "/cluster/stats")
+        answered = [int(count) for count in re.findall(r'"answered":([0-9]+)', figures)]
+        assert (len(answered), sum(answered)) == (2, MANY)
         _, metrics = await gateway.ask("GET", "/metrics")
         assert metrics.count('memserve_instance_running_sequences{instance_id="echo"}') == 1
         # What one is told of members, all know.

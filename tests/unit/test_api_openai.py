@@ -80,7 +80,7 @@ def test_neutral_values_of_what_is_not_supported_are_accepted(neutral: dict[str,
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"best_of": 2}, "best_of"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),

@@ -299,6 +299,23 @@ def test_words_that_look_like_addresses_are_no_content(cluster: FakeCluster) -> 
     assert post(cluster, ForwardPath.MESSAGES, messages=messages, max_tokens=1).status == 200
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"choice": ["yes", "no"]}},
+    ],
+)
+def test_constraints_are_for_a_built_in_engine_where_there_is_one(
+    cluster: FakeCluster, keyed: FakeCluster, server: Server, fields: dict[str, Any]
+) -> None:
+    answer = post(keyed, ForwardPath.CHAT, "sk-a", messages=MESSAGES, **fields)
+    assert passed(server, answer).items() >= fields.items()
+    refused = chat(cluster, **fields)  # by the stand-in for an engine
+    assert refused.status == 400
+    assert "takes no grammar" in refused.text.decode()
+
+
 def test_tenants_have_salts_of_their_own(keyed: FakeCluster, server: Server) -> None:
     salts = []
     for key in ("sk-a", "sk-b"):

@@ -80,6 +80,13 @@ class ApiError(MemserveError):
         return b"data: " + self.body() + b"\n\n"
 
 
+class NotUnderstood(ApiError):
+    """400: the gateway does not support a field of the request, or its form. A vLLM server may."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
+
+
 def bounded(text: str) -> str:
     """Return a text of at most MAX_MESSAGE_CHARACTERS: a longer one without its middle.
     Characters that UTF-8 cannot encode become `?`."""

@@ -60,8 +60,8 @@ class FinishReason(StrEnum):
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Sampling parameters of a sequence. Names and neutral values are vLLM's.
 
-    Source of the filters' order, vLLM's v1 sampler: `min_tokens`, `logit_bias` and penalties
-    on logits, then temperature, then min-p, top-k and top-p on probabilities.
+    Source of the filters' order, vLLM's v1 sampler: grammar, `min_tokens`, `logit_bias` and
+    penalties on logits, then temperature, then min-p, top-k and top-p on probabilities.
     """
 
     max_tokens: Count = 16

@@ -40,6 +40,17 @@ MAX_METADATA_ENTRIES = 16
 MAX_PROMPT_SCORES = 256 * 1024
 # Characters of a grammar or JSON schema: several times the largest schemas in use.
 MAX_GRAMMAR_CHARACTERS = 256 * 1024
+# Texts of a `choice`.
+MAX_CHOICES = 1024
+# Properties of one object in a JSON schema: compiling takes time with their square (70 ms for so
+# many, 3.5 s for 5,000), and the first token of a key some milliseconds.
+MAX_SCHEMA_PROPERTIES = 1000
+# Symbols of a GBNF grammar, and of each rule with the rules that it uses written out: 0.2 s.
+MAX_GRAMMAR_SYMBOLS = 20_000
+# Regular parts of a grammar that leads back to itself; each is compared with all others.
+MAX_TERMINALS = 500
+# Parentheses in each other, and nesting of a structural tag.
+MAX_GRAMMAR_DEPTH = 32
 # Tools of a request; OpenAI takes 128.
 MAX_TOOLS = 512
 # Characters of a function's name; OpenAI takes 64.

@@ -7,14 +7,14 @@ its neutral values (null, [], {}, the default) are accepted, because clients sen
 from __future__ import annotations
 
 import re
-from http import HTTPStatus
 from operator import attrgetter
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from memserve.api.errors import ApiError, invalid
+from memserve.api.errors import NotUnderstood as NotUnderstood
+from memserve.api.errors import invalid
 from memserve.api.generate import SamplingParams
 from memserve.api.limits import (
     MAX_ECHO_CHARACTERS,
@@ -32,6 +32,8 @@ from memserve.api.limits import (
     MAX_TOOLS,
 )
 from memserve.api.openai_tools import Tool, ToolCalls, ToolChoice
+from memserve.api.structured import FIELDS as STRUCTURED_FIELDS
+from memserve.api.structured import grammar_of
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT32)]
 _Positive = Annotated[int, Meta(ge=1, le=MAX_INT32)]
@@ -43,13 +45,6 @@ _Stops = Annotated[tuple[_StopString, ...], Meta(max_length=MAX_STOP_STRINGS)]
 _Json = msgspec.Raw | UnsetType
 # Bytes of the longest neutral value, with white space.
 _LONGEST_NEUTRAL = 256
-
-
-class NotUnderstood(ApiError):
-    """400: the gateway does not support a field of the request, or its form. A vLLM server may."""
-
-    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -145,6 +140,13 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Fields that both endpoints share."""
 
     stream_options: StreamOptions | None = None
+    # Constraints of the answer: `structured.grammar_of`.
+    response_format: _Json = UNSET
+    structured_outputs: _Json = UNSET
+    guided_json: _Json = UNSET
+    guided_regex: _Json = UNSET
+    guided_choice: _Json = UNSET
+    guided_grammar: _Json = UNSET
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     # Fields that are accepted with neutral values only.
     allowed_token_ids: _Json = UNSET
@@ -155,10 +157,6 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ec_transfer_params: _Json = UNSET
     function_call: _Json = UNSET
     functions: _Json = UNSET
-    guided_choice: _Json = UNSET
-    guided_grammar: _Json = UNSET
-    guided_json: _Json = UNSET
-    guided_regex: _Json = UNSET
     kv_transfer_params: _Json = UNSET
     length_penalty: _Json = UNSET
     logits_processors: _Json = UNSET
@@ -168,13 +166,11 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     prediction: _Json = UNSET
     prompt_embeds: _Json = UNSET
     repetition_detection: _Json = UNSET
-    response_format: _Json = UNSET
     return_mm_kwargs: _Json = UNSET
     return_prompt_text: _Json = UNSET
     return_token_offsets: _Json = UNSET
     routed_experts_prompt_start: _Json = UNSET
     spaces_between_special_tokens: _Json = UNSET
-    structured_outputs: _Json = UNSET
     suffix: _Json = UNSET
     thinking_token_budget: _Json = UNSET
     truncate_prompt_tokens: _Json = UNSET
@@ -295,7 +291,7 @@ class _Unsupported:
         self.names = tuple(
             field.name
             for field in msgspec.structs.fields(kind)
-            if field.default is UNSET and field.name not in IGNORED
+            if field.default is UNSET and field.name not in IGNORED.union(STRUCTURED_FIELDS)
         )
         self.values = attrgetter(*self.names)
         self.absent = (UNSET,) * len(self.names)
@@ -360,6 +356,7 @@ def sampling_params(
         stop_token_ids=asked.stop_token_ids or (),
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,
+        grammar=grammar_of(request),
         prompt_logprobs=prompt_logprobs,
     )
 
@@ -411,6 +408,7 @@ def _check_common(request: CompletionRequest | ChatRequest) -> None:
         for name, value in zip(unsupporting.names, values, strict=True):
             if value is not UNSET and not _is_neutral(name, value):
                 raise unsupported(name)
+    grammar_of(request)  # raises before anything is tokenised
     check_best_of(request)
     if request.stream and request.prompt_logprobs is not None:
         raise invalid("'prompt_logprobs' is not available with 'stream'.", "prompt_logprobs")

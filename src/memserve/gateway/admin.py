@@ -30,7 +30,7 @@ from memserve.api.openai import ChatRequest, CompletionRequest
 from memserve.api.peer_client import PeerClient
 from memserve.api.responses import Response as ClientResponse
 from memserve.api.responses import ResponsesRequest
-from memserve.cluster.client import FEEDS_PATH
+from memserve.cluster.client import DECISIONS_PATH, FEEDS_PATH
 from memserve.cluster.kv_feed import MemberFeed
 from memserve.cluster.membership import DegradedPair, Membership
 from memserve.gateway.access import LOAD_PATH, METRICS_PATH
@@ -40,11 +40,11 @@ from memserve.gateway.pages import page_routes
 from memserve.gateway.siblings import Siblings
 from memserve.gateway.tokenization import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from memserve.gateway.worker_metrics import merged
-from memserve.scheduler.decisions import Decision, DecisionView
+from memserve.scheduler.decision_view import DecisionView
+from memserve.scheduler.decisions import Decision
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
-DECISIONS_PATH = "/cluster/decisions"
 OWN_METRICS_PATH = "/cluster/worker/metrics"  # one worker's metrics, for its siblings
 
 _COMPONENTS = "#/components/schemas/"

@@ -34,15 +34,18 @@ from memserve.gateway.admin import (
 )
 from memserve.gateway.admission_queue import AdmissionQueue, ClientLeft
 from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder, with_session
+from memserve.gateway.figures import figures_routes
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.refusals import draining, no_instance, no_member_can
 from memserve.gateway.relay import Answer, Relay
 from memserve.gateway.request_line import CLIENT_LEFT, MAX_REQUEST_ID, RequestLine, read_reason
+from memserve.gateway.request_trace import RequestTrace
 from memserve.gateway.responses import RESPONSES_PATH, Responses
 from memserve.gateway.siblings import Siblings
 from memserve.gateway.tokenization import Tokenization
 from memserve.scheduler.admission import NOBODY, Tenant, tenant_id
+from memserve.tracing.span import Tracer
 from memserve.types import Epoch
 
 log = logging.getLogger(__name__)
@@ -78,14 +81,15 @@ class GatewayApp:
         access_log: bool = True,
         siblings: Siblings | None = None,
         troubles: Troubles | None = None,
+        tracer: Tracer | None = None,
         *,
         responses: Responses,
         tokenization: Tokenization,
         max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         """`counted`: whose metrics `/metrics` has beside its own. `instance_wait`: seconds after
-        the start for which requests wait for an instance. `max_body_bytes`: of a body that was
-        compressed."""
+        the start for which requests wait for an instance. `tracer`: with the same clock; None:
+        requests are not traced. `max_body_bytes`: of a body that was compressed."""
         self._draining = False
         self._began = clock.now()
         self._instance_wait = instance_wait
@@ -94,6 +98,7 @@ class GatewayApp:
         self._queue = queue
         self._clock = clock
         self._access_log = access_log
+        self._tracer = tracer
         self._access = access
         self._metrics = GatewayMetrics(membership, calls.model)
         for source in counted:
@@ -116,11 +121,15 @@ class GatewayApp:
             path.value: partial(forwards.build, path) for path in WHOLE_PATHS
         }
         admin = calls.model, membership, peers, self._metrics, lambda: self._draining, decisions
-        self._admin: Handler = asgi_handler(admin_app(*admin, siblings, troubles))
+        figures = membership, self._metrics, queue, clock
+        app = admin_app(*admin, siblings, troubles)
+        app.include_router(figures_routes(*figures, siblings))
+        self._admin: Handler = asgi_handler(app)
         # Requests of sibling workers: answered for this worker alone, and not passed on again.
+        app = admin_app(*admin, troubles=troubles)
+        app.include_router(figures_routes(*figures, None))
         self.handle_sibling: Handler = Guard(
-            responses.for_siblings(asgi_handler(admin_app(*admin, troubles=troubles))),
-            access.verifier,
+            responses.for_siblings(asgi_handler(app)), access.verifier
         )
         self._smallest: tuple[Epoch, Limits] | None = None  # membership epoch, and limits then
         self._idle = asyncio.Event()
@@ -231,6 +240,8 @@ class GatewayApp:
     async def _generate(self, build: _Build, request: Request, reply: Reply) -> None:
         started = self._clock.now()
         answer = Answer()
+        if self._tracer is not None:
+            answer.trace = RequestTrace(self._tracer, request, started)
         given = request.header(b"x-request-id")
         headers: tuple[Header, ...] = ()
         if given is not None:
@@ -245,12 +256,16 @@ class GatewayApp:
                 call = await self._accept(build, request, reply, client)
             else:
                 call = await self._accept_large(build, request, reply, client)
+            if answer.trace is not None:
+                answer.trace.accepted(call, len(request.body))
             if len(request.body) > LARGE_BODY_BYTES:
                 # Free the body before the answer, which may take long.
                 request = msgspec.structs.replace(request, body=b"")
             if given is None:
                 headers = ((b"x-request-id", call.id.encode()),)
             call = await self._queue.enter(call, _tenant(request, call, client), reply)
+            if answer.trace is not None:
+                answer.trace.admitted()
             if not reply.gone:
                 await self._relay.run(call, reply, headers, answer)
         except ApiError as error:
@@ -333,6 +348,8 @@ class GatewayApp:
         took = self._clock.now() - started
         first = None if answer.first_byte is None else answer.first_byte - started
         status = HUNG_UP if reply.gone and not reply.ended else reply.status
+        if answer.trace is not None:
+            answer.trace.end(status, answer.first_byte, answer.broken)
         metrics = self._metrics
         metrics.requests[request.path, status] += 1
         metrics.request_seconds.observe(took)
