@@ -47,6 +47,7 @@ class Counting:
     def __init__(self, own: Tokenizer) -> None:
         self._own = own
         self._encode = own.encode
+        self.has_chat_template = own.has_chat_template
         self.encoded = 0
         self.threads: set[str] = set()
         self.gate = threading.Event()

@@ -386,6 +386,18 @@ def test_an_empty_answer_is_an_empty_message() -> None:
     assert whole.response["output"][0]["content"][0]["text"] == ""
 
 
+def test_an_instance_s_refusal_has_this_request_s_names() -> None:
+    client = Client(POST)
+    reply = ResponsesReply(client.reply, POST)
+    detail = {"message": "no 'response_format'", "type": "t", "param": "response_format"}
+    reply.send(400, json.dumps({"error": {**detail, "code": None}}).encode())
+    told = json.loads(client.body)["error"]
+    assert (told["param"], told["message"]) == ("text.format", "no 'text.format'")
+    other = Client(POST)
+    ResponsesReply(other.reply, POST).send(422, b'{"detail":[]}')
+    assert (other.status, other.body) == (422, b'{"detail":[]}')
+
+
 BROKEN = b'data: {"error":{"message":"lost","type":"server_error","code":"instance_lost"}}\n\n'
 
 

@@ -30,8 +30,6 @@ MAX_MESSAGES = 4096
 MAX_ITEMS = 3 * MAX_MESSAGES
 # Bytes of the stored conversation that a `/v1/responses` request goes on from: as the largest body.
 MAX_CONVERSATION_BYTES = 16 * 1024 * 1024
-# Tools of a request.
-MAX_TOOLS = 1024
 # Parts of one message.
 MAX_PARTS = 256
 # Characters of a name, an id, a salt: kept for as long as a request lives, or longer.

@@ -33,11 +33,13 @@ from memserve.api.responses import (
 )
 from memserve.gateway.chat_chunks import Choice, ToolCall, Usage, decode_chunk, response_usage
 from memserve.gateway.responses_items import CallItem, Item, MessageItem, ReasoningItem, event
+from memserve.gateway.responses_request import renamed
 
 EVENT_END: Final = b"\n\n"
 _DATA: Final = b"data: "
 _DONE: Final = b"[DONE]"
 _encode = msgspec.json.Encoder().encode
+_error = msgspec.json.Decoder(ErrorBody)
 Keep = Callable[[bytes, Sequence[bytes]], None]
 
 
@@ -109,6 +111,8 @@ class ResponsesReply(Reply):
     ) -> None:
         self.status = status
         self.started = True
+        if status >= HTTPStatus.BAD_REQUEST and not self._passes:
+            body = _renamed(body)
         self._end()
         self._outer.added = self.added
         self._outer.send(status, body, headers, media)
@@ -321,6 +325,15 @@ def _status_of(detail: ErrorDetail) -> HTTPStatus:
     if detail.code == "internal_error":
         return HTTPStatus.INTERNAL_SERVER_ERROR
     return HTTPStatus.SERVICE_UNAVAILABLE
+
+
+def _renamed(body: bytes) -> bytes:
+    """Return an instance's refusal of a chat as that of this request."""
+    try:
+        detail = _error.decode(body).error
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):  # a vLLM server's own form
+        return body
+    return _encode(ErrorBody(renamed(detail)))
 
 
 def _too_large() -> ErrorDetail:

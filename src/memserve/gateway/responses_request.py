@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import UNSET
 
-from memserve.api.errors import ApiError, invalid, not_json
+from memserve.api.errors import ApiError, ErrorDetail, invalid, not_json
 from memserve.api.limits import COUNTED_BODY_BYTES, MAX_ITEMS
 from memserve.api.openai import NotUnderstood, not_understood, unsupported
 from memserve.api.responses import (
@@ -183,13 +183,17 @@ def chat_body(asked: Asked, items: Sequence[InputItem]) -> bytes:
 
 def of_this_request(error: ApiError) -> ApiError:
     """Return the error of a chat request, with the names of this one's fields."""
-    param = error.detail.param
-    name = _NAMES.get(param or "")
-    if name is None:
-        return error
-    message = error.detail.message.replace(f"'{param}'", f"'{name}'")
-    error.detail = msgspec.structs.replace(error.detail, param=name, message=message)
+    error.detail = renamed(error.detail)
     return error
+
+
+def renamed(detail: ErrorDetail) -> ErrorDetail:
+    """Return what is wrong with a chat request, with the names of this one's fields."""
+    name = _NAMES.get(detail.param or "")
+    if name is None:
+        return detail
+    message = detail.message.replace(f"'{detail.param}'", f"'{name}'")
+    return msgspec.structs.replace(detail, param=name, message=message)
 
 
 def _messages(instructions: str | None, items: Sequence[InputItem]) -> list[dict[str, Any]]:
