@@ -22,7 +22,7 @@ from memserve.cluster.rolling import RESTART_SECONDS, remove, restart
 from memserve.cluster.running import DEFAULT_URL, find_gateway
 from memserve.errors import ConfigError
 from memserve.scheduler.contract import Terms
-from memserve.scheduler.decisions import DecisionView
+from memserve.scheduler.decision_view import DecisionView
 from memserve.terminal import progress_lines
 from memserve.types import Role
 

@@ -130,6 +130,8 @@ OPERATORS = [
     ("GET", "/cluster/decisions?n=5", None),
     ("GET", "/cluster/feeds", None),
     ("GET", "/cluster/worker/metrics", None),
+    ("GET", "/cluster/stats", None),
+    ("GET", "/cluster/worker/stats", None),
     ("POST", "/cluster/members", '{"address": "http://127.0.0.1:1"}'),
     ("DELETE", "/cluster/members", '{"address": "http://127.0.0.1:1"}'),
     ("POST", "/cluster/instances/i0", '{"state": "draining"}'),

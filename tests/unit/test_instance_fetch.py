@@ -16,6 +16,7 @@ from memserve.api import msgpack
 from memserve.api.generate import GenerateCall, PrefillPeer
 from memserve.api.handoff import PUSH_PATH, PushCall
 from memserve.api.peer_client import PeerClient
+from memserve.api.status import PeerMoves
 from memserve.instance import fetch
 from memserve.instance.metrics import instance_page
 from memserve.tokens import from_ids
@@ -88,6 +89,8 @@ async def test_only_what_nobody_has_is_computed(model: Path, expected: list[int]
         totals = one.fetches
         assert (totals.asked, totals.failed, totals.blocks_received) == (1, 0, 4)
         assert totals.seconds > 0
+        assert one.moves == {third.peer.id: PeerMoves(received=4 * totals.block_bytes)}
+        assert third.moves == {}
         assert (third.fetches.pushes, third.fetches.blocks_pushed) == (1, 4)
         extra = answer.body["usage"]["memserve"]
         assert extra["blocks_fetched"] == 4

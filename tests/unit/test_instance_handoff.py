@@ -11,6 +11,7 @@ import pytest
 from memserve.api.generate import PrefillPeer
 from memserve.api.handoff import PrefillCall
 from memserve.api.namespaces import private
+from memserve.api.status import PeerMoves
 from memserve.config import Caching
 from memserve.tokens import from_ids
 from memserve.transfer import kv_link
@@ -90,6 +91,10 @@ async def test_a_next_turn_computes_and_sends_only_what_is_missing(
         assert d.totals.blocks_already_present - before.blocks_already_present == here // BLOCK
         sent = d.totals.blocks_received - before.blocks_received
         assert sent == (whole(len(prompt)) - here) // BLOCK
+        blocks = d.totals.blocks_received, d.totals.blocks_returned
+        received, returned = (count * d.totals.block_bytes for count in blocks)
+        assert d.moves == {p.peer.id: PeerMoves(received, returned)}
+        assert (returned > 0) is (caching == "full")
 
 
 async def test_prompts_share_a_prefix_and_salts_share_nothing(model: Path) -> None:

@@ -28,6 +28,8 @@ PeerUrl = Annotated[str, Meta(pattern=r"^https?://[A-Za-z0-9._:%\[\]-]{1,255}\Z"
 ID_PATTERN = r"\A(?!https?://)[A-Za-z0-9._:@/-]{1,256}\Z"
 Id = Annotated[InstanceId, Meta(pattern=ID_PATTERN)]
 LifeEpoch = Annotated[Epoch, Meta(ge=0, le=(1 << 63) - 1)]
+# Instances that an instance counts moved KV by.
+MAX_MOVE_PEERS = 256
 ModelName = Annotated[str, Meta(max_length=1024)]
 Name = Annotated[str, Meta(max_length=64)]  # of a dtype, a device, a version
 # Tokens, blocks or sequences. The limit refuses absurd values before anything is computed with
@@ -212,12 +214,24 @@ class FetchTotals(msgspec.Struct):
     block_bytes: Count = 0  # of one block
 
 
+class PeerMoves(msgspec.Struct):
+    """Bytes of KV between an instance and one other since start, counted where they were asked for
+    or, of returns, given back."""
+
+    received: Count = 0  # handed over or fetched from there
+    returned: Count = 0  # given back to there
+
+
 class InstanceStats(msgspec.Struct, frozen=True):
     engine: EngineTotals
     pool: PoolTotals
     latencies: Latencies
     handoff: HandoffTotals = msgspec.field(default_factory=HandoffTotals)
     fetch: FetchTotals = msgspec.field(default_factory=FetchTotals)
+    # By the other instance; those beyond MAX_MOVE_PEERS are counted in the totals alone.
+    moves: Annotated[dict[Id, PeerMoves], Meta(max_length=MAX_MOVE_PEERS)] = msgspec.field(
+        default_factory=dict
+    )
 
 
 class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -16,12 +16,13 @@ from memserve.api.signatures import Signer
 from memserve.api.status import InstanceState, InstanceStats, JoinRequest, MediumTotals, MemberKind
 from memserve.cluster.membership import DegradedPair
 from memserve.errors import ClusterError, ConfigError
-from memserve.scheduler.decisions import DecisionView
+from memserve.scheduler.decision_view import DecisionView
 from memserve.secrets import Secret, secret_of
 from memserve.types import Epoch, InstanceId, Role
 
 # Longer than a gateway waits for an instance's answer (`control.CONTROL_SECONDS`).
 CLIENT_SECONDS = 10.0
+DECISIONS_PATH = "/cluster/decisions"
 FEEDS_PATH = "/cluster/feeds"  # state of a gateway's KV event subscriptions
 
 _encode = msgspec.json.Encoder().encode
@@ -99,7 +100,11 @@ class ClusterClient:
 
     async def decisions(self, n: int) -> list[DecisionView]:
         """Return the scheduler's last `n` decisions, newest first."""
-        return await self._ask("GET", f"/cluster/decisions?n={n}", _decisions.decode)
+        return await self._ask("GET", f"{DECISIONS_PATH}?n={n}", _decisions.decode)
+
+    async def read(self, path: str, decode: Callable[[bytes], T]) -> T:
+        """Return the decoded answer to a GET of one of an operator's paths."""
+        return await self._ask("GET", path, decode)
 
     async def member(self, instance: str) -> MemberSummary:
         """Return the member with an id. Raises ClusterError with the known ids."""

@@ -122,11 +122,15 @@ class GlobalRouter:
             others = (m for m in eligible.prefill if m is not chosen and m.kv == chosen.kv)
             prefill = (chosen, *others)
         fetch = None if plan.fetch is None else by_id[plan.fetch]
-        return MemberPlan(by_id[plan.instance], prefill, fetch, ticket, ticket.explain)
+        return MemberPlan(by_id[plan.instance], prefill, fetch, ticket, ticket.explain, decision)
 
     def decisions(self, n: int) -> list[Decision]:
         """Return the last `n` decisions, newest first."""
         return self.scheduler.decisions.last(n)
+
+    def now(self) -> float:
+        """Return the clock's seconds."""
+        return self._clock.now()
 
     def first_token(self, request: RequestId, plan: Plan, planned: float) -> None:
         """Record the first token of a plan made at `planned` (the clock's seconds)."""
@@ -315,6 +319,7 @@ class _Reservation:
     def first_token(self) -> None:
         if self._expected is not None:  # not streamed: the whole answer comes at once
             return
+        self._decision.outcome.first_token = self._router.now() - self._at
         if self._teaches:
             self._router.first_token(self._request, self._decision.plan, self._at)
         else:
@@ -323,6 +328,7 @@ class _Reservation:
     def ended(self) -> None:
         if self._expected is not None:
             self._expected.cancel()  # it must not mark a retry of the request as prefilled
+        self._decision.outcome.whole = self._router.now() - self._at
         self._router.scheduler.finished(self._request)
 
 

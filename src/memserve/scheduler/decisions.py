@@ -16,35 +16,11 @@ import numpy as np
 from memserve.scheduler.candidates import Candidates
 from memserve.scheduler.choosing import rank
 from memserve.scheduler.contract import Plan, Seconds, Terms
+from memserve.scheduler.decision_view import CandidateView, DecisionView, Outcome
 from memserve.types import IndexArray, InstanceId, RequestId
 
 KEPT_DECISIONS = 1000
 KEPT_CANDIDATES = 16  # per decision
-
-
-class CandidateView(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One candidate in `GET /cluster/decisions`. `score`: weighted seconds, least is best."""
-
-    instance: InstanceId
-    score: float
-    prefill: InstanceId | None = None
-    fetch: InstanceId | None = None
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    fetched_tokens: int = 0
-    terms: Terms = Terms()
-
-
-class DecisionView(msgspec.Struct, frozen=True):
-    """One decision in `GET /cluster/decisions`."""
-
-    request: RequestId
-    policy: str
-    at: float  # seconds of the scheduler's clock
-    took: float  # seconds that the decision took to compute
-    chosen: CandidateView
-    considered: int  # number of all candidates
-    candidates: tuple[CandidateView, ...]  # the best ones, best first
 
 
 class Ranking(msgspec.Struct, frozen=True, eq=False):
@@ -106,6 +82,7 @@ class Decision(msgspec.Struct, frozen=True, eq=False):
     considered: int
     took: float
     ranking: Ranking
+    outcome: Outcome = msgspec.field(default_factory=Outcome)
 
     def view(self) -> DecisionView:
         scores = self.ranking.scores.tolist()
@@ -118,6 +95,7 @@ class Decision(msgspec.Struct, frozen=True, eq=False):
             chosen=candidates[0],
             considered=self.considered,
             candidates=tuple(sorted(candidates, key=lambda candidate: candidate.score)),
+            happened=self.outcome,
         )
 
     def summary(self) -> str:

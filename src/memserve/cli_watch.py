@@ -1,0 +1,72 @@
+"""`memserve top` and `memserve dashboard`. What they need beyond serving is imported by them."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memserve.api.tls import TLS_CA_VARIABLE, client_tls
+from memserve.config import GatewayConfig
+from memserve.errors import ConfigError
+from memserve.logs import log_to_stderr
+
+_DEFAULT_URL = f"http://{GatewayConfig().host}:{GatewayConfig().port}"
+_Urls = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--url",
+        metavar="URL",
+        help=f"a gateway's; repeat it for several gateways of one cluster (default {_DEFAULT_URL})",
+    ),
+]
+
+
+def top(url: _Urls = None) -> None:
+    """Show a running cluster in the terminal: members, memory, decisions, throughput.
+
+    Signs as `memserve cluster` does. Keys: ? in it.
+    """
+    _require("textual", "Textual", "memserve top")
+    from memserve.top.app import TopApp
+
+    TopApp(url or [_DEFAULT_URL], client_tls(os.environ.get(TLS_CA_VARIABLE))).run()
+
+
+def dashboard(
+    url: _Urls = None,
+    host: Annotated[str, typer.Option(help="to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8090,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="has the token that opens it (or MEMSERVE_DASHBOARD_TOKEN); default on loopback: "
+            "a random one, in the link that is printed",
+        ),
+    ] = None,
+    tls_cert: Annotated[str | None, typer.Option(metavar="FILE", help="serve https")] = None,
+    tls_key: Annotated[str | None, typer.Option(metavar="FILE")] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="without actions")] = False,
+) -> None:
+    """Show a running cluster on web pages, and act on it: members, requests, cache, latency.
+
+    Signs as `memserve cluster` does. Beyond loopback it needs a token, and should have TLS.
+    """
+    _require("nicegui", "NiceGUI", "memserve dashboard")
+    from memserve.dashboard.run import Settings, run_dashboard
+
+    log_to_stderr()
+    authorities = client_tls(os.environ.get(TLS_CA_VARIABLE))
+    urls = url or [_DEFAULT_URL]
+    settings = Settings(urls, host, port, token_file, tls_cert, tls_key, read_only, tls=authorities)
+    run_dashboard(settings, lambda link: print(f"the dashboard is at {link}", flush=True))
+
+
+def _require(module: str, name: str, command: str) -> None:
+    """Raise ConfigError if a module of the extra `ui` is not installed."""
+    if find_spec(module) is None:
+        raise ConfigError(f"{command} needs {name}: pip install 'memserve[ui]'")

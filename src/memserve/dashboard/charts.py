@@ -1,0 +1,169 @@
+"""Options of charts (ECharts), from the history's points. Knows no NiceGUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from memserve.types import Role
+from memserve.watch.history import Point
+from memserve.watch.latency import Percentiles
+from memserve.watch.rates import RoleLatency
+
+MAX_SHOWN = 240  # points of a chart: each update sends all of them
+COLOURS = {
+    "computed": "#d98e04",
+    "cached": "#4a8fe0",
+    "received": "#0f9d9d",
+    "p50": "#2274c9",
+    "p90": "#d98e04",
+    "p99": "#c9365a",
+    "evicted": "#c9365a",
+    "from DRAM": "#9c4dcc",
+    "hits": "#2e9e4f",
+}
+_INK = "#858e98"  # read on light and on dark
+
+Options = dict[str, Any]
+Value = Callable[[Point], float | None]
+
+
+def thin(points: Sequence[Point], most: int = MAX_SHOWN) -> list[Point]:
+    """Return at most `most` points, evenly, with the last one; the failovers of those left out are
+    in the next one shown."""
+    step = -(-len(points) // most) if points else 1
+    shown, failovers = [], 0
+    for left, point in zip(range(len(points) - 1, -1, -1), points, strict=True):
+        failovers += point.failovers
+        if left % step == 0:
+            shown.append((point, failovers))
+            failovers = 0
+    return [msgspec.structs.replace(point, failovers=count) for point, count in shown]
+
+
+def lines(
+    title: str,
+    points: Sequence[Point],
+    values: dict[str, Value],
+    epoch: float,
+    *,
+    unit: str = "",
+    stacked: bool = False,
+    marks: bool = False,
+) -> Options:
+    """Return a chart with a line for each of `values`. `epoch`: unix time at the watcher's 0.
+    `marks`: a vertical line at each failover."""
+    shown = thin(points)
+    series: list[Options] = [
+        {
+            "name": name,
+            "type": "line",
+            "showSymbol": False,
+            "connectNulls": False,
+            "color": COLOURS[name],
+            "lineStyle": {"width": 1.6},
+            "data": [[round((epoch + p.at) * 1000), _short(value(p))] for p in shown],
+            **({"stack": "all", "areaStyle": {"opacity": 0.45}} if stacked else {}),
+        }
+        for name, value in values.items()
+    ]
+    if marks and series:
+        series[0]["markLine"] = _failovers(shown, epoch)
+    return {
+        "title": {"text": title, "left": 4, "top": 0, "textStyle": {"fontSize": 13, "color": _INK}},
+        "animation": False,
+        "grid": {"left": 56, "right": 24, "top": 52, "bottom": 28},
+        "legend": {"top": 20, "left": 0, "textStyle": {"color": _INK}},
+        "tooltip": {"trigger": "axis"},
+        "xAxis": {"type": "time", "axisLabel": {"color": _INK, "hideOverlap": True}},
+        "yAxis": {
+            "type": "value",
+            "min": 0,
+            "axisLabel": {"color": _INK, "formatter": f"{{value}}{unit}"},
+            "splitLine": {"lineStyle": {"opacity": 0.25}},
+        },
+        "series": series,
+    }
+
+
+def sources(points: Sequence[Point], epoch: float) -> Options:
+    """Return the chart of prompt tokens by where their KV came from."""
+    values: dict[str, Value] = {
+        "computed": lambda p: p.computed,
+        "cached": lambda p: p.cached,
+        "received": lambda p: p.received,
+    }
+    return lines("Prompt tokens per second, by source", points, values, epoch, stacked=True)
+
+
+def hits(points: Sequence[Point], epoch: float) -> Options:
+    """Return the chart of the hit ratio."""
+    values: dict[str, Value] = {
+        "hits": lambda p: None if p.hit_ratio is None else 100 * p.hit_ratio
+    }
+    chart = lines("Hit ratio", points, values, epoch, unit=" %")
+    chart["yAxis"]["max"] = 100
+    return chart
+
+
+def evictions(points: Sequence[Point], epoch: float) -> Options:
+    """Return the chart of blocks that were dropped, and that came back from DRAM."""
+    values: dict[str, Value] = {"evicted": lambda p: p.evicted, "from DRAM": lambda p: p.swapped_in}
+    return lines("Blocks per second", points, values, epoch)
+
+
+class Latency(NamedTuple):
+    """A latency that has a chart."""
+
+    title: str
+    of: Callable[[RoleLatency], Percentiles]
+
+
+LATENCIES = (
+    Latency("Time to first token (TTFT)", lambda told: told.first_token),
+    Latency("Between a sequence's tokens", lambda told: told.inter_token),
+    Latency("Arrival to the end (JCT)", lambda told: told.whole),
+)
+
+
+def latency(kind: Latency, points: Sequence[Point], role: Role, epoch: float) -> Options:
+    """Return the chart of one latency at one role's members, in milliseconds, with failovers as
+    marks."""
+
+    def value(pick: Callable[[Percentiles], float | None]) -> Value:
+        def of(point: Point) -> float | None:
+            told = point.latencies.get(role)
+            seconds = None if told is None else pick(kind.of(told))
+            return None if seconds is None else 1000 * seconds
+
+        return of
+
+    values = {
+        "p50": value(lambda found: found.p50),
+        "p90": value(lambda found: found.p90),
+        "p99": value(lambda found: found.p99),
+    }
+    return lines(kind.title, points, values, epoch, unit=" ms", marks=True)
+
+
+def _failovers(points: Sequence[Point], epoch: float) -> Options:
+    return {
+        "symbol": "none",
+        "silent": True,
+        "lineStyle": {"color": "#c62828", "type": "solid", "width": 1.5},
+        "data": [
+            {
+                "xAxis": round((epoch + point.at) * 1000),
+                "label": {"formatter": f"{point.failovers} failover", "color": "#c62828"},
+            }
+            for point in points
+            if point.failovers
+        ],
+    }
+
+
+def _short(value: float | None) -> float | None:
+    """Return a value with three digits or so: a chart shows no more, and each costs bytes."""
+    return None if value is None else float(f"{value:.4g}")

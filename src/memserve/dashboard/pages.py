@@ -1,0 +1,123 @@
+"""The pages that show: Cluster, Requests, Cache, Latency."""
+
+from __future__ import annotations
+
+import msgspec
+from nicegui import ui
+
+from memserve.dashboard import charts, views
+from memserve.dashboard.frame import Frame
+from memserve.types import Role
+from memserve.watch.snapshot import DecisionSeen, Snapshot
+
+CHART_SECONDS = 2.0  # between updates of charts, which are the largest part of what is sent
+
+
+def add_pages(frame: Frame) -> None:
+    """Register the pages."""
+    watcher, history = frame.watcher, frame.watcher.history
+
+    @ui.page("/")
+    def cluster() -> None:
+        def refresh() -> None:
+            if history.latest is None:
+                return
+            tiles.set_content(views.cluster_tiles(history))
+            cards.set_content(views.cluster_html(history.latest, history.rates))
+            arrows = msgspec.json.encode(views.arrows(history.rates)).decode()
+            ui.run_javascript(f"window.memserveFlows?.({arrows})")
+
+        with frame.page("/", refresh):
+            tiles = ui.html(sanitize=False).classes("w-full")
+            cards = ui.html(sanitize=False).classes("w-full")
+
+    @ui.page("/requests")
+    def requests(open: str = "", at: float | None = None) -> None:
+        opened = views.Opened(open, at) if open else None
+        kept: DecisionSeen | None = None
+        seen: Snapshot | None = None
+        now = 0.0
+
+        def refresh() -> None:
+            nonlocal kept, seen, now
+            if seen is None or not held.value:
+                seen, now = history.latest, watcher.clock.now()
+            if seen is None:
+                return
+            if opened is not None:
+                kept = opened.find(seen.decisions) or kept
+            wanted = str(words.value or "")
+            listed.set_content(views.requests_html(seen, now, wanted, opened, kept))
+
+        with frame.page("/requests", refresh):
+            with ui.row().classes("items-center"):
+                words = ui.input("Filter: request, instance or state", on_change=refresh)
+                words.props("dense clearable outlined").classes("w-72")
+                held = ui.checkbox("Hold")
+            listed = ui.html(sanitize=False).classes("w-full q-mt-sm")
+
+    @ui.page("/cache")
+    def cache() -> None:
+        def refresh() -> None:
+            if history.latest is not None:
+                members.set_content(views.cache_html(history.latest, history.rates))
+
+        def draw() -> None:
+            points, epoch = history.points, frame.epoch
+            _update(hits, charts.hits(points, epoch))
+            _update(sources, charts.sources(points, epoch))
+            _update(blocks, charts.evictions(points, epoch))
+
+        with frame.page("/cache", refresh):
+            hits, sources, blocks = (_chart() for _ in range(3))
+            members = ui.html(sanitize=False).classes("w-full q-mt-sm")
+        ui.timer(CHART_SECONDS, draw)
+
+    @ui.page("/latency")
+    def latency() -> None:
+        met: list[bool] = []  # the roles are known
+
+        def refresh() -> None:
+            members = () if history.latest is None else history.latest.members
+            known = {member.summary.role for member in members}
+            names = [role.value for role in Role if role in known]
+            if names and chosen.options != names:
+                best = busiest().value
+                value = chosen.value if met and chosen.value in names else best
+                chosen.set_options(names, value=value if value in names else names[0])
+                met.append(True)
+
+        def busiest() -> Role:
+            """Return the role that has answered most of late."""
+            told = history.rates.latencies
+            return max(told, key=lambda role: told[role].whole.count, default=Role.COLOCATED)
+
+        def draw() -> None:
+            role, points = Role(str(chosen.value)), history.points
+            for kind, chart in zip(charts.LATENCIES, plots, strict=True):
+                _update(chart, charts.latency(kind, points, role, frame.epoch))
+
+        with frame.page("/latency", refresh):
+            with ui.row().classes("items-center"):
+                ui.label("At instances of the role")
+                chosen = ui.toggle([Role.COLOCATED.value], value=Role.COLOCATED.value)
+                chosen.props("no-caps")
+                chosen.on_value_change(draw)
+            plots = [_chart() for _ in charts.LATENCIES]
+            ui.html(
+                '<p class="soft">Percentiles of the last five seconds, from the buckets of the '
+                "instances' histograms; a gap is a time without requests. Red lines: another "
+                "instance went on with a stream.</p>",
+                sanitize=False,
+            )
+        ui.timer(CHART_SECONDS, draw)
+
+
+def _chart() -> ui.echart:
+    return ui.echart({}).classes("chart q-mt-sm")
+
+
+def _update(chart: ui.echart, options: charts.Options) -> None:
+    chart.options.clear()
+    chart.options.update(options)
+    chart.update()

@@ -1,0 +1,41 @@
+"""Wire form of decisions, in `GET /cluster/decisions`. Imports nothing heavy, for clients."""
+
+from __future__ import annotations
+
+import msgspec
+
+from memserve.scheduler.contract import Terms
+from memserve.types import InstanceId, RequestId
+
+
+class CandidateView(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One candidate in `GET /cluster/decisions`. `score`: weighted seconds, least is best."""
+
+    instance: InstanceId
+    score: float
+    prefill: InstanceId | None = None
+    fetch: InstanceId | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    fetched_tokens: int = 0
+    terms: Terms = Terms()
+
+
+class Outcome(msgspec.Struct, omit_defaults=True):
+    """What became of a plan, in seconds since it was made. The router's event loop fills it in."""
+
+    first_token: float | None = None  # of a stream; None: none has come
+    whole: float | None = None  # its end, whatever that was; None: it runs
+
+
+class DecisionView(msgspec.Struct, frozen=True):
+    """One decision in `GET /cluster/decisions`."""
+
+    request: RequestId
+    policy: str
+    at: float  # seconds of the scheduler's clock
+    took: float  # seconds that the decision took to compute
+    chosen: CandidateView
+    considered: int  # number of all candidates
+    candidates: tuple[CandidateView, ...]  # the best ones, best first
+    happened: Outcome = msgspec.field(default_factory=Outcome)

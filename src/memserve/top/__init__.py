@@ -1,0 +1,1 @@
+"""`memserve top`: a cluster in a terminal. Needs Textual (`memserve[ui]`)."""

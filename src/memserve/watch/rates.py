@@ -1,0 +1,194 @@
+"""Rates between two snapshots of a cluster: pure functions, per second.
+
+Counters that fall belong to a process that has begun anew: all that it counts is since then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+import msgspec
+
+from memserve.api.histogram import Histogram
+from memserve.api.status import InstanceStats
+from memserve.types import InstanceId, Role
+from memserve.watch.latency import Percentiles, growth, percentiles
+from memserve.watch.snapshot import MemberSeen, Snapshot, merged
+
+
+class MemberRates(msgspec.Struct, frozen=True):
+    """One member's rates, per second."""
+
+    tokens: float = 0.0  # generated
+    computed: float = 0.0  # prompt tokens, by where their KV came from
+    cached: float = 0.0
+    received: float = 0.0  # from another instance, which has counted them as one of the others
+    finished: float = 0.0  # sequences
+    evicted: float = 0.0  # blocks
+    swapped_out: float = 0.0  # blocks, HBM to DRAM
+    swapped_in: float = 0.0
+    busy: float = 0.0  # share of time that the engine spent in steps
+
+    @property
+    def hit_ratio(self) -> float | None:
+        """Share of cached among the prompt tokens that were not received; None: there were none."""
+        here = self.cached + self.computed
+        return self.cached / here if here else None
+
+
+NO_RATES = MemberRates()
+
+
+class FlowKind(StrEnum):
+    """Why KV moves."""
+
+    FORWARD = "handed over or fetched"
+    RETURN = "returned"
+
+
+class Flow(msgspec.Struct, frozen=True):
+    """KV that moves between two members, bytes per second."""
+
+    source: InstanceId
+    target: InstanceId
+    kind: FlowKind
+    rate: float
+
+
+class RoleLatency(msgspec.Struct, frozen=True):
+    """Latencies of sequences at the members of one role, in seconds."""
+
+    first_token: Percentiles = Percentiles()
+    inter_token: Percentiles = Percentiles()
+    whole: Percentiles = Percentiles()
+
+
+class Rates(msgspec.Struct, frozen=True):
+    """A cluster between two snapshots. `seconds`: between them."""
+
+    seconds: float
+    members: Mapping[InstanceId, MemberRates]
+    whole: MemberRates  # the sum; `busy`: the mean
+    flows: tuple[Flow, ...]
+    latencies: Mapping[Role, RoleLatency]
+    first_token: Percentiles  # of streams, at the gateways
+    answered: float  # requests
+    refused: float
+    failed: float
+
+    @property
+    def kv_bytes(self) -> float:
+        """KV moved between members, bytes per second."""
+        return sum(flow.rate for flow in self.flows)
+
+    def of(self, instance: InstanceId) -> MemberRates:
+        return self.members.get(instance, NO_RATES)
+
+
+def rates_between(before: Snapshot, after: Snapshot) -> Rates:
+    """Return the rates between two snapshots. A member without statistics in both has none, since
+    nobody knows when it counted; one that was restarted between them counts from zero."""
+    then = {member.id: member for member in before.members}
+    pairs = [
+        (then[m.id], m) for m in after.members if m.id in then and m.stats and then[m.id].stats
+    ]
+    members = {now.id: _member(past, now) for past, now in pairs}
+    seconds = after.at - before.at
+    old, new = before.totals, after.totals
+    return Rates(
+        seconds=seconds,
+        members=members,
+        whole=_sum(members),
+        flows=tuple(flow for past, now in pairs for flow in _flows(past, now)),
+        latencies=_latencies(pairs),
+        first_token=percentiles(growth(old.first_token, new.first_token)),
+        answered=_rate(old.answered, new.answered, seconds),
+        refused=_rate(old.refused, new.refused, seconds),
+        failed=_rate(old.failed, new.failed, seconds),
+    )
+
+
+def failovers_between(before: Snapshot, after: Snapshot) -> int:
+    """Return how many streams another instance went on with between two snapshots."""
+    return _grown(before.totals.failovers, after.totals.failovers)
+
+
+def _member(past: MemberSeen, now: MemberSeen) -> MemberRates:
+    seconds = now.heard - past.heard
+    assert past.stats is not None
+    assert now.stats is not None
+    old, new = _counters(past.stats), _counters(now.stats)
+    if now.summary.life != past.summary.life:
+        old = dict.fromkeys(old, 0.0)
+    return MemberRates(**{name: _rate(old[name], new[name], seconds) for name in new})
+
+
+def _counters(stats: InstanceStats) -> dict[str, float]:
+    """Return the counters that `MemberRates` has rates of, by its names."""
+    engine, pool = stats.engine, stats.pool
+    return {
+        "tokens": engine.generated_tokens,
+        "computed": engine.computed_prompt_tokens,
+        "cached": engine.cached_prompt_tokens,
+        "received": engine.received_prompt_tokens,
+        "finished": engine.finished,
+        "evicted": pool.evictions,
+        "swapped_out": pool.swapped_out,
+        "swapped_in": pool.swapped_in,
+        "busy": engine.busy_seconds,
+    }
+
+
+def _flows(past: MemberSeen, now: MemberSeen) -> list[Flow]:
+    assert past.stats is not None
+    assert now.stats is not None
+    seconds = now.heard - past.heard
+    known = past.stats.moves if now.summary.life == past.summary.life else {}
+    flows = []
+    for peer, moves in now.stats.moves.items():
+        old = known.get(peer)
+        here, there = (0, 0) if old is None else (old.received, old.returned)
+        if rate := _rate(here, moves.received, seconds):
+            flows.append(Flow(peer, now.id, FlowKind.FORWARD, rate))
+        if rate := _rate(there, moves.returned, seconds):
+            flows.append(Flow(now.id, peer, FlowKind.RETURN, rate))
+    return flows
+
+
+def _latencies(pairs: list[tuple[MemberSeen, MemberSeen]]) -> dict[Role, RoleLatency]:
+    grown: dict[Role, list[tuple[Histogram, ...]]] = {}
+    for past, now in pairs:
+        assert past.stats is not None
+        assert now.stats is not None
+        old, new = past.stats.latencies, now.stats.latencies
+        grown.setdefault(now.summary.role, []).append(
+            (
+                growth(old.first_token, new.first_token),
+                growth(old.inter_token, new.inter_token),
+                growth(old.whole, new.whole),
+            )
+        )
+    return {
+        role: RoleLatency(*(percentiles(merged(each)) for each in zip(*found, strict=True)))
+        for role, found in grown.items()
+    }
+
+
+def _sum(members: Mapping[InstanceId, MemberRates]) -> MemberRates:
+    if not members:
+        return NO_RATES
+    names = MemberRates.__struct_fields__
+    sums = {n: sum(msgspec.structs.asdict(m)[n] for m in members.values()) for n in names}
+    sums["busy"] /= len(members)
+    return MemberRates(**sums)
+
+
+def _grown(before: int, after: int) -> int:
+    return after - before if after >= before else after
+
+
+def _rate(before: float, after: float, seconds: float) -> float:
+    if seconds <= 0:
+        return 0.0
+    return (after - before if after >= before else after) / seconds

@@ -1,0 +1,123 @@
+"""`Watcher`: polls a cluster's gateways, and goes on when they go away and come back."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from memserve.clock import Clock, MonotonicClock
+from memserve.cluster.client import DECISIONS_PATH, ClusterClient
+from memserve.cluster.figures import STATS_PATH, ClusterFigures
+from memserve.errors import ClusterError, ConfigError
+from memserve.scheduler.decision_view import DecisionView
+from memserve.watch.history import History
+from memserve.watch.snapshot import GatewaySeen, snapshot_of
+
+POLL_SECONDS = 1.0  # gateways poll their members as often
+# Of one round: less than `CLIENT_SECONDS`, so that one silent gateway is told of soon.
+ROUND_SECONDS = 5.0
+ASKED_DECISIONS = 50  # of each gateway in each round: some milliseconds of its time
+
+_figures = msgspec.json.Decoder(ClusterFigures)
+_decisions = msgspec.json.Decoder(tuple[DecisionView, ...])
+
+
+class Watcher:
+    """Polls the gateways of one cluster, and an async context manager.
+
+    `history` has what they told; `failures` has why a gateway gave no answer in the last round,
+    by URL. A gateway that failed is asked anew in each round, with the secret read again: a
+    cluster that was started again may have another.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        tls: ssl.SSLContext | None = None,
+        clock: Clock | None = None,
+        decisions: int = ASKED_DECISIONS,
+    ) -> None:
+        """`tls`: trusted authorities for https:// URLs. `decisions`: asked of each gateway."""
+        self.urls = tuple(dict.fromkeys(url.rstrip("/") for url in urls))
+        self.history = History()
+        self.failures: dict[str, str] = {}
+        self.clock = clock or MonotonicClock()
+        self._tls = tls
+        self._path = f"{DECISIONS_PATH}?n={decisions}"
+        self._clients: dict[str, ClusterClient] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for client in self._clients.values():
+            await client.__aexit__(None, None, None)
+        self._clients.clear()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the cluster is not seen at present, or only by some of its gateways; None: it is."""
+        return "; ".join(self.failures.values()) or None
+
+    @property
+    def lost(self) -> bool:
+        """Whether no gateway answered in the last round."""
+        return len(self.failures) == len(self.urls)
+
+    async def poll(self) -> None:
+        """Ask every gateway once, and add what they say to the history."""
+        found = await asyncio.gather(*map(self._ask, self.urls))
+        if answers := [answer for answer in found if answer is not None]:
+            self.history.add(snapshot_of(self.clock.now(), answers))
+
+    async def run(self, told: Callable[[], None], pause: float = POLL_SECONDS) -> None:
+        """Poll for ever, and call `told` after each round."""
+        while True:
+            await self.poll()
+            told()
+            await asyncio.sleep(pause)
+
+    async def _ask(self, url: str) -> GatewaySeen | None:
+        try:
+            async with asyncio.timeout(ROUND_SECONDS):
+                client = await self._client(url)
+                view = await client.view()
+                figures, decisions = await asyncio.gather(
+                    client.read(STATS_PATH, _figures.decode),
+                    client.read(self._path, _decisions.decode),
+                )
+        except (ClusterError, ConfigError, TimeoutError) as error:
+            self.failures[url] = _why(url, error)
+            await self._give_up(url)
+            return None
+        self.failures.pop(url, None)
+        return GatewaySeen(url, self.clock.now(), view, figures, decisions)
+
+    async def _client(self, url: str) -> ClusterClient:
+        client = self._clients.get(url)
+        if client is None:
+            client = self._clients[url] = ClusterClient(url, tls=self._tls)
+            await client.__aenter__()
+        return client
+
+    async def _give_up(self, url: str) -> None:
+        client = self._clients.pop(url, None)
+        if client is not None:
+            await client.__aexit__(None, None, None)
+
+
+def _why(url: str, error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no answer from {url} in {ROUND_SECONDS:g} s"
+    said = str(error)
+    return said if url in said else f"{url}: {said}"

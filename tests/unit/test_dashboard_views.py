@@ -1,0 +1,236 @@
+"""What the dashboard's pages say: HTML, charts, and consequences of actions."""
+
+from __future__ import annotations
+
+import html
+import re
+
+import msgspec
+import pytest
+
+from memserve.api.status import InstanceState, MediumTotals, PeerMoves
+from memserve.cluster.figures import GatewayTotals
+from memserve.dashboard import charts, views
+from memserve.dashboard.actions import Action, Kind, consequences, offered
+from memserve.scheduler.decision_view import Outcome
+from memserve.types import InstanceId, Role
+from memserve.watch.history import History, Point
+from memserve.watch.latency import Percentiles
+from memserve.watch.rates import RoleLatency, rates_between
+from memserve.watch.snapshot import DecisionSeen
+from tests.watch_harness import busy_cluster, decision, member_of, seen, snapshot, stats_of
+
+BAD = "<script>alert(1)</script>"
+
+
+def words(page: str) -> str:
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page)))
+
+
+@pytest.fixture
+def history() -> History:
+    told = History()
+    for at in range(10, 16):
+        told.add(busy_cluster(at))
+    return told
+
+
+def test_members_are_cards_by_host(history: History) -> None:
+    assert history.latest is not None
+    page = views.cluster_html(history.latest, history.rates)
+    assert re.findall(r'data-member="(\w+)"', page) == ["d1", "d0", "p0"]
+    assert re.findall(r'aria-label="host ([\d.]+)"', page) == ["10.0.0.7", "127.0.0.1"]
+    assert 'class="card draining" data-member="d1"' in page
+    assert "HBM: 10 active, 5 pinned, 45 cached, 40 free of 100 blocks" in page
+    assert 'class="active" style="width:10.00%"' in page
+    text = words(page)
+    assert "prefill · memserve" in text
+    assert "running 3 waiting 0 tokens/s 100 hits -" in text
+    assert "tokens/s 0 hits 25%" in text
+    assert "p0 d0 handed over or fetched 1 MB" in text.replace("1.0 MB", "1 MB")
+
+
+def test_arrows_are_the_largest_flows_first(history: History) -> None:
+    found = views.arrows(history.rates)
+    assert [(a.source, a.target, a.kind, a.share) for a in found] == [
+        ("p0", "d0", "forward", 1.0),
+        ("d0", "d1", "forward", 0.5),
+        ("d0", "p0", "returned", 1 / 1024),
+    ]
+    assert found[0].label == "1.0 MB/s"
+    assert views.arrows(History().rates) == []
+
+
+def test_arrows_are_bounded() -> None:
+    names = [InstanceId(f"i{n}") for n in range(2 * views.MAX_ARROWS)]
+    moves = {name: PeerMoves(1000 + n) for n, name in enumerate(names)}
+    before = snapshot(0.0, [(member_of("a"), stats_of())])
+    after = snapshot(1.0, [(member_of("a"), stats_of(moves=moves))])
+    rates = rates_between(before, after)
+    assert len(views.arrows(rates)) == views.MAX_ARROWS
+    assert views.arrows(rates)[0].source == names[-1]
+    assert views.cluster_html(after, rates).count("<td>handed over") == views.MAX_FLOW_ROWS
+
+
+def test_tiles_tell_of_the_whole_cluster(history: History) -> None:
+    text = words(views.cluster_tiles(history))
+    assert "members ready 2 of 3" in text
+    assert "requests 4 queued at the gateway 1 requests/s 10 tokens/s 150" in text
+    assert "hits 25%" in text
+    assert views.cluster_tiles(History()) == ""
+
+
+def test_an_empty_cluster_says_so() -> None:
+    empty = snapshot(0.0, [])
+    rates = rates_between(empty, empty)
+    assert "no instance yet" in views.cluster_html(empty, rates)
+    assert "No decisions yet" in views.requests_html(empty, 0.0, "", None, None)
+    assert "<td>" not in views.cache_html(empty, rates)
+
+
+def test_an_opened_decision_shows_predictions_and_what_happened() -> None:
+    told = snapshot(20.0, [], decisions=[decision("x", 18.0, Outcome(0.4, 1.5))])
+    page = views.requests_html(told, 20.0, "", views.Opened("x", 18.0), None)
+    text = words(page)
+    assert "64 of 100 tokens cached; 200 ms less prefill than d1." in text
+    assert "first token 400 ms (predicted 350 ms) · whole 1.5 s (predicted 1.4 s)" in text
+    assert "p0 → d0 · chosen" in text
+    assert "queue 100 ms · prefill 200 ms · transfer 50 ms · decode 1.0 s" in text
+    assert views.longest(told.decisions[0].view) == 1.5
+    widths = dict(re.findall(r'<i class="(\w+)" title="[^"]*" style="width:([\d.]+)%', page))
+    assert widths["happened"] == "26.67"  # 0.4 of 1.5 s
+    assert widths["rest"] == "73.33"
+    assert float(widths["decode"]) == pytest.approx(100 / 1.5, abs=0.01)
+
+
+def test_an_opened_decision_stays_when_newer_ones_have_pushed_it_out() -> None:
+    told = snapshot(20.0, [], decisions=[decision("new", 19.0)])
+    opened = views.Opened("old", 1.0)
+    kept = DecisionSeen(1.0, decision("old", 1.0))
+    assert "old" in words(views.requests_html(told, 20.0, "", opened, kept))
+    assert "no longer among" in views.requests_html(told, 20.0, "", opened, None)
+
+
+def test_a_request_that_was_lost_has_two_decisions() -> None:
+    told = snapshot(20.0, [], decisions=[decision("x", 18.0), decision("x", 19.0)])
+    for at in (18.0, 19.0):
+        found = views.Opened("x", at).find(told.decisions)
+        assert found is not None
+        assert found.view.at == at
+    assert views.Opened("x", 5.0).find(told.decisions) is None
+    assert views.Opened("x").find(told.decisions) is not None
+
+
+def test_a_filter_keeps_decisions_by_word(history: History) -> None:
+    assert history.latest is not None
+    page = views.requests_html(history.latest, 15.0, "runs D0", None, None)
+    assert re.findall(r"open=([\w-]+)", page) == ["cmpl-new"]
+    assert "Nothing matches" in views.requests_html(history.latest, 15.0, "zzz", None, None)
+
+
+def test_what_members_say_is_escaped() -> None:
+    view = decision(BAD)
+    chosen = msgspec.structs.replace(view.chosen, instance=InstanceId(BAD))
+    view = msgspec.structs.replace(view, chosen=chosen, candidates=(chosen,), policy=BAD)
+    member = msgspec.structs.replace(member_of(BAD), conflict=BAD)
+    told = snapshot(0.0, [(member, stats_of())], decisions=[view])
+    rates = rates_between(told, told)
+    pages = (
+        views.cluster_html(told, rates),
+        views.cache_html(told, rates),
+        views.requests_html(told, 0.0, "", views.Opened(BAD), None),
+    )
+    for page in pages:
+        assert "<script" not in page
+        assert html.escape(BAD) in page
+
+
+def test_charts_are_thin_and_lose_no_failover() -> None:
+    points = [Point(float(n), failovers=int(n in (3, 4, 700))) for n in range(901)]
+    shown = charts.thin(points)
+    assert len(shown) <= charts.MAX_SHOWN
+    assert shown[-1].at == 900
+    assert sum(point.failovers for point in shown) == 3
+    assert charts.thin([]) == []
+
+
+def test_latencies_are_in_milliseconds_with_gaps_and_marks() -> None:
+    some = {Role.DECODE: RoleLatency(first_token=Percentiles(0.03, 0.05, 0.123456, 7))}
+    points = [Point(1.0, latencies=some), Point(2.0, failovers=2)]
+    chart = charts.latency(charts.LATENCIES[0], points, Role.DECODE, epoch=100.0)
+    names = [series["name"] for series in chart["series"]]
+    assert names == ["p50", "p90", "p99"]
+    assert chart["series"][0]["data"] == [[101_000, 30.0], [102_000, None]]
+    assert chart["series"][2]["data"][0] == [101_000, 123.5]
+    (mark,) = chart["series"][0]["markLine"]["data"]
+    assert (mark["xAxis"], mark["label"]["formatter"]) == (102_000, "2 failover")
+
+
+def test_the_charts_of_the_cache(history: History) -> None:
+    computed, cached, received = charts.sources(history.points, 0.0)["series"]
+    assert (computed["data"][-1][1], cached["data"][-1][1], received["data"][-1][1]) == (
+        300.0,
+        100.0,
+        400.0,
+    )
+    assert charts.hits(history.points, 0.0)["series"][0]["data"][-1][1] == 25.0
+    assert len(charts.evictions(history.points, 0.0)["series"]) == 2
+
+
+def cluster_of(**members: Role) -> object:
+    return snapshot(
+        0.0, [(member_of(name, role), stats_of(running=2)) for name, role in members.items()]
+    )
+
+
+def test_a_drain_says_what_goes_on() -> None:
+    told = cluster_of(a=Role.COLOCATED, b=Role.COLOCATED)
+    assert consequences(Action(Kind.DRAIN, "a"), told) == [
+        "a gets no new requests.",
+        "What runs goes on to its end: 2 running, 0 waiting sequences.",
+        "It stays up, with its cache. Resume undoes this.",
+    ]
+
+
+@pytest.mark.parametrize("kind", [Kind.DRAIN, Kind.RESTART])
+def test_the_last_one_of_its_kind_is_warned_of(kind: Kind) -> None:
+    def warnings(**members: Role) -> str:
+        found = consequences(Action(kind, "a"), cluster_of(**members))
+        return " ".join(line for line in found if line.startswith("Warning"))
+
+    assert "no other instance is ready" in warnings(a=Role.PREFILL)
+    assert "computes prompts" in warnings(a=Role.PREFILL, b=Role.DECODE)
+    assert "no ready decode" in warnings(a=Role.DECODE, b=Role.PREFILL)
+    assert warnings(a=Role.DECODE, b=Role.PREFILL, c=Role.COLOCATED) == ""
+
+
+def test_roles_and_restarts_say_what_becomes_of_the_cache() -> None:
+    told = cluster_of(a=Role.PREFILL, b=Role.DECODE)
+    changed = consequences(Action(Kind.ROLE, "a", Role.DECODE), told)
+    assert changed[0] == "New requests use a as a decode instance instead of prefill."
+    assert "Its cache stays." in changed
+    assert changed[-1].startswith("Warning: no ready instance is left that computes prompts")
+    restarted = consequences(Action(Kind.RESTART, "a"), told)
+    assert "Its cache is lost: 50 cached blocks." in restarted
+    gone = consequences(Action(Kind.DRAIN, "zzz"), told)
+    assert gone == ["zzz is no longer a member."]
+
+
+def test_only_what_makes_sense_is_offered() -> None:
+    def of(state: InstanceState) -> tuple[Kind, ...]:
+        (member,) = snapshot(0.0, [(member_of("a", state=state), None)]).members
+        return offered(member)
+
+    assert of(InstanceState.READY) == (Kind.DRAIN, Kind.ROLE, Kind.RESTART)
+    assert of(InstanceState.DRAINING) == (Kind.RESUME, Kind.ROLE, Kind.RESTART)
+    assert of(InstanceState.DEAD) == of(InstanceState.STARTING) == ()
+
+
+def test_a_member_without_memory_has_no_bars() -> None:
+    bare = msgspec.structs.replace(
+        member_of("a"), hbm=MediumTotals(), dram=MediumTotals(), pool=False
+    )
+    told = snapshot(0.0, [(bare, None)], GatewayTotals(first_token=seen(0.1)))
+    page = views.cluster_html(told, rates_between(told, told))
+    assert 'class="bar"' not in page
+    assert "no pool" in page

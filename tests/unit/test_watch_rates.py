@@ -1,0 +1,88 @@
+"""Rates between two snapshots: the right value, also when processes begin anew."""
+
+from __future__ import annotations
+
+import pytest
+
+from memserve.api.status import InstanceState, Latencies, PeerMoves
+from memserve.cluster.figures import GatewayTotals
+from memserve.types import InstanceId, Role
+from memserve.watch.rates import Flow, FlowKind, failovers_between, rates_between
+from tests.watch_harness import busy_cluster, member_of, seen, snapshot, stats_of
+
+A, B = InstanceId("a"), InstanceId("b")
+
+
+def test_rates_of_a_steady_cluster() -> None:
+    rates = rates_between(busy_cluster(10), busy_cluster(14))
+    assert rates.of(InstanceId("d0")).tokens == 100
+    assert rates.of(InstanceId("d0")).hit_ratio is None  # everything was received
+    assert (rates.of(InstanceId("p0")).computed, rates.of(InstanceId("p0")).cached) == (300, 100)
+    assert rates.of(InstanceId("p0")).hit_ratio == 0.25
+    assert (rates.whole.tokens, rates.whole.received, rates.whole.hit_ratio) == (150, 400, 0.25)
+    assert (rates.answered, rates.refused, rates.failed) == (10, 1, 0)
+    assert rates.flows == (
+        Flow(InstanceId("p0"), InstanceId("d0"), FlowKind.FORWARD, 1 << 20),
+        Flow(InstanceId("d0"), InstanceId("p0"), FlowKind.RETURN, 1 << 10),
+        Flow(InstanceId("d0"), InstanceId("d1"), FlowKind.FORWARD, 1 << 19),
+    )
+    assert rates.kv_bytes == (1 << 20) + (1 << 10) + (1 << 19)
+
+
+def test_latencies_are_of_a_role_and_of_the_time_between() -> None:
+    before = Latencies(first_token=seen(50.0))
+    after = Latencies(first_token=seen(50.0, 0.02, 0.02), whole=seen(0.8))
+    first, second = (
+        snapshot(at, [(member_of("a", Role.DECODE), stats_of(latencies=times))])
+        for at, times in ((0.0, before), (1.0, after))
+    )
+    found = rates_between(first, second).latencies
+    assert set(found) == {Role.DECODE}
+    told = found[Role.DECODE]
+    assert (told.first_token.count, told.whole.count, told.inter_token.count) == (2, 1, 0)
+    assert told.first_token.p99 is not None
+    assert 0.01 < told.first_token.p99 <= 0.025
+    assert told.inter_token.p50 is None
+
+
+def test_a_restarted_member_counts_from_zero() -> None:
+    before = snapshot(0.0, [(member_of("a", pid=1), stats_of(1000, moves={B: PeerMoves(500)}))])
+    after = snapshot(2.0, [(member_of("a", pid=2), stats_of(2000, moves={B: PeerMoves(600)}))])
+    rates = rates_between(before, after)
+    assert rates.of(A).tokens == 1000  # 2000 in two seconds
+    assert rates.flows == (Flow(B, A, FlowKind.FORWARD, 300),)
+
+
+def test_fallen_counters_count_from_zero_within_one_life_too() -> None:
+    member = member_of("a")
+    rates = rates_between(
+        snapshot(0.0, [(member, stats_of(1000))], GatewayTotals(failovers=7, answered=9)),
+        snapshot(2.0, [(member, stats_of(40))], GatewayTotals(failovers=2, answered=4)),
+    )
+    assert (rates.of(A).tokens, rates.answered) == (20, 2)
+
+
+@pytest.mark.parametrize("state", [InstanceState.STARTING, InstanceState.DEAD])
+def test_a_member_without_figures_has_no_rates(state: InstanceState) -> None:
+    told = (member_of("a"), stats_of(5))
+    untold = (member_of("a", state=state), None)
+    for before, after in ((told, untold), (untold, told), (untold, untold)):
+        rates = rates_between(snapshot(0.0, [before]), snapshot(1.0, [after]))
+        assert rates.members == {}
+        assert rates.whole.tokens == 0
+
+
+def test_a_new_member_has_rates_from_its_second_snapshot_on() -> None:
+    rates = rates_between(snapshot(0.0, []), snapshot(1.0, [(member_of("a"), stats_of(10**6))]))
+    assert rates.whole.tokens == 0
+
+
+def test_statistics_that_are_the_same_ones_give_no_rate() -> None:
+    same = snapshot(5.0, [(member_of("a"), stats_of(10))])
+    assert rates_between(same, same).of(A).tokens == 0
+
+
+def test_failovers() -> None:
+    one, two = (snapshot(float(n), [], GatewayTotals(failovers=n)) for n in (3, 5))
+    assert failovers_between(one, two) == 2
+    assert failovers_between(two, one) == 3  # a gateway that begins anew
