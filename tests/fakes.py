@@ -33,6 +33,8 @@ from memserve.engine.request import (
 )
 from memserve.errors import EngineStopped, QueueFull, RequestError
 from memserve.gateway.run import Gateway
+from memserve.grammars.compiler import GrammarCompiler
+from memserve.instance.grammars import Grammars
 from memserve.instance.instance import Identity, Instance, Parts
 from memserve.instance.run import handler_of
 from memserve.models.tokenizer import Tokenizer
@@ -288,11 +290,14 @@ class FakeCluster:
         servers: Mapping[int, ServerPlace] | None = None,
         tracer: Tracer | None = None,
         reasoning_parser: ReasoningParser = "auto",
+        grammars: bool = False,
     ) -> None:
-        """`servers`: the vLLM servers of those instances that have one. What they are given as
+        """`grammars`: whether instances compile them; the engines obey none.
+        `servers`: the vLLM servers of those instances that have one. What they are given as
         token ids goes to their engines all the same. `tracer`: of the gateway and the instances."""
         self._tracer = tracer
         self._servers_of = servers or {}
+        self._grammars = grammars
         self.engines = engines
         self.urls: list[str] = []
         self.instances: list[Instance] = []
@@ -392,7 +397,17 @@ class FakeCluster:
         )
         instance = Instance(identity, MonotonicClock())
         forwarder = None if place is None else Forwarder(place, engine.info)
-        parts = Parts(engine, self._tokenizer, PoolTotals, lambda: None, forwarder=forwarder)
+        grammars = None
+        if self._grammars:
+            grammars = Grammars(GrammarCompiler(self._tokenizer, engine.vocab_size))
+        parts = Parts(
+            engine,
+            self._tokenizer,
+            PoolTotals,
+            lambda: None,
+            forwarder=forwarder,
+            grammars=grammars,
+        )
         await instance.start(parts)
         sock = bind("127.0.0.1", 0)
         shutdown = Shutdown()

@@ -47,7 +47,9 @@ def _starting(tokenizer: Tokenizer) -> Iterator[StartCluster]:
             gateway: GatewayConfig | None = None,
             reasoning_parser: ReasoningParser = "auto",
         ) -> FakeCluster:
-            cluster = FakeCluster(tokenizer, engines, gateway, reasoning_parser=reasoning_parser)
+            cluster = FakeCluster(
+                tokenizer, engines, gateway, reasoning_parser=reasoning_parser, grammars=True
+            )
             return stack.enter_context(cluster)
 
         yield start

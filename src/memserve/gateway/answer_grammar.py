@@ -91,7 +91,8 @@ def or_calls(
 
 def schema_grammar(schema: object) -> Grammar:
     """Return the grammar of a JSON schema that comes from a request's tools."""
-    return _bounded(Grammar(GrammarKind.JSON_SCHEMA, msgspec.json.encode(schema).decode()), "tools")
+    source = msgspec.json.encode(schema).decode()
+    return _bounded(Grammar(GrammarKind.JSON_SCHEMA, source, param="tools"), "tools")
 
 
 def _schema(schema: object) -> _Format:
