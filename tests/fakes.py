@@ -290,14 +290,11 @@ class FakeCluster:
         servers: Mapping[int, ServerPlace] | None = None,
         tracer: Tracer | None = None,
         reasoning_parser: ReasoningParser = "auto",
-        grammars: bool = False,
     ) -> None:
-        """`grammars`: whether instances compile them; the engines obey none.
-        `servers`: the vLLM servers of those instances that have one. What they are given as
+        """`servers`: the vLLM servers of those instances that have one. What they are given as
         token ids goes to their engines all the same. `tracer`: of the gateway and the instances."""
         self._tracer = tracer
         self._servers_of = servers or {}
-        self._grammars = grammars
         self.engines = engines
         self.urls: list[str] = []
         self.instances: list[Instance] = []
@@ -397,16 +394,15 @@ class FakeCluster:
         )
         instance = Instance(identity, MonotonicClock())
         forwarder = None if place is None else Forwarder(place, engine.info)
-        grammars = None
-        if self._grammars:
-            grammars = Grammars(GrammarCompiler(self._tokenizer, engine.vocab_size))
+        # Compiled as anywhere; the engine without a model obeys none.
+        grammars = Grammars(GrammarCompiler(self._tokenizer, engine.vocab_size))
         parts = Parts(
             engine,
             self._tokenizer,
             PoolTotals,
-            lambda: None,
+            grammars.close,
             forwarder=forwarder,
-            grammars=grammars,
+            grammars=grammars if forwarder is None else None,
         )
         await instance.start(parts)
         sock = bind("127.0.0.1", 0)

@@ -31,7 +31,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCluster]:
     directory: Path = tmp_path_factory.mktemp("tokenizer")
     tokenizer: Tokenizer = tiny_tokenizer(directory)
     engines = [scripted_engine(tokenizer)]
-    with FakeCluster(tokenizer, engines, grammars=True) as cluster:
+    with FakeCluster(tokenizer, engines) as cluster:
         yield cluster
 
 

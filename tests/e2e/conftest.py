@@ -47,9 +47,7 @@ def _starting(tokenizer: Tokenizer) -> Iterator[StartCluster]:
             gateway: GatewayConfig | None = None,
             reasoning_parser: ReasoningParser = "auto",
         ) -> FakeCluster:
-            cluster = FakeCluster(
-                tokenizer, engines, gateway, reasoning_parser=reasoning_parser, grammars=True
-            )
+            cluster = FakeCluster(tokenizer, engines, gateway, reasoning_parser=reasoning_parser)
             return stack.enter_context(cluster)
 
         yield start
