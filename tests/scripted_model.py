@@ -29,7 +29,13 @@ def scripted_engine(tokenizer: Tokenizer, **settings: Any) -> FakeEngine:
         prompt = tokenizer.decode(request.prompt.tolist())
         grammar = request.sampling.grammar
         said = answer_to(prompt, None if grammar is None else grammar.source)
-        return [*tokenizer.encode(said, add_special_tokens=False), EOS]
+        ids = tokenizer.encode(said, add_special_tokens=False)
+        if request.grammar is not None:
+            matcher = request.grammar.matcher()
+            for token_id in ids:
+                matcher.accept(token_id)
+            assert matcher.allowed()[1], f"no whole text of the grammar: {said}"
+        return [*ids, EOS]
 
     return FakeEngine(
         **{"answer": answer, "max_model_len": TOKENS, "pool_tokens": TOKENS, **settings}
@@ -37,11 +43,17 @@ def scripted_engine(tokenizer: Tokenizer, **settings: Any) -> FakeEngine:
 
 
 def answer_to(prompt: str, schema: str | None = None) -> str:
-    """What the model says. `schema`: the JSON schema that the answer obeys."""
+    """What the model says. `schema`: the JSON schema that the answer obeys, or a structural tag of
+    such an answer or calls."""
     results = _RESULT.findall(prompt)
     told_results = results and prompt.rindex("</tool_response>") > prompt.rfind("</tool_call>")
+    lead = "I look.\n"
+    if schema is not None and "structural_tag" in schema and not told_results:
+        schema, lead = None, ""  # calls are possible, too
     if schema is not None:
         whole = json.loads(schema or "{}")
+        if "format" in whole:
+            whole = whole["format"]["elements"][0]["json_schema"]
         choices = whole.get("items", {}).get("anyOf", [])
         if choices and told_results:  # the last tool is the one that takes the answer
             return json.dumps([example_of(choices[-1], whole)], ensure_ascii=False)
@@ -54,7 +66,7 @@ def answer_to(prompt: str, schema: str | None = None) -> str:
     function = json.loads(told[1].splitlines()[0])["function"]
     parameters = function.get("parameters", {"type": "object"})
     call = {"name": function["name"], "arguments": example_of(parameters, parameters)}
-    return f"I look.\n<tool_call>\n{json.dumps(call)}\n</tool_call>"
+    return f"{lead}<tool_call>\n{json.dumps(call)}\n</tool_call>"
 
 
 def example_of(schema: Any, whole: Any) -> Any:

@@ -30,7 +30,8 @@ pytestmark = pytest.mark.skipif(not WANTED, reason="`make clients-test` runs the
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCluster]:
     directory: Path = tmp_path_factory.mktemp("tokenizer")
     tokenizer: Tokenizer = tiny_tokenizer(directory)
-    with FakeCluster(tokenizer, [scripted_engine(tokenizer)]) as cluster:
+    engines = [scripted_engine(tokenizer)]
+    with FakeCluster(tokenizer, engines) as cluster:
         yield cluster
 
 
@@ -64,7 +65,7 @@ def test_openai_agents(use: Use) -> None:
         "stream of tools": {"output": RAIN, "raw": True},
         "required": RAIN,
         "named": RAIN,
-        "asked": [TEXT] * 4,
+        "asked": [TEXT] * 5,
         "structured": STRUCTURED,
         "structured and tools": STRUCTURED,
     }

@@ -44,6 +44,8 @@ NAME = "n" * limits.MAX_NAME_CHARACTERS
 class Counting:
     """A tokenizer that says how often it was asked, and waits while its gate is closed."""
 
+    has_chat_template = True
+
     def __init__(self, own: Tokenizer) -> None:
         self._own = own
         self._encode = own.encode

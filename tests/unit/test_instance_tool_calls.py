@@ -81,7 +81,7 @@ def call_of(answer: AnswerFormat = HERMES, stream: bool = True, **fields: Any) -
 
 
 async def body_of(made: Instance, call: GenerateCall) -> Any:
-    with made.run(call) as run:
+    with made.run(call, await made.constraints(call)) as run:
         while not run.generation.finished:
             await run.step()
         return json.loads(run.generation.body())
