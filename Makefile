@@ -16,7 +16,7 @@ PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-core test-vllm lint format bench peers peers-install vllm paper soak
-.PHONY: readme clean ui-test
+.PHONY: readme clean ui-test docs-test install-check metrics-docs clients-test
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -25,6 +25,8 @@ help:
 	@echo "             (4 GB; WORKERS=2 tests at a time; ARGS='-k pool ...' for pytest)"
 	@echo "make test-core   the same without vLLM;   make test-vllm   what test-core leaves out"
 	@echo "make ui-test     memserve top and dashboard, in a Chromium; says what it needs"
+	@echo "make docs-test   the commands of the tutorial and the how-to pages, on port 8000"
+	@echo "make clients-test   have agents' and clients' libraries, which it installs (500 MB), talk to it"
 	@echo "make lint    the same without the tests;   make format   put the code into shape"
 	@echo "make bench   microbenchmarks of the pool, transfers and the engine, as JSON in $(BENCH_JSON)"
 	@echo "make vllm    vLLM alone, on this machine's CPU, for the tests that need one (4 GB)"
@@ -32,6 +34,8 @@ help:
 	@echo "make peers-install   only install them (PEERS='vllm ...': only these)"
 	@echo "make paper   the paper's evaluation, as a report in build/paper (DATA=FOLDER; ARGS='--quick')"
 	@echo "make soak    a whole cluster under mixed load for an hour (ARGS='--minutes 10 ...')"
+	@echo "make install-check   build sdist and wheel, install the wheel elsewhere, and serve from it (3 GB)"
+	@echo "make metrics-docs   docs/metrics.md's tables anew, from the code"
 	@echo "make readme  benchmarks/README.md anew, from benchmarks/results"
 	@echo "make clean   remove what these made, the environment included"
 
@@ -68,11 +72,11 @@ lint: setup
 test: setup
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint vllm
 	@echo "==> pytest"
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) -m 'not docs' $(ARGS)
 
 test-core: lint
 	@echo "==> pytest"
-	@$(PYTEST) -m 'not real_vllm' $(ARGS)
+	@$(PYTEST) -m 'not real_vllm and not docs' $(ARGS)
 
 test-vllm: vllm
 	@$(PYTEST) -m real_vllm $(ARGS)
@@ -84,6 +88,16 @@ ui-test: setup
 			"Playwright ($(BIN)/pip install playwright)"; exit 1; }
 	@$(BIN)/pytest tests/unit/test_top.py tests/unit/test_dashboard_views.py \
 		tests/security/test_dashboard_guard.py tests/e2e/test_dashboard.py $(ARGS)
+
+docs-test: setup
+	@$(BIN)/pytest tests/docs $(ARGS)
+
+# Each in an environment of its own: they ask for different versions of the same packages.
+clients-test: setup
+	@echo "==> installing clients in build/clients (minutes, the first time)"
+	@PYTHONPATH=benchmarks $(BIN)/python -m tests.clients.install
+	@echo "==> pytest"
+	@MEMSERVE_TEST_CLIENTS=1 $(BIN)/pytest tests/clients $(ARGS)
 
 format: setup
 	@$(BIN)/ruff check --fix .
@@ -113,8 +127,14 @@ paper: setup
 soak: setup
 	@$(EVALUATION) soak $(ARGS)
 
+metrics-docs: setup
+	@PYTHONPATH=src $(BIN)/python -m tests.metrics_document
+
 readme: setup
 	@$(EVALUATION) readme
+
+install-check: setup
+	@$(BIN)/python tests/install_check.py
 
 vllm: setup
 	@echo "==> installing vLLM in $(VLLM) (minutes)"

@@ -21,7 +21,7 @@ from memserve.api.generate import FinishReason
 from memserve.api.serving import MAX_BODY_BYTES, Shutdown, bind, serve_http, url_of
 from memserve.api.status import MemberKind, PoolTotals
 from memserve.clock import MonotonicClock
-from memserve.config import ClusterConfig, GatewayConfig, ModelConfig
+from memserve.config import ClusterConfig, GatewayConfig, ModelConfig, ReasoningParser
 from memserve.engine.request import (
     EngineInfo,
     EngineRequest,
@@ -94,6 +94,7 @@ class FakeEngine:
     max_waiting: int = 64
     max_running: int = 64
     max_model_len: int = 256
+    pool_tokens: int = 1024
     vocab_size: int = 320
     cached_tokens: int = 0
     fails: str | None = None  # the error that every sequence ends with
@@ -118,7 +119,7 @@ class FakeEngine:
             model=MODEL,
             vocab_size=self.vocab_size,
             max_model_len=self.max_model_len,
-            pool_tokens=1024,
+            pool_tokens=self.pool_tokens,
             block_tokens=16,
             dtype="float32",
             device="cpu",
@@ -284,6 +285,7 @@ class FakeCluster:
         engines: Sequence[FakeEngine],
         gateway: GatewayConfig | None = None,
         servers: Mapping[int, ServerPlace] | None = None,
+        reasoning_parser: ReasoningParser = "auto",
     ) -> None:
         """`servers`: the vLLM servers of those instances that have one. What they are given as
         token ids goes to their engines all the same."""
@@ -294,7 +296,8 @@ class FakeCluster:
         self.url = ""
         self._tokenizer = tokenizer
         self._config = ClusterConfig(
-            model=ModelConfig(served_name=MODEL), gateway=gateway or GatewayConfig(port=0)
+            model=ModelConfig(served_name=MODEL, reasoning_parser=reasoning_parser),
+            gateway=gateway or GatewayConfig(port=0),
         )
         self._ready = threading.Event()
         self._failure: BaseException | None = None

@@ -60,6 +60,7 @@ def quiet(pool: MemPool) -> None:
     """Nothing of a transfer is left, and every block has exactly one owner."""
     eventually(lambda: pool.peer_stats().outgoing == 0, "the end of every transfer")
     eventually(lambda: pool.peer_stats().quarantined == 0, "the end of every quarantine")
+    assert pool.quarantined_blocks == 0
     stats = pool.stats()
     assert stats.matches == 0
     assert stats.hbm.pinned == stats.dram.pinned == 0

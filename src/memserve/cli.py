@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -26,20 +27,23 @@ from memserve.cli_sim import sim
 from memserve.cli_watch import dashboard, top
 from memserve.cluster.line_printer import STDERR, STDOUT, LinePrinter
 from memserve.cluster.local import LocalCluster, run_local_cluster
+from memserve.cluster.preflight import check_machine, with_room
 from memserve.cluster.watchdog import exit_with_parent
 from memserve.config import (
     CacheConfig,
     ClusterConfig,
     GatewayConfig,
     InstanceConfig,
+    LogConfig,
     ModelConfig,
     SecurityConfig,
     check_config,
     load_config,
 )
 from memserve.flags import Given, flags_of, to_flags, with_flags
-from memserve.logs import log_to_stderr
-from memserve.models.resolve import pinned, resolve_model
+from memserve.logs import json_child_line, json_line, log_to_stderr
+from memserve.models.demo import DEMO_MODEL
+from memserve.models.resolve import Progress, pinned, resolve_model
 from memserve.models.tokenizer import Tokenizer
 from memserve.terminal import progress_lines, rendered, run_app
 from memserve.types import Role
@@ -94,6 +98,7 @@ def _root(
     flags_of(GatewayConfig),
     flags_of(SecurityConfig),
     flags_of(CacheConfig),
+    flags_of(LogConfig),
     flags_of(InstanceConfig, _CLUSTER_LEAVES_OUT),
 )
 def up(
@@ -112,24 +117,35 @@ def up(
         gateway=with_flags(file.gateway, given),
         security=with_flags(file.security, given),
         cache=with_flags(file.cache, given),
+        log=with_flags(file.log, given),
         instance=tuple(with_flags(i, given, _CLUSTER_LEAVES_OUT) for i in file.instance),
     )
     check_config(wanted)
+    check_machine(wanted)
     # A slow reader of the output must not block the supervisor.
     with LinePrinter(STDOUT) as out, LinePrinter(STDERR) as errors:
-        progress = progress_lines(errors.show)
+        progress, show = _shown_as(wanted.log, errors.show)
         model = resolve_model(wanted.model, progress)
+        wanted = with_room(wanted, model.path, progress)
         cluster = msgspec.structs.replace(wanted, model=pinned(wanted.model, model))
 
         def ready(running: LocalCluster) -> None:
-            running.show_output(errors.show)
-            out.show(_first_steps(running.url, model.name))
+            running.show_output(show)
+            if wanted.log.format == "json":
+                progress(f"memserve serves {model.name} on {running.url}")
+            else:
+                out.show(_first_steps(running.url, model.name, wanted.model.path == DEMO_MODEL))
 
         asyncio.run(run_local_cluster(cluster, progress, ready))
 
 
 @app.command()
-@takes_flags(flags_of(ModelConfig), flags_of(GatewayConfig), flags_of(SecurityConfig))
+@takes_flags(
+    flags_of(ModelConfig),
+    flags_of(GatewayConfig),
+    flags_of(SecurityConfig),
+    flags_of(LogConfig),
+)
 def gateway(
     instances: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="an instance's; may be repeated")
@@ -144,17 +160,18 @@ def gateway(
     from memserve.gateway.run import run_gateway
     from memserve.gateway.workers import WorkerPlace, run_workers
 
-    _begin_process(exit_with_parent_)
     config = ClusterConfig(
         model=with_flags(ModelConfig(), given),
         gateway=with_flags(GatewayConfig(), given),
         security=with_flags(SecurityConfig(), given),
+        log=with_flags(LogConfig(), given),
     )
+    _begin_process(config.log, exit_with_parent_)
     model = resolve_model(config.model, logging.info)
     members = instances or []
     if worker is None and config.gateway.workers > 1:
         command = ["gateway", *to_flags(pinned(config.model, model)), *to_flags(config.gateway)]
-        command += to_flags(config.security)
+        command += [*to_flags(config.security), *to_flags(config.log)]
         command += [part for url in members for part in ("--instances", url)]
         raise typer.Exit(run_workers(config.gateway, command, reserved=exit_with_parent_))
     tokenizer = Tokenizer.load(model.path, config.gateway.chat_template)
@@ -169,6 +186,7 @@ def gateway(
     flags_of(InstanceConfig, _INSTANCE_LEAVES_OUT),
     flags_of(CacheConfig),
     flags_of(SecurityConfig),
+    flags_of(LogConfig),
     flags_of(GatewayConfig, _DRAIN_ONLY),
 )
 def instance(
@@ -184,13 +202,15 @@ def instance(
     _outlive_reloads()
     from memserve.instance.run import run_instance
 
-    _begin_process(exit_with_parent_)
+    log_config = with_flags(LogConfig(), given)
+    _begin_process(log_config, exit_with_parent_)
     settings = with_flags(InstanceConfig(), given, _INSTANCE_LEAVES_OUT)
     config = ClusterConfig(
         model=with_flags(ModelConfig(), given),
         cache=with_flags(CacheConfig(), given),
         gateway=with_flags(GatewayConfig(), given, _DRAIN_ONLY),
         security=with_flags(SecurityConfig(), given),
+        log=log_config,
         instance=(settings,),
     )
     check_config(config)
@@ -215,11 +235,22 @@ def _without_file(given: Given) -> ClusterConfig:
     )
 
 
-def _begin_process(ends_with_parent: bool) -> None:
+def _begin_process(log: LogConfig, ends_with_parent: bool) -> None:
     """Set up a serving process: logs to standard error; with `ends_with_parent`, the watchdog."""
-    log_to_stderr()
+    log_to_stderr(log.level, log.format)
     if ends_with_parent:
         exit_with_parent()
+
+
+def _shown_as(log: LogConfig, show: Callable[[str], None]) -> tuple[Progress, Progress]:
+    """Return functions that show lines in the log's format: of progress, and of children."""
+    if log.format == "text":
+        return progress_lines(show), show
+    log_to_stderr(log.level, log.format)
+    return (
+        lambda line: show(json_line("memserve.up", line)),
+        lambda line: show(json_child_line(line)),
+    )
 
 
 def _outlive_reloads() -> None:
@@ -229,15 +260,22 @@ def _outlive_reloads() -> None:
         hold_reloads()
 
 
-def _first_steps(url: str, model: str) -> str:
+def _first_steps(url: str, model: str, demo: bool) -> str:
     body = f'{{"model": "{model}", "prompt": "Once upon a time", "max_tokens": 16}}'
 
     def show(console: Console) -> None:
         console.print(f"\nmemserve serves {model} on [bold]{url}[/bold]; Ctrl-C stops it. Try:\n")
         console.print(
             f"  curl {url}/v1/completions -H 'Content-Type: application/json' \\\n"
-            f"    -d '{body}'\n",
+            f"    -d '{body}'\n\nor open {url}/ in a browser.\n",
             markup=False,
         )
+        if demo:
+            console.print(
+                "The demo model (Gemma 3 270M, pretrained) is a base model: it goes on with a text "
+                "and was not\ntaught to answer. A model that was: "
+                "memserve up --model Qwen/Qwen2.5-0.5B-Instruct\n",
+                markup=False,
+            )
 
     return rendered(sys.stdout, show)

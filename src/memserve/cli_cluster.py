@@ -19,8 +19,10 @@ from memserve.api.tls import TLS_CA_VARIABLE, client_tls
 from memserve.clock import MonotonicClock
 from memserve.cluster.client import ClusterClient, ClusterSummary
 from memserve.cluster.rolling import RESTART_SECONDS, remove, restart
-from memserve.config import GatewayConfig
+from memserve.cluster.running import DEFAULT_URL, find_gateway
 from memserve.errors import ConfigError
+from memserve.scheduler.contract import Terms
+from memserve.scheduler.decision_view import DecisionView
 from memserve.terminal import progress_lines
 from memserve.types import Role
 
@@ -32,8 +34,13 @@ app = typer.Typer(
 )
 
 
-_DEFAULT_URL = f"http://{GatewayConfig().host}:{GatewayConfig().port}"
-_Url = Annotated[str, typer.Option(metavar="URL", help="a gateway's")]
+_Url = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help=f"a gateway's; default: that of this user's cluster here, or {DEFAULT_URL}",
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="print the cluster's view as JSON")]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="an instance's, as `list` shows it")]
 _Seconds = Annotated[float, typer.Option(metavar="SECONDS", help="for each instance")]
@@ -41,7 +48,7 @@ T = TypeVar("T")
 
 
 @app.command("list")
-def list_(url: _Url = _DEFAULT_URL, json: _Json = False) -> None:
+def list_(url: _Url = None, json: _Json = False) -> None:
     """Show the instances: role, state, memory in use."""
 
     async def look(client: ClusterClient) -> None:
@@ -54,7 +61,7 @@ def list_(url: _Url = _DEFAULT_URL, json: _Json = False) -> None:
 def role(
     id_: _Id,
     role: Annotated[Role, typer.Argument(help="what it is to do from now on")],
-    url: _Url = _DEFAULT_URL,
+    url: _Url = None,
     json: _Json = False,
 ) -> None:
     """Change an instance's role while it runs; its requests go on."""
@@ -62,14 +69,14 @@ def role(
 
 
 @app.command()
-def drain(id_: _Id, url: _Url = _DEFAULT_URL, json: _Json = False) -> None:
+def drain(id_: _Id, url: _Url = None, json: _Json = False) -> None:
     """Send no new requests to an instance; those that run go on."""
     wanted = InstanceChange(state=WantedState.DRAINING)
     _run(url, json, lambda client: client.change(id_, wanted))
 
 
 @app.command()
-def resume(id_: _Id, url: _Url = _DEFAULT_URL, json: _Json = False) -> None:
+def resume(id_: _Id, url: _Url = None, json: _Json = False) -> None:
     """Send requests to a drained instance again."""
     wanted = InstanceChange(state=WantedState.READY)
     _run(url, json, lambda client: client.change(id_, wanted))
@@ -80,7 +87,7 @@ def restart_(
     id_: Annotated[str | None, typer.Argument(metavar="ID")] = None,
     all_: Annotated[bool, typer.Option("--all", help="every instance, one by one")] = False,
     seconds: _Seconds = RESTART_SECONDS,
-    url: _Url = _DEFAULT_URL,
+    url: _Url = None,
     json: _Json = False,
 ) -> None:
     """Restart instances that something supervises, as `memserve up` does: each finishes what it
@@ -100,7 +107,7 @@ def restart_(
 @app.command()
 def add(
     address: Annotated[str, typer.Argument(metavar="URL", help="an instance's")],
-    url: _Url = _DEFAULT_URL,
+    url: _Url = None,
     json: _Json = False,
 ) -> None:
     """Make an instance that runs already a member (`memserve instance --join` does it itself)."""
@@ -111,7 +118,7 @@ def add(
 def remove_(
     id_: _Id,
     seconds: _Seconds = RESTART_SECONDS,
-    url: _Url = _DEFAULT_URL,
+    url: _Url = None,
     json: _Json = False,
 ) -> None:
     """End an instance for good, once it has finished what it runs; a dead one is forgotten."""
@@ -122,29 +129,59 @@ def remove_(
     )
 
 
-def _run(url: str, json: bool, work: Callable[[ClusterClient], Awaitable[object]]) -> None:
+@app.command()
+def decisions(
+    n: Annotated[int, typer.Option("-n", metavar="N", help="how many of the last", min=1)] = 1,
+    url: _Url = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Show why the last requests went where they went: each candidate with its predicted seconds,
+    best first. The chosen one is marked with *."""
+
+    async def ask(client: ClusterClient) -> list[DecisionView]:
+        return await client.decisions(n)
+
+    found = asyncio.run(_with_client(url, ask))
+    if json:
+        print(msgspec.json.encode(found).decode())
+        return
+    console = _console()
+    for decision in found:
+        console.print(decision_table(decision))
+    if not found:
+        console.print("no request has been scheduled yet")
+
+
+def _run(url: str | None, json: bool, work: Callable[[ClusterClient], Awaitable[object]]) -> None:
     """Run `work` with a client of the gateway, then print the cluster's view."""
 
-    authorities = client_tls(os.environ.get(TLS_CA_VARIABLE))
+    async def run(client: ClusterClient) -> ClusterSummary:
+        await work(client)
+        return await client.view()
 
-    async def run() -> ClusterSummary:
-        async with ClusterClient(url, tls=authorities) as client:
-            await work(client)
-            return await client.view()
-
-    view = asyncio.run(run())
+    view = asyncio.run(_with_client(url, run))
     if json:
         print(msgspec.json.encode(view).decode())
     else:
-        # Without a terminal, do not cut the table to a terminal's width.
-        wide = None if sys.stdout.isatty() else 200
-        console = Console(highlight=False, width=wide)
+        console = _console()
         console.print(cluster_table(view))
         for pair in view.degraded or ():
             detail = f" ({pair.detail})" if pair.detail else ""
             console.print(
                 f"degraded: {pair.prefill} and {pair.decode}: {pair.why}{detail}", markup=False
             )
+
+
+async def _with_client(url: str | None, work: Callable[[ClusterClient], Awaitable[T]]) -> T:
+    tls = client_tls(os.environ.get(TLS_CA_VARIABLE))
+    address, secret = find_gateway(url)
+    async with ClusterClient(address, secret, tls) as client:
+        return await work(client)
+
+
+def _console() -> Console:
+    # Without a terminal, do not cut tables to a terminal's width.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def cluster_table(view: ClusterSummary) -> Table:
@@ -163,6 +200,29 @@ def cluster_table(view: ClusterSummary) -> Table:
             "" if member.pid is None else str(member.pid),
             _used(member.hbm),
             _used(member.dram),
+        )
+    return table
+
+
+def decision_table(decision: DecisionView) -> Table:
+    """Return a table with a row for each of a decision's best candidates. Seconds, as predicted."""
+    title = (
+        f"{decision.request}: {decision.chosen.prompt_tokens} prompt tokens, {decision.policy}, "
+        f"best of {decision.considered} candidates"
+    )
+    table = Table(title=title, title_justify="left")
+    terms = Terms.__struct_fields__
+    table.add_column("computes -> answers")
+    for name in ("cached", "fetched", *terms, "score"):
+        table.add_column(name, justify="right")
+    for one in decision.candidates:
+        where = one.instance if one.prefill is None else f"{one.prefill} -> {one.instance}"
+        table.add_row(
+            f"{'*' if one == decision.chosen else ' '} {where}",
+            str(one.cached_tokens),
+            "" if one.fetch is None else f"{one.fetched_tokens} from {one.fetch}",
+            *(f"{getattr(one.terms, name):.3f}" for name in terms),
+            f"{one.score:.3f}",
         )
     return table
 

@@ -10,13 +10,17 @@ import msgspec
 import typer
 
 from memserve.api.tls import TLS_CA_VARIABLE, client_tls
-from memserve.config import GatewayConfig
-
-_DEFAULT_URL = f"http://{GatewayConfig().host}:{GatewayConfig().port}"
+from memserve.cluster.running import DEFAULT_URL, find_gateway
 
 
 def doctor(
-    url: Annotated[str, typer.Option(metavar="URL", help="a gateway's")] = _DEFAULT_URL,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help=f"a gateway's; default: that of this user's cluster here, or {DEFAULT_URL}",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
 ) -> None:
     """Check a running cluster, through its gateway: a line for each finding, and exit code 1 if
@@ -24,7 +28,9 @@ def doctor(
     from memserve.cluster.doctor import diagnose, exit_code
     from memserve.cluster.examination import examine
 
-    findings = diagnose(asyncio.run(examine(url, client_tls(os.environ.get(TLS_CA_VARIABLE)))))
+    address, secret = find_gateway(url)
+    authorities = client_tls(os.environ.get(TLS_CA_VARIABLE))
+    findings = diagnose(asyncio.run(examine(address, authorities, secret)))
     if json:
         print(msgspec.json.encode(findings).decode())
     else:

@@ -64,7 +64,8 @@ def _encoder(name: str, progress: Progress) -> Encode:
 
 
 def _table(results: list[SimResult]) -> Table:
-    table = Table()
+    refused = results[0].refused  # the same for every policy
+    table = Table(caption=f"{refused} requests refused: longer than KV memory" if refused else None)
     table.add_column("policy")
     for name in _FIGURES:
         table.add_column(name.replace("_", " "), justify="right")

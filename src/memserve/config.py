@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from memserve.errors import ConfigError
+from memserve.logs import LogFormat, LogLevel
 from memserve.types import Role
 
 Caching = Literal["off", "p", "pd", "full"]
@@ -25,6 +26,10 @@ Eviction = Literal["lru", "cost"]
 Profiling = Literal["auto", "off"]
 Policy = Literal["prompt-tree", "session", "least-load", "round-robin"]
 Engine = Literal["builtin", "vllm"]
+ToolCallParser = Literal[
+    "auto", "none", "hermes", "llama3_json", "mistral", "qwen3_coder", "pythonic"
+]
+ReasoningParser = Literal["auto", "none", "deepseek_r1", "qwen3", "mistral"]
 
 # For each caching setting, the roles in which an instance keeps its sequences' KV for later ones.
 KEEPING_ROLES: dict[Caching, frozenset[Role]] = {
@@ -38,6 +43,7 @@ Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 PositiveSeconds = Annotated[float, Meta(gt=0)]
+MAX_BLOCK_TOKENS = 4096  # larger blocks are shared by no two prompts
 _UNITS = {"": 1, **{f"{k}iB": 1 << (10 * n) for n, k in enumerate("KMGT", 1)}}
 _UNITS |= {f"{k}B": 1000**n for n, k in enumerate("KMGT", 1)}
 
@@ -72,6 +78,12 @@ class ModelConfig(_Section, frozen=True):
     served_name: Annotated[str | None, doc("in the API; default: the path")] = None
     max_model_len: Annotated[Positive | None, doc("default: the model's own limit")] = None
     device: Annotated[str, doc("'cpu', 'cuda', 'cuda:1'; auto: cuda if there is one")] = "auto"
+    tool_call_parser: Annotated[
+        ToolCallParser, doc("how it writes tool calls; auto: by its chat template and type")
+    ] = "auto"
+    reasoning_parser: Annotated[
+        ReasoningParser, doc("how it marks its reasoning; auto: by its chat template")
+    ] = "auto"
 
 
 class CacheConfig(_Section, frozen=True):
@@ -79,7 +91,9 @@ class CacheConfig(_Section, frozen=True):
 
     caching: Annotated[Caching, doc("who keeps KV for later requests")] = "full"
     mode: Annotated[TransferMode, doc("how a transfer is cut into writes")] = "by-request-agg"
-    block_tokens: Annotated[Positive, doc("tokens whose KV one block holds")] = 16
+    block_tokens: Annotated[
+        Annotated[int, Meta(ge=1, le=MAX_BLOCK_TOKENS)], doc("tokens whose KV one block holds")
+    ] = 16
     eviction: Annotated[Eviction, doc("what goes first when memory is short")] = "lru"
     aggregated: Annotated[bool, doc("a block's layers and K and V in one run of bytes")] = True
 
@@ -95,7 +109,9 @@ class InstanceConfig(_Section, frozen=True):
     hbm: Annotated[
         str | None, doc("device memory for KV instead of hbm_blocks: 8GiB, or 90% of what is free")
     ] = None
-    dram: Annotated[str | None, doc("host memory for KV instead of dram_blocks: 64GiB")] = None
+    dram: Annotated[
+        str | None, doc("host memory for KV instead of dram_blocks: 64GiB, or 40% of what is free")
+    ] = None
     threads: Annotated[Positive | None, doc("default: one for each core")] = None
     cpus: Annotated[tuple[NonNegative, ...] | None, doc("cores to pin to, as 0,1")] = None
     max_batch_tokens: Annotated[Positive, doc("per step, when none decodes")] = 2048
@@ -169,6 +185,15 @@ class SecurityConfig(_Section, frozen=True):
     ] = None
 
 
+class LogConfig(_Section, frozen=True):
+    """The logs of all processes, on standard error."""
+
+    level: Annotated[LogLevel, doc("lines from this level on")] = "info"
+    format: Annotated[LogFormat, doc("json: each line an object, with a request's figures")] = (
+        "text"
+    )
+
+
 class ClusterConfig(_Section, frozen=True):
     """A whole cluster on one machine."""
 
@@ -176,6 +201,7 @@ class ClusterConfig(_Section, frozen=True):
     gateway: GatewayConfig = GatewayConfig()
     security: SecurityConfig = SecurityConfig()
     cache: CacheConfig = CacheConfig()
+    log: LogConfig = LogConfig()
     instance: tuple[InstanceConfig, ...] = (InstanceConfig(),)
 
 
@@ -199,11 +225,21 @@ def parse_config(text: str) -> ClusterConfig:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
         raise ConfigError(str(error)) from error
+    _rename_model(data)
     _refuse_unknown_keys(data)
     try:
         return msgspec.convert(data, ClusterConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(str(error)) from error
+
+
+def _rename_model(data: dict[str, object]) -> None:
+    """Rename `model.model`, as the flag is called, to `model.path`. Raises ConfigError for both."""
+    table = data.get("model")
+    if isinstance(table, dict) and "model" in table:
+        if "path" in table:
+            raise ConfigError("model.model and model.path are the same setting; give one of them")
+        table["path"] = table.pop("model")
 
 
 def check_config(config: ClusterConfig) -> None:
@@ -215,9 +251,9 @@ def check_config(config: ClusterConfig) -> None:
                 "give each its own table, or port 0 for any"
             )
         if instance.dram is not None:
-            parse_bytes(instance.dram)
-        if instance.hbm is not None and not instance.hbm.endswith("%"):
-            parse_bytes(instance.hbm)
+            check_memory(instance.dram, "instance.dram")
+        if instance.hbm is not None:
+            check_memory(instance.hbm, "instance.hbm")
         if instance.engine == "vllm":
             _check_vllm(instance)
         elif instance.vllm_url is not None:
@@ -232,6 +268,39 @@ def parse_bytes(text: str) -> int:
     if match is None or not (size := int(float(match[1]) * _UNITS[match[2] or ""])):
         raise ConfigError(f"'{text}' is no size; sizes are like 64GiB, 1500MB or 4096 (bytes)")
     return size
+
+
+def parse_share(text: str) -> float | None:
+    """Return the share of 1 of a percentage such as `90%`; None for another text. Raises
+    ConfigError unless it is between 0% and 100%."""
+    if not text.endswith("%"):
+        return None
+    match = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?) ?%", text.strip())
+    share = float(match[1]) / 100 if match is not None else 0.0
+    if not 0 < share < 1:
+        raise ConfigError(f"'{text}' is not more than 0% and less than 100%, as 50% is")
+    return share
+
+
+def memory_bytes(text: str, name: str, free: int | None) -> int:
+    """Return the bytes of the setting `name`: a size, or a percentage of `free` bytes (None: not
+    known). Raises ConfigError that names it."""
+    try:
+        share = parse_share(text)
+        if share is None:
+            return parse_bytes(text)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    if free is None:
+        raise ConfigError(
+            f"{name} = '{text}': this system does not tell how much memory is free; say 8GiB"
+        )
+    return int(share * free)
+
+
+def check_memory(text: str, name: str) -> None:
+    """Raise ConfigError, which names the setting, for text that is neither size nor percentage."""
+    memory_bytes(text, name, 1)
 
 
 def _check_vllm(instance: InstanceConfig) -> None:
@@ -277,6 +346,7 @@ def _refuse_unknown_keys(data: dict[str, object]) -> None:
         "gateway": GatewayConfig,
         "security": SecurityConfig,
         "cache": CacheConfig,
+        "log": LogConfig,
         "instance": InstanceConfig,
     }
     _check_keys("", data, tuple(sections))

@@ -1,7 +1,7 @@
 """Conversion of configuration tables to command-line flags, and back.
 
 A flag is the field's name with dashes, without its table: tables in one command share no field
-names. `model.path` is `--model`.
+names. `model.path` is `--model`; those of `log` are `--log-level` and `--log-format`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 import msgspec
 from msgspec import inspect
 
-from memserve.config import ModelConfig
+from memserve.config import LogConfig, ModelConfig
 from memserve.errors import ConfigError
 
 # Values from a command line, by parameter name; None for a flag that was not used.
@@ -38,6 +38,8 @@ class Flag:
         """The flag's name as a Python identifier."""
         if self.section is ModelConfig and self.field == "path":
             return "model"
+        if self.section is LogConfig:
+            return f"log_{self.field}"
         return self.field
 
     @property

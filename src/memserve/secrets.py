@@ -67,7 +67,7 @@ def cluster_secret(given: str | None = None) -> Secret:
         return _parse(text, SECRET_VARIABLE)
     path = os.environ.get(SECRET_FILE_VARIABLE)
     if path:
-        return _parse(_read(Path(path)), path)
+        return _parse(read_private(Path(path)), path)
     return Secret((_local_secret(),), local=True)
 
 
@@ -92,14 +92,20 @@ def require_secret(secret: Secret, host: str) -> None:
 def keep_secret(secret: Secret, port: int) -> Path:
     """Write the secret of the cluster whose gateway listens on this port of this machine to a
     file, for `secret_of`. Returns the path; the caller removes it when the cluster ends."""
-    path = runtime_directory() / f"gateway-{port}.secret"
-    _write(path, str(secret))
+    path = _kept(port)
+    write_private(path, str(secret))
     return path
+
+
+def kept_secret(port: int) -> Secret | None:
+    """Return the secret that `keep_secret` wrote for this port; None without any."""
+    path = _kept(port)
+    return _parse(read_private(path), str(path)) if path.exists() else None
 
 
 def forget_secret(port: int) -> None:
     """Remove the file that a killed cluster may have left for this port."""
-    (runtime_directory() / f"gateway-{port}.secret").unlink(missing_ok=True)
+    _kept(port).unlink(missing_ok=True)
 
 
 def secret_of(url: str) -> Secret:
@@ -112,10 +118,12 @@ def secret_of(url: str) -> Secret:
     except ValueError:
         return found
     if found.local and is_loopback(parts.hostname or ""):
-        path = runtime_directory() / f"gateway-{port}.secret"
-        if path.exists():
-            return _parse(_read(path), str(path))
+        return kept_secret(port) or found
     return found
+
+
+def _kept(port: int) -> Path:
+    return runtime_directory() / f"gateway-{port}.secret"
 
 
 def runtime_directory() -> Path:
@@ -144,12 +152,13 @@ def runtime_directory() -> Path:
 def _local_secret() -> str:
     path = runtime_directory() / _LOCAL_NAME
     if not path.exists():
-        _write(path, str(new_secret()), replace=False)
-    return _parse(_read(path), str(path)).values[0]
+        write_private(path, str(new_secret()), replace=False)
+    return _parse(read_private(path), str(path)).values[0]
 
 
-def _write(path: Path, text: str, *, replace: bool = True) -> None:
-    """Write a file atomically. Without `replace`, an existing file is kept."""
+def write_private(path: Path, text: str, *, replace: bool = True) -> None:
+    """Write a file that only this user can read, atomically. Without `replace`, an existing file is
+    kept."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
     try:
@@ -165,7 +174,7 @@ def _write(path: Path, text: str, *, replace: bool = True) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> str:
+def read_private(path: Path) -> str:
     """Return a file's text. Raises ConfigError if it is unreadable, too long, or open to all
     users."""
     try:

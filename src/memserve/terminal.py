@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from memserve.errors import ConfigError, MemserveError, ModelError
+from memserve.logs import json_line, logs_json
 from memserve.models.resolve import Progress
 
 FAILED = 1
@@ -25,7 +26,8 @@ def run_app(app: typer.Typer) -> None:
     try:
         app()
     except MemserveError as error:
-        print(f"memserve: {error}", file=sys.stderr)
+        line = json_line("memserve", str(error), "ERROR") if logs_json() else f"memserve: {error}"
+        print(line, file=sys.stderr)
         sys.exit(WRONG_USE if isinstance(error, ConfigError | ModelError) else FAILED)
 
 

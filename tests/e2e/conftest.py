@@ -13,7 +13,7 @@ from typing import Protocol
 
 import pytest
 
-from memserve.config import GatewayConfig
+from memserve.config import GatewayConfig, ReasoningParser
 from memserve.models.tokenizer import Tokenizer
 from tests.fakes import FakeCluster, FakeEngine, save_tiny_tokenizer
 
@@ -32,15 +32,23 @@ def tokenizer(tokenizer_directory: Path) -> Tokenizer:
 
 class StartCluster(Protocol):
     def __call__(
-        self, *engines: FakeEngine, gateway: GatewayConfig | None = None
+        self,
+        *engines: FakeEngine,
+        gateway: GatewayConfig | None = None,
+        reasoning_parser: ReasoningParser = "auto",
     ) -> FakeCluster: ...
 
 
 def _starting(tokenizer: Tokenizer) -> Iterator[StartCluster]:
     with ExitStack() as stack:
 
-        def start(*engines: FakeEngine, gateway: GatewayConfig | None = None) -> FakeCluster:
-            return stack.enter_context(FakeCluster(tokenizer, engines, gateway))
+        def start(
+            *engines: FakeEngine,
+            gateway: GatewayConfig | None = None,
+            reasoning_parser: ReasoningParser = "auto",
+        ) -> FakeCluster:
+            cluster = FakeCluster(tokenizer, engines, gateway, reasoning_parser=reasoning_parser)
+            return stack.enter_context(cluster)
 
         yield start
 

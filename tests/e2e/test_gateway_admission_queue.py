@@ -124,13 +124,13 @@ def test_metrics_tell_of_routing(start_cluster: StartCluster) -> None:
     assert completes(cluster.url)
     text = ask(cluster.url, "/metrics", method="GET").text.decode()
     for line in (
-        'memserve_scheduler_plans_total{plan="alone",policy="prompt-tree"} 1.0',
+        'memserve_scheduler_plans_total{policy="prompt-tree",plan="alone"} 1.0',
         "memserve_scheduler_prompt_tokens_total 3.0",
         "memserve_scheduler_predicted_first_token_seconds_count 1.0",
-        "memserve_scheduler_waiting 0.0",
+        "memserve_requests_waiting 0.0",
         "memserve_prompt_tree_instances 0.0",  # a fake engine publishes nothing
-        'memserve_kv_feed{instance="i0",what="synchronised"} 0.0',
-        'memserve_kv_feed_events_total{instance="i0",what="snapshots"} 0.0',
+        'memserve_kv_feed_synchronised{instance_id="i0"} 0.0',
+        'memserve_kv_feed_recoveries_total{instance_id="i0",how="snapshot"} 0.0',
     ):
         assert line in text.splitlines(), line
 
@@ -158,3 +158,4 @@ def test_each_request_is_one_line_that_says_why_it_went_there(
     assert good.endswith("(prompt-tree, 1 candidates)")
     assert len(good) < 700
     assert bad.startswith("/v1/completions request=- call=- instance=- status=400 prompt_tokens=-")
+    assert " reason=invalid_json: " in bad

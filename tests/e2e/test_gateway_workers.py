@@ -116,7 +116,7 @@ async def test_workers_are_one_gateway() -> None:
         answered = [int(count) for count in re.findall(r'"answered":([0-9]+)', figures)]
         assert (len(answered), sum(answered)) == (2, MANY)
         _, metrics = await gateway.ask("GET", "/metrics")
-        assert metrics.count('memserve_instance_running_sequences{instance="echo"}') == 1
+        assert metrics.count('memserve_instance_running_sequences{instance_id="echo"}') == 1
         # What one is told of members, all know.
         assert await gateway.members() == [{first}] * MANY
         assert (await gateway.ask("POST", "/cluster/members", address=second))[0] == 200

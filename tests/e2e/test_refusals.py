@@ -150,10 +150,10 @@ def test_metrics_tell_of_requests_and_of_every_instance(cluster: FakeCluster) ->
     assert still_works(cluster)
     text = ask(cluster.url, "/metrics", method="GET").text.decode()
     assert 'memserve_requests_total{endpoint="/v1/completions",status="200"}' in text
-    assert 'memserve_instance_blocks{instance="i0",medium="hbm",state="free"}' in text
-    assert 'memserve_instance_prompt_tokens_total{instance="i0",source="cached"}' in text
+    assert 'memserve_instance_blocks{instance_id="i0",medium="hbm",state="free"}' in text
+    assert 'memserve_instance_prompt_tokens_total{instance_id="i0",source="cached"}' in text
     own = ask(cluster.urls[0], "/metrics", method="GET").text.decode()
-    assert 'memserve_instance_inter_token_seconds_count{instance="i0"}' in own
+    assert 'memserve_instance_inter_token_seconds_count{instance_id="i0"}' in own
 
 
 def test_health_and_version(cluster: FakeCluster) -> None:

@@ -34,8 +34,8 @@ pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=f"vLLM is {MISSING}, or `make vllm`"),
     pytest.mark.timeout(START_SECONDS + 120),
 ]
-RETURNS = 'memserve_instance_handoff_returns_total{instance="decode-1",outcome="done"}'
-RECEIVED = 'memserve_instance_handoff_blocks_total{instance="decode-1",kind="received"}'
+RETURNS = 'memserve_instance_handoff_returns_total{instance_id="decode-1",outcome="done"}'
+RECEIVED = 'memserve_instance_handoff_blocks_total{instance_id="decode-1",kind="received"}'
 PAIR = Instances("role = 'prefill'\ndram = '16MiB'"), Instances("role = 'decode'\ndram = '16MiB'")
 
 
@@ -120,7 +120,7 @@ def test_what_is_kept_is_as_the_file_says(qwen3: Path, tmp_path: Path, caching: 
         kept = 4 if caching == "p" else 0
 
         def held(role: str) -> float:
-            name = f'memserve_instance_blocks{{instance="{role}",medium="dram",state="cached"}}'
+            name = f'memserve_instance_blocks{{instance_id="{role}",medium="dram",state="cached"}}'
             return metric(cluster.url, name)
 
         # A while after the end it is forgotten again, for what came late.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from memserve.api import limits, msgpack
+from memserve.api.answer.format import ReasoningFormat, ToolFormat
 from memserve.api.errors import ApiError
 from memserve.api.forward import FIELDS, GIVEN_FIELDS, ForwardPath
 from memserve.api.generate import GenerateCall
@@ -20,6 +21,7 @@ from memserve.api.status import Limits
 from memserve.gateway.body_scan import check_body, count_elements
 from memserve.gateway.call_builder import CallBuilder
 from memserve.gateway.forward_builder import ForwardBuilder
+from memserve.gateway.model_formats import ModelFormats
 from memserve.instance import calls
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import TokenArray
@@ -65,7 +67,26 @@ CHATS = [
         "top_logprobs": 3,
         "max_completion_tokens": 4,
     },
-]
+    {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "reasoning": "b", "tool_calls": [
+                {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+            ]},
+            {"role": "tool", "tool_call_id": "c", "content": "d"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {
+            "type": "object", "properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {}}}}}],
+        "tool_choice": "required", "parallel_tool_calls": False, "include_reasoning": False,
+        "chat_template_kwargs": {"a": [1]}, "reasoning_effort": "low", "max_tokens": 2,
+    },
+    {
+        "messages": [{"role": "user", "content": "a"}], "continue_final_message": True,
+        "tools": [{"type": "function", "function": {"name": "f"}}], "max_tokens": 2,
+        "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "auto", "tools": [{"type": "function", "function": {"name": "f"}}]}},
+    },
+]  # fmt: skip
 TOLD = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}
 FUNCTION = {"name": "f", "parameters": {"type": "object"}, "arguments": '{"a": 1}'}
 FORWARDS: dict[ForwardPath, dict[str, Any]] = {
@@ -94,7 +115,9 @@ CALL = {
     "stop": ["a"], "stream": True, "session": "s", "priority": 1,
     "prefill": [{"id": "p", "address": "http://127.0.0.1:1"}],
     "fetch": {"id": "p", "address": "http://127.0.0.1:1"}, "cache_salt": "x",
-    "forward": {"path": "/v1/embeddings", "body": b'{"input": "x"}'},
+    "forward": {"path": "/v1/embeddings", "body": b'{"input": "x"}'}, "extended": True,
+    "answer": {"tools": "qwen3_coder", "functions": [{"name": "f", "texts": ["a"]}],
+               "reasoning": "qwen3", "reasoning_begun": True, "parallel": False},
 }  # fmt: skip
 TARGET = {"id": "d", "address": "tcp://127.0.0.1:1"}
 PREFILL = {
@@ -110,9 +133,14 @@ MEET = {"peer": {"id": "p", "address": "http://127.0.0.1:1"}}
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CallBuilder]:
     directory: Path = tmp_path_factory.mktemp("tokenizer")
     tokenizer: Tokenizer = tiny_tokenizer(
-        directory, "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
+        directory,
+        "{% for m in messages %}{{ m.role }}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}"
+        "{% endfor %}"
+        "{{ tools | tojson }}<think>",
     )
-    builder = CallBuilder(tokenizer, MODEL, threads=1)
+    formats = ModelFormats(ToolFormat.QWEN3_CODER, ReasoningFormat.QWEN3)
+    builder = CallBuilder(tokenizer, MODEL, 1, formats)
     yield builder
     builder.close()
 

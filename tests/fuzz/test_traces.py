@@ -20,11 +20,13 @@ from memserve.workloads.react import read_react
 from memserve.workloads.session import SessionLimits
 from memserve.workloads.sharegpt import choose_sessions, read_sharegpt
 from memserve.workloads.trace import (
+    BAILIAN,
     MAX_HASH_ID,
     MAX_LENGTH,
     MAX_TIMESTAMP,
     TraceLine,
     TraceScale,
+    conversations,
     read_trace,
     token_requests,
 )
@@ -82,6 +84,24 @@ def test_a_trace_is_read_and_simulated_or_refused(tmp_path: Path) -> None:
     assert refused > 20
 
 
+def test_a_trace_of_conversations_is_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    chat = {"chat_id": 7, "parent_chat_id": -1, "turn": 1, "type": "text"}
+    read = 0
+    for line in mutants([{**LINE, **chat, "timestamp": 0.5, "input_length": 30}]):
+        path.write_bytes(line)
+        lines = tried(lambda: list(read_trace(path, form=BAILIAN)))
+        if isinstance(lines, ConfigError):
+            assert is_one_line(lines, path), line[:200]
+            continue
+        read += 1
+        assert len(list(conversations(lines))) == len(lines)
+        for request in token_requests(lines, TraceScale(16, trace_block_tokens=16)):
+            assert request.prompt
+            assert all(0 <= token < 32_000 for token in request.prompt[:64])
+    assert read > 20
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -94,7 +114,11 @@ def test_a_trace_is_read_and_simulated_or_refused(tmp_path: Path) -> None:
         ({"output_length": -1}, "output_length"),
         ({"hash_ids": []}, "hash_ids"),
         ({"hash_ids": [-1, 2]}, "hash_ids"),
-        ({"hash_ids": [MAX_HASH_ID + 1, 2]}, "hash_ids"),
+        ({"hash_ids": [MAX_HASH_ID + 1, 2]}, "hash_ids"),  # 2^63
+        ({"hash_ids": [2**64 + 5, 2]}, "hash_ids"),
+        ({"hash_ids": [10**40, 2]}, "hash_ids"),
+        ({"hash_ids": [1, 2, 3]}, "3 hash ids for 700 tokens, each of 512: 2 fit"),
+        ({"timestamp": -0.5}, "timestamp"),
         ({"timestamp": 0}, "before the last one"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest.mock import patch
 
 import numpy as np
 from hypothesis import HealthCheck, settings
@@ -177,7 +178,12 @@ class PromptTreeMachine(RuleBasedStateMachine):
             for key in keys
             for end in ends(key[1])
         }
-        assert self.tree.stats().tree_blocks == len(needed)
+        stats = self.tree.stats()
+        assert stats.tree_blocks == len(needed)
+        with patch("memserve.scheduler.prompt_tree.NODES_AT_ONCE", 1):
+            pieces = list(self.tree.reading_stats())
+            assert len(pieces) == max(0, stats.nodes - 1)
+            assert self.tree.stats() == stats
 
 
 PromptTreeMachine.TestCase.settings = settings(

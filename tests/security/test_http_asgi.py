@@ -184,7 +184,8 @@ def _ask(url: str, method: str, path: str, data: bytes | None = None) -> tuple[i
 
 
 @pytest.mark.parametrize(
-    "path", ["/health", "/version", "/metrics", "/v1/models", "/openapi.json", "/cluster", "/docs"]
+    "path",
+    ["/", "/health", "/version", "/metrics", "/v1/models", "/openapi.json", "/cluster", "/docs"],
 )
 def test_a_gateway_answers_head(cluster: FakeCluster, path: str) -> None:
     status, media, _ = _ask(cluster.url, "GET", path)

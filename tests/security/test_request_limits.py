@@ -61,7 +61,13 @@ class Counting:
         self.gate.wait(30)
         return self._encode(text, add_special_tokens)
 
-    def apply_chat_template(self, messages: Any, add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self,
+        messages: Any,
+        add_generation_prompt: bool = True,
+        tools: object = None,
+        variables: object = None,
+    ) -> str:
         return self._own.apply_chat_template(messages, add_generation_prompt)
 
 
@@ -118,6 +124,11 @@ def parts(count: int) -> list[dict[str, str]]:
     return [{"type": "text", "text": "a"}] * count
 
 
+def tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 Asks = Callable[[int], dict[str, Any]]
 FIELDS: list[tuple[str, int, Asks]] = [
     ("stop", limits.MAX_STOP_STRINGS, lambda n: completion(stop=["s"] * n)),
@@ -146,6 +157,15 @@ FIELDS: list[tuple[str, int, Asks]] = [
     ("messages", limits.MAX_NAME_CHARACTERS, lambda n: chat([message(name="n" * n)])),
     ("messages", limits.MAX_MESSAGES, lambda n: chat([message()] * n)),
     ("messages", limits.MAX_PARTS, lambda n: chat([message(content=parts(n))])),
+    ("messages", limits.MAX_TOOLS, lambda n: chat([message(tool_calls=[CALL] * n)])),
+    ("messages", limits.MAX_NAME_CHARACTERS, lambda n: chat([message(tool_call_id="n" * n)])),
+    ("tools", limits.MAX_TOOLS, lambda n: chat(tools=[tool(f"f{i}") for i in range(n)])),
+    ("tools", limits.MAX_FUNCTION_NAME, lambda n: chat(tools=[tool("f" * n)])),
+    (
+        "chat_template_kwargs",
+        limits.MAX_NAME_CHARACTERS,
+        lambda n: chat(chat_template_kwargs={"n" * n: 1}),
+    ),
 ]
 
 

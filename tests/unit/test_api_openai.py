@@ -19,6 +19,8 @@ from memserve.api.openai import (
 )
 from memserve.gateway.prompts import read_prompts
 
+TOOLS = [{"type": "function", "function": {"name": "weather", "strict": True}}]
+
 
 def chat(**fields: Any) -> ChatRequest:
     messages = [{"role": "user", "content": "hi"}]
@@ -96,7 +98,16 @@ def test_neutral_values_of_what_is_not_supported_are_accepted(neutral: dict[str,
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include": 1}}, "stream_options"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+        ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools"),
+        ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom"}}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        ({"chat_template": "x"}, "chat_template"),
+        ({"chat_template_kwargs": ["x"]}, "chat_template_kwargs"),
+        ({"reasoning_effort": "extreme"}, "reasoning_effort"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages"),
     ],
 )
@@ -143,6 +154,13 @@ def test_what_is_not_json_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as refused:
         read_prompts(parse_completion(body).prompt)
     assert refused.value.status == 400
+
+
+def test_tools_are_of_chats() -> None:
+    with pytest.raises(ApiError) as refused:
+        completion(tools=TOOLS)
+    assert refused.value.detail.param == "tools"
+    completion(tools=[], tool_choice="auto", reasoning_effort=None)
 
 
 def test_images_are_refused_with_a_reason() -> None:

@@ -49,7 +49,7 @@ def test_starting_the_command_imports_neither_torch_nor_transformers() -> None:
     [
         (["up", "absent.toml"], "absent.toml: No such file or directory"),
         (["up", "--hbm-blocks", "0"], "--hbm-blocks 0: Expected `int` >= 1"),
-        (["up", "--model", "no-such-model"], "no model 'no-such-model'"),
+        (["up", "--port", "0", "--model", "no-such-model"], "no model 'no-such-model'"),
         (["prepare", "--model", "/no/such"], "no model '/no/such'"),
         (["bench", "serve", "--rate", "0"], "--rate 0: Expected `float` > 0"),
         (["bench", "serve", "--cluster", "absent.toml"], "absent.toml: No such file"),

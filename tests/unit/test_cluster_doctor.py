@@ -12,7 +12,6 @@ import msgspec
 import pytest
 
 import memserve
-from memserve import cli_doctor
 from memserve.api.kv_events import KVEventsInfo
 from memserve.api.signatures import Signer, Verifier, body_digest
 from memserve.api.status import InstanceInfo, InstanceState, MemberKind
@@ -312,9 +311,3 @@ async def test_nobody_at_the_gateway_s_url_is_one_failure() -> None:
     assert found.version == memserve.__version__
     assert "no connection" in found.gateway.failure
     assert (found.members, found.meetings) == ((), ())
-
-
-def test_the_default_url_is_that_of_memserve_cluster() -> None:
-    from memserve.cli_cluster import _DEFAULT_URL
-
-    assert cli_doctor._DEFAULT_URL == _DEFAULT_URL

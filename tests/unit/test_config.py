@@ -23,6 +23,8 @@ from memserve.config import (
 )
 from memserve.errors import ConfigError
 from memserve.flags import flags_of, to_flags, with_flags
+from memserve.host_memory import HostMemory
+from memserve.instance import build
 from memserve.instance.build import block_counts
 from memserve.types import Role
 
@@ -66,6 +68,8 @@ def test_a_file_sets_what_it_names_and_nothing_else() -> None:
         ("[gateway]\nxyzzy = 1", "known: host, port"),
         ("[gateway]\nport = '80'", r"Expected `int`.*gateway\.port"),
         ("[gateway]\nport = 65536", r"<= 65535.*gateway\.port"),
+        ("[cache]\nblock_tokens = 0", r">= 1.*cache\.block_tokens"),
+        ("[cache]\nblock_tokens = 4097", r"<= 4096.*cache\.block_tokens"),
         ("[[instance]]\nhbm_blocks = 0", r">= 1.*instance\[0\]\.hbm_blocks"),
         ("[cache]\ncaching = 'some'", r"'some'.*cache\.caching"),
         ("model = 3", "Expected `object`.*model"),
@@ -223,9 +227,35 @@ def test_memory_is_said_in_blocks_or_in_bytes() -> None:
     cpu, block = torch.device("cpu"), 1000
     assert block_counts(InstanceConfig(hbm_blocks=3, dram_blocks=4), block, cpu) == (3, 4)
     assert block_counts(InstanceConfig(hbm="5500", dram="10KB"), block, cpu) == (5, 10)
-    for hbm, message in (("90%", "on a CPU say 8GiB"), ("120%", "less than 100%"), ("1", "1000")):
-        with pytest.raises(ConfigError, match=message):
+    for hbm, message in (("120%", "less than 100%"), ("1", "1000"), ("0%", "more than 0%")):
+        with pytest.raises(ConfigError, match=f"instance.hbm.*{message}"):
             block_counts(InstanceConfig(hbm=hbm), block, cpu)
+
+
+def test_a_share_is_of_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = HostMemory(50_000, 90_000, "here")
+    monkeypatch.setattr(build, "host_memory", lambda: free)
+    shares = InstanceConfig(hbm="50%", dram="20.5%")
+    assert block_counts(shares, 1000, torch.device("cpu")) == (25, 10)
+    monkeypatch.setattr(build, "host_memory", lambda: None)
+    with pytest.raises(ConfigError, match=r"instance.hbm = '50%': this system does not tell"):
+        block_counts(shares, 1000, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["hbm", "dram"])
+@pytest.mark.parametrize("text", ["100%", "0%", "-1%", "1e1%", "nan%", "%", "8 gigabytes", ""])
+def test_wrong_memory_is_named(name: str, text: str) -> None:
+    config = ClusterConfig(instance=(InstanceConfig(**{name: text}),))
+    with pytest.raises(ConfigError, match=f"instance.{name}: '{text}' is n"):
+        check_config(config)
+
+
+def test_the_models_path_may_be_called_as_its_flag_is() -> None:
+    assert parse_config("[model]\nmodel = 'a/b'").model == ModelConfig(path="a/b")
+    with pytest.raises(ConfigError, match=r"model.model and model.path are the same"):
+        parse_config("[model]\nmodel = 'a/b'\npath = 'a/b'")
+    with pytest.raises(ConfigError, match="Expected `str`"):
+        parse_config("[model]\nmodel = 3")
 
 
 def test_the_model_is_named_by_its_own_flag() -> None:

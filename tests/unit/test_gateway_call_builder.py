@@ -14,7 +14,13 @@ from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall
 from memserve.api.limits import MAX_SEQUENCES
 from memserve.api.status import Limits
+from memserve.api.stop_strings import StopStrings
 from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder
+from memserve.models.chat_template import (
+    DEFAULT_CHAT_STOPS,
+    DEFAULT_CHAT_TEMPLATE,
+    ChatTemplate,
+)
 from memserve.models.tokenizer import Tokenizer
 from tests.fakes import MODEL, tiny_tokenizer
 from tests.packed import listed
@@ -180,3 +186,69 @@ async def test_what_concerns_the_answer_reaches_the_instance(builder: CallBuilde
 
 async def test_calls_have_names_of_their_own(builder: CallBuilder) -> None:
     assert len({(await completion(builder)).id for _ in range(100)}) == 100
+
+
+@pytest.fixture(scope="module")
+def without_template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CallBuilder]:
+    builder = CallBuilder(tiny_tokenizer(tmp_path_factory.mktemp("plain")), MODEL, threads=1)
+    yield builder
+    builder.close()
+
+
+STOPS = ("\n\nUser:", "\nUser:", "\n\nAssistant:", "\nAssistant:", "\n\nSystem:", "\nSystem:")
+LONG = msgspec.structs.replace(LIMITS, max_tokens=100_000, max_model_len=100_000)
+
+
+async def long_chat(builder: CallBuilder, **fields: Any) -> GenerateCall:
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], **fields}).encode()
+    return await builder.chat(body, LONG)
+
+
+async def test_a_chat_without_a_template_ends_where_the_other_side_would_speak(
+    without_template: CallBuilder, builder: CallBuilder
+) -> None:
+    call = await long_chat(without_template)
+    assert call.stop == STOPS
+    assert call.sampling.max_tokens == 256
+    # A short context leaves less room.
+    assert (await chat(without_template)).sampling.max_tokens < 64
+    # A model's own template knows its end of an answer.
+    own = await long_chat(builder)
+    assert own.stop == ()
+    assert own.sampling.max_tokens == LONG.max_tokens - len(own.prompts[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "stop", "tokens"),
+    [
+        ({"max_tokens": 5000}, STOPS, 5000),
+        ({"max_completion_tokens": 7}, STOPS, 7),
+        ({"stop": []}, (), 256),
+        ({"stop": "x"}, ("x",), 256),
+        ({"stop": None}, STOPS, 256),
+        ({"ignore_eos": True, "max_tokens": 900}, (), 900),
+    ],
+)
+async def test_a_request_overrides_what_stands_for_the_template(
+    without_template: CallBuilder, fields: dict[str, Any], stop: tuple[str, ...], tokens: int
+) -> None:
+    call = await long_chat(without_template, **fields)
+    assert call.stop == stop
+    assert call.sampling.max_tokens == tokens
+
+
+async def test_completions_are_left_alone(without_template: CallBuilder) -> None:
+    call = await completion(without_template)
+    assert (call.stop, call.sampling.max_tokens) == ((), 16)
+
+
+def test_the_answer_is_what_the_next_turn_sends_back() -> None:
+    """Its prompt begins with the last one's tokens, which are cached."""
+    messages = [{"role": "user", "content": "hi"}]
+    template = ChatTemplate(DEFAULT_CHAT_TEMPLATE, {})
+    prompt = template.render(messages, add_generation_prompt=True)
+    generated = "Hello!\n\nUser:\nhi"
+    answer, stop = StopStrings(DEFAULT_CHAT_STOPS).push(generated)
+    assert (answer, stop) == ("Hello!", "\n\nUser:")
+    messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "hi"}]
+    assert template.render(messages, add_generation_prompt=True).startswith(prompt + generated)

@@ -17,6 +17,7 @@ from memserve.scheduler.prompt_tree import PromptTree
 from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.tokens import from_ids
 from memserve.types import InstanceId, RequestId, Role
+from tests.metric_page import reported
 from tests.router_harness import LIMITS, Routed, call_of, profile_of, routed
 from tests.waiting import until
 
@@ -259,18 +260,14 @@ async def test_metrics_have_the_figures_of_routing(world: Routed) -> None:
     world.clock.advance(0.5)
     plan.ticket.first_token()
     plan.ticket.ended()
-    found = {
-        (sample.name, *sample.labels.values()): sample.value
-        for metric in world.router.metrics.collect()
-        for sample in metric.samples
-    }
+    found = reported(world.router.metrics)
     assert found["memserve_scheduler_plans_total", "prompt-tree", "alone"] == 1
     assert found["memserve_scheduler_prompt_tokens_total",] == 100
     assert found["memserve_scheduler_cached_tokens_total",] == 96
     assert found["memserve_scheduler_first_token_seconds_sum",] == 0.5
-    assert found["memserve_scheduler_waiting",] == 0
+    assert found["memserve_requests_waiting",] == 0
     assert found["memserve_prompt_tree_held_blocks",] == 6
-    assert found["memserve_kv_feed", "a", "synchronised"] == 0
+    assert found["memserve_kv_feed_synchronised", "a"] == 0
 
 
 async def test_what_is_passed_on_says_nothing_of_what_prefills_take(world: Routed) -> None:
@@ -283,9 +280,7 @@ async def test_what_is_passed_on_says_nothing_of_what_prefills_take(world: Route
     plan.ticket.first_token()
     assert (len(line.prefills), line.decoding) == (0, 1)
     plan.ticket.ended()
-    found = [sample for metric in world.router.metrics.collect() for sample in metric.samples]
-    seconds = [s.value for s in found if s.name == "memserve_scheduler_first_token_seconds_sum"]
-    assert seconds == [0]
+    assert reported(world.router.metrics)["memserve_scheduler_first_token_seconds_sum",] == 0
 
 
 async def test_decisions_are_kept_newest_first(world: Routed) -> None:

@@ -54,6 +54,7 @@ from memserve.vital import Vitals
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import node, pair
 from tests.insider import peers
+from tests.metric_page import reported
 from tests.router_harness import LIMITS, totals
 from tests.tiny_models import save_tiny_model
 from tests.waiting import until
@@ -145,8 +146,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def gauge(proof: HandoverProof) -> float:
-    found = {metric.name: metric.samples[0].value for metric in proof.collect()}
-    return float(found["memserve_scheduler_degraded_pairs"])
+    return reported(proof)["memserve_scheduler_degraded_pairs",]
 
 
 async def test_a_pair_that_works_is_proved_once(

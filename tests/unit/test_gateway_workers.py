@@ -12,6 +12,7 @@ from memserve.errors import ConfigError
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.worker_metrics import merged
 from memserve.gateway.workers import WorkerPlace
+from tests.metric_page import done
 
 
 @given(st.lists(st.integers(1, 65535), min_size=1, max_size=8), st.data())
@@ -33,7 +34,7 @@ def metrics_of(requests: int, *seconds: float) -> bytes:
     metrics.requests["/v1/completions", 200] = requests
     for one in seconds:
         metrics.request_seconds.observe(one)
-    return metrics.own()
+    return done(metrics.own())
 
 
 def test_figures_of_workers_stand_side_by_side() -> None:

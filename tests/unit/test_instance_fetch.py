@@ -15,10 +15,10 @@ import pytest
 from memserve.api import msgpack
 from memserve.api.generate import GenerateCall, PrefillPeer
 from memserve.api.handoff import PUSH_PATH, PushCall
-from memserve.api.instance_metrics import instance_metrics
 from memserve.api.peer_client import PeerClient
 from memserve.api.status import PeerMoves
 from memserve.instance import fetch
+from memserve.instance.metrics import instance_page
 from memserve.tokens import from_ids
 from memserve.transfer import kv_link
 from memserve.types import SHARED, InstanceId, Namespace, Role
@@ -35,6 +35,7 @@ from tests.handoff_harness import (
     until,
 )
 from tests.insider import peers
+from tests.metric_page import figures
 from tests.packed import ids, packed
 from tests.tiny_models import Reference, save_tiny_model
 from tests.unit.test_instance_handoff_faults import faulty
@@ -396,16 +397,10 @@ async def test_metrics_tell_of_fetches(model: Path) -> None:
     async with node(model, Role.COLOCATED) as one, node(model, Role.COLOCATED) as third:
         await third.complete(*PROMPT)
         await fetching(one, third)
-        stats = one.instance.stats()
-        assert stats is not None
-        samples = {
-            (sample.name, *sample.labels.values()): sample.value
-            for family in instance_metrics([(InstanceId("i"), stats)])
-            for sample in family.samples
-        }
-        name = "memserve_instance_"
-        assert samples[(name + "fetches_total", "i", "done")] == 1
-        assert samples[(name + "handoff_bytes_total", "i", "fetched")] == 4 * one.link.block_bytes
-        assert samples[(name + "fetch_seconds_count", "i")] == 1
+        samples = figures(instance_page(one.instance))
+        name, i = "memserve_instance_", one.instance.identity.id
+        assert samples[(name + "fetches_total", i, "done")] == 1
+        assert samples[(name + "handoff_bytes_total", i, "fetched")] == 4 * one.link.block_bytes
+        assert samples[(name + "fetch_seconds_count", i)] == 1
         for part in ("queue", "prefill", "decode"):
-            assert samples[(f"{name}{part}_seconds_count", "i")] == 1
+            assert samples[(f"{name}{part}_seconds_count", i)] == 1

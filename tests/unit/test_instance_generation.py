@@ -392,6 +392,24 @@ def test_an_engine_s_error_ends_the_answer(tokenizer: Tokenizer) -> None:
     assert driven.generation.unfinished == [first.id]  # left for the owner to cancel
 
 
+def test_ends_are_counted_by_reason_with_the_lengths_of_what_finished(tokenizer: Tokenizer) -> None:
+    driven = Driven(call(n=5, stop=("quick",)), tokenizer)
+    eos, limit, stop, failed, cancelled = driven.requests
+    quick = tokenizer.encode("quick", add_special_tokens=False)
+    driven.feed(output(eos, [20]), output(limit, [20]))
+    driven.feed(output(eos, [EOS], FinishReason.STOP, stop_token=EOS))
+    driven.feed(output(limit, [20, 20], FinishReason.LENGTH))
+    driven.feed(output(stop, quick))  # the engine does not know of it
+    driven.feed(
+        output(failed, [], FinishReason.ERROR), output(cancelled, [], FinishReason.CANCELLED)
+    )
+    ended = driven.latencies.ended
+    assert (ended.stop, ended.length, ended.abort, ended.error) == (2, 1, 1, 1)
+    assert ended.prompt_tokens.sum == 3 * 3
+    assert sum(ended.prompt_tokens.counts) == sum(ended.generated_tokens.counts) == 3
+    assert ended.generated_tokens.sum == driven.generation.generated_tokens >= 2 + 3 + 1
+
+
 def test_latencies_are_per_sequence(tokenizer: Tokenizer) -> None:
     driven = Driven(call(), tokenizer)
     (request,) = driven.requests

@@ -108,6 +108,10 @@ async def test_leaving_a_run_early_cancels_its_sequences(start: Start) -> None:
         assert not idle.done()
     await idle
     assert engine.cancels == ["c.0-0-0", "c.0-0-1"]
+    stats = instance.stats()
+    assert stats is not None
+    ended = stats.latencies.ended
+    assert (ended.abort, ended.stop, ended.length, ended.error) == (2, 0, 0, 0)
 
 
 async def test_a_run_to_the_end_cancels_nothing(start: Start) -> None:
@@ -119,7 +123,9 @@ async def test_a_run_to_the_end_cancels_nothing(start: Start) -> None:
             data += await run.step()
     assert data.endswith(b"data: [DONE]\n\n")
     assert engine.cancels == []
-    assert instance.stats() is not None
+    stats = instance.stats()
+    assert stats is not None
+    assert stats.latencies.ended.abort == 0
 
 
 @pytest.mark.parametrize("ending", ["drain", "crash"])

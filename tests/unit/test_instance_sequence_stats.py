@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from memserve.api.generate import FinishReason
-from memserve.api.instance_metrics import instance_metrics
 from memserve.api.status import Latencies
 from memserve.engine.request import Usage
+from memserve.instance.metrics import instance_page
 from memserve.instance.sequence_stats import SequenceStats, combined
-from memserve.types import InstanceId, Role
+from memserve.types import Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import BLOCK, Node, call_of, completed, node, pair, prompt_of
+from tests.metric_page import figures
 from tests.tiny_models import save_tiny_model
 from tests.waiting import until
 
@@ -92,20 +93,18 @@ async def test_usage_tells_both_sides_of_a_hand_over(
         totals = d.totals
         assert totals.prompt_tokens == 70 + len(prompt)
         assert (totals.cached_tokens_prefill, totals.cached_tokens_decode) == (here, here)
-        stats = d.instance.stats()
-        assert stats is not None
+        id = d.instance.identity.id
         samples = {
-            (sample.name.removeprefix("memserve_instance_"), *sample.labels.values()): sample.value
-            for family in instance_metrics([(InstanceId("d"), stats)])
-            for sample in family.samples
+            (name.removeprefix("memserve_instance_"), *labels): value
+            for (name, *labels), value in figures(instance_page(d.instance)).items()
         }
         sent = totals.blocks_received * size
-        assert samples[("handoff_bytes_total", "d", "received")] == sent
-        assert samples[("handoff_bytes_total", "d", "already_present")] == second["bytes_avoided"]
-        assert samples[("handoff_bytes_total", "d", "returned")] > 0
-        assert samples[("handoff_prompt_tokens_total", "d", "prefill")] == here
+        assert samples[("handoff_bytes_total", id, "received")] == sent
+        assert samples[("handoff_bytes_total", id, "already_present")] == second["bytes_avoided"]
+        assert samples[("handoff_bytes_total", id, "returned")] > 0
+        assert samples[("handoff_prompt_tokens_total", id, "prefill")] == here
         for part in ("queue", "prefill", "transfer", "decode"):
-            assert samples[(f"{part}_seconds_count", "d")] == 2
+            assert samples[(f"{part}_seconds_count", id)] == 2
     lines = [r.getMessage() for r in caplog.records if " done: " in r.getMessage()]
     assert f"cached {here} where computed, {here} where decoded" in lines[-1]
     assert any("back to" in record.getMessage() for record in caplog.records)

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from collections.abc import Mapping
 
-from memserve.logs import MAX_MESSAGE, BoundedFormatter, shown
+import pytest
+
+from memserve.cluster.local import instance_commands
+from memserve.config import ClusterConfig, InstanceConfig, LogConfig, parse_config
+from memserve.flags import flags_of, to_flags, with_flags
+from memserve.logs import (
+    MAX_MESSAGE,
+    BoundedFormatter,
+    JsonFormatter,
+    json_child_line,
+    json_line,
+    shown,
+)
 
 
 def record(message: str, *values: object) -> logging.LogRecord:
@@ -43,3 +57,68 @@ def test_an_exception_s_text_begins_no_line_either() -> None:
 
 def test_plain_messages_are_as_they_were() -> None:
     assert BoundedFormatter("%(message)s").format(record("%d of %s", 3, "x")) == "3 of x"
+
+
+def as_json(given: logging.LogRecord) -> dict[str, object]:
+    line = JsonFormatter().format(given)
+    assert line.isprintable()
+    decoded: dict[str, object] = json.loads(line)
+    return decoded
+
+
+def test_a_line_of_json_has_time_level_logger_and_message() -> None:
+    given = record("%d of %s", 3, "x")
+    given.created = 1_700_000_000.25
+    assert JsonFormatter().format(given) == (
+        '{"time":"2023-11-14T22:13:20.250Z","level":"INFO","logger":"x","message":"3 of x"}'
+    )
+
+
+@pytest.mark.parametrize("value", ["a\n\x1b[2J\u2028\x9b", "\ud800", '"}\\', "x" * 1_000_000])
+def test_json_says_what_text_says(value: str) -> None:
+    given = record("%s failed", value)
+    assert as_json(given)["message"] == BoundedFormatter("%(message)s").format(given)
+
+
+def test_fields_and_an_exception_are_in_the_object() -> None:
+    class Message:
+        def __str__(self) -> str:
+            return "as text"
+
+        def fields(self) -> Mapping[str, object]:
+            return {"status": 200}
+
+    try:
+        raise ValueError("bad\nline")
+    except ValueError:
+        given = logging.LogRecord("x", logging.ERROR, "f", 1, Message(), (), sys.exc_info())
+    line = as_json(given)
+    assert (line["message"], line["status"], line["level"]) == ("as text", 200, "ERROR")
+    assert str(line["exception"]).endswith("line")
+    assert BoundedFormatter("%(message)s").format(given).startswith("as text\n")
+
+
+def test_a_childs_lines_become_json_with_its_name() -> None:
+    own = json_line("memserve.x", "said")
+    assert json.loads(json_child_line(f"gateway: {own}")) == {
+        **json.loads(own),
+        "process": "gateway",
+    }
+    other = json.loads(json_child_line('prefill-0: INFO vllm: "ready": yes'))
+    assert (other["process"], other["message"]) == ("prefill-0", 'INFO vllm: "ready": yes')
+
+
+def test_children_log_as_the_cluster_does() -> None:
+    config = parse_config("[log]\nlevel = 'warning'\nformat = 'json'")
+    assert config.log == LogConfig(level="warning", format="json")
+    flags = ["--log-level", "warning", "--log-format", "json"]
+    assert to_flags(config.log) == flags
+    given = dict(zip(("log_level", "log_format"), flags[1::2], strict=True))
+    assert with_flags(LogConfig(), given) == config.log
+    assert [flag.name for flag in flags_of(LogConfig)] == flags[::2]
+    ((_, arguments),) = instance_commands(config)
+    at = arguments.index("--log-level")
+    assert arguments[at : at + 4] == flags
+    # By default nothing is added.
+    ((_, arguments),) = instance_commands(ClusterConfig(instance=(InstanceConfig(),)))
+    assert not [argument for argument in arguments if argument.startswith("--log")]

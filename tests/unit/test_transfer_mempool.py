@@ -26,6 +26,7 @@ from memserve.errors import (
 )
 from memserve.transfer.base import PoolRegions, Region, Transport
 from memserve.transfer.conversion import meaning
+from memserve.transfer.kv_link import totals_of
 from memserve.transfer.links import Links, Way
 from memserve.transfer.mempool import MakeTransports
 from memserve.transfer.peers import Peers
@@ -222,6 +223,7 @@ def test_what_a_peer_writes_to_is_neither_reused_nor_published_by_its_owner() ->
         with pytest.raises(DoubleFree):
             b.free_mem(target)
         assert b.peer_stats().quarantined == 2
+        assert totals_of(b).quarantined == 2
         with pytest.raises(OutOfBlocks):
             b.alloc_mem(32)
         transfer.cancel()

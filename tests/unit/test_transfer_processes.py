@@ -62,6 +62,7 @@ def test_a_source_that_stops_keeps_what_it_may_write_to_until_it_is_back() -> No
         eventually(lambda: b.stats().hbm.active == 7, "the Prepare")
         child.stop()
         eventually(lambda: b.peer_stats().quarantined == 5, "the end of the lease")
+        assert b.quarantined_blocks == 5
         eventually(lambda: b.stats().hbm.active == 5, "what it cannot write to")
         with pytest.raises(OutOfBlocks):
             b.alloc_mem(BLOCKS)

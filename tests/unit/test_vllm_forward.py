@@ -24,6 +24,7 @@ from tests.packed import HEADERS, ids, packed
 
 MESSAGES = [{"role": "user", "content": "What is the weather like?"}]
 FUNCTION = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+CALL = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 TOOLS = [{"type": "function", "function": FUNCTION}]
 PIXEL = "data:image/png;base64,iVBORw0KGgo="
 TEMPLATE = (
@@ -140,20 +141,9 @@ def passed(server: Server, answer: Answer) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": TOOLS},
-        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "weather"}}},
         {"response_format": {"type": "json_object"}},
         {"structured_outputs": {"choice": ["yes", "no"]}},
-        {"reasoning_effort": "low", "include_reasoning": False},
-        {"chat_template_kwargs": {"enable_thinking": False}},
         {"prompt_logprobs": 2, "n": 3, "seed": 2**62, "logit_bias": {"5": -1.5}},
-        {
-            "messages": [
-                *MESSAGES,
-                {"role": "assistant", "tool_calls": [{"id": "c", "function": FUNCTION}]},
-                {"role": "tool", "tool_call_id": "c", "content": "rain"},
-            ]
-        },
         {
             "messages": [
                 {
@@ -178,14 +168,41 @@ def test_what_only_vllm_members_can_answer_gets_to_the_server_as_it_is(
     assert answer.media.startswith("application/json")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": TOOLS},
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "weather"}}},
+        {"reasoning_effort": "low", "include_reasoning": False},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {
+            "messages": [
+                *MESSAGES,
+                {"role": "assistant", "tool_calls": [CALL]},
+                {"role": "tool", "tool_call_id": "c", "content": "rain"},
+            ]
+        },
+    ],
+    ids=lambda fields: "-".join(fields),
+)
+def test_what_a_built_in_engine_would_take_gets_to_a_server_where_there_is_none(
+    vllm_only: FakeCluster, cluster: FakeCluster, server: Server, fields: dict[str, Any]
+) -> None:
+    wanted = {"messages": MESSAGES, "model": MODEL, **fields}
+    assert passed(server, chat(vllm_only, **fields)) == wanted
+    before = len(server.fake.paths)
+    assert chat(cluster, max_tokens=2, **fields).status == 200
+    assert len(server.fake.paths) == before
+
+
 def test_what_the_gateway_knows_goes_the_usual_way(cluster: FakeCluster, server: Server) -> None:
     before = len(server.fake.paths)
     assert chat(cluster, max_tokens=2, tools=[], response_format={"type": "text"}).status == 200
     assert len(server.fake.paths) == before
 
 
-def test_a_stream_is_the_servers_byte_for_byte(cluster: FakeCluster) -> None:
-    answer = chat(cluster, tools=TOOLS, stream=True, max_tokens=3)
+def test_a_stream_is_the_servers_byte_for_byte(vllm_only: FakeCluster) -> None:
+    answer = chat(vllm_only, tools=TOOLS, stream=True, max_tokens=3)
     events = [{"choices": [{"index": 0, "delta": {"content": f"<{n}>"}}]} for n in range(3)]
     said = b"".join(b"data: %b\n\n" % json.dumps(event).encode() for event in events)
     assert answer.text == said + b"data: [DONE]\n\n"
@@ -318,9 +335,9 @@ def test_a_priority_is_told_for_those_who_may_have_one(keyed: FakeCluster, serve
     assert said == [None, -3]
 
 
-def test_an_error_of_the_server_is_the_clients(cluster: FakeCluster) -> None:
+def test_an_error_of_the_server_is_the_clients(vllm_only: FakeCluster) -> None:
     for stream in (False, True):
-        answer = chat(cluster, tools=TOOLS, temperature=-1, stream=stream)
+        answer = chat(vllm_only, tools=TOOLS, temperature=-1, stream=stream)
         error = {"message": "not this one", "type": "BadRequestError", "code": 400}
         assert (answer.status, answer.json) == (400, {"error": error})
 
@@ -340,10 +357,10 @@ def test_who_hangs_up_before_an_answer_ends_what_the_server_does(
         cluster.wait(cluster.instances[0].idle())
 
 
-def test_who_hangs_up_ends_what_the_server_does(cluster: FakeCluster, server: Server) -> None:
+def test_who_hangs_up_ends_what_the_server_does(vllm_only: FakeCluster, server: Server) -> None:
     cancelled = server.fake.cancelled
     fields = {"messages": MESSAGES, "tools": TOOLS, "stream": True, "max_tokens": 100_000}
-    connection = send(cluster, ForwardPath.CHAT, **fields)
+    connection = send(vllm_only, ForwardPath.CHAT, **fields)
     assert connection.getresponse().read(20)
     assert server.fake.running == 1
     connection.close()
@@ -428,12 +445,12 @@ def test_no_answer_is_kept_at_one_server(cluster: FakeCluster, fields: dict[str,
 
 
 def test_without_a_server_everything_is_as_it_was(built_in: FakeCluster) -> None:
-    answer = chat(built_in, tools=TOOLS)
+    answer = chat(built_in, functions=[FUNCTION])
     assert answer.status == 400
     assert answer.json["error"] == {
-        "message": "'tools' is not supported.",
+        "message": "'functions' is not supported.",
         "type": "invalid_request_error",
-        "param": "tools",
+        "param": "functions",
         "code": "unsupported_parameter",
     }
     assert chat(built_in, nonsense=1).json["error"]["param"] == "nonsense"

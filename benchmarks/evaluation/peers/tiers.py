@@ -273,7 +273,7 @@ async def first_prompt(url: str) -> str | None:
     """Ask what is long enough to be handed over, twice: a pair of servers then knows each other.
     What went wrong."""
     try:
-        model = await served_model(url)
+        model = (await served_model(url)).id
     except BenchmarkError as error:
         return str(error)
     async with OpenAIClient(url, model, _clock) as client:

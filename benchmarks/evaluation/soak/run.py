@@ -239,7 +239,7 @@ async def run_soak(
     where it does not come to serve.
     """
     async with running_up(cluster, log, command) as up:
-        model = await served_model(up.url)
+        model = (await served_model(up.url)).id
         async with SoakClient(up.url, model) as client:
             load = SoakLoad(
                 client, config.seed, config.probes, config.prompt_tokens, config.output_tokens

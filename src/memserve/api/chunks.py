@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from memserve.api.answer.delta import Delta
+from memserve.api.answer.message import ChatMessage, delta_of, message_of
 from memserve.api.generate import CallKind, FinishReason, GenerateCall
 from memserve.api.request_stats import RequestStats
 
@@ -75,6 +77,7 @@ class Piece:
     scores: Sequence[TokenScore] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token or string that the client had named
+    delta: Delta | None = None  # what is in the text, if the call says what may be in it
     prompt_scores: Sequence[TokenScore] = ()  # for `prompt_logprobs`
 
 
@@ -139,12 +142,6 @@ class PromptLogprob(msgspec.Struct, frozen=True):
 
 # One for each prompt token, by token id.
 PromptLogprobs = list[dict[int, PromptLogprob] | None]
-
-
-class ChatMessage(msgspec.Struct, frozen=True):
-    role: str
-    content: str
-    refusal: None = None
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -219,7 +216,9 @@ def body(call: GenerateCall, choices: Sequence[Piece], used: CompletionUsage) ->
 def _chat_choice(call: GenerateCall, piece: Piece) -> ChatChoice:
     return ChatChoice(
         index=piece.choice,
-        message=ChatMessage("assistant", piece.text),
+        message=ChatMessage("assistant", piece.text)
+        if piece.delta is None
+        else message_of(call, piece.choice, piece.delta),
         logprobs=_chat_logprobs(piece) if call.sampling.logprobs is not None else None,
         finish_reason=piece.finish_reason,
         stop_reason=piece.stop_reason,
@@ -312,9 +311,10 @@ class StreamFormat:
         ids = piece.token_ids
         named = b"%d" % ids[0] if len(ids) == 1 else ",".join(map(str, ids)).encode()
         comment = b":%d %b\n" % (piece.choice, named)
-        if role or piece.finish_reason is not None or not self._plain:
+        if role or piece.finish_reason is not None or not self._plain or piece.delta is not None:
             # A piece whose text is held back still has ids and scores.
-            wanted = role or piece.text or piece.finish_reason is not None
+            said = piece.text if piece.delta is None else not piece.delta.empty
+            wanted = role or said or piece.finish_reason is not None
             if wanted or self._token_ids or piece.scores:
                 return comment + self._full_chunk(piece, first)
         elif piece.text:
@@ -327,7 +327,10 @@ class StreamFormat:
         return self._head + b',"choices":[],"usage":' + _encode(used) + b"}\n\n"
 
     def _full_chunk(self, piece: Piece, first: bool) -> bytes:
-        if first and self._chat:
+        if piece.delta is not None:
+            head = b'%b%d,"delta":' % (self._choice_head, piece.choice)
+            head += _encode(delta_of(self._call, piece.choice, piece.delta, first))[:-1]
+        elif first and self._chat:
             head = b"%b%d%b" % (self._choice_head, piece.choice, self._role_head)
             head += _encode(piece.text)
         elif piece.text:

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 from msgspec.structs import force_setattr
 
+from memserve.api.answer.format import AnswerFormat
 from memserve.api.forward import Forward
 from memserve.api.grammar import Grammar
 from memserve.api.limits import (
@@ -46,10 +47,12 @@ Address = Annotated[str, Meta(max_length=MAX_ID_CHARACTERS)]
 
 
 class FinishReason(StrEnum):
-    """Why a choice ended. The first two are OpenAI's; clients never see `CANCELLED`."""
+    """Why a choice ended. The first three are OpenAI's; clients never see `CANCELLED`. Engines do
+    not know of `TOOL_CALLS`."""
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
     CANCELLED = "cancelled"
     ERROR = "error"
 
@@ -202,13 +205,18 @@ class GenerateCall(
     # The request for a vLLM server, sent to it instead of token ids. The server's answer is
     # relayed and cannot be resumed; prompt and sampling only serve the choice of an instance.
     forward: Forward | None = None
+    # Chats: what to find in the text. None: it is all content.
+    answer: AnswerFormat | None = None
+    # The request has tools, tool calls or variables of the chat template: vLLM servers get it as
+    # it is.
+    extended: bool = False
 
     @property
     def own_engine(self) -> bool:
         """Whether only the built-in engine can answer this call. For vLLM servers, the gateway
         forwards the client's request instead."""
         asked = self.sampling
-        special = asked.grammar is not None or asked.prompt_logprobs is not None
+        special = asked.grammar is not None or asked.prompt_logprobs is not None or self.extended
         return special and self.forward is None
 
     def __post_init__(self) -> None:

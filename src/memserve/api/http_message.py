@@ -23,6 +23,7 @@ EVENTS_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
 )
+_BAD = 400  # statuses from here on are errors
 _STATUS_LINES = {
     status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus
 }
@@ -64,7 +65,8 @@ class Reply:
     error and does nothing.
 
     `on_gone` is called once when the client hangs up before the end; `on_flow` with True when
-    the client reads too slowly for what was written, with False when it has caught up. `added`
+    the client reads too slowly for what was written, with False when it has caught up. `refusal`:
+    the body of a whole answer with an error's status. `added`
     returns further headers for the answer's status and body; the body is None if it is not whole
     before the first byte is sent.
     """
@@ -81,6 +83,7 @@ class Reply:
         "gone",
         "on_flow",
         "on_gone",
+        "refusal",
         "started",
         "status",
         "writable",
@@ -94,6 +97,7 @@ class Reply:
         self._chunked = False
         self._pending = b""  # the head of a stream, until its first bytes
         self.status = 0  # 0: nothing was sent
+        self.refusal: Body = b""
         self.started = False
         self.ended = False
         self.gone = False
@@ -108,6 +112,8 @@ class Reply:
         """Send a whole answer."""
         length = (b"content-length", b"%d" % len(body))
         self.started = True
+        if status >= _BAD:
+            self.refusal = body
         head = self._head(status, (media, length, *headers), b"" if self._bare else body)
         self._finish(head if self._bare else head + body)
 

@@ -36,6 +36,14 @@ MAX_METADATA_ENTRIES = 16
 MAX_PROMPT_SCORES = 256 * 1024
 # Characters of a grammar or JSON schema: several times the largest schemas in use.
 MAX_GRAMMAR_CHARACTERS = 256 * 1024
+# Tools of a request; OpenAI takes 128.
+MAX_TOOLS = 512
+# Characters of a function's name; OpenAI takes 64.
+MAX_FUNCTION_NAME = 128
+# Characters of a request's tools as JSON, and of the variables for the chat template: a template
+# writes each tool once, or twice.
+MAX_TOOL_CHARACTERS = 1024 * 1024
+MAX_TEMPLATE_CHARACTERS = 64 * 1024
 # Nesting depth of arrays and objects. No valid request needs more than 6.
 MAX_DEPTH = 32
 # Fields of a request, known or not; there are about 80.

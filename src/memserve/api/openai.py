@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from http import HTTPStatus
 from operator import attrgetter
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -29,7 +29,9 @@ from memserve.api.limits import (
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
+    MAX_TOOLS,
 )
+from memserve.api.openai_tools import Tool, ToolCalls, ToolChoice
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT32)]
 _Positive = Annotated[int, Meta(ge=1, le=MAX_INT32)]
@@ -126,8 +128,6 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     audio: _Json = UNSET
     bad_words: _Json = UNSET
     chat_template: _Json = UNSET
-    chat_template_kwargs: _Json = UNSET
-    continue_final_message: _Json = UNSET
     documents: _Json = UNSET
     function_call: _Json = UNSET
     functions: _Json = UNSET
@@ -140,7 +140,6 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     logits_processors: _Json = UNSET
     modalities: _Json = UNSET
     prediction: _Json = UNSET
-    reasoning_effort: _Json = UNSET
     response_format: _Json = UNSET
     return_tokens_as_token_ids: _Json = UNSET
     service_tier: _Json = UNSET
@@ -148,8 +147,6 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     store: _Json = UNSET
     structured_outputs: _Json = UNSET
     suffix: _Json = UNSET
-    tool_choice: _Json = UNSET
-    tools: _Json = UNSET
     truncate_prompt_tokens: _Json = UNSET
     use_beam_search: _Json = UNSET
     verbosity: _Json = UNSET
@@ -166,12 +163,6 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-_SUPPORTED = {*SharedFields.__struct_fields__, "stream_options", "prompt_logprobs"}
-_UNSUPPORTED = tuple(name for name in _Request.__struct_fields__ if name not in _SUPPORTED)
-_unsupported_values = attrgetter(*_UNSUPPORTED)
-_ALL_ABSENT = (UNSET,) * len(_UNSUPPORTED)
-
-
 # A prompt's text, its token ids, or several of either.
 Prompts = str | tuple[str | TokenId | tuple[TokenId, ...], ...]
 
@@ -184,6 +175,12 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
     max_tokens: Annotated[int, Meta(ge=0, le=MAX_INT32)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    # Of chats; accepted with neutral values only.
+    chat_template_kwargs: _Json = UNSET
+    continue_final_message: _Json = UNSET
+    reasoning_effort: _Json = UNSET
+    tool_choice: _Json = UNSET
+    tools: _Json = UNSET
 
 
 class TextPart(
@@ -193,16 +190,19 @@ class TextPart(
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One turn. Fields of an assistant's answer besides text are accepted when empty."""
+    """One turn. Fields of an assistant's answer that are not supported are accepted when empty."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[tuple[TextPart, ...], Meta(max_length=MAX_PARTS)] | None = None
     name: _Name | None = None
     refusal: None = None
     annotations: Annotated[tuple[msgspec.Raw, ...], Meta(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[tuple[msgspec.Raw, ...], Meta(max_length=0)] | None = None
+    tool_calls: ToolCalls | None = None  # of an assistant
+    tool_call_id: _Name | None = None  # of a tool
+    reasoning: str | None = None  # of an assistant; vLLM's name
+    reasoning_content: str | None = None  # the same; DeepSeek's name
 
     @property
     def text(self) -> str:
@@ -210,6 +210,9 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.content is None or isinstance(self.content, str):
             return self.content or ""
         return "\n".join(part.text for part in self.content)
+
+
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class ChatRequest(_Request, frozen=True, kw_only=True):
@@ -221,10 +224,29 @@ class ChatRequest(_Request, frozen=True, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None
     echo: bool | None = None
+    tools: Annotated[tuple[Tool, ...], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    chat_template_kwargs: dict[_Name, Any] | None = None
+    continue_final_message: bool | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    include_reasoning: bool | None = None
 
 
 RequestT = TypeVar("RequestT", CompletionRequest, ChatRequest)
 
+
+class _Unsupported:
+    """The fields of a request that are accepted with neutral values only."""
+
+    def __init__(self, kind: type[_Request]) -> None:
+        self.names = tuple(
+            field.name for field in msgspec.structs.fields(kind) if field.default is UNSET
+        )
+        self.values = attrgetter(*self.names)
+        self.absent = (UNSET,) * len(self.names)
+
+
+_UNSUPPORTED = {kind: _Unsupported(kind) for kind in (CompletionRequest, ChatRequest)}
 _NO_SAMPLING = SamplingParams()
 _completion = msgspec.json.Decoder(CompletionRequest)
 _chat = msgspec.json.Decoder(ChatRequest)
@@ -245,6 +267,8 @@ def parse_chat(body: bytes) -> ChatRequest:
         raise NotUnderstood("'echo' is not supported here.", "echo")
     if request.top_logprobs and not request.logprobs:
         raise invalid("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
+    if not request.tools and request.tool_choice not in (None, "none", "auto"):
+        raise invalid("'tool_choice' needs 'tools'.", "tool_choice")
     if None not in (request.max_tokens, request.max_completion_tokens) and (
         request.max_tokens != request.max_completion_tokens
     ):
@@ -326,9 +350,10 @@ def not_understood(error: msgspec.ValidationError) -> NotUnderstood:
 
 
 def _check_common(request: CompletionRequest | ChatRequest) -> None:
-    values = _unsupported_values(request)
-    if values != _ALL_ABSENT:
-        for name, value in zip(_UNSUPPORTED, values, strict=True):
+    unsupporting = _UNSUPPORTED[type(request)]
+    values = unsupporting.values(request)
+    if values != unsupporting.absent:
+        for name, value in zip(unsupporting.names, values, strict=True):
             if value is not UNSET and not _is_neutral(name, value):
                 raise unsupported(name)
     check_best_of(request)

@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from memserve.api.generate import FinishReason
 from memserve.api.handoff import PoolPeer
-from memserve.api.histogram import Histogram
+from memserve.api.histogram import Histogram, TokenHistogram
 from memserve.api.kv_events import BlockTokens, KVEventsInfo
 from memserve.api.limits import DEFAULT_MAX_WAITING
 from memserve.errors import ConfigError
@@ -134,11 +135,39 @@ class PoolTotals(msgspec.Struct, frozen=True):
     evictions: Count = 0  # cached blocks dropped
     swapped_out: Count = 0  # blocks, HBM to DRAM
     swapped_in: Count = 0
+    quarantined: Count = 0  # blocks that a lost peer may still write to, and nobody may have
+
+
+class EndedTotals(msgspec.Struct):
+    """Sequences that have ended since start: by reason, and the lengths of those that finished."""
+
+    stop: Count = 0
+    length: Count = 0
+    abort: Count = 0  # given up by the client or the gateway, or by an instance that ended
+    error: Count = 0
+    prompt_tokens: TokenHistogram = msgspec.field(default_factory=TokenHistogram)
+    generated_tokens: TokenHistogram = msgspec.field(default_factory=TokenHistogram)
+
+    def finish(self, reason: FinishReason | None, prompt: int, generated: int) -> None:
+        """Count a sequence that finished; `prompt`, `generated`: tokens."""
+        if reason is FinishReason.LENGTH:
+            self.length += 1
+        else:
+            self.stop += 1
+        self.prompt_tokens.observe(prompt)
+        self.generated_tokens.observe(generated)
+
+    def fail(self, reason: FinishReason) -> None:
+        """Count a sequence without an end: CANCELLED or ERROR."""
+        if reason is FinishReason.CANCELLED:
+            self.abort += 1
+        else:
+            self.error += 1
 
 
 class Latencies(msgspec.Struct, frozen=True):
-    """Latencies of sequences at the instance, in seconds; `first_token` and `whole` from the
-    call's arrival."""
+    """Latencies of sequences at the instance, in seconds, and how they ended; `first_token` and
+    `whole` from the call's arrival."""
 
     first_token: Histogram = msgspec.field(default_factory=Histogram)
     inter_token: Histogram = msgspec.field(default_factory=Histogram)
@@ -150,6 +179,7 @@ class Latencies(msgspec.Struct, frozen=True):
     prefill: Histogram = msgspec.field(default_factory=Histogram)
     transfer: Histogram = msgspec.field(default_factory=Histogram)
     decode: Histogram = msgspec.field(default_factory=Histogram)
+    ended: EndedTotals = msgspec.field(default_factory=EndedTotals)
 
 
 class HandoffTotals(msgspec.Struct):

@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from memserve.bench.environment import capture_environment
-from memserve.bench.measure import measure_repeats
+from memserve.bench.measure import measure_repeats, require_answers, served_model
 from memserve.bench.pages import write_page
 from memserve.bench.plots import check_matplotlib
 from memserve.bench.report import append_lines, print_or_write, serving_table
@@ -79,7 +79,8 @@ def serve(
     config = with_flags(ServeBenchConfig(), given)
     if html is not None:
         check_matplotlib()
-    cluster, sessions, progress = _prepare(config, cluster_file, ClusterConfig(), given)
+    url = None if compare else config.url
+    cluster, sessions, progress = _prepare(config, cluster_file, ClusterConfig(), given, url)
     if compare:
         result = asyncio.run(compare_caching(config, cluster, sessions, progress))
     else:
@@ -94,6 +95,7 @@ def serve(
     else:
         columns = [(run.name, run.summary) for run in result.runs]
         print_or_write(json, config, result, serving_table(columns))
+    require_answers(result.runs)
 
 
 @app.command()
@@ -118,6 +120,7 @@ def caching(
     cluster = _with_engine(cluster, engine)
     result = asyncio.run(compare_steps(config, cluster, sessions, progress))
     print_or_write(json, config, result, caching_table(result))
+    require_answers(one.run for one in result.runs)
 
 
 @app.command()
@@ -144,6 +147,7 @@ def policies(
     cluster = _with_engine(cluster, engine)
     result = asyncio.run(compare_policies(config, cluster, names, sessions, progress))
     print_or_write(json, config, result, policies_table(result))
+    require_answers(one.run for one in result.runs)
 
 
 def _with_engine(cluster: ClusterConfig, engine: str) -> ClusterConfig:
@@ -158,16 +162,24 @@ def _with_engine(cluster: ClusterConfig, engine: str) -> ClusterConfig:
 
 
 def _prepare(
-    config: ServeBenchConfig, cluster_file: Path | None, default: ClusterConfig, given: Given
+    config: ServeBenchConfig,
+    cluster_file: Path | None,
+    default: ClusterConfig,
+    given: Given,
+    url: str | None = None,
 ) -> tuple[ClusterConfig, Work, Progress]:
-    """Return the cluster with its model resolved, the workload, and a progress printer."""
+    """Return the cluster with its model resolved, the workload, and a progress printer. `url`: of
+    the server that is measured, if it runs already."""
     cluster = load_config(cluster_file) if cluster_file else default
     wanted = with_flags(cluster.model, given)
     progress = progress_lines()
     model = resolve_model(wanted, progress)
     cluster = msgspec.structs.replace(cluster, model=pinned(wanted, model))
     check_config(cluster)
-    return cluster, load_sessions(config, model, progress), progress
+    vocabulary = None
+    if url is not None and config.workload in ("trace", "synthetic"):
+        vocabulary = asyncio.run(served_model(url)).vocab_size
+    return cluster, load_sessions(config, model, progress, vocabulary), progress
 
 
 class PoolBenchConfig(msgspec.Struct, frozen=True, kw_only=True):

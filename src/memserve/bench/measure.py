@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import aiohttp
 import msgspec
+from msgspec import Meta
 
 from memserve.api.serving import Shutdown
 from memserve.bench.loadgen import (
@@ -157,7 +158,7 @@ async def measure_server(
         elif done * _PROGRESS_LINES // total > (done - 1) * _PROGRESS_LINES // total:
             progress(f"{name}: {done} of {total} requests")
 
-    model = await served_model(url)
+    model = (await served_model(url)).id
     salt = None if config.repeats == 1 else uuid.uuid4().hex
     async with OpenAIClient(url, model, clock, salt) as client:
         if (error := await warm_up(client, config.warm_up)) is not None:
@@ -171,21 +172,32 @@ async def measure_server(
     return ServeRun(name, model, None, summary, load.records, repeat, seed, processes)
 
 
-class _Model(msgspec.Struct, frozen=True):
+def require_answers(runs: Iterable[ServeRun]) -> None:
+    """Raise BenchmarkError for a run in which no request was answered, with its first error."""
+    for run in runs:
+        errors = [record.error for record in run.requests]
+        if errors and None not in errors:
+            raise BenchmarkError(f"{run.name}: all {len(errors)} requests failed: {errors[0]}")
+
+
+class ServedModel(msgspec.Struct, frozen=True):
+    """A model as `/v1/models` lists it. `vocab_size`: None from servers that do not tell it."""
+
     id: str
+    vocab_size: Annotated[int, Meta(ge=2)] | None = None
 
 
 class _ModelList(msgspec.Struct, frozen=True):
-    data: tuple[_Model, ...]
+    data: tuple[ServedModel, ...]
 
 
-async def served_model(url: str) -> str:
-    """Return the name of a server's model. Raises BenchmarkError."""
+async def served_model(url: str) -> ServedModel:
+    """Return a server's first model. Raises BenchmarkError."""
     try:
         async with (
             aiohttp.ClientSession(timeout=ASK_TIMEOUT, headers=api_key_headers()) as session,
             session.get(f"{url.rstrip('/')}/v1/models") as answer,
         ):
-            return msgspec.json.decode(await answer.read(), type=_ModelList).data[0].id
+            return msgspec.json.decode(await answer.read(), type=_ModelList).data[0]
     except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError, IndexError) as error:
         raise BenchmarkError(f"{url} does not name its models: {error}") from error

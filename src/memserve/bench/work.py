@@ -13,13 +13,22 @@ from memserve.config import NonNegative, Positive, PositiveSeconds, doc
 from memserve.errors import ConfigError
 from memserve.models.resolve import ModelDirectory, Progress
 from memserve.models.tokenizer import Tokenizer
+from memserve.scheduler.architecture import read_architecture
 from memserve.workloads.session import Session, SessionLimits, TokenRequest
 from memserve.workloads.synthetic import SharedPrefixes, shared_prefix_requests
 from memserve.workloads.text import TextWorkload, required_data, text_sessions
-from memserve.workloads.trace import TraceScale, read_trace, token_requests
+from memserve.workloads.trace import (
+    TraceFormatName,
+    TraceScale,
+    read_trace,
+    token_requests,
+    trace_format,
+)
 
 Workload = Literal[TextWorkload, "trace", "synthetic"]
 Work = Sequence[Session | TokenRequest]
+# The same requests for all models with at least so many tokens.
+MOST_TOKEN_IDS = 32_000
 
 
 class ServeBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,9 +38,15 @@ class ServeBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
     data: Annotated[str | None, doc("its file or folder; default: the installed ShareGPT")] = None
     url: Annotated[str, doc("the server's root, without /v1")] = "http://127.0.0.1:8000"
     rate: Annotated[float, Meta(gt=0), doc("sessions that begin per second, mean")] = 0.1
+    trace_format: Annotated[TraceFormatName, doc("auto: by the fields of its first line")] = "auto"
     trace_block_tokens: Annotated[
-        int, Meta(ge=2), doc("of a trace: tokens for each of its blocks of 512")
-    ] = 512
+        Annotated[int, Meta(ge=2)] | None,
+        doc("of a trace: tokens for each of its blocks; default: as many as in the trace"),
+    ] = None
+    vocabulary: Annotated[
+        Annotated[int, Meta(ge=2)] | None,
+        doc("of a trace, or synthetic: token ids are below it; default: the server's, 32,000"),
+    ] = None
     sessions: Annotated[Positive, doc("how many")] = 10
     seed: Annotated[NonNegative, doc("of the choice of sessions and of their arrival")] = 0
     min_turns: Annotated[Positive, doc("of a session")] = 2
@@ -64,17 +79,23 @@ class ServeBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def load_sessions(config: ServeBenchConfig, model: ModelDirectory, progress: Progress) -> Work:
-    """Return the workload. The model's tokenizer counts the tokens of texts. Raises
-    ConfigError."""
+def load_sessions(
+    config: ServeBenchConfig,
+    model: ModelDirectory,
+    progress: Progress,
+    served_vocabulary: int | None = None,
+) -> Work:
+    """Return the workload. The model's tokenizer counts the tokens of texts.
+
+    Prompts of token ids have ids of the vocabulary of `config`, else of `served_vocabulary`, else
+    of `model`, and of no more than MOST_TOKEN_IDS unless `config` says so. Raises ConfigError.
+    """
     progress(f"choosing {config.sessions} sessions")
-    if config.workload == "synthetic":
-        shape = SharedPrefixes(
-            requests=config.sessions, rate=config.rate, output_tokens=config.max_output_tokens
+    if config.workload == "synthetic" or config.workload == "trace":
+        vocabulary = config.vocabulary or min(
+            MOST_TOKEN_IDS, served_vocabulary or _vocabulary(model)
         )
-        return tuple(shared_prefix_requests(shape, config.seed))
-    if config.workload == "trace":
-        return _trace(config)
+        return (_synthetic if config.workload == "synthetic" else _trace)(config, vocabulary)
     tokenizer = Tokenizer.load(model.path)
 
     def count_tokens(text: str) -> int:
@@ -84,15 +105,33 @@ def load_sessions(config: ServeBenchConfig, model: ModelDirectory, progress: Pro
     return text_sessions(config.workload, config.data, *choose)
 
 
-def _trace(config: ServeBenchConfig) -> tuple[TokenRequest, ...]:
+def _vocabulary(model: ModelDirectory) -> int:
+    return read_architecture(model.path, model.name, "float32").vocab
+
+
+def _synthetic(config: ServeBenchConfig, vocabulary: int) -> tuple[TokenRequest, ...]:
+    shape = SharedPrefixes(
+        requests=config.sessions,
+        rate=config.rate,
+        output_tokens=config.max_output_tokens,
+        vocabulary=vocabulary,
+    )
+    return tuple(shared_prefix_requests(shape, config.seed))
+
+
+def _trace(config: ServeBenchConfig, vocabulary: int) -> tuple[TokenRequest, ...]:
     """Return the first `sessions` requests of a trace, scaled to a mean of `rate` per second."""
-    lines = list(read_trace(required_data(config.workload, config.data), config.sessions))
+    path = required_data(config.workload, config.data)
+    form = trace_format(path, config.trace_format)
+    lines = list(read_trace(path, config.sessions, form))
     if not lines:
         raise ConfigError(f"{config.data}: no requests in it")
     taken = max(lines[-1].timestamp, 1) / 1000  # seconds
     scale = TraceScale(
-        block_tokens=config.trace_block_tokens,
+        block_tokens=config.trace_block_tokens or form.block_tokens,
         time=len(lines) / config.rate / taken,
         max_output_tokens=config.max_output_tokens,
+        vocabulary=vocabulary,
+        trace_block_tokens=form.block_tokens,
     )
-    return tuple(token_requests(iter(lines), scale))
+    return tuple(token_requests(lines, scale))

@@ -16,6 +16,7 @@ from memserve.api.signatures import Signer
 from memserve.api.status import InstanceState, InstanceStats, JoinRequest, MediumTotals, MemberKind
 from memserve.cluster.membership import DegradedPair
 from memserve.errors import ClusterError, ConfigError
+from memserve.scheduler.decision_view import DecisionView
 from memserve.secrets import Secret, secret_of
 from memserve.types import Epoch, InstanceId, Role
 
@@ -61,6 +62,7 @@ class ClusterSummary(msgspec.Struct, frozen=True):
 _member = msgspec.json.Decoder(MemberSummary)
 _stats = msgspec.json.Decoder(InstanceStats)
 _cluster = msgspec.json.Decoder(ClusterSummary)
+_decisions = msgspec.json.Decoder(list[DecisionView])
 T = TypeVar("T")
 
 
@@ -99,6 +101,10 @@ class ClusterClient:
     async def read(self, path: str, decode: Callable[[bytes], T]) -> T:
         """Return the decoded answer to a GET of one of an operator's paths."""
         return await self._ask("GET", path, decode)
+
+    async def decisions(self, n: int) -> list[DecisionView]:
+        """Return the scheduler's last `n` decisions, newest first."""
+        return await self._ask("GET", f"{DECISIONS_PATH}?n={n}", _decisions.decode)
 
     async def member(self, instance: str) -> MemberSummary:
         """Return the member with an id. Raises ClusterError with the known ids."""

@@ -18,6 +18,7 @@ from memserve.cluster.child import Child, end_children
 from memserve.cluster.client import ClusterClient
 from memserve.cluster.port import ReservedPort
 from memserve.cluster.restarts import RestartLimits, Restarts
+from memserve.cluster.running import announce_cluster
 from memserve.cluster.supervised import Supervised
 from memserve.config import ClusterConfig, InstanceConfig, available_cores
 from memserve.errors import ClusterError
@@ -66,7 +67,7 @@ class LocalCluster:
         # A secret of its own, so that neither other users of this machine nor this user's other
         # clusters can use it.
         self._secret = new_secret() if given.local else given
-        self._secret_file: Path | None = None
+        self._files: list[Path] = []  # with secret and address, for this user's commands
         self._port: ReservedPort | None = None
         self._gateway: Supervised | None = None
         self._instances: list[Supervised] = []
@@ -83,20 +84,22 @@ class LocalCluster:
             self._config.gateway.port,
             tls=self._config.security.tls_cert is not None,
         )
-        self._secret_file = keep_secret(self._secret, self._port.number)
+        self._files.append(keep_secret(self._secret, self._port.number))
         for name, arguments in instance_commands(self._config):
             one = self._supervised(name, [*arguments, "--join", self._port.url])
             self._instances.append(one)
             await one.start()
         gateway = msgspec.structs.replace(self._config.gateway, port=self._port.number)
         command = ["gateway", *to_flags(self._config.model), *to_flags(gateway)]
-        command += to_flags(self._config.security)
+        command += [*to_flags(self._config.security), *to_flags(self._config.log)]
         keys = {KEYS_VARIABLE: hashed(self._config.gateway.api_keys)}
         self._gateway = self._supervised("gateway", command, self._some_instance_lives, keys)
         await self._gateway.start()
         count = f"{len(self._instances)} instance{'s' if len(self._instances) > 1 else ''}"
         self._progress(f"loading {self._config.model.path} into {count}")
         self.url = await self.or_failure(self._gateway.child.address())
+        host = self._config.gateway.host
+        self._files.append(announce_cluster(self._port.url, host, self._port.number))
         try:
             await self.or_failure(self._some_ready())
         except ClusterError as failure:
@@ -191,7 +194,7 @@ class LocalCluster:
 
     async def stop(self) -> None:
         """End the gateway, which finishes running requests, then the instances. Free the port, the
-        secret's file, and shared memory of killed processes."""
+        files of secret and address, and shared memory of killed processes."""
         patience = CLOSE_SECONDS + (self._config.gateway.drain_seconds if self._serving else 0)
         gateway = [self._gateway] if self._gateway is not None else []
         for group in (gateway, self._instances):
@@ -199,8 +202,8 @@ class LocalCluster:
             await end_children(children, self._shutdown, patience, KILL_SECONDS)
         if self._port is not None:
             self._port.close()
-        if self._secret_file is not None:
-            self._secret_file.unlink(missing_ok=True)
+        for file in self._files:
+            file.unlink(missing_ok=True)
         sweep()  # a killed instance leaves its shared memory behind
 
     def _supervised(
@@ -314,6 +317,7 @@ def instance_commands(config: ClusterConfig) -> Iterator[tuple[str, list[str]]]:
                 name,
                 *to_flags(config.model),
                 *to_flags(config.cache),
+                *to_flags(config.log),
                 *to_flags(_own_settings(table, len(settings))),
                 # Loopback traffic needs no TLS.
                 *([] if is_loopback(table.host) else to_flags(config.security)),

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | client | `Authorization: Bearer KEY`, if there are keys | `/v1/*`, and vLLM's other paths |
 | scraper | none (`metrics_secret`: as an operator) | `/metrics` |
-| probe, reader | none | `/health`, `/version`, `/docs`, `/openapi.json` |
+| probe, reader | none | `/`, `/health`, `/version`, `/docs`, `/openapi.json` |
 | operator | the cluster's secret: signed, or as Bearer by TLS or from this machine | `/cluster*` |
 | member | the cluster's secret, signed | `/cluster/members` |
 
@@ -42,7 +42,7 @@ _MORE_CLIENTS = frozenset(path.value for path in WHOLE_PATHS if not path.startsw
 METRICS_PATH = "/metrics"
 _OPERATORS = "/cluster"
 # Open paths tell nothing of clients, and of the cluster only its state and degraded pairs.
-_OPEN = frozenset({"/health", "/version", "/openapi.json", "/docs"})
+_OPEN = frozenset({"/", "/health", "/version", "/openapi.json", "/docs"})
 _MAX_AGE = b"600"  # seconds that a browser may cache a preflight's answer
 _ANY = "*"
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 import memserve
@@ -25,6 +24,7 @@ from memserve.api.errors import (
     model_not_found,
     path_not_found,
 )
+from memserve.api.metric import CONTENT_TYPE
 from memserve.api.openai import ChatRequest, CompletionRequest
 from memserve.api.peer_client import PeerClient
 from memserve.cluster.client import DECISIONS_PATH, FEEDS_PATH
@@ -33,6 +33,7 @@ from memserve.cluster.membership import DegradedPair, Membership
 from memserve.gateway.access import METRICS_PATH
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
+from memserve.gateway.pages import page_routes
 from memserve.gateway.siblings import Siblings
 from memserve.gateway.worker_metrics import merged
 from memserve.scheduler.decision_view import DecisionView
@@ -64,6 +65,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     id: str
     created: int
     max_model_len: int | None
+    vocab_size: int | None = None  # token ids of prompts are below it
     object: str = "model"
     owned_by: str = "memserve"
 
@@ -96,13 +98,15 @@ def admin_app(
     """Return the application of all endpoints that do not generate. With `siblings`, metrics and
     decisions are those of all workers; otherwise of this process alone."""
     known = troubles or Troubles()
-    app = FastAPI(title="memserve", version=memserve.__version__, redoc_url=None)
+    # FastAPI's own pages load their scripts from elsewhere.
+    app = FastAPI(title="memserve", version=memserve.__version__, docs_url=None, redoc_url=None)
     started = int(time.time())
 
     def card() -> ModelCard:
         limits = [member.limits for member in membership.ready() if member.limits is not None]
         longest = min((limit.max_tokens for limit in limits), default=None)
-        return ModelCard(model, started, longest)
+        ids = min((limit.vocab_size for limit in limits), default=None)
+        return ModelCard(model, started, longest, ids)
 
     @app.get("/v1/models")
     async def list_models() -> Response:
@@ -129,6 +133,7 @@ def admin_app(
     async def version() -> Response:
         return _json(Version(memserve.__version__))
 
+    app.include_router(page_routes())
     app.include_router(_observing_routes(metrics, decisions, siblings))
     app.include_router(cluster_routes(membership, peers, siblings, known.degraded))
 
@@ -151,14 +156,14 @@ def _observing_routes(
 
     @routes.get(METRICS_PATH)
     async def prometheus() -> Response:
-        own = metrics.own()
+        own = await metrics.own()
         if siblings is not None:
             own = merged({siblings.index: own, **await siblings.answers(OWN_METRICS_PATH)})
-        return Response(own + metrics.instances(), media_type=CONTENT_TYPE_LATEST)
+        return Response(own + await metrics.instances(), media_type=CONTENT_TYPE)
 
     @routes.get(OWN_METRICS_PATH, include_in_schema=False)
     async def own_metrics() -> Response:
-        return Response(metrics.own(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await metrics.own(), media_type=CONTENT_TYPE)
 
     @routes.get(DECISIONS_PATH)
     async def last_decisions(

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
 import msgspec
-from prometheus_client.registry import Collector
 
 from memserve.api.asgi import Interruption, asgi_handler
 from memserve.api.errors import ApiError, method_not_allowed
@@ -17,6 +16,7 @@ from memserve.api.generate import GenerateCall
 from memserve.api.guard import Guard
 from memserve.api.http_message import Header, Reply, Request
 from memserve.api.http_server import Handler
+from memserve.api.metric import MetricSource
 from memserve.api.openai import NotUnderstood
 from memserve.api.peer_client import PeerClient
 from memserve.api.status import Limits, MemberKind
@@ -37,13 +37,13 @@ from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.refusals import draining, no_instance
 from memserve.gateway.relay import Answer, Relay
+from memserve.gateway.request_line import CLIENT_LEFT, MAX_REQUEST_ID, RequestLine, read_reason
 from memserve.gateway.siblings import Siblings
 from memserve.scheduler.admission import NOBODY, Tenant, tenant_id
 from memserve.types import Epoch
 
 log = logging.getLogger(__name__)
 
-MAX_REQUEST_ID = 256  # bytes of X-Request-Id that are echoed
 HUNG_UP = 499  # status, in log and metrics, of a request whose client has left
 FAILED = 500  # statuses from here on are logged as warnings
 # A gateway that starts knows only the configured instances. Other instances register again every
@@ -66,7 +66,7 @@ class GatewayApp:
         clock: Clock,
         queue: AdmissionQueue,
         decisions: Decisions,
-        collectors: Iterable[Collector],
+        counted: Iterable[MetricSource],
         instance_wait: float,
         access: Access,
         peers: PeerClient,
@@ -75,7 +75,8 @@ class GatewayApp:
         siblings: Siblings | None = None,
         troubles: Troubles | None = None,
     ) -> None:
-        """`instance_wait`: seconds after the start for which requests wait for an instance."""
+        """`counted`: whose metrics `/metrics` has beside its own. `instance_wait`: seconds after
+        the start for which requests wait for an instance."""
         self._draining = False
         self._began = clock.now()
         self._instance_wait = instance_wait
@@ -85,9 +86,9 @@ class GatewayApp:
         self._clock = clock
         self._access_log = access_log
         self._access = access
-        self._metrics = GatewayMetrics(membership)
-        for collector in collectors:
-            self._metrics.register(collector)
+        self._metrics = GatewayMetrics(membership, calls.model)
+        for source in counted:
+            self._metrics.register(source)
         self._forwards = forwards
         self._generating: dict[str, _Build] = {
             CHAT_PATH: self._or_forward(calls.chat, ForwardPath.CHAT),
@@ -283,33 +284,9 @@ class GatewayApp:
         bad = status >= FAILED or answer.broken or answer.failovers
         level = logging.WARNING if bad else logging.INFO
         if (bad or self._access_log) and log.isEnabledFor(level):
-            log.log(level, _line(request, request_id, call, answer, status, first, took))
-
-
-def _line(
-    request: Request,
-    request_id: bytes | None,
-    call: GenerateCall | None,
-    answer: Answer,
-    status: int,
-    first: float | None,
-    took: float,
-) -> str:
-    """Return the log line of a request: its outcome, times in seconds, and plan."""
-    plan = answer.plan
-    return (
-        f"{request.path}"
-        f" request={'-' if request_id is None else ascii(request_id[:MAX_REQUEST_ID])[2:-1]}"
-        f"{'' if answer.key is None else f' key={answer.key}'}"
-        f" call={'-' if call is None else call.id}"
-        f" instance={'-' if plan is None else plan.member.id}"
-        f"{'' if call is None or call.forward is None else ' forwarded'}"
-        f" status={status}{' broken' if answer.broken else ''}"
-        f" prompt_tokens={'-' if call is None else sum(map(len, call.prompts))}"
-        f" first={'-' if first is None else f'{first:.4f}'} total={took:.4f}"
-        f"{''.join(f' pause={pause:.3f}' for pause in answer.pauses)}"
-        f"{'' if plan is None else f' plan={plan.explain()}'}"
-    )
+            reason = read_reason(reply.refusal) if status != HUNG_UP else CLIENT_LEFT
+            line = RequestLine(request, request_id, call, answer, status, first, took, reason)
+            log.log(level, line)
 
 
 def _tenant(request: Request, call: GenerateCall, client: Client) -> Tenant:

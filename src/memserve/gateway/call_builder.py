@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -22,7 +22,7 @@ from memserve.api.limits import (
 from memserve.api.openai import (
     ChatRequest,
     CompletionRequest,
-    Message,
+    NotUnderstood,
     chat_logprobs,
     parse_chat,
     parse_completion,
@@ -32,8 +32,11 @@ from memserve.api.status import Limits
 from memserve.errors import RequestError
 from memserve.gateway.body_scan import check_body
 from memserve.gateway.body_threads import BodyThreads
+from memserve.gateway.chat_plan import ChatPlan, is_extended, is_plain, plan_chat
 from memserve.gateway.compiled import prepare
+from memserve.gateway.model_formats import ModelFormats
 from memserve.gateway.prompts import Prompt, read_prompts
+from memserve.models.chat_template import DEFAULT_CHAT_STOPS, DEFAULT_CHAT_TOKENS
 from memserve.models.tokenizer import Tokenizer
 from memserve.tokens import from_ids
 from memserve.types import TokenArray
@@ -46,8 +49,19 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 class CallBuilder:
     """Builds calls for one model. A cancelled build is dropped if it still waits for a thread."""
 
-    def __init__(self, tokenizer: Tokenizer, model: str, threads: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        model: str,
+        threads: int,
+        formats: ModelFormats = ModelFormats(),  # noqa: B008 (immutable)
+        forwards: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`forwards`: whether the cluster has nothing but vLLM servers, which are told of tools by
+        the client's own request."""
         prepare()
+        self._forwards = forwards
+        self._formats = formats
         self.model = model
         self._tokenizer = tokenizer
         self._longest_token = tokenizer.longest_token()
@@ -71,6 +85,8 @@ class CallBuilder:
             )
         request = self._parse_chat(body, limits)
         characters = sum(len(message.text) for message in request.messages)
+        if len(body) > INLINE_CHARACTERS and not is_plain(request):
+            characters = len(body)  # tools and their calls are text, too
         if characters <= INLINE_CHARACTERS:
             return self._chat(request, limits)
         return await self.threads.off_loop(characters, lambda: self._chat(request, limits))
@@ -98,6 +114,8 @@ class CallBuilder:
             check_body(body)
         request = parse_chat(body)
         self.check_model(request.model)
+        if self._forwards() and is_extended(request):
+            raise NotUnderstood("Only the built-in engine takes this request.")
         check_sequences(1, request.samples, limits)
         return request
 
@@ -113,10 +131,14 @@ class CallBuilder:
         return request, prompts
 
     def _chat(self, request: ChatRequest, limits: Limits) -> GenerateCall:
-        prompt = self._render(request, limits)
+        plan = plan_chat(request, self._formats)
+        text = self._render(plan, limits)
+        prompt = self.token_ids(text, request.add_special_tokens is not False)
         asked = request.max_completion_tokens or request.max_tokens
         room = _room(len(prompt), asked, limits, "messages")
-        return self._call(
+        if not self._tokenizer.has_chat_template and not asked:
+            room = min(room, DEFAULT_CHAT_TOKENS)
+        call = self._call(
             request,
             limits,
             kind=CallKind.CHAT,
@@ -124,6 +146,13 @@ class CallBuilder:
             max_tokens=asked or room,
             logprobs=chat_logprobs(request),
         )
+        # Who ignores the end of an answer wants its length, as a benchmark does.
+        wanted = request.stop is not None or request.ignore_eos
+        if not (self._tokenizer.has_chat_template or wanted):
+            call = msgspec.structs.replace(call, stop=DEFAULT_CHAT_STOPS)
+        if plan.answer is None and not plan.extended:
+            return call
+        return plan.applied(call, text)
 
     def _completion(
         self, request: CompletionRequest, given: tuple[Prompt, ...], limits: Limits
@@ -217,16 +246,19 @@ class CallBuilder:
                 "context_length_exceeded",
             )
 
-    def _render(self, request: ChatRequest, limits: Limits) -> TokenArray:
+    def _render(self, plan: ChatPlan, limits: Limits) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
-                [_template_message(message) for message in request.messages],
-                add_generation_prompt=request.add_generation_prompt is not False,
+                plan.messages,
+                add_generation_prompt=plan.opens_answer,
+                tools=plan.tools,
+                variables=plan.variables,
             )
         except RequestError as error:
             raise invalid(str(error), error.param) from error
+        text = plan.completed(text)
         self.check_length(text, limits, "messages")
-        return self.token_ids(text, request.add_special_tokens is not False)
+        return text
 
     def token_ids(self, prompt: Prompt, special: bool) -> TokenArray:
         """Return a prompt's token ids, [tokens] int32; `special`: tokenise a text with the
@@ -245,15 +277,6 @@ def with_session(call: GenerateCall, session: bytes) -> GenerateCall:
             "X-Session-Id",
         )
     return msgspec.structs.replace(call, session=session.decode("latin-1"))
-
-
-def _template_message(message: Message) -> dict[str, str]:
-    # OpenAI's role "developer" is "system" in chat templates.
-    role = "system" if message.role == "developer" else message.role
-    rendered = {"role": role, "content": message.text}
-    if message.name is not None:
-        rendered["name"] = message.name
-    return rendered
 
 
 def check_sequences(prompts: int, samples: int, limits: Limits) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from memserve.api.forward import ForwardPath
 
 Message = dict[str, Any]
+# Template variables that would replace the template, or change its output's form.
+TEMPLATE_STEERING: Final = ("chat_template", "tokenize", "return_dict")
 _TEXTS = ("text", "input_text", "output_text")
 
 
@@ -105,11 +107,18 @@ def _called(call: Mapping[str, Any]) -> dict[str, Any]:
         arguments := function.get("arguments"), str
     ):
         return dict(call)
+    return {**call, "function": {**function, "arguments": decoded_arguments(arguments)}}
+
+
+def decoded_arguments(arguments: str) -> object:
+    """Return a call's arguments as templates want them: decoded, or as they are if they are not
+    valid JSON, which a model may have written; {} for no text."""
+    if not arguments.strip():
+        return {}
     try:
-        decoded = msgspec.json.decode(arguments)
+        return msgspec.json.decode(arguments)
     except (msgspec.DecodeError, RecursionError):
-        return dict(call)
-    return {**call, "function": {**function, "arguments": decoded}}
+        return arguments
 
 
 def _tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -35,6 +35,7 @@ from memserve.api.openai import (
     unsupported,
 )
 from memserve.gateway.body_scan import check_body
+from memserve.gateway.conversation import TEMPLATE_STEERING
 from memserve.gateway.prompts import Prompt, read_prompts
 from memserve.gateway.token_parser import plain_token_ids
 
@@ -58,8 +59,6 @@ _NO_CONTENT = frozenset(
         "tools",
     }
 )
-# Template variables that would replace the template, or change its output's form.
-_TEMPLATE_STEERING = ("chat_template", "tokenize", "return_dict")
 
 
 class Asked(SharedFields, frozen=True, kw_only=True):
@@ -162,7 +161,7 @@ def _check_template(fields: dict[str, Any]) -> None:
         return
     if not isinstance(variables, dict):
         raise invalid("'chat_template_kwargs' is an object.", "chat_template_kwargs")
-    for name in _TEMPLATE_STEERING:
+    for name in TEMPLATE_STEERING:
         if name in variables:
             raise unsupported(f"chat_template_kwargs.{name}")
 

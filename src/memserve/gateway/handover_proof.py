@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from memserve.api import msgpack
 from memserve.api.generate import (
@@ -35,6 +33,7 @@ from memserve.api.generate import (
 )
 from memserve.api.handoff import MEET_PATH, MeetCall, MeetResult
 from memserve.api.limits import MAX_INT32
+from memserve.api.metric import Label, MetricSpec, Page, counter, gauge
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.request_stats import RequestStats
 from memserve.api.status import InstanceState, Limits, MemberKind
@@ -65,6 +64,19 @@ BLOCKS = 3  # of a proof's prompt
 TOKENS = 2  # of its answer: for a single token, the decode instance would need no KV
 NOTHING_MOVED = "no KV arrived where it is decoded"
 NO_ANSWER = "the decode instance did not answer"
+
+_DEGRADED = gauge(
+    "memserve_scheduler_degraded_pairs",
+    "pairs",
+    "Pairs of a prefill and a decode instance between which the last test hand-over moved no KV: "
+    "prompts are computed where they are decoded. `GET /health` names the pairs.",
+)
+_PROOFS = counter(
+    "memserve_scheduler_handover_proofs_total",
+    "hand-overs",
+    "Test hand-overs that the gateway has made, by whether KV arrived.",
+    Label("what", ("worked", "failed")),
+)
 
 _meetings = msgspec.msgpack.Decoder(MeetResult)
 
@@ -144,9 +156,11 @@ class _PairState:
     degraded: DegradedPair | None = None
 
 
-class HandoverProof(Collector):
+class HandoverProof:
     """Proves pairs one after the other, while `run` runs. Belongs to the event loop. Its calls go
     to instances directly, and are not in the gateway's queue, turns or request metrics."""
+
+    metrics: tuple[MetricSpec, ...] = (_DEGRADED, _PROOFS)
 
     def __init__(
         self, membership: Membership, peers: PeerClient, clock: Clock, model: str, vitals: Vitals
@@ -185,19 +199,10 @@ class HandoverProof(Collector):
         """Return the pairs that work, or whose limits are too small for a hand-over."""
         return [pair for pair, state in self._pairs.items() if state.proven]
 
-    def collect(self) -> Iterable[Metric]:
-        """Yield the metrics. Called by Prometheus."""
-        yield GaugeMetricFamily(
-            "memserve_scheduler_degraded_pairs",
-            "Prefill and decode instances between which no KV moves.",
-            len(self.degraded()),
-        )
-        proofs = CounterMetricFamily(
-            "memserve_scheduler_handover_proofs", "Hand-overs made to see it move.", labels=["what"]
-        )
-        proofs.add_metric(["worked"], self.worked)
-        proofs.add_metric(["failed"], self.failed)
-        yield proofs
+    async def report(self, page: Page) -> None:
+        page.add(_DEGRADED, len(self.degraded()))
+        page.add(_PROOFS, self.worked, "worked")
+        page.add(_PROOFS, self.failed, "failed")
 
     def follow(self) -> None:
         """Update the pairs from the members: add new lives to prove, drop lives that have ended."""

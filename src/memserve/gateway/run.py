@@ -26,6 +26,7 @@ from memserve.api.serving import (
     url_of,
 )
 from memserve.api.signatures import Signer
+from memserve.api.status import MemberKind
 from memserve.api.tls import client_tls, server_tls
 from memserve.clock import MonotonicClock
 from memserve.cluster.changes import Change, MemberChange
@@ -41,6 +42,7 @@ from memserve.gateway.edge_metrics import EdgeMetrics
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.global_router import GlobalRouter
 from memserve.gateway.handover_proof import HandoverProof
+from memserve.gateway.model_formats import formats_of
 from memserve.gateway.relay import Relay
 from memserve.gateway.siblings import MEET_SECONDS, Siblings
 from memserve.gateway.upstream import Upstream
@@ -196,7 +198,8 @@ class Gateway:
         )
         self._relay = Relay(self._upstream, self.membership, self._router, clock, wait)
         model = config.model.served_name or config.model.path
-        self._calls = CallBuilder(tokenizer, model, available_cores())
+        formats = formats_of(config.model, tokenizer)
+        self._calls = CallBuilder(tokenizer, model, available_cores(), formats, self._only_servers)
         self._proof = HandoverProof(self.membership, self._peers, clock, model, self.vitals)
         self._proving: asyncio.Task[None] | None = None
         self._router.queue.grant(self._access.grants())
@@ -310,6 +313,10 @@ class Gateway:
     def reload_on_signal(self) -> None:
         """Reload the API keys on SIGHUP from now on. Only in a process's main thread."""
         on_reload(self._reload_keys)
+
+    def _only_servers(self) -> bool:
+        has = self.membership.has
+        return has(MemberKind.VLLM) and not has(MemberKind.MEMSERVE)
 
     def _lost(self, member: Member) -> None:
         self._relay.instance_lost(member)

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
-from prometheus_client.core import CollectorRegistry, Metric
-from prometheus_client.exposition import generate_latest
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
+from collections.abc import Mapping
 
 WORKER = "worker"
+_FAMILY = b"# HELP "
 
 
-class _Merged(Collector):
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
+def merged(pages: Mapping[int, bytes]) -> bytes:
+    """Merge pages that `memserve.api.metric` has written, by worker index, into one text: each
+    metric's series stand together, or Prometheus would refuse all of it."""
+    families: dict[bytes, list[bytes]] = {}
+    for index, page in pages.items():
+        label = b'%b="%d"' % (WORKER.encode(), index)
+        lines: list[bytes] = []
+        for line in page.split(b"\n"):
+            if line.startswith(_FAMILY):
+                lines = families.setdefault(line, [])
+            elif line.startswith(b"#"):
+                if line not in lines:
+                    lines.append(line)
+            elif line:
+                lines.append(_with(label, line))
+    return b"".join(b"%b\n" % line for head, lines in families.items() for line in (head, *lines))
 
-    def collect(self) -> Iterable[Metric]:
-        """Return the metrics. Called by Prometheus."""
-        return self._families
 
-
-def merged(texts: Mapping[int, bytes]) -> bytes:
-    """Merge metrics in Prometheus' text format, by worker index, into one text."""
-    families: dict[str, Metric] = {}
-    for index, text in texts.items():
-        for family in text_string_to_metric_families(text.decode()):
-            known = families.get(family.name)
-            if known is None:
-                known = Metric(family.name, family.documentation, family.type)
-                families[family.name] = known
-            for sample in family.samples:
-                labels = {**sample.labels, WORKER: str(index)}
-                known.add_sample(sample.name, labels, sample.value)
-    registry = CollectorRegistry()
-    registry.register(_Merged(families.values()))
-    return generate_latest(registry)
+def _with(label: bytes, line: bytes) -> bytes:
+    """Return a series' line with one label more, behind its own."""
+    name, _, value = line.rpartition(b" ")
+    if name.endswith(b"}"):
+        return b"%b,%b} %b" % (name[:-1], label, value)
+    return b"%b{%b} %b" % (name, label, value)

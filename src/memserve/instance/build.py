@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,24 +12,26 @@ import msgspec
 import torch
 
 from memserve.api.handoff import PoolPeer
-from memserve.api.status import PoolTotals
 from memserve.config import (
     KEEPING_ROLES,
     ClusterConfig,
+    Dtype,
     InstanceConfig,
     ModelConfig,
     available_cores,
-    parse_bytes,
+    memory_bytes,
 )
 from memserve.engine.batch import BatchLimits
 from memserve.engine.dtype import choose_dtype
 from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import count_weights, load_model
 from memserve.engine.team import use_one_thread, with_team
-from memserve.errors import ConfigError
+from memserve.errors import ConfigError, ModelError
+from memserve.host_memory import host_memory, shown_bytes
 from memserve.hosts import bracketed, reachable_endpoint
 from memserve.instance.instance import Identity, Parts
 from memserve.instance.kv_events import KVEventPublisher
+from memserve.instance.memory_plan import Machine, model_memory, planned, shared_memory
 from memserve.instance.profiling import ProfiledEngine, instance_profile
 from memserve.models.resolve import resolve_model
 from memserve.models.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ from memserve.pool.eviction import CostAware, Eviction
 from memserve.pool.layout import KVLayout
 from memserve.scheduler.cost_model import recompute_cost
 from memserve.scheduler.profiles import Profile, ProfileStore
-from memserve.transfer.kv_link import PoolLink
+from memserve.transfer.kv_link import PoolLink, totals_of
 from memserve.transfer.mempool import MemPool
 from memserve.transfer.secret import cluster_keys
 
@@ -57,6 +58,7 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
     device = choose_device(config.model.device)
     directory = resolve_model(config.model, log.info)
     dtype = wanted_dtype(config.model, directory.path, device, threads)
+    settings = _with_room(config, settings, directory.path, dtype, device)
     log.info("loading %s as %s on %s", directory.name, dtype, device)
     model = with_team(threads, lambda: load_model(directory.path, dtype, device))
     tokenizer = Tokenizer.load(directory.path)
@@ -87,14 +89,11 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
         stack.callback(events.close)
         close = stack.pop_all().close
 
-    def pool_totals() -> PoolTotals:
-        return msgspec.convert(pool.stats(), PoolTotals, from_attributes=True)
-
     sharing = KEEPING_ROLES[config.cache.caching]
     return Parts(
         engine,
         tokenizer,
-        pool_totals,
+        lambda: totals_of(pool),
         close,
         sharing,
         link,
@@ -116,14 +115,18 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"model.device = '{name}': 'cpu', 'cuda' or 'cuda:N'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"model.device = '{name}': {torch.cuda.device_count()} CUDA devices here")
+        count = torch.cuda.device_count()
+        works = f"cuda:{count - 1}" if count else "cpu"
+        raise ConfigError(
+            f"model.device = '{name}': PyTorch finds {count} CUDA devices; '{works}' works"
+        )
     return device
 
 
 def wanted_dtype(
     wanted: ModelConfig, directory: Path, device: torch.device, threads: int
 ) -> torch.dtype:
-    """Return the configured dtype; for `auto` the fastest one for this model on this device."""
+    """Return the configured dtype; for `auto`, the one that suits this model and device."""
     if wanted.dtype != "auto":
         dtype: torch.dtype = vars(torch)[wanted.dtype]
         return dtype
@@ -163,34 +166,49 @@ def _make_pool(
     )
 
 
+def _with_room(
+    config: ClusterConfig,
+    settings: InstanceConfig,
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> InstanceConfig:
+    """Return the settings with shares of host memory in bytes. Raises ConfigError if weights and KV
+    need more memory than is free: the kernel would end some process later."""
+    name = str(dtype).removeprefix("torch.")
+    try:
+        model = model_memory(directory, msgspec.convert(name, Dtype))
+    except ModelError:  # of an architecture that is not read: loading it tells more
+        return settings
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    machine = Machine(host_memory(), shared_memory(), free)
+    alone = msgspec.structs.replace(config, instance=(msgspec.structs.replace(settings, count=1),))
+    return planned(alone, model, machine, process=0).instance[0]
+
+
 def block_counts(
     settings: InstanceConfig, block_bytes: int, device: torch.device
 ) -> tuple[int, int]:
-    """Return the numbers of HBM and DRAM blocks. The settings give them as blocks, as bytes, or,
-    for HBM, as a percentage of a GPU's free memory. Raises ConfigError."""
+    """Return the numbers of HBM and DRAM blocks. The settings give them as blocks, as bytes, or as
+    a percentage of the memory that is free: of the device for HBM, of this machine for DRAM and
+    on a CPU. Raises ConfigError."""
     hbm, dram = settings.hbm_blocks, settings.dram_blocks
     if settings.hbm is not None:
-        hbm = _hbm_bytes(settings.hbm, device) // block_bytes
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_free()
+        hbm = memory_bytes(settings.hbm, "instance.hbm", free) // block_bytes
         if hbm < 1:
-            raise ConfigError(f"instance.hbm = '{settings.hbm}': a block has {block_bytes} bytes")
+            raise ConfigError(
+                f"instance.hbm = '{settings.hbm}': a block has {block_bytes} bytes; "
+                f"'{shown_bytes(1024 * block_bytes).replace(' ', '')}' has room for 1024"
+            )
     if settings.dram is not None:
-        dram = parse_bytes(settings.dram) // block_bytes
+        dram = memory_bytes(settings.dram, "instance.dram", _host_free()) // block_bytes
     return hbm, dram
 
 
-def _hbm_bytes(size: str, device: torch.device) -> int:
-    if not size.endswith("%"):
-        return parse_bytes(size)
-    try:
-        share = float(size.removesuffix("%")) / 100
-    except ValueError:
-        share = math.nan
-    if not 0 < share < 1:
-        raise ConfigError(f"instance.hbm = '{size}': more than 0% and less than 100%")
-    if device.type != "cuda":
-        raise ConfigError(f"instance.hbm = '{size}' is of a GPU's memory; on a CPU say 8GiB")
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * share)
+def _host_free() -> int | None:
+    memory = host_memory()
+    return None if memory is None else memory.free
 
 
 def _pin(cpus: tuple[int, ...]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from memserve.api.answer.delta import Delta
+from memserve.api.answer.parser import AnswerParser, markers_of
 from memserve.api.chunks import Piece, ScoredToken, TokenScore
 from memserve.api.detokenizer import Detokenizer
 from memserve.api.errors import invalid
@@ -37,11 +39,18 @@ class Choice:
         self.started = False  # an output was added, or resumed
         self.finished = False
         self.tokens = 0  # generated so far, resumed ones included
+        self.prompt_tokens = len(prompt)
         self._call = call
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(self._decode, prompt)
         self._stops = stops
         self._lead = lead
+        self._parser: AnswerParser | None = None
+        self._skipped: frozenset[int] = frozenset()  # special tokens, where others are kept
+        if call.answer is not None:
+            self._parser = AnswerParser(call.answer)
+            if seen := tokenizer.special_among(markers_of(call.answer)):
+                self._skipped = tokenizer.special_ids - seen
+        self._detokenizer = Detokenizer(self._decode, prompt)
         self._prompt = prompt
         self._texts: dict[int, tuple[str, bytes]] = {}  # of tokens in scores
         # Characters so far, stop strings included: the text offset of the next token.
@@ -97,6 +106,7 @@ class Choice:
         logprobs: Sequence[TokenLogprobs],
     ) -> Piece:
         self.started = True
+        parser = self._parser
         text, self._lead = [self._lead], ""
         stop: str | None = None
         silent = stop_token is not None and not self._call.include_stop_str_in_output
@@ -108,9 +118,14 @@ class Choice:
                 break
             new, stop = self._search(self._detokenizer.push(token_id))
             text.append(new)
-            if stop is not None:
+            if parser is not None:
+                parser.push(new)
+                if parser.over:
+                    reason = FinishReason.STOP
+            if stop is not None or (parser is not None and parser.over):
                 ids = ids[: position + 1]
                 break
+        read = len(text)
         if stop is None and reason is not None:
             rest, stop = self._search(self._detokenizer.flush())
             text.append(rest)
@@ -119,6 +134,11 @@ class Choice:
         if stop is not None:
             reason = FinishReason.STOP
         self.finished = reason is not None
+        delta = None
+        if parser is not None:
+            delta = self._parsed(parser, "".join(text[read:]))
+            if reason is FinishReason.STOP and parser.calls_end:
+                reason = FinishReason.TOOL_CALLS
         return Piece(
             choice=self.index,
             text="".join(text),
@@ -126,7 +146,15 @@ class Choice:
             scores=self._scores(ids, offsets, logprobs),
             finish_reason=reason,
             stop_reason=stop if stop is not None else self._named(stop_token),
+            delta=delta,
         )
+
+    def _parsed(self, parser: AnswerParser, rest: str) -> Delta:
+        """Return what the text has shown since the last piece. `rest`: not pushed yet."""
+        parser.push(rest)
+        if self.finished:
+            parser.finish()
+        return parser.take()
 
     def _search(self, text: str) -> tuple[str, str | None]:
         self._length += len(text)
@@ -163,4 +191,7 @@ class Choice:
         return ScoredToken(token_id, *found, logprob)
 
     def _decode(self, ids: Sequence[int]) -> str:
+        if self._skipped and self._call.skip_special_tokens:
+            shown = [token_id for token_id in ids if token_id not in self._skipped]
+            return self._tokenizer.decode(shown, skip_special_tokens=False)
         return self._tokenizer.decode(ids, self._call.skip_special_tokens)

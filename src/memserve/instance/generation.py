@@ -8,6 +8,7 @@ from dataclasses import replace
 import msgspec
 
 from memserve.api import chunks
+from memserve.api.answer.delta import joined
 from memserve.api.chunks import Piece, StreamFormat, TokenScore
 from memserve.api.errors import ApiError, internal, invalid, unavailable
 from memserve.api.generate import FinishReason, GenerateCall, SamplingParams
@@ -160,6 +161,7 @@ class Generation:
             if output.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED):
                 del self._last[output.id]
                 self.failure = _failure(output)
+                self._latencies.ended.fail(output.finish_reason)
                 continue
             choice = self._choices[output.id]
             first = not choice.started
@@ -169,6 +171,9 @@ class Generation:
                 del self._last[output.id]
                 self._latencies.whole.observe(now - self._arrived)
                 self.stats[output.id].end(self._latencies, now)
+                self._latencies.ended.finish(
+                    piece.finish_reason, choice.prompt_tokens, choice.tokens
+                )
                 if output.finish_reason is None:
                     self.stopped.append(output.id)
             if self._format is None:
@@ -278,4 +283,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
         text="".join(piece.text for piece in pieces),
         token_ids=[token_id for piece in pieces for token_id in piece.token_ids],
         scores=[score for piece in pieces for score in piece.scores],
+        delta=None
+        if pieces[-1].delta is None
+        else joined(piece.delta for piece in pieces if piece.delta is not None),
     )

@@ -291,6 +291,7 @@ class Instance:
         unfinished = set(run.generation.unfinished)
         if unfinished:
             served.submission.cancel(list(unfinished))
+            self._latencies.ended.abort += len(unfinished)
         log.info("%s", run.generation)
         self._rate.record(len(requests) - len(unfinished))
         if run.generation.failure is not None:

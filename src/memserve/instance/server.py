@@ -9,9 +9,6 @@ from http import HTTPStatus
 from typing import TypeVar
 
 import msgspec
-from prometheus_client.core import CollectorRegistry, Metric
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.registry import Collector
 from starlette.types import Message, Receive, Scope, Send
 
 from memserve.api import msgpack
@@ -34,12 +31,13 @@ from memserve.api.errors import (
 from memserve.api.forward import Forward
 from memserve.api.generate import GENERATE_PATH, GenerateCall
 from memserve.api.handoff import MEET_PATH, PREFILL_PATH, PUSH_PATH
-from memserve.api.instance_metrics import instance_metrics
 from memserve.api.kv_events import SNAPSHOT_PATH
+from memserve.api.metric import CONTENT_TYPE
 from memserve.api.status import InstanceState
 from memserve.instance import calls
 from memserve.instance.calls import CallReader, LargeCalls
 from memserve.instance.instance import Instance, Run
+from memserve.instance.metrics import instance_page
 from memserve.scheduler.profiles import encode_profile
 from memserve.vllm.forwarder import BrokenOff, ForwardedAnswer
 
@@ -65,8 +63,6 @@ class InstanceApp:
         self._large = LargeCalls()
         # One large answer is encoded at a time: each encoding thread delays the event loop.
         self._encoding = asyncio.Lock()
-        self._registry = CollectorRegistry()
-        self._registry.register(_OwnStats(instance))
         self._routes: dict[str, tuple[str, _Handler]] = {
             GENERATE_PATH: ("POST", self._generate),
             PREFILL_PATH: ("POST", self._prefill),
@@ -186,9 +182,8 @@ class InstanceApp:
         await send_body(send, HTTPStatus.OK, body, media=msgpack.HEADER)
 
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
-        text = generate_latest(self._registry)
-        media = (b"content-type", CONTENT_TYPE_LATEST.encode())
-        await send_body(send, HTTPStatus.OK, text, media=media)
+        media = (b"content-type", CONTENT_TYPE.encode())
+        await send_body(send, HTTPStatus.OK, instance_page(self._instance), media=media)
 
     async def _read(self, reader: CallReader[_Call], scope: Scope, receive: Receive) -> _Call:
         body = await read_body(scope, receive, reader.max_bytes)
@@ -246,14 +241,3 @@ def _head_of(answer: ForwardedAnswer) -> Message:
     if answer.retry_after is not None:
         headers.append((b"retry-after", answer.retry_after.encode("latin-1", "replace")))
     return {"type": "http.response.start", "status": answer.status, "headers": headers}
-
-
-class _OwnStats(Collector):
-    def __init__(self, instance: Instance) -> None:
-        self._instance = instance
-
-    def collect(self) -> list[Metric]:
-        stats = self._instance.stats()
-        if stats is None:
-            return []
-        return list(instance_metrics([(self._instance.identity.id, stats)]))

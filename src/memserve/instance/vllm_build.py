@@ -16,9 +16,10 @@ import msgspec
 
 from memserve.api.audience import check_url
 from memserve.api.status import PoolTotals
-from memserve.config import KEEPING_ROLES, ClusterConfig, InstanceConfig
+from memserve.config import KEEPING_ROLES, ClusterConfig, InstanceConfig, memory_bytes
 from memserve.engine.request import EngineInfo
 from memserve.errors import EngineStopped, GivenUp, ModelError
+from memserve.host_memory import host_memory
 from memserve.instance.event_relay import EventRelay
 from memserve.instance.instance import Identity, Parts
 from memserve.models.resolve import ModelDirectory, resolve_model
@@ -138,8 +139,10 @@ def _started(
     events = server.events if config.cache.caching != "off" else None
     tier = None
     if settings.dram is not None:
+        memory = host_memory()
+        free = None if memory is None else memory.free
         tier = tier_settings(
-            settings.dram,
+            str(memory_bytes(settings.dram, "instance.dram", free)),
             instance=identity.id,
             socket=str(server.pool),
             model=found.name,

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
@@ -32,14 +33,24 @@ DEFAULT_CHAT_TEMPLATE = """\
 Assistant:
 {% endif -%}
 """
+# A model without a template was not taught where an answer ends: with this one it would write the
+# other side's messages, too, up to the end of its context. With the empty line before it, if there
+# is one, the longer stop string counts: the answer is what the next turn's messages have.
+DEFAULT_CHAT_STOPS = tuple(
+    f"{breaks}{role}:" for role in ("User", "Assistant", "System") for breaks in ("\n\n", "\n")
+)
+DEFAULT_CHAT_TOKENS = 256
 
 
 class ChatTemplate:
     """A compiled template. Raises ModelError if the source is not a valid template."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
         except jinja2.TemplateError as error:
             raise ModelError(f"the chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
@@ -72,6 +83,7 @@ class ChatTemplate:
             LookupError,
             AttributeError,
             ArithmeticError,
+            RecursionError,
         ) as error:
             # A template is a program over the client's input: it may fail with any of these.
             raise RequestError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -65,6 +65,7 @@ class _ModelFile(msgspec.Struct, frozen=True):
 
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    model_type: str | None = None
 
 
 class _TemplateFile(msgspec.Struct, frozen=True):
@@ -88,9 +89,12 @@ class Tokenizer:
         add_bos_token: bool = False,
         eos_token_ids: Sequence[int] = (),
         chat_template: str = DEFAULT_CHAT_TEMPLATE,
+        tools_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
+        model_type: str | None = None,
     ) -> None:
         """`backend`: owned by this object from now on; its truncation and padding are turned off.
+        `tools_template`: the chat template for conversations with tools, if it is another one.
         `special_tokens`: variables of the chat template (bos_token, eos_token, ...).
         """
         backend.no_truncation()
@@ -98,6 +102,13 @@ class Tokenizer:
         self._backend = backend
         self._add_bos_token = add_bos_token
         self._chat_template = ChatTemplate(chat_template, special_tokens or {})
+        self.has_chat_template = chat_template != DEFAULT_CHAT_TEMPLATE
+        self.tools_template = (
+            self._chat_template
+            if tools_template is None
+            else ChatTemplate(tools_template, special_tokens or {})
+        )
+        self.model_type = model_type  # in config.json
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(eos_token_ids)
@@ -130,6 +141,7 @@ class Tokenizer:
         special_tokens = _special_tokens(settings)
         bos = special_tokens.get("bos_token")
         bos_token_id = model.bos_token_id if bos is None else backend.token_to_id(bos)
+        template, tools_template = _template_sources(directory, settings, chat_template)
         return cls(
             backend,
             bos_token_id=bos_token_id,
@@ -137,8 +149,10 @@ class Tokenizer:
             eos_token_ids=_eos_token_ids(
                 backend, special_tokens.get("eos_token"), generation, model
             ),
-            chat_template=_template_source(directory, settings, chat_template),
+            chat_template=template,
+            tools_template=tools_template,
             special_tokens=special_tokens,
+            model_type=model.model_type,
         )
 
     def longest_token(self) -> int | None:
@@ -200,7 +214,13 @@ class Tokenizer:
         """Return messages (`role`, `content`) as the text that the model continues; see
         `ChatTemplate.render`. Raises RequestError if the template refuses them.
         """
-        return self._chat_template.render(messages, add_generation_prompt, tools, variables)
+        template = self.tools_template if tools else self._chat_template
+        return template.render(messages, add_generation_prompt, tools, variables)
+
+    def special_among(self, texts: Iterable[str]) -> frozenset[int]:
+        """Return the ids of those of `texts` that are special tokens."""
+        ids = map(self._backend.token_to_id, texts)
+        return frozenset(token_id for token_id in ids if token_id in self.special_ids)
 
     def token_text(self, token_id: int) -> str:
         """Return one token's text within a longer text, including its leading space."""
@@ -270,22 +290,35 @@ def _eos_token_ids(
     return tuple(dict.fromkeys(ids))
 
 
-def _template_source(directory: Path, settings: _TokenizerFile, override: str | None) -> str:
+def read_template(path: str) -> str:
+    """Return the text of the setting `chat_template`, a file. Raises ConfigError."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        said = error.strerror or str(error)
+    except (UnicodeDecodeError, ValueError) as error:  # ValueError: a NUL in its name
+        said = f"no text in UTF-8: {error}" if isinstance(error, UnicodeDecodeError) else str(error)
+    raise ConfigError(f"gateway.chat_template = {path!r}: {said}; it is the path of a Jinja file")
+
+
+def _template_sources(
+    directory: Path, settings: _TokenizerFile, override: str | None
+) -> tuple[str, str | None]:
     """Return the chat template: `override`'s file, chat_template.jinja, chat_template.json,
-    tokenizer_config.json, or the default, in this order."""
+    tokenizer_config.json, or the default, in this order; and the one for tools, if the model has
+    its own."""
     if override is not None:
-        try:
-            return Path(override).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"chat template {override}: {error.strerror}") from error
+        return read_template(override), None
     jinja_file = directory / "chat_template.jinja"
     if jinja_file.is_file():
-        return jinja_file.read_text(encoding="utf-8")
+        other = directory / "additional_chat_templates" / "tool_use.jinja"
+        for_tools = other.read_text(encoding="utf-8") if other.is_file() else None
+        return jinja_file.read_text(encoding="utf-8"), for_tools
     own = (
         _read(directory / "chat_template.json", _TemplateFile).chat_template
         or settings.chat_template
     )
     if isinstance(own, list):
         by_name = {entry.name: entry.template for entry in own}
-        own = by_name.get("default")
-    return DEFAULT_CHAT_TEMPLATE if own is None else own
+        return by_name.get("default", DEFAULT_CHAT_TEMPLATE), by_name.get("tool_use")
+    return DEFAULT_CHAT_TEMPLATE if own is None else own, None

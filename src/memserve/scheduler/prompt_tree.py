@@ -11,9 +11,9 @@ No I/O and no clock. Owned by one thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import msgspec
 import numpy as np
@@ -32,6 +32,7 @@ from memserve.types import InstanceId, Namespace, Role, TokenArray
 # How long a routed prompt counts as held without KV events of it. Longer than a prompt waits
 # and computes: after expiry and before its events, no instance seems to hold the prefix.
 EXPECT_SECONDS = 60.0
+NODES_AT_ONCE = 2000  # that are counted without a pause: about 1 ms
 
 Prefix = tuple[Namespace, bytes]  # bytes: digest of a block and all blocks before it
 
@@ -275,19 +276,33 @@ class PromptTree:
 
     def stats(self) -> PromptTreeStats:
         """Sizes of the trees. Reads every node."""
+        reading = self.reading_stats()
+        while True:
+            try:
+                next(reading)
+            except StopIteration as end:
+                return cast(PromptTreeStats, end.value)
+
+    def reading_stats(self) -> Generator[None, None, PromptTreeStats]:
+        """The same in pieces of NODES_AT_ONCE: what changes in between may count or not."""
         nodes = list(self._shared.by_id.values())
+        tree_blocks = num_bytes = 0
+        for first in range(0, len(nodes), NODES_AT_ONCE):
+            if first:
+                yield
+            for node in nodes[first : first + NODES_AT_ONCE]:
+                tree_blocks += len(node)
+                num_bytes += len(node.edge) + sum(each.nbytes for each in node.blocks.values())
         tables: list[BlockTable] = [holder.table for holder in self._holders.values()]
-        numbers = sum(each.nbytes for node in nodes for each in node.blocks.values())
         return PromptTreeStats(
             instances=len(self._holders),
             namespaces=len(self._trees),
             nodes=len(nodes),
             held_blocks=sum(table.stored for table in tables),
-            tree_blocks=sum(map(len, nodes)),
+            tree_blocks=tree_blocks,
             expectations=len(self._expected),
-            num_bytes=sum(len(node.edge) for node in nodes)
+            num_bytes=num_bytes
             + sum(table.num_bytes for table in tables)
-            + numbers
             + sum(len(each.data) for each in self._expected),
         )
 

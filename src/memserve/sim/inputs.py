@@ -11,26 +11,30 @@ from memserve.errors import ConfigError
 from memserve.sim.prompt import BlockKeys, SimRequest, SimSession
 from memserve.types import RequestId
 from memserve.workloads.session import Session
-from memserve.workloads.trace import TraceLine, TraceScale, prompt_tokens
+from memserve.workloads.trace import (
+    MOONCAKE,
+    TraceFormat,
+    TraceLine,
+    TracePrompts,
+    TraceScale,
+    conversations,
+)
 
 Encode = Callable[[str], Sequence[int]]
 
 
 def trace_sessions(
-    lines: Iterable[TraceLine], keys: BlockKeys, speed: float = 1.0
+    lines: Iterable[TraceLine],
+    keys: BlockKeys,
+    speed: float = 1.0,
+    form: TraceFormat = MOONCAKE,
 ) -> Iterator[SimSession]:
-    """Sessions of one request each, at the trace's arrival times divided by `speed`.
-
-    A request's `session` names its conversation: that of the earlier request with which it shares
-    the longest prefix, by the trace's hash ids, or else its own.
-    """
-    scale = TraceScale(block_tokens=keys.block_tokens)
-    owner: dict[int, str] = {}  # conversation by hash id
-    for number, line in enumerate(lines):
-        name = next((owner[h] for h in reversed(line.hash_ids) if h in owner), f"trace-{number}")
-        # The first id is mostly a shared system prompt, which identifies no conversation.
-        owner.update((h, name) for h in line.hash_ids[1:])
-        tokens = prompt_tokens(line, scale)
+    """Sessions of one request each, at the trace's arrival times divided by `speed`. A request's
+    `session` names its conversation."""
+    scale = TraceScale(keys.block_tokens, trace_block_tokens=form.block_tokens)
+    prompts = TracePrompts(scale)
+    for number, (name, line) in enumerate(conversations(lines)):
+        tokens = prompts.of(line)
         request = SimRequest(
             id=RequestId(f"trace-{number}"),
             tokens=tokens,

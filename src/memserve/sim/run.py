@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,7 +34,7 @@ from memserve.types import InstanceId, Role
 from memserve.workloads.session import Session, SessionLimits
 from memserve.workloads.text import TextWorkload
 from memserve.workloads.text import text_sessions as chosen_sessions
-from memserve.workloads.trace import BLOCK_TOKENS, read_trace
+from memserve.workloads.trace import TraceFormat, TraceFormatName, read_trace, trace_format
 
 _GB = 10**9
 _PROGRESS_LINES = 10
@@ -51,7 +52,8 @@ MIN_AMOUNT = 1e-9  # of any such number that is not 0
 class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of a simulation: requests, cluster, model and hardware."""
 
-    trace: Annotated[str | None, doc("requests in Mooncake's format")] = None
+    trace: Annotated[str | None, doc("requests in Mooncake's or Bailian's format")] = None
+    trace_format: Annotated[TraceFormatName, doc("auto: by the fields of its first line")] = "auto"
     workload: Annotated[TextWorkload | None, doc("sessions of text, for a trace")] = None
     data: Annotated[str | None, doc("of the workload: its file or folder")] = None
     tokenizer: Annotated[str, doc("of the workload: a model's")] = "demo"
@@ -99,7 +101,8 @@ class SimResult(msgspec.Struct, frozen=True, kw_only=True):
 
     policy: str
     instances: int
-    requests: int
+    requests: int  # answered
+    refused: int  # longer than an instance's KV memory, which a server answers with 400
     prompt_tokens: int
     cached_ratio: float  # of prompt tokens: cached on, or fetched to, the computing instance
     ttft_mean: float
@@ -122,13 +125,18 @@ def simulate(config: SimConfig, progress: Progress, encode: Encode | None = None
     tokenizes. Raises ConfigError."""
     _check_numbers(config)
     architecture, costs = _costs(config)
-    shapes = _shapes(config, architecture, costs)
+    form = None if config.trace is None else trace_format(Path(config.trace), config.trace_format)
+    shapes = _shapes(config, architecture, costs, form)
     keys = BlockKeys(shapes[0].block_tokens)
-    sessions = list(_sessions(config, keys, encode, progress))
-    _check_room(shapes[0], sessions)
+    everything = list(_sessions(config, keys, encode, progress, form))
+    sessions = _fitting(shapes[0], everything)
     network = Network(config.path, config.mode == "by-request-agg", architecture.layers)
     cluster = SimCluster(shapes, config.policy, config.caching, network)
-    total = sum(len(session.requests) for session in sessions)
+    total = _count(sessions)
+    refused = _count(everything) - total
+    if refused:
+        room = shapes[0].hbm_blocks * shapes[0].block_tokens
+        progress(f"{refused} requests are refused: longer than KV memory of {room} tokens")
     done: list[SimRequest] = []
 
     def ended(request: SimRequest) -> None:
@@ -139,7 +147,7 @@ def simulate(config: SimConfig, progress: Progress, encode: Encode | None = None
             progress(f"{config.policy}: {count} of {total} requests, {at:.0f} s simulated")
 
     cluster.run(sessions, ended)
-    return _summarise(config, cluster, done)
+    return _summarise(config, cluster, done, refused)
 
 
 def _check_numbers(config: SimConfig) -> None:
@@ -173,7 +181,9 @@ def _costs(config: SimConfig) -> tuple[Architecture, CostModel]:
     return architecture, cost_model(config.hardware, config.model, config.tp, config.chunk_tokens)
 
 
-def _shapes(config: SimConfig, architecture: Architecture, costs: CostModel) -> list[InstanceShape]:
+def _shapes(
+    config: SimConfig, architecture: Architecture, costs: CostModel, form: TraceFormat | None
+) -> list[InstanceShape]:
     counts = {
         Role.COLOCATED: config.colocated,
         Role.PREFILL: config.prefill,
@@ -183,7 +193,7 @@ def _shapes(config: SimConfig, architecture: Architecture, costs: CostModel) -> 
         raise ConfigError("no instances: give --colocated N, or --prefill N and --decode M")
     if config.decode and not (config.prefill or config.colocated):
         raise ConfigError("decode instances alone: give --prefill N too")
-    block_tokens = BLOCK_TOKENS if config.trace is not None else 16
+    block_tokens = 16 if form is None else form.block_tokens
     # A tenth of device memory is for activations and the runtime.
     device = config.device_gb * _GB * config.tp * 0.9
     weights = architecture.parameters * architecture.weight_bytes
@@ -224,14 +234,18 @@ def _swap_bandwidth(config: SimConfig) -> float:
 
 
 def _sessions(
-    config: SimConfig, keys: BlockKeys, encode: Encode | None, progress: Progress
+    config: SimConfig,
+    keys: BlockKeys,
+    encode: Encode | None,
+    progress: Progress,
+    form: TraceFormat | None,
 ) -> Iterator[SimSession]:
     if (config.trace is None) == (config.workload is None):
         raise ConfigError("give either --trace FILE or --workload NAME")
-    if config.trace is not None:
+    if config.trace is not None and form is not None:
         progress(f"reading {config.trace}")
-        lines = read_trace(Path(config.trace), config.limit)
-        yield from trace_sessions(lines, keys, config.speed)
+        lines = read_trace(Path(config.trace), config.limit, form)
+        yield from trace_sessions(lines, keys, config.speed, form)
         return
     assert encode is not None
     progress(f"choosing {config.sessions} sessions")
@@ -254,17 +268,38 @@ def _texts(config: SimConfig, encode: Encode) -> Sequence[Session]:
     return chosen_sessions(config.workload, config.data, *choose)
 
 
-def _check_room(shape: InstanceShape, sessions: Sequence[SimSession]) -> None:
-    requests = itertools.chain.from_iterable(session.requests for session in sessions)
-    longest = max((r.prompt_tokens + r.output_tokens for r in requests), default=0)
-    if longest == 0:
-        raise ConfigError("no requests in the data")
+def _fitting(shape: InstanceShape, sessions: Sequence[SimSession]) -> list[SimSession]:
+    """Return the sessions without the requests that a server refuses, since KV memory has no room
+    for their prompts and answers. Later turns of a session are longer, and end with it. Raises
+    ConfigError if nothing is left."""
     room = shape.hbm_blocks * shape.block_tokens
-    if longest > room:
-        raise ConfigError(f"a request of {longest} tokens does not fit into KV memory of {room}")
+    shortest = min((_tokens(r) for one in sessions for r in one.requests), default=0)
+    if shortest == 0:
+        raise ConfigError("no requests in the data")
+    if shortest > room:
+        raise ConfigError(
+            f"no request fits: the shortest, of {shortest} tokens, does not fit into KV memory "
+            f"of {room}"
+        )
+    found = []
+    for session in sessions:
+        kept = tuple(itertools.takewhile(lambda one: _tokens(one) <= room, session.requests))
+        if kept:
+            found.append(replace(session, requests=kept))
+    return found
 
 
-def _summarise(config: SimConfig, cluster: SimCluster, done: Sequence[SimRequest]) -> SimResult:
+def _tokens(request: SimRequest) -> int:
+    return request.prompt_tokens + request.output_tokens
+
+
+def _count(sessions: Sequence[SimSession]) -> int:
+    return sum(len(session.requests) for session in sessions)
+
+
+def _summarise(
+    config: SimConfig, cluster: SimCluster, done: Sequence[SimRequest], refused: int
+) -> SimResult:
     ttft, tpot, jct = [], [], []
     for request in done:
         assert request.first_token is not None
@@ -278,6 +313,7 @@ def _summarise(config: SimConfig, cluster: SimCluster, done: Sequence[SimRequest
         policy=config.policy,
         instances=len(cluster.instances),
         requests=len(done),
+        refused=refused,
         prompt_tokens=prompt_tokens,
         cached_ratio=sum(request.cached_tokens for request in done) / prompt_tokens,
         ttft_mean=float(np.mean(ttft)),

@@ -7,9 +7,11 @@ import logging
 from dataclasses import dataclass
 from time import monotonic
 
+import msgspec
 import numpy as np
 
 from memserve.api.handoff import PoolPeer
+from memserve.api.status import PoolTotals
 from memserve.config import Caching, TransferMode
 from memserve.errors import PeerLost, PoolError, TransferError, TransferTimeout, UnknownPeer
 from memserve.transfer.conversion import meaning
@@ -36,6 +38,12 @@ class Pushed:
 
     sent: int = 0
     already_present: int = 0
+
+
+def totals_of(pool: MemPool) -> PoolTotals:
+    """Return a pool's figures as an instance reports them. Waits for no other thread."""
+    totals = msgspec.convert(pool.stats(), PoolTotals, from_attributes=True)
+    return msgspec.structs.replace(totals, quarantined=pool.quarantined_blocks)
 
 
 class PoolLink:

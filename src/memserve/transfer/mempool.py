@@ -137,6 +137,12 @@ class MemPool(SharedPool):
         """Return the threads that must run until `close`; transfers need them."""
         return [] if self._service is None else [self._service.thread]
 
+    @property
+    def quarantined_blocks(self) -> int:
+        """`PeerStats.quarantined`, without asking the transfer thread."""
+        service = self._service
+        return 0 if service is None else service.quarantined_blocks + self.freed_by_owner
+
     def peer_stats(self) -> PeerStats:
         service = self._service
         if service is None:

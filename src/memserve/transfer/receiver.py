@@ -87,12 +87,10 @@ class Receiver:
         self._canaries = Canaries(pool)
         self._held: dict[DestinationSession, _Held] = {}
         self._grants: dict[tuple[Owner, int], RefArray] = {}
-        self._quarantined: set[DestinationSession] = set()
-
-    @property
-    def quarantined_blocks(self) -> int:
-        """Blocks that nobody may have because a peer may still write to them."""
-        return sum(len(self._held[each].own) for each in self._quarantined)
+        self._quarantined: dict[DestinationSession, int] = {}  # blocks
+        # Blocks that nobody may have because a peer may still write to them. A plain number, which
+        # any thread may read.
+        self.quarantined_blocks = 0
 
     @property
     def granted_blocks(self) -> int:
@@ -146,15 +144,18 @@ class Receiver:
 
     def quarantine(self, session: DestinationSession) -> None:
         """Let go of all that nobody writes to."""
-        self._quarantined.add(session)
-        match = self._held[session].match
+        held = self._held[session]
+        if session not in self._quarantined:
+            self._quarantined[session] = len(held.own)
+            self.quarantined_blocks += len(held.own)
+        match = held.match
         if match is not None:
             match.release()
 
     def free(self, session: DestinationSession) -> None:
         """Let go of everything, if there is anything."""
         held = self._held.pop(session, None)
-        self._quarantined.discard(session)
+        self.quarantined_blocks -= self._quarantined.pop(session, 0)
         if held is None:
             return
         if held.match is not None:

@@ -79,6 +79,11 @@ class Service:
     def counters(self) -> Counters:
         return self._endpoint.counters
 
+    @property
+    def quarantined_blocks(self) -> int:
+        """Blocks that nobody may have because a peer may still write to them."""
+        return self._endpoint.receiver.quarantined_blocks
+
     def life(self, instance: InstanceId) -> PeerSession:
         """Return the current life of a peer. Raises UnknownPeer."""
         return self._endpoint.peers.current(instance)

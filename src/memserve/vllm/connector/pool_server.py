@@ -20,10 +20,9 @@ import msgspec
 import numpy as np
 
 from memserve.api.handoff import PoolPeer
-from memserve.api.status import PoolTotals
 from memserve.errors import ConfigError, PoolError, TransferError
 from memserve.hosts import bracketed, reachable_endpoint
-from memserve.transfer.kv_link import PoolLink, Pushed
+from memserve.transfer.kv_link import PoolLink, Pushed, totals_of
 from memserve.transfer.mempool import MemPool
 from memserve.types import SHARED, InstanceId, Namespace, TokenArray
 from memserve.vllm import pool_messages as m
@@ -197,8 +196,7 @@ class PoolServer:
             case m.Forget(namespace):
                 self._served.forget(self._spaces.of(namespace))
             case m.ReadTotals():
-                totals = await asyncio.to_thread(self._pool.stats)
-                return m.Totals(msgspec.convert(totals, PoolTotals, from_attributes=True))
+                return m.Totals(await asyncio.to_thread(totals_of, self._pool))
         return m.Done()
 
     @property

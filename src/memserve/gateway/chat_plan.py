@@ -1,0 +1,328 @@
+"""What a chat's request means for the prompt and for the answer: messages, tools and variables for
+the chat template; the format of the answer, and the grammar of a call that is required."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any, Final
+
+import msgspec
+
+from memserve.api.answer.format import AnswerFormat, Function, ReasoningFormat, ToolFormat
+from memserve.api.answer.reasoning import MARKERS
+from memserve.api.errors import invalid
+from memserve.api.generate import GenerateCall
+from memserve.api.grammar import Grammar
+from memserve.api.limits import (
+    MAX_DEPTH,
+    MAX_TEMPLATE_CHARACTERS,
+    MAX_TOOL_CHARACTERS,
+    MAX_VALUES,
+)
+from memserve.api.openai import ChatRequest, Message, unsupported
+from memserve.api.openai_tools import AllowedChoice, NamedChoice, Tool
+from memserve.gateway.answer_grammar import behind_reasoning, or_calls, schema_grammar
+from memserve.gateway.calls_schema import ANY_ARGUMENTS, calls_schema
+from memserve.gateway.conversation import TEMPLATE_STEERING, decoded_arguments
+from memserve.gateway.model_formats import ModelFormats
+from memserve.gateway.tool_text import in_text
+
+# Variables that the request's own fields give the template.
+_OWN_VARIABLES: Final = (
+    *TEMPLATE_STEERING,
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+)
+
+
+class ChatPlan(msgspec.Struct, frozen=True):
+    """The prompt's parts, and what the answer is read with."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] | None = None
+    answer: AnswerFormat | None = None
+    callable: Sequence[Tool] = ()
+    grammar: Grammar | None = None  # of a call that is required
+    extended: bool = False
+    opens_answer: bool = True  # the template adds what begins an answer
+    continued: str | None = None  # the last message's text, which the answer continues
+
+    def completed(self, text: str) -> str:
+        """Return the rendered conversation as the prompt. Raises ApiError (400) if the message to
+        continue is not in it."""
+        if self.continued is None:
+            return text
+        end = text.rfind(self.continued.strip())
+        if end < 0:
+            raise invalid(
+                "The chat template changes the last message; it cannot be continued.",
+                "continue_final_message",
+            )
+        return text[: end + len(self.continued.strip())]
+
+    def applied(self, call: GenerateCall, text: str) -> GenerateCall:
+        """Return the call with this plan's answer. `text`: the prompt's. Raises ApiError (400) for
+        constraints that do not go together."""
+        answer = self.answer or _ALL_CONTENT
+        grammar = self.grammar or call.sampling.grammar
+        if self.grammar is None and grammar is not None and answer.functions:
+            single = not answer.parallel
+            grammar, form = or_calls(grammar, answer.tools, self.callable, single)
+            answer = msgspec.structs.replace(answer, tools=form)
+        if answer.reasoning is not ReasoningFormat.NONE:
+            answer = self._reasoning(answer, text)
+        if grammar is not None and answer.reasoning is not ReasoningFormat.NONE:
+            begun = answer.reasoning_begun or answer.reasoning is ReasoningFormat.DEEPSEEK_R1
+            grammar = behind_reasoning(grammar, answer.reasoning, begun)
+        sampling = call.sampling
+        if grammar is not sampling.grammar:
+            sampling = msgspec.structs.replace(sampling, grammar=grammar)
+        return msgspec.structs.replace(
+            call,
+            sampling=sampling,
+            answer=None if answer == _ALL_CONTENT else answer,
+            extended=self.extended,
+        )
+
+    def _reasoning(self, answer: AnswerFormat, text: str) -> AnswerFormat:
+        """Return the format of an answer to this prompt."""
+        begin, end = MARKERS[answer.reasoning]
+        said = self.continued
+        if said is not None:
+            begun = said.rfind(begin) > said.rfind(end)
+            if not begun:
+                return msgspec.structs.replace(answer, reasoning=ReasoningFormat.NONE)
+        else:
+            begun = text.rstrip().endswith(begin)
+        return msgspec.structs.replace(answer, reasoning_begun=begun)
+
+
+_ALL_CONTENT = AnswerFormat()
+
+
+# Of a request and of a message: what is not plain text. A chat has many messages: one look at each.
+_beyond_text = attrgetter(
+    "tools",
+    "tool_choice",
+    "chat_template_kwargs",
+    "reasoning_effort",
+    "include_reasoning",
+    "continue_final_message",
+)
+_NONE_OF_THEM: Final = (None,) * 6
+_beside_content = attrgetter("tool_calls", "tool_call_id", "reasoning", "reasoning_content")
+_NOTHING_BESIDE: Final = (None,) * 4
+
+
+def is_plain(request: ChatRequest) -> bool:
+    """Return whether a request has messages of plain text alone, and nothing else that concerns a
+    chat template."""
+    if _beyond_text(request) != _NONE_OF_THEM:
+        return False
+    for message in request.messages:
+        if _beside_content(message) != _NOTHING_BESIDE or message.role == "tool":
+            return False
+    return True
+
+
+def plan_chat(request: ChatRequest, formats: ModelFormats) -> ChatPlan:
+    """Return the plan of a request. Raises ApiError (400) that names the field at fault."""
+    messages = [_template_message(message) for message in request.messages]
+    opens = request.add_generation_prompt is not False
+    if is_plain(request):
+        answer = None
+        if formats.reasoning is not ReasoningFormat.NONE:
+            answer = AnswerFormat(reasoning=formats.reasoning)
+        return ChatPlan(messages, answer=answer, opens_answer=opens)
+    tools, allowed, answer, grammar = _tools(request, formats)
+    rendered = [_template_tool(tool) for tool in tools]
+    if formats.in_text:
+        messages, rendered = in_text(messages, rendered), []
+    variables = _variables(request)
+    continued: str | None = None
+    if request.continue_final_message:
+        if request.add_generation_prompt:
+            raise invalid(
+                "'continue_final_message' and 'add_generation_prompt' exclude each other.",
+                "continue_final_message",
+            )
+        opens, continued = False, str(messages[-1]["content"])
+        if not continued.strip():
+            raise invalid(
+                "'continue_final_message' needs a last message with text.",
+                "continue_final_message",
+            )
+    return ChatPlan(
+        messages,
+        rendered or None,
+        variables,
+        answer,
+        allowed,
+        grammar,
+        is_extended(request),
+        opens,
+        continued,
+    )
+
+
+def is_extended(request: ChatRequest) -> bool:
+    """Return whether a vLLM server that is told token ids alone would lack something."""
+    return bool(
+        request.tools
+        or request.chat_template_kwargs
+        or request.reasoning_effort is not None
+        or request.include_reasoning is not None
+        or request.continue_final_message
+        or any(message.role == "tool" or message.tool_calls for message in request.messages)
+    )
+
+
+def _template_message(message: Message) -> dict[str, Any]:
+    # OpenAI's role "developer" is "system" in chat templates.
+    role = "system" if message.role == "developer" else message.role
+    rendered: dict[str, Any] = {"role": role, "content": message.text}
+    if message.name is not None:
+        rendered["name"] = message.name
+    if message.tool_call_id is not None:
+        rendered["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        rendered["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {
+                    "name": call.function.name,
+                    "arguments": decoded_arguments(call.function.arguments),
+                },
+            }
+            for call in message.tool_calls
+        ]
+    reasoning = message.reasoning_content or message.reasoning
+    if reasoning is not None:  # templates read either name
+        rendered["reasoning_content"] = rendered["reasoning"] = reasoning
+    return rendered
+
+
+def _template_tool(tool: Tool) -> dict[str, Any]:
+    """Return a tool as Transformers gives it to templates."""
+    function: dict[str, Any] = {"name": tool.function.name}
+    if tool.function.description is not None:
+        function["description"] = tool.function.description
+    if tool.function.parameters is not None:
+        function["parameters"] = tool.function.parameters
+    return {"type": "function", "function": function}
+
+
+def _tools(
+    request: ChatRequest, formats: ModelFormats
+) -> tuple[Sequence[Tool], Sequence[Tool], AnswerFormat, Grammar | None]:
+    """Return the tools to tell the model of, those that it may call, and the answer's format and
+    grammar."""
+    tools, choice = request.tools or (), request.tool_choice
+    answer = AnswerFormat(
+        reasoning=formats.reasoning, include_reasoning=request.include_reasoning is not False
+    )
+    if not tools:
+        return (), (), answer, None
+    _check_tools(tools)
+    if choice == "none":
+        return (), (), answer, None
+    allowed, forced = _allowed(request, tools)
+    form = formats.tools
+    grammar: Grammar | None = None
+    single = request.parallel_tool_calls is False
+    if isinstance(choice, NamedChoice):
+        form = ToolFormat.JSON_ARGUMENTS
+        grammar = schema_grammar(allowed[0].function.parameters or ANY_ARGUMENTS)
+    elif forced:
+        form = ToolFormat.JSON_CALLS
+        grammar = schema_grammar(calls_schema(allowed, single))
+    functions = tuple([_function(tool, form) for tool in allowed])
+    answer = msgspec.structs.replace(answer, tools=form, functions=functions, parallel=not single)
+    return tools, allowed, answer, grammar
+
+
+def _allowed(request: ChatRequest, tools: Sequence[Tool]) -> tuple[Sequence[Tool], bool]:
+    """Return the tools that may be called, and whether one has to be."""
+    choice = request.tool_choice
+    if isinstance(choice, NamedChoice):
+        names, forced = {choice.function.name}, True
+    elif isinstance(choice, AllowedChoice):
+        names = {each.function.name for each in choice.allowed_tools.tools}
+        forced = choice.allowed_tools.mode == "required"
+    else:
+        return tools, choice == "required"
+    allowed = [tool for tool in tools if tool.function.name in names]
+    if unknown := names - {tool.function.name for tool in allowed}:
+        raise invalid(f"'tool_choice' names '{min(unknown)}', which is no tool.", "tool_choice")
+    return allowed, forced
+
+
+def _function(tool: Tool, form: ToolFormat) -> Function:
+    if form is not ToolFormat.QWEN3_CODER:  # all others tell texts from numbers
+        return Function(tool.function.name)
+    properties = (tool.function.parameters or {}).get("properties")
+    texts = [
+        name
+        for name, schema in (properties.items() if isinstance(properties, dict) else ())
+        if isinstance(schema, dict) and _is_text(schema)
+    ]
+    return Function(tool.function.name, tuple(texts[:MAX_VALUES]))
+
+
+def _is_text(schema: Mapping[str, Any]) -> bool:
+    kind = schema.get("type")
+    if isinstance(kind, list):
+        return "string" in kind
+    if kind is None and isinstance(values := schema.get("enum"), list):
+        return all(isinstance(value, str) for value in values)
+    return kind == "string"
+
+
+def _check_tools(tools: Sequence[Tool]) -> None:
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise invalid("Two tools have the same name.", "tools")
+    for tool in tools:
+        _check_depth(tool.function.parameters, "tools")
+    if len(msgspec.json.encode(tools)) > MAX_TOOL_CHARACTERS:
+        raise invalid(f"'tools' has more than {MAX_TOOL_CHARACTERS} characters.", "tools")
+
+
+def _variables(request: ChatRequest) -> dict[str, Any]:
+    """Return the template's variables. Raises ApiError (400) for names that are not the client's
+    to give."""
+    given = request.chat_template_kwargs or {}
+    for name in _OWN_VARIABLES:
+        if name in given:
+            raise unsupported(f"chat_template_kwargs.{name}")
+    _check_depth(given, "chat_template_kwargs")
+    if given and len(msgspec.json.encode(given)) > MAX_TEMPLATE_CHARACTERS:
+        raise invalid(
+            f"'chat_template_kwargs' has more than {MAX_TEMPLATE_CHARACTERS} characters.",
+            "chat_template_kwargs",
+        )
+    variables: dict[str, Any] = {}
+    if request.reasoning_effort is not None:  # as in vLLM
+        variables["reasoning_effort"] = request.reasoning_effort
+        variables["enable_thinking"] = request.reasoning_effort != "none"
+    return variables | given
+
+
+def _check_depth(value: object, field: str) -> None:
+    """Raise ApiError (400) for a value that nests deeper than MAX_DEPTH."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise invalid(f"'{field}' is nested deeper than {MAX_DEPTH}.", field)

@@ -1,0 +1,31 @@
+"""An instance's page of metrics: `GET /metrics`."""
+
+from __future__ import annotations
+
+from memserve.api.instance_metrics import (
+    BUILD,
+    INSTANCE_METRICS,
+    STATE,
+    report_build,
+    report_instance,
+    report_state,
+)
+from memserve.api.metric import MetricSpec, Page
+from memserve.api.vllm_metrics import ENGINE, VLLM_INSTANCE_METRICS, report_lora, report_vllm
+from memserve.instance.instance import Instance
+
+METRICS: tuple[MetricSpec, ...] = (BUILD, STATE, *INSTANCE_METRICS, *VLLM_INSTANCE_METRICS)
+
+
+def instance_page(instance: Instance) -> bytes:
+    """Return the metrics in Prometheus' text format: while the model is being loaded, the state
+    alone."""
+    identity, stats = instance.identity, instance.stats()
+    page = Page(METRICS)
+    report_build(page)
+    report_state(page, identity.id, instance.state)
+    if stats is not None:
+        report_instance(page, identity.id, stats)
+        report_vllm(page, identity.model, ENGINE, stats, instance.info().limits)
+        report_lora(page)
+    return page.text()
