@@ -16,7 +16,7 @@ PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-core test-vllm lint format bench peers peers-install vllm paper soak
-.PHONY: readme clean ui-test docs-test install-check metrics-docs clients-test
+.PHONY: api-docs readme clean docs-test install-check metrics-docs clients-test ui-test
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -24,9 +24,9 @@ help:
 	@echo "make test    lint, types, layers and all tests, also those with a vLLM, which it installs"
 	@echo "             (4 GB; WORKERS=2 tests at a time; ARGS='-k pool ...' for pytest)"
 	@echo "make test-core   the same without vLLM;   make test-vllm   what test-core leaves out"
-	@echo "make ui-test     memserve top and dashboard, in a Chromium; says what it needs"
 	@echo "make docs-test   the commands of the tutorial and the how-to pages, on port 8000"
 	@echo "make clients-test   have agents' and clients' libraries, which it installs (500 MB), talk to it"
+	@echo "make ui-test     memserve top and dashboard, in a Chromium; says what it needs"
 	@echo "make lint    the same without the tests;   make format   put the code into shape"
 	@echo "make bench   microbenchmarks of the pool, transfers and the engine, as JSON in $(BENCH_JSON)"
 	@echo "make vllm    vLLM alone, on this machine's CPU, for the tests that need one (4 GB)"
@@ -34,6 +34,7 @@ help:
 	@echo "make peers-install   only install them (PEERS='vllm ...': only these)"
 	@echo "make paper   the paper's evaluation, as a report in build/paper (DATA=FOLDER; ARGS='--quick')"
 	@echo "make soak    a whole cluster under mixed load for an hour (ARGS='--minutes 10 ...')"
+	@echo "make api-docs   docs/api.md's tables anew, from what the gateway takes"
 	@echo "make install-check   build sdist and wheel, install the wheel elsewhere, and serve from it (3 GB)"
 	@echo "make metrics-docs   docs/metrics.md's tables anew, from the code"
 	@echo "make readme  benchmarks/README.md anew, from benchmarks/results"
@@ -48,7 +49,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	@echo "==> installing memserve and what it needs (minutes, the first time)"
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet \
-		--constraint constraints.txt --editable '.[demo,bench,dev,ui]'
+		--constraint constraints.txt --editable '.[demo,bench,traces,ui,dev]'
 	@# With what it asks for, NIXL would bring CUDA libraries that torch's build may not fit.
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet \
 		--constraint constraints.txt --no-deps nixl nixl-cu12
@@ -81,14 +82,6 @@ test-core: lint
 test-vllm: vllm
 	@$(PYTEST) -m real_vllm $(ARGS)
 
-# The browser is no part of `make setup`: 400 MB that serving and the other tests do not need.
-ui-test: setup
-	@command -v chromium chromium-browser >/dev/null && $(BIN)/python -c 'import playwright' 2>/dev/null \
-		|| { echo "the dashboard's tests need a Chromium (apt-get install chromium) and" \
-			"Playwright ($(BIN)/pip install playwright)"; exit 1; }
-	@$(BIN)/pytest tests/unit/test_top.py tests/unit/test_dashboard_views.py \
-		tests/security/test_dashboard_guard.py tests/e2e/test_dashboard.py $(ARGS)
-
 docs-test: setup
 	@$(BIN)/pytest tests/docs $(ARGS)
 
@@ -98,6 +91,14 @@ clients-test: setup
 	@PYTHONPATH=benchmarks $(BIN)/python -m tests.clients.install
 	@echo "==> pytest"
 	@MEMSERVE_TEST_CLIENTS=1 $(BIN)/pytest tests/clients $(ARGS)
+
+# The browser is no part of `make setup`: 400 MB that serving and the other tests do not need.
+ui-test: setup
+	@command -v chromium chromium-browser >/dev/null && $(BIN)/python -c 'import playwright' 2>/dev/null \
+		|| { echo "the dashboard's tests need a Chromium (apt-get install chromium) and" \
+			"Playwright ($(BIN)/pip install playwright)"; exit 1; }
+	@$(BIN)/pytest tests/unit/test_top.py tests/unit/test_dashboard_views.py \
+		tests/security/test_dashboard_guard.py tests/e2e/test_dashboard.py $(ARGS)
 
 format: setup
 	@$(BIN)/ruff check --fix .
@@ -126,6 +127,9 @@ paper: setup
 
 soak: setup
 	@$(EVALUATION) soak $(ARGS)
+
+api-docs: setup
+	@PYTHONPATH=src $(BIN)/python -m tests.api_fields
 
 metrics-docs: setup
 	@PYTHONPATH=src $(BIN)/python -m tests.metrics_document

@@ -12,6 +12,7 @@ import torch
 
 from memserve.api.generate import SamplingParams
 from memserve.engine.batch import BatchLimits
+from memserve.engine.constraint import CompiledGrammar
 from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import Model, load_model
 from memserve.engine.request import EngineRequest, TokenOutput
@@ -78,6 +79,7 @@ class Harness:
         output: Sequence[int] = (),
         prefill_only: bool = False,
         ephemeral: bool = False,
+        grammar: CompiledGrammar | None = None,
         **params: object,
     ) -> str:
         """Queue a prompt for greedy generation of `tokens` tokens; returns its id."""
@@ -96,6 +98,7 @@ class Harness:
                     output=np.asarray(output, dtype=np.int32),
                     prefill_only=prefill_only,
                     ephemeral=ephemeral,
+                    grammar=grammar,
                 )
             ]
         )

@@ -67,6 +67,7 @@ class FakeVllm:
         self.lost = False  # its engine: it answers nothing of that any more
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []  # of what was passed on
+        self.parents: list[str | None] = []  # `traceparent` of each request that has a body
         self._settings = settings
         self._cached: set[bytes] = set()
         self._sequence = 0
@@ -161,6 +162,7 @@ class FakeVllm:
         """A body, with the salts that vLLM takes."""
         body: dict[str, Any] = await request.json()
         self.bodies.append(body)
+        self.parents.append(request.headers.get("traceparent"))
         salt = body.get("cache_salt")
         if salt is not None and (not 0 < len(salt) <= 128 or set(salt) & set("@/\\\0")):
             error = {"message": "Parameter 'cache_salt' must ...", "type": "BadRequestError"}

@@ -37,6 +37,7 @@ from memserve.instance.instance import Identity, Instance, Parts
 from memserve.instance.run import handler_of
 from memserve.models.tokenizer import Tokenizer
 from memserve.secrets import cluster_secret
+from memserve.tracing.span import Tracer
 from memserve.types import Epoch, InstanceId, RequestId, Role
 from memserve.vllm.forwarder import Forwarder
 from memserve.vllm.place import ServerPlace
@@ -285,10 +286,12 @@ class FakeCluster:
         engines: Sequence[FakeEngine],
         gateway: GatewayConfig | None = None,
         servers: Mapping[int, ServerPlace] | None = None,
+        tracer: Tracer | None = None,
         reasoning_parser: ReasoningParser = "auto",
     ) -> None:
         """`servers`: the vLLM servers of those instances that have one. What they are given as
-        token ids goes to their engines all the same."""
+        token ids goes to their engines all the same. `tracer`: of the gateway and the instances."""
+        self._tracer = tracer
         self._servers_of = servers or {}
         self.engines = engines
         self.urls: list[str] = []
@@ -361,7 +364,7 @@ class FakeCluster:
         self._servers: list[asyncio.Task[None]] = []
         for number, engine in enumerate(self.engines):
             await self._start_instance(number, engine)
-        async with Gateway(self._config, self._tokenizer) as gateway:
+        async with Gateway(self._config, self._tokenizer, tracer=self._tracer) as gateway:
             self.gateway = gateway
             for url in self.urls:
                 gateway.membership.join(url)
@@ -401,7 +404,7 @@ class FakeCluster:
         self.urls.append(url_of(sock))
         self.instances.append(instance)
         self._shutdowns.append(shutdown)
-        handler = handler_of(instance, cluster_secret(), sock)
+        handler = handler_of(instance, cluster_secret(), sock, tracer=self._tracer)
         self._servers.append(
             asyncio.create_task(
                 serve_http(handler, sock, shutdown, drain, MAX_BODY_BYTES, admit=handler.admit)

@@ -33,6 +33,7 @@ from memserve.instance.instance import Identity, Instance, Run
 from memserve.instance.run import handler_of
 from memserve.secrets import cluster_secret
 from memserve.tokens import from_ids
+from memserve.tracing.span import Tracer
 from memserve.transfer.kv_link import PoolLink
 from memserve.transfer.mempool import MakeTransports, MemPool
 from memserve.types import SHARED, Epoch, InstanceId, Namespace, Role
@@ -115,7 +116,9 @@ class Node:
 
     async def answer(self, *prompt: int, **options: Any) -> Completion:
         """Have it answer; others may be answered meanwhile."""
-        with self.instance.run(call_of(prompt, **options)) as run:
+        call = call_of(prompt, **options)
+        constraints = await self.instance.constraints(call)
+        with self.instance.run(call, constraints) as run:
             return await completed(run)
 
     async def settled(self) -> None:
@@ -184,6 +187,7 @@ async def node(
     transports: MakeTransports | None = None,
     mode: TransferMode = "by-request-agg",
     hbm_blocks: int = 128,
+    tracer: Tracer | None = None,
     **settings: Any,
 ) -> AsyncIterator[Node]:
     """A running instance; on leaving it nothing may be held any more."""
@@ -214,7 +218,7 @@ async def node(
         instance.lifecycle.end()
         await shutdown.wait_for(instance.idle(), PATIENCE)
 
-    handler = handler_of(instance, cluster_secret(), sock)
+    handler = handler_of(instance, cluster_secret(), sock, tracer=tracer)
     serving = asyncio.create_task(serve_http(handler, sock, shutdown, drain, MAX_BODY_BYTES))
     made = Node(instance, engine, parts.link, url_of(sock), shutdown)
     try:

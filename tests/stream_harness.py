@@ -45,7 +45,8 @@ def _event(part: bytes) -> Event:
 async def stream_of(instance: Instance, call: GenerateCall) -> bytes:
     """All that an instance streams for a call."""
     stream = b""
-    with instance.run(call) as run:
+    constraints = await instance.constraints(call)
+    with instance.run(call, constraints) as run:
         while not run.generation.finished:
             stream += await run.step()
     return stream

@@ -37,6 +37,7 @@ from memserve.config import (
     LogConfig,
     ModelConfig,
     SecurityConfig,
+    TracesConfig,
     check_config,
     load_config,
 )
@@ -100,6 +101,7 @@ def _root(
     flags_of(CacheConfig),
     flags_of(LogConfig),
     flags_of(InstanceConfig, _CLUSTER_LEAVES_OUT),
+    flags_of(TracesConfig),
 )
 def up(
     config: Annotated[Path | None, typer.Argument(help="TOML; flags go before it")] = None,
@@ -118,6 +120,7 @@ def up(
         security=with_flags(file.security, given),
         cache=with_flags(file.cache, given),
         log=with_flags(file.log, given),
+        traces=with_flags(file.traces, given),
         instance=tuple(with_flags(i, given, _CLUSTER_LEAVES_OUT) for i in file.instance),
     )
     check_config(wanted)
@@ -145,6 +148,7 @@ def up(
     flags_of(GatewayConfig),
     flags_of(SecurityConfig),
     flags_of(LogConfig),
+    flags_of(TracesConfig),
 )
 def gateway(
     instances: Annotated[
@@ -165,6 +169,7 @@ def gateway(
         gateway=with_flags(GatewayConfig(), given),
         security=with_flags(SecurityConfig(), given),
         log=with_flags(LogConfig(), given),
+        traces=with_flags(TracesConfig(), given),
     )
     _begin_process(config.log, exit_with_parent_)
     model = resolve_model(config.model, logging.info)
@@ -172,6 +177,7 @@ def gateway(
     if worker is None and config.gateway.workers > 1:
         command = ["gateway", *to_flags(pinned(config.model, model)), *to_flags(config.gateway)]
         command += [*to_flags(config.security), *to_flags(config.log)]
+        command += to_flags(config.traces)
         command += [part for url in members for part in ("--instances", url)]
         raise typer.Exit(run_workers(config.gateway, command, reserved=exit_with_parent_))
     tokenizer = Tokenizer.load(model.path, config.gateway.chat_template)
@@ -188,6 +194,7 @@ def gateway(
     flags_of(SecurityConfig),
     flags_of(LogConfig),
     flags_of(GatewayConfig, _DRAIN_ONLY),
+    flags_of(TracesConfig),
 )
 def instance(
     id_: Annotated[str | None, typer.Option("--id", help="unique; default: host and pid")] = None,
@@ -211,6 +218,7 @@ def instance(
         gateway=with_flags(GatewayConfig(), given, _DRAIN_ONLY),
         security=with_flags(SecurityConfig(), given),
         log=log_config,
+        traces=with_flags(TracesConfig(), given),
         instance=(settings,),
     )
     check_config(config)

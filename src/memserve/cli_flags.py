@@ -49,7 +49,7 @@ def _option(flag: Flag) -> inspect.Parameter:
         annotation: Any = Annotated[bool | None, option]
     else:
         option = typer.Option(
-            flag.name, help=flag.help + default, rich_help_panel=panel, metavar=flag.values
+            *flag.names, help=flag.help + default, rich_help_panel=panel, metavar=flag.values
         )
         annotation = Annotated[str | None, option]
     return inspect.Parameter(

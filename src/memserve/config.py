@@ -150,6 +150,9 @@ class GatewayConfig(_Section, frozen=True):
     workers: Annotated[Positive, doc("processes that share the port, for as many cores")] = 1
     policy: Annotated[Policy, doc("how an instance is chosen")] = "prompt-tree"
     max_body_bytes: Annotated[Positive, doc("more is answered 413")] = 16 * 1024 * 1024
+    response_store_bytes: Annotated[
+        NonNegative, doc("memory of a worker for /v1/responses to go on from; 0: none is kept")
+    ] = 64 * 1024 * 1024
     drain_seconds: Annotated[PositiveSeconds, doc("how long SIGTERM waits for requests")] = 30.0
     # Longer than most restarts, much less than clients' own timeouts.
     instance_wait_seconds: Annotated[
@@ -194,6 +197,23 @@ class LogConfig(_Section, frozen=True):
     )
 
 
+class TracesConfig(_Section, frozen=True):
+    """OpenTelemetry traces of requests. The flags of these fields begin with `--traces-`."""
+
+    endpoint: Annotated[
+        str | None, doc("where they are sent by OTLP over HTTP, as http://host:4318; none: off")
+    ] = None
+    sample: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        doc("share of requests that are traced; default: OTEL_TRACES_SAMPLER_ARG, or 1"),
+    ] = None
+    client_rate: Annotated[
+        float,
+        Meta(ge=0),
+        doc("requests a second that are traced because their 'traceparent' asks for it"),
+    ] = 10.0
+
+
 class ClusterConfig(_Section, frozen=True):
     """A whole cluster on one machine."""
 
@@ -202,6 +222,7 @@ class ClusterConfig(_Section, frozen=True):
     security: SecurityConfig = SecurityConfig()
     cache: CacheConfig = CacheConfig()
     log: LogConfig = LogConfig()
+    traces: TracesConfig = TracesConfig()
     instance: tuple[InstanceConfig, ...] = (InstanceConfig(),)
 
 
@@ -347,6 +368,7 @@ def _refuse_unknown_keys(data: dict[str, object]) -> None:
         "security": SecurityConfig,
         "cache": CacheConfig,
         "log": LogConfig,
+        "traces": TracesConfig,
         "instance": InstanceConfig,
     }
     _check_keys("", data, tuple(sections))

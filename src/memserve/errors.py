@@ -141,6 +141,10 @@ class RequestError(MemserveError):
         self.param = param
 
 
+class GrammarFailed(MemserveError):
+    """A sequence whose grammar allows no further token, or needs more work for one than it may."""
+
+
 class GivenUp(MemserveError):
     """The caller stopped waiting, for example for the start of a vLLM server."""
 

@@ -1,7 +1,8 @@
 """Conversion of configuration tables to command-line flags, and back.
 
 A flag is the field's name with dashes, without its table: tables in one command share no field
-names. `model.path` is `--model`; those of `log` are `--log-level` and `--log-format`.
+names. `model.path` is `--model`; those of `log` are `--log-level` and `--log-format`, those of
+`traces` begin with `--traces-`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from typing import Any, TypeVar, get_type_hints
 import msgspec
 from msgspec import inspect
 
-from memserve.config import LogConfig, ModelConfig
+from memserve.config import LogConfig, ModelConfig, TracesConfig
 from memserve.errors import ConfigError
 
 # Values from a command line, by parameter name; None for a flag that was not used.
 Given = Mapping[str, str | bool | None]
 
 _Section = TypeVar("_Section", bound=msgspec.Struct)
+
+
+# Other names of flags, by field: those that vLLM's server has.
+_ALIASES: Mapping[str, tuple[str, ...]] = {"cors_origins": ("--allowed-origins",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +45,18 @@ class Flag:
             return "model"
         if self.section is LogConfig:
             return f"log_{self.field}"
+        if self.section is TracesConfig:
+            return f"traces_{self.field}"
         return self.field
 
     @property
     def name(self) -> str:
         return "--" + self.parameter.replace("_", "-")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, `name` first."""
+        return (self.name, *_ALIASES.get(self.field, ()))
 
     @property
     def is_switch(self) -> bool:
@@ -143,8 +155,9 @@ def _parse(flag: Flag, value: str | bool) -> object:
         if isinstance(value, str) and flag.is_command_line:
             parts = shlex.split(value)
         elif isinstance(value, str) and flag.is_list:
-            parts = value.split(",")
-    except ValueError as error:  # an unclosed quotation
+            # vLLM's lists are JSON.
+            parts = msgspec.json.decode(value) if value.startswith("[") else value.split(",")
+    except (ValueError, msgspec.DecodeError) as error:  # an unclosed quotation, or no JSON
         raise ConfigError(f"{flag.name} {value}: {error}") from error
     try:
         return msgspec.convert(parts, flag.type, strict=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -99,3 +100,33 @@ def test_the_stream_goes_on_as_if_nothing_had_happened(
     assert metric(cluster.url, "memserve_failovers_total") == 1
     assert metric(cluster.url, "memserve_failover_pause_seconds_count") == 1
     assert metric(cluster.url, "memserve_streams_broken_total") == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_goes_on_too(pair: tuple[FakeCluster, list[Served]], stream: bool) -> None:
+    """Also one that is not streamed: the gateway has its stream."""
+    cluster, served = pair
+    told: list[Any] = []
+    asked: dict[str, Any] = {"model": MODEL, "input": "Go on.", "max_output_tokens": 40}
+
+    def ask() -> None:
+        with client_of(cluster.url) as client:
+            if stream:
+                *_, last = client.responses.create(**asked, stream=True)
+                told.append(last.response)
+            else:
+                told.append(client.responses.create(**asked))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    lost = running(served)  # the other has nothing to do
+    until(lambda: get(lost.url, "/stats")[1]["engine"]["generated_tokens"] > 5)
+    lost.process.kill()
+    thread.join()
+    (response,) = told
+    assert response.usage.output_tokens == 40
+    assert response.status == "incomplete"
+    assert metric(cluster.url, "memserve_failovers_total") == 1
+    with client_of(cluster.url) as client:
+        whole = client.responses.create(**asked)
+    assert response.output_text == whole.output_text

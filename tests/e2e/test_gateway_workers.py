@@ -96,6 +96,23 @@ async def running(*members: str) -> AsyncIterator[Gateway]:
             await workers.stop()
 
 
+async def test_the_load_is_that_of_all_workers() -> None:
+    async with AsyncExitStack() as stack:
+        member = await stack.enter_async_context(backend(gap=0.05))
+        gateway = await stack.enter_async_context(running(member))
+        highest = 0
+        async with asyncio.TaskGroup() as group:
+            for _ in range(MANY):
+                group.create_task(gateway.generate(chunks=200))
+            for _ in range(200):
+                _, text = await gateway.ask("GET", "/load")
+                highest = max(highest, json.loads(text)["server_load"])
+                if highest == MANY:
+                    break
+        assert highest == MANY
+        assert await gateway.ask("GET", "/load") == (200, '{"server_load":0}')
+
+
 async def test_workers_are_one_gateway() -> None:
     async with AsyncExitStack() as stack:
         first = await stack.enter_async_context(backend())

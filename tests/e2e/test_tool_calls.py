@@ -46,7 +46,7 @@ def client(cluster: FakeCluster) -> Iterator[openai.OpenAI]:
 
 def asked(client: openai.OpenAI, stream: bool, **fields: Any) -> tuple[ChatCompletionMessage, str]:
     """The answer's message and finish reason; a stream's as the package adds it up."""
-    fields = {"model": MODEL, "messages": HI, **fields}
+    fields = {"model": MODEL, "messages": HI, "max_tokens": 1000, **fields}
     if stream:
         with client.chat.completions.stream(**fields) as events:
             for _ in events:
@@ -177,7 +177,7 @@ def test_an_instance_killed_in_mid_call_is_not_noticed(
     cluster = start_cluster(reasoning_parser="qwen3")
     settings = {
         "answer": ids,
-        "step_seconds": 0.01,
+        "step_seconds": 0.004,
         "max_model_len": TOKENS,
         "pool_tokens": TOKENS,
     }
@@ -185,6 +185,7 @@ def test_an_instance_killed_in_mid_call_is_not_noticed(
     cluster.until_ready(2)
     with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0) as client:
         fields: Any = {"model": MODEL, "messages": HI, "tools": TOOLS, "stream": True}
+        fields["max_tokens"] = 1000
         undisturbed = [_shown(chunk) for chunk in client.chat.completions.create(**fields)]
         heard = []
         for chunk in client.chat.completions.create(**fields):

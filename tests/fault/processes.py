@@ -237,7 +237,7 @@ def until_ready(gateway: Served, *names: str) -> float:
 class Client:
     """Asks, and reads the answer's stream on a thread of its own; keeps the time of each event."""
 
-    def __init__(self, gateway: Served, prompt: list[int], tokens: int) -> None:
+    def __init__(self, gateway: Served, prompt: list[int], tokens: int, **fields: Any) -> None:
         self.tokens: list[int] = []
         self.times: list[float] = []  # of events with tokens
         self.error: str | None = None  # what the stream ended with, if not in order
@@ -255,6 +255,7 @@ class Client:
                 "return_token_ids": True,
                 "stream": True,
                 "stream_options": {"include_usage": True},
+                **fields,
             }
         )
         self._connection: http.client.HTTPConnection | None = None

@@ -43,7 +43,8 @@ SERVED = Limits(
 )
 SHARED: dict[str, Any] = {
     "model": MODEL, "max_tokens": 3, "n": 2, "stop": ["a", "bc"], "stream": True,
-    "stream_options": {"include_usage": True}, "logit_bias": {"7": 1.5}, "seed": 4,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    "logit_bias": {"7": 1.5}, "seed": 4,
     "stop_token_ids": [5, 6], "user": "u", "metadata": {"a": "b"}, "temperature": 0.5,
     "top_p": 0.9, "top_k": 5, "min_p": 0.1, "min_tokens": 1, "priority": -1, "cache_salt": "s",
     "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.5,

@@ -86,6 +86,26 @@ def test_usage_is_null_until_the_last_chunk_where_it_was_asked_for() -> None:
 
 
 @pytest.mark.parametrize("kind", CallKind)
+def test_the_usage_so_far_counts_what_an_earlier_instance_gave(kind: CallKind) -> None:
+    asked = call(
+        kind,
+        include_usage=True,
+        continuous_usage=True,
+        return_token_ids=True,
+        stream=True,
+        resumed=(from_ids((7, 8)), from_ids(())),
+    )
+    form = StreamFormat(asked)
+    pieces = [Piece(0, "x", (3, 4)), Piece(1, "", (5,)), Piece(0, "y", (6,))]
+    told = [event(form.event(piece, first=piece.choice == 1)) for piece in pieces]
+    assert [chunk["usage"]["completion_tokens"] for chunk in told] == [4, 1, 5]
+    assert told[0]["usage"] == {"prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6}
+    place = told[1] if kind is CallKind.CHAT else told[1]["choices"][0]
+    assert place["prompt_token_ids"] == [1, 2]
+    assert "usage" not in event(StreamFormat(call(kind)).event(Piece(0, "x", (3,))))
+
+
+@pytest.mark.parametrize("kind", CallKind)
 def test_a_body_is_openai_s(kind: CallKind) -> None:
     asked = call(kind, sampling=SamplingParams(logprobs=1), return_token_ids=True)
     pieces = [Piece(i, AWKWARD, (3,), (SCORE,), finish_reason=FinishReason.STOP) for i in range(2)]

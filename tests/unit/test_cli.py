@@ -80,7 +80,7 @@ def test_an_unknown_flag_is_refused_with_the_nearest(
     ("command", "flags"),
     [
         ("up", ["--model", "--port", "--caching", "--hbm-blocks", "--count"]),
-        ("gateway", ["--instances", "--model", "--policy"]),
+        ("gateway", ["--instances", "--model", "--policy", "--cors-origins", "--allowed-origins"]),
         ("instance", ["--role", "--join", "--id", "--port", "--cpus", "--drain-seconds"]),
         ("bench", ["serve", "engine", "pool"]),
         ("profile", ["--model", "--threads", "--held-out", "--plot"]),

@@ -137,6 +137,14 @@ def test_settings_survive_the_way_through_a_childs_command_line(section: msgspec
     assert with_flags(type(section)(), values) == section
 
 
+@pytest.mark.parametrize("text", ["https://a.example,*", '["https://a.example", "*"]'])
+def test_a_list_may_be_json_as_vllm_has_it(text: str) -> None:
+    found = with_flags(GatewayConfig(), {"cors_origins": text})
+    assert found.cors_origins == ("https://a.example", "*")
+    with pytest.raises(ConfigError, match="--cors-origins"):
+        with_flags(GatewayConfig(), {"cors_origins": '["a'})
+
+
 def test_flags_change_only_what_was_given() -> None:
     base = InstanceConfig(hbm_blocks=7, threads=3)
     assert with_flags(base, {"threads": "4", "hbm_blocks": None}) == InstanceConfig(

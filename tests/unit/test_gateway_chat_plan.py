@@ -206,22 +206,27 @@ async def test_some_of_the_tools_may_be_allowed(ask_directly: Asked) -> None:
     assert _schema(call)["items"]["properties"]["name"] == {"const": "add"}
 
 
-async def test_definitions_of_schemas_are_found_in_the_whole(ask_directly: Asked) -> None:
+async def test_references_of_schemas_lead_where_they_did(ask_directly: Asked) -> None:
     nodes = {
         "type": "object",
         "properties": {"root": {"$ref": "#/$defs/node"}, "$ref": {"type": "string"}},
-        "$defs": {"node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}}},
+        "$defs": {"node": {"type": "object", "properties": {"up": {"$ref": "#"}}}},
     }
     tools = [ADD, {"type": "function", "function": {"name": "link", "parameters": nodes}}]
     _, call = await ask_directly(tools=tools, tool_choice="required")
     schema = _schema(call)
-    (name,) = schema["$defs"]
-    there = {"$ref": f"#/$defs/{name}"}
-    assert schema["items"]["anyOf"][1]["properties"]["parameters"] == {
-        "type": "object",
-        "properties": {"root": there, "$ref": {"type": "string"}},
+    there = schema["items"]["anyOf"][1]["properties"]["parameters"]
+    assert there == {"$ref": "#/$defs/1"}
+    assert schema["$defs"] == {
+        "1": {
+            "type": "object",
+            "properties": {
+                "root": {"$ref": "#/$defs/1/$defs/node"},
+                "$ref": {"type": "string"},
+            },
+            "$defs": {"node": {"type": "object", "properties": {"up": there}}},
+        }
     }
-    assert schema["$defs"][name]["properties"]["next"] == there
 
 
 async def test_where_the_prompt_begins_the_reasoning_the_answer_is_in_it(ask: Asked) -> None:

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from memserve.api.generate import SamplingParams, validate_sampling
-from memserve.engine.sampler import SORTED_BELOW, _sample_from_device, sample
+from memserve.engine.sampler import _sample_from_device, sample
+from memserve.engine.token_counts import SORTED_BELOW
 from memserve.errors import RequestError
 from tests.sampler_reference import Fixed, adjusted, probabilities, sampled_counts, state, tokens
 

@@ -11,9 +11,11 @@ import pytest
 
 from memserve.api.generate import FinishReason, SamplingParams
 from memserve.api.namespaces import salted
+from memserve.clock import ManualClock
 from memserve.engine.request import EngineInfo, EngineRequest, TokenOutput
 from memserve.errors import EngineStopped, QueueFull, RequestError
 from memserve.tokens import from_ids
+from memserve.tracing.span import Sampler, Tracer
 from memserve.types import RequestId
 from memserve.vllm import engine as vllm_engine
 from memserve.vllm.engine import VllmEngine
@@ -99,6 +101,18 @@ def test_tenants_share_nothing(engine: VllmEngine, sink: Sink, server: Server) -
     cached = [sink.whole(name)[-1].usage.cached_tokens for name in "abcd"]
     assert cached == [0, 0, BLOCK, 0]
     assert [body.get("cache_salt") for body in server.fake.bodies] == [None, "x", "x", "y"]
+
+
+def test_the_server_gets_the_context_of_a_traced_sequence(
+    engine: VllmEngine, sink: Sink, server: Server
+) -> None:
+    clock = ManualClock()
+    tracer = Tracer(clock, Sampler(1.0, 0.0, clock), lambda span: None)
+    span = tracer.accept("generate", [], 0.0)
+    for name, of in (("a", None), ("b", span)):
+        engine.submit([request(name, PROMPT, span=of)])
+        sink.whole(name)
+    assert server.fake.parents == [None, span.context.traceparent]
 
 
 def test_what_is_cancelled_says_no_more_and_is_dropped_by_the_server(

@@ -215,7 +215,6 @@ def test_a_stream_is_the_servers_byte_for_byte(vllm_only: FakeCluster) -> None:
         ("kv_transfer_params", {"do_remote_prefill": True}),
         ("ec_transfer_params", {"x": 1}),
         ("vllm_xargs", {"x": 1}),
-        ("request_id", "mine"),
         ("session_id", "mine"),
         ("mm_processor_kwargs", {"x": 1}),
         ("media_io_kwargs", {"image": {"x": 1}}),
@@ -223,7 +222,6 @@ def test_a_stream_is_the_servers_byte_for_byte(vllm_only: FakeCluster) -> None:
         ("chat_template_kwargs", {"chat_template": "x"}),
         ("watermarking", False),
         ("guided_choice", ["yes"]),  # vLLM would ignore it
-        ("store", True),
         ("nonsense", 1),
         ("n", 1000),
         ("max_tokens", 0),
@@ -235,10 +233,10 @@ def test_a_stream_is_the_servers_byte_for_byte(vllm_only: FakeCluster) -> None:
     ],
 )
 def test_what_steers_the_server_or_is_too_much_is_refused(
-    cluster: FakeCluster, server: Server, field: str, value: object
+    vllm_only: FakeCluster, server: Server, field: str, value: object
 ) -> None:
     before = len(server.fake.bodies)
-    answer = chat(cluster, **{"tools": TOOLS, field: value})
+    answer = chat(vllm_only, **{"tools": TOOLS, field: value})
     assert answer.status == 400, answer.text
     assert field in answer.json["error"]["message"] + str(answer.json["error"]["param"])
     assert len(server.fake.bodies) == before
@@ -299,6 +297,23 @@ def test_words_that_look_like_addresses_are_no_content(cluster: FakeCluster) -> 
     used = {"type": "tool_use", "id": "1", "name": "get", "input": {"url": "http://x"}}
     messages = [{"role": "assistant", "content": [used]}]
     assert post(cluster, ForwardPath.MESSAGES, messages=messages, max_tokens=1).status == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"choice": ["yes", "no"]}},
+    ],
+)
+def test_constraints_are_for_a_built_in_engine_where_there_is_one(
+    cluster: FakeCluster, keyed: FakeCluster, server: Server, fields: dict[str, Any]
+) -> None:
+    answer = post(keyed, ForwardPath.CHAT, "sk-a", messages=MESSAGES, **fields)
+    assert passed(server, answer).items() >= fields.items()
+    refused = chat(cluster, **fields)  # by the stand-in for an engine
+    assert refused.status == 400
+    assert "takes no grammar" in refused.text.decode()
 
 
 def test_tenants_have_salts_of_their_own(keyed: FakeCluster, server: Server) -> None:
@@ -414,8 +429,9 @@ def test_one_that_is_lost_in_mid_stream_is_told_at_once(
 
 @pytest.mark.parametrize("path", sorted(WHOLE_PATHS))
 def test_other_endpoints_of_the_servers(
-    cluster: FakeCluster, server: Server, path: ForwardPath
+    vllm_only: FakeCluster, server: Server, path: ForwardPath
 ) -> None:
+    cluster = vllm_only
     contents: dict[str, Any] = {
         "input": "a text",
         "messages": MESSAGES,
@@ -438,10 +454,60 @@ def test_other_endpoints_of_the_servers(
 @pytest.mark.parametrize(
     "fields", [{"store": True}, {"previous_response_id": "x"}, {"background": True}]
 )
-def test_no_answer_is_kept_at_one_server(cluster: FakeCluster, fields: dict[str, Any]) -> None:
-    answer = post(cluster, ForwardPath.RESPONSES, input="hi", **fields)
+def test_no_answer_is_kept_at_one_server(vllm_only: FakeCluster, fields: dict[str, Any]) -> None:
+    answer = post(vllm_only, ForwardPath.RESPONSES, input="hi", **fields)
     assert answer.json["error"]["code"] == "unsupported_parameter"
     assert answer.json["error"]["param"] in fields
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("request_id", "mine"), ("store", True), ("service_tier", "flex"), ("metadata", {"a": "b"})],
+)
+def test_what_no_answer_depends_on_is_not_passed_on(
+    vllm_only: FakeCluster, server: Server, field: str, value: Any
+) -> None:
+    body = passed(server, chat(vllm_only, **{"tools": TOOLS, field: value}))
+    assert field not in body
+
+
+NATIVE: dict[ForwardPath, dict[str, Any]] = {
+    ForwardPath.RESPONSES: {"input": "hi"},
+    ForwardPath.TOKENIZE: {"prompt": "hi"},
+    ForwardPath.DETOKENIZE: {"tokens": [5]},
+}
+
+
+@pytest.mark.parametrize("path", sorted(NATIVE))
+def test_the_gateway_answers_itself_where_it_has_a_built_in_engine(
+    cluster: FakeCluster, server: Server, path: ForwardPath
+) -> None:
+    before = len(server.fake.bodies)
+    answer = post(cluster, path, model=MODEL, **NATIVE[path])
+    assert answer.status == 200, answer.text
+    assert "body" not in answer.json
+    assert len(server.fake.bodies) == before
+
+
+def test_what_the_gateway_does_not_understand_of_a_response_goes_to_a_server(
+    cluster: FakeCluster, server: Server
+) -> None:
+    image = {"type": "input_image", "image_url": "data:image/png;base64,eA=="}
+    asked = [{"role": "user", "content": [image]}]
+    body = passed(server, post(cluster, ForwardPath.RESPONSES, input=asked))
+    assert (body["input"], body["store"]) == (asked, False)
+    assert server.fake.paths[-1] == ForwardPath.RESPONSES
+
+
+def test_tokens_of_what_the_gateway_does_not_understand_are_a_server_s(
+    cluster: FakeCluster, server: Server
+) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,eA=="}}
+    messages = [{"role": "user", "content": [part]}]
+    assert passed(server, post(cluster, ForwardPath.TOKENIZE, messages=messages))
+    assert server.fake.paths[-1] == ForwardPath.TOKENIZE
+    answer = post(cluster, ForwardPath.TOKENIZE, prompt="hi", nonsense=1)
+    assert (answer.status, answer.json["error"]["param"]) == (400, "nonsense")
 
 
 def test_without_a_server_everything_is_as_it_was(built_in: FakeCluster) -> None:
@@ -454,8 +520,10 @@ def test_without_a_server_everything_is_as_it_was(built_in: FakeCluster) -> None
         "code": "unsupported_parameter",
     }
     assert chat(built_in, nonsense=1).json["error"]["param"] == "nonsense"
-    for path in WHOLE_PATHS:
-        assert post(built_in, path, input="hi").status == 404
+    for path in WHOLE_PATHS - NATIVE.keys():
+        answer = post(built_in, path, input="hi")
+        assert (answer.status, answer.json["error"]["code"]) == (404, "not_found")
+        assert path in answer.json["error"]["message"]
 
 
 def test_a_built_in_engine_takes_nothing_as_it_is(built_in: FakeCluster) -> None:

@@ -281,7 +281,8 @@ class StreamFormat:
             _encode(call.model),
         )
         # As in OpenAI's API: with `include_usage`, every chunk but the last has a null usage.
-        choices = b',"usage":null' if call.include_usage else b""
+        plain_usage = call.include_usage and not call.continuous_usage
+        choices = b',"usage":null' if plain_usage else b""
         self._choice_head = self._head + choices + b',"choices":[{"index":'
         self._text_head = b',"delta":{"content":' if chat else b',"text":'
         self._no_text = b',"delta":{' if chat else b',"text":""'
@@ -302,7 +303,11 @@ class StreamFormat:
         self._chat = chat
         self._call = call
         self._token_ids = call.return_token_ids
-        self._plain = self._logprobs is None and not self._token_ids
+        # By choice, with `continuous_usage`: the tokens so far.
+        self._counts = [0] * (len(self._prefixes) if call.continuous_usage else 0)
+        for choice, tokens in enumerate(call.resumed if self._counts else ()):
+            self._counts[choice] = len(tokens)
+        self._plain = self._logprobs is None and not self._token_ids and not self._counts
 
     def event(self, piece: Piece, first: bool = False) -> bytes:
         """Return the event of one choice's next tokens, with their text if any. `first`: the
@@ -311,6 +316,8 @@ class StreamFormat:
         ids = piece.token_ids
         named = b"%d" % ids[0] if len(ids) == 1 else ",".join(map(str, ids)).encode()
         comment = b":%d %b\n" % (piece.choice, named)
+        if self._counts:
+            self._counts[piece.choice] += len(ids)
         if role or piece.finish_reason is not None or not self._plain or piece.delta is not None:
             # A piece whose text is held back still has ids and scores.
             said = piece.text if piece.delta is None else not piece.delta.empty
@@ -353,7 +360,16 @@ class StreamFormat:
             # As in vLLM: in the choice for completions, at the top level for chats.
             prompt = b',"prompt_token_ids":' + _encode(_prompt(self._call, piece.choice))
             parts[-1] = b"}]" + prompt + b"}\n\n" if self._chat else prompt + b"}]}\n\n"
+        if self._counts:
+            parts[-1] = parts[-1].removesuffix(b"}\n\n") + self._usage_so_far(piece.choice)
         return b"".join(parts)
+
+    def _usage_so_far(self, choice: int) -> bytes:
+        """Return a chunk's end, with the usage of one choice, as vLLM has it."""
+        prompt = len(self._call.prompts[choice // self._call.n])
+        count = self._counts[choice]
+        used = b',"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}}\n\n'
+        return used % (prompt, count, prompt + count)
 
 
 def _chat_logprobs(piece: Piece) -> ChatLogprobs:

@@ -80,6 +80,13 @@ class ApiError(MemserveError):
         return b"data: " + self.body() + b"\n\n"
 
 
+class NotUnderstood(ApiError):
+    """400: the gateway does not support a field of the request, or its form. A vLLM server may."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
+
+
 def bounded(text: str) -> str:
     """Return a text of at most MAX_MESSAGE_CHARACTERS: a longer one without its middle.
     Characters that UTF-8 cannot encode become `?`."""
@@ -92,6 +99,12 @@ def bounded(text: str) -> str:
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """400: a request that can never be served in this form."""
     return ApiError(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
+
+
+def not_json(error: Exception, param: str | None = None) -> ApiError:
+    """400: the body, or the field `param`, cannot be decoded."""
+    what = "The request body" if param is None else f"'{param}'"
+    return invalid(f"{what} is not valid JSON: {error}", param, "invalid_json")
 
 
 def model_not_found(model: str, served: str) -> ApiError:

@@ -220,7 +220,12 @@ IGNORED_FIELDS: Final = frozenset(
         "metadata",
         "parallel_tool_calls",
         "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
         "safety_identifier",
+        "service_tier",
+        "store",
         "user",
     }
 )

@@ -60,8 +60,8 @@ class FinishReason(StrEnum):
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Sampling parameters of a sequence. Names and neutral values are vLLM's.
 
-    Source of the filters' order, vLLM's v1 sampler: `min_tokens`, `logit_bias` and penalties
-    on logits, then temperature, then min-p, top-k and top-p on probabilities.
+    Source of the filters' order, vLLM's v1 sampler: grammar, `min_tokens`, `logit_bias` and
+    penalties on logits, then temperature, then min-p, top-k and top-p on probabilities.
     """
 
     max_tokens: Count = 16
@@ -181,6 +181,7 @@ class GenerateCall(
     skip_special_tokens: bool = True
     stream: bool = False
     include_usage: bool = False  # a last chunk with usage
+    continuous_usage: bool = False  # the usage so far in every other chunk, too
     # Completions: the text to put before the answers of each prompt; None: the text of its token
     # ids. (): no echo.
     echo: Annotated[tuple[str | None, ...], Meta(max_length=MAX_SEQUENCES)] = ()
@@ -190,6 +191,8 @@ class GenerateCall(
     # streams. With `echo` and `sampling.logprobs`, OpenAI's form has the prompt's scores, too.
     prompt_logprobs: Count | None = None
     return_token_ids: bool = False  # the client asked for `token_ids`, `prompt_token_ids`
+    # Log-probabilities name their tokens `token_id:<id>`, as vLLM's do.
+    return_tokens_as_token_ids: bool = False
     cache_salt: Name = ""  # namespace of the KV cache
     priority: Int32 = 0  # lower runs first
     session: Name | None = None  # the `session` policy keeps its requests on one instance

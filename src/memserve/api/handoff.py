@@ -82,6 +82,7 @@ class PrefillResult(msgspec.Struct, frozen=True):
     queue_seconds: float = 0.0  # from submission to the first step
     fetch_seconds: float = 0.0
     blocks_fetched: int = 0
+    ended: bool = False  # the first token ends the sequence: it is an end token, or by its grammar
 
 
 class PushCall(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import memserve
 from memserve.api.histogram import Histogram
 from memserve.api.metric import INSTANCE, Label, MetricSpec, Page, counter, gauge, histogram
 from memserve.api.status import InstanceState, InstanceStats, MediumTotals
@@ -343,7 +342,3 @@ def report_state(page: Page, instance: InstanceId, state: InstanceState) -> None
     """Write which state an instance is in."""
     for each in InstanceState:
         page.add(STATE, each is state, instance, each)
-
-
-def report_build(page: Page) -> None:
-    page.add(BUILD, 1, memserve.__version__)

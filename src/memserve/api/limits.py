@@ -26,6 +26,12 @@ DEFAULT_MAX_WAITING = 256
 MAX_LOGPROBS = 20
 # Turns of a chat: longer than the contexts of today's models for anything but one-word turns.
 MAX_MESSAGES = 4096
+# Items of a `/v1/responses` input: a turn that calls a function has three.
+MAX_ITEMS = 3 * MAX_MESSAGES
+# Bytes of the stored conversation that a `/v1/responses` request goes on from: as the largest body.
+MAX_CONVERSATION_BYTES = 16 * 1024 * 1024
+# Tools of a request.
+MAX_TOOLS = 1024
 # Parts of one message.
 MAX_PARTS = 256
 # Characters of a name, an id, a salt: kept for as long as a request lives, or longer.
@@ -36,6 +42,17 @@ MAX_METADATA_ENTRIES = 16
 MAX_PROMPT_SCORES = 256 * 1024
 # Characters of a grammar or JSON schema: several times the largest schemas in use.
 MAX_GRAMMAR_CHARACTERS = 256 * 1024
+# Texts of a `choice`.
+MAX_CHOICES = 1024
+# Properties of one object in a JSON schema: compiling takes time with their square (70 ms for so
+# many, 3.5 s for 5,000), and the first token of a key some milliseconds.
+MAX_SCHEMA_PROPERTIES = 1000
+# Symbols of a GBNF grammar, and of each rule with the rules that it uses written out: 0.2 s.
+MAX_GRAMMAR_SYMBOLS = 20_000
+# Regular parts of a grammar that leads back to itself; each is compared with all others.
+MAX_TERMINALS = 500
+# Parentheses in each other, and nesting of a structural tag.
+MAX_GRAMMAR_DEPTH = 32
 # Tools of a request; OpenAI takes 128.
 MAX_TOOLS = 512
 # Characters of a function's name; OpenAI takes 64.

@@ -7,14 +7,14 @@ its neutral values (null, [], {}, the default) are accepted, because clients sen
 from __future__ import annotations
 
 import re
-from http import HTTPStatus
 from operator import attrgetter
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from memserve.api.errors import ApiError, invalid
+from memserve.api.errors import NotUnderstood as NotUnderstood
+from memserve.api.errors import invalid
 from memserve.api.generate import SamplingParams
 from memserve.api.limits import (
     MAX_ECHO_CHARACTERS,
@@ -32,6 +32,8 @@ from memserve.api.limits import (
     MAX_TOOLS,
 )
 from memserve.api.openai_tools import Tool, ToolCalls, ToolChoice
+from memserve.api.structured import FIELDS as STRUCTURED_FIELDS
+from memserve.api.structured import grammar_of
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT32)]
 _Positive = Annotated[int, Meta(ge=1, le=MAX_INT32)]
@@ -45,29 +47,44 @@ _Json = msgspec.Raw | UnsetType
 _LONGEST_NEUTRAL = 256
 
 
-class NotUnderstood(ApiError):
-    """400: the gateway does not support a field of the request, or its form. A vLLM server may."""
-
-    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
-
-
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # padding against traffic analysis: none is added
+    continuous_usage_stats: bool | None = None  # vLLM's: with `include_usage`, in every chunk
 
+
+# Fields on which no answer here depends: any value is accepted. They are about what a provider
+# keeps and bills, the pace of its answer, its own ids, and media, which are refused themselves.
+IGNORED: Final = frozenset(
+    {
+        "media_io_kwargs",
+        "mm_payload",
+        "mm_processor_kwargs",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "service_tier",
+        "session_id",
+        "store",
+        "stream_interval",
+    }
+)
+# The same, but checked: they are kept for as long as a request lives.
+IGNORED_BUT_CHECKED: Final = frozenset({"metadata", "prompt_cache_key", "safety_identifier"})
 
 # Neutral values besides null, [] and {}.
 _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "continue_final_message": (False,),
     "function_call": ("none", "auto"),
+    "include_reasoning": (True,),
     "length_penalty": (1,),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
-    "return_tokens_as_token_ids": (False,),
-    "service_tier": ("auto", "default"),
+    "return_mm_kwargs": (False,),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "routed_experts_prompt_start": (0,),
     "spaces_between_special_tokens": (True,),
-    "store": (False,),
     "stream": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -110,6 +127,7 @@ class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
 
@@ -122,6 +140,13 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Fields that both endpoints share."""
 
     stream_options: StreamOptions | None = None
+    # Constraints of the answer: `structured.grammar_of`.
+    response_format: _Json = UNSET
+    structured_outputs: _Json = UNSET
+    guided_json: _Json = UNSET
+    guided_regex: _Json = UNSET
+    guided_choice: _Json = UNSET
+    guided_grammar: _Json = UNSET
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     # Fields that are accepted with neutral values only.
     allowed_token_ids: _Json = UNSET
@@ -129,28 +154,43 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     bad_words: _Json = UNSET
     chat_template: _Json = UNSET
     documents: _Json = UNSET
+    ec_transfer_params: _Json = UNSET
     function_call: _Json = UNSET
     functions: _Json = UNSET
-    guided_choice: _Json = UNSET
-    guided_grammar: _Json = UNSET
-    guided_json: _Json = UNSET
-    guided_regex: _Json = UNSET
     kv_transfer_params: _Json = UNSET
     length_penalty: _Json = UNSET
     logits_processors: _Json = UNSET
+    logprob_token_ids: _Json = UNSET
     modalities: _Json = UNSET
+    moderation: _Json = UNSET
     prediction: _Json = UNSET
-    response_format: _Json = UNSET
-    return_tokens_as_token_ids: _Json = UNSET
-    service_tier: _Json = UNSET
+    prompt_embeds: _Json = UNSET
+    repetition_detection: _Json = UNSET
+    return_mm_kwargs: _Json = UNSET
+    return_prompt_text: _Json = UNSET
+    return_token_offsets: _Json = UNSET
+    routed_experts_prompt_start: _Json = UNSET
     spaces_between_special_tokens: _Json = UNSET
-    store: _Json = UNSET
-    structured_outputs: _Json = UNSET
     suffix: _Json = UNSET
+    thinking_token_budget: _Json = UNSET
     truncate_prompt_tokens: _Json = UNSET
+    truncation_side: _Json = UNSET
     use_beam_search: _Json = UNSET
     verbosity: _Json = UNSET
+    vllm_xargs: _Json = UNSET
+    watermarking: _Json = UNSET
     web_search_options: _Json = UNSET
+    # IGNORED
+    media_io_kwargs: _Json = UNSET
+    mm_payload: _Json = UNSET
+    mm_processor_kwargs: _Json = UNSET
+    prompt_cache_options: _Json = UNSET
+    prompt_cache_retention: _Json = UNSET
+    request_id: _Json = UNSET
+    service_tier: _Json = UNSET
+    session_id: _Json = UNSET
+    store: _Json = UNSET
+    stream_interval: _Json = UNSET
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -161,6 +201,11 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        options = self.stream_options
+        return bool(options and options.include_usage and options.continuous_usage_stats)
 
 
 # A prompt's text, its token ids, or several of either.
@@ -178,6 +223,7 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
     # Of chats; accepted with neutral values only.
     chat_template_kwargs: _Json = UNSET
     continue_final_message: _Json = UNSET
+    include_reasoning: _Json = UNSET
     reasoning_effort: _Json = UNSET
     tool_choice: _Json = UNSET
     tools: _Json = UNSET
@@ -187,6 +233,9 @@ class TextPart(
     msgspec.Struct, frozen=True, tag_field="type", tag="text", forbid_unknown_fields=True
 ):
     text: str
+    # Where a provider's cache should begin: here every prefix is cached.
+    cache_control: _Json = UNSET
+    prompt_cache_breakpoint: _Json = UNSET
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -240,7 +289,9 @@ class _Unsupported:
 
     def __init__(self, kind: type[_Request]) -> None:
         self.names = tuple(
-            field.name for field in msgspec.structs.fields(kind) if field.default is UNSET
+            field.name
+            for field in msgspec.structs.fields(kind)
+            if field.default is UNSET and field.name not in IGNORED.union(STRUCTURED_FIELDS)
         )
         self.values = attrgetter(*self.names)
         self.absent = (UNSET,) * len(self.names)
@@ -305,6 +356,7 @@ def sampling_params(
         stop_token_ids=asked.stop_token_ids or (),
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,
+        grammar=grammar_of(request),
         prompt_logprobs=prompt_logprobs,
     )
 
@@ -356,9 +408,15 @@ def _check_common(request: CompletionRequest | ChatRequest) -> None:
         for name, value in zip(unsupporting.names, values, strict=True):
             if value is not UNSET and not _is_neutral(name, value):
                 raise unsupported(name)
+    grammar_of(request)  # raises before anything is tokenised
     check_best_of(request)
     if request.stream and request.prompt_logprobs is not None:
         raise invalid("'prompt_logprobs' is not available with 'stream'.", "prompt_logprobs")
+    if request.return_tokens_as_token_ids and request.prompt_logprobs is not None:
+        raise NotUnderstood(
+            "'return_tokens_as_token_ids' cannot be combined with 'prompt_logprobs' here.",
+            "return_tokens_as_token_ids",
+        )
     if request.stream_options is not None and not request.stream:
         raise invalid("'stream_options' needs 'stream': true.", "stream_options")
 

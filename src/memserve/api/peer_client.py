@@ -34,6 +34,7 @@ TRIES = 8
 _SHOWN = 300  # characters of an answer or error that go into a PeerError
 
 _error = msgspec.json.Decoder(ErrorBody)
+_NO_HEADERS: Mapping[str, str] = {}
 T = TypeVar("T")
 
 # Errors of decoders on invalid bytes: msgspec's own, wrong UTF-8 and numbers (ValueError), too
@@ -117,15 +118,16 @@ class PeerClient:
         media: str = JSON_MEDIA,
         seconds: float | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
+        headers: Mapping[str, str] = _NO_HEADERS,
     ) -> T:
         """Return the decoded body of a 200 answer. Raises PeerError, also for other statuses.
 
         `media`: the content type of `body`.
         `seconds`: timeout of the whole call; None: only connecting has one, for answers that may
-        wait in a queue.
+        wait in a queue. `headers`: further ones, which are not signed.
         """
         answer = await self.ask(
-            method, url, body, media=media, seconds=seconds, max_bytes=max_bytes
+            method, url, body, media=media, seconds=seconds, max_bytes=max_bytes, headers=headers
         )
         if answer.status != HTTPStatus.OK:
             _refused(answer)
@@ -140,12 +142,13 @@ class PeerClient:
         media: str = JSON_MEDIA,
         seconds: float | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
+        headers: Mapping[str, str] = _NO_HEADERS,
     ) -> PeerAnswer:
         """Return an answer of any status (of a signed request: but 401). Raises PeerError."""
         timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
-        headers = {"content-type": media} if body else {}
+        given = {"content-type": media, **headers} if body else {**headers}
         try:
-            return await self._ask(method, URL(url), body, headers, timeout, max_bytes)
+            return await self._ask(method, URL(url), body, given, timeout, max_bytes)
         except aiohttp.ClientConnectorError as error:
             nobody = isinstance(error.os_error, ConnectionRefusedError)
             # aiohttp's own text has an object's address in it.

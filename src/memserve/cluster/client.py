@@ -98,13 +98,13 @@ class ClusterClient:
     async def view(self) -> ClusterSummary:
         return await self._ask("GET", "/cluster", _cluster.decode)
 
-    async def read(self, path: str, decode: Callable[[bytes], T]) -> T:
-        """Return the decoded answer to a GET of one of an operator's paths."""
-        return await self._ask("GET", path, decode)
-
     async def decisions(self, n: int) -> list[DecisionView]:
         """Return the scheduler's last `n` decisions, newest first."""
         return await self._ask("GET", f"{DECISIONS_PATH}?n={n}", _decisions.decode)
+
+    async def read(self, path: str, decode: Callable[[bytes], T]) -> T:
+        """Return the decoded answer to a GET of one of an operator's paths."""
+        return await self._ask("GET", path, decode)
 
     async def member(self, instance: str) -> MemberSummary:
         """Return the member with an id. Raises ClusterError with the known ids."""

@@ -92,6 +92,7 @@ class LocalCluster:
         gateway = msgspec.structs.replace(self._config.gateway, port=self._port.number)
         command = ["gateway", *to_flags(self._config.model), *to_flags(gateway)]
         command += [*to_flags(self._config.security), *to_flags(self._config.log)]
+        command += to_flags(self._config.traces)
         keys = {KEYS_VARIABLE: hashed(self._config.gateway.api_keys)}
         self._gateway = self._supervised("gateway", command, self._some_instance_lives, keys)
         await self._gateway.start()
@@ -319,6 +320,7 @@ def instance_commands(config: ClusterConfig) -> Iterator[tuple[str, list[str]]]:
                 *to_flags(config.cache),
                 *to_flags(config.log),
                 *to_flags(_own_settings(table, len(settings))),
+                *to_flags(config.traces),
                 # Loopback traffic needs no TLS.
                 *([] if is_loopback(table.host) else to_flags(config.security)),
                 "--drain-seconds",

@@ -290,6 +290,8 @@ class Engine:
         return outputs
 
     def _emit(self, sequence: Sequence, chosen: Sample) -> TokenOutput:
+        if chosen.failure is not None:
+            return self._fail(sequence, chosen.failure)
         finish = sequence.append(chosen.token)
         self._counters.generated_tokens += 1
         if finish is not None:
@@ -302,7 +304,19 @@ class Engine:
             logprobs=() if chosen.logprobs is None else (chosen.logprobs,),
             prompt_logprobs=sequence.take_scores(),
             finish_reason=finish,
-            stop_token=chosen.token if finish is FinishReason.STOP else None,
+            stop_token=chosen.token if chosen.token in sequence.sampler.end_tokens else None,
+        )
+
+    def _fail(self, sequence: Sequence, error: str) -> TokenOutput:
+        self._scheduler.remove(sequence.id)
+        self._counters.finished += 1
+        return TokenOutput(
+            sequence.id,
+            (),
+            sequence.usage,
+            finish_reason=FinishReason.ERROR,
+            error=error,
+            at_fault=True,
         )
 
     def _shut_down(self, sink: OutputSink, reason: FinishReason, error: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Compiled CPU kernels for bfloat16: norms, rotary embedding, GELU, argmax.
+"""Compiled CPU kernels: norms, rotary embedding, GELU and argmax for bfloat16; grammars' masks.
 
 PyTorch has no bfloat16 kernels for most of these formulas: it converts to float32 and passes over
 the data once per operation. Here each formula is one pass over rows that stay in the core's cache.
@@ -182,3 +182,16 @@ def first_maxima(columns: NDArray[np.int16], out: NDArray[np.int64]) -> None:
             if _ordered(columns[i, column]) == best[column]:
                 out[column] = i
                 break
+
+
+@_KERNELS.compiled("void(uint8[::1],float32[::1])")
+def keep_allowed(bits: NDArray[np.uint8], logits: Floats) -> None:
+    """Set the `logits` [vocab] of tokens whose bit is 0 to -inf; bit t % 8 of `bits` [t // 8] is
+    that of token t, and tokens without one are not allowed."""
+    for at in range(0, len(logits), 8):
+        byte = bits[at // 8] if at // 8 < len(bits) else np.uint8(0)
+        if byte == 255:
+            continue
+        for token in range(at, min(at + 8, len(logits))):
+            if not (byte >> np.uint8(token - at)) & np.uint8(1):
+                logits[token] = -np.inf

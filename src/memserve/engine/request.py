@@ -10,9 +10,11 @@ import numpy as np
 
 from memserve.api.generate import FinishReason, SamplingParams, validate_sampling
 from memserve.api.limits import DEFAULT_MAX_WAITING
+from memserve.engine.constraint import CompiledGrammar
 from memserve.engine.observer import PrefillObserver
 from memserve.errors import RequestError
 from memserve.tokens import NO_TOKENS
+from memserve.tracing.span import Span
 from memserve.types import SHARED, Namespace, RequestId, TokenArray
 
 
@@ -38,8 +40,11 @@ class EngineRequest:
     follows: RequestId | None = None
     # Receives a call for each block of `tokens` whose KV is computed.
     observer: PrefillObserver | None = None
+    grammar: CompiledGrammar | None = None  # `sampling.grammar`, compiled for the model
     # Prompt tokens whose KV other instances have sent for this request: no hits of this cache.
     received_tokens: int = 0
+    # Of the call in its trace; None: it is not traced. Engines only pass its context on.
+    span: Span | None = None
 
     @property
     def tokens(self) -> TokenArray:
@@ -84,6 +89,7 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the end or stop token that ended the sequence
     error: str | None = None
+    at_fault: bool = False  # with `error`: the request is to blame, not the engine
     # Of the prompt's tokens but the first, if asked for; in the sequence's first output only.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
@@ -122,6 +128,8 @@ def validate_requests(requests: Sequence[EngineRequest], info: EngineInfo) -> No
     for request in requests:
         validate_sampling(request.sampling, info.vocab_size, passed)
         passed = request.sampling
+        if request.sampling.grammar is not None and request.grammar is None:
+            raise RequestError("this engine takes no grammar", request.sampling.grammar.param)
         _validate_tokens(request, info)
 
 

@@ -1,7 +1,7 @@
 """Sampling of the next token of each sequence from its row of logits.
 
-Filters apply in the order of vLLM's v1 sampler: `min_tokens`, `logit_bias` and penalties on
-logits, then temperature, min-p, top-k and top-p.
+Filters apply in the order of vLLM's v1 sampler: the grammar, `min_tokens`, `logit_bias` and
+penalties on logits, then temperature, min-p, top-k and top-p.
 
 Rows are sampled one by one on the host, by numpy on one thread: a row's result cannot depend on
 other rows, a row stays in the core's cache, and no barrier waits for a core that another process
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import secrets
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +24,10 @@ from numpy.typing import NDArray
 
 from memserve.api.generate import SamplingParams
 from memserve.engine import kernels
+from memserve.engine.constraint import Constraint
 from memserve.engine.request import TokenLogprobs
+from memserve.engine.token_counts import TokenCounts
+from memserve.errors import GrammarFailed
 from memserve.types import TokenArray
 
 FloatArray = NDArray[np.float32]
@@ -33,6 +35,8 @@ IdArray = NDArray[np.int64]
 
 GREEDY_BELOW = 1e-5  # temperatures this low are greedy, as in vLLM
 MAX_TEMPERATURE = 1e30  # higher ones are clamped: uniform anyway, and float32 has no inverse
+
+NOTHING_ALLOWED = "the answer's grammar allows none of the tokens that may follow"
 
 # A row of logits is reduced as a matrix of FOLD rows to one number per column. This vectorises,
 # and leaves 1/64 of the vocabulary to search, then the 64 tokens of one column.
@@ -42,14 +46,12 @@ FOLD = 64
 FIRST_NUCLEUS = 1024
 NUCLEUS_GROWTH = 8
 
-# `_distinct` sorts fewer tokens than this, and marks more in a table.
-SORTED_BELOW = 1024
-
 
 class SamplerState:
     """Sampling state of one sequence, which owns it: parameters, seed, token counts."""
 
     __slots__ = (
+        "_constraint",
         "_counts",
         "_fixed",
         "_generated",
@@ -64,15 +66,18 @@ class SamplerState:
         prompt: TokenArray,
         eos_token_ids: Sequence[int],
         like: SamplerState | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """`prompt`: [tokens] int32. `eos_token_ids`: the model's, () with `ignore_eos`. `like`:
-        another state, whose `_FixedTokens` are reused if it is of the same call.
+        another state, whose `_FixedTokens` are reused if it is of the same call. `constraint`:
+        the state's own.
 
         Without a seed in `params`, the operating system gives a random one.
         """
         self.params = params
         self._prompt_tokens = len(prompt)
         self._generated = 0
+        self._constraint = constraint
         self._seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
         same = like is not None and like._fixed.is_of(params, eos_token_ids)
         self._fixed: _FixedTokens = (
@@ -89,11 +94,22 @@ class SamplerState:
         self._generated += 1
         if self._counts is not None:
             self._counts.add(token)
+        if self._constraint is not None and token not in self._fixed.end_tokens:
+            self._constraint.accept(token)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the grammar allows no further token behind those so far."""
+        return self._constraint is not None and self._constraint.ended
 
     @property
     def end_tokens(self) -> frozenset[int]:
         """Tokens that end the sequence: the model's end tokens and the client's stop tokens."""
         return self._fixed.end_tokens
+
+    @property
+    def constrained(self) -> bool:
+        return self._constraint is not None
 
     @property
     def greedy(self) -> bool:
@@ -104,7 +120,8 @@ class SamplerState:
         """Whether `adjust` changes the next token's logits."""
         fixed = self._fixed
         held_open = self._generated < self.params.min_tokens and fixed.end_ids.size > 0
-        return held_open or fixed.bias_ids.size > 0 or self._counts is not None
+        changed = held_open or fixed.bias_ids.size > 0 or self._counts is not None
+        return changed or self._constraint is not None
 
     @property
     def is_argmax(self) -> bool:
@@ -112,9 +129,12 @@ class SamplerState:
         return self.greedy and not self.adjusts and self.params.logprobs is None
 
     def adjust(self, logits: FloatArray) -> FloatArray:
-        """Return a copy of `logits` [vocab] after `min_tokens`, `logit_bias` and penalties."""
+        """Return a copy of `logits` [vocab] after grammar, `min_tokens`, `logit_bias` and
+        penalties. Raises GrammarFailed."""
         logits = logits.copy()
         fixed = self._fixed
+        if self._constraint is not None:
+            self._constraint.mask(logits, fixed.end_ids)
         if self._generated < self.params.min_tokens:
             logits[fixed.end_ids] = -np.inf
         logits[fixed.bias_ids] += fixed.bias
@@ -151,64 +171,13 @@ class _FixedTokens:
         )
 
 
-class TokenCounts:
-    """Distinct prompt tokens and generated tokens of one sequence, with counts of the latter.
-
-    Arrays, not sets, hold the prompt's tokens: with long prompts and many samples, sets would take
-    gigabytes.
-    """
-
-    __slots__ = ("_counts", "_generated", "_prompt", "_slots", "_unseen")
-
-    def __init__(self, prompt: TokenArray) -> None:
-        """`prompt`: [tokens] int32, subject to the repetition penalty only."""
-        self._prompt = _distinct(prompt)  # ascending
-        self._generated = array("i")  # distinct generated tokens
-        self._counts = array("i")  # count of each token in `_generated`
-        self._slots: dict[int, int] = {}  # token -> place in `_generated`
-        self._unseen = array("i")  # generated tokens that the prompt does not have
-
-    def add(self, token: int) -> None:
-        """Count one generated token."""
-        slot = self._slots.setdefault(token, len(self._generated))
-        if slot == len(self._generated):
-            self._generated.append(token)
-            self._counts.append(0)
-            at = int(np.searchsorted(self._prompt, token))
-            if at == len(self._prompt) or self._prompt[at] != token:
-                self._unseen.append(token)
-        self._counts[slot] += 1
-
-    def penalise(self, logits: FloatArray, params: SamplingParams) -> None:
-        """Apply repetition, frequency and presence penalties to `logits` [vocab] in place."""
-        repetition = params.repetition_penalty
-        if repetition != 1:
-            for ids in (self._prompt, np.asarray(self._unseen)):
-                values = logits[ids]
-                logits[ids] = np.where(values > 0, values / repetition, values * repetition)
-        if self._generated and (params.frequency_penalty or params.presence_penalty):
-            generated = np.asarray(self._generated)
-            values = logits[generated]
-            values -= params.frequency_penalty * np.asarray(self._counts)
-            values -= params.presence_penalty
-            logits[generated] = values
-
-
-def _distinct(tokens: TokenArray) -> NDArray[np.signedinteger]:
-    """Return the distinct tokens of `tokens` [n], ascending."""
-    if len(tokens) < SORTED_BELOW:
-        return np.unique(tokens)
-    seen = np.zeros(int(tokens.max()) + 1, dtype=np.bool_)
-    seen[tokens] = True
-    return np.flatnonzero(seen)
-
-
 @dataclass(frozen=True, slots=True)
 class Sample:
     """The token chosen for one row."""
 
     token: int
     logprobs: TokenLogprobs | None = None  # of the raw logits, if the request asks for them
+    failure: str | None = None  # why the grammar has no token here; `token` is then none
 
 
 def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sample]:
@@ -256,8 +225,13 @@ def _sample_from_device(logits: torch.Tensor, states: Sequence[SamplerState]) ->
 def _sample_row(row: torch.Tensor, state: SamplerState) -> Sample:
     params = state.params
     raw = _float32(row)
-    logits = state.adjust(raw) if state.adjusts else raw
+    try:
+        logits = state.adjust(raw) if state.adjusts else raw
+    except GrammarFailed as error:
+        return Sample(-1, failure=str(error))
     token = int(logits.argmax()) if state.greedy else _draw(logits, params, state.uniform())
+    if state.constrained and not logits[token] > -np.inf:
+        return Sample(-1, failure=NOTHING_ALLOWED)
     if params.logprobs is None:
         return Sample(token)
     return Sample(token, _logprobs(raw, token, params.logprobs))

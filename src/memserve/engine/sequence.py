@@ -6,6 +6,7 @@ import numpy as np
 
 from memserve.api.generate import FinishReason
 from memserve.engine.block_table import BlockTable
+from memserve.engine.constraint import Constraint
 from memserve.engine.observer import PrefillObserver, PrefillWatch
 from memserve.engine.request import EngineRequest, TokenLogprobs, Usage
 from memserve.engine.sampler import SamplerState
@@ -49,8 +50,13 @@ class Sequence:
         self.fresh = True  # has never been in a step
         params = request.sampling
         eos = () if params.ignore_eos else eos_token_ids
+        grammar = request.grammar
         self.sampler: SamplerState = SamplerState(
-            params, request.prompt, eos, None if like is None else like.sampler
+            params,
+            request.prompt,
+            eos,
+            None if like is None else like.sampler,
+            None if grammar is None else Constraint(grammar, eos_token_ids),
         )
         wanted = len(request.output) + 1 if request.prefill_only else params.max_tokens
         self.limit = min(len(request.prompt) + wanted, max_model_len)
@@ -163,7 +169,7 @@ class Sequence:
         self._tokens[self.length] = token
         self.length += 1
         self.sampler.append(token)
-        if token in self.sampler.end_tokens:
+        if token in self.sampler.end_tokens or self.sampler.ended:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.length == self.limit else None
 

@@ -3,8 +3,8 @@
 | caller | credentials | paths |
 | --- | --- | --- |
 | client | `Authorization: Bearer KEY`, if there are keys | `/v1/*`, and vLLM's other paths |
-| scraper | none (`metrics_secret`: as an operator) | `/metrics` |
-| probe, reader | none | `/`, `/health`, `/version`, `/docs`, `/openapi.json` |
+| scraper | none (`metrics_secret`: as an operator) | `/metrics`, `/load` |
+| probe, reader | none | `/`, `/health`, `/ping`, `/version`, `/docs`, `/openapi.json` |
 | operator | the cluster's secret: signed, or as Bearer by TLS or from this machine | `/cluster*` |
 | member | the cluster's secret, signed | `/cluster/members` |
 
@@ -40,11 +40,13 @@ _BEARER = b"bearer "
 _CLIENTS = "/v1/"
 _MORE_CLIENTS = frozenset(path.value for path in WHOLE_PATHS if not path.startswith(_CLIENTS))
 METRICS_PATH = "/metrics"
+LOAD_PATH = "/load"
 _OPERATORS = "/cluster"
 # Open paths tell nothing of clients, and of the cluster only its state and degraded pairs.
-_OPEN = frozenset({"/", "/health", "/version", "/openapi.json", "/docs"})
+_OPEN = frozenset({"/", "/health", "/ping", "/version", "/openapi.json", "/docs"})
 _MAX_AGE = b"600"  # seconds that a browser may cache a preflight's answer
 _ANY = "*"
+_USUAL_HEADERS = b"authorization, content-encoding, content-type, x-request-id, x-session-id"
 
 
 class Client(NamedTuple):
@@ -98,10 +100,14 @@ class Access:
             self._from_page(origin, request, reply)
         if not self.keys.wanted:
             return ANYBODY
-        key = self.keys.find(_bearer(request) or b"")
+        key = self.key(request)
         if key is None:
             raise self._no_key()
         return Client(key)
+
+    def key(self, request: Request) -> ApiKey | None:
+        """Return the API key that a request shows; None: no valid one."""
+        return self.keys.find(_bearer(request) or b"")
 
     def grants(self) -> dict[Tenant, Grant]:
         """Return the grants of the keys' tenants."""
@@ -111,7 +117,7 @@ class Access:
         """Return the refusal of a request by its head, before the body is read; None: go on."""
         if not _is_clients(request.path):
             return turns_away(self.verifier, request)
-        if self.keys.wanted and self.keys.find(_bearer(request) or b"") is None:
+        if self.keys.wanted and self.key(request) is None:
             return self._no_key()
         return None
 
@@ -122,11 +128,13 @@ class Access:
             self.client(request, reply)
         elif path == _OPERATORS or path.startswith(f"{_OPERATORS}/"):
             await self._operator(request, reply)
-        elif path == METRICS_PATH:
+        elif path in (METRICS_PATH, LOAD_PATH):
             if self._metrics_secret:
                 await self._operator(request, reply)
         elif path not in _OPEN:
             raise path_not_found(path)
+        elif (origin := request.header(b"origin")) is not None and self._allows(origin):
+            reply.added = lambda status, body: _cors(origin)
 
     def preflight(self, request: Request, reply: Reply) -> bool:
         """Answer a CORS preflight of an allowed origin; return False for any other request."""
@@ -135,9 +143,9 @@ class Access:
             return False
         asked = request.header(b"access-control-request-headers")
         headers = (
-            (b"access-control-allow-methods", b"GET, POST"),
+            (b"access-control-allow-methods", b"GET, HEAD, POST, DELETE"),
             # Any header may be allowed: none weakens a check.
-            (b"access-control-allow-headers", asked or b"authorization, content-type"),
+            (b"access-control-allow-headers", asked or _USUAL_HEADERS),
             (b"access-control-max-age", _MAX_AGE),
             *_cors(origin),
         )

@@ -24,17 +24,21 @@ from memserve.api.errors import (
     model_not_found,
     path_not_found,
 )
+from memserve.api.forward import ForwardPath
 from memserve.api.metric import CONTENT_TYPE
 from memserve.api.openai import ChatRequest, CompletionRequest
 from memserve.api.peer_client import PeerClient
+from memserve.api.responses import Response as ClientResponse
+from memserve.api.responses import ResponsesRequest
 from memserve.cluster.client import DECISIONS_PATH, FEEDS_PATH
 from memserve.cluster.kv_feed import MemberFeed
 from memserve.cluster.membership import DegradedPair, Membership
-from memserve.gateway.access import METRICS_PATH
+from memserve.gateway.access import LOAD_PATH, METRICS_PATH
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.pages import page_routes
 from memserve.gateway.siblings import Siblings
+from memserve.gateway.tokenization import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from memserve.gateway.worker_metrics import merged
 from memserve.scheduler.decision_view import DecisionView
 from memserve.scheduler.decisions import Decision
@@ -79,6 +83,13 @@ class Health(msgspec.Struct, frozen=True):
     status: str
     ready: int  # instances
     degraded: list[DegradedPair] | msgspec.UnsetType = msgspec.UNSET  # if there are any
+
+
+class Load(msgspec.Struct, frozen=True):
+    server_load: int
+
+
+_load = msgspec.json.Decoder(Load)
 
 
 class Version(msgspec.Struct, frozen=True):
@@ -128,6 +139,21 @@ def admin_app(
         # `detail` has addresses, and anybody may read `/health`.
         degraded = [msgspec.structs.replace(pair, detail="") for pair in known.degraded()]
         return _json(Health("ready", ready, degraded or msgspec.UNSET))
+
+    @app.get("/ping")
+    @app.post("/ping")
+    async def ping() -> Response:
+        """`/health` without a body, as SageMaker asks."""
+        return Response(status_code=(await health()).status_code)
+
+    @app.get(LOAD_PATH)
+    async def load() -> Response:
+        """Requests under way, at all workers."""
+        running = metrics.running
+        if siblings is not None:
+            for body in (await siblings.answers(LOAD_PATH)).values():
+                running += _load.decode(body).server_load
+        return _json(Load(running))
 
     @app.get("/version")
     async def version() -> Response:
@@ -227,6 +253,9 @@ def _with_openai(base: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, A
     endpoints = {
         CHAT_PATH: (ChatRequest, ChatCompletion),
         COMPLETIONS_PATH: (CompletionRequest, Completion),
+        ForwardPath.RESPONSES.value: (ResponsesRequest, ClientResponse),
+        ForwardPath.TOKENIZE.value: (TokenizeRequest, Tokens),
+        ForwardPath.DETOKENIZE.value: (DetokenizeRequest, Text),
     }
 
     def schema() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
+from http import HTTPStatus
 
 import msgspec
 
@@ -19,6 +20,7 @@ from memserve.api.http_server import Handler
 from memserve.api.metric import MetricSource
 from memserve.api.openai import NotUnderstood
 from memserve.api.peer_client import PeerClient
+from memserve.api.serving import MAX_BODY_BYTES
 from memserve.api.status import Limits, MemberKind
 from memserve.clock import Clock
 from memserve.cluster.membership import Membership
@@ -35,11 +37,15 @@ from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder, with_s
 from memserve.gateway.figures import figures_routes
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.metrics import GatewayMetrics
-from memserve.gateway.refusals import draining, no_instance
+from memserve.gateway.refusals import draining, no_instance, no_member_can
 from memserve.gateway.relay import Answer, Relay
 from memserve.gateway.request_line import CLIENT_LEFT, MAX_REQUEST_ID, RequestLine, read_reason
+from memserve.gateway.request_trace import RequestTrace
+from memserve.gateway.responses import RESPONSES_PATH, Responses
 from memserve.gateway.siblings import Siblings
+from memserve.gateway.tokenization import Tokenization
 from memserve.scheduler.admission import NOBODY, Tenant, tenant_id
+from memserve.tracing.span import Tracer
 from memserve.types import Epoch
 
 log = logging.getLogger(__name__)
@@ -53,6 +59,7 @@ LARGE_BODY_BYTES = 64 * 1024
 LOOK_SECONDS = 0.05  # between looks for an instance, while none has been met yet
 
 _Build = Callable[[bytes, Limits], Awaitable[GenerateCall]]
+_Native = Callable[[bytes, Limits], Awaitable[bytes]]  # returns JSON
 
 
 class GatewayApp:
@@ -74,9 +81,15 @@ class GatewayApp:
         access_log: bool = True,
         siblings: Siblings | None = None,
         troubles: Troubles | None = None,
+        tracer: Tracer | None = None,
+        *,
+        responses: Responses,
+        tokenization: Tokenization,
+        max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         """`counted`: whose metrics `/metrics` has beside its own. `instance_wait`: seconds after
-        the start for which requests wait for an instance."""
+        the start for which requests wait for an instance. `tracer`: with the same clock; None:
+        requests are not traced. `max_body_bytes`: of a body that was compressed."""
         self._draining = False
         self._began = clock.now()
         self._instance_wait = instance_wait
@@ -85,14 +98,23 @@ class GatewayApp:
         self._queue = queue
         self._clock = clock
         self._access_log = access_log
+        self._tracer = tracer
         self._access = access
         self._metrics = GatewayMetrics(membership, calls.model)
         for source in counted:
             self._metrics.register(source)
         self._forwards = forwards
+        self._threads = calls.threads
         self._generating: dict[str, _Build] = {
             CHAT_PATH: self._or_forward(calls.chat, ForwardPath.CHAT),
             COMPLETIONS_PATH: self._or_forward(calls.completion, ForwardPath.COMPLETIONS),
+        }
+        self._responses = responses
+        self._max_body_bytes = max_body_bytes
+        # Answered by the gateway itself, unless the cluster has vLLM servers alone.
+        self._native: dict[str, _Native] = {
+            ForwardPath.TOKENIZE.value: tokenization.tokenize,
+            ForwardPath.DETOKENIZE.value: tokenization.detokenize,
         }
         # Served only while the cluster has a vLLM server.
         self._forwarding: dict[str, _Build] = {
@@ -106,7 +128,9 @@ class GatewayApp:
         # Requests of sibling workers: answered for this worker alone, and not passed on again.
         app = admin_app(*admin, troubles=troubles)
         app.include_router(figures_routes(*figures, None))
-        self.handle_sibling: Handler = Guard(asgi_handler(app), access.verifier)
+        self.handle_sibling: Handler = Guard(
+            responses.for_siblings(asgi_handler(app)), access.verifier
+        )
         self._smallest: tuple[Epoch, Limits] | None = None  # membership epoch, and limits then
         self._idle = asyncio.Event()
         self._idle.set()
@@ -122,8 +146,19 @@ class GatewayApp:
     async def handle(self, request: Request, reply: Reply) -> None:
         """Handle one request: the server's `Handler`."""
         build = self._generating.get(request.path)
-        if build is None and self._membership.has(MemberKind.VLLM):
-            build = self._forwarding.get(request.path)
+        if build is None and request.path in self._forwarding and request.method != "OPTIONS":
+            has = self._membership.has
+            if has(MemberKind.VLLM) and not has(MemberKind.MEMSERVE):
+                build = self._forwarding[request.path]
+            elif request.path == RESPONSES_PATH:
+                exchange = self._responses.begin(request, reply)
+                build, reply = exchange.build, exchange.reply
+            elif request.path in self._native:
+                if await self._answer(self._native[request.path], request, reply):
+                    return
+                build = self._forwarding[request.path]
+            elif has(MemberKind.VLLM):
+                build = self._forwarding[request.path]
         if build is None or request.method == "OPTIONS":
             await self._administer(request, reply)
             return
@@ -160,17 +195,53 @@ class GatewayApp:
         if self._access.preflight(request, reply):
             return
         try:
-            if request.path in self._generating:
+            if request.path in self._generating or (
+                request.method == "OPTIONS" and request.path in self._forwarding
+            ):
                 raise method_not_allowed(request.method, request.path, "POST")
             await self._access.admit(request, reply)
+            if request.path in self._forwarding:
+                raise no_member_can(request.path)
+            if self._responses.serves(request.path):
+                await self._responses.answer(request, reply)
+                return
         except ApiError as error:
             reply.send_error(error)
             return
         await self._admin(request, reply)
 
+    async def _answer(self, native: _Native, request: Request, reply: Reply) -> bool:
+        """Answer a request that generates nothing. Return False if it is for a vLLM server."""
+        interruption = Interruption()
+        reply.on_gone = interruption.interrupt
+        try:
+            self._access.client(request, reply)
+            if request.method != "POST":
+                raise method_not_allowed(request.method, request.path, "POST")
+            with interruption:
+                limits = self._limits() or await self._first_limits(reply)
+                body = await native(
+                    await self._threads.whole(request, self._max_body_bytes), limits
+                )
+                reply.send(HTTPStatus.OK, body)
+        except NotUnderstood as error:
+            if self._membership.has(MemberKind.VLLM):
+                return False
+            reply.send_error(error)
+        except ApiError as error:
+            reply.send_error(error)
+        except ClientLeft:
+            pass
+        finally:
+            reply.on_gone = None
+        self._metrics.requests[request.path, HUNG_UP if reply.gone else reply.status] += 1
+        return True
+
     async def _generate(self, build: _Build, request: Request, reply: Reply) -> None:
         started = self._clock.now()
         answer = Answer()
+        if self._tracer is not None:
+            answer.trace = RequestTrace(self._tracer, request, started)
         given = request.header(b"x-request-id")
         headers: tuple[Header, ...] = ()
         if given is not None:
@@ -180,16 +251,21 @@ class GatewayApp:
             client = self._access.client(request, reply)
             if client.key is not None:
                 answer.key = client.key.name
-            if len(request.body) <= INLINE_CHARACTERS:  # tokenised on the event loop
+            # Tokenised on the event loop.
+            if len(request.body) <= INLINE_CHARACTERS and not request.header(b"content-encoding"):
                 call = await self._accept(build, request, reply, client)
             else:
                 call = await self._accept_large(build, request, reply, client)
+            if answer.trace is not None:
+                answer.trace.accepted(call, len(request.body))
             if len(request.body) > LARGE_BODY_BYTES:
                 # Free the body before the answer, which may take long.
                 request = msgspec.structs.replace(request, body=b"")
             if given is None:
                 headers = ((b"x-request-id", call.id.encode()),)
             call = await self._queue.enter(call, _tenant(request, call, client), reply)
+            if answer.trace is not None:
+                answer.trace.admitted()
             if not reply.gone:
                 await self._relay.run(call, reply, headers, answer)
         except ApiError as error:
@@ -208,7 +284,8 @@ class GatewayApp:
             raise draining()
         if request.method != "POST":
             raise method_not_allowed(request.method, request.path, "POST")
-        call = await build(request.body, self._limits() or await self._first_limits(reply))
+        limits = self._limits() or await self._first_limits(reply)
+        call = await build(await self._threads.whole(request, self._max_body_bytes), limits)
         session = request.header(b"x-session-id")
         if session:
             call = with_session(call, session)
@@ -271,6 +348,8 @@ class GatewayApp:
         took = self._clock.now() - started
         first = None if answer.first_byte is None else answer.first_byte - started
         status = HUNG_UP if reply.gone and not reply.ended else reply.status
+        if answer.trace is not None:
+            answer.trace.end(status, answer.first_byte, answer.broken)
         metrics = self._metrics
         metrics.requests[request.path, status] += 1
         metrics.request_seconds.observe(took)

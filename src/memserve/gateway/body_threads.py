@@ -7,7 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TypeVar
 
+from memserve.api.compression import PIECE_BYTES, Decompression
 from memserve.api.errors import queue_full
+from memserve.api.http_message import Request
 from memserve.api.limits import (
     LARGE_BODIES_AT_ONCE,
     LARGE_BODIES_WAITING,
@@ -36,6 +38,17 @@ class BodyThreads:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
         self._large.shutdown(cancel_futures=True)
+
+    async def whole(self, request: Request, limit: int) -> bytes:
+        """Return a request's body, decompressed if it was compressed. Raises ApiError: 413 above
+        `limit` bytes, 415 for an unknown coding, 400, 429."""
+        coding = request.header(b"content-encoding")
+        if coding is None:
+            return request.body
+        decompression = Decompression(coding, request.body, limit)
+        if decompression.take(PIECE_BYTES):
+            return decompression.rest()
+        return await self.apart(decompression.rest)
 
     async def off_loop(self, characters: int, work: Callable[[], T]) -> T:
         """Run `work` on a text of `characters`. Raises ApiError (429) if more than

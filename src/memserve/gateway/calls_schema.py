@@ -11,23 +11,21 @@ ANY_ARGUMENTS: Final[Mapping[str, Any]] = {"type": "object"}
 
 
 def calls_schema(tools: Sequence[Tool], single: bool) -> dict[str, Any]:
-    """Return the JSON schema of a list of calls, as vLLM's for `required`. References within a
-    function's parameters are made references within the whole."""
+    """Return the JSON schema of a list of calls, as vLLM's for `required`. `single`: of one call.
+    Parameters with references of their own are definitions of the whole."""
     items = []
     definitions: dict[str, Any] = {}
     for number, tool in enumerate(tools):
-        parameters = dict(tool.function.parameters or ANY_ARGUMENTS)
-        for word in ("$defs", "definitions"):
-            inner = parameters.pop(word, None)
-            for name, each in inner.items() if isinstance(inner, dict) else ():
-                definitions[f"{number}.{word}.{name}"] = _relocated(each, number)
+        parameters: Mapping[str, Any] = tool.function.parameters or ANY_ARGUMENTS
+        place = f"#/$defs/{number}"
+        moved = _moved(parameters, place)
+        if moved != parameters:
+            definitions[str(number)] = moved
+            parameters = {"$ref": place}
         items.append(
             {
                 "type": "object",
-                "properties": {
-                    "name": {"const": tool.function.name},
-                    "parameters": _relocated(parameters, number),
-                },
+                "properties": {"name": {"const": tool.function.name}, "parameters": parameters},
                 "required": ["name", "parameters"],
                 "additionalProperties": False,
             }
@@ -44,20 +42,14 @@ def calls_schema(tools: Sequence[Tool], single: bool) -> dict[str, Any]:
     return schema
 
 
-def _relocated(schema: Any, number: int) -> Any:
-    """Return the schema with its references to definitions, which are now the whole's."""
+def _moved(schema: Any, place: str) -> Any:
+    """Return a schema whose root is at `place` of another one: its references lead there."""
     if isinstance(schema, list):
-        return [_relocated(each, number) for each in schema]
-    if not isinstance(schema, dict):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, Mapping):
         return schema
-    moved = {}
-    for name, value in schema.items():
-        if name == "$ref" and isinstance(value, str):
-            for word in ("$defs", "definitions"):
-                if value.startswith(f"#/{word}/"):
-                    value = f"#/$defs/{number}.{word}.{value[len(word) + 3 :]}"
-                    break
-            moved[name] = value
-        else:
-            moved[name] = _relocated(value, number)
+    moved = {name: _moved(value, place) for name, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = place + reference[1:]
     return moved

@@ -122,7 +122,7 @@ class GlobalRouter:
             others = (m for m in eligible.prefill if m is not chosen and m.kv == chosen.kv)
             prefill = (chosen, *others)
         fetch = None if plan.fetch is None else by_id[plan.fetch]
-        return MemberPlan(by_id[plan.instance], prefill, fetch, ticket, ticket.explain)
+        return MemberPlan(by_id[plan.instance], prefill, fetch, ticket, ticket.explain, decision)
 
     def decisions(self, n: int) -> list[Decision]:
         """Return the last `n` decisions, newest first."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
+import memserve
 from memserve.api.histogram import Histogram
 from memserve.api.instance_metrics import (
     BUILD,
     INSTANCE_METRICS,
     STATE,
-    report_build,
     report_instance,
     report_state,
 )
@@ -150,7 +150,7 @@ class InstancesMetrics:
         self._model = model
 
     async def report(self, page: Page) -> None:
-        report_build(page)
+        page.add(BUILD, 1, memserve.__version__)
         known = self._membership.members
         members = [member for member in known if member.epoch is not None]
         page.add(_UNMET, len(known) - len(members))

@@ -1,6 +1,8 @@
-"""Errors with which a gateway itself refuses a request (503)."""
+"""Errors with which a gateway itself refuses a request."""
 
 from __future__ import annotations
+
+from http import HTTPStatus
 
 from memserve.api.errors import ApiError, unavailable
 
@@ -17,3 +19,12 @@ def stopping() -> ApiError:
 def draining() -> ApiError:
     """For requests that come while the running ones finish."""
     return unavailable("The gateway is shutting down.", "gateway_draining", close=True)
+
+
+def no_member_can(path: str) -> ApiError:
+    """404: the path exists, and only a vLLM server could answer it."""
+    return ApiError(
+        HTTPStatus.NOT_FOUND,
+        f"No member of this cluster can answer {path}: a vLLM server with such a model could.",
+        code="not_found",
+    )

@@ -21,6 +21,7 @@ from memserve.api.status import MemberKind
 from memserve.clock import Clock
 from memserve.cluster.membership import Member, Membership
 from memserve.gateway.refusals import no_instance, stopping
+from memserve.gateway.request_trace import RequestTrace
 from memserve.gateway.router import Plan, Router, Ticket
 from memserve.gateway.stream import ClientStream
 from memserve.gateway.upstream import Flow, Unreachable, Upstream
@@ -41,10 +42,11 @@ _REFUSALS = (HTTPStatus.SERVICE_UNAVAILABLE.value, _FULL)
 class Answer:
     """Outcome of a call, for log and metrics. Filled while the call is relayed."""
 
-    __slots__ = ("broken", "failovers", "first_byte", "key", "pauses", "plan")
+    __slots__ = ("broken", "failovers", "first_byte", "key", "pauses", "plan", "trace")
 
     def __init__(self) -> None:
         self.key: str | None = None  # the name of the API key that was shown
+        self.trace: RequestTrace | None = None  # None: traces are off
         self.plan: Plan | None = None  # the last one tried
         self.first_byte: float | None = None  # clock time of its write to the client; streams only
         self.broken = False  # the stream ended with an error
@@ -155,7 +157,7 @@ class Relay:
             member = plan.member
             tried.add((member.id, member.epoch))
             answer.plan = plan
-            attempt = await self._try(plan, call, reply, stream)
+            attempt = await self._try(plan, call, reply, stream, answer.trace)
             if stream is not None:
                 answer.first_byte, answer.pauses = stream.first_byte, stream.pauses
             if reply.gone or reply.ended:
@@ -165,7 +167,7 @@ class Relay:
             if attempt.lost is not None:
                 log.warning("%s: %s failed: %s", call.id, member.id, attempt.lost)
                 if stream is not None:
-                    if stream.finish() or not stream.resumable:
+                    if stream.finish() or not stream.resumable or stream.refused:
                         break
                     call = _behind(call, stream, answer)
             elif attempt.refused:
@@ -225,9 +227,18 @@ class Relay:
         return [member for member in servers if member.role is not Role.PREFILL] or servers
 
     async def _try(
-        self, plan: Plan, call: GenerateCall, reply: Reply, stream: ClientStream | None
+        self,
+        plan: Plan,
+        call: GenerateCall,
+        reply: Reply,
+        stream: ClientStream | None,
+        trace: RequestTrace | None,
     ) -> Attempt:
         member = plan.member
+        lines = b""
+        if trace is not None:
+            trace.decided(plan)
+            lines = trace.attempt(plan, call)
         attempt = Attempt(plan.ticket, reply, stream)
         if stream is not None:
             stream.begin_attempt()
@@ -238,7 +249,7 @@ class Relay:
         try:
             with interruption:
                 await self._upstream.call(
-                    member.address, msgpack.encode(_planned(call, plan)), attempt
+                    member.address, msgpack.encode(_planned(call, plan)), attempt, lines
                 )
             if interruption.happened:
                 attempt.lost = "given up"
@@ -251,6 +262,8 @@ class Relay:
             under_way.discard(interruption)
             reply.on_gone = reply.on_flow = attempt.on_too_large = None
             plan.ticket.ended()
+            if trace is not None:
+                trace.attempted(attempt.status, attempt.lost)
         return attempt
 
     def _end(

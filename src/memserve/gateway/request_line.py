@@ -70,10 +70,12 @@ class RequestLine(msgspec.Struct, frozen=True, eq=False):
 
     def __str__(self) -> str:
         call, answer, plan, first = self.call, self.answer, self.answer.plan, self.first
+        trace = None if answer.trace is None else answer.trace.id
         return (
             f"{self.request.path}"
             f" request={'-' if self.request_id is None else _escaped(self.request_id)}"
             f"{'' if answer.key is None else f' key={answer.key}'}"
+            f"{'' if trace is None else f' trace={trace}'}"
             f" call={'-' if call is None else call.id}"
             f" instance={'-' if plan is None else plan.member.id}"
             f"{'' if call is None or call.forward is None else ' forwarded'}"
@@ -92,6 +94,7 @@ class RequestLine(msgspec.Struct, frozen=True, eq=False):
             "path": shown(self.request.path),
             "request": None if self.request_id is None else _escaped(self.request_id),
             "key": answer.key,
+            "trace": None if answer.trace is None else answer.trace.id,
             "call": None if call is None else call.id,
             "instance": None if plan is None else plan.member.id,
             "forwarded": None if call is None or call.forward is None else True,

@@ -9,6 +9,7 @@ import msgspec
 
 from memserve.api.generate import GenerateCall
 from memserve.cluster.membership import Member
+from memserve.scheduler.decisions import Decision
 
 
 class Ticket(Protocol):
@@ -39,13 +40,14 @@ def _by_turns() -> str:
 class Plan(msgspec.Struct, frozen=True, eq=False):
     """`member` answers. The first of `prefill` that can computes the prompt, or `member` itself.
     The computing instance first pulls the cached prefix of `fetch`, if given. `explain` returns
-    the reasons of the plan, in one line."""
+    the reasons of the plan, in one line; `decision` has them, if the scheduler decided."""
 
     member: Member
     prefill: tuple[Member, ...] = ()
     fetch: Member | None = None
     ticket: Ticket = NO_TICKET
     explain: Callable[[], str] = _by_turns
+    decision: Decision | None = None
 
 
 class Router(Protocol):

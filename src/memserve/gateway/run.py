@@ -44,12 +44,17 @@ from memserve.gateway.global_router import GlobalRouter
 from memserve.gateway.handover_proof import HandoverProof
 from memserve.gateway.model_formats import formats_of
 from memserve.gateway.relay import Relay
+from memserve.gateway.response_store import ResponseStore
+from memserve.gateway.responses import Responses
 from memserve.gateway.siblings import MEET_SECONDS, Siblings
+from memserve.gateway.tokenization import Tokenization
 from memserve.gateway.upstream import Upstream
 from memserve.gateway.workers import LOOPBACK, WorkerPlace
 from memserve.hosts import is_loopback
 from memserve.models.tokenizer import Tokenizer
 from memserve.secrets import cluster_secret, forget_secret, require_secret
+from memserve.tracing.settings import open_tracer
+from memserve.tracing.span import Tracer
 from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
@@ -91,11 +96,15 @@ def run_gateway(
     try:
         if worker is None:
             sock = listen()  # from here on clients can connect, and wait
-            _begin()
-            return uvloop.run(_alone(config, members, tokenizer, sock))
+            name = url_of(sock).partition("//")[2]
+            with open_tracer(config.traces, "memserve-gateway", name) as tracer:
+                _begin()
+                return uvloop.run(_alone(config, members, tokenizer, sock, tracer))
         sock = _bound(LOOPBACK, worker.port, shared=True)
-        _begin()
-        return uvloop.run(_with_siblings(config, members, tokenizer, worker, sock, listen))
+        with open_tracer(config.traces, "memserve-gateway", f"worker-{worker.index}") as tracer:
+            _begin()
+            serving = _with_siblings(config, members, tokenizer, worker, sock, listen, tracer)
+            return uvloop.run(serving)
     except ClusterError as error:
         log.error("%s", error)
         return 1
@@ -131,11 +140,15 @@ def _spare_the_collector() -> None:
 
 
 async def _alone(
-    config: ClusterConfig, members: Sequence[str], tokenizer: Tokenizer, sock: socket.socket
+    config: ClusterConfig,
+    members: Sequence[str],
+    tokenizer: Tokenizer,
+    sock: socket.socket,
+    tracer: Tracer | None,
 ) -> int:
     shutdown = Shutdown()
     shutdown.on_signals()
-    async with Gateway(config, tokenizer) as gateway:
+    async with Gateway(config, tokenizer, tracer=tracer) as gateway:
         gateway.reload_on_signal()
         for address in members:
             gateway.membership.join(address)
@@ -149,10 +162,11 @@ async def _with_siblings(
     worker: WorkerPlace,
     private: socket.socket,
     listen: Callable[[], socket.socket],
+    tracer: Tracer | None,
 ) -> int:
     shutdown = Shutdown()
     shutdown.on_signals()
-    async with Gateway(config, tokenizer, worker) as gateway:
+    async with Gateway(config, tokenizer, worker, tracer) as gateway:
         gateway.reload_on_signal()
         for address in members:
             gateway.membership.join(address)
@@ -167,9 +181,14 @@ class Gateway:
     """A gateway, with its connections to instances and its background tasks."""
 
     def __init__(
-        self, config: ClusterConfig, tokenizer: Tokenizer, worker: WorkerPlace | None = None
+        self,
+        config: ClusterConfig,
+        tokenizer: Tokenizer,
+        worker: WorkerPlace | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
-        """`worker`: set if the gateway is one of several workers on the port."""
+        """`worker`: set if the gateway is one of several workers on the port. `tracer`: None
+        unless requests are traced."""
         clock = MonotonicClock()
         self.vitals = Vitals()
         self.membership = Membership(self._lost)
@@ -207,6 +226,15 @@ class Gateway:
         if worker is not None:
             self._siblings = Siblings(self._peers, worker.index, worker.siblings)
         self._private: HttpServer | None = None
+        forwards = ForwardBuilder(self._calls, tokenizer)
+        responses = Responses(
+            self._calls,
+            forwards,
+            self.membership,
+            self._access,
+            ResponseStore(config.gateway.response_store_bytes),
+            self._siblings,
+        )
         self._app = GatewayApp(
             self._calls,
             self.membership,
@@ -222,10 +250,14 @@ class Gateway:
             wait,
             self._access,
             self._peers,
-            ForwardBuilder(self._calls, tokenizer),
+            forwards,
             config.gateway.access_log,
             self._siblings,
             Troubles(self._proof.degraded, self._router.feed.members),
+            tracer,
+            responses=responses,
+            tokenization=Tokenization(self._calls, tokenizer),
+            max_body_bytes=self._max_body_bytes,
         )
 
     async def __aenter__(self) -> Gateway:

@@ -44,9 +44,9 @@ class Siblings:
         """Tell the others that a member has left."""
         await self._tell("DELETE", _encode(request))
 
-    async def answers(self, path: str) -> dict[int, bytes]:
-        """Return the body of each worker's answer to a GET, by index; without those that fail."""
-        found = await asyncio.gather(*(self._ask("GET", i, path) for i in self._urls))
+    async def answers(self, path: str, method: str = "GET") -> dict[int, bytes]:
+        """Return the body of each worker's answer, by index; without those that fail."""
+        found = await asyncio.gather(*(self._ask(method, i, path) for i in self._urls))
         return {i: body for i, body in zip(self._urls, found, strict=True) if body is not None}
 
     async def members(self) -> Sequence[tuple[str, bool]]:

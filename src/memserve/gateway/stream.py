@@ -22,6 +22,7 @@ _COLON = ord(":")
 _DIGITS = frozenset(b"0123456789")
 # No text can contain these bytes: JSON escapes quotation marks within strings.
 _ERROR = b'data: {"error":'
+_REFUSED = b'"type":"invalid_request_error"'
 _OK = HTTPStatus.OK.value
 _USAGE = b'"choices":[],"usage":'
 
@@ -71,6 +72,12 @@ class ClientStream:
         elif data:
             self._begin()
             self.reply.write(data)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the instance ended the stream with an error that the request is to blame for:
+        another instance would, too."""
+        return self.error is not None and _REFUSED in self.error
 
     def begin_attempt(self) -> None:
         """Start the stream of the next instance."""

@@ -113,16 +113,16 @@ class Upstream:
         self._targets: dict[str, _Target] = {}
         self._closed = False
 
-    async def call(self, address: str, body: bytes, sink: Sink) -> None:
-        """POST a call; return when `sink` has the whole answer. A cancellation closes the
-        connection at once. Raises Unreachable if the connection cannot be made or breaks."""
+    async def call(self, address: str, body: bytes, sink: Sink, lines: bytes = b"") -> None:
+        """POST a call, with more header `lines`, not signed; return when `sink` has the whole
+        answer. A cancellation closes the connection at once. Raises Unreachable."""
         target = self._targets.get(address) or self._new_target(address)
         try:
-            connection = await self._exchange(target, body, sink)
+            connection = await self._exchange(target, body, sink, lines)
         except _Challenged as error:
             if self._signer is None or not self._signer.learn(target.origin, *error.told):
                 raise
-            connection = await self._exchange(target, body, sink)
+            connection = await self._exchange(target, body, sink, lines)
         kept = self._targets.get(address) is target
         if connection.reusable and kept and not self._closed:
             connection.idle_since = time.monotonic()
@@ -141,27 +141,29 @@ class Upstream:
         for target in self._targets.values():
             target.hang_up()
 
-    async def _exchange(self, target: _Target, body: bytes, sink: Sink) -> _Connection:
+    async def _exchange(
+        self, target: _Target, body: bytes, sink: Sink, lines: bytes
+    ) -> _Connection:
         """Make the call; return the connection that it was made on."""
         connection = self._idle(target)
         if connection is not None:
             try:
-                await self._post(connection, target, body, sink)
+                await self._post(connection, target, body, sink, lines)
                 return connection
             except _Stale:
                 pass
         connection = await self._connect(target)
-        await self._post(connection, target, body, sink)
+        await self._post(connection, target, body, sink, lines)
         return connection
 
     async def _post(
-        self, connection: _Connection, target: _Target, body: bytes, sink: Sink
+        self, connection: _Connection, target: _Target, body: bytes, sink: Sink, lines: bytes
     ) -> None:
         signed, line = None, connection.authorization
         if self._signer is not None and not line:
             signed = self._signer.sign(target.origin, b"POST", _TARGET, await digest_of(body))
             line = _authorization(signed.authorization)
-        head = b"%b%d\r\n%b\r\n" % (target.head, len(body), line)
+        head = b"%b%d\r\n%b%b\r\n" % (target.head, len(body), line, lines)
         one_write = len(body) <= ONE_WRITE_BYTES
         await connection.exchange((head + body,) if one_write else (head, body), sink, signed)
 

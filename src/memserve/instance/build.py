@@ -27,8 +27,10 @@ from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import count_weights, load_model
 from memserve.engine.team import use_one_thread, with_team
 from memserve.errors import ConfigError, ModelError
+from memserve.grammars.compiler import GrammarCompiler
 from memserve.host_memory import host_memory, shown_bytes
 from memserve.hosts import bracketed, reachable_endpoint
+from memserve.instance.grammars import Grammars
 from memserve.instance.instance import Identity, Parts
 from memserve.instance.kv_events import KVEventPublisher
 from memserve.instance.memory_plan import Machine, model_memory, planned, shared_memory
@@ -79,7 +81,9 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
     )
     measured = ProfiledEngine(model, layout, engine_settings, directory.path)
     profile = instance_profile(measured, settings.profile, ProfileStore())
+    grammars = Grammars(GrammarCompiler(tokenizer, model.shape.vocab_size))
     with ExitStack() as stack:
+        stack.callback(grammars.close)
         pool = stack.enter_context(_make_pool(config, settings, identity, layout, device, profile))
         engine = Engine(model, pool, engine_settings)
         endpoint = pool.serve(f"tcp://{bracketed(settings.host)}:0")
@@ -100,6 +104,7 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
         profile,
         events,
         lambda: (*engine.threads, *pool.threads(), events.thread),
+        grammars=grammars,
     )
 
 

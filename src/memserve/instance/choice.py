@@ -80,19 +80,20 @@ class Choice:
         text, self._lead = self._lead, ""
         return Piece(self.index, text, ids, finish_reason=FinishReason.LENGTH)
 
-    def resume(self, tokens: TokenArray, eos_token_ids: Sequence[int]) -> None:
+    def resume(self, tokens: TokenArray, eos_token_ids: Sequence[int], ended: bool = False) -> None:
         """Begin after `tokens` [n], which the client has already. They may finish the choice.
 
-        `eos_token_ids` are the model's. Raises ApiError for tokens after the end of the choice.
+        `eos_token_ids` are the model's. `ended`: no token may follow by the call's grammar. Raises
+        ApiError for tokens after the end of the choice.
         """
         params = self._call.sampling
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
-        for token_id in tokens.tolist():
+        for at, token_id in enumerate(tokens.tolist(), 1):
             if self.finished:
                 raise invalid(f"choice {self.index} ends before its last token", "resumed")
             stop_token = token_id if token_id in ends else None
             reason = None
-            if stop_token is not None:
+            if stop_token is not None or (ended and at == len(tokens)):
                 reason = FinishReason.STOP
             elif self.tokens + 1 == params.max_tokens:
                 reason = FinishReason.LENGTH
@@ -186,8 +187,13 @@ class Choice:
     def _scored(self, token_id: int, logprob: float) -> ScoredToken:
         found = self._texts.get(token_id)
         if found is None:
-            text = self._tokenizer.token_text(token_id)
-            found = self._texts[token_id] = text, self._tokenizer.token_bytes(token_id, text)
+            if self._call.return_tokens_as_token_ids:
+                text = f"token_id:{token_id}"
+                found = text, text.encode()
+            else:
+                text = self._tokenizer.token_text(token_id)
+                found = text, self._tokenizer.token_bytes(token_id, text)
+            self._texts[token_id] = found
         return ScoredToken(token_id, *found, logprob)
 
     def _decode(self, ids: Sequence[int]) -> str:

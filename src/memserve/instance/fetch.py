@@ -25,6 +25,7 @@ from memserve.engine.request import EngineStats
 from memserve.errors import PoolError, TransferError
 from memserve.instance.kv_moves import KVMoves
 from memserve.instance.link import KVLink
+from memserve.tracing.span import Span, SpanKind, headers_of, timed
 from memserve.types import Namespace, RequestId, TokenArray
 
 log = logging.getLogger(__name__)
@@ -73,11 +74,13 @@ class Fetcher:
         tokens: TokenArray,
         source: Namespace,
         target: Namespace,
+        trace: Span | None = None,
     ) -> Fetched:
         """Ask `peer` to push the KV of `tokens` from its namespace `source` into `target` here.
 
         The peer is not asked if all whole blocks of `tokens` without the last token are cached
-        here, or if caching is off. Errors are logged, not raised.
+        here, or if caching is off. Errors are logged, not raised. `trace`: the span of the call
+        that needs the KV, if it is traced.
         """
         if peer is None or peer.id == self._link.address.id or self._link.caching == "off":
             return Fetched()
@@ -96,8 +99,11 @@ class Fetcher:
         counters.asked += 1
         blocks = 0
         try:
-            async with asyncio.timeout(self._timeout(missing)):
-                blocks = (await self._ask(peer, call)).blocks_sent
+            with timed(trace, "fetch", SpanKind.CLIENT, {"memserve.instance": peer.id}) as span:
+                async with asyncio.timeout(self._timeout(missing)):
+                    blocks = (await self._ask(peer, call, span)).blocks_sent
+                if span is not None:
+                    span.attributes["memserve.blocks.received"] = blocks
         except (PeerError, TimeoutError) as error:
             counters.failed += 1
             log.warning("%s: no prefix from %s: %s", request, peer.id, error or "not in time")
@@ -157,13 +163,14 @@ class Fetcher:
         computing = tokens * stats.busy_seconds / stats.computed_prompt_tokens
         return min(max(computing, MIN_FETCH_SECONDS), MAX_FETCH_SECONDS)
 
-    async def _ask(self, peer: PrefillPeer, call: PushCall) -> PushResult:
+    async def _ask(self, peer: PrefillPeer, call: PushCall, span: Span | None) -> PushResult:
         return await self._peers.call(
             "POST",
             peer.address + PUSH_PATH,
             _results.decode,
             msgpack.encode(call),
             media=msgpack.MEDIA,
+            headers=headers_of(span),
         )
 
 

@@ -17,6 +17,7 @@ from memserve.api.namespaces import private, salted
 from memserve.api.request_stats import RequestStats
 from memserve.api.status import Latencies
 from memserve.api.stop_strings import StopStrings
+from memserve.engine.constraint import CompiledGrammar
 from memserve.engine.request import EngineInfo, EngineRequest, TokenLogprobs, TokenOutput
 from memserve.instance.choice import Choice
 from memserve.instance.sequence_stats import SequenceStats, combined
@@ -26,14 +27,18 @@ from memserve.types import Namespace, RequestId
 
 
 def engine_requests(
-    call: GenerateCall, run: int, shared: bool = True, over: Container[RequestId] = ()
+    call: GenerateCall,
+    run: int,
+    shared: bool = True,
+    over: Container[RequestId] = (),
+    grammar: CompiledGrammar | None = None,
 ) -> tuple[EngineRequest, ...]:
     """Return the engine requests of a call, except those whose ids are in `over`.
 
     `run`: number of this run of the call, see `sequence_id`. Samples of a prompt after the first
     wait for the first one's prefill and share its KV. If the call has a seed, each sample gets a
     different one. Without `shared`, every sequence computes its own KV and leaves none in the
-    index.
+    index. `grammar`: the call's, compiled.
     """
     requests = []
     common = shared_namespace(call)
@@ -53,6 +58,7 @@ def engine_requests(
                     priority=call.priority,
                     output=call.resumed[p * call.n + j] if call.resumed else NO_TOKENS,
                     follows=first if shared else None,
+                    grammar=grammar,
                 )
             )
             first = first or request_id
@@ -97,9 +103,11 @@ class Generation:
         now: float,
         run: int = 0,
         block_bytes: int = 0,
+        ended: Container[int] = (),
     ) -> None:
         """`now`: arrival time of the call, seconds of the instance's clock. `run`: number of this
         run, see `sequence_id`. `block_bytes`: bytes of a transferred block, 0 without a link.
+        `ended`: choices that the call's resumed tokens end by its grammar.
 
         Raises ApiError for a call that cannot be resumed.
         """
@@ -113,7 +121,7 @@ class Generation:
         self._choices: dict[RequestId, Choice] = {}
         self._begin(call, tokenizer, run)
         if call.resumed:
-            self._resume(call, engine.eos_token_ids)
+            self._resume(call, engine.eos_token_ids, ended)
         self.over = frozenset(id for id, choice in self._choices.items() if choice.finished)
         # Statistics of the sequences that run here.
         self.stats = {id: SequenceStats(now) for id in self._choices if id not in self.over}
@@ -137,7 +145,9 @@ class Generation:
                 choice = Choice(index, call, tokenizer, prompt, own, lead)
                 self._choices[sequence_id(call, run, index)] = choice
 
-    def _resume(self, call: GenerateCall, eos_token_ids: Sequence[int]) -> None:
+    def _resume(
+        self, call: GenerateCall, eos_token_ids: Sequence[int], ended: Container[int]
+    ) -> None:
         if not call.stream:
             raise invalid("only streams can be resumed", "resumed")
         if len(call.resumed) != len(self._choices):
@@ -145,7 +155,7 @@ class Generation:
                 f"{len(self._choices)} choices, and tokens of {len(call.resumed)}", "resumed"
             )
         for choice, token_ids in zip(self._choices.values(), call.resumed, strict=True):
-            choice.resume(token_ids, eos_token_ids)
+            choice.resume(token_ids, eos_token_ids, choice.index in ended)
 
     @property
     def unfinished(self) -> list[RequestId]:
@@ -265,6 +275,8 @@ class Generation:
 def _failure(output: TokenOutput) -> ApiError:
     if output.finish_reason is FinishReason.CANCELLED:  # the engine stopped
         return unavailable("The instance stopped before the answer was done.", "instance_stopped")
+    if output.at_fault:
+        return invalid(output.error or "The answer's grammar failed.", code="grammar_failed")
     return internal(output.error or "The engine failed.", "engine_error")
 
 

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import msgspec
@@ -47,9 +47,11 @@ from memserve.api.status import (
 from memserve.clock import Clock
 from memserve.engine.request import EngineProtocol, EngineRequest
 from memserve.errors import EngineStopped, MemserveError, QueueFull, TransferError
+from memserve.instance import request_trace
 from memserve.instance.dispatcher import Dispatcher, Mailbox
 from memserve.instance.fetch import Fetcher
 from memserve.instance.generation import Generation, engine_requests, shared_namespace
+from memserve.instance.grammars import Constraints, Grammars
 from memserve.instance.lifecycle import InstanceLifecycle
 from memserve.instance.link import KVLink
 from memserve.instance.prefill import Prefiller
@@ -58,6 +60,7 @@ from memserve.instance.submission import Submission
 from memserve.instance.throughput import FinishRate
 from memserve.models.tokenizer import Tokenizer
 from memserve.scheduler.profiles import Profile
+from memserve.tracing.span import Span, SpanKind, headers_of, timed
 from memserve.types import Epoch, InstanceId, RequestId, Role
 from memserve.vital import Vitals
 from memserve.vllm.forwarder import ForwardedAnswer, Forwarder
@@ -113,15 +116,22 @@ class Parts:
     # Threads that the instance cannot do without; called once the engine runs.
     threads: Callable[[], Sequence[threading.Thread]] = lambda: ()
     forwarder: Forwarder | None = None  # to a vLLM server, which takes requests unchanged
+    grammars: Grammars | None = None  # None: the engine takes none
 
 
 class Run:
     """One running call: reads the engine's outputs and makes the bytes of the answer."""
 
     def __init__(
-        self, generation: Generation, mailbox: Mailbox, submission: Submission, clock: Clock
+        self,
+        generation: Generation,
+        mailbox: Mailbox,
+        submission: Submission,
+        clock: Clock,
+        span: Span | None = None,
     ) -> None:
         self.generation = generation
+        self.span = span
         self.produced: dict[RequestId, list[int]] = {}  # token ids by sequence
         self._mailbox = mailbox
         self._submission = submission
@@ -220,7 +230,9 @@ class Instance:
         return _Served(
             parts,
             submission,
-            Prefiller(parts.link, self._dispatcher, submission, fetcher, self._clock),
+            Prefiller(
+                parts.link, self._dispatcher, submission, fetcher, self._clock, parts.grammars
+            ),
             RemotePrefill(self._peers, parts.link, submission, fetcher, self._clock, longest),
             fetcher,
         )
@@ -249,9 +261,27 @@ class Instance:
             await self._served.parts.forwarder.close()
         await asyncio.to_thread(self._served.parts.close)
 
+    async def constraints(self, call: GenerateCall) -> Constraints | None:
+        """Return the compiled grammar of a call, None if it has none. Raises ApiError."""
+        grammar = call.sampling.grammar
+        if grammar is None:
+            return None
+        grammars = self._ready().parts.grammars
+        if grammars is None:
+            raise invalid(
+                f"Instance {self.identity.id} has an engine that takes no grammar.", grammar.param
+            )
+        return await grammars.constraints(grammar, call.resumed)
+
     @contextmanager
-    def run(self, call: GenerateCall) -> Iterator[Run]:
+    def run(
+        self,
+        call: GenerateCall,
+        constraints: Constraints | None = None,
+        span: Span | None = None,
+    ) -> Iterator[Run]:
         """Context of a running call. Leaving it early cancels the call's sequences.
+        `constraints`: what `constraints` has returned for it. `span`: the call's, if it is traced.
 
         Raises ApiError if the instance refuses the call.
         """
@@ -266,9 +296,13 @@ class Instance:
             self._clock.now(),
             number,
             0 if link is None else link.block_bytes,
+            () if constraints is None else constraints.ended,
         )
+        grammar = None if constraints is None else constraints.grammar
         shared = self.lifecycle.role in parts.sharing
-        requests = engine_requests(call, number, shared, generation.over)
+        requests = engine_requests(call, number, shared, generation.over, grammar)
+        if span is not None:
+            requests = tuple([replace(request, span=span) for request in requests])
         with self._dispatcher.mailbox([request.id for request in requests]) as mailbox:
             handover: asyncio.Future[None] | None = None
             if served.remote is not None and (call.prefill or call.fetch is not None):
@@ -278,7 +312,7 @@ class Instance:
                 handover.add_done_callback(lambda done: _tell_failure(done, mailbox))
             elif requests:
                 served.submission.submit(requests)
-            run = Run(generation, mailbox, served.submission, self._clock)
+            run = Run(generation, mailbox, served.submission, self._clock, span)
             with self._counted():
                 try:
                     yield run
@@ -293,6 +327,8 @@ class Instance:
             served.submission.cancel(list(unfinished))
             self._latencies.ended.abort += len(unfinished)
         log.info("%s", run.generation)
+        if run.span is not None and run.span.recording:
+            request_trace.ended(run.span, run.generation)
         self._rate.record(len(requests) - len(unfinished))
         if run.generation.failure is not None:
             check = self._probe(served.parts, HEALTH_SECONDS)
@@ -304,9 +340,12 @@ class Instance:
                 served.remote.ended(request, produced, request.id not in unfinished, busy)
 
     @asynccontextmanager
-    async def forward(self, call: GenerateCall, forward: Forward) -> AsyncIterator[ForwardedAnswer]:
+    async def forward(
+        self, call: GenerateCall, forward: Forward, span: Span | None = None
+    ) -> AsyncIterator[ForwardedAnswer]:
         """Context of a call that goes to the vLLM server behind this instance. Leaving it early
-        hangs up. Raises ApiError if the instance refuses the call."""
+        hangs up. `span`: the call's, if it is traced. Raises ApiError if the instance refuses the
+        call."""
         served = self._ready()
         parts, remote = served.parts, served.remote
         if parts.forwarder is None:
@@ -319,11 +358,15 @@ class Instance:
         namespace = shared_namespace(call) if shared else private(call.id)
         with self._counted():
             if remote is not None and (call.prefill or call.fetch is not None):
-                await remote.bring(call, namespace)
+                await remote.bring(call, namespace, span)
             try:
-                async with parts.forwarder.answer(call, forward, namespace) as answer:
-                    log.info("%s %s: %d", call.id, forward.path, answer.status)
-                    yield answer
+                with timed(span, "vllm", SpanKind.CLIENT) as asking:
+                    answering = parts.forwarder.answer(call, forward, namespace, headers_of(asking))
+                    async with answering as answer:
+                        if asking is not None:
+                            asking.attributes["http.response.status_code"] = answer.status
+                        log.info("%s %s: %d", call.id, forward.path, answer.status)
+                        yield answer
             except QueueFull as error:
                 raise queue_full(str(error), self._rate.retry_after(error.waiting)) from error
             finally:
@@ -331,13 +374,14 @@ class Instance:
                     parts.link.forget(namespace)
         self._rate.record(call.n)
 
-    async def prefill(self, call: PrefillCall) -> PrefillResult:
-        """Compute a prompt for a decode instance and send its KV there. Raises ApiError."""
+    async def prefill(self, call: PrefillCall, span: Span | None = None) -> PrefillResult:
+        """Compute a prompt for a decode instance and send its KV there. `span`: the call's, if it
+        is traced. Raises ApiError."""
         served = self._ready()
         if served.prefiller is None:
             raise self._no_link()
         with self._counted():
-            result = await served.prefiller.run(call)
+            result = await served.prefiller.run(call, span)
         log.info(
             "%s: prefill for %s, %d of %d tokens cached, %d blocks fetched, %d sent, %d were there",
             call.id,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import memserve
 from memserve.api.instance_metrics import (
     BUILD,
     INSTANCE_METRICS,
     STATE,
-    report_build,
     report_instance,
     report_state,
 )
@@ -22,7 +22,7 @@ def instance_page(instance: Instance) -> bytes:
     alone."""
     identity, stats = instance.identity, instance.stats()
     page = Page(METRICS)
-    report_build(page)
+    page.add(BUILD, 1, memserve.__version__)
     report_state(page, identity.id, instance.state)
     if stats is not None:
         report_instance(page, identity.id, stats)

@@ -12,12 +12,16 @@ from memserve.api.generate import FinishReason
 from memserve.api.handoff import PrefillCall, PrefillResult, TokenScores
 from memserve.api.namespaces import is_private
 from memserve.clock import Clock
+from memserve.engine.observer import PrefillObserver
 from memserve.engine.request import EngineRequest, TokenOutput
 from memserve.errors import PoolError, TransferError
 from memserve.instance.dispatcher import Dispatcher
 from memserve.instance.fetch import Fetcher
+from memserve.instance.grammars import Grammars
 from memserve.instance.link import KVLink, PrefillStream
+from memserve.instance.request_trace import ChunkTimes, prefilled
 from memserve.instance.submission import Submission
+from memserve.tracing.span import Span
 from memserve.transfer.kv_link import Pushed
 from memserve.types import RequestId, TokenArray
 
@@ -34,7 +38,10 @@ class Prefiller:
         submission: Submission,
         fetcher: Fetcher,
         clock: Clock,
+        grammars: Grammars | None = None,
     ) -> None:
+        """`grammars`: None if the engine takes none."""
+        self._grammars = grammars
         self._link = link
         self._dispatcher = dispatcher
         self._submission = submission
@@ -42,22 +49,27 @@ class Prefiller:
         self._clock = clock
         self._numbers = itertools.count()
 
-    async def run(self, call: PrefillCall) -> PrefillResult:
-        """Compute a prompt. Raises ApiError if that fails.
+    async def run(self, call: PrefillCall, span: Span | None = None) -> PrefillResult:
+        """Compute a prompt. Raises ApiError if that fails. `span`: the call's, if it is traced.
 
         A failed transfer is no error: the decode instance computes the missing KV itself.
         """
-        request = self._request(call)
+        request = self._request(call, span)
+        if call.sampling.grammar is not None and self._grammars is not None:
+            request = replace(request, grammar=await self._grammars.compile(call.sampling.grammar))
         # After a failover, `tokens` includes the lost instance's output.
         tokens = request.tokens
         self._submission.check([request])
         fetched = await self._fetcher.fetch(
-            call.fetch, call.id, tokens, call.namespace, call.namespace
+            call.fetch, call.id, tokens, call.namespace, call.namespace, span
         )
         started = self._clock.now()
         stream = await self._stream(call, tokens)
+        observer: PrefillObserver | None = stream
+        if observer is not None and span is not None and span.recording:
+            observer = ChunkTimes(observer, span)
         try:
-            output = await self._compute(replace(request, observer=stream))
+            output = await self._compute(replace(request, observer=observer))
             computed = self._clock.now()
             pushed = await self._deliver(call, output, stream)
         finally:
@@ -65,7 +77,7 @@ class Prefiller:
                 stream.close()
             if call.ephemeral:
                 self._link.forget(call.namespace)
-        return PrefillResult(
+        result = PrefillResult(
             token=output.token_ids[0],
             pool=None if call.ephemeral else self._link.address,
             cached_tokens=output.usage.cached_tokens or 0,
@@ -78,9 +90,13 @@ class Prefiller:
             queue_seconds=output.usage.queue_seconds,
             fetch_seconds=fetched.seconds,
             blocks_fetched=fetched.blocks,
+            ended=output.finish_reason is FinishReason.STOP,
         )
+        if span is not None and span.recording:
+            prefilled(span, call, result, started, pushed, self._link.block_bytes)
+        return result
 
-    def _request(self, call: PrefillCall) -> EngineRequest:
+    def _request(self, call: PrefillCall, span: Span | None) -> EngineRequest:
         # The number makes the id unique: after a failover, another decode instance asks with the
         # same call id while the sequence of the first one may still be queued here.
         request_id = RequestId(f"{call.id}-prefill-{next(self._numbers)}")
@@ -92,6 +108,7 @@ class Prefiller:
             priority=call.priority,
             output=call.output,
             prefill_only=True,
+            span=span,
         )
 
     async def _compute(self, request: EngineRequest) -> TokenOutput:
@@ -125,7 +142,8 @@ class Prefiller:
     async def _deliver(
         self, call: PrefillCall, output: TokenOutput, stream: PrefillStream | None
     ) -> Pushed:
-        if stream is None or (output.stop_token is not None and not _is_kept(call)):
+        ended = output.finish_reason is FinishReason.STOP
+        if stream is None or (ended and not _is_kept(call)):
             return Pushed()
         try:
             return await stream.deliver()

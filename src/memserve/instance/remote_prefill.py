@@ -29,9 +29,11 @@ from memserve.instance.dispatcher import Mailbox
 from memserve.instance.fetch import Fetcher
 from memserve.instance.generation import shared_namespace
 from memserve.instance.link import KVLink
+from memserve.instance.request_trace import moved
 from memserve.instance.sequence_stats import SequenceStats
 from memserve.instance.submission import Submission
 from memserve.tokens import from_ids
+from memserve.tracing.span import Span, SpanKind, headers_of, timed
 from memserve.types import Namespace, RequestId, TokenArray
 
 log = logging.getLogger(__name__)
@@ -106,7 +108,9 @@ class RemotePrefill:
         except* ApiError as errors:
             mailbox.fail(_first(errors))
 
-    async def bring(self, call: GenerateCall, namespace: Namespace) -> None:
+    async def bring(
+        self, call: GenerateCall, namespace: Namespace, span: Span | None = None
+    ) -> None:
         """Bring the KV of a call's first prompt into `namespace` of this instance's pool, by a
         remote prefill or else a fetch. The vLLM server then finds it cached when it gets the
         forwarded body."""
@@ -118,6 +122,7 @@ class RemotePrefill:
             sampling=SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True),
             namespace=namespace,
             priority=call.priority,
+            span=span,
         )
         shared = shared_namespace(call)
         if call.prefill:
@@ -126,7 +131,7 @@ class RemotePrefill:
             if result is not None:
                 self._note(result, request, SequenceStats(self._clock.now()))
                 return
-        await self._fetcher.fetch(call.fetch, request.id, prompt, shared, namespace)
+        await self._fetcher.fetch(call.fetch, request.id, prompt, shared, namespace, span)
 
     async def _start(
         self,
@@ -143,7 +148,7 @@ class RemotePrefill:
             result = await self._prefill(call, leader, shared)
         if result is None:
             fetched = await self._fetcher.fetch(
-                call.fetch, leader.id, leader.tokens, shared, leader.namespace
+                call.fetch, leader.id, leader.tokens, shared, leader.namespace, leader.span
             )
             own.blocks_fetched, own.fetch_seconds = fetched.blocks, fetched.seconds
             received = fetched.blocks
@@ -181,7 +186,7 @@ class RemotePrefill:
 
     def _output(self, leader: EngineRequest, result: PrefillResult) -> TokenOutput:
         finish = None
-        if result.stop_token is not None:
+        if result.stop_token is not None or result.ended:
             finish = FinishReason.STOP
         else:
             output = len(leader.output) + 1
@@ -248,7 +253,10 @@ class RemotePrefill:
         for peer in call.prefill:
             counters.asked += 1
             try:
-                result = await self._ask(peer, body)
+                with timed(
+                    request.span, "ask prefill", SpanKind.CLIENT, {"memserve.instance": peer.id}
+                ) as span:
+                    result = await self._ask(peer, body, span)
             except _Unanswered as error:
                 counters.failed += 1
                 log.warning("%s: no prefill from %s: %s", request.id, peer.id, error)
@@ -258,8 +266,8 @@ class RemotePrefill:
             return result
         return None
 
-    async def _ask(self, peer: PrefillPeer, body: bytes) -> PrefillResult:
-        post = asyncio.ensure_future(self._post(peer, body))
+    async def _ask(self, peer: PrefillPeer, body: bytes, span: Span | None) -> PrefillResult:
+        post = asyncio.ensure_future(self._post(peer, body, headers_of(span)))
         watch = asyncio.ensure_future(self._until_silent(peer))
         try:
             await asyncio.wait((post, watch), return_when=asyncio.FIRST_COMPLETED)
@@ -270,10 +278,17 @@ class RemotePrefill:
             post.cancel()
             watch.cancel()
 
-    async def _post(self, peer: PrefillPeer, body: bytes) -> PrefillResult:
+    async def _post(
+        self, peer: PrefillPeer, body: bytes, headers: Mapping[str, str]
+    ) -> PrefillResult:
         try:
             return await self._peers.call(
-                "POST", peer.address + PREFILL_PATH, _results.decode, body, media=msgpack.MEDIA
+                "POST",
+                peer.address + PREFILL_PATH,
+                _results.decode,
+                body,
+                media=msgpack.MEDIA,
+                headers=headers,
             )
         except PeerError as error:
             raise _Unanswered(str(error)) from error
@@ -340,7 +355,11 @@ class RemotePrefill:
 
     async def _give_back(self, request: EngineRequest, home: PoolPeer, tokens: TokenArray) -> None:
         try:
-            pushed = await self._link.push(home, tokens, request.namespace, request.namespace)
+            to = {"memserve.instance": home.id}
+            with timed(request.span, "return", SpanKind.CLIENT, to) as span:
+                pushed = await self._link.push(home, tokens, request.namespace, request.namespace)
+                if span is not None:
+                    span.attributes |= moved(pushed, self._link.block_bytes)
         except (TransferError, PoolError) as error:
             self._counters.returns_dropped += 1
             log.warning("%s: KV did not go back to %s: %s", request.id, home.id, error)

@@ -29,6 +29,8 @@ from memserve.instance.join import Registration
 from memserve.instance.server import InstanceApp
 from memserve.pool.epochs import new_epoch
 from memserve.secrets import Secret, cluster_secret, require_secret
+from memserve.tracing.settings import open_tracer
+from memserve.tracing.span import Tracer
 from memserve.types import InstanceId
 
 log = logging.getLogger(__name__)
@@ -81,19 +83,21 @@ def run_instance(
     chosen: Build = partial(_vllm, ending) if settings.engine == "vllm" else _built_in
     make = partial(build or chosen, config, settings, identity)
     announce(url_of(sock, tls=tls[0] is not None), ready_fd)
-    return uvloop.run(
-        _main(
-            identity,
-            make,
-            sock,
-            config.gateway.drain_seconds,
-            join,
-            secret,
-            tls,
-            settings.advertise,
-            ending,
+    with open_tracer(config.traces, "memserve-instance", instance_id) as tracer:
+        return uvloop.run(
+            _main(
+                identity,
+                make,
+                sock,
+                config.gateway.drain_seconds,
+                join,
+                secret,
+                tls,
+                settings.advertise,
+                ending,
+                tracer,
+            )
         )
-    )
 
 
 async def _main(
@@ -106,6 +110,7 @@ async def _main(
     tls: tuple[ssl.SSLContext | None, ssl.SSLContext | None],
     advertised: str | None,
     ending: threading.Event,
+    tracer: Tracer | None,
 ) -> int:
     """Serve one instance. Sets `ending` at the start of the drain, so that `make` stops waiting.
     Returns the exit code."""
@@ -114,7 +119,7 @@ async def _main(
     peers = PeerClient(Signer(secret), authorities)
     instance = Instance(identity, MonotonicClock(), peers)
     registration = Registration(peers, join, address, identity.id, identity.epoch)
-    handler = handler_of(instance, secret, sock, advertised)
+    handler = handler_of(instance, secret, sock, advertised, tracer)
     instance.lifecycle.on_news(registration.tell)
     shutdown = Shutdown()
     shutdown.on_signals()
@@ -150,15 +155,21 @@ async def _main(
 
 
 def handler_of(
-    instance: Instance, secret: Secret, sock: socket.socket, advertised: str | None = None
+    instance: Instance,
+    secret: Secret,
+    sock: socket.socket,
+    advertised: str | None = None,
+    tracer: Tracer | None = None,
 ) -> Guard:
     """Return the HTTP handler of an instance, which checks the signatures of all requests except
-    those to OPEN_PATHS. `advertised`: a further URL that requests may be signed for."""
+    those to OPEN_PATHS. `advertised`: a further URL that requests may be signed for. `tracer`:
+    None unless calls are traced."""
     audience = Audience()
     audience.add_socket(sock)
     if advertised is not None:
         audience.add_url(advertised)
-    return Guard(asgi_handler(InstanceApp(instance)), Verifier(secret, audience), OPEN_PATHS)
+    app = InstanceApp(instance, tracer)
+    return Guard(asgi_handler(app), Verifier(secret, audience), OPEN_PATHS)
 
 
 async def _end_when_useless(

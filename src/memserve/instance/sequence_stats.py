@@ -29,9 +29,16 @@ class SequenceStats:
     transfer_seconds: float = 0.0
     decode_seconds: float = 0.0
     preemptions: int = 0
+    queued_here: float = 0.0  # the part of `queue_seconds` behind a hand-over
+    ended: float | None = None  # when
     _first_token: float | None = None
     _queued_here: bool = False
     _cached_known: bool = False
+
+    @property
+    def first_token(self) -> float | None:
+        """When it came, and behind a hand-over, when decoding began."""
+        return self._first_token
 
     def take(self, usage: Usage, now: float) -> None:
         """Count an output that came at `now`."""
@@ -45,6 +52,7 @@ class SequenceStats:
             # The first output of the engine here: the sequence waited in a second queue before.
             self._queued_here = True
             self.queue_seconds += usage.queue_seconds
+            self.queued_here = usage.queue_seconds
             self._first_token = min(now, self._first_token + usage.queue_seconds)
         if not (self.handed_over or self._cached_known) and usage.cached_tokens is not None:
             # Later numbers may include KV that was computed for this answer.
@@ -53,6 +61,7 @@ class SequenceStats:
 
     def end(self, latencies: Latencies, now: float) -> None:
         """Count the end of the sequence, and add its times to `latencies`."""
+        self.ended = now
         if self._first_token is not None:
             self.decode_seconds = now - self._first_token
         latencies.queue.observe(self.queue_seconds)

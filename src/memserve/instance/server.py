@@ -38,7 +38,9 @@ from memserve.instance import calls
 from memserve.instance.calls import CallReader, LargeCalls
 from memserve.instance.instance import Instance, Run
 from memserve.instance.metrics import instance_page
+from memserve.instance.request_trace import describe, pushed, served
 from memserve.scheduler.profiles import encode_profile
+from memserve.tracing.span import Span, Tracer
 from memserve.vllm.forwarder import BrokenOff, ForwardedAnswer
 
 log = logging.getLogger(__name__)
@@ -58,8 +60,10 @@ class InstanceApp:
     """`POST /v1/generate /v1/prefill /v1/kv/push /v1/kv/meet /role /drain /resume /shutdown`, `GET
     /health /info /stats /profile /kv/snapshot /metrics`."""
 
-    def __init__(self, instance: Instance) -> None:
+    def __init__(self, instance: Instance, tracer: Tracer | None = None) -> None:
+        """`tracer`: with the instance's clock; None: calls are not traced."""
         self._instance = instance
+        self._tracer = tracer
         self._large = LargeCalls()
         # One large answer is encoded at a time: each encoding thread delays the event loop.
         self._encoding = asyncio.Lock()
@@ -95,12 +99,17 @@ class InstanceApp:
             return
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = await self._read(calls.GENERATE, scope, receive)
-        if call.forward is not None:
-            await self._forward(call, call.forward, receive, send)
-            return
-        with self._instance.run(call) as run, HangUp(receive):
-            await (_stream(run, send) if call.stream else self._answer(run, send))
+        with served(self._tracer, "generate", scope) as span:
+            call = await self._read(calls.GENERATE, scope, receive)
+            if span is not None:
+                describe(span, call)
+            if call.forward is not None:
+                await self._forward(call, call.forward, receive, send, span)
+                return
+            with HangUp(receive):
+                constraints = await self._instance.constraints(call)
+                with self._instance.run(call, constraints, span) as run:
+                    await (_stream(run, send) if call.stream else self._answer(run, send))
 
     async def _answer(self, run: Run, send: Send) -> None:
         generation = run.generation
@@ -114,23 +123,36 @@ class InstanceApp:
         await send_body(send, HTTPStatus.OK, body)
 
     async def _forward(
-        self, call: GenerateCall, forward: Forward, receive: Receive, send: Send
+        self,
+        call: GenerateCall,
+        forward: Forward,
+        receive: Receive,
+        send: Send,
+        span: Span | None,
     ) -> None:
         with HangUp(receive):
-            async with self._instance.forward(call, forward) as answer:
+            async with self._instance.forward(call, forward, span) as answer:
                 await _pass_on(answer, send)
 
     async def _prefill(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = await self._read(calls.PREFILL, scope, receive)
-        with HangUp(receive):
-            result = await self._instance.prefill(call)
-            await _send_result(send, result)
+        with served(self._tracer, "prefill", scope) as span:
+            call = await self._read(calls.PREFILL, scope, receive)
+            with HangUp(receive) as left:
+                result = await self._instance.prefill(call, span)
+                await _send_result(send, result)
+            if left.happened and span is not None:
+                span.error = "cancelled"
 
     async def _push(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = await self._read(calls.PUSH, scope, receive)
-        with HangUp(receive):
-            result = await self._instance.push(call)
-            await _send_result(send, result)
+        with served(self._tracer, "push", scope) as span:
+            call = await self._read(calls.PUSH, scope, receive)
+            with HangUp(receive) as left:
+                result = await self._instance.push(call)
+                if span is not None:
+                    pushed(span, call, result)
+                await _send_result(send, result)
+            if left.happened and span is not None:
+                span.error = "cancelled"
 
     async def _meet(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = await self._read(calls.MEET, scope, receive)

@@ -112,11 +112,12 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(eos_token_ids)
-        self.special_ids = frozenset(
-            token_id
+        self.special_tokens: Mapping[str, int] = {
+            token.content: token_id
             for token_id, token in backend.get_added_tokens_decoder().items()
             if token.special
-        )
+        }
+        self.special_ids = frozenset(self.special_tokens.values())
         # Some decoders drop the leading space of a text; a token behind this one keeps its space.
         self._anchor = backend.encode("a", add_special_tokens=False).ids
         self._anchor_text = self.decode(self._anchor, skip_special_tokens=False)
@@ -203,6 +204,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; bytes that form no whole character become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """Return the entries of the vocabulary that token ids stand for."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in ids]
 
     def apply_chat_template(
         self,

@@ -34,10 +34,12 @@ MAX_REFUSED = 1024  # peers whose last error is remembered
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """Numbers of whole blocks of a prompt: sent, and already in the peer's index."""
+    """Numbers of whole blocks of a prompt: sent, and already in the peer's index. `transport`:
+    how; "" if none were, or it is not known."""
 
     sent: int = 0
     already_present: int = 0
+    transport: str = ""
 
 
 def totals_of(pool: MemPool) -> PoolTotals:
@@ -151,6 +153,13 @@ class PoolLink:
             self.lost(peer)
             raise
 
+    def transport_name(self, peer: PoolPeer) -> str:
+        """Return the name of the transport to a peer, without asking it; "" if it has gone."""
+        try:
+            return self._pool.transport_to(peer.id, ask=False)
+        except (TransferError, PoolError):
+            return ""
+
     def lost(self, peer: PoolPeer) -> None:
         """Mark a peer as disconnected: the next `meet` connects again."""
         self._peers.pop(peer.id, None)
@@ -192,7 +201,8 @@ class PoolLink:
             )
             await ended(transfer)
             transfer.result(0)
-            return Pushed(transfer.sent, len(match.refs) - transfer.sent)
+            present = len(match.refs) - transfer.sent
+            return Pushed(transfer.sent, present, self.transport_name(peer))
 
 
 class LinkedStream(KVStream):
@@ -215,7 +225,7 @@ class LinkedStream(KVStream):
         """Publish the computed KV at the peer. Raises as `PoolLink.push`."""
         try:
             sent = await self.finish()
-            return Pushed(sent, self.blocks - sent)
+            return Pushed(sent, self.blocks - sent, self._link.transport_name(self.peer))
         except (PeerLost, UnknownPeer, TransferTimeout):
             self._link.lost(self.peer)
             raise

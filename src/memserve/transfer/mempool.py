@@ -122,12 +122,12 @@ class MemPool(SharedPool):
             raise TransferError(f"{instance!r} is this pool itself")
         self._started(address).connect(InstanceId(instance), address)
 
-    def transport_to(self, instance: str) -> str:
-        """Return the name of the transport to a connected peer, after a round trip to the peer.
+    def transport_to(self, instance: str, *, ask: bool = True) -> str:
+        """Return the name of the transport to a connected peer; with `ask`, after a round trip.
         Raises UnknownPeer; PeerLost; TransferError if no transport reaches the peer."""
         service = self._require_service()
-        # A round trip: 0 blocks are allocated.
-        self.alloc_mem(0, Medium.HBM, instance)
+        if ask:
+            self.alloc_mem(0, Medium.HBM, instance)  # a round trip: 0 blocks are allocated
         life = service.life(InstanceId(instance))
         if life.transport is None:
             raise TransferError(life.obstacle)

@@ -30,6 +30,7 @@ from memserve.engine.request import (
     validate_requests,
 )
 from memserve.errors import EngineStopped, QueueFull
+from memserve.tracing.span import headers_of
 from memserve.types import RequestId
 from memserve.vllm.answers import (
     COMPLETIONS_PATH,
@@ -241,7 +242,7 @@ class VllmEngine:
             run.begun.set()
 
     async def _read(self, run: _Run, reader: AnswerReader) -> None:
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": "application/json", **headers_of(run.request.span)}
         url = self._place.url + COMPLETIONS_PATH
         async with self._session.post(url, data=run.body, headers=headers) as response:
             if response.status != HTTPStatus.OK:

@@ -6,7 +6,7 @@ An instance uses it beside the sequences of its engine (`engine.py`), on its eve
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0  # a server accepts at once, unless it gets no CPU time
 _DENIED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _OPEN, _CLOSE = ord("{"), ord("}")
+_JSON = {"content-type": "application/json"}
 _encode = msgspec.json.Encoder().encode
 
 
@@ -64,18 +65,23 @@ class Forwarder:
 
     @asynccontextmanager
     async def answer(
-        self, call: GenerateCall, forward: Forward, namespace: Namespace
+        self,
+        call: GenerateCall,
+        forward: Forward,
+        namespace: Namespace,
+        headers: Mapping[str, str] = _JSON,
     ) -> AsyncIterator[ForwardedAnswer]:
         """Send a call's forwarded request and yield the answer. Leaving the context early closes
-        the connection, and the server drops the request. Raises ApiError, or QueueFull if the
-        sequences in flight would exceed `max_running + max_waiting`."""
+        the connection, and the server drops the request. `headers`: further ones. Raises
+        ApiError, or QueueFull if the sequences in flight would exceed
+        `max_running + max_waiting`."""
         body = forwarded_body(call, forward, namespace, self._info.model)
         most = self._info.max_running + self._info.max_waiting
         if self._sequences + call.n > most:
             raise QueueFull(self._sequences, most)
         self._sequences += call.n
         try:
-            async with await self._post(forward, body) as response:
+            async with await self._post(forward, body, headers) as response:
                 if response.status in _DENIED:
                     log.error("the vLLM server answers with %d", response.status)
                     raise internal("The vLLM server does not let its instance in.", "server_denies")
@@ -87,7 +93,9 @@ class Forwarder:
         if self._session is not None:
             await self._session.close()
 
-    async def _post(self, forward: Forward, body: bytes) -> aiohttp.ClientResponse:
+    async def _post(
+        self, forward: Forward, body: bytes, headers: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
             self._session = aiohttp.ClientSession(
@@ -97,7 +105,7 @@ class Forwarder:
             return await self._session.post(
                 self._place.url + forward.path.value,
                 data=body,
-                headers={"content-type": "application/json"},
+                headers={**headers, **_JSON},
                 allow_redirects=False,
             )
         except (TimeoutError, aiohttp.ClientError, OSError) as error:

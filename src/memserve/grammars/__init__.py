@@ -1,0 +1,1 @@
+"""Grammars of answers: what clients send, compiled for a model's tokens."""

@@ -1,0 +1,183 @@
+"""The spans of calls at an instance: live ones around calls, others from statistics at the end.
+
+`generate` has the parts `ask prefill` or `fetch`, and of each sequence `queue`, `compute` and
+`decode`; `prefill` has `fetch`, `queue`, `compute` and `transfer`. The engine measures anyway; a
+trace only gives these figures a place in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.types import Scope
+
+from memserve.api.errors import ApiError
+from memserve.api.generate import CallKind, GenerateCall
+from memserve.api.handoff import PrefillCall, PrefillResult, PushCall, PushResult
+from memserve.engine.observer import PrefillObserver, PrefillWatch
+from memserve.instance.generation import Generation
+from memserve.instance.sequence_stats import SequenceStats
+from memserve.tracing.span import Attribute, Span, Tracer, error_type
+from memserve.transfer.kv_link import Pushed
+from memserve.types import RefArray
+
+MAX_SEQUENCES = 8  # of a call that have spans
+
+
+@contextmanager
+def served(tracer: Tracer | None, name: str, scope: Scope) -> Iterator[Span | None]:
+    """Context of a request from another process of the cluster; None unless that is traced. An
+    exception ends the span as its error, and passes on."""
+    span = None if tracer is None else tracer.join(name, scope["headers"])
+    if span is None:
+        yield None
+        return
+    try:
+        yield span
+    except ApiError as error:
+        span.attributes["http.response.status_code"] = int(error.status)
+        span.finish(error=error.detail.code or str(int(error.status)))
+        raise
+    except BaseException as error:
+        span.finish(error=error_type(error))
+        raise
+    span.finish()
+
+
+def describe(span: Span, call: GenerateCall) -> None:
+    """Say what a call asks for."""
+    operation = "chat" if call.kind is CallKind.CHAT else "text_completion"
+    span.attributes |= {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "memserve",
+        "gen_ai.request.model": call.model,
+        "gen_ai.response.id": call.id,
+        "gen_ai.usage.input_tokens": sum(map(len, call.prompts)),
+    }
+    if call.resumed:
+        span.attributes["memserve.resumed_tokens"] = sum(map(len, call.resumed))
+
+
+def ended(span: Span, generation: Generation) -> None:
+    """Say how a call went, and add the spans of its first MAX_SEQUENCES sequences."""
+    totals = generation.totals()
+    span.attributes |= {
+        "gen_ai.usage.output_tokens": generation.generated_tokens,
+        "memserve.sequences": len(generation.stats),
+        "memserve.cached_tokens.prefill": totals.cached_tokens_prefill,
+        "memserve.cached_tokens.decode": totals.cached_tokens_decode,
+        "memserve.blocks.fetched": totals.blocks_fetched,
+        "memserve.blocks.received": totals.blocks_received,
+        "memserve.bytes.received": totals.bytes_received,
+        "memserve.bytes.avoided": totals.bytes_avoided,
+        "memserve.preemptions": totals.preemptions,
+    }
+    if generation.failure is not None:
+        span.error = generation.failure.detail.code or "failed"
+    elif not generation.finished:
+        span.error = "cancelled"  # the client has left, or the call goes on elsewhere
+    for number, stats in enumerate(generation.stats.values()):
+        if number == MAX_SEQUENCES:
+            break
+        of_several: dict[str, Attribute] = {}
+        if len(generation.stats) > 1:
+            of_several["memserve.sequence"] = number
+        _sequence(span, stats, of_several)
+
+
+def _sequence(span: Span, stats: SequenceStats, attributes: dict[str, Attribute]) -> None:
+    now, first = span.now(), stats.first_token
+    if first is None:  # it has waited, or computed, until the call ended
+        span.child("queue", start=stats.submitted, attributes=attributes).finish(now, "cancelled")
+        return
+    if stats.handed_over:
+        if stats.queued_here:
+            queued = span.child("queue", start=first - stats.queued_here, attributes=attributes)
+            queued.finish(first)
+    else:
+        begun = stats.submitted + stats.queue_seconds
+        span.child("queue", start=stats.submitted, attributes=attributes).finish(begun)
+        computed = attributes | {"memserve.cached_tokens": stats.cached_tokens_prefill}
+        span.child("compute", start=begun, attributes=computed).finish(first)
+    span.event("first_token", first, attributes)
+    whole = stats.ended is not None
+    decode = span.child("decode", start=first, attributes=attributes)
+    decode.finish(stats.ended if whole else now, None if whole else "cancelled")
+
+
+class ChunkTimes:
+    """Passes the calls of an engine on to a prefill's observer, and adds an event to the span for
+    each chunk that is computed. The engine's thread, or the GPU's, pays a microsecond a chunk."""
+
+    def __init__(self, observer: PrefillObserver, span: Span) -> None:
+        self._observer = observer
+        self._span = span
+
+    def begin(self, refs: RefArray) -> PrefillWatch | None:
+        watch = self._observer.begin(refs)
+        return None if watch is None else _Watch(watch, self._span)
+
+
+class _Watch:
+    def __init__(self, watch: PrefillWatch, span: Span) -> None:
+        self.by_layer = watch.by_layer
+        self._watch = watch
+        self._span = span
+
+    def ready(self, first: int, last: int, layer: int | None) -> None:
+        self._watch.ready(first, last, layer)
+        if not layer:  # one event for all layers
+            self._span.event("blocks", attributes={"memserve.blocks": last})
+
+    def superseded(self, refs: RefArray) -> None:
+        self._watch.superseded(refs)
+
+    def released(self, computed: int) -> None:
+        self._watch.released(computed)
+
+
+def prefilled(
+    span: Span,
+    call: PrefillCall,
+    result: PrefillResult,
+    started: float,
+    sent: Pushed,
+    block_bytes: int,
+) -> None:
+    """Add the parts of a prefill for another instance; `started`: when it went to the engine."""
+    begun = started + result.queue_seconds
+    computed = started + result.prefill_seconds
+    span.attributes |= {
+        "gen_ai.usage.input_tokens": len(call.prompt),
+        "memserve.cached_tokens": result.cached_tokens,
+        "memserve.target": call.target.id,
+    }
+    span.child("queue", start=started).finish(begun)
+    span.child("compute", start=begun).finish(computed)
+    # KV leaves while it is computed: this is what is left to send after the first token.
+    transfer = span.child("transfer", start=computed)
+    transfer.attributes |= moved(sent, block_bytes)
+    transfer.finish(computed + result.transfer_seconds)
+
+
+def moved(pushed: Pushed, block_bytes: int) -> dict[str, Attribute]:
+    """Return what a transfer of whole blocks has moved, and how."""
+    attributes: dict[str, Attribute] = {
+        "memserve.blocks.sent": pushed.sent,
+        "memserve.blocks.already_present": pushed.already_present,
+        "memserve.bytes.sent": pushed.sent * block_bytes,
+    }
+    if pushed.transport:
+        attributes["memserve.transport"] = pushed.transport
+    return attributes
+
+
+def pushed(span: Span, call: PushCall, result: PushResult) -> None:
+    """Say what a push of cached KV has moved."""
+    span.attributes |= {
+        "memserve.target": call.target.id,
+        "memserve.tokens": len(call.tokens),
+        "memserve.blocks.sent": result.blocks_sent,
+        "memserve.blocks.already_present": result.blocks_already_present,
+    }

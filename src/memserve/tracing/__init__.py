@@ -1,0 +1,1 @@
+"""Traces of requests: contexts (`context`), spans (`span`), and their export by OTLP (`otlp`)."""
