@@ -33,6 +33,8 @@ from memserve.engine.request import (
 )
 from memserve.errors import EngineStopped, QueueFull, RequestError
 from memserve.gateway.run import Gateway
+from memserve.grammars.compiler import GrammarCompiler
+from memserve.instance.grammars import Grammars
 from memserve.instance.instance import Identity, Instance, Parts
 from memserve.instance.run import handler_of
 from memserve.models.tokenizer import Tokenizer
@@ -392,7 +394,16 @@ class FakeCluster:
         )
         instance = Instance(identity, MonotonicClock())
         forwarder = None if place is None else Forwarder(place, engine.info)
-        parts = Parts(engine, self._tokenizer, PoolTotals, lambda: None, forwarder=forwarder)
+        # Compiled as anywhere; the engine without a model obeys none.
+        grammars = Grammars(GrammarCompiler(self._tokenizer, engine.vocab_size))
+        parts = Parts(
+            engine,
+            self._tokenizer,
+            PoolTotals,
+            grammars.close,
+            forwarder=forwarder,
+            grammars=grammars if forwarder is None else None,
+        )
         await instance.start(parts)
         sock = bind("127.0.0.1", 0)
         shutdown = Shutdown()

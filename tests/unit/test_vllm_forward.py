@@ -221,7 +221,6 @@ def test_a_stream_is_the_servers_byte_for_byte(vllm_only: FakeCluster) -> None:
         ("chat_template", "{{ messages }}"),
         ("chat_template_kwargs", {"chat_template": "x"}),
         ("watermarking", False),
-        ("guided_choice", ["yes"]),  # vLLM would ignore it
         ("nonsense", 1),
         ("n", 1000),
         ("max_tokens", 0),
@@ -311,9 +310,16 @@ def test_constraints_are_for_a_built_in_engine_where_there_is_one(
 ) -> None:
     answer = post(keyed, ForwardPath.CHAT, "sk-a", messages=MESSAGES, **fields)
     assert passed(server, answer).items() >= fields.items()
-    refused = chat(cluster, **fields)  # by the stand-in for an engine
-    assert refused.status == 400
-    assert "takes no grammar" in refused.text.decode()
+    before = len(server.fake.paths)
+    assert chat(cluster, max_tokens=2, **fields).status == 200
+    assert len(server.fake.paths) == before
+    broken = chat(cluster, structured_outputs={"regex": "(a"})
+    assert (broken.status, broken.json["error"]["param"]) == (400, "structured_outputs.regex")
+
+
+def test_guided_fields_are_refused_where_vllm_would_ignore_them(vllm_only: FakeCluster) -> None:
+    answer = chat(vllm_only, guided_choice=["yes"])
+    assert (answer.status, answer.json["error"]["param"]) == (400, "guided_choice")
 
 
 def test_tenants_have_salts_of_their_own(keyed: FakeCluster, server: Server) -> None:
