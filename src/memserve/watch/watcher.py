@@ -11,10 +11,9 @@ from typing import Self
 import msgspec
 
 from memserve.clock import Clock, MonotonicClock
-from memserve.cluster.client import DECISIONS_PATH, ClusterClient
+from memserve.cluster.client import ClusterClient
 from memserve.cluster.figures import STATS_PATH, ClusterFigures
 from memserve.errors import ClusterError, ConfigError
-from memserve.scheduler.decision_view import DecisionView
 from memserve.watch.history import History
 from memserve.watch.snapshot import GatewaySeen, snapshot_of
 
@@ -24,7 +23,6 @@ ROUND_SECONDS = 5.0
 ASKED_DECISIONS = 50  # of each gateway in each round: some milliseconds of its time
 
 _figures = msgspec.json.Decoder(ClusterFigures)
-_decisions = msgspec.json.Decoder(tuple[DecisionView, ...])
 
 
 class Watcher:
@@ -48,7 +46,7 @@ class Watcher:
         self.failures: dict[str, str] = {}
         self.clock = clock or MonotonicClock()
         self._tls = tls
-        self._path = f"{DECISIONS_PATH}?n={decisions}"
+        self._decisions = decisions
         self._clients: dict[str, ClusterClient] = {}
 
     async def __aenter__(self) -> Self:
@@ -94,14 +92,14 @@ class Watcher:
                 view = await client.view()
                 figures, decisions = await asyncio.gather(
                     client.read(STATS_PATH, _figures.decode),
-                    client.read(self._path, _decisions.decode),
+                    client.decisions(self._decisions),
                 )
         except (ClusterError, ConfigError, TimeoutError) as error:
             self.failures[url] = _why(url, error)
             await self._give_up(url)
             return None
         self.failures.pop(url, None)
-        return GatewaySeen(url, self.clock.now(), view, figures, decisions)
+        return GatewaySeen(url, self.clock.now(), view, figures, tuple(decisions))
 
     async def _client(self, url: str) -> ClusterClient:
         client = self._clients.get(url)
