@@ -1,4 +1,4 @@
-"""lm-evaluation-harness measures a model behind a cluster as it would measure it in Transformers."""
+"""lm-evaluation-harness measures a model behind a cluster as it would in Transformers."""
 
 from __future__ import annotations
 
