@@ -25,12 +25,16 @@ from memserve.config import (
     ClusterConfig,
     InstanceConfig,
     ModelConfig,
+    Profiling,
     TransferMode,
 )
 from memserve.engine.engine import Engine
+from memserve.gateway.instance_costs import UNKNOWN
 from memserve.instance import build
 from memserve.instance.instance import Identity, Instance, Run
+from memserve.instance.profiling import ProfiledEngine
 from memserve.instance.run import handler_of
+from memserve.scheduler.profiles import Profile, ProfileStore, make_profile
 from memserve.secrets import cluster_secret
 from memserve.tokens import from_ids
 from memserve.tracing.span import Tracer
@@ -177,6 +181,12 @@ async def completed(run: Run) -> Completion:
     )
 
 
+def _profile(engine: ProfiledEngine, mode: Profiling, store: ProfileStore) -> Profile:
+    """Costs of a larger model, whatever this machine's store has: for tiny ones, what a step costs
+    in itself would be all, and no cached prefix worth a transfer."""
+    return make_profile("default", engine.subject, UNKNOWN)
+
+
 @asynccontextmanager
 async def node(
     model: Path,
@@ -205,6 +215,7 @@ async def node(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "MemPool", partial(MemPool, transports=transports))
+        patch.setattr(build, "instance_profile", _profile)
         parts = build.build_parts(config, own, identity)
     engine = parts.engine
     assert isinstance(engine, Engine)

@@ -318,7 +318,11 @@ async def test_a_gateway_that_is_killed_has_its_trees_back(model: Path) -> None:
         async def held() -> dict[str, float]:
             async with http.get(metrics) as answer:
                 lines = (await answer.text()).splitlines()
-            found = [line.rpartition(" ") for line in lines if 'what="blocks"' in line]
+            found = [
+                line.rpartition(" ")
+                for line in lines
+                if line.startswith("memserve_kv_feed_held_blocks{")
+            ]
             return {name.split('"')[1]: float(value) for name, _, value in found}
 
         async def until_held(**blocks: int) -> None:

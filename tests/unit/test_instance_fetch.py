@@ -328,13 +328,11 @@ async def test_a_full_pool_refuses_and_the_prompt_is_computed(
         node(model, Role.COLOCATED) as third,
     ):
         await third.complete(*PROMPT)
-        with one.instance.run(call_of(prompt_of(90, 8), 30)) as other:
-            await other.step()
-            call = fetch_call(third)
-            with one.instance.run(call) as run:
-                await until(lambda: one.fetches.failed == 1, "the refusal")
-                await completed(other)
-                assert (await completed(run)).tokens == [expected]
+        held = one.pool.alloc_mem(6)
+        with one.instance.run(fetch_call(third)) as run:
+            await until(lambda: one.fetches.failed == 1, "the refusal")
+            one.pool.free_mem(held)
+            assert (await completed(run)).tokens == [expected]
 
 
 # --- the endpoint ------------------------------------------------------------------------------
