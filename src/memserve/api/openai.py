@@ -299,6 +299,7 @@ class _Unsupported:
 
 _UNSUPPORTED = {kind: _Unsupported(kind) for kind in (CompletionRequest, ChatRequest)}
 _NO_SAMPLING = SamplingParams()
+_constraints = attrgetter(*STRUCTURED_FIELDS)
 _completion = msgspec.json.Decoder(CompletionRequest)
 _chat = msgspec.json.Decoder(ChatRequest)
 
@@ -369,6 +370,11 @@ def check_best_of(request: SharedFields) -> None:
     """Raise ApiError (400) if `best_of` is given and not `n`."""
     if request.best_of not in (None, request.samples):
         raise invalid("'best_of' other than 'n' is not supported.", "best_of")
+
+
+def unconstrained(request: ChatRequest) -> bool:
+    """Return whether no field of a request constrains the answer by a grammar."""
+    return all(value is UNSET for value in _constraints(request))
 
 
 def chat_logprobs(request: ChatRequest) -> int | None:

@@ -65,6 +65,14 @@ def check_body(body: bytes) -> None:
             raise invalid(f"'{name}' has {values} elements, and at most {limit} may be.", name)
 
 
+def count_values(json: bytes) -> int | None:
+    """Return how many arrays, objects and elements a JSON value has; None if it nests deeper than
+    MAX_DEPTH, or is not valid."""
+    fields = np.empty((1, 3), dtype=np.int64)
+    count = _scan.run(np.frombuffer(b'{"":%b}' % json, dtype=np.uint8), fields)
+    return int(fields[0, 2]) if count == 1 else None
+
+
 def count_elements(json: memoryview) -> int:
     """Return how many elements a valid JSON array has; 0 for any other value."""
     return int(_elements.run(np.frombuffer(json, dtype=np.uint8)))

@@ -20,6 +20,7 @@ from memserve.api.limits import (
 # Retry-After of refusals: by then, some of the waiting bodies, or texts, have been worked on.
 LARGE_RETRY_SECONDS = 5
 TEXT_RETRY_SECONDS = 1
+INLINE_COMPRESSED = 4096  # bytes of a compressed body whose first piece comes on the event loop
 
 T = TypeVar("T")
 
@@ -46,7 +47,8 @@ class BodyThreads:
         if coding is None:
             return request.body
         decompression = Decompression(coding, request.body, limit)
-        if decompression.take(PIECE_BYTES):
+        # A short body may become nothing after a long time: empty blocks.
+        if len(request.body) <= INLINE_COMPRESSED and decompression.take(PIECE_BYTES):
             return decompression.rest()
         return await self.apart(decompression.rest)
 

@@ -27,6 +27,7 @@ from memserve.api.openai import (
     parse_chat,
     parse_completion,
     sampling_params,
+    unconstrained,
 )
 from memserve.api.status import Limits
 from memserve.errors import RequestError
@@ -85,8 +86,8 @@ class CallBuilder:
             )
         request = self._parse_chat(body, limits)
         characters = sum(len(message.text) for message in request.messages)
-        if len(body) > INLINE_CHARACTERS and not is_plain(request):
-            characters = len(body)  # tools and their calls are text, too
+        if len(body) > INLINE_CHARACTERS and not (is_plain(request) and unconstrained(request)):
+            characters = len(body)  # tools, their calls and grammars are text, too
         if characters <= INLINE_CHARACTERS:
             return self._chat(request, limits)
         return await self.threads.off_loop(characters, lambda: self._chat(request, limits))
@@ -131,8 +132,11 @@ class CallBuilder:
         return request, prompts
 
     def _chat(self, request: ChatRequest, limits: Limits) -> GenerateCall:
-        plan = plan_chat(request, self._formats)
-        text = self._render(plan, limits)
+        try:
+            plan = plan_chat(request, self._formats)
+            text = self._render(plan, limits)
+        except RecursionError as error:  # a schema or arguments, written anew
+            raise invalid("The request is nested too deeply.", code="invalid_json") from error
         prompt = self.token_ids(text, request.add_special_tokens is not False)
         asked = request.max_completion_tokens or request.max_tokens
         room = _room(len(prompt), asked, limits, "messages")

@@ -3,7 +3,7 @@ the chat template; the format of the answer, and the grammar of a call that is r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ from memserve.api.openai import ChatRequest, Message, unsupported
 from memserve.api.openai_tools import AllowedChoice, NamedChoice, Tool
 from memserve.gateway.answer_grammar import behind_reasoning, or_calls, schema_grammar
 from memserve.gateway.calls_schema import ANY_ARGUMENTS, calls_schema
-from memserve.gateway.conversation import TEMPLATE_STEERING, decoded_arguments
+from memserve.gateway.conversation import TEMPLATE_STEERING, ArgumentsDecoder
 from memserve.gateway.model_formats import ModelFormats
 from memserve.gateway.tool_text import in_text
 
@@ -131,7 +131,8 @@ def is_plain(request: ChatRequest) -> bool:
 
 def plan_chat(request: ChatRequest, formats: ModelFormats) -> ChatPlan:
     """Return the plan of a request. Raises ApiError (400) that names the field at fault."""
-    messages = [_template_message(message) for message in request.messages]
+    decode = ArgumentsDecoder().decode
+    messages = [_template_message(message, decode) for message in request.messages]
     opens = request.add_generation_prompt is not False
     if is_plain(request):
         answer = None
@@ -181,7 +182,7 @@ def is_extended(request: ChatRequest) -> bool:
     )
 
 
-def _template_message(message: Message) -> dict[str, Any]:
+def _template_message(message: Message, decode: Callable[[str], object]) -> dict[str, Any]:
     # OpenAI's role "developer" is "system" in chat templates.
     role = "system" if message.role == "developer" else message.role
     rendered: dict[str, Any] = {"role": role, "content": message.text}
@@ -196,7 +197,7 @@ def _template_message(message: Message) -> dict[str, Any]:
                 "type": "function",
                 "function": {
                     "name": call.function.name,
-                    "arguments": decoded_arguments(call.function.arguments),
+                    "arguments": decode(call.function.arguments),
                 },
             }
             for call in message.tool_calls

@@ -6,13 +6,15 @@ refuses nothing; it leaves out what it does not understand, which the server may
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
 
 from memserve.api.forward import ForwardPath
+from memserve.api.limits import MAX_MESSAGE_VALUES
+from memserve.gateway.body_scan import count_values
 
 Message = dict[str, Any]
 # Template variables that would replace the template, or change its output's form.
@@ -71,13 +73,16 @@ def has_media(fields: Mapping[str, Any]) -> bool:
 
 
 def _messages(given: object) -> Iterator[Message]:
+    decode = ArgumentsDecoder().decode
     for message in given if isinstance(given, list) else ():
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             continue
         role = "system" if message["role"] == "developer" else message["role"]
         rendered = {**message, "role": role, "content": _text(message.get("content"))}
         if isinstance(calls := message.get("tool_calls"), list):
-            rendered["tool_calls"] = [_called(call) for call in calls if isinstance(call, dict)]
+            rendered["tool_calls"] = [
+                _called(call, decode) for call in calls if isinstance(call, dict)
+            ]
         yield rendered
 
 
@@ -100,25 +105,37 @@ def _text(content: object) -> str:
     return "\n".join(text for text in texts if isinstance(text, str))
 
 
-def _called(call: Mapping[str, Any]) -> dict[str, Any]:
+def _called(call: Mapping[str, Any], decode: Callable[[str], object]) -> dict[str, Any]:
     """Return a tool call with decoded arguments, as templates want them."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(
         arguments := function.get("arguments"), str
     ):
         return dict(call)
-    return {**call, "function": {**function, "arguments": decoded_arguments(arguments)}}
+    return {**call, "function": {**function, "arguments": decode(arguments)}}
 
 
-def decoded_arguments(arguments: str) -> object:
-    """Return a call's arguments as templates want them: decoded, or as they are if they are not
-    valid JSON, which a model may have written; {} for no text."""
-    if not arguments.strip():
-        return {}
-    try:
-        return msgspec.json.decode(arguments)
-    except (msgspec.DecodeError, RecursionError):
-        return arguments
+class ArgumentsDecoder:
+    """Decodes the arguments of the calls in one conversation. JSON in a string is not counted with
+    the body's elements, so all arguments together have a limit here: MAX_MESSAGE_VALUES."""
+
+    def __init__(self) -> None:
+        self._left = MAX_MESSAGE_VALUES
+
+    def decode(self, arguments: str) -> object:
+        """Return a call's arguments as templates want them: decoded; as they are if they are not
+        valid JSON, which a model may have written, or beyond the limit; {} for no text."""
+        if not arguments.strip():
+            return {}
+        try:
+            json = arguments.encode()
+            values = count_values(json)
+            if values is None or values > self._left:
+                return arguments
+            self._left -= values
+            return msgspec.json.decode(json)
+        except (msgspec.DecodeError, UnicodeEncodeError):
+            return arguments
 
 
 def _tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -51,7 +51,7 @@ def read_reason(refusal: bytes | bytearray) -> Reason | None:
         return None
     try:
         error = _decode(refusal[:_MAX_REFUSAL_BYTES]).error
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return Reason("-", shown(refusal[:_MAX_REFUSAL_BYTES].decode(errors="replace")))
     return Reason(shown(error.code or error.type or "-", _MAX_CODE), shown(error.message))
 

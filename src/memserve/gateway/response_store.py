@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections import OrderedDict
 from typing import NewType
 
@@ -59,8 +60,8 @@ class ResponseStore:
         self.delete(owner, response_id)
         self._of.setdefault(owner, OrderedDict())[response_id] = response
         self._count(owner, size, 1)
-        while self.bytes > self.max_bytes or self.count > self._max_count:
-            self._evict(keep=(owner, response_id))
+        if self.bytes > self.max_bytes or self.count > self._max_count:
+            self._make_room(keep=(owner, response_id))
         return True
 
     def get(self, owner: Owner, response_id: str) -> StoredResponse | None:
@@ -87,12 +88,16 @@ class ResponseStore:
         self.count += number
         self._bytes_of[owner] = self._bytes_of.get(owner, 0) + size
 
-    def _evict(self, keep: tuple[Owner, str]) -> None:
-        """Forget one response, but not `keep`."""
-        largest = max(self._bytes_of, key=self._bytes_of.__getitem__)
-        oldest = next(iter(self._of[largest]))
-        if (largest, oldest) == keep:  # its only one
-            others = [owner for owner in self._bytes_of if owner != largest]
-            largest = max(others, key=self._bytes_of.__getitem__)
-            oldest = next(iter(self._of[largest]))
-        self.delete(largest, oldest)
+    def _make_room(self, keep: tuple[Owner, str]) -> None:
+        """Forget responses until the others have room, but not `keep`."""
+        owners = [(-size, owner) for owner, size in self._bytes_of.items()]
+        heapq.heapify(owners)  # the largest first
+        while self.bytes > self.max_bytes or self.count > self._max_count:
+            _, owner = heapq.heappop(owners)
+            ids = iter(self._of[owner])
+            oldest = next(ids)
+            if (owner, oldest) == keep and (oldest := next(ids, "")) == "":  # its only one
+                continue
+            self.delete(owner, oldest)
+            if owner in self._bytes_of:
+                heapq.heappush(owners, (-self._bytes_of[owner], owner))

@@ -6,6 +6,7 @@ processes with the cluster's secret can make; other gateways are not asked.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
@@ -44,6 +45,7 @@ RESPONSES_PATH: Final = ForwardPath.RESPONSES.value
 _STORED: Final = f"{RESPONSES_PATH}/"
 _SIBLINGS: Final = "/cluster/worker/responses/"  # <owner>/<id>, among the workers of a gateway
 _DEFAULT_PAGE, _MAX_PAGE = 20, 100  # items of a page; OpenAI's
+_MAX_QUERY_BYTES = 2048
 # Read and translated on the event loop: hundreds of short items take a millisecond.
 INLINE_BYTES: Final = 8 * 1024
 
@@ -113,6 +115,8 @@ class Responses:
         if request.method not in ("GET", "HEAD"):
             allowed = "GET, HEAD" if part else "DELETE, GET, HEAD"
             raise method_not_allowed(request.method, request.path, allowed)
+        if len(request.query) > _MAX_QUERY_BYTES:
+            raise invalid(f"The query is longer than {_MAX_QUERY_BYTES} bytes.")
         query = dict(parse_qsl(request.query.decode("latin-1")))
         if query.get("stream") == "true":
             raise unsupported("stream")
@@ -138,6 +142,8 @@ class Responses:
                 return
             if request.method == "DELETE":
                 self.store.delete(Owner(owner), response_id)
+                reply.send(HTTPStatus.OK, b"")
+                return
             reply.send(HTTPStatus.OK, msgpack.encode(stored))
 
         return handle
@@ -165,8 +171,11 @@ class Responses:
         size = len(body) + sum(map(len, before))
         chat, given = await self._aside(size, partial(_translated, asked, before, stem))
         call = await self._calls.chat(chat, limits)
-        response_id = f"resp_{call.id.removeprefix('chatcmpl-')}"
-        response = asked.response(response_id, self._calls.model, store)
+        # Not to be guessed: without keys, all clients may be one owner.
+        response_id = f"resp_{secrets.token_hex(24)}"
+        response = await self._aside(
+            len(body), partial(asked.response, response_id, self._calls.model, store)
+        )
         keep = partial(self._keep, exchange.owner, response_id, given) if store else None
         exchange.reply.begin(response, bool(request.stream), keep)
         return call
@@ -213,7 +222,9 @@ class Responses:
         body: bytes,
         output: Sequence[bytes],
     ) -> None:
-        self.store.put(owner, response_id, StoredResponse(body, given, tuple(output)))
+        stored = StoredResponse(body, given, tuple(output))
+        if stored.size <= MAX_CONVERSATION_BYTES:  # siblings could not pass on a larger one
+            self.store.put(owner, response_id, stored)
 
     def owner(self, request: Request) -> Owner:
         """Return the owner of what a client stores: the API key's tenant. Where the gateway has no
@@ -283,7 +294,10 @@ def _translated(
     """Return the body of a request's chat, which also has the items `before`, and the items of
     both, to keep; none without a `stem` for their ids."""
     items = read_input(asked)
-    chat = chat_body(asked, (*decode_items(before), *items))
+    try:
+        chat = chat_body(asked, (*decode_items(before), *items))
+    except RecursionError as error:
+        raise invalid("The request is nested too deeply.", code="invalid_json") from error
     return chat, () if stem is None else before + kept_items(items, stem)
 
 
@@ -292,7 +306,8 @@ def _page(items: Sequence[bytes], query: dict[str, str]) -> bytes:
     order, limit = query.get("order", "desc"), query.get("limit", str(_DEFAULT_PAGE))
     if order not in ("asc", "desc"):
         raise invalid("'order' is asc or desc.", "order")
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= _MAX_PAGE):
+    plain = limit.isascii() and limit.isdigit() and len(limit) <= len(str(_MAX_PAGE))
+    if not plain or not 1 <= int(limit) <= _MAX_PAGE:
         raise invalid(f"'limit' is a number from 1 to {_MAX_PAGE}.", "limit")
     ids = [msgspec.json.decode(item, type=_Identified).id for item in items]
     places = list(range(len(items)))

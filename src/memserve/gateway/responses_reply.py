@@ -113,6 +113,8 @@ class ResponsesReply(Reply):
         self.started = True
         if status >= HTTPStatus.BAD_REQUEST and not self._passes:
             body = _renamed(body)
+        if status >= HTTPStatus.BAD_REQUEST:
+            self.refusal = body
         self._end()
         self._outer.added = self.added
         self._outer.send(status, body, headers, media)

@@ -298,9 +298,11 @@ def _tool_choice(choice: str | dict[str, Any]) -> object:
 
 
 def _given(members: dict[str, msgspec.Raw], name: str, default: object) -> object:
-    """Return a field's JSON without the body that it is a part of."""
+    """Return a field's JSON in one line, without white space, which may be most of the body."""
     raw = members.get(name)
-    return default if raw is None or bytes(raw) == b"null" else raw.copy()
+    if raw is None or bytes(raw) == b"null":
+        return default
+    return msgspec.Raw(msgspec.json.format(bytes(raw), indent=-1))
 
 
 def _is_neutral(field: str, json: msgspec.Raw) -> bool:

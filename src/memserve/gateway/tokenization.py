@@ -21,7 +21,8 @@ from memserve.types import TokenArray
 
 # A text may be longer than the context: clients ask by how much it is too long.
 _CONTEXTS: Final = 4
-_INLINE_TOKENS: Final = 1024  # decoded on the event loop
+# Bytes of a text for each token of these contexts. A byte may become a token of its own.
+_TEXT_BYTES: Final = 4
 _Name = Annotated[str, Meta(max_length=MAX_NAME_CHARACTERS)]
 _Json = msgspec.Raw | UnsetType
 
@@ -134,6 +135,9 @@ class Tokenization:
         if len(prompts) != 1 or not isinstance(prompts[0], str):
             raise invalid("'prompt' is a text.", "prompt")
         self._calls.check_lengths(prompts, room)
+        most = _TEXT_BYTES * room.max_tokens
+        if (size := len(prompts[0].encode(errors="surrogatepass"))) > most:
+            raise invalid(f"'prompt' has {size} bytes, and at most {most} may be.", "prompt")
         special = asked.add_special_tokens is not False
         return self._told(self._calls.token_ids(prompts[0], special), asked, limits)
 
@@ -146,13 +150,14 @@ class Tokenization:
         ids = plain_token_ids(asked.tokens)
         if ids is None and bytes(asked.tokens).strip() != b"[]":
             raise invalid("'tokens' is a list of token ids.", "tokens")
-        tokens: Sequence[int] = () if ids is None else ids.tolist()
-        if len(tokens) > (most := limits.max_tokens * _CONTEXTS):
-            raise invalid(f"'tokens' has {len(tokens)} ids, and at most {most} may be.", "tokens")
-        if (highest := max(tokens, default=0)) >= limits.vocab_size:
+        count = 0 if ids is None else len(ids)
+        if count > (most := limits.max_tokens * _CONTEXTS):
+            raise invalid(f"'tokens' has {count} ids, and at most {most} may be.", "tokens")
+        if ids is not None and (highest := int(ids.max())) >= limits.vocab_size:
             raise invalid(
                 f"Token id {highest} is outside the vocabulary of {limits.vocab_size}.", "tokens"
             )
+        tokens: Sequence[int] = () if ids is None else ids.tolist()
         return _encode(Text(self._tokenizer.decode(tokens, skip_special_tokens=False)))
 
 

@@ -75,6 +75,9 @@ class _TemplateFile(msgspec.Struct, frozen=True):
 _File = TypeVar("_File", bound=msgspec.Struct)
 
 
+_DECODED_AT_ONCE = 256  # tokens: tens of microseconds
+
+
 class Tokenizer:
     """A model's vocabulary, its chat template, and the token ids that begin and end a text.
 
@@ -203,7 +206,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; bytes that form no whole character become U+FFFD."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if len(ids) <= _DECODED_AT_ONCE:
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        # Unlike `decode`, the batch call releases the GIL.
+        (text,) = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+        return text
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """Return the entries of the vocabulary that token ids stand for."""

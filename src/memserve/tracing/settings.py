@@ -71,7 +71,14 @@ def traces_endpoint(config: TracesConfig, environment: Mapping[str, str]) -> str
     if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None
     if config.endpoint is not None:
-        return _checked(config.endpoint, "traces.endpoint", _PATH)
+        url = _checked(config.endpoint, "traces.endpoint", _PATH)
+        # Processes of `memserve up` are told it in their command lines, which all may read.
+        if urlsplit(url).username is not None or urlsplit(url).query:
+            raise ConfigError(
+                "traces.endpoint has credentials or a query in it: set OTEL_EXPORTER_OTLP_HEADERS, "
+                "or the whole URL as OTEL_EXPORTER_OTLP_ENDPOINT"
+            )
+        return url
     if environment.get("OTEL_TRACES_EXPORTER", "otlp").strip() not in ("", "otlp"):
         return None
     for variable, path in (
