@@ -3,10 +3,13 @@ sites stay out of what they may not ask."""
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import http.client
 import io
 import json
+import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +19,11 @@ import zstandard
 
 from memserve.api.compression import PIECE_BYTES, Decompression
 from memserve.api.errors import ApiError
+from memserve.api.http_message import Request
+from memserve.api.limits import MAX_MESSAGE_VALUES
 from memserve.config import GatewayConfig
+from memserve.gateway.body_threads import BodyThreads
+from memserve.gateway.conversation import ArgumentsDecoder
 from memserve.gateway.response_store import StoredResponse, owner_of
 from memserve.models.tokenizer import Tokenizer
 from tests.fakes import FakeCluster, FakeEngine, tiny_tokenizer
@@ -278,3 +285,119 @@ def test_what_no_member_can_do_is_said_to_clients_alone(keyed: FakeCluster, path
     assert status == 404
     assert "No member of this cluster" in json.loads(told)["error"]["message"]
     assert ask(keyed, "POST", path, {}, b"{}")[0] == 401
+
+
+def test_ids_do_not_tell_each_other(keyed: FakeCluster) -> None:
+    names = [id_of(made(keyed, A)).removeprefix("resp_") for _ in range(3)]
+    assert {len(name) for name in names} == {48}
+    assert len({name[:8] for name in names}) == 3
+
+
+def test_an_event_is_one_line_whatever_the_request_looks_like(open_to_all: FakeCluster) -> None:
+    asked = {"input": "hi", "stream": True, "max_output_tokens": 2, "metadata": {"a": "b\nc"}}
+    body = json.dumps(asked, indent=2).encode().replace(b'"b', b' \n\n "b')
+    status, _, told = ask(open_to_all, "POST", "/v1/responses", {}, body)
+    assert status == 200
+    for event in told.split(b"\n\n"):
+        lines = event.split(b"\n")
+        assert all(line.startswith((b"event: ", b"data: ")) for line in lines if line), event
+        if lines[-1].startswith(b"data: "):
+            response = json.loads(lines[-1][6:]).get("response")
+            assert response is None or response["metadata"] == {"a": "b\nc"}
+
+
+def test_white_space_is_not_kept(open_to_all: FakeCluster) -> None:
+    body = b'{"input":"hi","max_output_tokens":2,"metadata":{%b}}' % (b" " * 100_000)
+    status, _, told = ask(open_to_all, "POST", "/v1/responses", {}, body)
+    assert (status, json.loads(told)["metadata"]) == (200, {})
+    assert len(told) < 10_000
+
+
+@pytest.mark.parametrize("limit", ["0000000999", "1" * 5000, "050", "%C2%B2"])
+def test_a_page_has_a_number_for_its_limit(keyed: FakeCluster, limit: str) -> None:
+    name = id_of(made(keyed, A))
+    path = f"/v1/responses/{name}/input_items?limit={limit}"
+    status = ask(keyed, "GET", path, A)[0]
+    assert status == (200 if limit == "050" else 400)
+
+
+def test_a_long_query_is_refused_unread(keyed: FakeCluster) -> None:
+    name = id_of(made(keyed, A))
+    assert ask(keyed, "GET", f"/v1/responses/{name}?{'a=b&' * 1000}", A)[0] == 400
+
+
+def deep(levels: int) -> str:
+    """A schema that nests, in JSON."""
+    return '{"properties":{"a":' * levels + "{}" + "}}" * levels
+
+
+@pytest.mark.parametrize("levels", [10, 400, 490, 495, 498, 500, 600])
+def test_nesting_is_no_error_of_the_server(open_to_all: FakeCluster, levels: int) -> None:
+    parameters = deep(levels)
+    tool = f'{{"type":"function","name":"f","parameters":{parameters}}}'
+    calls = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": parameters}}]
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": calls}]
+    messages.append({"role": "tool", "tool_call_id": "c", "content": "x"})
+    schema = f'{{"type":"json_schema","json_schema":{{"name":"s","schema":{parameters}}}}}'
+    for path, body in (
+        ("/v1/responses", f'{{"input":"hi","max_output_tokens":1,"tools":[{tool}]}}'),
+        ("/v1/chat/completions", json.dumps({"messages": messages, "max_tokens": 1})),
+        (
+            "/v1/chat/completions",
+            f'{{"messages":[{{"role":"user","content":"hi"}}],"max_tokens":1,"response_format":{schema}}}',
+        ),
+    ):
+        status, _, told = ask(open_to_all, "POST", path, {}, body.encode())
+        assert status in (200, 400), told
+
+
+def test_arguments_in_a_conversation_are_counted_together() -> None:
+    decode = ArgumentsDecoder().decode
+    assert decode('{"a": [1, 2]}') == {"a": [1, 2]}
+    assert (decode(""), decode(" ")) == ({}, {})
+    assert decode("no JSON") == "no JSON"
+    assert decode("[" * 40 + "]" * 40) == "[" * 40 + "]" * 40  # deeper than a body may be
+    text = f"[{','.join(['[]'] * (MAX_MESSAGE_VALUES // 4))}]"  # an array, and a comma for each
+    assert decode(text) == [[]] * (MAX_MESSAGE_VALUES // 4)
+    assert decode(text) == text
+    assert decode('{"a": 1}') == {"a": 1}
+
+
+def test_a_compressed_body_that_is_not_short_leaves_the_event_loop_alone() -> None:
+    """It may become nothing after a long time."""
+    threads = BodyThreads(1)
+    ran: list[str] = []
+
+    async def read(body: bytes) -> bytes:
+        headers = [(b"content-encoding", b"gzip")]
+        request = Request("POST", "/", b"", headers, body, False, True, b"/")
+        with pytest.MonkeyPatch.context() as patch:
+            whole = Decompression.rest
+            patch.setattr(
+                Decompression,
+                "rest",
+                lambda self: ran.append(threading.current_thread().name) or whole(self),
+            )
+            return await threads.whole(request, LIMIT)
+
+    noise = random.Random(1).randbytes(20_000)
+    for data in (b"short", noise):
+        assert asyncio.run(read(gzip.compress(data, mtime=0))) == data
+    threads.close()
+    assert ran[0] == "MainThread"
+    assert ran[1].startswith("large-body")
+
+
+@pytest.mark.parametrize("text", ["中" * 300, "é" * 400])
+def test_a_text_may_become_as_many_tokens_as_it_has_bytes(
+    open_to_all: FakeCluster, text: str
+) -> None:
+    """So bytes are what /tokenize bounds: 4 contexts of 256 tokens, 4 bytes for each."""
+    status, _, told = ask(
+        open_to_all, "POST", "/tokenize", {}, json.dumps({"prompt": text}).encode()
+    )
+    assert status == 200
+    assert json.loads(told)["count"] > len(text)
+    long = json.dumps({"prompt": 20 * text}).encode()
+    status, _, told = ask(open_to_all, "POST", "/tokenize", {}, long)
+    assert (status, json.loads(told)["error"]["param"]) == (400, "prompt")

@@ -317,7 +317,7 @@ class StreamFormat:
         named = b"%d" % ids[0] if len(ids) == 1 else ",".join(map(str, ids)).encode()
         comment = b":%d %b\n" % (piece.choice, named)
         if self._counts:
-            self._counts[piece.choice] += len(ids)
+            self._counts[piece.choice] += len(_own_ids(self._call, piece))
         if role or piece.finish_reason is not None or not self._plain or piece.delta is not None:
             # A piece whose text is held back still has ids and scores.
             said = piece.text if piece.delta is None else not piece.delta.empty

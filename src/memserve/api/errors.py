@@ -11,6 +11,7 @@ from memserve.errors import MemserveError
 # Characters of a message, including text from a request. Our own text has fewer than 200.
 MAX_MESSAGE_CHARACTERS = 256
 
+GRAMMAR_FAILED = "grammar_failed"  # a code
 _TAIL_CHARACTERS = 80  # kept at the end of a shortened message, which names the valid values
 _encode = msgspec.json.Encoder().encode
 
@@ -163,6 +164,11 @@ def context_length_exceeded(
         param,
         "context_length_exceeded",
     )
+
+
+def grammar_failed(message: str | None) -> ApiError:
+    """400: a sequence cannot obey its grammar within its limits; another instance could not."""
+    return invalid(message or "The answer's grammar failed.", code=GRAMMAR_FAILED)
 
 
 def queue_full(message: str, retry_after: int) -> ApiError:

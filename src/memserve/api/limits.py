@@ -38,6 +38,8 @@ MAX_NAME_CHARACTERS = 1024
 MAX_METADATA_ENTRIES = 16
 # Log-probabilities of prompts in one answer: those of 12,000 tokens with MAX_LOGPROBS each.
 MAX_PROMPT_SCORES = 256 * 1024
+# Those of a stream, which an instance makes on its event loop, in some 10 ms.
+MAX_STREAMED_SCORES = 4096
 # Characters of a grammar or JSON schema: several times the largest schemas in use.
 MAX_GRAMMAR_CHARACTERS = 256 * 1024
 # Texts of a `choice`.
@@ -45,6 +47,10 @@ MAX_CHOICES = 1024
 # Properties of one object in a JSON schema: compiling takes time with their square (70 ms for so
 # many, 3.5 s for 5,000), and the first token of a key some milliseconds.
 MAX_SCHEMA_PROPERTIES = 1000
+# Rules and terminals of a grammar in Lark, whose compilation takes time with their square: 1 s.
+MAX_LARK_RULES = 1000
+# `multipleOf` in a schema, without its decimal point: an automaton has a state for each remainder.
+MAX_MULTIPLE_OF = 10_000
 # Symbols of a GBNF grammar, and of each rule with the rules that it uses written out: 0.2 s.
 MAX_GRAMMAR_SYMBOLS = 20_000
 # Regular parts of a grammar that leads back to itself; each is compared with all others.

@@ -18,6 +18,7 @@ from memserve.api.limits import (
     MAX_NAME_CHARACTERS,
     MAX_PROMPT_SCORES,
     MAX_SEQUENCES,
+    MAX_STREAMED_SCORES,
 )
 from memserve.api.openai import (
     ChatRequest,
@@ -197,7 +198,8 @@ class CallBuilder:
         if echo and logprobs is not None:
             prompt_logprobs = max(logprobs, prompt_logprobs or 0)
         if prompt_logprobs is not None:
-            _check_scores(prompts, request.samples, prompt_logprobs)
+            most = MAX_STREAMED_SCORES if request.stream else MAX_PROMPT_SCORES
+            _check_scores(prompts, request.samples, prompt_logprobs, most)
         # The engine generates at least one token, from the logits that end the prefill.
         sampling = sampling_params(request, max_tokens or 1, logprobs, prompt_logprobs)
         try:
@@ -305,13 +307,15 @@ def _check_prompt(prompt: TokenArray, limits: Limits) -> None:
         )
 
 
-def _check_scores(prompts: Sequence[TokenArray], samples: int, alternatives: int) -> None:
+def _check_scores(
+    prompts: Sequence[TokenArray], samples: int, alternatives: int, most: int
+) -> None:
     """Raise ApiError (400) for more scores of prompts than one answer may have."""
     count = samples * sum(map(len, prompts)) * (1 + alternatives)
-    if count > MAX_PROMPT_SCORES:
+    if count > most:
         raise invalid(
-            f"The prompts have {count} log-probabilities, and at most {MAX_PROMPT_SCORES} may be "
-            "in one answer: send fewer prompts, or ask for fewer alternatives.",
+            f"The prompts have {count} log-probabilities, and at most {most} may be in such an "
+            "answer: send fewer prompts, ask for fewer alternatives, or for no stream.",
             "logprobs",
         )
 

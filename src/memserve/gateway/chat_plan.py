@@ -3,6 +3,7 @@ the chat template; the format of the answer, and the grammar of a call that is r
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Final
@@ -38,6 +39,11 @@ _OWN_VARIABLES: Final = (
 )
 
 
+# Behind the text of a message to continue: the rendered conversation is cut there. The text itself
+# may be a part of what templates put behind a message. No client can know it.
+_CUT: Final = f"\uf8ff{secrets.token_hex(16)}"
+
+
 class ChatPlan(msgspec.Struct, frozen=True):
     """The prompt's parts, and what the answer is read with."""
 
@@ -56,13 +62,13 @@ class ChatPlan(msgspec.Struct, frozen=True):
         continue is not in it."""
         if self.continued is None:
             return text
-        end = text.rfind(self.continued.strip())
+        end = text.find(_CUT)
         if end < 0:
             raise invalid(
                 "The chat template changes the last message; it cannot be continued.",
                 "continue_final_message",
             )
-        return text[: end + len(self.continued.strip())]
+        return text[:end]
 
     def applied(self, call: GenerateCall, text: str) -> GenerateCall:
         """Return the call with this plan's answer. `text`: the prompt's. Raises ApiError (400) for
@@ -157,6 +163,7 @@ def plan_chat(request: ChatRequest, formats: ModelFormats) -> ChatPlan:
                 "'continue_final_message' needs a last message with text.",
                 "continue_final_message",
             )
+        messages = [*messages[:-1], {**messages[-1], "content": f"{continued.rstrip()}{_CUT}"}]
     return ChatPlan(
         messages,
         rendered or None,

@@ -205,26 +205,29 @@ class Relay:
     def _next(self, call: GenerateCall, tried: _Lives) -> Plan | None:
         if self._stopping or len(tried) == MAX_ATTEMPTS:
             return None
-        members = self._takers(call)
-        if tried:
-            members = [member for member in members if (member.id, member.epoch) not in tried]
+        members = self._takers(call, tried)
         return self._router.plan(call, members) if members else None
 
-    def _takers(self, call: GenerateCall) -> list[Member]:
-        """Return the members that may take the call. A forwarded one goes to vLLM servers: if its
-        prompt is not what the server computes, prefill instances take it only as a last resort."""
+    def _takers(self, call: GenerateCall, tried: _Lives) -> list[Member]:
+        """Return the members that may take the call, without those that were tried. A forwarded
+        one goes to vLLM servers: if its prompt is not what the server computes, prefill instances
+        take it only as a last resort."""
+        kind = None
         if call.own_engine:
-            own = self._membership.ready(MemberKind.MEMSERVE)
-            if call.sampling.prompt_logprobs is None:
-                return own
-            # The instance that computes the prompt has its scores, so it answers, too.
-            return [member for member in own if member.role is not Role.DECODE] or own
-        if call.forward is None:
-            return self._membership.ready()
-        servers = self._membership.ready(MemberKind.VLLM)
-        if call.forward.renders:
-            return servers
-        return [member for member in servers if member.role is not Role.PREFILL] or servers
+            kind = MemberKind.MEMSERVE
+        elif call.forward is not None:
+            kind = MemberKind.VLLM
+        members = self._membership.ready(kind)
+        if tried:
+            members = [member for member in members if (member.id, member.epoch) not in tried]
+        unwanted = None
+        if call.own_engine and call.sampling.prompt_logprobs is not None:
+            unwanted = Role.DECODE  # who computes the prompt has its scores, so it answers, too
+        elif call.forward is not None and not call.forward.renders:
+            unwanted = Role.PREFILL
+        if unwanted is None:
+            return members
+        return [member for member in members if member.role is not unwanted] or members
 
     async def _try(
         self,

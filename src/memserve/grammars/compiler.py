@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from memserve.api.grammar import Grammar, GrammarKind
 from memserve.errors import GrammarFailed, RequestError
-from memserve.grammars.gbnf import is_gbnf
-from memserve.grammars.gbnf_lark import lark_of
+from memserve.grammars.gbnf_lark import lark_source
 from memserve.grammars.json_schema import json_options, parse_schema, place_of
 from memserve.grammars.structural_tag import lark_of_tag
 from memserve.grammars.vocabulary import library_tokenizer
@@ -73,7 +72,7 @@ class GrammarCompiler:
         if grammar.kind is GrammarKind.REGEX:
             return library.grammar_from_regex(source)
         if grammar.kind is GrammarKind.EBNF:
-            return library.grammar_from_lark(lark_of(source) if is_gbnf(source) else source)
+            return library.grammar_from_lark(lark_source(source))
         if grammar.kind is GrammarKind.CHOICE:
             return library.grammar_from_lark(_lark_of_choice(source))
         if grammar.kind is GrammarKind.STRUCTURAL_TAG:
@@ -94,7 +93,7 @@ def _limits() -> llguidance.LLParserLimits:
     import llguidance
 
     return llguidance.LLParserLimits(
-        initial_lexer_fuel=1_000_000,
+        initial_lexer_fuel=20_000,  # time and memory grow with its square
         max_grammar_size=500_000,
         step_lexer_fuel=200_000,
         step_max_items=25_000,
@@ -183,6 +182,8 @@ def _reason(error: str, grammar: Grammar) -> str:
         return f"not a regular expression that is supported: {(causes or [reason])[0]}"
     if match := _UNKNOWN_KEYS.search(reason):
         keys: list[str] = json.loads(match[1])
+        if grammar.kind is not GrammarKind.JSON_SCHEMA:
+            return f"{', '.join(map(repr, keys))} in its schema is not supported"
         schema = msgspec.json.decode(grammar.source)
         return f"{', '.join(map(repr, keys))} at {place_of(schema, keys)} is not supported"
     return reason

@@ -18,7 +18,7 @@ _TOKEN: Final = re.compile(
     |(?P<name>[A-Za-z0-9_][A-Za-z0-9_-]*)(?P<defines>[ \t\r\n]*::=)?
     |(?P<text>"(?:[^"\\\r\n]|\\.)*")
     |(?P<set>\[(?:[^\]\\\r\n]|\\.)*\])
-    |(?P<repeat>\{[ ]*(?P<least>[0-9]{0,9})[ ]*(?P<comma>,?)[ ]*(?P<most>[0-9]{0,9})[ ]*\})
+    |(?P<repeat>\{[ ]*+(?P<least>[0-9]{0,9}+)[ ]*+(?P<comma>,?+)[ ]*+(?P<most>[0-9]{0,9}+)[ ]*+\})
     |(?P<mark>[().|*+?])""",
     re.VERBOSE,
 )

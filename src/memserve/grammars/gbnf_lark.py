@@ -8,11 +8,12 @@ characters.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from memserve.api.limits import MAX_GRAMMAR_SYMBOLS, MAX_TERMINALS
+from memserve.api.limits import MAX_GRAMMAR_SYMBOLS, MAX_LARK_RULES, MAX_TERMINALS
 from memserve.errors import RequestError
 from memserve.grammars import gbnf
 from memserve.grammars.gbnf import Characters, Node, OneOf, Range, Reference, Repeat, Series, Text
@@ -31,7 +32,18 @@ from memserve.grammars.lexemes import (
 
 # Symbols looked at in all rounds of dividing terminals: a fifth of a second.
 ROUND_SYMBOLS: Final = 100_000
+_DEFINITION: Final = re.compile(r"^[ \t]*[?!]?[A-Za-z_][^\s:\"/]*[ \t]*:", re.MULTILINE)
 _ANY: Final = r"/[\x{0}-\x{10ffff}]/"
+
+
+def lark_source(grammar: str) -> str:
+    """Return GBNF, or Lark as it is, in Lark. Raises RequestError."""
+    if gbnf.is_gbnf(grammar):
+        return lark_of(grammar)
+    rules = len(_DEFINITION.findall(grammar))
+    if rules > MAX_LARK_RULES:
+        raise RequestError(f"the grammar has {rules} rules, and at most {MAX_LARK_RULES} may be")
+    return grammar
 
 
 def lark_of(source: str) -> str:
@@ -57,6 +69,7 @@ class _Translation:
         self._divided: set[Node] = set()  # nodes that must not be a terminal, or a part of one
         self._runs: dict[Terminal, _Run] = {}
         self._names: dict[str, str] = {}  # of terminals, by what they are in Lark
+        self._written: dict[str, str] = {}  # of terminals, by the rule that they are
 
     def write(self) -> str:
         if "root" in self._regular:
@@ -207,7 +220,9 @@ class _Translation:
         if isinstance(node, Text):
             return json.dumps(node.text)
         if isinstance(node, Reference):
-            return self._terminal(self._rules[node.name])
+            if node.name not in self._written:  # written once, however often it is used
+                self._written[node.name] = self._terminal(self._rules[node.name])
+            return self._written[node.name]
         if isinstance(node, Repeat):
             return f"({self._expression(node.item)}){_times(node)}"
         mark = " " if isinstance(node, Series) else " | "

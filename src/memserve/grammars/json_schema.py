@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from memserve.api.limits import MAX_SCHEMA_PROPERTIES
+from memserve.api.limits import MAX_MULTIPLE_OF, MAX_SCHEMA_PROPERTIES
 from memserve.errors import RequestError
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ def check_schema(schema: object) -> None:
     for pointer, part in _objects(schema):
         if "x-guidance" in part:  # would change how the schema is understood
             raise RequestError(f"'x-guidance' at {pointer} is not supported")
+        divisor = part.get("multipleOf")
+        if isinstance(divisor, int | float) and _scaled(divisor) > MAX_MULTIPLE_OF:
+            raise RequestError(
+                f"multipleOf {divisor} at {pointer} is too fine: at most {MAX_MULTIPLE_OF} may be "
+                "left when its decimal point is taken away"
+            )
         for name in _BOUNDED:
             members = part.get(name)
             if isinstance(members, dict | list) and len(members) > MAX_SCHEMA_PROPERTIES:
@@ -42,6 +49,12 @@ def check_schema(schema: object) -> None:
                 raise RequestError(
                     f"{count} {name} at {pointer}, and at most {MAX_SCHEMA_PROPERTIES} may be"
                 )
+
+
+def _scaled(number: float) -> int:
+    """Return a number's decimal digits as an integer: 25 for 0.25."""
+    _, digits, _ = Decimal(repr(number)).as_tuple()
+    return int("".join(map(str, digits)))
 
 
 def json_options(compact: bool) -> JsonCompileOptions:

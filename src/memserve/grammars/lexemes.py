@@ -7,10 +7,11 @@ could go on with a character that may also follow it. `Shape` bounds what a term
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from typing import Final
 
+from memserve.errors import RequestError
 from memserve.grammars.gbnf import Characters, Node, OneOf, Range, Reference, Repeat, Text
 
 Set = int  # of characters: one bit for each class of characters that the grammar tells apart
@@ -119,6 +120,18 @@ Part = Terminal | str | tuple[str, tuple["Part", ...]]
 SERIES, CHOICE, OPTION, LOOP = "series", "choice", "option", "loop"
 
 
+# Visits of rules until nothing changes any more: rules need one pass for each level of use that
+# they are written against, so that an unfortunate order of thousands takes minutes.
+MAX_VISITS = 200_000
+
+
+def _visited(visits: int, rules: Sized) -> int:
+    visits += len(rules)
+    if visits > MAX_VISITS:
+        raise RequestError("the grammar has too many rules that lead to each other")
+    return visits
+
+
 class Flow:
     """What may follow each terminal of a grammar."""
 
@@ -129,7 +142,9 @@ class Flow:
         self._behind: dict[str, Set] = dict.fromkeys(rules, 0)
         self.follow: dict[Terminal, Set] = {}
         self._changed = True
+        visits = 0
         while self._changed:
+            visits = _visited(visits, rules)
             self._changed = False
             for name, part in rules.items():
                 nullable, first = self._start(part)
@@ -138,6 +153,7 @@ class Flow:
                     self._changed = True
         self._changed = True
         while self._changed:
+            visits = _visited(visits, rules)
             self._changed = False
             for name, part in rules.items():
                 self._walk(part, self._behind[name])

@@ -17,8 +17,7 @@ from msgspec import Meta
 
 from memserve.api.limits import MAX_GRAMMAR_DEPTH, MAX_INT32
 from memserve.errors import RequestError
-from memserve.grammars.gbnf import is_gbnf
-from memserve.grammars.gbnf_lark import lark_of
+from memserve.grammars.gbnf_lark import lark_source
 from memserve.grammars.json_schema import check_schema, json_options
 
 _Text = Annotated[str, Meta(min_length=1)]
@@ -153,6 +152,10 @@ def _format_of(whole: _Whole) -> Format:
     return TriggeredTags(whole.triggers, tags)
 
 
+# Characters of the grammar that a structural tag becomes.
+MAX_WRITTEN_CHARACTERS = 1024 * 1024
+
+
 class _Writer:
     """Writes formats in Lark, with a grammar of its own for each constrained part."""
 
@@ -162,6 +165,7 @@ class _Writer:
         self._split = re.compile(f"({'|'.join(names)})") if names else None
         self._compact = compact
         self._lines: list[str] = []
+        self._size = 0  # characters of the lines
         self._grammars: list[dict[str, Any]] = []
 
     def whole(self, start: str) -> str:
@@ -246,9 +250,7 @@ class _Writer:
         elif isinstance(part, Regex):
             text = LLMatcher.grammar_from_regex(part.pattern)
         else:
-            source = part.grammar
-            lark = lark_of(source) if is_gbnf(source) else source
-            text = LLMatcher.grammar_from_lark(lark)
+            text = LLMatcher.grammar_from_lark(lark_source(part.grammar))
         name = f"g{len(self._grammars)}"
         grammar = {"lark_grammar": text}
         if not isinstance(part, GrammarText):
@@ -291,13 +293,19 @@ class _Writer:
 
     def _rule(self, body: str) -> str:
         name = f"r{len(self._lines)}"
-        self._lines.append(f"{name}: {body}")
+        self._add(f"{name}: {body}")
         return name
+
+    def _add(self, line: str) -> None:
+        self._size += len(line)
+        if self._size > MAX_WRITTEN_CHARACTERS:
+            raise RequestError("its parts and their ends become too many combinations")
+        self._lines.append(line)
 
     def _terminal(self, body: str, option: str = "") -> str:
         # An option is possible for a rule only.
         name = f"{'t' if option else 'T'}{len(self._lines)}"
-        self._lines.append(f"{name}{option}: {body}")
+        self._add(f"{name}{option}: {body}")
         return name
 
 

@@ -10,7 +10,7 @@ import msgspec
 from memserve.api import chunks
 from memserve.api.answer.delta import joined
 from memserve.api.chunks import Piece, StreamFormat, TokenScore
-from memserve.api.errors import ApiError, internal, invalid, unavailable
+from memserve.api.errors import ApiError, grammar_failed, internal, invalid, unavailable
 from memserve.api.generate import FinishReason, GenerateCall, SamplingParams
 from memserve.api.limits import INLINE_LOGPROBS
 from memserve.api.namespaces import private, salted
@@ -276,7 +276,7 @@ def _failure(output: TokenOutput) -> ApiError:
     if output.finish_reason is FinishReason.CANCELLED:  # the engine stopped
         return unavailable("The instance stopped before the answer was done.", "instance_stopped")
     if output.at_fault:
-        return invalid(output.error or "The answer's grammar failed.", code="grammar_failed")
+        return grammar_failed(output.error)
     return internal(output.error or "The engine failed.", "engine_error")
 
 

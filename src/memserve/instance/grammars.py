@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,10 +17,13 @@ from memserve.engine.constraint import CompiledGrammar
 from memserve.errors import RequestError
 from memserve.types import TokenArray
 
-# Compiled grammars that are kept, used last: some hundred kilobytes each, and at most this many
-# characters of their sources.
+# Compiled grammars that are kept, used last: at most this many characters of their sources, and
+# seconds of their compilation, to which their memory is proportional (up to 60 MB a second).
 MAX_KEPT = 256
 MAX_KEPT_CHARACTERS = 4 * 1024 * 1024
+MAX_KEPT_SECONDS = 5.0
+# Virtual memory. The library follows references by recursion, some kilobytes of stack for each.
+STACK_BYTES = 512 * 1024 * 1024
 # Grammars that wait for the thread. Most take a millisecond, the hardest ones half a second.
 MAX_WAITING = 64
 RETRY_SECONDS = 1
@@ -27,6 +32,17 @@ RETRY_SECONDS = 1
 class Compiled(CompiledGrammar, Protocol):
     def ends(self, tokens: list[int]) -> bool:
         """Whether no token may follow `tokens`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of one grammar: compiled, or refused, with the request's field at fault.
+    `seconds`: of CPU time. Exceptions are not kept: each raise would add to their tracebacks."""
+
+    compiled: Compiled | None
+    refusal: str
+    param: str | None
+    seconds: float
 
 
 class Compiler(Protocol):
@@ -47,11 +63,12 @@ class Grammars:
 
     def __init__(self, compiler: Compiler) -> None:
         self._compiler = compiler
-        self._thread = ThreadPoolExecutor(1, "grammars")
+        self._thread = _thread_with_stack()
         self._waiting = 0
         self._characters = 0
+        self._seconds = 0.0
         # Compiled, refused, or on their way; the one used last is the last.
-        self._kept: OrderedDict[Grammar, Future[Compiled]] = OrderedDict()
+        self._kept: OrderedDict[Grammar, Future[_Outcome]] = OrderedDict()
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -64,13 +81,13 @@ class Grammars:
             future = self._begin(grammar)
         else:
             self._kept.move_to_end(grammar)
-        try:
-            if not future.done():
-                # Whoever gives up does not take it from the others.
-                await asyncio.shield(asyncio.wrap_future(future))
-            return future.result()
-        except RequestError as error:
-            raise invalid(str(error), error.param, "invalid_grammar") from error
+        if not future.done():
+            # Whoever gives up does not take it from the others.
+            await asyncio.shield(asyncio.wrap_future(future))
+        outcome = future.result()
+        if outcome.compiled is None:
+            raise invalid(outcome.refusal, outcome.param, "invalid_grammar")
+        return outcome.compiled
 
     async def constraints(
         self, grammar: Grammar, resumed: Sequence[TokenArray] = ()
@@ -84,23 +101,59 @@ class Grammars:
         replay = self._thread.submit(_ended, compiled, [ids.tolist() for ids in resumed])
         return Constraints(compiled, await asyncio.wrap_future(replay))
 
-    def _begin(self, grammar: Grammar) -> Future[Compiled]:
+    def _begin(self, grammar: Grammar) -> Future[_Outcome]:
         if self._waiting >= MAX_WAITING:
             raise queue_full(f"{self._waiting} grammars wait to be compiled", RETRY_SECONDS)
         self._waiting += 1
-        future = self._thread.submit(self._compiler.compile, grammar)
-        asyncio.wrap_future(future).add_done_callback(self._ended)
+        future = self._thread.submit(_outcome, self._compiler, grammar)
+        asyncio.wrap_future(future).add_done_callback(lambda _: self._ended(grammar, future))
         self._kept[grammar] = future
         self._characters += len(grammar.source)
-        while len(self._kept) > MAX_KEPT or self._characters > MAX_KEPT_CHARACTERS:
-            dropped, _ = self._kept.popitem(last=False)
-            self._characters -= len(dropped.source)
+        self._make_room()
         return future
 
-    def _ended(self, done: asyncio.Future[Compiled]) -> None:
+    def _ended(self, grammar: Grammar, future: Future[_Outcome]) -> None:
         self._waiting -= 1
-        if not done.cancelled():
-            done.exception()  # whoever asked has it
+        if self._kept.get(grammar) is future:
+            self._seconds += _seconds(future)
+            self._make_room()
+
+    def _make_room(self) -> None:
+        while (
+            len(self._kept) > MAX_KEPT
+            or self._characters > MAX_KEPT_CHARACTERS
+            or (self._seconds > MAX_KEPT_SECONDS and len(self._kept) > 1)
+        ):
+            dropped, future = self._kept.popitem(last=False)
+            self._characters -= len(dropped.source)
+            self._seconds -= _seconds(future)
+
+
+def _seconds(future: Future[_Outcome]) -> float:
+    """Return the CPU time of a compilation; 0 for one that has not ended in order."""
+    if not future.done() or future.cancelled() or future.exception() is not None:
+        return 0.0
+    return future.result().seconds
+
+
+def _thread_with_stack() -> ThreadPoolExecutor:
+    """Return an executor with one thread, which has started, with STACK_BYTES of stack."""
+    executor = ThreadPoolExecutor(1, "grammars")
+    before = threading.stack_size(STACK_BYTES)
+    try:
+        executor.submit(int).result()
+    finally:
+        threading.stack_size(before)
+    return executor
+
+
+def _outcome(compiler: Compiler, grammar: Grammar) -> _Outcome:
+    began = time.thread_time()
+    try:
+        compiled = compiler.compile(grammar)
+    except RequestError as error:
+        return _Outcome(None, str(error), error.param, time.thread_time() - began)
+    return _Outcome(compiled, "", None, time.thread_time() - began)
 
 
 def _ended(compiled: Compiled, choices: list[list[int]]) -> frozenset[int]:

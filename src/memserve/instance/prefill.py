@@ -7,7 +7,7 @@ import itertools
 import logging
 from dataclasses import replace
 
-from memserve.api.errors import internal, unavailable
+from memserve.api.errors import grammar_failed, internal, unavailable
 from memserve.api.generate import FinishReason
 from memserve.api.handoff import PrefillCall, PrefillResult, TokenScores
 from memserve.api.namespaces import is_private
@@ -119,6 +119,8 @@ class Prefiller:
             except asyncio.CancelledError:
                 self._submission.cancel([request.id])
                 raise
+        if output.at_fault:
+            raise grammar_failed(output.error)
         if output.finish_reason is FinishReason.ERROR:
             raise internal(output.error or "The engine failed.", "engine_error")
         if output.finish_reason is FinishReason.CANCELLED:

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from memserve.api import msgpack
-from memserve.api.errors import ApiError
+from memserve.api.errors import GRAMMAR_FAILED, ApiError, grammar_failed
 from memserve.api.generate import FinishReason, GenerateCall, PrefillPeer, SamplingParams
 from memserve.api.handoff import PREFILL_PATH, PoolPeer, PrefillCall, PrefillResult
 from memserve.api.peer_client import PeerClient, PeerError
@@ -291,6 +291,8 @@ class RemotePrefill:
                 headers=headers,
             )
         except PeerError as error:
+            if error.detail is not None and error.detail.code == GRAMMAR_FAILED:
+                raise grammar_failed(error.detail.message) from error  # as it would anywhere
             raise _Unanswered(str(error)) from error
 
     async def _until_silent(self, peer: PrefillPeer) -> None:
