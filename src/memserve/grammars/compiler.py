@@ -93,7 +93,7 @@ def _limits() -> llguidance.LLParserLimits:
     import llguidance
 
     return llguidance.LLParserLimits(
-        initial_lexer_fuel=20_000,  # time and memory grow with its square
+        initial_lexer_fuel=60_000,  # time and memory grow with its square
         max_grammar_size=500_000,
         step_lexer_fuel=200_000,
         step_max_items=25_000,
@@ -182,7 +182,7 @@ def _reason(error: str, grammar: Grammar) -> str:
         return f"not a regular expression that is supported: {(causes or [reason])[0]}"
     if match := _UNKNOWN_KEYS.search(reason):
         keys: list[str] = json.loads(match[1])
-        if grammar.kind is not GrammarKind.JSON_SCHEMA:
+        if grammar.kind not in (GrammarKind.JSON_SCHEMA, GrammarKind.STRUCTURAL_TAG):
             return f"{', '.join(map(repr, keys))} in its schema is not supported"
         schema = msgspec.json.decode(grammar.source)
         return f"{', '.join(map(repr, keys))} at {place_of(schema, keys)} is not supported"
