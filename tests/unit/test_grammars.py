@@ -193,7 +193,7 @@ REFUSED: list[tuple[GrammarKind, str, str]] = [
         ),
         "too large",
     ),
-    (SCHEMA, schema(type="integer", multipleOf=999_999_937), "fuel"),
+    (SCHEMA, schema(type="integer", multipleOf=999_999_937), "too fine"),
     (REGEX, "(a", "unclosed group"),
     (REGEX, "(?=a)b", "look-ahead"),
     (REGEX, r"(a)\1", "backreferences"),
