@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,6 +60,18 @@ calls = st.lists(
     min_size=1,
     max_size=3,
 )
+
+
+@pytest.mark.parametrize(("tools", "write"), WRITERS.values(), ids=WRITERS)
+@given(st.sampled_from(["\n\nHello", "  x", "\n"]), places)
+def test_what_follows_a_call_is_the_same_in_whatever_pieces_it_comes(
+    tools: ToolFormat, write: Callable[[list[Call]], str], behind: str, places: list[int]
+) -> None:
+    form = format_of(tools)
+    text = write([("add", {"n": 1})]) + behind
+    whole = parsed(form, [text])
+    assert parsed(form, cut(text, places)) == whole
+    assert parsed(form, text) == whole
 
 
 @given(formats, texts, places)

@@ -79,3 +79,13 @@ def test_a_directory_that_others_may_write_is_not_believed(place: Path) -> None:
     place.chmod(0o777)
     with pytest.raises(ConfigError, match="nobody else may read"):
         find_gateway(None)
+
+
+def test_a_cluster_in_another_namespace_is_passed_over_and_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its processes cannot be seen from here, and its port may be one of another network."""
+    file = announce_cluster("http://127.0.0.1:9", "127.0.0.1", 9)
+    monkeypatch.setattr(running, "pid_namespace", lambda: 1)
+    assert running_clusters() == []
+    assert file.exists()

@@ -14,6 +14,7 @@ import pytest
 
 from memserve.api.grammar import Grammar, GrammarKind
 from memserve.errors import GrammarFailed, RequestError
+from memserve.grammars import structural_tag
 from memserve.grammars.compiler import (
     BURST_SECONDS,
     TOKEN_SECONDS,
@@ -303,3 +304,10 @@ def test_neither_gateway_nor_instance_imports_the_library_before_it_is_needed() 
         "sys.exit('llguidance' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_special_tokens_are_found_in_a_text_longest_first() -> None:
+    writer = structural_tag._Writer({"<a>": 1, "<a>b": 2, "<": 3}, compact=False)
+    assert writer._literal("x<a>b<a>y<z") == '"x" <[2]> <[1]> "y" <[3]> "z"'
+    assert writer._literal("") == '""'
+    assert structural_tag._Writer({}, compact=False)._literal("<a>") == '"<a>"'

@@ -90,6 +90,8 @@ MAX_TOKENISED_CHARACTERS = 64 * LARGE_BODY_BYTES
 # Bytes of an answer that is not streamed: 50,000 tokens with MAX_LOGPROBS each. A gateway holds
 # the whole answer before it sends any of it.
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
+# Bytes of a Response's chunks with log-probabilities, which its last events repeat four times.
+MAX_SCORED_RESPONSE_BYTES = 8 * 1024 * 1024
 # Log-probabilities in an answer that an instance encodes on its event loop, in 2 ms. An answer
 # with more is encoded on a thread, one at a time.
 INLINE_LOGPROBS = 1024

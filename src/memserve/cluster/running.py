@@ -62,8 +62,10 @@ def running_clusters() -> list[RunningCluster]:
         except (ConfigError, msgspec.DecodeError):
             continue  # it has just ended, or is not ours to judge
         if running.is_stale():
-            with contextlib.suppress(OSError):
-                path.unlink()
+            # In another namespace, of processes and perhaps of the network, it may live.
+            if running.namespace == pid_namespace():
+                with contextlib.suppress(OSError):
+                    path.unlink()
         else:
             found.append(running)
     return sorted(found, key=lambda one: one.port)

@@ -162,16 +162,23 @@ class GatewayApp:
         if build is None or request.method == "OPTIONS":
             await self._administer(request, reply)
             return
-        self._metrics.running += 1
-        self._idle.clear()
+        self._begin()
         try:
             work = self._generate(build, request, reply)
             del request
             await work
         finally:
-            self._metrics.running -= 1
-            if not self._metrics.running:
-                self._idle.set()
+            self._end()
+
+    def _begin(self) -> None:
+        """Count a running request, which a drain waits for."""
+        self._metrics.running += 1
+        self._idle.clear()
+
+    def _end(self) -> None:
+        self._metrics.running -= 1
+        if not self._metrics.running:
+            self._idle.set()
 
     def _or_forward(self, build: _Build, path: ForwardPath) -> _Build:
         """Return `build` with a fallback: if the cluster has a vLLM server, a request that raises
@@ -214,7 +221,10 @@ class GatewayApp:
         """Answer a request that generates nothing. Return False if it is for a vLLM server."""
         interruption = Interruption()
         reply.on_gone = interruption.interrupt
+        self._begin()
         try:
+            if self._draining:
+                raise draining()
             self._access.client(request, reply)
             if request.method != "POST":
                 raise method_not_allowed(request.method, request.path, "POST")
@@ -234,6 +244,7 @@ class GatewayApp:
             pass
         finally:
             reply.on_gone = None
+            self._end()
         self._metrics.requests[request.path, HUNG_UP if reply.gone else reply.status] += 1
         return True
 

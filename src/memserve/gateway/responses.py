@@ -177,7 +177,7 @@ class Responses:
             len(body), partial(asked.response, response_id, self._calls.model, store)
         )
         keep = partial(self._keep, exchange.owner, response_id, given) if store else None
-        exchange.reply.begin(response, bool(request.stream), keep)
+        exchange.reply.begin(response, bool(request.stream), keep, asked.wants_logprobs)
         return call
 
     async def _aside(self, size: int, work: Callable[[], T]) -> T:

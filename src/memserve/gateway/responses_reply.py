@@ -25,7 +25,7 @@ from memserve.api.http_message import (
     Reply,
     Request,
 )
-from memserve.api.limits import MAX_ANSWER_BYTES
+from memserve.api.limits import MAX_ANSWER_BYTES, MAX_SCORED_RESPONSE_BYTES
 from memserve.api.responses import (
     IncompleteDetails,
     Response,
@@ -62,6 +62,7 @@ class ResponsesReply(Reply):
         "_headers",
         "_item",
         "_keep",
+        "_most",
         "_outer",
         "_outputs",
         "_passes",
@@ -92,11 +93,16 @@ class ResponsesReply(Reply):
         self._usage: Usage | None = None
         self._failed: ErrorDetail | None = None
         self._size = 0
+        self._most = MAX_ANSWER_BYTES
         self.gone = outer.gone
         outer.on_gone, outer.on_flow = self.hung_up, self._flow
 
-    def begin(self, response: Response, stream: bool, keep: Keep | None) -> None:
-        """`keep`: called with the complete Response's JSON, and that of its items."""
+    def begin(
+        self, response: Response, stream: bool, keep: Keep | None, scored: bool = False
+    ) -> None:
+        """`keep`: called with the complete Response's JSON, and that of its items. `scored`: with
+        log-probabilities, which the last events repeat."""
+        self._most = MAX_SCORED_RESPONSE_BYTES if scored else MAX_ANSWER_BYTES
         self._response, self._stream, self._keep = response, stream, keep
         self._stem = response.id.removeprefix("resp_")
 
@@ -185,8 +191,8 @@ class ResponsesReply(Reply):
             self._rest = b""
         *events, rest = data.split(EVENT_END)
         self._rest = rest
-        if len(rest) > MAX_ANSWER_BYTES:
-            self._failed = _too_large()
+        if len(rest) > self._most:
+            self._failed = _too_large(self._most)
         for text in events:
             if self._failed is None and text.startswith(_DATA):
                 payload = text[len(_DATA) :]
@@ -195,8 +201,8 @@ class ResponsesReply(Reply):
 
     def _chunk(self, payload: bytes) -> None:
         self._size += len(payload)
-        if self._size > MAX_ANSWER_BYTES:
-            self._failed = _too_large()
+        if self._size > self._most:
+            self._failed = _too_large(self._most)
             return
         try:
             chunk = decode_chunk(payload)
@@ -338,9 +344,9 @@ def _renamed(body: bytes) -> bytes:
     return _encode(ErrorBody(renamed(detail)))
 
 
-def _too_large() -> ErrorDetail:
+def _too_large(most: int) -> ErrorDetail:
     return ApiError(
         HTTPStatus.BAD_REQUEST,
-        f"The answer is larger than {MAX_ANSWER_BYTES} bytes.",
+        f"The answer is larger than {most} bytes.",
         code="answer_too_large",
     ).detail

@@ -8,8 +8,7 @@ special tokens stands for that token.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -161,8 +160,11 @@ class _Writer:
 
     def __init__(self, special_tokens: Mapping[str, int], compact: bool) -> None:
         self._special = special_tokens
-        names = sorted(map(re.escape, special_tokens), key=len, reverse=True)
-        self._split = re.compile(f"({'|'.join(names)})") if names else None
+        # Lengths of the tokens' names by first character, longest first.
+        self._lengths: dict[str, list[int]] = {}
+        for length in sorted({len(name) for name in special_tokens}, reverse=True):
+            for first in {name[0] for name in special_tokens if len(name) == length > 0}:
+                self._lengths.setdefault(first, []).append(length)
         self._compact = compact
         self._lines: list[str] = []
         self._size = 0  # characters of the lines
@@ -283,13 +285,28 @@ class _Writer:
 
     def _literal(self, text: str) -> str:
         """Return a text, with a model's special tokens where their names are."""
-        parts = [text] if self._split is None else self._split.split(text)
+        parts = self._split(text)
         written = [
             f"<[{self._special[part]}]>" if part in self._special else json.dumps(part)
             for part in parts
             if part
         ]
         return " ".join(written) or '""'
+
+    def _split(self, text: str) -> Iterator[str]:
+        """Yield the names of special tokens in a text, and what is between them. Not by a regular
+        expression of thousands of names, which would keep the interpreter for seconds."""
+        begin = at = 0
+        while at < len(text):
+            for length in self._lengths.get(text[at], ()):
+                if (name := text[at : at + length]) in self._special:
+                    yield text[begin:at]
+                    yield name
+                    begin = at = at + length
+                    break
+            else:
+                at += 1
+        yield text[begin:]
 
     def _rule(self, body: str) -> str:
         name = f"r{len(self._lines)}"

@@ -29,7 +29,7 @@ class HermesParser(StagedParser):
         if self.closing.startswith(text[begin:]):  # what there is of it
             return begin
         self._stage = self._content
-        return at
+        return begin
 
     def _unread(self, rest: str) -> bool:
         return self._stage == self._after

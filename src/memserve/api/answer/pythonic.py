@@ -163,7 +163,7 @@ class PythonicParser(StagedParser):
         if _CLOSE.startswith(text[begin:]):
             return begin
         self._stage = self._content
-        return at
+        return begin
 
     def _unread(self, rest: str) -> bool:
         return self._stage == self._behind

@@ -142,7 +142,7 @@ class Qwen3CoderParser(StagedParser):
         if _CALL_END.startswith(text[begin:]):
             return begin
         self._stage = self._content
-        return at
+        return begin
 
     def _unread(self, rest: str) -> bool:
         if self._stage == self._read_value:
