@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -243,6 +244,20 @@ def test_workers_of_a_gateway_find_each_other_s_responses(
         # Others that are no workers of the same gateway are not asked.
         with pytest.raises(openai.NotFoundError, match="made itself"):
             there.responses.retrieve(second.id)
+
+
+def test_a_worker_that_does_not_answer_may_have_what_is_asked_for(
+    start_cluster: StartCluster, tokenizer: Tokenizer
+) -> None:
+    one = start_cluster(says(tokenizer, ANSWER))
+    with socket.socket() as nobody, client_of(one) as client:
+        nobody.bind(("127.0.0.1", 0))
+        siblings = Siblings(one.gateway._peers, 0, {1: url_of(nobody)})
+        one.call(lambda: setattr(one.gateway._app._responses, "_siblings", siblings))
+        for ask in (client.responses.retrieve, client.responses.delete):
+            with pytest.raises(openai.InternalServerError) as failed:
+                ask("resp_0a")
+            assert (failed.value.status_code, failed.value.code) == (503, "worker_unavailable")
 
 
 def test_siblings_are_not_asked_for_what_is_no_id(cluster: FakeCluster) -> None:

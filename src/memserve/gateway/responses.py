@@ -16,7 +16,13 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from memserve.api import msgpack
-from memserve.api.errors import ApiError, invalid, method_not_allowed, path_not_found
+from memserve.api.errors import (
+    ApiError,
+    invalid,
+    method_not_allowed,
+    path_not_found,
+    unavailable,
+)
 from memserve.api.forward import ForwardPath
 from memserve.api.generate import GenerateCall
 from memserve.api.http_message import Reply, Request
@@ -46,6 +52,7 @@ _STORED: Final = f"{RESPONSES_PATH}/"
 _SIBLINGS: Final = "/cluster/worker/responses/"  # <owner>/<id>, among the workers of a gateway
 _DEFAULT_PAGE, _MAX_PAGE = 20, 100  # items of a page; OpenAI's
 _MAX_QUERY_BYTES = 2048
+_DELETED = b"deleted"
 # Read and translated on the event loop: hundreds of short items take a millisecond.
 INLINE_BYTES: Final = 8 * 1024
 
@@ -138,11 +145,11 @@ class Responses:
             owner, _, response_id = request.path.removeprefix(_SIBLINGS).partition("/")
             stored = self.store.get(Owner(owner), response_id)
             if stored is None:
-                reply.send_error(path_not_found(request.path))
+                reply.send(HTTPStatus.OK, b"")  # told apart from a worker that does not answer
                 return
             if request.method == "DELETE":
                 self.store.delete(Owner(owner), response_id)
-                reply.send(HTTPStatus.OK, b"")
+                reply.send(HTTPStatus.OK, _DELETED)
                 return
             reply.send(HTTPStatus.OK, msgpack.encode(stored))
 
@@ -250,11 +257,19 @@ class Responses:
         return await self._ask("DELETE", owner, response_id) is not None
 
     async def _ask(self, method: str, owner: Owner, response_id: str) -> bytes | None:
+        """Return the answer of the sibling that has a response; None: none has it. Raises ApiError
+        (503) if that is not certain."""
         if self._siblings is None or not _is_id(response_id):
             return None
         path = f"{_SIBLINGS}{owner}/{response_id}"
         answers = await self._siblings.answers(path, method)
-        return next(iter(answers.values()), None)
+        found = next((body for body in answers.values() if body), None)
+        if found is None and len(answers) < self._siblings.count:
+            raise unavailable(
+                "A worker of this gateway did not answer; it may have this response.",
+                "worker_unavailable",
+            )
+        return found
 
     def _unknown(self, response_id: str) -> ApiError:
         if not self.store.max_bytes:

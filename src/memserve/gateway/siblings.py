@@ -44,6 +44,10 @@ class Siblings:
         """Tell the others that a member has left."""
         await self._tell("DELETE", _encode(request))
 
+    @property
+    def count(self) -> int:
+        return len(self._urls)
+
     async def answers(self, path: str, method: str = "GET") -> dict[int, bytes]:
         """Return the body of each worker's answer, by index; without those that fail."""
         found = await asyncio.gather(*(self._ask(method, i, path) for i in self._urls))
