@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from memserve.models.tokenizer import Tokenizer
+from memserve.secrets import cluster_secret
 from tests.fakes import MODEL, FakeCluster, FakeEngine, tiny_tokenizer
 from tests.insider import ask
 
@@ -30,7 +32,11 @@ def cluster(tokenizer: Tokenizer) -> Iterator[FakeCluster]:
 
 def decisions(cluster: FakeCluster, *arguments: str) -> str:
     command = [sys.executable, "-m", "memserve", "cluster", "decisions", "--url", cluster.url]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    # Said to it: a cluster that was killed may have left another secret for the same port.
+    environment = {**os.environ, "MEMSERVE_SECRET": str(cluster_secret())}
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
