@@ -49,15 +49,10 @@ class LlamaParser(StagedParser):
         return self._begin_json
 
     def _start(self, text: str, at: int) -> int:
-        begin = skip_blank(text, at)
-        self._say(text[at:begin])
-        if begin < len(text):
-            self._stage = self._begin_json if text[begin] == "{" else self._content
-        return begin
+        return self._open(text, at, "{", self._begin_json)
 
     def _after(self, text: str, at: int) -> int:
-        begin = skip_blank(text, at)
-        self._raw.append(text[at:begin])
+        begin = self._skip(text, at)
         if begin == len(text):
             return begin
         if text[begin] == "{":
@@ -71,8 +66,7 @@ class LlamaParser(StagedParser):
         return begin
 
     def _next(self, text: str, at: int) -> int:
-        begin = skip_blank(text, at)
-        self._raw.append(text[at:begin])
+        begin = self._skip(text, at)
         if begin == len(text):
             return begin
         if text[begin] == "{":
@@ -96,8 +90,7 @@ class JsonListParser(StagedParser):
         self._stage = self._list
 
     def _list(self, text: str, at: int) -> int:
-        begin = skip_blank(text, at)
-        self._raw.append(text[at:begin])
+        begin = self._skip(text, at)
         if begin == len(text):
             return begin
         if text[begin] == "[":
@@ -114,8 +107,7 @@ class JsonListParser(StagedParser):
         self._fail()
 
     def _item(self, text: str, at: int) -> int:
-        begin = skip_blank(text, at)
-        self._raw.append(text[at:begin])
+        begin = self._skip(text, at)
         if begin == len(text):
             return begin
         if text[begin] == "{":
@@ -172,8 +164,7 @@ class MistralParser(JsonListParser):
         return end
 
     def _before_arguments(self, text: str, at: int) -> int:
-        begin = skip_blank(text, at)
-        self._raw.append(text[at:begin])
+        begin = self._skip(text, at)
         if begin == len(text):
             return begin
         if text[begin] == "{":
@@ -219,8 +210,7 @@ class JsonArgumentsParser(StagedParser):
         self._value = JsonValue()
 
     def _start(self, text: str, at: int) -> int:
-        begin = skip_blank(text, at)
-        self._raw.append(text[at:begin])
+        begin = self._skip(text, at)
         if begin < len(text):
             if text[begin] == "{":
                 self._begin(next(iter(self._functions)))

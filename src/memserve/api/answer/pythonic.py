@@ -55,15 +55,10 @@ class PythonicParser(StagedParser):
         return self._list
 
     def _start(self, text: str, at: int) -> int:
-        begin = skip_blank(text, at)
-        self._say(text[at:begin])
-        if begin < len(text):
-            self._stage = self._list if text[begin] == "[" else self._content
-        return begin
+        return self._open(text, at, "[", self._list)
 
     def _list(self, text: str, at: int) -> int:
-        begin = skip_blank(text, at)
-        self._raw.append(text[at:begin])
+        begin = self._skip(text, at)
         if begin == len(text):
             return begin
         if text[begin] != "[":
@@ -74,8 +69,7 @@ class PythonicParser(StagedParser):
         return begin + 1
 
     def _item(self, text: str, at: int) -> int:
-        begin = skip_blank(text, at)
-        self._raw.append(text[at:begin])
+        begin = self._skip(text, at)
         if begin < len(text):
             self._name = []
             self._stage = self._read_name

@@ -41,8 +41,7 @@ class Qwen3CoderParser(StagedParser):
         return self._opened if marker == _CALL else self._read_function
 
     def _opened(self, text: str, at: int) -> int:
-        begin = skip_blank(text, at)
-        self._raw.append(text[at:begin])
+        begin = self._skip(text, at)
         if text.startswith(_FUNCTION, begin):
             self._raw.append(_FUNCTION)
             self._stage = self._read_function

@@ -7,7 +7,7 @@ from typing import Final
 
 from memserve.api.answer.delta import Collector
 from memserve.api.answer.format import ReasoningFormat
-from memserve.api.answer.staged import overlap, skip_blank
+from memserve.api.answer.staged import StageReader, overlap, skip_blank
 
 MARKERS: Final[dict[ReasoningFormat, tuple[str, str]]] = {
     ReasoningFormat.DEEPSEEK_R1: ("<think>", "</think>"),
@@ -16,7 +16,7 @@ MARKERS: Final[dict[ReasoningFormat, tuple[str, str]]] = {
 }
 
 
-class ReasoningSplitter:
+class ReasoningSplitter(StageReader):
     """Writes reasoning to a collector, and passes on what follows it.
 
     Line breaks beside a marker belong to the marker: they are neither reasoning nor content.
@@ -27,30 +27,17 @@ class ReasoningSplitter:
     ) -> None:
         """`begun`: the prompt has the marker already. `rest`: takes the text after the
         reasoning."""
+        super().__init__(self._start)
         self._begin, self._end = MARKERS[form]
         self._begun = begun or form is ReasoningFormat.DEEPSEEK_R1
         self._out = out
         self._rest = rest
-        self._held = ""  # not read yet
         self._lead: list[str] = []  # white space before the marker
         self._breaks = 0  # line breaks after reasoning, which may be the marker's
-        self._stage = self._start
-
-    def push(self, text: str) -> None:
-        """Read the next piece of the text."""
-        if self._held:
-            text = self._held + text
-        at = 0
-        while at < len(text):
-            before, stage = at, self._stage
-            at = stage(text, at)
-            if at == before and self._stage == stage:
-                break
-        self._held = text[at:]
 
     def finish(self) -> None:
         """Read the end of the text."""
-        rest, self._held = self._held, ""
+        rest = self._take_held()
         if self._stage == self._start:
             rest = "".join(self._lead) + rest
             self._out.reasoning(rest) if self._begun else self._rest(rest)

@@ -38,26 +38,16 @@ def overlap(text: str, markers: Iterable[str]) -> int:
     return longest
 
 
-class StagedParser:
-    """Reads an answer's text, piece by piece, and writes content and calls to a collector.
+class StageReader:
+    """Reads a text, piece by piece, in stages.
 
     A stage takes a text and a position, and returns the position behind what it has read. If it
     reads nothing and names no other stage, it needs more text; it gets the same again with more.
     """
 
-    # Begin a call in content.
-    markers: tuple[str, ...] = ()
-
-    def __init__(self, functions: Mapping[str, Function], out: Collector) -> None:
-        self._functions = functions
-        self._out = out
-        # Without markers, a pattern that is nowhere.
-        self._search = re.compile("|".join(map(re.escape, self.markers)) or r"(?!)").search
+    def __init__(self, first: Stage) -> None:
+        self._stage = first
         self._held = ""  # not read yet: the beginning of a marker
-        self._raw: list[str] = []  # what is content if the call is none
-        self._blank: list[str] = []  # white space after content: framing if a call follows
-        self._json = JsonCall(functions, self._begin, out.arguments)
-        self._stage: Stage = self._content
 
     def push(self, text: str) -> None:
         """Read the next piece of the text."""
@@ -71,9 +61,31 @@ class StagedParser:
                 break
         self._held = text[at:]
 
+    def _take_held(self) -> str:
+        """Return the text that no stage has read, once."""
+        held, self._held = self._held, ""
+        return held
+
+
+class StagedParser(StageReader):
+    """Reads an answer's text, and writes content and calls to a collector."""
+
+    # Begin a call in content.
+    markers: tuple[str, ...] = ()
+
+    def __init__(self, functions: Mapping[str, Function], out: Collector) -> None:
+        super().__init__(self._content)
+        self._functions = functions
+        self._out = out
+        # Without markers, a pattern that is nowhere.
+        self._search = re.compile("|".join(map(re.escape, self.markers)) or r"(?!)").search
+        self._raw: list[str] = []  # what is content if the call is none
+        self._blank: list[str] = []  # white space after content: framing if a call follows
+        self._json = JsonCall(functions, self._begin, out.arguments)
+
     def finish(self) -> None:
         """Read the end of the text: what was held back is content."""
-        rest, self._held = self._held, ""
+        rest = self._take_held()
         if rest and not self._unread(rest):
             self._raw.append(rest)
         self._release()
@@ -88,6 +100,21 @@ class StagedParser:
     def _marked(self, marker: str) -> Stage:
         """Return the stage that follows one of `markers` in content."""
         raise NotImplementedError
+
+    def _skip(self, text: str, at: int) -> int:
+        """Return the position behind white space, which is content if the call is none."""
+        begin = skip_blank(text, at)
+        self._raw.append(text[at:begin])
+        return begin
+
+    def _open(self, text: str, at: int, opening: str, call: Stage) -> int:
+        """Read the white space that an answer begins with. An answer that goes on with `opening`
+        is read by the stage `call`, any other is content."""
+        begin = skip_blank(text, at)
+        self._say(text[at:begin])
+        if begin < len(text):
+            self._stage = call if text[begin] == opening else self._content
+        return begin
 
     # --- stages ---------------------------------------------------------------------------------
 
