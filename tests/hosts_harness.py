@@ -185,8 +185,8 @@ class Host:
         _limit(inside, _DEVICE, bits_per_second)
 
     def kill(self) -> None:
-        """Kill all its processes. It is off afterwards: `/dev/shm` and the link are gone. Peers hear
-        the ends of connections, unless the link was `cut` before."""
+        """Kill all its processes. It is off afterwards: `/dev/shm` and the link are gone. Peers
+        hear the ends of connections, unless the link was `cut` before."""
         assert self._inside is not None, f"{self.name} is off"
         # Held, so that the link lasts until the ends of connections have gone over it.
         with Path(f"/proc/{self.init}/ns/net").open("rb"):
