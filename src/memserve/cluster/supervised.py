@@ -32,16 +32,19 @@ class Supervised:
         module: str,
         needed: Callable[[], bool] | None = None,
         environment: Mapping[str, str] | None = None,
+        more_arguments: Callable[[], Sequence[str]] = tuple,
     ) -> None:
-        """`module`: run by Python with `arguments`. `environment`: variables in addition to this
-        process's. `needed`: while it returns True, the process is not given up, however often it
-        crashes, because others are useless without it."""
+        """`module`: run by Python with `arguments`, and then those of `more_arguments`, asked at
+        each start. `environment`: variables in addition to this process's. `needed`: while it
+        returns True, the process is not given up, however often it crashes, because others are
+        useless without it."""
         self.name = name
         self._arguments = arguments
         self._restarts = restarts
         self._progress = progress
         self._module = module
         self._environment = environment
+        self._more_arguments = more_arguments
         self._needed = needed or (lambda: False)
         self.crashes = 0  # since the first start
         self._show: Callable[[str], None] | None = None
@@ -66,7 +69,8 @@ class Supervised:
         return None if self._child is None else Place(os.uname().nodename, self._child.pid)
 
     async def start(self) -> None:
-        self._child = await Child.spawn(self.name, self._arguments, self._module, self._environment)
+        arguments = [*self._arguments, *self._more_arguments()]
+        self._child = await Child.spawn(self.name, arguments, self._module, self._environment)
         if self._show is not None:
             self._child.show_output(self._show)
 
