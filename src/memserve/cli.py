@@ -28,10 +28,11 @@ from memserve.cli_ray import require_ray
 from memserve.cli_sim import sim
 from memserve.cli_watch import dashboard, top
 from memserve.cluster.backend import Backend
-from memserve.cluster.cluster import Cluster, run_cluster
+from memserve.cluster.cluster import Cluster
 from memserve.cluster.line_printer import STDERR, STDOUT, LinePrinter
 from memserve.cluster.local import LocalBackend
 from memserve.cluster.preflight import check_machine, with_room
+from memserve.cluster.run import run_cluster
 from memserve.cluster.watchdog import exit_with_parent
 from memserve.config import (
     BackendConfig,

@@ -77,10 +77,13 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
 
 
 def config_of(nodes: RayNodes, model: Path, **instance: Any) -> ClusterConfig:
-    """A prefill instance at the head, and a decode instance on one of the workers."""
+    """An instance at the head, and one with GPUs on one of the workers."""
     small = InstanceConfig(hbm_blocks=64, dram_blocks=8, resources={"CPU": 0.5}, **instance)
     on_worker = InstanceConfig(
-        role=Role.DECODE, hbm_blocks=64, dram_blocks=8, resources={"CPU": 0, "worker": 1}
+        role=Role.DECODE,
+        hbm_blocks=64,
+        dram_blocks=8,
+        resources={"CPU": 0, "GPU": 2, "worker": 1},
     )
     return ClusterConfig(
         cluster=BackendConfig(backend="ray", ray_address=nodes.address),
@@ -149,6 +152,10 @@ def test_members_are_at_their_nodes_addresses_and_survive_the_command(deployed: 
     for one in there.values():
         assert one.url.startswith(f"http://{one.node}:")
     assert {there[name].state for name in ("colocated-0", "decode-1")} == {"ready"}
+    # Both GPUs of one node, which the process may use; the other one's may not use any.
+    assert there["decode-1"].pid is not None
+    environment = psutil.Process(there["decode-1"].pid).environ()
+    assert sorted(environment["CUDA_VISIBLE_DEVICES"].split(",")) == ["0", "1"]
     with Load(deployed.url, clients=2) as load:
         load.more(2)
     assert load.failures == []

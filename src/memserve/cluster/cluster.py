@@ -1,14 +1,13 @@
-"""A cluster: gateways and instances that a backend runs; and `run_cluster`, for `memserve up`."""
+"""A cluster: gateways and instances that a backend runs."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from memserve.api.serving import Shutdown, on_reload
+from memserve.api.serving import Shutdown
 from memserve.api.status import InstanceState
 from memserve.cluster.backend import Backend, Group, Kept, Launch, Place
 from memserve.cluster.client import ClusterClient
@@ -347,58 +346,6 @@ class Cluster:
             self._progress(f"{name} is ready")
         self._ready |= ready
         return bool(ready)
-
-
-async def run_cluster(
-    config: ClusterConfig,
-    backend: Backend,
-    progress: Progress,
-    ready: Callable[[Cluster], None],
-    *,
-    detached: bool = False,
-) -> None:
-    """Run a cluster until SIGINT or SIGTERM; a second signal ends the wait for requests. With
-    `detached`, leave it running then, once it serves.
-
-    `ready` is called when every instance has been ready or has crashed. Raises ClusterError if a
-    process ends before an instance is ready, or as `Cluster.supervise`.
-    """
-    shutdown = Shutdown()
-    shutdown.on_signals()
-    cluster = Cluster(config, backend, shutdown, progress)
-    if not sys.stdin.isatty():  # a terminal that closes sends SIGHUP, too, to end the process
-        on_reload(cluster.reload)
-
-    async def tell() -> None:
-        late = await cluster.settled()
-        ready(cluster)
-        if late:
-            progress(f"not ready, and started again until they are: {', '.join(late)}")
-
-    async def serve() -> None:
-        await cluster.begin()
-        telling = asyncio.ensure_future(tell())
-        supervising = asyncio.ensure_future(cluster.supervise())
-        both = (telling, supervising)
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
-            if telling.done():
-                telling.result()
-            await supervising
-        finally:
-            for task in both:
-                task.cancel()
-            await asyncio.wait(both)
-
-    try:
-        await shutdown.run_until_requested(serve())
-        if not detached:
-            progress("stopping; Ctrl-C again to stop without waiting for requests")
-    finally:
-        if detached and cluster.serving:
-            await cluster.leave()
-        else:
-            await cluster.stop()
 
 
 def _secret_for(config: ClusterConfig) -> Secret:

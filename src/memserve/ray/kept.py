@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import ray
 import ray.exceptions
 import ray.util
@@ -19,20 +20,19 @@ from memserve.errors import ClusterError
 from memserve.models.resolve import Progress
 from memserve.ray.connection import first_line, node_resources
 from memserve.ray.member import Member
-from memserve.ray.order import Order, Report, decode_report, encode, missing, needs
+from memserve.ray.order import Order, Report, amounts, decode_report, encode, missing, needs
 
 # An actor answers a long poll after POLL_SECONDS at the latest. Calls to an actor on a lost node do
 # not fail by themselves: after ANSWER_SECONDS more it counts as lost.
 POLL_SECONDS = 5.0
 ANSWER_SECONDS = 5.0
 RETRY_SECONDS = 0.5
-WAITING_SECONDS = 10.0  # for a node with room, until it is said what is waited for
 # After the time that its process has to end, an actor has this long: `supervised.KILL_SECONDS`,
 # and for the answer.
 END_SECONDS = 10.0
 GONE_SECONDS = 10.0  # a killed actor's name is free within this
 GONE_POLL_SECONDS = 0.1
-_TAIL_LINES = 30  # in errors
+_TAIL_LINES = 30  # that are not shown, for errors
 _CALLS = 64  # at once, to one actor: long polls of several commands, and others beside them
 
 
@@ -51,10 +51,11 @@ class RayKept:
         self._progress = progress
         self._detached = detached
         self._actor: Any = None
+        self._before = False  # the actor was there before, and has not reported here
         self._report: Report | None = None  # the last one; None while the actor is lost
         self._ended: str | None = None
-        self._lost = False
-        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)  # of what the process printed
+        self._lost = False  # it has reported, and does not any more
+        self._waits = False  # it has been said that Ray looks for a node
         self._why = ""  # it last ended
         self._unshown: deque[str] = deque(maxlen=_TAIL_LINES)
         self._show: Callable[[str], None] | None = None
@@ -82,7 +83,10 @@ class RayKept:
     async def start(self) -> None:
         """Find the actor, or have Ray start one. Ray waits until a node has room for it."""
         try:
-            self._actor = await asyncio.to_thread(self._found_or_made)
+            self._actor = await asyncio.to_thread(self._found)
+            self._before = self._actor is not None
+            if self._actor is None:
+                self._actor = await asyncio.to_thread(self._made)
         except ray.exceptions.RayError as error:
             raise ClusterError(
                 f"{self.name}: Ray refuses its actor: {first_line(error)}"
@@ -103,13 +107,14 @@ class RayKept:
     async def keep(self) -> None:
         await self._until(lambda: self._ended is not None)
         if self._ended:
-            raise ClusterError(f"{self.name} is given up; {self._ended}")
+            raise self._failed()
         await self._remove()
 
     async def stop(self, shutdown: Shutdown, seconds: float) -> None:
         if self._actor is None:
             return
-        if not self._lost:
+        await self._wait_for_news(ANSWER_SECONDS)
+        if self._report is not None:
             ending = self._call(self._actor.stop.remote(seconds), seconds + END_SECONDS)
             if not await shutdown.wait_for(ending, seconds + END_SECONDS):
                 await self._call(self._actor.stop.remote(0.0), END_SECONDS)
@@ -131,11 +136,16 @@ class RayKept:
 
     # --- the actor ------------------------------------------------------------------------
 
-    def _found_or_made(self) -> Any:
-        """Blocks for milliseconds: Ray keeps actors' names at its head."""
+    def _found(self) -> Any:
+        """Return the actor of this name; None if there is none. Blocks for milliseconds: Ray
+        keeps actors' names at its head."""
+        try:
+            return ray.get_actor(self._order.actor, self._order.namespace)
+        except ValueError:
+            return None
+
+    def _made(self) -> Any:
         order = self._order
-        with contextlib.suppress(ValueError):
-            return ray.get_actor(order.actor, order.namespace)
         if why := missing(self._needs, node_resources()):
             self._progress(f"{self.name} waits for a node that can run it: {why}")
         custom = {name: n for name, n in self._needs.items() if name not in ("CPU", "GPU")}
@@ -160,8 +170,9 @@ class RayKept:
         group, which keeps them for it while it is started again."""
         if not self._needs.get("GPU"):
             return "SPREAD"
+        self._remove_group()  # an interrupted command may have left it
         group = ray.util.placement_group(
-            [self._needs],
+            [{name: n for name, n in self._needs.items() if n}],
             strategy="STRICT_PACK",
             name=self._group_name,
             lifetime="detached" if self._detached else None,
@@ -175,11 +186,14 @@ class RayKept:
     async def _remove(self) -> None:
         """Have Ray end the actor for good, and wait until its name is free."""
         self.forget()
+        if self._ended is None:
+            self._ended = ""
+            await self._tell()
         actor, self._actor = self._actor, None
         if actor is not None:
             await asyncio.to_thread(self._kill, actor)
         for _ in range(int(GONE_SECONDS / GONE_POLL_SECONDS)):
-            if not await asyncio.to_thread(self._exists):
+            if await asyncio.to_thread(self._found) is None:
                 return
             await asyncio.sleep(GONE_POLL_SECONDS)
 
@@ -187,15 +201,11 @@ class RayKept:
         with contextlib.suppress(ray.exceptions.RayError):  # it has ended
             ray.kill(actor, no_restart=True)
         if self._needs.get("GPU"):
-            with contextlib.suppress(ValueError):  # it is gone
-                ray.util.remove_placement_group(ray.util.get_placement_group(self._group_name))
+            self._remove_group()
 
-    def _exists(self) -> bool:
-        try:
-            ray.get_actor(self._order.actor, self._order.namespace)
-        except ValueError:
-            return False
-        return True
+    def _remove_group(self) -> None:
+        with contextlib.suppress(ValueError):  # there is none
+            ray.util.remove_placement_group(ray.util.get_placement_group(self._group_name))
 
     async def _call(self, answer: Any, seconds: float) -> Any:
         """Return an actor's answer; None if it gives none within `seconds`."""
@@ -209,37 +219,45 @@ class RayKept:
 
     async def _follow(self) -> None:
         """Take reports until the process has ended for good."""
-        seen, waited = 0, 0.0
+        seen = 0
+        waiting: Any = None  # for the first report, which comes when Ray has found a node
         while self._ended is None:
             try:
                 async with asyncio.timeout(POLL_SECONDS + ANSWER_SECONDS):
-                    answer = await self._actor.report.remote(seen, POLL_SECONDS)
-            except ray.exceptions.ActorDiedError as error:  # for good
-                self._ended = f"its actor has ended: {first_line(error)}"
+                    if self._report is not None or self._lost:
+                        answer = await self._actor.report.remote(seen, POLL_SECONDS)
+                    else:
+                        waiting = waiting or self._actor.report.remote(seen, 0.0)
+                        answer = await waiting
+            except ray.exceptions.ActorDiedError as error:
+                if await asyncio.to_thread(self._found) is None:
+                    self._ended = f"{self.name}: its actor has ended: {first_line(error)}"
+                else:  # with its node, and Ray starts it again
+                    self._not_answered()
             except (ray.exceptions.RayError, TimeoutError):
-                await self._not_answered(waited)
-                waited += RETRY_SECONDS
+                self._not_answered()
                 await asyncio.sleep(RETRY_SECONDS)
-                continue
             else:
                 seen = self._take(decode_report(answer))
             await self._tell()
 
-    async def _not_answered(self, waited: float) -> None:
+    def _not_answered(self) -> None:
         if self._report is not None:
             self._lost = True
             self.crashes += 1
-            node = self._report.node
-            self._why = f"its actor on {node} is lost, or the node is"
+            self._why = f"its actor on node {self._report.node} is lost, or the node is"
             self._progress(f"{self.name}: {self._why}; Ray starts it again")
             self._report = None
-            await self._tell()
-        elif waited == 0.0 and not self._lost:
-            self._progress(f"{self.name} waits for a node with room for {self._needs}")
+        elif not self._lost and not self._waits:
+            self._waits = True
+            self._progress(f"{self.name} waits for a node with {amounts(self._needs)} free")
 
     def _take(self, report: Report) -> int:
         """Take a report; return the number of the last line seen."""
         before = self._report
+        if self._before:  # what was before this side came is no news
+            self._before, before = False, report
+            report = msgspec.structs.replace(report, lines=())
         if before is not None and before.life != report.life:
             self.crashes += 1  # the actor was started again between two reports
         counted = before.crashes if before is not None and before.life == report.life else 0
@@ -255,7 +273,6 @@ class RayKept:
             self._why = line
             self._progress(line)
             return
-        self._tail.append(line)
         if self._show is not None:
             self._show(line)
         else:
@@ -266,6 +283,12 @@ class RayKept:
         said = "".join(f"\n  {line.removeprefix(f'{self.name}: ')}" for line in self._unshown)
         node = "" if self._report is None else f" (on node {self._report.node})"
         return ClusterError(f"{self._ended or self._why or f'{self.name} ended'}{node}{said}")
+
+    async def _wait_for_news(self, seconds: float) -> None:
+        """Wait until the actor has reported once, unless it is lost; `seconds` at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._until(lambda: self._report is not None or self._lost)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         async with self._changed:

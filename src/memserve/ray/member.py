@@ -87,12 +87,14 @@ class Member:
     async def stop(self, seconds: float) -> None:
         """End the process, which has `seconds` for what it runs; a second call does not wait."""
         self._shutdown.request()
-        if self._process is None:
-            self._running.cancel()
-        else:
+        if self._process is not None:
             await self._process.stop(self._shutdown, seconds)
+        self._running.cancel()  # it may wait for a gateway, or in the pause before a restart
         await asyncio.wait((self._running,))
-        sweep()
+        if self._ended is None:
+            self._ended = ""
+        await self._tell()
+        sweep()  # of killed processes
 
     async def _run(self) -> None:
         try:
@@ -143,7 +145,7 @@ class Member:
         child = None
         while True:
             if process.child is not child and process.alive:
-                child = process.child
+                child, self._url = process.child, ""
                 with contextlib.suppress(ClusterError):  # it ends, and has another life
                     url = await process.address()
                     self._url = self._reachable(url)

@@ -124,15 +124,16 @@ def missing(needed: Mapping[str, float], nodes: Iterable[Mapping[str, float]]) -
     nodes = list(nodes)
     if any(all(node.get(name, 0) >= n for name, n in needed.items()) for node in nodes):
         return ""
-    wanted = _amounts(needed)
-    largest = _amounts({name: max((n.get(name, 0) for n in nodes), default=0) for name in needed})
+    wanted = amounts(needed)
+    largest = amounts({name: max((n.get(name, 0) for n in nodes), default=0) for name in needed})
     return (
         f"it needs {wanted} on one node; the most that any of the {len(nodes)} nodes has is "
         f"{largest}"
     )
 
 
-def _amounts(resources: Mapping[str, float]) -> str:
+def amounts(resources: Mapping[str, float]) -> str:
+    """Return resources in words: `8 CPU, 1 GPU`."""
     return ", ".join(f"{n:g} {name}" for name, n in resources.items() if n or name == _CPU)
 
 

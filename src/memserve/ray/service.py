@@ -82,6 +82,7 @@ async def deploy(
     wanted = without_keys(fitted(config))
     for order, _ in found.values():
         if order is not None and order.config != wanted:
+            await disconnect()
             raise ClusterError(
                 f"a cluster with other settings runs in namespace '{order.namespace}': "
                 f"{difference(order.config, wanted)}. `memserve ray upgrade CONFIG` changes it, "
