@@ -108,7 +108,7 @@ class Cluster:
     async def adopt(self, launches: Sequence[Launch], url: str) -> None:
         """Take over processes that the backend runs already, with a gateway at `url`."""
         self.url, self.serving = url, True
-        for launch in launches:
+        for launch in sorted(launches, key=lambda one: (one.settings is not None, _number(one))):
             if launch.settings is None:
                 self._gateways.append(self._backend.kept(launch, self._some_instance_lives))
                 await self._gateways[-1].start()
@@ -278,7 +278,7 @@ class Cluster:
     async def _add(self, launch: Launch) -> Kept:
         """Start an instance."""
         one = self._backend.kept(launch, lambda: False)
-        self._number = max(self._number, 1 + int(launch.name.rpartition("-")[2]))
+        self._number = max(self._number, 1 + _number(launch))
         self._group_of[launch.name] = launch.group
         self._instances.append(one)
         await one.start()
@@ -346,6 +346,12 @@ class Cluster:
             self._progress(f"{name} is ready")
         self._ready |= ready
         return bool(ready)
+
+
+def _number(launch: Launch) -> int:
+    """Return the number in the name, by which newer instances are known; 0 without one."""
+    end = launch.name.rpartition("-")[2]
+    return int(end) if end.isdigit() else 0
 
 
 def _secret_for(config: ClusterConfig) -> Secret:
