@@ -72,11 +72,7 @@ class HostCluster:
 
     def _start(self, host: Host, name: str, *arguments: str) -> None:
         settings = [f"--model={self.model}", f"--served-name={SERVED}", "--dtype=float32"]
-        settings += [
-            f"--host={host.address}",
-            *(self.tls.flags(host) if self.tls else ()),
-            *self.more,
-        ]
+        settings += [f"--host={host.address}", *(self.tls.flags(host) if self.tls else ())]
         if arguments[0] == "gateway":
             settings.append("--no-prove-handover")  # hand-overs are counted
         self.processes[name] = host.memserve(
