@@ -3,6 +3,7 @@ Transformers' generate, and KV goes over a link only where it is missing."""
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from tests.hosts_harness import Hosts
 CONVERSATIONS = 3
 # What processes say to each other beside KV, at most, in bytes: polls, events and heartbeats; and
 # what the test itself asks, with a TLS handshake each time. KV of one block is 96 KiB.
-TALK_A_SECOND, TALK_A_QUESTION = 30_000, 12_000
+TALK_A_SECOND, TALK_A_QUESTION = 15_000, 6_000
 P = "p-a"
 DECODES = {"d-b": "B", "d-c": "C"}
 
@@ -141,7 +142,6 @@ def test_tokens_are_generates_and_kv_moves_only_where_it_is_missing(
     for name, host in hosts.items():
         link = host.traffic().since(links[name])
         received, returned = checked.received[name] * block, checked.returned[name] * block
-        print(name, received, link.received, returned, link.sent, talk, operator.asked - asked)
         assert received < link.received < 1.1 * received + talk
         assert returned < link.sent < 1.1 * returned + talk
 
@@ -157,7 +157,6 @@ def test_between_hosts_kv_moves_by_nixl(operator: Operator) -> None:
         *(sys.executable, "-m", "memserve", "doctor", "--url", operator.url),
         environment=environment,
     )
-    reached = sorted(line.partition("(")[2] for line in said.splitlines() if " reach " in line)
-    assert len(reached) == 3, said
-    assert said.count("(nixl)") == 4, said
-    print(said)
+    reached = [line for line in said.splitlines() if " reach " in line]
+    # Each of three pools reaches the two others.
+    assert re.findall(r"\((\w+), [\d.]+ s\)", "".join(reached)) == ["nixl"] * 6, said
