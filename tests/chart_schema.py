@@ -33,7 +33,7 @@ BEGIN, END = "<!-- begin: make chart-docs -->\n", "<!-- end -->\n"
 Schema = dict[str, Any]
 
 # Settings that the chart chooses, or that make no sense in a pod.
-GATEWAY_LEAVES_OUT = ("host", "advertise", "api_keys", "api_keys_file")
+GATEWAY_LEAVES_OUT = ("advertise", "api_keys", "api_keys_file")
 INSTANCE_LEAVES_OUT = ("host", "advertise", "cpus", "vllm_url", "vllm_events", "vllm_pool")
 
 

@@ -195,7 +195,7 @@ def expected(values: dict[str, Any], group: dict[str, Any] | None) -> ClusterCon
 
     data: dict[str, Any] = {key: values[key] for key in ("model", "log", "traces")}
     if group is None:
-        data["gateway"] = {"host": "0.0.0.0", **own(values["gateway"], GATEWAY_OWN)}
+        data["gateway"] = own(values["gateway"], GATEWAY_OWN)
         if any(values["apiKeys"].get(key) for key in ("existingSecret", "entries")):
             data["gateway"]["api_keys_file"] = "/etc/memserve/api-keys/api-keys"
     else:
@@ -256,13 +256,23 @@ def test_every_setting_reaches_the_command_line(
     values["traces"] = {"endpoint": "http://otel:4318", "sample": 0.25}
     values["apiKeys"] = {"entries": ["sha256:" + "0" * 64]}
     words = ["--a=it's", '--b={"x": "y, z"}', "--c", "$(POD)", "two words", ""]
-    vllm = {"name": "v", "engine": "vllm", "dram": "1.5GiB", "vllm_args": words, "profile": "off"}
+    vllm: dict[str, Any] = {
+        "name": "v",
+        "engine": "vllm",
+        "dram": "1.5GiB",
+        "vllm_args": words,
+        "profile": "off",
+    }
     many = {"name": "many", "hbm_blocks": 12345678, "dram_blocks": 0, "shm": "2Gi"}
     values["groups"] = [vllm, many]
+    more = [{"name": "UCX_NET_DEVICES", "value": "mlx5_0:1"}]
+    values["gateway"]["env"] = vllm["env"] = more
     release = installed(helm, values)
     defaults = merged_values("defaults") | values
     pods = release.pods()
     assert run(pods[f"{NAME}-gateway"], monkeypatch).config == expected(defaults, None)
+    for name in (f"{NAME}-gateway", f"{NAME}-v"):
+        assert more[0] in container_of(pods[name])["env"]
     for group in (vllm, many):
         config = run(pods[f"{NAME}-{group['name']}"], monkeypatch).config
         assert config == expected(defaults, group)
