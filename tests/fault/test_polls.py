@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from memserve.api.peer_client import PeerClient
-from memserve.api.status import InstanceState
+from memserve.api.status import InstanceReport, InstanceState
 from memserve.cluster import poller as module
 from memserve.cluster.membership import Membership
 from memserve.cluster.poller import Poller
@@ -27,10 +27,10 @@ class Peers:
         self.asked: list[str] = []
 
     async def call(self, method: str, url: str, decode: object, **limits: object) -> Any:
-        address, _, path = url.rpartition("/")
+        address = url.rpartition("/")[0]
         self.asked.append(address)
-        found = self.answers[address]()
-        return STATS if path == "stats" else found
+        found = msgspec.structs.asdict(self.answers[address]())
+        return InstanceReport(**found, stats=STATS)
 
 
 @pytest.mark.parametrize(

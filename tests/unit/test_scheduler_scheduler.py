@@ -361,6 +361,7 @@ def test_what_was_learnt_of_an_instance_counts() -> None:
         learnt["a"].observe_prefill(1000, 0, 2.0)  # twice what was predicted
     cluster.scheduler.observe(InstanceId("a"), running=0, waiting=0)
 
+    cluster.scheduler.load.refresh()
     assert len(cluster.scheduler.load.cost_groups) == 1
     slow = decided(cluster.scheduler.decide(request(1), among=[InstanceId("a")])).plan
     assert slow.terms.prefill == pytest.approx(2 * 1.024, rel=0.01)

@@ -20,7 +20,8 @@ from memserve.api.errors import invalid, unavailable
 from memserve.api.peer_client import DECODE_ERRORS, PeerClient
 from memserve.api.status import JoinRequest
 from memserve.cluster.control import change_member
-from memserve.cluster.membership import DegradedPair, Membership, view_of
+from memserve.cluster.member import DegradedPair, view_of
+from memserve.cluster.membership import Membership
 from memserve.errors import ClusterError
 from memserve.gateway.siblings import Siblings
 from memserve.types import InstanceId
@@ -60,6 +61,9 @@ def cluster_routes(
                     f"{holder.address}.",
                     "instance_replaced",
                 )
+            known = membership.at(asked.address)
+            if asked.repeated and known is not None and membership.is_well(known, asked.epoch):
+                return _json(view_of(known))
         try:
             member = membership.join(asked.address, lasting=False)
         except ClusterError as error:

@@ -39,7 +39,9 @@ class Registration:
         """`gateways` are URLs; `address` is the instance's own."""
         self._peers = peers
         self._urls = [f"{url.rstrip('/')}/cluster/members" for url in gateways]
-        self._join = msgspec.json.encode(JoinRequest(address, instance, epoch))
+        join = JoinRequest(address, instance, epoch)
+        self._join = msgspec.json.encode(join)
+        self._again = msgspec.json.encode(msgspec.structs.replace(join, repeated=True))
         self._leave = msgspec.json.encode(LeaveRequest(address, epoch))
         self._news = [asyncio.Event() for _ in gateways]
 
@@ -70,14 +72,16 @@ class Registration:
     async def _keep_joined(self, url: str, news: asyncio.Event) -> None:
         refused = ""
         unheard = 0  # tries in a row
+        accepted = False  # the last one, without news since
         while True:
+            body = self._again if accepted and not news.is_set() else self._join
             news.clear()
             pause = JOIN_SECONDS
             said = ""
             try:
-                await self._peers.call("POST", url, bytes, self._join, seconds=JOIN_TIMEOUT)
+                await self._peers.call("POST", url, bytes, body, seconds=JOIN_TIMEOUT)
             except PeerError as error:
-                said = str(error)
+                said, accepted = str(error), False
                 if error.status is None:
                     unheard += 1
                     if unheard % UNHEARD_TRIES == 0:
@@ -89,7 +93,7 @@ class Registration:
                     pause = RETRY_SECONDS
                     log.warning("%s refuses this instance: %s", url, said)
             else:
-                unheard = 0
+                unheard, accepted = 0, True
             refused = said
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
