@@ -4,9 +4,9 @@ Requests are signed and answered as by instances, events are on CURVE sockets; n
 All members share one PUB socket, on which each has its topic: a gateway connects to it once for
 each member, as it does to sockets of their own.
 
-`python -m evaluation.scale.members MEMBERS`, as JSON, prints the URLs as one line of JSON. Each
-line of standard input is then one `Task`, answered by a line with a `Done`; its end ends the
-process.
+`python -m evaluation.scale.members MEMBERS`, as JSON, prints the number of members, as one line.
+Each line of standard input is then one `Task`; one with batches is answered by a line with a
+`Done`. The end of standard input ends the process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import msgspec
 import uvloop
 import zmq
 
-from evaluation.scale.blocks import BLOCK_TOKENS, VOCABULARY, Blocks
+from evaluation.scale.blocks import BLOCK_TOKENS, PROMPT_BLOCKS, VOCABULARY, Blocks
 from memserve.api.audience import Audience
 from memserve.api.handoff import PREFILL_PATH
 from memserve.api.histogram import Histogram
@@ -40,9 +40,10 @@ from memserve.api.kv_events import (
     KVSnapshot,
     topic_of,
 )
+from memserve.api.peer_client import PeerClient
 from memserve.api.request_stats import RequestStats
 from memserve.api.serving import allow_files, bind, url_of
-from memserve.api.signatures import Verifier
+from memserve.api.signatures import Signer, Verifier
 from memserve.api.status import (
     REPORT_PATH,
     EngineTotals,
@@ -56,6 +57,7 @@ from memserve.api.status import (
 )
 from memserve.bench.gateway_process import MODEL, Backend
 from memserve.gateway.instance_costs import PROFILE_PATH
+from memserve.instance.join import Registration
 from memserve.pool.epochs import new_epoch
 from memserve.scheduler.hardware import cost_model
 from memserve.scheduler.profiles import Hardware, Subject, encode_profile, make_profile
@@ -68,6 +70,7 @@ _CALL_BYTES = 64 * 1024
 _HIGH_WATER = 100_000  # batches queued for a gateway, as it accepts itself
 _KV = "0" * 64  # all members' fingerprint
 _FILES = 40_000
+_JOIN_SECONDS = 2.0  # in which all members join: the interval in which they repeat it
 Event = BlockStored | BlockRemoved | AllBlocksCleared
 _encode = msgspec.json.Encoder().encode
 _pack = msgspec.msgpack.Encoder().encode
@@ -82,18 +85,20 @@ class Members(msgspec.Struct, frozen=True):
 
 
 class Task(msgspec.Struct, frozen=True):
-    """Batches to publish: one prompt each, of the members in turn."""
+    """A gateway to join, as instances do, or batches to publish: each has one prompt of one of the
+    members in turn, and what that takes the place of."""
 
-    batches: int
-    seconds: float  # over which they are spread evenly
+    join: str | None = None
+    batches: int = 0
+    seconds: float = 0.0  # over which the batches are spread evenly
 
 
 class Done(msgspec.Struct, frozen=True):
-    """What was published, in how many seconds, and how much CPU time the process has used."""
+    """What was published."""
 
     batches: int
     blocks: int  # stored; as many were removed
-    seconds: float
+    seconds: float  # that it took
 
 
 class _Proof(msgspec.Struct):
@@ -129,6 +134,7 @@ class Member:
         limits = Limits(VOCABULARY, 8192, 1 << 20, 8192, BLOCK_TOKENS, "bfloat16", "cuda", 1)
         identity = self.id, self.epoch, role, InstanceState.READY, os.getpid(), MODEL
         stats = _stats(members.held_blocks)
+        self._stats = _encode(stats)  # for gateways of earlier versions
         self._report = _encode(
             InstanceReport(*identity, limits, kv_events, pool=True, kv=_KV, stats=stats)
         )
@@ -137,6 +143,8 @@ class Member:
     def describe(self, url: bytes, body: bytes) -> bytes | None:
         if url in (b"/info", REPORT_PATH.encode()):
             return self._report
+        if url == b"/stats":
+            return self._stats
         if url == PROFILE_PATH.encode():
             return _PROFILE
         if url == SNAPSHOT_PATH.encode():
@@ -219,7 +227,7 @@ class Publisher(threading.Thread):
                 self._beat()
             self._send(self.members[number % len(self.members)], None)
         seconds = time.monotonic() - started
-        blocks = sum(16 for _ in range(task.batches))
+        blocks = PROMPT_BLOCKS * task.batches
         print(_encode(Done(task.batches, blocks, seconds)).decode(), flush=True)
 
     def _beat(self) -> None:
@@ -263,6 +271,7 @@ async def _serve(members: Members) -> None:
     audience = Audience()
     verifier = Verifier(cluster_secret(), audience)
     known, urls, servers = [], [], []
+    joining: list[asyncio.Task[None]] = []
     for number in range(members.count):
         member = Member(number, members, publisher.endpoints)
         sock = bind("127.0.0.1", 0)
@@ -273,9 +282,20 @@ async def _serve(members: Members) -> None:
         urls.append(url_of(sock))
     publisher.members = known
     publisher.start()
-    print(_encode(urls).decode(), flush=True)
-    while line := await asyncio.to_thread(sys.stdin.readline):
-        publisher.publish(msgspec.json.decode(line, type=Task))
+    print(len(urls), flush=True)
+    async with PeerClient(Signer(cluster_secret())) as peers:
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            task = msgspec.json.decode(line, type=Task)
+            if task.join is None:
+                publisher.publish(task)
+                continue
+            for member, url in zip(known, urls, strict=True):
+                each = Registration(peers, (task.join,), url, member.id, member.epoch)
+                joining.append(loop.create_task(each.run()))
+                # Not all in one moment: no cluster starts like that.
+                await asyncio.sleep(_JOIN_SECONDS / len(known))
+        for task_ in joining:
+            task_.cancel()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
+from http import HTTPStatus
 
 import msgspec
 
@@ -72,15 +73,21 @@ class Registration:
     async def _keep_joined(self, url: str, news: asyncio.Event) -> None:
         refused = ""
         unheard = 0  # tries in a row
-        accepted = False  # the last one, without news since
+        accepted = False  # the last one
+        repeats = True  # the gateway knows `repeated`: one of an earlier version does not
         while True:
-            body = self._again if accepted and not news.is_set() else self._join
+            again = repeats and accepted and not news.is_set()
             news.clear()
             pause = JOIN_SECONDS
             said = ""
             try:
-                await self._peers.call("POST", url, bytes, body, seconds=JOIN_TIMEOUT)
+                await self._peers.call(
+                    "POST", url, bytes, self._again if again else self._join, seconds=JOIN_TIMEOUT
+                )
             except PeerError as error:
+                if again and error.status == HTTPStatus.BAD_REQUEST:
+                    repeats = False
+                    continue
                 said, accepted = str(error), False
                 if error.status is None:
                     unheard += 1
