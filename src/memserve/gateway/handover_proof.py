@@ -47,6 +47,9 @@ from memserve.vital import Vitals
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0  # between looks at the members: the interval of their polls
+# Between looks while no member has joined, left or changed its state or role: by then another one's
+# limits or fingerprint are known, too.
+FOLLOW_SECONDS = 10.0
 # Seconds until a pair that does not work is tried again; doubled each time, up to MAX_PAUSE.
 FIRST_PAUSE = 10.0
 MAX_PAUSE = 300.0
@@ -183,7 +186,7 @@ class HandoverProof:
         while True:
             now = self._clock.now()
             # Not before each proof: a cluster that starts has as many of them as members.
-            if self._membership.epoch != self._followed or now - self._looked >= LOOK_SECONDS:
+            if self._membership.epoch != self._followed or now - self._looked >= FOLLOW_SECONDS:
                 self.follow()
             pair = self._next()
             if pair is None:
