@@ -18,7 +18,6 @@ from memserve.models.resolve import Progress
 from memserve.scheduler.hardware import cost_model
 
 _SMALLER = (64, 256)  # clusters that are measured, too
-_KNOWN_PROMPTS = 5000
 
 
 class ScaleConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +28,7 @@ class ScaleConfig(msgspec.Struct, frozen=True, kw_only=True):
     seconds: Annotated[float, Meta(gt=0), doc("of each measurement")] = 5.0
     batches: Annotated[Positive, doc("of KV events per second, of all members")] = 500
     decisions: Annotated[Positive, doc("timed, on each layout")] = 500
+    prompts: Annotated[Positive, doc("known to the prompt trees in these")] = 5000
     ready_seconds: Annotated[
         float, Meta(gt=0), doc("until a gateway that does not come up is given up")
     ] = 120.0
@@ -69,7 +69,7 @@ def _decisions(config: ScaleConfig, sizes: list[int], progress: Progress) -> lis
     timings = []
     for size in sizes:
         progress(f"decisions among {size} instances")
-        work = SchedulerWorkload(instances=size, prompts=_KNOWN_PROMPTS, decisions=config.decisions)
+        work = SchedulerWorkload(instances=size, prompts=config.prompts, decisions=config.decisions)
         timings.append(time_policy(work, "colocated", "prompt-tree", costs))
         timings.append(time_policy(work, "prefill + decode", "prompt-tree", costs))
     return timings
