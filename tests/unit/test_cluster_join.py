@@ -49,7 +49,9 @@ class Gateway:
 
 @asynccontextmanager
 async def registered(gateway: Gateway) -> AsyncIterator[Registration]:
-    one = Registration(cast(PeerClient, gateway), ["http://gateway"], A, InstanceId("p0"), Epoch(1))
+    one = Registration(
+        cast(PeerClient, gateway), ["http://127.0.0.1:9"], A, InstanceId("p0"), Epoch(1)
+    )
     running = asyncio.ensure_future(one.run())
     try:
         yield one

@@ -78,10 +78,10 @@ class Membership:
         alive = [m for m in named if m.state is not InstanceState.DEAD]
         return next(iter(alive or named), None)
 
-    def is_well(self, member: Member, epoch: Epoch) -> bool:
+    def is_well(self, member: Member, epoch: Epoch | None) -> bool:
         """Return whether a member is in this life, and has answered the last poll."""
-        alive = member.epoch == epoch and member.state is not InstanceState.DEAD
-        return alive and not member.misses and member.conflict is None
+        alive = member.state is not InstanceState.DEAD and member.epoch is not None
+        return alive and member.epoch == epoch and not member.misses and member.conflict is None
 
     def at(self, address: str) -> Member | None:
         """Return the member at this address, or None."""

@@ -63,8 +63,8 @@ class CandidateSet:
         # Where the column of a candidate is: of an instance alone; of an instance's first pair,
         # and behind that the pairs with its pool's decode instances in order.
         self._alone = {slot: at for at, slot in enumerate(alone)}
-        firsts = len(alone) + np.cumsum([0, *counts])
-        self._firsts = dict(zip(self.prefill, firsts.tolist(), strict=False))
+        firsts: list[int] = (len(alone) + np.cumsum([0, *counts[:-1]])).tolist()
+        self._firsts = dict(zip(self.prefill, firsts, strict=False))
         self._turns = {
             slot: (pool, at)
             for pool, slots in partners.items()
