@@ -54,9 +54,7 @@ def main() -> None:
         with a.entered():
             operator = Operator(cluster, gateway)
             operator.until_ready("p", "d")
-            print(
-                "| prompt tokens | KV, MB | hand-over, s | of the link | on the link, MB | request, s |"
-            )
+            print("| tokens | KV, MB | hand-over, s | of the link | link, MB | request, s |")
             print("| --- | --- | --- | --- | --- | --- |")
             for tokens in PROMPTS:
                 print(measure(operator, tokens), flush=True)
