@@ -3,7 +3,6 @@ held beyond the limit."""
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -17,6 +16,8 @@ from memserve.api.errors import ApiError, body_too_large, invalid
 PIECE_BYTES: Final = 64 * 1024
 # Memory of a zstd frame's window; RFC 9659 has HTTP's senders keep to it.
 _MAX_WINDOW_BYTES: Final = 8 * 1024 * 1024
+# Bytes of a zstd body at a time: each four of them may become 128 KiB.
+_ZSTD_BYTES: Final = 64
 _GZIP_BITS: Final = 31  # zlib's: the largest window, and gzip's header
 _ZLIB_METHOD: Final = 8  # deflate, in the lower half of zlib's first byte
 
@@ -97,9 +98,17 @@ def _has_zlib_header(body: bytes) -> bool:
 
 def _zstd(body: bytes) -> Iterator[bytes]:
     window = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
-    with window.stream_reader(io.BytesIO(body), read_across_frames=True) as reader:
-        while piece := reader.read(PIECE_BYTES):
-            yield piece
+    frame = window.decompressobj()  # unlike a reader, it knows whether a frame has ended
+    ended = False
+    for begin in range(0, len(body), _ZSTD_BYTES):
+        data = body[begin : begin + _ZSTD_BYTES]
+        while data:
+            if ended:
+                frame = window.decompressobj()
+            yield frame.decompress(data)
+            ended, data = frame.eof, frame.unused_data
+    if not ended:
+        raise _damaged("it is cut off")
 
 
 def _damaged(why: str) -> ApiError:
