@@ -28,7 +28,8 @@ from memserve.api.generate import GenerateCall
 from memserve.api.http_message import Reply, Request
 from memserve.api.http_server import Handler
 from memserve.api.limits import LARGE_BODY_BYTES, MAX_CONVERSATION_BYTES, MAX_NAME_CHARACTERS
-from memserve.api.openai import NotUnderstood, unsupported
+from memserve.api.neutral import unsupported
+from memserve.api.openai import NotUnderstood
 from memserve.api.status import Limits, MemberKind
 from memserve.cluster.membership import Membership
 from memserve.gateway.access import Access
@@ -309,10 +310,7 @@ def _translated(
     """Return the body of a request's chat, which also has the items `before`, and the items of
     both, to keep; none without a `stem` for their ids."""
     items = read_input(asked)
-    try:
-        chat = chat_body(asked, (*decode_items(before), *items))
-    except RecursionError as error:
-        raise invalid("The request is nested too deeply.", code="invalid_json") from error
+    chat = chat_body(asked, (*decode_items(before), *items))
     return chat, () if stem is None else before + kept_items(items, stem)
 
 

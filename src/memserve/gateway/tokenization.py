@@ -8,9 +8,10 @@ from typing import Annotated, Final, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from memserve.api.errors import invalid, not_json
-from memserve.api.limits import COUNTED_BODY_BYTES, LARGE_BODY_BYTES, MAX_NAME_CHARACTERS
-from memserve.api.openai import not_understood, unsupported
+from memserve.api.errors import invalid
+from memserve.api.json_body import decode_json
+from memserve.api.limits import LARGE_BODY_BYTES, MAX_NAME_CHARACTERS
+from memserve.api.neutral import unsupported
 from memserve.api.status import Limits
 from memserve.gateway.body_scan import check_body
 from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder
@@ -167,11 +168,5 @@ def _read_tokenize(body: bytes) -> tuple[TokenizeRequest, dict[str, msgspec.Raw]
 
 
 def _decoded(decode: Callable[[bytes], T], body: bytes) -> T:
-    if len(body) > COUNTED_BODY_BYTES:
-        check_body(body)
-    try:
-        return decode(body)
-    except msgspec.ValidationError as error:
-        raise not_understood(error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise not_json(error) from error
+    check_body(body)
+    return decode_json(decode, body)
