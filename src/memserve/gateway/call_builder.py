@@ -45,6 +45,8 @@ from memserve.types import TokenArray
 
 # Tokenised on the event loop in about 1 ms; longer texts go to a thread.
 INLINE_CHARACTERS = 4096
+# A prompt that is only counted may be longer than the context: clients ask by how much it is.
+COUNTED_CONTEXTS = 4
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 _WORD_CHARACTERS = 16  # a text of its own, however short, takes as long as this many characters
 

@@ -14,14 +14,12 @@ from memserve.api.limits import LARGE_BODY_BYTES, MAX_NAME_CHARACTERS
 from memserve.api.neutral import unsupported
 from memserve.api.status import Limits
 from memserve.gateway.body_scan import check_body
-from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder
+from memserve.gateway.call_builder import COUNTED_CONTEXTS, INLINE_CHARACTERS, CallBuilder
 from memserve.gateway.prompts import read_prompts
 from memserve.gateway.token_parser import plain_token_ids
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import TokenArray
 
-# A text may be longer than the context: clients ask by how much it is too long.
-_CONTEXTS: Final = 4
 # Bytes of a text for each token of these contexts. A byte may become a token of its own.
 _TEXT_BYTES: Final = 4
 _Name = Annotated[str, Meta(max_length=MAX_NAME_CHARACTERS)]
@@ -38,6 +36,7 @@ _CHAT_FIELDS: Final = frozenset(
         "chat_template",
         "chat_template_kwargs",
         "continue_final_message",
+        "documents",
         "media_io_kwargs",
         "messages",
         "mm_processor_kwargs",
@@ -95,7 +94,7 @@ class Tokenization:
         """Return the tokens of a prompt or a chat, as JSON. Raises ApiError."""
         asked, members = await self._read(body, _read_tokenize)
         self._calls.check_model(asked.model)
-        room = msgspec.structs.replace(limits, max_tokens=limits.max_tokens * _CONTEXTS)
+        room = msgspec.structs.replace(limits, max_tokens=limits.max_tokens * COUNTED_CONTEXTS)
         if asked.messages is not UNSET:
             chat = {name: members[name] for name in members if name in _CHAT_FIELDS}
             rest = members.keys() - _CHAT_FIELDS - {"return_token_strs", "prompt"}
@@ -152,7 +151,7 @@ class Tokenization:
         if ids is None and bytes(asked.tokens).strip() != b"[]":
             raise invalid("'tokens' is a list of token ids.", "tokens")
         count = 0 if ids is None else len(ids)
-        if count > (most := limits.max_tokens * _CONTEXTS):
+        if count > (most := limits.max_tokens * COUNTED_CONTEXTS):
             raise invalid(f"'tokens' has {count} ids, and at most {most} may be.", "tokens")
         if ids is not None and (highest := int(ids.max())) >= limits.vocab_size:
             raise invalid(
