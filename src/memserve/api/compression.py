@@ -3,6 +3,7 @@ held beyond the limit."""
 
 from __future__ import annotations
 
+import io
 import zlib
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -16,10 +17,12 @@ from memserve.api.errors import ApiError, body_too_large, invalid
 PIECE_BYTES: Final = 64 * 1024
 # Memory of a zstd frame's window; RFC 9659 has HTTP's senders keep to it.
 _MAX_WINDOW_BYTES: Final = 8 * 1024 * 1024
-# Bytes of a zstd body at a time: each four of them may become 128 KiB.
-_ZSTD_BYTES: Final = 64
 _GZIP_BITS: Final = 31  # zlib's: the largest window, and gzip's header
 _ZLIB_METHOD: Final = 8  # deflate, in the lower half of zlib's first byte
+# A frame, and what it holds. Its bytes end with a checksum: where they are taken for the text of a
+# block that was cut off, the text does not end with what the frame holds.
+_LAST: Final = b"\0memserve"
+_LAST_FRAME: Final = zstandard.ZstdCompressor(write_checksum=True).compress(_LAST)
 
 
 class Decompression:
@@ -97,17 +100,18 @@ def _has_zlib_header(body: bytes) -> bool:
 
 
 def _zstd(body: bytes) -> Iterator[bytes]:
+    """Yield the pieces of zstd frames. A reader of the library does not say whether the last frame
+    has ended: one more behind it, which then comes last, tells."""
+    if not body:
+        raise _damaged("it is empty")
     window = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
-    frame = window.decompressobj()  # unlike a reader, it knows whether a frame has ended
-    ended = False
-    for begin in range(0, len(body), _ZSTD_BYTES):
-        data = body[begin : begin + _ZSTD_BYTES]
-        while data:
-            if ended:
-                frame = window.decompressobj()
-            yield frame.decompress(data)
-            ended, data = frame.eof, frame.unused_data
-    if not ended:
+    held = b""
+    with window.stream_reader(io.BytesIO(body + _LAST_FRAME), read_across_frames=True) as reader:
+        while piece := reader.read(PIECE_BYTES):
+            held += piece
+            yield held[: -len(_LAST)]
+            held = held[-len(_LAST) :]
+    if held != _LAST:
         raise _damaged("it is cut off")
 
 
