@@ -237,6 +237,27 @@ def test_a_pattern_that_takes_too_long_makes_the_rest_content() -> None:
     assert read(template, list(text)) == Delta(text)
 
 
+def test_values_that_take_long_use_up_the_same_budget() -> None:
+    pattern = f"(?P<key>{BACKTRACKING})(?P<value>x)"
+    template = _calls(close="</c>", content="xml-inline", content_args={"tag_pattern": pattern})
+    text = ("<c>" + "a" * 300 + "</c>") * 200
+    begun = time.thread_time()
+    assert read(template, [text]) == Delta(text)
+    assert time.thread_time() - begun < 2
+
+
+def _calls(**more: Any) -> dict[str, Any]:
+    field = {"open": "<c>", **more} if "open_pattern" not in more else more
+    return {"fields": {"tool_calls": field, "content": {}}, "start_anchor": "x"}
+
+
+def _deep_parsers(depth: int) -> dict[str, Any]:
+    args: dict[str, Any] = {}
+    for _ in range(depth):
+        args = {"value_parser": {"name": "kv-lines", "args": args}}
+    return _calls(content="kv-lines", content_args=args)
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
@@ -252,6 +273,13 @@ def test_a_pattern_that_takes_too_long_makes_the_rest_content() -> None:
         ({"fields": {"content": {"content": "yaml"}}, "start_anchor": "x"}, "yaml"),
         ({"fields": {"content": {}}, "start_anchor": "x", "version": 2}, "version"),
         ({"fields": {"content": {"open_pattern": "a" * 2001}}, "start_anchor": "x"}, "2000"),
+        (_calls(open_pattern="(?:(?:a{1000}){1000}){1000}"), "repeats too often"),
+        (_calls(open_pattern="a{1,100000000}"), "repeats too often"),
+        (_calls(content="xml-inline"), "tag_pattern"),
+        (_calls(content="xml-inline", content_args={"tag_pattern": "(?P<key>a)"}), "tag_pattern"),
+        (_calls(content="json", content_args={"string_delims": [["", ""]]}), "length >= 1"),
+        (_calls(content="kv-lines", content_args={"line_sep": ""}), "length >= 1"),
+        (_deep_parsers(3000), "recursion"),
     ],
 )
 def test_a_template_that_is_none_is_refused_with_the_reason(source: object, said: str) -> None:

@@ -7,8 +7,8 @@ untrusted: their patterns run with a budget (`api/answer/template_parser.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Annotated, Any, Final, Literal
 
@@ -20,11 +20,40 @@ from memserve.errors import ModelError
 
 MAX_FIELDS = 64
 MAX_PATTERN = 2000  # characters; those of models have a hundred
+# Of a pattern's counts, multiplied: a tenth of a second to compile, if they stand in each other.
+MAX_REPETITIONS = 100_000
+_COUNTS: Final = re.compile(r"\{([0-9]*),?([0-9]*)\}")
 _MAX_LITERALS = 64
 
 Content = Literal["text", "int", "float", "bool", "json", "xml-inline", "kv-lines"]
 _Pattern = Annotated[str, Meta(min_length=1, max_length=MAX_PATTERN)]
 _Literals = _Pattern | Annotated[tuple[_Pattern, ...], Meta(min_length=1, max_length=_MAX_LITERALS)]
+
+
+class ContentArgs(msgspec.Struct, frozen=True):
+    """What the parser of a region's content is told."""
+
+    strip: bool = True  # white space around texts
+    # of `json`
+    unquoted_keys: bool = False
+    string_delims: Annotated[tuple[tuple[_Pattern, _Pattern], ...], Meta(max_length=8)] = ()
+    allow_non_json: bool = False
+    # of `xml-inline`; with groups `key` and `value`
+    tag_pattern: _Pattern | None = None
+    # of `kv-lines`
+    line_sep: _Pattern = "\n"
+    kv_sep: _Pattern = ":"
+    # of both
+    value_parser: ValueParser | None = None
+    merge_duplicates: bool = False
+
+
+PLAIN: Final = ContentArgs()
+
+
+class ValueParser(msgspec.Struct, frozen=True):
+    name: Content = "text"
+    args: ContentArgs = PLAIN
 
 
 class FieldSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,7 +64,7 @@ class FieldSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     close: _Literals | None = None
     close_pattern: _Pattern | None = None
     content: Content = "text"
-    content_args: dict[str, Any] = {}
+    content_args: ContentArgs = PLAIN
     repeats: bool = False
     join: str | None = None
     optional: bool = True
@@ -91,7 +120,7 @@ class Region:
     opening: Delimiter | None = None
     closing: Delimiter | None = None
     content: Content = "text"
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the content's parser
+    arguments: ContentArgs = PLAIN
     join: str | None = None
     transform: Any = None
     transform_each: bool = False
@@ -99,14 +128,9 @@ class Region:
     must_close: bool = False
 
     @property
-    def strips(self) -> bool:
-        """Whether white space around the text is left out."""
-        return self.arguments.get("strip", True) is not False
-
-    @property
     def streamed_call(self) -> bool:
         """Whether the text is a call's arguments, in JSON, and its opening has the name."""
-        if self.content != "json" or self.arguments or self.transform_each:
+        if self.content != "json" or self.arguments != PLAIN or self.transform_each:
             return False
         called = self.transform.get("function") if isinstance(self.transform, dict) else None
         return STREAMED_CALL in (called, self.transform)
@@ -147,7 +171,7 @@ def response_template(source: object) -> ResponseTemplate:
     """Return the template in `source`, decoded JSON. Raises ModelError that says what is wrong."""
     try:
         spec = msgspec.convert(source, TemplateSpec)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, RecursionError) as error:
         raise ModelError(f"response_template: {error}") from error
     anchor = _delimiter("start_anchor", spec.start_anchor, spec.start_anchor_pattern)
     if anchor is None:
@@ -163,6 +187,7 @@ def _region(name: str, spec: FieldSpec) -> Region:
         raise ModelError(f"response_template: '{name}' has 'join' without 'repeats'")
     if spec.transform_each and spec.transform is None:
         raise ModelError(f"response_template: '{name}' has 'transform_each' without 'transform'")
+    _check_content(name, spec.content, spec.content_args)
     return Region(
         part=_PARTS.get(name, Part.NOTHING),
         opening=_delimiter(name, spec.open, spec.open_pattern),
@@ -175,6 +200,18 @@ def _region(name: str, spec: FieldSpec) -> Region:
     )
 
 
+def _check_content(name: str, content: Content, args: ContentArgs) -> None:
+    """Raise ModelError for a content without what its parser needs."""
+    if content == "xml-inline":
+        groups = {} if args.tag_pattern is None else _bounded(args.tag_pattern).groupindex
+        if not {"key", "value"} <= set(groups):
+            raise ModelError(
+                f"response_template: '{name}' needs a 'tag_pattern' with groups 'key' and 'value'"
+            )
+    if args.value_parser is not None:
+        _check_content(name, args.value_parser.name, args.value_parser.args)
+
+
 def _delimiter(
     name: str, literals: str | tuple[str, ...] | None, pattern: str | None
 ) -> Delimiter | None:
@@ -182,7 +219,7 @@ def _delimiter(
         raise ModelError(f"response_template: '{name}' has a literal and a pattern")
     if literals is not None:
         return literal(*((literals,) if isinstance(literals, str) else literals))
-    return None if pattern is None else matching(pattern)
+    return None if pattern is None else Delimiter(_bounded(pattern))
 
 
 def literal(*texts: str) -> Delimiter:
@@ -195,6 +232,17 @@ def literal(*texts: str) -> Delimiter:
 def matching(pattern: str) -> Delimiter:
     """Return the delimiter of a regular expression. Raises ModelError for one that is none."""
     return Delimiter(_compiled(pattern))
+
+
+def _bounded(pattern: str) -> Any:
+    """Compile a model's pattern. Raises ModelError for one that is none, or that is written out to
+    too many repetitions, which would take minutes and gigabytes."""
+    repetitions = 1
+    for counts in _COUNTS.findall(pattern):
+        repetitions *= max([1, *(int(count[:9]) for count in counts if count)])
+        if repetitions > MAX_REPETITIONS:
+            raise ModelError(f"response_template: the pattern {pattern!r} repeats too often")
+    return _compiled(pattern)
 
 
 def _compiled(pattern: str) -> Any:
@@ -211,7 +259,7 @@ def _source(spec: TemplateSpec) -> str:
         for literals in (each.open, each.close):
             texts += (literals,) if isinstance(literals, str) else literals or ()
         texts += [p.replace("\\", "") for p in (each.open_pattern, each.close_pattern) if p]
-        texts += _strings(each.content_args)
+        texts += _strings(msgspec.to_builtins(each.content_args))
     return "\n".join(texts)
 
 
@@ -225,6 +273,6 @@ def _strings(value: object) -> list[str]:
             found.append(each.replace("\\", ""))
         elif isinstance(each, dict):
             left += each.values()
-        elif isinstance(each, list):
+        elif isinstance(each, list | tuple):
             left += each
     return found

@@ -12,6 +12,7 @@ from memserve.api.answer.format import ToolFormat
 from memserve.api.limits import MAX_FUNCTION_NAME
 from memserve.models.response_template import (
     STREAMED_CALL,
+    ContentArgs,
     Delimiter,
     Part,
     Region,
@@ -21,7 +22,7 @@ from memserve.models.response_template import (
 )
 
 _NAME: Final = rf"(?P<name>[^\s<>]{{1,{MAX_FUNCTION_NAME}}})"
-_LETTERS: Final = {"strip": False}
+_LETTERS: Final = ContentArgs(strip=False)
 
 
 def _content(*regions: Region, anchor: str = "") -> ResponseTemplate:
@@ -81,10 +82,10 @@ TEMPLATES: Final = {
             matching(rf"<tool_call>\s{{0,4}}{_NAME}"),
             literal("</tool_call>"),
             content="xml-inline",
-            arguments={
-                "tag_pattern": "<arg_key>(?P<key>[^<]*)</arg_key>"
+            arguments=ContentArgs(
+                tag_pattern="<arg_key>(?P<key>[^<]*)</arg_key>"
                 r"\s{0,4}<arg_value>(?P<value>.*?)</arg_value>"
-            },
+            ),
             transform={"name": "{name}", "arguments": "{content}"},
             must_close=True,
         )

@@ -16,7 +16,7 @@ from memserve.api.answer.delta import Collector
 from memserve.api.answer.format import Function
 from memserve.api.answer.json_call import JsonValue, blank_end
 from memserve.api.answer.template_value import calls_in
-from memserve.models.response_template import Delimiter, Part, Region, ResponseTemplate
+from memserve.models.response_template import ContentArgs, Delimiter, Part, Region, ResponseTemplate
 
 # Seconds of the processor that patterns may take for one answer, and more with each piece of it:
 # those of models take 10 us for a piece.
@@ -27,7 +27,7 @@ MAX_WHOLE: Final = 4 * 2**20
 # Characters behind which read text is dropped, and what stays of it for patterns that look behind.
 _DROP_AFTER, _LOOK_BEHIND = 8192, 256
 _LEAST: Final = 1e-4  # seconds: no time at all would be no limit
-_LETTERS: Final = Region(Part.CONTENT, arguments={"strip": False})
+_LETTERS: Final = Region(Part.CONTENT, arguments=ContentArgs(strip=False))
 
 
 class _TooLong(Exception):
@@ -151,7 +151,7 @@ class TemplateParser:
         self._content.settle(keep=not self._strips_content() and not self._out.calls)
 
     def _strips_content(self) -> bool:
-        return self._implicit is None or self._implicit.strips
+        return self._implicit is None or self._implicit.arguments.strip
 
     # --- finding regions ------------------------------------------------------------------------
 
@@ -266,9 +266,9 @@ class TemplateParser:
         if not text or region is None:
             return
         if region.part is Part.CONTENT:
-            self._content.push(text, region.strips)
+            self._content.push(text, region.arguments.strip)
         elif region.part is Part.REASONING:
-            self._reasoning.push(text, region.strips)
+            self._reasoning.push(text, region.arguments.strip)
         elif self._arguments is not None:
             self._arguments.push(text)
         elif self._raw:
@@ -290,12 +290,13 @@ class TemplateParser:
         elif raw:
             self._end_whole(region, raw, closing, closed)
         elif region.part is Part.REASONING:
-            self._reasoning.settle(keep=not region.strips)
-        elif region.part is Part.CONTENT and closed and region.strips:
+            self._reasoning.settle(keep=not region.arguments.strip)
+        elif region.part is Part.CONTENT and closed and region.arguments.strip:
             self._content.settle()
 
     def _end_whole(self, region: Region, raw: list[str], closing: str, closed: bool) -> None:
         """Say the calls in a region's text, or else that text as content."""
+        begun = time.thread_time()
         try:
             if region.must_close and not closed:
                 raise ValueError("cut off")
@@ -304,6 +305,8 @@ class TemplateParser:
         except (ValueError, TimeoutError):
             self._content.push("".join(raw) + closing, strip=False)
             return
+        finally:
+            self._seconds -= time.thread_time() - begun
         for call in calls:
             self._begin(call.name)
             self._out.arguments(call.arguments)

@@ -16,7 +16,7 @@ import regex
 from memserve.api.answer.format import Function
 from memserve.api.answer.json_call import well_formed
 from memserve.api.answer.qwen3_coder import converted
-from memserve.models.response_template import Region
+from memserve.models.response_template import ContentArgs, Region
 
 _PLACEHOLDER: Final = re.compile(r"\{(\w+(?:\.\w+)*)\}")
 _OPEN, _CLOSE = "\x01", "\x02"  # around the number of a text that was taken out
@@ -73,7 +73,7 @@ def _call(value: object, functions: Mapping[str, Function], texts_only: bool) ->
         raise ValueError("no known function")
     arguments = called.get("arguments", called.get("parameters"))
     if isinstance(arguments, str):
-        arguments = _json(arguments, {}) if arguments.strip() else {}
+        arguments = _json(arguments, ContentArgs()) if arguments.strip() else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
@@ -121,7 +121,7 @@ def _transformed(transform: object, scope: Mapping[str, object]) -> object:
 # --- contents -----------------------------------------------------------------------------------
 
 
-def _parsed(text: str, content: str, arguments: Mapping[str, Any], seconds: float) -> Any:
+def _parsed(text: str, content: str, arguments: ContentArgs, seconds: float) -> Any:
     if content == "json":
         return _json(text, arguments)
     if content == "xml-inline":
@@ -139,19 +139,19 @@ _SCALARS: Final[dict[str, Callable[[str], object]]] = {
 }
 
 
-def _stripped(text: str, arguments: Mapping[str, Any]) -> str:
-    return text.strip() if arguments.get("strip", True) else text
+def _stripped(text: str, arguments: ContentArgs) -> str:
+    return text.strip() if arguments.strip else text
 
 
-def _json(text: str, arguments: Mapping[str, Any]) -> Any:
+def _json(text: str, arguments: ContentArgs) -> Any:
     working = text
     taken: list[str] = []
-    delimiters = arguments.get("string_delims") or ()
+    delimiters = arguments.string_delims
     if delimiters and (_OPEN in text or _CLOSE in text):
         raise ValueError("control characters in JSON")
     for begin, end in delimiters:
         working = _without_texts(working, begin, end, taken)
-    if arguments.get("unquoted_keys"):
+    if arguments.unquoted_keys:
         working = _KEY.sub(r'\1"\2":', working)
     if taken:
         working = re.sub(
@@ -160,7 +160,7 @@ def _json(text: str, arguments: Mapping[str, Any]) -> Any:
     try:
         return json.loads(working, parse_constant=_refuse)
     except _NOT_JSON as error:
-        if arguments.get("allow_non_json"):
+        if arguments.allow_non_json:
             return _stripped(text, arguments)
         raise ValueError(str(error)) from error
 
@@ -183,10 +183,10 @@ def _without_texts(text: str, begin: str, end: str, taken: list[str]) -> str:
     return "".join([*parts, text[at:]])
 
 
-def _tags(text: str, arguments: Mapping[str, Any], seconds: float) -> Iterator[tuple[str, str]]:
+def _tags(text: str, arguments: ContentArgs, seconds: float) -> Iterator[tuple[str, str]]:
     try:
         found = regex.finditer(
-            str(arguments["tag_pattern"]), text, flags=regex.DOTALL, timeout=seconds
+            arguments.tag_pattern or "", text, flags=regex.DOTALL, timeout=seconds
         )
         for match in found:
             yield match["key"], match["value"] or ""
@@ -194,26 +194,26 @@ def _tags(text: str, arguments: Mapping[str, Any], seconds: float) -> Iterator[t
         raise ValueError(f"tag_pattern: {error}") from error
 
 
-def _lines(text: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    between = str(arguments.get("kv_sep", ":"))
-    for line in text.split(str(arguments.get("line_sep", "\n"))):
+def _lines(text: str, arguments: ContentArgs) -> Iterator[tuple[str, str]]:
+    between = arguments.kv_sep
+    for line in text.split(arguments.line_sep):
         key, found, value = _stripped(line, arguments).partition(between)
         if found:
             yield _stripped(key, arguments), _stripped(value, arguments)
 
 
 def _merged(
-    pairs: Iterator[tuple[str, str]], arguments: Mapping[str, Any], seconds: float
+    pairs: Iterator[tuple[str, str]], arguments: ContentArgs, seconds: float
 ) -> dict[str, Any]:
     """Return the pairs as an object, with their values parsed as the arguments say."""
-    inner = arguments.get("value_parser")
-    merges = bool(arguments.get("merge_duplicates"))
+    inner = arguments.value_parser
+    merges = arguments.merge_duplicates
     found: dict[str, Any] = {}
     several: set[str] = set()
     for key, text in pairs:
         value: Any = text
-        if inner:
-            value = _parsed(text, inner.get("name", "text"), inner.get("args", {}), seconds)
+        if inner is not None:
+            value = _parsed(text, inner.name, inner.args, seconds)
         if merges and key in found:
             if key not in several:
                 found[key] = [found[key]]
