@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memserve.pool import storage
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from tests.pool_harness import LAYOUT
 
 BLOCK = LAYOUT.block_tokens
@@ -65,22 +65,22 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     made, host = Device(), storage.kernels_of(torch.device("cpu"))
     monkeypatch.setattr(storage, "kernels_of", lambda at: host if at.type == "cpu" else made)
     for name in ("insert", "free_mem"):
-        inner = getattr(MemPool, name)
+        inner = getattr(BlockPool, name)
 
         def behind(
-            pool: MemPool, *given: object, inner: Callable[..., object] = inner, **options: object
+            pool: BlockPool, *given: object, inner: Callable[..., object] = inner, **options: object
         ) -> object:
             assert not made.pending, "copies may still read or write these blocks"
             return inner(pool, *given, **options)
 
-        monkeypatch.setattr(MemPool, name, behind)
+        monkeypatch.setattr(BlockPool, name, behind)
     with made:
         yield made
 
 
 @pytest.fixture
-def pool(device: Device) -> Iterator[MemPool]:
-    with MemPool(LAYOUT, 8, 8, "p0", "meta") as made:
+def pool(device: Device) -> Iterator[BlockPool]:
+    with BlockPool(LAYOUT, 8, 8, "p0", "meta") as made:
         yield made
 
 
@@ -88,7 +88,7 @@ def kv(blocks: int) -> torch.Tensor:
     return torch.zeros(blocks, *LAYOUT.block_shape, dtype=LAYOUT.torch_dtype)
 
 
-def test_what_was_written_is_there_when_the_call_returns(device: Device, pool: MemPool) -> None:
+def test_what_was_written_is_there_when_the_call_returns(device: Device, pool: BlockPool) -> None:
     refs = pool.alloc_mem(3)
     before = device.queued
     pool.write(refs, kv(3))
@@ -97,7 +97,7 @@ def test_what_was_written_is_there_when_the_call_returns(device: Device, pool: M
     pool.insert(np.arange(3 * BLOCK), refs)
 
 
-def test_a_read_lets_go_of_its_blocks_when_it_has_read_them(device: Device, pool: MemPool) -> None:
+def test_a_read_lets_go_of_blocks_that_it_has_read(device: Device, pool: BlockPool) -> None:
     refs = pool.alloc_mem(2)
     pool.write(refs, kv(2))
     pool.insert(np.arange(2 * BLOCK), refs)
@@ -122,7 +122,7 @@ def test_a_read_lets_go_of_its_blocks_when_it_has_read_them(device: Device, pool
 
 
 def test_swapped_blocks_change_hands_when_their_bytes_are_there(
-    device: Device, pool: MemPool
+    device: Device, pool: BlockPool
 ) -> None:
     tokens = np.arange(4 * BLOCK)
     refs = pool.alloc_mem(4)
@@ -143,7 +143,7 @@ def test_swapped_blocks_change_hands_when_their_bytes_are_there(
     assert pool.stats().hbm.free < pool.stats().hbm.total
 
 
-def test_a_swap_on_a_lost_device_fails_and_moves_nothing(device: Device, pool: MemPool) -> None:
+def test_a_swap_on_a_lost_device_fails_and_moves_nothing(device: Device, pool: BlockPool) -> None:
     tokens = np.arange(2 * BLOCK)
     refs = pool.alloc_mem(2)
     pool.write(refs, kv(2))
