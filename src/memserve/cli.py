@@ -23,6 +23,7 @@ from memserve.cli_cluster import app as cluster_app
 from memserve.cli_doctor import doctor
 from memserve.cli_flags import takes_flags
 from memserve.cli_keys import app as keys_app
+from memserve.cli_planner import planner
 from memserve.cli_sim import sim
 from memserve.cli_watch import dashboard, top
 from memserve.cluster.line_printer import STDERR, STDOUT, LinePrinter
@@ -64,6 +65,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(profile)
 app.command()(sim)
 app.command()(doctor)
+app.command()(planner)
 app.command()(top)
 app.command()(dashboard)
 app.add_typer(cluster_app, name="cluster")

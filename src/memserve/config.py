@@ -214,6 +214,32 @@ class TracesConfig(_Section, frozen=True):
     ] = 10.0
 
 
+class PlannerConfig(_Section, frozen=True):
+    """The planner, which changes members' roles and number. The flags of these fields begin with
+    `--planner-`."""
+
+    enabled: Annotated[bool, doc("change roles, and with max_members members, by itself")] = False
+    ttft: Annotated[PositiveSeconds, doc("objective: seconds to a first token")] = 2.0
+    tpot: Annotated[PositiveSeconds, doc("objective: seconds for each later token")] = 0.1
+    percentile: Annotated[
+        Annotated[float, Meta(ge=1, le=99.9)] | None,
+        doc("of both that has to meet its objective, as 90; default: the mean"),
+    ] = None
+    interval: Annotated[
+        Annotated[float, Meta(ge=0.5, le=600)], doc("seconds between looks at the cluster")
+    ] = 5.0
+    dry_run: Annotated[bool, doc("decide and explain, and change nothing")] = False
+    min_prefill: Annotated[NonNegative, doc("prefill members, while there are decode members")] = 1
+    max_prefill: Annotated[Positive | None, doc("default: no limit")] = None
+    min_decode: Annotated[NonNegative, doc("decode members, while there are prefill members")] = 1
+    max_decode: Annotated[Positive | None, doc("default: no limit")] = None
+    colocated: Annotated[bool, doc("may make all members colocated, and split them again")] = True
+    min_members: Annotated[Positive, doc("below which no member is ended")] = 1
+    max_members: Annotated[
+        Positive | None, doc("up to which members are started; default: none is started or ended")
+    ] = None
+
+
 class ClusterConfig(_Section, frozen=True):
     """A whole cluster on one machine."""
 
@@ -223,6 +249,7 @@ class ClusterConfig(_Section, frozen=True):
     cache: CacheConfig = CacheConfig()
     log: LogConfig = LogConfig()
     traces: TracesConfig = TracesConfig()
+    planner: PlannerConfig = PlannerConfig()
     instance: tuple[InstanceConfig, ...] = (InstanceConfig(),)
 
 

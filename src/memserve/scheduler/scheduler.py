@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from hashlib import blake2b
 
 from memserve.clock import Clock
+from memserve.scheduler.arrivals import Arrivals
 from memserve.scheduler.candidates import Candidates, CandidateSet, whole_prefill_seconds
 from memserve.scheduler.compiled import prepare
 from memserve.scheduler.contract import InstanceSpec, Plan, PrefixMatches, PromptRequest
@@ -74,6 +75,7 @@ class Scheduler:
         self.load = Load(seed)
         self.output_length = OutputLength()
         self.decisions = DecisionLog()
+        self.arrivals = Arrivals()
         self._turn = 0
         self._sessions: OrderedDict[bytes, Placement] = OrderedDict()  # by `_session_key`
         self._candidates: dict[frozenset[InstanceId] | None, Candidates] = {}
@@ -129,6 +131,7 @@ class Scheduler:
         ranking = Ranking.of(candidates, choice.scores, choice.candidate)
         plan = ranking.plan(0)
         self._reserve(request, output_tokens, plan, now)
+        self.arrivals.add(now, plan.prompt_tokens, plan.cached_tokens + plan.fetched_tokens)
         decision = Decision(
             request=request.id,
             policy=self.policy,
