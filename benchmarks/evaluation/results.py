@@ -12,6 +12,8 @@ from rich.console import RenderableType
 
 from evaluation.paper.tables import PaperResult, paper_tables
 from evaluation.peers.report import PeersResult, peers_tables
+from evaluation.planner.page import planner_tables
+from evaluation.planner.run import PlannerEvalResult
 from evaluation.prefill import PrefillBenchReport, prefill_bench_table
 from evaluation.soak.page import soak_tables
 from evaluation.soak.run import SoakResult
@@ -93,6 +95,7 @@ _READERS: dict[str, Callable[[msgspec.Raw], RenderableType]] = {
     "serve": _reader(ServeBenchResult, _serve_table),
     "caching": _reader(CachingBenchResult, caching_table),
     "policies": _reader(PoliciesBenchResult, policies_table),
+    "planner": _reader(PlannerEvalResult, planner_tables),
     "paper": _reader(PaperResult, paper_tables),
     "peers": _reader(PeersResult, peers_tables),
     "soak": _reader(SoakResult, soak_tables),

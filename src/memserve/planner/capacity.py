@@ -26,10 +26,13 @@ from memserve.planner.contract import Demand, Prediction, Split
 from memserve.planner.demand import Traffic
 from memserve.scheduler.contract import Costs, Seconds
 
-PREFILL_LIMIT = 0.9  # of a prefill member's time; beyond it decode members compute prompts, too
+# Of a prefill member's time that it spends on prompts, the most first. What is beyond that, decode
+# members compute.
+PREFILL_LIMITS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 # How fast requests miss their objectives as headroom shrinks: served / missed goes with this power
-# of it. At 8, the mean at its objective means half of the requests, and 1.5 times the load 4 %.
-STEEPNESS = 8.0
+# of it. At 5, if the mean is at its objective half of the requests are, and 12 % at 1.5 times the
+# load. Loads with few long prompts are less steep, those of many short ones steeper.
+STEEPNESS = 5.0
 _SURE = 1.28  # standard deviations of memory in use that have to fit, too: 9 of 10 moments
 # An objective that an idle member misses is taken as so many times what that takes: splits are to
 # be told apart even where nothing can meet it.
@@ -101,9 +104,9 @@ class Capacity:
         q = self._quantile
         return float(q / (q + (1 - q) * headroom**-STEEPNESS))
 
-    def answer_seconds(self, tpot: float) -> float:
-        """Return how long an answer takes at a TPOT."""
-        return self._output * tpot
+    def answer_seconds(self, tpot: float | None) -> float:
+        """Return how long an answer takes at a TPOT; None: at the objective."""
+        return self._output * (self._objective_tpot if tpot is None else tpot)
 
     def _headroom(self, split: Split) -> float:
         low, high = math.log(_LEAST), math.log(_MOST)
@@ -137,15 +140,20 @@ class Capacity:
         return None if mixed is None else (max(pairs[0], mixed[0]), max(pairs[1], mixed[1]))
 
     def _apart(self, prefill: int, decode: int, rate: float) -> tuple[float, float] | None:
-        """Prefill members hand over to decode members."""
+        """Prefill members hand over to decode members. These compute prompts, too, where others
+        would wait too long: as many as it takes."""
         work = rate * self._prefill
-        taken = min(work, prefill * PREFILL_LIMIT)
-        beside = (work - taken) / decode
-        tpot = self._tpot(decode, rate, beside)
-        if tpot is None:
-            return None
-        wait = self._wait(prefill, taken / prefill, self._prefill)
-        return self._longest + wait + self.transfer + tpot, tpot
+        found = None
+        for limit in PREFILL_LIMITS:
+            taken = min(work, prefill * limit)
+            tpot = self._tpot(decode, rate, (work - taken) / decode, whole=True)
+            if tpot is None:
+                break
+            wait = self._wait(prefill, taken / prefill, self._prefill)
+            found = self._longest + wait + self.transfer + tpot, tpot
+            if found[0] <= self._objective_ttft:
+                break
+        return found
 
     def _mixed(self, members: int, rate: float) -> tuple[float, float] | None:
         """Each member computes prompts between the steps of its answers."""
@@ -159,9 +167,12 @@ class Capacity:
             return None
         return self._longest + longer + self._wait(members, busy, self._prefill + longer), tpot
 
-    def _tpot(self, members: int, rate: float, prompts: float) -> float | None:
+    def _tpot(
+        self, members: int, rate: float, prompts: float, *, whole: bool = False
+    ) -> float | None:
         """TPOT of answers on `members` that spend the share `prompts` of their time on prompts.
-        None: the batch grows without bound, or does not fit."""
+        `whole`: the KV of the next answer has to fit at once, since its first token is out; else
+        its prompt can wait. None: the batch grows without bound, or does not fit."""
         per_member = rate * self._output / members  # tokens per second
         left = 1 - prompts - self._each * per_member
         if left <= 0:
@@ -169,19 +180,21 @@ class Capacity:
         tpot = self._step / left
         batch = per_member * tpot
         above = self._deviations * math.sqrt(batch / members)
-        if batch + max(above, 0.0) > self._machine.max_running or not self._fits(batch, members):
+        if batch + max(above, 0.0) > self._machine.max_running or not self._fits(
+            batch, members, whole
+        ):
             return None
         if self._mean:
             return tpot
         return (self._step + self._each * (batch + above)) / (1 - prompts)
 
-    def _fits(self, batch: float, members: int) -> bool:
+    def _fits(self, batch: float, members: int, whole: bool) -> bool:
         if self._machine.kv_tokens is None:
             return True
-        # Members share fluctuations, since requests go where there is room; what is left on each
-        # is too small for the next sequence, by half of a typical one's size.
+        # Members share fluctuations, since requests go where there is room. What is left on each
+        # is too small for the next sequence: by all of a typical token's sequence, or half of it.
         varying = _SURE * math.sqrt(batch * members * self._held_squared) / members
-        unusable = self._held_squared / self._held / 2
+        unusable = self._held_squared / self._held / (1 if whole else 2)
         return batch * self._held + varying + unusable <= self._machine.kv_tokens
 
     def _wait(self, servers: int, busy: float, service: float) -> float:

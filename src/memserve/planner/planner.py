@@ -246,7 +246,7 @@ def _change_seconds(
     """Seconds for which a member that changes is of no use: what it has begun, which goes on beside
     its new work, and what its new role finds cached at others alone."""
     queued = sum(one.queue_seconds for one in members) / len(members)
-    answers = capacity.answer_seconds(present.tpot or 0.0) / 2
+    answers = capacity.answer_seconds(present.tpot) / 2
     demand = capacity.demand
     cached = 1 - demand.uncached_tokens / demand.prompt_tokens
     fetching = min(1.0, cached * capacity.transfer / demand.prefill_seconds)
