@@ -39,10 +39,11 @@ class PlannerEvalConfig(msgspec.Struct, frozen=True, kw_only=True):
         doc("numbers of prefill members that are compared; 0: all colocated; default: dense"),
     ] = ()
     conversation_rate: Annotated[_Rate, doc("requests per second and instance")] = 0.2
-    agent_rate: Annotated[_Rate, doc("requests per second and instance")] = 19.0
+    agent_rate: Annotated[_Rate, doc("requests per second and instance")] = 24.0
     phases: Annotated[Positive, doc("of the day: conversations and agents by turns")] = 4
     phase_seconds: Annotated[_Seconds, doc("until the mix changes")] = 600.0
-    steady_seconds: Annotated[_Seconds, doc("of conversations, or agents, alone")] = 600.0
+    conversation_seconds: Annotated[_Seconds, doc("of conversations alone")] = 600.0
+    agent_seconds: Annotated[_Seconds, doc("of agents alone")] = 600.0
     warm_seconds: Annotated[_Seconds, doc("of a steady load that do not count")] = 60.0
     model: Annotated[str, doc("an architecture")] = "llama2-13b"
     hardware: Annotated[str, doc("of each instance")] = "h800"
@@ -201,8 +202,10 @@ def phases_of(config: PlannerEvalConfig, load: Load) -> list[Phase]:
         "conversations": config.conversation_rate * config.instances,
         "agents": config.agent_rate * config.instances,
     }
-    if load != "day":
-        return [Phase(load, config.steady_seconds, rates[load])]
+    if load == "conversations":
+        return [Phase(load, config.conversation_seconds, rates[load])]
+    if load == "agents":
+        return [Phase(load, config.agent_seconds, rates[load])]
     kinds: list[Kind] = ["conversations", "agents"]
     turns = [kinds[number % 2] for number in range(config.phases)]
     return [Phase(kind, config.phase_seconds, rates[kind]) for kind in turns]

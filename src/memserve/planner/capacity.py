@@ -28,11 +28,11 @@ from memserve.scheduler.contract import Costs, Seconds
 
 # Of a prefill member's time that it spends on prompts, the most first. What is beyond that, decode
 # members compute.
-PREFILL_LIMITS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+PREFILL_LIMITS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 # How fast requests miss their objectives as headroom shrinks: served / missed goes with this power
-# of it. At 5, if the mean is at its objective half of the requests are, and 12 % at 1.5 times the
-# load. Loads with few long prompts are less steep, those of many short ones steeper.
-STEEPNESS = 5.0
+# of it. At 6, if the 90th percentile is at its objective, one of ten requests misses it, and three
+# of ten at 1.2 times the load. Loads with few long prompts are less steep, those of many short ones steeper.
+STEEPNESS = 6.0
 _SURE = 1.28  # standard deviations of memory in use that have to fit, too: 9 of 10 moments
 # An objective that an idle member misses is taken as so many times what that takes: splits are to
 # be told apart even where nothing can meet it.

@@ -32,6 +32,7 @@ HORIZON = 120.0  # seconds for which the present demand is expected to last
 # Share of all requests that a change of roles has to win, beyond its cost: what the closed form
 # is sure of. Without it, splits that are as good as each other would take turns.
 LEAST_GAIN = 0.02
+EQUAL = 0.01  # share of all requests by which splits do not differ
 LOOKS = 2  # in a row that want a change of roles, before it is made
 SETTLE_LOOKS = 2  # after a change, until the next one is thought of
 ADD_LOOKS = 6  # in a row in which no split of the members suffices
@@ -86,7 +87,11 @@ class Planner:
             cost = moved / len(members) * rate * changing
             gain = rate * HORIZON * (one.served - present.served)
             found.append(msgspec.structs.replace(one, gain=gain, cost=cost))
-        found.sort(key=lambda one: (one.cost - one.gain, -one.headroom, one.split))
+        found.sort(key=lambda one: (one.cost - one.gain, one.split))
+        if found:  # of those that are as good as the best, that with the most room
+            near = found[0].gain - found[0].cost - EQUAL * rate * HORIZON
+            equal = [one for one in found if one.gain - one.cost >= near]
+            found.sort(key=lambda one: (one not in equal, -one.headroom if one in equal else 0.0))
         return found
 
     def _splits(self, members: Sequence[MemberLoad], count: int) -> Iterator[Split]:
