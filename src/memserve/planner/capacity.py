@@ -30,8 +30,8 @@ from memserve.scheduler.contract import Costs, Seconds
 # members compute.
 PREFILL_LIMITS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 # How fast requests miss their objectives as headroom shrinks: served / missed goes with this power
-# of it. At 6, if the 90th percentile is at its objective, one of ten requests misses it, and three
-# of ten at 1.2 times the load. Loads with few long prompts are less steep, those of many short ones steeper.
+# of it. At 6, if the 90th percentile is at its objective, one of ten requests misses it, and one of
+# four at 1.2 times the load. Few long prompts are less steep, many short ones steeper.
 STEEPNESS = 6.0
 _SURE = 1.28  # standard deviations of memory in use that have to fit, too: 9 of 10 moments
 # An objective that an idle member misses is taken as so many times what that takes: splits are to
