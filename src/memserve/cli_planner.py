@@ -14,7 +14,7 @@ from memserve.api.tls import TLS_CA_VARIABLE, client_tls
 from memserve.cli_flags import takes_flags
 from memserve.clock import MonotonicClock
 from memserve.cluster.running import DEFAULT_URL, find_gateway
-from memserve.config import LogConfig, PlannerConfig
+from memserve.config import LogConfig, PlannerConfig, check_planner
 from memserve.flags import Given, flags_of, with_flags
 from memserve.logs import log_to_stderr
 
@@ -46,6 +46,7 @@ def planner(
     log_to_stderr(log.level, log.format)
     config = with_flags(PlannerConfig(), given, _NEEDS_BACKEND)
     config = msgspec.structs.replace(config, enabled=True)
+    check_planner(config)
     found = find_gateway(url[0] if url else None)
     urls = url or [found[0]]
     authorities = client_tls(os.environ.get(TLS_CA_VARIABLE))

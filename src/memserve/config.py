@@ -26,6 +26,7 @@ Eviction = Literal["lru", "cost"]
 Profiling = Literal["auto", "off"]
 Policy = Literal["prompt-tree", "session", "least-load", "round-robin"]
 Engine = Literal["builtin", "vllm"]
+BackendName = Literal["local"]
 ToolCallParser = Literal[
     "auto", "none", "hermes", "llama3_json", "mistral", "qwen3_coder", "pythonic"
 ]
@@ -54,8 +55,8 @@ def doc(text: str) -> Meta:
 
 
 def no_flag(text: str) -> Meta:
-    """Return the description of a field without a flag, for secrets: all users of a machine can
-    read the arguments of its processes."""
+    """Return the description of a field without a flag: for secrets, since all users of a machine
+    can read the arguments of its processes, and for tables."""
     return Meta(description=text, extra={"flag": False})
 
 
@@ -240,9 +241,17 @@ class PlannerConfig(_Section, frozen=True):
     ] = None
 
 
-class ClusterConfig(_Section, frozen=True):
-    """A whole cluster on one machine."""
+class BackendConfig(_Section, frozen=True):
+    """Where a cluster's processes run."""
 
+    backend: Annotated[BackendName, doc("what runs them")] = "local"
+    gateways: Annotated[Positive, doc("how many")] = 1
+
+
+class ClusterConfig(_Section, frozen=True):
+    """A whole cluster."""
+
+    cluster: BackendConfig = BackendConfig()
     model: ModelConfig = ModelConfig()
     gateway: GatewayConfig = GatewayConfig()
     security: SecurityConfig = SecurityConfig()
@@ -292,6 +301,7 @@ def _rename_model(data: dict[str, object]) -> None:
 
 def check_config(config: ClusterConfig) -> None:
     """Raise ConfigError for values that contradict each other."""
+    check_planner(config.planner)
     for instance in config.instance:
         if instance.port and instance.count > 1:
             raise ConfigError(
@@ -308,6 +318,21 @@ def check_config(config: ClusterConfig) -> None:
             raise ConfigError("instance.vllm_url needs engine = 'vllm'")
         if instance.vllm_pool is not None and instance.vllm_url is None:
             raise ConfigError("instance.vllm_pool is of a server that runs already: vllm_url")
+
+
+def check_planner(planner: PlannerConfig) -> None:
+    """Raise ConfigError for bounds that leave nothing between them."""
+    bounds = (
+        ("prefill", planner.min_prefill, planner.max_prefill),
+        ("decode", planner.min_decode, planner.max_decode),
+        ("members", planner.min_members, planner.max_members),
+    )
+    for name, least, most in bounds:
+        if most is not None and least > most:
+            raise ConfigError(
+                f"planner.min_{name} = {least} is above planner.max_{name} = {most}; "
+                f"give max_{name} {least} or more"
+            )
 
 
 def parse_bytes(text: str) -> int:
@@ -390,12 +415,14 @@ def _check_vllm(instance: InstanceConfig) -> None:
 
 def _refuse_unknown_keys(data: dict[str, object]) -> None:
     sections: dict[str, type[msgspec.Struct]] = {
+        "cluster": BackendConfig,
         "model": ModelConfig,
         "gateway": GatewayConfig,
         "security": SecurityConfig,
         "cache": CacheConfig,
         "log": LogConfig,
         "traces": TracesConfig,
+        "planner": PlannerConfig,
         "instance": InstanceConfig,
     }
     _check_keys("", data, tuple(sections))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from typing import Protocol
 
-import msgspec
+from msgspec.structs import replace
 
 from memserve.api.control import InstanceChange
 from memserve.api.status import InstanceState
 from memserve.clock import Clock
+from memserve.cluster.backend import Groups
 from memserve.cluster.client import ClusterClient, ClusterSummary, GatewayUnreachable
 from memserve.config import PlannerConfig
 from memserve.errors import ClusterError, MemserveError
@@ -23,18 +23,9 @@ from memserve.scheduler.contract import Costs
 from memserve.scheduler.profiles import decode_profile
 from memserve.secrets import Secret
 from memserve.types import Role
+from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
-
-
-class Scaled(Protocol):
-    """What starts and ends members."""
-
-    async def members(self) -> dict[str, tuple[Role, int]]:
-        """Return each group of members: its role, as configured, and their number."""
-
-    async def scale(self, group: str, count: int) -> None:
-        """Start or end members until the group has `count`. Raises ClusterError."""
 
 
 class PlannerLoop:
@@ -47,24 +38,26 @@ class PlannerLoop:
         clock: Clock,
         secret: Secret | None = None,
         tls: ssl.SSLContext | None = None,
-        scaled: Scaled | None = None,
+        groups: Groups | None = None,
+        tell: Callable[[str], None] = log.info,
     ) -> None:
-        """`urls`: of all gateways. `scaled`: None: members are not started or ended."""
-        limited = (
-            config if scaled is not None else msgspec.structs.replace(config, max_members=None)
-        )
+        """`urls`: of all gateways. `groups`: what can be scaled; None: members are not started or
+        ended. `tell` is called with each change, and with what keeps the planner from deciding."""
+        limited = config if groups is not None else replace(config, max_members=None)
         self._urls = urls
         self._config = config
         self._clock = clock
         self._secret = secret
         self._tls = tls
-        self._scaled = scaled
+        self._groups = groups
+        self._tell = tell
         self._planner = Planner(limited)
         self._costs: Costs | None = None
         self._said = ""  # the last reason in the log
 
     async def run(self) -> None:
         """Look at the cluster in every interval, until cancelled. A look that fails is logged."""
+        vitals = Vitals()
         async with AsyncExitStack() as stack:
             clients = [
                 await stack.enter_async_context(ClusterClient(url, self._secret, self._tls))
@@ -74,7 +67,9 @@ class PlannerLoop:
                 try:
                     await self.look(clients)
                 except MemserveError as error:
-                    self._say(f"no look at the cluster: {error}", logging.WARNING)
+                    self._say(f"the planner cannot look at the cluster: {error}")
+                except Exception as error:  # noqa: BLE001 - one look must not end the planner
+                    vitals.survive("a look of the planner", error)
                 await asyncio.sleep(self._config.interval)
 
     async def look(self, clients: Sequence[ClusterClient]) -> Decision | None:
@@ -84,12 +79,12 @@ class PlannerLoop:
         view = await _view(clients)
         costs = await self._known_costs(clients[0], view)
         if costs is None:
-            self._say("no member has told its costs yet", logging.INFO)
+            self._say("the planner waits for a member's cost model")
             return None
         starting = sum(one.state is InstanceState.STARTING for one in view.instances)
         decision = self._planner.look(self._clock.now(), reports, costs, starting)
         if self._config.dry_run:
-            decision = msgspec.structs.replace(decision, dry_run=True)
+            decision = replace(decision, dry_run=True)
         elif decision.action is not Action.NOTHING:
             decision = await self._carried_out(clients, decision)
         self._explain(decision)
@@ -104,21 +99,12 @@ class PlannerLoop:
         try:
             for change in decision.changes:
                 await clients[0].change(change.member, InstanceChange(role=change.after))
-            if decision.role is not None and self._scaled is not None:
+            if decision.role is not None and self._groups is not None:
                 sign = 1 if decision.action is Action.ADD else -1
-                await self._scale(self._scaled, decision.role, sign * decision.count)
+                await _scale(self._groups, decision.role, sign * decision.count)
         except ClusterError as error:
-            return msgspec.structs.replace(decision, failed=str(error))
+            return replace(decision, failed=str(error))
         return decision
-
-    async def _scale(self, scaled: Scaled, role: Role, more: int) -> None:
-        """Resize the group that was configured with a role, or else the largest: a member's role
-        is changed once it is ready."""
-        groups = await scaled.members()
-        if not groups:
-            raise ClusterError("the backend has no group of members to scale")
-        name = max(groups, key=lambda one: (groups[one][0] is role, groups[one][1]))
-        await scaled.scale(name, groups[name][1] + more)
 
     async def _known_costs(self, client: ClusterClient, view: ClusterSummary) -> Costs | None:
         """Return the cost model of a ready member; all are taken as alike."""
@@ -133,21 +119,30 @@ class PlannerLoop:
         return self._costs
 
     def _explain(self, decision: Decision) -> None:
-        if decision.failed:
-            log.error("%s; failed: %s", decision.summary(), decision.failed)
-        elif decision.action is not Action.NOTHING:
-            log.info("%s", decision.summary())
-            for change in decision.changes:
-                log.info("%s: %s becomes %s", change.member, change.before, change.after)
-        else:
-            log.debug("%s", decision.summary())
         self._said = ""
+        if decision.action is Action.NOTHING:
+            log.debug("%s", decision.summary())
+            return
+        failed = f"; failed: {decision.failed}" if decision.failed else ""
+        self._tell(f"planner: {decision.summary()}{failed}")
+        for change in decision.changes:
+            self._tell(f"planner: {change.member}: {change.before} -> {change.after}")
 
-    def _say(self, text: str, level: int) -> None:
-        """Log what may be true at every look once."""
+    def _say(self, text: str) -> None:
+        """Tell once what may be true at every look."""
         if text != self._said:
-            log.log(level, "%s", text)
+            self._tell(text)
             self._said = text
+
+
+async def _scale(groups: Groups, role: Role, more: int) -> None:
+    """Resize the group that was configured with a role, or else the largest: the next look changes
+    the roles of members that are ready."""
+    found = await groups.groups()
+    if not found:
+        raise ClusterError("the backend has no group of members to scale")
+    one = max(found, key=lambda group: (group.role is role, len(group.members)))
+    await groups.scale(one.name, len(one.members) + more)
 
 
 async def _loads(clients: Sequence[ClusterClient]) -> list[LoadReport]:
