@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable
-from http import HTTPStatus
 from typing import Annotated
 
 import msgspec
@@ -146,14 +145,14 @@ def planner_routes(board: PlannerBoard, siblings: Siblings | None) -> APIRouter:
 
     @routes.post(PLANNER_PATH)
     async def post(request: Request) -> Response:
-        """A decision of the planner, to be shown."""
+        """A decision of the planner, to be shown; the same decision."""
         body = await read_body(request.scope, request.receive, MAX_PLAN_BYTES)
         try:
             decision = _decode(body)
         except DECODE_ERRORS as error:
             raise invalid(str(error)) from error
         board.post(decision)
-        return Response(status_code=HTTPStatus.NO_CONTENT)
+        return _json(decision)
 
     return routes
 
