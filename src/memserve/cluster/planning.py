@@ -40,6 +40,7 @@ class PlannerLoop:
         tls: ssl.SSLContext | None = None,
         groups: Groups | None = None,
         tell: Callable[[str], None] = log.info,
+        planner: Planner | None = None,
     ) -> None:
         """`urls`: of all gateways. `groups`: what can be scaled; None: members are not started or
         ended. `tell` is called with each change, and with what keeps the planner from deciding."""
@@ -51,7 +52,7 @@ class PlannerLoop:
         self._tls = tls
         self._groups = groups
         self._tell = tell
-        self._planner = Planner(limited)
+        self._planner = planner or Planner(limited)
         self._costs: Costs | None = None
         self._said = ""  # the last reason in the log
 
