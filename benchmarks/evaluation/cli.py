@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from evaluation.peers.config import PARTS, QUICK_PARTS, PeersConfig, chosen_parts
+from evaluation.planner.live import LiveConfig
 from evaluation.planner.run import LOADS, PlannerEvalConfig
 from evaluation.soak.page import check_plot, soak_tables, write_plot
 from evaluation.soak.run import SoakConfig, SoakReport, default_cluster, run_soak
@@ -158,6 +159,20 @@ def planner(
     if plot is not None:
         write_planner_plot(plot, result)
     print_or_write(json, config, result, planner_tables(result))
+
+
+@app.command("planner-live")
+@takes_flags(flags_of(LiveConfig), flags_of(ModelConfig))
+def planner_live(json: JsonFile = None, *, given: Given) -> None:
+    """Turn the load of a real cluster of four instances, with the planner and with fixed roles."""
+    from evaluation.planner.live import live_table, run_live
+
+    config = with_flags(LiveConfig(), given)
+    progress = progress_lines()
+    wanted = with_flags(ModelConfig(), given)
+    wanted = pinned(wanted, resolve_model(wanted, progress))
+    result = asyncio.run(run_live(config, wanted, progress))
+    print_or_write(json, config, result, live_table(result))
 
 
 class PrefillBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
