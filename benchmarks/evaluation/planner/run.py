@@ -39,7 +39,7 @@ class PlannerEvalConfig(msgspec.Struct, frozen=True, kw_only=True):
         doc("numbers of prefill members that are compared; 0: all colocated; default: dense"),
     ] = ()
     conversation_rate: Annotated[_Rate, doc("requests per second and instance")] = 0.2
-    agent_rate: Annotated[_Rate, doc("requests per second and instance")] = 24.0
+    agent_rate: Annotated[_Rate, doc("requests per second and instance")] = 23.0
     phases: Annotated[Positive, doc("of the day: conversations and agents by turns")] = 4
     phase_seconds: Annotated[_Seconds, doc("until the mix changes")] = 600.0
     conversation_seconds: Annotated[_Seconds, doc("of conversations alone")] = 600.0
@@ -51,7 +51,7 @@ class PlannerEvalConfig(msgspec.Struct, frozen=True, kw_only=True):
     ttft: Annotated[_Rate, doc("objective of each request, seconds")] = 5.0
     tpot: Annotated[_Rate, doc("objective of each request, seconds")] = 0.025
     percentile: Annotated[float, doc("that the planner holds to the objectives")] = 90.0
-    interval: Annotated[_Rate, doc("seconds between the planner's looks")] = 5.0
+    interval: Annotated[_Rate, doc("seconds between the planner's looks")] = 2.0
     seed: Annotated[NonNegative, doc("of the agents' arrivals")] = 0
 
 

@@ -44,6 +44,7 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     members: tuple[MemberLoad, ...]  # that are ready
     requests: Count  # for which a place was decided, since the start
     arrivals: tuple[Arrival, ...] = ()  # the last ones, oldest first
+    answers: Count = 0  # whose length is known, since the start
     output_tokens: Amount = 1.0  # expected length of an answer
 
 

@@ -72,7 +72,7 @@ class Planner:
         capacity = Capacity(_machine(members, costs), self._config, traffic)
         present = capacity.predict(split)
         ranked = self._ranked(capacity, members, present)
-        return self._decide(now, capacity, members, present, ranked, starting)
+        return self._decide(now, capacity, members, present, ranked, starting, traffic.settled)
 
     def _ranked(
         self, capacity: Capacity, members: Sequence[MemberLoad], present: Prediction
@@ -115,6 +115,7 @@ class Planner:
         present: Prediction,
         ranked: Sequence[Prediction],
         starting: int,
+        settled: bool,
     ) -> Decision:
         decision = Decision(
             at=now,
@@ -133,6 +134,9 @@ class Planner:
         self._short = 0 if enough else self._short + 1
         fewer = self._with_less(capacity, members)
         self._idle = self._idle + 1 if fewer is not None else 0
+        if not settled:
+            self._wanting = self._short = self._idle = 0
+            return _with_reason(decision, "the load has turned; its answers are not known yet")
         if self._settling:
             self._settling -= 1
             return _with_reason(decision, "the last change settles")

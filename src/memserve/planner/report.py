@@ -24,6 +24,7 @@ def report_of(
         members=tuple(_member(one, now) for one in lines),
         requests=scheduler.arrivals.total,
         arrivals=scheduler.arrivals.since(now - REPORTED_SECONDS),
+        answers=scheduler.output_length.seen,
         output_tokens=scheduler.output_length.expected,
     )
 

@@ -36,11 +36,11 @@ class OutputLength:
 
     def __init__(self, first: float = FIRST_OUTPUT_TOKENS) -> None:
         self.expected = first
-        self._seen = 0
+        self.seen = 0  # answers
 
     def ended(self, output_tokens: int) -> None:
-        self._seen += 1
-        weight = max(_OUTPUT_NEWEST, 1 / (self._seen + 1))
+        self.seen += 1
+        weight = max(_OUTPUT_NEWEST, 1 / (self.seen + 1))
         capped = min(float(output_tokens), _OUTPUT_OUTLIER * max(self.expected, 1.0))
         self.expected += weight * (capped - self.expected)
 
