@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import node, prompt_of
 from tests.insider import peers
 from tests.tiny_models import Reference, save_tiny_model
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 P, D, C = Role.PREFILL, Role.DECODE, Role.COLOCATED
 
@@ -242,3 +243,40 @@ async def test_without_a_gateway_there_is_no_look() -> None:
     async with ClusterClient("http://127.0.0.1:9") as client:
         with pytest.raises(ClusterError):
             await loop.look([client])
+
+
+async def test_the_command_looks_until_it_is_asked_to_end(model: Path) -> None:
+    async with (
+        node(model, P, name="a") as a,
+        node(model, D, name="b") as b,
+        front(model, a, b) as gateway,
+    ):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "memserve", "planner", "--url", gateway.url),
+            *("--planner-interval", "0.5", "--planner-dry-run"),
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            shown: list[Decision] = []
+
+            async def looked() -> bool:
+                async with ClusterClient(gateway.url) as client:
+                    shown[:] = await client.plans(5)
+                return len(shown) >= 2
+
+            async with asyncio.timeout(PATIENCE):
+                while True:
+                    if await looked():
+                        break
+                    await asyncio.sleep(0.1)
+            assert shown[0].at > shown[1].at
+            assert {one.reason for one in shown} == {"no requests"}
+            assert all(one.dry_run for one in shown)
+            assert str(shown[0].present.split) == "1P1D"
+            process.terminate()
+            _, errors = await asyncio.wait_for(process.communicate(), PATIENCE)
+            assert process.returncode == 0, errors
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()

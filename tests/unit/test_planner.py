@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from rich.console import Console
 
+from memserve.cli_cluster import planner_lines, planner_table
 from memserve.config import PlannerConfig
 from memserve.planner.contract import Action, LoadReport, Split
-from memserve.planner.demand import MEMORY_SECONDS, DemandMeter
+from memserve.planner.demand import (
+    MEMORY_SECONDS,
+    TURN_ANSWERS,
+    TURN_SECONDS,
+    DemandMeter,
+    Traffic,
+)
 from memserve.planner.planner import ADD_LOOKS, LOOKS, REMOVE_LOOKS, merged
 from memserve.scheduler.arrivals import KEPT_ARRIVALS, Arrival, Arrivals
 from memserve.types import Role
@@ -192,3 +200,79 @@ def _report(cluster: Cluster, now: float, requests: int = 0) -> LoadReport:
         arrivals=tuple(Arrival(now - 1 + 0.01 * at, 4000, 0) for at in range(64)),
         output_tokens=200,
     )
+
+
+class Counted:
+    """A scheduler's counters, look by look, each 5 s after the one before."""
+
+    def __init__(self) -> None:
+        self.meter = DemandMeter()
+        self.now = 0.0
+        self.requests = 0
+        self.answers = 0
+
+    def look(self, rate: float, answers: int = 0) -> Traffic | None:
+        self.now += 5.0
+        self.requests += int(5 * rate)
+        self.answers += answers
+        report = LoadReport(
+            now=self.now,
+            members=(),
+            requests=self.requests,
+            arrivals=(Arrival(self.now - 1, 100, 0),),
+            answers=self.answers,
+        )
+        return self.meter.look(self.now, [report])
+
+
+def test_a_load_that_turns_is_seen_at_the_next_look() -> None:
+    counted = Counted()
+    for _ in range(20):
+        counted.look(4)
+    more = counted.look(300)
+    assert more is not None
+    assert more.rate == pytest.approx(300)
+    assert not more.settled
+    less = counted.look(4)
+    assert less is not None
+    assert less.rate == pytest.approx(4)
+
+
+def test_a_load_that_varies_is_no_turn() -> None:
+    counted = Counted()
+    for rate in (100, 110, 90, 120, 85, 100) * 3:
+        traffic = counted.look(rate)
+    assert traffic is not None
+    assert traffic.settled
+    assert traffic.rate == pytest.approx(100, rel=0.1)
+
+
+@pytest.mark.parametrize("answers", [0, TURN_ANSWERS // 2])
+def test_after_a_turn_nothing_is_decided_until_answers_are_known(answers: int) -> None:
+    counted = Counted()
+    for _ in range(5):
+        counted.look(4)
+    turned = counted.look(300)
+    assert turned is not None
+    assert not turned.settled
+    looks = [counted.look(300, answers) for _ in range(7)]
+    settled = [one is not None and one.settled for one in looks]
+    first = 1 if answers else int(TURN_SECONDS // 5) - 1
+    assert settled == [False] * first + [True] * (7 - first)
+
+
+def test_the_command_shows_the_present_split_the_others_and_what_was_decided() -> None:
+    cluster = Cluster(TIGHT, members_of(*EVEN), prompt=2000, output=50, rate=50)
+    (decision,) = cluster.looks(10)
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(planner_table(decision))
+        for line in planner_lines(decision):
+            console.print(line)
+    page = captured.get()
+    assert "50.00 requests/s of 2000 tokens" in page
+    assert "* 4P4D" in page
+    assert str(decision.considered[0].split) in page
+    assert f"roles: {decision.reason}" in page
+    for change in decision.changes:
+        assert f"{change.member}: {change.before} -> {change.after}" in page
