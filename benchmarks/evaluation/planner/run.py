@@ -38,8 +38,8 @@ class PlannerEvalConfig(msgspec.Struct, frozen=True, kw_only=True):
         tuple[NonNegative, ...],
         doc("numbers of prefill members that are compared; 0: all colocated; default: dense"),
     ] = ()
-    conversation_rate: Annotated[_Rate, doc("requests per second and instance")] = 0.2
-    agent_rate: Annotated[_Rate, doc("requests per second and instance")] = 23.0
+    conversation_rate: Annotated[_Rate, doc("requests per second and instance")] = 0.25
+    agent_rate: Annotated[_Rate, doc("requests per second and instance")] = 22.0
     phases: Annotated[Positive, doc("of the day: conversations and agents by turns")] = 4
     phase_seconds: Annotated[_Seconds, doc("until the mix changes")] = 600.0
     conversation_seconds: Annotated[_Seconds, doc("of conversations alone")] = 600.0
