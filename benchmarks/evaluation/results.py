@@ -16,6 +16,8 @@ from evaluation.planner.live import LiveResult, live_table
 from evaluation.planner.page import planner_tables
 from evaluation.planner.run import PlannerEvalResult
 from evaluation.prefill import PrefillBenchReport, prefill_bench_table
+from evaluation.scale.page import scale_tables
+from evaluation.scale.run import ScaleResult
 from evaluation.soak.page import soak_tables
 from evaluation.soak.run import SoakResult
 from memserve.bench.caching import CachingBenchResult, caching_table
@@ -100,6 +102,7 @@ _READERS: dict[str, Callable[[msgspec.Raw], RenderableType]] = {
     "planner": _reader(PlannerEvalResult, planner_tables),
     "paper": _reader(PaperResult, paper_tables),
     "peers": _reader(PeersResult, peers_tables),
+    "scale": _reader(ScaleResult, scale_tables),
     "soak": _reader(SoakResult, soak_tables),
     "profile": _reader(ProfileReport, profile_table),
 }

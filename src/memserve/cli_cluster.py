@@ -255,12 +255,7 @@ def decision_table(decision: DecisionView) -> Table:
 
 def planner_table(decision: Decision) -> Table:
     """Return a table with a row for the present split, and one for each that was considered."""
-    demand = decision.demand
-    title = (
-        f"{demand.requests_per_second:.2f} requests/s of {demand.prompt_tokens:.0f} tokens, "
-        f"{demand.uncached_tokens:.0f} of them to compute, and {demand.output_tokens:.0f} to answer"
-    )
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("split")
     for name in ("headroom", "served", "TTFT", "TPOT", "gain", "cost"):
         table.add_column(name, justify="right")
@@ -279,8 +274,13 @@ def planner_table(decision: Decision) -> Table:
 
 
 def planner_lines(decision: Decision) -> list[str]:
-    """Return what was decided, and what came of it."""
-    lines = [f"{decision.action}{' (dry run)' if decision.dry_run else ''}: {decision.reason}"]
+    """Return what arrives, what was decided, and what came of it."""
+    demand = decision.demand
+    lines = [
+        f"{demand.requests_per_second:.2f} requests/s of {demand.prompt_tokens:.0f} tokens, "
+        f"{demand.uncached_tokens:.0f} of them to compute, and {demand.output_tokens:.0f} to answer"
+    ]
+    lines += [f"{decision.action}{' (dry run)' if decision.dry_run else ''}: {decision.reason}"]
     lines += [f"  {one.member}: {one.before} -> {one.after}" for one in decision.changes]
     if decision.role is not None:
         lines.append(f"  {decision.count} {decision.role} by the backend")

@@ -12,6 +12,7 @@ import pytest
 
 from memserve.api.peer_client import PeerError
 from memserve.clock import MonotonicClock
+from memserve.cluster.backend import Group, Groups, Place
 from memserve.cluster.client import ClusterClient
 from memserve.cluster.planning import PlannerLoop
 from memserve.config import PlannerConfig
@@ -56,6 +57,7 @@ class Scripted(Planner):
     def __init__(self) -> None:
         super().__init__(PlannerConfig())
         self.wanted: dict[str, Role] = {}
+        self.scaled: tuple[Action, Role, int] | None = None
         self.reports: list[LoadReport] = []
 
     def look(
@@ -67,10 +69,13 @@ class Scripted(Planner):
             RoleChange(InstanceId(name), roles.get(InstanceId(name), C), role)
             for name, role in self.wanted.items()
         )
+        action, role, count = self.scaled or (Action.ROLES, None, 0)
         return Decision(
             at=now,
-            action=Action.ROLES if changes else Action.NOTHING,
+            action=action if changes or self.scaled else Action.NOTHING,
             reason="as told",
+            role=role,
+            count=count,
             demand=Demand(),
             present=Prediction(split=Split.of(list(roles.values())), headroom=1.5, served=0.9),
             changes=changes,
@@ -80,7 +85,9 @@ class Scripted(Planner):
 class Planned:
     """A planner's loop in front of a gateway, look by look."""
 
-    def __init__(self, gateway: Front, config: PlannerConfig | None = None) -> None:
+    def __init__(
+        self, gateway: Front, config: PlannerConfig | None = None, groups: Groups | None = None
+    ) -> None:
         self.planner = Scripted()
         self.told: list[str] = []
         self._gateway = gateway
@@ -88,6 +95,7 @@ class Planned:
             [gateway.url],
             config or PlannerConfig(),
             MonotonicClock(),
+            groups=groups,
             tell=self.told.append,
             planner=self.planner,
         )
@@ -222,6 +230,45 @@ async def test_a_change_that_fails_is_told_and_planning_goes_on(model: Path) -> 
         assert shown["failed"] == decision.failed
         assert not (await planned.change(a=C)).failed
         assert roles_of(gateway)["a"] is C
+
+
+class Scaled:
+    """A backend's groups: two of decode members, one of prefill members."""
+
+    def __init__(self) -> None:
+        self.sizes = {"decode": 3, "decode.2": 1, "prefill": 2}
+        self.full = False
+
+    async def groups(self) -> tuple[Group, ...]:
+        return tuple(
+            Group(name, Role(name.partition(".")[0]), tuple(f"{name}-{n}" for n in range(size)))
+            for name, size in self.sizes.items()
+        )
+
+    async def places(self) -> dict[str, Place]:
+        return {}
+
+    async def scale(self, group: str, count: int) -> None:
+        if self.full:
+            raise ClusterError("no machine has room for another instance")
+        self.sizes[group] = count
+
+
+async def test_members_are_asked_of_the_group_of_their_role(model: Path) -> None:
+    async with node(model, P, name="a") as a, front(model, a) as gateway:
+        groups = Scaled()
+        planned = Planned(gateway, groups=groups)
+        planned.planner.scaled = (Action.ADD, D, 2)
+        assert not (await planned.change()).failed
+        assert groups.sizes == {"decode": 5, "decode.2": 1, "prefill": 2}
+        planned.planner.scaled = (Action.REMOVE, P, 1)
+        assert not (await planned.change()).failed
+        assert groups.sizes == {"decode": 5, "decode.2": 1, "prefill": 1}
+        planned.planner.scaled = (Action.ADD, C, 1)  # no such group: the largest, and a role later
+        assert not (await planned.change()).failed
+        assert groups.sizes == {"decode": 6, "decode.2": 1, "prefill": 1}
+        groups.full = True
+        assert "no machine has room" in (await planned.change()).failed
 
 
 async def test_load_and_decisions_are_the_operator_s(model: Path) -> None:

@@ -34,7 +34,8 @@ from memserve.api.status import InstanceState
 from memserve.cluster.changes import MemberChange
 from memserve.cluster.client import DECISIONS_PATH, FEEDS_PATH
 from memserve.cluster.kv_feed import MemberFeed
-from memserve.cluster.membership import DegradedPair, Membership
+from memserve.cluster.member import DegradedPair
+from memserve.cluster.membership import Membership
 from memserve.gateway.access import LOAD_PATH, METRICS_PATH
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
