@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from evaluation.planner import live
 from evaluation.planner.day import Day, Phase, kind_of
+from evaluation.planner.live import SPLITS, LiveConfig, live_table, run_live
 from evaluation.planner.page import planner_plot, planner_tables, verdict
 from evaluation.planner.run import (
     PLANNER,
@@ -21,8 +25,10 @@ from evaluation.planner.run import (
     phases_of,
     run_planner_evaluation,
 )
+from memserve.config import ClusterConfig, ModelConfig
 from memserve.errors import ConfigError
 from memserve.planner.contract import Split
+from tests.fakes import MODEL, FakeCluster, FakeEngine, tiny_tokenizer
 
 SMALL = PlannerEvalConfig(
     instances=4,
@@ -163,3 +169,47 @@ def test_table_and_plot_have_every_split() -> None:
     assert planner_plot(result).startswith("<?xml")
     with pytest.raises(ConfigError, match="no day"):
         planner_plot(PlannerEvalResult(4, 0, cells[:1]))
+
+
+async def test_a_live_run_counts_each_phase_and_answers_that_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    configs: list[ClusterConfig] = []
+    engines = FakeEngine(), FakeEngine()
+    with FakeCluster(tiny_tokenizer(tmp_path), engines) as cluster:
+
+        @asynccontextmanager
+        async def started(config: ClusterConfig) -> AsyncIterator[FakeCluster]:
+            configs.append(config)
+            yield cluster
+
+        monkeypatch.setattr(live, "running_up", started)
+        monkeypatch.setattr(live, "SPLITS", dict(list(SPLITS.items())[:2]))
+        short = LiveConfig(
+            seconds=0.4,
+            reading_rate=20.0,
+            reading_prompt=30,
+            reading_output=2,
+            writing_rate=20.0,
+            writing_prompt=5,
+            writing_output=4,
+            ttft=60.0,
+            tpot=60.0,
+            repeats=1,
+        )
+        model = ModelConfig(served_name=MODEL)
+        result = await run_live(short, model, lambda line: None)
+        broken = await run_live(short, ModelConfig(served_name="another"), lambda line: None)
+    planned, fixed = result.runs
+    assert (planned.split, fixed.split) == ("planner", "1P3D")
+    assert [one.planner.enabled for one in configs[:2]] == [True, False]
+    assert [table.count for table in configs[1].instance] == [1, 3]
+    assert planned.served == (1.0, 1.0, 1.0)
+    assert planned.failed == 0
+    assert all(seconds > 0 for seconds in planned.ttft)
+    assert broken.runs[0].served == (0.0, 0.0, 0.0)
+    assert broken.runs[0].failed > 0
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(live_table(result))
+    assert "planner" in captured.get()
