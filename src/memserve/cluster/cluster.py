@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from memserve.api.serving import Shutdown
 from memserve.api.status import InstanceState
+from memserve.api.tls import client_tls
+from memserve.clock import MonotonicClock
 from memserve.cluster.backend import Backend, Group, Kept, Launch, Place
 from memserve.cluster.client import ClusterClient
 from memserve.cluster.launches import (
@@ -18,6 +20,7 @@ from memserve.cluster.launches import (
     instance_launches,
     tables,
 )
+from memserve.cluster.planning import PlannerLoop
 from memserve.cluster.running import announce_cluster
 from memserve.config import ClusterConfig
 from memserve.errors import ClusterError, ConfigError
@@ -180,6 +183,20 @@ class Cluster:
             for task in keeping:
                 task.cancel()
             await asyncio.gather(*keeping, return_exceptions=True)
+
+    async def plan(self) -> None:
+        """Run the planner, until cancelled."""
+        urls = [await one.address() for one in self._gateways]
+        loop = PlannerLoop(
+            urls,
+            self._config.planner,
+            MonotonicClock(),
+            self._secret,
+            client_tls(self._config.security.tls_ca),
+            self,
+            self._progress,
+        )
+        await loop.run()
 
     async def groups(self) -> tuple[Group, ...]:
         return tuple(

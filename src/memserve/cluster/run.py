@@ -43,16 +43,18 @@ async def run_cluster(
         await cluster.begin()
         telling = asyncio.ensure_future(tell())
         supervising = asyncio.ensure_future(cluster.supervise())
-        both = (telling, supervising)
+        beside = [telling, supervising]
+        if config.planner.enabled:
+            beside.append(asyncio.ensure_future(cluster.plan()))
         try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.wait(beside, return_when=asyncio.FIRST_EXCEPTION)
             if telling.done():
                 telling.result()
             await supervising
         finally:
-            for task in both:
+            for task in beside:
                 task.cancel()
-            await asyncio.wait(both)
+            await asyncio.wait(beside)
 
     try:
         await shutdown.run_until_requested(serve())
