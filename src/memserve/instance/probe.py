@@ -51,8 +51,9 @@ class Probe(ABC):
         self._rng = np.random.default_rng(0)
 
     @abstractmethod
-    def _cache(self, prefixes: Sequence[TokenArray], namespace: Namespace) -> None:
-        """Have the engine cache these prefixes of whole blocks. Raises ProbeFailed."""
+    def _cache(self, prompts: Sequence[TokenArray], tokens: int, namespace: Namespace) -> None:
+        """Have the engine cache the first `tokens` of each prompt, whole blocks and less than the
+        prompt. Raises ProbeFailed."""
 
     @abstractmethod
     def _forget(self, namespace: Namespace) -> None:
@@ -104,7 +105,7 @@ class Probe(ABC):
         prompts = [self._rng.choice(self._token_ids, prompt) for _ in range(sequences)]
         try:
             if cached:
-                self._cache([tokens[:cached] for tokens in prompts], namespace)
+                self._cache(prompts, cached, namespace)
             started = self._generate(prompts, outputs, namespace)
         finally:
             self._forget(namespace)
@@ -160,10 +161,10 @@ class EngineProbe(Probe):
         token_ids = np.arange(engine.info.vocab_size, dtype=np.int32)
         super().__init__(engine, token_ids, block, self._pool.stats().hbm.total * block)
 
-    def _cache(self, prefixes: Sequence[TokenArray], namespace: Namespace) -> None:
-        for tokens in prefixes:
-            refs = self._pool.alloc_mem(len(tokens) // self.block_tokens)
-            self._pool.insert(tokens, refs, namespace)
+    def _cache(self, prompts: Sequence[TokenArray], tokens: int, namespace: Namespace) -> None:
+        for prompt in prompts:
+            refs = self._pool.alloc_mem(tokens // self.block_tokens)
+            self._pool.insert(prompt[:tokens], refs, namespace)
 
     def _forget(self, namespace: Namespace) -> None:
         self._pool.delete(NO_TOKENS, namespace)

@@ -121,8 +121,9 @@ class ServerProbe(Probe):
                 return False
         return True
 
-    def _cache(self, prefixes: Sequence[TokenArray], namespace: Namespace) -> None:
-        self._generate(prefixes, 1, namespace)
+    def _cache(self, prompts: Sequence[TokenArray], tokens: int, namespace: Namespace) -> None:
+        # One token more: models with sliding windows keep the last block only if it is not the end.
+        self._generate([prompt[: tokens + 1] for prompt in prompts], 1, namespace)
 
     def _forget(self, namespace: Namespace) -> None:
         """Leave it to the server's eviction: vLLM can only drop everything."""
