@@ -25,11 +25,13 @@ from memserve.cli_flags import takes_flags
 from memserve.cli_keys import app as keys_app
 from memserve.cli_sim import sim
 from memserve.cli_watch import dashboard, top
+from memserve.cluster.cluster import Cluster, run_cluster
 from memserve.cluster.line_printer import STDERR, STDOUT, LinePrinter
-from memserve.cluster.local import LocalCluster, run_local_cluster
+from memserve.cluster.local import LocalBackend
 from memserve.cluster.preflight import check_machine, with_room
 from memserve.cluster.watchdog import exit_with_parent
 from memserve.config import (
+    BackendConfig,
     CacheConfig,
     ClusterConfig,
     GatewayConfig,
@@ -95,6 +97,7 @@ def _root(
 
 @app.command()
 @takes_flags(
+    flags_of(BackendConfig),
     flags_of(ModelConfig),
     flags_of(GatewayConfig),
     flags_of(SecurityConfig),
@@ -115,6 +118,7 @@ def up(
     _outlive_reloads()
     file = _without_file(given) if config is None else load_config(config)
     wanted = ClusterConfig(
+        cluster=with_flags(file.cluster, given),
         model=with_flags(file.model, given),
         gateway=with_flags(file.gateway, given),
         security=with_flags(file.security, given),
@@ -132,14 +136,15 @@ def up(
         wanted = with_room(wanted, model.path, progress)
         cluster = msgspec.structs.replace(wanted, model=pinned(wanted.model, model))
 
-        def ready(running: LocalCluster) -> None:
+        def ready(running: Cluster) -> None:
             running.show_output(show)
             if wanted.log.format == "json":
                 progress(f"memserve serves {model.name} on {running.url}")
             else:
                 out.show(_first_steps(running.url, model.name, wanted.model.path == DEMO_MODEL))
 
-        asyncio.run(run_local_cluster(cluster, progress, ready))
+        backend = LocalBackend(cluster, progress)
+        asyncio.run(run_cluster(cluster, backend, progress, ready))
 
 
 @app.command()
@@ -172,7 +177,7 @@ def gateway(
         traces=with_flags(TracesConfig(), given),
     )
     _begin_process(config.log, exit_with_parent_)
-    model = resolve_model(config.model, logging.info)
+    model = resolve_model(config.model, logging.info, weights=False)
     members = instances or []
     if worker is None and config.gateway.workers > 1:
         command = ["gateway", *to_flags(pinned(config.model, model)), *to_flags(config.gateway)]
@@ -199,7 +204,10 @@ def gateway(
 def instance(
     id_: Annotated[str | None, typer.Option("--id", help="unique; default: host and pid")] = None,
     join: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="a gateway's; may be repeated")
+        list[str] | None,
+        typer.Option(
+            metavar="URL", help="a gateway's, or several gateways' common name; may be repeated"
+        ),
     ] = None,
     exit_with_parent_: _ExitWithParent = False,
     *,

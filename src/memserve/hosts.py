@@ -6,8 +6,10 @@ on. If a name has both kinds of address, the IPv4 address is used, since clients
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
+from urllib.parse import urlsplit
 
 WILDCARDS = ("0.0.0.0", "::")
 
@@ -34,6 +36,21 @@ def resolve(host: str, port: int) -> tuple[socket.AddressFamily, SocketAddress]:
     return family, _as_address(address)
 
 
+async def addresses_of(host: str) -> list[str]:
+    """Return all IP addresses of a host, each once; an address is its own. Raises OSError for a
+    name without an address."""
+    try:
+        return [str(ipaddress.ip_address(host))]
+    except ValueError:
+        pass
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except UnicodeError as error:  # an empty label, or one that is too long
+        raise socket.gaierror(socket.EAI_NONAME, f"not a host's name: {error}") from error
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
 def open_socket(host: str, port: int) -> tuple[socket.socket, SocketAddress]:
     """Return a TCP socket and the address to bind it to. `::` accepts IPv4 too, independent of
     the system's default. Raises OSError."""
@@ -52,6 +69,12 @@ def bracketed(host: str) -> str:
 def advertised(host: str) -> str:
     """Return the host that peers connect to: this machine's name for a wildcard, else `host`."""
     return socket.getfqdn() if host in WILDCARDS else host
+
+
+def port_of(url: str) -> int:
+    """Return the port of an http:// or https:// URL. Raises ValueError for one that is no port."""
+    parts = urlsplit(url)
+    return parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def split_endpoint(endpoint: str) -> tuple[str, str]:

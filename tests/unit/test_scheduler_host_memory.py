@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from memserve.types import InstanceId
-from tests.scheduler_harness import BLOCK, Cluster, request
+from tests.scheduler_harness import BLOCK, Cluster, LinearCosts, request
 
 PROMPT = 64 * BLOCK
+# A megabyte in 0.1 s, the prompt in 1 s: less than near ties make no difference.
+COSTS = LinearCosts(bandwidth={"shm": 1e9, "nixl": 1e8, "host": 1e7})
 
 
 def test_of_equal_prefixes_the_one_in_hbm_is_taken() -> None:
     cluster = Cluster()
-    cluster.add("a", "b")
+    cluster.add("a", "b", costs=COSTS)
     for slow, fast in (("a", "b"), ("b", "a")):
         cluster.cache(a=PROMPT - BLOCK, b=PROMPT - BLOCK)
         cluster.matches.host = {InstanceId(slow): PROMPT - BLOCK}
@@ -22,12 +24,12 @@ def test_of_equal_prefixes_the_one_in_hbm_is_taken() -> None:
 
 def test_a_prefix_in_host_memory_is_still_better_than_none() -> None:
     cluster = Cluster()
-    cluster.add("a", "b")
+    cluster.add("a", "b", costs=COSTS)
     cluster.cache(a=PROMPT - BLOCK)
     cluster.matches.host = {InstanceId("a"): PROMPT - BLOCK}
     decision = cluster.scheduler.decide(request("r", PROMPT))
     assert decision is not None
     plan = decision.plan
     assert plan.instance == "a"
-    loaded = cluster.costs.kv_bytes_per_token * (PROMPT - BLOCK) / cluster.costs.bandwidth["host"]
+    loaded = COSTS.kv_bytes_per_token * (PROMPT - BLOCK) / COSTS.bandwidth["host"]
     assert plan.terms.queue >= loaded
