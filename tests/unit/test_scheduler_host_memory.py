@@ -7,7 +7,7 @@ from tests.scheduler_harness import BLOCK, Cluster, LinearCosts, request
 
 PROMPT = 64 * BLOCK
 # A megabyte in 0.1 s, the prompt in 1 s: less than near ties make no difference.
-COSTS = LinearCosts(bandwidth={"shm": 1e9, "nixl": 1e8, "host": 1e7})
+COSTS = LinearCosts(bandwidth={"shm": 1e6, "nixl": 1e6, "host": 1e7})
 
 
 def test_of_equal_prefixes_the_one_in_hbm_is_taken() -> None:
