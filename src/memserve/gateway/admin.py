@@ -34,11 +34,13 @@ from memserve.api.status import InstanceState
 from memserve.cluster.changes import MemberChange
 from memserve.cluster.client import DECISIONS_PATH, FEEDS_PATH
 from memserve.cluster.kv_feed import MemberFeed
-from memserve.cluster.membership import DegradedPair, Membership
+from memserve.cluster.member import DegradedPair
+from memserve.cluster.membership import Membership
 from memserve.gateway.access import LOAD_PATH, METRICS_PATH
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.pages import page_routes
+from memserve.gateway.responses import INPUT_TOKENS_PATH, InputTokens
 from memserve.gateway.siblings import Siblings
 from memserve.gateway.tokenization import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from memserve.gateway.worker_metrics import merged
@@ -291,6 +293,7 @@ def _with_openai(base: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, A
         CHAT_PATH: (ChatRequest, ChatCompletion),
         COMPLETIONS_PATH: (CompletionRequest, Completion),
         ForwardPath.RESPONSES.value: (ResponsesRequest, ClientResponse),
+        INPUT_TOKENS_PATH: (ResponsesRequest, InputTokens),
         ForwardPath.TOKENIZE.value: (TokenizeRequest, Tokens),
         ForwardPath.DETOKENIZE.value: (DetokenizeRequest, Text),
     }
