@@ -18,7 +18,7 @@ from memserve.errors import TransferError
 from memserve.instance.probe import Probe
 from memserve.instance.samples import Point, Samples
 from memserve.pool.layout import KVLayout
-from memserve.scheduler.contract import Path as TransferPath
+from memserve.scheduler.contract import Link
 from memserve.scheduler.measurements import (
     DecodePoint,
     Measurements,
@@ -203,7 +203,7 @@ class Profiler:
 def measure_transfers(
     layout: KVLayout,
     device: str,
-    paths: Sequence[TransferPath],
+    paths: Sequence[Link],
     blocks: Sequence[int],
     progress: Progress,
 ) -> tuple[TransferPoint, ...]:
@@ -219,7 +219,7 @@ def measure_transfers(
 
 
 def _time_path(
-    layout: KVLayout, device: str, path: TransferPath, blocks: Sequence[int]
+    layout: KVLayout, device: str, path: Link, blocks: Sequence[int]
 ) -> list[TransferPoint]:
     most = max(blocks)
     rng = np.random.default_rng(0)

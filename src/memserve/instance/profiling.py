@@ -24,7 +24,7 @@ from memserve.instance.profile import PLANS, Effort, Profiler, Progress, measure
 from memserve.pool.layout import KVLayout
 from memserve.pool.pool import BlockPool
 from memserve.scheduler.architecture import read_architecture
-from memserve.scheduler.contract import Path as TransferPath
+from memserve.scheduler.contract import Link
 from memserve.scheduler.hardware import HARDWARE, cores, derive
 from memserve.scheduler.measurements import Measurements, PrefillPoint
 from memserve.scheduler.profiles import (
@@ -159,7 +159,7 @@ def take_measurements(
         measured, others = profiler.measure(
             plan, engine.settings.limits.max_running, held_out(profiler.longest_prompt)
         )
-    paths: list[TransferPath] = ["shm"]
+    paths: list[Link] = ["shm"]
     if effort == "full" and find_spec("nixl") is not None:
         paths.append("nixl")
     transfers = measure_transfers(

@@ -12,8 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role, TokenArray
 
-# How KV moves: within a host, between hosts, from an instance's host memory into its device's.
-Path = Literal["shm", "nixl", "host"]
+# How KV moves between instances: within a host, between hosts.
+Link = Literal["shm", "nixl"]
+# And from the own host memory into HBM.
+Path = Link | Literal["host"]
 Seconds = NDArray[np.float64]
 
 
