@@ -47,7 +47,7 @@ class Supervised:
         self._more_arguments = more_arguments
         self._needed = needed or (lambda: False)
         self.crashes = 0  # since the first start
-        self._stopped = False  # by `stop`: it is not started again
+        self._stopped = asyncio.Event()  # it is not started again
         self._show: Callable[[str], None] | None = None
         self._child: Child | None = None
 
@@ -93,7 +93,7 @@ class Supervised:
             self._child.reload()
 
     async def stop(self, shutdown: Shutdown, seconds: float) -> None:
-        self._stopped = True
+        self._stopped.set()
         if self._child is not None:
             await end_children([self._child], shutdown, seconds, KILL_SECONDS)
 
@@ -103,13 +103,13 @@ class Supervised:
 
         Raises ClusterError, with its last lines, if it has crashed too often.
         """
-        while (code := await asyncio.shield(self.child.ended)) != 0 and not self._stopped:
+        while (code := await asyncio.shield(self.child.ended)) != 0 and not self._stopped.is_set():
             sweep()  # the dead process's shared memory; that of living processes stays
             if code == RESTART_EXIT_CODE:
                 self._progress(f"{self.name} ended to be started again")
             else:
                 await asyncio.sleep(await self._pause())
-            if self._stopped:  # in the pause
+            if self._stopped.is_set():  # in the pause
                 break
             await self.start()
         self._progress(f"{self.name} has ended, as it was asked to")
