@@ -21,8 +21,14 @@ from memserve.api.status import (
 )
 from memserve.clock import ManualClock
 from memserve.cluster import membership as module
-from memserve.cluster.changes import Change, MemberChange
-from memserve.cluster.membership import FORGET_SECONDS, MAX_MISSES, Member, Membership
+from memserve.cluster.membership import (
+    FORGET_SECONDS,
+    MAX_MISSES,
+    Change,
+    Member,
+    MemberChange,
+    Membership,
+)
 from memserve.errors import ClusterError
 from memserve.types import Epoch, InstanceId, Role
 

@@ -27,9 +27,8 @@ from memserve.transfer import service, wire
 from memserve.transfer.base import PoolRegions
 from memserve.transfer.conversion import meaning
 from memserve.transfer.destination_session import DestinationSession
-from memserve.transfer.host import own_process
+from memserve.transfer.host import host_id, own_process
 from memserve.transfer.receiver import Receiver
-from memserve.transfer.regions import host_id
 from memserve.transfer.secret import cluster_keys
 from memserve.types import Epoch, InstanceId, Owner
 from tests.transfer_harness import (

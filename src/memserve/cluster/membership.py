@@ -1,24 +1,54 @@
-"""The members of a cluster and their states. No I/O: a poller reports answers and misses."""
+"""The members of a cluster, their states, and the changes that observers hear of. No I/O."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 
-import msgspec
+from msgspec import UNSET
 
 from memserve.api.status import (
     InstanceInfo,
     InstanceState,
     InstanceStats,
     Limits,
-    MediumTotals,
     MemberKind,
 )
 from memserve.clock import Clock, MonotonicClock
-from memserve.cluster.changes import Change, MemberChange, Observer
+from memserve.cluster.view import NO_TOTALS, ClusterView, MemberView
 from memserve.errors import ClusterError
 from memserve.types import Epoch, InstanceId, Role
+
+
+class Change(StrEnum):
+    """Changes of one life of an instance: `JOINED`, then any number of `STATE` and `ROLE`, then
+    `LEFT` or `DIED`. A life that counted as dead and answers again begins with `JOINED` again."""
+
+    JOINED = "joined"  # it has answered with its id; it may still be starting
+    STATE = "state"  # starting, ready, draining
+    ROLE = "role"
+    LEFT = "left"  # in order, or removed: its running requests may still finish
+    DIED = "died"  # its running requests will not be answered
+
+
+@dataclass(frozen=True, slots=True)
+class MemberChange:
+    """One change, with the member's values after it (for `LEFT` and `DIED`: before it)."""
+
+    change: Change
+    id: InstanceId
+    epoch: Epoch  # of its life
+    address: str
+    role: Role
+    state: InstanceState
+
+
+# Called on the event loop after each change, in order. It must return soon and raise nothing; it
+# may read the membership, but not change it.
+Observer = Callable[[MemberChange], None]
+
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +69,7 @@ class Member:
         self.role = Role.COLOCATED
         self.kind = MemberKind.MEMSERVE
         self.pool = False
+        self.pool_address: str | None = None  # see `InstanceInfo.pool_peer`
         self.kv: str | None = None  # see `InstanceInfo`
         self.state = InstanceState.STARTING
         self.epoch: Epoch | None = None  # of its present life; None: it has not answered yet
@@ -50,38 +81,6 @@ class Member:
         self.heard = now  # clock time of the last answer or join
         self.joined = False  # observers were told `JOINED` for this life
         self.conflict: str | None = None  # why its id is refused; None: it is not
-
-
-class MemberView(msgspec.Struct, frozen=True):
-    """A member in `GET /cluster`. Without an answer so far, media are empty and `pid` is None."""
-
-    id: InstanceId
-    role: Role
-    kind: MemberKind
-    pool: bool
-    state: InstanceState
-    address: str
-    pid: int | None
-    hbm: MediumTotals | dict[str, int]
-    dram: MediumTotals | dict[str, int]
-    conflict: str | msgspec.UnsetType = msgspec.UNSET  # why its id is refused
-
-
-class DegradedPair(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A prefill and a decode instance between which hand-overs fail."""
-
-    prefill: InstanceId
-    decode: InstanceId
-    why: str  # for everybody: without addresses
-    detail: str = ""  # for operators: with addresses, or empty
-
-
-class ClusterView(msgspec.Struct, frozen=True):
-    """`GET /cluster`."""
-
-    epoch: Epoch
-    instances: list[MemberView]
-    degraded: tuple[DegradedPair, ...] | msgspec.UnsetType = msgspec.UNSET  # if there are any
 
 
 class Membership:
@@ -136,7 +135,7 @@ class Membership:
         return self._members.get(address)
 
     def view(self) -> ClusterView:
-        return ClusterView(self.epoch, [view_of(member) for member in self._members.values()])
+        return ClusterView(self.epoch, tuple(map(view_of, self._members.values())))
 
     # --- observers ------------------------------------------------------------------------
 
@@ -200,6 +199,7 @@ class Membership:
         member.stats = stats
         member.limits = info.limits
         member.kind, member.pool, member.kv = info.kind, info.pool, info.kv
+        member.pool_address = None if info.pool_peer is None else info.pool_peer.address
         member.pid = info.pid
         if (member.id, member.epoch) != (info.id, info.epoch) and member.joined:
             log.info("%s has been restarted", member.id)
@@ -374,7 +374,7 @@ def view_of(member: Member) -> MemberView:
         state=member.state,
         address=member.address,
         pid=member.pid,
-        hbm={} if pool is None else pool.hbm,
-        dram={} if pool is None else pool.dram,
-        conflict=msgspec.UNSET if member.conflict is None else member.conflict,
+        hbm=NO_TOTALS if pool is None else pool.hbm,
+        dram=NO_TOTALS if pool is None else pool.dram,
+        conflict=UNSET if member.conflict is None else member.conflict,
     )

@@ -20,7 +20,8 @@ from memserve.api.errors import invalid, unavailable
 from memserve.api.peer_client import DECODE_ERRORS, PeerClient
 from memserve.api.status import JoinRequest
 from memserve.cluster.control import change_member
-from memserve.cluster.membership import DegradedPair, Membership, view_of
+from memserve.cluster.membership import Membership, view_of
+from memserve.cluster.view import DegradedPair
 from memserve.errors import ClusterError
 from memserve.gateway.siblings import Siblings
 from memserve.types import InstanceId

@@ -38,7 +38,8 @@ from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.request_stats import RequestStats
 from memserve.api.status import InstanceState, Limits, MemberKind
 from memserve.clock import Clock
-from memserve.cluster.membership import DegradedPair, Member, Membership
+from memserve.cluster.membership import Member, Membership
+from memserve.cluster.view import DegradedPair
 from memserve.tokens import from_ids
 from memserve.types import Epoch, InstanceId, Role, TokenArray
 from memserve.vital import Vitals
@@ -293,7 +294,7 @@ class HandoverProof:
             cache_salt=f"proof-{name}",
             # Behind all clients. A vLLM server without priority scheduling refuses a priority.
             priority=MAX_INT32 if ours else 0,
-            prefill=(PrefillPeer(prefill.id, prefill.address),),
+            prefill=(PrefillPeer(prefill.id, prefill.address, prefill.pool_address),),
         )
 
     def _prompt(self, limits: Sequence[Limits], tokens: int) -> TokenArray:

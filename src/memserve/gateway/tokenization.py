@@ -12,10 +12,9 @@ from memserve.api.errors import invalid, not_json
 from memserve.api.limits import COUNTED_BODY_BYTES, LARGE_BODY_BYTES, MAX_NAME_CHARACTERS
 from memserve.api.openai import not_understood, unsupported
 from memserve.api.status import Limits
-from memserve.gateway.body_scan import check_body
+from memserve.gateway.body_scan import check_body, plain_token_ids
 from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder
 from memserve.gateway.prompts import read_prompts
-from memserve.gateway.token_parser import plain_token_ids
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import TokenArray
 

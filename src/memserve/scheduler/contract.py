@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role, TokenArray
 
-Path = Literal["shm", "nixl"]  # how KV moves: within a host, between hosts
+TransferPath = Literal["shm", "nixl"]  # how KV moves: within a host, between hosts
 Seconds = NDArray[np.float64]
 
 
@@ -29,7 +29,9 @@ class Costs(Protocol):
     def decode_step_seconds(self, sequences: ArrayLike, context_tokens: ArrayLike) -> Seconds:
         """One decode step of a batch of `sequences`; `context_tokens`: sum over the batch."""
 
-    def transfer_seconds(self, num_bytes: ArrayLike, pieces: ArrayLike, path: Path) -> Seconds:
+    def transfer_seconds(
+        self, num_bytes: ArrayLike, pieces: ArrayLike, path: TransferPath
+    ) -> Seconds:
         """Transfer of `num_bytes` of KV to another instance in `pieces` contiguous runs."""
 
 

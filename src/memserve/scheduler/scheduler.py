@@ -26,7 +26,7 @@ _OUTPUT_NEWEST = 1 / 32  # least weight of the newest answer in the running mean
 _OUTPUT_OUTLIER = 4.0  # cap of one answer's length, as a multiple of the expected length
 _SESSION_BYTES = 16
 _MAX_SESSIONS = 100_000  # remembered placements, LRU
-_MAX_ROSTERS = 16  # values of `among` whose candidates are kept
+_MAX_CANDIDATE_SETS = 16  # values of `among` whose candidates are kept
 
 
 class OutputLength:
@@ -123,8 +123,9 @@ class Scheduler:
         )
         key = self._session_key(request)
         session = None if key is None else self._sessions.get(key)
-        situation = PolicyInput(request, candidates, self._decode_weight, self._turn, session)
-        choice = self._policy.choose(situation)
+        choice = self._policy.choose(
+            PolicyInput(request, candidates, self._decode_weight, self._turn, session)
+        )
         self._turn += 1
         ranking = Ranking.of(candidates, choice.scores, choice.candidate)
         plan = ranking.plan(0)
@@ -146,7 +147,7 @@ class Scheduler:
     def whole_prefill_seconds(self, prompt_tokens: int) -> float:
         """Seconds to compute a prompt with nothing cached, mean over instances, as `Admission`
         counts cost; 0.0 without instances."""
-        if not self.load.lines:
+        if not self.load.by_slot:
             return 0.0
         return float(whole_prefill_seconds(self.load, prompt_tokens).mean())
 
@@ -165,7 +166,7 @@ class Scheduler:
         key = None if among is None else frozenset(among)
         candidates = self._candidates.get(key)
         if candidates is None:
-            if len(self._candidates) == _MAX_ROSTERS:
+            if len(self._candidates) == _MAX_CANDIDATE_SETS:
                 self._candidates.clear()
             candidates = Candidates(self.load, CandidateSet(self.load, key))
             self._candidates[key] = candidates
@@ -198,8 +199,8 @@ class Scheduler:
                 context_tokens=len(request.tokens) + output_tokens // 2,
                 output_tokens=output_tokens,
                 kv_tokens=self._kv_tokens(request, output_tokens, plan),
-                computes=load.line(plan.computes),
-                answers=load.line(plan.instance),
+                computes=load.of(plan.computes),
+                answers=load.of(plan.instance),
             ),
             now,
         )

@@ -64,9 +64,10 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=32):
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True, tag=33):
-    """The sender lives."""
+    """The sender lives. `answer`: whether a Beat is wanted in return."""
 
     answer: bool
+    stalled: bool = False  # the process that owns the pool serves no calls at present
 
 
 class Bye(msgspec.Struct, frozen=True, array_like=True, tag=34):

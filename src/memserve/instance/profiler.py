@@ -16,11 +16,10 @@ from memserve.clock import Clock
 from memserve.config import TransferMode
 from memserve.engine.engine import Engine
 from memserve.errors import TransferError
-from memserve.instance.probe import EngineProbe
-from memserve.instance.samples import Point, Samples
+from memserve.instance.probe import EngineProbe, Point, Samples
 from memserve.pool.layout import KVLayout
-from memserve.scheduler.contract import Path as TransferPath
-from memserve.scheduler.measurements import (
+from memserve.scheduler.contract import TransferPath
+from memserve.scheduler.profiles import (
     DecodePoint,
     Measurements,
     PrefillPoint,
