@@ -146,7 +146,8 @@ class PoolLink:
         try:
             await self.meet(peer)
         except (TransferError, PoolError) as error:
-            return str(error)
+            if not self._pool.hears(peer.id):  # it may have connected to this pool
+                return str(error)
         while self._pool.hears(peer.id):  # noqa: ASYNC110 - another thread keeps the lease
             await asyncio.sleep(LOOK_SECONDS)
         self.lost(peer)
