@@ -398,7 +398,7 @@ def test_a_drain_waits_for_what_was_passed_on(
         response = connection.getresponse()
         assert response.read(10)
         instance = cluster.instances[0]
-        assert not cluster.call(instance._idle.is_set)
+        assert not cluster.call(instance.lifecycle._idle.is_set)
         cluster.call(instance.lifecycle.drain)
         assert response.read().endswith(b'<199>"}}]}\n\ndata: [DONE]\n\n')
         cluster.wait(instance.lifecycle.idle())
