@@ -17,7 +17,7 @@ from memserve.api.status import (
     PoolTotals,
 )
 from memserve.cluster.figures import ClusterFigures, GatewayTotals, MemberFigures
-from memserve.cluster.view import ClusterView, MemberView
+from memserve.cluster.member import ClusterView, MemberView
 from memserve.scheduler.contract import Terms
 from memserve.scheduler.decision_view import CandidateView, DecisionView, Outcome
 from memserve.types import Epoch, InstanceId, RequestId, Role

@@ -18,9 +18,9 @@ from memserve.api.status import InstanceState, MediumTotals
 from memserve.api.tls import TLS_CA_VARIABLE, client_tls
 from memserve.clock import MonotonicClock
 from memserve.cluster.client import ClusterClient
+from memserve.cluster.member import ClusterView
 from memserve.cluster.rolling import RESTART_SECONDS, remove, restart
 from memserve.cluster.running import DEFAULT_URL, find_gateway
-from memserve.cluster.view import ClusterView
 from memserve.errors import ConfigError
 from memserve.scheduler.contract import Terms
 from memserve.scheduler.decision_view import DecisionView

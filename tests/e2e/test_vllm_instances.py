@@ -21,8 +21,8 @@ from memserve.api.status import InstanceState
 from memserve.cluster.client import ClusterClient
 from memserve.cluster.cluster import Cluster
 from memserve.cluster.local import LocalBackend
+from memserve.cluster.member import ClusterView
 from memserve.cluster.restarts import RestartLimits
-from memserve.cluster.view import ClusterView
 from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelConfig
 from tests.fake_vllm import BLOCK, SETTINGS_VARIABLE, expected
 from tests.fakes import MODEL, save_tiny_tokenizer, until

@@ -27,10 +27,10 @@ from memserve.cluster.child import Child
 from memserve.cluster.client import ClusterClient, GatewayUnreachable
 from memserve.cluster.cluster import Cluster
 from memserve.cluster.local import LocalBackend
+from memserve.cluster.member import ClusterView, MemberView
 from memserve.cluster.restarts import RestartLimits
 from memserve.cluster.rolling import remove, restart
 from memserve.cluster.supervised import Supervised as Process
-from memserve.cluster.view import ClusterView, MemberView
 from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelConfig
 from memserve.errors import ClusterError
 from memserve.types import Role

@@ -18,7 +18,7 @@ from memserve.api.http_message import Reply, Request
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.serving import Shutdown, bind, serve_http, url_of
 from memserve.api.tls import client_tls, server_tls
-from memserve.cluster.membership import Member
+from memserve.cluster.member import Member
 from memserve.errors import ConfigError
 from memserve.gateway.relay import Attempt
 from memserve.gateway.route import Route

@@ -29,7 +29,7 @@ from memserve.cluster.doctor import (
     diagnose,
     exit_code,
 )
-from memserve.cluster.view import ClusterView, DegradedPair, MemberView
+from memserve.cluster.member import ClusterView, DegradedPair, MemberView
 from memserve.pool.segment import SharedSegment, leftovers
 from memserve.secrets import new_secret
 from memserve.types import Epoch, InstanceId, Role

@@ -18,7 +18,7 @@ import msgspec
 from memserve.api.status import InstanceState
 from memserve.bench.measure import BenchmarkError
 from memserve.cluster.client import ClusterClient
-from memserve.cluster.view import ClusterView
+from memserve.cluster.member import ClusterView
 from memserve.config import ClusterConfig
 from memserve.errors import ClusterError, ConfigError
 

@@ -101,7 +101,7 @@ INLINE_LOGPROBS = 1024
 # Characters of the ids that gateways and instances give to calls, instances and pools, and of
 # their addresses.
 MAX_ID_CHARACTERS = 256
-# Prefill instances that a call names: more than a cluster has.
+# Prefill instances that a call names; gateways name `global_router.MAX_PREFILL`.
 MAX_PEERS = 1024
 # Largest token id, and largest number of tokens: the engine's int32.
 MAX_INT32 = 2**31 - 1

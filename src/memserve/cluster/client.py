@@ -14,7 +14,7 @@ from memserve.api.control import InstanceChange, LeaveRequest
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.signatures import Signer
 from memserve.api.status import InstanceStats, JoinRequest
-from memserve.cluster.view import ClusterView, MemberView
+from memserve.cluster.member import ClusterView, MemberView
 from memserve.errors import ClusterError, ConfigError
 from memserve.scheduler.decision_view import DecisionView
 from memserve.secrets import Secret, secret_of

@@ -13,7 +13,7 @@ import msgspec
 
 from memserve.api.signatures import WINDOW_SECONDS
 from memserve.api.status import InstanceInfo, InstanceState
-from memserve.cluster.view import ClusterView, DegradedPair, MemberView
+from memserve.cluster.member import ClusterView, DegradedPair, MemberView
 from memserve.types import Role
 
 # A larger difference means that NTP, which keeps clocks within milliseconds, does not run.

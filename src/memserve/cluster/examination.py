@@ -31,7 +31,7 @@ from memserve.cluster.doctor import (
     MemberSeen,
     SharedMemorySeen,
 )
-from memserve.cluster.view import ClusterView, MemberView
+from memserve.cluster.member import ClusterView, MemberView
 from memserve.pool.segment import SHM_DIRECTORY, leftovers
 from memserve.secrets import Secret, secret_of
 

@@ -9,7 +9,7 @@ from memserve.api.control import InstanceChange, WantedState
 from memserve.api.status import InstanceState
 from memserve.clock import Clock
 from memserve.cluster.client import ClusterClient
-from memserve.cluster.view import ClusterView, MemberView
+from memserve.cluster.member import ClusterView, MemberView
 from memserve.errors import ClusterError
 
 # Enough for an instance to finish its requests, end, start again and load its model.

@@ -33,8 +33,8 @@ from memserve.api.responses import ResponsesRequest
 from memserve.api.status import InstanceState
 from memserve.cluster.client import DECISIONS_PATH, FEEDS_PATH
 from memserve.cluster.kv_feed import MemberFeed
+from memserve.cluster.member import DegradedPair
 from memserve.cluster.membership import MemberChange, Membership
-from memserve.cluster.view import DegradedPair
 from memserve.gateway.access import LOAD_PATH, METRICS_PATH
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics, merged

@@ -34,6 +34,7 @@ from memserve.gateway.admin import (
 )
 from memserve.gateway.admission_queue import AdmissionQueue, ClientLeft
 from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder, with_session
+from memserve.gateway.cluster_admin import repeated_join
 from memserve.gateway.figures import figures_routes
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.metrics import GatewayMetrics
@@ -211,6 +212,9 @@ class GatewayApp:
                 raise no_member_can(request.path)
             if self._responses.serves(request.path):
                 await self._responses.answer(request, reply)
+                return
+            if (view := repeated_join(self._membership, request)) is not None:
+                reply.send(HTTPStatus.OK, view)
                 return
         except ApiError as error:
             reply.send_error(error)

@@ -29,7 +29,8 @@ from memserve.api.metric import (
 )
 from memserve.api.status import MemberKind
 from memserve.api.vllm_metrics import VLLM_METRICS, report_vllm
-from memserve.cluster.membership import Member, Membership
+from memserve.cluster.member import Member
+from memserve.cluster.membership import Membership
 from memserve.gateway.access import Access
 from memserve.types import Role
 from memserve.vital import Vitals

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memserve.cluster.membership import Member
+from memserve.cluster.member import Member
 from memserve.scheduler.decisions import Decision
 
 

@@ -29,7 +29,8 @@ from memserve.api.signatures import Signer
 from memserve.api.status import MemberKind
 from memserve.api.tls import client_tls, server_tls
 from memserve.clock import MonotonicClock
-from memserve.cluster.membership import Change, Member, MemberChange, Membership
+from memserve.cluster.member import Member
+from memserve.cluster.membership import Change, MemberChange, Membership
 from memserve.cluster.poller import Poller
 from memserve.config import ClusterConfig, available_cores
 from memserve.errors import ClusterError, ConfigError

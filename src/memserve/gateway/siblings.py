@@ -11,7 +11,7 @@ import msgspec
 from memserve.api.control import LeaveRequest
 from memserve.api.peer_client import PeerClient, PeerError, decoded
 from memserve.api.status import InstanceState, JoinRequest
-from memserve.cluster.view import ClusterView
+from memserve.cluster.member import ClusterView
 
 log = logging.getLogger(__name__)
 

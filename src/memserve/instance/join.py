@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
 from urllib.parse import urlsplit
 
 import msgspec
@@ -53,7 +54,9 @@ class Registration:
         """`gateways` are URLs; `address` is the instance's own."""
         self._peers = peers
         self._urls = [f"{url.rstrip('/')}/cluster/members" for url in gateways]
-        self._join = msgspec.json.encode(JoinRequest(address, instance, epoch))
+        join = JoinRequest(address, instance, epoch)
+        self._join = msgspec.json.encode(join)
+        self._again = msgspec.json.encode(msgspec.structs.replace(join, repeated=True))
         self._leave = msgspec.json.encode(LeaveRequest(address, epoch))
         self._resolve = resolve
         # The addresses with which it registers now, each with what has it register at once.
@@ -115,16 +118,23 @@ class Registration:
         news = self._news[url, address]
         refused = ""
         unheard = 0  # tries in a row
+        accepted = False  # the last one
+        repeats = True  # the gateway knows `repeated`: one of an earlier version does not
         while True:
+            again = repeats and accepted and not news.is_set()
+            body = self._again if again else self._join
             news.clear()
             pause = JOIN_SECONDS
             said = ""
             try:
                 await self._peers.call(
-                    "POST", url, bytes, self._join, seconds=JOIN_TIMEOUT, address=address
+                    "POST", url, bytes, body, seconds=JOIN_TIMEOUT, address=address
                 )
             except PeerError as error:
-                said = str(error)
+                if again and error.status == HTTPStatus.BAD_REQUEST:
+                    repeats = False
+                    continue
+                said, accepted = str(error), False
                 if error.status is None:
                     self._heard.discard((url, address))
                     unheard += 1
@@ -136,7 +146,7 @@ class Registration:
                     pause = RETRY_SECONDS
                     log.warning("%s at %s refuses this instance: %s", url, address, said)
             else:
-                unheard = 0
+                unheard, accepted = 0, True
                 self._heard.add((url, address))
             refused = said
             with contextlib.suppress(TimeoutError):

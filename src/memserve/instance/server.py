@@ -41,7 +41,7 @@ from memserve.api.instance_metrics import (
 )
 from memserve.api.kv_events import SNAPSHOT_PATH
 from memserve.api.metric import CONTENT_TYPE, MetricSpec, Page
-from memserve.api.status import InstanceState
+from memserve.api.status import REPORT_PATH, InstanceReport, InstanceState
 from memserve.api.vllm_metrics import ENGINE, VLLM_INSTANCE_METRICS, report_lora, report_vllm
 from memserve.instance import calls
 from memserve.instance.calls import CallReader, LargeCalls
@@ -71,6 +71,7 @@ def instance_page(instance: Instance) -> bytes:
 
 log = logging.getLogger(__name__)
 
+_WITH_STATS = REPORT_PATH.partition("?")[2].encode()
 _encode = msgspec.json.Encoder().encode
 _Call = TypeVar("_Call")
 _Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -223,7 +224,11 @@ class InstanceApp:
         await send_body(send, status, _encode(Health(self._instance.state)))
 
     async def _info(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_body(send, HTTPStatus.OK, _encode(self._instance.info()))
+        info = self._instance.info()
+        if scope["query_string"] == _WITH_STATS:
+            both = msgspec.structs.asdict(info)
+            info = InstanceReport(**both, stats=self._instance.stats())
+        await send_body(send, HTTPStatus.OK, _encode(info))
 
     async def _stats(self, scope: Scope, receive: Receive, send: Send) -> None:
         stats = self._instance.stats()

@@ -46,11 +46,20 @@ class Load:
         self._typical_output = 0.0
         self._rebuild()
 
+    @property
+    def by_slot(self) -> tuple[InstanceLoad, ...]:
+        """Every `InstanceLoad`, by slot: another tuple after each change of the members. Read it
+        before the arrays, which changes of members only mark as outdated: a cluster that starts
+        has as many changes as members."""
+        if self._outdated:
+            self._rebuild()
+        return self._by_slot
+
     def _rebuild(self) -> None:
-        """Give every instance a slot and make the arrays. Runs only when members change."""
-        loads = tuple(self._by_id.values())
+        """Give every instance a slot and make the arrays."""
+        self._outdated = False
+        loads = self._by_slot = tuple(self._by_id.values())
         n = len(loads)
-        self.by_slot = loads
         self.instances = tuple(self._by_id)
         self.slots: Mapping[InstanceId, int] = {id_: at for at, id_ in enumerate(self.instances)}
         self.stats: Seconds = np.zeros((n, k.STATS))
@@ -96,6 +105,8 @@ class Load:
 
     def refresh(self) -> None:
         """Bring the arrays up to date. Call before reading them."""
+        if self._outdated:
+            self._rebuild()
         for load in self._stale:
             if load.slot >= 0:
                 self._show(load)
@@ -167,7 +178,7 @@ class Load:
         else:
             load.spec = spec
             load.queue.short_share = spec.short_share
-        self._rebuild()
+        self._outdated = True
         return True
 
     def remove(self, instance: InstanceId) -> bool:
@@ -176,7 +187,7 @@ class Load:
         if load is None:
             return False
         load.slot = -1
-        self._rebuild()
+        self._outdated = True
         return True
 
     def of(self, instance: InstanceId) -> InstanceLoad:

@@ -10,7 +10,7 @@ import msgspec
 from memserve.api.histogram import Histogram
 from memserve.api.status import InstanceState, InstanceStats
 from memserve.cluster.figures import ClusterFigures, GatewayTotals
-from memserve.cluster.view import ClusterView, DegradedPair, MemberView
+from memserve.cluster.member import ClusterView, DegradedPair, MemberView
 from memserve.scheduler.decision_view import DecisionView
 from memserve.types import InstanceId
 
