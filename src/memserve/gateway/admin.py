@@ -39,6 +39,7 @@ from memserve.gateway.access import LOAD_PATH, METRICS_PATH
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics, merged
 from memserve.gateway.pages import page_routes
+from memserve.gateway.responses import INPUT_TOKENS_PATH, InputTokens
 from memserve.gateway.siblings import Siblings
 from memserve.gateway.tokenization import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from memserve.scheduler.decision_view import DecisionView
@@ -290,6 +291,7 @@ def _with_openai(base: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, A
         CHAT_PATH: (ChatRequest, ChatCompletion),
         COMPLETIONS_PATH: (CompletionRequest, Completion),
         ForwardPath.RESPONSES.value: (ResponsesRequest, ClientResponse),
+        INPUT_TOKENS_PATH: (ResponsesRequest, InputTokens),
         ForwardPath.TOKENIZE.value: (TokenizeRequest, Tokens),
         ForwardPath.DETOKENIZE.value: (DetokenizeRequest, Text),
     }
