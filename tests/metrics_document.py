@@ -12,6 +12,7 @@ from pathlib import Path
 from memserve.api.metric import Label, MetricSpec
 from memserve.gateway.handover_proof import HandoverProof
 from memserve.gateway.metrics import EdgeMetrics, GatewayMetrics, InstancesMetrics
+from memserve.gateway.planning import PlannerBoard
 from memserve.gateway.routing_metrics import RoutingMetrics
 from memserve.instance.server import METRICS as INSTANCE_PAGE
 
@@ -23,6 +24,7 @@ OF_GATEWAY: tuple[MetricSpec, ...] = (
     *RoutingMetrics.metrics,
     *HandoverProof.metrics,
     *EdgeMetrics.metrics,
+    *PlannerBoard.metrics,
 )
 GATEWAY_PAGE: tuple[MetricSpec, ...] = (*OF_GATEWAY, *InstancesMetrics.metrics)
 EVERYWHERE = ("instance_id", "model_name", "engine")  # the text above the tables tells of them

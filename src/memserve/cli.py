@@ -23,6 +23,7 @@ from memserve.cli_cluster import app as cluster_app
 from memserve.cli_doctor import doctor
 from memserve.cli_flags import takes_flags
 from memserve.cli_keys import app as keys_app
+from memserve.cli_planner import planner
 from memserve.cli_sim import sim
 from memserve.cli_watch import dashboard, top
 from memserve.cluster.cluster import Cluster, run_cluster
@@ -38,6 +39,7 @@ from memserve.config import (
     InstanceConfig,
     LogConfig,
     ModelConfig,
+    PlannerConfig,
     SecurityConfig,
     TracesConfig,
     check_config,
@@ -66,6 +68,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(profile)
 app.command()(sim)
 app.command()(doctor)
+app.command()(planner)
 app.command()(top)
 app.command()(dashboard)
 app.add_typer(cluster_app, name="cluster")
@@ -105,6 +108,7 @@ def _root(
     flags_of(LogConfig),
     flags_of(InstanceConfig, _CLUSTER_LEAVES_OUT),
     flags_of(TracesConfig),
+    flags_of(PlannerConfig),
 )
 def up(
     config: Annotated[Path | None, typer.Argument(help="TOML; flags go before it")] = None,
@@ -125,6 +129,7 @@ def up(
         cache=with_flags(file.cache, given),
         log=with_flags(file.log, given),
         traces=with_flags(file.traces, given),
+        planner=with_flags(file.planner, given),
         instance=tuple(with_flags(i, given, _CLUSTER_LEAVES_OUT) for i in file.instance),
     )
     check_config(wanted)

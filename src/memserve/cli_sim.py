@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memserve.cli_flags import takes_flags
-from memserve.config import ModelConfig, Policy
+from memserve.config import ModelConfig, PlannerConfig, Policy
 from memserve.flags import Given, flags_of, with_flags
 from memserve.models.resolve import Progress, resolve_model
 from memserve.models.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ from memserve.terminal import progress_lines
 _FIGURES = ("cached_ratio", "ttft_mean", "ttft_p99", "tpot_mean", "jct_mean", "jct_p99")
 
 
-@takes_flags(flags_of(SimConfig))
+@takes_flags(flags_of(SimConfig), flags_of(PlannerConfig, ("dry_run",)))
 def sim(
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="write JSON; - is standard output")
@@ -34,13 +34,17 @@ def sim(
     *,
     given: Given,
 ) -> None:
-    """Simulate a cluster: the real scheduler, a cost model, and a virtual clock."""
+    """Simulate a cluster: the real scheduler, a cost model, and a virtual clock.
+
+    With --planner, the planner changes roles, and with --planner-max-members the members.
+    """
+    planner = with_flags(PlannerConfig(), given, ("dry_run",))
     config = with_flags(SimConfig(), given)
     progress = progress_lines()
     encode = None if config.workload is None else _encoder(config.tokenizer, progress)
     policies = get_args(Policy) if all_policies else (config.policy,)
     results = [
-        simulate(msgspec.structs.replace(config, policy=policy), progress, encode)
+        simulate(msgspec.structs.replace(config, policy=policy), progress, encode, planner)
         for policy in policies
     ]
     if json is None:

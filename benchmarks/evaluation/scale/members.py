@@ -22,7 +22,6 @@ from functools import partial
 import msgspec
 import uvloop
 import zmq
-from memserve.pool.epochs import new_epoch
 
 from evaluation.scale.blocks import BLOCK_TOKENS, PROMPT_BLOCKS, VOCABULARY, Blocks
 from memserve.api.audience import Audience
@@ -63,7 +62,7 @@ from memserve.scheduler.hardware import cost_model
 from memserve.scheduler.profiles import Hardware, Subject, encode_profile, make_profile
 from memserve.secrets import cluster_secret
 from memserve.transfer.secret import ClusterKeys, cluster_keys
-from memserve.types import Epoch, InstanceId, Role
+from memserve.types import Epoch, InstanceId, Role, new_epoch
 
 MODULE = "evaluation.scale.members"
 _CALL_BYTES = 64 * 1024

@@ -16,12 +16,16 @@ from memserve.api.signatures import Signer
 from memserve.api.status import InstanceStats, JoinRequest
 from memserve.cluster.member import ClusterView, MemberView
 from memserve.errors import ClusterError, ConfigError
+from memserve.planner.contract import Decision as PlannerDecision
+from memserve.planner.contract import LoadReport
 from memserve.scheduler.decision_view import DecisionView
 from memserve.secrets import Secret, secret_of
 
 # Longer than a gateway waits for an instance's answer (`control.CONTROL_SECONDS`).
 CLIENT_SECONDS = 10.0
 DECISIONS_PATH = "/cluster/decisions"
+LOAD_REPORTS_PATH = "/cluster/load"  # of each worker of a gateway, for the planner
+PLANNER_PATH = "/cluster/planner"
 FEEDS_PATH = "/cluster/feeds"  # state of a gateway's KV event subscriptions
 
 _encode = msgspec.json.Encoder().encode
@@ -31,6 +35,8 @@ _member = msgspec.json.Decoder(MemberView)
 _stats = msgspec.json.Decoder(InstanceStats)
 _cluster = msgspec.json.Decoder(ClusterView)
 _decisions = msgspec.json.Decoder(list[DecisionView])
+_loads = msgspec.json.Decoder(list[LoadReport])
+_plans = msgspec.json.Decoder(list[PlannerDecision])
 T = TypeVar("T")
 
 
@@ -69,6 +75,22 @@ class ClusterClient:
     async def decisions(self, n: int) -> list[DecisionView]:
         """Return the scheduler's last `n` decisions, newest first."""
         return await self._ask("GET", f"{DECISIONS_PATH}?n={n}", _decisions.decode)
+
+    async def load(self) -> list[LoadReport]:
+        """Return the view of each worker of the gateway."""
+        return await self._ask("GET", LOAD_REPORTS_PATH, _loads.decode)
+
+    async def plans(self, n: int) -> list[PlannerDecision]:
+        """Return the planner's last `n` decisions, newest first."""
+        return await self._ask("GET", f"{PLANNER_PATH}?n={n}", _plans.decode)
+
+    async def post_plan(self, decision: PlannerDecision) -> None:
+        """Have the gateway show a decision of the planner."""
+        await self._ask("POST", PLANNER_PATH, bytes, _encode(decision))
+
+    async def profile(self, member: MemberView) -> bytes:
+        """Return an instance's `/profile`, from its own address."""
+        return await self._call("GET", f"{member.address}/profile", bytes)
 
     async def read(self, path: str, decode: Callable[[bytes], T]) -> T:
         """Return the decoded answer to a GET of one of an operator's paths."""

@@ -38,6 +38,7 @@ from memserve.gateway.cluster_admin import repeated_join
 from memserve.gateway.figures import figures_routes
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.metrics import GatewayMetrics
+from memserve.gateway.planning import PlannerBoard, planner_routes
 from memserve.gateway.refusals import draining, no_instance, no_member_can
 from memserve.gateway.relay import Answer, Relay
 from memserve.gateway.request_line import CLIENT_LEFT, MAX_REQUEST_ID, RequestLine, read_reason
@@ -86,6 +87,7 @@ class GatewayApp:
         *,
         responses: Responses,
         tokenization: Tokenization,
+        planning: PlannerBoard,
         max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         """`counted`: whose metrics `/metrics` has beside its own. `instance_wait`: seconds after
@@ -102,7 +104,7 @@ class GatewayApp:
         self._tracer = tracer
         self._access = access
         self._metrics = GatewayMetrics(membership, calls.model)
-        for source in counted:
+        for source in (*counted, planning):
             self._metrics.register(source)
         self._forwards = forwards
         self._threads = calls.threads
@@ -125,10 +127,12 @@ class GatewayApp:
         figures = membership, self._metrics, queue, clock
         app = admin_app(*admin, siblings, troubles)
         app.include_router(figures_routes(*figures, siblings))
+        app.include_router(planner_routes(planning, siblings))
         self._admin: Handler = asgi_handler(app)
         # Requests of sibling workers: answered for this worker alone, and not passed on again.
         app = admin_app(*admin, troubles=troubles)
         app.include_router(figures_routes(*figures, None))
+        app.include_router(planner_routes(planning, None))
         self.handle_sibling: Handler = Guard(
             responses.for_siblings(asgi_handler(app)), access.verifier
         )

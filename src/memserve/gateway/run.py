@@ -43,6 +43,7 @@ from memserve.gateway.global_router import GlobalRouter
 from memserve.gateway.handover_proof import HandoverProof
 from memserve.gateway.metrics import EdgeMetrics
 from memserve.gateway.model_formats import formats_of
+from memserve.gateway.planning import PlannerBoard
 from memserve.gateway.relay import Relay
 from memserve.gateway.response_store import ResponseStore
 from memserve.gateway.responses import Responses
@@ -257,6 +258,7 @@ class Gateway:
             tracer,
             responses=responses,
             tokenization=Tokenization(self._calls, tokenizer),
+            planning=PlannerBoard(self._router.load, clock),
             max_body_bytes=self._max_body_bytes,
         )
 
