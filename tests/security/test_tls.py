@@ -22,7 +22,8 @@ from memserve.cluster.member import Member
 from memserve.errors import ConfigError
 from memserve.gateway.relay import Attempt
 from memserve.gateway.route import Route
-from memserve.gateway.upstream import Unreachable, Upstream
+from memserve.gateway.upstream import Upstream
+from memserve.gateway.upstream_connection import Unreachable
 from tests.gateway_harness import Client
 
 # A name of this machine's that is not its loopback: there certificates count.
