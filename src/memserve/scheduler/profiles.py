@@ -70,7 +70,7 @@ class Measurements(msgspec.Struct, frozen=True):
 
 
 # Profiles of other versions are not read. Raise it when measurements or formulas change.
-VERSION = 1
+VERSION = 2
 
 # default: derived from the figures of a typical machine; quick: a few points, measured at an
 # instance's first start; full: measured by `memserve profile`.
@@ -156,6 +156,7 @@ def _predicts(costs: CostModel) -> bool:
                 costs.decode_step_seconds(4, _PROBED),
                 costs.transfer_seconds(_PROBED, 1, "shm"),
                 costs.transfer_seconds(_PROBED, 1, "nixl"),
+                costs.transfer_seconds(_PROBED, 1, "host"),
             )
     except (ValueError, ArithmeticError, MemoryError):  # numbers that are far too large
         return False
