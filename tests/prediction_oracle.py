@@ -45,6 +45,7 @@ class Oracle:
     request: PromptRequest
     output: int
     matches: Mapping[InstanceId, int]
+    in_host: Mapping[InstanceId, int]
     now: float
     allowed: list[int]
     computing: list[int]
@@ -55,7 +56,9 @@ class Oracle:
 
     def __post_init__(self) -> None:
         self.prompt = len(self.request.tokens)
-        cached = [self.usable(self.matches.get(line.spec.id, 0), line) for line in self.load.lines]
+        cached = [
+            self.usable(self.matches.get(line.spec.id, 0), line) for line in self.load.by_slot
+        ]
         self.here = [Here(tokens) for tokens in cached]
         sources = self.sources() if self.fetches else []
         for at in range(len(self.here)):
@@ -77,15 +80,15 @@ class Oracle:
         least = min(self.here[at].cached for at in self.computing)
         found: dict[tuple[str, str, int], int] = {}
         for at in sorted(self.allowed, key=lambda at: (-self.here[at].cached, at)):
-            tokens, spec = self.here[at].cached, self.load.lines[at].spec
+            tokens, spec = self.here[at].cached, self.load.by_slot[at].spec
             if tokens > least and len(found) < MAX_SOURCES and spec.kv is not None:
                 found.setdefault((spec.host, spec.kv, tokens), at)
-        sure = [(at, self.sure(self.load.lines[at], n)) for (*_, n), at in found.items()]
+        sure = [(at, self.sure(self.load.by_slot[at], n)) for (*_, n), at in found.items()]
         return [(at, n) for at, n in sure if n > least]
 
     def moving(self, source: int, to: int, tokens: int, block_tokens: int) -> float:
-        spec = self.load.lines[source].spec
-        near = spec.host == self.load.lines[to].spec.host
+        spec = self.load.by_slot[source].spec
+        near = spec.host == self.load.by_slot[to].spec.host
         num_bytes = tokens * spec.costs.kv_bytes_per_token
         path = "shm" if near else "nixl"
         return float(spec.costs.transfer_seconds(num_bytes, -(-tokens // block_tokens), path))
@@ -114,7 +117,7 @@ class Oracle:
         return [seconds * (1 - gone / max(sum(left), INSTANT)) for seconds in left]
 
     def predict(self, at: int, sources: list[tuple[int, int]]) -> None:
-        line, here = self.load.lines[at], self.here[at]
+        line, here = self.load.by_slot[at], self.here[at]
         spec, costs = line.spec, line.spec.costs
         running, batch, _, remaining = self.batch(line)
         now = self.step(line, running, 0.0) if running else 0.0
@@ -127,9 +130,9 @@ class Oracle:
         for source, held in sources:
             has = self.usable(held, line)
             extra = has - here.cached
-            if extra <= 0 or self.load.lines[source].spec.kv != spec.kv:
+            if extra <= 0 or self.load.by_slot[source].spec.kv != spec.kv:
                 continue
-            block = self.load.lines[source].spec.block_tokens
+            block = self.load.by_slot[source].spec.block_tokens
             fetch = self.moving(source, at, extra, block)
             prefill = float(costs.prefill_seconds(self.prompt, has)) * slowed
             if fetch + prefill <= alone and fetch + prefill < best:
@@ -139,13 +142,13 @@ class Oracle:
         here.room = max(batch + 1 - spec.max_running, 0) / spec.max_running * remaining * before
         here.answer = (self.output - 1) * after
         here.answer += max(after - before, 0.0) * batch * min(remaining, self.output)
-        usual = sum(self.batch(self.load.lines[i])[0] for i in self.answering)
+        usual = sum(self.batch(self.load.by_slot[i])[0] for i in self.answering)
         usual /= len(self.answering)
         beside = max(running, usual if at in self.answering else 0.0)
         here.stalls = beside * STALL * here.prefill
 
     def wait(self, at: int, step: float) -> None:
-        line, here = self.load.lines[at], self.here[at]
+        line, here = self.load.by_slot[at], self.here[at]
         left, share = self.left(line), line.spec.short_share
         shorter = sum(seconds for seconds in left if seconds <= here.prefill)
         here.work = sum(left)
@@ -157,8 +160,9 @@ class Oracle:
             here.queue = here.work
         there = sum(self.left_unchanged(line))
         longest = sorted(range(len(self.here)), key=lambda i: (-self.here[i].cached, i))
+        floor = 0.0
         if at in longest[:MAX_SOURCES] and self.sure(line, here.cached) < here.cached:
-            here.queue = max(here.queue, there)
+            floor = there
         if line.spec.kv_tokens is not None:
             own = self.prompt + self.output
             reserved = line.residents.kv_tokens + line.other_running * self.load._typical_context
@@ -168,7 +172,14 @@ class Oracle:
             excess = reserved + own - line.spec.kv_tokens
             if excess > 0:
                 until = line.residents.wait(excess, there, step, self.now)
-                here.queue = max(here.queue, until)
+                floor = max(floor, until)
+        here.queue = max(here.queue, floor + self.loading(line))
+
+    def loading(self, line: InstanceLoad) -> float:
+        """Seconds until the part of the prefix that is in host memory is in HBM."""
+        tokens, costs = self.in_host.get(line.spec.id, 0), line.spec.costs
+        num_bytes, blocks = tokens * costs.kv_bytes_per_token, -(-tokens // line.spec.block_tokens)
+        return float(costs.transfer_seconds(num_bytes, blocks, "host")) if tokens else 0.0
 
     def left_unchanged(self, line: InstanceLoad) -> list[float]:
         """The queue when it last changed."""
@@ -180,7 +191,7 @@ class Oracle:
         if answers == computes:
             return 0.0
         lacking = self.prompt - self.here[answers].cached
-        block = self.load.lines[answers].spec.block_tokens
+        block = self.load.by_slot[answers].spec.block_tokens
         moving = self.moving(computes, answers, lacking, block)
         return max(moving - self.here[computes].prefill, 0.0) if self.overlapped else moving
 

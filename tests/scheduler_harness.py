@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from memserve.clock import ManualClock
-from memserve.scheduler.contract import Costs, InstanceSpec, Path, PromptRequest, Seconds
+from memserve.scheduler.contract import Costs, InstanceSpec, PromptRequest, Seconds, TransferPath
 from memserve.scheduler.scheduler import DECODE_WEIGHT, Scheduler
 from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role, TokenArray
 
@@ -22,7 +22,9 @@ class LinearCosts:
 
     token_seconds: float = 1e-3
     step_seconds: float = 10e-3
-    bandwidth: Mapping[Path, float] = field(default_factory=lambda: {"shm": 1e9, "nixl": 1e8})
+    bandwidth: Mapping[TransferPath, float] = field(
+        default_factory=lambda: {"shm": 1e9, "nixl": 1e8, "host": 1e9}
+    )
     kv_bytes_per_token: int = 1000
 
     def prefill_seconds(self, prompt_tokens: ArrayLike, cached_tokens: ArrayLike) -> Seconds:
@@ -34,7 +36,9 @@ class LinearCosts:
         sequences = np.asarray(sequences, float)
         return self.step_seconds + 1e-4 * sequences + 1e-8 * np.asarray(context_tokens, float)
 
-    def transfer_seconds(self, num_bytes: ArrayLike, pieces: ArrayLike, path: Path) -> Seconds:
+    def transfer_seconds(
+        self, num_bytes: ArrayLike, pieces: ArrayLike, path: TransferPath
+    ) -> Seconds:
         pieces = np.asarray(pieces, float)
         return np.asarray(num_bytes, float) / self.bandwidth[path] + 1e-6 * pieces
 
@@ -44,11 +48,17 @@ class Matches:
 
     def __init__(self) -> None:
         self.tokens: dict[InstanceId, int] = {}
+        self.host: dict[InstanceId, int] = {}  # of `tokens`, in host memory
         self.expected: list[tuple[InstanceId, Namespace, int]] = []
 
     def match(self, namespace: Namespace, tokens: TokenArray) -> Mapping[InstanceId, int]:
         held = {id_: min(n, len(tokens) // BLOCK * BLOCK) for id_, n in self.tokens.items()}
         return {id_: n for id_, n in held.items() if n}
+
+    def in_host(
+        self, namespace: Namespace, tokens: TokenArray, matches: Mapping[InstanceId, int]
+    ) -> Mapping[InstanceId, int]:
+        return {id_: min(n, matches[id_]) for id_, n in self.host.items() if matches.get(id_)}
 
     def expect(
         self, instance: InstanceId, namespace: Namespace, tokens: TokenArray, now: float

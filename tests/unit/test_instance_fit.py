@@ -19,12 +19,12 @@ from memserve.instance.fit import (
     non_negative,
     relative_errors,
 )
-from memserve.instance.profile import FULL, QUICK
+from memserve.instance.profiler import FULL, QUICK
 from memserve.scheduler.architecture import GEMMA3_270M, read_architecture
 from memserve.scheduler.compute import Measured
 from memserve.scheduler.cost_model import AttentionCost, CostModel, LinkCost
 from memserve.scheduler.hardware import HARDWARE, cores, derive
-from memserve.scheduler.measurements import (
+from memserve.scheduler.profiles import (
     DecodePoint,
     Measurements,
     PrefillPoint,
@@ -52,6 +52,7 @@ TRUTH = CostModel(
     ),
     shm=LinkCost(1e-3, 2e-10, 8e-6),
     nixl=LinkCost(2e-3, 4e-10, 2e-6),
+    host=LinkCost(0.0, 2e-10, 0.0),
 )
 _RNG = np.random.default_rng(0)
 HELD_OUT = [

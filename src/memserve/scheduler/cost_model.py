@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from memserve.scheduler.architecture import Architecture
 from memserve.scheduler.compute import Measured, Table, Waves
-from memserve.scheduler.contract import Costs, Path, Seconds
+from memserve.scheduler.contract import Costs, Seconds, TransferPath
 from memserve.scheduler.look_ups import decode_look_up, link_seconds, prefill_look_up
 
 _Seconds = Annotated[float, Meta(ge=0)]
@@ -73,6 +73,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     attention: AttentionCost
     shm: LinkCost
     nixl: LinkCost
+    host: LinkCost  # from host memory into the device's
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -93,9 +94,11 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         context = np.asarray(context_tokens, dtype=np.float64)
         return self._decode.look_up(rows, context)
 
-    def transfer_seconds(self, num_bytes: ArrayLike, pieces: ArrayLike, path: Path) -> Seconds:
-        """Transfer of `num_bytes` of KV to another instance in `pieces` contiguous runs."""
-        link = self.shm if path == "shm" else self.nixl
+    def transfer_seconds(
+        self, num_bytes: ArrayLike, pieces: ArrayLike, path: TransferPath
+    ) -> Seconds:
+        """Transfer of `num_bytes` of KV by `path` in `pieces` contiguous runs."""
+        link = {"shm": self.shm, "nixl": self.nixl, "host": self.host}[path]
         moved = np.asarray(num_bytes, dtype=np.float64)
         moved, runs, each = _together(moved, np.asarray(pieces, dtype=np.float64))
         per_byte, per_piece = link.seconds_per_byte, link.seconds_per_piece
