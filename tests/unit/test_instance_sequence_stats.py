@@ -11,8 +11,8 @@ import pytest
 from memserve.api.generate import FinishReason
 from memserve.api.status import Latencies
 from memserve.engine.request import Usage
-from memserve.instance.metrics import instance_page
 from memserve.instance.sequence_stats import SequenceStats, combined
+from memserve.instance.server import instance_page
 from memserve.types import Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import BLOCK, Node, call_of, completed, node, pair, prompt_of
