@@ -21,7 +21,7 @@ from memserve.bench.cli import app as bench_app
 from memserve.bench.profile_cli import profile
 from memserve.cli_cluster import app as cluster_app
 from memserve.cli_doctor import doctor
-from memserve.cli_flags import takes_flags
+from memserve.cli_flags import ExitWithParent, takes_flags
 from memserve.cli_keys import app as keys_app
 from memserve.cli_sim import sim
 from memserve.cli_watch import dashboard, top
@@ -32,6 +32,7 @@ from memserve.cluster.watchdog import exit_with_parent
 from memserve.config import (
     CacheConfig,
     ClusterConfig,
+    DashboardConfig,
     GatewayConfig,
     InstanceConfig,
     LogConfig,
@@ -41,6 +42,7 @@ from memserve.config import (
     check_config,
     load_config,
 )
+from memserve.dashboard.child import DashboardChild, is_installed
 from memserve.flags import Given, flags_of, to_flags, with_flags
 from memserve.logs import json_child_line, json_line, log_to_stderr
 from memserve.models.demo import DEMO_MODEL
@@ -68,8 +70,6 @@ app.command()(top)
 app.command()(dashboard)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(keys_app, name="keys")
-
-_ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 
 
 def main() -> None:
@@ -102,6 +102,7 @@ def _root(
     flags_of(LogConfig),
     flags_of(InstanceConfig, _CLUSTER_LEAVES_OUT),
     flags_of(TracesConfig),
+    flags_of(DashboardConfig),
 )
 def up(
     config: Annotated[Path | None, typer.Argument(help="TOML; flags go before it")] = None,
@@ -121,6 +122,7 @@ def up(
         cache=with_flags(file.cache, given),
         log=with_flags(file.log, given),
         traces=with_flags(file.traces, given),
+        dashboard=with_flags(file.dashboard, given),
         instance=tuple(with_flags(i, given, _CLUSTER_LEAVES_OUT) for i in file.instance),
     )
     check_config(wanted)
@@ -139,7 +141,12 @@ def up(
             else:
                 out.show(_first_steps(running.url, model.name, wanted.model.path == DEMO_MODEL))
 
-        asyncio.run(run_local_cluster(cluster, progress, ready))
+        async def watched(running: LocalCluster) -> None:
+            link = progress if wanted.log.format == "json" else out.show
+            await DashboardChild(cluster, progress, show).run(running.url, running.secret, link)
+
+        beside = watched if wanted.dashboard.enabled and is_installed() else None
+        asyncio.run(run_local_cluster(cluster, progress, ready, beside))
 
 
 @app.command()
@@ -154,7 +161,7 @@ def gateway(
     instances: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="an instance's; may be repeated")
     ] = None,
-    exit_with_parent_: _ExitWithParent = False,
+    exit_with_parent_: ExitWithParent = False,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
     *,
     given: Given,
@@ -201,7 +208,7 @@ def instance(
     join: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="a gateway's; may be repeated")
     ] = None,
-    exit_with_parent_: _ExitWithParent = False,
+    exit_with_parent_: ExitWithParent = False,
     *,
     given: Given,
 ) -> None:

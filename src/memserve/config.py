@@ -214,6 +214,14 @@ class TracesConfig(_Section, frozen=True):
     ] = 10.0
 
 
+class DashboardConfig(_Section, frozen=True):
+    """The dashboard that `memserve up` starts, where the extra `ui` is installed. Its flags begin
+    with `--dashboard`."""
+
+    enabled: Annotated[bool, doc("start it; memserve dashboard does so by hand")] = True
+    port: Annotated[Port, doc("on 127.0.0.1; if it is taken, and for 0, any free one")] = 8090
+
+
 class ClusterConfig(_Section, frozen=True):
     """A whole cluster on one machine."""
 
@@ -223,6 +231,7 @@ class ClusterConfig(_Section, frozen=True):
     cache: CacheConfig = CacheConfig()
     log: LogConfig = LogConfig()
     traces: TracesConfig = TracesConfig()
+    dashboard: DashboardConfig = DashboardConfig()
     instance: tuple[InstanceConfig, ...] = (InstanceConfig(),)
 
 

@@ -26,7 +26,7 @@ from memserve.flags import to_flags
 from memserve.hosts import is_loopback
 from memserve.models.resolve import Progress
 from memserve.pool.segment import sweep
-from memserve.secrets import SECRET_VARIABLE, cluster_secret, keep_secret, new_secret
+from memserve.secrets import SECRET_VARIABLE, Secret, cluster_secret, keep_secret, new_secret
 
 POLL_SECONDS = 0.2  # between looks at the state of a starting cluster
 # A child that serves drains for `drain_seconds`, and then needs up to CLOSE_SECONDS to close
@@ -127,6 +127,11 @@ class LocalCluster:
             if all(one.crashes for one in late):
                 return [one.name for one in late]
             await asyncio.sleep(POLL_SECONDS)
+
+    @property
+    def secret(self) -> Secret:
+        """The cluster's secret, for other processes that are started beside it."""
+        return self._secret
 
     def pids(self) -> dict[str, int]:
         """Return the process ids by name."""
@@ -262,14 +267,15 @@ async def run_local_cluster(
     config: ClusterConfig,
     progress: Progress,
     ready: Callable[[LocalCluster], None],
+    beside: Callable[[LocalCluster], Awaitable[None]] | None = None,
     *,
     module: str = "memserve",
 ) -> None:
     """Run a cluster until SIGINT or SIGTERM; a second signal ends the wait for requests.
 
-    `ready` is called when every instance has been ready or has crashed. Raises ClusterError if a
-    process ends before an instance is ready, or as `LocalCluster.supervise`. `module`: as in
-    `LocalCluster`.
+    `ready` is called when every instance has been ready or has crashed, and `beside` is awaited
+    from then on; it is cancelled before the cluster stops. Raises ClusterError if a process ends
+    before an instance is ready, or as `LocalCluster.supervise`. `module`: as in `LocalCluster`.
     """
     shutdown = Shutdown()
     shutdown.on_signals()
@@ -282,6 +288,8 @@ async def run_local_cluster(
         ready(cluster)
         if late:
             progress(f"not ready, and started again until they are: {', '.join(late)}")
+        if beside is not None:
+            await beside(cluster)
 
     async def serve() -> None:
         await cluster.begin()
