@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -235,6 +235,12 @@ class ClusterConfig(_Section, frozen=True):
     instance: tuple[InstanceConfig, ...] = (InstanceConfig(),)
 
 
+def tables() -> dict[str, type[msgspec.Struct]]:
+    """Return the tables of the file by name."""
+    fields = ((each.name, each.type) for each in msgspec.structs.fields(ClusterConfig))
+    return {name: next(iter(get_args(kind)), kind) for name, kind in fields}
+
+
 def load_config(path: Path) -> ClusterConfig:
     """Read a TOML file. Raises ConfigError with the file, the key and the expected value."""
     try:
@@ -371,15 +377,7 @@ def _check_vllm(instance: InstanceConfig) -> None:
 
 
 def _refuse_unknown_keys(data: dict[str, object]) -> None:
-    sections: dict[str, type[msgspec.Struct]] = {
-        "model": ModelConfig,
-        "gateway": GatewayConfig,
-        "security": SecurityConfig,
-        "cache": CacheConfig,
-        "log": LogConfig,
-        "traces": TracesConfig,
-        "instance": InstanceConfig,
-    }
+    sections = tables()
     _check_keys("", data, tuple(sections))
     for name, value in data.items():
         for table in value if isinstance(value, list) else [value]:

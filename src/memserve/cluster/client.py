@@ -17,12 +17,14 @@ from memserve.api.status import InstanceState, InstanceStats, JoinRequest, Mediu
 from memserve.cluster.membership import DegradedPair
 from memserve.errors import ClusterError, ConfigError
 from memserve.scheduler.decision_view import DecisionView
+from memserve.scheduler.prefix_view import PrefixReport
 from memserve.secrets import Secret, secret_of
 from memserve.types import Epoch, InstanceId, Role
 
 # Longer than a gateway waits for an instance's answer (`control.CONTROL_SECONDS`).
 CLIENT_SECONDS = 10.0
 DECISIONS_PATH = "/cluster/decisions"
+PREFIXES_PATH = "/cluster/prefixes"
 FEEDS_PATH = "/cluster/feeds"  # state of a gateway's KV event subscriptions
 
 _encode = msgspec.json.Encoder().encode
@@ -63,6 +65,7 @@ _member = msgspec.json.Decoder(MemberSummary)
 _stats = msgspec.json.Decoder(InstanceStats)
 _cluster = msgspec.json.Decoder(ClusterSummary)
 _decisions = msgspec.json.Decoder(list[DecisionView])
+_prefixes = msgspec.json.Decoder(PrefixReport)
 T = TypeVar("T")
 
 
@@ -101,6 +104,11 @@ class ClusterClient:
     async def decisions(self, n: int) -> list[DecisionView]:
         """Return the scheduler's last `n` decisions, newest first."""
         return await self._ask("GET", f"{DECISIONS_PATH}?n={n}", _decisions.decode)
+
+    async def prefixes(self, n: int, *, text: bool = False) -> PrefixReport:
+        """Return the `n` hottest prefixes; `text`: with what they say, shortened."""
+        path = f"{PREFIXES_PATH}?n={n}&text={str(text).lower()}"
+        return await self._ask("GET", path, _prefixes.decode)
 
     async def read(self, path: str, decode: Callable[[bytes], T]) -> T:
         """Return the decoded answer to a GET of one of an operator's paths."""

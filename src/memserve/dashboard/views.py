@@ -41,7 +41,6 @@ _templates.globals.update(
     reason=reasons.reason,
     state=reasons.state,
     terms_of=reasons.terms_of,
-    where=reasons.where,
 )
 
 
@@ -161,5 +160,5 @@ def _largest(rates: Rates, count: int) -> list[Flow]:
 
 
 def _words(decision: DecisionView) -> str:
-    told = (decision.request, reasons.where(decision.chosen), reasons.state(decision))
+    told = (decision.request, decision.chosen.path, reasons.state(decision))
     return " ".join(told).lower()

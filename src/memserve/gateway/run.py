@@ -7,6 +7,7 @@ import gc
 import logging
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import uvloop
 
@@ -43,6 +44,7 @@ from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.global_router import GlobalRouter
 from memserve.gateway.handover_proof import HandoverProof
 from memserve.gateway.model_formats import formats_of
+from memserve.gateway.prefixes import prefix_routes
 from memserve.gateway.relay import Relay
 from memserve.gateway.response_store import ResponseStore
 from memserve.gateway.responses import Responses
@@ -258,6 +260,7 @@ class Gateway:
             responses=responses,
             tokenization=Tokenization(self._calls, tokenizer),
             max_body_bytes=self._max_body_bytes,
+            more=partial(prefix_routes, self._router.tree, clock, tokenizer),
         )
 
     async def __aenter__(self) -> Gateway:

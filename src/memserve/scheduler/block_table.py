@@ -17,6 +17,7 @@ from memserve.types import (
     INDEX_BITS,
     MAX_BLOCKS,
     IndexArray,
+    Medium,
 )
 
 BlockHash = int | bytes
@@ -108,6 +109,11 @@ class References(BlockTable):
         ]
         return present
 
+    def media(self, numbers: Numbers) -> dict[str, int]:
+        """Number of stored blocks by the medium that has them; one with copies counts in each."""
+        counts = np.bincount(numbers & 1, minlength=len(Medium)).tolist()
+        return {each.name: counts[each] for each in Medium if counts[each]}
+
     @property
     def num_bytes(self) -> int:
         return super().num_bytes + self._hash.nbytes
@@ -146,6 +152,15 @@ class Hashes(BlockTable):
         self._copies[numbers] &= ~np.uint8(self._bit(medium))
         gone: Numbers = numbers[(self._copies[numbers] == 0) & (self.node[numbers] != _NOWHERE)]
         return gone
+
+    def media(self, numbers: Numbers) -> dict[str, int]:
+        """Number of stored blocks by the medium that has them; one with copies counts in each."""
+        copies = self._copies[numbers]
+        found = {
+            name or "unknown": int(np.count_nonzero(copies & bit))
+            for name, bit in self._media.items()
+        }
+        return {name: count for name, count in found.items() if count}
 
     def vacate(self, numbers: Numbers) -> None:
         super().vacate(numbers)

@@ -32,7 +32,7 @@ from memserve.types import InstanceId, Namespace, Role, TokenArray
 # How long a routed prompt counts as held without KV events of it. Longer than a prompt waits
 # and computes: after expiry and before its events, no instance seems to hold the prefix.
 EXPECT_SECONDS = 60.0
-NODES_AT_ONCE = 2000  # that are counted without a pause: about 1 ms
+NODES_AT_ONCE = 500  # that are counted without a pause: a quarter of a millisecond, or a half
 
 Prefix = tuple[Namespace, bytes]  # bytes: digest of a block and all blocks before it
 
@@ -237,7 +237,7 @@ class PromptTree:
         data = (tokens[:-rest] if rest else tokens).tobytes()
         tree = self._tree(namespace, holder.block_tokens)
         deadline = now + self._expect_seconds
-        if tree.expect(data, holder.slot, deadline):
+        if tree.expect(data, holder.slot, now, deadline):
             self._expected.append(_Expectation(deadline, holder.slot, tree, data))
 
     def expire(self, now: float) -> int:
@@ -283,9 +283,19 @@ class PromptTree:
             except StopIteration as end:
                 return cast(PromptTreeStats, end.value)
 
+    def nodes(self) -> list[Node]:
+        """All nodes, in no order. One that leaves the trees later has no `parent` then."""
+        return list(self._shared.by_id.values())
+
+    def table(self, slot: int) -> tuple[InstanceId, References | Hashes]:
+        """Return the holder of a slot, and the table of its blocks."""
+        holder = self._by_slot[slot]
+        assert holder is not None
+        return holder.instance, holder.table
+
     def reading_stats(self) -> Generator[None, None, PromptTreeStats]:
         """The same in pieces of NODES_AT_ONCE: what changes in between may count or not."""
-        nodes = list(self._shared.by_id.values())
+        nodes = self.nodes()
         tree_blocks = num_bytes = 0
         for first in range(0, len(nodes), NODES_AT_ONCE):
             if first:
