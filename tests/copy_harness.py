@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from memserve import KVLayout, Medium
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.transfer.base import BlockList, Completion, Ticket, Transport, WriteList
 from memserve.transfer.regions import local_regions, pool_regions
 from memserve.types import RefArray
@@ -28,7 +28,7 @@ def random_kv(layout: KVLayout, blocks: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(data % 100).view(layout.torch_dtype).view(blocks, *layout.block_shape)
 
 
-def fill(pool: MemPool, seed: int) -> dict[Medium, RefArray]:
+def fill(pool: BlockPool, seed: int) -> dict[Medium, RefArray]:
     """Take every block of a pool and write random KV into it."""
     taken = {}
     for medium, stats in zip(Medium, (pool.stats().hbm, pool.stats().dram), strict=True):
@@ -39,7 +39,7 @@ def fill(pool: MemPool, seed: int) -> dict[Medium, RefArray]:
     return taken
 
 
-def connect(transport: Transport, pool: MemPool, other: MemPool, peer: Transport) -> None:
+def connect(transport: Transport, pool: BlockPool, other: BlockPool, peer: Transport) -> None:
     """Let `transport` of `pool` write into `other`, which has `peer`."""
     regions = local_regions(other)
     peer.register(regions)

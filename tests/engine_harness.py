@@ -16,7 +16,7 @@ from memserve.engine.constraint import CompiledGrammar
 from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import Model, load_model
 from memserve.engine.request import EngineRequest, TokenOutput
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.types import RequestId
 
 WAIT_SECONDS = 240.0  # less than a test may take: what was waited for is told
@@ -137,7 +137,9 @@ def running_engine(
 ) -> Iterator[Harness]:
     """A started engine; on leaving it is stopped and its pool must be whole and quiet."""
     layout = model.layout("tiny", block_tokens, aggregated)
-    with MemPool(layout, hbm_blocks, dram_blocks, instance="t0", device=str(model.device)) as pool:
+    with BlockPool(
+        layout, hbm_blocks, dram_blocks, instance="t0", device=str(model.device)
+    ) as pool:
         settings = EngineSettings(
             name="tiny",
             threads=threads,

@@ -19,7 +19,7 @@ from memserve.instance.instance import Identity, Instance, Parts
 from memserve.instance.kv_events import KVEventPublisher
 from memserve.instance.run import handler_of
 from memserve.models.tokenizer import Tokenizer
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.scheduler.prompt_tree import Prefix, PromptTree, block_digests
 from memserve.secrets import cluster_secret
 from memserve.transfer.secret import cluster_keys
@@ -34,7 +34,7 @@ _epochs = itertools.count(1)
 _snapshots = msgspec.msgpack.Decoder(KVSnapshot)
 
 
-def prefixes_of(pool: MemPool) -> set[Prefix]:
+def prefixes_of(pool: BlockPool) -> set[Prefix]:
     """What an index holds, in the terms of `PromptTree.held`."""
     found: set[Prefix] = set()
     step = 4 * pool.layout.block_tokens
@@ -51,7 +51,7 @@ def prefixes_of(pool: MemPool) -> set[Prefix]:
 class Publishing:
     """One instance that publishes: a real pool and HTTP application, and no model."""
 
-    def __init__(self, pool: MemPool, events: KVEventPublisher, url: str, role: Role) -> None:
+    def __init__(self, pool: BlockPool, events: KVEventPublisher, url: str, role: Role) -> None:
         self.pool = pool
         self.events = events
         self.url = url
@@ -84,7 +84,7 @@ async def publishing(
     secret: str | None = None,
 ) -> AsyncIterator[Publishing]:
     epoch = Epoch(next(_epochs))
-    pool = MemPool(LAYOUT, hbm_blocks, dram_blocks, instance=name, epoch=epoch)
+    pool = BlockPool(LAYOUT, hbm_blocks, dram_blocks, instance=name, epoch=epoch)
     keys = None if secret is None else cluster_keys(secret)
     events = KVEventPublisher(pool, "127.0.0.1", keys, buffer_batches)
     engine = FakeEngine()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from memserve import KVLayout, Medium
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.types import RefArray
 
 BLOCK = 4  # tokens
@@ -38,7 +38,7 @@ def prompt(*blocks: int) -> list[int]:
 
 
 def store(
-    pool: MemPool, tokens: Sequence[int], namespace: str = "", medium: Medium = Medium.HBM
+    pool: BlockPool, tokens: Sequence[int], namespace: str = "", medium: Medium = Medium.HBM
 ) -> RefArray:
     """Allocate, write and insert a whole prompt; returns the blocks the index took."""
     keys = keys_of(namespace, tokens)
@@ -49,7 +49,7 @@ def store(
     return result.new
 
 
-def cached_blocks(pool: MemPool, tokens: Sequence[int], namespace: str = "") -> int:
+def cached_blocks(pool: BlockPool, tokens: Sequence[int], namespace: str = "") -> int:
     """How long the cached prefix is, in blocks; does count as a use."""
     with pool.match(tokens, namespace) as match:
         keys = keys_of(namespace, tokens)[: len(match.refs)]

@@ -16,8 +16,8 @@ from memserve.clock import MonotonicClock
 from memserve.errors import TransferError
 from memserve.secrets import SECRET_VARIABLE
 from memserve.transfer.base import Transport
-from memserve.transfer.path import PathName
-from memserve.transfer.pending import Transfer
+from memserve.transfer.handles import Transfer
+from memserve.transfer.regions import PathName
 from memserve.transfer.shm import ShmTransport
 from memserve.types import Owner
 from tests.faulty_transport import Drop, FaultyTransport, listed

@@ -15,7 +15,7 @@ import torch
 
 from memserve import KVLayout, Medium
 from memserve.errors import MemserveError
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.transfer.base import PoolRegions, Ticket, Transport, WriteList, block_list
 from memserve.transfer.nixl import NixlTransport
 from memserve.transfer.regions import local_regions, pool_regions
@@ -129,7 +129,7 @@ class _Commands:
     """The same, inside of the process."""
 
     def __init__(self, spec: Spec) -> None:
-        self.pool = MemPool(spec.layout, spec.blocks, 0, spec.instance, spec.device)
+        self.pool = BlockPool(spec.layout, spec.blocks, 0, spec.instance, spec.device)
         self.refs = {Medium.HBM: self.pool.alloc_mem(spec.blocks)}
         self.local = local_regions(self.pool)
         self.transport: Transport = (

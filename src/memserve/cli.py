@@ -25,11 +25,13 @@ from memserve.cli_flags import ExitWithParent, takes_flags
 from memserve.cli_keys import app as keys_app
 from memserve.cli_sim import sim
 from memserve.cli_watch import dashboard, top
+from memserve.cluster.cluster import Cluster, run_cluster
 from memserve.cluster.line_printer import STDERR, STDOUT, LinePrinter
-from memserve.cluster.local import LocalCluster, run_local_cluster
+from memserve.cluster.local import LocalBackend
 from memserve.cluster.preflight import check_machine, with_room
 from memserve.cluster.watchdog import exit_with_parent
 from memserve.config import (
+    BackendConfig,
     CacheConfig,
     ClusterConfig,
     DashboardConfig,
@@ -95,6 +97,7 @@ def _root(
 
 @app.command()
 @takes_flags(
+    flags_of(BackendConfig),
     flags_of(ModelConfig),
     flags_of(GatewayConfig),
     flags_of(SecurityConfig),
@@ -116,6 +119,7 @@ def up(
     _outlive_reloads()
     file = _without_file(given) if config is None else load_config(config)
     wanted = ClusterConfig(
+        cluster=with_flags(file.cluster, given),
         model=with_flags(file.model, given),
         gateway=with_flags(file.gateway, given),
         security=with_flags(file.security, given),
@@ -134,19 +138,20 @@ def up(
         wanted = with_room(wanted, model.path, progress)
         cluster = msgspec.structs.replace(wanted, model=pinned(wanted.model, model))
 
-        def ready(running: LocalCluster) -> None:
+        def ready(running: Cluster) -> None:
             running.show_output(show)
             if wanted.log.format == "json":
                 progress(f"memserve serves {model.name} on {running.url}")
             else:
                 out.show(_first_steps(running.url, model.name, wanted.model.path == DEMO_MODEL))
 
-        async def watched(running: LocalCluster) -> None:
+        async def watched(running: Cluster) -> None:
             link = progress if wanted.log.format == "json" else out.show
             await DashboardChild(cluster, progress, show).run(running.url, running.secret, link)
 
         beside = watched if wanted.dashboard.enabled and is_installed() else None
-        asyncio.run(run_local_cluster(cluster, progress, ready, beside))
+        backend = LocalBackend(cluster, progress)
+        asyncio.run(run_cluster(cluster, backend, progress, ready, beside))
 
 
 @app.command()

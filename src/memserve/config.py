@@ -26,6 +26,7 @@ Eviction = Literal["lru", "cost"]
 Profiling = Literal["auto", "off"]
 Policy = Literal["prompt-tree", "session", "least-load", "round-robin"]
 Engine = Literal["builtin", "vllm"]
+BackendName = Literal["local"]
 ToolCallParser = Literal[
     "auto", "none", "hermes", "llama3_json", "mistral", "qwen3_coder", "pythonic"
 ]
@@ -54,8 +55,8 @@ def doc(text: str) -> Meta:
 
 
 def no_flag(text: str) -> Meta:
-    """Return the description of a field without a flag, for secrets: all users of a machine can
-    read the arguments of its processes."""
+    """Return the description of a field without a flag: for secrets, since all users of a machine
+    can read the arguments of its processes, and for tables."""
     return Meta(description=text, extra={"flag": False})
 
 
@@ -222,9 +223,17 @@ class DashboardConfig(_Section, frozen=True):
     port: Annotated[Port, doc("on 127.0.0.1; if it is taken, and for 0, any free one")] = 8090
 
 
-class ClusterConfig(_Section, frozen=True):
-    """A whole cluster on one machine."""
+class BackendConfig(_Section, frozen=True):
+    """Where a cluster's processes run."""
 
+    backend: Annotated[BackendName, doc("what runs them")] = "local"
+    gateways: Annotated[Positive, doc("how many")] = 1
+
+
+class ClusterConfig(_Section, frozen=True):
+    """A whole cluster."""
+
+    cluster: BackendConfig = BackendConfig()
     model: ModelConfig = ModelConfig()
     gateway: GatewayConfig = GatewayConfig()
     security: SecurityConfig = SecurityConfig()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from urllib.parse import urlsplit
 
 WILDCARDS = ("0.0.0.0", "::")
 
@@ -52,6 +53,12 @@ def bracketed(host: str) -> str:
 def advertised(host: str) -> str:
     """Return the host that peers connect to: this machine's name for a wildcard, else `host`."""
     return socket.getfqdn() if host in WILDCARDS else host
+
+
+def port_of(url: str) -> int:
+    """Return the port of an http:// or https:// URL. Raises ValueError for one that is no port."""
+    parts = urlsplit(url)
+    return parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def split_endpoint(endpoint: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from memserve.errors import ConfigError
-from memserve.hosts import is_loopback
+from memserve.hosts import is_loopback, port_of
 
 SECRET_VARIABLE = "MEMSERVE_SECRET"
 SECRET_FILE_VARIABLE = "MEMSERVE_SECRET_FILE"
@@ -113,8 +113,7 @@ def secret_of(url: str) -> Secret:
     that `keep_secret` wrote for this port of this machine, else this user's own."""
     found = cluster_secret()
     try:
-        parts = urlsplit(url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+        parts, port = urlsplit(url), port_of(url)
     except ValueError:
         return found
     if found.local and is_loopback(parts.hostname or ""):

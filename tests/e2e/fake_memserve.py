@@ -19,7 +19,7 @@ from typing import Any
 
 from memserve import cli
 from memserve.api.status import PoolTotals
-from memserve.cluster.local import run_local_cluster
+from memserve.cluster.local import LocalBackend
 from memserve.config import ClusterConfig, InstanceConfig
 from memserve.errors import ModelError
 from memserve.instance import run
@@ -80,5 +80,7 @@ if __name__ == "__main__":
     if directory := os.environ.get("MEMSERVE_FAKE_DEATHS"):
         _make_tasks_mortal(Path(directory))
     run._built_in = build
-    cli.run_local_cluster = partial(run_local_cluster, module="tests.e2e.fake_memserve")
+    cli.LocalBackend = partial(  # type: ignore[misc,assignment]
+        LocalBackend, module="tests.e2e.fake_memserve"
+    )
     cli.main()

@@ -19,7 +19,8 @@ import pytest
 from memserve.api.serving import Shutdown
 from memserve.api.status import InstanceState
 from memserve.cluster.client import ClusterClient, ClusterSummary
-from memserve.cluster.local import LocalCluster
+from memserve.cluster.cluster import Cluster
+from memserve.cluster.local import LocalBackend
 from memserve.cluster.restarts import RestartLimits
 from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelConfig
 from tests.fake_vllm import BLOCK, SETTINGS_VARIABLE, expected
@@ -39,16 +40,14 @@ class Up:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         instance = InstanceConfig(engine="vllm", vllm_command=COMMAND, count=2)
-        self.cluster = LocalCluster(
-            ClusterConfig(
-                model=ModelConfig(path=str(directory), served_name=MODEL),
-                gateway=GatewayConfig(port=0),
-                instance=(instance,),
-            ),
-            Shutdown(),
-            self.said.append,
-            limits=RestartLimits(first_pause=0.01, longest_pause=0.05),
+        config = ClusterConfig(
+            model=ModelConfig(path=str(directory), served_name=MODEL),
+            gateway=GatewayConfig(port=0),
+            instance=(instance,),
         )
+        limits = RestartLimits(first_pause=0.01, longest_pause=0.05)
+        backend = LocalBackend(config, self.said.append, limits=limits)
+        self.cluster = Cluster(config, backend, Shutdown(), self.said.append)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(120)

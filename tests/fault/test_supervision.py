@@ -25,7 +25,8 @@ from memserve.api.status import InstanceState
 from memserve.clock import MonotonicClock
 from memserve.cluster.child import Child
 from memserve.cluster.client import ClusterClient, ClusterSummary, GatewayUnreachable, MemberSummary
-from memserve.cluster.local import LocalCluster
+from memserve.cluster.cluster import Cluster
+from memserve.cluster.local import LocalBackend
 from memserve.cluster.restarts import RestartLimits
 from memserve.cluster.rolling import remove, restart
 from memserve.cluster.supervised import Supervised as Process
@@ -54,13 +55,10 @@ class Supervised:
             instance=(InstanceConfig(role=Role.PREFILL), InstanceConfig(role=Role.DECODE)),
         )
         self.shutdown = Shutdown()
-        self.cluster = LocalCluster(
-            config,
-            self.shutdown,
-            self.said.append,
-            limits=QUICK,
-            module="tests.e2e.fake_memserve",
+        backend = LocalBackend(
+            config, self.said.append, limits=QUICK, module="tests.e2e.fake_memserve"
         )
+        self.cluster = Cluster(config, backend, self.shutdown, self.said.append)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(120)
@@ -215,8 +213,8 @@ def test_a_killed_gateway_comes_back_at_its_port_and_knows_its_members(
     running: Supervised,
 ) -> None:
     before = running.until_ready()
-    gateway = running.cluster._gateway
-    assert gateway is not None
+    (gateway,) = running.cluster._gateways
+    assert isinstance(gateway, Process)
     killed = gateway.child
     killed.kill()
     running.run(asyncio.wait_for(asyncio.shield(killed.ended), 30))
@@ -300,6 +298,41 @@ def test_an_instance_that_is_removed_does_not_come_back(model: Path) -> None:
         assert any("prefill-0 has ended, as it was asked to" in line for line in running.said)
 
 
+def test_a_group_is_scaled_under_load_and_no_request_is_lost(model: Path) -> None:
+    with supervised(model) as running:
+        running.until_ready()
+        cluster = running.cluster
+        with Load(cluster.url) as load:
+            running.run(cluster.scale("decode", 3))
+            running.until(lambda view: len(ready(view)) == 4)
+            grown = {group.name: group.members for group in running.run(cluster.groups())}
+            assert grown == {
+                "prefill": ("prefill-0",),
+                "decode": ("decode-1", "decode-2", "decode-3"),
+            }
+            places = running.run(cluster.places())
+            assert set(places) == {"gateway", "prefill-0", *grown["decode"]}
+            load.more(4)
+            # A new one is kept as the others are.
+            os.kill(places["decode-3"].pid, signal.SIGKILL)
+            running.until(
+                lambda view: ready(view).get("decode-3") not in (None, places["decode-3"].pid)
+            )
+            running.run(cluster.scale("decode", 1))
+            assert set(ready(running.view())) == {"prefill-0", "decode-1"}  # the newest have left
+            assert [len(group.members) for group in running.run(cluster.groups())] == [1, 1]
+            load.more(4)
+        assert load.failures == []
+        running.run(cluster.scale("prefill", 0))
+        for group, count, said in (
+            ("decode", 0, "needs an instance"),
+            ("cook", 1, "prefill, decode"),
+        ):
+            with pytest.raises(ClusterError, match=said):
+                running.run(cluster.scale(group, count))
+        assert not running.ended.done()
+
+
 def test_a_crash_while_others_start_ends_nothing_once_one_serves(model: Path) -> None:
     slow = model / "slow-decode-1"
     slow.touch()
@@ -328,8 +361,8 @@ def test_a_gateway_that_crashes_often_is_not_given_up_while_instances_serve(
     running: Supervised,
 ) -> None:
     before = ready(running.until_ready())
-    gateway = running.cluster._gateway
-    assert gateway is not None
+    (gateway,) = running.cluster._gateways
+    assert isinstance(gateway, Process)
     for _ in range(QUICK.max_crashes + 1):
         killed = gateway.child
         killed.kill()

@@ -23,7 +23,7 @@ from memserve.cluster.kv_subscription import EventSource
 from memserve.errors import ConfigError
 from memserve.instance.kv_events import stored_blocks, wire_events
 from memserve.pool.listener import StoredRun
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.scheduler.event_stream import EventCounts, EventStream
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.types import SHARED, Epoch, InstanceId, RefArray
@@ -48,7 +48,7 @@ NASTY: list[Any] = [
 class Recorder:
     """A pool's listener that keeps what a publisher would send."""
 
-    def __init__(self, pool: MemPool) -> None:
+    def __init__(self, pool: BlockPool) -> None:
         self.changes: list[StoredRun | RefArray] = []
         pool.listen(self)
 
@@ -62,7 +62,7 @@ class Recorder:
         self.changes += [run, old]
 
 
-def lived(pool: MemPool) -> list[Frames]:
+def lived(pool: BlockPool) -> list[Frames]:
     """What an instance of ours said while it stored, evicted and moved."""
     recorder = Recorder(pool)
     choose = random.Random(1)
@@ -150,7 +150,7 @@ def offer(stream: EventStream, frames: Frames, sequence: int | None = None) -> N
 
 
 def test_ours_mutated_harm_nothing() -> None:
-    with MemPool(LAYOUT, 48, 16, instance=OURS, epoch=Epoch(1)) as pool:
+    with BlockPool(LAYOUT, 48, 16, instance=OURS, epoch=Epoch(1)) as pool:
         valid = lived(pool)
         runs = pool.indexed(lambda: None)
         state = KVSnapshot(
@@ -220,7 +220,7 @@ def test_vllm_s_mutated_harm_nothing() -> None:
 
 
 def test_snapshots_mutated_harm_nothing() -> None:
-    with MemPool(LAYOUT, 48, 16, instance=OURS, epoch=Epoch(1)) as pool:
+    with BlockPool(LAYOUT, 48, 16, instance=OURS, epoch=Epoch(1)) as pool:
         lived(pool)
         runs = pool.indexed(lambda: None)
         state = KVSnapshot(OURS, Epoch(1), 7, BLOCK, [stored_blocks(run) for run in runs])

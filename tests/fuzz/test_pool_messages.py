@@ -17,9 +17,9 @@ import zmq
 
 from memserve import Medium, MemPool
 from memserve.transfer import wire
-from memserve.transfer.links import Arrival, Links, Way
 from memserve.transfer.peer_endpoint import PeerEndpoint
 from memserve.transfer.secret import cluster_keys
+from memserve.transfer.sockets import Arrival, PoolSockets, Way
 from tests.transfer_harness import (
     LAYOUT,
     LOCAL,
@@ -69,14 +69,14 @@ def recorded() -> list[list[Value]]:
     """What pools say to each other about all that there is, as plain values, each kind once or
     more: [instance, epoch, receiver, [tag, ...]]."""
     bodies: list[bytes] = []
-    send = Links.send
+    send = PoolSockets.send
 
-    def record(links: Links, path: Way, header: bytes, body: bytes) -> bool:
+    def record(links: PoolSockets, path: Way, header: bytes, body: bytes) -> bool:
         bodies.append(body)
         return send(links, path, header, body)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Links, "send", record)
+        patch.setattr(PoolSockets, "send", record)
         with MemPool(LAYOUT, 32, 8, instance="a") as a, MemPool(LAYOUT, 32, 8, instance="b") as b:
             a.connect("b", b.serve(LOCAL))
             a.transfer_with_insert("b", tokens_of(2), filled(a, 2)).result(PATIENCE)

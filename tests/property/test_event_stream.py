@@ -22,7 +22,7 @@ from memserve.clock import ManualClock
 from memserve.errors import OutOfBlocks
 from memserve.instance.kv_events import stored_blocks, wire_events
 from memserve.pool.listener import StoredRun
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.scheduler.event_stream import EventCounts, EventStream
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.types import Epoch, InstanceId, RefArray
@@ -44,7 +44,9 @@ class Published:
 
     def __init__(self, name: str, hbm: int, dram: int, batched: int) -> None:
         self.epoch = Epoch(next(_epochs))
-        self.pool = MemPool(LAYOUT, hbm, dram, instance=name, epoch=self.epoch, clock=ManualClock())
+        self.pool = BlockPool(
+            LAYOUT, hbm, dram, instance=name, epoch=self.epoch, clock=ManualClock()
+        )
         self.pool.listen(self)
         self.batches: list[bytes] = []
         self._pending: list[StoredRun | RefArray] = []

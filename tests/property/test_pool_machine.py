@@ -31,7 +31,7 @@ from memserve.errors import (
     PinnedBlock,
     StaleBlock,
 )
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.pool.results import Match
 from memserve.types import RefArray, ref_medium
 
@@ -68,7 +68,7 @@ class Reader:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    pool: MemPool
+    pool: BlockPool
 
     @initialize(
         hbm=st.integers(3, 16),
@@ -79,7 +79,7 @@ class PoolMachine(RuleBasedStateMachine):
     def start(self, hbm: int, dram: int, aggregated: bool, eviction: str) -> None:
         self.layout = KVLayout(2, 1, 3, "float32", BLOCK, aggregated)
         self.clock = ManualClock()
-        self.pool = MemPool(
+        self.pool = BlockPool(
             self.layout,
             hbm,
             dram,

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve import KVLayout
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.transfer.base import Outcome, WriteList
 from memserve.transfer.conversion import common_heads
 from memserve.transfer.copy_plan import RegionTable, plan_copies, split_pieces
@@ -30,7 +30,7 @@ LAYERS = 3
 
 @dataclass
 class Side:
-    pool: MemPool
+    pool: BlockPool
     blocks: RefArray  # all of them
     chosen: list[int]  # positions in `blocks`
 
@@ -62,7 +62,7 @@ def two_sides(data: st.DataObject, source: KVLayout, target: KVLayout) -> Iterat
         sides = []
         for seed, (name, layout) in enumerate((("a", source), ("b", target))):
             hbm, dram = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 7))
-            pool = stack.enter_context(MemPool(layout, hbm, dram, name, dram_segment_blocks=3))
+            pool = stack.enter_context(BlockPool(layout, hbm, dram, name, dram_segment_blocks=3))
             refs = np.concatenate(list(fill(pool, 10 * seed).values()))
             # In order, so that runs of neighbours are common, or shuffled.
             order = list(range(len(refs)))
@@ -92,7 +92,7 @@ def expected(source: Side, target: Side, layers: range | None, heads: range | No
     return result
 
 
-def by_shm(source: MemPool, target: MemPool, writes: WriteList) -> None:
+def by_shm(source: BlockPool, target: BlockPool, writes: WriteList) -> None:
     transport = ShmTransport(source.layout)
     connect(transport, source, target, ShmTransport(target.layout))
     ticket = transport.post(target.owner, writes)
@@ -102,7 +102,7 @@ def by_shm(source: MemPool, target: MemPool, writes: WriteList) -> None:
     transport.close()
 
 
-def by_pieces(source: MemPool, target: MemPool, writes: WriteList) -> None:
+def by_pieces(source: BlockPool, target: BlockPool, writes: WriteList) -> None:
     """As a network would: runs of bytes, whatever they mean."""
     memory = {each.region: each.memory for pool in (source, target) for each in local_regions(pool)}
     tables = [
@@ -121,7 +121,7 @@ def by_pieces(source: MemPool, target: MemPool, writes: WriteList) -> None:
 @pytest.mark.parametrize("move", [by_shm, by_pieces])
 @given(source=layouts(), target=layouts(), data=st.data())
 def test_the_target_holds_exactly_what_it_should(
-    move: Callable[[MemPool, MemPool, WriteList], None],
+    move: Callable[[BlockPool, BlockPool, WriteList], None],
     source: KVLayout,
     target: KVLayout,
     data: st.DataObject,

@@ -19,8 +19,8 @@ from memserve.hosts import (
     split_endpoint,
 )
 from memserve.instance.kv_events import KVEventPublisher
-from memserve.pool.pool import MemPool
-from memserve.transfer.links import Links, is_local
+from memserve.pool.pool import BlockPool
+from memserve.transfer.sockets import PoolSockets, is_local
 from tests.http_harness import post, serving
 from tests.pool_harness import LAYOUT
 
@@ -117,7 +117,7 @@ def test_names_without_an_address_are_an_error_of_their_own() -> None:
 @pytest.mark.parametrize("host", ["::1", ONLY_6, BOTH, "127.0.0.1", "localhost"])
 def test_pools_and_events_listen_where_instances_do(host: str, names: None) -> None:
     at = "[::1]" if host in ("::1", ONLY_6) else "127.0.0.1"
-    links, other = Links(None), Links(None)
+    links, other = PoolSockets(None), PoolSockets(None)
     try:
         address = links.listen(f"tcp://{bracketed(host)}:0")
         assert address.startswith(f"tcp://{at}:")
@@ -129,7 +129,7 @@ def test_pools_and_events_listen_where_instances_do(host: str, names: None) -> N
     finally:
         other.close()
         links.close()
-    with MemPool(LAYOUT, 4) as pool:
+    with BlockPool(LAYOUT, 4) as pool:
         events = KVEventPublisher(pool, host)
         try:
             for endpoint in (events.info.endpoint, events.info.replay_endpoint):
@@ -139,14 +139,14 @@ def test_pools_and_events_listen_where_instances_do(host: str, names: None) -> N
 
 
 def test_what_nothing_can_listen_at_is_an_error_of_the_configuration() -> None:
-    links = Links(None)
+    links = PoolSockets(None)
     try:
         for address in ("tcp://[::1", "tcp://127.0.0.1:x", "tcp://127.0.0.1"):
             with pytest.raises((TransferError, ConfigError)):
                 links.listen(address)
     finally:
         links.close()
-    with MemPool(LAYOUT, 4) as pool, pytest.raises(ConfigError):
+    with BlockPool(LAYOUT, 4) as pool, pytest.raises(ConfigError):
         KVEventPublisher(pool, "nowhere.invalid")
 
 

@@ -22,13 +22,13 @@ from memserve.transfer import table as table_module
 from memserve.transfer import wire
 from memserve.transfer.base import PoolRegions
 from memserve.transfer.conversion import meaning
-from memserve.transfer.links import Arrival
+from memserve.transfer.host import ProcessTag, own_process
 from memserve.transfer.messages import Prepare, Prepared, Refused
 from memserve.transfer.peer_endpoint import PeerEndpoint
-from memserve.transfer.process import ProcessTag, own_process
 from memserve.transfer.regions import host_id
 from memserve.transfer.secret import cluster_keys
 from memserve.transfer.session import LEASE
+from memserve.transfer.sockets import Arrival
 from memserve.transfer.table import GONE
 from memserve.types import (
     MAX_OWNERS,
@@ -207,7 +207,7 @@ def _lives_of(pool: MemPool) -> tuple[int, int, int, int]:
     def look(endpoint: PeerEndpoint, now: float) -> tuple[int, int, int, int]:
         table = endpoint.table
         peers = len(list(endpoint.peers))
-        return len(table._gone), len(table._leases), peers, len(endpoint.calls._answers)
+        return len(table._gone), len(table._leases), peers, len(endpoint.frees._answers)
 
     return pool._require_service().ask(look)
 

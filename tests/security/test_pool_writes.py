@@ -22,6 +22,7 @@ from memserve.transfer import wire
 from memserve.transfer.base import BlockList, PoolRegions, Ticket, Transport, WriteList
 from memserve.transfer.canary import Canaries
 from memserve.transfer.conversion import meaning
+from memserve.transfer.host import own_process
 from memserve.transfer.messages import (
     Aborted,
     Commit,
@@ -32,7 +33,6 @@ from memserve.transfer.messages import (
     SessionMessage,
     to_wire_refs,
 )
-from memserve.transfer.process import own_process
 from memserve.transfer.regions import host_id
 from memserve.transfer.secret import cluster_keys
 from memserve.transfer.shm import ShmTransport
@@ -163,7 +163,7 @@ def test_what_was_given_to_one_peer_is_not_anothers_target() -> None:
 
 def stranger_address(pool: MemPool) -> str:
     """Where a pool that is served already listens."""
-    router = pool._require_service()._links._router
+    router = pool._require_service()._sockets._router
     assert router is not None
     return router.getsockopt_string(zmq.LAST_ENDPOINT)
 

@@ -16,7 +16,8 @@ import pytest
 
 from memserve.api.serving import Shutdown, bind
 from memserve.cluster.child import Child
-from memserve.cluster.local import LocalCluster
+from memserve.cluster.cluster import Cluster
+from memserve.cluster.local import LocalBackend
 from memserve.cluster.port import ReservedPort, is_listened_on
 from memserve.cluster.restarts import RestartLimits
 from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelConfig
@@ -173,7 +174,7 @@ async def test_a_child_that_has_not_loaded_survives_a_reload() -> None:
     assert await child.ended == 0
 
 
-def cluster_of(directory: Path, workers: int) -> LocalCluster:
+def cluster_of(directory: Path, workers: int) -> Cluster:
     save_tiny_tokenizer(directory)
     (directory / "config.json").write_text("{}")
     (directory / "keys").write_text("sk-of-the-first-day\n")
@@ -185,10 +186,11 @@ def cluster_of(directory: Path, workers: int) -> LocalCluster:
         instance=(InstanceConfig(),),
     )
     limits = RestartLimits(first_pause=0.01, longest_pause=0.05, max_crashes=3)
-    return LocalCluster(config, Shutdown(), lambda line: None, limits=limits, module=MODULE)
+    backend = LocalBackend(config, lambda line: None, limits=limits, module=MODULE)
+    return Cluster(config, backend, Shutdown(), lambda line: None)
 
 
-async def ask(cluster: LocalCluster, key: str) -> int:
+async def ask(cluster: Cluster, key: str) -> int:
     """The status of an answer; 0 for none."""
     shown = {"Authorization": f"Bearer {key}"}
     try:
@@ -198,7 +200,7 @@ async def ask(cluster: LocalCluster, key: str) -> int:
     return answer.status
 
 
-async def until_all_say(cluster: LocalCluster, key: str, status: int) -> None:
+async def until_all_say(cluster: Cluster, key: str, status: int) -> None:
     """Many connections, so that each of the workers gets some."""
     answers = set[int]()
     while answers != {status}:
@@ -234,7 +236,7 @@ async def test_a_gateway_reloads_its_keys_and_comes_back_at_its_port(
                 if os.geteuid() == 0:
                     assert listen_as(NOBODY, "127.0.0.1", port, [socket.SO_REUSEADDR])
                 await asyncio.sleep(0.005)
-            assert await cluster._gateway.child.address() == cluster.url  # type: ignore[union-attr]
+            assert await cluster._gateways[0].address() == cluster.url
             await until_all_say(cluster, "sk-of-the-next-day", 200)
         supervising.cancel()
     finally:

@@ -11,7 +11,8 @@ import pytest
 
 from memserve.api.serving import Shutdown
 from memserve.cluster.client import ClusterClient
-from memserve.cluster.local import LocalCluster
+from memserve.cluster.cluster import Cluster
+from memserve.cluster.local import LocalBackend
 from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelConfig
 from memserve.errors import ClusterError
 from memserve.secrets import Secret, cluster_secret, secret_of
@@ -36,7 +37,9 @@ async def test_each_run_has_a_secret_that_is_nobody_else_s(
         instance=(InstanceConfig(),),
     )
     shutdown, said = Shutdown(), list[str]()
-    cluster = LocalCluster(config, shutdown, said.append, module=MODULE)
+    cluster = Cluster(
+        config, LocalBackend(config, said.append, module=MODULE), shutdown, said.append
+    )
     try:
         await cluster.start()
         cluster.show_output(said.append)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from memserve import __version__, cli
-from memserve.cluster.local import instance_commands
+from memserve.cluster.launches import instance_launches, with_threads
 from memserve.config import ClusterConfig, InstanceConfig, ModelConfig
+from memserve.secrets import Secret
 
 
 def run(
@@ -106,7 +107,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[ClusterConfig]:
     async def record(config: ClusterConfig, *_: Any) -> None:
         configs.append(config)
 
-    monkeypatch.setattr(cli, "run_local_cluster", record)
+    monkeypatch.setattr(cli, "run_cluster", record)
     return configs
 
 
@@ -137,9 +138,10 @@ def test_flags_override_the_file_in_every_instance_of_it(
 def test_instances_share_the_cores_instead_of_each_taking_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("memserve.cluster.local.available_cores", lambda: 7)
+    monkeypatch.setattr("memserve.cluster.launches.available_cores", lambda: 7)
     config = ClusterConfig(instance=(InstanceConfig(count=2), InstanceConfig(threads=5)))
-    commands = [arguments for _, arguments in instance_commands(config)]
+    launches = instance_launches(with_threads(config), Secret(("x",)))
+    commands = [launch.arguments for launch in launches]
     assert [command[command.index("--threads") + 1] for command in commands] == ["2", "2", "5"]
     assert [command[command.index("--id") + 1] for command in commands] == [
         "colocated-0",

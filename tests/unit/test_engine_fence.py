@@ -14,7 +14,7 @@ from memserve.engine import engine as engine_module
 from memserve.engine.fence import FencedObserver, KernelFence
 from memserve.engine.model import Model
 from memserve.engine.request import TokenOutput
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.types import RefArray
 from tests.engine_harness import load, running_engine
 from tests.tiny_models import VOCAB, save_tiny_model
@@ -64,15 +64,15 @@ def kernels(monkeypatch: pytest.MonkeyPatch, model: Model) -> Queue:
     monkeypatch.setattr(Model, "forward", queued)
     monkeypatch.setattr("memserve.engine.runner.sample", sampled)
     for name in ("insert", "free_mem"):
-        inner = getattr(MemPool, name)
+        inner = getattr(BlockPool, name)
 
         def behind(
-            pool: MemPool, *given: object, inner: Callable[..., object] = inner, **options: object
+            pool: BlockPool, *given: object, inner: Callable[..., object] = inner, **options: object
         ) -> object:
             assert not queue.pending, "kernels may still write to these blocks"
             return inner(pool, *given, **options)
 
-        monkeypatch.setattr(MemPool, name, behind)
+        monkeypatch.setattr(BlockPool, name, behind)
     return queue
 
 

@@ -11,7 +11,7 @@ import torch
 from memserve.api.generate import SamplingParams
 from memserve.engine.model import Model
 from memserve.engine.request import EngineRequest
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.types import RefArray, RequestId
 from tests.engine_harness import Harness, load, running_engine
 from tests.tiny_models import VOCAB, save_tiny_model
@@ -31,7 +31,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 class Reader:
     """Reads each block as soon as it is ready: one admission."""
 
-    def __init__(self, pool: MemPool, refs: RefArray, by_layer: bool) -> None:
+    def __init__(self, pool: BlockPool, refs: RefArray, by_layer: bool) -> None:
         self.by_layer = by_layer
         self.refs = refs
         self.kv: dict[tuple[int, int], torch.Tensor] = {}  # (block, layer)
@@ -61,7 +61,7 @@ class Reader:
 class Recorder:
     """All admissions of one sequence."""
 
-    def __init__(self, pool: MemPool, by_layer: bool) -> None:
+    def __init__(self, pool: BlockPool, by_layer: bool) -> None:
         self.readers: list[Reader] = []
         self.admitted = threading.Event()
         self._pool = pool

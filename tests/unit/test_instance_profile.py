@@ -33,7 +33,7 @@ from memserve.instance.profile import PLANS, QUICK, ProfilePlan, Profiler
 from memserve.instance.profiling import ProfiledEngine, default_profile, instance_profile
 from memserve.instance.samples import Samples
 from memserve.instance.server import InstanceApp
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.scheduler.profiles import (
     VERSION,
     Profile,
@@ -76,7 +76,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_probe_times_what_it_says_and_leaves_nothing(tiny: tuple[Model, Path]) -> None:
     model, _ = tiny
-    with MemPool(model.layout("tiny", 16, True), 64, 0, instance="p") as pool:
+    with BlockPool(model.layout("tiny", 16, True), 64, 0, instance="p") as pool:
         engine = Engine(model, pool, SETTINGS)
         with EngineProbe(engine) as probe:
             assert probe.prefill(600, 320) > 0
@@ -93,7 +93,7 @@ def test_a_probe_times_what_it_says_and_leaves_nothing(tiny: tuple[Model, Path])
 
 def test_points_are_shortened_to_what_the_engine_can_hold(tiny: tuple[Model, Path]) -> None:
     model, _ = tiny
-    with MemPool(model.layout("tiny", 16, True), 20, 0, instance="p") as pool:
+    with BlockPool(model.layout("tiny", 16, True), 20, 0, instance="p") as pool:
         profiler = Profiler(Engine(model, pool, SETTINGS), ManualClock(), lambda _: None)
         measured, others = profiler.measure(QUICK, 8, [(100, 50)])
     assert max(p.prompt_tokens for p in measured.prefill) <= 20 * 16
@@ -114,7 +114,7 @@ def test_what_does_not_fit_the_time_is_left_out(tiny: tuple[Model, Path]) -> Non
         needed=2,
         pool_tokens=1024,
     )
-    with MemPool(model.layout("tiny", 16, True), 64, 0, instance="p") as pool:
+    with BlockPool(model.layout("tiny", 16, True), 64, 0, instance="p") as pool:
         profiler = Profiler(Engine(model, pool, SETTINGS), ManualClock(), lambda _: None)
         measured, _ = profiler.measure(plan, 8)
     assert [p.prompt_tokens for p in measured.prefill] == [1, 16]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from memserve.cluster.local import instance_commands
+from memserve.cluster.launches import instance_launches
 from memserve.config import ClusterConfig, InstanceConfig, LogConfig, parse_config
 from memserve.flags import flags_of, to_flags, with_flags
 from memserve.logs import (
@@ -20,6 +20,7 @@ from memserve.logs import (
     json_line,
     shown,
 )
+from memserve.secrets import Secret
 
 
 def record(message: str, *values: object) -> logging.LogRecord:
@@ -116,9 +117,12 @@ def test_children_log_as_the_cluster_does() -> None:
     given = dict(zip(("log_level", "log_format"), flags[1::2], strict=True))
     assert with_flags(LogConfig(), given) == config.log
     assert [flag.name for flag in flags_of(LogConfig)] == flags[::2]
-    ((_, arguments),) = instance_commands(config)
+    (launch,) = instance_launches(config, Secret(("x",)))
+    arguments = list(launch.arguments)
     at = arguments.index("--log-level")
     assert arguments[at : at + 4] == flags
     # By default nothing is added.
-    ((_, arguments),) = instance_commands(ClusterConfig(instance=(InstanceConfig(),)))
+    plain = ClusterConfig(instance=(InstanceConfig(),))
+    (launch,) = instance_launches(plain, Secret(("x",)))
+    arguments = launch.arguments
     assert not [argument for argument in arguments if argument.startswith("--log")]

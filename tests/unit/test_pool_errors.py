@@ -22,7 +22,7 @@ from memserve.errors import (
     StaleBlock,
     WrongMedium,
 )
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.pool.results import PoolStats
 from memserve.pool.storage import BlockStore
 from memserve.types import MAX_GENERATION, RefArray
@@ -30,13 +30,15 @@ from tests.pool_harness import BLOCK, LAYOUT, cached_blocks, keys_of, kv_of, pro
 
 
 @pytest.fixture
-def pool() -> Iterator[MemPool]:
-    with MemPool(LAYOUT, 8, 4, instance="p0") as pool:
+def pool() -> Iterator[BlockPool]:
+    with BlockPool(LAYOUT, 8, 4, instance="p0") as pool:
         yield pool
         pool.check_integrity()
 
 
-def refuse(pool: MemPool, error: type[PoolError], message: str, call: Callable[[], object]) -> None:
+def refuse(
+    pool: BlockPool, error: type[PoolError], message: str, call: Callable[[], object]
+) -> None:
     before: PoolStats = pool.stats()
     with pytest.raises(error, match=message):
         call()
@@ -44,7 +46,7 @@ def refuse(pool: MemPool, error: type[PoolError], message: str, call: Callable[[
     pool.check_integrity()
 
 
-def test_out_of_blocks_says_what_there_was(pool: MemPool) -> None:
+def test_out_of_blocks_says_what_there_was(pool: BlockPool) -> None:
     store(pool, prompt(1, 2))
     active = pool.alloc_mem(3)
     refuse(
@@ -63,19 +65,19 @@ def test_out_of_blocks_says_what_there_was(pool: MemPool) -> None:
     pool.free_mem(active)
 
 
-def test_allocation_does_not_take_what_is_being_read(pool: MemPool) -> None:
+def test_allocation_does_not_take_what_is_being_read(pool: BlockPool) -> None:
     store(pool, prompt(1, 2, 3))
     with pool.match(prompt(1, 2)):
         refuse(pool, OutOfBlocks, "5 free and 1 evictable of 8", lambda: pool.alloc_mem(7))
         assert len(pool.alloc_mem(6)) == 6
 
 
-def test_allocation_elsewhere_needs_a_peer(pool: MemPool) -> None:
+def test_allocation_elsewhere_needs_a_peer(pool: BlockPool) -> None:
     refuse(pool, ForeignBlock, "'p9'.*'p0'", lambda: pool.alloc_mem(1, instance="p9"))
     assert len(pool.alloc_mem(1, instance="p0")) == 1
 
 
-def test_counts_are_not_negative(pool: MemPool) -> None:
+def test_counts_are_not_negative(pool: BlockPool) -> None:
     store(pool, prompt(1))
     refuse(pool, LengthMismatch, "-1 blocks", lambda: pool.alloc_mem(-1))
     refuse(pool, LengthMismatch, "-2 blocks", lambda: pool.swap_out(-2))
@@ -84,7 +86,7 @@ def test_counts_are_not_negative(pool: MemPool) -> None:
     assert pool.shrink_dram(-1) == 0
 
 
-def test_a_failed_copy_loses_no_block(pool: MemPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_copy_loses_no_block(pool: BlockPool, monkeypatch: pytest.MonkeyPatch) -> None:
     store(pool, prompt(1, 2))
 
     def fail(*_: object) -> None:
@@ -98,7 +100,7 @@ def test_a_failed_copy_loses_no_block(pool: MemPool, monkeypatch: pytest.MonkeyP
     assert cached_blocks(pool, prompt(1, 2)) == 2
 
 
-def test_a_block_is_freed_once(pool: MemPool) -> None:
+def test_a_block_is_freed_once(pool: BlockPool) -> None:
     refs = pool.alloc_mem(3)
     twice = np.concatenate((refs, refs[1:2]))
     refuse(pool, DoubleFree, "HBM block 1 .*twice in one call of 4", lambda: pool.free_mem(twice))
@@ -106,7 +108,7 @@ def test_a_block_is_freed_once(pool: MemPool) -> None:
     refuse(pool, DoubleFree, "HBM block 0 .*free already", lambda: pool.free_mem(refs))
 
 
-def test_a_stale_reference_is_never_served(pool: MemPool) -> None:
+def test_a_stale_reference_is_never_served(pool: BlockPool) -> None:
     old = pool.alloc_mem(1)
     pool.free_mem(old)
     new = pool.alloc_mem(1)
@@ -124,23 +126,23 @@ def test_a_stale_reference_is_never_served(pool: MemPool) -> None:
     pool.free_mem(new)
 
 
-def test_a_freed_reference_cannot_be_read(pool: MemPool) -> None:
+def test_a_freed_reference_cannot_be_read(pool: BlockPool) -> None:
     refs = pool.alloc_mem(2, Medium.DRAM)
     pool.free_mem(refs)
     refuse(pool, StaleBlock, "DRAM block 0 .* is free now", lambda: pool.read(refs))
 
 
-def test_references_of_others_are_foreign(pool: MemPool) -> None:
+def test_references_of_others_are_foreign(pool: BlockPool) -> None:
     own = pool.alloc_mem(1)
-    with MemPool(LAYOUT, 4, instance="p7") as other:
+    with BlockPool(LAYOUT, 4, instance="p7") as other:
         foreign = other.alloc_mem(2)
     mixed = np.concatenate((own, foreign[1:]))
     refuse(pool, ForeignBlock, "reference 1 is to block 1 of 'p7'", lambda: pool.free_mem(mixed))
     refuse(pool, ForeignBlock, "'p7'", lambda: pool.read(foreign))
 
 
-def test_another_life_of_the_same_instance_is_foreign(pool: MemPool) -> None:
-    with MemPool(LAYOUT, 4, instance="p0") as earlier:
+def test_another_life_of_the_same_instance_is_foreign(pool: BlockPool) -> None:
+    with BlockPool(LAYOUT, 4, instance="p0") as earlier:
         refs = earlier.alloc_mem(1)
     refuse(pool, ForeignBlock, f"epoch {earlier.owner.epoch}", lambda: pool.read(refs))
 
@@ -149,22 +151,22 @@ def test_another_life_of_the_same_instance_is_foreign(pool: MemPool) -> None:
     ("offset", "message"),
     [(100 << 24, "no HBM block 100 in 'p0', which has 8"), (-(1 << 62), "no block reference")],
 )
-def test_references_to_no_block_are_foreign(pool: MemPool, offset: int, message: str) -> None:
+def test_references_to_no_block_are_foreign(pool: BlockPool, offset: int, message: str) -> None:
     ref: RefArray = pool.alloc_mem(1) + offset
     refuse(pool, ForeignBlock, message, lambda: pool.read(ref))
 
 
-def test_references_are_int64(pool: MemPool) -> None:
+def test_references_are_int64(pool: BlockPool) -> None:
     refuse(pool, ForeignBlock, "flat int64 array, not float64", lambda: pool.free_mem([0.5]))
 
 
-def test_a_block_nobody_allocated_cannot_be_used(pool: MemPool) -> None:
+def test_a_block_nobody_allocated_cannot_be_used(pool: BlockPool) -> None:
     guessed = pool.alloc_mem(1) + (1 << 24)
     refuse(pool, StaleBlock, "block 1 .* is free", lambda: pool.read(guessed))
     refuse(pool, DoubleFree, "block 1 .* free already", lambda: pool.free_mem(guessed))
 
 
-def test_blocks_of_the_index_are_not_the_callers(pool: MemPool) -> None:
+def test_blocks_of_the_index_are_not_the_callers(pool: BlockPool) -> None:
     refs = store(pool, prompt(1, 2))
     kv = kv_of(keys_of("", prompt(1, 2)))
     refuse(pool, NotOwned, "HBM block 0 .*cached", lambda: pool.free_mem(refs))
@@ -173,7 +175,7 @@ def test_blocks_of_the_index_are_not_the_callers(pool: MemPool) -> None:
         refuse(pool, PinnedBlock, "HBM block 0 .*1 pins", lambda: pool.free_mem(refs))
 
 
-def test_a_cached_block_serves_only_its_own_tokens(pool: MemPool) -> None:
+def test_a_cached_block_serves_only_its_own_tokens(pool: BlockPool) -> None:
     refs = store(pool, prompt(1, 2))
     refuse(
         pool,
@@ -184,12 +186,12 @@ def test_a_cached_block_serves_only_its_own_tokens(pool: MemPool) -> None:
     refuse(pool, NotOwned, "position 0", lambda: pool.insert(prompt(2, 1), refs[::-1]))
 
 
-def test_a_block_has_one_place_in_the_index(pool: MemPool) -> None:
+def test_a_block_has_one_place_in_the_index(pool: BlockPool) -> None:
     refs = pool.alloc_mem(1).repeat(2)
     refuse(pool, NotOwned, "named twice", lambda: pool.insert(prompt(1, 2), refs))
 
 
-def test_lengths_have_to_fit(pool: MemPool) -> None:
+def test_lengths_have_to_fit(pool: BlockPool) -> None:
     refs = pool.alloc_mem(2)
     message = f"2 blocks of {BLOCK} tokens for 7 tokens"
     refuse(pool, LengthMismatch, message, lambda: pool.insert(range(7), refs))
@@ -197,7 +199,7 @@ def test_lengths_have_to_fit(pool: MemPool) -> None:
     refuse(pool, LengthMismatch, "3 blocks for 2 ref", lambda: pool.write(refs, three))
 
 
-def test_kv_of_another_shape_or_type_is_refused(pool: MemPool) -> None:
+def test_kv_of_another_shape_or_type_is_refused(pool: BlockPool) -> None:
     refs = pool.alloc_mem(2)
     wide = torch.zeros(2, *LAYOUT.block_shape[:-1], 5)
     half = torch.zeros(2, *LAYOUT.block_shape, dtype=torch.float16)
@@ -205,17 +207,17 @@ def test_kv_of_another_shape_or_type_is_refused(pool: MemPool) -> None:
     refuse(pool, LayoutMismatch, "float16.*float32", lambda: pool.write(refs, half))
 
 
-def test_tokens_have_to_be_int32(pool: MemPool) -> None:
+def test_tokens_have_to_be_int32(pool: BlockPool) -> None:
     refuse(pool, InvalidTokens, "position 0", lambda: pool.match([2**40]))
 
 
-def test_dram_blocks_have_no_place_in_the_engines_views(pool: MemPool) -> None:
+def test_dram_blocks_have_no_place_in_the_engines_views(pool: BlockPool) -> None:
     refs = np.concatenate((pool.alloc_mem(1), pool.alloc_mem(1, Medium.DRAM)))
     refuse(pool, WrongMedium, "DRAM block 0 .*position 1", lambda: pool.hbm_indices(refs))
 
 
 def test_a_closed_pool_refuses_work() -> None:
-    with MemPool(LAYOUT, 4, instance="p0") as pool:
+    with BlockPool(LAYOUT, 4, instance="p0") as pool:
         refs = store(pool, prompt(1))
         match = pool.match(prompt(1))
     for call in (lambda: pool.alloc_mem(1), lambda: pool.read(refs), lambda: pool.match([])):
@@ -224,7 +226,7 @@ def test_a_closed_pool_refuses_work() -> None:
     match.release()
 
 
-def test_a_block_whose_generations_are_used_up_retires(pool: MemPool) -> None:
+def test_a_block_whose_generations_are_used_up_retires(pool: BlockPool) -> None:
     refs = pool.alloc_mem(8)
     pool.free_mem(refs)
     pool._blocks.hbm.ref[0] |= MAX_GENERATION

@@ -11,19 +11,19 @@ import pytest
 from memserve import KVLayout, Medium
 from memserve.errors import StaleBlock
 from memserve.pool.eviction import CostAware, LeastRecentlyUsed
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from tests.pool_harness import BLOCK, LAYOUT, TickingClock, cached_blocks, prompt, store
 
 
 @pytest.fixture
-def small() -> Iterator[MemPool]:
+def small() -> Iterator[BlockPool]:
     """Six blocks of HBM and nothing to swap to."""
-    with MemPool(LAYOUT, 6, 0, clock=TickingClock()) as pool:
+    with BlockPool(LAYOUT, 6, 0, clock=TickingClock()) as pool:
         yield pool
         pool.check_integrity()
 
 
-def test_the_longest_unused_goes_first(small: MemPool) -> None:
+def test_the_longest_unused_goes_first(small: BlockPool) -> None:
     for block in (1, 2, 3):
         store(small, prompt(block, 10 + block))
     cached_blocks(small, prompt(1, 11))  # used again
@@ -33,13 +33,13 @@ def test_the_longest_unused_goes_first(small: MemPool) -> None:
     assert cached_blocks(small, prompt(1, 11)) == 2
 
 
-def test_prompts_go_from_their_end(small: MemPool) -> None:
+def test_prompts_go_from_their_end(small: BlockPool) -> None:
     store(small, prompt(1, 2, 3, 4, 5, 6))
     small.alloc_mem(2)
     assert cached_blocks(small, prompt(1, 2, 3, 4, 5, 6)) == 4
 
 
-def test_shared_prefixes_outlive_what_hangs_on_them(small: MemPool) -> None:
+def test_shared_prefixes_outlive_what_hangs_on_them(small: BlockPool) -> None:
     store(small, prompt(1, 2, 3))
     store(small, prompt(1, 2, 4))
     small.alloc_mem(4)  # two are free
@@ -47,14 +47,14 @@ def test_shared_prefixes_outlive_what_hangs_on_them(small: MemPool) -> None:
     assert cached_blocks(small, prompt(1, 2, 4)) == 2
 
 
-def test_no_more_goes_than_is_needed(small: MemPool) -> None:
+def test_no_more_goes_than_is_needed(small: BlockPool) -> None:
     store(small, prompt(1, 2, 3))
     store(small, prompt(4, 5, 6))
     small.alloc_mem(1)
     assert small.stats().evictions == 1
 
 
-def test_a_pinned_prompt_is_evictable_again_after_its_release(small: MemPool) -> None:
+def test_a_pinned_prompt_is_evictable_again_after_its_release(small: BlockPool) -> None:
     store(small, prompt(1, 2, 3))
     store(small, prompt(4, 5, 6))
     match = small.match(prompt(1, 2, 3))
@@ -67,7 +67,7 @@ def test_a_pinned_prompt_is_evictable_again_after_its_release(small: MemPool) ->
 
 
 def test_splitting_keeps_recency() -> None:
-    with MemPool(LAYOUT, 8, 3, clock=TickingClock()) as pool:
+    with BlockPool(LAYOUT, 8, 3, clock=TickingClock()) as pool:
         nine = store(pool, prompt(9))
         prefix = store(pool, prompt(1, 2, 3))[:2]
         with pool.match(prompt(9)):
@@ -80,7 +80,7 @@ def test_splitting_keeps_recency() -> None:
 
 
 def test_merging_keeps_the_later_use() -> None:
-    with MemPool(LAYOUT, 8, 0, clock=TickingClock()) as pool:
+    with BlockPool(LAYOUT, 8, 0, clock=TickingClock()) as pool:
         store(pool, prompt(1, 2, 3))
         store(pool, prompt(1, 2, 4))
         store(pool, prompt(9))
@@ -92,7 +92,7 @@ def test_merging_keeps_the_later_use() -> None:
 
 
 def test_hbm_pressure_moves_to_dram_before_it_drops() -> None:
-    with MemPool(LAYOUT, 4, 4, clock=TickingClock()) as pool:
+    with BlockPool(LAYOUT, 4, 4, clock=TickingClock()) as pool:
         store(pool, prompt(1, 2, 3, 4))
         pool.alloc_mem(4)
         assert pool.stats().dram.cached == 4
@@ -101,7 +101,7 @@ def test_hbm_pressure_moves_to_dram_before_it_drops() -> None:
 
 
 def test_dram_pressure_drops_the_coldest() -> None:
-    with MemPool(LAYOUT, 4, 4, clock=TickingClock()) as pool:
+    with BlockPool(LAYOUT, 4, 4, clock=TickingClock()) as pool:
         for block in (1, 2, 3):
             store(pool, prompt(block, 10 + block))
         pool.alloc_mem(2)  # 1 to DRAM was the first; 2 joins it
@@ -115,7 +115,7 @@ def test_dram_pressure_drops_the_coldest() -> None:
 
 
 def test_what_dram_cannot_hold_is_dropped_coldest_first() -> None:
-    with MemPool(LAYOUT, 6, 2, clock=TickingClock()) as pool:
+    with BlockPool(LAYOUT, 6, 2, clock=TickingClock()) as pool:
         for block in (1, 2, 3):
             store(pool, prompt(block, 10 + block))
         pool.alloc_mem(4)
@@ -128,7 +128,7 @@ def test_what_dram_cannot_hold_is_dropped_coldest_first() -> None:
 
 def test_dropping_dram_leaves_spares_hbm() -> None:
     """A DRAM block that HBM blocks continue is not dropped to make room for a swap."""
-    with MemPool(LAYOUT, 3, 1, clock=TickingClock()) as pool:
+    with BlockPool(LAYOUT, 3, 1, clock=TickingClock()) as pool:
         store(pool, prompt(1), medium=Medium.DRAM)
         with pool.match(prompt(1)) as match:
             rest = pool.alloc_mem(3)
@@ -140,7 +140,7 @@ def test_dropping_dram_leaves_spares_hbm() -> None:
 
 
 def test_dram_blocks_below_hbm_ones_can_be_had_at_last() -> None:
-    with MemPool(LAYOUT, 3, 1) as pool:
+    with BlockPool(LAYOUT, 3, 1) as pool:
         store(pool, prompt(1), medium=Medium.DRAM)
         with pool.match(prompt(1)) as match:
             rest = pool.alloc_mem(2)
@@ -151,7 +151,7 @@ def test_dram_blocks_below_hbm_ones_can_be_had_at_last() -> None:
 
 
 def test_the_cost_policy_keeps_what_is_expensive() -> None:
-    with MemPool(LAYOUT, 5, 0, eviction=CostAware(lambda depth: float(depth))) as pool:
+    with BlockPool(LAYOUT, 5, 0, eviction=CostAware(lambda depth: float(depth))) as pool:
         store(pool, prompt(1, 2, 3))  # its last block ends at depth 3
         store(pool, prompt(4))
         store(pool, prompt(5))
@@ -163,7 +163,7 @@ def test_the_cost_policy_keeps_what_is_expensive() -> None:
 
 
 def test_the_cost_policy_forgets_what_is_never_used() -> None:
-    with MemPool(LAYOUT, 5, 0, eviction=CostAware(lambda depth: float(depth))) as pool:
+    with BlockPool(LAYOUT, 5, 0, eviction=CostAware(lambda depth: float(depth))) as pool:
         store(pool, prompt(1, 2, 3))
         for block in range(10, 40):
             store(pool, prompt(block))
@@ -172,11 +172,11 @@ def test_the_cost_policy_forgets_what_is_never_used() -> None:
 
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(ValueError, match="'fifo'"):
-        MemPool(LAYOUT, 1, eviction="fifo")  # type: ignore[arg-type]
+        BlockPool(LAYOUT, 1, eviction="fifo")  # type: ignore[arg-type]
 
 
 def test_what_waits_for_a_reader_goes_once_the_reader_holds_a_copy() -> None:
-    with MemPool(LAYOUT, 3, 5, clock=TickingClock()) as pool:
+    with BlockPool(LAYOUT, 3, 5, clock=TickingClock()) as pool:
         store(pool, prompt(1, 2), medium=Medium.DRAM)
         store(pool, prompt(1, 3), medium=Medium.DRAM)
         spare = pool.alloc_mem(2, Medium.DRAM)  # no room to swap to
@@ -197,7 +197,7 @@ def test_what_waits_for_a_reader_goes_once_the_reader_holds_a_copy() -> None:
 
 
 def test_the_queues_forget_what_is_gone() -> None:
-    with MemPool(LAYOUT, 4, 0) as pool:
+    with BlockPool(LAYOUT, 4, 0) as pool:
         for block in range(1000):
             store(pool, prompt(block))
             pool.delete([])
@@ -219,7 +219,7 @@ class CountingLru(LeastRecentlyUsed):
 def looks_per_eviction(prompts: int, blocked: Literal["none", "pinned", "used"]) -> float:
     policy = CountingLru()
     layout = KVLayout(1, 1, 1, "int8", BLOCK)
-    with MemPool(layout, prompts, 0, eviction=policy) as pool:
+    with BlockPool(layout, prompts, 0, eviction=policy) as pool:
         rng = np.random.default_rng(0)
         stored = [rng.integers(0, 2**31 - 1, BLOCK, dtype=np.int32) for _ in range(prompts)]
         for tokens in stored:

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from memserve import KVLayout, Medium
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from tests.pool_harness import BLOCK, LAYOUT, cached_blocks, keys_of, kv_of, prompt, store
 
 
 @pytest.fixture
-def pool() -> Iterator[MemPool]:
-    with MemPool(LAYOUT, 32, 8) as pool:
+def pool() -> Iterator[BlockPool]:
+    with BlockPool(LAYOUT, 32, 8) as pool:
         yield pool
         pool.check_integrity()
 
 
-def test_a_match_is_the_longest_prefix_in_whole_blocks(pool: MemPool) -> None:
+def test_a_match_is_the_longest_prefix_in_whole_blocks(pool: BlockPool) -> None:
     store(pool, prompt(1, 2, 3))
     for tokens, blocks in [
         (prompt(1, 2, 3), 3),
@@ -34,7 +34,7 @@ def test_a_match_is_the_longest_prefix_in_whole_blocks(pool: MemPool) -> None:
         assert cached_blocks(pool, tokens) == blocks
 
 
-def test_one_changed_token_in_a_block_is_another_prompt(pool: MemPool) -> None:
+def test_one_changed_token_in_a_block_is_another_prompt(pool: BlockPool) -> None:
     tokens = prompt(1, 2, 3)
     store(pool, tokens)
     for at in range(len(tokens)):
@@ -43,7 +43,7 @@ def test_one_changed_token_in_a_block_is_another_prompt(pool: MemPool) -> None:
         assert cached_blocks(pool, other) == at // BLOCK
 
 
-def test_a_match_may_span_both_media(pool: MemPool) -> None:
+def test_a_match_may_span_both_media(pool: BlockPool) -> None:
     store(pool, prompt(1, 2, 3))
     assert pool.swap_out(1) == 1
     with pool.match(prompt(1, 2, 3)) as match:
@@ -51,7 +51,7 @@ def test_a_match_may_span_both_media(pool: MemPool) -> None:
         assert torch.equal(pool.read(match.refs), kv_of(keys_of("", prompt(1, 2, 3))))
 
 
-def test_namespaces_never_share(pool: MemPool) -> None:
+def test_namespaces_never_share(pool: BlockPool) -> None:
     store(pool, prompt(1, 2), "a")
     assert cached_blocks(pool, prompt(1, 2), "a") == 2
     assert cached_blocks(pool, prompt(1, 2), "b") == 0
@@ -61,7 +61,7 @@ def test_namespaces_never_share(pool: MemPool) -> None:
     assert pool.stats().namespaces == 0
 
 
-def test_insert_tells_new_from_duplicate(pool: MemPool) -> None:
+def test_insert_tells_new_from_duplicate(pool: BlockPool) -> None:
     store(pool, prompt(1, 2))
     refs = pool.alloc_mem(3)
     result = pool.insert(prompt(1, 2, 3), refs)
@@ -70,7 +70,7 @@ def test_insert_tells_new_from_duplicate(pool: MemPool) -> None:
     pool.free_mem(result.duplicate)
 
 
-def test_matched_blocks_may_be_inserted_again(pool: MemPool) -> None:
+def test_matched_blocks_may_be_inserted_again(pool: BlockPool) -> None:
     store(pool, prompt(1, 2))
     with pool.match(prompt(1, 2)) as match:
         rest = pool.alloc_mem(1)
@@ -79,7 +79,7 @@ def test_matched_blocks_may_be_inserted_again(pool: MemPool) -> None:
     assert len(result.duplicate) == 0
 
 
-def test_insert_can_pin_what_it_inserted(pool: MemPool) -> None:
+def test_insert_can_pin_what_it_inserted(pool: BlockPool) -> None:
     store(pool, prompt(1))
     refs = pool.alloc_mem(2)
     result = pool.insert(prompt(1, 2), refs, pin=True)
@@ -91,7 +91,7 @@ def test_insert_can_pin_what_it_inserted(pool: MemPool) -> None:
     assert pool.delete([]) == 2
 
 
-def test_a_pinning_insert_prefers_the_copy_in_hbm(pool: MemPool) -> None:
+def test_a_pinning_insert_prefers_the_copy_in_hbm(pool: BlockPool) -> None:
     store(pool, prompt(1, 2), medium=Medium.DRAM)
     with pool.match(prompt(1, 2)) as reader:
         refs = pool.alloc_mem(2)
@@ -107,7 +107,7 @@ def test_a_pinning_insert_prefers_the_copy_in_hbm(pool: MemPool) -> None:
     result.match.release()
 
 
-def test_a_reader_can_put_back_what_the_index_lost(pool: MemPool) -> None:
+def test_a_reader_can_put_back_what_the_index_lost(pool: BlockPool) -> None:
     store(pool, prompt(1), medium=Medium.DRAM)
     reader = pool.match(prompt(1))
     pool.swap_in(reader.refs)  # the index has a copy of its own now
@@ -119,7 +119,7 @@ def test_a_reader_can_put_back_what_the_index_lost(pool: MemPool) -> None:
     assert cached_blocks(pool, prompt(1)) == 1
 
 
-def test_memory_follows_what_is_stored(pool: MemPool) -> None:
+def test_memory_follows_what_is_stored(pool: BlockPool) -> None:
     store(pool, prompt(1, 2, 3, 4))
     assert pool.stats().nodes == 1
     store(pool, prompt(1, 2, 5))
@@ -146,14 +146,14 @@ def test_memory_follows_what_is_stored(pool: MemPool) -> None:
     ],
 )
 def test_delete_takes_a_prompt_and_what_continues_it(
-    pool: MemPool, stored: list[tuple[int, ...]], deleted: tuple[int, ...], gone: int
+    pool: BlockPool, stored: list[tuple[int, ...]], deleted: tuple[int, ...], gone: int
 ) -> None:
     for blocks in stored:
         store(pool, prompt(*blocks))
     assert pool.delete(prompt(*deleted)) == gone
 
 
-def test_less_than_a_block_deletes_nothing(pool: MemPool) -> None:
+def test_less_than_a_block_deletes_nothing(pool: BlockPool) -> None:
     store(pool, prompt(1, 2))
     assert pool.delete(prompt(1)[:-1]) == 0
     assert pool.delete([]) == 2
@@ -161,7 +161,7 @@ def test_less_than_a_block_deletes_nothing(pool: MemPool) -> None:
 
 @pytest.mark.parametrize("order", [((1, 2, 3), (1, 2, 4, 5)), ((1, 2, 4, 5), (1, 2, 3))])
 def test_pinned_blocks_and_what_leads_to_them_stay(
-    pool: MemPool, order: tuple[tuple[int, ...], ...]
+    pool: BlockPool, order: tuple[tuple[int, ...], ...]
 ) -> None:
     for blocks in order:
         store(pool, prompt(*blocks))
@@ -176,7 +176,7 @@ def test_every_prefix_of_many_prompts_is_found() -> None:
     layout = KVLayout(1, 1, 1, "int8", 16)
     # Two different blocks: paths meet and part at every depth.
     prompts = [rng.integers(0, 2, 12, dtype=np.int32).repeat(16) for _ in range(60)]
-    with MemPool(layout, 60 * 12) as pool:
+    with BlockPool(layout, 60 * 12) as pool:
         for tokens in prompts:
             refs = pool.alloc_mem(12)
             pool.free_mem(pool.insert(tokens, refs).duplicate)

@@ -10,78 +10,78 @@ import pytest
 from memserve import Medium
 from memserve.errors import IntegrityError
 from memserve.pool.index import Node
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from tests.pool_harness import LAYOUT, prompt, store
 
 
-def first_node(pool: MemPool) -> Node:
+def first_node(pool: BlockPool) -> Node:
     return next(iter(pool._index.nodes.values()))
 
 
-def lose_a_block(pool: MemPool) -> None:
+def lose_a_block(pool: BlockPool) -> None:
     pool._blocks.hbm.take(1)
     pool._blocks.hbm.active -= 1
     pool._blocks.hbm.free += 1
 
 
-def lose_a_cached_block(pool: MemPool) -> None:
+def lose_a_cached_block(pool: BlockPool) -> None:
     node = first_node(pool)
     pool._index.cut(node, len(node.refs) - 1)
 
 
-def share_a_block(pool: MemPool) -> None:
+def share_a_block(pool: BlockPool) -> None:
     for node in pool._index.nodes.values():
         node.refs[-1] = first_node(pool).refs[0]
 
 
-def keep_a_stale_reference(pool: MemPool) -> None:
+def keep_a_stale_reference(pool: BlockPool) -> None:
     first_node(pool).refs[0] += 1
 
 
-def forget_a_pin(pool: MemPool) -> None:
+def forget_a_pin(pool: BlockPool) -> None:
     pool._matches.clear()
 
 
-def miscount_pins(pool: MemPool) -> None:
+def miscount_pins(pool: BlockPool) -> None:
     pool._blocks.hbm.pinned += 1
 
 
-def miscount_free(pool: MemPool) -> None:
+def miscount_free(pool: BlockPool) -> None:
     pool._blocks.hbm.free -= 1
 
 
-def list_a_used_block_as_free(pool: MemPool) -> None:
+def list_a_used_block_as_free(pool: BlockPool) -> None:
     pool._blocks.hbm.free_list()[-1] = 0
 
 
-def miscount_media(pool: MemPool) -> None:
+def miscount_media(pool: BlockPool) -> None:
     first_node(pool).own[Medium.DRAM] += 1
 
 
-def forget_a_candidate(pool: MemPool) -> None:
+def forget_a_candidate(pool: BlockPool) -> None:
     for node in pool._index.nodes.values():
         node.queued = [0, 0, 0]
 
 
-def shorten_an_edge(pool: MemPool) -> None:
+def shorten_an_edge(pool: BlockPool) -> None:
     node = first_node(pool)
     node.edge = node.edge[:-1]
 
 
-def lose_a_node(pool: MemPool) -> None:
+def lose_a_node(pool: BlockPool) -> None:
     pool._index.nodes.popitem()
 
 
-def misplace_a_child(pool: MemPool) -> None:
+def misplace_a_child(pool: BlockPool) -> None:
     root = pool._index.roots[""]
     root.children[b"other"] = root.children.pop(next(iter(root.children)))
 
 
-def shift_a_node(pool: MemPool) -> None:
+def shift_a_node(pool: BlockPool) -> None:
     first_node(pool).start += 1
 
 
-def misnote_a_home(pool: MemPool) -> None:
+def misnote_a_home(pool: BlockPool) -> None:
     pool._blocks.hbm.node[0] += 1
 
 
@@ -105,8 +105,8 @@ def misnote_a_home(pool: MemPool) -> None:
         (misnote_a_home, "HBM block 0 is in node"),
     ],
 )
-def test_what_disagrees_is_named(break_it: Callable[[MemPool], None], message: str) -> None:
-    with MemPool(LAYOUT, 8, 2) as pool:
+def test_what_disagrees_is_named(break_it: Callable[[BlockPool], None], message: str) -> None:
+    with BlockPool(LAYOUT, 8, 2) as pool:
         store(pool, prompt(1, 2, 3))
         store(pool, prompt(4, 5))
         pool.alloc_mem(1)
@@ -119,7 +119,7 @@ def test_what_disagrees_is_named(break_it: Callable[[MemPool], None], message: s
 
 
 def test_an_orphan_without_a_reader_is_found() -> None:
-    with MemPool(LAYOUT, 8, 2) as pool:
+    with BlockPool(LAYOUT, 8, 2) as pool:
         refs = pool.alloc_mem(1)
         blocks = pool._blocks.hbm
         blocks.state[pool.hbm_indices(refs)] = 3

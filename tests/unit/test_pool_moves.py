@@ -16,7 +16,7 @@ import torch
 
 from memserve import Medium
 from memserve.errors import NotOwned, OutOfBlocks, StaleBlock
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.pool.storage import BlockStore
 from memserve.types import IndexArray, RefArray, ref_medium
 from tests.pool_harness import LAYOUT, cached_blocks, keys_of, kv_of, prompt, store
@@ -54,13 +54,13 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
 
 
 @pytest.fixture
-def pool() -> Iterator[MemPool]:
-    with MemPool(LAYOUT, 8, 8, dram_segment_blocks=4) as pool:
+def pool() -> Iterator[BlockPool]:
+    with BlockPool(LAYOUT, 8, 8, dram_segment_blocks=4) as pool:
         yield pool
         assert_quiet(pool)
 
 
-def assert_quiet(pool: MemPool) -> None:
+def assert_quiet(pool: BlockPool) -> None:
     pool.check_integrity()
     stats = pool.stats()
     assert stats.matches == 0
@@ -81,16 +81,16 @@ def while_moving(copies: Copies, move: Callable[[], object]) -> Iterator[Future[
         moving.exception(PATIENCE)
 
 
-def in_dram(pool: MemPool, tokens: list[int]) -> RefArray:
+def in_dram(pool: BlockPool, tokens: list[int]) -> RefArray:
     return store(pool, tokens, medium=Medium.DRAM)
 
 
-def media(pool: MemPool, tokens: list[int]) -> list[int]:
+def media(pool: BlockPool, tokens: list[int]) -> list[int]:
     with pool.match(tokens) as match:
         return ref_medium(match.refs).tolist()
 
 
-def test_nobody_waits_for_a_swap_in(pool: MemPool, copies: Copies) -> None:
+def test_nobody_waits_for_a_swap_in(pool: BlockPool, copies: Copies) -> None:
     refs = in_dram(pool, SHORT)
     store(pool, OTHER)
     with while_moving(copies, lambda: pool.swap_in(refs)) as moving:
@@ -104,12 +104,12 @@ def test_nobody_waits_for_a_swap_in(pool: MemPool, copies: Copies) -> None:
     assert cached_blocks(pool, SHORT) == 3
 
 
-def refs_of(pool: MemPool, tokens: list[int]) -> RefArray:
+def refs_of(pool: BlockPool, tokens: list[int]) -> RefArray:
     with pool.match(tokens) as match:
         return match.refs
 
 
-def test_nobody_waits_for_an_allocation_that_swaps_out(pool: MemPool, copies: Copies) -> None:
+def test_nobody_waits_for_an_allocation_that_swaps_out(pool: BlockPool, copies: Copies) -> None:
     for tokens in (SHORT, OTHER):
         store(pool, tokens)
     with while_moving(copies, lambda: pool.alloc_mem(5)) as moving:
@@ -121,7 +121,7 @@ def test_nobody_waits_for_an_allocation_that_swaps_out(pool: MemPool, copies: Co
     pool.free_mem(refs)
 
 
-def test_what_is_matched_while_it_is_swapped_out_stays(pool: MemPool, copies: Copies) -> None:
+def test_what_is_matched_while_it_is_swapped_out_stays(pool: BlockPool, copies: Copies) -> None:
     store(pool, SHORT)
     with while_moving(copies, lambda: pool.swap_out(3)) as moving:
         match = pool.match(SHORT)
@@ -132,7 +132,9 @@ def test_what_is_matched_while_it_is_swapped_out_stays(pool: MemPool, copies: Co
     assert pool.swap_out(3) == 3
 
 
-def test_a_better_copy_that_comes_while_one_is_made_is_kept(pool: MemPool, copies: Copies) -> None:
+def test_a_better_copy_that_comes_while_one_is_made_is_kept(
+    pool: BlockPool, copies: Copies
+) -> None:
     """An insertion gives the index blocks in HBM while others are on their way there."""
     in_dram(pool, SHORT)
     for move in (MOVES["swap in"], MOVES["match"]):
@@ -157,7 +159,7 @@ def test_a_better_copy_that_comes_while_one_is_made_is_kept(pool: MemPool, copie
         pool.swap_out(3)
 
 
-def test_what_leads_to_a_moving_block_is_not_deleted(pool: MemPool, copies: Copies) -> None:
+def test_what_leads_to_a_moving_block_is_not_deleted(pool: BlockPool, copies: Copies) -> None:
     refs = in_dram(pool, SHORT)
     with while_moving(copies, lambda: pool.swap_in(refs[2:])):
         assert pool.delete(SHORT) == 0
@@ -165,7 +167,7 @@ def test_what_leads_to_a_moving_block_is_not_deleted(pool: MemPool, copies: Copi
     assert pool.delete(SHORT) == 3
 
 
-def test_allocated_blocks_that_their_owner_frees_meanwhile(pool: MemPool, copies: Copies) -> None:
+def test_allocated_blocks_that_their_owner_frees_meanwhile(pool: BlockPool, copies: Copies) -> None:
     mine = pool.alloc_mem(2, Medium.DRAM)
     with while_moving(copies, lambda: pool.swap_in(mine)) as moving:
         pool.free_mem(mine[:1])
@@ -173,7 +175,9 @@ def test_allocated_blocks_that_their_owner_frees_meanwhile(pool: MemPool, copies
     assert pool.stats().dram.active + pool.stats().hbm.active == 0
 
 
-def test_a_segment_that_is_matched_while_it_is_emptied_stays(pool: MemPool, copies: Copies) -> None:
+def test_a_segment_that_is_matched_while_it_is_emptied_stays(
+    pool: BlockPool, copies: Copies
+) -> None:
     held = pool.alloc_mem(4, Medium.DRAM)
     in_dram(pool, SHORT)  # in the second segment
     pool.free_mem(held)
@@ -188,7 +192,7 @@ def test_a_segment_that_is_matched_while_it_is_emptied_stays(pool: MemPool, copi
 
 
 def test_closing_a_pool_waits_for_its_copies(copies: Copies) -> None:
-    pool = MemPool(LAYOUT, 8, 8)
+    pool = BlockPool(LAYOUT, 8, 8)
     refs = in_dram(pool, SHORT)
     with ThreadPoolExecutor(1) as thread:
         with while_moving(copies, lambda: pool.swap_in(refs)) as moving:
@@ -198,7 +202,7 @@ def test_closing_a_pool_waits_for_its_copies(copies: Copies) -> None:
         assert moving.exception() is None
 
 
-MOVES: dict[str, Callable[[MemPool], object]] = {
+MOVES: dict[str, Callable[[BlockPool], object]] = {
     "swap in": lambda pool: pool.swap_in(refs_of(pool, SHORT)),
     "swap in, allocated": lambda pool: pool.swap_in(pool.alloc_mem(1, Medium.DRAM)),
     "match": lambda pool: pool.match(SHORT, in_hbm=True),
@@ -209,7 +213,9 @@ MOVES: dict[str, Callable[[MemPool], object]] = {
 
 
 @pytest.mark.parametrize("name", MOVES)
-def test_a_copy_that_fails_leaves_nothing_behind(pool: MemPool, copies: Copies, name: str) -> None:
+def test_a_copy_that_fails_leaves_nothing_behind(
+    pool: BlockPool, copies: Copies, name: str
+) -> None:
     held = pool.alloc_mem(5, Medium.DRAM)
     in_dram(pool, SHORT)
     pool.free_mem(held)
@@ -233,7 +239,7 @@ def test_a_copy_that_fails_leaves_nothing_behind(pool: MemPool, copies: Copies, 
         assert ref_medium(match.refs).tolist() == [0, 0, 0]
 
 
-def active(pool: MemPool, medium: Medium) -> RefArray:
+def active(pool: BlockPool, medium: Medium) -> RefArray:
     """What the test has allocated and lost sight of."""
     blocks = pool._blocks[medium]
     return blocks.ref[: blocks.capacity][blocks.state[: blocks.capacity] == 1]
@@ -259,7 +265,7 @@ def test_threads_that_move_match_insert_and_evict(monkeypatch: pytest.MonkeyPatc
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        with MemPool(LAYOUT, 12, 12, dram_segment_blocks=4) as pool, ThreadPoolExecutor(6) as run:
+        with BlockPool(LAYOUT, 12, 12, dram_segment_blocks=4) as pool, ThreadPoolExecutor(6) as run:
             for work in [
                 *(run.submit(_use, pool, seed) for seed in range(3)),
                 *(run.submit(_move, pool, seed) for seed in range(3, 5)),
@@ -274,7 +280,7 @@ def _some(rng: np.random.Generator) -> list[int]:
     return prompt(*rng.integers(0, 3, rng.integers(1, 5)).tolist())
 
 
-def _use(pool: MemPool, seed: int) -> None:
+def _use(pool: BlockPool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for _ in range(120):
         tokens = _some(rng)
@@ -293,7 +299,7 @@ def _use(pool: MemPool, seed: int) -> None:
         pool.free_mem(result.duplicate)
 
 
-def _move(pool: MemPool, seed: int) -> None:
+def _move(pool: BlockPool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for _ in range(60):
         tokens = _some(rng)
@@ -312,7 +318,7 @@ def _move(pool: MemPool, seed: int) -> None:
 def test_what_comes_in_takes_the_place_of_the_coldest() -> None:
     """Not of what is hotter and in its way: that goes where something colder was."""
     cold, wanted, hot = SHORT, OTHER, prompt(4, 5, 6)
-    with MemPool(LAYOUT, 3, 6) as pool:
+    with BlockPool(LAYOUT, 3, 6) as pool:
         for tokens in (cold, wanted):
             in_dram(pool, tokens)
         store(pool, hot)

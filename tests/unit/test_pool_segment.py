@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from memserve.errors import SharedMemoryFull
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.pool.segment import SHM_DIRECTORY, SharedSegment, pid_namespace, sweep
 from tests.pool_harness import LAYOUT
 
@@ -23,13 +23,13 @@ def names() -> set[str]:
 
 def test_a_pool_leaves_no_segment_behind() -> None:
     before = names()
-    with MemPool(LAYOUT, 4, 4):
+    with BlockPool(LAYOUT, 4, 4):
         assert len(names() - before) == 2
     assert names() <= before
 
 
 def test_memory_in_use_stays_valid_after_the_pool() -> None:
-    with MemPool(LAYOUT, 4) as pool:
+    with BlockPool(LAYOUT, 4) as pool:
         layers = pool.layer_views()
     layers[0].fill_(3.0)
     assert float(layers[0].sum()) == 3.0 * layers[0].numel()
@@ -90,12 +90,12 @@ def test_a_full_file_system_is_an_error_with_numbers(monkeypatch: pytest.MonkeyP
     before = names()
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(SharedMemoryFull, match=f"{4 * LAYOUT.block_bytes} bytes.*--shm-size"):
-        MemPool(LAYOUT, 4)
+        BlockPool(LAYOUT, 4)
     assert names() <= before
 
 
 def test_a_failed_growth_leaves_the_pool_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    with MemPool(LAYOUT, 4, 2, dram_segment_blocks=2) as pool:
+    with BlockPool(LAYOUT, 4, 2, dram_segment_blocks=2) as pool:
         real, calls = os.posix_fallocate, []
 
         def full_at_second(descriptor: int, offset: int, size: int) -> None:

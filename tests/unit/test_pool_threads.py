@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from memserve.errors import OutOfBlocks
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from tests.pool_harness import LAYOUT, keys_of, kv_of, prompt
 
 ROUNDS = 300
@@ -50,7 +50,7 @@ def random_prompt(rng: np.random.Generator) -> list[int]:
 
 def test_readers_never_see_another_prompts_kv() -> None:
     written = {key: kv_of([key]) for key in _all_keys()}
-    with MemPool(LAYOUT, 24, 12, dram_segment_blocks=4) as pool:
+    with BlockPool(LAYOUT, 24, 12, dram_segment_blocks=4) as pool:
 
         def write() -> None:
             rng = np.random.default_rng(0)
@@ -92,7 +92,7 @@ def test_readers_never_see_another_prompts_kv() -> None:
 
 
 def test_each_block_goes_to_one_thread() -> None:
-    with MemPool(LAYOUT, 40) as pool:
+    with BlockPool(LAYOUT, 40) as pool:
 
         def use() -> None:
             for _ in range(ROUNDS):

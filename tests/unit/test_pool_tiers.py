@@ -10,7 +10,7 @@ import torch
 
 from memserve import KVLayout, Medium
 from memserve.errors import NotOwned, OutOfBlocks
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.types import ref_medium
 from tests.pool_harness import (
     BLOCK,
@@ -25,9 +25,9 @@ from tests.pool_harness import (
 
 
 @pytest.fixture(params=[True, False], ids=["aggregated", "discrete"])
-def pool(request: pytest.FixtureRequest) -> Iterator[MemPool]:
+def pool(request: pytest.FixtureRequest) -> Iterator[BlockPool]:
     layout = KVLayout(2, 1, 3, "float32", BLOCK, aggregated=request.param)
-    with MemPool(layout, 8, 6, clock=TickingClock(), dram_segment_blocks=2) as pool:
+    with BlockPool(layout, 8, 6, clock=TickingClock(), dram_segment_blocks=2) as pool:
         yield pool
         pool.check_integrity()
 
@@ -36,7 +36,7 @@ def in_hbm(refs: np.ndarray) -> list[bool]:
     return [bool(m == Medium.HBM) for m in ref_medium(refs)]
 
 
-def test_swapped_kv_comes_back_unchanged(pool: MemPool) -> None:
+def test_swapped_kv_comes_back_unchanged(pool: BlockPool) -> None:
     tokens = prompt(1, 2, 3, 4)
     store(pool, tokens)
     assert pool.swap_out(3) == 3
@@ -50,7 +50,7 @@ def test_swapped_kv_comes_back_unchanged(pool: MemPool) -> None:
     assert (stats.swapped_out, stats.swapped_in, stats.evictions) == (3, 3, 0)
 
 
-def test_swap_out_takes_what_there_is(pool: MemPool) -> None:
+def test_swap_out_takes_what_there_is(pool: BlockPool) -> None:
     store(pool, prompt(1, 2))
     with pool.match(prompt(1)):
         assert pool.swap_out(5) == 1
@@ -58,7 +58,7 @@ def test_swap_out_takes_what_there_is(pool: MemPool) -> None:
     assert pool.swap_out(5) == 0
 
 
-def test_swap_in_keeps_order_and_passes_hbm_through(pool: MemPool) -> None:
+def test_swap_in_keeps_order_and_passes_hbm_through(pool: BlockPool) -> None:
     refs = np.concatenate((pool.alloc_mem(1, Medium.DRAM), pool.alloc_mem(1)))
     refs = np.concatenate((refs, pool.alloc_mem(1, Medium.DRAM)))
     kv = torch.randn(3, *pool.layout.block_shape)
@@ -71,7 +71,7 @@ def test_swap_in_keeps_order_and_passes_hbm_through(pool: MemPool) -> None:
     assert pool.stats().dram.free == 6
 
 
-def test_readers_keep_a_block_that_is_swapped_in(pool: MemPool) -> None:
+def test_readers_keep_a_block_that_is_swapped_in(pool: BlockPool) -> None:
     store(pool, prompt(1, 2))
     pool.swap_out(2)
     with pool.match(prompt(1, 2)) as reader:
@@ -85,7 +85,7 @@ def test_readers_keep_a_block_that_is_swapped_in(pool: MemPool) -> None:
     assert pool.stats().dram.free == 6
 
 
-def test_swap_in_without_room_changes_nothing(pool: MemPool) -> None:
+def test_swap_in_without_room_changes_nothing(pool: BlockPool) -> None:
     store(pool, prompt(1, 2))
     pool.swap_out(2)
     pool.alloc_mem(7)
@@ -98,7 +98,7 @@ def test_swap_in_without_room_changes_nothing(pool: MemPool) -> None:
     assert pool.stats() == before
 
 
-def test_a_match_in_hbm_is_as_long_as_there_is_room(pool: MemPool) -> None:
+def test_a_match_in_hbm_is_as_long_as_there_is_room(pool: BlockPool) -> None:
     store(pool, prompt(1, 2, 3))
     pool.swap_out(3)
     pool.alloc_mem(6)
@@ -107,7 +107,7 @@ def test_a_match_in_hbm_is_as_long_as_there_is_room(pool: MemPool) -> None:
         assert torch.equal(pool.read(match.refs), kv_of(keys_of("", prompt(1, 2))))
 
 
-def test_swapping_in_makes_room_without_dropping_its_own_source(pool: MemPool) -> None:
+def test_swapping_in_makes_room_without_dropping_its_own_source(pool: BlockPool) -> None:
     store(pool, prompt(1, 2, 3))
     pool.swap_out(3)
     store(pool, prompt(4, 5, 6, 7, 8, 9, 10, 11))  # fills HBM
@@ -115,7 +115,7 @@ def test_swapping_in_makes_room_without_dropping_its_own_source(pool: MemPool) -
         assert torch.equal(pool.read(match.refs), kv_of(keys_of("", prompt(1, 2, 3))))
 
 
-def test_layer_views_show_the_blocks(pool: MemPool) -> None:
+def test_layer_views_show_the_blocks(pool: BlockPool) -> None:
     refs = pool.alloc_mem(3)
     kv = torch.randn(3, *pool.layout.block_shape)
     pool.write(refs, kv)
@@ -128,7 +128,7 @@ def test_layer_views_show_the_blocks(pool: MemPool) -> None:
     assert torch.equal(pool.read(refs)[0, 1], torch.ones(2, BLOCK, 1, 3))
 
 
-def test_dram_grows_at_run_time(pool: MemPool) -> None:
+def test_dram_grows_at_run_time(pool: BlockPool) -> None:
     pool.grow_dram(5)
     refs = pool.alloc_mem(11, Medium.DRAM)
     kv = torch.randn(11, *pool.layout.block_shape)
@@ -137,7 +137,7 @@ def test_dram_grows_at_run_time(pool: MemPool) -> None:
     pool.free_mem(refs)
 
 
-def test_dram_shrinks_in_whole_segments(pool: MemPool) -> None:
+def test_dram_shrinks_in_whole_segments(pool: BlockPool) -> None:
     assert pool.shrink_dram(1) == 0
     assert pool.shrink_dram(5) == 4
     assert pool.stats().dram.total == 2
@@ -145,7 +145,7 @@ def test_dram_shrinks_in_whole_segments(pool: MemPool) -> None:
     assert pool.stats().dram.total == 0
 
 
-def test_shrinking_moves_historical_blocks(pool: MemPool) -> None:
+def test_shrinking_moves_historical_blocks(pool: BlockPool) -> None:
     keep = pool.alloc_mem(4, Medium.DRAM)
     store(pool, prompt(1, 2), medium=Medium.DRAM)  # in the last segment
     pool.free_mem(keep)
@@ -154,7 +154,7 @@ def test_shrinking_moves_historical_blocks(pool: MemPool) -> None:
     assert cached_blocks(pool, prompt(1, 2)) == 2
 
 
-def test_shrinking_drops_what_has_no_place(pool: MemPool) -> None:
+def test_shrinking_drops_what_has_no_place(pool: BlockPool) -> None:
     for block in (1, 2, 3):
         store(pool, prompt(block, 10 + block), medium=Medium.DRAM)
     assert pool.shrink_dram(4) == 4
@@ -162,7 +162,7 @@ def test_shrinking_drops_what_has_no_place(pool: MemPool) -> None:
 
 
 @pytest.mark.parametrize("use", ["active", "pinned"])
-def test_shrinking_stops_at_blocks_in_use(pool: MemPool, use: str) -> None:
+def test_shrinking_stops_at_blocks_in_use(pool: BlockPool, use: str) -> None:
     refs = pool.alloc_mem(6, Medium.DRAM)
     pool.free_mem(np.concatenate((refs[:2], refs[4:])))
     match = None
@@ -175,7 +175,7 @@ def test_shrinking_stops_at_blocks_in_use(pool: MemPool, use: str) -> None:
         match.release()
 
 
-def test_references_survive_neither_shrinking_nor_growing_again(pool: MemPool) -> None:
+def test_references_survive_neither_shrinking_nor_growing_again(pool: BlockPool) -> None:
     refs = pool.alloc_mem(6, Medium.DRAM)
     pool.free_mem(refs)
     pool.shrink_dram(6)
@@ -186,7 +186,7 @@ def test_references_survive_neither_shrinking_nor_growing_again(pool: MemPool) -
 
 
 def test_a_pool_may_have_dram_alone() -> None:
-    with MemPool(LAYOUT, 0, 4) as pool:
+    with BlockPool(LAYOUT, 0, 4) as pool:
         store(pool, prompt(1, 2), medium=Medium.DRAM)
         assert cached_blocks(pool, prompt(1, 2)) == 2
         with pytest.raises(OutOfBlocks, match="1 HBM blocks asked, 0 free"):

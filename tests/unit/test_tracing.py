@@ -16,10 +16,11 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from memserve.clock import ManualClock
-from memserve.cluster.local import instance_commands
+from memserve.cluster.launches import instance_launches
 from memserve.config import TracesConfig, parse_config
 from memserve.errors import ConfigError
 from memserve.flags import flags_of, to_flags, with_flags
+from memserve.secrets import Secret
 from memserve.tracing import otlp, settings
 from memserve.tracing.context import MAX_STATE_CHARACTERS, TraceContext, read_context
 from memserve.tracing.otlp import SpanQueue, otlp_exporter
@@ -279,8 +280,8 @@ def test_settings_have_flags_and_keys_of_one_name() -> None:
     assert with_flags(TracesConfig(), given) == config.traces
     with pytest.raises(ConfigError):
         parse_config("[traces]\nsample = 1.5")
-    for _, command in instance_commands(config):
-        assert " ".join(flags) in " ".join(command)
+    for launch in instance_launches(config, Secret(("x",))):
+        assert " ".join(flags) in " ".join(launch.arguments)
 
 
 def test_missing_packages_are_an_error_where_traces_are_configured(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memserve import KVLayout, Medium
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.transfer.base import Outcome
 from memserve.transfer.shm import ShmTransport
 from tests.copy_harness import connect, drain, fill, write_list
@@ -26,8 +26,8 @@ BLOCKS = 16
 @pytest.mark.parametrize("aggregated", [True, False])
 def test_a_gpu_writes_into_shared_memory(aggregated: bool) -> None:
     with (
-        MemPool(LAYOUT, BLOCKS, BLOCKS, "source", "cuda") as source,
-        MemPool(replace(LAYOUT, aggregated=aggregated), BLOCKS, BLOCKS, "target") as target,
+        BlockPool(LAYOUT, BLOCKS, BLOCKS, "source", "cuda") as source,
+        BlockPool(replace(LAYOUT, aggregated=aggregated), BLOCKS, BLOCKS, "target") as target,
     ):
         ours, theirs = fill(source, 1), fill(target, 2)
         transport = ShmTransport(LAYOUT)

@@ -10,7 +10,7 @@ import torch
 from memserve import KVLayout, Medium
 from memserve.clock import ManualClock
 from memserve.errors import PeerLost, UnknownBlock, UnknownPeer
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.transfer.base import Completion, Outcome, Ticket, WriteList, block_list
 from memserve.transfer.shm import ShmTransport
 from memserve.types import RefArray
@@ -36,8 +36,8 @@ class Bench:
 
     def __init__(self) -> None:
         self.clock = ManualClock()
-        self.source = MemPool(LAYOUT, BLOCKS, 0, "source")
-        self.target = MemPool(LAYOUT, BLOCKS, 0, "target")
+        self.source = BlockPool(LAYOUT, BLOCKS, 0, "source")
+        self.target = BlockPool(LAYOUT, BLOCKS, 0, "target")
         self.ours = fill(self.source, 1)[Medium.HBM]
         self.theirs = fill(self.target, 2)[Medium.HBM]
 

@@ -14,7 +14,7 @@ import torch
 from memserve import KVLayout, MemPool
 from memserve.config import TransferMode
 from memserve.errors import LayoutMismatch, NotOwned, PeerRefused, TransferError
-from memserve.transfer.path import PathName
+from memserve.transfer.regions import PathName
 from memserve.types import RefArray
 from tests.transfer_harness import LOCAL, PATIENCE, eventually, quiet
 

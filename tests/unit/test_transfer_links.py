@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from memserve.clock import MonotonicClock
-from memserve.transfer.links import Arrival, Links
 from memserve.transfer.mempool import MemPool
 from memserve.transfer.peer_endpoint import PeerEndpoint
 from memserve.transfer.service import Service
-from memserve.transfer.shortcut import Neighbour
+from memserve.transfer.sockets import Arrival, PoolSockets
+from memserve.transfer.unix_socket import UnixAddress
 from memserve.transfer.wire import HEADER_BYTES
 from tests.transfer_harness import LAYOUT, LOCAL, PATIENCE
 
@@ -20,15 +20,15 @@ HEADER = b"h" * HEADER_BYTES
 
 
 @pytest.fixture
-def near() -> Iterator[Links]:
-    links = Links(None)
+def near() -> Iterator[PoolSockets]:
+    links = PoolSockets(None)
     yield links
     links.close()
 
 
 @pytest.fixture
-def far() -> Iterator[Links]:
-    links = Links(None)
+def far() -> Iterator[PoolSockets]:
+    links = PoolSockets(None)
     yield links
     links.close()
 
@@ -48,7 +48,7 @@ def elsewhere(call: Callable[[], object]) -> None:
     assert not thread.is_alive()
 
 
-def heard(links: Links) -> list[Arrival]:
+def heard(links: PoolSockets) -> list[Arrival]:
     """What arrives within a while; once there is something."""
     for _ in range(int(PATIENCE)):
         if arrivals := links.poll(1.0):
@@ -56,13 +56,15 @@ def heard(links: Links) -> list[Arrival]:
     raise AssertionError("nothing has arrived")
 
 
-def test_another_thread_sends_through_the_shortcut_itself(near: Links, far: Links) -> None:
-    elsewhere(lambda: near.send(Neighbour(far.shortcut), HEADER, b"said"))
+def test_another_thread_sends_through_the_unix_socket_itself(
+    near: PoolSockets, far: PoolSockets
+) -> None:
+    elsewhere(lambda: near.send(UnixAddress(far.unix_address), HEADER, b"said"))
     assert [each.frames for each in heard(far)] == [[HEADER, b"said"]]
 
 
 def test_what_another_thread_says_over_the_network_is_sent_by_the_one_that_polls(
-    near: Links, far: Links
+    near: PoolSockets, far: PoolSockets
 ) -> None:
     dealer = near.dial(far.listen(LOCAL))
     while not near.send(dealer, HEADER, b"connected"):

@@ -26,14 +26,14 @@ from memserve.errors import (
 )
 from memserve.transfer.base import PoolRegions, Region, Transport
 from memserve.transfer.conversion import meaning
+from memserve.transfer.host import own_process
 from memserve.transfer.kv_link import totals_of
-from memserve.transfer.links import Links, Way
 from memserve.transfer.mempool import MakeTransports
 from memserve.transfer.peers import Peers
-from memserve.transfer.process import own_process
 from memserve.transfer.regions import host_id
 from memserve.transfer.shm import ShmTransport
-from memserve.transfer.shortcut import DATAGRAM_BYTES, Neighbour, is_shortcut
+from memserve.transfer.sockets import PoolSockets, Way
+from memserve.transfer.unix_socket import DATAGRAM_BYTES, UnixAddress, is_unix_socket
 from memserve.transfer.wire import Hello, decode
 from memserve.types import Epoch, InstanceId, Owner
 from tests.faulty_transport import Delay, Drop, Fail, Fault, FaultyTransport, listed
@@ -248,16 +248,16 @@ def test_memory_added_later_is_known_before_what_is_said_of_it(
 ) -> None:
     """What says it over TCP is overtaken by what goes the short way."""
     a, b = pools
-    send, held_up = Links.send, []
+    send, held_up = PoolSockets.send, []
 
-    def slow(links: Links, path: Way, header: bytes, body: bytes) -> bool:
+    def slow(links: PoolSockets, path: Way, header: bytes, body: bytes) -> bool:
         message = decode([header, body], meaning(LAYOUT)).message
-        if isinstance(message, Hello) and not isinstance(path, Neighbour):
+        if isinstance(message, Hello) and not isinstance(path, UnixAddress):
             held_up.append(message)
             return True
         return send(links, path, header, body)
 
-    monkeypatch.setattr(Links, "send", slow)
+    monkeypatch.setattr(PoolSockets, "send", slow)
     b.grow_dram(64)
     refs = a.transfer("b", filled(a, 32), medium=Medium.DRAM).result(PATIENCE)
     assert torch.equal(b.read(refs), kv_blocks(32))
@@ -359,8 +359,8 @@ def test_a_restarted_instance_is_met_again_behind_its_address() -> None:
 def test_peers_of_one_host_leave_tcp_for_a_shorter_way(pools: Pools) -> None:
     a, b = pools
     life = a._require_service().life(b.owner.instance)
-    assert life.shortcut is not None
-    assert is_shortcut(life.shortcut.address)
+    assert life.unix_route is not None
+    assert is_unix_socket(life.unix_route.address)
     for _ in range(3):
         a.transfer_with_insert("b", tokens_of(2), filled(a, 2)).result(PATIENCE)
 

@@ -9,10 +9,9 @@ import pytest
 
 from memserve import KVLayout
 from memserve.errors import TransferError
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.transfer.base import PoolRegions
-from memserve.transfer.path import choose_transport
-from memserve.transfer.regions import host_id, local_regions, pool_regions
+from memserve.transfer.regions import choose_transport, host_id, local_regions, pool_regions
 
 BOTH = ("shm", "nixl")
 
@@ -20,7 +19,7 @@ BOTH = ("shm", "nixl")
 @pytest.fixture
 def here() -> Iterator[PoolRegions]:
     layout = KVLayout(layers=1, kv_heads=1, head_dim=1, dtype="float32")
-    with MemPool(layout, 1, 1) as pool:
+    with BlockPool(layout, 1, 1) as pool:
         yield pool_regions(layout, local_regions(pool))
 
 

@@ -11,8 +11,8 @@ from memserve import Medium, MemPool
 from memserve.clock import ManualClock
 from memserve.errors import OutOfBlocks, PeerLost, StaleBlock, TransferError
 from memserve.transfer.base import HostId, PoolRegions
+from memserve.transfer.host import ProcessTag
 from memserve.transfer.messages import Prepare
-from memserve.transfer.process import ProcessTag
 from memserve.transfer.secret import cluster_keys
 from memserve.transfer.session import LEASE, QUARANTINE_TIMEOUT
 from memserve.transfer.wire import Hello, encode, header

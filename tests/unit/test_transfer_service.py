@@ -27,7 +27,7 @@ from memserve.transfer import service, wire
 from memserve.transfer.base import PoolRegions
 from memserve.transfer.conversion import meaning
 from memserve.transfer.destination_session import DestinationSession
-from memserve.transfer.process import own_process
+from memserve.transfer.host import own_process
 from memserve.transfer.receiver import Receiver
 from memserve.transfer.regions import host_id
 from memserve.transfer.secret import cluster_keys
@@ -213,8 +213,8 @@ def test_whoever_owns_a_pool_hears_of_the_end_of_its_thread(
         def broken(*_: object) -> None:
             raise RuntimeError("a mistake")
 
-        monkeypatch.setattr(a._require_service()._links, "poll", broken)
-        a._require_service()._links.wake()  # also where it is too late
+        monkeypatch.setattr(a._require_service()._sockets, "poll", broken)
+        a._require_service()._sockets.wake()  # also where it is too late
         eventually(lambda: bool(heard), "the end of the thread")
         assert "a mistake" in str(heard[0])
         assert "a mistake" in caplog.text

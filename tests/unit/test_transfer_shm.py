@@ -14,7 +14,7 @@ import torch
 
 from memserve import KVLayout, Medium
 from memserve.errors import LayoutMismatch, LengthMismatch, SegmentGone, UnknownBlock, UnknownPeer
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.transfer import shm
 from memserve.transfer.base import Outcome, Region, WriteList, block_list
 from memserve.transfer.regions import host_id, local_regions, mappable, pool_regions
@@ -26,19 +26,19 @@ LAYOUT = KVLayout(layers=2, kv_heads=2, head_dim=8, dtype="float32")
 
 
 @pytest.fixture
-def source() -> Iterator[MemPool]:
-    with MemPool(LAYOUT, 8, 4, "source") as pool:
+def source() -> Iterator[BlockPool]:
+    with BlockPool(LAYOUT, 8, 4, "source") as pool:
         yield pool
 
 
 @pytest.fixture
-def target() -> Iterator[MemPool]:
-    with MemPool(LAYOUT, 8, 4, "target", dram_segment_blocks=2) as pool:
+def target() -> Iterator[BlockPool]:
+    with BlockPool(LAYOUT, 8, 4, "target", dram_segment_blocks=2) as pool:
         yield pool
 
 
 @pytest.fixture
-def transport(source: MemPool, target: MemPool) -> Iterator[ShmTransport]:
+def transport(source: BlockPool, target: BlockPool) -> Iterator[ShmTransport]:
     transport = ShmTransport(LAYOUT)
     connect(transport, source, target, ShmTransport(LAYOUT))
     yield transport
@@ -51,7 +51,7 @@ def whole(blocks: int) -> WriteList:
 
 
 def test_blocks_of_both_media_arrive(
-    transport: ShmTransport, source: MemPool, target: MemPool
+    transport: ShmTransport, source: BlockPool, target: BlockPool
 ) -> None:
     ours, theirs = fill(source, 1), fill(target, 2)
     refs = np.concatenate([ours[Medium.DRAM], ours[Medium.HBM]])
@@ -61,13 +61,15 @@ def test_blocks_of_both_media_arrive(
     assert torch.equal(target.read(onto), source.read(refs))
 
 
-def test_neighbouring_blocks_are_copied_together(transport: ShmTransport, target: MemPool) -> None:
+def test_neighbouring_blocks_are_copied_together(
+    transport: ShmTransport, target: BlockPool
+) -> None:
     drain(transport, [transport.post(target.owner, whole(8))])
     assert transport.counters.pieces == 1
 
 
 def test_grown_memory_is_reached_once_described(
-    transport: ShmTransport, source: MemPool, target: MemPool
+    transport: ShmTransport, source: BlockPool, target: BlockPool
 ) -> None:
     target.grow_dram(2)
     writes = WriteList(block_list(Medium.HBM, [0]), block_list(Medium.DRAM, [5]))
@@ -81,7 +83,7 @@ def test_grown_memory_is_reached_once_described(
 
 @pytest.mark.parametrize("used_before", [False, True])
 def test_memory_that_the_owner_gave_back_is_refused(
-    transport: ShmTransport, target: MemPool, used_before: bool
+    transport: ShmTransport, target: BlockPool, used_before: bool
 ) -> None:
     writes = WriteList(block_list(Medium.HBM, [0]), block_list(Medium.DRAM, [3]))
     if used_before:
@@ -92,7 +94,9 @@ def test_memory_that_the_owner_gave_back_is_refused(
     assert transport.in_flight == 0
 
 
-def test_another_life_of_the_peer_is_another_peer(transport: ShmTransport, target: MemPool) -> None:
+def test_another_life_of_the_peer_is_another_peer(
+    transport: ShmTransport, target: BlockPool
+) -> None:
     ticket = transport.post(target.owner, whole(8))
     again = Owner(target.owner.instance, Epoch(target.owner.epoch + 1))
     transport.add_peer(again, pool_regions(LAYOUT, local_regions(target)), b"")
@@ -104,7 +108,7 @@ def test_another_life_of_the_peer_is_another_peer(transport: ShmTransport, targe
 
 
 def test_cancelled_copies_stop_where_they_are(
-    transport: ShmTransport, source: MemPool, target: MemPool, monkeypatch: pytest.MonkeyPatch
+    transport: ShmTransport, source: BlockPool, target: BlockPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shm, "POLL_BYTES", LAYOUT.block_bytes)
     monkeypatch.setattr(shm, "STEP_BYTES", LAYOUT.block_bytes)
@@ -122,7 +126,7 @@ def test_cancelled_copies_stop_where_they_are(
 
 
 def test_a_long_copy_leaves_room_between_polls(
-    transport: ShmTransport, target: MemPool, monkeypatch: pytest.MonkeyPatch
+    transport: ShmTransport, target: BlockPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shm, "POLL_BYTES", 2 * LAYOUT.block_bytes)
     monkeypatch.setattr(shm, "STEP_BYTES", LAYOUT.block_bytes)
@@ -135,7 +139,7 @@ def test_a_long_copy_leaves_room_between_polls(
 
 
 def test_a_copy_that_fails_is_a_failed_one_and_nothing_more(
-    transport: ShmTransport, target: MemPool, monkeypatch: pytest.MonkeyPatch
+    transport: ShmTransport, target: BlockPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*args: object) -> None:
         raise RuntimeError("a device was lost")
@@ -152,7 +156,7 @@ def test_a_copy_that_fails_is_a_failed_one_and_nothing_more(
 
 
 def test_a_copy_that_an_exception_has_ended_is_not_done(
-    transport: ShmTransport, target: MemPool, monkeypatch: pytest.MonkeyPatch
+    transport: ShmTransport, target: BlockPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
@@ -166,19 +170,19 @@ def test_a_copy_that_an_exception_has_ended_is_not_done(
     assert (ended.ticket, ended.outcome) == (ticket, Outcome.FAILED)
 
 
-def test_nothing_to_copy_is_done_at_once(transport: ShmTransport, target: MemPool) -> None:
+def test_nothing_to_copy_is_done_at_once(transport: ShmTransport, target: BlockPool) -> None:
     ticket = transport.post(target.owner, whole(0))
     assert [each.ticket for each in transport.poll()] == [ticket]
 
 
-def test_other_layouts_are_refused(transport: ShmTransport, target: MemPool) -> None:
+def test_other_layouts_are_refused(transport: ShmTransport, target: BlockPool) -> None:
     other = KVLayout(layers=2, kv_heads=2, head_dim=8, dtype="float32", model="another")
     with pytest.raises(LayoutMismatch):
         transport.add_peer(target.owner, pool_regions(other, local_regions(target)), b"")
 
 
 def test_regions_that_contradict_their_layout_are_refused(
-    transport: ShmTransport, target: MemPool
+    transport: ShmTransport, target: BlockPool
 ) -> None:
     """They come over a wire, and say where this process writes."""
     memory = pool_regions(LAYOUT, local_regions(target))
@@ -202,7 +206,7 @@ def test_regions_that_contradict_their_layout_are_refused(
     ],
 )
 def test_segments_that_are_not_what_was_said_are_refused(
-    source: MemPool, target: MemPool, change: dict[str, object]
+    source: BlockPool, target: BlockPool, change: dict[str, object]
 ) -> None:
     memory = pool_regions(LAYOUT, local_regions(target))
     lie = msgspec.structs.replace(memory.regions[0], **change)
@@ -218,7 +222,7 @@ def test_write_lists_pair_blocks_up() -> None:
         WriteList(block_list(Medium.HBM, [0, 1]), block_list(Medium.HBM, [0]))
 
 
-def test_memory_is_mappable_on_this_host_while_it_exists(target: MemPool) -> None:
+def test_memory_is_mappable_on_this_host_while_it_exists(target: BlockPool) -> None:
     memory = pool_regions(LAYOUT, local_regions(target))
     assert mappable(memory)
     elsewhere = msgspec.structs.replace(host_id(), boot="another kernel")
@@ -231,7 +235,7 @@ CHILD = """
 import sys
 import msgspec, numpy as np
 from memserve import KVLayout, Medium
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.transfer.base import PoolRegions, WriteList, block_list
 from memserve.transfer.regions import local_regions
 from memserve.transfer.shm import ShmTransport
@@ -239,7 +243,7 @@ from memserve.types import Owner
 from tests.copy_harness import drain, fill, write_list
 
 owner, memory = msgspec.json.decode(sys.stdin.read(), type=tuple[Owner, PoolRegions])
-with MemPool(memory.layout, 8, 0, "child") as pool:
+with BlockPool(memory.layout, 8, 0, "child") as pool:
     fill(pool, 7)
     transport = ShmTransport(pool.layout)
     transport.register(local_regions(pool))
@@ -250,7 +254,7 @@ with MemPool(memory.layout, 8, 0, "child") as pool:
 """
 
 
-def test_another_process_writes_into_this_one(target: MemPool) -> None:
+def test_another_process_writes_into_this_one(target: BlockPool) -> None:
     theirs = target.alloc_mem(8)
     memory = pool_regions(LAYOUT, local_regions(target))
     subprocess.run(
@@ -260,5 +264,5 @@ def test_another_process_writes_into_this_one(target: MemPool) -> None:
         check=True,
         timeout=120,
     )
-    with MemPool(LAYOUT, 8) as same:
+    with BlockPool(LAYOUT, 8) as same:
         assert torch.equal(target.read(theirs), same.read(fill(same, 7)[Medium.HBM]))

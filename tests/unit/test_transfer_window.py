@@ -8,7 +8,7 @@ import pytest
 
 from memserve import KVLayout, Medium
 from memserve.errors import PeerLost, TransferError
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.transfer import nixl
 from memserve.transfer.base import (
     Completion,
@@ -86,7 +86,7 @@ class ScriptedAgent:
 class Scene:
     """A transport with a peer."""
 
-    def __init__(self, source: MemPool, target: MemPool) -> None:
+    def __init__(self, source: BlockPool, target: BlockPool) -> None:
         self.memory = pool_regions(LAYOUT, local_regions(target))
         self.peer = target.owner
         self.transport = NixlTransport(source.owner, LAYOUT)
@@ -110,7 +110,10 @@ class Scene:
 def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     monkeypatch.setattr(nixl, "NixlAgent", ScriptedAgent)
     monkeypatch.setattr(nixl, "CHUNK_BYTES", LAYOUT.block_bytes)
-    with MemPool(LAYOUT, BLOCKS, 0, "source") as source, MemPool(LAYOUT, BLOCKS, 0, "t") as target:
+    with (
+        BlockPool(LAYOUT, BLOCKS, 0, "source") as source,
+        BlockPool(LAYOUT, BLOCKS, 0, "t") as target,
+    ):
         yield Scene(source, target)
 
 

@@ -23,7 +23,7 @@ from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import Model, load_model
 from memserve.engine.request import EngineRequest, TokenOutput
 from memserve.engine.team import use_one_thread, with_team
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.types import RequestId, TokenArray
 
 DECODE_TOKENS = 32
@@ -88,7 +88,7 @@ def run_engine_bench(
     blocks = 64 + largest * (BATCH_PROMPT_TOKENS + DECODE_TOKENS) // 16
     blocks += 2 * (prompt_tokens + DECODE_TOKENS) // 16
     layout = model.layout(directory.name, 16, True)
-    with MemPool(layout, blocks, 0, instance="bench", device=device) as pool:
+    with BlockPool(layout, blocks, 0, instance="bench", device=device) as pool:
         engine = _TimedEngine(model, pool, threads, largest)
         pairs = []
         for repeat in range(repeats + 1):  # the first warms up
@@ -172,7 +172,7 @@ class _TimedEngine:
     Each run has its own engine, whose threads must not exist while `generate` computes.
     """
 
-    def __init__(self, model: Model, pool: MemPool, threads: int, batch: int) -> None:
+    def __init__(self, model: Model, pool: BlockPool, threads: int, batch: int) -> None:
         self._model = model
         self._pool = pool
         self._settings = EngineSettings(

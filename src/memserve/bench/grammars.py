@@ -28,7 +28,7 @@ from memserve.engine.sampler import SamplerState, sample
 from memserve.grammars.compiler import GrammarCompiler, LibraryGrammar
 from memserve.models.resolve import resolve_model
 from memserve.models.tokenizer import Tokenizer
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.types import RequestId
 
 PERSON: Final[dict[str, Any]] = {
@@ -161,7 +161,7 @@ def _beside(wanted: ModelConfig, threads: int | None, grammar: LibraryGrammar) -
     """Print the time of a step (the median of one answer's, the least of ROUNDS) with plain
     sequences, and with constrained ones among them."""
     own = load_own_engine(wanted, threads, 512, lambda text: print(text))
-    with MemPool(own.layout, 512, 0, instance="bench", device=str(own.model.device)) as pool:
+    with BlockPool(own.layout, 512, 0, instance="bench", device=str(own.model.device)) as pool:
         engine = Engine(own.model, pool, own.settings)
         steps = _Steps()
         engine.start(steps)

@@ -25,7 +25,8 @@ from memserve.bench.processes import ProcessMeter, ProcessStats
 from memserve.bench.report import ServingSummary, summarise
 from memserve.bench.work import ServeBenchConfig, Work
 from memserve.clock import MonotonicClock
-from memserve.cluster.local import LocalCluster
+from memserve.cluster.cluster import Cluster
+from memserve.cluster.local import LocalBackend
 from memserve.config import ClusterConfig
 from memserve.errors import MemserveError
 from memserve.models.resolve import Progress
@@ -58,7 +59,7 @@ class ServeRun(msgspec.Struct, frozen=True):
 class StartedCluster:
     """A running cluster that can be measured any number of times."""
 
-    def __init__(self, cluster: LocalCluster, config: ClusterConfig) -> None:
+    def __init__(self, cluster: Cluster, config: ClusterConfig) -> None:
         self._cluster = cluster
         self._config = config
 
@@ -87,7 +88,7 @@ async def started_cluster(
     # Hand-overs of the proof would be counted with the workload's.
     gateway = msgspec.structs.replace(config.gateway, port=0, prove_handover=False)
     config = msgspec.structs.replace(config, gateway=gateway)
-    cluster = LocalCluster(config, Shutdown(), progress)
+    cluster = Cluster(config, LocalBackend(config, progress), Shutdown(), progress)
     try:
         await cluster.start()
         yield StartedCluster(cluster, config)

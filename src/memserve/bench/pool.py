@@ -23,7 +23,7 @@ from rich.table import Table
 from memserve.config import Positive, doc
 from memserve.errors import IntegrityError
 from memserve.pool.layout import KVLayout
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.tokens import as_tokens
 from memserve.types import RefArray, TokenArray
 
@@ -123,7 +123,7 @@ def run_pool_bench(
     """Measure the pool and the chained hashes, with the same prompts."""
     workload = workload or PoolWorkload()
     progress(f"{workload.prompts} prompts into the pool")
-    with MemPool(_LAYOUT, _blocks_needed(workload), instance="bench") as pool:
+    with BlockPool(_LAYOUT, _blocks_needed(workload), instance="bench") as pool:
         before = _resident_bytes()
         insert = _time_inserts(pool, workload)
         bytes_per_prompt = (_resident_bytes() - before) / workload.prompts
@@ -211,7 +211,7 @@ def _sample(workload: PoolWorkload) -> list[TokenArray]:
     return list(itertools.islice(_prompts(workload), 0, None, step))
 
 
-def _time_inserts(pool: MemPool, workload: PoolWorkload) -> float:
+def _time_inserts(pool: BlockPool, workload: PoolWorkload) -> float:
     times = []
     for tokens in _prompts(workload):
         refs = pool.alloc_mem(workload.prompt_blocks)
@@ -222,7 +222,7 @@ def _time_inserts(pool: MemPool, workload: PoolWorkload) -> float:
     return median(times) / 1e3
 
 
-def _time_matches(pool: MemPool, prompts: Sequence[TokenArray]) -> tuple[float, float]:
+def _time_matches(pool: BlockPool, prompts: Sequence[TokenArray]) -> tuple[float, float]:
     matches, releases = [], []
     for tokens in prompts:
         started = time.perf_counter_ns()
@@ -236,7 +236,7 @@ def _time_matches(pool: MemPool, prompts: Sequence[TokenArray]) -> tuple[float, 
     return median(matches) / 1e3, median(releases) / 1e3
 
 
-def _time_alloc(pool: MemPool, blocks: int) -> tuple[float, float]:
+def _time_alloc(pool: BlockPool, blocks: int) -> tuple[float, float]:
     allocs, frees = [], []
     for _ in range(SAMPLES):
         started = time.perf_counter_ns()
@@ -248,7 +248,7 @@ def _time_alloc(pool: MemPool, blocks: int) -> tuple[float, float]:
     return median(allocs) / 1e3, median(frees) / 1e3
 
 
-def _time_conversations(pool: MemPool, turns: int) -> float:
+def _time_conversations(pool: BlockPool, turns: int) -> float:
     """Return the median microseconds of matching a conversation's whole history. Each turn has two
     answers in the index, so that the path has a branch, and an edge, for every turn."""
     rng = np.random.default_rng(1)
@@ -268,7 +268,7 @@ def _time_conversations(pool: MemPool, turns: int) -> float:
     return median(times) / 1e3
 
 
-def _store(pool: MemPool, tokens: TokenArray) -> None:
+def _store(pool: BlockPool, tokens: TokenArray) -> None:
     with pool.match(tokens) as match:
         rest = pool.alloc_mem(len(tokens) // BLOCK_TOKENS - len(match.refs))
         pool.insert(tokens, np.concatenate((match.refs, rest)))
@@ -293,7 +293,7 @@ def _time_hashed(
 def _time_eviction(policy: PolicyName, stored: int) -> float:
     rng = np.random.default_rng(2)
     shared = rng.integers(0, VOCABULARY, (8, _SHARED_BLOCKS * BLOCK_TOKENS), np.int32)
-    with MemPool(_LAYOUT, stored, instance="bench", eviction=policy) as pool:
+    with BlockPool(_LAYOUT, stored, instance="bench", eviction=policy) as pool:
         while pool.stats().hbm.free >= _SHARED_BLOCKS + _OWN_BLOCKS:
             rest = rng.integers(0, VOCABULARY, _OWN_BLOCKS * BLOCK_TOKENS, np.int32)
             _store(pool, np.concatenate((shared[rng.integers(8)], rest)))

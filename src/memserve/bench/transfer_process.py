@@ -17,7 +17,7 @@ import numpy as np
 
 from memserve.errors import TransferError
 from memserve.pool.layout import KVLayout
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.pool.segment import SHM_DIRECTORY
 from memserve.transfer.base import Outcome, PoolRegions, Transport, WriteList, block_list
 from memserve.transfer.mapping import PeerMemory
@@ -132,7 +132,7 @@ class _Worker:
     """The process's own side: runs commands."""
 
     def __init__(self, start: Start) -> None:
-        self._pool = MemPool(start.layout, start.blocks, 0, start.instance)
+        self._pool = BlockPool(start.layout, start.blocks, 0, start.instance)
         self._pool.alloc_mem(start.blocks)
         self._local = local_regions(self._pool)
         memory = self._local[0].memory.numpy()

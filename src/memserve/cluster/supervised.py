@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 from memserve.api.control import RESTART_EXIT_CODE
-from memserve.cluster.child import Child
+from memserve.api.serving import Shutdown
+from memserve.cluster.backend import Place
+from memserve.cluster.child import Child, end_children
 from memserve.cluster.restarts import Restarts
 from memserve.errors import ClusterError
 from memserve.models.resolve import Progress
 from memserve.pool.segment import sweep
 
+# After a second SIGTERM a process does not wait for requests; KILL_SECONDS later it is killed.
+KILL_SECONDS = 5.0
+
 
 class Supervised:
-    """Supervises one process. The creator must end the present `child` in any case."""
+    """Supervises one child process; a `Kept`. The creator must end the present `child` in any
+    case, as `stop` does."""
 
     def __init__(
         self,
@@ -54,6 +61,10 @@ class Supervised:
         """Whether the process runs now; False in the pause before a restart."""
         return self._child is not None and not self._child.ended.done()
 
+    @property
+    def place(self) -> Place | None:
+        return None if self._child is None else Place(os.uname().nodename, self._child.pid)
+
     async def start(self) -> None:
         self._child = await Child.spawn(self.name, self._arguments, self._module, self._environment)
         if self._show is not None:
@@ -64,12 +75,27 @@ class Supervised:
         self._show = show
         self.child.show_output(show)
 
+    async def address(self) -> str:
+        return await self.child.address()
+
+    async def failure(self) -> ClusterError:
+        # Shielded, because other tasks wait for `ended`, too.
+        await asyncio.shield(self.child.ended)
+        return await self.child.failure()
+
+    def reload(self) -> None:
+        if self._child is not None:
+            self._child.reload()
+
+    async def stop(self, shutdown: Shutdown, seconds: float) -> None:
+        if self._child is not None:
+            await end_children([self._child], shutdown, seconds, KILL_SECONDS)
+
     async def keep(self) -> None:
         """Start the process again whenever it ends, until it ends in order, with exit code 0.
 
         Raises ClusterError, with its last lines, if it has crashed too often.
         """
-        # Shielded, because other tasks wait for `ended`, too.
         while (code := await asyncio.shield(self.child.ended)) != 0:
             sweep()  # the dead process's shared memory; that of living processes stays
             if code == RESTART_EXIT_CODE:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.errors import OutOfBlocks
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.pool.results import Match
 from memserve.tokens import NO_TOKENS
 from memserve.types import Medium, Namespace, RefArray, TokenArray, ref_medium
@@ -25,7 +25,7 @@ _NO_REFS: RefArray = np.empty(0, dtype=np.int64)
 class BlockTable:
     """Blocks of one sequence, which owns the table. Used by the engine's thread only."""
 
-    def __init__(self, pool: MemPool, namespace: Namespace, ephemeral: bool) -> None:
+    def __init__(self, pool: BlockPool, namespace: Namespace, ephemeral: bool) -> None:
         """`ephemeral`: the namespace is this sequence's alone, and `close` drops it. The index
         then only keeps KV over a preemption.
         """

@@ -31,7 +31,7 @@ from memserve.engine.sampler import Sample
 from memserve.engine.scoring import scored_rows
 from memserve.engine.sequence import Sequence
 from memserve.errors import EngineStopped, QueueFull
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.types import RequestId
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        pool: MemPool,
+        pool: BlockPool,
         settings: EngineSettings,
         clock: Clock | None = None,
     ) -> None:

@@ -13,14 +13,14 @@ from memserve.engine.model import Model
 from memserve.engine.paged_batch import PagedBatch, Span, Workspace
 from memserve.engine.sampler import Sample, sample
 from memserve.engine.scoring import PromptScores
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.types import RequestId
 
 
 class Runner:
     """Runs step plans of one engine on its model and pool."""
 
-    def __init__(self, model: Model, pool: MemPool, kernels: Kernels) -> None:
+    def __init__(self, model: Model, pool: BlockPool, kernels: Kernels) -> None:
         """`kernels`: the kernel queue of the model's device."""
         self._model = model
         self._kernels = kernels

@@ -8,7 +8,7 @@ connections over the workers. The supervising process serves nothing; it restart
 Order of the timeouts: a worker that is asked to end needs `drain_seconds`, then up to the
 gateway's STOP_SECONDS and the server's CLOSE_SECONDS. WORKER_CLOSE_SECONDS after the drain it is
 asked again, and WORKER_KILL_SECONDS later killed: before the gateway's parent process does so to
-the whole gateway (`cluster/local.py`). Workers whose parent was killed need up to
+the whole gateway (`cluster/cluster.py`). Workers whose parent was killed need up to
 `watchdog.FORCE_SECONDS` and a shortened drain to free the port: less than ORPHAN_SECONDS.
 """
 

@@ -33,7 +33,7 @@ from memserve.api.namespaces import is_private
 from memserve.errors import TransferError
 from memserve.instance.event_outlet import REPLAY_BATCHES, EventOutlet
 from memserve.pool.listener import StoredRun
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.transfer.secret import ClusterKeys
 from memserve.types import (
     GENERATION_BITS,
@@ -68,7 +68,7 @@ class KVEventPublisher:
 
     def __init__(
         self,
-        pool: MemPool,
+        pool: BlockPool,
         host: str,
         keys: ClusterKeys | None = None,
         buffer_batches: int = REPLAY_BATCHES,

@@ -22,7 +22,7 @@ from memserve.instance.fit import fit_costs
 from memserve.instance.probe import ProbeFailed
 from memserve.instance.profile import PLANS, Effort, Profiler, Progress, measure_transfers
 from memserve.pool.layout import KVLayout
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.scheduler.architecture import read_architecture
 from memserve.scheduler.contract import Path as TransferPath
 from memserve.scheduler.hardware import HARDWARE, cores, derive
@@ -80,7 +80,7 @@ class ProfiledEngine:
         blocks = -(-blocks // self.layout.block_tokens)
         device = str(self.model.device)
         settings = replace(self.settings, max_waiting=_MOST_WAITING)
-        with MemPool(self.layout, blocks, 0, f"profile-{os.getpid()}", device) as pool:
+        with BlockPool(self.layout, blocks, 0, f"profile-{os.getpid()}", device) as pool:
             yield Profiler(Engine(self.model, pool, settings), MonotonicClock(), progress)
 
 

@@ -1,4 +1,4 @@
-"""MemPool: the KV memory of one instance."""
+"""BlockPool: the KV memory of one instance."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SEGMENT_BYTES = 64 * 1024 * 1024
 MAX_INITIAL_SEGMENTS = 64
 
 
-class MemPool:
+class BlockPool:
     """Fixed-size KV blocks in HBM and DRAM, and the index of the cached ones.
 
     References are int64 arrays (see `memserve.types`); tokens are anything that numpy turns

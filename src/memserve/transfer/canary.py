@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from memserve.pool.layout import KVLayout
+from memserve.pool.pool import BlockPool
 from memserve.pool.storage import Extent
 from memserve.types import IndexArray, Medium, RefArray, ref_index, ref_medium
 
@@ -28,19 +28,11 @@ CANARY_BYTES = 16
 _MEDIA = tuple(Medium)  # walking through the enumeration takes longer
 
 
-class CanaryPool(Protocol):
-    """A pool, as far as its memory goes."""
-
-    layout: KVLayout
-
-    def extents(self, medium: Medium) -> tuple[Extent, ...]: ...
-
-
 class Canaries:
     """Puts random bytes into blocks that are about to be written, and looks for them later. Touches
     nothing but blocks that are allocated for a transfer, so without the pool's lock."""
 
-    def __init__(self, pool: CanaryPool) -> None:
+    def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
         # Where they go in HBM, by heads: to find that out takes as long as to write them. DRAM
         # comes and goes, and what is remembered of it would keep it.

@@ -21,8 +21,8 @@ from memserve.api.handoff import PoolPeer
 from memserve.config import TransferMode
 from memserve.errors import PoolError, TransferError, TransferTimeout
 from memserve.pool.results import Match
+from memserve.transfer.handles import OpenTransfer, Transfer
 from memserve.transfer.mempool import MemPool
-from memserve.transfer.pending import OpenTransfer, Transfer
 from memserve.transfer.session import DEADLINE
 from memserve.types import Namespace, RefArray, TokenArray
 

@@ -28,17 +28,17 @@ from memserve.pool.layout import KVLayout
 from memserve.tokens import as_tokens, to_wire
 from memserve.transfer.base import Transport
 from memserve.transfer.conversion import require_filled
-from memserve.transfer.links import is_local
+from memserve.transfer.handles import OpenTransfer, PeerStats, Transfer
 from memserve.transfer.messages import Prepare, to_wire_refs
-from memserve.transfer.path import PathName
 from memserve.transfer.peer_endpoint import PeerEndpoint
-from memserve.transfer.pending import OpenTransfer, PeerStats, Transfer
+from memserve.transfer.regions import PathName
 from memserve.transfer.secret import cluster_keys
 from memserve.transfer.sender import Outgoing
 from memserve.transfer.service import Service
 from memserve.transfer.session import DEADLINE, Actions, Round, rounds_of
 from memserve.transfer.shared_pool import SharedPool
 from memserve.transfer.shm import ShmTransport
+from memserve.transfer.sockets import is_local
 from memserve.transfer.source_session import SourceSession
 from memserve.transfer.wire import require_sendable
 from memserve.types import (
@@ -277,11 +277,11 @@ class MemPool(SharedPool):
         return service
 
     def _add_nixl(self, endpoint: PeerEndpoint, now: float) -> None:
-        introductions = endpoint.introductions
-        if not introductions.has_transport("nixl"):
+        handshakes = endpoint.handshakes
+        if not handshakes.has_transport("nixl"):
             from memserve.transfer.nixl import NixlTransport
 
-            introductions.add_transport(NixlTransport(self.owner, self.layout))
+            handshakes.add_transport(NixlTransport(self.owner, self.layout))
 
     def _require_service(self) -> Service:
         service = self._service
@@ -390,7 +390,7 @@ class MemPool(SharedPool):
         def task(endpoint: PeerEndpoint, now: float) -> None:
             if endpoint.peers.current(owner.instance).owner != owner:
                 raise StaleBlock(f"{owner.instance!r} has begun another life without them")
-            message = endpoint.calls.begin(owner, to_wire_refs(refs), freed, now)
+            message = endpoint.frees.begin(owner, to_wire_refs(refs), freed, now)
             endpoint.say(owner, message)
 
         self._service.ask(task)
@@ -399,7 +399,7 @@ class MemPool(SharedPool):
     def _tell_memory(self) -> None:
         service = self._service
         if service is not None:
-            service.ask(lambda endpoint, now: endpoint.introductions.refresh_memory())
+            service.ask(lambda endpoint, now: endpoint.handshakes.refresh_memory())
 
 
 def _make_shm(owner: Owner, layout: KVLayout) -> Sequence[Transport]:

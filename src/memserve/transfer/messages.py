@@ -1,4 +1,4 @@
-"""The messages of one transfer, in msgpack; `session` has the protocol.
+"""The messages of one transfer, in msgpack, and errors as they travel; `session` has the protocol.
 
 Block references travel as *wire_refs*: little-endian int64 without the owner, which follows from
 the lives that the envelope names. Tokens travel in the format of `memserve.tokens`.
@@ -13,6 +13,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from memserve import errors
+from memserve.errors import MemserveError, OutOfBlocks, PoolError, TransferError
 from memserve.transfer.base import Natural
 from memserve.types import (
     GENERATION_BITS,
@@ -156,3 +158,33 @@ def from_wire_refs(wire_refs: bytes, owner: int) -> RefArray:
         raise ValueError("block wire_refs out of range")
     local |= owner << _OWNER_SHIFT
     return local
+
+
+# Errors that a peer may name: all of pools and transfers that are made of a text.
+_KINDS: dict[str, type[MemserveError]] = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type)
+    and issubclass(kind, PoolError | TransferError)
+    and kind is not OutOfBlocks
+}
+
+
+def to_failure(error: MemserveError) -> Failure:
+    """Return an error as it travels: the name of its class, and its text or numbers."""
+    if isinstance(error, OutOfBlocks):
+        numbers = (error.asked, error.free, error.evictable, error.total)
+        return Failure(OutOfBlocks.__name__, error.medium, numbers)
+    return Failure(type(error).__name__, _sendable(str(error)))
+
+
+def _sendable(text: str) -> str:
+    """Replace what UTF-8 cannot encode, such as half of a surrogate pair."""
+    return text[:MAX_TEXT].encode(errors="replace").decode()
+
+
+def to_error(failure: Failure, peer: str) -> MemserveError:
+    """Return the error to raise here. Its text names `peer`; an unknown kind is a TransferError."""
+    if failure.kind == OutOfBlocks.__name__ and len(failure.numbers) == 4:
+        return OutOfBlocks(f"{failure.message} (of {peer!r})", *failure.numbers)
+    return _KINDS.get(failure.kind, TransferError)(f"peer {peer!r}: {failure.message}")

@@ -4,21 +4,18 @@ one thread at a time."""
 from __future__ import annotations
 
 import logging
-from typing import Protocol
 
 from memserve.errors import ForeignBlock, PoolError, TransferError, UnwrittenBlocks
 from memserve.transfer.base import Transport
-from memserve.transfer.calls import Calls
 from memserve.transfer.destination_session import DestinationSession
-from memserve.transfer.failures import to_failure
-from memserve.transfer.introductions import IntroducedPool, Introductions
-from memserve.transfer.links import Arrival, Links
-from memserve.transfer.messages import from_wire_refs
-from memserve.transfer.path import PathName
+from memserve.transfer.handles import PeerStats
+from memserve.transfer.handshake import Handshakes
+from memserve.transfer.messages import from_wire_refs, to_failure
 from memserve.transfer.peers import Peers
-from memserve.transfer.pending import PeerStats
-from memserve.transfer.receiver import Receiver, ReceivingPool
-from memserve.transfer.sender import Outgoing, Sender, SendingPool
+from memserve.transfer.receiver import Receiver
+from memserve.transfer.regions import PathName
+from memserve.transfer.remote_frees import RemoteFrees
+from memserve.transfer.sender import Outgoing, Sender
 from memserve.transfer.session import (
     Action,
     Actions,
@@ -35,6 +32,8 @@ from memserve.transfer.session import (
     Sever,
     Write,
 )
+from memserve.transfer.shared_pool import SharedPool
+from memserve.transfer.sockets import Arrival, PoolSockets
 from memserve.transfer.source_session import SourceSession
 from memserve.transfer.table import SessionTable, Steps, steps
 from memserve.transfer.wire import (
@@ -58,34 +57,25 @@ log = logging.getLogger(__name__)
 MAX_TRACEBACKS = 50
 
 
-class ConversingPool(ReceivingPool, SendingPool, IntroducedPool, Protocol):
-    """The methods of a pool that `PeerEndpoint` uses."""
-
-    @property
-    def freed_by_owner(self) -> int:
-        """Number of blocks that their owners freed while a peer was writing them."""
-        ...
-
-
 class PeerEndpoint:
     """Owns a pool's sessions, and its knowledge of peers."""
 
     def __init__(
-        self, pool: ConversingPool, links: Links, transports: list[Transport], path: PathName
+        self, pool: SharedPool, sockets: PoolSockets, transports: list[Transport], path: PathName
     ) -> None:
         self._pool = pool
-        self._links = links
+        self._sockets = sockets
         known: list[Transport] = []
         self.peers = Peers(known, path)
-        self.introductions = Introductions(pool, links, known, self.peers)
-        self.counters = self.introductions.counters
+        self.handshakes = Handshakes(pool, sockets, known, self.peers)
+        self.counters = self.handshakes.counters
         self.table = SessionTable()
         self.sender = Sender(pool, self.peers)
         self.receiver = Receiver(pool, intern_owner(*pool.owner))
-        self.calls = Calls()
+        self.frees = RemoteFrees()
         for transport in transports:
-            self.introductions.add_transport(transport)
-        self.introductions.refresh_memory()
+            self.handshakes.add_transport(transport)
+        self.handshakes.refresh_memory()
 
     def stats(self) -> PeerStats:
         return PeerStats(
@@ -95,7 +85,7 @@ class PeerEndpoint:
             granted=self.receiver.granted_blocks,
             malformed=self.counters.malformed,
             mismatched=self.counters.mismatched,
-            strangers=self._links.strangers,
+            strangers=self._sockets.strangers,
             failed=self.counters.failed,
             unwritten=self.counters.unwritten,
         )
@@ -108,8 +98,8 @@ class PeerEndpoint:
         if known is None or known.life is None or known.life.owner != peer:
             return
         body = encode(self._pool.owner, peer.epoch, message)
-        for path in (known.life.shortcut, known.dealer, known.route):
-            if path is not None and self._links.send(path, self.introductions.header, body):
+        for path in (known.life.unix_route, known.dealer, known.route):
+            if path is not None and self._sockets.send(path, self.handshakes.header, body):
                 return
 
     def say_to_all(self, message: Message) -> None:
@@ -121,12 +111,12 @@ class PeerEndpoint:
 
     def on_arrival(self, arrival: Arrival, now: float) -> None:
         try:
-            envelope = self.introductions.read(arrival)
+            envelope = self.handshakes.read(arrival)
         except Malformed:
             self.counters.malformed += 1
             return
         except Mismatch as mismatch:
-            self.introductions.on_mismatch(arrival, mismatch)
+            self.handshakes.on_mismatch(arrival, mismatch)
             return
         try:
             self._on_envelope(arrival, envelope, now)
@@ -152,7 +142,7 @@ class PeerEndpoint:
             if not self.peers.sees(owner):
                 self.on_over(owner, now)
         self.say_to_all(Beat(answer=True))
-        self.introductions.greet_the_lost()
+        self.handshakes.greet_the_lost()
         self.receiver.prune()
         for owner in self.receiver.grantees():
             if self.table.silent(owner, now):
@@ -161,17 +151,17 @@ class PeerEndpoint:
     def on_tick(self, now: float) -> None:
         """Run timers: deadlines, and repeats of messages; called every `service.TICK`."""
         self.perform(self.table.on_tick(now), now)
-        for peer, message in self.calls.on_tick(now):
+        for peer, message in self.frees.on_tick(now):
             self.say(peer, message)
-        for dealer in self.introductions.dialling.on_tick(now):
-            self.introductions.greet(dealer, answer=True)
+        for dealer in self.handshakes.dialler.on_tick(now):
+            self.handshakes.greet(dealer, answer=True)
 
     def on_over(self, owner: Owner, now: float) -> None:
         """A life has certainly ended, and none of its writes can still arrive."""
         self.peers.forget(owner)
         self.perform(self.table.on_gone(owner, now), now)
         self.receiver.revoke_all(owner)
-        self.calls.on_gone(owner)
+        self.frees.on_gone(owner)
         retire_owner(owner)
 
     def poll_transports(self, now: float) -> None:
@@ -182,7 +172,7 @@ class PeerEndpoint:
     @property
     def busy(self) -> bool:
         """Whether a timer may be due before the next heartbeat."""
-        return self.table.active or self.calls.active or len(self.introductions.dialling) > 0
+        return self.table.active or self.frees.active or len(self.handshakes.dialler) > 0
 
     # --- doing ----------------------------------------------------------------------------
 
@@ -249,7 +239,7 @@ class PeerEndpoint:
             source = self.peers.current(peer.instance).memory.layout
             have, wire_refs = self.receiver.allocate(peer, session, source)
             # The peer must know the regions of these blocks before it gets their wire_refs.
-            self.introductions.refresh_memory()
+            self.handshakes.refresh_memory()
         except (PoolError, TransferError) as error:
             self.receiver.free(session)
             return session.on_refused(to_failure(error))
@@ -272,7 +262,7 @@ class PeerEndpoint:
         elif isinstance(message, Hello):
             self._on_hello(arrival, sender, message, now)
         elif isinstance(message, NotWelcome):
-            self.introductions.on_not_welcome(arrival, message)
+            self.handshakes.on_not_welcome(arrival, message)
             if self.peers.is_from(sender, arrival.path):
                 self.perform(self.table.fail(sender, message.reason, now), now)
         elif envelope.receiver != self._pool.owner.epoch or not self.peers.is_from(
@@ -281,7 +271,7 @@ class PeerEndpoint:
             # One side has restarted since the introduction, or the sender has not introduced itself
             # on this connection, or another process uses the sender's name.
             self.counters.misdirected += 1
-            self.introductions.greet(arrival.path, answer=True)
+            self.handshakes.greet(arrival.path, answer=True)
         else:
             self._on_message(arrival, envelope, now)
 
@@ -294,7 +284,7 @@ class PeerEndpoint:
 
     def _on_hello(self, arrival: Arrival, sender: Owner, hello: Hello, now: float) -> None:
         silent = self._is_silent(sender, now)
-        over = self.introductions.on_hello(arrival, sender, hello, silent)
+        over = self.handshakes.on_hello(arrival, sender, hello, silent)
         if over is None:
             return
         for owner in over:
@@ -322,12 +312,12 @@ class PeerEndpoint:
             case FreeBlocks():
                 self._on_free(sender, message)
             case FreedBlocks():
-                self.calls.on_answer(sender, message)
+                self.frees.on_answer(sender, message)
             case _:
                 self.perform(self.table.on_message(sender, message, now), now)
 
     def _on_free(self, peer: Owner, message: FreeBlocks) -> None:
-        answer = self.calls.known_answer(peer, message.call)
+        answer = self.frees.known_answer(peer, message.call)
         if answer is None:
             failure = None
             try:
@@ -338,5 +328,5 @@ class PeerEndpoint:
             except ValueError as error:
                 failure = to_failure(ForeignBlock(str(error)))
             answer = FreedBlocks(message.call, failure)
-            self.calls.remember(peer, answer)
+            self.frees.remember(peer, answer)
         self.say(peer, answer)

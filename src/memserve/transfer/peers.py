@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 
 from memserve.errors import LayoutMismatch, PeerRefused, TransferError, UnknownPeer
 from memserve.transfer.base import Completion, PoolRegions, Transport
-from memserve.transfer.links import Dealer, Way
-from memserve.transfer.path import PathName, choose_transport
-from memserve.transfer.process import ProcessTag, is_known_dead, is_visible
-from memserve.transfer.regions import host_id
-from memserve.transfer.shortcut import Neighbour, is_shortcut
+from memserve.transfer.host import ProcessTag, is_known_dead, is_visible
+from memserve.transfer.regions import PathName, choose_transport, host_id
+from memserve.transfer.sockets import Dealer, Way
+from memserve.transfer.unix_socket import UnixAddress, is_unix_socket
 from memserve.transfer.wire import Hello
 from memserve.types import InstanceId, Owner
 
@@ -31,12 +30,12 @@ class PeerSession:
     process: ProcessTag
     memory: PoolRegions
     hello: Hello
-    neighbour: Neighbour | None = None  # its socket, if it is on this host
+    unix_address: UnixAddress | None = None  # its socket, if it is on this host
     # Its connections to us, on which it has said who it is; the last few.
     routes: deque[bytes] = field(default_factory=lambda: deque(maxlen=ROUTES))
     transport: Transport | None = None  # None: no way to write into its memory
     obstacle: str = ""  # why there is none
-    shortcut: Neighbour | None = None  # `neighbour`, while it takes what is sent there
+    unix_route: UnixAddress | None = None  # `unix_address`, while it takes what is sent there
 
 
 @dataclass(slots=True, eq=False)
@@ -99,8 +98,8 @@ class Peers:
         peer = self._by_instance.get(owner.instance)
         if peer is None or peer.life is None or peer.life.owner != owner:
             return False
-        if isinstance(way, Neighbour):
-            return way == peer.life.neighbour
+        if isinstance(way, UnixAddress):
+            return way == peer.life.unix_address
         return way in peer.life.routes if isinstance(way, bytes) else way is peer.dealer
 
     def introduce(self, owner: Owner, hello: Hello, way: Way, silent: bool) -> list[Owner]:
@@ -122,8 +121,8 @@ class Peers:
             life = peer.life = PeerSession(owner, hello.process, hello.memory, hello)
             if known is not None:
                 life.routes = known.routes
-            if hello.memory.host == host_id() and is_shortcut(hello.shortcut):
-                life.neighbour = life.shortcut = Neighbour(hello.shortcut)
+            if hello.memory.host == host_id() and is_unix_socket(hello.unix_socket):
+                life.unix_address = life.unix_route = UnixAddress(hello.unix_socket)
             self._choose_transport(life)
         self._watched.pop(owner, None)
         if isinstance(way, bytes) and way not in life.routes:

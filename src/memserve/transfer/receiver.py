@@ -3,67 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from memserve.errors import LengthMismatch, NotOwned, UnwrittenBlocks
 from memserve.pool.layout import KVLayout
-from memserve.pool.results import InsertResult, Match
-from memserve.pool.storage import Extent
+from memserve.pool.results import Match
 from memserve.tokens import TOKEN_BYTES, from_wire
 from memserve.transfer.canary import Canaries, Canary
 from memserve.transfer.conversion import common_heads, require_filled
 from memserve.transfer.destination_session import DestinationSession
-from memserve.transfer.guards import Guard
 from memserve.transfer.messages import (
     Prepare,
     from_wire_refs,
     to_wire_refs,
 )
-from memserve.types import Medium, Owner, RefArray, TokenArray
+from memserve.transfer.shared_pool import Guard, SharedPool
+from memserve.types import Owner, RefArray, TokenArray
 
 _NONE: RefArray = np.empty(0, dtype=np.int64)
-
-
-class ReceivingPool(Protocol):
-    """What a pool does for its peers."""
-
-    layout: KVLayout
-    owner: Owner
-
-    def alloc_mem(
-        self,
-        n: int,
-        medium: Medium = Medium.HBM,
-        instance: str | None = None,
-        *,
-        private: bool = False,
-    ) -> RefArray: ...
-    def extents(self, medium: Medium) -> tuple[Extent, ...]: ...
-    def match(self, tokens: ArrayLike, namespace: str = "") -> Match: ...
-    def insert(
-        self, tokens: ArrayLike, refs: ArrayLike, namespace: str = "", *, pin: bool = False
-    ) -> InsertResult: ...
-    def free_mem(self, refs: ArrayLike) -> None: ...
-    def require_freeable(self, refs: RefArray) -> None:
-        """Raises as `free_mem` would."""
-        ...
-
-    def still_allocated(self, refs: RefArray) -> RefArray:
-        """Those that are still what they were: allocated, not inserted, not freed."""
-        ...
-
-    def guard(self, refs: RefArray, heads: range, granted: RefArray) -> Guard:
-        """Allocated blocks will be written by a peer. Raises as `free_mem` does; NotOwned if
-        another writes these heads, or for private blocks that are not among `granted`."""
-        ...
-
-    def unguard(self, guard: Guard) -> None: ...
-    def make_public(self, refs: RefArray) -> None:
-        """Blocks that are still allocated are private no more."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +39,7 @@ class Receiver:
     """Allocates, publishes and frees for `DestinationSession`s. Owns what a session holds, and
     what plain transfers have left to peers (*grants*) until they free it or are gone."""
 
-    def __init__(self, pool: ReceivingPool, owner_number: int) -> None:
+    def __init__(self, pool: SharedPool, owner_number: int) -> None:
         self._pool = pool
         self._owner_number = owner_number
         self._canaries = Canaries(pool)

@@ -1,14 +1,16 @@
-"""The memory of this process's pool, and whether a peer's can be mapped."""
+"""The memory of this process's pool, and the transport that reaches a peer's."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
+from memserve.errors import TransferError
 from memserve.pool.layout import KVLayout
-from memserve.pool.pool import MemPool
+from memserve.pool.pool import BlockPool
 from memserve.pool.segment import SHM_DIRECTORY
 from memserve.transfer.base import HostId, LocalRegion, PoolRegions, Region
 from memserve.types import Medium
@@ -16,7 +18,7 @@ from memserve.types import Medium
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def local_regions(pool: MemPool) -> tuple[LocalRegion, ...]:
+def local_regions(pool: BlockPool) -> tuple[LocalRegion, ...]:
     """A pool's memory as it is now. Raises PoolError once the pool is closed."""
     return tuple(
         LocalRegion(
@@ -55,4 +57,27 @@ def mappable(memory: PoolRegions) -> bool:
     return memory.host == host_id() and all(
         region.segment is not None and os.access(SHM_DIRECTORY / region.segment, os.R_OK | os.W_OK)
         for region in memory.regions
+    )
+
+
+PathName = Literal["auto", "shm", "nixl"]
+
+
+def choose_transport(
+    ours: Collection[str], theirs: Collection[str], memory: PoolRegions, wanted: PathName = "auto"
+) -> str:
+    """The name of the transport for writes into a peer's `memory`.
+
+    Shared memory where it reaches all of it, otherwise NIXL; `wanted` forces one. `ours` and
+    `theirs` are the transports that the two sides have. Raises TransferError.
+    """
+    both = set(ours) & set(theirs)
+    if wanted in ("auto", "shm") and "shm" in both and mappable(memory):
+        return "shm"
+    if wanted in ("auto", "nixl") and "nixl" in both:
+        return "nixl"
+    reach = "can" if mappable(memory) else "cannot"
+    raise TransferError(
+        f"no path to the peer ({wanted} wanted): here {sorted(ours)}, there {sorted(theirs)}, "
+        f"and its memory {reach} be mapped"
     )

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from memserve.errors import MemserveError, PoolError, TransferError
 from memserve.pool.results import Match
 from memserve.transfer.base import BlockList, Completion, Outcome, Ticket, Transport, WriteList
-from memserve.transfer.failures import to_error, to_failure
-from memserve.transfer.messages import Drained, Failure, from_wire_refs
+from memserve.transfer.handles import Transfer
+from memserve.transfer.messages import Drained, Failure, from_wire_refs, to_error, to_failure
 from memserve.transfer.peers import Peers
-from memserve.transfer.pending import Transfer
 from memserve.transfer.session import Actions, Finish, Write
+from memserve.transfer.shared_pool import SharedPool
 from memserve.transfer.source_session import SourceSession
 from memserve.types import Owner, RefArray, intern_owner
-
-
-class SendingPool(Protocol):
-    """What a pool does for blocks that are sent."""
-
-    def require_live(self, refs: RefArray) -> None:
-        """Raises StaleBlock."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +30,7 @@ class Outgoing:
 class Sender:
     """Performs what `SourceSession`s ask for. Owns the pins on what is sent."""
 
-    def __init__(self, pool: SendingPool, peers: Peers) -> None:
+    def __init__(self, pool: SharedPool, peers: Peers) -> None:
         self._pool = pool
         self._peers = peers
         self._outgoing: dict[SourceSession, Outgoing] = {}

@@ -14,15 +14,15 @@ from typing import TypeVar
 from memserve.clock import Clock
 from memserve.errors import TransferError, TransferTimeout
 from memserve.transfer.base import Transport
-from memserve.transfer.dialling import Dialled
-from memserve.transfer.introductions import Counters
-from memserve.transfer.links import Links
+from memserve.transfer.handshake import Counters, Dialled
 from memserve.transfer.messages import Failure
-from memserve.transfer.path import PathName
-from memserve.transfer.peer_endpoint import ConversingPool, PeerEndpoint
+from memserve.transfer.peer_endpoint import PeerEndpoint
 from memserve.transfer.peers import PeerSession
+from memserve.transfer.regions import PathName
 from memserve.transfer.secret import ClusterKeys
 from memserve.transfer.session import HEARTBEAT, LEASE, RETRY_FIRST, Lease
+from memserve.transfer.shared_pool import SharedPool
+from memserve.transfer.sockets import PoolSockets
 from memserve.transfer.wire import Bye
 from memserve.types import InstanceId, Owner
 
@@ -45,7 +45,7 @@ class Service:
 
     def __init__(
         self,
-        pool: ConversingPool,
+        pool: SharedPool,
         transports: list[Transport],
         path: PathName,
         keys: ClusterKeys | None,
@@ -57,8 +57,8 @@ class Service:
         self._on_failure = on_failure
         self._now = clock.now
         # `path="nixl"` also disables the Unix socket.
-        self._links = Links(keys, shortcut=path != "nixl")
-        self._endpoint = PeerEndpoint(pool, self._links, transports, path)
+        self._sockets = PoolSockets(keys, unix=path != "nixl")
+        self._endpoint = PeerEndpoint(pool, self._sockets, transports, path)
         self._transports = transports
         self._tasks: deque[Callable[[], None]] = deque()
         # Held by the thread that runs the endpoint; free while the transfer thread waits for
@@ -98,7 +98,7 @@ class Service:
         if not self._running:
             raise TransferError(f"pool {self._pool.owner.instance!r} no longer talks to peers")
         self._tasks.append(lambda: task(self._endpoint, self._now()))
-        self._links.wake()
+        self._sockets.wake()
 
     def run(self, task: Callable[[PeerEndpoint, float], None]) -> None:
         """Run `task` on the calling thread if the transfer thread is waiting for messages (to wake
@@ -136,7 +136,7 @@ class Service:
             raise TransferTimeout(f"no answer for {CALL_TIMEOUT:g} s") from error
 
     def listen(self, address: str) -> str:
-        return self.ask(lambda endpoint, now: self._links.listen(address))
+        return self.ask(lambda endpoint, now: self._sockets.listen(address))
 
     def connect(self, instance: InstanceId, address: str) -> Owner:
         """Connect to a peer; return its life. Raises PeerLost, PeerRefused, LayoutMismatch,
@@ -144,9 +144,9 @@ class Service:
         outcome: Future[Owner] = Future()
 
         def task(endpoint: PeerEndpoint, now: float) -> None:
-            dealer = self._links.dial(address)
+            dealer = self._sockets.dial(address)
             gives_up_at = now + CONNECT_TIMEOUT
-            endpoint.introductions.dialling.begin(Dialled(instance, dealer, outcome, gives_up_at))
+            endpoint.handshakes.dialler.begin(Dialled(instance, dealer, outcome, gives_up_at))
 
         self.ask(task)
         return self.wait(outcome)
@@ -174,9 +174,9 @@ class Service:
     def _serve(self) -> None:
         beat_at = tick_at = self._now()
         endpoint = self._endpoint
-        self._links.adopt()
+        self._sockets.adopt()
         while self._running:
-            arrivals = self._links.poll(self._pause(beat_at, tick_at))
+            arrivals = self._sockets.poll(self._pause(beat_at, tick_at))
             with self._floor:
                 for arrival in arrivals:
                     endpoint.on_arrival(arrival, self._now())
@@ -216,8 +216,8 @@ class Service:
             if not outgoing.handle.done:
                 outgoing.handle.fail(TransferError("the pool was closed"))
             endpoint.sender.release(outgoing.session)
-        endpoint.introductions.dialling.abandon()
-        self._links.close()
+        endpoint.handshakes.dialler.abandon()
+        self._sockets.close()
         for transport in self._transports:
             transport.close()
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from memserve.errors import DoubleFree, NotOwned
-from memserve.pool import pool as local
-from memserve.pool.allocator import ACTIVE
-from memserve.pool.blocks import as_refs
+from memserve.pool.allocator import ACTIVE, CACHED
+from memserve.pool.blocks import Blocks, as_refs
+from memserve.pool.index import Node, RadixIndex
+from memserve.pool.pool import BlockPool
 from memserve.pool.results import InsertResult, Match
 from memserve.transfer.base import LocalRegion
-from memserve.transfer.guards import Guard, Guards
-from memserve.transfer.pins import still_active, with_prefixes
 from memserve.transfer.regions import local_regions
-from memserve.types import SHARED, RefArray
+from memserve.types import SHARED, Medium, RefArray, ref_index, ref_medium
 
 
-class SharedPool(local.MemPool):
+class SharedPool(BlockPool):
     """Keeps blocks that a peer writes to from being reused, moved or published."""
 
     memory_version = 0  # grows whenever `local_regions` changes
@@ -74,21 +74,28 @@ class SharedPool(local.MemPool):
     # --- for peers ------------------------------------------------------------------------
 
     def local_regions(self) -> tuple[LocalRegion, ...]:
+        """Return the pool's memory as it is now. Raises PoolError once the pool is closed."""
         return local_regions(self)
 
     def require_live(self, refs: RefArray) -> None:
+        """Raise StaleBlock unless all of `refs` are current."""
         with self._lock:
             self._blocks.live(refs)
 
     def require_freeable(self, refs: RefArray) -> None:
+        """Raise the error that `free_mem` would raise."""
         with self._lock:
             self._blocks.freeable(refs)
 
     def still_allocated(self, refs: RefArray) -> RefArray:
+        """Return those of `refs` that are neither inserted nor freed since their allocation."""
         with self._lock:
             return refs[still_active(self._blocks, refs) & ~self._guards.where_freed(refs)]
 
     def guard(self, refs: RefArray, heads: range, granted: RefArray) -> Guard:
+        """Reserve allocated blocks for a peer that will write `heads` of them. Raises as `free_mem`
+        does; NotOwned if another peer writes these heads, or for private blocks that are not among
+        `granted`."""
         with self._lock:
             self._blocks.freeable(refs)
             for blocks, _, index in self._blocks.by_medium(refs[~np.isin(refs, granted)]):
@@ -101,18 +108,22 @@ class SharedPool(local.MemPool):
             return self._guards.add(refs, heads)
 
     def make_public(self, refs: RefArray) -> None:
+        """Let peers write to those of `refs` that are still allocated."""
         with self._lock:
             allocated = refs[still_active(self._blocks, refs)]
             for blocks, _, index in self._blocks.by_medium(allocated):
                 blocks.private[index] = False
 
     def unguard(self, guard: Guard) -> None:
+        """End a guard, and free the blocks that their owners gave back meanwhile."""
         with self._lock:
             freed = self._guards.remove(guard)
             if len(freed):
                 super().free_mem(freed)
 
     def pin_source(self, source: RefArray) -> Match | None:
+        """Pin the blocks of `source` that are cached, for a peer that reads them; None if none is.
+        Raises StaleBlock; NotOwned for blocks that a peer is writing to."""
         with self._lock:
             self._require_open()
             _, state = self._blocks.live(source)
@@ -130,3 +141,106 @@ class SharedPool(local.MemPool):
     def _refuse_guarded(self, refs: ArrayLike) -> None:
         if len(self._guards) and self._guards.where(as_refs(refs)).any():
             raise NotOwned("a peer is writing to some of these blocks")
+
+
+_NONE: RefArray = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Guard:
+    """Somebody writes these KV heads of these blocks."""
+
+    refs: RefArray
+    heads: range
+
+
+class Guards:
+    """While a block is guarded its owner may give it back, but nobody may have it yet. Several
+    may write to one block, but each to heads of its own."""
+
+    def __init__(self) -> None:
+        self._held: list[Guard] = []
+        self._guarded = _NONE  # by any of those
+        self._freed = _NONE  # of these: given back by their owners
+
+    def __len__(self) -> int:
+        return len(self._guarded)
+
+    @property
+    def freed(self) -> int:
+        """Guarded blocks that wait to be free."""
+        return len(self._freed)
+
+    def where(self, refs: RefArray) -> NDArray[np.bool_]:
+        """Which of `refs` are guarded."""
+        return np.isin(refs, self._guarded)
+
+    def where_freed(self, refs: RefArray) -> NDArray[np.bool_]:
+        """Which of `refs` their owners have given back."""
+        return np.isin(refs, self._freed)
+
+    def contested(self, refs: RefArray, heads: range) -> bool:
+        """Whether somebody writes to some of these heads of some of these blocks."""
+        return any(
+            max(heads.start, other.heads.start) < min(heads.stop, other.heads.stop)
+            and bool(np.isin(refs, other.refs).any())
+            for other in self._held
+        )
+
+    def add(self, refs: RefArray, heads: range) -> Guard:
+        guard = Guard(refs, heads)
+        self._held.append(guard)
+        self._guarded = np.union1d(self._guarded, refs)
+        return guard
+
+    def defer(self, refs: RefArray) -> None:
+        """The owner gives guarded blocks back."""
+        self._freed = np.concatenate((self._freed, refs))
+
+    def remove(self, guard: Guard) -> RefArray:
+        """It writes no more; returns the blocks that are to be freed now."""
+        self._held.remove(guard)
+        left = [other.refs for other in self._held]
+        self._guarded = np.unique(np.concatenate(left)) if left else _NONE
+        due = ~np.isin(self._freed, self._guarded)
+        freed = self._freed[due]
+        self._freed = self._freed[~due]
+        return freed
+
+
+def with_prefixes(
+    blocks: Blocks, index: RadixIndex, refs: RefArray, state: NDArray[np.uint8]
+) -> RefArray:
+    """The cached and detached ones of live `refs` [n], and the cached blocks before them:
+    pins cover whole prefixes. Each once; callers hold the pool's lock."""
+    cached = np.unique(refs[state == CACHED])
+    detached = np.unique(refs[(state != CACHED) & (state != ACTIVE)])
+    needed: dict[Node, int] = {}  # blocks of the node's edge
+    homes = {
+        home
+        for part, _, at in blocks.by_medium(cached)
+        for home in np.unique(part.node[at]).tolist()
+    }
+    for home in homes:
+        node: Node | None = index.nodes[home]
+        assert node is not None
+        last = int(np.flatnonzero(np.isin(node.refs, cached))[-1]) + 1
+        needed[node] = max(last, needed.get(node, 0))
+        node = node.parent
+        while node is not None and needed.get(node) != len(node.refs):
+            needed[node] = len(node.refs)
+            node = node.parent
+    return np.concatenate([*(node.refs[:last] for node, last in needed.items()), detached])
+
+
+def still_active(blocks: Blocks, refs: RefArray) -> NDArray[np.bool_]:
+    """Which of `refs` [n] are blocks of the pool, and what they were when they were allocated."""
+    active = np.zeros(len(refs), dtype=np.bool_)
+    for medium in Medium:
+        where = np.flatnonzero(ref_medium(refs) == medium)
+        at = ref_index(refs[where])
+        part = blocks[medium]
+        known = at < len(part.ref)
+        where, at = where[known], at[known]
+        active[where] = (part.ref[at] == refs[where]) & (part.state[at] == ACTIVE)
+    return active

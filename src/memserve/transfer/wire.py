@@ -21,9 +21,9 @@ from memserve.pool.layout import KVLayout
 from memserve.pool.segment import MAX_NAME, is_segment_name
 from memserve.transfer.base import Natural, PoolRegions
 from memserve.transfer.conversion import meaning
+from memserve.transfer.host import ProcessTag
 from memserve.transfer.messages import MAX_TEXT, Failure, SessionMessage
-from memserve.transfer.process import ProcessTag
-from memserve.transfer.shortcut import is_shortcut
+from memserve.transfer.unix_socket import is_unix_socket
 from memserve.types import MAX_BLOCKS, Epoch, InstanceId, Medium, Owner
 
 PROTOCOL_VERSION = 2
@@ -59,7 +59,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=32):
     memory: PoolRegions
     offers: Annotated[tuple[Offer, ...], Meta(max_length=8)]
     # Where peers of the same host may send to, too.
-    shortcut: Annotated[str, Meta(max_length=MAX_NAME + len("/dev/shm/"))] = ""
+    unix_socket: Annotated[str, Meta(max_length=MAX_NAME + len("/dev/shm/"))] = ""
     edition: Natural = 0  # grows with every change of what a life says of itself
 
 
@@ -182,8 +182,8 @@ def _require_possible(hello: Hello, wanted: bytes) -> None:
     layout, regions = hello.memory.layout, hello.memory.regions
     if meaning(layout) != wanted:
         raise ValueError("the layout is not the one that the header names")
-    if hello.shortcut and not is_shortcut(hello.shortcut):
-        raise ValueError("the shortcut is no pool's")
+    if hello.unix_socket and not is_unix_socket(hello.unix_socket):
+        raise ValueError("the Unix socket is no pool's")
     ends = dict.fromkeys(Medium, 0)
     for region in sorted(regions, key=lambda each: each.first_block):
         if region.first_block < ends[region.medium] or region.end > MAX_BLOCKS:

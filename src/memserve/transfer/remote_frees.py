@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from memserve.errors import PeerLost
-from memserve.transfer.failures import to_error
+from memserve.transfer.messages import to_error
 from memserve.transfer.session import LEASE, Retry
 from memserve.transfer.wire import FreeBlocks, FreedBlocks
 from memserve.types import Owner
@@ -26,7 +26,7 @@ class _Call:
     gives_up_at: float
 
 
-class Calls:
+class RemoteFrees:
     """Both sides of it, without sockets."""
 
     def __init__(self) -> None:

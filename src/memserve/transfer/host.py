@@ -1,4 +1,4 @@
-"""Which process a peer is, and whether it has ended."""
+"""Identity of this host and process, and whether another process has ended."""
 
 from __future__ import annotations
 

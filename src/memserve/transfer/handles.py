@@ -1,4 +1,4 @@
-"""A transfer as its caller sees it, and what there is of them."""
+"""`Transfer` and `OpenTransfer`, the caller's handles of a transfer, and `PeerStats`."""
 
 from __future__ import annotations
 

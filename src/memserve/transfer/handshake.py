@@ -1,20 +1,19 @@
-"""How pools get to know each other: what each says of itself, and who is refused."""
+"""Handshakes: how pools introduce themselves, and which peers are refused."""
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
 
-from memserve.errors import LayoutMismatch, MemserveError, PeerRefused
-from memserve.pool.layout import KVLayout
+from memserve.errors import LayoutMismatch, MemserveError, PeerLost, PeerRefused
 from memserve.transfer.base import LocalRegion, Transport
 from memserve.transfer.conversion import compatibility, meaning
-from memserve.transfer.dialling import Dialling
-from memserve.transfer.failures import to_failure
-from memserve.transfer.links import Arrival, Links, Way
+from memserve.transfer.host import own_process
+from memserve.transfer.messages import to_failure
 from memserve.transfer.peers import Peers
-from memserve.transfer.process import own_process
 from memserve.transfer.regions import pool_regions
+from memserve.transfer.shared_pool import SharedPool
+from memserve.transfer.sockets import Arrival, Dealer, PoolSockets, Way
 from memserve.transfer.wire import (
     PROTOCOL_VERSION,
     Envelope,
@@ -27,21 +26,70 @@ from memserve.transfer.wire import (
     encode,
     header,
 )
-from memserve.types import Epoch, Owner
+from memserve.types import Epoch, InstanceId, Owner
+
+# Connections ended before a Hello after which no more are tried. Who does not know the secret
+# is hung up on; but once may be a peer that died just then.
+REFUSALS = 2
+
+
+@dataclass(slots=True, eq=False)
+class Dialled:
+    """Somebody waits for the first Hello of `instance`."""
+
+    instance: InstanceId
+    dealer: Dealer
+    outcome: Future[Owner]
+    gives_up_at: float
+    refusal: PeerRefused | None = None  # what the other side has said last, or deserved
+
+
+class Dialler:
+    """Owns connections until a peer has answered."""
+
+    def __init__(self, sockets: PoolSockets) -> None:
+        self._sockets = sockets
+        self._waiting: list[Dialled] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def begin(self, dialled: Dialled) -> None:
+        self._waiting.append(dialled)
+
+    def by(self, path: Way) -> Dialled | None:
+        """Who waits for what comes this way."""
+        return next((each for each in self._waiting if each.dealer is path), None)
+
+    def succeed(self, dialled: Dialled, owner: Owner) -> None:
+        """The connection is the peer's from now on."""
+        self._waiting.remove(dialled)
+        dialled.outcome.set_result(owner)
+
+    def fail(self, dialled: Dialled, error: MemserveError) -> None:
+        self._waiting.remove(dialled)
+        self._sockets.hang_up(dialled.dealer)
+        dialled.outcome.set_exception(error)
+
+    def abandon(self) -> None:
+        """The pool was closed: nobody will answer."""
+        for dialled in list(self._waiting):
+            self.fail(dialled, PeerLost("the pool was closed"))
+
+    def on_tick(self, now: float) -> list[Dealer]:
+        """Whom to greet again."""
+        for dialled in list(self._waiting):
+            address = dialled.dealer.address
+            if dialled.dealer.foreign or dialled.dealer.broken >= REFUSALS:
+                text = f"{address} hangs up: its secret is not this pool's"
+                self.fail(dialled, PeerRefused(text))
+            elif now >= dialled.gives_up_at:
+                lost = PeerLost(f"no pool has answered at {address}")
+                self.fail(dialled, dialled.refusal or lost)
+        return [dialled.dealer for dialled in self._waiting]
+
 
 _ANYBODY = Epoch(0)  # the receiver of a Hello to whoever is there
-
-
-class IntroducedPool(Protocol):
-    """A pool, as far as others must know it."""
-
-    layout: KVLayout
-    owner: Owner
-    memory_version: int  # grows whenever `local_regions` changes
-
-    def local_regions(self) -> tuple[LocalRegion, ...]:
-        """Its memory as it is now."""
-        ...
 
 
 @dataclass(slots=True)
@@ -55,15 +103,15 @@ class Counters:
     unwritten: int = 0  # transfers committed whose blocks were not all written; refused
 
 
-class Introductions:
+class Handshakes:
     """Owns what peers are told of this pool, and the connections that have not answered yet."""
 
     def __init__(
-        self, pool: IntroducedPool, links: Links, transports: list[Transport], peers: Peers
+        self, pool: SharedPool, sockets: PoolSockets, transports: list[Transport], peers: Peers
     ) -> None:
         """`transports`: this object's to fill, and shared with `peers`."""
         self._pool = pool
-        self._links = links
+        self._sockets = sockets
         self._transports = transports
         self._peers = peers
         self._meaning = meaning(pool.layout)
@@ -72,7 +120,7 @@ class Introductions:
         self._registered: tuple[LocalRegion, ...] = ()
         self._memory_version = -1
         self._edition = 0
-        self.dialling = Dialling(links)
+        self.dialler = Dialler(sockets)
         self.counters = Counters()
 
     # --- this side ------------------------------------------------------------------------
@@ -106,7 +154,9 @@ class Introductions:
         """Say who this is. Whether that was queued."""
         offers = tuple(Offer(each.name, each.describe()) for each in self._transports)
         memory = pool_regions(self._pool.layout, self._registered)
-        hello = Hello(answer, own_process(), memory, offers, self._links.shortcut, self._edition)
+        hello = Hello(
+            answer, own_process(), memory, offers, self._sockets.unix_address, self._edition
+        )
         return self._say(path, hello)
 
     def greet_the_lost(self) -> None:
@@ -126,10 +176,10 @@ class Introductions:
     ) -> list[Owner] | None:
         """Returns the lives that this ends; None if it is not to be talked to. `silent`: nothing
         is heard of the life that is known by its name."""
-        dialled = self.dialling.by(arrival.path)
+        dialled = self.dialler.by(arrival.path)
         if dialled is not None and sender.instance != dialled.instance:
             text = f"at {dialled.dealer.address} is {sender.instance!r}, not {dialled.instance!r}"
-            self.dialling.fail(dialled, PeerRefused(text))
+            self.dialler.fail(dialled, PeerRefused(text))
             return None
         try:
             compatibility(self._pool.layout, hello.memory.layout)
@@ -138,7 +188,7 @@ class Introductions:
             if hello.answer:  # so that it finds the same
                 self.greet(arrival.path, answer=False)
             if dialled is not None:
-                self.dialling.fail(dialled, error)
+                self.dialler.fail(dialled, error)
             return None
         if sender.instance == self._pool.owner.instance:
             self.counters.misdirected += 1
@@ -158,15 +208,15 @@ class Introductions:
             self.greet(arrival.path, answer=False)
         if dialled is not None:
             if peer.dealer is not None:
-                self._links.hang_up(peer.dealer)
+                self._sockets.hang_up(peer.dealer)
             peer.dealer = dialled.dealer
-            self.dialling.succeed(dialled, sender)
+            self.dialler.succeed(dialled, sender)
         return over
 
     def on_not_welcome(self, arrival: Arrival, message: NotWelcome) -> None:
         """Somebody that this pool has dialled does not want it, for now. Others may say what they
         like."""
-        dialled = self.dialling.by(arrival.path)
+        dialled = self.dialler.by(arrival.path)
         if dialled is not None:
             text = message.reason.message
             dialled.refusal = PeerRefused(f"{dialled.dealer.address} refuses: {text}")
@@ -174,8 +224,8 @@ class Introductions:
     def on_mismatch(self, arrival: Arrival, mismatch: Mismatch) -> None:
         self.counters.mismatched += 1
         if mismatch.kind is Kind.MESSAGE:
-            self._links.send(arrival.path, self._refusal, b"")
-        dialled = self.dialling.by(arrival.path)
+            self._sockets.send(arrival.path, self._refusal, b"")
+        dialled = self.dialler.by(arrival.path)
         if dialled is None:
             return
         name = dialled.instance
@@ -190,10 +240,10 @@ class Introductions:
                 f"KV of layout {mismatch.fingerprint.hex()}, which {name!r} has, does not mean "
                 f"what this pool's does, {self._pool.layout.fingerprint}"
             )
-        self.dialling.fail(dialled, error)
+        self.dialler.fail(dialled, error)
 
     def _say(self, path: Way, message: Hello | NotWelcome) -> bool:
-        return self._links.send(path, self.header, encode(self._pool.owner, _ANYBODY, message))
+        return self._sockets.send(path, self.header, encode(self._pool.owner, _ANYBODY, message))
 
     def _introduce_to_all(self) -> None:
         """What is said next may rely on it, so it must not come sooner, on whatever way."""
@@ -203,7 +253,7 @@ class Introductions:
                 if path is not None:
                     self.greet(path, answer=False)
             life = peer.life
-            if life is None or life.shortcut is None:
+            if life is None or life.unix_route is None:
                 continue
-            if not self.greet(life.shortcut, answer=False):
-                life.shortcut = None
+            if not self.greet(life.unix_route, answer=False):
+                life.unix_route = None

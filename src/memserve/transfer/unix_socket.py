@@ -19,13 +19,13 @@ DATAGRAM_BYTES = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Neighbour:
+class UnixAddress:
     """The socket of a pool of this host."""
 
     address: str
 
 
-class Shortcut:
+class UnixSocket:
     """One pool's socket. It lies beside the segments, and who may open those may write to it."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Shortcut:
     def fileno(self) -> int:
         return self.socket.fileno()
 
-    def send(self, to: Neighbour, frames: list[bytes]) -> bool:
+    def send(self, to: UnixAddress, frames: list[bytes]) -> bool:
         """Whether it will arrive: False where it is too large, or the other is not there, or
         does not listen at present."""
         if sum(map(len, frames)) > DATAGRAM_BYTES:
@@ -54,15 +54,15 @@ class Shortcut:
             return False
         return True
 
-    def receive(self) -> tuple[bytes, Neighbour] | None:
+    def receive(self) -> tuple[bytes, UnixAddress] | None:
         """The next message; None if there is none now. The kernel says whose socket it came
         from; of one that is no pool's, the address is empty."""
         try:
             data, _, _, sender = self.socket.recvmsg(DATAGRAM_BYTES)
         except OSError:
             return None
-        known = isinstance(sender, str) and is_shortcut(sender)
-        return data, Neighbour(sender if known else "")
+        known = isinstance(sender, str) and is_unix_socket(sender)
+        return data, UnixAddress(sender if known else "")
 
     def close(self) -> None:
         self.socket.close()
@@ -70,7 +70,7 @@ class Shortcut:
             Path(self.address).unlink(missing_ok=True)
 
 
-def is_shortcut(address: str) -> bool:
+def is_unix_socket(address: str) -> bool:
     """Whether it looks like one; it came over a wire and must not lead anywhere else."""
     directory, _, name = address.rpartition("/")
     return directory == str(SHM_DIRECTORY) and is_segment_name(name)

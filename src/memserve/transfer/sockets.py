@@ -1,9 +1,9 @@
 """Sockets between pools. They carry frames and know nothing of what these say.
 
-A pool has one ROUTER that peers connect to, one DEALER for each peer that it connects to, and
-a shortcut to pools of its host. All belong to the thread that polls. Others may `wake` it and
-`send`, one at a time: through the shortcut at once, and by the polling thread otherwise, because
-sockets of ZeroMQ may not be touched while it waits for them.
+A pool has one ROUTER that peers connect to, one DEALER for each peer that it connects to, and a
+Unix socket for the pools of its host. All belong to the thread that polls. Other threads may `wake`
+it and `send`, one at a time: through the Unix socket at once, and otherwise by the polling thread,
+because ZeroMQ sockets may not be touched while that thread waits for them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from memserve.errors import ConfigError, TransferError
 from memserve.hosts import is_loopback, numeric_endpoint, split_endpoint
 from memserve.secrets import SECRET_VARIABLE
 from memserve.transfer.secret import ClusterKeys
-from memserve.transfer.shortcut import Neighbour, Shortcut
+from memserve.transfer.unix_socket import UnixAddress, UnixSocket
 from memserve.transfer.wire import HEADER_BYTES, MAX_MESSAGE_BYTES
 
 # Milliseconds for the last messages to leave when a pool closes. Less than any lease: who
@@ -77,14 +77,14 @@ class Arrival:
 
 
 # Our own connection, the ROUTER's name for a peer's, or a socket of this host.
-Way = Dealer | bytes | Neighbour
+Way = Dealer | bytes | UnixAddress
 
 
-class Links:
+class PoolSockets:
     """The sockets of one pool."""
 
-    def __init__(self, keys: ClusterKeys | None, shortcut: bool = True) -> None:
-        """`shortcut`: whether pools of this host may leave the network out."""
+    def __init__(self, keys: ClusterKeys | None, unix: bool = True) -> None:
+        """`unix`: whether pools of this host may use Unix sockets."""
         self._keys = keys
         self._context: zmq.Context[Socket] = zmq.Context()
         self._poller = zmq.Poller()
@@ -95,9 +95,9 @@ class Links:
         self._dealers: dict[Socket, Dealer] = {}
         self._monitors: dict[Socket, Dealer] = {}
         self._router: Socket | None = None
-        self._shortcut = Shortcut() if shortcut else None
-        if self._shortcut is not None:
-            self._poller.register(self._shortcut.fileno(), zmq.POLLIN)
+        self._unix = UnixSocket() if unix else None
+        if self._unix is not None:
+            self._poller.register(self._unix.fileno(), zmq.POLLIN)
         self._gate: Socket | None = None
         self._poller_thread = threading.get_ident()
         self._left: deque[tuple[Way, bytes, bytes]] = deque()  # to send, by the polling thread
@@ -109,9 +109,9 @@ class Links:
         self._poller_thread = threading.get_ident()
 
     @property
-    def shortcut(self) -> str:
-        """Where peers of this host reach this pool soonest; empty if they do not."""
-        return "" if self._shortcut is None else self._shortcut.address
+    def unix_address(self) -> str:
+        """Path of the Unix socket, for peers of this host; empty if there is none."""
+        return "" if self._unix is None else self._unix.address
 
     def listen(self, address: str) -> str:
         """Bind; returns the address with the port. Raises TransferError; ConfigError for an
@@ -173,8 +173,8 @@ class Links:
 
     def send(self, path: Way, header: bytes, body: bytes) -> bool:
         """Whether it was queued; that it arrives is another matter."""
-        if isinstance(path, Neighbour):
-            return self._shortcut is not None and self._shortcut.send(path, [header, body])
+        if isinstance(path, UnixAddress):
+            return self._unix is not None and self._unix.send(path, [header, body])
         if threading.get_ident() != self._poller_thread:
             self._left.append((path, header, body))
             self.wake()
@@ -204,8 +204,8 @@ class Links:
         for source, _ in self._poller.poll(int(timeout * 1000)):
             if source == self._wake:
                 os.eventfd_read(self._wake)
-            elif self._shortcut is not None and source == self._shortcut.fileno():
-                arrivals += self._receive_datagrams(self._shortcut)
+            elif self._unix is not None and source == self._unix.fileno():
+                arrivals += self._receive_datagrams(self._unix)
             elif source is self._gate and self._keys is not None:
                 self.strangers += not self._keys.answer(self._gate)
             elif source in self._monitors:
@@ -230,15 +230,15 @@ class Links:
         if self._gate is not None:
             self._gate.close(0)
         self._context.term()
-        if self._shortcut is not None:
-            self._shortcut.close()
+        if self._unix is not None:
+            self._unix.close()
         with self._waking:
             self._closed = True
             os.close(self._wake)
 
-    def _receive_datagrams(self, shortcut: Shortcut) -> Iterator[Arrival]:
+    def _receive_datagrams(self, unix: UnixSocket) -> Iterator[Arrival]:
         for _ in range(RECEIVE_BATCH):
-            received = shortcut.receive()
+            received = unix.receive()
             if received is None:
                 return
             data, sender = received
