@@ -171,9 +171,6 @@ class HolderTree(RadixTree[Node]):
             if child is None:
                 child = self.add(node, data[at:])
                 child.used = now
-            elif child.used < now:
-                child.hits += 1
-                child.used = now
             size = common = len(child.edge)
             if not data.startswith(child.edge, at):
                 common = common_bytes(child.edge, 0, data, at, step)
@@ -189,6 +186,9 @@ class HolderTree(RadixTree[Node]):
             if common < size and at < end:  # `data` leaves an edge that `slot` holds
                 child = self.split(child, common // step)
                 touched.append(child)
+            if child.used < now:
+                child.hits += 1
+                child.used = now
             node = child
         self._tidy_all(touched)
         return bool(touched)
