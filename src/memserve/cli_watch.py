@@ -57,6 +57,15 @@ def dashboard(
     tls_cert: Annotated[str | None, typer.Option(metavar="FILE", help="serve https")] = None,
     tls_key: Annotated[str | None, typer.Option(metavar="FILE")] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="without actions")] = False,
+    show_texts: Annotated[
+        bool, typer.Option("--show-texts", help="viewers may see what cached prefixes say")
+    ] = False,
+    ttft: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="objective to draw in")
+    ] = None,
+    tpot: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="objective to draw in")
+    ] = None,
     exit_with_parent_: ExitWithParent = False,
     *,
     given: Given,
@@ -67,6 +76,7 @@ def dashboard(
     """
     if not is_installed():
         raise ConfigError("memserve dashboard needs NiceGUI: pip install 'memserve[ui]'")
+    from memserve.dashboard.charts import Objectives
     from memserve.dashboard.run import Settings, run_dashboard
 
     log = with_flags(LogConfig(), given)
@@ -79,5 +89,7 @@ def dashboard(
         *(urls, host, port, token_file, tls_cert, tls_key, read_only),
         tls=authorities,
         supervised=exit_with_parent_,
+        texts=show_texts,
+        objectives=Objectives(ttft, tpot),
     )
     run_dashboard(settings, lambda link: print(f"the dashboard is at {link}", flush=True))

@@ -9,13 +9,21 @@ from memserve.dashboard import charts, views
 from memserve.dashboard.frame import Frame
 from memserve.types import Role
 from memserve.watch.snapshot import DecisionSeen, Snapshot
+from memserve.watch.watcher import PREFIX_SECONDS
 
 CHART_SECONDS = 2.0  # between updates of charts, which are the largest part of what is sent
 
 
-def add_pages(frame: Frame) -> None:
-    """Register the pages."""
-    watcher, history = frame.watcher, frame.watcher.history
+def add_pages(frame: Frame, objectives: charts.Objectives, *, texts: bool = False) -> None:
+    """Register the pages. `texts`: what prefixes say may be shown."""
+    _add_cluster(frame)
+    _add_requests(frame)
+    _add_cache(frame, texts)
+    _add_latency(frame, objectives)
+
+
+def _add_cluster(frame: Frame) -> None:
+    history = frame.watcher.history
 
     @ui.page("/")
     def cluster() -> None:
@@ -30,6 +38,10 @@ def add_pages(frame: Frame) -> None:
         with frame.page("/", refresh):
             tiles = ui.html(sanitize=False).classes("w-full")
             cards = ui.html(sanitize=False).classes("w-full")
+
+
+def _add_requests(frame: Frame) -> None:
+    watcher, history = frame.watcher, frame.watcher.history
 
     @ui.page("/requests")
     def requests(open: str = "", at: float | None = None) -> None:
@@ -56,8 +68,14 @@ def add_pages(frame: Frame) -> None:
                 held = ui.checkbox("Hold")
             listed = ui.html(sanitize=False).classes("w-full q-mt-sm")
 
+
+def _add_cache(frame: Frame, texts: bool) -> None:
+    watcher, history = frame.watcher, frame.watcher.history
+
     @ui.page("/cache")
     def cache() -> None:
+        said: dict[str, str] = {}  # what prefixes say, by id, once somebody has asked
+
         def refresh() -> None:
             if history.latest is not None:
                 members.set_content(views.cache_html(history.latest, history.rates))
@@ -68,16 +86,36 @@ def add_pages(frame: Frame) -> None:
             _update(sources, charts.sources(points, epoch))
             _update(blocks, charts.evictions(points, epoch))
 
+        async def look() -> None:
+            hottest.set_content(views.prefixes_html(await watcher.prefixes(), said))
+
+        async def tell() -> None:
+            report = await watcher.prefixes(text=True)
+            said.update((each.id, each.text) for each in report.prefixes if each.text is not None)
+            hottest.set_content(views.prefixes_html(report, said))
+
         with frame.page("/cache", refresh):
             hits, sources, blocks = (_chart() for _ in range(3))
+            hottest = ui.html(sanitize=False).classes("w-full q-mt-sm")
+            if texts:
+                button = ui.button("Show what they say", icon="visibility", on_click=tell)
+                button.props("outline dense no-caps")
             members = ui.html(sanitize=False).classes("w-full q-mt-sm")
         ui.timer(CHART_SECONDS, draw)
+        ui.timer(PREFIX_SECONDS, look)
+
+
+def _add_latency(frame: Frame, objectives: charts.Objectives) -> None:
+    history = frame.watcher.history
 
     @ui.page("/latency")
     def latency() -> None:
         met: list[bool] = []  # the roles are known
 
         def refresh() -> None:
+            decisions = () if history.latest is None else history.latest.decisions
+            policies = sorted({seen.view.policy for seen in decisions})
+            policy.set_text(f"policy: {', '.join(policies)}" if policies else "")
             members = () if history.latest is None else history.latest.members
             known = {member.summary.role for member in members}
             names = [role.value for role in Role if role in known]
@@ -95,7 +133,7 @@ def add_pages(frame: Frame) -> None:
         def draw() -> None:
             role, points = Role(str(chosen.value)), history.points
             for kind, chart in zip(charts.LATENCIES, plots, strict=True):
-                _update(chart, charts.latency(kind, points, role, frame.epoch))
+                _update(chart, charts.latency(kind, points, role, frame.epoch, objectives))
 
         with frame.page("/latency", refresh):
             with ui.row().classes("items-center"):
@@ -103,11 +141,12 @@ def add_pages(frame: Frame) -> None:
                 chosen = ui.toggle([Role.COLOCATED.value], value=Role.COLOCATED.value)
                 chosen.props("no-caps")
                 chosen.on_value_change(draw)
+                policy = ui.label().classes("soft")
             plots = [_chart() for _ in charts.LATENCIES]
             ui.html(
                 '<p class="soft">Percentiles of the last five seconds, from the buckets of the '
                 "instances' histograms; a gap is a time without requests. Red lines: another "
-                "instance went on with a stream.</p>",
+                "instance went on with a stream. Dashed: the objectives (--ttft, --tpot).</p>",
                 sanitize=False,
             )
         ui.timer(CHART_SECONDS, draw)

@@ -19,6 +19,7 @@ from nicegui import ui
 from memserve.api.serving import announce, bind, url_of
 from memserve.api.tls import server_tls
 from memserve.dashboard.actions_page import add_actions_page
+from memserve.dashboard.charts import NO_OBJECTIVES, Objectives
 from memserve.dashboard.frame import ASSETS, Frame
 from memserve.dashboard.guard import Guard, dashboard_token, link_of
 from memserve.dashboard.pages import add_pages
@@ -43,6 +44,8 @@ class Settings:
     read_only: bool = False
     tls: ssl.SSLContext | None = None
     supervised: bool = False
+    texts: bool = False  # what cached prefixes say may be shown
+    objectives: Objectives = NO_OBJECTIVES
 
 
 def run_dashboard(settings: Settings, ready: Callable[[str], None]) -> None:
@@ -58,7 +61,7 @@ def run_dashboard(settings: Settings, ready: Callable[[str], None]) -> None:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.mount(ASSETS, StaticFiles(directory=_STATIC))
     frame = Frame(watcher)
-    add_pages(frame)
+    add_pages(frame, settings.objectives, texts=settings.texts)
     add_actions_page(frame, settings.tls, settings.read_only)
     ui.run_with(app, title="memserve", dark=None, show_welcome_message=False)
     guarded = Guard(app, token, sock.getsockname()[1], secure)

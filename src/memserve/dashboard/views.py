@@ -5,7 +5,7 @@ Templates escape what they are given: ids and reasons come from members.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import jinja2
 import msgspec
 
 from memserve.scheduler.decision_view import DecisionView
+from memserve.scheduler.prefix_view import PrefixReport
 from memserve.watch import reasons, text
 from memserve.watch.history import History
 from memserve.watch.rates import Flow, FlowKind, Rates
@@ -20,6 +21,7 @@ from memserve.watch.snapshot import DecisionSeen, MemberSeen, Snapshot
 
 MAX_ARROWS = 40  # the largest flows: more of them cannot be told apart
 MAX_FLOW_ROWS = 20
+MAX_HOLDERS = 6  # of a prefix, that are named
 
 _templates = jinja2.Environment(
     loader=jinja2.PackageLoader("memserve.dashboard"),
@@ -145,6 +147,12 @@ def longest(decision: DecisionView) -> float:
 def cache_html(snapshot: Snapshot, rates: Rates) -> str:
     """Return the members' cache figures."""
     return _render("cache.html", snapshot=snapshot, rates=rates)
+
+
+def prefixes_html(report: PrefixReport, said: Mapping[str, str]) -> str:
+    """Return the hottest prefixes and the space by tenant. `said`: what prefixes say, by id."""
+    most = max((tenant.held for tenant in report.tenants), default=0) or 1
+    return _render("prefixes.html", report=report, said=said, most=most, shown=MAX_HOLDERS)
 
 
 def _render(name: str, **values: object) -> str:
