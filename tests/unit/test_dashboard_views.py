@@ -9,12 +9,13 @@ import msgspec
 import pytest
 
 from memserve.api.status import InstanceState, MediumTotals, PeerMoves
+from memserve.api.timeline import Chunk, Pause, Timeline
 from memserve.cluster.figures import GatewayTotals
 from memserve.dashboard import charts, views
 from memserve.dashboard.actions import Action, Kind, consequences, offered
 from memserve.scheduler.decision_view import Outcome
 from memserve.scheduler.prefix_view import PrefixHolder, PrefixReport, PrefixView, TenantSpace
-from memserve.types import InstanceId, Role
+from memserve.types import InstanceId, RequestId, Role
 from memserve.watch.history import History, Point
 from memserve.watch.latency import Percentiles
 from memserve.watch.rates import RoleLatency, rates_between
@@ -102,6 +103,40 @@ def test_an_opened_decision_shows_predictions_and_what_happened() -> None:
     assert widths["happened"] == "26.67"  # 0.4 of 1.5 s
     assert widths["rest"] == "73.33"
     assert float(widths["decode"]) == pytest.approx(100 / 1.5, abs=0.01)
+
+
+def test_a_time_line_shows_when_each_phase_passed() -> None:
+    told = Timeline(
+        request=RequestId("x"),
+        ended=True,
+        handed_over=True,
+        prompt_tokens=100,
+        cached_tokens=16,
+        output_tokens=9,
+        preemptions=1,
+        fetch=0.1,
+        queue=0.2,
+        prefill=0.4,
+        transfer=0.05,
+        queue_here=0.0,
+        decode=1.25,
+        chunks=(Chunk(0.3, 64), Chunk(0.6, 20)),
+        pauses=(Pause(1.0, 0.5),),
+    )
+    assert [(name, round(begin, 6), round(end, 6)) for name, begin, end in views.phases(told)] == [
+        ("fetch", 0.0, 0.1),
+        ("queue", 0.1, 0.2),
+        ("prefill", 0.3, 0.1),
+        ("prefill", 0.4, 0.3),
+        ("transfer", 0.7, 0.05),
+        ("decode", 0.75, 1.25),
+    ]
+    seen = snapshot(20.0, [], decisions=[decision("x", 18.0, Outcome(0.7, 2.0))])
+    page = views.requests_html(seen, 20.0, "", views.Opened("x", 18.0), None, told)
+    text = words(page)
+    assert "its time line at d0 2.0 s" in text
+    assert "16 of 100 tokens cached, 9 generated; prompt in 2 chunks; 1 pause; 1 preemption" in text
+    assert 'class="pause" title="pause of 500 ms, from 1.0 s" style="left:50.00%' in page
 
 
 def test_an_opened_decision_stays_when_newer_ones_have_pushed_it_out() -> None:

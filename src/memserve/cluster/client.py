@@ -14,6 +14,7 @@ from memserve.api.control import InstanceChange, LeaveRequest
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.signatures import Signer
 from memserve.api.status import InstanceState, InstanceStats, JoinRequest, MediumTotals, MemberKind
+from memserve.api.timeline import TIMELINE_PATH, Timeline
 from memserve.cluster.membership import DegradedPair
 from memserve.errors import ClusterError, ConfigError
 from memserve.scheduler.decision_view import DecisionView
@@ -65,6 +66,7 @@ _member = msgspec.json.Decoder(MemberSummary)
 _stats = msgspec.json.Decoder(InstanceStats)
 _cluster = msgspec.json.Decoder(ClusterSummary)
 _decisions = msgspec.json.Decoder(list[DecisionView])
+_timeline = msgspec.json.Decoder(Timeline)
 _prefixes = msgspec.json.Decoder(PrefixReport)
 T = TypeVar("T")
 
@@ -126,6 +128,12 @@ class ClusterClient:
     async def stats(self, member: MemberSummary) -> InstanceStats:
         """Return an instance's `/stats`, from its own address."""
         return await self._call("GET", f"{member.address}/stats", _stats.decode)
+
+    async def timeline(self, member: MemberSummary, request: str) -> Timeline:
+        """Return when the phases of a request passed that ended at an instance, which is asked at
+        its own address. Raises ClusterError if it does not know it, or no longer."""
+        path = f"{TIMELINE_PATH}?request={quote(request, safe='')}"
+        return await self._call("GET", member.address + path, _timeline.decode)
 
     async def change(self, instance: str, wanted: InstanceChange) -> MemberSummary:
         path = f"/cluster/instances/{quote(instance, safe='')}"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import msgspec
 from nicegui import ui
 
+from memserve.api.timeline import Timeline
 from memserve.dashboard import charts, views
 from memserve.dashboard.frame import Frame
 from memserve.types import Role
 from memserve.watch.snapshot import DecisionSeen, Snapshot
 from memserve.watch.watcher import PREFIX_SECONDS
 
+ASKS = 3  # for a time line: one of an instance that has ended is not to be had
 CHART_SECONDS = 2.0  # between updates of charts, which are the largest part of what is sent
 
 
@@ -48,18 +50,24 @@ def _add_requests(frame: Frame) -> None:
         opened = views.Opened(open, at) if open else None
         kept: DecisionSeen | None = None
         seen: Snapshot | None = None
+        timeline: Timeline | None = None
+        asked = 0  # times for the time line, which is there a moment after the end
         now = 0.0
 
-        def refresh() -> None:
-            nonlocal kept, seen, now
+        async def refresh() -> None:
+            nonlocal kept, seen, now, timeline, asked
             if seen is None or not held.value:
                 seen, now = history.latest, watcher.clock.now()
             if seen is None:
                 return
             if opened is not None:
                 kept = opened.find(seen.decisions) or kept
+            over = kept is not None and kept.view.happened.whole is not None
+            if kept is not None and over and timeline is None and asked < ASKS:
+                asked += 1
+                timeline = await watcher.timeline(kept)
             wanted = str(words.value or "")
-            listed.set_content(views.requests_html(seen, now, wanted, opened, kept))
+            listed.set_content(views.requests_html(seen, now, wanted, opened, kept, timeline))
 
         with frame.page("/requests", refresh):
             with ui.row().classes("items-center"):

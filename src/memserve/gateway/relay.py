@@ -151,6 +151,9 @@ class Relay:
         """Relay a call until its client has an answer. Raises ApiError if that fails before
         anything is sent to the client."""
         stream = ClientStream(call, reply, headers, self._clock) if call.stream else None
+        trace = answer.trace
+        if stream is not None and trace is not None and trace.id is not None:
+            stream.finish_reasons = []
         tried: _Lives = set()
         refusal: Attempt | None = None
         while (plan := await self._plan(call, tried, reply, refusal is None)) is not None:
@@ -160,6 +163,8 @@ class Relay:
             attempt = await self._try(plan, call, reply, stream, answer.trace)
             if stream is not None:
                 answer.first_byte, answer.pauses = stream.first_byte, stream.pauses
+                if trace is not None:
+                    trace.streamed(stream)
             if reply.gone or reply.ended:
                 return
             if attempt.too_large:  # another instance's answer would be, too
@@ -178,6 +183,8 @@ class Relay:
                 log.warning("%s: %s refuses to go on: %r", call.id, member.id, attempt.body)
             else:
                 reply.send(attempt.status, attempt.body, headers, attempt.header)
+                if trace is not None:
+                    trace.answered(attempt.body)
                 return
         self._end(reply, headers, stream, answer, refusal, bool(tried))
 

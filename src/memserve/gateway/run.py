@@ -29,6 +29,7 @@ from memserve.api.serving import (
 from memserve.api.signatures import Signer
 from memserve.api.status import MemberKind
 from memserve.api.tls import client_tls, server_tls
+from memserve.api.trace_metrics import TraceMetrics
 from memserve.clock import MonotonicClock
 from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.membership import Member, Membership
@@ -248,6 +249,7 @@ class Gateway:
                 self._router.metrics,
                 EdgeMetrics(self._counters, self._access, self.vitals),
                 self._proof,
+                *(() if tracer is None else (TraceMetrics(tracer.counts),)),
             ),
             wait,
             self._access,

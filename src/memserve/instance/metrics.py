@@ -11,19 +11,28 @@ from memserve.api.instance_metrics import (
     report_state,
 )
 from memserve.api.metric import MetricSpec, Page
+from memserve.api.trace_metrics import TraceMetrics
 from memserve.api.vllm_metrics import ENGINE, VLLM_INSTANCE_METRICS, report_lora, report_vllm
 from memserve.instance.instance import Instance
+from memserve.tracing.span import SpanCounts
 
-METRICS: tuple[MetricSpec, ...] = (BUILD, STATE, *INSTANCE_METRICS, *VLLM_INSTANCE_METRICS)
+METRICS: tuple[MetricSpec, ...] = (
+    *(BUILD, STATE),
+    *INSTANCE_METRICS,
+    *VLLM_INSTANCE_METRICS,
+    *TraceMetrics.metrics,
+)
 
 
-def instance_page(instance: Instance) -> bytes:
+def instance_page(instance: Instance, spans: SpanCounts | None = None) -> bytes:
     """Return the metrics in Prometheus' text format: while the model is being loaded, the state
-    alone."""
+    alone. `spans`: of the process's tracer, if it has one."""
     identity, stats = instance.identity, instance.stats()
     page = Page(METRICS)
     page.add(BUILD, 1, memserve.__version__)
     report_state(page, identity.id, instance.state)
+    if spans is not None:
+        TraceMetrics(spans).write(page)
     if stats is not None:
         report_instance(page, identity.id, stats)
         report_vllm(page, identity.model, ENGINE, stats, instance.info().limits)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import TypeVar
+from urllib.parse import parse_qs
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
@@ -34,11 +35,13 @@ from memserve.api.handoff import MEET_PATH, PREFILL_PATH, PUSH_PATH
 from memserve.api.kv_events import SNAPSHOT_PATH
 from memserve.api.metric import CONTENT_TYPE
 from memserve.api.status import InstanceState
+from memserve.api.timeline import TIMELINE_PATH
 from memserve.instance import calls
 from memserve.instance.calls import CallReader, LargeCalls
 from memserve.instance.instance import Instance, Run
 from memserve.instance.metrics import instance_page
 from memserve.instance.request_trace import describe, pushed, served
+from memserve.logs import shown
 from memserve.scheduler.profiles import encode_profile
 from memserve.tracing.span import Span, Tracer
 from memserve.vllm.forwarder import BrokenOff, ForwardedAnswer
@@ -80,6 +83,7 @@ class InstanceApp:
             "/info": ("GET", self._info),
             "/stats": ("GET", self._stats),
             "/profile": ("GET", self._profile),
+            TIMELINE_PATH: ("GET", self._timeline),
             SNAPSHOT_PATH: ("GET", self._kv_snapshot),
             "/metrics": ("GET", self._metrics),
         }
@@ -193,6 +197,17 @@ class InstanceApp:
             raise unavailable("The model is being loaded.", "instance_starting")
         await send_body(send, HTTPStatus.OK, _encode(stats))
 
+    async def _timeline(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = parse_qs(scope["query_string"].decode("latin-1")).get("request", [""])
+        found = self._instance.timelines.find(asked[0])
+        if found is None:
+            raise ApiError(
+                HTTPStatus.NOT_FOUND,
+                f"This instance does not know request {shown(asked[0])!r}, or no longer.",
+                code="request_not_found",
+            )
+        await send_body(send, HTTPStatus.OK, _encode(found))
+
     async def _profile(self, scope: Scope, receive: Receive, send: Send) -> None:
         profile = self._instance.profile()
         if profile is None:
@@ -205,7 +220,9 @@ class InstanceApp:
 
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         media = (b"content-type", CONTENT_TYPE.encode())
-        await send_body(send, HTTPStatus.OK, instance_page(self._instance), media=media)
+        counts = None if self._tracer is None else self._tracer.counts
+        page = instance_page(self._instance, counts)
+        await send_body(send, HTTPStatus.OK, page, media=media)
 
     async def _read(self, reader: CallReader[_Call], scope: Scope, receive: Receive) -> _Call:
         body = await read_body(scope, receive, reader.max_bytes)

@@ -10,13 +10,14 @@ from typing import Self
 
 import msgspec
 
+from memserve.api.timeline import Timeline
 from memserve.clock import Clock, MonotonicClock
 from memserve.cluster.client import ClusterClient
 from memserve.cluster.figures import STATS_PATH, ClusterFigures
 from memserve.errors import ClusterError, ConfigError
 from memserve.scheduler.prefix_view import PrefixReport, merged_reports
 from memserve.watch.history import History
-from memserve.watch.snapshot import GatewaySeen, snapshot_of
+from memserve.watch.snapshot import DecisionSeen, GatewaySeen, snapshot_of
 
 POLL_SECONDS = 1.0  # gateways poll their members as often
 # Of one round: less than `CLIENT_SECONDS`, so that one silent gateway is told of soon.
@@ -95,6 +96,20 @@ class Watcher:
         if not text:
             self._prefixes = merged
         return merged
+
+    async def timeline(self, seen: DecisionSeen) -> Timeline | None:
+        """Return when the phases of an ended request passed, as the instance that answered tells;
+        None if it cannot be asked, or knows it no longer."""
+        latest = self.history.latest
+        member = None if latest is None else latest.find(seen.view.chosen.instance)
+        client = next(iter(self._clients.values()), None)
+        if member is None or client is None:
+            return None
+        try:
+            async with asyncio.timeout(ROUND_SECONDS):
+                return await client.timeline(member.summary, seen.view.request)
+        except (ClusterError, TimeoutError):
+            return None
 
     async def run(self, told: Callable[[], None], pause: float = POLL_SECONDS) -> None:
         """Poll for ever, and call `told` after each round."""
