@@ -25,6 +25,7 @@ COLOURS = {
     "evicted": "#c9365a",
     "from DRAM": "#9c4dcc",
 }
+_IN_SIGHT = 3.0  # an objective so many times above all values is told, and not drawn
 _INK = "#858e98"  # read on light and on dark
 
 Options = dict[str, Any]
@@ -72,7 +73,11 @@ def lines(
         for name, value in values.items()
     ]
     if marks and series:
-        series[0]["markLine"] = _marks(shown, epoch, objective, unit)
+        series[0]["markLine"] = _marks(shown, epoch, objective)
+    largest = max((v for p in shown for of in values.values() if (v := of(p))), default=0.0)
+    near = objective is not None and objective <= _IN_SIGHT * largest
+    if objective is not None:
+        title += f", objective {objective:g}{unit}"
     return {
         "title": {"text": title, "left": 4, "top": 0, "textStyle": {"fontSize": 13, "color": _INK}},
         "animation": False,
@@ -83,6 +88,7 @@ def lines(
         "yAxis": {
             "type": "value",
             "min": 0,
+            **({"max": max(largest, objective) * 1.05} if near and objective is not None else {}),
             "axisLabel": {"color": _INK, "formatter": f"{{value}}{unit}"},
             "splitLine": {"lineStyle": {"opacity": 0.25}},
         },
@@ -188,7 +194,7 @@ def latency(
     return lines(kind.title, points, values, epoch, unit=" ms", marks=True, objective=wanted)
 
 
-def _marks(points: Sequence[Point], epoch: float, objective: float | None, unit: str) -> Options:
+def _marks(points: Sequence[Point], epoch: float, objective: float | None) -> Options:
     data: list[Options] = [
         {
             "xAxis": round((epoch + point.at) * 1000),
@@ -198,7 +204,7 @@ def _marks(points: Sequence[Point], epoch: float, objective: float | None, unit:
         if point.failovers
     ]
     if objective is not None:
-        words = {"formatter": f"objective {objective:g}{unit}", "color": _INK}
+        words = {"formatter": "objective", "color": _INK}
         data.append(
             {
                 "yAxis": objective,
