@@ -82,7 +82,7 @@ def lines(
         "title": {"text": title, "left": 4, "top": 0, "textStyle": {"fontSize": 13, "color": _INK}},
         "animation": False,
         "grid": {"left": 56, "right": 24, "top": 52, "bottom": 28},
-        "legend": {"top": 20, "left": 0, "textStyle": {"color": _INK}},
+        "legend": {"type": "scroll", "top": 20, "left": 0, "textStyle": {"color": _INK}},
         "tooltip": {"trigger": "axis"},
         "xAxis": {"type": "time", "axisLabel": {"color": _INK, "hideOverlap": True}},
         "yAxis": {

@@ -26,6 +26,11 @@
     return Math.abs(from.y - to.y) < from.height / 2 && Math.abs(from.x - to.x) > 1.8 * from.width;
   }
 
+  // Whether two cards are in one column with others between them: the table tells of such flows.
+  function above(from, to) {
+    return Math.abs(from.x - to.x) < from.width / 2 && Math.abs(from.y - to.y) > 1.8 * from.height;
+  }
+
   // An arrow over the cards between two, or below them if KV is given back.
   function arc(svg, flow, from, to) {
     const out = flow.kind === "forward" ? -1 : 1;
@@ -69,6 +74,7 @@
       const from = boxes.get(flow.source), to = boxes.get(flow.target);
       if (!from || !to) continue;
       const shift = flow.kind === "forward" ? -9 : 9;  // both ways between two are both seen
+      if (above(from, to)) continue;
       if (across(from, to)) {
         arc(svg, flow, from, to);
         continue;
