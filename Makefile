@@ -16,7 +16,7 @@ PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-core test-vllm lint format bench peers peers-install vllm paper soak
-.PHONY: api-docs readme clean docs-test install-check metrics-docs clients-test ui-test
+.PHONY: api-docs readme clean docs-test install-check metrics-docs config-docs clients-test ui-test picture
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -36,6 +36,7 @@ help:
 	@echo "make soak    a whole cluster under mixed load for an hour (ARGS='--minutes 10 ...')"
 	@echo "make api-docs   docs/api.md's tables anew, from what the gateway takes"
 	@echo "make install-check   build sdist and wheel, install the wheel elsewhere, and serve from it (3 GB)"
+	@echo "make config-docs   docs/configuration.md's tables anew, from the code"
 	@echo "make metrics-docs   docs/metrics.md's tables anew, from the code"
 	@echo "make readme  benchmarks/README.md anew, from benchmarks/results"
 	@echo "make clean   remove what these made, the environment included"
@@ -130,6 +131,9 @@ soak: setup
 
 api-docs: setup
 	@PYTHONPATH=src $(BIN)/python -m tests.api_fields
+
+config-docs: setup
+	@PYTHONPATH=src $(BIN)/python -m tests.config_document
 
 metrics-docs: setup
 	@PYTHONPATH=src $(BIN)/python -m tests.metrics_document
