@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -120,9 +120,23 @@ class SimResult(msgspec.Struct, frozen=True, kw_only=True):
     moved_tokens: int  # from prefill to decode instances
 
 
-def simulate(config: SimConfig, progress: Progress, encode: Encode | None = None) -> SimResult:
+class RequestTimes(NamedTuple):
+    """Seconds of one simulated request; `tpot`: None for an answer of one token."""
+
+    ttft: float
+    tpot: float | None
+    jct: float
+
+
+def simulate(
+    config: SimConfig,
+    progress: Progress,
+    encode: Encode | None = None,
+    each: Callable[[RequestTimes], None] = lambda _: None,
+) -> SimResult:
     """Run a simulation. `progress` gets a line per tenth; `encode`, needed for workloads of text,
-    tokenizes. Raises ConfigError."""
+    tokenizes; `each` gets the times of every request, in the order of their ends. Raises
+    ConfigError."""
     _check_numbers(config)
     architecture, costs = _costs(config)
     form = None if config.trace is None else trace_format(Path(config.trace), config.trace_format)
@@ -141,6 +155,7 @@ def simulate(config: SimConfig, progress: Progress, encode: Encode | None = None
 
     def ended(request: SimRequest) -> None:
         done.append(request)
+        each(_times(request))
         count = len(done)
         if count * _PROGRESS_LINES // total > (count - 1) * _PROGRESS_LINES // total:
             at = cluster.timeline.now()
@@ -297,17 +312,21 @@ def _count(sessions: Sequence[SimSession]) -> int:
     return sum(len(session.requests) for session in sessions)
 
 
+def _times(request: SimRequest) -> RequestTimes:
+    assert request.first_token is not None
+    assert request.end is not None
+    tpot = None
+    if request.output_tokens > 1:
+        tpot = (request.end - request.first_token) / (request.output_tokens - 1)
+    return RequestTimes(request.first_token - request.arrival, tpot, request.end - request.arrival)
+
+
 def _summarise(
     config: SimConfig, cluster: SimCluster, done: Sequence[SimRequest], refused: int
 ) -> SimResult:
-    ttft, tpot, jct = [], [], []
-    for request in done:
-        assert request.first_token is not None
-        assert request.end is not None
-        ttft.append(request.first_token - request.arrival)
-        jct.append(request.end - request.arrival)
-        if request.output_tokens > 1:
-            tpot.append((request.end - request.first_token) / (request.output_tokens - 1))
+    times = [_times(request) for request in done]
+    ttft, jct = [each.ttft for each in times], [each.jct for each in times]
+    tpot = [each.tpot for each in times if each.tpot is not None]
     prompt_tokens = sum(request.prompt_tokens for request in done)
     return SimResult(
         policy=config.policy,
