@@ -1,4 +1,4 @@
-"""Metrics of the export of traces, in processes that trace."""
+"""Metrics of the export of traces."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SPANS = counter(
     "memserve_trace_spans_total",
     "spans",
     "Spans that have ended and are to be exported: `exported`, `dropped` since too many waited "
-    "(sample less), or `failed` to be sent. There are none where traces are off.",
+    "(sample less), or `failed` to be sent. 0 where traces are off.",
     Label("result", ("exported", "dropped", "failed")),
 )
 
@@ -19,8 +19,9 @@ class TraceMetrics:
 
     metrics: tuple[MetricSpec, ...] = (_SPANS,)
 
-    def __init__(self, counts: SpanCounts) -> None:
-        self._counts = counts
+    def __init__(self, counts: SpanCounts | None) -> None:
+        """`counts`: of the process's tracer; None: it has none."""
+        self._counts = counts or SpanCounts()
 
     async def report(self, page: Page) -> None:
         self.write(page)

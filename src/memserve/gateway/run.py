@@ -249,7 +249,7 @@ class Gateway:
                 self._router.metrics,
                 EdgeMetrics(self._counters, self._access, self.vitals),
                 self._proof,
-                *(() if tracer is None else (TraceMetrics(tracer.counts),)),
+                TraceMetrics(None if tracer is None else tracer.counts),
             ),
             wait,
             self._access,

@@ -31,9 +31,8 @@ def instance_page(instance: Instance, spans: SpanCounts | None = None) -> bytes:
     page = Page(METRICS)
     page.add(BUILD, 1, memserve.__version__)
     report_state(page, identity.id, instance.state)
-    if spans is not None:
-        TraceMetrics(spans).write(page)
     if stats is not None:
+        TraceMetrics(spans).write(page)
         report_instance(page, identity.id, stats)
         report_vllm(page, identity.model, ENGINE, stats, instance.info().limits)
         report_lora(page)
