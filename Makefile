@@ -9,6 +9,10 @@ BENCH_JSON ?= build/bench
 EVALUATION := PYTHONPATH=benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m evaluation
 
 VLLM := build/peers/vllm
+# Helm as a library, for the tests of the chart. It asks for a newer Python than it needs, so it has an
+# environment of its own.
+HELM := build/helm
+HELM_SDKPY := 0.1.32
 # Processes of tests beside each other: each takes whole files, whose tests share servers, in their
 # order, so that the long ones (tests/e2e, tests/fault) come first.
 WORKERS ?= 2
@@ -16,7 +20,8 @@ PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-core test-vllm lint format bench peers peers-install vllm paper soak
-.PHONY: api-docs readme clean docs-test install-check metrics-docs config-docs clients-test ui-test picture browser
+.PHONY: api-docs readme clean docs-test install-check metrics-docs config-docs clients-test ui-test picture
+.PHONY: browser helm chart-docs
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -39,6 +44,8 @@ help:
 	@echo "make install-check   build sdist and wheel, install the wheel elsewhere, and serve from it (3 GB)"
 	@echo "make config-docs   docs/configuration.md's tables anew, from the code"
 	@echo "make metrics-docs   docs/metrics.md's tables anew, from the code"
+	@echo "make chart-docs   the Helm chart's schema and deploy/README.md's table anew, from config.py"
+	@echo "make helm    Helm as a library, for the tests of the chart (120 MB)"
 	@echo "make readme  benchmarks/README.md anew, from benchmarks/results"
 	@echo "make clean   remove what these made, the environment included"
 
@@ -73,11 +80,11 @@ lint: setup
 
 # A download beside computations; each says what it has to say when it is done.
 test: setup
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint vllm
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint vllm helm
 	@echo "==> pytest"
 	@$(PYTEST) -m 'not docs' $(ARGS)
 
-test-core: lint
+test-core: lint helm
 	@echo "==> pytest"
 	@$(PYTEST) -m 'not real_vllm and not docs' $(ARGS)
 
@@ -143,6 +150,18 @@ config-docs: setup
 
 metrics-docs: setup
 	@PYTHONPATH=src $(BIN)/python -m tests.metrics_document
+
+chart-docs: setup
+	@PYTHONPATH=src $(BIN)/python -m tests.chart_schema
+
+helm: $(HELM)/.installed-$(HELM_SDKPY)
+
+$(HELM)/.installed-$(HELM_SDKPY): | setup
+	@echo "==> installing helm-sdkpy in $(HELM)"
+	@test -x $(HELM)/bin/python || $(BIN)/python -m venv $(HELM)
+	@$(HELM)/bin/python -m pip install --disable-pip-version-check --quiet --ignore-requires-python \
+		--constraint constraints.txt helm-sdkpy==$(HELM_SDKPY)
+	@touch $@
 
 readme: setup
 	@$(EVALUATION) readme

@@ -92,6 +92,60 @@ def _json_calls(calls: Sequence[Call]) -> str:
     return json.dumps([{"name": name, "parameters": arguments} for name, arguments in calls])
 
 
+def _deepseek_v3(calls: Sequence[Call]) -> str:
+    said = [
+        f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{_json(arguments)}\n```"
+        "<｜tool▁call▁end｜>"
+        for name, arguments in calls
+    ]
+    return "<｜tool▁calls▁begin｜>" + "\n".join(said) + "<｜tool▁calls▁end｜>"
+
+
+def _deepseek_v31(calls: Sequence[Call]) -> str:
+    said = [
+        f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{_json(arguments)}<｜tool▁call▁end｜>"
+        for name, arguments in calls
+    ]
+    return "<｜tool▁calls▁begin｜>" + "".join(said) + "<｜tool▁calls▁end｜>"
+
+
+def _kimi_k2(calls: Sequence[Call]) -> str:
+    said = [
+        f"<|tool_call_begin|>functions.{name}:{at}<|tool_call_argument_begin|>{_json(arguments)}"
+        "<|tool_call_end|>"
+        for at, (name, arguments) in enumerate(calls)
+    ]
+    return "<|tool_calls_section_begin|>" + "".join(said) + "<|tool_calls_section_end|>"
+
+
+def _glm45(calls: Sequence[Call]) -> str:
+    lines = []
+    for name, arguments in calls:
+        lines.append(f"<tool_call>{name}")
+        for key, value in arguments.items():
+            text = value if isinstance(value, str) and key == "city" else _json(value)
+            lines += [f"<arg_key>{key}</arg_key>", f"<arg_value>{text}</arg_value>"]
+        lines.append("</tool_call>")
+    return "\n".join(lines)
+
+
+def _granite(calls: Sequence[Call]) -> str:
+    listed = [{"name": name, "arguments": arguments} for name, arguments in calls]
+    return f"<|tool_call|>{_json(listed)}"
+
+
+def _openai(calls: Sequence[Call]) -> str:
+    return "<|start|>assistant".join(
+        f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{_json(arguments)}"
+        "<|call|>"
+        for name, arguments in calls
+    )
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 WRITERS: dict[str, tuple[ToolFormat, Callable[[Sequence[Call]], str]]] = {
     "hermes": (ToolFormat.HERMES, _hermes),
     "llama3_json": (ToolFormat.LLAMA3_JSON, _llama),
@@ -99,9 +153,25 @@ WRITERS: dict[str, tuple[ToolFormat, Callable[[Sequence[Call]], str]]] = {
     "mistral 11": (ToolFormat.MISTRAL, _mistral_11),
     "qwen3_coder": (ToolFormat.QWEN3_CODER, _qwen3_coder),
     "pythonic": (ToolFormat.PYTHONIC, _pythonic),
+    "deepseek_v3": (ToolFormat.DEEPSEEK_V3, _deepseek_v3),
+    "deepseek_v31": (ToolFormat.DEEPSEEK_V31, _deepseek_v31),
+    "glm45": (ToolFormat.GLM45, _glm45),
+    "granite": (ToolFormat.GRANITE, _granite),
+    "kimi_k2": (ToolFormat.KIMI_K2, _kimi_k2),
+    "openai": (ToolFormat.OPENAI, _openai),
     "json_calls": (ToolFormat.JSON_CALLS, _json_calls),
 }
 # Formats whose calls may follow content.
-AFTER_CONTENT = ("hermes", "mistral", "mistral 11", "qwen3_coder")
-TOOL_FORMATS = [form for form in ToolFormat if form is not ToolFormat.NONE]
-REASONING_FORMATS = [form for form in ReasoningFormat if form is not ReasoningFormat.NONE]
+AFTER_CONTENT = (
+    *("hermes", "mistral", "mistral 11", "qwen3_coder", "deepseek_v3", "deepseek_v31", "glm45"),
+    *("granite", "kimi_k2", "openai"),
+)
+# Whose calls come when they are whole.
+WHOLE = ("pythonic", "glm45")
+TOOL_FORMATS = [
+    form for form in ToolFormat if form not in (ToolFormat.NONE, ToolFormat.RESPONSE_TEMPLATE)
+]
+# By markers around it; harmony is more than that.
+REASONING_FORMATS = [
+    form for form in ReasoningFormat if form not in (ReasoningFormat.NONE, ReasoningFormat.OPENAI)
+]

@@ -28,7 +28,7 @@ from openai.types.chat import (
 )
 from openai.types.responses import response_create_params
 
-from memserve.api import openai, responses
+from memserve.api import neutral, openai, responses
 from memserve.api.errors import ApiError
 from memserve.api.status import Limits
 from memserve.gateway.call_builder import CallBuilder
@@ -193,7 +193,7 @@ EFFECTS: dict[str, Any] = {
     "verbosity": "low",
     "vllm_xargs": {"x": 1},
     "watermarking": True,
-    "web_search_options": {"search_context_size": "low"},
+    "web_search_options": {},
 }
 _CHAT_EFFECTS = {
     "logprobs": True,
@@ -296,7 +296,7 @@ def places(calls: CallBuilder, tokenization: Tokenization) -> list[Place]:
     def text(fields: dict[str, Any]) -> Awaitable[object]:
         return tokenization.detokenize(_encoded({"tokens": [5], **fields}), LIMITS)
 
-    ignored = openai.IGNORED | openai.IGNORED_BUT_CHECKED
+    ignored = neutral.IGNORED | neutral.IGNORED_BUT_CHECKED
     return [
         Place(
             "`POST /v1/chat/completions`",
@@ -355,7 +355,7 @@ def places(calls: CallBuilder, tokenization: Tokenization) -> list[Place]:
             responses.OWN | responses.IGNORED | {*responses.SHARED_WITH_CHAT, *responses.NEUTRAL},
             frozenset({"input"}),
             _RESPONSES_EFFECTS,
-            responses.IGNORED | openai.IGNORED_BUT_CHECKED,
+            responses.IGNORED | neutral.IGNORED_BUT_CHECKED,
         ),
         Place(
             "`POST /tokenize`",
@@ -363,7 +363,7 @@ def places(calls: CallBuilder, tokenization: Tokenization) -> list[Place]:
             frozenset(),
             VLLM["tokenize"],
             required=frozenset({"messages", "prompt"}),
-            ignored=openai.IGNORED,
+            ignored=neutral.IGNORED,
         ),
         Place(
             "`POST /detokenize`",

@@ -22,7 +22,8 @@ from memserve.api.status import (
     PoolTotals,
 )
 from memserve.clock import ManualClock
-from memserve.cluster.membership import Member, Membership
+from memserve.cluster.member import Member
+from memserve.cluster.membership import Membership
 from memserve.gateway.global_router import GlobalRouter
 from memserve.gateway.router import Plan
 from memserve.scheduler.architecture import GEMMA3_270M

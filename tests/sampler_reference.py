@@ -62,8 +62,14 @@ def adjusted(
     output: Sequence[int] = (),
     eos: Sequence[int] = (),
 ) -> Dense:
-    """Logits before temperature: min_tokens, logit_bias, then penalties."""
+    """Logits before temperature: tokens left out, min_tokens, logit_bias, then penalties."""
     row = np.asarray(logits).astype(np.float64)
+    if params.allowed_token_ids:
+        others = sorted({*range(len(row))} - {*params.allowed_token_ids})
+        row[others] = -np.inf
+    for *before, last in params.bad_words:
+        if list(output[len(output) - len(before) :]) == before:
+            row[last] = -np.inf
     if len(output) < params.min_tokens:
         row[[*eos, *params.stop_token_ids]] = -np.inf
     for token, bias in params.logit_bias.items():

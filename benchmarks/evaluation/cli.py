@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 
 from evaluation.peers.config import PARTS, QUICK_PARTS, PeersConfig, chosen_parts
+from evaluation.scale.page import scale_tables
+from evaluation.scale.run import ScaleConfig, run_scale
 from evaluation.soak.page import check_plot, soak_tables, write_plot
 from evaluation.soak.run import SoakConfig, SoakReport, default_cluster, run_soak
 from memserve.bench.plots import check_matplotlib
@@ -182,6 +184,27 @@ def soak(
     if json != STDOUT:
         Console().print(soak_tables(result))
     raise typer.Exit(0 if result.sound else 1)
+
+
+@app.command()
+@takes_flags(flags_of(ScaleConfig))
+def scale(
+    before: Annotated[
+        Path | None,
+        typer.Option(metavar="SRC", help="another checkout's src: its gateway is measured, too"),
+    ] = None,
+    json: JsonFile = None,
+    *,
+    given: Given,
+) -> None:
+    """What a gateway costs with up to a thousand members, and what it can follow.
+
+    The gateway is the real process; one process stands in for all members: signed answers, KV
+    events on CURVE sockets, registrations. Decisions are timed without processes.
+    """
+    config = with_flags(ScaleConfig(), given)
+    result = run_scale(config, before, progress_lines())
+    print_or_write(json, config, result, scale_tables(result))
 
 
 @app.command()

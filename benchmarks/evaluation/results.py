@@ -13,6 +13,8 @@ from rich.console import RenderableType
 from evaluation.paper.tables import PaperResult, paper_tables
 from evaluation.peers.report import PeersResult, peers_tables
 from evaluation.prefill import PrefillBenchReport, prefill_bench_table
+from evaluation.scale.page import scale_tables
+from evaluation.scale.run import ScaleResult
 from evaluation.soak.page import soak_tables
 from evaluation.soak.run import SoakResult
 from memserve.bench.caching import CachingBenchResult, caching_table
@@ -95,6 +97,7 @@ _READERS: dict[str, Callable[[msgspec.Raw], RenderableType]] = {
     "policies": _reader(PoliciesBenchResult, policies_table),
     "paper": _reader(PaperResult, paper_tables),
     "peers": _reader(PeersResult, peers_tables),
+    "scale": _reader(ScaleResult, scale_tables),
     "soak": _reader(SoakResult, soak_tables),
     "profile": _reader(ProfileReport, profile_table),
 }

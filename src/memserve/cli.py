@@ -184,7 +184,7 @@ def gateway(
         traces=with_flags(TracesConfig(), given),
     )
     _begin_process(config.log, exit_with_parent_)
-    model = resolve_model(config.model, logging.info)
+    model = resolve_model(config.model, logging.info, weights=False)
     members = instances or []
     if worker is None and config.gateway.workers > 1:
         command = ["gateway", *to_flags(pinned(config.model, model)), *to_flags(config.gateway)]
@@ -211,7 +211,10 @@ def gateway(
 def instance(
     id_: Annotated[str | None, typer.Option("--id", help="unique; default: host and pid")] = None,
     join: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="a gateway's; may be repeated")
+        list[str] | None,
+        typer.Option(
+            metavar="URL", help="a gateway's, or several gateways' common name; may be repeated"
+        ),
     ] = None,
     exit_with_parent_: ExitWithParent = False,
     *,

@@ -28,9 +28,21 @@ Policy = Literal["prompt-tree", "session", "least-load", "round-robin"]
 Engine = Literal["builtin", "vllm"]
 BackendName = Literal["local"]
 ToolCallParser = Literal[
-    "auto", "none", "hermes", "llama3_json", "mistral", "qwen3_coder", "pythonic"
+    "auto",
+    "none",
+    "hermes",
+    "llama3_json",
+    "mistral",
+    "qwen3_coder",
+    "pythonic",
+    "deepseek_v3",
+    "deepseek_v31",
+    "glm45",
+    "granite",
+    "kimi_k2",
+    "openai",
 ]
-ReasoningParser = Literal["auto", "none", "deepseek_r1", "qwen3", "mistral"]
+ReasoningParser = Literal["auto", "none", "deepseek_r1", "qwen3", "mistral", "openai_gptoss"]
 
 # For each caching setting, the roles in which an instance keeps its sequences' KV for later ones.
 KEEPING_ROLES: dict[Caching, frozenset[Role]] = {
@@ -80,10 +92,10 @@ class ModelConfig(_Section, frozen=True):
     max_model_len: Annotated[Positive | None, doc("default: the model's own limit")] = None
     device: Annotated[str, doc("'cpu', 'cuda', 'cuda:1'; auto: cuda if there is one")] = "auto"
     tool_call_parser: Annotated[
-        ToolCallParser, doc("how it writes tool calls; auto: by its chat template and type")
+        ToolCallParser, doc("how it writes tool calls; auto: by its own templates, or type")
     ] = "auto"
     reasoning_parser: Annotated[
-        ReasoningParser, doc("how it marks its reasoning; auto: by its chat template")
+        ReasoningParser, doc("how it marks its reasoning; auto: by its own templates")
     ] = "auto"
 
 

@@ -6,6 +6,7 @@ on. If a name has both kinds of address, the IPv4 address is used, since clients
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 from urllib.parse import urlsplit
@@ -33,6 +34,21 @@ def resolve(host: str, port: int) -> tuple[socket.AddressFamily, SocketAddress]:
         raise socket.gaierror(socket.EAI_NONAME, "no address of IPv4 or IPv6")
     family, address = min(known, key=lambda one: one[0] != socket.AF_INET)
     return family, _as_address(address)
+
+
+async def addresses_of(host: str) -> list[str]:
+    """Return all IP addresses of a host, each once; an address is its own. Raises OSError for a
+    name without an address."""
+    try:
+        return [str(ipaddress.ip_address(host))]
+    except ValueError:
+        pass
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except UnicodeError as error:  # an empty label, or one that is too long
+        raise socket.gaierror(socket.EAI_NONAME, f"not a host's name: {error}") from error
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 def open_socket(host: str, port: int) -> tuple[socket.socket, SocketAddress]:

@@ -62,6 +62,27 @@ def test_a_response(client: openai.OpenAI, engine: FakeEngine, tokenizer: Tokeni
     assert asked == prompt(engine)
 
 
+def test_the_tokens_of_an_input_are_counted(client: openai.OpenAI, engine: FakeEngine) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "input": "hi", "instructions": "be"}
+    first = client.responses.create(**asked)
+    counted = client.responses.input_tokens.count(**asked)
+    assert counted.object == "response.input_tokens"
+    assert counted.input_tokens == len(prompt(engine)) == first.usage.input_tokens  # type: ignore[union-attr]
+    follows = client.responses.input_tokens.count(
+        model=MODEL, input="and?", previous_response_id=first.id
+    )
+    assert follows.input_tokens > counted.input_tokens
+    # More than the context, by which a client knows how much to leave out.
+    long = client.responses.input_tokens.count(model=MODEL, input="x " * 300)
+    assert long.input_tokens > engine.max_model_len
+    with pytest.raises(openai.NotFoundError):
+        client.responses.input_tokens.count(model="other", input="hi")
+    with pytest.raises(openai.BadRequestError, match="not found"):
+        client.responses.input_tokens.count(
+            model=MODEL, input="hi", previous_response_id="resp_none"
+        )
+
+
 def test_streamed(client: openai.OpenAI) -> None:
     events = list(client.responses.create(model=MODEL, input="hi", stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))

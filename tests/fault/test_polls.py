@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import msgspec
 import pytest
 
 from memserve.api.peer_client import PeerClient
-from memserve.api.status import InstanceState
+from memserve.api.status import InstanceReport, InstanceState
 from memserve.cluster import poller as module
 from memserve.cluster.membership import Membership
 from memserve.cluster.poller import Poller
@@ -27,10 +28,10 @@ class Peers:
         self.asked: list[str] = []
 
     async def call(self, method: str, url: str, decode: object, **limits: object) -> Any:
-        address, _, path = url.rpartition("/")
+        address = url.rpartition("/")[0]
         self.asked.append(address)
-        found = self.answers[address]()
-        return STATS if path == "stats" else found
+        found = msgspec.structs.asdict(self.answers[address]())
+        return InstanceReport(**found, stats=STATS)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,28 @@ async def test_a_poll_that_fails_as_nobody_expected_ends_no_other(
     assert vitals.survived["poll"] > 3
     assert not vitals.failed.is_set()
     assert bad.epoch == 1
+    running.cancel()
+    await asyncio.wait((running,))
+
+
+async def test_the_polls_of_a_heartbeat_are_spread_over_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client's request must not wait for a thousand of them."""
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
+    peers, membership = Peers(), Membership()
+    count = 4 * module.SLICES
+    for number in range(count):
+        address = f"http://{number}"
+        peers.answers[address] = partial(info, str(number))
+        membership.join(address)
+    running = asyncio.ensure_future(Poller(membership, cast(PeerClient, peers)).run())
+    most = before = 0
+    while len(membership.ready()) < count:
+        await asyncio.sleep(0)
+        most, before = max(most, len(peers.asked) - before), len(peers.asked)
+    assert sorted(peers.asked[:count]) == sorted(peers.answers)  # each once, in the first one
+    assert most == count / module.SLICES
     running.cancel()
     await asyncio.wait((running,))
 

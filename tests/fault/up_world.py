@@ -347,7 +347,7 @@ def rogue(name: str) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = answers.get(self.path, b"{}")
+            body = answers.get(self.path.partition("?")[0], b"{}")
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -14,8 +14,10 @@ from memserve.api.errors import ErrorBody, ErrorDetail
 from memserve.api.kv_events import KVEventsInfo
 from memserve.api.peer_client import PeerClient, PeerError, decoded
 from memserve.api.status import (
+    REPORT_PATH,
     EngineTotals,
     InstanceInfo,
+    InstanceReport,
     InstanceState,
     InstanceStats,
     Latencies,
@@ -160,12 +162,15 @@ async def test_a_poll_of_a_member_that_says_anything_ends(monkeypatch: pytest.Mo
     """And a poll that it answers as it should finds it."""
     monkeypatch.setattr("memserve.cluster.poller.POLL_TIMEOUT_SECONDS", 0.2)
     info, stats = msgspec.json.encode(INFO), msgspec.json.encode(STATS)
+    report = msgspec.json.encode(InstanceReport(**msgspec.structs.asdict(INFO), stats=STATS))
+    target = REPORT_PATH.encode()
     async with told() as (server, url), PeerClient(None) as peers:
         for mutator in mutators("poll", 500):
             membership = Membership()
             poller = Poller(membership, peers)
             member = membership.join(url, lasting=True)
-            server.answers = {b"/info": damaged(mutator, info), b"/stats": damaged(mutator, stats)}
+            said = info if mutator.random.random() < 0.5 else report  # without: then `/stats`
+            server.answers = {target: damaged(mutator, said), b"/stats": damaged(mutator, stats)}
             try:
                 await poller.poll(member)
                 membership.view()
@@ -173,8 +178,12 @@ async def test_a_poll_of_a_member_that_says_anything_ends(monkeypatch: pytest.Mo
                 pytest.fail(f"{mutator!r}: {error!r:.300} for {server.answers!r:.1000}")
         membership = Membership()
         member = membership.join(url, lasting=True)
-        server.answers = {b"/info": answer(info), b"/stats": answer(stats)}
-        await Poller(membership, peers).poll(member)
-        # A connection that is still full of the last mutant is one miss.
-        await Poller(membership, peers).poll(member)
-        assert (member.id, member.state) == (A, InstanceState.READY)
+        # Both a member that tells all at once, and an earlier version's, that is asked twice.
+        for said in (report, info):
+            server.answers = {target: answer(said), b"/stats": answer(stats)}
+            await Poller(membership, peers).poll(member)
+            # A connection that is still full of the last mutant is one miss.
+            await Poller(membership, peers).poll(member)
+            assert (member.id, member.state) == (A, InstanceState.READY)
+            assert member.stats == STATS
+            member.stats = None

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from memserve.api.answer.format import AnswerFormat, ReasoningFormat, ToolFormat
 from memserve.api.answer.parser import AnswerParser
+from memserve.api.answer.template_parser import TemplateParser
 from tests.answer_harness import (
     AFTER_CONTENT,
     REASONING_FORMATS,
     TOOL_FORMATS,
+    WHOLE,
     WRITERS,
     Call,
     calls_of,
@@ -26,6 +28,7 @@ from tests.answer_harness import (
 )
 
 MOST_HELD = 32  # characters: the longest marker
+MOST_HELD_OF_TEMPLATES = 400  # an opening with the longest name
 
 # What answers are made of, so that markers and their parts meet in every order.
 FRAGMENTS = [
@@ -35,6 +38,12 @@ FRAGMENTS = [
     *("[/THINK]", '{"name": "weather", "arguments": {', '"name": "add"', '"parameters": {}'),
     *('"arguments": "{}"', '"arguments": null', "weather", "add", "weather(city='", "add(", "=1"),
     *("[", "]", "{", "}", "(", ")", '"', "'", "\\", ",", ":", ";", " ", "\n", "<", ">", "\\ud800"),
+    *("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "function", "<｜tool▁sep｜>", "add\n"),
+    *("```json\n", "\n```", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "</arg_value>"),
+    *("<arg_key>a</arg_key>", "<arg_value>", "<|tool_call|>", "<|tool_call_begin|>", "functions."),
+    *(":0", "<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|tool_calls_section_begin|>"),
+    *("<|tool_calls_section_end|>", "<|channel|>", "analysis", "commentary", "final", " to="),
+    *("<|message|>", "<|end|>", "<|start|>assistant", "<|call|>", " <|constrain|>json"),
     *("true", "null", "12", "-1.5e3", "é", "你好", "text"),
 ]
 texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=5), max_size=24).map("".join)
@@ -83,7 +92,7 @@ def test_an_answer_is_the_same_in_whatever_pieces_it_comes(
     assert parsed(form, text) == whole  # character by character
 
 
-@given(st.sampled_from(TOOL_FORMATS), texts)
+@given(st.sampled_from([form for form in TOOL_FORMATS if form is not ToolFormat.OPENAI]), texts)
 def test_what_is_no_call_is_content_to_the_letter(form: ToolFormat, text: str) -> None:
     found = parsed(format_of(form), [text])
     if not found.calls:
@@ -150,7 +159,7 @@ def test_a_named_function_s_arguments_are_the_answer(
     assert calls_of(found) == [("weather", arguments)]
 
 
-@given(st.sampled_from([name for name in WRITERS if name != "pythonic"]), st.text(min_size=40))
+@given(st.sampled_from([name for name in WRITERS if name not in WHOLE]), st.text(min_size=40))
 def test_long_arguments_are_passed_on_as_they_come(writer: str, city: str) -> None:
     form, write = WRITERS[writer]
     text = write([("weather", {"city": city})])
@@ -166,4 +175,7 @@ def test_no_text_is_read_over_and_over(form: AnswerFormat, text: str) -> None:
     for character in text:
         parser.push(character)
         for part in (parser._tools, parser._reasoning):
-            assert part is None or len(part._held) < MOST_HELD
+            if isinstance(part, TemplateParser):
+                assert len(part._buffer) - part._at < MOST_HELD_OF_TEMPLATES
+            else:
+                assert part is None or len(part._held) < MOST_HELD

@@ -31,6 +31,10 @@ penalties = st.builds(
     presence_penalty=st.sampled_from([0.0, 0.6]),
     frequency_penalty=st.sampled_from([0.0, -0.4]),
     logit_bias=st.dictionaries(token, st.floats(-100, 100, width=32), max_size=3),
+    allowed_token_ids=st.just(()) | st.lists(token, min_size=1, max_size=60).map(tuple),
+    bad_words=st.lists(st.lists(token | st.integers(1, 3), min_size=1, max_size=3).map(tuple)).map(
+        tuple
+    ),
     min_tokens=st.integers(0, 6),
     stop_token_ids=st.lists(token, max_size=2).map(tuple),
     logprobs=st.sampled_from([None, 0, 3]),
@@ -53,7 +57,7 @@ def test_the_distribution_is_that_of_a_full_sort(row: list[float], params: Sampl
     row=logit_row,
     params=penalties,
     prompt=st.lists(token, min_size=1, max_size=9),
-    output=st.lists(token, max_size=9),
+    output=st.lists(token | st.integers(1, 3), max_size=9),
 )
 def test_counts_kept_token_by_token_give_the_dense_logits(
     row: list[float], params: SamplingParams, prompt: list[int], output: list[int]

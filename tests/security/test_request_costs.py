@@ -19,7 +19,7 @@ from memserve.api import limits
 from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall
 from memserve.clock import MonotonicClock
-from memserve.cluster.membership import Member
+from memserve.cluster.member import Member
 from memserve.config import available_cores
 from memserve.gateway import relay
 from memserve.gateway.call_builder import INLINE_CHARACTERS

@@ -233,7 +233,7 @@ def many(item: bytes, size: int = MEGABYTE) -> bytes:
         ("messages", b'{"messages":' + many(b'{"role":"user"}', 4 * MEGABYTE) + b"}"),
         ("messages", b'{"messages":[{"role":"user","tool_calls":' + many(b"{}") + b"}]}"),
         ("xyz", b'{"prompt":"hi","xyz":' + many(b"1") + b"}"),
-        (None, b'{"prompt":"hi","tools":' + b"[" * 33 + b" " * MEGABYTE + b"]" * 33 + b"}"),
+        ("tools", b'{"prompt":"hi","tools":' + b"[" * 33 + b" " * MEGABYTE + b"]" * 33 + b"}"),
         (None, b"{" + many(b'"a":1')[1:-1] + b"}"),
         (None, b"[" * MEGABYTE),
     ],

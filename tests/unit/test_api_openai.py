@@ -17,6 +17,7 @@ from memserve.api.openai import (
     parse_completion,
     sampling_params,
 )
+from memserve.gateway.body_scan import check_body
 from memserve.gateway.prompts import read_prompts
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "strict": True}}]
@@ -151,8 +152,12 @@ def test_completions_refuse_by_name_too(fields: dict[str, Any], param: str) -> N
     ],
 )
 def test_what_is_not_json_is_refused(body: bytes) -> None:
-    with pytest.raises(ApiError) as refused:
+    def read() -> None:
+        check_body(body)
         read_prompts(parse_completion(body).prompt)
+
+    with pytest.raises(ApiError) as refused:
+        read()
     assert refused.value.status == 400
 
 

@@ -30,7 +30,7 @@ from memserve.cluster.doctor import (
     diagnose,
     exit_code,
 )
-from memserve.cluster.membership import DegradedPair
+from memserve.cluster.member import DegradedPair
 from memserve.pool.segment import SharedSegment, leftovers
 from memserve.secrets import new_secret
 from memserve.types import Epoch, InstanceId, Role

@@ -22,7 +22,8 @@ from memserve.api.status import (
 from memserve.clock import ManualClock
 from memserve.cluster import membership as module
 from memserve.cluster.changes import Change, MemberChange
-from memserve.cluster.membership import FORGET_SECONDS, MAX_MISSES, Member, Membership
+from memserve.cluster.member import Member
+from memserve.cluster.membership import FORGET_SECONDS, MAX_MISSES, Membership
 from memserve.errors import ClusterError
 from memserve.types import Epoch, InstanceId, Role
 
@@ -372,6 +373,17 @@ class MembershipMachine(RuleBasedStateMachine):
     def time_passes(self) -> None:
         self.clock.advance(FORGET_SECONDS + 1)
         self.membership.forget()
+
+    @invariant()
+    def what_is_kept_for_requests_is_what_the_members_are(self) -> None:
+        members = self.membership.members
+        ready = [member for member in members if member.state is InstanceState.READY]
+        assert self.membership.ready() == ([m for m in ready if not m.misses] or ready)
+        for name in {"p0", "p1", *(member.id for member in members)}:
+            alike = [member for member in members if member.id == name]
+            alive = [member for member in alike if member.state is not InstanceState.DEAD]
+            found = self.membership.find(InstanceId(name))
+            assert found in (alive or alike or [None])
 
     @invariant()
     def observers_know_who_is_there(self) -> None:

@@ -59,7 +59,7 @@ WEATHER = {
     "type": "function",
     "function": {"name": "weather", "description": "Of a city", "parameters": PARAMETERS},
 }
-ADD = {"type": "function", "function": {"name": "add", "strict": True}}
+ADD = {"type": "function", "function": {"name": "add", "strict": False}}
 TOOLS = [WEATHER, ADD]
 HI = [{"role": "user", "content": "hi"}]
 
@@ -188,7 +188,9 @@ def _schema(call: GenerateCall) -> Any:
 async def test_a_named_function_gives_its_arguments(ask_directly: Asked) -> None:
     choice = {"type": "function", "function": {"name": "weather"}}
     _, call = await ask_directly(tools=TOOLS, tool_choice=choice)
-    assert call.answer == AnswerFormat(ToolFormat.JSON_ARGUMENTS, (Function("weather"),))
+    assert call.answer == AnswerFormat(
+        ToolFormat.JSON_ARGUMENTS, (Function("weather"),), named=True
+    )
     assert _schema(call) == PARAMETERS
 
 
@@ -422,7 +424,14 @@ async def test_without_a_parser_calls_are_content(
         ("{{ tools }}[TOOL_CALLS]", None, ToolFormat.MISTRAL),
         ("{{ tools }}<|python_tag|>", None, ToolFormat.LLAMA3_JSON),
         ("{{ tools }}<|python_start|>", None, ToolFormat.PYTHONIC),
+        ("{{ tools }}<｜tool▁calls▁begin｜>```json", None, ToolFormat.DEEPSEEK_V3),
+        ("{{ tools }}<｜tool▁calls▁begin｜>", "deepseek_v3", ToolFormat.DEEPSEEK_V31),
+        ("{{ tools }}<tool_call><arg_key>", None, ToolFormat.GLM45),
+        ("{{ tools }}<|tool_call|>", None, ToolFormat.GRANITE),
+        ("{{ tools }}<|tool_call_argument_begin|>", None, ToolFormat.KIMI_K2),
         ("{{ tools }}", "llama", ToolFormat.LLAMA3_JSON),
+        ("{{ tools }}", "glm4_moe", ToolFormat.GLM45),
+        ("{{ tools }}", "kimi_k2", ToolFormat.KIMI_K2),
         ("{{ tools }}", "mistral", ToolFormat.MISTRAL),
         ("{{ tools }}<tool_call>", "llama", ToolFormat.HERMES),  # a fine-tune
         ("{{ tools }}", "unheard_of", ToolFormat.HERMES),
@@ -473,9 +482,123 @@ def test_a_template_of_its_own_for_tools_is_used(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template(HI, tools=["a"]) == "a"
 
 
+HARMONY = (
+    "{{ tools }}{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+    "<|end|>{% endfor %}<|start|>assistant<|channel|>"
+)
+
+
+@pytest.fixture
+def ask_harmony(tokenizer_of: Callable[[str], Tokenizer]) -> Asked:
+    return Asked(tokenizer_of(HARMONY))
+
+
+async def test_harmony_is_read_by_one_template(ask_harmony: Asked) -> None:
+    _, call = await ask_harmony()
+    plain = AnswerFormat(reasoning=ReasoningFormat.OPENAI, begun="<|channel|>")
+    assert call.answer == plain
+    _, call = await ask_harmony(tools=TOOLS)
+    assert call.answer is not None
+    assert call.answer.tools is ToolFormat.OPENAI
+    assert call.sampling.grammar is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "ends"),
+    [
+        ({"tools": TOOLS, "tool_choice": "required"}, ["weather", "add"]),
+        (
+            {"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "add"}}},
+            ["add"],
+        ),
+        ({"response_format": {"type": "json_object"}}, ["final"]),
+        ({"tools": [ADD], "response_format": {"type": "json_object"}}, ["add", "final"]),
+        ({"tools": [{**ADD, "function": {"name": "add", "strict": True}}]}, ["add", "final"]),
+    ],
+)
+async def test_what_must_be_in_harmony_is_its_own(
+    ask_harmony: Asked, fields: dict[str, Any], ends: list[str]
+) -> None:
+    _, call = await ask_harmony(**fields)
+    assert call.answer is not None
+    assert call.answer.tools is (ToolFormat.OPENAI if "tools" in fields else ToolFormat.NONE)
+    *before, last = _tags(call)["elements"]
+    assert [each["type"] for each in before] == ["optional", "optional"]  # it may think first
+    assert len(last["elements"]) == len(ends)
+    for end, tag in zip(ends, last["elements"], strict=True):
+        assert end in tag["begin"]
+
+
+TEMPLATED: dict[str, Any] = {
+    "start_anchor": "[answer]",
+    "fields": {
+        "thinking": {"open": "<think>", "close": "</think>"},
+        "tool_calls": {"open": "<call>", "close": "</call>", "content": "json"},
+        "content": {},
+    },
+}
+
+
+def _own(tmp_path: Path, config: ModelConfig | None = None) -> Asked:
+    """A model with a response template."""
+    tiny_tokenizer(tmp_path, TEMPLATE)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**settings, "response_template": TEMPLATED}))
+    return Asked(Tokenizer.load(tmp_path), config)
+
+
+async def test_a_model_s_own_response_template_reads_its_answers(tmp_path: Path) -> None:
+    ask = _own(tmp_path)
+    _, call = await ask()
+    own, thinks = ToolFormat.RESPONSE_TEMPLATE, ReasoningFormat.QWEN3
+    assert call.answer == AnswerFormat(own, reasoning=thinks)
+    _, call = await ask(tools=[WEATHER], chat_template_kwargs={"enable_thinking": True})
+    function = Function("weather", ("city", "unit", "note"))
+    assert call.answer == AnswerFormat(own, (function,), reasoning=thinks, begun="<think>\n")
+    # What a grammar decides is written as the grammar says.
+    _, call = await ask(tools=[WEATHER], tool_choice="required")
+    assert call.answer is not None
+    assert call.answer.tools is ToolFormat.JSON_CALLS
+    _, call = await ask(response_format={"type": "json_object"})
+    assert call.answer == AnswerFormat(reasoning=thinks)
+    _, call = await ask(tools=[WEATHER], response_format={"type": "json_object"})
+    assert call.answer is not None
+    assert call.answer.tools is ToolFormat.JSON_CALLS
+
+
+async def test_a_parser_that_is_named_goes_before_the_model_s_own(tmp_path: Path) -> None:
+    ask = _own(tmp_path, ModelConfig(tool_call_parser="hermes"))
+    _, call = await ask(tools=[WEATHER])
+    assert call.answer is not None
+    assert call.answer.tools is ToolFormat.HERMES
+
+
+STRICT = {"type": "function", "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+async def test_strict_functions_bring_a_grammar_along(
+    tokenizer_of: Callable[[str], Tokenizer], parallel: bool
+) -> None:
+    asked = {"tools": [STRICT, ADD], "parallel_tool_calls": parallel}
+    for parser in get_args(ToolCallParser):
+        if parser in ("auto", "none"):
+            continue
+        config = ModelConfig(tool_call_parser=parser, reasoning_parser="none")
+        _, call = await Asked(tokenizer_of(TEMPLATE), config)(**asked)
+        if parser in ("pythonic", "qwen3_coder", "glm45"):  # their arguments are no JSON
+            assert call.sampling.grammar is None
+        else:
+            source = json.dumps(_tags(call))
+            assert source.count(json.dumps(PARAMETERS)) == 1
+            assert source.count('{"type": "object"}') == 1  # of the other function
+
+
 def test_settings_are_the_formats_names() -> None:
     made = {ToolFormat.JSON_CALLS, ToolFormat.JSON_ARGUMENTS}  # by requests alone
-    assert set(get_args(ToolCallParser)) == {"auto", *(set(ToolFormat) - made)}
+    found = {ToolFormat.RESPONSE_TEMPLATE}  # in a model's files
+    assert set(get_args(ToolCallParser)) == {"auto", *(set(ToolFormat) - made - found)}
     assert set(get_args(ReasoningParser)) == {"auto", *ReasoningFormat}
 
 

@@ -125,6 +125,21 @@ async def test_whoever_no_longer_is_in_the_membership_is_not_planned(world: Rout
 # --- plans --------------------------------------------------------------------------------------
 
 
+async def test_a_call_names_a_few_prefill_instances_however_many_there_are() -> None:
+    async with routed("round-robin") as world:
+        for number in range(3 * global_router.MAX_PREFILL):
+            world.member(f"p{number}", Role.PREFILL)
+        world.member("d", Role.DECODE)
+        seen = []
+        for _ in range(3 * global_router.MAX_PREFILL):
+            plan = world.plan(call_of())
+            assert len({member.id for member in plan.prefill}) == global_router.MAX_PREFILL
+            seen.append(plan.prefill[1].id)
+            plan.ticket.ended()
+        # The next ones of a lost instance differ: they do not all come to one.
+        assert len(set(seen)) == len(seen)
+
+
 async def test_a_pair_is_planned_with_every_other_prefill_instance_behind_it() -> None:
     seen = set()
     async with routed("round-robin") as world:

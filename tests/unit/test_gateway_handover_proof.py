@@ -32,7 +32,8 @@ from memserve.api.status import (
     PoolTotals,
 )
 from memserve.clock import ManualClock
-from memserve.cluster.membership import Member, Membership
+from memserve.cluster.member import Member
+from memserve.cluster.membership import Membership
 from memserve.config import ClusterConfig, GatewayConfig, ModelConfig
 from memserve.gateway import handover_proof
 from memserve.gateway.handover_proof import (

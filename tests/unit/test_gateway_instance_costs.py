@@ -41,7 +41,9 @@ async def test_instances_of_one_fingerprint_share_their_costs(world: Routed) -> 
         await world.profiled(name)
     assert world.spec("a").costs is world.spec("b").costs
     assert world.spec("a").costs is not world.spec("c").costs
-    assert len(world.router.scheduler.load.cost_groups) == 2
+    load = world.router.scheduler.load
+    load.refresh()
+    assert len(load.cost_groups) == 2
 
 
 async def test_an_instance_without_a_profile_is_taken_to_be_like_the_others(
@@ -61,7 +63,43 @@ async def test_an_instance_without_a_profile_is_taken_to_be_like_the_others(
     assert isinstance(guess, RefinedCosts)
     assert guess.model == known.model
     assert guess is not known  # what is learnt of it is its own
-    assert len(world.router.scheduler.load.cost_groups) == 1
+    load = world.router.scheduler.load
+    load.refresh()
+    assert len(load.cost_groups) == 1
+
+
+async def test_a_cluster_that_starts_changes_the_scheduler_a_few_times_for_each_member(
+    world: Routed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for each pair of them: a thousand members would never be ready."""
+    put, changes, count = world.router.scheduler.put, 0, 40
+    load = world.router.scheduler.load
+    rebuild, rebuilt = load._rebuild, 0
+
+    def counted(spec: InstanceSpec) -> None:
+        nonlocal changes
+        changes += 1
+        put(spec)
+
+    def rebuilding() -> None:
+        nonlocal rebuilt
+        rebuilt += 1
+        rebuild()
+
+    monkeypatch.setattr(world.router.scheduler, "put", counted)
+    monkeypatch.setattr(load, "_rebuild", rebuilding)
+    names = [f"m{number}" for number in range(count)]
+    world.profiles.update(dict.fromkeys(names, profile_of("h100")))
+    for name in names:
+        world.member(name)
+    assert rebuilt == 0
+    for name in names:
+        await world.profiled(name)
+    # It is met, says its limits and its costs; and the first profile is everybody's best guess.
+    assert changes <= 6 * count
+    before = rebuilt
+    world.plan_and_end(call_of())
+    assert rebuilt <= before + 1
 
 
 async def test_guessed_costs_do_not_hold_requests_back(world: Routed) -> None:

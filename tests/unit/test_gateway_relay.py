@@ -14,7 +14,8 @@ from memserve.api.forward import Forward, ForwardPath
 from memserve.api.generate import CallKind, GenerateCall
 from memserve.api.status import InstanceInfo, InstanceState, MemberKind
 from memserve.clock import MonotonicClock
-from memserve.cluster.membership import Member, Membership
+from memserve.cluster.member import Member
+from memserve.cluster.membership import Membership
 from memserve.gateway.relay import MAX_ATTEMPTS, Answer, Relay
 from memserve.gateway.router import Plan
 from memserve.gateway.upstream import Upstream

@@ -17,6 +17,7 @@ from memserve.errors import GrammarFailed, RequestError
 from memserve.grammars import structural_tag
 from memserve.grammars.compiler import (
     BURST_SECONDS,
+    STEP_SECONDS,
     TOKEN_SECONDS,
     GrammarCompiler,
     LibraryGrammar,
@@ -260,7 +261,30 @@ def test_a_hard_grammar_goes_on_or_fails(
         matcher.accept(int(random.choice(tokens)))
         taken += 1
     # Of the processor's time; the last token may take a step's most.
-    assert time.thread_time() - began < BURST_SECONDS + taken * (TOKEN_SECONDS + 0.002) + 1
+    assert time.thread_time() - began < BURST_SECONDS + taken * (STEP_SECONDS + 0.002) + 1
+
+
+def test_the_samples_of_a_call_share_what_a_hard_grammar_may_take(
+    compiler: GrammarCompiler,
+) -> None:
+    compiled = compiler.compile(Grammar(EBNF, 'root ::= root root | [a-z] | ""'))
+    letter = np.random.default_rng(1)
+    call = compiled.of_call()
+    matchers = [call.matcher() for _ in range(32)]
+    began, steps = time.thread_time(), 0
+    with pytest.raises(GrammarFailed, match="too long"):  # noqa: PT012
+        while True:
+            steps += 1
+            for matcher in matchers:
+                bits, _ = matcher.allowed()
+                tokens = np.flatnonzero(np.unpackbits(bits, count=VOCAB, bitorder="little"))
+                matcher.accept(int(letter.choice(tokens)))
+    a_step = STEP_SECONDS + len(matchers) * TOKEN_SECONDS
+    # Beside it, what the test does itself; the last token may take a step's most.
+    assert time.thread_time() - began < BURST_SECONDS + steps * (a_step + 0.01) + 1
+    with pytest.raises(GrammarFailed):  # in all of them
+        matchers[0].allowed()
+    compiled.of_call().matcher().allowed()  # not in another call
 
 
 def test_a_thousand_optional_keys_can_be_written(

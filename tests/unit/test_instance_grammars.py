@@ -29,6 +29,9 @@ class FakeGrammar:
     def ends(self, tokens: list[int]) -> bool:
         return tokens[-1] == 0
 
+    def of_call(self) -> FakeGrammar:
+        return self
+
 
 class FakeCompiler:
     """Compiles while `gate` is set; refuses `bad`."""
@@ -96,6 +99,24 @@ async def test_whoever_leaves_takes_nothing_from_the_others() -> None:
         compiler.gate.set()
         assert (await second).source == "a"  # type: ignore[attr-defined]
         assert first.cancelled()
+
+
+async def test_what_nobody_waits_for_any_more_is_not_compiled() -> None:
+    async with running() as (made, compiler):
+        compiler.gate.clear()
+        sources = ("a", "b", "c", "b")
+        asked = [asyncio.ensure_future(made.compile(regex(source))) for source in sources]
+        await asyncio.sleep(0.01)
+        for leaving in (asked[0], asked[1], asked[2]):  # the first is being compiled
+            leaving.cancel()
+        await asyncio.sleep(0.01)
+        compiler.gate.set()
+        assert (await asked[3]).source == "b"  # type: ignore[attr-defined]
+        assert compiler.compiled == ["a", "b"]
+        await made.compile(regex("c"))
+        assert compiler.compiled == ["a", "b", "c"]
+        assert made._waiting == 0
+        assert not made._wanted
 
 
 async def test_only_some_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

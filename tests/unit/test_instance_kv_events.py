@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
+from memserve.api.status import REPORT_PATH, InstanceReport, InstanceStats
 from memserve.types import Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import BLOCK, Node, node, pair, prompt_of
@@ -16,6 +18,8 @@ from tests.kv_events_harness import Following, following, prefixes_of
 from tests.tiny_models import save_tiny_model
 from tests.waiting import until
 
+_reports = msgspec.json.Decoder(InstanceReport)
+_stats = msgspec.json.Decoder(InstanceStats)
 PROMPT = prompt_of(70, seed=1)  # four whole blocks and six tokens
 
 
@@ -77,3 +81,13 @@ async def test_an_instance_says_where_its_events_are(model: Path) -> None:
         assert events.block_tokens == BLOCK
         answer = await client.ask("GET", f"{one.url}/info")
         assert json.loads(answer.body)["kv_events"]["topic"] == events.topic
+
+
+async def test_a_poll_is_one_question(model: Path) -> None:
+    async with node(model, Role.COLOCATED) as one, peers() as client:
+        report = await client.call("GET", one.url + REPORT_PATH, _reports.decode)
+        assert report.stats is not None
+        assert report.stats == await client.call("GET", f"{one.url}/stats", _stats.decode)
+        info = msgspec.structs.asdict(one.instance.info())
+        assert InstanceReport(**info, stats=report.stats) == report
+        assert "stats" not in json.loads((await client.ask("GET", f"{one.url}/info")).body)

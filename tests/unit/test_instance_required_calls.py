@@ -14,7 +14,7 @@ import pytest
 
 from memserve.api.generate import GenerateCall
 from memserve.api.status import Limits
-from memserve.config import ModelConfig
+from memserve.config import ModelConfig, ToolCallParser
 from memserve.gateway.call_builder import CallBuilder
 from memserve.gateway.model_formats import formats_of
 from memserve.models.tokenizer import Tokenizer
@@ -74,12 +74,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def builder(model: Path) -> Iterator[CallBuilder]:
     """Of a model without reasoning."""
-    with _builder(model, ModelConfig(reasoning_parser="none")) as builder:
+    with builder_of(model, ModelConfig(reasoning_parser="none")) as builder:
         yield builder
 
 
 @contextmanager
-def _builder(model: Path, config: ModelConfig) -> Iterator[CallBuilder]:
+def builder_of(model: Path, config: ModelConfig) -> Iterator[CallBuilder]:
     tokenizer = Tokenizer.load(model)
     builder = CallBuilder(tokenizer, MODEL, 1, formats_of(config, tokenizer))
     yield builder
@@ -145,7 +145,7 @@ async def test_an_answer_is_calls_or_obeys_its_format(model: Path, builder: Call
 async def test_behind_the_reasoning_comes_the_call(model: Path, thinks: bool, thought: str) -> None:
     tokens = from_ids(Tokenizer.load(model).encode(thought, add_special_tokens=False))
     ended = 0
-    with _builder(model, ModelConfig()) as builder:
+    with builder_of(model, ModelConfig()) as builder:
         async with node(model, Role.COLOCATED) as alone:
             for seed in range(6):
                 call = await call_of(
@@ -177,6 +177,54 @@ async def test_a_required_call_goes_on_elsewhere(model: Path, builder: CallBuild
                 other: Node = (alone, d, p)[at % 3]
                 rest = events_of(await stream_of(other.instance, again))
                 assert _told([*events[:at], *rest]) == whole
+
+
+# A call's beginning in each format whose arguments are JSON.
+BEGUN = {
+    "hermes": "So: <tool_call>",
+    "llama3_json": "{",
+    "mistral": "So: [TOOL_CALLS]",
+    "granite": "<|tool_call|>",
+    "deepseek_v3": "So: <｜tool▁calls▁begin｜>",
+    "deepseek_v31": "<｜tool▁calls▁begin｜>",
+    "kimi_k2": "<|tool_calls_section_begin|>",
+    "openai": "<|channel|>commentary ",
+}
+
+
+@pytest.mark.parametrize("parser", BEGUN)
+async def test_a_strict_function_s_call_obeys_its_schema_once_it_has_begun(
+    model: Path, parser: ToolCallParser
+) -> None:
+    begun = from_ids(Tokenizer.load(model).encode(BEGUN[parser], add_special_tokens=False))
+    tools = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]  # type: ignore[dict-item]
+    config = ModelConfig(tool_call_parser=parser, reasoning_parser="none")
+    complete = 0
+    with builder_of(model, config) as builder:
+        async with node(model, Role.COLOCATED) as alone:
+            for seed in range(4):
+                fields = {"tools": tools, "parallel_tool_calls": False, "max_tokens": 250}
+                call = await call_of(builder, **fields, stream=True, seed=seed)
+                # A random model begins no call: as if another instance had written this.
+                call = msgspec.structs.replace(call, resumed=(begun,))
+                message, reason = message_of(await stream_of(alone.instance, call))
+                if reason == "tool_calls":
+                    assert check(message) == 1
+                    complete += 1
+    assert complete >= 1
+
+
+async def test_harmony_s_required_call_is_one(model: Path) -> None:
+    complete = 0
+    with builder_of(model, ModelConfig(tool_call_parser="openai")) as builder:
+        async with node(model, Role.COLOCATED) as alone:
+            for seed in range(8):
+                fields = {"tool_choice": "required", "max_tokens": 200, "seed": seed}
+                call = await call_of(builder, **fields)
+                (choice,) = (await body_of(alone.instance, call))["choices"]
+                if choice["finish_reason"] == "tool_calls":
+                    complete += check(choice["message"])
+    assert complete >= 1
 
 
 def _told(events: list[Any]) -> Any:

@@ -243,7 +243,7 @@ async def test_an_answer_that_ends_early_has_what_there_is(
 
 
 async def test_a_named_function_s_answer_stops_as_openai_s_does(tokenizer: Tokenizer) -> None:
-    named = AnswerFormat(ToolFormat.JSON_ARGUMENTS, FUNCTIONS[:1])
+    named = AnswerFormat(ToolFormat.JSON_ARGUMENTS, FUNCTIONS[:1], named=True)
     async with instance(tokenizer, '{"city": "Malmö"}') as (made, _):
         (choice,) = (await body_of(made, call_of(named, stream=False)))["choices"]
         message, reason = message_of(await stream_of(made, call_of(named)))

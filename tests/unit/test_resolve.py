@@ -54,6 +54,25 @@ def test_what_can_be_no_hub_id_is_refused_without_asking_the_hub(path: str) -> N
         resolve_model(ModelConfig(path=path), silent)
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_gateway_downloads_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bool
+) -> None:
+    import huggingface_hub
+
+    asked: list[list[str]] = []
+
+    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    found = resolve_model(ModelConfig(path="owner/name"), silent, weights=weights)
+    assert (found.path, found.revision) == (tmp_path, tmp_path.name)
+    assert {"*.json", "*.jinja"} <= set(asked[0])
+    assert ("*.safetensors" in asked[0]) is weights
+
+
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json"):
         resolve_model(ModelConfig(path=str(tmp_path)), silent)

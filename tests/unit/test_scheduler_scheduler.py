@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from memserve.scheduler.candidates import CandidateSet
 from memserve.scheduler.decisions import KEPT_CANDIDATES, Decision
 from memserve.scheduler.policies import POLICIES
 from memserve.scheduler.refined_costs import RefinedCosts
@@ -361,6 +362,7 @@ def test_what_was_learnt_of_an_instance_counts() -> None:
         learnt["a"].observe_prefill(1000, 0, 2.0)  # twice what was predicted
     cluster.scheduler.observe(InstanceId("a"), running=0, waiting=0)
 
+    cluster.scheduler.load.refresh()
     assert len(cluster.scheduler.load.cost_groups) == 1
     slow = decided(cluster.scheduler.decide(request(1), among=[InstanceId("a")])).plan
     assert slow.terms.prefill == pytest.approx(2 * 1.024, rel=0.01)
@@ -525,3 +527,34 @@ def test_decisions_explain_themselves() -> None:
     kept = cluster.scheduler.decisions
     assert [other.request for other in kept.last(2)] == ["1004", "1003"]
     assert len(kept.views()) == len(kept) == 1000
+
+
+def test_candidates_are_found_by_their_instances() -> None:
+    """With several kinds of KV, between which no pair is possible, and an instance without any."""
+    cluster = Cluster()
+    kinds = {Role.PREFILL: "abab", Role.DECODE: "babca", Role.COLOCATED: "ab"}
+    for role, pools in kinds.items():
+        for number, kv in enumerate(pools):
+            cluster.add(f"{role}-{number}", role=role, kv=kv)
+    cluster.add("none-p", role=Role.PREFILL, kv=None)
+    cluster.add("none-d", role=Role.DECODE, kv=None)
+    load = cluster.scheduler.load
+    lines = load.lines
+    made = CandidateSet(load)
+    pairs = {
+        (a.slot, c.slot)
+        for a in lines
+        for c in lines
+        if a is not c
+        and (a.spec.role, c.spec.role) == (Role.DECODE, Role.PREFILL)
+        and a.spec.kv is not None
+        and a.spec.kv == c.spec.kv
+    }
+    alone = {(a.slot, a.slot) for a in lines if a.spec.role is not Role.PREFILL}
+    ways = list(zip(made.answers.tolist(), made.computes.tolist(), strict=True))
+    assert sorted(ways) == sorted(pairs | alone)
+    assert made.pairs == len(pairs) == 2 * 2 + 2 * 2
+    for answers in range(len(lines)):
+        for computes in range(len(lines)):
+            at = ways.index((answers, computes)) if (answers, computes) in ways else None
+            assert made.find(answers, computes) == at

@@ -19,6 +19,10 @@ PIECE_BYTES: Final = 64 * 1024
 _MAX_WINDOW_BYTES: Final = 8 * 1024 * 1024
 _GZIP_BITS: Final = 31  # zlib's: the largest window, and gzip's header
 _ZLIB_METHOD: Final = 8  # deflate, in the lower half of zlib's first byte
+# A frame, and what it holds. Its bytes end with a checksum: where they are taken for the text of a
+# block that was cut off, the text does not end with what the frame holds.
+_LAST: Final = b"\0memserve"
+_LAST_FRAME: Final = zstandard.ZstdCompressor(write_checksum=True).compress(_LAST)
 
 
 class Decompression:
@@ -96,10 +100,19 @@ def _has_zlib_header(body: bytes) -> bool:
 
 
 def _zstd(body: bytes) -> Iterator[bytes]:
+    """Yield the pieces of zstd frames. A reader of the library does not say whether the last frame
+    has ended: one more behind it, which then comes last, tells."""
+    if not body:
+        raise _damaged("it is empty")
     window = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
-    with window.stream_reader(io.BytesIO(body), read_across_frames=True) as reader:
+    held = b""
+    with window.stream_reader(io.BytesIO(body + _LAST_FRAME), read_across_frames=True) as reader:
         while piece := reader.read(PIECE_BYTES):
-            yield piece
+            held += piece
+            yield held[: -len(_LAST)]
+            held = held[-len(_LAST) :]
+    if held != _LAST:
+        raise _damaged("it is cut off")
 
 
 def _damaged(why: str) -> ApiError:

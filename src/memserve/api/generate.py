@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from enum import StrEnum
+from operator import attrgetter
 from typing import Annotated
 
 import msgspec
@@ -20,6 +21,9 @@ from memserve.api.answer.format import AnswerFormat
 from memserve.api.forward import Forward
 from memserve.api.grammar import Grammar
 from memserve.api.limits import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
     MAX_ID_CHARACTERS,
     MAX_INT32,
     MAX_LOGIT_BIASES,
@@ -46,6 +50,10 @@ Name = Annotated[str, Meta(max_length=MAX_NAME_CHARACTERS)]
 Address = Annotated[str, Meta(max_length=MAX_ID_CHARACTERS)]
 
 
+TokenId = Annotated[int, Meta(ge=0, le=MAX_INT32)]
+_BadWord = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_BAD_WORD_TOKENS)]
+
+
 class FinishReason(StrEnum):
     """Why a choice ended. The first three are OpenAI's; clients never see `CANCELLED`. Engines do
     not know of `TOOL_CALLS`."""
@@ -60,8 +68,9 @@ class FinishReason(StrEnum):
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Sampling parameters of a sequence. Names and neutral values are vLLM's.
 
-    Source of the filters' order, vLLM's v1 sampler: grammar, `min_tokens`, `logit_bias` and
-    penalties on logits, then temperature, then min-p, top-k and top-p on probabilities.
+    Source of the filters' order, vLLM's v1 sampler: grammar, `allowed_token_ids`, `bad_words`,
+    `min_tokens`, `logit_bias` and penalties on logits, then temperature, then min-p, top-k and
+    top-p on probabilities.
     """
 
     max_tokens: Count = 16
@@ -78,6 +87,10 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     # In addition to the model's end tokens.
     stop_token_ids: Annotated[tuple[int, ...], Meta(max_length=MAX_STOP_TOKEN_IDS)] = ()
     ignore_eos: bool = False
+    # All others are left out, the model's end tokens included; (): none is.
+    allowed_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_ALLOWED_TOKEN_IDS)] = ()
+    # Tokens that the answer must not have one behind the other.
+    bad_words: Annotated[tuple[_BadWord, ...], Meta(max_length=2 * MAX_BAD_WORDS)] = ()
     logprobs: Count | None = None  # alternatives to report besides the chosen token; None: none
     grammar: Grammar | None = None  # that the whole output obeys
     # Alternatives to report for each token of the prompt but the first; None: no scores of the
@@ -91,8 +104,8 @@ def validate_sampling(
     """Raise RequestError, with the allowed range, for the first value out of range.
 
     NaN and infinity are always out of range. The decoder has checked types. `like` has passed
-    already: if `params` shares its `stop_token_ids` and `logit_bias` objects, as the samples of
-    one call do, these are not checked again.
+    already: if `params` shares its lists of tokens, as the samples of one call do, these are not
+    checked again.
     """
     p = params
     if p.max_tokens < 1:
@@ -119,17 +132,24 @@ def validate_sampling(
         raise _refused("prompt_logprobs", p.prompt_logprobs, f"from 0 to {MAX_LOGPROBS}")
     if p.seed is not None and not -(2**63) <= p.seed < 2**63:
         raise _refused("seed", p.seed, "a signed 64-bit integer")
-    if like is not None and _same_lists(p, like):
+    if like is not None and same_lists(p, like):
         return
     _check_token_ids("stop_token_ids", p.stop_token_ids, vocab_size)
     _check_token_ids("logit_bias", p.logit_bias, vocab_size)
+    _check_token_ids("allowed_token_ids", p.allowed_token_ids, vocab_size)
+    for word in p.bad_words:
+        _check_token_ids("bad_words", word, vocab_size)
     for bias in p.logit_bias.values():
         if not -100 <= bias <= 100:
             raise _refused("logit_bias", bias, "from -100 to 100")
 
 
-def _same_lists(a: SamplingParams, b: SamplingParams) -> bool:
-    return a.stop_token_ids is b.stop_token_ids and a.logit_bias is b.logit_bias
+_lists = attrgetter("stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words")
+
+
+def same_lists(a: SamplingParams, b: SamplingParams) -> bool:
+    """Whether two parameters share their lists of tokens; False for equal ones of another call."""
+    return all(mine is others for mine, others in zip(_lists(a), _lists(b), strict=True))
 
 
 def _check_token_ids(param: str, ids: Collection[int], vocab_size: int) -> None:
@@ -220,7 +240,7 @@ class GenerateCall(
         forwards the client's request instead."""
         asked = self.sampling
         special = asked.grammar is not None or asked.prompt_logprobs is not None or self.extended
-        return special and self.forward is None
+        return bool(special or asked.bad_words) and self.forward is None
 
     def __post_init__(self) -> None:
         force_setattr(self, "prompts", tuple(map(token_field, self.prompts)))

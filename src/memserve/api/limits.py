@@ -13,6 +13,11 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 256
 # Any tokens of the model; a vocabulary has some thousand that end a sentence.
 MAX_STOP_TOKEN_IDS = 1024
+# Texts that an answer must not have; each may become several tokens, in two ways.
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_TOKENS = 2 * MAX_STOP_CHARACTERS
+# Tokens that an answer may have: those of a language, or of some labels. They travel with the call.
+MAX_ALLOWED_TOKEN_IDS = 16_384
 # Added to the logits of every step; OpenAI takes 300.
 MAX_LOGIT_BIASES = 1024
 # `n`; OpenAI's limit.
@@ -65,6 +70,9 @@ MAX_FUNCTION_NAME = 128
 # writes each tool once, or twice.
 MAX_TOOL_CHARACTERS = 1024 * 1024
 MAX_TEMPLATE_CHARACTERS = 64 * 1024
+# Characters of an answer that a prompt has already, as a message to continue; behind its last ones
+# alone a format with a template goes on.
+MAX_BEGUN_CHARACTERS = 64 * 1024
 # Nesting depth of arrays and objects. No valid request needs more than 6.
 MAX_DEPTH = 32
 # Fields of a request, known or not; there are about 80.
@@ -101,7 +109,7 @@ INLINE_LOGPROBS = 1024
 # Characters of the ids that gateways and instances give to calls, instances and pools, and of
 # their addresses.
 MAX_ID_CHARACTERS = 256
-# Prefill instances that a call names: more than a cluster has.
+# Prefill instances that a call names; gateways name `global_router.MAX_PREFILL`.
 MAX_PEERS = 1024
 # Largest token id, and largest number of tokens: the engine's int32.
 MAX_INT32 = 2**31 - 1

@@ -6,9 +6,8 @@ its neutral values (null, [], {}, the default) are accepted, because clients sen
 
 from __future__ import annotations
 
-import re
 from operator import attrgetter
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -16,8 +15,10 @@ from msgspec import UNSET, Meta, UnsetType
 from memserve.api.errors import NotUnderstood as NotUnderstood
 from memserve.api.errors import invalid
 from memserve.api.generate import SamplingParams
+from memserve.api.json_body import decode_json
 from memserve.api.limits import (
-    MAX_ECHO_CHARACTERS,
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
     MAX_INT32,
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
@@ -31,6 +32,7 @@ from memserve.api.limits import (
     MAX_STOP_TOKEN_IDS,
     MAX_TOOLS,
 )
+from memserve.api.neutral import IGNORED, is_neutral_json, unsupported
 from memserve.api.openai_tools import Tool, ToolCalls, ToolChoice
 from memserve.api.structured import FIELDS as STRUCTURED_FIELDS
 from memserve.api.structured import grammar_of
@@ -43,54 +45,12 @@ _Stops = Annotated[tuple[_StopString, ...], Meta(max_length=MAX_STOP_STRINGS)]
 
 # A field that is not parsed: no object is made of it, however large and deep it is.
 _Json = msgspec.Raw | UnsetType
-# Bytes of the longest neutral value, with white space.
-_LONGEST_NEUTRAL = 256
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # padding against traffic analysis: none is added
     continuous_usage_stats: bool | None = None  # vLLM's: with `include_usage`, in every chunk
-
-
-# Fields on which no answer here depends: any value is accepted. They are about what a provider
-# keeps and bills, the pace of its answer, its own ids, and media, which are refused themselves.
-IGNORED: Final = frozenset(
-    {
-        "media_io_kwargs",
-        "mm_payload",
-        "mm_processor_kwargs",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "request_id",
-        "service_tier",
-        "session_id",
-        "store",
-        "stream_interval",
-    }
-)
-# The same, but checked: they are kept for as long as a request lives.
-IGNORED_BUT_CHECKED: Final = frozenset({"metadata", "prompt_cache_key", "safety_identifier"})
-
-# Neutral values besides null, [] and {}.
-_NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
-    "continue_final_message": (False,),
-    "function_call": ("none", "auto"),
-    "include_reasoning": (True,),
-    "length_penalty": (1,),
-    "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
-    "return_mm_kwargs": (False,),
-    "return_prompt_text": (False,),
-    "return_token_offsets": (False,),
-    "routed_experts_prompt_start": (0,),
-    "spaces_between_special_tokens": (True,),
-    "stream": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "use_beam_search": (False,),
-    "verbosity": ("medium",),
-}
 
 
 class SharedFields(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,17 +108,20 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     guided_choice: _Json = UNSET
     guided_grammar: _Json = UNSET
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    allowed_token_ids: (
+        Annotated[tuple[TokenId, ...], Meta(max_length=MAX_ALLOWED_TOKEN_IDS)] | None
+    ) = None
+    bad_words: Annotated[tuple[_StopString, ...], Meta(max_length=MAX_BAD_WORDS)] | None = None
+    # The prompt's tokens that are kept; -1: as many as the model takes.
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=MAX_INT32)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
     # Fields that are accepted with neutral values only.
-    allowed_token_ids: _Json = UNSET
     audio: _Json = UNSET
-    bad_words: _Json = UNSET
     chat_template: _Json = UNSET
-    documents: _Json = UNSET
     ec_transfer_params: _Json = UNSET
     function_call: _Json = UNSET
     functions: _Json = UNSET
     kv_transfer_params: _Json = UNSET
-    length_penalty: _Json = UNSET
     logits_processors: _Json = UNSET
     logprob_token_ids: _Json = UNSET
     modalities: _Json = UNSET
@@ -173,14 +136,13 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     spaces_between_special_tokens: _Json = UNSET
     suffix: _Json = UNSET
     thinking_token_budget: _Json = UNSET
-    truncate_prompt_tokens: _Json = UNSET
-    truncation_side: _Json = UNSET
     use_beam_search: _Json = UNSET
     verbosity: _Json = UNSET
     vllm_xargs: _Json = UNSET
     watermarking: _Json = UNSET
     web_search_options: _Json = UNSET
     # IGNORED
+    length_penalty: _Json = UNSET
     media_io_kwargs: _Json = UNSET
     mm_payload: _Json = UNSET
     mm_processor_kwargs: _Json = UNSET
@@ -223,6 +185,7 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
     # Of chats; accepted with neutral values only.
     chat_template_kwargs: _Json = UNSET
     continue_final_message: _Json = UNSET
+    documents: _Json = UNSET
     include_reasoning: _Json = UNSET
     reasoning_effort: _Json = UNSET
     tool_choice: _Json = UNSET
@@ -276,12 +239,10 @@ class ChatRequest(_Request, frozen=True, kw_only=True):
     tools: Annotated[tuple[Tool, ...], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     chat_template_kwargs: dict[_Name, Any] | None = None
+    documents: tuple[dict[_Name, Any], ...] | None = None  # for the template
     continue_final_message: bool | None = None
     reasoning_effort: ReasoningEffort | None = None
     include_reasoning: bool | None = None
-
-
-RequestT = TypeVar("RequestT", CompletionRequest, ChatRequest)
 
 
 class _Unsupported:
@@ -305,15 +266,17 @@ _chat = msgspec.json.Decoder(ChatRequest)
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
-    """Decode a request, but not its prompt. Raises ApiError (400) that names the field at fault."""
-    request = _decode(_completion, body)
+    """Decode a request, but not its prompt. `body`: not nested deeper than MAX_DEPTH. Raises
+    ApiError (400) that names the field at fault."""
+    request = decode_json(_completion.decode, body)
     _check_common(request)
     return request
 
 
 def parse_chat(body: bytes) -> ChatRequest:
-    """Decode a request. Raises ApiError (400) that names the field at fault."""
-    request = _decode(_chat, body)
+    """Decode a request. `body`: not nested deeper than MAX_DEPTH. Raises ApiError (400) that names
+    the field at fault."""
+    request = decode_json(_chat.decode, body)
     _check_common(request)
     if request.echo:
         raise NotUnderstood("'echo' is not supported here.", "echo")
@@ -333,8 +296,10 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
-    """Return the engine's parameters; fields that were not given have neutral values."""
+    """Return the engine's parameters; fields that were not given have neutral values. `bad_words`:
+    the request's, as tokens."""
     none, asked = _NO_SAMPLING, request
     return SamplingParams(
         max_tokens=max_tokens,
@@ -356,14 +321,12 @@ def sampling_params(
         seed=asked.seed,
         stop_token_ids=asked.stop_token_ids or (),
         ignore_eos=bool(asked.ignore_eos),
+        allowed_token_ids=asked.allowed_token_ids or (),
+        bad_words=bad_words,
         logprobs=logprobs,
         grammar=grammar_of(request),
         prompt_logprobs=prompt_logprobs,
     )
-
-
-def unsupported(field: str) -> NotUnderstood:
-    return NotUnderstood(f"'{field}' is not supported.", field, "unsupported_parameter")
 
 
 def check_best_of(request: SharedFields) -> None:
@@ -381,38 +344,12 @@ def chat_logprobs(request: ChatRequest) -> int | None:
     return (request.top_logprobs or 0) if request.logprobs else None
 
 
-def _decode(decoder: msgspec.json.Decoder[RequestT], body: bytes) -> RequestT:
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise not_understood(error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise invalid(
-            f"The request body is not valid JSON: {error}", code="invalid_json"
-        ) from error
-    except RecursionError as error:
-        raise invalid("The request body is nested too deeply.", code="invalid_json") from error
-
-
-_FIELD_OF_PATH = re.compile(r"`\$\.(\w{1,64})")
-_FIELD_OF_MESSAGE = re.compile(r"field `([^`]{0,64})")
-
-
-def not_understood(error: msgspec.ValidationError) -> NotUnderstood:
-    """Return the error of a decoder, with the field's name."""
-    message = str(error)
-    field = _FIELD_OF_PATH.search(message) or _FIELD_OF_MESSAGE.search(message)
-    if message.startswith("Invalid value") and "].content[" in message:
-        message += "; only text content is supported"
-    return NotUnderstood(message[:MAX_ECHO_CHARACTERS], field.group(1) if field else None)
-
-
 def _check_common(request: CompletionRequest | ChatRequest) -> None:
     unsupporting = _UNSUPPORTED[type(request)]
     values = unsupporting.values(request)
     if values != unsupporting.absent:
         for name, value in zip(unsupporting.names, values, strict=True):
-            if value is not UNSET and not _is_neutral(name, value):
+            if value is not UNSET and not is_neutral_json(name, value):
                 raise unsupported(name)
     grammar_of(request)  # raises before anything is tokenised
     check_best_of(request)
@@ -423,20 +360,7 @@ def _check_common(request: CompletionRequest | ChatRequest) -> None:
             "'return_tokens_as_token_ids' cannot be combined with 'prompt_logprobs' here.",
             "return_tokens_as_token_ids",
         )
+    if request.truncate_prompt_tokens == 0:
+        raise invalid("'truncate_prompt_tokens' is 1 or more, or -1.", "truncate_prompt_tokens")
     if request.stream_options is not None and not request.stream:
         raise invalid("'stream_options' needs 'stream': true.", "stream_options")
-
-
-def _is_neutral(field: str, json: msgspec.Raw) -> bool:
-    if memoryview(json).nbytes > _LONGEST_NEUTRAL:
-        return False
-    try:
-        value = msgspec.json.decode(json)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return is_neutral(field, value)
-
-
-def is_neutral(field: str, value: object) -> bool:
-    """Return whether a field with this value has no effect on the answer."""
-    return value in (None, [], {}) or value in _NEUTRAL.get(field, ())

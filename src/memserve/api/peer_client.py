@@ -119,15 +119,23 @@ class PeerClient:
         seconds: float | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
         headers: Mapping[str, str] = _NO_HEADERS,
+        address: str | None = None,
     ) -> T:
         """Return the decoded body of a 200 answer. Raises PeerError, also for other statuses.
 
         `media`: the content type of `body`.
         `seconds`: timeout of the whole call; None: only connecting has one, for answers that may
-        wait in a queue. `headers`: further ones, which are not signed.
+        wait in a queue. `headers`: further ones, which are not signed. `address`: see `ask`.
         """
         answer = await self.ask(
-            method, url, body, media=media, seconds=seconds, max_bytes=max_bytes, headers=headers
+            method,
+            url,
+            body,
+            media=media,
+            seconds=seconds,
+            max_bytes=max_bytes,
+            headers=headers,
+            address=address,
         )
         if answer.status != HTTPStatus.OK:
             _refused(answer)
@@ -143,12 +151,16 @@ class PeerClient:
         seconds: float | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
         headers: Mapping[str, str] = _NO_HEADERS,
+        address: str | None = None,
     ) -> PeerAnswer:
-        """Return an answer of any status (of a signed request: but 401). Raises PeerError."""
+        """Return an answer of any status (of a signed request: but 401). Raises PeerError.
+
+        `address`: the IP address to connect to, of several that the URL's name has. The request
+        is signed for the name, and a certificate must be the name's."""
         timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
         given = {"content-type": media, **headers} if body else {**headers}
         try:
-            return await self._ask(method, URL(url), body, given, timeout, max_bytes)
+            return await self._ask(method, URL(url), body, given, timeout, max_bytes, address)
         except aiohttp.ClientConnectorError as error:
             nobody = isinstance(error.os_error, ConnectionRefusedError)
             # aiohttp's own text has an object's address in it.
@@ -166,19 +178,22 @@ class PeerClient:
         headers: dict[str, str],
         limits: aiohttp.ClientTimeout,
         max_bytes: int,
+        address: str | None,
     ) -> PeerAnswer:
         signer = self.signer
+        to = limits, max_bytes, address
         if signer is None:
-            return (await self._exchange(method, url, body, headers, limits, max_bytes))[0]
+            return (await self._exchange(method, url, body, headers, *to))[0]
         origin, target = origin_of(str(url)), url.raw_path_qs.encode()
         digest = await digest_of(body)
         for left in reversed(range(TRIES)):
-            signed = signer.sign(origin, method.encode(), target, digest)
+            signed = signer.sign(origin, method.encode(), target, digest, address)
             headers["authorization"] = signed.authorization.decode()
-            answer, told = await self._exchange(method, url, body, headers, limits, max_bytes)
+            answer, told = await self._exchange(method, url, body, headers, *to)
             if answer.status == HTTPStatus.UNAUTHORIZED:
                 challenge = told.get("www-authenticate", "")
-                if left and signer.learn(origin, challenge, _bytes(told, PROOF_HEADER), signed):
+                proof = _bytes(told, PROOF_HEADER)
+                if left and signer.learn(origin, challenge, proof, signed, address):
                     continue
                 _refused(answer)
             content = _bytes(told, CONTENT_HEADER)
@@ -195,14 +210,17 @@ class PeerClient:
         headers: dict[str, str],
         limits: aiohttp.ClientTimeout,
         max_bytes: int,
+        address: str | None,
     ) -> tuple[PeerAnswer, dict[str, str]]:
+        named = address is not None
         async with self._session.request(
             method,
-            url,
+            url.with_host(address) if address is not None else url,
             data=body or None,
-            headers=headers,
+            headers={**headers, "host": url.authority} if named else headers,
             timeout=limits,
             ssl=self._within if is_loopback(url.host or "") else self._tls,
+            server_hostname=url.host if named and url.scheme == "https" else None,
             allow_redirects=False,  # members never redirect
         ) as answer:
             parts = bytearray()

@@ -113,19 +113,35 @@ class Signer:
         self._wall_clock = wall_clock
         self._sender = os.urandom(8).hex().encode()
         self._number = 0
-        self._challenges: OrderedDict[str, _Challenge] = OrderedDict()
+        self._challenges: OrderedDict[tuple[str, str | None], _Challenge] = OrderedDict()
 
-    def sign(self, origin: str, method: bytes, target: bytes, digest: bytes) -> Signed:
+    def sign(
+        self,
+        origin: str,
+        method: bytes,
+        target: bytes,
+        digest: bytes,
+        address: str | None = None,
+    ) -> Signed:
         """Return a signature for a request to the server at `origin` (scheme://host:port).
-        `target`: as it is sent. `digest`: the body's `body_digest`."""
-        challenge = self._challenges.get(origin) or self._challenge(origin, _NO_LIFE, 0)
+        `target`: as it is sent. `digest`: the body's `body_digest`. `address`: tells the servers
+        apart that are at one origin; each has a life of its own."""
+        known = self._challenges.get((origin, address))
+        challenge = known or self._challenge(origin, _NO_LIFE, 0)
         self._number += 1
         now = int(self._wall_clock() * 1000) + challenge.ahead
         fields = b"%b%d.%d" % (challenge.begin, self._number, now)
         mac = _request_mac(self._request_key, method, target, digest, fields)
         return Signed(b"%b%b.%b" % (SCHEME, fields, mac), mac, challenge)
 
-    def learn(self, origin: str, challenge: str, proof: bytes | None, signed: Signed) -> bool:
+    def learn(
+        self,
+        origin: str,
+        challenge: str,
+        proof: bytes | None,
+        signed: Signed,
+        address: str | None = None,
+    ) -> bool:
         """Store the challenge of a 401, if its proof is valid. Return whether another try may
         succeed, since `signed` was for another life or by a clock that is off."""
         match = _CHALLENGE.fullmatch(challenge)
@@ -134,8 +150,8 @@ class Signer:
         if not hmac.compare_digest(proof, _challenge_mac(self._answer_key, signed.mac, challenge)):
             return False
         life, ahead = match[1].encode(), int(match[2]) - int(self._wall_clock() * 1000)
-        self._challenges.pop(origin, None)
-        self._challenges[origin] = self._challenge(origin, life, ahead)
+        self._challenges.pop((origin, address), None)
+        self._challenges[origin, address] = self._challenge(origin, life, ahead)
         if len(self._challenges) > MAX_CHALLENGES:
             self._challenges.popitem(last=False)
         late = abs(signed.challenge.ahead - ahead) > 1000 * WINDOW_SECONDS / 2
@@ -144,7 +160,7 @@ class Signer:
     def clock_ahead(self, origin: str) -> float | None:
         """Seconds that a server's clock is ahead of ours, less the challenge's time on the way;
         None before a challenge."""
-        known = self._challenges.get(origin)
+        known = self._challenges.get((origin, None))
         return None if known is None else known.ahead / 1000
 
     def _challenge(self, origin: str, life: bytes, ahead: int) -> _Challenge:

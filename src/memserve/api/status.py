@@ -1,4 +1,4 @@
-"""An instance's description and statistics: `GET /info` and `GET /stats`."""
+"""An instance's description and statistics: `GET /info` and `GET /stats`, or both in one."""
 
 from __future__ import annotations
 
@@ -234,16 +234,28 @@ class InstanceStats(msgspec.Struct, frozen=True):
     )
 
 
-class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class InstanceReport(InstanceInfo, frozen=True):
+    """`GET /info?stats=1`: both at once, for gateways' polls. A member that does not know the
+    question answers without `stats`."""
+
+    stats: InstanceStats | None = None  # None: not ready, or not known
+
+
+REPORT_PATH = "/info?stats=1"
+
+
+class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """`POST /cluster/members` on a gateway: the URL of an instance that joins or has changed.
 
     An instance that joins by itself adds id and epoch: the gateway refuses it if another living
-    instance has that id.
+    instance has that id. `repeated`: this gateway has accepted the same before, and nothing has
+    changed since: it need not ask the instance at once.
     """
 
     address: PeerUrl
     id: Id | None = None
     epoch: LifeEpoch | None = None
+    repeated: bool = False
 
     def __post_init__(self) -> None:
         check_peer_url(self.address)

@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import cast
@@ -32,8 +32,9 @@ from memserve.api.local_connection import LocalConnection
 from memserve.api.serving import bind, url_of
 from memserve.api.signatures import SCHEME, Verifier, body_digest
 from memserve.api.status import (
+    REPORT_PATH,
     EngineTotals,
-    InstanceInfo,
+    InstanceReport,
     InstanceState,
     InstanceStats,
     Latencies,
@@ -91,15 +92,39 @@ _calls = msgspec.msgpack.Decoder(_Call)
 _client_requests = msgspec.json.Decoder(_Request)
 
 
+def _described(url: bytes, body: bytes) -> bytes | None:
+    """Return the JSON body for a GET, with which gateways and routers probe an instance."""
+    if body:
+        return None
+    if url in (b"/info", REPORT_PATH.encode()):
+        # Limits with room for all concurrent requests, since the backend answers them at once, and
+        # the prediction of waits for memory would cost the gateway CPU time.
+        limits = Limits(VOCABULARY, 8192, POOL_TOKENS, 8192, 16, "float32", "cpu", 1)
+        identity = InstanceId("echo"), Epoch(1), Role.COLOCATED, InstanceState.READY
+        totals = EngineTotals(0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
+        stats = InstanceStats(totals, PoolTotals(), Latencies())
+        return _encode(InstanceReport(*identity, os.getpid(), MODEL, limits, stats=stats))
+    if url == b"/v1/models":
+        return b'{"object":"list","data":[{"id":"echo","object":"model","max_model_len":8192}]}'
+    return b'{"model_path":"echo","model_id":"echo","served_model_name":"echo","status":"ok"}'
+
+
 class Backend(asyncio.Protocol):
     """One connection to the backend."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, gap: float, verifier: Verifier | None = None
+        self,
+        loop: asyncio.AbstractEventLoop,
+        gap: float,
+        verifier: Verifier | None = None,
+        describe: Callable[[bytes, bytes], bytes | None] = _described,
     ) -> None:
-        """`verifier`: checks signed calls; other routers' calls are unsigned."""
+        """`verifier`: checks signed calls; other routers' calls are unsigned. `describe`: from
+        target and body of a request (of a GET: none) to the whole body of its answer; None: it
+        asks for a stream."""
         self._loop = loop
         self._gap = gap
+        self._describe = describe
         self._verifier = verifier
         self._local = LocalConnection()
         self._authorization: bytes | None = None
@@ -132,7 +157,7 @@ class Backend(asyncio.Protocol):
         self._body += body
 
     def on_message_complete(self) -> None:
-        whole = None if self._parser.get_method() == b"POST" else _described(self._url)
+        whole = self._describe(self._url, self._body)
         proof = b""
         authorization = self._authorization or b""
         signed = authorization.startswith(SCHEME) and not self._local.lets_in(authorization)
@@ -180,22 +205,6 @@ def _challenged(error: ApiError) -> bytes:
 
 def _lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     return b"".join(b"%b: %b\r\n" % header for header in headers)
-
-
-def _described(url: bytes) -> bytes:
-    """Return the JSON body for a GET, with which gateways and routers probe an instance."""
-    if url == b"/info":
-        # Limits with room for all concurrent requests, since the backend answers them at once, and
-        # the prediction of waits for memory would cost the gateway CPU time.
-        limits = Limits(VOCABULARY, 8192, POOL_TOKENS, 8192, 16, "float32", "cpu", 1)
-        identity = InstanceId("echo"), Epoch(1), Role.COLOCATED, InstanceState.READY
-        return _encode(InstanceInfo(*identity, os.getpid(), MODEL, limits))
-    if url == b"/stats":
-        totals = EngineTotals(0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
-        return _encode(InstanceStats(totals, PoolTotals(), Latencies()))
-    if url == b"/v1/models":
-        return b'{"object":"list","data":[{"id":"echo","object":"model","max_model_len":8192}]}'
-    return b'{"model_path":"echo","model_id":"echo","served_model_name":"echo","status":"ok"}'
 
 
 async def _backend(gap: float) -> None:

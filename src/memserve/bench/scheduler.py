@@ -179,7 +179,7 @@ def run_scheduler_bench(
         for layout in layouts:
             for policy in POLICIES:
                 progress(f"{size.instances} instances, {layout}, {policy}")
-                timings.append(_time_policy(size, layout, policy, costs))
+                timings.append(time_policy(size, layout, policy, costs))
     return SchedulerBenchReport(workload, tuple(timings))
 
 
@@ -194,9 +194,10 @@ def _instances(workload: SchedulerWorkload, layout: Layout, costs: Costs) -> lis
     return specs
 
 
-def _time_policy(
+def time_policy(
     workload: SchedulerWorkload, layout: Layout, policy: str, costs: Costs
 ) -> PolicyTiming:
+    """Time one policy on one layout of the workload's instances, which all have these costs."""
     clock = ManualClock()
     tree = PromptTree()
     timed = _TimedTree(tree)

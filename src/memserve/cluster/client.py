@@ -15,7 +15,7 @@ from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.signatures import Signer
 from memserve.api.status import InstanceState, InstanceStats, JoinRequest, MediumTotals, MemberKind
 from memserve.api.timeline import TIMELINE_PATH, Timeline
-from memserve.cluster.membership import DegradedPair
+from memserve.cluster.member import DegradedPair
 from memserve.errors import ClusterError, ConfigError
 from memserve.scheduler.decision_view import DecisionView
 from memserve.scheduler.prefix_view import PrefixReport

@@ -20,7 +20,8 @@ from memserve.api.control import (
 from memserve.api.errors import unavailable
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import InstanceInfo, InstanceState
-from memserve.cluster.membership import Member, Membership
+from memserve.cluster.member import Member
+from memserve.cluster.membership import Membership
 
 log = logging.getLogger(__name__)
 

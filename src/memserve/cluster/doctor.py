@@ -14,7 +14,7 @@ import msgspec
 from memserve.api.signatures import WINDOW_SECONDS
 from memserve.api.status import InstanceInfo, InstanceState
 from memserve.cluster.client import ClusterSummary, MemberSummary
-from memserve.cluster.membership import DegradedPair
+from memserve.cluster.member import DegradedPair
 from memserve.types import Role
 
 # A larger difference means that NTP, which keeps clocks within milliseconds, does not run.

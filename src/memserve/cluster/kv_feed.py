@@ -19,6 +19,7 @@ from memserve.cluster.kv_subscription import (
     EventSource,
     Subscription,
 )
+from memserve.cluster.membership import MAX_MEMBERS
 from memserve.scheduler.event_stream import EventCounts
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.transfer.secret import cluster_keys
@@ -31,6 +32,12 @@ EXPIRE_SECONDS = 1.0  # between removals of expired expectations: much less than
 # Longest pause between two questions to a member that starts for its event endpoint.
 MAX_FIND_SECONDS = 1.0
 MAX_COUNTED = 4096  # instances whose counts are kept for their next life
+# Snapshots that are fetched and applied at the same time: a gateway that starts needs one of each
+# member, and each is held whole in memory, up to `kv_subscription.MAX_SNAPSHOT_BYTES`.
+MAX_RESTORING = 8
+# Sockets of the feed: for each member one for live events and one while it asks for a replay.
+# libzmq's own limit is 1023.
+_MAX_SOCKETS = 2 * MAX_MEMBERS + 64
 _INFO_SECONDS = 2.0  # timeout of one question, as that of a poll
 _WILDCARDS = ("0.0.0.0", "*", "[::]", "::")
 _info = msgspec.json.Decoder(InstanceInfo)
@@ -78,6 +85,8 @@ class KvFeed:
         self._clock = clock or MonotonicClock()
         self._keys = cluster_keys(secret)
         self._context = zmq.asyncio.Context()
+        self._context.max_sockets = _MAX_SOCKETS
+        self._restoring = asyncio.Semaphore(MAX_RESTORING)
         self._followed: dict[InstanceId, _Followed] = {}
         self._counts: dict[InstanceId, EventCounts] = {}
         self._ending: set[asyncio.Task[None]] = set()
@@ -216,6 +225,7 @@ class KvFeed:
             self._keys,
             self._clock,
             counts,
+            self._restoring,
             self._vitals,
         )
 

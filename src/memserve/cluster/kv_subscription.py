@@ -94,9 +94,11 @@ class Subscription:
         keys: ClusterKeys,
         clock: Clock,
         counts: EventCounts,
+        restoring: asyncio.Semaphore,
         vitals: Vitals | None = None,
     ) -> None:
-        """`vitals`: counts unexpected exceptions, after which the subscription begins anew."""
+        """`restoring`: held while a snapshot is fetched and applied. `vitals`: counts unexpected
+        exceptions, after which the subscription begins anew."""
         self._vitals = vitals or Vitals()
         self._source = source
         self._topic = source.topic.encode()
@@ -108,6 +110,7 @@ class Subscription:
         self._turn = 0.0  # when this task last let others run
         self.heard = clock.now()
         self.counts = counts
+        self._restoring = restoring
         self._native = source.snapshot_url is not None
         tree.join(source.instance, source.block_tokens, source.role, references=self._native)
         self.stream = self._new_stream()
@@ -211,6 +214,10 @@ class Subscription:
 
     async def _restore(self, url: str) -> bool:
         """Restore the instance's blocks from a snapshot. Return False if that is impossible now."""
+        async with self._restoring:
+            return await self._fetch_and_restore(url)
+
+    async def _fetch_and_restore(self, url: str) -> bool:
         try:
             body = await self._peers.call(
                 "GET", url, bytes, seconds=SNAPSHOT_SECONDS, max_bytes=MAX_SNAPSHOT_BYTES

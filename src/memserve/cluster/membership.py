@@ -5,18 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-import msgspec
-
-from memserve.api.status import (
-    InstanceInfo,
-    InstanceState,
-    InstanceStats,
-    Limits,
-    MediumTotals,
-    MemberKind,
-)
+from memserve.api.status import InstanceInfo, InstanceState, InstanceStats, MemberKind
 from memserve.clock import Clock, MonotonicClock
 from memserve.cluster.changes import Change, MemberChange, Observer
+from memserve.cluster.member import ClusterView, Member, view_of
 from memserve.errors import ClusterError
 from memserve.types import Epoch, InstanceId, Role
 
@@ -30,60 +22,6 @@ MAX_MEMBERS = 4096
 FORGET_SECONDS = 600.0
 
 
-class Member:
-    """One instance as the gateway knows it. Only `Membership` changes it."""
-
-    def __init__(self, address: str, now: float) -> None:
-        self.address = address
-        self.id = InstanceId(address)  # the address until the first answer
-        self.role = Role.COLOCATED
-        self.kind = MemberKind.MEMSERVE
-        self.pool = False
-        self.kv: str | None = None  # see `InstanceInfo`
-        self.state = InstanceState.STARTING
-        self.epoch: Epoch | None = None  # of its present life; None: it has not answered yet
-        self.pid: int | None = None
-        self.limits: Limits | None = None
-        self.stats: InstanceStats | None = None
-        self.misses = 0  # polls in a row without an answer
-        self.lasting = False  # named by configuration: never forgotten
-        self.heard = now  # clock time of the last answer or join
-        self.joined = False  # observers were told `JOINED` for this life
-        self.conflict: str | None = None  # why its id is refused; None: it is not
-
-
-class MemberView(msgspec.Struct, frozen=True):
-    """A member in `GET /cluster`. Without an answer so far, media are empty and `pid` is None."""
-
-    id: InstanceId
-    role: Role
-    kind: MemberKind
-    pool: bool
-    state: InstanceState
-    address: str
-    pid: int | None
-    hbm: MediumTotals | dict[str, int]
-    dram: MediumTotals | dict[str, int]
-    conflict: str | msgspec.UnsetType = msgspec.UNSET  # why its id is refused
-
-
-class DegradedPair(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A prefill and a decode instance between which hand-overs fail."""
-
-    prefill: InstanceId
-    decode: InstanceId
-    why: str  # for everybody: without addresses
-    detail: str = ""  # for operators: with addresses, or empty
-
-
-class ClusterView(msgspec.Struct, frozen=True):
-    """`GET /cluster`."""
-
-    epoch: Epoch
-    instances: list[MemberView]
-    degraded: tuple[DegradedPair, ...] | msgspec.UnsetType = msgspec.UNSET  # if there are any
-
-
 class Membership:
     """The members, by address. `epoch` grows with every change of a member, its state or role."""
 
@@ -95,6 +33,10 @@ class Membership:
         """`on_death` is called when a member's running requests can no longer be answered."""
         self.epoch = Epoch(0)
         self._members: dict[str, Member] = {}
+        self._named: dict[InstanceId, list[Member]] = {}  # the same, by id
+        # Answers of `ready` and `has` until a member changes: each request asks for them.
+        self._ready: dict[MemberKind | None, list[Member]] = {}
+        self._kinds: set[MemberKind] | None = None
         self._on_death = on_death
         self._clock = clock or MonotonicClock()
         self._observers: list[Observer] = []
@@ -106,17 +48,22 @@ class Membership:
     def members(self) -> Sequence[Member]:
         return list(self._members.values())
 
-    def ready(self, kind: MemberKind | None = None) -> list[Member]:
+    def ready(self, kind: MemberKind | None = None) -> Sequence[Member]:
         """Return the members in state READY, of one kind or all. Members with misses are left out
-        if others are ready."""
-        ready = [m for m in self._members.values() if m.state is InstanceState.READY]
-        if kind is not None:
-            ready = [m for m in ready if m.kind is kind]
-        return [m for m in ready if not m.misses] or ready
+        if others are ready. The same object until a member changes."""
+        found = self._ready.get(kind)
+        if found is None:
+            ready = [m for m in self._members.values() if m.state is InstanceState.READY]
+            if kind is not None:
+                ready = [m for m in ready if m.kind is kind]
+            found = self._ready[kind] = [m for m in ready if not m.misses] or ready
+        return found
 
     def has(self, kind: MemberKind) -> bool:
         """Return whether a member has this kind, in any state: a dead one may be restarted."""
-        return any(m.kind is kind for m in self._members.values())
+        if self._kinds is None:
+            self._kinds = {member.kind for member in self._members.values()}
+        return kind in self._kinds
 
     def expects(self) -> bool:
         """Return whether the set of ready members may grow soon: no member is ready, or one is
@@ -127,9 +74,14 @@ class Membership:
 
     def find(self, instance: InstanceId) -> Member | None:
         """Return the member with this id, or None. Of several, one that is not dead."""
-        named = [m for m in self._members.values() if m.id == instance]
+        named = self._named.get(instance, ())
         alive = [m for m in named if m.state is not InstanceState.DEAD]
         return next(iter(alive or named), None)
+
+    def is_well(self, member: Member, epoch: Epoch | None) -> bool:
+        """Return whether a member is in this life, and has answered the last poll."""
+        alive = member.state is not InstanceState.DEAD and member.epoch is not None
+        return alive and member.epoch == epoch and not member.misses and member.conflict is None
 
     def at(self, address: str) -> Member | None:
         """Return the member at this address, or None."""
@@ -168,6 +120,7 @@ class Membership:
         if member is None:
             self._make_room()
             member = self._members[address] = Member(address, self._clock.now())
+            self._named.setdefault(member.id, []).append(member)
             self._changed()
         member.lasting |= lasting
         member.heard = self._clock.now()
@@ -195,19 +148,21 @@ class Membership:
             return
         member.conflict = None
         self._replace_former(member, info)
-        member.misses = 0
+        self._count_misses(member, 0)
         member.heard = self._clock.now()
         member.stats = stats
         member.limits = info.limits
+        if member.kind is not info.kind:
+            self._forget_answers()
         member.kind, member.pool, member.kv = info.kind, info.pool, info.kv
         member.pid = info.pid
         if (member.id, member.epoch) != (info.id, info.epoch) and member.joined:
             log.info("%s has been restarted", member.id)
             self._over(member, Change.DIED)
         before = (member.id, member.epoch, member.state, member.role)
-        now = (info.id, info.epoch, info.state, info.role)
-        if before != now:
-            member.id, member.epoch, member.state, member.role = now
+        if before != (info.id, info.epoch, info.state, info.role):
+            self._name(member, info.id)
+            member.epoch, member.state, member.role = info.epoch, info.state, info.role
             log.info("%s is %s (%s)", member.id, member.state, member.role)
             self._changed()
         self._tell_news(member, before[2], before[3])
@@ -217,7 +172,7 @@ class Membership:
         never answered."""
         if not self._is_here(member):
             return
-        member.misses += 1
+        self._count_misses(member, member.misses + 1)
         if member.misses >= MAX_MISSES:
             self._died(member, f"no answer {member.misses} times")
 
@@ -225,7 +180,7 @@ class Membership:
         """Take a refused connection: no process listens at the address, so the member is dead."""
         if not self._is_here(member):
             return
-        member.misses += 1
+        self._count_misses(member, member.misses + 1)
         if member.epoch is None and not member.lasting:  # it ended before its first answer
             self._remove(member, Change.LEFT)
         else:
@@ -235,7 +190,7 @@ class Membership:
         """Take a failed request to a member: have it polled at once, and prefer others until it
         answers."""
         if self._is_here(member) and member.state is not InstanceState.DEAD:
-            member.misses = max(member.misses, 1)
+            self._count_misses(member, max(member.misses, 1))
             self._question(member)
 
     def forget(self) -> None:
@@ -250,9 +205,9 @@ class Membership:
 
     def holder(self, instance: InstanceId, address: str) -> Member | None:
         """Return the living member with this id at another address, or None."""
-        for other in self._members.values():
+        for other in self._named.get(instance, ()):
             alive = other.epoch is not None and other.state is not InstanceState.DEAD
-            if other.id == instance and alive and other.address != address:
+            if alive and other.address != address:
                 return other
         return None
 
@@ -271,6 +226,28 @@ class Membership:
         """Return False for a member that was removed or replaced while the answer was in flight."""
         return self._members.get(member.address) is member
 
+    def _name(self, member: Member, name: InstanceId) -> None:
+        """Give a member another id."""
+        self._unname(member)
+        member.id = name
+        self._named.setdefault(name, []).append(member)
+
+    def _unname(self, member: Member) -> None:
+        """Take a member out of the index of ids."""
+        alike = self._named[member.id]
+        alike.remove(member)
+        if not alike:
+            del self._named[member.id]
+
+    def _count_misses(self, member: Member, misses: int) -> None:
+        if bool(misses) is not bool(member.misses):
+            self._forget_answers()
+        member.misses = misses
+
+    def _forget_answers(self) -> None:
+        self._ready.clear()
+        self._kinds = None
+
     def _question(self, member: Member) -> None:
         if self._ask is not None:
             self._ask(member)
@@ -278,8 +255,8 @@ class Membership:
     def _replace_former(self, member: Member, info: InstanceInfo) -> None:
         """Remove dead members with the id of an instance that came back at another address; a
         lasting one stays, as not met yet."""
-        for other in self.members:
-            if other is not member and other.id == info.id and other.epoch is not None:
+        for other in tuple(self._named.get(info.id, ())):
+            if other is not member and other.epoch is not None:
                 log.info("%s has moved from %s to %s", info.id, other.address, member.address)
                 if other.lasting:
                     self._forget_life(other)
@@ -292,7 +269,7 @@ class Membership:
             log.warning("%s is not let in: %s", member.address, why)
             member.conflict = why
             self._changed()
-        member.misses = 0
+        self._count_misses(member, 0)
         self._forget_life(member)
 
     def _forget_life(self, member: Member) -> None:
@@ -300,7 +277,8 @@ class Membership:
         if member.epoch is None:
             return
         self._over(member, Change.DIED)
-        member.id, member.epoch, member.pid = InstanceId(member.address), None, None
+        self._name(member, InstanceId(member.address))
+        member.epoch = member.pid = None
         member.state, member.role = InstanceState.STARTING, Role.COLOCATED
         member.limits = member.stats = None
         self._changed()
@@ -325,6 +303,7 @@ class Membership:
 
     def _remove(self, member: Member, why: Change) -> None:
         del self._members[member.address]
+        self._unname(member)
         self._changed()
         self._over(member, why)
 
@@ -356,25 +335,10 @@ class Membership:
             observer(told)
 
     def _changed(self) -> None:
+        self._forget_answers()
         self.epoch = Epoch(self.epoch + 1)
 
 
 def _change(change: Change, member: Member) -> MemberChange:
     assert member.epoch is not None  # it has answered
     return MemberChange(change, member.id, member.epoch, member.address, member.role, member.state)
-
-
-def view_of(member: Member) -> MemberView:
-    pool = None if member.stats is None else member.stats.pool
-    return MemberView(
-        id=member.id,
-        role=member.role,
-        kind=member.kind,
-        pool=member.pool,
-        state=member.state,
-        address=member.address,
-        pid=member.pid,
-        hbm={} if pool is None else pool.hbm,
-        dram={} if pool is None else pool.dram,
-        conflict=msgspec.UNSET if member.conflict is None else member.conflict,
-    )

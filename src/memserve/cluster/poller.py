@@ -8,8 +8,9 @@ import itertools
 import msgspec
 
 from memserve.api.peer_client import PeerClient, PeerError
-from memserve.api.status import InstanceInfo, InstanceState, InstanceStats
-from memserve.cluster.membership import Member, Membership
+from memserve.api.status import REPORT_PATH, InstanceReport, InstanceState, InstanceStats
+from memserve.cluster.member import Member
+from memserve.cluster.membership import Membership
 from memserve.vital import Vitals
 
 # A heartbeat without an answer in time is a miss; MAX_MISSES in a row make a member dead. A beat
@@ -17,13 +18,16 @@ from memserve.vital import Vitals
 # and two beats, while one that answers late, on a busy machine, stays alive.
 POLL_SECONDS = 1.0
 POLL_TIMEOUT_SECONDS = 2.0
+# Parts of a heartbeat, each of which polls as many members: a thousand polls at once would make
+# clients wait for all of them.
+SLICES = 50
 
-_info = msgspec.json.Decoder(InstanceInfo)
+_reports = msgspec.json.Decoder(InstanceReport)
 _stats = msgspec.json.Decoder(InstanceStats)
 
 
 class Poller:
-    """Polls the members of a `Membership` until cancelled: all at each heartbeat, and one at once
+    """Polls the members of a `Membership` until cancelled: all in each heartbeat, and one at once
     when the membership asks for it."""
 
     def __init__(
@@ -40,6 +44,7 @@ class Poller:
         membership.on_question(self._ask_now)
 
     async def run(self) -> None:
+        loop = asyncio.get_running_loop()
         # A task for each poll, so that a member that hangs delays no other.
         async with asyncio.TaskGroup() as group:
             self._group = group
@@ -47,9 +52,12 @@ class Poller:
                 self._membership.forget()
                 members = self._membership.members
                 self._latest = {m: self._latest.get(m, 0) for m in members}
-                for member in members:
-                    group.create_task(self.poll(member))
-                await asyncio.sleep(POLL_SECONDS)
+                beginning = loop.time()
+                for number in range(SLICES):
+                    for member in members[number::SLICES]:
+                        group.create_task(self.poll(member))
+                    until = beginning + POLL_SECONDS * (number + 1) / SLICES
+                    await asyncio.sleep(max(0.0, until - loop.time()))
 
     async def poll(self, member: Member) -> None:
         """Poll one member. An unexpected exception counts as a miss, and ends no other poll."""
@@ -63,9 +71,11 @@ class Poller:
         number = next(self._numbers)
         try:
             async with asyncio.timeout(POLL_TIMEOUT_SECONDS):
-                info = await self._peers.call("GET", f"{member.address}/info", _info.decode)
-                stats: InstanceStats | None = None
-                if info.state is not InstanceState.STARTING:
+                url = member.address + REPORT_PATH
+                report = await self._peers.call("GET", url, _reports.decode)
+                stats = report.stats
+                if stats is None and report.state is not InstanceState.STARTING:
+                    # An earlier version's, in a cluster that is being upgraded.
                     stats = await self._peers.call("GET", f"{member.address}/stats", _stats.decode)
         except PeerError as error:
             if error.refused:
@@ -77,7 +87,7 @@ class Poller:
         else:
             if number > self._latest.get(member, 0):  # no later poll was answered before
                 self._latest[member] = number
-                self._membership.answered(member, info, stats)
+                self._membership.answered(member, report, stats)
 
     def _ask_now(self, member: Member) -> None:
         if self._group is None or member in self._asked:

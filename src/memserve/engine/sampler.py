@@ -1,7 +1,7 @@
 """Sampling of the next token of each sequence from its row of logits.
 
-Filters apply in the order of vLLM's v1 sampler: the grammar, `min_tokens`, `logit_bias` and
-penalties on logits, then temperature, min-p, top-k and top-p.
+Filters apply in the order of vLLM's v1 sampler: the grammar, `allowed_token_ids`, `bad_words`,
+`min_tokens`, `logit_bias` and penalties on logits, then temperature, min-p, top-k and top-p.
 
 Rows are sampled one by one on the host, by numpy on one thread: a row's result cannot depend on
 other rows, a row stays in the core's cache, and no barrier waits for a core that another process
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memserve.api.generate import SamplingParams
+from memserve.api.generate import SamplingParams, same_lists
 from memserve.engine import kernels
 from memserve.engine.constraint import Constraint
 from memserve.engine.request import TokenLogprobs
@@ -36,7 +36,9 @@ IdArray = NDArray[np.int64]
 GREEDY_BELOW = 1e-5  # temperatures this low are greedy, as in vLLM
 MAX_TEMPERATURE = 1e30  # higher ones are clamped: uniform anyway, and float32 has no inverse
 
-NOTHING_ALLOWED = "the answer's grammar allows none of the tokens that may follow"
+NOTHING_ALLOWED = (
+    "the answer's grammar, allowed_token_ids and bad_words allow none of the tokens that may follow"
+)
 
 # A row of logits is reduced as a matrix of FOLD rows to one number per column. This vectorises,
 # and leaves 1/64 of the vocabulary to search, then the 64 tokens of one column.
@@ -56,6 +58,7 @@ class SamplerState:
         "_fixed",
         "_generated",
         "_prompt_tokens",
+        "_recent",
         "_seed",
         "params",
     )
@@ -77,6 +80,7 @@ class SamplerState:
         self.params = params
         self._prompt_tokens = len(prompt)
         self._generated = 0
+        self._recent: list[int] = []  # generated last, as many as `bad_words` look back
         self._constraint = constraint
         self._seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
         same = like is not None and like._fixed.is_of(params, eos_token_ids)
@@ -92,6 +96,9 @@ class SamplerState:
     def append(self, token: int) -> None:
         """Count `token` as the next generated token."""
         self._generated += 1
+        if self._fixed.look_back:
+            self._recent.append(token)
+            del self._recent[: -self._fixed.look_back]
         if self._counts is not None:
             self._counts.add(token)
         if self._constraint is not None and token not in self._fixed.end_tokens:
@@ -109,7 +116,8 @@ class SamplerState:
 
     @property
     def constrained(self) -> bool:
-        return self._constraint is not None
+        """Whether there may be no token that is allowed."""
+        return self._constraint is not None or self._fixed.leaves_out
 
     @property
     def greedy(self) -> bool:
@@ -121,7 +129,7 @@ class SamplerState:
         fixed = self._fixed
         held_open = self._generated < self.params.min_tokens and fixed.end_ids.size > 0
         changed = held_open or fixed.bias_ids.size > 0 or self._counts is not None
-        return changed or self._constraint is not None
+        return changed or self.constrained
 
     @property
     def is_argmax(self) -> bool:
@@ -129,12 +137,14 @@ class SamplerState:
         return self.greedy and not self.adjusts and self.params.logprobs is None
 
     def adjust(self, logits: FloatArray) -> FloatArray:
-        """Return a copy of `logits` [vocab] after grammar, `min_tokens`, `logit_bias` and
-        penalties. Raises GrammarFailed."""
+        """Return a copy of `logits` [vocab] after grammar, `allowed_token_ids`, `bad_words`,
+        `min_tokens`, `logit_bias` and penalties. Raises GrammarFailed."""
         logits = logits.copy()
         fixed = self._fixed
         if self._constraint is not None:
             self._constraint.mask(logits, fixed.end_ids)
+        if fixed.leaves_out:
+            logits = fixed.filtered(logits, self._recent)
         if self._generated < self.params.min_tokens:
             logits[fixed.end_ids] = -np.inf
         logits[fixed.bias_ids] += fixed.bias
@@ -150,9 +160,25 @@ class SamplerState:
 
 
 class _FixedTokens:
-    """Arrays of a request's end tokens and `logit_bias`, shared by its samples and steps."""
+    """Arrays of the tokens that a request names, shared by its samples and steps.
 
-    __slots__ = ("_eos", "_params", "bias", "bias_ids", "end_ids", "end_tokens")
+    `look_back`: generated tokens that `bad_words` depend on. `leaves_out`: whether there are
+    tokens that must not follow.
+    """
+
+    __slots__ = (
+        "_allowed",
+        "_bad",
+        "_eos",
+        "_lengths",
+        "_params",
+        "bias",
+        "bias_ids",
+        "end_ids",
+        "end_tokens",
+        "leaves_out",
+        "look_back",
+    )
 
     def __init__(self, params: SamplingParams, eos_token_ids: Sequence[int]) -> None:
         self._params = params
@@ -161,14 +187,33 @@ class _FixedTokens:
         self.end_ids: IdArray = np.array([*self.end_tokens], np.int64)
         self.bias_ids: IdArray = np.array(list(params.logit_bias), np.int64)
         self.bias: FloatArray = np.array(list(params.logit_bias.values()), np.float32)
+        self._allowed: IdArray = np.array(params.allowed_token_ids, np.int64)
+        bad: dict[tuple[int, ...], list[int]] = {}  # by the tokens before
+        for *before, last in params.bad_words:
+            bad.setdefault(tuple(before), []).append(last)
+        self._bad = {before: np.array(lasts, np.int64) for before, lasts in bad.items()}
+        self._lengths = sorted({len(before) for before in bad})
+        self.look_back = max(self._lengths, default=0)
+        self.leaves_out = bool(params.allowed_token_ids or bad)
+
+    def filtered(self, logits: FloatArray, recent: Sequence[int]) -> FloatArray:
+        """Return `logits` [vocab], which may be changed, with -inf for tokens that must not follow
+        the `recent` ones."""
+        if self._allowed.size:
+            allowed = logits[self._allowed]
+            logits = np.full_like(logits, -np.inf)
+            logits[self._allowed] = allowed
+        for length in self._lengths:
+            if length > len(recent):
+                break
+            last = self._bad.get(tuple(recent[len(recent) - length :]))
+            if last is not None:
+                logits[last] = -np.inf
+        return logits
 
     def is_of(self, params: SamplingParams, eos_token_ids: Sequence[int]) -> bool:
         """Whether another request has the same tokens; False for equal ones of another call."""
-        return (
-            params.stop_token_ids is self._params.stop_token_ids
-            and params.logit_bias is self._params.logit_bias
-            and self._eos == tuple(eos_token_ids)
-        )
+        return same_lists(params, self._params) and self._eos == tuple(eos_token_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@
 | --- | --- | --- |
 | client | `Authorization: Bearer KEY`, if there are keys | `/v1/*`, and vLLM's other paths |
 | scraper | none (`metrics_secret`: as an operator) | `/metrics`, `/load` |
-| probe, reader | none | `/`, `/health`, `/ping`, `/version`, `/docs`, `/openapi.json` |
+| probe | none | `/health`, `/live`, `/ready`, `/ping` |
+| reader | none | `/`, `/version`, `/docs`, `/openapi.json` |
 | operator | the cluster's secret: signed, or as Bearer by TLS or from this machine | `/cluster*` |
 | member | the cluster's secret, signed | `/cluster/members` |
 
@@ -43,7 +44,9 @@ METRICS_PATH = "/metrics"
 LOAD_PATH = "/load"
 _OPERATORS = "/cluster"
 # Open paths tell nothing of clients, and of the cluster only its state and degraded pairs.
-_OPEN = frozenset({"/", "/health", "/ping", "/version", "/openapi.json", "/docs"})
+_OPEN = frozenset(
+    {"/", "/health", "/live", "/ready", "/ping", "/version", "/openapi.json", "/docs"}
+)
 _MAX_AGE = b"600"  # seconds that a browser may cache a preflight's answer
 _ANY = "*"
 _USUAL_HEADERS = b"authorization, content-encoding, content-type, x-request-id, x-session-id"

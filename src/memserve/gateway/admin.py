@@ -30,13 +30,17 @@ from memserve.api.openai import ChatRequest, CompletionRequest
 from memserve.api.peer_client import PeerClient
 from memserve.api.responses import Response as ClientResponse
 from memserve.api.responses import ResponsesRequest
+from memserve.api.status import InstanceState
+from memserve.cluster.changes import MemberChange
 from memserve.cluster.client import DECISIONS_PATH, FEEDS_PATH
 from memserve.cluster.kv_feed import MemberFeed
-from memserve.cluster.membership import DegradedPair, Membership
+from memserve.cluster.member import DegradedPair
+from memserve.cluster.membership import Membership
 from memserve.gateway.access import LOAD_PATH, METRICS_PATH
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.pages import page_routes
+from memserve.gateway.responses import INPUT_TOKENS_PATH, InputTokens
 from memserve.gateway.siblings import Siblings
 from memserve.gateway.tokenization import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from memserve.gateway.worker_metrics import merged
@@ -83,6 +87,12 @@ class Health(msgspec.Struct, frozen=True):
     status: str
     ready: int  # instances
     degraded: list[DegradedPair] | msgspec.UnsetType = msgspec.UNSET  # if there are any
+
+
+class Status(msgspec.Struct, frozen=True):
+    """`GET /live`, `GET /ready`."""
+
+    status: str
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -146,6 +156,8 @@ def admin_app(
         """`/health` without a body, as SageMaker asks."""
         return Response(status_code=(await health()).status_code)
 
+    app.include_router(_probe_routes(membership, draining))
+
     @app.get(LOAD_PATH)
     async def load() -> Response:
         """Requests under way, at all workers."""
@@ -173,6 +185,33 @@ def admin_app(
     app.add_exception_handler(RequestValidationError, _parameter_error)
     app.openapi = _with_openai(app.openapi)  # type: ignore[method-assign]
     return app
+
+
+def _probe_routes(membership: Membership, draining: Callable[[], bool]) -> APIRouter:
+    """Return the endpoints for a supervisor's probes. Neither fails because instances are lost:
+    requests wait for an instance that comes back, and a restart of gateways would bring none."""
+    routes = APIRouter()
+    met = False  # an instance has been ready
+
+    def meet(change: MemberChange) -> None:
+        nonlocal met
+        met = met or change.state is InstanceState.READY
+
+    membership.on_change(meet)
+
+    @routes.get("/live")
+    async def live() -> Response:
+        """200 while the gateway answers at all, also while it drains."""
+        return _json(Status("live"))
+
+    @routes.get("/ready")
+    async def ready() -> Response:
+        """503 while the gateway drains, and until a first instance is ready."""
+        if draining():
+            return _json(Status("draining"), 503)
+        return _json(Status("ready")) if met else _json(Status("no instance"), 503)
+
+    return routes
 
 
 def _observing_routes(
@@ -254,6 +293,7 @@ def _with_openai(base: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, A
         CHAT_PATH: (ChatRequest, ChatCompletion),
         COMPLETIONS_PATH: (CompletionRequest, Completion),
         ForwardPath.RESPONSES.value: (ResponsesRequest, ClientResponse),
+        INPUT_TOKENS_PATH: (ResponsesRequest, InputTokens),
         ForwardPath.TOKENIZE.value: (TokenizeRequest, Tokens),
         ForwardPath.DETOKENIZE.value: (DetokenizeRequest, Text),
     }

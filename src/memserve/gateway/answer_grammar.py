@@ -4,6 +4,7 @@ answer. They are structural tags."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -19,16 +20,99 @@ from memserve.gateway.calls_schema import ANY_ARGUMENTS, calls_schema
 _Format = dict[str, Any]
 
 _BLANK: Final[_Format] = {"type": "regex", "pattern": r"\s{0,4}"}
-# Begin and end of a call around its arguments, what separates calls, and what is around all.
-_TAGS: Final = {
-    ToolFormat.HERMES: (
-        ('<tool_call>\n{"name": %s, "arguments": ', "}\n</tool_call>"),
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """How a format writes calls whose arguments are JSON. `begin` (with the name, in JSON or as it
+    is) and `end`: around the arguments. `opening` and `closing`: around all calls. `trigger`: what
+    the first call begins with, wherever it stands; None: calls are the whole answer."""
+
+    begin: str
+    end: str
+    separator: str
+    trigger: str | None
+    opening: str = ""
+    closing: str = ""
+    numbered: str = ""  # what follows the number behind `begin`; none where calls have no number
+
+    def tag(self, tool: Tool) -> _Format:
+        """Return the format of a call of one function."""
+        name = tool.function.name
+        in_json = msgspec.json.encode(name).decode()
+        content = _schema(tool.function.parameters or ANY_ARGUMENTS)
+        if self.numbered:
+            inner = {"type": "tag", "begin": self.numbered, "content": content, "end": self.end}
+            number = {"type": "regex", "pattern": "[0-9]{1,3}"}
+            content = {"type": "sequence", "elements": [number, inner]}
+        begin = self.begin.replace("NAME_IN_JSON", in_json).replace("NAME", name)
+        end = "" if self.numbered else self.end
+        return {"type": "tag", "begin": begin, "content": content, "end": end}
+
+    def calls(self, tools: Sequence[Tool], single: bool) -> _Format:
+        """Return the format of one or more calls."""
+        calls: _Format = {
+            "type": "tags_with_separator",
+            "tags": [self.tag(tool) for tool in tools],
+            "separator": self.separator,
+            "at_least_one": True,
+            "stop_after_first": single,
+        }
+        if not self.opening:
+            return calls
+        return {"type": "tag", "begin": self.opening, "content": calls, "end": self.closing}
+
+
+_WRITTEN: Final = {
+    ToolFormat.HERMES: _Written(
+        '<tool_call>\n{"name": NAME_IN_JSON, "arguments": ',
+        "}\n</tool_call>",
         "\n",
-        ("", ""),
+        "<tool_call>",
     ),
-    ToolFormat.LLAMA3_JSON: (('{"name": %s, "parameters": ', "}"), "; ", ("", "")),
-    ToolFormat.MISTRAL: (('{"name": %s, "arguments": ', "}"), ", ", ("[TOOL_CALLS] [", "]")),
+    ToolFormat.LLAMA3_JSON: _Written('{"name": NAME_IN_JSON, "parameters": ', "}", "; ", None),
+    ToolFormat.MISTRAL: _Written(
+        '{"name": NAME_IN_JSON, "arguments": ', "}", ", ", "[TOOL_CALLS]", "[TOOL_CALLS] [", "]"
+    ),
+    ToolFormat.GRANITE: _Written(
+        '{"name": NAME_IN_JSON, "arguments": ', "}", ", ", "<|tool_call|>", "<|tool_call|>[", "]"
+    ),
+    ToolFormat.DEEPSEEK_V3: _Written(
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n",
+        "\n```<｜tool▁call▁end｜>",
+        "\n",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+    ),
+    ToolFormat.DEEPSEEK_V31: _Written(
+        "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
+        "<｜tool▁call▁end｜>",
+        "",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+    ),
+    ToolFormat.KIMI_K2: _Written(
+        "<|tool_call_begin|>functions.NAME:",
+        "<|tool_call_end|>",
+        "",
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_end|>",
+        "<|tool_call_argument_begin|>",
+    ),
 }
+# In harmony, the end of an answer is an end token of the model, which is no text.
+_FINAL: Final = "<|channel|>final<|message|>"
+_ANALYSIS: Final = "<|channel|>analysis<|message|>"
+_PREAMBLE: Final = "<|channel|>commentary<|message|>"
+_HARMONY_CALL: Final = _Written(
+    "<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>", "", "", None
+)
+_ANY_TEXT: Final[_Format] = {"type": "any_text"}
+# What Llama's format takes for content.
+_NO_CALL: Final[_Format] = {"type": "regex", "pattern": r"\s*([^\s{][\x{0}-\x{10ffff}]*)?"}
 
 
 def behind_reasoning(grammar: Grammar, reasoning: ReasoningFormat, begun: bool) -> Grammar:
@@ -62,31 +146,67 @@ def or_calls(
     answer = _format_of(grammar)
     if answer is None:
         raise invalid(f"'{grammar.kind}' and tools that may be called do not go together.", "tools")
-    if form in _TAGS:
-        (begin, end), separator, (opening, closing) = _TAGS[form]
-        tags = [
-            {
-                "type": "tag",
-                "begin": begin % msgspec.json.encode(tool.function.name).decode(),
-                "content": _schema(tool.function.parameters or ANY_ARGUMENTS),
-                "end": end,
-            }
-            for tool in tools
-        ]
-        calls: _Format = {
-            "type": "tags_with_separator",
-            "tags": tags,
-            "separator": separator,
-            "at_least_one": True,
-            "stop_after_first": single,
-        }
-        if opening:
-            edges = [{"type": "const_string", "value": text} for text in (opening, closing)]
-            calls = {"type": "sequence", "elements": [edges[0], calls, edges[1]]}
+    if form is ToolFormat.OPENAI:
+        return harmony(tools, answer, grammar), form
+    written = _WRITTEN.get(form)
+    if written is not None:
+        calls = written.calls(tools, single)
     else:
         form = ToolFormat.JSON_CALLS
         calls = _schema(calls_schema(tools, single))
     return _tags({"type": "or", "elements": [answer, calls]}, grammar), form
+
+
+def strict_calls(form: ToolFormat, tools: Sequence[Tool], single: bool) -> Grammar | None:
+    """Return the grammar of an answer in which calls, wherever they stand, obey the schemas of
+    those functions that are strict; None for a format whose arguments are not JSON."""
+    tools = [tool if tool.function.strict else _any_arguments(tool) for tool in tools]
+    empty = Grammar(GrammarKind.STRUCTURAL_TAG, "", param="tools")
+    if form is ToolFormat.OPENAI:
+        return harmony(tools, _ANY_TEXT, empty)
+    written = _WRITTEN.get(form)
+    if written is None:
+        return None
+    if written.trigger is None:
+        whole = {"type": "or", "elements": [written.calls(tools, single), _NO_CALL]}
+        return _tags(whole, empty)
+    calls = written.calls(tools, single)
+    triggered = {
+        "type": "triggered_tags",
+        "triggers": [written.trigger],
+        "tags": [calls] if written.opening else calls["tags"],
+        "stop_after_first": single,
+    }
+    return _tags(triggered, empty)
+
+
+def _any_arguments(tool: Tool) -> Tool:
+    return Tool(msgspec.structs.replace(tool.function, parameters=None))
+
+
+def harmony(
+    tools: Sequence[Tool], answer: _Format | None = None, like: Grammar | None = None
+) -> Grammar:
+    """Return the grammar of an answer in harmony that calls one of `tools`, or whose final text is
+    `answer`, if there is one. `like`: a grammar with its settings."""
+    ends = [_HARMONY_CALL.tag(tool) for tool in tools]
+    if answer is not None:
+        ends.append({"type": "tag", "begin": _FINAL, "content": answer, "end": ""})
+    elements: list[_Format] = []
+    for begin in (_ANALYSIS, _PREAMBLE):
+        said = {"type": "tag", "begin": begin, "content": _ANY_TEXT, "end": "<|end|>"}
+        again = {"type": "const_string", "value": "<|start|>assistant"}
+        elements.append(
+            {"type": "optional", "content": {"type": "sequence", "elements": [said, again]}}
+        )
+    whole = {"type": "sequence", "elements": [*elements, {"type": "or", "elements": ends}]}
+    return _tags(whole, like or Grammar(GrammarKind.STRUCTURAL_TAG, "", param="tools"))
+
+
+def in_harmony(grammar: Grammar) -> Grammar:
+    """Return the grammar of an answer in harmony whose final text obeys `grammar`."""
+    answer = _format_of(grammar)
+    return grammar if answer is None else harmony((), answer, grammar)
 
 
 def schema_grammar(schema: object) -> Grammar:

@@ -35,6 +35,7 @@ from memserve.gateway.admin import (
 )
 from memserve.gateway.admission_queue import AdmissionQueue, ClientLeft
 from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder, with_session
+from memserve.gateway.cluster_admin import repeated_join
 from memserve.gateway.figures import figures_routes
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.metrics import GatewayMetrics
@@ -42,7 +43,7 @@ from memserve.gateway.refusals import draining, no_instance, no_member_can
 from memserve.gateway.relay import Answer, Relay
 from memserve.gateway.request_line import CLIENT_LEFT, MAX_REQUEST_ID, RequestLine, read_reason
 from memserve.gateway.request_trace import RequestTrace
-from memserve.gateway.responses import RESPONSES_PATH, Responses
+from memserve.gateway.responses import INPUT_TOKENS_PATH, RESPONSES_PATH, Responses
 from memserve.gateway.siblings import Siblings
 from memserve.gateway.tokenization import Tokenization
 from memserve.scheduler.admission import NOBODY, Tenant, tenant_id
@@ -152,6 +153,10 @@ class GatewayApp:
 
     async def handle(self, request: Request, reply: Reply) -> None:
         """Handle one request: the server's `Handler`."""
+        if request.path == INPUT_TOKENS_PATH and request.method != "OPTIONS":
+            count = partial(self._responses.count, request)
+            await self._answer(count, request, reply, forwards=False)
+            return
         build = self._generating.get(request.path)
         if build is None and request.path in self._forwarding and request.method != "OPTIONS":
             has = self._membership.has
@@ -219,13 +224,19 @@ class GatewayApp:
             if self._responses.serves(request.path):
                 await self._responses.answer(request, reply)
                 return
+            if (view := repeated_join(self._membership, request)) is not None:
+                reply.send(HTTPStatus.OK, view)
+                return
         except ApiError as error:
             reply.send_error(error)
             return
         await self._admin(request, reply)
 
-    async def _answer(self, native: _Native, request: Request, reply: Reply) -> bool:
-        """Answer a request that generates nothing. Return False if it is for a vLLM server."""
+    async def _answer(
+        self, native: _Native, request: Request, reply: Reply, forwards: bool = True
+    ) -> bool:
+        """Answer a request that generates nothing. Return False if it is for a vLLM server, which
+        is possible with `forwards` alone."""
         interruption = Interruption()
         reply.on_gone = interruption.interrupt
         self._begin()
@@ -242,7 +253,7 @@ class GatewayApp:
                 )
                 reply.send(HTTPStatus.OK, body)
         except NotUnderstood as error:
-            if self._membership.has(MemberKind.VLLM):
+            if forwards and self._membership.has(MemberKind.VLLM):
                 return False
             reply.send_error(error)
         except ApiError as error:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from memserve.api.errors import invalid
 from memserve.api.limits import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
     MAX_DEPTH,
     MAX_FIELDS,
     MAX_LOGIT_BIASES,
@@ -28,7 +30,8 @@ from memserve.gateway.compiled import compiled
 
 _QUOTE, _BACKSLASH, _COMMA = map(ord, '"\\,')
 _OPEN_ARRAY, _OPEN_OBJECT, _CLOSE_ARRAY, _CLOSE_OBJECT = map(ord, "[{]}")
-_TOO_DEEP, _TOO_MANY_FIELDS = -1, -2
+_TOO_MANY_FIELDS = -1
+_TOO_DEEP = -2  # minus the number of fields: the last one is too deep
 
 # Elements that a field may have, at any depth; a flat array of n has n. None: not limited here,
 # since token ids make no objects, and `prompts` counts prompts.
@@ -44,25 +47,36 @@ _VALUES: Final[Mapping[bytes, int | None]] = {
     b"guided_json": MAX_MESSAGE_VALUES,
     b"stop": MAX_STOP_STRINGS,
     b"stop_token_ids": MAX_STOP_TOKEN_IDS,
+    b"allowed_token_ids": MAX_ALLOWED_TOKEN_IDS,
+    b"bad_words": MAX_BAD_WORDS,
     b"logit_bias": MAX_LOGIT_BIASES,
     b"metadata": MAX_METADATA_ENTRIES,
 }
 
 
 def check_body(body: bytes) -> None:
-    """Raise ApiError (400) if the body nests too deeply, or, with the field's name, if it has too
-    many elements. Invalid JSON passes: the parser reports it."""
+    """Raise ApiError (400) with the field's name if the body nests too deeply, or has too many
+    elements. Invalid JSON passes: the parser reports it. All bodies are checked here before they
+    are decoded: decoders, and whatever walks through what they make, follow depth by recursion."""
     fields = np.empty((MAX_FIELDS, 3), dtype=np.int64)
     count = _scan.run(np.frombuffer(body, dtype=np.uint8), fields)
-    if count == _TOO_DEEP:
-        raise invalid(f"The request body is nested deeper than {MAX_DEPTH}.", code="invalid_json")
+    if count <= _TOO_DEEP:
+        begin, end, _ = fields[max(0, _TOO_DEEP - count - 1)].tolist()
+        name = None if count == _TOO_DEEP else _name(body, begin, end)
+        what = "The request body" if name is None else f"'{name}'"
+        message = f"{what} is nested too deeply: a request may be {MAX_DEPTH} deep."
+        raise invalid(message, name, "invalid_json")
     if count == _TOO_MANY_FIELDS:
         raise invalid(f"The request has more than {MAX_FIELDS} fields.")
     for begin, end, values in fields[:count].tolist():
         limit = _VALUES.get(body[begin:end], MAX_VALUES) if end - begin <= 64 else MAX_VALUES
         if limit is not None and values > limit:
-            name = body[begin : min(end, begin + 64)].decode("utf-8", "replace")
+            name = _name(body, begin, end)
             raise invalid(f"'{name}' has {values} elements, and at most {limit} may be.", name)
+
+
+def _name(body: bytes, begin: int, end: int) -> str:
+    return body[begin : min(end, begin + 64)].decode("utf-8", "replace")
 
 
 def count_values(json: bytes) -> int | None:
@@ -100,7 +114,7 @@ def _scan(text: NDArray[np.uint8], fields: NDArray[np.int64]) -> int:
         elif byte in (_OPEN_ARRAY, _OPEN_OBJECT):
             depth += 1
             if depth > MAX_DEPTH:
-                return _TOO_DEEP
+                return _TOO_DEEP - count
             if depth == 1:
                 name_next = True
             elif count:

@@ -12,7 +12,6 @@ import msgspec
 from memserve.api.errors import context_length_exceeded, invalid, model_not_found
 from memserve.api.generate import CallKind, GenerateCall, validate_sampling
 from memserve.api.limits import (
-    COUNTED_BODY_BYTES,
     LARGE_BODY_BYTES,
     MAX_ECHO_CHARACTERS,
     MAX_NAME_CHARACTERS,
@@ -32,6 +31,7 @@ from memserve.api.openai import (
 )
 from memserve.api.status import Limits
 from memserve.errors import RequestError
+from memserve.gateway.bad_words import bad_word_ids
 from memserve.gateway.body_scan import check_body
 from memserve.gateway.body_threads import BodyThreads
 from memserve.gateway.chat_plan import ChatPlan, is_extended, is_plain, plan_chat
@@ -45,7 +45,10 @@ from memserve.types import TokenArray
 
 # Tokenised on the event loop in about 1 ms; longer texts go to a thread.
 INLINE_CHARACTERS = 4096
+# A prompt that is only counted may be longer than the context: clients ask by how much it is.
+COUNTED_CONTEXTS = 4
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+_WORD_CHARACTERS = 16  # a text of its own, however short, takes as long as this many characters
 
 
 class CallBuilder:
@@ -89,6 +92,7 @@ class CallBuilder:
         characters = sum(len(message.text) for message in request.messages)
         if len(body) > INLINE_CHARACTERS and not (is_plain(request) and unconstrained(request)):
             characters = len(body)  # tools, their calls and grammars are text, too
+        characters += _bad_characters(request)
         if characters <= INLINE_CHARACTERS:
             return self._chat(request, limits)
         return await self.threads.off_loop(characters, lambda: self._chat(request, limits))
@@ -104,6 +108,7 @@ class CallBuilder:
         for prompt in given:
             if isinstance(prompt, str):
                 characters += len(prompt)
+        characters += _bad_characters(request)
         if characters <= INLINE_CHARACTERS:
             return self._completion(request, given, limits)
         self.check_lengths(given, limits)
@@ -112,8 +117,7 @@ class CallBuilder:
         )
 
     def _parse_chat(self, body: bytes, limits: Limits) -> ChatRequest:
-        if len(body) > COUNTED_BODY_BYTES:
-            check_body(body)
+        check_body(body)
         request = parse_chat(body)
         self.check_model(request.model)
         if self._forwards() and is_extended(request):
@@ -124,8 +128,7 @@ class CallBuilder:
     def _parse_completion(
         self, body: bytes, limits: Limits
     ) -> tuple[CompletionRequest, tuple[Prompt, ...]]:
-        if len(body) > COUNTED_BODY_BYTES:
-            check_body(body)
+        check_body(body)
         request = parse_completion(body)
         self.check_model(request.model)
         prompts = read_prompts(request.prompt)
@@ -133,13 +136,11 @@ class CallBuilder:
         return request, prompts
 
     def _chat(self, request: ChatRequest, limits: Limits) -> GenerateCall:
-        try:
-            plan = plan_chat(request, self._formats)
-            text = self._render(plan, limits)
-        except RecursionError as error:  # a schema or arguments, written anew
-            raise invalid("The request is nested too deeply.", code="invalid_json") from error
+        plan = plan_chat(request, self._formats)
+        text = self._render(plan, limits)
         prompt = self.token_ids(text, request.add_special_tokens is not False)
         asked = request.max_completion_tokens or request.max_tokens
+        prompt = _truncated(prompt, request, limits.max_tokens - (asked or 1))
         room = _room(len(prompt), asked, limits, "messages")
         if not self._tokenizer.has_chat_template and not asked:
             room = min(room, DEFAULT_CHAT_TOKENS)
@@ -164,7 +165,9 @@ class CallBuilder:
     ) -> GenerateCall:
         special = request.add_special_tokens is not False
         self.check_lengths(given, limits)
-        prompts = tuple([self.token_ids(prompt, special) for prompt in given])
+        whole = [self.token_ids(prompt, special) for prompt in given]
+        most = limits.max_tokens - max(1, request.max_tokens or 1)
+        prompts = tuple([_truncated(prompt, request, most) for prompt in whole])
         room = limits.max_tokens
         for prompt in prompts:
             _check_prompt(prompt, limits)
@@ -180,7 +183,7 @@ class CallBuilder:
                 else request.max_tokens
             ),
             logprobs=request.logprobs,
-            echo=_texts(given) if request.echo else (),
+            echo=_texts(given, whole, prompts) if request.echo else (),
         )
 
     def _call(
@@ -201,7 +204,8 @@ class CallBuilder:
             most = MAX_STREAMED_SCORES if request.stream else MAX_PROMPT_SCORES
             _check_scores(prompts, request.samples, prompt_logprobs, most)
         # The engine generates at least one token, from the logits that end the prefill.
-        sampling = sampling_params(request, max_tokens or 1, logprobs, prompt_logprobs)
+        bad = bad_word_ids(self._tokenizer, request.bad_words) if request.bad_words else ()
+        sampling = sampling_params(request, max_tokens or 1, logprobs, prompt_logprobs, bad)
         try:
             validate_sampling(sampling, limits.vocab_size)
         except RequestError as error:
@@ -329,6 +333,31 @@ def _room(prompt_tokens: int, asked: int | None, limits: Limits, param: str) -> 
     return room
 
 
-def _texts(given: tuple[Prompt, ...]) -> tuple[str | None, ...]:
-    """Return the prompts that were sent as text; None for token ids."""
-    return tuple([prompt if isinstance(prompt, str) else None for prompt in given])
+def _truncated(
+    prompt: TokenArray, request: ChatRequest | CompletionRequest, most: int
+) -> TokenArray:
+    """Return what `truncate_prompt_tokens` leaves of a prompt; `most`: for -1."""
+    count = request.truncate_prompt_tokens
+    if count is None:
+        return prompt
+    count = max(1, most) if count < 0 else count
+    return prompt[:count] if request.truncation_side == "right" else prompt[-count:]
+
+
+def _bad_characters(request: ChatRequest | CompletionRequest) -> int:
+    """Return how many characters of a text take as long as the request's `bad_words`."""
+    words = request.bad_words or ()
+    return _WORD_CHARACTERS * len(words) + sum(map(len, words))
+
+
+def _texts(
+    given: tuple[Prompt, ...], whole: Sequence[TokenArray], kept: Sequence[TokenArray]
+) -> tuple[str | None, ...]:
+    """Return the prompts that were sent as text; None for token ids, and for a text that was
+    truncated."""
+    return tuple(
+        [
+            prompt if isinstance(prompt, str) and len(all_of_it) == len(rest) else None
+            for prompt, all_of_it, rest in zip(given, whole, kept, strict=True)
+        ]
+    )

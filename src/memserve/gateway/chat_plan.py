@@ -11,23 +11,34 @@ from typing import Any, Final
 import msgspec
 
 from memserve.api.answer.format import AnswerFormat, Function, ReasoningFormat, ToolFormat
+from memserve.api.answer.known_templates import HARMONY
+from memserve.api.answer.parser import reads_all
 from memserve.api.answer.reasoning import MARKERS
 from memserve.api.errors import invalid
 from memserve.api.generate import GenerateCall
 from memserve.api.grammar import Grammar
 from memserve.api.limits import (
-    MAX_DEPTH,
+    MAX_BEGUN_CHARACTERS,
     MAX_TEMPLATE_CHARACTERS,
     MAX_TOOL_CHARACTERS,
     MAX_VALUES,
 )
-from memserve.api.openai import ChatRequest, Message, unsupported
+from memserve.api.neutral import unsupported
+from memserve.api.openai import ChatRequest, Message
 from memserve.api.openai_tools import AllowedChoice, NamedChoice, Tool
-from memserve.gateway.answer_grammar import behind_reasoning, or_calls, schema_grammar
+from memserve.gateway.answer_grammar import (
+    behind_reasoning,
+    harmony,
+    in_harmony,
+    or_calls,
+    schema_grammar,
+    strict_calls,
+)
 from memserve.gateway.calls_schema import ANY_ARGUMENTS, calls_schema
 from memserve.gateway.conversation import TEMPLATE_STEERING, ArgumentsDecoder
 from memserve.gateway.model_formats import ModelFormats
 from memserve.gateway.tool_text import in_text
+from memserve.models.response_template import ResponseTemplate
 
 # Variables that the request's own fields give the template.
 _OWN_VARIABLES: Final = (
@@ -38,6 +49,9 @@ _OWN_VARIABLES: Final = (
     "continue_final_message",
 )
 
+
+# Of the processor's time, to find where an answer begins in a prompt; a literal takes microseconds.
+ANCHOR_SECONDS: Final = 0.02
 
 # Behind the text of a message to continue: the rendered conversation is cut there. The text itself
 # may be a part of what templates put behind a message. No client can know it.
@@ -56,6 +70,8 @@ class ChatPlan(msgspec.Struct, frozen=True):
     extended: bool = False
     opens_answer: bool = True  # the template adds what begins an answer
     continued: str | None = None  # the last message's text, which the answer continues
+    template: ResponseTemplate | None = None  # the model's own
+    strict: bool = False  # calls obey their schemas, also where none is required
 
     def completed(self, text: str) -> str:
         """Return the rendered conversation as the prompt. Raises ApiError (400) if the message to
@@ -75,13 +91,23 @@ class ChatPlan(msgspec.Struct, frozen=True):
         constraints that do not go together."""
         answer = self.answer or _ALL_CONTENT
         grammar = self.grammar or call.sampling.grammar
-        if self.grammar is None and grammar is not None and answer.functions:
+        if self.grammar is None and answer.functions:
             single = not answer.parallel
-            grammar, form = or_calls(grammar, answer.tools, self.callable, single)
-            answer = msgspec.structs.replace(answer, tools=form)
-        if answer.reasoning is not ReasoningFormat.NONE:
+            if grammar is not None:
+                grammar, form = or_calls(grammar, answer.tools, self.callable, single)
+                answer = msgspec.structs.replace(answer, tools=form)
+            elif self.strict:
+                grammar = strict_calls(answer.tools, self.callable, single)
+        elif grammar is not None and answer.tools is ToolFormat.RESPONSE_TEMPLATE:
+            answer = msgspec.structs.replace(answer, tools=ToolFormat.NONE)
+        elif self.grammar is None and grammar is not None and reads_all(answer):
+            grammar = in_harmony(grammar)
+        if reads_all(answer):
+            answer = self._begun(answer, text)
+        elif answer.reasoning is not ReasoningFormat.NONE:
             answer = self._reasoning(answer, text)
-        if grammar is not None and answer.reasoning is not ReasoningFormat.NONE:
+        marked = answer.reasoning is not ReasoningFormat.NONE and not reads_all(answer)
+        if grammar is not None and marked:
             begun = answer.reasoning_begun or answer.reasoning is ReasoningFormat.DEEPSEEK_R1
             grammar = behind_reasoning(grammar, answer.reasoning, begun)
         sampling = call.sampling
@@ -93,6 +119,13 @@ class ChatPlan(msgspec.Struct, frozen=True):
             answer=None if answer == _ALL_CONTENT else answer,
             extended=self.extended,
         )
+
+    def _begun(self, answer: AnswerFormat, text: str) -> AnswerFormat:
+        """Return the format of an answer to this prompt, which a template reads."""
+        own = answer.tools is ToolFormat.RESPONSE_TEMPLATE and self.template is not None
+        template = self.template if own and self.template is not None else HARMONY
+        begun = template.begun(text, ANCHOR_SECONDS)[-MAX_BEGUN_CHARACTERS:]
+        return msgspec.structs.replace(answer, begun=begun)
 
     def _reasoning(self, answer: AnswerFormat, text: str) -> AnswerFormat:
         """Return the format of an answer to this prompt."""
@@ -115,11 +148,12 @@ _beyond_text = attrgetter(
     "tools",
     "tool_choice",
     "chat_template_kwargs",
+    "documents",
     "reasoning_effort",
     "include_reasoning",
     "continue_final_message",
 )
-_NONE_OF_THEM: Final = (None,) * 6
+_NONE_OF_THEM: Final = (None,) * 7
 _beside_content = attrgetter("tool_calls", "tool_call_id", "reasoning", "reasoning_content")
 _NOTHING_BESIDE: Final = (None,) * 4
 
@@ -141,10 +175,13 @@ def plan_chat(request: ChatRequest, formats: ModelFormats) -> ChatPlan:
     messages = [_template_message(message, decode) for message in request.messages]
     opens = request.add_generation_prompt is not False
     if is_plain(request):
-        answer = None
-        if formats.reasoning is not ReasoningFormat.NONE:
-            answer = AnswerFormat(reasoning=formats.reasoning)
-        return ChatPlan(messages, answer=answer, opens_answer=opens)
+        plain = _answer(formats)
+        return ChatPlan(
+            messages,
+            answer=None if plain == _ALL_CONTENT else plain,
+            opens_answer=opens,
+            template=formats.template,
+        )
     tools, allowed, answer, grammar = _tools(request, formats)
     rendered = [_template_tool(tool) for tool in tools]
     if formats.in_text:
@@ -174,6 +211,8 @@ def plan_chat(request: ChatRequest, formats: ModelFormats) -> ChatPlan:
         is_extended(request),
         opens,
         continued,
+        formats.template,
+        any(tool.function.strict for tool in allowed),
     )
 
 
@@ -182,6 +221,7 @@ def is_extended(request: ChatRequest) -> bool:
     return bool(
         request.tools
         or request.chat_template_kwargs
+        or request.documents
         or request.reasoning_effort is not None
         or request.include_reasoning is not None
         or request.continue_final_message
@@ -231,8 +271,8 @@ def _tools(
     """Return the tools to tell the model of, those that it may call, and the answer's format and
     grammar."""
     tools, choice = request.tools or (), request.tool_choice
-    answer = AnswerFormat(
-        reasoning=formats.reasoning, include_reasoning=request.include_reasoning is not False
+    answer = msgspec.structs.replace(
+        _answer(formats), include_reasoning=request.include_reasoning is not False
     )
     if not tools:
         return (), (), answer, None
@@ -240,18 +280,29 @@ def _tools(
     if choice == "none":
         return (), (), answer, None
     allowed, forced = _allowed(request, tools)
-    form = formats.tools
+    form = formats.tools if formats.template is None else ToolFormat.RESPONSE_TEMPLATE
     grammar: Grammar | None = None
     single = request.parallel_tool_calls is False
-    if isinstance(choice, NamedChoice):
+    named = isinstance(choice, NamedChoice)
+    if forced and form is ToolFormat.OPENAI:
+        grammar = harmony(allowed)
+    elif named:
         form = ToolFormat.JSON_ARGUMENTS
         grammar = schema_grammar(allowed[0].function.parameters or ANY_ARGUMENTS)
     elif forced:
         form = ToolFormat.JSON_CALLS
         grammar = schema_grammar(calls_schema(allowed, single))
     functions = tuple([_function(tool, form) for tool in allowed])
-    answer = msgspec.structs.replace(answer, tools=form, functions=functions, parallel=not single)
+    answer = msgspec.structs.replace(
+        answer, tools=form, functions=functions, parallel=not single, named=named
+    )
     return tools, allowed, answer, grammar
+
+
+def _answer(formats: ModelFormats) -> AnswerFormat:
+    """Return the format of answers to chats without tools."""
+    tools = ToolFormat.NONE if formats.template is None else ToolFormat.RESPONSE_TEMPLATE
+    return AnswerFormat(tools, reasoning=formats.reasoning)
 
 
 def _allowed(request: ChatRequest, tools: Sequence[Tool]) -> tuple[Sequence[Tool], bool]:
@@ -270,8 +321,16 @@ def _allowed(request: ChatRequest, tools: Sequence[Tool]) -> tuple[Sequence[Tool
     return allowed, forced
 
 
+# Formats that may not tell texts from numbers.
+_WITHOUT_QUOTES: Final = (
+    ToolFormat.QWEN3_CODER,
+    ToolFormat.GLM45,
+    ToolFormat.RESPONSE_TEMPLATE,
+)
+
+
 def _function(tool: Tool, form: ToolFormat) -> Function:
-    if form is not ToolFormat.QWEN3_CODER:  # all others tell texts from numbers
+    if form not in _WITHOUT_QUOTES:
         return Function(tool.function.name)
     properties = (tool.function.parameters or {}).get("properties")
     texts = [
@@ -295,8 +354,6 @@ def _check_tools(tools: Sequence[Tool]) -> None:
     names = [tool.function.name for tool in tools]
     if len(set(names)) < len(names):
         raise invalid("Two tools have the same name.", "tools")
-    for tool in tools:
-        _check_depth(tool.function.parameters, "tools")
     if len(msgspec.json.encode(tools)) > MAX_TOOL_CHARACTERS:
         raise invalid(f"'tools' has more than {MAX_TOOL_CHARACTERS} characters.", "tools")
 
@@ -308,7 +365,6 @@ def _variables(request: ChatRequest) -> dict[str, Any]:
     for name in _OWN_VARIABLES:
         if name in given:
             raise unsupported(f"chat_template_kwargs.{name}")
-    _check_depth(given, "chat_template_kwargs")
     if given and len(msgspec.json.encode(given)) > MAX_TEMPLATE_CHARACTERS:
         raise invalid(
             f"'chat_template_kwargs' has more than {MAX_TEMPLATE_CHARACTERS} characters.",
@@ -318,19 +374,6 @@ def _variables(request: ChatRequest) -> dict[str, Any]:
     if request.reasoning_effort is not None:  # as in vLLM
         variables["reasoning_effort"] = request.reasoning_effort
         variables["enable_thinking"] = request.reasoning_effort != "none"
+    if request.documents:
+        variables["documents"] = request.documents
     return variables | given
-
-
-def _check_depth(value: object, field: str) -> None:
-    """Raise ApiError (400) for a value that nests deeper than MAX_DEPTH."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return
-    raise invalid(f"'{field}' is nested deeper than {MAX_DEPTH}.", field)

@@ -13,7 +13,8 @@ from fastapi import APIRouter, Response
 
 from memserve.clock import Clock
 from memserve.cluster.figures import STATS_PATH, WORKER_STATS_PATH, GatewayTotals, MemberFigures
-from memserve.cluster.membership import Member, Membership
+from memserve.cluster.member import Member
+from memserve.cluster.membership import Membership
 from memserve.gateway.admission_queue import AdmissionQueue
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.siblings import Siblings

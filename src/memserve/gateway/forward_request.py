@@ -20,6 +20,7 @@ from memserve.api.forward import (
     Forward,
     ForwardPath,
 )
+from memserve.api.json_body import decode_json, not_understood
 from memserve.api.limits import (
     MAX_INT32,
     MAX_LOGPROBS,
@@ -27,13 +28,8 @@ from memserve.api.limits import (
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
 )
-from memserve.api.openai import (
-    SharedFields,
-    check_best_of,
-    is_neutral,
-    not_understood,
-    unsupported,
-)
+from memserve.api.neutral import is_neutral, unsupported
+from memserve.api.openai import SharedFields, check_best_of
 from memserve.gateway.body_scan import check_body
 from memserve.gateway.conversation import TEMPLATE_STEERING
 from memserve.gateway.prompts import Prompt, read_prompts
@@ -101,20 +97,13 @@ _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 def read_request(path: ForwardPath, body: bytes) -> ForwardRequest:
     """Decode and check a body. Raises ApiError (400) that names the field at fault."""
     check_body(body)
-    try:
-        members = _members.decode(body)
-        prompts, unread = _read_tokens(path, members)
-        fields = {
-            name: msgspec.json.decode(value)
-            for name, value in members.items()
-            if name not in unread
-        }
-    except msgspec.ValidationError as error:
-        raise not_understood(error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise invalid(
-            f"The request body is not valid JSON: {error}", code="invalid_json"
-        ) from error
+    members = decode_json(_members.decode, body)
+    prompts, unread = _read_tokens(path, members)
+    fields = {
+        name: decode_json(msgspec.json.decode, value, name[:64])
+        for name, value in members.items()
+        if name not in unread
+    }
     kept = {name: value for name, value in fields.items() if _passes(path, name, value)}
     try:
         asked = msgspec.convert(fields, Asked, str_keys=True)

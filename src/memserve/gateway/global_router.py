@@ -18,7 +18,8 @@ from memserve.api.status import EngineTotals, InstanceState, Limits
 from memserve.clock import Clock
 from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.kv_feed import KvFeed
-from memserve.cluster.membership import Member, Membership
+from memserve.cluster.member import Member
+from memserve.cluster.membership import Membership
 from memserve.gateway import handover_proof
 from memserve.gateway.admission_queue import AdmissionQueue
 from memserve.gateway.instance_costs import InstanceCosts, StepTimes, answer_tokens
@@ -36,6 +37,10 @@ from memserve.vital import Vitals
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0  # between looks at the members' polled totals: the interval of the polls
+# Prefill instances that a call names, the planned one first: more than are ever lost at once, and
+# few enough for calls to be as small in a cluster of thousands.
+MAX_PREFILL = 8
+AT_ONCE = 32  # members whose totals are looked at without a pause: about 1 ms
 # Assumed block size of a member until it has loaded its model and reported its limits.
 _BLOCK_TOKENS = 16
 # Factor on prefill costs while no instance has given a profile: only the number of requests then
@@ -119,8 +124,7 @@ class GlobalRouter:
         prefill: tuple[Member, ...] = ()
         if plan.prefill is not None:
             chosen = by_id[plan.prefill]
-            others = (m for m in eligible.prefill if m is not chosen and m.kv == chosen.kv)
-            prefill = (chosen, *others)
+            prefill = (chosen, *eligible.behind(chosen))
         fetch = None if plan.fetch is None else by_id[plan.fetch]
         return MemberPlan(by_id[plan.instance], prefill, fetch, ticket, ticket.explain, decision)
 
@@ -194,7 +198,8 @@ class GlobalRouter:
         known.profiled = True
         self._put(known, replace(known.spec, costs=costs))
         for other in tuple(self._known.values()):
-            if not other.profiled:  # this profile is now the best guess for it
+            # This profile is now the best guess for the others, most of which have it already.
+            if not other.profiled and not self._costs.is_guess(other.spec.costs):
                 self._put(other, replace(other.spec, costs=self._costs.unknown()))
 
     def _put(self, known: _Known, spec: InstanceSpec) -> None:
@@ -212,7 +217,9 @@ class GlobalRouter:
 
     async def _look(self) -> None:
         while True:
-            for member in self._membership.members:
+            for number, member in enumerate(self._membership.members):
+                if number % AT_ONCE == AT_ONCE - 1:
+                    await asyncio.sleep(0)
                 known = self._known.get(member.id)
                 if known is None or member.stats is None or known.epoch != member.epoch:
                     continue
@@ -279,7 +286,19 @@ class _Eligible:
         self._epoch = epoch
         self.by_id: Mapping[InstanceId, Member] = {member.id: member for member in members}
         self.ids = frozenset(self.by_id)
-        self.prefill = [member for member in members if member.role is Role.PREFILL]
+        self._prefill = [member for member in members if member.role is Role.PREFILL]
+        self._places = {member.id: at for at, member in enumerate(self._prefill)}
+
+    def behind(self, chosen: Member) -> list[Member]:
+        """Return the prefill instances to ask if the chosen one does not answer: those that follow
+        it in turn, so that the requests of a lost one spread over others."""
+        at, found = self._places[chosen.id], list[Member]()
+        for other in itertools.chain(self._prefill[at + 1 :], self._prefill[:at]):
+            if other.kv == chosen.kv:
+                found.append(other)
+            if len(found) == MAX_PREFILL - 1:
+                break
+        return found
 
     def are(self, members: Sequence[Member], epoch: Epoch) -> bool:
         """Return whether this object describes `members` at the membership's `epoch`, which fixes

@@ -38,7 +38,8 @@ from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.request_stats import RequestStats
 from memserve.api.status import InstanceState, Limits, MemberKind
 from memserve.clock import Clock
-from memserve.cluster.membership import DegradedPair, Member, Membership
+from memserve.cluster.member import DegradedPair, Member
+from memserve.cluster.membership import Membership
 from memserve.tokens import from_ids
 from memserve.types import Epoch, InstanceId, Role, TokenArray
 from memserve.vital import Vitals
@@ -46,6 +47,9 @@ from memserve.vital import Vitals
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0  # between looks at the members: the interval of their polls
+# Between looks while no member has joined, left or changed its state or role: by then another one's
+# limits or fingerprint are known, too.
+FOLLOW_SECONDS = 10.0
 # Seconds until a pair that does not work is tried again; doubled each time, up to MAX_PAUSE.
 FIRST_PAUSE = 10.0
 MAX_PAUSE = 300.0
@@ -172,13 +176,18 @@ class HandoverProof:
         self._model = model
         self._vitals = vitals
         self._pairs: dict[Pair, _PairState] = {}
+        self._followed = Epoch(-1)  # of the membership, at the last look
+        self._looked = 0.0  # clock time of that
         self._random = random.SystemRandom()  # so that no two processes make the same prompt
         self.worked = self.failed = 0
 
     async def run(self) -> None:
         """Follow the members and prove pairs that are due, until cancelled."""
         while True:
-            self.follow()
+            now = self._clock.now()
+            # Not before each proof: a cluster that starts has as many of them as members.
+            if self._membership.epoch != self._followed or now - self._looked >= FOLLOW_SECONDS:
+                self.follow()
             pair = self._next()
             if pair is None:
                 await asyncio.sleep(LOOK_SECONDS)
@@ -212,7 +221,8 @@ class HandoverProof:
             for member in self._membership.members
             if member.state is InstanceState.READY and member.limits is not None
         ]
-        now = self._clock.now()
+        now = self._looked = self._clock.now()
+        self._followed = self._membership.epoch
         self._pairs = {
             pair: self._pairs.get(pair) or _PairState(now)
             for pair in pairs_of(members, self._pairs)
@@ -230,7 +240,8 @@ class HandoverProof:
             state.proven = True
             return
         failure = await self._failure(call, prefill, decode)
-        self.follow()
+        if failure is not None or self._membership.epoch != self._followed:
+            self.follow()
         if pair not in self._pairs:  # an instance has gone meanwhile, which may be why
             return
         if failure is None:

@@ -15,7 +15,7 @@ from memserve.errors import ProfileError
 from memserve.scheduler.architecture import GEMMA3_270M
 from memserve.scheduler.contract import Costs, InstanceSpec
 from memserve.scheduler.hardware import HARDWARE, derive
-from memserve.scheduler.profiles import decode_profile
+from memserve.scheduler.profiles import decode_profile, read_profile
 from memserve.scheduler.refined_costs import RefinedCosts
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,11 @@ class InstanceCosts:
         another instance gave, with corrections of its own."""
         return RefinedCosts(self._typical)
 
+    def is_guess(self, costs: Costs) -> bool:
+        """Return whether `costs` are what `unknown` would return now, with or without corrections
+        of their own."""
+        return isinstance(costs, RefinedCosts) and costs.model is self._typical
+
     async def of(self, address: str) -> RefinedCosts | None:
         """Fetch the profile of the instance at a URL; return its cost model, shared by equal
         instances. None: it gives no profile."""
@@ -53,10 +58,12 @@ class InstanceCosts:
                 body = await self._peers.call(
                     "GET", address + PROFILE_PATH, bytes, seconds=_PROFILE_SECONDS
                 )
-                profile = decode_profile(body)
-                self._typical = profile.costs
-                fingerprint = profile.subject.fingerprint
-                return self._models.setdefault(fingerprint, RefinedCosts(profile.costs))
+                fingerprint = read_profile(body).subject.fingerprint
+                costs = self._models.get(fingerprint)
+                if costs is None:
+                    costs = self._models[fingerprint] = RefinedCosts(decode_profile(body).costs)
+                self._typical = costs.model
+                return costs
             except PeerError as error:
                 log.debug("%s does not give its costs: %s", address, error)
             except ProfileError as error:

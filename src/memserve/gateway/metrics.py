@@ -27,7 +27,8 @@ from memserve.api.metric import (
 )
 from memserve.api.status import MemberKind
 from memserve.api.vllm_metrics import VLLM_METRICS, report_vllm
-from memserve.cluster.membership import Member, Membership
+from memserve.cluster.member import Member
+from memserve.cluster.membership import Membership
 from memserve.types import Role
 
 _REQUESTS = counter(

@@ -6,7 +6,8 @@ from typing import cast
 
 import msgspec
 
-from memserve.api.errors import ApiError, invalid
+from memserve.api.errors import ApiError, invalid, not_json
+from memserve.api.json_body import decode_json
 from memserve.api.limits import COUNTED_BODY_BYTES, MAX_ECHO_CHARACTERS, MAX_SEQUENCES
 from memserve.api.openai import Prompts
 from memserve.gateway.body_scan import count_elements
@@ -52,10 +53,7 @@ def _read_prompt(json: msgspec.Raw) -> Prompt | None:
 
 
 def _read_text(json: msgspec.Raw) -> str:
-    try:
-        return _text.decode(json)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _no_json(error) from error
+    return decode_json(_text.decode, json, "prompt")
 
 
 def _refusal(json: msgspec.Raw) -> ApiError:
@@ -68,8 +66,8 @@ def _refusal(json: msgspec.Raw) -> ApiError:
         message = str(error).replace("`$", "`$.prompt")
         where = "" if "`$" in message else " - at `$.prompt`"
         return invalid(message[:MAX_ECHO_CHARACTERS] + where, "prompt")
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        return _no_json(error)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return not_json(error, "prompt")
     whole = (type(item) is not int and not item for item in prompt)
     return _empty() if not prompt or any(whole) else _mixed()
 
@@ -80,7 +78,3 @@ def _empty() -> ApiError:
 
 def _mixed() -> ApiError:
     return invalid("'prompt' mixes token ids with prompts.", "prompt")
-
-
-def _no_json(error: Exception) -> ApiError:
-    return invalid(f"'prompt' is not valid JSON: {error}", "prompt", "invalid_json")

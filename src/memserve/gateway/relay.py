@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 
 import msgspec
@@ -19,7 +19,8 @@ from memserve.api.http_message import JSON_HEADER, Header, Headers, Reply
 from memserve.api.limits import MAX_ANSWER_BYTES
 from memserve.api.status import MemberKind
 from memserve.clock import Clock
-from memserve.cluster.membership import Member, Membership
+from memserve.cluster.member import Member
+from memserve.cluster.membership import Membership
 from memserve.gateway.refusals import no_instance, stopping
 from memserve.gateway.request_trace import RequestTrace
 from memserve.gateway.router import Plan, Router, Ticket
@@ -215,7 +216,7 @@ class Relay:
         members = self._takers(call, tried)
         return self._router.plan(call, members) if members else None
 
-    def _takers(self, call: GenerateCall, tried: _Lives) -> list[Member]:
+    def _takers(self, call: GenerateCall, tried: _Lives) -> Sequence[Member]:
         """Return the members that may take the call, without those that were tried. A forwarded
         one goes to vLLM servers: if its prompt is not what the server computes, prefill instances
         take it only as a last resort."""

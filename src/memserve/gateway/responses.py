@@ -28,11 +28,12 @@ from memserve.api.generate import GenerateCall
 from memserve.api.http_message import Reply, Request
 from memserve.api.http_server import Handler
 from memserve.api.limits import LARGE_BODY_BYTES, MAX_CONVERSATION_BYTES, MAX_NAME_CHARACTERS
-from memserve.api.openai import NotUnderstood, unsupported
+from memserve.api.neutral import unsupported
+from memserve.api.openai import NotUnderstood
 from memserve.api.status import Limits, MemberKind
 from memserve.cluster.membership import Membership
 from memserve.gateway.access import Access
-from memserve.gateway.call_builder import CallBuilder
+from memserve.gateway.call_builder import COUNTED_CONTEXTS, CallBuilder
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.response_store import Owner, ResponseStore, StoredResponse, owner_of
 from memserve.gateway.responses_reply import ResponsesReply
@@ -48,6 +49,7 @@ from memserve.gateway.responses_request import (
 from memserve.gateway.siblings import Siblings
 
 RESPONSES_PATH: Final = ForwardPath.RESPONSES.value
+INPUT_TOKENS_PATH: Final = f"{RESPONSES_PATH}/input_tokens"
 _STORED: Final = f"{RESPONSES_PATH}/"
 _SIBLINGS: Final = "/cluster/worker/responses/"  # <owner>/<id>, among the workers of a gateway
 _DEFAULT_PAGE, _MAX_PAGE = 20, 100  # items of a page; OpenAI's
@@ -63,6 +65,13 @@ _stored = msgspec.msgpack.Decoder(StoredResponse)
 
 class _Identified(msgspec.Struct, frozen=True):
     id: str
+
+
+class InputTokens(msgspec.Struct, frozen=True):
+    """How many tokens a request's prompt has."""
+
+    input_tokens: int
+    object: str = "response.input_tokens"
 
 
 class ItemList(msgspec.Struct, frozen=True):
@@ -167,16 +176,35 @@ class Responses:
         exchange.reply.pass_through()
         return await self._forwards.build(ForwardPath.RESPONSES, body, limits)
 
+    async def count(self, request: Request, body: bytes, limits: Limits) -> bytes:
+        """Return, as JSON, how many tokens the prompt of a request for a response has. Raises
+        ApiError."""
+        room = msgspec.structs.replace(limits, max_tokens=limits.max_tokens * COUNTED_CONTEXTS)
+        try:
+            asked = await self._aside(len(body), partial(read_request, body))
+            owner = self.owner(request)
+            chat, _ = await self._chat_of(asked, owner, len(body), None)
+            call = await self._calls.chat(chat, room)
+        except ApiError as error:
+            raise of_this_request(error) from error
+        return _encode(InputTokens(len(call.prompts[0])))
+
+    async def _chat_of(
+        self, asked: Asked, owner: Owner, size: int, stem: str | None
+    ) -> tuple[bytes, tuple[bytes, ...]]:
+        """Return a request's chat and items, as `_translated`; `size`: bytes of the request."""
+        before: tuple[bytes, ...] = ()
+        if asked.request.previous_response_id is not None:
+            before = await self._before(owner, asked.request.previous_response_id)
+        size += sum(map(len, before))
+        return await self._aside(size, partial(_translated, asked, before, stem))
+
     async def _build(self, body: bytes, limits: Limits, exchange: Exchange) -> GenerateCall:
         asked = await self._aside(len(body), partial(read_request, body))
         request = asked.request
         store = self._stores(request.store)
-        before: tuple[bytes, ...] = ()
-        if request.previous_response_id is not None:
-            before = await self._before(exchange.owner, request.previous_response_id)
         stem = self._calls.new_id("item") if store else None
-        size = len(body) + sum(map(len, before))
-        chat, given = await self._aside(size, partial(_translated, asked, before, stem))
+        chat, given = await self._chat_of(asked, exchange.owner, len(body), stem)
         call = await self._calls.chat(chat, limits)
         # Not to be guessed: without keys, all clients may be one owner.
         response_id = f"resp_{secrets.token_hex(24)}"
@@ -309,10 +337,7 @@ def _translated(
     """Return the body of a request's chat, which also has the items `before`, and the items of
     both, to keep; none without a `stem` for their ids."""
     items = read_input(asked)
-    try:
-        chat = chat_body(asked, (*decode_items(before), *items))
-    except RecursionError as error:
-        raise invalid("The request is nested too deeply.", code="invalid_json") from error
+    chat = chat_body(asked, (*decode_items(before), *items))
     return chat, () if stem is None else before + kept_items(items, stem)
 
 

@@ -10,9 +10,11 @@ from typing import Any, Final
 import msgspec
 from msgspec import UNSET
 
-from memserve.api.errors import ApiError, ErrorDetail, invalid, not_json
-from memserve.api.limits import COUNTED_BODY_BYTES, MAX_ITEMS
-from memserve.api.openai import NotUnderstood, not_understood, unsupported
+from memserve.api.errors import ApiError, ErrorDetail, invalid
+from memserve.api.json_body import decode_json
+from memserve.api.limits import MAX_ITEMS
+from memserve.api.neutral import unsupported
+from memserve.api.openai import NotUnderstood
 from memserve.api.responses import (
     IGNORED,
     NEUTRAL,
@@ -93,21 +95,14 @@ class Asked:
 
 def read_request(body: bytes) -> Asked:
     """Decode a request, but not its input. Raises ApiError (400) that names the field at fault."""
-    if len(body) > COUNTED_BODY_BYTES:
-        check_body(body)
-    try:
-        members = _members.decode(body)
-        for name, value in members.items():
-            if name in OWN or name in IGNORED or name in SHARED_WITH_CHAT:
-                continue
-            if name not in NEUTRAL or not _is_neutral(name, value):
-                raise unsupported(name[:64])
-        request = _request.decode(body)
-    except msgspec.ValidationError as error:
-        raise not_understood(error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise not_json(error) from error
-    return Asked(request, members)
+    check_body(body)
+    members = decode_json(_members.decode, body)
+    for name, value in members.items():
+        if name in OWN or name in IGNORED or name in SHARED_WITH_CHAT:
+            continue
+        if name not in NEUTRAL or not _is_neutral(name, value):
+            raise unsupported(name[:64])
+    return Asked(decode_json(_request.decode, body), members)
 
 
 def read_input(asked: Asked) -> tuple[InputItem, ...]:
@@ -115,13 +110,7 @@ def read_input(asked: Asked) -> tuple[InputItem, ...]:
     raw = asked.request.input
     if (count := count_elements(memoryview(raw))) > MAX_ITEMS:
         raise invalid(f"'input' has {count} items, and at most {MAX_ITEMS} may be.", "input")
-    try:
-        given = _input.decode(raw)
-    except msgspec.ValidationError as error:
-        found = not_understood(error)
-        raise NotUnderstood(found.detail.message.replace("`$", "`$.input"), "input") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise not_json(error, "input") from error
+    given = decode_json(_input.decode, raw, "input")
     if isinstance(given, str):
         given = (InputItem(role="user", content=given),)
     if not given:
@@ -257,10 +246,7 @@ def _text(content: Content | None) -> str:
 
 
 def _response_format(raw: msgspec.Raw) -> object:
-    try:
-        given = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise not_json(error, "text.format") from error
+    given = decode_json(msgspec.json.decode, raw, "text.format")
     if not isinstance(given, dict) or given.get("type") != "json_schema":
         return given
     named = {name: value for name, value in given.items() if name in _FORMAT_FIELDS}

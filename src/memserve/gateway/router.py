@@ -8,7 +8,7 @@ from typing import Protocol
 import msgspec
 
 from memserve.api.generate import GenerateCall
-from memserve.cluster.membership import Member
+from memserve.cluster.member import Member
 from memserve.scheduler.decisions import Decision
 
 

@@ -32,7 +32,8 @@ from memserve.api.tls import client_tls, server_tls
 from memserve.api.trace_metrics import TraceMetrics
 from memserve.clock import MonotonicClock
 from memserve.cluster.changes import Change, MemberChange
-from memserve.cluster.membership import Member, Membership
+from memserve.cluster.member import Member
+from memserve.cluster.membership import Membership
 from memserve.cluster.poller import Poller
 from memserve.config import ClusterConfig, available_cores
 from memserve.errors import ClusterError, ConfigError

@@ -8,19 +8,18 @@ from typing import Annotated, Final, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from memserve.api.errors import invalid, not_json
-from memserve.api.limits import COUNTED_BODY_BYTES, LARGE_BODY_BYTES, MAX_NAME_CHARACTERS
-from memserve.api.openai import not_understood, unsupported
+from memserve.api.errors import invalid
+from memserve.api.json_body import decode_json
+from memserve.api.limits import LARGE_BODY_BYTES, MAX_NAME_CHARACTERS
+from memserve.api.neutral import unsupported
 from memserve.api.status import Limits
 from memserve.gateway.body_scan import check_body
-from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder
+from memserve.gateway.call_builder import COUNTED_CONTEXTS, INLINE_CHARACTERS, CallBuilder
 from memserve.gateway.prompts import read_prompts
 from memserve.gateway.token_parser import plain_token_ids
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import TokenArray
 
-# A text may be longer than the context: clients ask by how much it is too long.
-_CONTEXTS: Final = 4
 # Bytes of a text for each token of these contexts. A byte may become a token of its own.
 _TEXT_BYTES: Final = 4
 _Name = Annotated[str, Meta(max_length=MAX_NAME_CHARACTERS)]
@@ -37,6 +36,7 @@ _CHAT_FIELDS: Final = frozenset(
         "chat_template",
         "chat_template_kwargs",
         "continue_final_message",
+        "documents",
         "media_io_kwargs",
         "messages",
         "mm_processor_kwargs",
@@ -94,7 +94,7 @@ class Tokenization:
         """Return the tokens of a prompt or a chat, as JSON. Raises ApiError."""
         asked, members = await self._read(body, _read_tokenize)
         self._calls.check_model(asked.model)
-        room = msgspec.structs.replace(limits, max_tokens=limits.max_tokens * _CONTEXTS)
+        room = msgspec.structs.replace(limits, max_tokens=limits.max_tokens * COUNTED_CONTEXTS)
         if asked.messages is not UNSET:
             chat = {name: members[name] for name in members if name in _CHAT_FIELDS}
             rest = members.keys() - _CHAT_FIELDS - {"return_token_strs", "prompt"}
@@ -151,7 +151,7 @@ class Tokenization:
         if ids is None and bytes(asked.tokens).strip() != b"[]":
             raise invalid("'tokens' is a list of token ids.", "tokens")
         count = 0 if ids is None else len(ids)
-        if count > (most := limits.max_tokens * _CONTEXTS):
+        if count > (most := limits.max_tokens * COUNTED_CONTEXTS):
             raise invalid(f"'tokens' has {count} ids, and at most {most} may be.", "tokens")
         if ids is not None and (highest := int(ids.max())) >= limits.vocab_size:
             raise invalid(
@@ -167,11 +167,5 @@ def _read_tokenize(body: bytes) -> tuple[TokenizeRequest, dict[str, msgspec.Raw]
 
 
 def _decoded(decode: Callable[[bytes], T], body: bytes) -> T:
-    if len(body) > COUNTED_BODY_BYTES:
-        check_body(body)
-    try:
-        return decode(body)
-    except msgspec.ValidationError as error:
-        raise not_understood(error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise not_json(error) from error
+    check_body(body)
+    return decode_json(decode, body)

@@ -27,10 +27,12 @@ from memserve.models.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import llguidance
 
-# CPU time that a sequence's grammar may take: at the start, and more with each token. Most take
-# some ten microseconds, the keys of MAX_SCHEMA_PROPERTIES ten milliseconds.
+# CPU time that a call's grammar may take, in all of its sequences together: at the start, more as
+# its longest sequence grows by a token, and with each token of any. Most tokens take some ten
+# microseconds, the keys of MAX_SCHEMA_PROPERTIES ten milliseconds.
 BURST_SECONDS: Final = 0.25
-TOKEN_SECONDS: Final = 0.005
+STEP_SECONDS: Final = 0.005
+TOKEN_SECONDS: Final = 0.00025
 _ANY_OBJECT: Final = '{"type":"object"}'
 _UNKNOWN_KEYS: Final = re.compile(r"Unimplemented keys: (\[.*?\])")
 
@@ -103,16 +105,39 @@ def _limits() -> llguidance.LLParserLimits:
     )
 
 
+class Budget:
+    """CPU time that is left for the matchers of one call."""
+
+    __slots__ = ("_longest", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = BURST_SECONDS
+        self._longest = 0  # tokens of the longest sequence
+
+    def token(self, length: int) -> None:
+        """Count a token, which makes its sequence so long."""
+        self.seconds += TOKEN_SECONDS
+        if length > self._longest:
+            self._longest = length
+            self.seconds += STEP_SECONDS
+
+
 class LibraryGrammar:
     """A `CompiledGrammar`: a matcher behind no tokens, which is only copied."""
 
-    def __init__(self, start: llguidance.LLMatcher, end: int) -> None:
-        """`end`: the token that stands for the end of a text."""
+    def __init__(self, start: llguidance.LLMatcher, end: int, budget: Budget | None = None) -> None:
+        """`end`: the token that stands for the end of a text. `budget`: of all matchers; None:
+        each has its own."""
         self._start = start
         self._end = end
+        self._budget = budget
+
+    def of_call(self) -> LibraryGrammar:
+        """Return the grammar for the sequences of one call, which share a budget."""
+        return LibraryGrammar(self._start, self._end, Budget())
 
     def matcher(self) -> LibraryMatcher:
-        return LibraryMatcher(self._start.deep_copy(), self._end)
+        return LibraryMatcher(self._start.deep_copy(), self._end, self._budget or Budget())
 
     def ends(self, tokens: list[int]) -> bool:
         """Whether no token may follow `tokens`."""
@@ -126,30 +151,33 @@ class LibraryMatcher:
     """A `Matcher`, with a budget of CPU time. An ambiguous grammar may need ever more time for a
     token, the longer the text is, and all sequences of an engine wait for each other's masks."""
 
-    __slots__ = ("_byte", "_end", "_left", "_matcher")
+    __slots__ = ("_budget", "_byte", "_end", "_length", "_matcher")
 
-    def __init__(self, matcher: llguidance.LLMatcher, end: int) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, end: int, budget: Budget) -> None:
         self._matcher = matcher
         self._end = end
         self._byte = end // 8, 1 << end % 8  # where the mask says whether the text may end
-        self._left = BURST_SECONDS
+        self._budget = budget
+        self._length = 0  # tokens so far
 
     def allowed(self) -> tuple[NDArray[np.uint8], bool]:
-        if self._left < 0:
+        if self._budget.seconds < 0:
             raise GrammarFailed("the answer's grammar takes too long: it is too ambiguous")
         began = time.thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._left += began - time.thread_time()
+        self._budget.seconds += began - time.thread_time()
         if self._matcher.is_error():
             raise GrammarFailed(f"the answer's grammar failed: {_first_line(self._error)}")
         at, bit = self._byte
         return bits[: (self._end + 7) // 8].copy(), bool(bits[at] & bit)
 
     def accept(self, token: int) -> None:
-        if self._left >= 0:
+        if self._budget.seconds >= 0:
             began = time.thread_time()
             self._matcher.consume_token(token)
-            self._left += TOKEN_SECONDS + began - time.thread_time()
+            self._length += 1
+            self._budget.token(self._length)
+            self._budget.seconds += began - time.thread_time()
 
     @property
     def ended(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memserve.api.answer.delta import Delta
+from memserve.api.answer.format import ToolFormat
 from memserve.api.answer.parser import AnswerParser, markers_of
 from memserve.api.chunks import Piece, ScoredToken, TokenScore
 from memserve.api.detokenizer import Detokenizer
@@ -47,8 +48,11 @@ class Choice:
         self._parser: AnswerParser | None = None
         self._skipped: frozenset[int] = frozenset()  # special tokens, where others are kept
         if call.answer is not None:
-            self._parser = AnswerParser(call.answer)
-            if seen := tokenizer.special_among(markers_of(call.answer)):
+            self._parser = AnswerParser(call.answer, tokenizer.response_template)
+            seen = tokenizer.special_among(markers_of(call.answer))
+            if call.answer.tools is ToolFormat.RESPONSE_TEMPLATE:
+                seen |= tokenizer.response_ids
+            if seen:
                 self._skipped = tokenizer.special_ids - seen
         self._detokenizer = Detokenizer(self._decode, prompt)
         self._prompt = prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +32,9 @@ RETRY_SECONDS = 1
 class Compiled(CompiledGrammar, Protocol):
     def ends(self, tokens: list[int]) -> bool:
         """Whether no token may follow `tokens`."""
+
+    def of_call(self) -> CompiledGrammar:
+        """Return the grammar for the sequences of one call, which share what they may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class Grammars:
         self._seconds = 0.0
         # Compiled, refused, or on their way; the one used last is the last.
         self._kept: OrderedDict[Grammar, Future[_Outcome]] = OrderedDict()
+        self._wanted: Counter[Grammar] = Counter()  # calls that wait, by grammar
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -82,12 +86,26 @@ class Grammars:
         else:
             self._kept.move_to_end(grammar)
         if not future.done():
-            # Whoever gives up does not take it from the others.
-            await asyncio.shield(asyncio.wrap_future(future))
+            await self._compiled(grammar, future)
         outcome = future.result()
         if outcome.compiled is None:
             raise invalid(outcome.refusal, outcome.param, "invalid_grammar")
         return outcome.compiled
+
+    async def _compiled(self, grammar: Grammar, future: Future[_Outcome]) -> None:
+        """Wait for a grammar. One that nobody waits for any more is not compiled, unless it is
+        being compiled."""
+        self._wanted[grammar] += 1
+        try:
+            # Whoever gives up does not take it from the others.
+            await asyncio.shield(asyncio.wrap_future(future))
+        finally:
+            self._wanted[grammar] -= 1
+            if not self._wanted[grammar]:
+                del self._wanted[grammar]
+                if future.cancel() and self._kept.get(grammar) is future:
+                    del self._kept[grammar]
+                    self._characters -= len(grammar.source)
 
     async def constraints(
         self, grammar: Grammar, resumed: Sequence[TokenArray] = ()
@@ -96,10 +114,10 @@ class Grammars:
         `compile` does."""
         compiled = await self.compile(grammar)
         if not resumed:
-            return Constraints(compiled)
+            return Constraints(compiled.of_call())
         # On the thread: replaying takes 1 to 2 us a token.
         replay = self._thread.submit(_ended, compiled, [ids.tolist() for ids in resumed])
-        return Constraints(compiled, await asyncio.wrap_future(replay))
+        return Constraints(compiled.of_call(), await asyncio.wrap_future(replay))
 
     def _begin(self, grammar: Grammar) -> Future[_Outcome]:
         if self._waiting >= MAX_WAITING:

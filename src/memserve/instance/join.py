@@ -1,17 +1,25 @@
-"""Registration of an instance with gateways, repeated for gateways that restart, and leaving."""
+"""Registration of an instance with gateways, repeated for gateways that restart, and leaving.
+
+The name in a gateway's URL may stand for several gateways, as that of a headless Service of
+Kubernetes does: the instance registers with each of the name's addresses, and asks for them again
+as time goes by.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
+from urllib.parse import urlsplit
 
 import msgspec
 
 from memserve.api.control import LeaveRequest
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import JoinRequest
+from memserve.hosts import addresses_of
 from memserve.types import Epoch, InstanceId
 
 log = logging.getLogger(__name__)
@@ -20,9 +28,15 @@ log = logging.getLogger(__name__)
 # its members after JOIN_SECONDS, or after RETRY_SECONDS if a registration failed meanwhile.
 JOIN_SECONDS = 2.0
 RETRY_SECONDS = 0.25
+# Between look-ups of a name, for gateways that are added: about as long as name servers of clusters
+# let an answer be kept. After a failed one, RETRY_SECONDS.
+RESOLVE_SECONDS = 5.0
 UNHEARD_TRIES = 20  # failed tries between warnings, about 5 s: longer than a gateway's restart
 JOIN_TIMEOUT = 2.0
 LEAVE_TIMEOUT = 1.0  # short, since the process waits for it at its end
+
+# Returns the IP addresses of a host. Raises OSError.
+Resolve = Callable[[str], Awaitable[Sequence[str]]]
 
 
 class Registration:
@@ -35,62 +49,116 @@ class Registration:
         address: str,
         instance: InstanceId,
         epoch: Epoch,
+        resolve: Resolve = addresses_of,
     ) -> None:
         """`gateways` are URLs; `address` is the instance's own."""
         self._peers = peers
         self._urls = [f"{url.rstrip('/')}/cluster/members" for url in gateways]
-        self._join = msgspec.json.encode(JoinRequest(address, instance, epoch))
+        join = JoinRequest(address, instance, epoch)
+        self._join = msgspec.json.encode(join)
+        self._again = msgspec.json.encode(msgspec.structs.replace(join, repeated=True))
         self._leave = msgspec.json.encode(LeaveRequest(address, epoch))
-        self._news = [asyncio.Event() for _ in gateways]
+        self._resolve = resolve
+        # The addresses with which it registers now, each with what has it register at once.
+        self._news: dict[tuple[str, str], asyncio.Event] = {}
+        self._heard: set[tuple[str, str]] = set()  # of these, those that answered the last try
 
     def tell(self) -> None:
         """Register again at once: role or state has changed, and the gateways ask for them."""
-        for news in self._news:
+        for news in self._news.values():
             news.set()
 
     async def run(self) -> None:
         """Register every JOIN_SECONDS, until cancelled."""
         async with asyncio.TaskGroup() as group:
-            for url, news in zip(self._urls, self._news, strict=True):
-                group.create_task(self._keep_joined(url, news))
+            for url in self._urls:
+                group.create_task(self._follow(url))
             await asyncio.Event().wait()  # also where there is no gateway
 
     async def leave(self) -> None:
         """Tell the gateways that the instance ends. Call after `run` has ended, which would
         register again."""
 
-        async def leave(url: str) -> None:
+        async def leave(url: str, address: str) -> None:
             try:
-                await self._peers.ask("DELETE", url, self._leave, seconds=LEAVE_TIMEOUT)
-            except PeerError as error:
-                log.debug("%s cannot be reached: %s", url, error)  # its polls notice the end
+                await self._peers.ask(
+                    "DELETE", url, self._leave, seconds=LEAVE_TIMEOUT, address=address
+                )
+            except PeerError as error:  # its polls notice the end
+                log.debug("%s at %s cannot be reached: %s", url, address, error)
 
-        await asyncio.gather(*map(leave, self._urls))
+        await asyncio.gather(*(leave(*gateway) for gateway in self._news))
 
-    async def _keep_joined(self, url: str, news: asyncio.Event) -> None:
+    async def _follow(self, url: str) -> None:
+        """Keep the instance registered at every address of the URL's host. Addresses that a
+        failed look-up does not confirm are kept."""
+        host = urlsplit(url).hostname or ""
+        joining: dict[str, asyncio.Task[None]] = {}
+        unknown = 0  # look-ups that failed in a row
+        async with asyncio.TaskGroup() as group:
+            while True:
+                try:
+                    found = set(await self._resolve(host))
+                except OSError as error:
+                    unknown += 1
+                    if unknown % UNHEARD_TRIES == 0:
+                        log.warning("%s has no address, %d times: %s", host, unknown, error)
+                else:
+                    unknown = 0
+                    for address in joining.keys() - found:
+                        joining.pop(address).cancel()
+                        del self._news[url, address]
+                        self._heard.discard((url, address))
+                    for address in found - joining.keys():
+                        self._news[url, address] = asyncio.Event()
+                        joining[address] = group.create_task(self._keep_joined(url, address))
+                await asyncio.sleep(RETRY_SECONDS if unknown else RESOLVE_SECONDS)
+
+    async def _keep_joined(self, url: str, address: str) -> None:
+        news = self._news[url, address]
         refused = ""
         unheard = 0  # tries in a row
+        accepted = False  # the last one
+        repeats = True  # the gateway knows `repeated`: one of an earlier version does not
         while True:
+            again = repeats and accepted and not news.is_set()
+            body = self._again if again else self._join
             news.clear()
             pause = JOIN_SECONDS
             said = ""
             try:
-                await self._peers.call("POST", url, bytes, self._join, seconds=JOIN_TIMEOUT)
+                await self._peers.call(
+                    "POST", url, bytes, body, seconds=JOIN_TIMEOUT, address=address
+                )
             except PeerError as error:
-                said = str(error)
+                if again and error.status == HTTPStatus.BAD_REQUEST:
+                    repeats = False
+                    continue
+                said, accepted = str(error), False
                 if error.status is None:
+                    self._heard.discard((url, address))
                     unheard += 1
-                    if unheard % UNHEARD_TRIES == 0:
-                        log.warning("%s cannot be reached, %d times: %s", url, unheard, said)
-                    said, pause = refused, RETRY_SECONDS
+                    pause = self._unheard(url, address, unheard, said)
+                    said = refused
                 elif said != refused:
                     # The gateway may still know an earlier life of this instance; it checks that
                     # one now, so retry soon.
                     pause = RETRY_SECONDS
-                    log.warning("%s refuses this instance: %s", url, said)
+                    log.warning("%s at %s refuses this instance: %s", url, address, said)
             else:
-                unheard = 0
+                unheard, accepted = 0, True
+                self._heard.add((url, address))
             refused = said
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await news.wait()
+
+    def _unheard(self, url: str, address: str, tries: int, why: str) -> float:
+        """Log, now and then, that a gateway did not answer; return the seconds until the next
+        try. An address beside which another one of the name answers may be none of a gateway's
+        (`::1` of localhost): it is tried seldom, and is no reason to worry."""
+        beside = any(of == url for of, _ in self._heard)
+        if tries % UNHEARD_TRIES == 0 and not (beside and tries > UNHEARD_TRIES):
+            level = logging.INFO if beside else logging.WARNING
+            log.log(level, "%s at %s cannot be reached, %d times: %s", url, address, tries, why)
+        return JOIN_SECONDS if beside and tries > UNHEARD_TRIES else RETRY_SECONDS

@@ -35,7 +35,8 @@ from memserve.types import InstanceId
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/health", "/metrics")  # need no signature: probes and scrapers have no secret
+# These need no signature: probes and scrapers have no secret.
+OPEN_PATHS = ("/health", "/live", "/ready", "/metrics")
 
 Build = Callable[[ClusterConfig, InstanceConfig, Identity], Parts]
 
@@ -58,8 +59,9 @@ def run_instance(
     failure.
 
     The port is open before the model is loaded. Its address goes, as one line, to `ready_fd`
-    (closed then) or to standard output. `join`: URLs of gateways to register with. `build` makes
-    the instance's parts; the default depends on `settings.engine`.
+    (closed then) or to standard output. `join`: URLs of gateways to register with, at all
+    addresses of a URL's name. `build` makes the instance's parts; the default depends on
+    `settings.engine`.
     """
     secret = cluster_secret()
     require_secret(secret, settings.host)

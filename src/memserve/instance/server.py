@@ -34,7 +34,7 @@ from memserve.api.generate import GENERATE_PATH, GenerateCall
 from memserve.api.handoff import MEET_PATH, PREFILL_PATH, PUSH_PATH
 from memserve.api.kv_events import SNAPSHOT_PATH
 from memserve.api.metric import CONTENT_TYPE
-from memserve.api.status import InstanceState
+from memserve.api.status import REPORT_PATH, InstanceReport, InstanceState
 from memserve.api.timeline import TIMELINE_PATH
 from memserve.instance import calls
 from memserve.instance.calls import CallReader, LargeCalls
@@ -48,20 +48,21 @@ from memserve.vllm.forwarder import BrokenOff, ForwardedAnswer
 
 log = logging.getLogger(__name__)
 
+_WITH_STATS = REPORT_PATH.partition("?")[2].encode()
 _encode = msgspec.json.Encoder().encode
 _Call = TypeVar("_Call")
 _Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Health(msgspec.Struct, frozen=True):
-    """`GET /health`."""
+    """`GET /health /live /ready`."""
 
     status: InstanceState
 
 
 class InstanceApp:
     """`POST /v1/generate /v1/prefill /v1/kv/push /v1/kv/meet /role /drain /resume /shutdown`, `GET
-    /health /info /stats /profile /kv/snapshot /metrics`."""
+    /health /live /ready /info /stats /profile /kv/snapshot /metrics`."""
 
     def __init__(self, instance: Instance, tracer: Tracer | None = None) -> None:
         """`tracer`: with the instance's clock; None: calls are not traced."""
@@ -80,6 +81,8 @@ class InstanceApp:
             RESUME_PATH: ("POST", self._resume),
             SHUTDOWN_PATH: ("POST", self._shutdown),
             "/health": ("GET", self._health),
+            "/live": ("GET", self._live),
+            "/ready": ("GET", self._ready),
             "/info": ("GET", self._info),
             "/stats": ("GET", self._stats),
             "/profile": ("GET", self._profile),
@@ -183,13 +186,27 @@ class InstanceApp:
         await self._info(scope, receive, send)
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        healthy = await self._instance.healthy()
-        status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
+        await self._send_state(send, await self._instance.healthy())
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Whether the process is of use, or will be: while it loads and drains, too."""
+        await self._send_state(send, self._instance.state is not InstanceState.DEAD)
+
+    async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Whether the instance takes requests. Unlike `/health`, this does not ask the engine."""
+        await self._send_state(send, self._instance.state is InstanceState.READY)
+
+    async def _send_state(self, send: Send, good: bool) -> None:
         # Anybody may ask, without a signature, so the answer holds the state only.
+        status = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
         await send_body(send, status, _encode(Health(self._instance.state)))
 
     async def _info(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_body(send, HTTPStatus.OK, _encode(self._instance.info()))
+        info = self._instance.info()
+        if scope["query_string"] == _WITH_STATS:
+            both = msgspec.structs.asdict(info)
+            info = InstanceReport(**both, stats=self._instance.stats())
+        await send_body(send, HTTPStatus.OK, _encode(info))
 
     async def _stats(self, scope: Scope, receive: Receive, send: Send) -> None:
         stats = self._instance.stats()

@@ -18,8 +18,9 @@ Progress = Callable[[str], None]
 
 _SAMPLES = 256  # samples per file of weights, evenly spread from its start to its end
 _SAMPLE_BYTES = 4096
-# Configuration, tokenizer and weights; never pickled weights (*.bin, *.pt).
-_WANTED_FILES = ["*.json", "*.jinja", "*.safetensors"]
+# Configuration and tokenizer, and weights; never pickled weights (*.bin, *.pt).
+_DESCRIPTION_FILES = ["*.json", "*.jinja"]
+_WEIGHTS_FILES = ["*.safetensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,13 @@ def weights_digest(directory: Path) -> str:
     return digest.hexdigest() if files else ""
 
 
-def resolve_model(config: ModelConfig, progress: Progress) -> ModelDirectory:
+def resolve_model(
+    config: ModelConfig, progress: Progress, *, weights: bool = True
+) -> ModelDirectory:
     """Return the model's directory: the demo model, a local directory, or a hub repository.
 
-    Converts the demo model or downloads from the hub on first use. Raises ModelError with the
+    Converts the demo model or downloads from the hub on first use; without `weights`, as gateways
+    need none, only the other files of a hub repository. Raises ModelError with the
     names that were tried.
     """
     name = config.served_name or config.path
@@ -74,7 +78,7 @@ def resolve_model(config: ModelConfig, progress: Progress) -> ModelDirectory:
             f"no model '{config.path}': neither a directory nor a hub id (owner/name) "
             f"nor '{DEMO_MODEL}'"
         )
-    snapshot = _download(config.path, config.revision, progress)
+    snapshot = _download(config.path, config.revision, progress, weights)
     return ModelDirectory(snapshot, name, revision=snapshot.name)
 
 
@@ -83,14 +87,15 @@ def pinned(config: ModelConfig, found: ModelDirectory) -> ModelConfig:
     return msgspec.structs.replace(config, revision=found.revision)
 
 
-def _download(repo_id: str, revision: str | None, progress: Progress) -> Path:
+def _download(repo_id: str, revision: str | None, progress: Progress, weights: bool) -> Path:
     # The import takes half a second, and only hub models need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     progress(f"looking for {repo_id} in the hub's cache and on the hub")
+    wanted = _DESCRIPTION_FILES + (_WEIGHTS_FILES if weights else [])
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_WANTED_FILES))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first_line = str(error).partition("\n")[0]
         raise ModelError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import tokenizers
@@ -13,6 +14,9 @@ from tokenizers.models import WordLevel, WordPiece
 
 from memserve.errors import ConfigError, ModelError
 from memserve.models.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate
+from memserve.models.response_template import ResponseTemplate, response_template
+
+_log = logging.getLogger(__name__)
 
 # Transformers' tokenizer classes that prepend <bos> by default, even if tokenizer.json (for
 # example one made from a GGUF file) has no post-processor for it.
@@ -38,6 +42,7 @@ class _TokenizerFile(msgspec.Struct, frozen=True):
     add_bos_token: bool | None = None
     tokenizer_class: str | None = None
     chat_template: str | list[_NamedTemplate] | None = None
+    response_template: Any = None
 
 
 UNDECODABLE = "\ufffd"  # decoders' replacement for bytes that form no whole character
@@ -95,6 +100,7 @@ class Tokenizer:
         tools_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
         model_type: str | None = None,
+        response_template: ResponseTemplate | None = None,
     ) -> None:
         """`backend`: owned by this object from now on; its truncation and padding are turned off.
         `tools_template`: the chat template for conversations with tools, if it is another one.
@@ -112,6 +118,7 @@ class Tokenizer:
             else ChatTemplate(tools_template, special_tokens or {})
         )
         self.model_type = model_type  # in config.json
+        self.response_template = response_template  # how it writes answers, if it says so
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(eos_token_ids)
@@ -121,6 +128,12 @@ class Tokenizer:
             if token.special
         }
         self.special_ids = frozenset(self.special_tokens.values())
+        # Special tokens that the response template is about.
+        self.response_ids = frozenset(
+            token_id
+            for name, token_id in self.special_tokens.items()
+            if response_template is not None and name in response_template.source
+        )
         # Some decoders drop the leading space of a text; a token behind this one keeps its space.
         self._anchor = backend.encode("a", add_special_tokens=False).ids
         self._anchor_text = self.decode(self._anchor, skip_special_tokens=False)
@@ -157,6 +170,7 @@ class Tokenizer:
             tools_template=tools_template,
             special_tokens=special_tokens,
             model_type=model.model_type,
+            response_template=_response_template(settings, directory),
         )
 
     def longest_token(self) -> int | None:
@@ -187,6 +201,11 @@ class Tokenizer:
         if self._add_bos_token and ids[:1] != [bos]:
             return [bos, *ids]
         return ids
+
+    def encode_each(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, without special tokens around it."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def offsets(self, text: str, ids: Sequence[int]) -> list[int] | None:
         """Return the offset in `text`, in characters, of each of the tokens `ids` that it was
@@ -278,6 +297,18 @@ def _special_tokens(settings: _TokenizerFile) -> dict[str, str]:
         for name, token in tokens.items()
         if token is not None
     }
+
+
+def _response_template(settings: _TokenizerFile, directory: Path) -> ResponseTemplate | None:
+    """Return the model's response template. One that cannot be used is logged: answers can be read
+    without it."""
+    if settings.response_template is None:
+        return None
+    try:
+        return response_template(settings.response_template)
+    except ModelError as error:
+        _log.warning("%s is not used: %s", directory / "tokenizer_config.json", error)
+        return None
 
 
 def _adds_bos(settings: _TokenizerFile) -> bool:

@@ -18,6 +18,7 @@ from memserve.scheduler.contract import PromptRequest, Seconds
 from memserve.scheduler.load import Load
 from memserve.types import IndexArray, InstanceId, Role
 
+_NO_SLOTS: IndexArray = np.empty(0, dtype=np.int64)
 _NO_SOURCES: IndexArray = np.empty((2, 0), dtype=np.int64)
 _NO_MOVES: Seconds = np.empty((0, 2, 0, 0))
 
@@ -37,20 +38,21 @@ class CandidateSet:
         colocated = load.with_role(Role.COLOCATED, self.allowed)
         # Roles are soft: without decode instances, prefill instances decode too.
         alone = colocated + (decode or self.prefill)
+        partners = _partners(load, decode)
         pools = load.kinds[:, k.POOL].tolist()
-        pairs = [
-            (d, p) for p in self.prefill for d in decode if pools[p] == pools[d] and pools[p] >= 0
-        ]
-        whole = [(at, at) for at in alone]
-        table = np.array(whole + pairs, dtype=np.int64).reshape(-1, 2).T
-        self.table: IndexArray = np.ascontiguousarray(table)
+        alike = [partners.get(pools[p], _NO_SLOTS) for p in self.prefill]
+        counts = [len(each) for each in alike]
+        singles = np.array(alone, dtype=np.int64)
+        computes = np.repeat(np.array(self.prefill, dtype=np.int64), counts)
+        pairs = np.stack((np.concatenate((*alike, _NO_SLOTS)), computes))
+        self.table: IndexArray = np.concatenate((np.stack((singles, singles)), pairs), axis=1)
         self.answers, self.computes = self.table
-        self.pairs = len(pairs)
+        self.pairs = pairs.shape[1]
         # `usual`: candidates that follow the roles. A decode instance that computes a prompt does
         # not, if there are pairs.
         self.answering = colocated + (decode or self.prefill)
         self.usual: NDArray[np.bool_] = np.ones(len(self), dtype=np.bool_)
-        if pairs:
+        if self.pairs:
             self.usual[len(colocated) : len(alone)] = False
         self.every: NDArray[np.bool_] = np.ones(len(self), dtype=np.bool_)
         self.parts: IndexArray = np.zeros((len(load.lines), k.PARTS), dtype=np.int64)
@@ -58,14 +60,36 @@ class CandidateSet:
         self.parts[self.computes, k.COMPUTING] = 1
         self.parts[self.answering, k.ANSWERING] = 1
         self.arrays: k.SetArrays = (self.parts, self.table)
-        self._find = {ways: at for at, ways in enumerate(whole + pairs)}
+        # Where the column of a candidate is: of an instance alone; of an instance's first pair,
+        # and behind that the pairs with its pool's decode instances in order.
+        self._alone = {slot: at for at, slot in enumerate(alone)}
+        firsts: list[int] = (len(alone) + np.cumsum([0, *counts[:-1]])).tolist()
+        self._firsts = dict(zip(self.prefill, firsts, strict=False))
+        self._turns = {
+            slot: (pool, at)
+            for pool, slots in partners.items()
+            for at, slot in enumerate(slots.tolist())
+        }
+        self._pools = pools
 
     def __len__(self) -> int:
         return len(self.answers)
 
     def find(self, answers: int, computes: int) -> int | None:
         """Number of the candidate with these slots; None if there is none."""
-        return self._find.get((answers, computes))
+        if answers == computes:
+            return self._alone.get(answers)
+        first, turn = self._firsts.get(computes), self._turns.get(answers)
+        if first is None or turn is None or turn[0] != self._pools[computes]:
+            return None
+        return first + turn[1]
+
+
+def _partners(load: Load, decode: list[int]) -> dict[int, IndexArray]:
+    """Slots of the decode instances that KV can be handed over to, by the number of their pool."""
+    slots = np.array(decode, dtype=np.int64)
+    pools = load.kinds[slots, k.POOL]
+    return {pool: slots[pools == pool] for pool in np.unique(pools).tolist() if pool >= 0}
 
 
 class Candidates:

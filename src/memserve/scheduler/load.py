@@ -47,11 +47,20 @@ class Load:
         self._typical_output = 0.0
         self._rebuild()
 
+    @property
+    def lines(self) -> tuple[InstanceLoad, ...]:
+        """Every `InstanceLoad`, by slot: another tuple after each change of the members. Read it
+        before the arrays, which changes of members only mark as outdated: a cluster that starts
+        has as many changes as members."""
+        if self._outdated:
+            self._rebuild()
+        return self._by_slot
+
     def _rebuild(self) -> None:
-        """Give every line a slot and make the arrays. Runs only when members change."""
-        lines = tuple(self._lines.values())
+        """Give every line a slot and make the arrays."""
+        self._outdated = False
+        lines = self._by_slot = tuple(self._lines.values())
         n = len(lines)
-        self.lines = lines
         self.instances = tuple(self._lines)
         self.slots: Mapping[InstanceId, int] = {id_: at for at, id_ in enumerate(self.instances)}
         self.stats: Seconds = np.zeros((n, k.STATS))
@@ -97,6 +106,8 @@ class Load:
 
     def refresh(self) -> None:
         """Bring the arrays up to date. Call before reading them."""
+        if self._outdated:
+            self._rebuild()
         for line in self._stale:
             if line.slot >= 0:
                 self._show(line)
@@ -168,7 +179,7 @@ class Load:
         else:
             line.spec = spec
             line.queue.short_share = spec.short_share
-        self._rebuild()
+        self._outdated = True
         return True
 
     def remove(self, instance: InstanceId) -> bool:
@@ -177,7 +188,7 @@ class Load:
         if line is None:
             return False
         line.slot = -1
-        self._rebuild()
+        self._outdated = True
         return True
 
     def line(self, instance: InstanceId) -> InstanceLoad:

@@ -85,14 +85,21 @@ def encode_profile(profile: Profile) -> bytes:
 def decode_profile(data: bytes) -> Profile:
     """Decode a profile. Raises ProfileError if it is invalid, of another version, or predicts
     seconds that are negative or not finite."""
+    profile = read_profile(data)
+    if not _predicts(profile.costs):
+        raise ProfileError("a profile whose predictions are no times")
+    return profile
+
+
+def read_profile(data: bytes) -> Profile:
+    """Decode a profile without trying its predictions, which takes some milliseconds. Raises
+    ProfileError if it is invalid, or of another version."""
     try:
         profile = _decoder.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError, OverflowError) as error:
         raise ProfileError(f"not a profile: {error}") from error
     if profile.version != VERSION:
         raise ProfileError(f"a profile of version {profile.version}; {VERSION} is read here")
-    if not _predicts(profile.costs):
-        raise ProfileError("a profile whose predictions are no times")
     return profile
 
 

@@ -27,6 +27,7 @@ _OUTPUT_OUTLIER = 4.0  # cap of one answer's length, as a multiple of the expect
 _SESSION_BYTES = 16
 _MAX_SESSIONS = 100_000  # remembered placements, LRU
 _MAX_ROSTERS = 16  # values of `among` whose candidates are kept
+_MAX_CANDIDATES = 1_000_000  # of all these together, of some 70 bytes each
 
 
 class OutputLength:
@@ -165,9 +166,11 @@ class Scheduler:
         key = None if among is None else frozenset(among)
         candidates = self._candidates.get(key)
         if candidates is None:
-            if len(self._candidates) == _MAX_ROSTERS:
-                self._candidates.clear()
             candidates = Candidates(self.load, CandidateSet(self.load, key))
+            kept = sum(len(each.candidate_set) for each in self._candidates.values())
+            large = kept + len(candidates.candidate_set) > _MAX_CANDIDATES
+            if large or len(self._candidates) == _MAX_ROSTERS:
+                self._candidates.clear()
             self._candidates[key] = candidates
         return candidates
 

@@ -98,6 +98,8 @@ def completion_body(request: EngineRequest, model: str) -> bytes:
         "return_token_ids": True,
         "add_special_tokens": False,
     }
+    if sampling.allowed_token_ids:
+        body["allowed_token_ids"] = sampling.allowed_token_ids
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
     if sampling.seed is not None:

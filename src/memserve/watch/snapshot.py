@@ -11,7 +11,7 @@ from memserve.api.histogram import Histogram
 from memserve.api.status import InstanceState, InstanceStats
 from memserve.cluster.client import ClusterSummary, MemberSummary
 from memserve.cluster.figures import ClusterFigures, GatewayTotals
-from memserve.cluster.membership import DegradedPair
+from memserve.cluster.member import DegradedPair
 from memserve.scheduler.decision_view import DecisionView
 from memserve.types import InstanceId
 

@@ -200,6 +200,19 @@ class MistralParser(JsonListParser):
         return end
 
 
+class GraniteParser(JsonListParser):
+    """`<|tool_call|>` and a JSON array of calls; `<tool_call>` in Granite 3.0."""
+
+    markers = ("<|tool_call|>", "<tool_call>")
+
+    def __init__(self, functions: Mapping[str, Function], out: Collector) -> None:
+        super().__init__(functions, out)
+        self._stage = self._content
+
+    def _marked(self, marker: str) -> Stage:
+        return self._list
+
+
 class JsonArgumentsParser(StagedParser):
     """The arguments of the only function, as the whole answer: the form that a grammar gives it
     when one function is named. Behind them, content."""

@@ -8,16 +8,21 @@ from typing import Final
 from memserve.api.answer.delta import Collector, Delta
 from memserve.api.answer.format import AnswerFormat, ReasoningFormat, ToolFormat
 from memserve.api.answer.json_formats import (
+    GraniteParser,
     HermesParser,
     JsonArgumentsParser,
     JsonListParser,
     LlamaParser,
     MistralParser,
 )
+from memserve.api.answer.known_templates import HARMONY, TEMPLATES
 from memserve.api.answer.pythonic import PythonicParser
 from memserve.api.answer.qwen3_coder import Qwen3CoderParser
 from memserve.api.answer.reasoning import MARKERS, ReasoningSplitter
 from memserve.api.answer.staged import StagedParser
+from memserve.api.answer.template_parser import TemplateParser
+from memserve.api.errors import invalid
+from memserve.models.response_template import ResponseTemplate
 
 _PARSERS: Final[dict[ToolFormat, type[StagedParser]]] = {
     ToolFormat.HERMES: HermesParser,
@@ -25,9 +30,18 @@ _PARSERS: Final[dict[ToolFormat, type[StagedParser]]] = {
     ToolFormat.MISTRAL: MistralParser,
     ToolFormat.QWEN3_CODER: Qwen3CoderParser,
     ToolFormat.PYTHONIC: PythonicParser,
+    ToolFormat.GRANITE: GraniteParser,
     ToolFormat.JSON_CALLS: JsonListParser,
     ToolFormat.JSON_ARGUMENTS: JsonArgumentsParser,
 }
+_DEEPSEEK: Final = (
+    *("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+    *("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),
+)
+_HARMONY: Final = (
+    *("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"),
+    *("<|end|>", "<|call|>", "<|return|>"),
+)
 # Markers that some tokenizers have as special tokens, which are otherwise left out of the text.
 _MARKERS: Final[dict[ToolFormat, tuple[str, ...]]] = {
     ToolFormat.HERMES: ("<tool_call>", "</tool_call>"),
@@ -35,6 +49,18 @@ _MARKERS: Final[dict[ToolFormat, tuple[str, ...]]] = {
     ToolFormat.MISTRAL: ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
     ToolFormat.QWEN3_CODER: ("<tool_call>", "</tool_call>"),
     ToolFormat.PYTHONIC: ("<|python_start|>", "<|python_end|>"),
+    ToolFormat.DEEPSEEK_V3: _DEEPSEEK,
+    ToolFormat.DEEPSEEK_V31: _DEEPSEEK,
+    ToolFormat.GLM45: (
+        *("<tool_call>", "</tool_call>"),
+        *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    ),
+    ToolFormat.GRANITE: ("<|tool_call|>", "<tool_call>"),
+    ToolFormat.KIMI_K2: (
+        *("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+        *("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+    ),
+    ToolFormat.OPENAI: _HARMONY,
 }
 
 
@@ -42,18 +68,25 @@ class AnswerParser:
     """Reads one choice's text, piece by piece. What it finds depends on the text alone, not on how
     that came in pieces."""
 
-    def __init__(self, form: AnswerFormat) -> None:
+    def __init__(self, form: AnswerFormat, own: ResponseTemplate | None = None) -> None:
+        """`own`: the model's response template. Raises ApiError where the format is that template
+        and there is none."""
         self._out = Collector(one=not form.parallel)
         self._form = form
-        self._tools: StagedParser | None = None
+        called = form.functions if form.tools is not ToolFormat.NONE else ()
+        functions = {function.name: function for function in called}
+        self._tools: StagedParser | TemplateParser | None = None
+        self._reasoning: ReasoningSplitter | None = None
         rest: Callable[[str], None] = self._out.content
-        if form.functions and form.tools is not ToolFormat.NONE:
-            functions = {function.name: function for function in form.functions}
+        template = _template_of(form, own)
+        if template is not None:
+            self._tools = TemplateParser(template, functions, self._out, form.begun)
+            rest = self._tools.push
+        elif functions:
             self._tools = _PARSERS[form.tools](functions, self._out)
             rest = self._tools.push
-        self._reasoning: ReasoningSplitter | None = None
         self._read = rest
-        if form.reasoning is not ReasoningFormat.NONE:
+        if form.reasoning is not ReasoningFormat.NONE and not reads_all(form):
             begun = form.reasoning_begun
             self._reasoning = ReasoningSplitter(form.reasoning, begun, self._out, rest)
             self._read = self._reasoning.push
@@ -67,7 +100,7 @@ class AnswerParser:
     def calls_end(self) -> bool:
         """Whether tool calls are why the answer ends: as in OpenAI's API, not where the request
         names a function."""
-        return self._out.calls > 0 and self._form.tools is not ToolFormat.JSON_ARGUMENTS
+        return self._out.calls > 0 and not self._form.named
 
     def push(self, text: str) -> None:
         """Read the next piece of the text."""
@@ -89,7 +122,26 @@ class AnswerParser:
         return delta
 
 
+def reads_all(form: AnswerFormat) -> bool:
+    """Return whether one template finds reasoning, content and calls."""
+    harmony = form.tools is ToolFormat.OPENAI or form.reasoning is ReasoningFormat.OPENAI
+    return harmony or form.tools is ToolFormat.RESPONSE_TEMPLATE
+
+
+def _template_of(form: AnswerFormat, own: ResponseTemplate | None) -> ResponseTemplate | None:
+    if form.tools is ToolFormat.RESPONSE_TEMPLATE:
+        if own is None:
+            raise invalid("The model has no response template here.", "answer")
+        return own
+    if reads_all(form):
+        return HARMONY
+    return TEMPLATES.get(form.tools) if form.functions else None
+
+
 def markers_of(form: AnswerFormat) -> tuple[str, ...]:
-    """Return the markers that the parser of this format must see."""
+    """Return the markers that the parser of this format must see, but for those of the model's own
+    template."""
+    if form.reasoning is ReasoningFormat.OPENAI or form.tools is ToolFormat.OPENAI:
+        return _HARMONY
     reasoning = MARKERS.get(form.reasoning, ())
     return (*(_MARKERS.get(form.tools, ()) if form.functions else ()), *reasoning)

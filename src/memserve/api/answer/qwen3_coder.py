@@ -120,7 +120,7 @@ class Qwen3CoderParser(StagedParser):
             if self._is_text:
                 self._out.arguments('"')
             else:
-                self._out.arguments(_converted("".join(self._parts)))
+                self._out.arguments(converted("".join(self._parts)))
             self._stage = self._inside
             return found + len(_PARAMETER_END)
         end = len(text) - overlap(text[at:], (_PARAMETER_END, "\n" + _PARAMETER_END))
@@ -151,7 +151,7 @@ class Qwen3CoderParser(StagedParser):
         return self._stage in (self._after, self._inside, self._read_value)
 
 
-def _converted(value: str) -> str:
+def converted(value: str) -> str:
     """Return the JSON of a value that need not be a text."""
     word = value.strip()
     if word.lower() in _LITERALS:

@@ -1,0 +1,1 @@
+"""What a gateway costs, and what it can follow, by the number of its members."""
