@@ -178,11 +178,16 @@ class Host:
         pair = f"name {self.name} type veth peer name {_DEVICE} address {self._mac}"
         self._switch.run("ip", "link", "add", *pair.split(), "netns", str(inside.pid))
         self._switch.run("ip", "link", "set", self.name, "master", _BRIDGE, "up")
-        _limit(self._switch, self.name, bits_per_second)
         inside.run("ip", "link", "set", "lo", "up")
         inside.run("ip", "address", "add", f"{self.address}/24", "dev", _DEVICE)
         inside.run("ip", "link", "set", _DEVICE, "up")
-        _limit(inside, _DEVICE, bits_per_second)
+        self.limit(bits_per_second)
+
+    def limit(self, bits_per_second: int) -> None:
+        """The rate of its link from now on, in each direction."""
+        assert self._inside is not None, f"{self.name} is off"
+        _limit(self._switch, self.name, bits_per_second)
+        _limit(self._inside, _DEVICE, bits_per_second)
 
     def kill(self) -> None:
         """Kill all its processes. It is off afterwards: `/dev/shm` and the link are gone. Peers
@@ -315,11 +320,13 @@ class Hosts:
         return self
 
     def close(self) -> None:
+        """Idempotent."""
         for host in self:
             if host.is_up:
                 host.kill()
         if self._switch is not None:
             self._switch.end()
+            self._switch = None
 
     def __exit__(
         self,
@@ -374,7 +381,7 @@ def _limit(where: _Namespaces, device: str, bits_per_second: int) -> None:
     """What leaves by this device; the other direction is the other end's."""
     burst = str(int(bits_per_second / 8 * _BURST_SECONDS))
     shape = ("tbf", "rate", f"{bits_per_second}bit", "burst", burst, "latency", _QUEUE)
-    where.run("tc", "qdisc", "add", "dev", device, "root", *shape)
+    where.run("tc", "qdisc", "replace", "dev", device, "root", *shape)
 
 
 def _enter_network(handle: IO[bytes]) -> None:

@@ -14,6 +14,7 @@ from memserve.api.trace_metrics import TraceMetrics
 from memserve.gateway.edge_metrics import EdgeMetrics
 from memserve.gateway.handover_proof import HandoverProof
 from memserve.gateway.metrics import GatewayMetrics, InstancesMetrics
+from memserve.gateway.planning import PlannerBoard
 from memserve.gateway.routing_metrics import RoutingMetrics
 from memserve.instance.metrics import METRICS as INSTANCE_PAGE
 
@@ -26,6 +27,7 @@ OF_GATEWAY: tuple[MetricSpec, ...] = (
     *HandoverProof.metrics,
     *EdgeMetrics.metrics,
     *TraceMetrics.metrics,
+    *PlannerBoard.metrics,
 )
 GATEWAY_PAGE: tuple[MetricSpec, ...] = (*OF_GATEWAY, *InstancesMetrics.metrics)
 EVERYWHERE = ("instance_id", "model_name", "engine")  # the text above the tables tells of them

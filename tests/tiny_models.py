@@ -17,7 +17,7 @@ from transformers import (
 VOCAB = 512
 WINDOW = 40  # not a multiple of the block size, and shorter than the prompts
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -30,24 +30,30 @@ _COMMON = {
 }
 
 CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(num_hidden_layers=3, **_COMMON),
-    "qwen3": Qwen3Config(num_hidden_layers=3, head_dim=32, **_COMMON),
-    "mistral": MistralConfig(num_hidden_layers=3, sliding_window=WINDOW, **_COMMON),
+    "llama": LlamaConfig(num_hidden_layers=3, **COMMON),
+    "qwen3": Qwen3Config(num_hidden_layers=3, head_dim=32, **COMMON),
+    "mistral": MistralConfig(num_hidden_layers=3, sliding_window=WINDOW, **COMMON),
     "gemma3": Gemma3TextConfig(
         num_hidden_layers=4,
         head_dim=32,  # the least that vLLM's attention on CPUs has
         sliding_window=WINDOW,
         query_pre_attn_scalar=32,
         layer_types=["sliding_attention", "full_attention"] * 2,
-        **_COMMON,
+        **COMMON,
     ),
 }
 
+# Its KV is large beside all else that processes say to each other: 96 KiB a block of 16 tokens.
+WIDE_KV = LlamaConfig(num_hidden_layers=3, head_dim=64, **{**COMMON, "num_key_value_heads": 4})
 
-def save_tiny_model(name: str, directory: Path, seed: int = 0) -> Path:
-    """Write config and weights of one of `CONFIGS`; returns the directory."""
+
+def save_tiny_model(
+    name: str, directory: Path, seed: int = 0, config: PretrainedConfig | None = None
+) -> Path:
+    """Write config and weights of one of `CONFIGS`, or of another `config`; returns the
+    directory."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config or CONFIGS[name], dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             # Wider than usual, so that the next token depends on all of the context.

@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 
 from evaluation.peers.config import PARTS, QUICK_PARTS, PeersConfig, chosen_parts
+from evaluation.planner.live import LiveConfig
+from evaluation.planner.run import LOADS, PlannerEvalConfig
 from evaluation.scale.page import scale_tables
 from evaluation.scale.run import ScaleConfig, run_scale
 from evaluation.soak.page import check_plot, soak_tables, write_plot
@@ -32,6 +34,7 @@ from memserve.config import (
 from memserve.errors import ConfigError
 from memserve.flags import Given, flags_of, with_flags
 from memserve.models.resolve import pinned, resolve_model
+from memserve.models.tokenizer import Tokenizer
 from memserve.terminal import progress_lines, run_app
 
 app = typer.Typer(
@@ -114,6 +117,64 @@ def peers(
     model = resolve_model(with_flags(ModelConfig(), given), progress)
     result = run_peers(config, parts, model, quick, progress)
     print_or_write(json, config, result, peers_tables(result))
+
+
+@app.command()
+@takes_flags(flags_of(PlannerEvalConfig))
+def planner(
+    data: Annotated[Path, typer.Option(help="folder with the data: mooncake/, react/")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help=f"{', '.join(LOADS)}; may be repeated; default: all"),
+    ] = None,
+    kept: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="for cells that are done: a second start goes on"),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="nothing is begun after them; default: no limit")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="the day over time: .svg")
+    ] = None,
+    json: JsonFile = None,
+    *,
+    given: Given,
+) -> None:
+    """Simulate the planner beside fixed splits: conversations, agents, and a day of both."""
+    from evaluation.planner.page import planner_tables, write_planner_plot
+    from evaluation.planner.run import run_planner_evaluation
+
+    if plot is not None:
+        check_matplotlib()
+    config = with_flags(PlannerEvalConfig(), given)
+    wanted = [load for load in LOADS if only is None or load in only]
+    if not wanted or len(wanted) < len(only or ()):
+        raise ConfigError(f"--only {', '.join(only or ())}: known are {', '.join(LOADS)}")
+    progress = progress_lines()
+    tokenizer = Tokenizer.load(resolve_model(ModelConfig(), progress).path)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    result = run_planner_evaluation(config, data, wanted, encode, progress, kept, minutes)
+    if plot is not None:
+        write_planner_plot(plot, result)
+    print_or_write(json, config, result, planner_tables(result))
+
+
+@app.command("planner-live")
+@takes_flags(flags_of(LiveConfig), flags_of(ModelConfig))
+def planner_live(json: JsonFile = None, *, given: Given) -> None:
+    """Turn the load of a real cluster of four instances, with the planner and with fixed roles."""
+    from evaluation.planner.live import live_table, run_live
+
+    config = with_flags(LiveConfig(), given)
+    progress = progress_lines()
+    wanted = with_flags(ModelConfig(), given)
+    wanted = pinned(wanted, resolve_model(wanted, progress))
+    result = asyncio.run(run_live(config, wanted, progress))
+    print_or_write(json, config, result, live_table(result))
 
 
 class PrefillBenchConfig(msgspec.Struct, frozen=True, kw_only=True):

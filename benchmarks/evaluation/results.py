@@ -12,6 +12,9 @@ from rich.console import RenderableType
 
 from evaluation.paper.tables import PaperResult, paper_tables
 from evaluation.peers.report import PeersResult, peers_tables
+from evaluation.planner.live import LiveResult, live_table
+from evaluation.planner.page import planner_tables
+from evaluation.planner.run import PlannerEvalResult
 from evaluation.prefill import PrefillBenchReport, prefill_bench_table
 from evaluation.scale.page import scale_tables
 from evaluation.scale.run import ScaleResult
@@ -95,6 +98,8 @@ _READERS: dict[str, Callable[[msgspec.Raw], RenderableType]] = {
     "serve": _reader(ServeBenchResult, _serve_table),
     "caching": _reader(CachingBenchResult, caching_table),
     "policies": _reader(PoliciesBenchResult, policies_table),
+    "planner-live": _reader(LiveResult, live_table),
+    "planner": _reader(PlannerEvalResult, planner_tables),
     "paper": _reader(PaperResult, paper_tables),
     "peers": _reader(PeersResult, peers_tables),
     "scale": _reader(ScaleResult, scale_tables),

@@ -23,6 +23,7 @@ from memserve.cli_cluster import app as cluster_app
 from memserve.cli_doctor import doctor
 from memserve.cli_flags import ExitWithParent, takes_flags
 from memserve.cli_keys import app as keys_app
+from memserve.cli_planner import planner
 from memserve.cli_sim import sim
 from memserve.cli_watch import dashboard, top
 from memserve.cluster.cluster import Cluster, run_cluster
@@ -39,6 +40,7 @@ from memserve.config import (
     InstanceConfig,
     LogConfig,
     ModelConfig,
+    PlannerConfig,
     SecurityConfig,
     TracesConfig,
     check_config,
@@ -68,6 +70,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(profile)
 app.command()(sim)
 app.command()(doctor)
+app.command()(planner)
 app.command()(top)
 app.command()(dashboard)
 app.add_typer(cluster_app, name="cluster")
@@ -106,6 +109,7 @@ def _root(
     flags_of(InstanceConfig, _CLUSTER_LEAVES_OUT),
     flags_of(TracesConfig),
     flags_of(DashboardConfig),
+    flags_of(PlannerConfig),
 )
 def up(
     config: Annotated[Path | None, typer.Argument(help="TOML; flags go before it")] = None,
@@ -127,6 +131,7 @@ def up(
         log=with_flags(file.log, given),
         traces=with_flags(file.traces, given),
         dashboard=with_flags(file.dashboard, given),
+        planner=with_flags(file.planner, given),
         instance=tuple(with_flags(i, given, _CLUSTER_LEAVES_OUT) for i in file.instance),
     )
     check_config(wanted)

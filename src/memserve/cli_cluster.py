@@ -21,6 +21,7 @@ from memserve.cluster.client import ClusterClient, ClusterSummary
 from memserve.cluster.rolling import RESTART_SECONDS, remove, restart
 from memserve.cluster.running import DEFAULT_URL, find_gateway
 from memserve.errors import ConfigError
+from memserve.planner.contract import Decision
 from memserve.scheduler.contract import Terms
 from memserve.scheduler.decision_view import DecisionView
 from memserve.scheduler.prefix_view import PrefixReport
@@ -177,6 +178,31 @@ def prefixes(
             console.print(f"{each.id}: {each.text!r}", markup=False)
 
 
+@app.command("planner")
+def planner_(
+    n: Annotated[int, typer.Option("-n", metavar="N", help="how many of the last", min=1)] = 1,
+    url: _Url = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Show what the planner decided last, and why: each split of the members that it considered,
+    best first. The present one is marked with *."""
+
+    async def ask(client: ClusterClient) -> list[Decision]:
+        return await client.plans(n)
+
+    found = asyncio.run(_with_client(url, ask))
+    if json:
+        print(msgspec.json.encode(found).decode())
+        return
+    console = _console()
+    for decision in found:
+        console.print(planner_table(decision))
+        for line in planner_lines(decision):
+            console.print(line, markup=False)
+    if not found:
+        console.print("no planner has decided anything here: is one running? (memserve planner)")
+
+
 def _run(url: str | None, json: bool, work: Callable[[ClusterClient], Awaitable[object]]) -> None:
     """Run `work` with a client of the gateway, then print the cluster's view."""
 
@@ -266,6 +292,42 @@ def prefix_table(report: PrefixReport) -> Table:
         numbers = (each.tokens, each.own_tokens, each.hits)
         table.add_row(each.id, each.tenant, *map(str, numbers), f"{each.age:.0f} s", held)
     return table
+
+
+def planner_table(decision: Decision) -> Table:
+    """Return a table with a row for the present split, and one for each that was considered."""
+    table = Table()
+    table.add_column("split")
+    for name in ("headroom", "served", "TTFT", "TPOT", "gain", "cost"):
+        table.add_column(name, justify="right")
+    present = decision.present
+    for one in (present, *(one for one in decision.considered if one.split != present.split)):
+        table.add_row(
+            f"{'*' if one is present else ' '} {one.split}",
+            f"{one.headroom:.2f}",
+            f"{one.served:.1%}",
+            "-" if one.ttft is None else f"{one.ttft:.3f} s",
+            "-" if one.tpot is None else f"{one.tpot * 1e3:.1f} ms",
+            "" if one is present else f"{one.gain:+.0f}",
+            "" if one is present else f"{one.cost:.0f}",
+        )
+    return table
+
+
+def planner_lines(decision: Decision) -> list[str]:
+    """Return what arrives, what was decided, and what came of it."""
+    demand = decision.demand
+    lines = [
+        f"{demand.requests_per_second:.2f} requests/s of {demand.prompt_tokens:.0f} tokens, "
+        f"{demand.uncached_tokens:.0f} of them to compute, and {demand.output_tokens:.0f} to answer"
+    ]
+    lines += [f"{decision.action}{' (dry run)' if decision.dry_run else ''}: {decision.reason}"]
+    lines += [f"  {one.member}: {one.before} -> {one.after}" for one in decision.changes]
+    if decision.role is not None:
+        lines.append(f"  {decision.count} {decision.role} by the backend")
+    if decision.failed:
+        lines.append(f"  failed: {decision.failed}")
+    return lines
 
 
 def _used(medium: MediumTotals) -> str:

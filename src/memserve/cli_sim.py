@@ -16,7 +16,7 @@ from memserve.bench.environment import capture_environment
 from memserve.bench.pages import render_page, write_page
 from memserve.bench.plots import Plot, check_matplotlib, distribution
 from memserve.cli_flags import takes_flags
-from memserve.config import ModelConfig, Policy
+from memserve.config import ModelConfig, PlannerConfig, Policy
 from memserve.flags import Given, flags_of, with_flags
 from memserve.models.resolve import Progress, resolve_model
 from memserve.models.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ from memserve.terminal import progress_lines
 _FIGURES = ("cached_ratio", "ttft_mean", "ttft_p99", "tpot_mean", "jct_mean", "jct_p99")
 
 
-@takes_flags(flags_of(SimConfig))
+@takes_flags(flags_of(SimConfig), flags_of(PlannerConfig, ("dry_run",)))
 def sim(
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="write JSON; - is standard output")
@@ -42,7 +42,11 @@ def sim(
     *,
     given: Given,
 ) -> None:
-    """Simulate a cluster: the real scheduler, a cost model, and a virtual clock."""
+    """Simulate a cluster: the real scheduler, a cost model, and a virtual clock.
+
+    With --planner, the planner changes roles, and with --planner-max-members the members.
+    """
+    planner = with_flags(PlannerConfig(), given, ("dry_run",))
     config = with_flags(SimConfig(), given)
     if html is not None:
         check_matplotlib()
@@ -53,7 +57,9 @@ def sim(
     times: dict[str, list[RequestTimes]] = {}
     for policy in policies:
         own = msgspec.structs.replace(config, policy=policy)
-        results.append(simulate(own, progress, encode, times.setdefault(policy, []).append))
+        results.append(
+            simulate(own, progress, encode, planner, times.setdefault(policy, []).append)
+        )
     if html is not None:
         write_page(Path(html), _page(results, times))
     if json is None:

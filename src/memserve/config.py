@@ -235,6 +235,32 @@ class DashboardConfig(_Section, frozen=True):
     port: Annotated[Port, doc("on 127.0.0.1; if it is taken, and for 0, any free one")] = 8090
 
 
+class PlannerConfig(_Section, frozen=True):
+    """The planner, which changes members' roles and number. The flags of these fields begin with
+    `--planner-`."""
+
+    enabled: Annotated[bool, doc("change roles, and with max_members members, by itself")] = False
+    ttft: Annotated[PositiveSeconds, doc("objective: seconds to a first token")] = 2.0
+    tpot: Annotated[PositiveSeconds, doc("objective: seconds for each later token")] = 0.1
+    percentile: Annotated[
+        Annotated[float, Meta(ge=1, le=99.9)] | None,
+        doc("of both that has to meet its objective, as 90; default: the mean"),
+    ] = None
+    interval: Annotated[
+        Annotated[float, Meta(ge=0.5, le=600)], doc("seconds between looks at the cluster")
+    ] = 5.0
+    dry_run: Annotated[bool, doc("decide and explain, and change nothing")] = False
+    min_prefill: Annotated[NonNegative, doc("prefill members, while there are decode members")] = 1
+    max_prefill: Annotated[Positive | None, doc("default: no limit")] = None
+    min_decode: Annotated[NonNegative, doc("decode members, while there are prefill members")] = 1
+    max_decode: Annotated[Positive | None, doc("default: no limit")] = None
+    colocated: Annotated[bool, doc("may make all members colocated, and split them again")] = True
+    min_members: Annotated[Positive, doc("below which no member is ended")] = 1
+    max_members: Annotated[
+        Positive | None, doc("up to which members are started; default: none is started or ended")
+    ] = None
+
+
 class BackendConfig(_Section, frozen=True):
     """Where a cluster's processes run."""
 
@@ -253,6 +279,7 @@ class ClusterConfig(_Section, frozen=True):
     log: LogConfig = LogConfig()
     traces: TracesConfig = TracesConfig()
     dashboard: DashboardConfig = DashboardConfig()
+    planner: PlannerConfig = PlannerConfig()
     instance: tuple[InstanceConfig, ...] = (InstanceConfig(),)
 
 
@@ -301,6 +328,7 @@ def _rename_model(data: dict[str, object]) -> None:
 
 def check_config(config: ClusterConfig) -> None:
     """Raise ConfigError for values that contradict each other."""
+    check_planner(config.planner)
     for instance in config.instance:
         if instance.port and instance.count > 1:
             raise ConfigError(
@@ -317,6 +345,21 @@ def check_config(config: ClusterConfig) -> None:
             raise ConfigError("instance.vllm_url needs engine = 'vllm'")
         if instance.vllm_pool is not None and instance.vllm_url is None:
             raise ConfigError("instance.vllm_pool is of a server that runs already: vllm_url")
+
+
+def check_planner(planner: PlannerConfig) -> None:
+    """Raise ConfigError for bounds that leave nothing between them."""
+    bounds = (
+        ("prefill", planner.min_prefill, planner.max_prefill),
+        ("decode", planner.min_decode, planner.max_decode),
+        ("members", planner.min_members, planner.max_members),
+    )
+    for name, least, most in bounds:
+        if most is not None and least > most:
+            raise ConfigError(
+                f"planner.min_{name} = {least} is above planner.max_{name} = {most}; "
+                f"give max_{name} {least} or more"
+            )
 
 
 def parse_bytes(text: str) -> int:

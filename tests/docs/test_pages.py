@@ -1,12 +1,10 @@
 """The commands in the documentation, run as a reader would, and what the page says they print.
 
-Blocks of a page marked `bash` run in one shell, in an empty directory; a `text` block behind one is
-its output, with `...` for what differs. They use port 8000 and the demo model.
+Blocks of a page run in one shell, in an empty directory. They use port 8000 and the demo model.
 """
 
 from __future__ import annotations
 
-import doctest
 import os
 import re
 import signal
@@ -15,35 +13,14 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
+from tests.docs.pages import DOCS, END, blocks
+
 PAGES = [DOCS / "tutorial.md", *sorted((DOCS / "how-to").glob("*.md"))]
 PORT = 8000  # of the pages
-END = "--- end of block ---"
 SECONDS = 280
-_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_same = doctest.OutputChecker().check_output
-
-
-class Block(NamedTuple):
-    commands: str
-    printed: str | None
-
-
-def blocks(page: Path) -> list[Block]:
-    found: list[Block] = []
-    before = ""
-    for language, text in _BLOCK.findall(page.read_text(encoding="utf-8")):
-        if language == "bash":
-            found.append(Block(text, None))
-        elif language == "text":
-            assert before == "bash", f"{page.name}: output without a command:\n{text}"
-            found[-1] = Block(found[-1].commands, text)
-        before = language
-    return found
 
 
 @pytest.fixture
@@ -85,10 +62,8 @@ def test_a_pages_commands_print_what_it_says(page: Path, tmp_path: Path) -> None
     assert shell.returncode == 0, output + logs
     printed = output.split(f"{END}\n")
     assert len(printed) == len(parts) + 1
-    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     for block, got in zip(parts, printed, strict=False):
-        if block.printed is not None:
-            assert _same(block.printed, got, flags), f"{block.commands}\nprinted:\n{got}"
+        block.check(got)
 
 
 def test_links_of_pages_lead_to_files() -> None:

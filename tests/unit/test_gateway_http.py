@@ -266,6 +266,37 @@ async def test_a_client_that_never_reads_is_given_up() -> None:
         client.writer.close()
 
 
+async def test_a_client_that_reads_late_is_not_taken_for_silent() -> None:
+    """Its kernel acknowledges what it has, and says that there is no room for more."""
+    full = asyncio.Event()
+
+    async def flood(request: Request, reply: Reply) -> None:
+        caught_up = asyncio.Event()
+
+        def tell(paused: bool) -> None:
+            if not paused:
+                caught_up.set()
+
+        reply.on_flow = tell
+        reply.start(200, ())
+        while reply.writable:
+            reply.write(b"x" * 10_000)
+            await asyncio.sleep(0)
+        full.set()
+        await caught_up.wait()
+        reply.end()
+
+    limits = HttpLimits(silent_seconds=0.1, sweep_seconds=0.01)
+    async with serving(flood, limits=limits) as served:
+        client = await served.connect()
+        client.say(post(b""))
+        await full.wait()
+        await asyncio.sleep(0.5)  # it reads nothing meanwhile
+        status, _, body = await client.hear()
+        assert (status, set(body)) == (200, {ord("x")})
+        assert served.server.counters.silent == 0
+
+
 async def test_a_client_that_hangs_up_is_noticed_at_once() -> None:
     gone = asyncio.Event()
     tried = asyncio.Event()

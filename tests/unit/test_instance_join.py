@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -151,6 +152,16 @@ async def test_no_gateway_at_any_address_is_a_warning(caplog: pytest.LogCaptureF
     async with registered(f"http://{NAME}:9", Names("127.0.0.8", "127.0.0.9")):
         await until(lambda: caplog.text.count("cannot be reached, 20 times") == 2, "two lines")
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
+
+
+async def test_a_gateway_that_stays_away_is_told_of_less_and_less(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(join, "UNHEARD_TRIES", 2)
+    async with registered(f"http://{NAME}:9", Names("127.0.0.9")):
+        await until(lambda: "cannot be reached, 16 times" in caplog.text, "the fourth line")
+    told = [int(n) for n in re.findall(r"cannot be reached, (\d+) times", caplog.text)]
+    assert told == [2, 4, 8, 16]
 
 
 async def test_with_tls_each_address_shows_the_name_s_certificate(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from memserve.api.http_message import Reply, Request
 from memserve.api.http_parser import MAX_SLICE_BYTES, RequestParser
 from memserve.api.http_refusals import timed_out, too_many_bodies, too_many_connections
 from memserve.api.local_connection import LocalConnection
+from memserve.api.tcp_info import Silence
 
 # Called at the end of a request's head, before its body: returns a refusal, or None. Changes no
 # state if it returns None, since the handler checks again.
@@ -79,6 +80,7 @@ class Connection(asyncio.Protocol):
         self._in_head = True  # `_since` is a head's, not a body's
         self._stalled = 0.0  # since when the client has read nothing
         self._unsent = 0  # bytes in the write buffer at the last check
+        self._silence = Silence()
         self._half_closed: HalfClosed | None = None
 
     # --- asyncio.Protocol
@@ -91,13 +93,12 @@ class Connection(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         local = _is_local(transport.get_extra_info("peername"))
         server, limits = self._server, self._server.limits
-        unasked = None if server.admit is None else limits.unasked_body
         self._parser = RequestParser(
             self,
             server.max_body_bytes,
             limits.small_body,
             private=local or self._secure,
-            unasked=unasked,
+            unasked=None if server.admit is None else limits.unasked_body,
             local=LocalConnection() if local else None,
         )
         self.deadline = self._now() + limits.idle_seconds
@@ -238,7 +239,10 @@ class Connection(asyncio.Protocol):
     def check(self, now: float) -> None:
         """Close the connection, or refuse its request, if a time limit is exceeded."""
         limits, counters = self._server.limits, self._server.counters
-        if not self._writable or self._transport.is_closing():
+        if self._silence.lasts(self._transport, now, limits.silent_seconds):
+            counters.silent += 1
+            self._transport.abort()
+        elif not self._writable or self._transport.is_closing():
             unsent = self._transport.get_write_buffer_size()
             if unsent != self._unsent:
                 self._unsent, self._stalled = unsent, now

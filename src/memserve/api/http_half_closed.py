@@ -15,18 +15,16 @@ A FIN may mean that the client has left (`close`), or that it has sent all and w
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 
 from memserve.api.http_message import Reply
+from memserve.api.tcp_info import tcp_info
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 YOUNG_SECONDS = 0.05  # shorter than any client's timeout
 # Between looks at the state after a probe: a round trip in the machine room, one around the
 # world, and then the next probe.
 LOOK_SECONDS = (0.005, 0.1, 1.0)
-
-_TCP_CLOSE = 7  # the first byte of TCP_INFO, after a reset (Linux, net/tcp_states.h)
 
 
 class HalfClosed:
@@ -67,18 +65,10 @@ class HalfClosed:
     def _look(self, step: int) -> None:
         if self._transport.is_closing():
             return
-        if _was_reset(self._transport):
+        info = tcp_info(self._transport)
+        if info is not None and info.reset:
             self._departed()
         elif step < len(LOOK_SECONDS):
             self._next = self._loop.call_later(LOOK_SECONDS[step], self._look, step + 1)
         else:
             self._ask()
-
-
-def _was_reset(transport: asyncio.Transport) -> bool:
-    sock = transport.get_extra_info("socket")
-    try:
-        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-    except OSError:
-        return False  # not TCP: there, a write fails at once
-    return bool(state[0] == _TCP_CLOSE)

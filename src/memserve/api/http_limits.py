@@ -38,6 +38,9 @@ class HttpLimits:
     linger_seconds: float = 30.0
     # For a client that reads none of the bytes that wait for it: it holds an answer's memory.
     stalled_seconds: float = 300.0
+    # For a client that acknowledges nothing of what was sent to it: its host is lost, or the way
+    # to it. More than a few of TCP's retransmissions on a bad way, which double from 0.2 s on.
+    silent_seconds: float = 30.0
     # For the answer to an HTTP/1.0 client that has finished sending: the server cannot find out
     # whether it is still there.
     half_closed_seconds: float = 5.0
@@ -59,5 +62,6 @@ class HttpCounters:
     head_timeouts: int = 0  # 408
     body_timeouts: int = 0  # 408
     stalled: int = 0  # clients that did not read, hung up on
+    silent: int = 0  # clients that acknowledged nothing, given up
     half_closed: int = 0  # clients that had finished sending before their answer began
     departed: int = 0  # of `half_closed`: clients that had left

@@ -17,6 +17,8 @@ from memserve.api.status import InstanceState, InstanceStats, JoinRequest, Mediu
 from memserve.api.timeline import TIMELINE_PATH, Timeline
 from memserve.cluster.member import DegradedPair
 from memserve.errors import ClusterError, ConfigError
+from memserve.planner.contract import Decision as PlannerDecision
+from memserve.planner.contract import LoadReport
 from memserve.scheduler.decision_view import DecisionView
 from memserve.scheduler.prefix_view import PrefixReport
 from memserve.secrets import Secret, secret_of
@@ -26,6 +28,8 @@ from memserve.types import Epoch, InstanceId, Role
 CLIENT_SECONDS = 10.0
 DECISIONS_PATH = "/cluster/decisions"
 PREFIXES_PATH = "/cluster/prefixes"
+LOAD_REPORTS_PATH = "/cluster/load"  # of each worker of a gateway, for the planner
+PLANNER_PATH = "/cluster/planner"
 FEEDS_PATH = "/cluster/feeds"  # state of a gateway's KV event subscriptions
 
 _encode = msgspec.json.Encoder().encode
@@ -68,6 +72,8 @@ _cluster = msgspec.json.Decoder(ClusterSummary)
 _decisions = msgspec.json.Decoder(list[DecisionView])
 _timeline = msgspec.json.Decoder(Timeline)
 _prefixes = msgspec.json.Decoder(PrefixReport)
+_loads = msgspec.json.Decoder(list[LoadReport])
+_plans = msgspec.json.Decoder(list[PlannerDecision])
 T = TypeVar("T")
 
 
@@ -111,6 +117,22 @@ class ClusterClient:
         """Return the `n` hottest prefixes; `text`: with what they say, shortened."""
         path = f"{PREFIXES_PATH}?n={n}&text={str(text).lower()}"
         return await self._ask("GET", path, _prefixes.decode)
+
+    async def load(self) -> list[LoadReport]:
+        """Return the view of each worker of the gateway."""
+        return await self._ask("GET", LOAD_REPORTS_PATH, _loads.decode)
+
+    async def plans(self, n: int) -> list[PlannerDecision]:
+        """Return the planner's last `n` decisions, newest first."""
+        return await self._ask("GET", f"{PLANNER_PATH}?n={n}", _plans.decode)
+
+    async def post_plan(self, decision: PlannerDecision) -> None:
+        """Have the gateway show a decision of the planner."""
+        await self._ask("POST", PLANNER_PATH, bytes, _encode(decision))
+
+    async def profile(self, member: MemberSummary) -> bytes:
+        """Return an instance's `/profile`, from its own address."""
+        return await self._call("GET", f"{member.address}/profile", bytes)
 
     async def read(self, path: str, decode: Callable[[bytes], T]) -> T:
         """Return the decoded answer to a GET of one of an operator's paths."""

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from memserve.api.serving import Shutdown, on_reload
 from memserve.api.status import InstanceState
+from memserve.api.tls import client_tls
+from memserve.clock import MonotonicClock
 from memserve.cluster.backend import Backend, Group, Kept, Launch, Place
 from memserve.cluster.client import ClusterClient
 from memserve.cluster.launches import (
@@ -18,6 +20,7 @@ from memserve.cluster.launches import (
     instance_launches,
     tables,
 )
+from memserve.cluster.planning import PlannerLoop
 from memserve.cluster.running import announce_cluster
 from memserve.config import ClusterConfig
 from memserve.errors import ClusterError
@@ -165,6 +168,20 @@ class Cluster:
             for task in keeping:
                 task.cancel()
             await asyncio.gather(*keeping, return_exceptions=True)
+
+    async def plan(self) -> None:
+        """Run the planner, until cancelled."""
+        urls = [await one.address() for one in self._gateways]
+        loop = PlannerLoop(
+            urls,
+            self._config.planner,
+            MonotonicClock(),
+            self._secret,
+            client_tls(self._config.security.tls_ca),
+            self,
+            self._progress,
+        )
+        await loop.run()
 
     async def groups(self) -> tuple[Group, ...]:
         return tuple(
@@ -329,16 +346,18 @@ async def run_cluster(
         await cluster.begin()
         telling = asyncio.ensure_future(tell())
         supervising = asyncio.ensure_future(cluster.supervise())
-        both = (telling, supervising)
+        beside = [telling, supervising]
+        if config.planner.enabled:
+            beside.append(asyncio.ensure_future(cluster.plan()))
         try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.wait(beside, return_when=asyncio.FIRST_EXCEPTION)
             if telling.done():
                 telling.result()
             await supervising
         finally:
-            for task in both:
+            for task in beside:
                 task.cancel()
-            await asyncio.wait(both)
+            await asyncio.wait(beside)
 
     try:
         await shutdown.run_until_requested(serve())

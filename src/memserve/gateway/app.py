@@ -39,6 +39,7 @@ from memserve.gateway.cluster_admin import repeated_join
 from memserve.gateway.figures import figures_routes
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.metrics import GatewayMetrics
+from memserve.gateway.planning import PlannerBoard, planner_routes
 from memserve.gateway.refusals import draining, no_instance, no_member_can
 from memserve.gateway.relay import Answer, Relay
 from memserve.gateway.request_line import CLIENT_LEFT, MAX_REQUEST_ID, RequestLine, read_reason
@@ -87,6 +88,7 @@ class GatewayApp:
         *,
         responses: Responses,
         tokenization: Tokenization,
+        planning: PlannerBoard,
         max_body_bytes: int = MAX_BODY_BYTES,
         more: Callable[[Siblings | None], APIRouter] | None = None,
     ) -> None:
@@ -105,7 +107,7 @@ class GatewayApp:
         self._tracer = tracer
         self._access = access
         self._metrics = GatewayMetrics(membership, calls.model)
-        for source in counted:
+        for source in (*counted, planning):
             self._metrics.register(source)
         self._forwards = forwards
         self._threads = calls.threads
@@ -130,12 +132,14 @@ class GatewayApp:
         app.include_router(figures_routes(*figures, siblings))
         if more is not None:
             app.include_router(more(siblings))
+        app.include_router(planner_routes(planning, siblings))
         self._admin: Handler = asgi_handler(app)
         # Requests of sibling workers: answered for this worker alone, and not passed on again.
         app = admin_app(*admin, troubles=troubles)
         app.include_router(figures_routes(*figures, None))
         if more is not None:
             app.include_router(more(None))
+        app.include_router(planner_routes(planning, None))
         self.handle_sibling: Handler = Guard(
             responses.for_siblings(asgi_handler(app)), access.verifier
         )

@@ -22,6 +22,7 @@ _REFUSED: dict[str, Callable[[HttpCounters, Access], int]] = {
     "head_timeout": lambda counters, access: counters.head_timeouts,
     "body_timeout": lambda counters, access: counters.body_timeouts,
     "stalled": lambda counters, access: counters.stalled,
+    "silent": lambda counters, access: counters.silent,
     "idle": lambda counters, access: counters.evicted,
     "api_key": lambda counters, access: access.unauthorised,
     "cross_origin": lambda counters, access: access.foreign,
@@ -32,7 +33,8 @@ _REFUSALS = counter(
     "requests",
     "Requests and connections that were refused, or closed, before they cost anything: no room for "
     "a connection or a body, not HTTP, a body of somebody who may not ask, too slow in sending or "
-    "reading, idle while others needed the room, no valid API key, a foreign web page, no secret.",
+    "reading, gone without a word, idle while others needed the room, no valid API key, a foreign "
+    "web page, no secret.",
     Label("why", tuple(_REFUSED)),
 )
 _SURVIVED = counter(

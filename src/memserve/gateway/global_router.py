@@ -25,6 +25,8 @@ from memserve.gateway.admission_queue import AdmissionQueue
 from memserve.gateway.instance_costs import InstanceCosts, StepTimes, answer_tokens
 from memserve.gateway.router import Plan as MemberPlan
 from memserve.gateway.routing_metrics import RoutingMetrics
+from memserve.planner.contract import LoadReport
+from memserve.planner.report import report_of
 from memserve.scheduler.admission import Admission
 from memserve.scheduler.contract import InstanceSpec, Plan, PromptRequest
 from memserve.scheduler.decisions import Decision
@@ -131,6 +133,11 @@ class GlobalRouter:
     def decisions(self, n: int) -> list[Decision]:
         """Return the last `n` decisions, newest first."""
         return self.scheduler.decisions.last(n)
+
+    def load(self) -> LoadReport:
+        """Return what the scheduler predicts of the ready members, for the planner."""
+        ready = {member.id for member in self._membership.ready()}
+        return report_of(self.scheduler, self._clock.now(), ready)
 
     def now(self) -> float:
         """Return the clock's seconds."""

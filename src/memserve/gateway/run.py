@@ -46,6 +46,7 @@ from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.global_router import GlobalRouter
 from memserve.gateway.handover_proof import HandoverProof
 from memserve.gateway.model_formats import formats_of
+from memserve.gateway.planning import PlannerBoard
 from memserve.gateway.prefixes import prefix_routes
 from memserve.gateway.relay import Relay
 from memserve.gateway.response_store import ResponseStore
@@ -262,6 +263,7 @@ class Gateway:
             tracer,
             responses=responses,
             tokenization=Tokenization(self._calls, tokenizer),
+            planning=PlannerBoard(self._router.load, clock),
             max_body_bytes=self._max_body_bytes,
             more=partial(prefix_routes, self._router.tree, clock, tokenizer),
         )

@@ -31,7 +31,9 @@ RETRY_SECONDS = 0.25
 # Between look-ups of a name, for gateways that are added: about as long as name servers of clusters
 # let an answer be kept. After a failed one, RETRY_SECONDS.
 RESOLVE_SECONDS = 5.0
-UNHEARD_TRIES = 20  # failed tries between warnings, about 5 s: longer than a gateway's restart
+# Failed tries before a warning, about 5 s: longer than a gateway's restart. The next ones come when
+# the tries have doubled: a gateway's host may be away for days.
+UNHEARD_TRIES = 20
 JOIN_TIMEOUT = 2.0
 LEAVE_TIMEOUT = 1.0  # short, since the process waits for it at its end
 
@@ -101,7 +103,7 @@ class Registration:
                     found = set(await self._resolve(host))
                 except OSError as error:
                     unknown += 1
-                    if unknown % UNHEARD_TRIES == 0:
+                    if _worth_a_line(unknown):
                         log.warning("%s has no address, %d times: %s", host, unknown, error)
                 else:
                     unknown = 0
@@ -158,7 +160,14 @@ class Registration:
         try. An address beside which another one of the name answers may be none of a gateway's
         (`::1` of localhost): it is tried seldom, and is no reason to worry."""
         beside = any(of == url for of, _ in self._heard)
-        if tries % UNHEARD_TRIES == 0 and not (beside and tries > UNHEARD_TRIES):
+        if _worth_a_line(tries) and not (beside and tries > UNHEARD_TRIES):
             level = logging.INFO if beside else logging.WARNING
             log.log(level, "%s at %s cannot be reached, %d times: %s", url, address, tries, why)
         return JOIN_SECONDS if beside and tries > UNHEARD_TRIES else RETRY_SECONDS
+
+
+def _worth_a_line(tries: int) -> bool:
+    """Return whether so many failed tries are UNHEARD_TRIES, or twice as many as at the last
+    line."""
+    times, rest = divmod(tries, UNHEARD_TRIES)
+    return times > 0 and not rest and not times & (times - 1)

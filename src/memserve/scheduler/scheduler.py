@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from hashlib import blake2b
 
 from memserve.clock import Clock
+from memserve.scheduler.arrivals import Arrivals
 from memserve.scheduler.candidates import Candidates, CandidateSet, whole_prefill_seconds
 from memserve.scheduler.compiled import prepare
 from memserve.scheduler.contract import InstanceSpec, Plan, PrefixMatches, PromptRequest
@@ -36,11 +37,11 @@ class OutputLength:
 
     def __init__(self, first: float = FIRST_OUTPUT_TOKENS) -> None:
         self.expected = first
-        self._seen = 0
+        self.seen = 0  # answers
 
     def ended(self, output_tokens: int) -> None:
-        self._seen += 1
-        weight = max(_OUTPUT_NEWEST, 1 / (self._seen + 1))
+        self.seen += 1
+        weight = max(_OUTPUT_NEWEST, 1 / (self.seen + 1))
         capped = min(float(output_tokens), _OUTPUT_OUTLIER * max(self.expected, 1.0))
         self.expected += weight * (capped - self.expected)
 
@@ -75,6 +76,7 @@ class Scheduler:
         self.load = Load(seed)
         self.output_length = OutputLength()
         self.decisions = DecisionLog()
+        self.arrivals = Arrivals()
         self._turn = 0
         self._sessions: OrderedDict[bytes, Placement] = OrderedDict()  # by `_session_key`
         self._candidates: dict[frozenset[InstanceId] | None, Candidates] = {}
@@ -130,6 +132,7 @@ class Scheduler:
         ranking = Ranking.of(candidates, choice.scores, choice.candidate)
         plan = ranking.plan(0)
         self._reserve(request, output_tokens, plan, now)
+        self.arrivals.add(now, plan.prompt_tokens, plan.cached_tokens + plan.fetched_tokens)
         decision = Decision(
             request=request.id,
             policy=self.policy,

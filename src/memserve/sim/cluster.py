@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from memserve.config import Caching
+from memserve.config import KEEPING_ROLES, Caching
 from memserve.scheduler.contract import InstanceSpec, Path, Plan, PromptRequest
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.scheduler.scheduler import Scheduler
@@ -13,7 +13,7 @@ from memserve.sim.cache import SimCache
 from memserve.sim.instance import InstanceShape, Job, SimInstance
 from memserve.sim.prompt import BlockKey, SimRequest, SimSession
 from memserve.sim.timeline import Timeline
-from memserve.types import SHARED, InstanceId
+from memserve.types import SHARED, InstanceId, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,34 +39,55 @@ class SimCluster:
         self.tree = PromptTree()
         self.scheduler = Scheduler(self.tree, self.timeline, policy)
         self.fetched_tokens = 0
+        self._left: set[InstanceId] = set()
         self._caching = caching
         self._network = network or Network()
-        self._begun: dict[InstanceId, float] = {}
-        self.instances: dict[InstanceId, SimInstance] = {}
+        self.unfinished = 0  # sessions
+        self.instances: dict[InstanceId, SimInstance] = {}  # also those that left
         for shape in shapes:
-            self._add(shape)
+            self.add(shape)
 
-    def _add(self, shape: InstanceShape) -> None:
+    # --- members --------------------------------------------------------------------------
+
+    def add(self, shape: InstanceShape) -> None:
+        """Add an instance that takes requests from now on, with an empty cache."""
         cache = SimCache(shape.hbm_blocks, shape.dram_blocks, _Removals(shape.id, self.tree))
         self.instances[shape.id] = SimInstance(shape, cache, self.timeline, self._stored)
         self.tree.join(shape.id, shape.block_tokens, shape.role)
+        self.scheduler.put(self._spec(shape))
+
+    def change_role(self, instance: InstanceId, role: Role) -> None:
+        """Give an instance another role: what runs there goes on, new requests follow the new
+        role, and its cache stays."""
+        simulated = self.instances[instance]
+        caches = role in KEEPING_ROLES[self._caching]
+        simulated.shape = replace(simulated.shape, role=role, caches=caches)
+        self.tree.set_role(instance, role)
+        self.scheduler.put(self._spec(simulated.shape))
+
+    def remove(self, instance: InstanceId) -> None:
+        """Send an instance no more requests, and forget its cache; what runs there goes on."""
+        self.scheduler.remove(instance)
+        self.tree.leave(instance)
+        self._left.add(instance)
+
+    def _spec(self, shape: InstanceShape) -> InstanceSpec:
         host = "here" if self._network.path == "shm" else shape.id
-        self.scheduler.put(
-            InstanceSpec(
-                shape.id,
-                shape.role,
-                shape.costs,
-                shape.block_tokens,
-                host,
-                shape.max_running,
-                shape.chunk_tokens,
-                shape.hbm_blocks * shape.block_tokens,
-                shape.short_share,
-            )
+        return InstanceSpec(
+            shape.id,
+            shape.role,
+            shape.costs,
+            shape.block_tokens,
+            host,
+            shape.max_running,
+            shape.chunk_tokens,
+            shape.hbm_blocks * shape.block_tokens,
+            shape.short_share,
         )
 
     def run(self, sessions: Sequence[SimSession], done: Callable[[SimRequest], None]) -> None:
         """Run until the last answer has ended. `done` is called with each finished request."""
+        self.unfinished = len(sessions)
         for session in sessions:
             _SessionRun(self, session, done).start()
         while self.timeline.step():
@@ -85,7 +106,7 @@ class SimCluster:
                 session=request.session,
             )
         )
-        assert decision is not None  # instances never leave
+        assert decision is not None  # some instance is always there
         _RequestRun(self, request, decision.plan, ended).start()
 
     def transfer_seconds(self, source: InstanceId, blocks: int) -> float:
@@ -107,6 +128,8 @@ class SimCluster:
         request: SimRequest,
         positions: Sequence[int],
     ) -> None:
+        if instance in self._left:
+            return
         tokens = request.tokens if request.final_tokens is None else request.final_tokens
         size = self.instances[instance].shape.block_tokens
         for first, last in _runs(positions):
@@ -138,7 +161,8 @@ class _Removals:
         self._tree = tree
 
     def removed(self, key: BlockKey) -> None:
-        self._tree.removed(self._instance, (key,))
+        if self._instance in self._tree:
+            self._tree.removed(self._instance, (key,))
 
 
 class _SessionRun:
@@ -155,7 +179,9 @@ class _SessionRun:
 
     def _go_on(self) -> None:
         request = next(self._next, None)
-        if request is not None:
+        if request is None:
+            self._cluster.unfinished -= 1
+        else:
             self._cluster.submit(request, self._ended)
 
     def _ended(self, request: SimRequest) -> None:

@@ -16,17 +16,20 @@ from memserve.config import (
     KEEPING_ROLES,
     Caching,
     NonNegative,
+    PlannerConfig,
     Policy,
     Positive,
     TransferMode,
     doc,
 )
 from memserve.errors import ConfigError, ProfileError
+from memserve.planner.contract import Action, Decision
 from memserve.scheduler.architecture import ARCHITECTURES, Architecture
 from memserve.scheduler.cost_model import CostModel
 from memserve.scheduler.hardware import HARDWARE, cost_model
 from memserve.scheduler.profiles import decode_profile
 from memserve.sim.cluster import Network, SimCluster
+from memserve.sim.elastic import START_SECONDS, Delays, SimPlanner
 from memserve.sim.inputs import Encode, text_sessions, trace_sessions
 from memserve.sim.instance import InstanceShape
 from memserve.sim.prompt import BlockKeys, SimRequest, SimSession
@@ -94,6 +97,9 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_overhead: Annotated[
         float, Meta(ge=0), doc("seconds of the engine's host in each step, its devices idle")
     ] = 0.0
+    start_seconds: Annotated[
+        float, Meta(ge=0), doc("until a member that the planner adds is ready")
+    ] = START_SECONDS
 
 
 class SimResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +124,10 @@ class SimResult(msgspec.Struct, frozen=True, kw_only=True):
     computed_tokens: int
     fetched_tokens: int  # pulled from third instances
     moved_tokens: int  # from prefill to decode instances
+    served_ratio: float  # of requests: with TTFT and TPOT inside the planner's objectives
+    role_changes: int = 0  # by the planner
+    members_added: int = 0
+    members_removed: int = 0
 
 
 class RequestTimes(NamedTuple):
@@ -132,20 +142,22 @@ def simulate(
     config: SimConfig,
     progress: Progress,
     encode: Encode | None = None,
+    planner: PlannerConfig | None = None,
     each: Callable[[RequestTimes], None] = lambda _: None,
 ) -> SimResult:
-    """Run a simulation. `progress` gets a line per tenth; `encode`, needed for workloads of text,
-    tokenizes; `each` gets the times of every request, in the order of their ends. Raises
+    """Run a simulation. `progress` gets a line per tenth, and one for each change of the planner;
+    `encode`, needed for workloads of text, tokenizes. `planner`: its objectives count also where
+    it is not enabled. `each` gets the times of every request, in the order of their ends. Raises
     ConfigError."""
+    planner = planner or PlannerConfig()
     _check_numbers(config)
-    architecture, costs = _costs(config)
     form = None if config.trace is None else trace_format(Path(config.trace), config.trace_format)
-    shapes = _shapes(config, architecture, costs, form)
+    shapes, network = simulated(config, 16 if form is None else form.block_tokens)
     keys = BlockKeys(shapes[0].block_tokens)
     everything = list(_sessions(config, keys, encode, progress, form))
     sessions = _fitting(shapes[0], everything)
-    network = Network(config.path, config.mode == "by-request-agg", architecture.layers)
     cluster = SimCluster(shapes, config.policy, config.caching, network)
+    decisions: list[Decision] = []
     total = _count(sessions)
     refused = _count(everything) - total
     if refused:
@@ -161,8 +173,23 @@ def simulate(
             at = cluster.timeline.now()
             progress(f"{config.policy}: {count} of {total} requests, {at:.0f} s simulated")
 
+    def decided(decision: Decision) -> None:
+        if decision.action is not Action.NOTHING:
+            decisions.append(decision)
+            progress(f"{decision.at:.0f} s: {decision.summary()}")
+
+    if planner.enabled:
+        delays = Delays(start=config.start_seconds)
+        SimPlanner(cluster, planner, shapes[0], delays, decided).start()
     cluster.run(sessions, ended)
-    return _summarise(config, cluster, done, refused)
+    return _summarise(config, cluster, done, refused, planner, decisions)
+
+
+def simulated(config: SimConfig, block_tokens: int) -> tuple[list[InstanceShape], Network]:
+    """Return a simulation's instances, and what moves KV between them. Raises ConfigError."""
+    architecture, costs = _costs(config)
+    network = Network(config.path, config.mode == "by-request-agg", architecture.layers)
+    return _shapes(config, architecture, costs, block_tokens), network
 
 
 def _check_numbers(config: SimConfig) -> None:
@@ -197,7 +224,7 @@ def _costs(config: SimConfig) -> tuple[Architecture, CostModel]:
 
 
 def _shapes(
-    config: SimConfig, architecture: Architecture, costs: CostModel, form: TraceFormat | None
+    config: SimConfig, architecture: Architecture, costs: CostModel, block_tokens: int
 ) -> list[InstanceShape]:
     counts = {
         Role.COLOCATED: config.colocated,
@@ -208,7 +235,6 @@ def _shapes(
         raise ConfigError("no instances: give --colocated N, or --prefill N and --decode M")
     if config.decode and not (config.prefill or config.colocated):
         raise ConfigError("decode instances alone: give --prefill N too")
-    block_tokens = 16 if form is None else form.block_tokens
     # A tenth of device memory is for activations and the runtime.
     device = config.device_gb * _GB * config.tp * 0.9
     weights = architecture.parameters * architecture.weight_bytes
@@ -313,20 +339,35 @@ def _count(sessions: Sequence[SimSession]) -> int:
 
 
 def _times(request: SimRequest) -> RequestTimes:
+    first, each = latencies(request)
+    tpot = each if request.output_tokens > 1 else None
+    return RequestTimes(first, tpot, (request.end or 0.0) - request.arrival)
+
+
+def latencies(request: SimRequest) -> tuple[float, float]:
+    """Return TTFT and TPOT of a request that has ended; an answer of one token has a TPOT of 0."""
     assert request.first_token is not None
     assert request.end is not None
-    tpot = None
-    if request.output_tokens > 1:
-        tpot = (request.end - request.first_token) / (request.output_tokens - 1)
-    return RequestTimes(request.first_token - request.arrival, tpot, request.end - request.arrival)
+    answer = (request.end - request.first_token) / max(request.output_tokens - 1, 1)
+    return request.first_token - request.arrival, answer
 
 
 def _summarise(
-    config: SimConfig, cluster: SimCluster, done: Sequence[SimRequest], refused: int
+    config: SimConfig,
+    cluster: SimCluster,
+    done: Sequence[SimRequest],
+    refused: int,
+    planner: PlannerConfig,
+    decisions: Sequence[Decision],
 ) -> SimResult:
-    times = [_times(request) for request in done]
-    ttft, jct = [each.ttft for each in times], [each.jct for each in times]
-    tpot = [each.tpot for each in times if each.tpot is not None]
+    ttft, tpot, jct, served = [], [], [], 0
+    for request in done:
+        first, each = latencies(request)
+        ttft.append(first)
+        jct.append((request.end or 0.0) - request.arrival)
+        if request.output_tokens > 1:
+            tpot.append(each)
+        served += first <= planner.ttft and each <= planner.tpot
     prompt_tokens = sum(request.prompt_tokens for request in done)
     return SimResult(
         policy=config.policy,
@@ -348,6 +389,10 @@ def _summarise(
         computed_tokens=sum(one.computed_tokens for one in cluster.instances.values()),
         fetched_tokens=cluster.fetched_tokens,
         moved_tokens=sum(request.moved_tokens for request in done),
+        served_ratio=served / len(done),
+        role_changes=sum(len(one.changes) for one in decisions),
+        members_added=sum(one.count for one in decisions if one.action is Action.ADD),
+        members_removed=sum(one.count for one in decisions if one.action is Action.REMOVE),
     )
 
 

@@ -1,0 +1,1 @@
+"""The planner beside every fixed split of the same members, simulated."""
