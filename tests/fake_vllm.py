@@ -82,6 +82,7 @@ class FakeVllm:
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/version", self._version)
         app.router.add_post("/v1/completions", self._complete)
         for path in ForwardPath:
             if path is not ForwardPath.COMPLETIONS:
@@ -103,6 +104,9 @@ class FakeVllm:
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "m", "max_model_len": LENGTH}]})
+
+    async def _version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": "0.32.0"})
 
     async def _metrics(self, request: web.Request) -> web.Response:
         if self.lost:
@@ -202,7 +206,9 @@ class FakeVllm:
             if made == self._settings.get("die_after") and self._may_die():
                 os._exit(9)
             await asyncio.sleep(self._settings.get("step_seconds", 0.001))
-        usage = {"prompt_tokens": prompt, "prompt_tokens_details": {"cached_tokens": cached}}
+        usage: dict[str, Any] = {"prompt_tokens": prompt}
+        if not self._settings.get("secretive"):  # --enable-prompt-tokens-details
+            usage["prompt_tokens_details"] = {"cached_tokens": cached}
         await _send(response, {"choices": [], "usage": usage})
         await response.write(b"data: [DONE]\n\n")
 

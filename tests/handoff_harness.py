@@ -25,16 +25,14 @@ from memserve.config import (
     ClusterConfig,
     InstanceConfig,
     ModelConfig,
-    Profiling,
     TransferMode,
 )
 from memserve.engine.engine import Engine
 from memserve.gateway.instance_costs import UNKNOWN
 from memserve.instance import build
 from memserve.instance.instance import Identity, Instance, Run
-from memserve.instance.profiling import ProfiledEngine
 from memserve.instance.run import handler_of
-from memserve.scheduler.profiles import Profile, ProfileStore, make_profile
+from memserve.scheduler.profiles import Profile, Subject, make_profile
 from memserve.secrets import cluster_secret
 from memserve.tokens import from_ids
 from memserve.tracing.span import Tracer
@@ -181,10 +179,10 @@ async def completed(run: Run) -> Completion:
     )
 
 
-def _profile(engine: ProfiledEngine, mode: Profiling, store: ProfileStore) -> Profile:
+def _profile(subject: Subject, *_: object) -> Profile:
     """Costs of a larger model, whatever this machine's store has: for tiny ones, what a step costs
     in itself would be all, and no cached prefix worth a transfer."""
-    return make_profile("default", engine.subject, UNKNOWN)
+    return make_profile("default", subject, UNKNOWN)
 
 
 @asynccontextmanager

@@ -45,6 +45,7 @@ class Oracle:
     request: PromptRequest
     output: int
     matches: Mapping[InstanceId, int]
+    in_host: Mapping[InstanceId, int]
     now: float
     allowed: list[int]
     computing: list[int]
@@ -157,8 +158,9 @@ class Oracle:
             here.queue = here.work
         there = sum(self.left_unchanged(line))
         longest = sorted(range(len(self.here)), key=lambda i: (-self.here[i].cached, i))
+        floor = 0.0
         if at in longest[:MAX_SOURCES] and self.sure(line, here.cached) < here.cached:
-            here.queue = max(here.queue, there)
+            floor = there
         if line.spec.kv_tokens is not None:
             own = self.prompt + self.output
             reserved = line.residents.kv_tokens + line.other_running * self.load._typical_context
@@ -168,7 +170,14 @@ class Oracle:
             excess = reserved + own - line.spec.kv_tokens
             if excess > 0:
                 until = line.residents.wait(excess, there, step, self.now)
-                here.queue = max(here.queue, until)
+                floor = max(floor, until)
+        here.queue = max(here.queue, floor + self.loading(line))
+
+    def loading(self, line: InstanceLoad) -> float:
+        """Seconds until the part of the prefix that is in host memory is in HBM."""
+        tokens, costs = self.in_host.get(line.spec.id, 0), line.spec.costs
+        num_bytes, blocks = tokens * costs.kv_bytes_per_token, -(-tokens // line.spec.block_tokens)
+        return float(costs.transfer_seconds(num_bytes, blocks, "host")) if tokens else 0.0
 
     def left_unchanged(self, line: InstanceLoad) -> list[float]:
         """The queue when it last changed."""

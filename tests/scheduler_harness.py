@@ -22,7 +22,9 @@ class LinearCosts:
 
     token_seconds: float = 1e-3
     step_seconds: float = 10e-3
-    bandwidth: Mapping[Path, float] = field(default_factory=lambda: {"shm": 1e9, "nixl": 1e8})
+    bandwidth: Mapping[Path, float] = field(
+        default_factory=lambda: {"shm": 1e9, "nixl": 1e8, "host": 1e9}
+    )
     kv_bytes_per_token: int = 1000
 
     def prefill_seconds(self, prompt_tokens: ArrayLike, cached_tokens: ArrayLike) -> Seconds:
@@ -44,11 +46,17 @@ class Matches:
 
     def __init__(self) -> None:
         self.tokens: dict[InstanceId, int] = {}
+        self.host: dict[InstanceId, int] = {}  # of `tokens`, in host memory
         self.expected: list[tuple[InstanceId, Namespace, int]] = []
 
     def match(self, namespace: Namespace, tokens: TokenArray) -> Mapping[InstanceId, int]:
         held = {id_: min(n, len(tokens) // BLOCK * BLOCK) for id_, n in self.tokens.items()}
         return {id_: n for id_, n in held.items() if n}
+
+    def in_host(
+        self, namespace: Namespace, tokens: TokenArray, matches: Mapping[InstanceId, int]
+    ) -> Mapping[InstanceId, int]:
+        return {id_: min(n, matches[id_]) for id_, n in self.host.items() if matches.get(id_)}
 
     def expect(
         self, instance: InstanceId, namespace: Namespace, tokens: TokenArray, now: float

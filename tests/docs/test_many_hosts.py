@@ -19,7 +19,7 @@ from tests.fakes import save_tiny_tokenizer
 from tests.hosts_harness import Host, Hosts, started_hosts
 from tests.tiny_models import save_tiny_model
 
-SECONDS = 240  # on a machine that has much else to do
+SECONDS = 420  # on a machine that has much else to do
 SCP = """#!/bin/sh
 for last; do :; done
 for name; do [ "$name" = "$last" ] || cp -p "$name" "$HOMES/${last%:}/"; done

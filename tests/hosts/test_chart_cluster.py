@@ -8,13 +8,15 @@ import base64
 import http.client
 import json
 import signal
+import ssl
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 import memserve
 from tests.chart_harness import (
@@ -114,26 +116,42 @@ class Pod:
         return self.host.run(*hook, environment={**self.environment, "PATH": path})
 
     def probe(self, kind: str) -> bool:
-        """Whether a probe succeeds, asked at the pod's address as a kubelet does."""
+        """Whether a probe succeeds, asked at the pod's address as a kubelet does, which looks at no
+        certificate."""
         asked = self.container[f"{kind}Probe"]["httpGet"]
-        with suppress(OSError), self.host.entered():
-            connection = http.client.HTTPConnection(self.host.address, self.port, timeout=10)
-            try:
-                connection.request("GET", asked["path"])
-                return connection.getresponse().status == 200
-            finally:
-                connection.close()
+        with suppress(OSError), self._connection(10) as connection:
+            connection.request("GET", asked["path"])
+            return connection.getresponse().status == 200
         return False
 
+    def members(self) -> int:
+        """Members that this gateway finds ready."""
+        with self._connection(10) as connection:
+            connection.request("GET", "/health")
+            return int(json.loads(connection.getresponse().read())["ready"])
+
     def ask(self, path: str, body: dict[str, Any]) -> Any:
-        with self.host.entered():
-            connection = http.client.HTTPConnection(self.host.address, self.port, timeout=120)
+        with self._connection(120) as connection:
             connection.request("POST", path, json.dumps(body))
             answer = connection.getresponse()
             said = json.loads(answer.read())
-            connection.close()
         assert answer.status == 200, said
         return said
+
+    @contextmanager
+    def _connection(self, seconds: float) -> Iterator[http.client.HTTPConnection]:
+        scheme = self.container["readinessProbe"]["httpGet"]["scheme"]
+        at = self.host.address, self.port
+        with self.host.entered():
+            if scheme == "HTTPS":
+                unchecked = ssl._create_unverified_context()
+                made: http.client.HTTPConnection = http.client.HTTPSConnection(
+                    *at, timeout=seconds, context=unchecked
+                )
+            else:
+                made = http.client.HTTPConnection(*at, timeout=seconds)
+            with closing(made):
+                yield made
 
     def listens_at(self) -> set[int]:
         """Ports at which others reach it."""
@@ -165,9 +183,8 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         yield hosts
 
 
-@pytest.fixture
-def release(model: Path) -> Release:
-    """The chart's own example, but for the model and its sizes."""
+def example(model: Path, **more: Any) -> Release:
+    """The chart's own example, but for the model and its sizes, and `more` values."""
     python = helm_python()
     if python is None:
         pytest.skip("no helm-sdkpy here: make helm")
@@ -178,28 +195,49 @@ def release(model: Path) -> Release:
     for group in values["groups"]:
         group |= {"hbm": "16MiB", "dram": "4MiB", "threads": 1, "profile": "off"}
     with Helm(python) as helm:
-        return installed(helm, values)
+        return installed(helm, values | more)
 
 
-def tell_names(hosts: Hosts, gateways: list[Pod]) -> None:
+def tell_names(hosts: Hosts, gateways: list[Pod], members: Sequence[Pod] = ()) -> None:
     """What the cluster's name server knows of the release's Services."""
     table = "127.0.0.1 localhost\n"
     for gateway in gateways:
         table += f"{gateway.host.address} {NAME}-gateways.{NAMESPACE}.svc\n"
     table += f"{gateways[-1].host.address} {NAME}.{NAMESPACE}.svc\n"
+    for member in members:
+        service = member.name.rpartition("-")[0]
+        table += f"{member.host.address} {member.name}.{service}.{NAMESPACE}.svc\n"
     for host in hosts:
         (host.directory / "hosts").write_text(table)
 
 
-def report(pods: list[Pod]) -> str:
+def report(pods: Sequence[Pod]) -> str:
     logs = [(pod.name, pod.process.text()[-3000:]) for pod in pods if pod.process is not None]
     return "\n".join(f"--- {name}\n{text}" for name, text in logs)
 
 
-@pytest.mark.timeout(240)
-def test_a_release_serves_and_its_probes_mean_what_they_say(
-    hosts: Hosts, release: Release, model: Path
-) -> None:
+def wait(pods: Sequence[Pod], condition: Callable[[], bool]) -> None:
+    """Until a condition holds. Fails if a pod's process ends meanwhile."""
+
+    def over() -> bool:
+        for pod in pods:
+            if pod.process is not None and not pod.process.running():
+                pytest.fail(report(pods))
+        return condition()
+
+    until(over, pause=0.1)
+
+
+def completed(gateway: Pod, model: Path) -> Any:
+    """What a request took that a gateway answers with the right tokens."""
+    asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    said = gateway.ask("/v1/completions", {**asked, "return_token_ids": True, "ignore_eos": True})
+    assert said["choices"][0]["token_ids"] == Reference(model).generate(PROMPT, 8)
+    return said["usage"]["memserve"]
+
+
+def test_a_release_serves_and_its_probes_mean_what_they_say(hosts: Hosts, model: Path) -> None:
+    release = example(model)
     pods = [
         Pod(release, f"{NAME}-{workload}", f"{NAME}-{workload}-{suffix}", hosts[host], model.parent)
         for workload, suffix, host in (
@@ -215,13 +253,7 @@ def test_a_release_serves_and_its_probes_mean_what_they_say(
         pod.start()
 
     def soon(condition: Callable[[], bool]) -> None:
-        def over() -> bool:
-            for pod in pods:
-                if pod.process is not None and not pod.process.running():
-                    pytest.fail(report(pods))
-            return condition()
-
-        until(over, pause=0.1)
+        wait(pods, condition)
 
     def state(*kinds: str) -> list[bool]:
         return [pod.probe(kind) for pod in pods for kind in kinds]
@@ -229,16 +261,11 @@ def test_a_release_serves_and_its_probes_mean_what_they_say(
     soon(lambda: prefill.probe("liveness"))  # its port is open while it loads
     soon(lambda: all(pod.probe("startup") for pod in (prefill, decode)))
 
-    wanted = Reference(model).generate(PROMPT, 8)
-    asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
-    asked |= {"return_token_ids": True, "ignore_eos": True}
-
     def answers(gateway: Pod) -> Any:
         soon(lambda: gateway.probe("readiness"))
-        said = gateway.ask("/v1/completions", asked)
-        assert said["choices"][0]["token_ids"] == wanted
-        return said["usage"]["memserve"]
+        return completed(gateway, model)
 
+    soon(lambda: first.probe("readiness") and first.members() == 2)
     assert answers(first)["bytes_received"] > 0  # KV moved between the pods
 
     # A second gateway: members find it by the name that has the addresses of both.
@@ -274,3 +301,31 @@ def test_a_release_serves_and_its_probes_mean_what_they_say(
     first.process = None
     tell_names(hosts, [second])
     answers(second)
+
+
+def test_with_tls_pods_know_each_other_by_name(hosts: Hosts, model: Path) -> None:
+    """One certificate, for the names that deploy/README.md lists, serves all pods."""
+    release = example(model, tls={"existingSecret": "tls"}, gateway={"policy": "round-robin"})
+    authority = trustme.CA()
+    names = [f"{NAME}.{NAMESPACE}.svc", f"{NAME}-gateways.{NAMESPACE}.svc"]
+    names += [f"*.{NAME}-{group}.{NAMESPACE}.svc" for group in ("prefill", "decode")]
+    issued = authority.issue_cert(*names)
+    files = {
+        "tls.crt": b"".join(blob.bytes() for blob in issued.cert_chain_pems),
+        "tls.key": issued.private_key_pem.bytes(),
+        "ca.crt": authority.cert_pem.bytes(),
+    }
+    data = {name: base64.b64encode(content).decode() for name, content in files.items()}
+    release.objects["Secret", "tls"] = {"data": data}
+    gateway, prefill, decode = pods = [
+        Pod(release, f"{NAME}-{workload}", f"{NAME}-{workload}-0", hosts[host], model.parent)
+        for workload, host in (("gateway", "G"), ("prefill", "P"), ("decode", "D"))
+    ]
+    tell_names(hosts, [gateway], [prefill, decode])
+    for pod in pods:
+        pod.start()
+    wait(pods, lambda: all(pod.probe("startup") for pod in pods))
+    wait(pods, lambda: gateway.probe("readiness") and gateway.members() == 2)
+    assert completed(gateway, model)["bytes_received"] > 0
+    decode.pre_stop()  # by the gateway's name, with the authority of the environment
+    wait(pods, lambda: not decode.probe("readiness"))

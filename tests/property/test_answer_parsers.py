@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memserve.api.answer.format import AnswerFormat, ReasoningFormat, ToolFormat
@@ -72,6 +72,7 @@ calls = st.lists(
 
 
 @pytest.mark.parametrize(("tools", "write"), WRITERS.values(), ids=WRITERS)
+@settings(deadline=None)
 @given(st.sampled_from(["\n\nHello", "  x", "\n"]), places)
 def test_what_follows_a_call_is_the_same_in_whatever_pieces_it_comes(
     tools: ToolFormat, write: Callable[[list[Call]], str], behind: str, places: list[int]
@@ -83,6 +84,7 @@ def test_what_follows_a_call_is_the_same_in_whatever_pieces_it_comes(
     assert parsed(form, text) == whole
 
 
+@settings(deadline=None)
 @given(formats, texts, places)
 def test_an_answer_is_the_same_in_whatever_pieces_it_comes(
     form: AnswerFormat, text: str, places: list[int]
@@ -92,6 +94,7 @@ def test_an_answer_is_the_same_in_whatever_pieces_it_comes(
     assert parsed(form, text) == whole  # character by character
 
 
+@settings(deadline=None)
 @given(st.sampled_from([form for form in TOOL_FORMATS if form is not ToolFormat.OPENAI]), texts)
 def test_what_is_no_call_is_content_to_the_letter(form: ToolFormat, text: str) -> None:
     found = parsed(format_of(form), [text])
@@ -99,6 +102,7 @@ def test_what_is_no_call_is_content_to_the_letter(form: ToolFormat, text: str) -
         assert found.content == text
 
 
+@settings(deadline=None)
 @given(texts, st.sampled_from(REASONING_FORMATS), st.booleans())
 def test_reasoning_and_content_are_all_there_is(
     text: str, form: ReasoningFormat, begun: bool
@@ -111,6 +115,7 @@ def test_reasoning_and_content_are_all_there_is(
 
 
 @pytest.mark.parametrize("writer", WRITERS)
+@settings(deadline=None)
 @given(st.data())
 def test_calls_come_back_as_they_were_made(writer: str, data: st.DataObject) -> None:
     form, write = WRITERS[writer]
@@ -124,6 +129,7 @@ def test_calls_come_back_as_they_were_made(writer: str, data: st.DataObject) -> 
 
 
 @pytest.mark.parametrize("writer", WRITERS)
+@settings(deadline=None)
 @given(st.data())
 def test_an_answer_that_breaks_off_has_what_was_there(writer: str, data: st.DataObject) -> None:
     form, write = WRITERS[writer]
@@ -139,6 +145,7 @@ def test_an_answer_that_breaks_off_has_what_was_there(writer: str, data: st.Data
         assert found.content == text[:end]
 
 
+@settings(deadline=None)
 @given(calls, places)
 def test_an_answer_without_parallel_calls_ends_with_the_first(
     made: list[Call], places: list[int]
@@ -150,6 +157,7 @@ def test_an_answer_without_parallel_calls_ends_with_the_first(
         assert found.content == ""
 
 
+@settings(deadline=None)
 @given(st.dictionaries(keys, values), places)
 def test_a_named_function_s_arguments_are_the_answer(
     arguments: dict[str, object], places: list[int]
@@ -159,6 +167,7 @@ def test_a_named_function_s_arguments_are_the_answer(
     assert calls_of(found) == [("weather", arguments)]
 
 
+@settings(deadline=None)
 @given(st.sampled_from([name for name in WRITERS if name not in WHOLE]), st.text(min_size=40))
 def test_long_arguments_are_passed_on_as_they_come(writer: str, city: str) -> None:
     form, write = WRITERS[writer]
@@ -169,6 +178,7 @@ def test_long_arguments_are_passed_on_as_they_come(writer: str, city: str) -> No
     assert len(with_arguments) > 30
 
 
+@settings(deadline=None)
 @given(formats, texts | st.sampled_from(FRAGMENTS).map(lambda text: text * 100))
 def test_no_text_is_read_over_and_over(form: AnswerFormat, text: str) -> None:
     parser = AnswerParser(form)

@@ -23,8 +23,8 @@ from tests.scheduler_harness import BLOCK, Cluster, LinearCosts, request
 NAMES = [f"i{n}" for n in range(6)]
 MODELS = [
     LinearCosts(),
-    LinearCosts(token_seconds=3e-3, bandwidth={"shm": 1e6, "nixl": 1e5}),
-    LinearCosts(step_seconds=30e-3, bandwidth={"shm": 1e10, "nixl": 1e5}),
+    LinearCosts(token_seconds=3e-3, bandwidth={"shm": 1e6, "nixl": 1e5, "host": 1e6}),
+    LinearCosts(step_seconds=30e-3, bandwidth={"shm": 1e10, "nixl": 1e5, "host": 1e9}),
 ]
 COMPILED = [
     kernels.survey,
@@ -119,6 +119,7 @@ class Asked:
     request: PromptRequest
     output: int
     matches: dict[InstanceId, int]
+    in_host: dict[InstanceId, int]
     among: set[InstanceId] | None
     fetches: bool
     overlapped: bool
@@ -128,6 +129,7 @@ class Asked:
             self.request,
             self.output,
             self.matches,
+            self.in_host,
             self.cluster.clock.now(),
             fetches=self.fetches,
             overlapped=self.overlapped,
@@ -139,6 +141,7 @@ class Asked:
             self.request,
             self.output,
             self.matches,
+            self.in_host,
             self.cluster.clock.now(),
             allowed=candidate_set.allowed,
             computing=sorted(set(candidate_set.computes.tolist())),
@@ -178,9 +181,12 @@ def questions(draw: st.DrawFn) -> Asked:
     output = draw(st.integers(1, 300))
     request = asking("new", draw(prompts), output)
     matches = {InstanceId(n): min(held, len(request.tokens)) for n, held in draw(cached).items()}
+    in_host = {id_: n for id_, n in matches.items() if n and draw(st.booleans())}
     some = st.sets(st.sampled_from(NAMES[: len(instances)]).map(InstanceId), min_size=1)
     among = draw(st.none() | some)
-    return Asked(cluster, request, output, matches, among, draw(st.booleans()), draw(st.booleans()))
+    return Asked(
+        cluster, request, output, matches, in_host, among, draw(st.booleans()), draw(st.booleans())
+    )
 
 
 def close(actual: object, expected: object) -> None:
@@ -248,4 +254,4 @@ def test_a_set_of_former_members_is_refused() -> None:
     candidates = Candidates(load, CandidateSet(load))
     cluster.add("b")
     with pytest.raises(RuntimeError, match="former members"):
-        candidates.predict(request("r"), 1, {}, 0.0, fetches=True)
+        candidates.predict(request("r"), 1, {}, {}, 0.0, fetches=True)

@@ -12,10 +12,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from memserve.radix import block_digests
 from memserve.scheduler.prompt_tree import PromptTree
-from memserve.types import InstanceId, Namespace, Role
+from memserve.types import GENERATION_BITS, INDEX_BITS, InstanceId, Namespace, Role
 
 BLOCK = 2
 INSTANCES = [InstanceId(f"i{n}") for n in range(4)]
+HOST = 1 << (GENERATION_BITS + INDEX_BITS)  # of a packed reference: a block of host memory
+MEDIA = ("GPU", "CPU")
 Key = tuple[str, tuple[int, ...]]  # namespace, all tokens up to the end of a block
 
 instances = st.sampled_from(INSTANCES)
@@ -41,6 +43,8 @@ class PromptTreeMachine(RuleBasedStateMachine):
         self.held: dict[InstanceId, dict[Key, int]] = {}
         self.expected: dict[InstanceId, dict[Key, float]] = {}
         self.roles: dict[InstanceId, Role] = {}
+        self.references: dict[InstanceId, bool] = {}
+        self.media: dict[tuple[InstanceId, int], set[str]] = {}  # by holder and name
         self.names = itertools.count(1)
 
     def name(self) -> int:
@@ -51,6 +55,11 @@ class PromptTreeMachine(RuleBasedStateMachine):
         self.tree.join(instance, BLOCK, role, references=references)
         self.held[instance], self.expected[instance] = {}, {}
         self.roles[instance] = role
+        self.references[instance] = references
+        self.forget(instance)
+
+    def forget(self, instance: InstanceId) -> None:
+        self.media = {key: media for key, media in self.media.items() if key[0] != instance}
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -67,16 +76,30 @@ class PromptTreeMachine(RuleBasedStateMachine):
         self.roles[instance] = role
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data(), namespace=namespaces, tokens=prompts, rename=st.booleans())
+    @rule(
+        data=st.data(),
+        namespace=namespaces,
+        tokens=prompts,
+        rename=st.booleans(),
+        medium=st.sampled_from(MEDIA),
+    )
     def store(
-        self, data: st.DataObject, namespace: Namespace, tokens: tuple[int, ...], rename: bool
+        self,
+        data: st.DataObject,
+        namespace: Namespace,
+        tokens: tuple[int, ...],
+        rename: bool,
+        medium: str,
     ) -> None:
         instance = data.draw(st.sampled_from(sorted(self.held)))
         held = self.held[instance]
         keys = [(namespace, end) for end in ends(tokens)]
         first = data.draw(st.integers(0, len(keys)))
         parent = keys[first - 1] if first else None
-        hashes = [self.name() if rename or key not in held else held[key] for key in keys[first:]]
+        own = HOST if medium == "CPU" else 0
+        hashes = [
+            self.name() | own if rename or key not in held else held[key] for key in keys[first:]
+        ]
         named = parent is None or parent in held or not hashes
         ok = self.tree.stored(
             instance,
@@ -84,12 +107,17 @@ class PromptTreeMachine(RuleBasedStateMachine):
             None if parent is None else held.get(parent, 1),
             hashes,
             array(tokens[first * BLOCK :]),
+            medium,
         )
         assert ok == named
         if named:
             for key, name in zip(keys[first:], hashes, strict=True):
                 held[key] = name
                 self.expected[instance].pop(key, None)
+                media = self.media.setdefault((instance, name), set())
+                media.add(medium)
+                if self.references[instance]:  # the name says it
+                    self.media[instance, name] = {"CPU" if name & HOST else "GPU"}
 
     @precondition(lambda self: any(self.held.values()))
     @rule(data=st.data())
@@ -100,7 +128,8 @@ class PromptTreeMachine(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(sorted(held)))
         name = held.pop(key)
         tokens = data.draw(prompts.filter(bool))[:BLOCK]
-        assert self.tree.stored(instance, Namespace(""), None, [name], array(tokens))
+        medium = sorted(self.media[instance, name])[0]
+        assert self.tree.stored(instance, Namespace(""), None, [name], array(tokens), medium)
         if key != ("", tokens):
             self.expected[instance].pop(key, None)
         held["", tokens] = name
@@ -113,7 +142,7 @@ class PromptTreeMachine(RuleBasedStateMachine):
         held = self.held[instance]
         gone = data.draw(st.lists(st.sampled_from(sorted(held)), unique=True))
         hashes = [held[key] for key in gone] + [self.name()] * unknown
-        assert self.tree.removed(instance, hashes) == len(gone)
+        assert sum(self.tree.removed(instance, hashes, each) for each in MEDIA) == len(gone)
         for key in gone:
             del held[key]
 
@@ -122,6 +151,7 @@ class PromptTreeMachine(RuleBasedStateMachine):
     def clear(self, data: st.DataObject) -> None:
         instance = data.draw(st.sampled_from(sorted(self.held)))
         self.tree.cleared(instance)
+        self.forget(instance)
         self.held[instance], self.expected[instance] = {}, {}
 
     @rule(instance=instances, namespace=namespaces, tokens=prompts, tail=st.integers(0, 1))
@@ -156,9 +186,22 @@ class PromptTreeMachine(RuleBasedStateMachine):
                 expected[instance] = length
         given = array(tokens + (7,) * tail)
         assert self.tree.match(namespace, given) == expected
+        in_host = {
+            instance: BLOCK * count
+            for instance, length in expected.items()
+            if (count := sum(self.in_host(instance, namespace, tokens[:length])))
+        }
+        assert self.tree.in_host(namespace, given, expected) == in_host
         for role in Role:
             mine = {i: n for i, n in expected.items() if self.roles[i] is role}
             assert self.tree.match(namespace, given, role) == mine
+
+    def in_host(
+        self, instance: InstanceId, namespace: Namespace, tokens: tuple[int, ...]
+    ) -> list[bool]:
+        """By block of a matched prefix, whether its KV is in host memory alone."""
+        names = (self.held[instance].get((namespace, end)) for end in ends(tokens))
+        return [name is not None and "GPU" not in self.media[instance, name] for name in names]
 
     @invariant()
     def exact(self) -> None:

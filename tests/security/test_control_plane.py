@@ -45,7 +45,7 @@ class Rogue(http.server.BaseHTTPRequestHandler):
     heard: list[tuple[str, str]]
 
     def _answer(self) -> None:
-        self.heard.append((self.command, self.path))
+        self.heard.append((self.command, self.path.partition("?")[0]))
         self.rfile.read(int(self.headers.get("content-length", 0)))
         body = json.dumps(self.info).encode()
         self.send_response(200)
@@ -85,14 +85,15 @@ def relaying(port: int, to: str, info: bytes) -> Iterator[list[str]]:
         protocol_version = "HTTP/1.1"
 
         def _relay(self) -> None:
-            heard.append(self.path)
+            path = self.path.partition("?")[0]
+            heard.append(path)
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             connection = http.client.HTTPConnection(urlsplit(to).netloc, timeout=30)
             connection.request(self.command, self.path, body or None, dict(self.headers))
             answer = connection.getresponse()
             said = answer.read()
             if answer.status == 200:
-                said = info if self.path == "/info" else said.replace(b'"text":"', b'"text":"OWNED')
+                said = info if path == "/info" else said.replace(b'"text":"', b'"text":"OWNED')
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in (

@@ -15,8 +15,9 @@ from memserve.api.http_message import Reply, Request
 from memserve.api.http_server import HttpServer
 from memserve.api.serving import bind, url_of
 from memserve.api.signatures import Signer, Verifier, body_digest
-from memserve.gateway import upstream
-from memserve.gateway.upstream import Flow, Unreachable, Upstream
+from memserve.gateway import upstream_connection
+from memserve.gateway.upstream import Upstream
+from memserve.gateway.upstream_connection import Flow, Unreachable
 from memserve.secrets import Secret
 
 SECRET = Secret(("of the cluster",))
@@ -191,7 +192,7 @@ async def test_a_gateway_signs_each_call_where_one_side_is_not_local(
     if far == "server":
         monkeypatch.setattr(http_connection, "_is_local", lambda peer: False)
     else:
-        monkeypatch.setattr(upstream, "is_loopback", lambda host: False)
+        monkeypatch.setattr(upstream_connection, "is_loopback", lambda host: False)
     async with serving() as server:
         calls = Upstream(Signer(SECRET))
         for _ in range(3):

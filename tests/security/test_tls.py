@@ -21,7 +21,8 @@ from memserve.api.tls import client_tls, server_tls
 from memserve.errors import ConfigError
 from memserve.gateway.relay import Attempt
 from memserve.gateway.router import NO_TICKET
-from memserve.gateway.upstream import Unreachable, Upstream
+from memserve.gateway.upstream import Upstream
+from memserve.gateway.upstream_connection import Unreachable
 from tests.gateway_harness import Client
 
 # A name of this machine's that is not its loopback: there certificates count.

@@ -10,8 +10,9 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from memserve.api import chunks
-from memserve.api.chunks import Piece, ScoredToken, StreamFormat, TokenScore
+from memserve.api.chunks import Piece, StreamFormat
 from memserve.api.generate import CallKind, FinishReason, GenerateCall, SamplingParams
+from memserve.api.logprobs import LOWEST_LOGPROB, ScoredToken, TokenScore
 from memserve.tokens import from_ids
 
 AWKWARD = 'a "quoted"\\\n\u2028 line \x00 é 👍'
@@ -123,7 +124,7 @@ def test_logprobs_of_chat() -> None:
     entry = event(form.event(Piece(0, "é", (3,), (SCORE,))))["choices"][0]["logprobs"]["content"][0]
     assert (entry["token"], entry["logprob"]) == ("é", -0.25)
     assert entry["bytes"] == list("é".encode())
-    assert entry["top_logprobs"][1]["logprob"] == chunks.LOWEST_LOGPROB  # JSON has no infinity
+    assert entry["top_logprobs"][1]["logprob"] == LOWEST_LOGPROB  # JSON has no infinity
 
 
 def test_bytes_of_parts_of_a_character_make_the_character() -> None:
@@ -151,4 +152,4 @@ def test_logprobs_of_completions_know_where_each_token_starts() -> None:
     logprobs = event(form.event(piece))["choices"][0]["logprobs"]
     assert logprobs["text_offset"] == [10, 11]
     assert logprobs["tokens"] == ["é", "é"]
-    assert logprobs["top_logprobs"][0] == {"é": -0.25, "e": chunks.LOWEST_LOGPROB}
+    assert logprobs["top_logprobs"][0] == {"é": -0.25, "e": LOWEST_LOGPROB}

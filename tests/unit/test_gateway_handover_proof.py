@@ -411,6 +411,10 @@ async def test_real_instances_are_proved_and_no_client_s_metric_counts_it(
         assert "memserve_request_seconds_count 0.0" in lines
         assert not [line for line in lines if line.startswith("memserve_requests_total{")]
         assert not [line for line in lines if line.startswith("memserve_scheduler_plans_total{")]
+        _, own = await gateway.get("/metrics?instances=false")
+        assert "memserve_instance_info" in text
+        assert "memserve_instance_info" not in own
+        assert "memserve_scheduler_degraded_pairs 0.0" in own.splitlines()
         await p.settled()
         await d.settled()
 

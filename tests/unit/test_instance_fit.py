@@ -52,6 +52,7 @@ TRUTH = CostModel(
     ),
     shm=LinkCost(1e-3, 2e-10, 8e-6),
     nixl=LinkCost(2e-3, 4e-10, 2e-6),
+    host=LinkCost(0.0, 2e-10, 0.0),
 )
 _RNG = np.random.default_rng(0)
 HELD_OUT = [

@@ -22,6 +22,7 @@ from memserve.bench.profile import (
 )
 from memserve.bench.profile_cli import ProfileConfig
 from memserve.clock import ManualClock, MonotonicClock
+from memserve.config import Profiling
 from memserve.engine.batch import BatchLimits
 from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import Model
@@ -30,7 +31,12 @@ from memserve.instance import samples as samples_module
 from memserve.instance.instance import Identity, Instance, Parts
 from memserve.instance.probe import EngineProbe
 from memserve.instance.profile import PLANS, QUICK, ProfilePlan, Profiler
-from memserve.instance.profiling import ProfiledEngine, default_profile, instance_profile
+from memserve.instance.profiling import (
+    ProfiledEngine,
+    default_profile,
+    instance_profile,
+    quick_measurements,
+)
 from memserve.instance.samples import Samples
 from memserve.instance.server import InstanceApp
 from memserve.pool.pool import BlockPool
@@ -55,6 +61,10 @@ SETTINGS = EngineSettings("tiny", threads=1, limits=LIMITS, max_waiting=8)
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
     directory = save_tiny_model("gemma3", tmp_path_factory.mktemp("models"))
     return load(directory), directory
+
+
+def _profile(engine: ProfiledEngine, mode: Profiling, store: ProfileStore) -> Profile:
+    return instance_profile(engine.subject, mode, store, lambda: quick_measurements(engine))
 
 
 @pytest.fixture
@@ -94,7 +104,9 @@ def test_a_probe_times_what_it_says_and_leaves_nothing(tiny: tuple[Model, Path])
 def test_points_are_shortened_to_what_the_engine_can_hold(tiny: tuple[Model, Path]) -> None:
     model, _ = tiny
     with BlockPool(model.layout("tiny", 16, True), 20, 0, instance="p") as pool:
-        profiler = Profiler(Engine(model, pool, SETTINGS), ManualClock(), lambda _: None)
+        profiler = Profiler(
+            EngineProbe(Engine(model, pool, SETTINGS)), ManualClock(), lambda _: None
+        )
         measured, others = profiler.measure(QUICK, 8, [(100, 50)])
     assert max(p.prompt_tokens for p in measured.prefill) <= 20 * 16
     assert {p.cached_tokens for p in measured.prefill} != {0}
@@ -115,7 +127,9 @@ def test_what_does_not_fit_the_time_is_left_out(tiny: tuple[Model, Path]) -> Non
         pool_tokens=1024,
     )
     with BlockPool(model.layout("tiny", 16, True), 64, 0, instance="p") as pool:
-        profiler = Profiler(Engine(model, pool, SETTINGS), ManualClock(), lambda _: None)
+        profiler = Profiler(
+            EngineProbe(Engine(model, pool, SETTINGS)), ManualClock(), lambda _: None
+        )
         measured, _ = profiler.measure(plan, 8)
     assert [p.prompt_tokens for p in measured.prefill] == [1, 16]
     assert [p.sequences for p in measured.decode] == [1, 2]
@@ -143,12 +157,12 @@ def test_a_first_start_measures_and_the_next_one_reads(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    first = instance_profile(engine, "auto", store)
+    first = _profile(engine, "auto", store)
     assert first.effort == "quick"
     assert "measuring this instance" in caplog.text
     caplog.clear()
-    assert instance_profile(engine, "auto", store) == first
-    assert instance_profile(engine, "off", store) == first  # off: nothing is measured
+    assert _profile(engine, "auto", store) == first
+    assert _profile(engine, "off", store) == first  # off: nothing is measured
     assert "measuring" not in caplog.text
     seconds = first.costs.prefill_seconds([64, 512, 900], 0)
     assert (seconds > 0).all()
@@ -163,15 +177,15 @@ def test_a_busy_machine_is_measured_again_the_next_time(
     monkeypatch.setattr(samples_module, "seconds_waited", lambda: float(next(waits)))
     # What was disturbed is measured again while there is time; here there is little.
     monkeypatch.setitem(PLANS, "quick", replace(QUICK, seconds=0.0))
-    assert instance_profile(engine, "auto", store).effort == "quick"
+    assert _profile(engine, "auto", store).effort == "quick"
     assert store.load(engine.subject) is None
-    assert instance_profile(engine, "auto", store).effort == "quick"
+    assert _profile(engine, "auto", store).effort == "quick"
 
 
 def test_without_a_measurement_a_typical_machine_is_assumed(
     engine: ProfiledEngine, store: ProfileStore
 ) -> None:
-    profile = instance_profile(engine, "off", store)
+    profile = _profile(engine, "off", store)
     assert profile.effort == "default"
     assert float(profile.costs.prefill_seconds(512, 0)) > 0
     assert store.load(engine.subject) is None
@@ -184,7 +198,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
     engine: ProfiledEngine, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    profile = instance_profile(engine, "auto", ProfileStore(tmp_path / "file" / "profiles"))
+    profile = _profile(engine, "auto", ProfileStore(tmp_path / "file" / "profiles"))
     assert profile.effort == "quick"
 
 

@@ -19,6 +19,7 @@ from memserve.api.status import PoolTotals
 from memserve.clock import ManualClock
 from memserve.engine.request import EngineRequest
 from memserve.instance.instance import Identity, Instance, Parts
+from memserve.models.response_template import response_template
 from memserve.models.tokenizer import Tokenizer
 from memserve.tokens import from_ids
 from memserve.types import Epoch, InstanceId, Role
@@ -268,18 +269,70 @@ async def test_log_probabilities_are_of_all_tokens(tokenizer: Tokenizer) -> None
 
 
 MARKERS = ["[TOOL_CALLS]", "[ARGS]", "<tool_call>", "</tool_call>", "[THINK]", "[/THINK]"]
+CHANNELS = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|constrain|>"]
+# A model's own template, whose delimiters are special tokens, too.
+TEMPLATE = {
+    "start_anchor": "<turn>",
+    "fields": {
+        "thinking": {"open": "[THINK]", "close": "[/THINK]"},
+        "tool_calls": {
+            "open_pattern": r"\s*\[TOOL_CALLS\](?P<name>\w+)\[ARGS\]",
+            "close_pattern": r"(?=\[TOOL_CALLS\])",
+            "repeats": True,
+            "content": "json",
+            "transform": {"function": {"name": "{name}", "arguments": "{content}"}},
+        },
+        "content": {},
+    },
+}
 
 
 def special_tokenizer() -> Tokenizer:
     """With markers as special tokens, as Mistral's and others have them."""
-    specials = ["<bos>", "<eos>", "<turn>", *MARKERS]
+    specials = ["<bos>", "<eos>", "<turn>", *MARKERS, *CHANNELS]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: number for number, token in enumerate([*specials, *alphabet])}
     made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     made.add_special_tokens(specials)
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    return Tokenizer(made, bos_token_id=0, eos_token_ids=(EOS,))
+    own = response_template(TEMPLATE)
+    return Tokenizer(made, bos_token_id=0, eos_token_ids=(EOS,), response_template=own)
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (
+            AnswerFormat(ToolFormat.RESPONSE_TEMPLATE, FUNCTIONS),
+            '[THINK]Which?[/THINK]Let me look.\n[TOOL_CALLS]weather[ARGS]{"city": "Malmö"}'
+            "[TOOL_CALLS]add[ARGS]{}",
+        ),
+        (
+            AnswerFormat(ToolFormat.OPENAI, FUNCTIONS),
+            "<|channel|>analysis<|message|>Which?<|end|><|start|>assistant<|channel|>commentary"
+            "<|message|>Let me look.<|end|><|start|>assistant<|channel|>commentary to=functions."
+            'weather <|constrain|>json<|message|>{"city": "Malmö"}<|call|><|start|>assistant '
+            "to=functions.add<|channel|>commentary<|message|>{}<|call|>",
+        ),
+    ],
+)
+async def test_an_answer_that_a_template_reads_goes_on_after_any_event(
+    form: AnswerFormat, said: str
+) -> None:
+    call = call_of(form)
+    async with instance(special_tokenizer(), said) as (made, _):
+        (choice,) = (await body_of(made, call_of(form, stream=False)))["choices"]
+        events = events_of(await stream_of(made, call))
+        whole = by_choice(call, events)
+        for end in range(len(events)):
+            rest = await stream_of(made, resumed(call, events[:end]))
+            assert by_choice(call, [*events[:end], *events_of(rest)]) == whole
+        message, reason = message_of(await stream_of(made, call))
+    assert (message["content"], message["reasoning"]) == ("Let me look.", "Which?")
+    assert called(message) == called(choice["message"])
+    assert called(message) == [("weather", '{"city": "Malmö"}'), ("add", "{}")]
+    assert reason == choice["finish_reason"] == "tool_calls"
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ COSTS = CostModel(
     ),
     shm=LinkCost(1e-3, 1e-9, 1e-6),
     nixl=LinkCost(2e-3, 4e-9, 3e-6),
+    host=LinkCost(0.0, 5e-10, 0.0),
 )
 
 

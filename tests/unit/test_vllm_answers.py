@@ -108,7 +108,13 @@ def test_scores_are_those_that_were_asked_for_most_probable_first() -> None:
 
 def test_a_request_says_what_the_sequence_is() -> None:
     sampling = SamplingParams(
-        max_tokens=8, min_tokens=5, temperature=0.5, seed=3, logit_bias={7: -1.0}, logprobs=2
+        max_tokens=8,
+        min_tokens=5,
+        temperature=0.5,
+        seed=3,
+        logit_bias={7: -1.0},
+        logprobs=2,
+        allowed_token_ids=(4, 7),
     )
     asked = request(sampling=sampling, namespace=salted("tenant"), priority=4)
     body = json.loads(completion_body(asked, "m"))
@@ -116,6 +122,7 @@ def test_a_request_says_what_the_sequence_is() -> None:
     assert (body["model"], body["max_tokens"], body["min_tokens"]) == ("m", 8, 5)
     assert (body["cache_salt"], body["priority"], body["seed"]) == ("tenant", 4, 3)
     assert body["logit_bias"] == {"7": -1.0}
+    assert body["allowed_token_ids"] == [4, 7]
     assert body["return_token_ids"] is True
     assert body["return_tokens_as_token_ids"] is True
 

@@ -28,43 +28,20 @@ from msgspec import UNSET, UnsetType
 from memserve.api.answer.delta import Delta
 from memserve.api.answer.message import ChatMessage, delta_of, message_of
 from memserve.api.generate import CallKind, FinishReason, GenerateCall
+from memserve.api.logprobs import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprobs,
+    TokenScore,
+    by_id,
+    chat_logprobs,
+    completion_logprobs,
+)
 from memserve.api.request_stats import RequestStats
 
 DONE = b"data: [DONE]\n\n"
-LOWEST_LOGPROB = -9999.0  # JSON has no infinity; the value that vLLM uses
 
 _encode = msgspec.json.Encoder().encode
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredToken:
-    """A token with its log-probability. `bytes`: the UTF-8 bytes that it adds to the text, which
-    may be only a part of a character; `text` cannot show that part."""
-
-    id: int
-    text: str
-    bytes: bytes
-    logprob: float
-
-    @property
-    def name(self) -> str:
-        """The token's text, or, if that is not exactly `bytes`, these in OpenAI's notation."""
-        if self.text.encode() == self.bytes:
-            return self.text
-        return "bytes:" + "".join(f"\\x{value:02x}" for value in self.bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenScore:
-    """Log-probabilities at one position: the chosen token, and the most probable ones. `offset`:
-    of the chosen token in the text of its choice, in characters. `rank`: of the chosen token, 1
-    for the most probable one; None: it has no log-probability, as the first token of a prompt.
-    """
-
-    chosen: ScoredToken
-    top: tuple[ScoredToken, ...]
-    offset: int
-    rank: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,42 +83,6 @@ def usage(
         PromptTokensDetails(cached_tokens),
         stats or UNSET,
     )
-
-
-class TopLogprob(msgspec.Struct, frozen=True):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatTokenLogprob(msgspec.Struct, frozen=True):
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(msgspec.Struct, frozen=True):
-    content: list[ChatTokenLogprob]
-
-
-class CompletionLogprobs(msgspec.Struct, frozen=True):
-    text_offset: list[int]
-    token_logprobs: list[float | None]
-    tokens: list[str]
-    top_logprobs: list[dict[str, float] | None]
-
-
-class PromptLogprob(msgspec.Struct, frozen=True):
-    """One token at a position of a prompt, in vLLM's form."""
-
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-# One for each prompt token, by token id.
-PromptLogprobs = list[dict[int, PromptLogprob] | None]
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -219,7 +160,7 @@ def _chat_choice(call: GenerateCall, piece: Piece) -> ChatChoice:
         message=ChatMessage("assistant", piece.text)
         if piece.delta is None
         else message_of(call, piece.choice, piece.delta),
-        logprobs=_chat_logprobs(piece) if call.sampling.logprobs is not None else None,
+        logprobs=chat_logprobs(piece.scores) if call.sampling.logprobs is not None else None,
         finish_reason=piece.finish_reason,
         stop_reason=piece.stop_reason,
         token_ids=piece.token_ids if call.return_token_ids else UNSET,
@@ -230,7 +171,7 @@ def _completion_choice(call: GenerateCall, piece: Piece) -> CompletionChoice:
     return CompletionChoice(
         index=piece.choice,
         text=piece.text,
-        logprobs=_completion_logprobs(piece) if call.sampling.logprobs is not None else None,
+        logprobs=completion_logprobs(piece.scores) if call.sampling.logprobs is not None else None,
         finish_reason=piece.finish_reason,
         stop_reason=piece.stop_reason,
         token_ids=_own_ids(call, piece) if call.return_token_ids else UNSET,
@@ -247,19 +188,7 @@ def _own_ids(call: GenerateCall, piece: Piece) -> Sequence[int]:
 def _prompt_logprobs(call: GenerateCall, piece: Piece) -> PromptLogprobs | UnsetType:
     if call.prompt_logprobs is None:
         return UNSET
-    return [_by_id(score, call.prompt_logprobs) for score in piece.prompt_scores]
-
-
-def _by_id(score: TokenScore, count: int) -> dict[int, PromptLogprob] | None:
-    """Return the log-probabilities of a prompt's token and of the `count` most probable ones."""
-    if score.rank is None:
-        return None
-    tokens = {
-        score.chosen.id: PromptLogprob(_finite(score.chosen.logprob), score.rank, score.chosen.text)
-    }
-    for rank, token in enumerate(score.top[:count], 1):
-        tokens.setdefault(token.id, PromptLogprob(_finite(token.logprob), rank, token.text))
-    return tokens
+    return [by_id(score, call.prompt_logprobs) for score in piece.prompt_scores]
 
 
 def _prompt(call: GenerateCall, choice: int) -> list[int]:
@@ -296,9 +225,9 @@ class StreamFormat:
         self._logprobs = (
             None
             if call.sampling.logprobs is None
-            else _chat_logprobs
+            else chat_logprobs
             if chat
-            else _completion_logprobs
+            else completion_logprobs
         )
         self._chat = chat
         self._call = call
@@ -347,7 +276,7 @@ class StreamFormat:
         parts = [
             head,
             self._text_end,
-            _encode(self._logprobs(piece)) if self._logprobs and piece.scores else b"null",
+            _encode(self._logprobs(piece.scores)) if self._logprobs and piece.scores else b"null",
             b',"finish_reason":',
             _encode(piece.finish_reason),
         ]
@@ -370,48 +299,3 @@ class StreamFormat:
         count = self._counts[choice]
         used = b',"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}}\n\n'
         return used % (prompt, count, prompt + count)
-
-
-def _chat_logprobs(piece: Piece) -> ChatLogprobs:
-    return ChatLogprobs(
-        [
-            ChatTokenLogprob(
-                score.chosen.text,
-                _finite(score.chosen.logprob),
-                list(score.chosen.bytes),
-                [
-                    TopLogprob(token.text, _finite(token.logprob), list(token.bytes))
-                    for token in score.top
-                ],
-            )
-            for score in piece.scores
-        ]
-    )
-
-
-def _completion_logprobs(piece: Piece) -> CompletionLogprobs:
-    return CompletionLogprobs(
-        text_offset=[score.offset for score in piece.scores],
-        token_logprobs=[
-            None if score.rank is None else _finite(score.chosen.logprob) for score in piece.scores
-        ],
-        tokens=[score.chosen.name for score in piece.scores],
-        top_logprobs=[_by_name(score) for score in piece.scores],
-    )
-
-
-def _by_name(score: TokenScore) -> dict[str, float] | None:
-    """Return log-probabilities by token name, the chosen token's first. A further token with the
-    name of an earlier one is named `token_id:<id>`, vLLM's notation."""
-    if score.rank is None:
-        return None
-    named = {score.chosen.name: _finite(score.chosen.logprob)}
-    for token in score.top:
-        if token.id != score.chosen.id:
-            name = token.name if token.name not in named else f"token_id:{token.id}"
-            named[name] = _finite(token.logprob)
-    return named
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB)

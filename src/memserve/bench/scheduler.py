@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -103,6 +103,14 @@ class _TimedTree:
         started = time.perf_counter()
         found = self._tree.match(namespace, tokens)
         self.matches.append(time.perf_counter() - started)
+        return found
+
+    def in_host(
+        self, namespace: Namespace, tokens: TokenArray, matches: Mapping[InstanceId, int]
+    ) -> dict[InstanceId, int]:
+        started = time.perf_counter()
+        found = self._tree.in_host(namespace, tokens, matches)
+        self.matches[-1] += time.perf_counter() - started
         return found
 
     def expect(

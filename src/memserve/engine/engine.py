@@ -15,7 +15,7 @@ from memserve.api.generate import FinishReason
 from memserve.clock import Clock, MonotonicClock
 from memserve.engine.batch import BatchLimits, BatchScheduler
 from memserve.engine.block_table import BlockTable
-from memserve.engine.fence import FencedObserver, KernelFence, kernels_of
+from memserve.engine.fence import FencedObserver, KernelFence
 from memserve.engine.model import Model
 from memserve.engine.observer import PrefillObserver
 from memserve.engine.request import (
@@ -31,6 +31,7 @@ from memserve.engine.sampler import Sample
 from memserve.engine.scoring import scored_rows
 from memserve.engine.sequence import Sequence
 from memserve.errors import EngineStopped, QueueFull
+from memserve.pool.device_queue import kernels_of
 from memserve.pool.pool import BlockPool
 from memserve.types import RequestId
 

@@ -11,54 +11,13 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
-
-import torch
+from typing import NamedTuple
 
 from memserve.engine.observer import PrefillObserver, PrefillWatch
+from memserve.pool.device_queue import Kernels, Mark
 from memserve.types import RefArray
 
 log = logging.getLogger(__name__)
-
-
-class Mark(Protocol):
-    """A place in the queue of a device's kernels: a CUDA event."""
-
-    def synchronize(self) -> None:
-        """Wait until all kernels before the mark have run. Raises RuntimeError if the device is
-        lost."""
-        ...
-
-
-class Kernels(Protocol):
-    """Kernel queue of the engine's thread on its device."""
-
-    def mark(self) -> Mark | None:
-        """Return a mark at the current end of the queue. None: all kernels have run."""
-        ...
-
-
-class CudaKernels:
-    """Kernel queue of a GPU: the current CUDA stream of the calling thread."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def mark(self) -> Mark:
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-
-class NoKernels:
-    """Kernel queue of a CPU, always empty: a call returns when its result is there."""
-
-    def mark(self) -> None:
-        return None
-
-
-def kernels_of(device: torch.device) -> Kernels:
-    return CudaKernels(device) if device.type == "cuda" else NoKernels()
 
 
 class _Due(NamedTuple):

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from memserve.engine.batch import StepPlan
-from memserve.engine.fence import Kernels
 from memserve.engine.model import Model
 from memserve.engine.paged_batch import PagedBatch, Span, Workspace
 from memserve.engine.sampler import Sample, sample
 from memserve.engine.scoring import PromptScores
+from memserve.pool.device_queue import Kernels, wait_for
 from memserve.pool.pool import BlockPool
 from memserve.types import RequestId
 
@@ -79,9 +79,7 @@ class Runner:
 
     def finish(self) -> None:
         """Wait until all queued kernels have run. Raises RuntimeError if the device is lost."""
-        mark = self._kernels.mark()
-        if mark is not None:
-            mark.synchronize()
+        wait_for(self._kernels)
 
 
 def _score(logits: torch.Tensor, scored: Sequence[tuple[PromptScores, int]]) -> None:

@@ -220,11 +220,14 @@ def _observing_routes(
     routes = APIRouter()
 
     @routes.get(METRICS_PATH)
-    async def prometheus() -> Response:
+    async def prometheus(instances: bool = True) -> Response:
+        """The gateway's figures, and those of all instances as they were last polled. Without
+        `instances`, 37 KB less for each: for scrapers that ask instances themselves."""
         own = await metrics.own()
         if siblings is not None:
             own = merged({siblings.index: own, **await siblings.answers(OWN_METRICS_PATH)})
-        return Response(own + await metrics.instances(), media_type=CONTENT_TYPE)
+        others = await metrics.instances() if instances else b""
+        return Response(own + others, media_type=CONTENT_TYPE)
 
     @routes.get(OWN_METRICS_PATH, include_in_schema=False)
     async def own_metrics() -> Response:

@@ -25,7 +25,8 @@ from memserve.gateway.refusals import no_instance, stopping
 from memserve.gateway.request_trace import RequestTrace
 from memserve.gateway.router import Plan, Router, Ticket
 from memserve.gateway.stream import ClientStream
-from memserve.gateway.upstream import Flow, Unreachable, Upstream
+from memserve.gateway.upstream import Upstream
+from memserve.gateway.upstream_connection import Flow, Unreachable
 from memserve.tokens import from_ids
 from memserve.types import Epoch, InstanceId, Role
 

@@ -34,7 +34,7 @@ from memserve.instance.grammars import Grammars
 from memserve.instance.instance import Identity, Parts
 from memserve.instance.kv_events import KVEventPublisher
 from memserve.instance.memory_plan import Machine, model_memory, planned, shared_memory
-from memserve.instance.profiling import ProfiledEngine, instance_profile
+from memserve.instance.profiling import ProfiledEngine, instance_profile, quick_measurements
 from memserve.models.resolve import resolve_model
 from memserve.models.tokenizer import Tokenizer
 from memserve.pool.eviction import CostAware, Eviction
@@ -80,7 +80,9 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
         max_model_len=config.model.max_model_len,
     )
     measured = ProfiledEngine(model, layout, engine_settings, directory.path)
-    profile = instance_profile(measured, settings.profile, ProfileStore())
+    profile = instance_profile(
+        measured.subject, settings.profile, ProfileStore(), lambda: quick_measurements(measured)
+    )
     grammars = Grammars(GrammarCompiler(tokenizer, model.shape.vocab_size))
     with ExitStack() as stack:
         stack.callback(grammars.close)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from memserve.api.answer.delta import Delta
 from memserve.api.answer.format import ToolFormat
 from memserve.api.answer.parser import AnswerParser, markers_of
-from memserve.api.chunks import Piece, ScoredToken, TokenScore
+from memserve.api.chunks import Piece
 from memserve.api.detokenizer import Detokenizer
 from memserve.api.errors import invalid
 from memserve.api.generate import FinishReason, GenerateCall
+from memserve.api.logprobs import ScoredToken, TokenScore
 from memserve.api.stop_strings import StopStrings
 from memserve.engine.request import TokenLogprobs, TokenOutput
 from memserve.instance.prompt_text import token_offsets

@@ -64,6 +64,7 @@ def fit_costs(
     decode, in_full, in_window = _fit_decode(decodes, architecture)
     shm = _fit_link([p for p in measured.transfer if p.path == "shm"])
     nixl = _fit_link([p for p in measured.transfer if p.path == "nixl"])
+    host = like.host if isinstance(like, CostModel) else None
     pair, masked, context, window, gather = attention
     return CostModel(
         architecture=architecture,
@@ -80,6 +81,7 @@ def fit_costs(
         ),
         shm=shm or nixl or _UNMEASURED,
         nixl=nixl or _UNMEASURED,
+        host=host or shm or _UNMEASURED,
     )
 
 

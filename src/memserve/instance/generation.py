@@ -9,10 +9,11 @@ import msgspec
 
 from memserve.api import chunks
 from memserve.api.answer.delta import joined
-from memserve.api.chunks import Piece, StreamFormat, TokenScore
+from memserve.api.chunks import Piece, StreamFormat
 from memserve.api.errors import ApiError, grammar_failed, internal, invalid, unavailable
 from memserve.api.generate import FinishReason, GenerateCall, SamplingParams
 from memserve.api.limits import INLINE_LOGPROBS
+from memserve.api.logprobs import TokenScore
 from memserve.api.namespaces import private, salted
 from memserve.api.request_stats import RequestStats
 from memserve.api.status import Latencies

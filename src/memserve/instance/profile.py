@@ -14,12 +14,11 @@ import numpy as np
 
 from memserve.clock import Clock
 from memserve.config import TransferMode
-from memserve.engine.engine import Engine
 from memserve.errors import TransferError
-from memserve.instance.probe import EngineProbe
+from memserve.instance.probe import Probe
 from memserve.instance.samples import Point, Samples
 from memserve.pool.layout import KVLayout
-from memserve.scheduler.contract import Path as TransferPath
+from memserve.scheduler.contract import Link
 from memserve.scheduler.measurements import (
     DecodePoint,
     Measurements,
@@ -97,13 +96,12 @@ def _prefill_points(samples: Samples) -> tuple[PrefillPoint, ...]:
 class Profiler:
     """Measures one engine, which has no other user and is not started."""
 
-    def __init__(self, engine: Engine, clock: Clock, progress: Progress) -> None:
-        self._engine = engine
+    def __init__(self, probe: Probe, clock: Clock, progress: Progress) -> None:
+        self._probe = probe
         self._clock = clock
         self._progress = progress
-        layout = engine.pool.layout
-        self._block = layout.block_tokens
-        self._room = engine.pool.stats().hbm.total * self._block
+        self._block = probe.block_tokens
+        self._room = probe.room_tokens
         self._rng = np.random.default_rng(0)
 
     def measure(
@@ -121,7 +119,7 @@ class Profiler:
         decode = Samples(self._fitting_decodes(plan.decode, most_sequences))
         others = Samples((x - c // block * block, c // block * block) for x, c in held_out)
         end = self._clock.now() + plan.seconds
-        with EngineProbe(self._engine) as probe:
+        with self._probe as probe:
             # Warm-up: the first prefill chooses kernels and touches pages.
             probe.prefill(min(_WARM_TOKENS, probe.longest_prompt), 0)
 
@@ -179,7 +177,7 @@ class Profiler:
     @property
     def longest_prompt(self) -> int:
         """Maximum of tokens of a measured prompt."""
-        return min(self._engine.info.max_tokens, self._room - 2 * self._block) - 1
+        return min(self._probe.longest_prompt + 1, self._room - 2 * self._block) - 1
 
     def _fitting_prefills(self, wanted: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """Yield the wanted points, shortened to the context and the pool."""
@@ -195,7 +193,7 @@ class Profiler:
         for sequences, context in wanted:
             there = min(sequences, most, self._room // (4 * self._block))
             longest = min(
-                self._engine.info.max_tokens - _STEPS - 2,
+                self._probe.longest_prompt - _STEPS - 1,
                 self._room // max(1, there) - 2 * self._block - _STEPS,
             )
             if there >= 1 and longest >= 1:
@@ -205,7 +203,7 @@ class Profiler:
 def measure_transfers(
     layout: KVLayout,
     device: str,
-    paths: Sequence[TransferPath],
+    paths: Sequence[Link],
     blocks: Sequence[int],
     progress: Progress,
 ) -> tuple[TransferPoint, ...]:
@@ -221,7 +219,7 @@ def measure_transfers(
 
 
 def _time_path(
-    layout: KVLayout, device: str, path: TransferPath, blocks: Sequence[int]
+    layout: KVLayout, device: str, path: Link, blocks: Sequence[int]
 ) -> list[TransferPoint]:
     most = max(blocks)
     rng = np.random.default_rng(0)

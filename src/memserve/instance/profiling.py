@@ -19,12 +19,12 @@ from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import Model
 from memserve.errors import OutOfBlocks, ProfileError, SharedMemoryFull
 from memserve.instance.fit import fit_costs
-from memserve.instance.probe import ProbeFailed
+from memserve.instance.probe import EngineProbe, ProbeFailed
 from memserve.instance.profile import PLANS, Effort, Profiler, Progress, measure_transfers
 from memserve.pool.layout import KVLayout
 from memserve.pool.pool import BlockPool
 from memserve.scheduler.architecture import read_architecture
-from memserve.scheduler.contract import Path as TransferPath
+from memserve.scheduler.contract import Link
 from memserve.scheduler.hardware import HARDWARE, cores, derive
 from memserve.scheduler.measurements import Measurements, PrefillPoint
 from memserve.scheduler.profiles import (
@@ -81,23 +81,30 @@ class ProfiledEngine:
         device = str(self.model.device)
         settings = replace(self.settings, max_waiting=_MOST_WAITING)
         with BlockPool(self.layout, blocks, 0, f"profile-{os.getpid()}", device) as pool:
-            yield Profiler(Engine(self.model, pool, settings), MonotonicClock(), progress)
+            probe = EngineProbe(Engine(self.model, pool, settings))
+            yield Profiler(probe, MonotonicClock(), progress)
 
 
-def instance_profile(engine: ProfiledEngine, mode: Profiling, store: ProfileStore) -> Profile:
-    """Return the stored profile; else, with mode "auto", measure a quick one and store it; else
-    return the default profile. A failed measurement gives the default profile too.
+def instance_profile(
+    subject: Subject,
+    mode: Profiling,
+    store: ProfileStore | None,
+    measure: Callable[[], Measurements],
+) -> Profile:
+    """Return the stored profile; else, with mode "auto", have a quick one measured and store it;
+    else return the default profile. A failed measurement gives the default profile too.
+    `store`: None, and nothing is kept.
 
-    Raises ModelError.
+    `measure` may raise ProbeFailed, OutOfBlocks, SharedMemoryFull.
     """
-    subject = engine.subject
     with ExitStack() as stack:
-        if store.load(subject) is None and mode == "auto":
+        if store is not None and store.load(subject) is None and mode == "auto":
             try:
                 stack.enter_context(store.measuring(subject))
             except OSError as error:
                 log.warning("profiles cannot be kept in %s: %s", store.directory, error)
-        stored = store.load(subject)  # another process may have measured it meanwhile
+        # Another process may have measured it meanwhile.
+        stored = None if store is None else store.load(subject)
         if stored is not None:
             log.info("cost model: %s profile of %s", stored.effort, stored.measured)
             return stored
@@ -105,7 +112,7 @@ def instance_profile(engine: ProfiledEngine, mode: Profiling, store: ProfileStor
             return default_profile(subject)
         log.info("cost model: measuring this instance, for a few seconds and only once")
         try:
-            measured, _ = take_measurements(engine, "quick", log.info)
+            measured = measure()
             like = default_profile(subject).costs
             costs = fit_costs(measured, subject.architecture, subject.max_batch_tokens, like)
         except (ProfileError, ProbeFailed, OutOfBlocks, SharedMemoryFull) as error:
@@ -118,11 +125,18 @@ def instance_profile(engine: ProfiledEngine, mode: Profiling, store: ProfileStor
                 "better one when it is not"
             )
             return profile
+        if store is None:
+            return profile
         try:
             log.info("cost model: stored in %s", store.save(profile))
         except OSError as error:
             log.warning("the profile was not stored: %s", error)
         return profile
+
+
+def quick_measurements(engine: ProfiledEngine) -> Measurements:
+    """Measurements for the first start of a built-in engine. Raises as `take_measurements`."""
+    return take_measurements(engine, "quick", log.info)[0]
 
 
 def take_measurements(
@@ -145,7 +159,7 @@ def take_measurements(
         measured, others = profiler.measure(
             plan, engine.settings.limits.max_running, held_out(profiler.longest_prompt)
         )
-    paths: list[TransferPath] = ["shm"]
+    paths: list[Link] = ["shm"]
     if effort == "full" and find_spec("nixl") is not None:
         paths.append("nixl")
     transfers = measure_transfers(

@@ -22,9 +22,11 @@ from memserve.errors import EngineStopped, GivenUp, ModelError
 from memserve.host_memory import host_memory
 from memserve.instance.event_relay import EventRelay
 from memserve.instance.instance import Identity, Parts
+from memserve.instance.vllm_profile import vllm_profile
 from memserve.models.resolve import ModelDirectory, resolve_model
 from memserve.models.tokenizer import Tokenizer
 from memserve.pool.segment import sweep
+from memserve.scheduler.profiles import ProfileStore
 from memserve.secrets import cluster_secret
 from memserve.transfer.secret import cluster_keys
 from memserve.vllm.engine import VllmEngine
@@ -78,6 +80,9 @@ def build_vllm(
         if server.pool is not None:
             stack.callback(sweep)  # a killed server leaves its shared memory behind
         info = _describe(server.place, settings, found.path)
+        profile = vllm_profile(
+            config, settings, found.path, tokenizer, server.place, info, ProfileStore()
+        )
         engine = VllmEngine(server.place, info)
         events: EventRelay | None = None
         if server.events is not None:
@@ -109,7 +114,8 @@ def build_vllm(
         close,
         KEEPING_ROLES[config.cache.caching],
         link,
-        events=events,
+        profile,
+        events,
         threads=lambda: (engine.thread, *server.watched),
         forwarder=Forwarder(server.place, info),
     )

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from memserve.errors import PoolError
+from memserve.pool.device_queue import kernels_of, wait_for
 from memserve.pool.layout import KVLayout
 from memserve.pool.segment import SharedSegment
 from memserve.types import IndexArray
@@ -34,7 +35,11 @@ class Extent:
 
 class BlockStore:
     """Owns one medium's memory, which grows and shrinks by whole extents. Does not know which
-    blocks are in use."""
+    blocks are in use.
+
+    Reads, writes and copies return when the bytes are where they go, also on a GPU: the caller may
+    then give the blocks to another thread, process or transport, or free them.
+    """
 
     def __init__(self, layout: KVLayout, device: torch.device, pinned: bool) -> None:
         """`pinned`: page-lock host memory, for direct copies from and to a GPU."""
@@ -42,6 +47,7 @@ class BlockStore:
         self.device = device
         self.extents: list[Extent] = []
         self._pinned = pinned
+        self._kernels = kernels_of(device)
 
     @property
     def blocks(self) -> int:
@@ -86,6 +92,7 @@ class BlockStore:
         if self.device.type != "cpu":
             for slab in self.extents:
                 torch.index_select(slab.view, 0, self._on_device(index), out=out)
+            wait_for(self._kernels)
             return out
         for row, source in zip(self._rows(out), self._host_blocks(index), strict=True):
             row[...] = source
@@ -96,6 +103,7 @@ class BlockStore:
         if self.device.type != "cpu":
             for slab in self.extents:
                 slab.view[self._on_device(index)] = kv.to(self.device)
+            wait_for(self._kernels)
             return
         rows = self._rows(kv.cpu().contiguous())
         for row, target in zip(rows, self._host_blocks(index), strict=True):
@@ -111,7 +119,8 @@ class BlockStore:
         # Host memory is page-locked, so a copy is a DMA; blocks are large enough for one each.
         for at, to in zip(source_index.tolist(), index.tolist(), strict=True):
             self._block(to).copy_(source._block(at), non_blocking=True)
-        torch.cuda.synchronize()
+        # For this thread's copies, not for all that other streams have queued on the device.
+        wait_for(source._kernels if self.device.type == "cpu" else self._kernels)
 
     def _rows(self, kv: torch.Tensor) -> NDArray[np.uint8]:
         """Return a view of n blocks' contiguous KV on the host as `[n, runs, bytes]`."""

@@ -27,6 +27,7 @@ _Number = TypeVar("_Number", np.uint8, np.int32, np.int64)
 _NOWHERE = 0  # no node has this id
 _FIRST_SIZE = 1024
 _MEDIA = 7  # media with a bit of their own in `Hashes`
+_DEVICE = ("GPU", None)  # events that name no medium are of the device's memory
 _MAX_REFERENCE = (1 << (GENERATION_BITS + INDEX_BITS + 1)) - 1  # one bit for the medium
 
 
@@ -37,6 +38,7 @@ class BlockTable:
         self.node: IndexArray = np.zeros(_FIRST_SIZE, dtype=np.int64)  # ids; 0: not stored
         self._depth: Numbers = np.zeros(_FIRST_SIZE, dtype=np.int32)  # blocks from the root
         self.stored = 0
+        self.uses_host = False  # some block was in host memory, or in a storage behind it
 
     def place(self, numbers: Numbers, node: int, start: int) -> None:
         """Record blocks that were not stored: they are in `node` at depth `start`, `start + 1`,
@@ -86,6 +88,7 @@ class References(BlockTable):
         numbers = _slots(given)
         if len(numbers):
             self._grow(int(numbers.max()) + 1)
+            self.uses_host = self.uses_host or bool((numbers & 1).any())
         before = self._hash[numbers]
         self._hash[numbers] = given
         if (self._hash[numbers] != given).any():  # of equal numbers only the last was written
@@ -114,6 +117,10 @@ class References(BlockTable):
         counts = np.bincount(numbers & 1, minlength=len(Medium)).tolist()
         return {each.name: counts[each] for each in Medium if counts[each]}
 
+    def in_host(self, numbers: Numbers) -> int:
+        """Count of the blocks that are not in the device's memory."""
+        return int((numbers & 1).sum())
+
     @property
     def num_bytes(self) -> int:
         return super().num_bytes + self._hash.nbytes
@@ -132,6 +139,7 @@ class Hashes(BlockTable):
         self._names: list[BlockHash] = []
         self._free: list[int] = []
         self._media: dict[str | None, int] = {}  # bit mask by medium
+        self._device = np.uint8(0)  # bits of the media in _DEVICE
         self._copies: NDArray[np.uint8] = np.zeros(_FIRST_SIZE, dtype=np.uint8)  # media, by number
 
     def number(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
@@ -161,6 +169,10 @@ class Hashes(BlockTable):
             for name, bit in self._media.items()
         }
         return {name: count for name, count in found.items() if count}
+
+    def in_host(self, numbers: Numbers) -> int:
+        """Count of the blocks without a copy in the device's memory."""
+        return int(((self._copies[numbers] & self._device) == 0).sum())
 
     def vacate(self, numbers: Numbers) -> None:
         super().vacate(numbers)
@@ -193,6 +205,9 @@ class Hashes(BlockTable):
         bit = self._media.get(medium)
         if bit is None and len(self._media) < _MEDIA:
             bit = self._media[medium] = 1 << len(self._media)
+            if medium in _DEVICE:
+                self._device |= np.uint8(bit)
+        self.uses_host = self.uses_host or medium not in _DEVICE
         return 1 << _MEDIA if bit is None else bit
 
     def _grow(self, size: int) -> None:

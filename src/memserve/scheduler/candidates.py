@@ -155,6 +155,7 @@ class Candidates:
         request: PromptRequest,
         output_tokens: int,
         matches: Mapping[InstanceId, int],
+        in_host: Mapping[InstanceId, int],
         now: float,
         *,
         fetches: bool,
@@ -163,8 +164,9 @@ class Candidates:
         """Fill the arrays with predictions for a request.
 
         `output_tokens`: expected, at least 1; `matches`: tokens of the prompt held, by instance;
-        `fetches`: plans may pull prefixes; `overlapped`: KV goes to the decode instance during the
-        prefill. Raises RuntimeError if members have changed since the set was made.
+        `in_host`: those of them that host memory alone has; `fetches`: plans may pull prefixes;
+        `overlapped`: KV goes to the decode instance during the prefill. Raises RuntimeError if
+        members have changed since the set was made.
         """
         load, candidate_set, asked, moved = self.load, self.candidate_set, self._asked, self._moved
         if load.lines is not self._lines:  # compiled code checks no array bounds
@@ -195,6 +197,8 @@ class Candidates:
             floor = _memory_wait(load, request, needed, self.cached, steps, now)
         if max(longest) >= 0:
             floor = _wait_for_promises(load, request, longest, self.cached, floor)
+        if in_host:
+            floor = floor + _load_seconds(load, in_host)
         prefills = _prefill_seconds(load, prompt, asked[: 2 + count])
         moves = _NO_MOVES
         if count or candidate_set.pairs:
@@ -328,6 +332,19 @@ def _move_seconds(load: Load, moved: Seconds) -> Seconds:
         num_bytes = tokens * costs.kv_bytes_per_token
         for near, path in load.paths:
             seconds[number, near] = costs.transfer_seconds(num_bytes, blocks, path)
+    return seconds
+
+
+def _load_seconds(load: Load, in_host: Mapping[InstanceId, int]) -> Seconds:
+    """Seconds [instances] until `in_host` tokens of KV are in HBM."""
+    seconds = np.zeros(len(load.lines))
+    for instance, tokens in in_host.items():
+        slot = load.slots.get(instance)
+        if slot is not None:
+            spec = load.lines[slot].spec
+            blocks = -(-tokens // spec.block_tokens)
+            num_bytes = tokens * spec.costs.kv_bytes_per_token
+            seconds[slot] = float(spec.costs.transfer_seconds(num_bytes, blocks, "host"))
     return seconds
 
 

@@ -12,7 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role, TokenArray
 
-Path = Literal["shm", "nixl"]  # how KV moves: within a host, between hosts
+# How KV moves between instances: within a host, between hosts.
+Link = Literal["shm", "nixl"]
+# And from the own host memory into HBM.
+Path = Link | Literal["host"]
 Seconds = NDArray[np.float64]
 
 
@@ -30,7 +33,8 @@ class Costs(Protocol):
         """One decode step of a batch of `sequences`; `context_tokens`: sum over the batch."""
 
     def transfer_seconds(self, num_bytes: ArrayLike, pieces: ArrayLike, path: Path) -> Seconds:
-        """Transfer of `num_bytes` of KV to another instance in `pieces` contiguous runs."""
+        """Transfer of `num_bytes` of KV in `pieces` contiguous runs: to another instance, or by
+        "host" from the instance's own host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ class PromptRequest(msgspec.Struct, frozen=True, eq=False):
 class Terms(msgspec.Struct, frozen=True):
     """Predicted seconds of a plan, by cause."""
 
-    queue: float = 0.0  # waiting before the prefill, and for room in the batch
+    queue: float = 0.0  # waiting before the prefill (also for KV in host memory), and for room
     fetch: float = 0.0  # pulling a longer prefix from a third instance
     prefill: float = 0.0  # exec(x, y)
     transfer: float = 0.0  # hand-over of KV from prefill to decode instance
@@ -98,6 +102,11 @@ class PrefixMatches(Protocol):
     def match(self, namespace: Namespace, tokens: TokenArray) -> Mapping[InstanceId, int]:
         """Length in tokens of the longest known prefix, by instance; whole blocks of that
         instance. Instances without a match are absent."""
+
+    def in_host(
+        self, namespace: Namespace, tokens: TokenArray, matches: Mapping[InstanceId, int]
+    ) -> Mapping[InstanceId, int]:
+        """Tokens of these `matches` that come from host memory first, by instance."""
 
     def expect(
         self, instance: InstanceId, namespace: Namespace, tokens: TokenArray, now: float

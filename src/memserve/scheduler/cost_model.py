@@ -73,6 +73,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     attention: AttentionCost
     shm: LinkCost
     nixl: LinkCost
+    host: LinkCost  # from host memory into the device's
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -94,8 +95,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return self._decode.look_up(rows, context)
 
     def transfer_seconds(self, num_bytes: ArrayLike, pieces: ArrayLike, path: Path) -> Seconds:
-        """Transfer of `num_bytes` of KV to another instance in `pieces` contiguous runs."""
-        link = self.shm if path == "shm" else self.nixl
+        """Transfer of `num_bytes` of KV by `path` in `pieces` contiguous runs."""
+        link = {"shm": self.shm, "nixl": self.nixl, "host": self.host}[path]
         moved = np.asarray(num_bytes, dtype=np.float64)
         moved, runs, each = _together(moved, np.asarray(pieces, dtype=np.float64))
         per_byte, per_piece = link.seconds_per_byte, link.seconds_per_piece

@@ -28,6 +28,7 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
     memory_bandwidth: _Rate  # bytes per second
     device_bandwidth: _Rate  # bytes per second to another device of the host, one direction
     network_bandwidth: _Rate  # bytes per second to another host, one direction
+    host_bandwidth: _Rate  # bytes per second from the host's memory
     tile: tuple[int, int]  # rows and columns of a product that a unit computes at once
     matmul_efficiency: _Share
     memory_efficiency: _Share
@@ -47,6 +48,7 @@ _H100 = Hardware(
     memory_bandwidth=3.35e12,
     device_bandwidth=450e9,
     network_bandwidth=50e9,
+    host_bandwidth=63e9,  # PCIe 5.0 x16
     tile=(128, 256),
     matmul_efficiency=0.60,
     memory_efficiency=0.80,
@@ -69,6 +71,7 @@ HARDWARE: dict[str, Hardware] = {
         memory_bandwidth=2.039e12,
         device_bandwidth=300e9,
         network_bandwidth=25e9,
+        host_bandwidth=31.5e9,  # PCIe 4.0 x16
         tile=(128, 128),
         matmul_efficiency=0.72,
         memory_efficiency=0.85,
@@ -88,6 +91,7 @@ HARDWARE: dict[str, Hardware] = {
         memory_bandwidth=12e9,
         device_bandwidth=6e9,
         network_bandwidth=1.25e9,
+        host_bandwidth=6e9,
         tile=(1, 16),
         matmul_efficiency=0.50,
         memory_efficiency=0.80,
@@ -163,6 +167,11 @@ def derive(hardware: Hardware, model: Architecture, max_batch_tokens: int = 2048
         ),
         shm=_link(hardware, hardware.device_bandwidth * model.tensor_parallel),
         nixl=_link(hardware, hardware.network_bandwidth * model.tensor_parallel),
+        host=LinkCost(
+            0.0,
+            1 / (hardware.host_bandwidth * model.tensor_parallel * hardware.link_efficiency),
+            hardware.piece_seconds,
+        ),
     )
 
 

@@ -116,10 +116,12 @@ class Scheduler:
         if not len(candidates.candidate_set):
             return None
         output_tokens = max(min(request.output_tokens, round(self.output_length.expected)), 1)
+        matches = self._prefixes.match(request.namespace, request.tokens)
         candidates.predict(
             request,
             output_tokens,
-            self._prefixes.match(request.namespace, request.tokens),
+            matches,
+            self._prefixes.in_host(request.namespace, request.tokens, matches),
             now,
             fetches=self._policy.fetches,
             overlapped=self._overlapped,

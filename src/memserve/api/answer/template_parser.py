@@ -95,7 +95,9 @@ class TemplateParser:
     ) -> None:
         """`begun`: what the prompt has of the answer already; nothing is said of it."""
         self._implicit = template.implicit
-        self._explicit = [region for region in template.regions if region.opening is not None]
+        self._openings: list[tuple[Delimiter, Region | None]] = [
+            (region.opening, region) for region in template.regions if region.opening is not None
+        ]
         self._functions = functions
         self._out = Collector()
         self._buffer = ""
@@ -180,20 +182,35 @@ class TemplateParser:
 
     def _next(self, last: bool) -> tuple[Any, Region | None] | None:
         """Return the next delimiter's match, with the region that it opens, None if it closes one.
-        Sets where the text begins that may become a delimiter."""
-        watched: list[tuple[Delimiter | None, Region | None]] = []
+        Sets where the text begins that may become a delimiter. Raises TimeoutError."""
+        begun = time.thread_time()
+        try:
+            found = self._look(last)
+        finally:
+            self._seconds -= time.thread_time() - begun
+        if self._seconds <= 0:
+            raise TimeoutError
+        return found
+
+    def _look(self, last: bool) -> tuple[Any, Region | None] | None:
+        watched: list[tuple[Delimiter, Region | None]] = []
         if self._region is self._implicit:
-            watched += [(region.opening, region) for region in self._explicit]
-        if self._region is not None:
+            watched += self._openings
+        if self._region is not None and self._region.closing is not None:
             watched.append((self._region.closing, None))
         self._held_from = len(self._buffer)
         best: tuple[int, int, bool] | None = None
         found: tuple[Any, Region | None] | None = None
+        timeout = max(self._seconds / (len(watched) or 1), _LEAST)
         for delimiter, region in watched:
-            match = None if delimiter is None else self._search(delimiter, last)
-            if match is None or delimiter is None:
+            search = delimiter.pattern.search
+            match = search(self._buffer, self._at, partial=not last, timeout=timeout)
+            if match is not None and match.start() == match.end() == self._empty_at:
+                # Else it would be found for ever.
+                match = search(self._buffer, self._at + 1, partial=not last, timeout=timeout)
+            if match is None:
                 continue
-            if not last and (match.partial or self._may_grow(delimiter, match)):
+            if not last and (match.partial or self._may_grow(delimiter, match, timeout)):
                 self._held_from = min(self._held_from, match.start())
                 continue
             # The first one, of several the longest, and an opening before a closing.
@@ -204,31 +221,13 @@ class TemplateParser:
             return None  # what is held begins before it
         return found
 
-    def _search(self, delimiter: Delimiter, last: bool) -> Any:
-        """Return a delimiter's first match, which may be partial. Raises TimeoutError."""
-        search = delimiter.pattern.search
-        match = self._timed(search, self._at, not last)
-        if match is not None and match.start() == match.end() == self._empty_at:
-            match = self._timed(search, self._at + 1, not last)  # else found for ever
-        return match
-
-    def _may_grow(self, delimiter: Delimiter, match: Any) -> bool:
-        """Return whether more text could change a whole match. Raises TimeoutError."""
+    def _may_grow(self, delimiter: Delimiter, match: Any, timeout: float) -> bool:
+        """Return whether more text could change a whole match."""
         if delimiter.literals is not None and not delimiter.grows:
             return False
-        more = self._timed(delimiter.pattern.fullmatch, match.start(), True)
+        whole = delimiter.pattern.fullmatch
+        more = whole(self._buffer, match.start(), partial=True, timeout=timeout)
         return more is not None
-
-    def _timed(self, look: Callable[..., Any], at: int, partial: bool) -> Any:
-        """Return what a pattern finds in the buffer from `at` on. Raises TimeoutError."""
-        begun = time.thread_time()
-        try:
-            found = look(self._buffer, at, partial=partial, timeout=max(self._seconds, _LEAST))
-        finally:
-            self._seconds -= time.thread_time() - begun
-        if self._seconds <= 0:
-            raise TimeoutError
-        return found
 
     def _give_up(self) -> None:
         """Go on without the template: what is not read yet, and all that follows, is content."""

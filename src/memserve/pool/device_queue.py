@@ -1,0 +1,59 @@
+"""The queue of a device's kernels and copies, which run long after their calls return.
+
+Whoever reads, publishes or frees what they write waits for a mark behind them.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Mark(Protocol):
+    """A place in the queue of a device's kernels: a CUDA event."""
+
+    def synchronize(self) -> None:
+        """Wait until all kernels before the mark have run. Raises RuntimeError if the device is
+        lost."""
+        ...
+
+
+class Kernels(Protocol):
+    """Kernel queue of the calling thread on its device."""
+
+    def mark(self) -> Mark | None:
+        """Return a mark at the current end of the queue. None: all kernels have run."""
+        ...
+
+
+class CudaKernels:
+    """Kernel queue of a GPU: the current CUDA stream of the calling thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def mark(self) -> Mark:
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+class NoKernels:
+    """Kernel queue of a CPU, always empty: a call returns when its result is there."""
+
+    def mark(self) -> None:
+        return None
+
+
+def kernels_of(device: torch.device) -> Kernels:
+    """Return the queue of a device's kernels, of whichever thread asks."""
+    return CudaKernels(device) if device.type == "cuda" else NoKernels()
+
+
+def wait_for(kernels: Kernels) -> None:
+    """Wait until all that the calling thread has queued has run. Raises RuntimeError if the device
+    is lost."""
+    mark = kernels.mark()
+    if mark is not None:
+        mark.synchronize()
