@@ -35,7 +35,8 @@ from memserve.errors import EngineStopped, QueueFull, RequestError
 from memserve.gateway.run import Gateway
 from memserve.grammars.compiler import GrammarCompiler
 from memserve.instance.grammars import Grammars
-from memserve.instance.instance import Identity, Instance, Parts
+from memserve.instance.instance import Instance
+from memserve.instance.parts import Identity, Parts
 from memserve.instance.run import handler_of
 from memserve.models.tokenizer import Tokenizer
 from memserve.secrets import cluster_secret
@@ -410,7 +411,7 @@ class FakeCluster:
 
         async def drain() -> None:
             instance.lifecycle.end()
-            await shutdown.wait_for(instance.idle(), 30)
+            await shutdown.wait_for(instance.lifecycle.idle(), 30)
 
         self.urls.append(url_of(sock))
         self.instances.append(instance)

@@ -30,7 +30,9 @@ from memserve.config import (
 from memserve.engine.engine import Engine
 from memserve.gateway.instance_costs import UNKNOWN
 from memserve.instance import build
-from memserve.instance.instance import Identity, Instance, Run
+from memserve.instance.dispatcher import Run
+from memserve.instance.instance import Instance
+from memserve.instance.parts import Identity
 from memserve.instance.run import handler_of
 from memserve.scheduler.profiles import Profile, Subject, make_profile
 from memserve.secrets import cluster_secret
@@ -79,7 +81,7 @@ class Node:
 
     @property
     def peer(self) -> PrefillPeer:
-        return PrefillPeer(self.instance.identity.id, self.url)
+        return PrefillPeer(self.instance.identity.id, self.url, self.link.address.address)
 
     @property
     def totals(self) -> HandoffTotals:
@@ -225,7 +227,7 @@ async def node(
 
     async def drain() -> None:
         instance.lifecycle.end()
-        await shutdown.wait_for(instance.idle(), PATIENCE)
+        await shutdown.wait_for(instance.lifecycle.idle(), PATIENCE)
 
     handler = handler_of(instance, cluster_secret(), sock, tracer=tracer)
     serving = asyncio.create_task(serve_http(handler, sock, shutdown, drain, MAX_BODY_BYTES))

@@ -15,8 +15,9 @@ from memserve.api.serving import MAX_BODY_BYTES, Shutdown, bind, serve_http, url
 from memserve.api.status import PoolTotals
 from memserve.clock import MonotonicClock
 from memserve.cluster.kv_feed import KvFeed, MemberFeed
-from memserve.instance.instance import Identity, Instance, Parts
+from memserve.instance.instance import Instance
 from memserve.instance.kv_events import KVEventPublisher
+from memserve.instance.parts import Identity, Parts
 from memserve.instance.run import handler_of
 from memserve.models.tokenizer import Tokenizer
 from memserve.pool.pool import BlockPool

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from memserve.api.metric import Label, MetricSpec
 from memserve.api.trace_metrics import TraceMetrics
-from memserve.gateway.edge_metrics import EdgeMetrics
 from memserve.gateway.handover_proof import HandoverProof
-from memserve.gateway.metrics import GatewayMetrics, InstancesMetrics
+from memserve.gateway.metrics import EdgeMetrics, GatewayMetrics, InstancesMetrics
 from memserve.gateway.planning import PlannerBoard
 from memserve.gateway.routing_metrics import RoutingMetrics
-from memserve.instance.metrics import METRICS as INSTANCE_PAGE
+from memserve.instance.server import METRICS as INSTANCE_PAGE
 
 PAGE = Path(__file__).parent.parent / "docs/metrics.md"
 BEGIN, END = "<!-- begin: make metrics-docs -->\n", "<!-- end -->\n"

@@ -56,7 +56,9 @@ class Oracle:
 
     def __post_init__(self) -> None:
         self.prompt = len(self.request.tokens)
-        cached = [self.usable(self.matches.get(line.spec.id, 0), line) for line in self.load.lines]
+        cached = [
+            self.usable(self.matches.get(line.spec.id, 0), line) for line in self.load.by_slot
+        ]
         self.here = [Here(tokens) for tokens in cached]
         sources = self.sources() if self.fetches else []
         for at in range(len(self.here)):
@@ -78,15 +80,15 @@ class Oracle:
         least = min(self.here[at].cached for at in self.computing)
         found: dict[tuple[str, str, int], int] = {}
         for at in sorted(self.allowed, key=lambda at: (-self.here[at].cached, at)):
-            tokens, spec = self.here[at].cached, self.load.lines[at].spec
+            tokens, spec = self.here[at].cached, self.load.by_slot[at].spec
             if tokens > least and len(found) < MAX_SOURCES and spec.kv is not None:
                 found.setdefault((spec.host, spec.kv, tokens), at)
-        sure = [(at, self.sure(self.load.lines[at], n)) for (*_, n), at in found.items()]
+        sure = [(at, self.sure(self.load.by_slot[at], n)) for (*_, n), at in found.items()]
         return [(at, n) for at, n in sure if n > least]
 
     def moving(self, source: int, to: int, tokens: int, block_tokens: int) -> float:
-        spec = self.load.lines[source].spec
-        near = spec.host == self.load.lines[to].spec.host
+        spec = self.load.by_slot[source].spec
+        near = spec.host == self.load.by_slot[to].spec.host
         num_bytes = tokens * spec.costs.kv_bytes_per_token
         path = "shm" if near else "nixl"
         return float(spec.costs.transfer_seconds(num_bytes, -(-tokens // block_tokens), path))
@@ -115,7 +117,7 @@ class Oracle:
         return [seconds * (1 - gone / max(sum(left), INSTANT)) for seconds in left]
 
     def predict(self, at: int, sources: list[tuple[int, int]]) -> None:
-        line, here = self.load.lines[at], self.here[at]
+        line, here = self.load.by_slot[at], self.here[at]
         spec, costs = line.spec, line.spec.costs
         running, batch, _, remaining = self.batch(line)
         now = self.step(line, running, 0.0) if running else 0.0
@@ -128,9 +130,9 @@ class Oracle:
         for source, held in sources:
             has = self.usable(held, line)
             extra = has - here.cached
-            if extra <= 0 or self.load.lines[source].spec.kv != spec.kv:
+            if extra <= 0 or self.load.by_slot[source].spec.kv != spec.kv:
                 continue
-            block = self.load.lines[source].spec.block_tokens
+            block = self.load.by_slot[source].spec.block_tokens
             fetch = self.moving(source, at, extra, block)
             prefill = float(costs.prefill_seconds(self.prompt, has)) * slowed
             if fetch + prefill <= alone and fetch + prefill < best:
@@ -140,13 +142,13 @@ class Oracle:
         here.room = max(batch + 1 - spec.max_running, 0) / spec.max_running * remaining * before
         here.answer = (self.output - 1) * after
         here.answer += max(after - before, 0.0) * batch * min(remaining, self.output)
-        usual = sum(self.batch(self.load.lines[i])[0] for i in self.answering)
+        usual = sum(self.batch(self.load.by_slot[i])[0] for i in self.answering)
         usual /= len(self.answering)
         beside = max(running, usual if at in self.answering else 0.0)
         here.stalls = beside * STALL * here.prefill
 
     def wait(self, at: int, step: float) -> None:
-        line, here = self.load.lines[at], self.here[at]
+        line, here = self.load.by_slot[at], self.here[at]
         left, share = self.left(line), line.spec.short_share
         shorter = sum(seconds for seconds in left if seconds <= here.prefill)
         here.work = sum(left)
@@ -189,7 +191,7 @@ class Oracle:
         if answers == computes:
             return 0.0
         lacking = self.prompt - self.here[answers].cached
-        block = self.load.lines[answers].spec.block_tokens
+        block = self.load.by_slot[answers].spec.block_tokens
         moving = self.moving(computes, answers, lacking, block)
         return max(moving - self.here[computes].prefill, 0.0) if self.overlapped else moving
 

@@ -25,7 +25,7 @@ from memserve.clock import ManualClock
 from memserve.cluster.member import Member
 from memserve.cluster.membership import Membership
 from memserve.gateway.global_router import GlobalRouter
-from memserve.gateway.router import Plan
+from memserve.gateway.route import Route
 from memserve.scheduler.architecture import GEMMA3_270M
 from memserve.scheduler.contract import InstanceSpec
 from memserve.scheduler.hardware import HARDWARE, derive
@@ -128,23 +128,23 @@ class Routed:
         self.membership.answered(found, info, stats)
         return found
 
-    def plan(self, call: GenerateCall) -> Plan:
+    def plan(self, call: GenerateCall) -> Route:
         return self.router.plan(call, self.membership.ready())
 
     def plan_and_end(self, call: GenerateCall) -> InstanceId:
         """Who answers a call that is over at once."""
         plan = self.plan(call)
-        plan.ticket.first_token()
-        plan.ticket.ended()
+        plan.first_token()
+        plan.ended()
         return plan.member.id
 
     def spec(self, name: str) -> InstanceSpec:
-        return self.router.scheduler.load.line(InstanceId(name)).spec
+        return self.router.scheduler.load.of(InstanceId(name)).spec
 
     @property
     def known(self) -> dict[str, Role]:
         """What the scheduler knows."""
-        return {line.spec.id: line.spec.role for line in self.router.scheduler.load.lines}
+        return {line.spec.id: line.spec.role for line in self.router.scheduler.load.by_slot}
 
     async def profiled(self, name: str) -> None:
         """Until an instance has been asked for its costs, and that is over."""
@@ -156,7 +156,7 @@ class Routed:
         """Nothing may be left of what was planned."""
         load = self.router.scheduler.load
         assert load.reserved == 0
-        assert all(line.idle for line in load.lines)
+        assert all(line.idle for line in load.by_slot)
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from memserve.clock import ManualClock
-from memserve.scheduler.contract import Costs, InstanceSpec, Path, PromptRequest, Seconds
+from memserve.scheduler.contract import Costs, InstanceSpec, PromptRequest, Seconds, TransferPath
 from memserve.scheduler.scheduler import DECODE_WEIGHT, Scheduler
 from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role, TokenArray
 
@@ -22,7 +22,7 @@ class LinearCosts:
 
     token_seconds: float = 1e-3
     step_seconds: float = 10e-3
-    bandwidth: Mapping[Path, float] = field(
+    bandwidth: Mapping[TransferPath, float] = field(
         default_factory=lambda: {"shm": 1e9, "nixl": 1e8, "host": 1e9}
     )
     kv_bytes_per_token: int = 1000
@@ -36,7 +36,9 @@ class LinearCosts:
         sequences = np.asarray(sequences, float)
         return self.step_seconds + 1e-4 * sequences + 1e-8 * np.asarray(context_tokens, float)
 
-    def transfer_seconds(self, num_bytes: ArrayLike, pieces: ArrayLike, path: Path) -> Seconds:
+    def transfer_seconds(
+        self, num_bytes: ArrayLike, pieces: ArrayLike, path: TransferPath
+    ) -> Seconds:
         pieces = np.asarray(pieces, float)
         return np.asarray(num_bytes, float) / self.bandwidth[path] + 1e-6 * pieces
 

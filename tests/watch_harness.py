@@ -16,8 +16,8 @@ from memserve.api.status import (
     PeerMoves,
     PoolTotals,
 )
-from memserve.cluster.client import ClusterSummary, MemberSummary
 from memserve.cluster.figures import ClusterFigures, GatewayTotals, MemberFigures
+from memserve.cluster.member import ClusterView, MemberView
 from memserve.scheduler.contract import Terms
 from memserve.scheduler.decision_view import CandidateView, DecisionView, Outcome
 from memserve.types import Epoch, InstanceId, RequestId, Role
@@ -62,16 +62,16 @@ def member_of(
     pid: int = 1,
     host: str = "127.0.0.1",
     kind: MemberKind = MemberKind.MEMSERVE,
-) -> MemberSummary:
+) -> MemberView:
     hbm, dram = MediumTotals(100, 40, 10, 50, 5), MediumTotals(200, 200)
-    return MemberSummary(
+    return MemberView(
         InstanceId(name), role, state, f"http://{host}:{9000 + pid}", pid, hbm, dram, kind, True
     )
 
 
 def answer_of(
     at: float,
-    members: Sequence[tuple[MemberSummary, InstanceStats | None]],
+    members: Sequence[tuple[MemberView, InstanceStats | None]],
     totals: GatewayTotals | None = None,
     decisions: Sequence[DecisionView] = (),
     url: str = URL,
@@ -86,13 +86,13 @@ def answer_of(
         ),
         (totals or GatewayTotals(),),
     )
-    view = ClusterSummary(Epoch(1), tuple(summary for summary, _ in members))
+    view = ClusterView(Epoch(1), tuple(summary for summary, _ in members))
     return GatewaySeen(url, at, view, figures, tuple(decisions))
 
 
 def snapshot(
     at: float,
-    members: Sequence[tuple[MemberSummary, InstanceStats | None]],
+    members: Sequence[tuple[MemberView, InstanceStats | None]],
     totals: GatewayTotals | None = None,
     decisions: Sequence[DecisionView] = (),
 ) -> Snapshot:
@@ -105,15 +105,15 @@ def decision(
     """Two candidates, of which the first was chosen."""
     first = CandidateView(
         InstanceId("d0"),
-        0.5,
         None if prefill is None else InstanceId(prefill),
         None,
         100,
         64,
         0,
         Terms(queue=0.1, prefill=0.2, transfer=0.05, decode=1.0),
+        score=0.5,
     )
-    second = CandidateView(InstanceId("d1"), 0.9, None, None, 100, 0, 0, Terms(prefill=0.4))
+    second = CandidateView(InstanceId("d1"), None, None, 100, 0, 0, Terms(prefill=0.4), score=0.9)
     return DecisionView(
         RequestId(request),
         "prompt-tree",

@@ -17,7 +17,8 @@ from memserve.api.control import InstanceChange, WantedState
 from memserve.api.status import InstanceState, MediumTotals
 from memserve.api.tls import TLS_CA_VARIABLE, client_tls
 from memserve.clock import MonotonicClock
-from memserve.cluster.client import ClusterClient, ClusterSummary
+from memserve.cluster.client import ClusterClient
+from memserve.cluster.member import ClusterView
 from memserve.cluster.rolling import RESTART_SECONDS, remove, restart
 from memserve.cluster.running import DEFAULT_URL, find_gateway
 from memserve.errors import ConfigError
@@ -206,7 +207,7 @@ def planner_(
 def _run(url: str | None, json: bool, work: Callable[[ClusterClient], Awaitable[object]]) -> None:
     """Run `work` with a client of the gateway, then print the cluster's view."""
 
-    async def run(client: ClusterClient) -> ClusterSummary:
+    async def run(client: ClusterClient) -> ClusterView:
         await work(client)
         return await client.view()
 
@@ -235,7 +236,7 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
-def cluster_table(view: ClusterSummary) -> Table:
+def cluster_table(view: ClusterView) -> Table:
     """Return a table with a row for each instance. Memory: blocks not free, of all blocks."""
     table = Table(title=f"epoch {view.epoch}", title_justify="left")
     for name in ("id", "kind", "pool", "role", "state", "address", "pid", "HBM", "DRAM"):

@@ -8,6 +8,7 @@ only; messages carry the id and the epoch instead.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -27,6 +28,15 @@ SHARED = Namespace("")  # the default namespace
 TokenArray = NDArray[np.int32]
 RefArray = NDArray[np.int64]
 IndexArray = NDArray[np.int64]
+
+
+EPOCH_BITS = 63  # the non-negative values of an int64 in a message
+
+
+def new_epoch() -> Epoch:
+    """Return a random epoch, never 0; two lives get equal ones with negligible probability. Epochs
+    are no times: the clocks of two hosts disagree, and clocks are set back."""
+    return Epoch(secrets.randbits(EPOCH_BITS) or 1)
 
 
 class Medium(IntEnum):

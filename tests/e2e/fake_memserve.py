@@ -23,7 +23,7 @@ from memserve.cluster.local import LocalBackend
 from memserve.config import ClusterConfig, InstanceConfig
 from memserve.errors import ModelError
 from memserve.instance import run
-from memserve.instance.instance import Identity, Parts
+from memserve.instance.parts import Identity, Parts
 from memserve.models.tokenizer import Tokenizer
 from memserve.vital import Vitals
 from tests.fakes import FakeEngine

@@ -14,7 +14,7 @@ from memserve.api.status import PoolTotals
 from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelConfig
 from memserve.errors import ModelError
 from memserve.gateway.run import run_gateway
-from memserve.instance.instance import Identity, Parts
+from memserve.instance.parts import Identity, Parts
 from memserve.instance.run import run_instance
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import InstanceId

@@ -262,7 +262,7 @@ async def test_a_long_prefix_is_pulled_from_an_instance_that_is_busy(
         fetched = next(each for each in (b, c) if each.peer.id == chosen["instance"])
         assert fetched.engine.stats().computed_prompt_tokens < 100  # with its self-test
         for plan in others:
-            plan.ticket.ended()
+            plan.ended()
 
 
 async def test_roles_are_exchanged_while_requests_run(model: Path, reference: Reference) -> None:

@@ -18,9 +18,10 @@ import pytest
 
 from memserve.api.serving import Shutdown
 from memserve.api.status import InstanceState
-from memserve.cluster.client import ClusterClient, ClusterSummary
+from memserve.cluster.client import ClusterClient
 from memserve.cluster.cluster import Cluster
 from memserve.cluster.local import LocalBackend
+from memserve.cluster.member import ClusterView
 from memserve.cluster.restarts import RestartLimits
 from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig, ModelConfig
 from tests.fake_vllm import BLOCK, SETTINGS_VARIABLE, expected
@@ -69,7 +70,7 @@ class Up:
         self._thread.join()
         self._loop.close()
 
-    def view(self) -> ClusterSummary:
+    def view(self) -> ClusterView:
         return self.run(self._client.view())
 
     def ready(self) -> dict[str, int | None]:

@@ -29,7 +29,7 @@ from memserve.engine.sampler import Sample
 from memserve.gateway import run as gateway_run
 from memserve.gateway.global_router import GlobalRouter
 from memserve.instance import build
-from memserve.instance.instance import Identity, Parts
+from memserve.instance.parts import Identity, Parts
 from memserve.instance.run import run_instance
 from memserve.models.tokenizer import Tokenizer
 from memserve.pool.layout import KVLayout

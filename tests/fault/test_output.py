@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from memserve.cluster.child import Child
-from memserve.cluster.line_printer import MAX_WAITING, LinePrinter
-from memserve.cluster.lines import MAX_LINE_BYTES, Lines
+from memserve.cluster.line_printer import MAX_LINE_BYTES, MAX_WAITING, LinePrinter, Lines
 from tests.waiting import until
 
 MODULE = "tests.fault.chatty"

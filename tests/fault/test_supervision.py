@@ -24,9 +24,10 @@ from memserve.api.serving import Shutdown
 from memserve.api.status import InstanceState
 from memserve.clock import MonotonicClock
 from memserve.cluster.child import Child
-from memserve.cluster.client import ClusterClient, ClusterSummary, GatewayUnreachable, MemberSummary
+from memserve.cluster.client import ClusterClient, GatewayUnreachable
 from memserve.cluster.cluster import Cluster
 from memserve.cluster.local import LocalBackend
+from memserve.cluster.member import ClusterView, MemberView
 from memserve.cluster.restarts import RestartLimits
 from memserve.cluster.rolling import remove, restart
 from memserve.cluster.supervised import Supervised as Process
@@ -86,16 +87,16 @@ class Supervised:
 
         return self.run(run())
 
-    def change(self, instance: str, wanted: InstanceChange) -> MemberSummary:
+    def change(self, instance: str, wanted: InstanceChange) -> MemberView:
         return self.ask(lambda client: client.change(instance, wanted))
 
-    def view(self) -> ClusterSummary:
+    def view(self) -> ClusterView:
         return self.ask(lambda client: client.view())
 
-    def until(self, condition: Callable[[ClusterSummary], bool]) -> ClusterSummary:
+    def until(self, condition: Callable[[ClusterView], bool]) -> ClusterView:
         """Wait until the gateway, if there is one, shows this."""
 
-        async def look(client: ClusterClient) -> ClusterSummary:
+        async def look(client: ClusterClient) -> ClusterView:
             while True:
                 try:
                     if condition(view := await client.view()):
@@ -106,11 +107,11 @@ class Supervised:
 
         return self.ask(look)
 
-    def until_ready(self) -> ClusterSummary:
+    def until_ready(self) -> ClusterView:
         return self.until(lambda view: len(ready(view)) == 2)
 
 
-def ready(view: ClusterSummary) -> dict[str, int | None]:
+def ready(view: ClusterView) -> dict[str, int | None]:
     return {m.id: m.pid for m in view.instances if m.state is InstanceState.READY}
 
 

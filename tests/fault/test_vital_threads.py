@@ -11,8 +11,9 @@ from memserve import vital
 from memserve.api.status import InstanceState, PoolTotals
 from memserve.clock import MonotonicClock
 from memserve.errors import TransferError
-from memserve.instance.instance import Identity, Instance, Parts
+from memserve.instance.instance import Instance
 from memserve.instance.kv_events import KVEventPublisher
+from memserve.instance.parts import Identity, Parts
 from memserve.models.tokenizer import Tokenizer
 from memserve.transfer.mempool import MemPool
 from memserve.transfer.secret import cluster_keys

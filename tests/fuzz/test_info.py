@@ -25,7 +25,7 @@ from memserve.api.status import (
     MediumTotals,
     PoolTotals,
 )
-from memserve.cluster.client import ClusterSummary, MemberSummary
+from memserve.cluster.member import ClusterView, MemberView
 from memserve.cluster.membership import Membership
 from memserve.cluster.poller import Poller
 from memserve.scheduler.contract import Costs
@@ -52,15 +52,15 @@ STATS = InstanceStats(
     pool=PoolTotals(BLOCKS, BLOCKS, namespaces=2, nodes=30, matches=1, evictions=40),
     latencies=Latencies(),
 )
-CLUSTER = ClusterSummary(
+CLUSTER = ClusterView(
     Epoch(7),
-    (MemberSummary(A, Role.DECODE, InstanceState.READY, "http://127.0.0.1:9", 5, BLOCKS, BLOCKS),),
+    (MemberView(A, Role.DECODE, InstanceState.READY, "http://127.0.0.1:9", 5, BLOCKS, BLOCKS),),
 )
 ERROR = ErrorBody(ErrorDetail("no", "invalid_request_error", "prompt", "too_long"))
 DECODERS: dict[str, tuple[msgspec.Struct, Callable[[bytes], object]]] = {
     "info": (INFO, msgspec.json.Decoder(InstanceInfo).decode),
     "stats": (STATS, msgspec.json.Decoder(InstanceStats).decode),
-    "cluster": (CLUSTER, msgspec.json.Decoder(ClusterSummary).decode),
+    "cluster": (CLUSTER, msgspec.json.Decoder(ClusterView).decode),
     "error": (ERROR, msgspec.json.Decoder(ErrorBody).decode),
 }
 

@@ -15,7 +15,8 @@ import msgspec
 
 from memserve.api.peer_client import PeerClient
 from memserve.api.status import InstanceState, InstanceStats
-from memserve.cluster.client import ClusterClient, ClusterSummary
+from memserve.cluster.client import ClusterClient
+from memserve.cluster.member import ClusterView
 from memserve.errors import ClusterError
 from memserve.secrets import SECRET_VARIABLE, cluster_secret
 from memserve.types import Role
@@ -95,7 +96,7 @@ class Operator:
         authority = None if cluster.tls is None else str(cluster.tls.authority)
         self._tls = None if authority is None else ssl.create_default_context(cafile=authority)
 
-    def view(self) -> ClusterSummary:
+    def view(self) -> ClusterView:
         return self._ask(lambda client: client.view())
 
     def ready(self) -> list[str]:

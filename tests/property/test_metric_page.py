@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from memserve.api.histogram import Histogram, TokenHistogram
 from memserve.api.metric import Label, MetricSpec, Page, counter, gauge, histogram
-from memserve.gateway.worker_metrics import merged
+from memserve.gateway.metrics import merged
 from tests.metric_page import samples
 
 COUNT = counter(

@@ -106,7 +106,7 @@ def choices(oracle: Oracle, candidate_set: CandidateSet, scores: list[float]) ->
             at for at in near if candidate_set.usual[at] and not oracle.here[ways[at][1]].fetched
         ]
         if near:
-            turns = {at: sum(load.lines[slot].used for slot in ways[at]) for at in plain or near}
+            turns = {at: sum(load.by_slot[slot].used for slot in ways[at]) for at in plain or near}
             chosen.add(min(turns, key=turns.__getitem__))
     return chosen
 

@@ -124,13 +124,13 @@ class Life(RuleBasedStateMachine):
                 cluster.scheduler.finished(name)
             load = cluster.scheduler.load
             assert load.reserved == 0
-            assert all(line.idle for line in load.lines)
+            assert all(line.idle for line in load.by_slot)
 
 
 def check_load(load: Load) -> None:
     """The arrays show what the lines hold."""
     load.refresh()
-    for at, line in enumerate(load.lines):
+    for at, line in enumerate(load.by_slot):
         assert load.slots[line.spec.id] == line.slot == at
         assert line.answers >= line.decoding >= 0
         figures = load.stats[at]

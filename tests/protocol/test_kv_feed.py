@@ -23,8 +23,8 @@ from memserve.api.kv_events import (
     decode_batch,
 )
 from memserve.api.status import InstanceState
-from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.kv_subscription import EventSource
+from memserve.cluster.membership import Change, MemberChange
 from memserve.errors import OutOfBlocks
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import InstanceId, Role

@@ -22,10 +22,9 @@ from memserve.transfer import table as table_module
 from memserve.transfer import wire
 from memserve.transfer.base import PoolRegions
 from memserve.transfer.conversion import meaning
-from memserve.transfer.host import ProcessTag, own_process
+from memserve.transfer.host import ProcessTag, host_id, own_process
 from memserve.transfer.messages import Prepare, Prepared, Refused
 from memserve.transfer.peer_endpoint import PeerEndpoint
-from memserve.transfer.regions import host_id
 from memserve.transfer.secret import cluster_keys
 from memserve.transfer.session import LEASE
 from memserve.transfer.sockets import Arrival

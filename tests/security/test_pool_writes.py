@@ -22,7 +22,7 @@ from memserve.transfer import wire
 from memserve.transfer.base import BlockList, PoolRegions, Ticket, Transport, WriteList
 from memserve.transfer.canary import Canaries
 from memserve.transfer.conversion import meaning
-from memserve.transfer.host import own_process
+from memserve.transfer.host import host_id, own_process
 from memserve.transfer.messages import (
     Aborted,
     Commit,
@@ -33,7 +33,6 @@ from memserve.transfer.messages import (
     SessionMessage,
     to_wire_refs,
 )
-from memserve.transfer.regions import host_id
 from memserve.transfer.secret import cluster_keys
 from memserve.transfer.shm import ShmTransport
 from memserve.types import Epoch, InstanceId, Owner, RefArray

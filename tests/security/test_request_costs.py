@@ -9,7 +9,6 @@ import socket
 import threading
 import tracemalloc
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import msgspec
@@ -24,7 +23,7 @@ from memserve.config import available_cores
 from memserve.gateway import relay
 from memserve.gateway.call_builder import INLINE_CHARACTERS
 from memserve.gateway.relay import Attempt
-from memserve.gateway.router import Plan
+from memserve.gateway.route import Route
 from memserve.gateway.upstream import Upstream
 from memserve.instance.generation import Generation
 from memserve.models.tokenizer import Tokenizer
@@ -144,14 +143,8 @@ def test_a_text_whose_client_has_left_is_not_tokenised(
 # --- answers
 
 
-class _Ticket:
-    def first_token(self) -> None: ...
-
-    def ended(self) -> None: ...
-
-
 def test_an_answer_that_comes_in_many_parts_is_put_together_once() -> None:
-    attempt = Attempt(_Ticket(), Client().reply, None)
+    attempt = Attempt(Route(Member("http://one", 0.0)), Client().reply, None)
     attempt.head(200, None, None)
     part = b"x" * 65536
     count = limits.MAX_ANSWER_BYTES // len(part)
@@ -176,11 +169,10 @@ async def test_an_answer_that_is_too_large_is_hung_up_on(monkeypatch: pytest.Mon
         async with impostor(parts, calls) as one, impostor(parts, calls) as another:
             members = ready_members(one, another)
 
-            def plan(call: GenerateCall, members: Sequence[Member]) -> Plan:
-                return Plan(members[0], ticket=_Ticket())
+            def plan(call: GenerateCall, members: Sequence[Member]) -> Route:
+                return Route(members[0])
 
-            own = SimpleNamespace(plan=plan)
-            under_test = relay.Relay(upstream, members, own, MonotonicClock(), 0.0)
+            under_test = relay.Relay(upstream, members, plan, MonotonicClock(), 0.0)
             calls.clear()
             with pytest.raises(ApiError) as refusal:
                 await under_test.run(call, Client().reply, (), relay.Answer())

@@ -18,9 +18,10 @@ from memserve.api.http_message import Reply, Request
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.serving import Shutdown, bind, serve_http, url_of
 from memserve.api.tls import client_tls, server_tls
+from memserve.cluster.member import Member
 from memserve.errors import ConfigError
 from memserve.gateway.relay import Attempt
-from memserve.gateway.router import NO_TICKET
+from memserve.gateway.route import Route
 from memserve.gateway.upstream import Upstream
 from memserve.gateway.upstream_connection import Unreachable
 from tests.gateway_harness import Client
@@ -113,7 +114,7 @@ async def test_a_process_elsewhere_shows_a_certificate_of_ours(
         upstream = Upstream(None, authorities)
         call = json.dumps({}).encode()
         client = Client()
-        attempt = Attempt(NO_TICKET, client.reply, None)
+        attempt = Attempt(Route(Member(there, 0.0)), client.reply, None)
         if good:
             assert (await peers.ask("GET", there)).status == 200
             await upstream.call(there, call, attempt)

@@ -16,7 +16,6 @@ from memserve.api.kv_events import KVEventsInfo
 from memserve.api.signatures import Signer, Verifier, body_digest
 from memserve.api.status import InstanceInfo, InstanceState, MemberKind
 from memserve.cluster import doctor, examination
-from memserve.cluster.client import ClusterSummary, MemberSummary
 from memserve.cluster.doctor import (
     CHECKS,
     Examined,
@@ -30,7 +29,7 @@ from memserve.cluster.doctor import (
     diagnose,
     exit_code,
 )
-from memserve.cluster.member import DegradedPair
+from memserve.cluster.member import ClusterView, DegradedPair, MemberView
 from memserve.pool.segment import SharedSegment, leftovers
 from memserve.secrets import new_secret
 from memserve.types import Epoch, InstanceId, Role
@@ -42,9 +41,9 @@ EVENTS = KVEventsInfo("tcp://127.0.0.1:1", "tcp://127.0.0.1:2", "t", 16)
 OK, WARN, FAIL = Status.OK, Status.WARN, Status.FAIL
 
 
-def summary(name: str, role: Role = Role.PREFILL, **more: Any) -> MemberSummary:
+def summary(name: str, role: Role = Role.PREFILL, **more: Any) -> MemberView:
     fields: dict[str, Any] = {"state": InstanceState.READY, "address": f"http://{name}", **more}
-    return MemberSummary(InstanceId(name), role, **fields)
+    return MemberView(InstanceId(name), role, **fields)
 
 
 def member(
@@ -79,7 +78,7 @@ def seen(*members: MemberSeen, **more: Any) -> Examined:
     """A cluster of these members in which all is well; `more`: fields of the gateway, or of all."""
     members = members or (P, D)
     own = {name: more.pop(name) for name in list(more) if name in Examined.__struct_fields__}
-    view = ClusterSummary(Epoch(1), tuple(each.summary for each in members))
+    view = ClusterView(Epoch(1), tuple(each.summary for each in members))
     feeds = tuple(feed(each.id) for each in members)
     gateway = GatewaySeen(
         URL, **{"version": VERSION, "status": "ready", "view": view, "feeds": feeds, **more}
@@ -188,7 +187,7 @@ def test_members_that_are_not_there(given: MemberSeen, status: Status, words: st
 
 
 def test_no_members_at_all() -> None:
-    nobody = seen(view=ClusterSummary(Epoch(1), ()), members=())
+    nobody = seen(view=ClusterView(Epoch(1), ()), members=())
     assert one(doctor.check_members, nobody)[0] is FAIL
 
 
@@ -249,7 +248,7 @@ def test_pools_that_cannot_meet_fail_and_old_instances_cannot_say() -> None:
 
 def test_degraded_pairs_fail() -> None:
     pair = DegradedPair(InstanceId("p"), InstanceId("d"), "no KV arrived", "tcp://x")
-    view = ClusterSummary(Epoch(1), (P.summary, D.summary), (pair,))
+    view = ClusterView(Epoch(1), (P.summary, D.summary), (pair,))
     status, name, text = one(doctor.check_handover, seen(view=view))
     assert (status, name) == (FAIL, "p")
     assert "to d: no KV arrived (tcp://x)" in text

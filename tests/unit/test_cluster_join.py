@@ -15,7 +15,7 @@ from memserve.api.errors import ErrorDetail
 from memserve.api.http_message import Request
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import InstanceState, JoinRequest
-from memserve.cluster.client import MemberSummary
+from memserve.cluster.member import MemberView
 from memserve.cluster.membership import Membership
 from memserve.gateway.cluster_admin import repeated_join
 from memserve.gateway.siblings import MEMBERS_PATH
@@ -99,7 +99,7 @@ def test_a_repetition_is_answered_at_once_only_for_a_member_that_is_well() -> No
     membership.answered(member, info("p0", 1), STATS)
     answer = repeated_join(membership, request(again))
     assert answer is not None
-    assert msgspec.json.decode(answer, type=MemberSummary).state is InstanceState.READY
+    assert msgspec.json.decode(answer, type=MemberView).state is InstanceState.READY
     assert asked == []
     news = msgspec.structs.replace(again, repeated=False)
     another = msgspec.structs.replace(again, epoch=Epoch(2))

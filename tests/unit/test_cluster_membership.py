@@ -21,9 +21,8 @@ from memserve.api.status import (
 )
 from memserve.clock import ManualClock
 from memserve.cluster import membership as module
-from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.member import Member
-from memserve.cluster.membership import FORGET_SECONDS, MAX_MISSES, Membership
+from memserve.cluster.membership import FORGET_SECONDS, MAX_MISSES, Change, MemberChange, Membership
 from memserve.errors import ClusterError
 from memserve.types import Epoch, InstanceId, Role
 

@@ -89,10 +89,10 @@ async def test_a_new_life_has_nothing_of_the_former_one(world: Routed) -> None:
     plan = world.plan(call_of())
     former = world.spec("a").costs
     world.member("a", epoch=2, limits=None)
-    assert world.router.scheduler.load.line(A).idle
+    assert world.router.scheduler.load.of(A).idle
     assert world.spec("a").block_tokens == 16
-    plan.ticket.first_token()
-    plan.ticket.ended()
+    plan.first_token()
+    plan.ended()
     await world.profiled("a")
     assert world.asked == ["a", "a"]
     assert world.spec("a").costs == former  # of the same hardware, with what was learnt of it
@@ -135,7 +135,7 @@ async def test_a_call_names_a_few_prefill_instances_however_many_there_are() -> 
             plan = world.plan(call_of())
             assert len({member.id for member in plan.prefill}) == global_router.MAX_PREFILL
             seen.append(plan.prefill[1].id)
-            plan.ticket.ended()
+            plan.ended()
         # The next ones of a lost instance differ: they do not all come to one.
         assert len(set(seen)) == len(seen)
 
@@ -153,7 +153,7 @@ async def test_a_pair_is_planned_with_every_other_prefill_instance_behind_it() -
             assert sorted(names) == ["p0", "p1", "p2"]
             assert plan.explain().startswith(f"{names[0]} -> d, 0 of 100 tokens cached")
             seen.add(names[0])
-            plan.ticket.ended()
+            plan.ended()
     assert seen == {"p0", "p1", "p2"}
 
 
@@ -163,7 +163,7 @@ async def test_only_the_members_that_are_named_have_a_part(world: Routed) -> Non
     for members, expected in (([d], "d"), ([c], "c")):
         plan = world.router.plan(call_of(), members)
         assert (plan.member.id, plan.prefill, plan.fetch) == (expected, (), None)
-        plan.ticket.ended()
+        plan.ended()
 
 
 async def test_a_prefix_is_used_where_it_is_and_fetched_where_that_is_faster(
@@ -177,17 +177,17 @@ async def test_a_prefix_is_used_where_it_is_and_fetched_where_that_is_faster(
     plan = world.plan(long)
     assert (plan.member.id, plan.fetch) == ("a", None)
     assert plan.explain().startswith("a, 3968 of 4000 tokens cached")
-    plan.ticket.ended()
+    plan.ended()
     tree.expire(1e9)  # the expectation
     # Busy for a long time to come: others pull what it has.
     world.member("a", running=7, waiting=500, steps=1)
-    await until(lambda: world.router.scheduler.load.line(A).other_prefills == 500, "the look")
+    await until(lambda: world.router.scheduler.load.of(A).other_prefills == 500, "the look")
     plan = world.plan(long)
     assert plan.member.id == "b"
     assert plan.fetch is not None
     assert plan.fetch.id == "a"
     assert "fetched from a" in plan.explain()
-    plan.ticket.ended()
+    plan.ended()
 
 
 async def test_namespaces_have_prefixes_of_their_own(world: Routed) -> None:
@@ -195,7 +195,7 @@ async def test_namespaces_have_prefixes_of_their_own(world: Routed) -> None:
     held(world.router.tree, A, 96)
     plan = world.plan(call_of(cache_salt="s"))
     assert plan.explain().startswith("a, 0 of 100 tokens cached")
-    plan.ticket.ended()
+    plan.ended()
 
 
 async def test_what_was_generated_elsewhere_belongs_to_the_prompt(world: Routed) -> None:
@@ -205,7 +205,7 @@ async def test_what_was_generated_elsewhere_belongs_to_the_prompt(world: Routed)
     reservation = world.router.scheduler.load._reservations[RequestId(call.id)]
     assert len(reservation.tokens) == 112
     assert reservation.output_tokens == 4
-    plan.ticket.ended()
+    plan.ended()
 
 
 async def test_sessions_stay_where_they_were() -> None:
@@ -219,31 +219,31 @@ async def test_sessions_stay_where_they_were() -> None:
                 assert world.plan_and_end(call_of(session=session)) == instance
 
 
-# --- tickets ------------------------------------------------------------------------------------
+# --- routes -------------------------------------------------------------------------------------
 
 
-async def test_a_stream_s_ticket_tells_the_scheduler_once(world: Routed) -> None:
+async def test_a_stream_s_route_tells_the_scheduler_once(world: Routed) -> None:
     world.member("a")
-    line = world.router.scheduler.load.line(A)
+    line = world.router.scheduler.load.of(A)
     plan = world.plan(call_of())
     assert (len(line.prefills), line.answers, line.decoding) == (1, 1, 0)
-    plan.ticket.first_token()
-    plan.ticket.first_token()
+    plan.first_token()
+    plan.first_token()
     assert (len(line.prefills), line.answers, line.decoding) == (0, 1, 1)
-    plan.ticket.ended()
-    plan.ticket.ended()
-    plan.ticket.first_token()  # too late to mean anything
+    plan.ended()
+    plan.ended()
+    plan.first_token()  # too late to mean anything
     assert line.idle
 
 
 async def test_an_answer_that_comes_whole_is_computed_when_it_should_be(world: Routed) -> None:
     world.member("a")
-    line = world.router.scheduler.load.line(A)
+    line = world.router.scheduler.load.of(A)
     plan = world.plan(call_of(stream=False))
-    plan.ticket.first_token()  # its first bytes are its last ones: they say nothing
+    plan.first_token()  # its first bytes are its last ones: they say nothing
     assert len(line.prefills) == 1
     await until(lambda: line.decoding == 1, "the predicted time")
-    plan.ticket.ended()
+    plan.ended()
     assert line.idle
 
 
@@ -251,20 +251,20 @@ async def test_another_try_does_not_inherit_the_expectations_of_the_first(world:
     a, b = world.member("a"), world.member("b")
     call = call_of(stream=False)
     plan = world.router.plan(call, [a])
-    timer = plan.ticket._expected  # type: ignore[attr-defined]
-    plan.ticket.ended()
+    timer = plan._expected  # type: ignore[attr-defined]
+    plan.ended()
     again = world.router.plan(call, [b])
     assert timer.cancelled()
-    assert len(world.router.scheduler.load.line(B).prefills) == 1
-    again.ticket.ended()
+    assert len(world.router.scheduler.load.of(B).prefills) == 1
+    again.ended()
 
 
-async def test_a_ticket_outlives_its_instance(world: Routed) -> None:
+async def test_a_route_outlives_its_instance(world: Routed) -> None:
     a = world.member("a")
     plan = world.plan(call_of())
     world.membership.refused(a)
-    plan.ticket.first_token()
-    plan.ticket.ended()
+    plan.first_token()
+    plan.ended()
     assert world.known == {}
 
 
@@ -273,8 +273,8 @@ async def test_metrics_have_the_figures_of_routing(world: Routed) -> None:
     held(world.router.tree, A, 96)
     plan = world.plan(call_of())
     world.clock.advance(0.5)
-    plan.ticket.first_token()
-    plan.ticket.ended()
+    plan.first_token()
+    plan.ended()
     found = reported(world.router.metrics)
     assert found["memserve_scheduler_plans_total", "prompt-tree", "alone"] == 1
     assert found["memserve_scheduler_prompt_tokens_total",] == 100
@@ -287,14 +287,14 @@ async def test_metrics_have_the_figures_of_routing(world: Routed) -> None:
 
 async def test_what_is_passed_on_says_nothing_of_what_prefills_take(world: Routed) -> None:
     world.member("a")
-    line = world.router.scheduler.load.line(A)
+    line = world.router.scheduler.load.of(A)
     forward = Forward(ForwardPath.CHAT, b"{}")
     plan = world.plan(msgspec.structs.replace(call_of(), forward=forward))
     assert (len(line.prefills), line.decoding) == (1, 0)
     world.clock.advance(60.0)  # for a grammar, or an image
-    plan.ticket.first_token()
+    plan.first_token()
     assert (len(line.prefills), line.decoding) == (0, 1)
-    plan.ticket.ended()
+    plan.ended()
     assert reported(world.router.metrics)["memserve_scheduler_first_token_seconds_sum",] == 0
 
 

@@ -145,17 +145,17 @@ async def test_first_tokens_teach_what_prefills_cost(world: Routed) -> None:
         plan = world.plan(call_of())
         predicted = float(costs.model.prefill_seconds(100, 0))
         world.clock.advance(2 * predicted)
-        plan.ticket.first_token()
-        plan.ticket.ended()
+        plan.first_token()
+        plan.ended()
     assert 1.5 < costs.factor("prefill") <= 2.01
     # Where most of the wait was something else, nothing is learnt of prefills.
     before = costs.factor("prefill")
     plans = [world.plan(call_of()) for _ in range(8)]
     world.clock.advance(1000.0)
     for plan in plans[1:]:
-        plan.ticket.first_token()
+        plan.first_token()
     for plan in plans:
-        plan.ticket.ended()
+        plan.ended()
     assert costs.factor("prefill") == before
 
 
@@ -215,7 +215,7 @@ async def test_polls_teach_the_length_of_answers(world: Routed) -> None:
 
 async def test_others_work_shows_in_the_load(world: Routed) -> None:
     world.member("a", running=5, waiting=3, steps=1)
-    line = world.router.scheduler.load.line(A)
+    line = world.router.scheduler.load.of(A)
     await until(lambda: line.other_running == 5, "the look")
     assert line.other_prefills == 3
 

@@ -17,7 +17,7 @@ from memserve.clock import MonotonicClock
 from memserve.cluster.member import Member
 from memserve.cluster.membership import Membership
 from memserve.gateway.relay import MAX_ATTEMPTS, Answer, Relay
-from memserve.gateway.router import Plan
+from memserve.gateway.route import Route
 from memserve.gateway.upstream import Upstream
 from memserve.tokens import from_ids
 from memserve.types import Epoch, Role
@@ -61,16 +61,10 @@ def lost_after(events: int, more: bytes = b"") -> Script:
     return script
 
 
-class Tickets:
-    """Plans for the first member, and hears what becomes of it."""
+class Heard(Route):
+    """Tells what becomes of it."""
 
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-        self.prefill: tuple[Member, ...] = ()
-
-    def plan(self, call: GenerateCall, members: Sequence[Member]) -> Plan:
-        self.heard.append(f"{members[0].id} of {len(members)}")
-        return Plan(members[0], self.prefill, ticket=self)
+    heard: list[str]
 
     def first_token(self) -> None:
         self.heard.append("first token")
@@ -79,11 +73,25 @@ class Tickets:
         self.heard.append("ended")
 
 
+class Router:
+    """Routes to the first member."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.prefill: tuple[Member, ...] = ()
+
+    def plan(self, call: GenerateCall, members: Sequence[Member]) -> Route:
+        self.heard.append(f"{members[0].id} of {len(members)}")
+        route = Heard(members[0], self.prefill)
+        route.heard = self.heard
+        return route
+
+
 class Cluster:
     """A relay in front of impostors, asked in order."""
 
     def __init__(self, upstream: Upstream, stack: AsyncExitStack) -> None:
-        self.router = Tickets()
+        self.router = Router()
         self.calls: list[GenerateCall] = []  # as the instances got them
         self.answer = Answer()
         self.membership = Membership()
@@ -94,7 +102,7 @@ class Cluster:
     async def start(self, *instances: Parts | Script | str) -> Relay:
         self.membership = ready_members(*[await self.address(it) for it in instances])
         return Relay(
-            self._upstream, self.membership, self.router, MonotonicClock(), self.instance_wait
+            self._upstream, self.membership, self.router.plan, MonotonicClock(), self.instance_wait
         )
 
     async def address(self, instance: Parts | Script | str) -> str:

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from memserve.api import msgpack
 from memserve.api.generate import CallKind, GenerateCall
 from memserve.api.openai import parse_completion
-from memserve.gateway.compiled import prepare
+from memserve.gateway.body_scan import plain_token_ids, prepare
 from memserve.gateway.prompts import read_prompts
-from memserve.gateway.token_parser import plain_token_ids
 from memserve.tokens import from_ids
 from tests.packed import listed
 

@@ -9,8 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from memserve.cluster.membership import Membership
 from memserve.errors import ConfigError
-from memserve.gateway.metrics import GatewayMetrics
-from memserve.gateway.worker_metrics import merged
+from memserve.gateway.metrics import GatewayMetrics, merged
 from memserve.gateway.workers import WorkerPlace
 from tests.metric_page import done
 

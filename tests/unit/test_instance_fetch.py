@@ -18,7 +18,7 @@ from memserve.api.handoff import PUSH_PATH, PushCall
 from memserve.api.peer_client import PeerClient
 from memserve.api.status import PeerMoves
 from memserve.instance import fetch
-from memserve.instance.metrics import instance_page
+from memserve.instance.server import instance_page
 from memserve.tokens import from_ids
 from memserve.transfer import kv_link
 from memserve.types import SHARED, InstanceId, Namespace, Role
@@ -138,7 +138,7 @@ async def test_a_prefill_instance_may_fetch_what_its_decode_instance_has(
 async def test_a_decode_instance_that_is_left_alone_fetches_itself(
     model: Path, expected: list[int]
 ) -> None:
-    gone = PrefillPeer(InstanceId("gone"), "http://127.0.0.1:9")
+    gone = PrefillPeer(InstanceId("gone"), "http://127.0.0.1:9", "tcp://127.0.0.1:9")
     async with node(model, Role.DECODE, "p") as d, node(model, Role.COLOCATED) as third:
         await third.complete(*PROMPT)
         before = d.engine.stats().computed_prompt_tokens

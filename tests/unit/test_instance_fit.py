@@ -19,12 +19,12 @@ from memserve.instance.fit import (
     non_negative,
     relative_errors,
 )
-from memserve.instance.profile import FULL, QUICK
+from memserve.instance.profiler import FULL, QUICK
 from memserve.scheduler.architecture import GEMMA3_270M, read_architecture
 from memserve.scheduler.compute import Measured
 from memserve.scheduler.cost_model import AttentionCost, CostModel, LinkCost
 from memserve.scheduler.hardware import HARDWARE, cores, derive
-from memserve.scheduler.measurements import (
+from memserve.scheduler.profiles import (
     DecodePoint,
     Measurements,
     PrefillPoint,

@@ -123,7 +123,11 @@ async def test_what_a_server_will_compute_from_a_body_is_brought_there(
         # Where nobody computes it, whoever has it is asked for it, and nobody is no error.
         other = prompt_of(70, 9)
         await remote.bring(
-            call_of(other, prefill=[PrefillPeer(InstanceId("x"), "http://127.0.0.1:1")]), space
+            call_of(
+                other,
+                prefill=[PrefillPeer(InstanceId("x"), "http://127.0.0.1:1", "tcp://127.0.0.1:9")],
+            ),
+            space,
         )
         await remote.bring(call_of(other), space)
         assert d.has(other, space) == 0

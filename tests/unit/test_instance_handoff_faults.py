@@ -16,12 +16,12 @@ from memserve.api.handoff import PrefillResult
 from memserve.clock import MonotonicClock
 from memserve.config import Caching
 from memserve.errors import LayoutMismatch
-from memserve.instance import remote_prefill
 from memserve.instance.remote_prefill import RemotePrefill
 from memserve.pool.layout import KVLayout
-from memserve.transfer import kv_link
+from memserve.transfer import kv_link, service
 from memserve.transfer.base import Transport
-from memserve.transfer.mempool import MakeTransports
+from memserve.transfer.mempool import MakeTransports, MemPool
+from memserve.transfer.session import LEASE
 from memserve.transfer.shm import ShmTransport
 from memserve.types import InstanceId, Owner, Role
 from tests.fakes import save_tiny_tokenizer
@@ -31,6 +31,7 @@ from tests.tiny_models import Reference, save_tiny_model
 from tests.waiting import until
 
 PROMPT = prompt_of(70, seed=1)
+NO_POOL = "tcp://127.0.0.1:9"  # nobody listens there
 LONG = 400  # tokens of an answer that occupies an engine
 
 
@@ -71,7 +72,7 @@ async def impostor(answer: bytes) -> AsyncIterator[PrefillPeer]:
     server = await asyncio.start_server(speak, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     try:
-        yield PrefillPeer(InstanceId("impostor"), f"http://127.0.0.1:{port}")
+        yield PrefillPeer(InstanceId("impostor"), f"http://127.0.0.1:{port}", NO_POOL)
     finally:
         server.close()
 
@@ -113,11 +114,9 @@ async def test_a_full_queue_sends_the_prompt_elsewhere(model: Path, expected: li
         assert (d.totals.asked, d.totals.failed) == (2, 1)
 
 
-async def test_a_prefill_instance_that_goes_silent_is_given_up(
-    model: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(remote_prefill, "ALIVE_SECONDS", 0.02)
-    monkeypatch.setattr(remote_prefill, "ALIVE_TIMEOUT", 0.05)
+@asynccontextmanager
+async def mute() -> AsyncIterator[tuple[int, asyncio.Event]]:
+    """A port that takes connections and says nothing, and whether there was one."""
     accepted = asyncio.Event()
 
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -126,12 +125,55 @@ async def test_a_prefill_instance_that_goes_silent_is_given_up(
         writer.close()
 
     server = await asyncio.start_server(listen, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    silent = PrefillPeer(InstanceId("silent"), f"http://127.0.0.1:{port}")
-    async with node(model, Role.DECODE) as d:
-        assert (await d.complete(*PROMPT, tokens=12, prefill=[silent])).tokens == [expected]
-    assert accepted.is_set()
-    server.close()
+    try:
+        yield server.sockets[0].getsockname()[1], accepted
+    finally:
+        server.close()
+
+
+async def test_a_prefill_instance_whose_pool_is_never_heard_is_given_up(
+    model: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "CONNECT_TIMEOUT", 0.2)
+    async with mute() as (port, accepted), mute() as (pool_port, _):
+        address, pool = f"http://127.0.0.1:{port}", f"tcp://127.0.0.1:{pool_port}"
+        silent = PrefillPeer(InstanceId("silent"), address, pool)
+        async with node(model, Role.DECODE) as d:
+            assert (await d.complete(*PROMPT, tokens=12, prefill=[silent])).tokens == [expected]
+        assert accepted.is_set()
+
+
+async def test_a_prefill_instance_without_a_pool_is_not_asked(
+    model: Path, expected: list[int]
+) -> None:
+    async with mute() as (port, accepted), node(model, Role.DECODE) as d:
+        bare = PrefillPeer(InstanceId("bare"), f"http://127.0.0.1:{port}")
+        assert (await d.complete(*PROMPT, tokens=12, prefill=[bare])).tokens == [expected]
+        assert not accepted.is_set()
+
+
+@pytest.mark.parametrize("end", ["closed", "stalled"])
+async def test_a_prefill_instance_that_is_lost_while_it_computes_is_given_up(
+    model: Path, expected: list[int], end: str
+) -> None:
+    """Its pool says so: it leaves, or tells that the process beside it serves nobody."""
+    async with mute() as (port, accepted), node(model, Role.DECODE) as d:
+        with MemPool(d.pool.layout, 4, instance="p") as pool:
+            pool.vouch()
+            address = pool.serve("tcp://127.0.0.1:0")
+            lost = PrefillPeer(InstanceId("p"), f"http://127.0.0.1:{port}", address)
+            answer = asyncio.ensure_future(d.answer(*PROMPT, tokens=12, prefill=[lost]))
+            await accepted.wait()
+            await until(lambda: d.pool.hears("p"), "that the two have met")
+            assert not answer.done()
+            if end == "closed":
+                pool.close()
+            else:
+                assert pool.vouched is not None
+                pool.vouched -= LEASE
+            assert (await answer).tokens == [expected]
+            assert (d.totals.asked, d.totals.failed) == (1, 1)
+            await d.settled()
 
 
 @pytest.mark.parametrize("caching", ["off", "full"])
@@ -146,7 +188,7 @@ async def test_kv_that_does_not_arrive_is_computed(
             await until(lambda: not p.cached + d.cached, "nothing left of it")
 
 
-async def test_kv_of_another_layout_is_computed(
+async def test_a_prefill_instance_whose_kv_cannot_come_is_given_up(
     model: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def differs(*_: object) -> None:
@@ -156,7 +198,7 @@ async def test_kv_of_another_layout_is_computed(
     async with pair(model) as (p, d):
         answer = await d.complete(*PROMPT, tokens=12, prefill=[p])
         assert answer.tokens == [expected]
-        assert (d.totals.asked, d.totals.failed, d.totals.blocks_received) == (1, 0, 0)
+        assert (d.totals.asked, d.totals.failed, d.totals.blocks_received) == (1, 1, 0)
 
 
 async def test_an_instance_that_was_restarted_is_met_again(

@@ -137,7 +137,7 @@ async def test_an_answer_that_ends_with_its_next_token(model: Path) -> None:
 
 async def test_nobody_is_asked_for_what_would_be_refused_here(model: Path) -> None:
     """The prefill would be wasted."""
-    nobody = PrefillPeer(InstanceId("nobody"), "http://127.0.0.1:9")
+    nobody = PrefillPeer(InstanceId("nobody"), "http://127.0.0.1:9", "tcp://127.0.0.1:9")
     async with node(model, Role.DECODE, max_running=1, max_waiting=1) as d:
         for bad in (call_of(prompt_of(5000, 1)), call_of([600]), call_of(PROMPT, top_p=7.0)):
             call = msgspec.structs.replace(bad, prefill=(nobody,))

@@ -12,8 +12,10 @@ from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall, SamplingParams
 from memserve.api.status import InstanceState, PoolTotals
 from memserve.clock import ManualClock
-from memserve.instance import instance as module
-from memserve.instance.instance import IDLE_SECONDS, Identity, Instance, Parts, SelfTestFailed
+from memserve.instance import health as module
+from memserve.instance.health import IDLE_SECONDS, SelfTestFailed
+from memserve.instance.instance import Instance
+from memserve.instance.parts import Identity, Parts
 from memserve.models.tokenizer import Tokenizer
 from memserve.tokens import from_ids
 from memserve.types import Epoch, InstanceId, Role
@@ -103,7 +105,7 @@ async def test_leaving_a_run_early_cancels_its_sequences(start: Start) -> None:
     instance = await start(engine)
     engine.gate.clear()
     with instance.run(CALL):
-        idle = asyncio.ensure_future(instance.idle())
+        idle = asyncio.ensure_future(instance.lifecycle.idle())
         await asyncio.sleep(0)
         assert not idle.done()
     await idle
@@ -137,4 +139,4 @@ async def test_an_instance_that_ends_takes_nothing_new(start: Start, ending: str
         pass
     assert refused.value.status == 503
     assert refused.value.retry_after is not None
-    await instance.idle()
+    await instance.lifecycle.idle()

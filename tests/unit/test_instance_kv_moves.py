@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from memserve.api.status import MAX_MOVE_PEERS, InstanceStats, PeerMoves
-from memserve.instance.kv_moves import KVMoves
+from memserve.instance.fetch import KVMoves
 from memserve.types import InstanceId
 from tests.watch_harness import stats_of
 

@@ -11,8 +11,9 @@ from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall, SamplingParams
 from memserve.api.status import InstanceState, MemberKind, PoolTotals
 from memserve.clock import MonotonicClock
-from memserve.instance.instance import Identity, Instance, Parts
+from memserve.instance.instance import Instance
 from memserve.instance.lifecycle import InstanceLifecycle
+from memserve.instance.parts import Identity, Parts
 from memserve.tokens import from_ids
 from memserve.types import Epoch, InstanceId, Role
 from tests.fakes import FakeEngine, tiny_tokenizer

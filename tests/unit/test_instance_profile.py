@@ -28,9 +28,10 @@ from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import Model
 from memserve.errors import ConfigError, ProfileError
 from memserve.instance import samples as samples_module
-from memserve.instance.instance import Identity, Instance, Parts
+from memserve.instance.instance import Instance
+from memserve.instance.parts import Identity, Parts
 from memserve.instance.probe import EngineProbe
-from memserve.instance.profile import PLANS, QUICK, ProfilePlan, Profiler
+from memserve.instance.profiler import PLANS, QUICK, ProfilePlan, Profiler
 from memserve.instance.profiling import (
     ProfiledEngine,
     default_profile,

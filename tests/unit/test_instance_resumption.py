@@ -18,7 +18,8 @@ from memserve.api.status import Latencies, PoolTotals
 from memserve.clock import ManualClock
 from memserve.engine.request import EngineInfo, EngineRequest, TokenOutput, Usage
 from memserve.instance.generation import Generation, engine_requests
-from memserve.instance.instance import Identity, Instance, Parts
+from memserve.instance.instance import Instance
+from memserve.instance.parts import Identity, Parts
 from memserve.models.tokenizer import Tokenizer
 from memserve.tokens import from_ids
 from memserve.types import Epoch, InstanceId, Role
@@ -179,7 +180,7 @@ async def test_what_cannot_be_resumed_is_refused(tokenizer: Tokenizer, what: str
         with pytest.raises(ApiError) as refused, one.run(call):
             pass
         assert refused.value.status == status
-        await one.idle()
+        await one.lifecycle.idle()
 
 
 # --- any tokens ---------------------------------------------------------------------------------

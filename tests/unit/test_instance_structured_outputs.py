@@ -117,7 +117,7 @@ async def test_the_first_token_may_be_the_whole_answer(model: Path, tokenizer: T
 
 
 async def test_what_cannot_be_compiled_is_refused_before_anybody_works(model: Path) -> None:
-    nobody = PrefillPeer(InstanceId("nobody"), "http://127.0.0.1:9")
+    nobody = PrefillPeer(InstanceId("nobody"), "http://127.0.0.1:9", "tcp://127.0.0.1:9")
     bad = schema_grammar({"properties": {"a": {"not": {}}}})
     async with node(model, Role.DECODE) as d:
         for _ in range(2):

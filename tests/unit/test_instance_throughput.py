@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memserve.clock import ManualClock
-from memserve.instance.throughput import MAX_RETRY_SECONDS, WINDOW_SECONDS, FinishRate
+from memserve.instance.submission import MAX_RETRY_SECONDS, WINDOW_SECONDS, FinishRate
 
 
 def test_the_wait_is_that_of_the_queue_at_the_recent_rate() -> None:

@@ -18,7 +18,8 @@ from memserve.api.generate import CallKind, GenerateCall, SamplingParams
 from memserve.api.status import PoolTotals
 from memserve.clock import ManualClock
 from memserve.engine.request import EngineRequest
-from memserve.instance.instance import Identity, Instance, Parts
+from memserve.instance.instance import Instance
+from memserve.instance.parts import Identity, Parts
 from memserve.models.response_template import response_template
 from memserve.models.tokenizer import Tokenizer
 from memserve.tokens import from_ids

@@ -139,7 +139,7 @@ async def test_a_prefill_instance_that_is_not_there_is_a_failed_span(
 ) -> None:
     async with node(model, Role.DECODE, tracer=tracer) as d:
         root = tracer.accept("root", [], tracer.clock.now())
-        gone = PrefillPeer(InstanceId("gone"), "http://127.0.0.1:9")
+        gone = PrefillPeer(InstanceId("gone"), "http://127.0.0.1:9", "tcp://127.0.0.1:9")
         await generate(d, root, prefill=[gone])
         await until(lambda: any(span.name == "generate" for span in got.spans), "the span")
         asked = got.named("ask prefill")

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memserve.scheduler.queue import PrefillQueue
-from memserve.scheduler.residents import Resident, Residents
+from memserve.scheduler.instance_load import PrefillQueue, Resident, Residents
 from memserve.types import SHARED, Namespace, RequestId
 
 A, B, C = (RequestId(name) for name in "abc")

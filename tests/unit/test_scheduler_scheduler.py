@@ -161,7 +161,7 @@ def test_what_is_shared_needs_no_memory_twice() -> None:
     terms = decided(cluster.scheduler.decide(request("x", 1024, output=100))).plan.terms
 
     assert terms.queue == 0.0
-    assert cluster.scheduler.load.line(InstanceId("a")).residents.kv_tokens < 2048
+    assert cluster.scheduler.load.of(InstanceId("a")).residents.kv_tokens < 2048
 
 
 def test_a_decode_instance_that_will_be_busy_computes_no_prompts() -> None:
@@ -437,7 +437,7 @@ def test_what_an_instance_reports_beyond_the_reservations_counts() -> None:
     cluster.add("a", "b")
     cluster.scheduler.decide(request(0), among=[InstanceId("a")])
     cluster.scheduler.observe(InstanceId("a"), running=0, waiting=1)  # that is the one above
-    assert cluster.scheduler.load.line(InstanceId("a")).other_prefills == 0
+    assert cluster.scheduler.load.of(InstanceId("a")).other_prefills == 0
     cluster.scheduler.observe(InstanceId("b"), running=9, waiting=30)
 
     chosen = {decided(cluster.scheduler.decide(request(n))).plan.instance for n in range(1, 3)}
@@ -455,7 +455,7 @@ def test_expected_output_follows_what_answers_took() -> None:
 
     assert 20 <= length.expected < 40
     cluster.scheduler.decide(request("short", output=3))
-    assert cluster.scheduler.load.line(InstanceId("a")).output_tokens == 3
+    assert cluster.scheduler.load.of(InstanceId("a")).output_tokens == 3
 
 
 def test_a_request_that_is_tried_again_is_counted_once() -> None:
@@ -467,8 +467,8 @@ def test_a_request_that_is_tried_again_is_counted_once() -> None:
     ).plan.instance
 
     assert second != first
-    assert cluster.scheduler.load.line(first).idle
-    assert not cluster.scheduler.load.line(second).idle
+    assert cluster.scheduler.load.of(first).idle
+    assert not cluster.scheduler.load.of(second).idle
 
 
 def test_a_late_end_does_not_touch_the_next_life_of_an_instance() -> None:
@@ -480,7 +480,7 @@ def test_a_late_end_does_not_touch_the_next_life_of_an_instance() -> None:
     cluster.scheduler.decide(request("new"))
     cluster.scheduler.finished(RequestId("old"))
 
-    assert cluster.scheduler.load.line(InstanceId("a")).answers == 1
+    assert cluster.scheduler.load.of(InstanceId("a")).answers == 1
 
 
 def test_what_a_prompt_costs_at_admission() -> None:
@@ -539,7 +539,7 @@ def test_candidates_are_found_by_their_instances() -> None:
     cluster.add("none-p", role=Role.PREFILL, kv=None)
     cluster.add("none-d", role=Role.DECODE, kv=None)
     load = cluster.scheduler.load
-    lines = load.lines
+    lines = load.by_slot
     made = CandidateSet(load)
     pairs = {
         (a.slot, c.slot)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memserve.scheduler.contract import Path, Seconds
+from memserve.scheduler.contract import Seconds, TransferPath
 from memserve.sim.cache import SimCache
 from memserve.sim.cluster import Network, SimCluster
 from memserve.sim.instance import InstanceShape
@@ -31,7 +31,7 @@ class UnitCosts:
     def decode_step_seconds(self, sequences: object, context_tokens: object) -> Seconds:
         return np.full(np.shape(sequences), 0.1)
 
-    def transfer_seconds(self, num_bytes: object, pieces: object, path: Path) -> Seconds:
+    def transfer_seconds(self, num_bytes: object, pieces: object, path: TransferPath) -> Seconds:
         return np.asarray(num_bytes, dtype=np.float64) * 0.01
 
 
@@ -267,7 +267,9 @@ def test_a_cache_never_holds_more_than_it_can_nor_forgets_what_is_pinned(
 
 def test_network_pieces_are_what_the_mode_says() -> None:
     class Pieces(UnitCosts):
-        def transfer_seconds(self, num_bytes: object, pieces: object, path: Path) -> Seconds:
+        def transfer_seconds(
+            self, num_bytes: object, pieces: object, path: TransferPath
+        ) -> Seconds:
             return np.asarray(pieces, dtype=np.float64)
 
     one = InstanceShape(InstanceId("a"), Role.COLOCATED, Pieces(), BLOCK, 10)

@@ -95,7 +95,7 @@ def test_members_come_after_their_start_and_go_when_they_are_not_needed() -> Non
     assert added
     assert joined[0] == added[0].at + 10.0
     assert len(joined) == sum(one.count for one in added)
-    assert len(cluster.scheduler.load.lines) <= 8
+    assert len(cluster.scheduler.load.by_slot) <= 8
 
 
 def test_a_member_that_goes_finishes_what_it_runs() -> None:
@@ -113,7 +113,7 @@ def test_a_member_that_goes_finishes_what_it_runs() -> None:
     cluster.timeline.at(2.0, leave)
     cluster.run([SimSession(0.0, (one,))], ended.append)
     assert ended == [one]
-    assert len(cluster.scheduler.load.lines) == 2
+    assert len(cluster.scheduler.load.by_slot) == 2
     later = request("later", 4 * BLOCK, 5, keys)
     cluster.run([SimSession(cluster.timeline.now(), (later,))], ended.append)
     assert later.end is not None

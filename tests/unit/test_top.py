@@ -210,7 +210,7 @@ def test_bars_have_a_cell_for_whatever_there_is() -> None:
 def test_an_explanation_says_how_many_candidates_it_leaves_out() -> None:
     view = decision("x")
     many = tuple(
-        CandidateView(InstanceId(f"d{n}"), 1.0 + n, terms=Terms(queue=n)) for n in range(5)
+        CandidateView(InstanceId(f"d{n}"), score=1.0 + n, terms=Terms(queue=n)) for n in range(5)
     )
     seen = DecisionSeen(0.0, type(view)("x", "p", 0.0, 0.0, many[0], 9, many))  # type: ignore[arg-type]
     lines = rows.explanation(seen, 3).plain.splitlines()

@@ -26,11 +26,10 @@ from memserve.errors import (
 )
 from memserve.transfer.base import PoolRegions, Region, Transport
 from memserve.transfer.conversion import meaning
-from memserve.transfer.host import own_process
+from memserve.transfer.host import host_id, own_process
 from memserve.transfer.kv_link import totals_of
 from memserve.transfer.mempool import MakeTransports
 from memserve.transfer.peers import Peers
-from memserve.transfer.regions import host_id
 from memserve.transfer.shm import ShmTransport
 from memserve.transfer.sockets import PoolSockets, Way
 from memserve.transfer.unix_socket import DATAGRAM_BYTES, UnixAddress, is_unix_socket

@@ -11,7 +11,8 @@ from memserve import KVLayout
 from memserve.errors import TransferError
 from memserve.pool.pool import BlockPool
 from memserve.transfer.base import PoolRegions
-from memserve.transfer.regions import choose_transport, host_id, local_regions, pool_regions
+from memserve.transfer.host import host_id
+from memserve.transfer.regions import choose_transport, local_regions, pool_regions
 
 BOTH = ("shm", "nixl")
 

@@ -157,5 +157,5 @@ def test_blocks_of_a_host_that_is_never_heard_of_again_come_back() -> None:
         b.peer_stats()  # answered by the thread that looks at its clock
         assert b.peer_stats().quarantined == 5
         clock.advance(2 * LEASE)
-        eventually(lambda: b.stats().hbm.active == 0, "that it is forsaken")
+        eventually(lambda: b.stats().hbm.active == 0, "that it is abandoned")
         quiet(b)

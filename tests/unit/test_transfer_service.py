@@ -27,9 +27,8 @@ from memserve.transfer import service, wire
 from memserve.transfer.base import PoolRegions
 from memserve.transfer.conversion import meaning
 from memserve.transfer.destination_session import DestinationSession
-from memserve.transfer.host import own_process
+from memserve.transfer.host import host_id, own_process
 from memserve.transfer.receiver import Receiver
-from memserve.transfer.regions import host_id
 from memserve.transfer.secret import cluster_keys
 from memserve.types import Epoch, InstanceId, Owner
 from tests.transfer_harness import (
@@ -279,11 +278,11 @@ def test_a_mistake_with_one_peer_does_not_end_the_others(monkeypatch: pytest.Mon
 def test_only_tcp_is_dialled_and_served(address: str) -> None:
     with MemPool(LAYOUT, 4, instance="a", secret="known") as a:
         a.serve(LOCAL)
-        with pytest.raises(TransferError, match="no tcp://host:port"):
+        with pytest.raises(TransferError, match="not tcp://host:port"):
             a.connect("b", address)
         with (
             MemPool(LAYOUT, 4, instance="b", secret="known") as b,
-            pytest.raises(TransferError, match="no tcp://host:port"),
+            pytest.raises(TransferError, match="not tcp://host:port"),
         ):
             b.serve(address)
 

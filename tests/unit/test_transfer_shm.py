@@ -17,7 +17,8 @@ from memserve.errors import LayoutMismatch, LengthMismatch, SegmentGone, Unknown
 from memserve.pool.pool import BlockPool
 from memserve.transfer import shm
 from memserve.transfer.base import Outcome, Region, WriteList, block_list
-from memserve.transfer.regions import host_id, local_regions, mappable, pool_regions
+from memserve.transfer.host import host_id
+from memserve.transfer.regions import local_regions, mappable, pool_regions
 from memserve.transfer.shm import ShmTransport
 from memserve.types import Epoch, Owner
 from tests.copy_harness import connect, drain, fill, random_kv, write_list

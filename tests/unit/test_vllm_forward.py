@@ -375,7 +375,7 @@ def test_who_hangs_up_before_an_answer_ends_what_the_server_does(
         connection.close()
         until(lambda: server.fake.cancelled == 1)
         assert server.fake.running == 0
-        cluster.wait(cluster.instances[0].idle())
+        cluster.wait(cluster.instances[0].lifecycle.idle())
 
 
 def test_who_hangs_up_ends_what_the_server_does(vllm_only: FakeCluster, server: Server) -> None:
@@ -398,10 +398,10 @@ def test_a_drain_waits_for_what_was_passed_on(
         response = connection.getresponse()
         assert response.read(10)
         instance = cluster.instances[0]
-        assert not cluster.call(instance._idle.is_set)
+        assert not cluster.call(instance.lifecycle._idle.is_set)
         cluster.call(instance.lifecycle.drain)
         assert response.read().endswith(b'<199>"}}]}\n\ndata: [DONE]\n\n')
-        cluster.wait(instance.idle())
+        cluster.wait(instance.lifecycle.idle())
         assert cluster.engines[0].submitted[1:] == []  # but for the self-test
         connection.close()
 

@@ -22,6 +22,7 @@ from memserve.secrets import cluster_secret
 from memserve.transfer import kv_link
 from memserve.transfer.kv_link import Pushed
 from memserve.transfer.mempool import MemPool
+from memserve.transfer.session import LEASE
 from memserve.types import SHARED, InstanceId, Medium, Namespace, TokenArray, ref_index
 from memserve.vllm import pool_messages as m
 from memserve.vllm import remote_link
@@ -107,6 +108,35 @@ async def test_what_kv_would_go_by_is_found_out_without_sending_any(
     await asyncio.to_thread(d.pool.close)
     with pytest.raises(TransferError):
         await p.link.transport(d.link.address)
+
+
+@pytest.mark.parametrize("how", ["closed", "stalled"])
+async def test_a_peer_that_is_lost_is_reported(ends: tuple[End, End], how: str) -> None:
+    """Also one whose server goes on while its instance does not."""
+    p, d = ends
+    assert await p.link.cached(TOKENS, SHARED) == 0  # the pool hears from its instance
+    lost = asyncio.ensure_future(d.link.until_lost(p.link.address))
+    await until(lambda: d.pool.hears("p"), "that the two have met")
+    assert not lost.done()
+    if how == "closed":
+        await asyncio.to_thread(p.pool.close)
+    else:
+        assert p.pool.vouched is not None
+        p.pool.vouched -= LEASE
+    assert await lost
+    assert not d.pool.hears("p")
+
+
+async def test_an_instance_vouches_for_itself_while_its_link_runs(
+    ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_link, "HEARTBEAT", 0.01)
+    p, _ = ends
+    running = asyncio.ensure_future(p.link.run())
+    await until(lambda: p.pool.vouched is not None, "the first word")
+    first = p.pool.vouched
+    await until(lambda: p.pool.vouched != first, "another one")
+    running.cancel()
 
 
 async def test_what_is_ready_early_goes_early_and_counts_as_sent(ends: tuple[End, End]) -> None:

@@ -21,8 +21,9 @@ from memserve.api.signatures import Signer
 from memserve.api.status import InstanceState
 from memserve.bench.gateway_process import MODULE as GATEWAY_MODULE
 from memserve.bench.gateway_process import LoadConfig, LoadSeen
-from memserve.cluster.client import FEEDS_PATH, ClusterSummary
+from memserve.cluster.client import FEEDS_PATH
 from memserve.cluster.kv_feed import MemberFeed
+from memserve.cluster.member import ClusterView
 from memserve.errors import MemserveError
 from memserve.models.resolve import Progress
 from memserve.secrets import cluster_secret
@@ -37,7 +38,7 @@ _WARM_SECONDS = 0.5
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
-_clusters = msgspec.json.Decoder(ClusterSummary)
+_clusters = msgspec.json.Decoder(ClusterView)
 _feeds = msgspec.json.Decoder(list[MemberFeed])
 _encode = msgspec.json.Encoder().encode
 T = TypeVar("T")

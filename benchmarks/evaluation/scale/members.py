@@ -58,12 +58,11 @@ from memserve.api.status import (
 from memserve.bench.gateway_process import MODEL, Backend
 from memserve.gateway.instance_costs import PROFILE_PATH
 from memserve.instance.join import Registration
-from memserve.pool.epochs import new_epoch
 from memserve.scheduler.hardware import cost_model
 from memserve.scheduler.profiles import Hardware, Subject, encode_profile, make_profile
 from memserve.secrets import cluster_secret
 from memserve.transfer.secret import ClusterKeys, cluster_keys
-from memserve.types import Epoch, InstanceId, Role
+from memserve.types import Epoch, InstanceId, Role, new_epoch
 
 MODULE = "evaluation.scale.members"
 _CALL_BYTES = 64 * 1024

@@ -17,7 +17,8 @@ import msgspec
 
 from memserve.api.status import InstanceState
 from memserve.bench.measure import BenchmarkError
-from memserve.cluster.client import ClusterClient, ClusterSummary
+from memserve.cluster.client import ClusterClient
+from memserve.cluster.member import ClusterView
 from memserve.config import ClusterConfig
 from memserve.errors import ClusterError, ConfigError
 
@@ -52,7 +53,7 @@ class RunningUp:
             code = self._process.returncode
             raise BenchmarkError(f"memserve up ended with {code}:\n{self.last_words()}")
 
-    async def view(self) -> ClusterSummary | None:
+    async def view(self) -> ClusterView | None:
         """None: the gateway does not answer."""
         try:
             async with ClusterClient(self.url) as client:

@@ -48,6 +48,8 @@ Int32 = Annotated[int, Meta(ge=-MAX_INT32 - 1, le=MAX_INT32)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Name = Annotated[str, Meta(max_length=MAX_NAME_CHARACTERS)]
 Address = Annotated[str, Meta(max_length=MAX_ID_CHARACTERS)]
+# A pool's control address. tcp only: ZeroMQ's other transports lead into this process or machine.
+PoolAddress = Annotated[str, Meta(max_length=MAX_ID_CHARACTERS, pattern=r"^tcp://[!-~]+$")]
 
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT32)]
@@ -177,6 +179,7 @@ class PrefillPeer(msgspec.Struct, frozen=True):
 
     id: Annotated[InstanceId, Meta(max_length=MAX_ID_CHARACTERS)]
     address: Address  # http://host:port
+    pool: PoolAddress | None = None  # of its pool; a prefill instance has one
 
 
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Meta
 from msgspec.structs import force_setattr
 
-from memserve.api.generate import Int32, PrefillPeer, SamplingParams
+from memserve.api.generate import Int32, PoolAddress, PrefillPeer, SamplingParams
 from memserve.api.limits import MAX_ID_CHARACTERS, MAX_NAME_CHARACTERS
 from memserve.api.timeline import MAX_CHUNKS, Chunk
 from memserve.tokens import NO_TOKENS, WireTokens, token_field
@@ -37,8 +37,7 @@ class PoolPeer(msgspec.Struct, frozen=True):
     """Id and control address of an instance's pool."""
 
     id: Annotated[InstanceId, Meta(max_length=MAX_ID_CHARACTERS)]
-    # tcp only: ZeroMQ's other transports lead into this process or machine.
-    address: Annotated[str, Meta(max_length=MAX_ID_CHARACTERS, pattern=r"^tcp://[!-~]+$")]
+    address: PoolAddress
 
 
 class PrefillCall(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):

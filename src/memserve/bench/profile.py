@@ -18,8 +18,13 @@ from memserve.errors import ConfigError
 from memserve.instance.fit import ArchitectureLevel, fit_costs, relative_errors
 from memserve.instance.profiling import MOST_WAITED, ProfiledEngine, take_measurements
 from memserve.scheduler.cost_model import CostModel
-from memserve.scheduler.measurements import Measurements, PrefillPoint
-from memserve.scheduler.profiles import Profile, ProfileStore, make_profile
+from memserve.scheduler.profiles import (
+    Measurements,
+    PrefillPoint,
+    Profile,
+    ProfileStore,
+    make_profile,
+)
 
 # Prompt tokens of held-out points: from shorter than one step to much longer.
 SHORTEST, LONGEST = 64, 8192

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from memserve.api.control import how_ended
 from memserve.api.serving import Shutdown, hold_reloads, release_reloads
-from memserve.cluster.lines import Lines
+from memserve.cluster.line_printer import Lines
 from memserve.errors import ClusterError
 
 log = logging.getLogger(__name__)

@@ -13,16 +13,15 @@ import msgspec
 from memserve.api.control import InstanceChange, LeaveRequest
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.signatures import Signer
-from memserve.api.status import InstanceState, InstanceStats, JoinRequest, MediumTotals, MemberKind
+from memserve.api.status import InstanceStats, JoinRequest
 from memserve.api.timeline import TIMELINE_PATH, Timeline
-from memserve.cluster.member import DegradedPair
+from memserve.cluster.member import ClusterView, MemberView
 from memserve.errors import ClusterError, ConfigError
 from memserve.planner.contract import Decision as PlannerDecision
 from memserve.planner.contract import LoadReport
 from memserve.scheduler.decision_view import DecisionView
 from memserve.scheduler.prefix_view import PrefixReport
 from memserve.secrets import Secret, secret_of
-from memserve.types import Epoch, InstanceId, Role
 
 # Longer than a gateway waits for an instance's answer (`control.CONTROL_SECONDS`).
 CLIENT_SECONDS = 10.0
@@ -35,40 +34,9 @@ FEEDS_PATH = "/cluster/feeds"  # state of a gateway's KV event subscriptions
 _encode = msgspec.json.Encoder().encode
 
 
-class MemberSummary(msgspec.Struct, frozen=True):
-    """A `MemberView`, as clients decode it."""
-
-    id: InstanceId
-    role: Role
-    state: InstanceState
-    address: str
-    pid: int | None = None
-    hbm: MediumTotals = MediumTotals()
-    dram: MediumTotals = MediumTotals()
-    kind: MemberKind = MemberKind.MEMSERVE
-    pool: bool = False
-    conflict: str | msgspec.UnsetType = msgspec.UNSET
-
-    @property
-    def life(self) -> tuple[str, int | None]:
-        """Address and process id, which differ between the lives of an instance."""
-        return self.address, self.pid
-
-
-class ClusterSummary(msgspec.Struct, frozen=True):
-    """A `ClusterView`, as clients decode it."""
-
-    epoch: Epoch
-    instances: tuple[MemberSummary, ...]
-    degraded: tuple[DegradedPair, ...] | msgspec.UnsetType = msgspec.UNSET
-
-    def find(self, instance: str) -> MemberSummary | None:
-        return next((member for member in self.instances if member.id == instance), None)
-
-
-_member = msgspec.json.Decoder(MemberSummary)
+_member = msgspec.json.Decoder(MemberView)
 _stats = msgspec.json.Decoder(InstanceStats)
-_cluster = msgspec.json.Decoder(ClusterSummary)
+_cluster = msgspec.json.Decoder(ClusterView)
 _decisions = msgspec.json.Decoder(list[DecisionView])
 _timeline = msgspec.json.Decoder(Timeline)
 _prefixes = msgspec.json.Decoder(PrefixReport)
@@ -106,7 +74,7 @@ class ClusterClient:
     ) -> None:
         await self._peers.close()
 
-    async def view(self) -> ClusterSummary:
+    async def view(self) -> ClusterView:
         return await self._ask("GET", "/cluster", _cluster.decode)
 
     async def decisions(self, n: int) -> list[DecisionView]:
@@ -130,7 +98,7 @@ class ClusterClient:
         """Have the gateway show a decision of the planner."""
         await self._ask("POST", PLANNER_PATH, bytes, _encode(decision))
 
-    async def profile(self, member: MemberSummary) -> bytes:
+    async def profile(self, member: MemberView) -> bytes:
         """Return an instance's `/profile`, from its own address."""
         return await self._call("GET", f"{member.address}/profile", bytes)
 
@@ -138,7 +106,7 @@ class ClusterClient:
         """Return the decoded answer to a GET of one of an operator's paths."""
         return await self._ask("GET", path, decode)
 
-    async def member(self, instance: str) -> MemberSummary:
+    async def member(self, instance: str) -> MemberView:
         """Return the member with an id. Raises ClusterError with the known ids."""
         view = await self.view()
         member = view.find(instance)
@@ -147,21 +115,21 @@ class ClusterClient:
             raise ClusterError(f"there is no instance '{instance}'; there are: {known}")
         return member
 
-    async def stats(self, member: MemberSummary) -> InstanceStats:
+    async def stats(self, member: MemberView) -> InstanceStats:
         """Return an instance's `/stats`, from its own address."""
         return await self._call("GET", f"{member.address}/stats", _stats.decode)
 
-    async def timeline(self, member: MemberSummary, request: str) -> Timeline:
+    async def timeline(self, member: MemberView, request: str) -> Timeline:
         """Return when the phases of a request passed that ended at an instance, which is asked at
         its own address. Raises ClusterError if it does not know it, or no longer."""
         path = f"{TIMELINE_PATH}?request={quote(request, safe='')}"
         return await self._call("GET", member.address + path, _timeline.decode)
 
-    async def change(self, instance: str, wanted: InstanceChange) -> MemberSummary:
+    async def change(self, instance: str, wanted: InstanceChange) -> MemberView:
         path = f"/cluster/instances/{quote(instance, safe='')}"
         return await self._ask("POST", path, _member.decode, _encode(wanted))
 
-    async def add(self, address: str) -> MemberSummary:
+    async def add(self, address: str) -> MemberView:
         """Make the instance at this URL a member. Raises ConfigError for an invalid URL."""
         try:
             body = _encode(JoinRequest(address))

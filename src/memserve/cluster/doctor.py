@@ -13,8 +13,7 @@ import msgspec
 
 from memserve.api.signatures import WINDOW_SECONDS
 from memserve.api.status import InstanceInfo, InstanceState
-from memserve.cluster.client import ClusterSummary, MemberSummary
-from memserve.cluster.member import DegradedPair
+from memserve.cluster.member import ClusterView, DegradedPair, MemberView
 from memserve.types import Role
 
 # A larger difference means that NTP, which keeps clocks within milliseconds, does not run.
@@ -74,7 +73,7 @@ class GatewaySeen(msgspec.Struct, frozen=True):
     failure: str = ""
     refusal: str = ""
     no_secret: bool = False
-    view: ClusterSummary | None = None
+    view: ClusterView | None = None
     feeds: tuple[FeedSeen, ...] | None = None  # None: not known
     clock_ahead: float | None = None  # seconds ahead of this machine's clock; None: not known
 
@@ -83,7 +82,7 @@ class MemberSeen(msgspec.Struct, frozen=True):
     """A member. `summary`: from the gateway. `info`: from the member itself; None if it is dead, or
     cannot be reached from here for the reason `failure`."""
 
-    summary: MemberSummary
+    summary: MemberView
     info: InstanceInfo | None = None
     failure: str = ""
     clock_ahead: float | None = None

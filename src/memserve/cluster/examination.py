@@ -22,7 +22,7 @@ from memserve.api.handoff import MEET_PATH, MeetCall, MeetResult
 from memserve.api.peer_client import PeerClient, PeerError, decoded
 from memserve.api.signatures import Signer
 from memserve.api.status import InstanceInfo, InstanceState
-from memserve.cluster.client import FEEDS_PATH, ClusterSummary, MemberSummary
+from memserve.cluster.client import FEEDS_PATH
 from memserve.cluster.doctor import (
     Examined,
     FeedSeen,
@@ -31,6 +31,7 @@ from memserve.cluster.doctor import (
     MemberSeen,
     SharedMemorySeen,
 )
+from memserve.cluster.member import ClusterView, MemberView
 from memserve.pool.segment import SHM_DIRECTORY, leftovers
 from memserve.secrets import Secret, secret_of
 
@@ -39,7 +40,7 @@ ASK_SECONDS = 5.0  # timeout of a process's answer about itself
 MEET_SECONDS = 15.0
 AT_ONCE = 16  # concurrent queries of members, which also serve clients meanwhile
 
-_cluster = msgspec.json.Decoder(ClusterSummary)
+_cluster = msgspec.json.Decoder(ClusterView)
 _feeds = msgspec.json.Decoder(tuple[FeedSeen, ...])
 _info = msgspec.json.Decoder(InstanceInfo)
 _meetings = msgspec.msgpack.Decoder(MeetResult)
@@ -117,7 +118,7 @@ class _Examination:
         url = self._url + path
         return await self._client.call("GET", url, decoder.decode, seconds=ASK_SECONDS)
 
-    async def _member(self, summary: MemberSummary) -> MemberSeen:
+    async def _member(self, summary: MemberView) -> MemberSeen:
         if summary.state is InstanceState.DEAD:
             return MemberSeen(summary)
         try:
@@ -130,7 +131,7 @@ class _Examination:
         ahead = self._signer.clock_ahead(origin_of(summary.address))
         return MemberSeen(summary, info, clock_ahead=ahead)
 
-    async def _meet(self, one: MemberSummary, other: MemberSummary) -> Meeting:
+    async def _meet(self, one: MemberView, other: MemberView) -> Meeting:
         body = msgpack.encode(MeetCall(PrefillPeer(other.id, other.address)))
         try:
             async with self._turns:
@@ -158,7 +159,7 @@ def shared_memory(directory: Path = SHM_DIRECTORY) -> SharedMemorySeen | None:
     return SharedMemorySeen(room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize, left)
 
 
-def _partners(members: Iterable[MemberSeen]) -> list[tuple[MemberSummary, MemberSummary]]:
+def _partners(members: Iterable[MemberSeen]) -> list[tuple[MemberView, MemberView]]:
     """Return all ordered pairs of ready members whose pools have the same fingerprint."""
     pools = [each for each in members if each.ready and each.kv is not None]
     return [

@@ -13,13 +13,12 @@ from memserve.api.kv_events import SNAPSHOT_PATH, KVEventsInfo
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import InstanceInfo, InstanceState
 from memserve.clock import Clock, MonotonicClock
-from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.kv_subscription import (
     BACKOFF_SECONDS,
     EventSource,
     Subscription,
 )
-from memserve.cluster.membership import MAX_MEMBERS
+from memserve.cluster.membership import MAX_MEMBERS, Change, MemberChange
 from memserve.scheduler.event_stream import EventCounts
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.transfer.secret import cluster_keys

@@ -17,6 +17,7 @@ class Member:
         self.role = Role.COLOCATED
         self.kind = MemberKind.MEMSERVE
         self.pool = False
+        self.pool_address: str | None = None  # see `InstanceInfo.pool_peer`
         self.kv: str | None = None  # see `InstanceInfo`
         self.state = InstanceState.STARTING
         self.epoch: Epoch | None = None  # of its present life; None: it has not answered yet
@@ -31,18 +32,31 @@ class Member:
 
 
 class MemberView(msgspec.Struct, frozen=True):
-    """A member in `GET /cluster`. Without an answer so far, media are empty and `pid` is None."""
+    """A member in `GET /cluster`. Before its first answer `hbm` and `dram` are NO_TOTALS, and `pid`
+    is None."""
 
     id: InstanceId
     role: Role
-    kind: MemberKind
-    pool: bool
     state: InstanceState
     address: str
-    pid: int | None
-    hbm: MediumTotals | dict[str, int]
-    dram: MediumTotals | dict[str, int]
+    pid: int | None = None
+    hbm: MediumTotals = MediumTotals()
+    dram: MediumTotals = MediumTotals()
+    kind: MemberKind = MemberKind.MEMSERVE
+    pool: bool = False
     conflict: str | msgspec.UnsetType = msgspec.UNSET  # why its id is refused
+
+    @property
+    def life(self) -> tuple[str, int | None]:
+        """Address and process id, which differ between the lives of an instance."""
+        return self.address, self.pid
+
+
+class _NoTotals(MediumTotals, frozen=True, omit_defaults=True):
+    """Totals of a member that has reported none: `{}`."""
+
+
+NO_TOTALS = _NoTotals()
 
 
 class DegradedPair(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -58,8 +72,11 @@ class ClusterView(msgspec.Struct, frozen=True):
     """`GET /cluster`."""
 
     epoch: Epoch
-    instances: list[MemberView]
+    instances: tuple[MemberView, ...]
     degraded: tuple[DegradedPair, ...] | msgspec.UnsetType = msgspec.UNSET  # if there are any
+
+    def find(self, instance: str) -> MemberView | None:
+        return next((member for member in self.instances if member.id == instance), None)
 
 
 def view_of(member: Member) -> MemberView:
@@ -72,7 +89,7 @@ def view_of(member: Member) -> MemberView:
         state=member.state,
         address=member.address,
         pid=member.pid,
-        hbm={} if pool is None else pool.hbm,
-        dram={} if pool is None else pool.dram,
+        hbm=NO_TOTALS if pool is None else pool.hbm,
+        dram=NO_TOTALS if pool is None else pool.dram,
         conflict=msgspec.UNSET if member.conflict is None else member.conflict,
     )

@@ -1,16 +1,46 @@
-"""The members of a cluster and their states. No I/O: a poller reports answers and misses."""
+"""The members of a cluster, their states, and the changes that observers hear of. No I/O."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 
 from memserve.api.status import InstanceInfo, InstanceState, InstanceStats, MemberKind
 from memserve.clock import Clock, MonotonicClock
-from memserve.cluster.changes import Change, MemberChange, Observer
 from memserve.cluster.member import ClusterView, Member, view_of
 from memserve.errors import ClusterError
 from memserve.types import Epoch, InstanceId, Role
+
+
+class Change(StrEnum):
+    """Changes of one life of an instance: `JOINED`, then any number of `STATE` and `ROLE`, then
+    `LEFT` or `DIED`. A life that counted as dead and answers again begins with `JOINED` again."""
+
+    JOINED = "joined"  # it has answered with its id; it may still be starting
+    STATE = "state"  # starting, ready, draining
+    ROLE = "role"
+    LEFT = "left"  # in order, or removed: its running requests may still finish
+    DIED = "died"  # its running requests will not be answered
+
+
+@dataclass(frozen=True, slots=True)
+class MemberChange:
+    """One change, with the member's values after it (for `LEFT` and `DIED`: before it)."""
+
+    change: Change
+    id: InstanceId
+    epoch: Epoch  # of its life
+    address: str
+    role: Role
+    state: InstanceState
+
+
+# Called on the event loop after each change, in order. It must return soon and raise nothing; it
+# may read the membership, but not change it.
+Observer = Callable[[MemberChange], None]
+
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +118,7 @@ class Membership:
         return self._members.get(address)
 
     def view(self) -> ClusterView:
-        return ClusterView(self.epoch, [view_of(member) for member in self._members.values()])
+        return ClusterView(self.epoch, tuple(map(view_of, self._members.values())))
 
     # --- observers ------------------------------------------------------------------------
 
@@ -155,6 +185,7 @@ class Membership:
         if member.kind is not info.kind:
             self._forget_answers()
         member.kind, member.pool, member.kv = info.kind, info.pool, info.kv
+        member.pool_address = None if info.pool_peer is None else info.pool_peer.address
         member.pid = info.pid
         if (member.id, member.epoch) != (info.id, info.epoch) and member.joined:
             log.info("%s has been restarted", member.id)

@@ -14,7 +14,8 @@ from memserve.api.control import InstanceChange
 from memserve.api.status import InstanceState
 from memserve.clock import Clock
 from memserve.cluster.backend import Groups
-from memserve.cluster.client import ClusterClient, ClusterSummary, GatewayUnreachable
+from memserve.cluster.client import ClusterClient, GatewayUnreachable
+from memserve.cluster.member import ClusterView
 from memserve.config import PlannerConfig
 from memserve.errors import ClusterError, MemserveError
 from memserve.planner.contract import Action, Decision, LoadReport
@@ -107,7 +108,7 @@ class PlannerLoop:
             return replace(decision, failed=str(error))
         return decision
 
-    async def _known_costs(self, client: ClusterClient, view: ClusterSummary) -> Costs | None:
+    async def _known_costs(self, client: ClusterClient, view: ClusterView) -> Costs | None:
         """Return the cost model of a ready member; all are taken as alike."""
         for member in view.instances:
             if self._costs is not None:
@@ -160,7 +161,7 @@ async def _loads(clients: Sequence[ClusterClient]) -> list[LoadReport]:
     return found
 
 
-async def _view(clients: Sequence[ClusterClient]) -> ClusterSummary:
+async def _view(clients: Sequence[ClusterClient]) -> ClusterView:
     for client in clients[:-1]:
         try:
             return await client.view()

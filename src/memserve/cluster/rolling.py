@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from memserve.api.control import InstanceChange, WantedState
 from memserve.api.status import InstanceState
 from memserve.clock import Clock
-from memserve.cluster.client import ClusterClient, ClusterSummary, MemberSummary
+from memserve.cluster.client import ClusterClient
+from memserve.cluster.member import ClusterView, MemberView
 from memserve.errors import ClusterError
 
 # Enough for an instance to finish its requests, end, start again and load its model.
@@ -37,7 +38,7 @@ async def restart(
         await client.change(instance, InstanceChange(state=WantedState.RESTARTING))
         started = clock.now()
 
-        def is_back(view: ClusterSummary, before: MemberSummary = before) -> bool:
+        def is_back(view: ClusterView, before: MemberView = before) -> bool:
             now = view.find(before.id)
             return now is not None and now.life != before.life and _ready(now)
 
@@ -67,7 +68,7 @@ async def remove(
     progress(f"{instance}: finishes what it runs")
     await client.change(instance, InstanceChange(state=WantedState.STOPPED))
 
-    def is_gone(view: ClusterSummary) -> bool:
+    def is_gone(view: ClusterView) -> bool:
         now = view.find(instance)
         return now is None or now.life != member.life or now.state is InstanceState.DEAD
 
@@ -78,13 +79,13 @@ async def remove(
         await client.forget(member.address)
 
 
-def _ready(member: MemberSummary) -> bool:
+def _ready(member: MemberView) -> bool:
     return member.state is InstanceState.READY
 
 
 async def _until(
     client: ClusterClient,
-    condition: Callable[[ClusterSummary], bool],
+    condition: Callable[[ClusterView], bool],
     clock: Clock,
     seconds: float,
 ) -> bool:

@@ -31,19 +31,17 @@ from memserve.api.peer_client import PeerClient
 from memserve.api.responses import Response as ClientResponse
 from memserve.api.responses import ResponsesRequest
 from memserve.api.status import InstanceState
-from memserve.cluster.changes import MemberChange
 from memserve.cluster.client import DECISIONS_PATH, FEEDS_PATH
 from memserve.cluster.kv_feed import MemberFeed
 from memserve.cluster.member import DegradedPair
-from memserve.cluster.membership import Membership
+from memserve.cluster.membership import MemberChange, Membership
 from memserve.gateway.access import LOAD_PATH, METRICS_PATH
 from memserve.gateway.cluster_admin import cluster_routes
-from memserve.gateway.metrics import GatewayMetrics
+from memserve.gateway.metrics import GatewayMetrics, merged
 from memserve.gateway.pages import page_routes
 from memserve.gateway.responses import INPUT_TOKENS_PATH, InputTokens
 from memserve.gateway.siblings import Siblings
 from memserve.gateway.tokenization import DetokenizeRequest, Text, TokenizeRequest, Tokens
-from memserve.gateway.worker_metrics import merged
 from memserve.scheduler.decision_view import DecisionView
 from memserve.scheduler.decisions import Decision
 

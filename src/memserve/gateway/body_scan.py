@@ -1,8 +1,9 @@
-"""Counts of a JSON body's fields and elements, taken and checked before it is parsed.
+"""Compiled scans of request bodies, without the GIL: counts of a body's fields and elements, taken
+and checked before it is parsed, and arrays of token ids.
 
 A parser makes an object for each array, object, string and number: of 16 MB of `[],[],...` it
-makes 400 MB, and holds the interpreter (GIL) for 2 s. Counting takes 1 to 3 ns per byte, without
-the GIL.
+makes 400 MB, and holds the interpreter (GIL) for 2 s. Counting takes 1 to 3 ns per byte; to read a
+prompt of thousands of token ids takes microseconds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,7 +28,13 @@ from memserve.api.limits import (
     MAX_STOP_TOKEN_IDS,
     MAX_VALUES,
 )
-from memserve.gateway.compiled import compiled
+from memserve.compiled import Kernels
+from memserve.types import TokenArray
+
+_KERNELS = Kernels("request bodies", without_gil=True)
+compiled = _KERNELS.compiled
+prepare = _KERNELS.prepare
+
 
 _QUOTE, _BACKSLASH, _COMMA = map(ord, '"\\,')
 _OPEN_ARRAY, _OPEN_OBJECT, _CLOSE_ARRAY, _CLOSE_OBJECT = map(ord, "[{]}")
@@ -149,3 +157,46 @@ def _elements(text: NDArray[np.uint8]) -> int:
             commas += 1
         at += 1
     return commas + 1
+
+
+_ZERO, _NINE, _SPACE = map(ord, "09 ")
+_HIGHEST = 2**31 - 1
+_NOT_PLAIN = -1
+
+
+def plain_token_ids(json: msgspec.Raw) -> TokenArray | None:
+    """Return the ids, [tokens] int32, of a valid JSON value that is an array of token ids (0 to
+    2**31 - 1), at least one; None for any other value."""
+    text: NDArray[np.uint8] = np.frombuffer(json, dtype=np.uint8)
+    room = np.empty(len(text) // 2 + 1, dtype=np.int32)  # an id takes two bytes with its comma
+    count = _parse.run(text, room)
+    return room[:count] if count > 0 else None
+
+
+@compiled("int64(Array(uint8, 1, 'C', readonly=True), int32[::1])")
+def _parse(text: NDArray[np.uint8], ids: TokenArray) -> int:
+    """Fill `ids` from a JSON array of decimal numbers. Return how many there are, or _NOT_PLAIN
+    for any other text."""
+    if len(text) < 3 or text[0] != _OPEN_ARRAY or text[-1] != _CLOSE_ARRAY:
+        return _NOT_PLAIN
+    count, value, digits = 0, np.int64(0), 0
+    over = False  # white space has ended the number
+    for at in range(1, len(text)):
+        byte = np.int64(text[at])
+        if _ZERO <= byte <= _NINE:
+            if over or (digits and value == 0):
+                return _NOT_PLAIN
+            value = 10 * value + byte - _ZERO
+            digits += 1
+            if value > _HIGHEST:
+                return _NOT_PLAIN
+        elif byte in (_COMMA, _CLOSE_ARRAY):
+            if not digits:
+                return _NOT_PLAIN
+            ids[count] = value
+            count, value, digits, over = count + 1, np.int64(0), 0, False
+        elif byte <= _SPACE:  # no other control character is outside a string of valid JSON
+            over = digits > 0
+        else:
+            return _NOT_PLAIN
+    return count

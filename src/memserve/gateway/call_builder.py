@@ -32,10 +32,9 @@ from memserve.api.openai import (
 from memserve.api.status import Limits
 from memserve.errors import RequestError
 from memserve.gateway.bad_words import bad_word_ids
-from memserve.gateway.body_scan import check_body
+from memserve.gateway.body_scan import check_body, prepare
 from memserve.gateway.body_threads import BodyThreads
 from memserve.gateway.chat_plan import ChatPlan, is_extended, is_plain, plan_chat
-from memserve.gateway.compiled import prepare
 from memserve.gateway.model_formats import ModelFormats
 from memserve.gateway.prompts import Prompt, read_prompts
 from memserve.models.chat_template import DEFAULT_CHAT_STOPS, DEFAULT_CHAT_TOKENS

@@ -30,10 +30,9 @@ from memserve.api.limits import (
 )
 from memserve.api.neutral import is_neutral, unsupported
 from memserve.api.openai import SharedFields, check_best_of
-from memserve.gateway.body_scan import check_body
+from memserve.gateway.body_scan import check_body, plain_token_ids
 from memserve.gateway.conversation import TEMPLATE_STEERING
 from memserve.gateway.prompts import Prompt, read_prompts
-from memserve.gateway.token_parser import plain_token_ids
 
 _Positive = Annotated[int, Meta(ge=1, le=MAX_INT32)]
 _Scores = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]

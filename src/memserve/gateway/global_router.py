@@ -1,4 +1,4 @@
-"""The global scheduler as the gateway's `Router`: members, KV events and polls in, plans out."""
+"""The global scheduler as the gateway's router: members, KV events and polls in, routes out."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from memserve.api.namespaces import private, salted
 from memserve.api.peer_client import PeerClient
 from memserve.api.status import EngineTotals, InstanceState, Limits
 from memserve.clock import Clock
-from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.kv_feed import KvFeed
 from memserve.cluster.member import Member
-from memserve.cluster.membership import Membership
+from memserve.cluster.membership import Change, MemberChange, Membership
 from memserve.gateway import handover_proof
 from memserve.gateway.admission_queue import AdmissionQueue
 from memserve.gateway.instance_costs import InstanceCosts, StepTimes, answer_tokens
-from memserve.gateway.router import Plan as MemberPlan
+from memserve.gateway.route import Route
 from memserve.gateway.routing_metrics import RoutingMetrics
 from memserve.planner.contract import LoadReport
 from memserve.planner.report import report_of
@@ -66,7 +65,7 @@ class _Known:
 
 
 class GlobalRouter:
-    """Implements `Router`. Belongs to the event loop, from creation to `close`."""
+    """Routes calls. Belongs to the event loop, from creation to `close`."""
 
     def __init__(
         self,
@@ -103,8 +102,10 @@ class GlobalRouter:
         await asyncio.wait((self._looking, *asking))
         await self.feed.close()
 
-    def plan(self, call: GenerateCall, members: Sequence[Member]) -> MemberPlan:
-        """Return the plan of a call. Its reservation lasts until the plan's ticket ends."""
+    def plan(self, call: GenerateCall, members: Sequence[Member]) -> Route:
+        """Return a route by some of `members`, which are ready and at least one. What it reserves
+        lasts until the route's `ended`. `call.resumed` has the tokens generated on earlier routes
+        of this call; these have ended."""
         eligible = self._eligible
         if not eligible.are(members, self._membership.epoch):
             eligible = self._eligible = _Eligible(members, self._membership.epoch)
@@ -118,17 +119,16 @@ class GlobalRouter:
         )
         decision = self.scheduler.decide(request, eligible.ids)
         if decision is None:  # the scheduler knows none of `members` yet
-            return MemberPlan(members[next(self._unmet_turns) % len(members)])
+            return Route(members[next(self._unmet_turns) % len(members)])
         plan = decision.plan
         self.metrics.planned(plan, decision.took)
-        ticket = _Reservation(self, request.id, decision, self._clock.now(), call)
         by_id = eligible.by_id
         prefill: tuple[Member, ...] = ()
         if plan.prefill is not None:
             chosen = by_id[plan.prefill]
             prefill = (chosen, *eligible.behind(chosen))
         fetch = None if plan.fetch is None else by_id[plan.fetch]
-        return MemberPlan(by_id[plan.instance], prefill, fetch, ticket, ticket.explain, decision)
+        return _Reserved(self, call, decision, by_id[plan.instance], prefill, fetch)
 
     def decisions(self, n: int) -> list[Decision]:
         """Return the last `n` decisions, newest first."""
@@ -273,7 +273,7 @@ class GlobalRouter:
         self._take_limits(known, member.limits)
         self._take_kv(known, member)
         self.scheduler.observe(member.id, running=totals.running, waiting=totals.waiting)
-        context = self.scheduler.load.line(member.id).context_tokens
+        context = self.scheduler.load.of(member.id).context_tokens
         known.steps.learn(known.spec, totals, context)
         last, known.totals = known.totals, totals
         if last is None or known.spec.role is Role.PREFILL:
@@ -313,31 +313,34 @@ class _Eligible:
         return self._epoch == epoch and self._members == members
 
 
-class _Reservation:
-    """Ticket of a plan. An answer that is not streamed shows no first token: its prompt counts as
-    computed after the predicted TTFT."""
+class _Reserved(Route):
+    """A route by a decision of the scheduler, which has reserved its predicted work.
 
-    __slots__ = ("_at", "_decision", "_expected", "_request", "_router", "_teaches")
+    An answer that is not streamed shows no first token: its prompt counts as computed after the
+    predicted TTFT."""
+
+    __slots__ = ("_at", "_decision", "_expected", "_router", "_teaches")
 
     def __init__(
         self,
         router: GlobalRouter,
-        request: RequestId,
-        decision: Decision,
-        at: float,
         call: GenerateCall,
+        decision: Decision,
+        member: Member,
+        prefill: tuple[Member, ...],
+        fetch: Member | None,
     ) -> None:
+        super().__init__(member, prefill, fetch, decision)
         self._router = router
-        self._request = request
         self._decision = decision
-        self._at = at
+        self._at = router.now()
         self._expected: asyncio.TimerHandle | None = None
         # A vLLM server's TTFT includes other work (images, grammars), so it teaches no prefill.
         self._teaches = call.forward is None
         if not call.stream:
             loop = asyncio.get_running_loop()
             expected = decision.plan.terms.first_token
-            self._expected = loop.call_later(expected, router.prefilled, request)
+            self._expected = loop.call_later(expected, router.prefilled, decision.request)
 
     def explain(self) -> str:
         return self._decision.summary().partition(": ")[2]  # without the request's id
@@ -347,15 +350,15 @@ class _Reservation:
             return
         self._decision.outcome.first_token = self._router.now() - self._at
         if self._teaches:
-            self._router.first_token(self._request, self._decision.plan, self._at)
+            self._router.first_token(self._decision.request, self._decision.plan, self._at)
         else:
-            self._router.prefilled(self._request)
+            self._router.prefilled(self._decision.request)
 
     def ended(self) -> None:
         if self._expected is not None:
             self._expected.cancel()  # it must not mark a retry of the request as prefilled
         self._decision.outcome.whole = self._router.now() - self._at
-        self._router.scheduler.finished(self._request)
+        self._router.scheduler.finished(self._decision.request)
 
 
 def _with_limits(spec: InstanceSpec, limits: Limits) -> InstanceSpec:

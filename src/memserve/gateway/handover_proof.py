@@ -304,7 +304,7 @@ class HandoverProof:
             cache_salt=f"proof-{name}",
             # Behind all clients. A vLLM server without priority scheduling refuses a priority.
             priority=MAX_INT32 if ours else 0,
-            prefill=(PrefillPeer(prefill.id, prefill.address),),
+            prefill=(PrefillPeer(prefill.id, prefill.address, prefill.pool_address),),
         )
 
     def _prompt(self, limits: Sequence[Limits], tokens: int) -> TokenArray:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable, Mapping
 
 import memserve
 from memserve.api.histogram import Histogram
+from memserve.api.http_limits import HttpCounters
 from memserve.api.instance_metrics import (
     BUILD,
     INSTANCE_METRICS,
@@ -29,7 +31,9 @@ from memserve.api.status import MemberKind
 from memserve.api.vllm_metrics import VLLM_METRICS, report_vllm
 from memserve.cluster.member import Member
 from memserve.cluster.membership import Membership
+from memserve.gateway.access import Access
 from memserve.types import Role
+from memserve.vital import Vitals
 
 _REQUESTS = counter(
     "memserve_requests_total",
@@ -167,3 +171,88 @@ class InstancesMetrics:
         if member.stats is not None:
             report_instance(page, member.id, member.stats)
             report_vllm(page, self._model, member.id, member.stats, member.limits)
+
+
+_CONNECTIONS = counter(
+    "memserve_connections_total",
+    "connections",
+    "Connections that clients opened, those that were refused included.",
+)
+_REFUSED: dict[str, Callable[[HttpCounters, Access], int]] = {
+    "connections": lambda counters, access: counters.refused_connections,
+    "malformed": lambda counters, access: counters.malformed,
+    "body_memory": lambda counters, access: counters.bodies_refused,
+    "body_unwanted": lambda counters, access: counters.turned_away,
+    "head_timeout": lambda counters, access: counters.head_timeouts,
+    "body_timeout": lambda counters, access: counters.body_timeouts,
+    "stalled": lambda counters, access: counters.stalled,
+    "silent": lambda counters, access: counters.silent,
+    "idle": lambda counters, access: counters.evicted,
+    "api_key": lambda counters, access: access.unauthorised,
+    "cross_origin": lambda counters, access: access.foreign,
+    "secret": lambda counters, access: access.verifier.refused,
+}
+_REFUSALS = counter(
+    "memserve_refusals_total",
+    "requests",
+    "Requests and connections that were refused, or closed, before they cost anything: no room for "
+    "a connection or a body, not HTTP, a body of somebody who may not ask, too slow in sending or "
+    "reading, gone without a word, idle while others needed the room, no valid API key, a foreign "
+    "web page, no secret.",
+    Label("why", tuple(_REFUSED)),
+)
+_SURVIVED = counter(
+    "memserve_survived_failures_total",
+    "failures",
+    "Errors inside the gateway that nobody foresaw and that were got over by trying again. Each is "
+    "in the log, with a traceback, and is worth a report.",
+    Label("what", text="what failed, for instance `poll`"),
+)
+
+
+class EdgeMetrics:
+    """Reads the counters of the HTTP server, `Access` and `Vitals`."""
+
+    metrics: tuple[MetricSpec, ...] = (_CONNECTIONS, _REFUSALS, _SURVIVED)
+
+    def __init__(self, counters: HttpCounters, access: Access, vitals: Vitals) -> None:
+        self._counters = counters
+        self._access = access
+        self._vitals = vitals
+
+    async def report(self, page: Page) -> None:
+        page.add(_CONNECTIONS, self._counters.connections)
+        for why, count in _REFUSED.items():
+            page.add(_REFUSALS, count(self._counters, self._access), why)
+        for what, times in self._vitals.survived.items():
+            page.add(_SURVIVED, times, what)
+
+
+WORKER = "worker"
+_FAMILY = b"# HELP "
+
+
+def merged(pages: Mapping[int, bytes]) -> bytes:
+    """Merge pages that `memserve.api.metric` has written, by worker index, into one text: each
+    metric's series stand together, or Prometheus would refuse all of it."""
+    families: dict[bytes, list[bytes]] = {}
+    for index, page in pages.items():
+        label = b'%b="%d"' % (WORKER.encode(), index)
+        lines: list[bytes] = []
+        for line in page.split(b"\n"):
+            if line.startswith(_FAMILY):
+                lines = families.setdefault(line, [])
+            elif line.startswith(b"#"):
+                if line not in lines:
+                    lines.append(line)
+            elif line:
+                lines.append(_with(label, line))
+    return b"".join(b"%b\n" % line for head, lines in families.items() for line in (head, *lines))
+
+
+def _with(label: bytes, line: bytes) -> bytes:
+    """Return a series' line with one label more, behind its own."""
+    name, _, value = line.rpartition(b" ")
+    if name.endswith(b"}"):
+        return b"%b,%b} %b" % (name[:-1], label, value)
+    return b"%b{%b} %b" % (name, label, value)

@@ -10,8 +10,7 @@ from memserve.api.errors import ApiError, invalid, not_json
 from memserve.api.json_body import decode_json
 from memserve.api.limits import COUNTED_BODY_BYTES, MAX_ECHO_CHARACTERS, MAX_SEQUENCES
 from memserve.api.openai import Prompts
-from memserve.gateway.body_scan import count_elements
-from memserve.gateway.token_parser import plain_token_ids
+from memserve.gateway.body_scan import count_elements, plain_token_ids
 from memserve.types import TokenArray
 
 Prompt = str | TokenArray

@@ -23,7 +23,7 @@ from memserve.cluster.member import Member
 from memserve.cluster.membership import Membership
 from memserve.gateway.refusals import no_instance, stopping
 from memserve.gateway.request_trace import RequestTrace
-from memserve.gateway.router import Plan, Router, Ticket
+from memserve.gateway.route import Route
 from memserve.gateway.stream import ClientStream
 from memserve.gateway.upstream import Upstream
 from memserve.gateway.upstream_connection import Flow, Unreachable
@@ -44,12 +44,12 @@ _REFUSALS = (HTTPStatus.SERVICE_UNAVAILABLE.value, _FULL)
 class Answer:
     """Outcome of a call, for log and metrics. Filled while the call is relayed."""
 
-    __slots__ = ("broken", "failovers", "first_byte", "key", "pauses", "plan", "trace")
+    __slots__ = ("broken", "failovers", "first_byte", "key", "pauses", "route", "trace")
 
     def __init__(self) -> None:
         self.key: str | None = None  # the name of the API key that was shown
         self.trace: RequestTrace | None = None  # None: traces are off
-        self.plan: Plan | None = None  # the last one tried
+        self.route: Route | None = None  # the last one tried
         self.first_byte: float | None = None  # clock time of its write to the client; streams only
         self.broken = False  # the stream ended with an error
         self.failovers = 0  # times that another instance continued a stream
@@ -59,7 +59,7 @@ class Answer:
 class Attempt:
     """A call at one instance, and the instance's answer: the `Sink` of `Upstream.call`."""
 
-    def __init__(self, ticket: Ticket, reply: Reply, stream: ClientStream | None) -> None:
+    def __init__(self, route: Route, reply: Reply, stream: ClientStream | None) -> None:
         self.status = 0
         self.retry_after: bytes | None = None
         self.media: bytes | None = None  # content type of the answer
@@ -68,7 +68,7 @@ class Attempt:
         self.on_too_large: Callable[[], None] | None = None
         self._parts: list[bytes] = []  # of the body, unless it is streamed
         self._size = 0
-        self._ticket = ticket
+        self._route = route
         self._reply = reply
         self._stream = stream
         self._streaming = False
@@ -87,7 +87,7 @@ class Attempt:
     def received(self, data: bytes, last: bool) -> None:
         if self._first and self.status == _OK:
             self._first = False
-            self._ticket.first_token()
+            self._route.first_token()
         if self._streaming and self._stream is not None:
             self._stream.received(data, last)
         else:
@@ -123,14 +123,15 @@ class Relay:
         self,
         upstream: Upstream,
         membership: Membership,
-        router: Router,
+        plan: Callable[[GenerateCall, Sequence[Member]], Route],
         clock: Clock,
         instance_wait: float,
     ) -> None:
-        """`instance_wait`: seconds that a call waits while no instance is ready."""
+        """`plan`: `GlobalRouter.plan`. `instance_wait`: seconds that a call waits while no instance
+        is ready."""
         self._upstream = upstream
         self._membership = membership
-        self._router = router
+        self._plan = plan
         self._clock = clock
         self._instance_wait = instance_wait
         self._loop = asyncio.get_running_loop()
@@ -158,11 +159,11 @@ class Relay:
             stream.finish_reasons = []
         tried: _Lives = set()
         refusal: Attempt | None = None
-        while (plan := await self._plan(call, tried, reply, refusal is None)) is not None:
-            member = plan.member
+        while (route := await self._route(call, tried, reply, refusal is None)) is not None:
+            member = route.member
             tried.add((member.id, member.epoch))
-            answer.plan = plan
-            attempt = await self._try(plan, call, reply, stream, answer.trace)
+            answer.route = route
+            attempt = await self._try(route, call, reply, stream, answer.trace)
             if stream is not None:
                 answer.first_byte, answer.pauses = stream.first_byte, stream.pauses
                 if trace is not None:
@@ -190,32 +191,32 @@ class Relay:
                 return
         self._end(reply, headers, stream, answer, refusal, bool(tried))
 
-    async def _plan(
+    async def _route(
         self,
         call: GenerateCall,
         tried: _Lives,
         reply: Reply,
         patient: bool,
-    ) -> Plan | None:
-        """Return the next plan; None: there is none. With `patient`, wait up to `instance_wait`
+    ) -> Route | None:
+        """Return the next route; None: there is none. With `patient`, wait up to `instance_wait`
         seconds for an instance that starts or comes back."""
-        plan = self._next(call, tried)
-        if plan is not None or not patient or len(tried) == MAX_ATTEMPTS:
-            return plan
+        route = self._next(call, tried)
+        if route is not None or not patient or len(tried) == MAX_ATTEMPTS:
+            return route
         log.warning("%s: no instance is ready", call.id)
         until = self._clock.now() + self._instance_wait
-        while plan is None and self._clock.now() < until:
+        while route is None and self._clock.now() < until:
             if self._stopping or reply.gone or not self._membership.expects():
                 break
             await asyncio.sleep(LOOK_SECONDS)
-            plan = self._next(call, tried)
-        return plan
+            route = self._next(call, tried)
+        return route
 
-    def _next(self, call: GenerateCall, tried: _Lives) -> Plan | None:
+    def _next(self, call: GenerateCall, tried: _Lives) -> Route | None:
         if self._stopping or len(tried) == MAX_ATTEMPTS:
             return None
         members = self._takers(call, tried)
-        return self._router.plan(call, members) if members else None
+        return self._plan(call, members) if members else None
 
     def _takers(self, call: GenerateCall, tried: _Lives) -> Sequence[Member]:
         """Return the members that may take the call, without those that were tried. A forwarded
@@ -240,18 +241,18 @@ class Relay:
 
     async def _try(
         self,
-        plan: Plan,
+        route: Route,
         call: GenerateCall,
         reply: Reply,
         stream: ClientStream | None,
         trace: RequestTrace | None,
     ) -> Attempt:
-        member = plan.member
+        member = route.member
         lines = b""
         if trace is not None:
-            trace.decided(plan)
-            lines = trace.attempt(plan, call)
-        attempt = Attempt(plan.ticket, reply, stream)
+            trace.decided(route)
+            lines = trace.attempt(route, call)
+        attempt = Attempt(route, reply, stream)
         if stream is not None:
             stream.begin_attempt()
         interruption = Interruption(self._loop)
@@ -261,7 +262,7 @@ class Relay:
         try:
             with interruption:
                 await self._upstream.call(
-                    member.address, msgpack.encode(_planned(call, plan)), attempt, lines
+                    member.address, msgpack.encode(_planned(call, route)), attempt, lines
                 )
             if interruption.happened:
                 attempt.lost = "given up"
@@ -273,7 +274,7 @@ class Relay:
         finally:
             under_way.discard(interruption)
             reply.on_gone = reply.on_flow = attempt.on_too_large = None
-            plan.ticket.ended()
+            route.ended()
             if trace is not None:
                 trace.attempted(attempt.status, attempt.lost)
         return attempt
@@ -322,8 +323,8 @@ def _behind(call: GenerateCall, stream: ClientStream, answer: Answer) -> Generat
     return msgspec.structs.replace(call, resumed=tokens)
 
 
-def _planned(call: GenerateCall, plan: Plan) -> GenerateCall:
-    moves = plan.prefill or plan.fetch is not None
+def _planned(call: GenerateCall, route: Route) -> GenerateCall:
+    moves = route.prefill or route.fetch is not None
     if call.forward is not None and not (moves and call.forward.renders):
         # The vLLM server computes the prompt from the body.
         return msgspec.structs.replace(call, prompts=(_NO_PROMPT,))
@@ -331,10 +332,10 @@ def _planned(call: GenerateCall, plan: Plan) -> GenerateCall:
         return call
     return msgspec.structs.replace(
         call,
-        prefill=tuple(map(_peer, plan.prefill)),
-        fetch=None if plan.fetch is None else _peer(plan.fetch),
+        prefill=tuple(map(_peer, route.prefill)),
+        fetch=None if route.fetch is None else _peer(route.fetch),
     )
 
 
 def _peer(member: Member) -> PrefillPeer:
-    return PrefillPeer(member.id, member.address)
+    return PrefillPeer(member.id, member.address, member.pool_address)

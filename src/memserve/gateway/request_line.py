@@ -57,7 +57,7 @@ def read_reason(refusal: bytes | bytearray) -> Reason | None:
 
 
 class RequestLine(msgspec.Struct, frozen=True, eq=False):
-    """A request's outcome, times in seconds, and plan. A `FieldedMessage`."""
+    """A request's outcome, times in seconds, and route. A `FieldedMessage`."""
 
     request: Request
     request_id: bytes | None  # the client's
@@ -69,7 +69,7 @@ class RequestLine(msgspec.Struct, frozen=True, eq=False):
     reason: Reason | None  # of a status from 400 on
 
     def __str__(self) -> str:
-        call, answer, plan, first = self.call, self.answer, self.answer.plan, self.first
+        call, answer, route, first = self.call, self.answer, self.answer.route, self.first
         trace = None if answer.trace is None else answer.trace.id
         return (
             f"{self.request.path}"
@@ -77,26 +77,26 @@ class RequestLine(msgspec.Struct, frozen=True, eq=False):
             f"{'' if answer.key is None else f' key={answer.key}'}"
             f"{'' if trace is None else f' trace={trace}'}"
             f" call={'-' if call is None else call.id}"
-            f" instance={'-' if plan is None else plan.member.id}"
+            f" instance={'-' if route is None else route.member.id}"
             f"{'' if call is None or call.forward is None else ' forwarded'}"
             f" status={self.status}{' broken' if answer.broken else ''}"
             f" prompt_tokens={'-' if call is None else sum(map(len, call.prompts))}"
             f" first={'-' if first is None else f'{first:.4f}'} total={self.total:.4f}"
             f"{''.join(f' pause={pause:.3f}' for pause in answer.pauses)}"
-            f"{'' if plan is None else f' plan={plan.explain()}'}"
+            f"{'' if route is None else f' plan={route.explain()}'}"
             f"{'' if self.reason is None else f' reason={self.reason}'}"
         )
 
     def fields(self) -> Mapping[str, object]:
         """Return the same as JSON values, by the names of the text; absent if there is none."""
-        call, answer, plan = self.call, self.answer, self.answer.plan
+        call, answer, route = self.call, self.answer, self.answer.route
         known: dict[str, object] = {
             "path": shown(self.request.path),
             "request": None if self.request_id is None else _escaped(self.request_id),
             "key": answer.key,
             "trace": None if answer.trace is None else answer.trace.id,
             "call": None if call is None else call.id,
-            "instance": None if plan is None else plan.member.id,
+            "instance": None if route is None else route.member.id,
             "forwarded": None if call is None or call.forward is None else True,
             "status": self.status,
             "broken": answer.broken or None,
@@ -104,7 +104,7 @@ class RequestLine(msgspec.Struct, frozen=True, eq=False):
             "first": None if self.first is None else round(self.first, 6),
             "total": round(self.total, 6),
             "pauses": [round(pause, 6) for pause in answer.pauses] or None,
-            "plan": None if plan is None else shown(plan.explain(), _MAX_PLAN),
+            "plan": None if route is None else shown(route.explain(), _MAX_PLAN),
             "reason_code": None if self.reason is None else self.reason.code,
             "reason": None if self.reason is None else self.reason.message,
         }

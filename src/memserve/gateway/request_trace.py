@@ -15,7 +15,7 @@ import msgspec
 from memserve.api.forward import ForwardPath
 from memserve.api.generate import CallKind, GenerateCall
 from memserve.api.http_message import Request
-from memserve.gateway.router import Plan
+from memserve.gateway.route import Route
 from memserve.gateway.stream import ClientStream
 from memserve.tracing.span import Attribute, Span, SpanKind, Tracer
 
@@ -87,23 +87,23 @@ class RequestTrace:
         if self._root.recording:
             self._part("admission", {})
 
-    def decided(self, plan: Plan) -> None:
-        """The router has a plan."""
+    def decided(self, route: Route) -> None:
+        """The router has chosen a route."""
         if self._root.recording:
-            self._part("decide", _planned(plan))
+            self._part("decide", _planned(route))
 
-    def attempt(self, plan: Plan, call: GenerateCall) -> bytes:
-        """Begin the call at a plan's instance. Return the lines for the head of its request."""
+    def attempt(self, route: Route, call: GenerateCall) -> bytes:
+        """Begin the call at a route's instance. Return the lines for the head of its request."""
         root = self._root
         if not root.recording:
             return root.context.lines()
         self._attempts += 1
         span = self._attempt = root.child("attempt", SpanKind.CLIENT, self._mark)
-        parts = urlsplit(plan.member.address)
+        parts = urlsplit(route.member.address)
         span.attributes |= {
-            "memserve.instance": plan.member.id,
+            "memserve.instance": route.member.id,
             "memserve.attempt": self._attempts,
-            "server.address": parts.hostname or plan.member.address,
+            "server.address": parts.hostname or route.member.address,
         }
         if parts.port is not None:
             span.attributes["server.port"] = parts.port
@@ -201,14 +201,14 @@ def _asked(call: GenerateCall) -> dict[str, Attribute]:
     return asked
 
 
-def _planned(plan: Plan) -> dict[str, Attribute]:
-    """Return what a plan says: who does what, and what is predicted (seconds)."""
-    said: dict[str, Attribute] = {"memserve.instance": plan.member.id}
-    if plan.prefill:
-        said["memserve.prefill"] = plan.prefill[0].id
-    if plan.fetch is not None:
-        said["memserve.fetch"] = plan.fetch.id
-    if (decision := plan.decision) is not None:
+def _planned(route: Route) -> dict[str, Attribute]:
+    """Return what a route says: who does what, and what is predicted (seconds)."""
+    said: dict[str, Attribute] = {"memserve.instance": route.member.id}
+    if route.prefill:
+        said["memserve.prefill"] = route.prefill[0].id
+    if route.fetch is not None:
+        said["memserve.fetch"] = route.fetch.id
+    if (decision := route.decision) is not None:
         chosen = decision.plan
         said |= {
             "memserve.policy": decision.policy,

@@ -31,9 +31,8 @@ from memserve.api.status import MemberKind
 from memserve.api.tls import client_tls, server_tls
 from memserve.api.trace_metrics import TraceMetrics
 from memserve.clock import MonotonicClock
-from memserve.cluster.changes import Change, MemberChange
 from memserve.cluster.member import Member
-from memserve.cluster.membership import Membership
+from memserve.cluster.membership import Change, MemberChange, Membership
 from memserve.cluster.poller import Poller
 from memserve.config import ClusterConfig, available_cores
 from memserve.errors import ClusterError, ConfigError
@@ -41,10 +40,10 @@ from memserve.gateway.access import Access
 from memserve.gateway.admin import Troubles
 from memserve.gateway.app import GatewayApp
 from memserve.gateway.call_builder import CallBuilder
-from memserve.gateway.edge_metrics import EdgeMetrics
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.global_router import GlobalRouter
 from memserve.gateway.handover_proof import HandoverProof
+from memserve.gateway.metrics import EdgeMetrics
 from memserve.gateway.model_formats import formats_of
 from memserve.gateway.planning import PlannerBoard
 from memserve.gateway.prefixes import prefix_routes
@@ -220,7 +219,7 @@ class Gateway:
         self._router = GlobalRouter(
             self.membership, self._peers, clock, config.gateway.policy, wait, self.vitals
         )
-        self._relay = Relay(self._upstream, self.membership, self._router, clock, wait)
+        self._relay = Relay(self._upstream, self.membership, self._router.plan, clock, wait)
         model = config.model.served_name or config.model.path
         formats = formats_of(config.model, tokenizer)
         self._calls = CallBuilder(tokenizer, model, available_cores(), formats, self._only_servers)

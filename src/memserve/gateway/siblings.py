@@ -11,7 +11,7 @@ import msgspec
 from memserve.api.control import LeaveRequest
 from memserve.api.peer_client import PeerClient, PeerError, decoded
 from memserve.api.status import InstanceState, JoinRequest
-from memserve.cluster.client import ClusterSummary
+from memserve.cluster.member import ClusterView
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ _ASK_SECONDS = 1.0
 MEET_SECONDS = 5.0
 
 _encode = msgspec.json.Encoder().encode
-_cluster = msgspec.json.Decoder(ClusterSummary)
+_cluster = msgspec.json.Decoder(ClusterView)
 
 
 class Siblings:

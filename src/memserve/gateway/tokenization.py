@@ -13,10 +13,9 @@ from memserve.api.json_body import decode_json
 from memserve.api.limits import LARGE_BODY_BYTES, MAX_NAME_CHARACTERS
 from memserve.api.neutral import unsupported
 from memserve.api.status import Limits
-from memserve.gateway.body_scan import check_body
+from memserve.gateway.body_scan import check_body, plain_token_ids
 from memserve.gateway.call_builder import COUNTED_CONTEXTS, INLINE_CHARACTERS, CallBuilder
 from memserve.gateway.prompts import read_prompts
-from memserve.gateway.token_parser import plain_token_ids
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import TokenArray
 

@@ -31,9 +31,9 @@ from memserve.grammars.compiler import GrammarCompiler
 from memserve.host_memory import host_memory, shown_bytes
 from memserve.hosts import bracketed, reachable_endpoint
 from memserve.instance.grammars import Grammars
-from memserve.instance.instance import Identity, Parts
 from memserve.instance.kv_events import KVEventPublisher
 from memserve.instance.memory_plan import Machine, model_memory, planned, shared_memory
+from memserve.instance.parts import Identity, Parts
 from memserve.instance.profiling import ProfiledEngine, instance_profile, quick_measurements
 from memserve.models.resolve import resolve_model
 from memserve.models.tokenizer import Tokenizer

@@ -8,14 +8,14 @@ from memserve.api.answer.delta import Delta
 from memserve.api.answer.format import ToolFormat
 from memserve.api.answer.parser import AnswerParser, markers_of
 from memserve.api.chunks import Piece
-from memserve.api.detokenizer import Detokenizer
+from memserve.api.detokenizer import Decode, Detokenizer
 from memserve.api.errors import invalid
 from memserve.api.generate import FinishReason, GenerateCall
 from memserve.api.logprobs import ScoredToken, TokenScore
 from memserve.api.stop_strings import StopStrings
 from memserve.engine.request import TokenLogprobs, TokenOutput
-from memserve.instance.prompt_text import token_offsets
 from memserve.models.tokenizer import Tokenizer
+from memserve.tokens import NO_TOKENS
 from memserve.types import TokenArray
 
 
@@ -206,3 +206,19 @@ class Choice:
             shown = [token_id for token_id in ids if token_id not in self._skipped]
             return self._tokenizer.decode(shown, skip_special_tokens=False)
         return self._tokenizer.decode(ids, self._call.skip_special_tokens)
+
+
+def token_offsets(
+    tokenizer: Tokenizer, prompt: TokenArray, text: str | None, decode: Decode
+) -> list[int]:
+    """Return the offset of each token, in characters: in `text`, of which `prompt` [tokens] was
+    made, or, for None, in the text that `decode` gives for the tokens."""
+    ids = prompt.tolist()
+    if text is not None and (offsets := tokenizer.offsets(text, ids)) is not None:
+        return offsets
+    detokenizer = Detokenizer(decode, NO_TOKENS)
+    offsets, length = [], 0
+    for token_id in ids:
+        offsets.append(length)
+        length += len(detokenizer.push(token_id))
+    return offsets

@@ -1,4 +1,9 @@
-"""Delivery of outputs from the engine's thread to calls on the event loop: one wake-up per step."""
+"""The engine's outputs on their way from its thread to the answers of calls.
+
+The `Dispatcher` of an instance crosses the threads, with one wake-up per step, and puts each output
+into the `Mailbox` of its call. A self-test and a prefill take outputs from a mailbox themselves; a
+`Run` makes the bytes of a client's answer of them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,9 @@ from contextlib import contextmanager
 from memserve.api.errors import ApiError
 from memserve.clock import Clock
 from memserve.engine.request import TokenOutput
+from memserve.instance.generation import Generation
+from memserve.instance.submission import Submission
+from memserve.tracing.span import Span
 from memserve.types import RequestId
 
 
@@ -93,3 +101,39 @@ class Dispatcher:
                     mailbox.put(output)
         except Exception as error:  # noqa: BLE001 - whatever it is, tokens are lost
             self._on_failure("dispatcher", error)
+
+
+class Run:
+    """One running call: reads the engine's outputs and makes the bytes of the answer."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        mailbox: Mailbox,
+        submission: Submission,
+        clock: Clock,
+        span: Span | None = None,
+    ) -> None:
+        self.generation = generation
+        self.span = span
+        self.produced: dict[RequestId, list[int]] = {}  # token ids by sequence
+        self._mailbox = mailbox
+        self._submission = submission
+        self._clock = clock
+
+    async def step(self) -> bytes:
+        """Wait for outputs of the engine. Returns the bytes to stream, possibly none.
+
+        Raises ApiError if the answer cannot be completed.
+        """
+        # Without unfinished sequences the mailbox stays empty.
+        outputs = await self._mailbox.take() if self.generation.unfinished else []
+        for output in outputs:
+            self.produced.setdefault(output.id, []).extend(output.token_ids)
+        data = self.generation.feed(outputs, self._clock.now())
+        if self.generation.failure is not None:
+            raise self.generation.failure
+        if self.generation.stopped:
+            self._submission.cancel(self.generation.stopped)
+            self.generation.stopped = []
+        return data

@@ -19,14 +19,40 @@ from memserve.api.errors import ApiError, invalid, unavailable
 from memserve.api.generate import PrefillPeer
 from memserve.api.handoff import PUSH_PATH, MeetCall, MeetResult, PushCall, PushResult
 from memserve.api.peer_client import PeerClient, PeerError
-from memserve.api.status import FetchTotals, InstanceInfo
+from memserve.api.status import MAX_MOVE_PEERS, FetchTotals, InstanceInfo, PeerMoves
 from memserve.clock import Clock
 from memserve.engine.request import EngineStats
 from memserve.errors import PoolError, TransferError
-from memserve.instance.kv_moves import KVMoves
 from memserve.instance.link import KVLink
 from memserve.tracing.span import Span, SpanKind, headers_of, timed
-from memserve.types import Namespace, RequestId, TokenArray
+from memserve.types import InstanceId, Namespace, RequestId, TokenArray
+
+
+class KVMoves:
+    """Counters by the other instance, of at most MAX_MOVE_PEERS. One event loop's."""
+
+    def __init__(self) -> None:
+        self._by_peer: dict[InstanceId, PeerMoves] = {}
+
+    def received(self, peer: InstanceId, size: int) -> None:
+        """Count `size` bytes that came from `peer`."""
+        if size and (moves := self._of(peer)) is not None:
+            moves.received += size
+
+    def returned(self, peer: InstanceId, size: int) -> None:
+        """Count `size` bytes given back to `peer`."""
+        if size and (moves := self._of(peer)) is not None:
+            moves.returned += size
+
+    def totals(self) -> dict[InstanceId, PeerMoves]:
+        return {peer: copy(moves) for peer, moves in self._by_peer.items()}
+
+    def _of(self, peer: InstanceId) -> PeerMoves | None:
+        known = self._by_peer.get(peer)
+        if known is None and len(self._by_peer) < MAX_MOVE_PEERS:
+            known = self._by_peer[peer] = PeerMoves()
+        return known
+
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from memserve.scheduler.cost_model import (
     Steps,
     window_pairs,
 )
-from memserve.scheduler.measurements import (
+from memserve.scheduler.profiles import (
     DecodePoint,
     Measurements,
     PrefillPoint,

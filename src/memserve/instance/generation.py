@@ -24,6 +24,7 @@ from memserve.instance.choice import Choice
 from memserve.instance.sequence_stats import SequenceStats, combined
 from memserve.models.tokenizer import Tokenizer
 from memserve.tokens import NO_TOKENS
+from memserve.tracing.span import Span
 from memserve.types import Namespace, RequestId
 
 
@@ -33,13 +34,14 @@ def engine_requests(
     shared: bool = True,
     over: Container[RequestId] = (),
     grammar: CompiledGrammar | None = None,
+    span: Span | None = None,
 ) -> tuple[EngineRequest, ...]:
     """Return the engine requests of a call, except those whose ids are in `over`.
 
     `run`: number of this run of the call, see `sequence_id`. Samples of a prompt after the first
     wait for the first one's prefill and share its KV. If the call has a seed, each sample gets a
     different one. Without `shared`, every sequence computes its own KV and leaves none in the
-    index. `grammar`: the call's, compiled.
+    index. `grammar`: the call's, compiled. `span`: the call's, if it is traced.
     """
     requests = []
     common = shared_namespace(call)
@@ -60,6 +62,7 @@ def engine_requests(
                     output=call.resumed[p * call.n + j] if call.resumed else NO_TOKENS,
                     follows=first if shared else None,
                     grammar=grammar,
+                    span=span,
                 )
             )
             first = first or request_id

@@ -6,30 +6,25 @@ import asyncio
 import itertools
 import logging
 import os
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
 
 import msgspec
-import numpy as np
 
 import memserve
 from memserve.api.control import conflict
 from memserve.api.errors import ApiError, internal, invalid, queue_full, unavailable
 from memserve.api.forward import Forward
-from memserve.api.generate import GenerateCall, SamplingParams
+from memserve.api.generate import GenerateCall
 from memserve.api.handoff import (
     MeetCall,
     MeetResult,
-    PoolPeer,
     PrefillCall,
     PrefillResult,
     PushCall,
     PushResult,
 )
-from memserve.api.kv_events import KVEventsInfo
 from memserve.api.namespaces import private
 from memserve.api.peer_client import PeerClient
 from memserve.api.status import (
@@ -42,118 +37,29 @@ from memserve.api.status import (
     Latencies,
     Limits,
     MemberKind,
-    PoolTotals,
 )
 from memserve.clock import Clock
-from memserve.engine.request import EngineProtocol, EngineRequest
-from memserve.errors import EngineStopped, MemserveError, QueueFull, TransferError
+from memserve.engine.request import EngineRequest
+from memserve.errors import QueueFull, TransferError
 from memserve.instance import request_trace
-from memserve.instance.dispatcher import Dispatcher, Mailbox
+from memserve.instance.dispatcher import Dispatcher, Mailbox, Run
 from memserve.instance.fetch import Fetcher
 from memserve.instance.generation import Generation, engine_requests, shared_namespace
-from memserve.instance.grammars import Constraints, Grammars
+from memserve.instance.grammars import Constraints
+from memserve.instance.health import EngineHealth
 from memserve.instance.lifecycle import InstanceLifecycle
-from memserve.instance.link import KVLink
+from memserve.instance.parts import Identity, Parts
 from memserve.instance.prefill import Prefiller
 from memserve.instance.remote_prefill import RemotePrefill
-from memserve.instance.submission import Submission
-from memserve.instance.throughput import FinishRate
+from memserve.instance.submission import FinishRate, Submission
 from memserve.instance.timelines import Timelines
-from memserve.models.tokenizer import Tokenizer
 from memserve.scheduler.profiles import Profile
 from memserve.tracing.span import Span, SpanKind, headers_of, timed
-from memserve.types import Epoch, InstanceId, RequestId, Role
+from memserve.types import Role
 from memserve.vital import Vitals
-from memserve.vllm.forwarder import ForwardedAnswer, Forwarder
+from memserve.vllm.forwarder import ForwardedAnswer
 
 log = logging.getLogger(__name__)
-
-# Limit of the self-test at start: kernels may be compiled and weights read from disk.
-FIRST_TOKEN_SECONDS = 300.0
-# If the engine has produced nothing for IDLE_SECONDS, a health check asks it for a token. The
-# limit for that token, HEALTH_SECONDS, is below the usual timeout of a health probe, 10 s.
-IDLE_SECONDS = 10.0
-HEALTH_SECONDS = 8.0
-
-
-class SelfTestFailed(MemserveError):
-    """The engine could not produce a token."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Name, epoch, model and kind of an instance."""
-
-    id: InstanceId
-    epoch: Epoch
-    role: Role  # at start; `InstanceLifecycle.role` is the current one
-    model: str
-    kind: MemberKind = MemberKind.MEMSERVE
-
-
-class Events(Protocol):
-    """Publisher of an instance's KV events, which tell gateways what prefixes it holds."""
-
-    @property
-    def info(self) -> KVEventsInfo: ...
-
-    def snapshot(self) -> bytes:
-        """Return an encoded `KVSnapshot`. Raises TransferError if there is none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """The parts of an instance. The instance owns them and calls `close` when it ends."""
-
-    engine: EngineProtocol
-    tokenizer: Tokenizer
-    pool_totals: Callable[[], PoolTotals]
-    close: Callable[[], None]  # after the engine has stopped
-    # Roles in which the KV of a sequence stays in the index for other sequences.
-    sharing: frozenset[Role] = frozenset(Role)
-    link: KVLink | None = None  # to the pools of other instances
-    profile: Profile | None = None  # the engine's cost model
-    events: Events | None = None  # publisher of KV events
-    # Threads that the instance cannot do without; called once the engine runs.
-    threads: Callable[[], Sequence[threading.Thread]] = lambda: ()
-    forwarder: Forwarder | None = None  # to a vLLM server, which takes requests unchanged
-    grammars: Grammars | None = None  # None: the engine takes none
-
-
-class Run:
-    """One running call: reads the engine's outputs and makes the bytes of the answer."""
-
-    def __init__(
-        self,
-        generation: Generation,
-        mailbox: Mailbox,
-        submission: Submission,
-        clock: Clock,
-        span: Span | None = None,
-    ) -> None:
-        self.generation = generation
-        self.span = span
-        self.produced: dict[RequestId, list[int]] = {}  # token ids by sequence
-        self._mailbox = mailbox
-        self._submission = submission
-        self._clock = clock
-
-    async def step(self) -> bytes:
-        """Wait for outputs of the engine. Returns the bytes to stream, possibly none.
-
-        Raises ApiError if the answer cannot be completed.
-        """
-        # Without unfinished sequences the mailbox stays empty.
-        outputs = await self._mailbox.take() if self.generation.unfinished else []
-        for output in outputs:
-            self.produced.setdefault(output.id, []).extend(output.token_ids)
-        data = self.generation.feed(outputs, self._clock.now())
-        if self.generation.failure is not None:
-            raise self.generation.failure
-        if self.generation.stopped:
-            self._submission.cancel(self.generation.stopped)
-            self.generation.stopped = []
-        return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +68,7 @@ class _Served:
 
     parts: Parts
     submission: Submission
+    health: EngineHealth
     prefiller: Prefiller | None  # computes prompts for decode instances
     remote: RemotePrefill | None  # has prompts computed by prefill instances
     fetcher: Fetcher | None  # fetches prefixes from other instances
@@ -179,26 +86,19 @@ class Instance:
         self._latencies = Latencies()
         self.timelines = Timelines()
         self._rate = FinishRate(clock)
-        self._running = 0
         self.died = asyncio.Event()  # the engine or another vital task or thread has ended
         self.vitals = Vitals(self._lost)
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._served: _Served | None = None
         self._dispatcher = Dispatcher(asyncio.get_running_loop(), clock, self.vitals.fail)
-        self._probes = itertools.count()
         self._runs = itertools.count()
-        self._steps_seen = 0  # the engine's step count at the last health check that read it
         self._linked: asyncio.Task[None] | None = None  # runs `KVLink.run`
         self._check: asyncio.Future[bool] | None = None  # self-check after the last failure
 
     async def start(self, parts: Parts) -> None:
         """Start the engine and ask it for one token. Raises SelfTestFailed if none comes."""
-        self._served = self._serve(parts)
+        served = self._served = self._serve(parts)
         parts.engine.start(self._dispatcher.sink)
-        if not await self._probe(parts, FIRST_TOKEN_SECONDS):
-            self._lost_engine()
-            raise SelfTestFailed("the engine did not produce a first token")
+        await served.health.first_token()
         for thread in parts.threads():
             self.vitals.thread(thread)
         if parts.link is not None:
@@ -225,23 +125,21 @@ class Instance:
 
     def _serve(self, parts: Parts) -> _Served:
         submission = Submission(parts.engine, self._rate, self._lost_engine)
+        bos = parts.tokenizer.bos_token_id or 0
+        health = EngineHealth(parts.engine, bos, self._dispatcher, self._clock, self._lost_engine)
         if parts.link is None or self._peers is None:
-            return _Served(parts, submission, None, None, None)
+            return _Served(parts, submission, health, None, None, None)
         fetcher = Fetcher(self._peers, parts.link, parts.engine.stats, self._clock)
-        longest = parts.engine.info.max_tokens
         return _Served(
             parts,
             submission,
+            health,
             Prefiller(
                 parts.link, self._dispatcher, submission, fetcher, self._clock, parts.grammars
             ),
-            RemotePrefill(self._peers, parts.link, submission, fetcher, self._clock, longest),
+            RemotePrefill(self._peers, parts.link, submission, fetcher, self._clock),
             fetcher,
         )
-
-    async def idle(self) -> None:
-        """Wait until no call is running."""
-        await self._idle.wait()
 
     async def stop(self) -> None:
         """Stop the engine, which takes up to one step; running calls end with an error."""
@@ -302,9 +200,7 @@ class Instance:
         )
         grammar = None if constraints is None else constraints.grammar
         shared = self.lifecycle.role in parts.sharing
-        requests = engine_requests(call, number, shared, generation.over, grammar)
-        if span is not None:
-            requests = tuple([replace(request, span=span) for request in requests])
+        requests = engine_requests(call, number, shared, generation.over, grammar, span)
         with self._dispatcher.mailbox([request.id for request in requests]) as mailbox:
             handover: asyncio.Future[None] | None = None
             if served.remote is not None and (call.prefill or call.fetch is not None):
@@ -315,7 +211,7 @@ class Instance:
             elif requests:
                 served.submission.submit(requests)
             run = Run(generation, mailbox, served.submission, self._clock, span)
-            with self._counted():
+            with self.lifecycle.counted():
                 try:
                     yield run
                 finally:
@@ -334,8 +230,7 @@ class Instance:
             request_trace.ended(run.span, run.generation)
         self._rate.record(len(requests) - len(unfinished))
         if run.generation.failure is not None:
-            check = self._probe(served.parts, HEALTH_SECONDS)
-            self._check = self.vitals.errand("self-check", check)
+            self._check = self.vitals.errand("self-check", served.health.self_check())
         if served.remote is not None:
             busy = served.parts.engine.stats().waiting > 0
             for request in requests:
@@ -359,7 +254,7 @@ class Instance:
             )
         shared = self.lifecycle.role in parts.sharing
         namespace = shared_namespace(call) if shared else private(call.id)
-        with self._counted():
+        with self.lifecycle.counted():
             if remote is not None and (call.prefill or call.fetch is not None):
                 await remote.bring(call, namespace, span)
             try:
@@ -383,7 +278,7 @@ class Instance:
         served = self._ready()
         if served.prefiller is None:
             raise self._no_link()
-        with self._counted():
+        with self.lifecycle.counted():
             result = await served.prefiller.run(call, span)
         log.info(
             "%s: prefill for %s, %d of %d tokens cached, %d blocks fetched, %d sent, %d were there",
@@ -399,50 +294,33 @@ class Instance:
 
     async def push(self, call: PushCall) -> PushResult:
         """Send KV from this instance's index to another instance. Raises ApiError."""
-        served = self._served
-        if served is None or self.state not in (InstanceState.READY, InstanceState.DRAINING):
-            raise self._unavailable()
-        if served.fetcher is None:
-            raise self._no_link()
-        with self._counted():
-            return await served.fetcher.push(call)
+        fetcher = self._fetcher()
+        with self.lifecycle.counted():
+            return await fetcher.push(call)
 
     async def meet(self, call: MeetCall) -> MeetResult:
         """Test the KV transport to another instance. Raises ApiError if KV cannot go there."""
+        return await self._fetcher().meet(call)
+
+    def _fetcher(self) -> Fetcher:
+        """Return the fetcher, also while draining. Raises ApiError."""
         served = self._served
         if served is None or self.state not in (InstanceState.READY, InstanceState.DRAINING):
             raise self._unavailable()
         if served.fetcher is None:
             raise self._no_link()
-        return await served.fetcher.meet(call)
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        self._running += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
+        return served.fetcher
 
     async def healthy(self) -> bool:
         """Whether the engine produces tokens now. An idle engine is asked for one token."""
         if self.state is not InstanceState.READY or self._served is None:
             return False
-        if self._clock.now() - self._dispatcher.last_output < IDLE_SECONDS:
-            return True
-        parts = self._served.parts
-        stats = parts.engine.stats()
-        progress = stats.running and stats.steps != self._steps_seen
-        self._steps_seen = stats.steps
-        if progress:  # a long prompt takes steps without producing anything
-            return True
-        return await self._probe(parts, HEALTH_SECONDS)
+        return await self._served.health.check()
 
     def info(self) -> InstanceInfo:
-        identity = self.identity
+        identity, served = self.identity, self._served
+        parts = None if served is None else served.parts
+        link = None if parts is None else parts.link
         return InstanceInfo(
             id=identity.id,
             epoch=identity.epoch,
@@ -452,37 +330,26 @@ class Instance:
             model=identity.model,
             limits=(
                 None
-                if self._served is None
-                else msgspec.convert(self._served.parts.engine.info, Limits, from_attributes=True)
+                if parts is None
+                else msgspec.convert(parts.engine.info, Limits, from_attributes=True)
             ),
             kind=identity.kind,
-            pool=self._served is not None and self._served.fetcher is not None,
-            kv=self._kv(),
-            pool_peer=self._pool_peer(),
+            pool=served is not None and served.fetcher is not None,
+            kv=None if link is None else link.kv,
+            pool_peer=None if link is None else link.address,
             version=memserve.__version__,
-            kv_events=None if (events := self._events()) is None else events.info,
+            kv_events=None if parts is None or parts.events is None else parts.events.info,
         )
-
-    def _kv(self) -> str | None:
-        link = None if self._served is None else self._served.parts.link
-        return None if link is None else link.kv
-
-    def _pool_peer(self) -> PoolPeer | None:
-        served = self._served
-        return None if served is None or served.parts.link is None else served.parts.link.address
 
     async def kv_snapshot(self) -> bytes:
         """Return an encoded `KVSnapshot`. Raises ApiError if none can be had."""
-        events = self._events()
+        events = None if self._served is None else self._served.parts.events
         if events is None:
             raise unavailable(f"Instance {self.identity.id} publishes no KV events.", "no_events")
         try:
             return await asyncio.to_thread(events.snapshot)
         except TransferError as error:
             raise unavailable(str(error), "no_events") from error
-
-    def _events(self) -> Events | None:
-        return None if self._served is None else self._served.parts.events
 
     def profile(self) -> Profile | None:
         """The engine's cost model. None before `start`, and if the instance has no cost model."""
@@ -525,28 +392,6 @@ class Instance:
         if not self.lifecycle.ending.is_set():
             self.lifecycle.become(InstanceState.DEAD)
             self.died.set()
-
-    async def _probe(self, parts: Parts, seconds: float) -> bool:
-        """Ask the engine for one token. False if none comes within `seconds`."""
-        probe = EngineRequest(
-            id=RequestId(f"self-test-{next(self._probes)}"),
-            prompt=np.array([parts.tokenizer.bos_token_id or 0], dtype=np.int32),
-            sampling=SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True),
-        )
-        with self._dispatcher.mailbox([probe.id]) as mailbox:
-            try:
-                parts.engine.submit([probe])
-                async with asyncio.timeout(seconds):
-                    (output,) = await mailbox.take()
-                return bool(output.token_ids)
-            except TimeoutError:
-                parts.engine.cancel([probe.id])
-                return False
-            except EngineStopped:
-                self._lost_engine()
-                return False
-            except QueueFull:
-                return True  # a full queue is no sign of a broken engine
 
 
 def _tell_failure(handover: asyncio.Future[None], mailbox: Mailbox) -> None:

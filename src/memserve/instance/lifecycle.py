@@ -1,9 +1,10 @@
-"""Role and state of an instance at run time, with listeners for changes."""
+"""Role, state and running calls of an instance, with listeners for changes of role and state."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from memserve.api.control import conflict
 from memserve.api.errors import ApiError
@@ -23,6 +24,9 @@ class InstanceLifecycle:
         self.restart = False  # the supervisor is to start the process again after the end
         self._instance = instance
         self._listeners: list[Callable[[], None]] = []
+        self._running = 0  # calls
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def on_news(self, listener: Callable[[], None]) -> None:
         """Call `listener` after every change."""
@@ -61,6 +65,22 @@ class InstanceLifecycle:
         self.ending.set()
         if self.state is not InstanceState.DEAD:
             self.become(InstanceState.DRAINING)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Context of a running call."""
+        self._running += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until no call is running."""
+        await self._idle.wait()
 
     def _not_now(self, what: str) -> ApiError:
         state = "ending" if self.ending.is_set() else self.state.value

@@ -70,8 +70,13 @@ class KVLink(Protocol):
         """Return the name of the transport to a peer, after a round trip that moves no KV.
         Raises TransferError, LayoutMismatch."""
 
+    async def until_lost(self, peer: PoolPeer) -> str:
+        """Wait until a peer's instance is lost, by the pools' leases, or cannot be reached. Returns
+        why."""
+
     async def run(self) -> None:
-        """Run until no more KV can be moved, which makes the instance useless."""
+        """Vouch for this event loop to peers, and run until no more KV can be moved, which makes
+        the instance useless."""
 
     def forget(self, namespace: Namespace) -> None:
         """Drop all KV of a namespace now, and once more a while later: blocks that were pinned,

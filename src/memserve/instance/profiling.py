@@ -20,14 +20,15 @@ from memserve.engine.model import Model
 from memserve.errors import OutOfBlocks, ProfileError, SharedMemoryFull
 from memserve.instance.fit import fit_costs
 from memserve.instance.probe import EngineProbe, ProbeFailed
-from memserve.instance.profile import PLANS, Effort, Profiler, Progress, measure_transfers
+from memserve.instance.profiler import PLANS, Effort, Profiler, Progress, measure_transfers
 from memserve.pool.layout import KVLayout
 from memserve.pool.pool import BlockPool
 from memserve.scheduler.architecture import read_architecture
 from memserve.scheduler.contract import Link
 from memserve.scheduler.hardware import HARDWARE, cores, derive
-from memserve.scheduler.measurements import Measurements, PrefillPoint
 from memserve.scheduler.profiles import (
+    Measurements,
+    PrefillPoint,
     Profile,
     ProfileStore,
     Subject,

@@ -2,7 +2,7 @@
 
 A failure costs time only: the next prefill instance is asked, and at last this instance computes
 the prompt. The prefill request has no time limit, since it may wait in a long queue; instead the
-prefill instance is given up if it does not answer `/info` for a while.
+prefill instance is given up when the pools' lease says that it is lost.
 """
 
 from __future__ import annotations
@@ -38,9 +38,6 @@ from memserve.types import Namespace, RequestId, TokenArray
 
 log = logging.getLogger(__name__)
 
-ALIVE_SECONDS = 1.0  # between `/info` requests to a prefill instance that computes for this one
-ALIVE_TIMEOUT = 1.0  # of one such request
-MAX_MISSES = 3  # failed requests in a row after which it is given up, as in the gateway
 # Concurrent returns. More would compete with pushes that a client waits for.
 MAX_RETURNS = 4
 # The next turn of a conversation may come before the KV of the last answer is back at the prefill
@@ -65,19 +62,15 @@ class RemotePrefill:
         submission: Submission,
         fetcher: Fetcher,
         clock: Clock,
-        max_tokens: int,
     ) -> None:
-        """`max_tokens`: the engine's maximum of prompt plus output tokens of a sequence."""
         self._peers = peers
         self._link = link
         self._submission = submission
         self._fetcher = fetcher
         self._clock = clock
-        self._max_tokens = max_tokens
         self._counters = HandoffTotals(block_bytes=link.block_bytes)
-        self._return_targets: dict[
-            RequestId, PoolPeer
-        ] = {}  # by running sequence: the pool that gets its KV at the end
+        # By running sequence: the pool that gets its KV at the end.
+        self._return_targets: dict[RequestId, PoolPeer] = {}
         self._returns: dict[asyncio.Task[None], TokenArray] = {}  # running returns: their prompts
         self._background: set[asyncio.Task[None]] = set()
 
@@ -190,7 +183,7 @@ class RemotePrefill:
             finish = FinishReason.STOP
         else:
             output = len(leader.output) + 1
-            whole = len(leader.prompt) + output >= self._max_tokens
+            whole = len(leader.prompt) + output >= self._submission.max_tokens
             if whole or output == leader.sampling.max_tokens:
                 finish = FinishReason.LENGTH
         scores = result.logprobs
@@ -268,12 +261,14 @@ class RemotePrefill:
         return None
 
     async def _ask(self, peer: PrefillPeer, body: bytes, span: Span | None) -> PrefillResult:
+        if peer.pool is None:
+            raise _Unanswered(f"{peer.id} has no pool that KV could come from")
         post = asyncio.ensure_future(self._post(peer, body, headers_of(span)))
-        watch = asyncio.ensure_future(self._until_silent(peer))
+        watch = asyncio.ensure_future(self._link.until_lost(PoolPeer(peer.id, peer.pool)))
         try:
             await asyncio.wait((post, watch), return_when=asyncio.FIRST_COMPLETED)
             if not post.done():
-                raise _Unanswered(f"{peer.id} is silent")
+                raise _Unanswered(watch.result())
             return post.result()
         finally:
             post.cancel()
@@ -295,16 +290,6 @@ class RemotePrefill:
             if error.detail is not None and error.detail.code == GRAMMAR_FAILED:
                 raise grammar_failed(error.detail.message) from error  # as it would anywhere
             raise _Unanswered(str(error)) from error
-
-    async def _until_silent(self, peer: PrefillPeer) -> None:
-        misses = 0
-        while misses < MAX_MISSES:
-            await asyncio.sleep(ALIVE_SECONDS)
-            try:
-                await self._peers.ask("GET", peer.address + "/info", seconds=ALIVE_TIMEOUT)
-                misses = 0
-            except PeerError:
-                misses += 1
 
     # --- giving back ----------------------------------------------------------------------
 

@@ -24,14 +24,14 @@ from memserve.api.tls import client_tls, server_tls
 from memserve.clock import MonotonicClock
 from memserve.config import ClusterConfig, InstanceConfig
 from memserve.errors import GivenUp, MemserveError
-from memserve.instance.instance import Identity, Instance, Parts
+from memserve.instance.instance import Instance
 from memserve.instance.join import Registration
+from memserve.instance.parts import Identity, Parts
 from memserve.instance.server import InstanceApp
-from memserve.pool.epochs import new_epoch
 from memserve.secrets import Secret, cluster_secret, require_secret
 from memserve.tracing.settings import open_tracer
 from memserve.tracing.span import Tracer
-from memserve.types import InstanceId
+from memserve.types import InstanceId, new_epoch
 
 log = logging.getLogger(__name__)
 
@@ -133,10 +133,10 @@ async def _main(
         if not instance.lifecycle.ending.is_set():
             instance.lifecycle.end()
         await asyncio.wait((loading,))
-        if not await shutdown.wait_for(instance.idle(), drain_seconds):
+        if not await shutdown.wait_for(instance.lifecycle.idle(), drain_seconds):
             log.warning("%s ends with calls still running", identity.id)
         await instance.stop()
-        await shutdown.wait_for(instance.idle(), STOP_SECONDS)
+        await shutdown.wait_for(instance.lifecycle.idle(), STOP_SECONDS)
         joining.cancel()
         await asyncio.wait((joining,))
         # After a failure the gateways keep the member, and their polls see that it is dead.

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
+import memserve
 from memserve.api import msgpack
 from memserve.api.asgi import (
     ClientGone,
@@ -32,19 +33,51 @@ from memserve.api.errors import (
 from memserve.api.forward import Forward
 from memserve.api.generate import GENERATE_PATH, GenerateCall
 from memserve.api.handoff import MEET_PATH, PREFILL_PATH, PUSH_PATH
+from memserve.api.instance_metrics import (
+    BUILD,
+    INSTANCE_METRICS,
+    STATE,
+    report_instance,
+    report_state,
+)
 from memserve.api.kv_events import SNAPSHOT_PATH
-from memserve.api.metric import CONTENT_TYPE
+from memserve.api.metric import CONTENT_TYPE, MetricSpec, Page
 from memserve.api.status import REPORT_PATH, InstanceReport, InstanceState
 from memserve.api.timeline import TIMELINE_PATH
+from memserve.api.trace_metrics import TraceMetrics
+from memserve.api.vllm_metrics import ENGINE, VLLM_INSTANCE_METRICS, report_lora, report_vllm
 from memserve.instance import calls
 from memserve.instance.calls import CallReader, LargeCalls
-from memserve.instance.instance import Instance, Run
-from memserve.instance.metrics import instance_page
+from memserve.instance.dispatcher import Run
+from memserve.instance.instance import Instance
 from memserve.instance.request_trace import describe, pushed, served
 from memserve.logs import shown
 from memserve.scheduler.profiles import encode_profile
-from memserve.tracing.span import Span, Tracer
+from memserve.tracing.span import Span, SpanCounts, Tracer
 from memserve.vllm.forwarder import BrokenOff, ForwardedAnswer
+
+METRICS: tuple[MetricSpec, ...] = (
+    *(BUILD, STATE),
+    *INSTANCE_METRICS,
+    *VLLM_INSTANCE_METRICS,
+    *TraceMetrics.metrics,
+)
+
+
+def instance_page(instance: Instance, spans: SpanCounts | None = None) -> bytes:
+    """Return the metrics in Prometheus' text format: while the model is being loaded, the state
+    alone. `spans`: of the process's tracer, if it has one."""
+    identity, stats = instance.identity, instance.stats()
+    page = Page(METRICS)
+    page.add(BUILD, 1, memserve.__version__)
+    report_state(page, identity.id, instance.state)
+    if stats is not None:
+        report_instance(page, identity.id, stats)
+        report_vllm(page, identity.model, ENGINE, stats, instance.info().limits)
+        report_lora(page)
+        TraceMetrics(spans).write(page)
+    return page.text()
+
 
 log = logging.getLogger(__name__)
 

@@ -1,15 +1,47 @@
-"""Submission of sequences to the engine, with the engine's errors as ApiErrors."""
+"""`Submission` hands sequences to the engine and makes ApiErrors of its errors; `FinishRate`."""
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from memserve.api.errors import invalid, queue_full, unavailable
+from memserve.clock import Clock
 from memserve.engine.request import EngineProtocol, EngineRequest
 from memserve.errors import EngineStopped, QueueFull, RequestError
-from memserve.instance.throughput import FinishRate
 from memserve.types import RequestId
+
+WINDOW_SECONDS = 30.0
+MAX_RETRY_SECONDS = 60  # longer guesses are worth nothing
+
+
+class FinishRate:
+    """Finish times of sequences in the last `WINDOW_SECONDS`."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._started = clock.now()
+        self._ends: deque[float] = deque()
+
+    def record(self, count: int) -> None:
+        now = self._clock.now()
+        self._ends.extend([now] * count)
+        self._forget(now)
+
+    def retry_after(self, waiting: int) -> int:
+        """Estimate the seconds until `waiting` sequences have finished: 1..MAX_RETRY_SECONDS."""
+        now = self._clock.now()
+        self._forget(now)
+        if not self._ends:
+            return 1
+        rate = len(self._ends) / max(min(now - self._started, WINDOW_SECONDS), 1.0)
+        return max(1, min(math.ceil(waiting / rate), MAX_RETRY_SECONDS))
+
+    def _forget(self, now: float) -> None:
+        while self._ends and self._ends[0] < now - WINDOW_SECONDS:
+            self._ends.popleft()
 
 
 class Submission:
@@ -19,6 +51,11 @@ class Submission:
         self._engine = engine
         self._rate = rate
         self._lost = lost
+
+    @property
+    def max_tokens(self) -> int:
+        """Maximum of prompt plus output tokens of a sequence."""
+        return self._engine.info.max_tokens
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         """Queue sequences, all or none. Raises ApiError if the engine refuses them."""

@@ -21,7 +21,7 @@ from memserve.engine.request import EngineInfo
 from memserve.errors import EngineStopped, GivenUp, ModelError
 from memserve.host_memory import host_memory
 from memserve.instance.event_relay import EventRelay
-from memserve.instance.instance import Identity, Parts
+from memserve.instance.parts import Identity, Parts
 from memserve.instance.vllm_profile import vllm_profile
 from memserve.models.resolve import ModelDirectory, resolve_model
 from memserve.models.tokenizer import Tokenizer

@@ -16,13 +16,19 @@ from memserve.config import ClusterConfig, InstanceConfig, available_cores
 from memserve.engine.request import EngineInfo
 from memserve.errors import EngineStopped, ModelError
 from memserve.instance.probe import Probe, ProbeFailed
-from memserve.instance.profile import ProfilePlan, Profiler
+from memserve.instance.profiler import ProfilePlan, Profiler
 from memserve.instance.profiling import instance_profile
 from memserve.models.tokenizer import Tokenizer
 from memserve.scheduler.architecture import read_architecture
 from memserve.scheduler.hardware import HARDWARE, derive
-from memserve.scheduler.measurements import Measurements
-from memserve.scheduler.profiles import Hardware, Profile, ProfileStore, Subject, cpu_name
+from memserve.scheduler.profiles import (
+    Hardware,
+    Measurements,
+    Profile,
+    ProfileStore,
+    Subject,
+    cpu_name,
+)
 from memserve.types import Namespace, TokenArray
 from memserve.vllm.engine import VllmEngine
 from memserve.vllm.metrics import UnknownMetrics, read_load

@@ -18,7 +18,7 @@ def report_of(
 ) -> LoadReport:
     """Return a scheduler's view at `now`, seconds of its clock. `ready`: the members that take
     requests; None: all."""
-    lines = [one for one in scheduler.load.lines if ready is None or one.spec.id in ready]
+    lines = [one for one in scheduler.load.by_slot if ready is None or one.spec.id in ready]
     return LoadReport(
         now=now,
         members=tuple(_member(one, now) for one in lines),

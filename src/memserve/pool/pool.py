@@ -21,7 +21,6 @@ from memserve.errors import (
 from memserve.pool import integrity
 from memserve.pool.allocator import ACTIVE, NOTHING, BlockAllocator
 from memserve.pool.blocks import Blocks, Part, as_refs
-from memserve.pool.epochs import new_epoch
 from memserve.pool.eviction import Eviction, make_eviction
 from memserve.pool.layout import KVLayout
 from memserve.pool.listener import IndexListener, StoredRun, stored_runs
@@ -40,6 +39,7 @@ from memserve.types import (
     Medium,
     Owner,
     RefArray,
+    new_epoch,
     ref_medium,
     retire_owner,
 )
@@ -93,7 +93,7 @@ class BlockPool:
         self._blocks = Blocks(self.owner)
         policy = make_eviction(eviction, clock or MonotonicClock())
         self._tiers = Tiers(self._blocks, (self._hbm, self._dram), layout.block_tokens, policy)
-        self._history = PrefixCache(self._blocks, self._tiers, policy)
+        self._prefix_cache = PrefixCache(self._blocks, self._tiers, policy)
         self._index = self._tiers.index
         try:
             self._blocks.hbm.check_growth(hbm_blocks)
@@ -209,7 +209,7 @@ class BlockPool:
         data = as_tokens(tokens).tobytes()
         with self._lock:
             self._require_open()
-            path = self._history.find(namespace, data)
+            path = self._prefix_cache.find(namespace, data)
             if not (in_hbm and path.in_dram):
                 return self._open_match(path.refs, path.in_dram)
         return self._mover.run(self._bringing_in(namespace, data))
@@ -237,7 +237,7 @@ class BlockPool:
         data = array.tobytes()
         with self._lock:
             self._require_open()
-            new, duplicate, known, rest = self._history.insert(namespace, data, given, pin)
+            new, duplicate, known, rest = self._prefix_cache.insert(namespace, data, given, pin)
             if not pin:
                 return InsertResult(new, duplicate)
             refs = np.concatenate((known, rest))
@@ -254,7 +254,7 @@ class BlockPool:
             whole = len(array) - len(array) % self.layout.block_tokens
             if len(array) and not whole:
                 return 0  # no block begins with so few tokens
-            return self._history.delete(namespace, array[:whole].tobytes())
+            return self._prefix_cache.delete(namespace, array[:whole].tobytes())
 
     # --- tiers ----------------------------------------------------------------------------
 
@@ -272,7 +272,7 @@ class BlockPool:
         the HBM block, and matches keep the DRAM block. Raises OutOfBlocks, StaleBlock,
         ForeignBlock; NotOwned for detached blocks, and for blocks named twice.
         """
-        return self._mover.run(self._while_open(self._history.swap_in(as_refs(refs))))
+        return self._mover.run(self._while_open(self._prefix_cache.swap_in(as_refs(refs))))
 
     def grow_dram(self, blocks: int) -> None:
         """Add DRAM blocks. Raises SharedMemoryFull; PoolError above MAX_BLOCKS."""
@@ -374,7 +374,7 @@ class BlockPool:
 
     def _bringing_in(self, namespace: str, data: bytes) -> Moving[Match]:
         self._require_open()
-        refs = yield from self._history.bring_in(namespace, data)
+        refs = yield from self._prefix_cache.bring_in(namespace, data)
         return self._match(refs, list(self._blocks.by_medium(refs)))
 
     def _require_open(self) -> None:
@@ -385,7 +385,7 @@ class BlockPool:
         return self._hbm if blocks.medium is Medium.HBM else self._dram
 
     def _open_match(self, refs: RefArray, in_dram: bool) -> Match:
-        return self._match(refs, self._history.pin(refs, in_dram))
+        return self._match(refs, self._prefix_cache.pin(refs, in_dram))
 
     def _match(self, refs: RefArray, pinned: list[Part]) -> Match:
         match = Match(len(refs) * self.layout.block_tokens, refs, pinned, self._release_match)
@@ -397,4 +397,4 @@ class BlockPool:
             if match not in self._matches:
                 return
             self._matches.remove(match)
-            self._history.unpin(match._pinned)
+            self._prefix_cache.unpin(match._pinned)

@@ -29,9 +29,9 @@ class CandidateSet:
 
     def __init__(self, load: Load, among: Collection[InstanceId] | None = None) -> None:
         """`among`: the allowed instances (unknown ones are ignored); None: all."""
-        slots = range(len(load.lines))
+        slots = range(len(load.by_slot))
         self.allowed: list[int] = [
-            at for at in slots if among is None or load.lines[at].spec.id in among
+            at for at in slots if among is None or load.by_slot[at].spec.id in among
         ]
         self.prefill = load.with_role(Role.PREFILL, self.allowed)
         decode = load.with_role(Role.DECODE, self.allowed)
@@ -55,7 +55,7 @@ class CandidateSet:
         if self.pairs:
             self.usual[len(colocated) : len(alone)] = False
         self.every: NDArray[np.bool_] = np.ones(len(self), dtype=np.bool_)
-        self.parts: IndexArray = np.zeros((len(load.lines), k.PARTS), dtype=np.int64)
+        self.parts: IndexArray = np.zeros((len(load.by_slot), k.PARTS), dtype=np.int64)
         self.parts[self.allowed, k.ALLOWED] = 1
         self.parts[self.computes, k.COMPUTING] = 1
         self.parts[self.answering, k.ANSWERING] = 1
@@ -101,10 +101,10 @@ class Candidates:
     def __init__(self, load: Load, candidate_set: CandidateSet) -> None:
         self.load = load
         self.candidate_set = candidate_set
-        self._lines = load.lines
+        self._lines = load.by_slot
         self.prompt_tokens = 0
         self.whole_prefill = 0.0  # seconds of the prompt with nothing cached, least instance
-        n = len(load.lines)
+        n = len(load.by_slot)
         self._used: Seconds = load.stats[:, k.USED]
         self._held: IndexArray = np.empty(n, np.int64)
         self._asked: IndexArray = np.empty((2 + k.MAX_SOURCES, n), np.int64)
@@ -169,7 +169,7 @@ class Candidates:
         members have changed since the set was made.
         """
         load, candidate_set, asked, moved = self.load, self.candidate_set, self._asked, self._moved
-        if load.lines is not self._lines:  # compiled code checks no array bounds
+        if load.by_slot is not self._lines:  # compiled code checks no array bounds
             raise RuntimeError("a set of candidates of former members")
         load.refresh()
         prompt = self.prompt_tokens = len(request.tokens)
@@ -264,7 +264,7 @@ class Candidates:
 def whole_prefill_seconds(load: Load, prompt: int) -> Seconds:
     """exec(x, 0) of a prompt of `prompt` tokens, [instances], with learnt factors."""
     load.refresh()
-    asked = np.zeros((1, len(load.lines)), dtype=np.int64)
+    asked = np.zeros((1, len(load.by_slot)), dtype=np.int64)
     seconds: Seconds = _prefill_seconds(load, prompt, asked)[0]
     seconds *= load.stats[:, k.PREFILL_FACTOR]
     return seconds
@@ -337,11 +337,11 @@ def _move_seconds(load: Load, moved: Seconds) -> Seconds:
 
 def _load_seconds(load: Load, in_host: Mapping[InstanceId, int]) -> Seconds:
     """Seconds [instances] until `in_host` tokens of KV are in HBM."""
-    seconds = np.zeros(len(load.lines))
+    seconds = np.zeros(len(load.by_slot))
     for instance, tokens in in_host.items():
         slot = load.slots.get(instance)
         if slot is not None:
-            spec = load.lines[slot].spec
+            spec = load.by_slot[slot].spec
             blocks = -(-tokens // spec.block_tokens)
             num_bytes = tokens * spec.costs.kv_bytes_per_token
             seconds[slot] = float(spec.costs.transfer_seconds(num_bytes, blocks, "host"))

@@ -15,7 +15,7 @@ from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role, Token
 # How KV moves between instances: within a host, between hosts.
 Link = Literal["shm", "nixl"]
 # And from the own host memory into HBM.
-Path = Link | Literal["host"]
+TransferPath = Link | Literal["host"]
 Seconds = NDArray[np.float64]
 
 
@@ -32,7 +32,9 @@ class Costs(Protocol):
     def decode_step_seconds(self, sequences: ArrayLike, context_tokens: ArrayLike) -> Seconds:
         """One decode step of a batch of `sequences`; `context_tokens`: sum over the batch."""
 
-    def transfer_seconds(self, num_bytes: ArrayLike, pieces: ArrayLike, path: Path) -> Seconds:
+    def transfer_seconds(
+        self, num_bytes: ArrayLike, pieces: ArrayLike, path: TransferPath
+    ) -> Seconds:
         """Transfer of `num_bytes` of KV in `pieces` contiguous runs: to another instance, or by
         "host" from the instance's own host memory."""
 

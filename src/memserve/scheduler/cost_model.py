@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from memserve.scheduler.architecture import Architecture
 from memserve.scheduler.compute import Measured, Table, Waves
-from memserve.scheduler.contract import Costs, Path, Seconds
+from memserve.scheduler.contract import Costs, Seconds, TransferPath
 from memserve.scheduler.look_ups import decode_look_up, link_seconds, prefill_look_up
 
 _Seconds = Annotated[float, Meta(ge=0)]
@@ -94,7 +94,9 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         context = np.asarray(context_tokens, dtype=np.float64)
         return self._decode.look_up(rows, context)
 
-    def transfer_seconds(self, num_bytes: ArrayLike, pieces: ArrayLike, path: Path) -> Seconds:
+    def transfer_seconds(
+        self, num_bytes: ArrayLike, pieces: ArrayLike, path: TransferPath
+    ) -> Seconds:
         """Transfer of `num_bytes` of KV by `path` in `pieces` contiguous runs."""
         link = {"shm": self.shm, "nixl": self.nixl, "host": self.host}[path]
         moved = np.asarray(num_bytes, dtype=np.float64)

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import msgspec
 
-from memserve.scheduler.contract import Terms
-from memserve.types import InstanceId, RequestId
+from memserve.scheduler.contract import Plan
+from memserve.types import RequestId
 
 
-class CandidateView(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One candidate in `GET /cluster/decisions`. `score`: weighted seconds, least is best."""
+class CandidateView(Plan, frozen=True, omit_defaults=True, kw_only=True):
+    """One candidate: a plan and its weighted seconds, of which least is best."""
 
-    instance: InstanceId
     score: float
-    prefill: InstanceId | None = None
-    fetch: InstanceId | None = None
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    fetched_tokens: int = 0
-    terms: Terms = Terms()
 
     @property
     def path(self) -> str:

@@ -132,16 +132,7 @@ class DecisionLog:
 
 
 def _view(plan: Plan, score: float) -> CandidateView:
-    return CandidateView(
-        instance=plan.instance,
-        score=score,
-        prefill=plan.prefill,
-        fetch=plan.fetch,
-        prompt_tokens=plan.prompt_tokens,
-        cached_tokens=plan.cached_tokens,
-        fetched_tokens=plan.fetched_tokens,
-        terms=plan.terms,
-    )
+    return CandidateView(**msgspec.structs.asdict(plan), score=score)
 
 
 def _words(plan: Plan) -> str:

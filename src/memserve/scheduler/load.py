@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from memserve.scheduler import kernels as k
-from memserve.scheduler.contract import Costs, InstanceSpec, Path, Seconds
-from memserve.scheduler.instance_load import InstanceLoad, Reservation
+from memserve.scheduler.contract import Costs, InstanceSpec, Seconds, TransferPath
+from memserve.scheduler.instance_load import InstanceLoad, Reservation, Resident
 from memserve.scheduler.refined_costs import RefinedCosts
-from memserve.scheduler.residents import Resident
 from memserve.types import IndexArray, InstanceId, Namespace, RequestId, Role, TokenArray
 
 MAX_ROWS = 64  # queued prompts of an instance in `left`; the last row is the sum of the rest
@@ -35,11 +34,11 @@ class CostGroup:
 
 
 class Load:
-    """The `InstanceLoad` of every instance ("line"), and their figures in arrays by slot."""
+    """The `InstanceLoad` of every instance, and their figures in arrays by slot."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = np.random.default_rng(seed)
-        self._lines: dict[InstanceId, InstanceLoad] = {}
+        self._by_id: dict[InstanceId, InstanceLoad] = {}
         self._reservations: dict[RequestId, Reservation] = {}
         self._turn = 0.0
         self._typical_prefill = 0.0  # running means over reservations
@@ -48,7 +47,7 @@ class Load:
         self._rebuild()
 
     @property
-    def lines(self) -> tuple[InstanceLoad, ...]:
+    def by_slot(self) -> tuple[InstanceLoad, ...]:
         """Every `InstanceLoad`, by slot: another tuple after each change of the members. Read it
         before the arrays, which changes of members only mark as outdated: a cluster that starts
         has as many changes as members."""
@@ -57,11 +56,11 @@ class Load:
         return self._by_slot
 
     def _rebuild(self) -> None:
-        """Give every line a slot and make the arrays."""
+        """Give every instance a slot and make the arrays."""
         self._outdated = False
-        lines = self._by_slot = tuple(self._lines.values())
-        n = len(lines)
-        self.instances = tuple(self._lines)
+        loads = self._by_slot = tuple(self._by_id.values())
+        n = len(loads)
+        self.instances = tuple(self._by_id)
         self.slots: Mapping[InstanceId, int] = {id_: at for at, id_ in enumerate(self.instances)}
         self.stats: Seconds = np.zeros((n, k.STATS))
         # The memory of `stats` as bytes: `pack_into` writes a row of Python numbers in half the
@@ -73,9 +72,9 @@ class Load:
         hosts: dict[str, int] = {}
         groups: list[Costs] = []
         pools: dict[str, int] = {}
-        for at, line in enumerate(lines):
-            line.slot = at
-            spec = line.spec
+        for at, load in enumerate(loads):
+            load.slot = at
+            spec = load.spec
             model = spec.costs.model if isinstance(spec.costs, RefinedCosts) else spec.costs
             if model not in groups:
                 groups.append(model)
@@ -91,13 +90,13 @@ class Load:
         )
         # Transports between any two instances: (`near`, path); near is 1 within a host, as in
         # `kernels`.
-        paths: list[tuple[int, Path]] = []
+        paths: list[tuple[int, TransferPath]] = []
         if len(hosts) > 1:
             paths.append((0, "nixl"))
         if len(hosts) < n:
             paths.append((1, "shm"))
         self.paths = tuple(paths)
-        self._stale = set(lines)
+        self._stale = set(loads)
 
     def _set_left(self, left: Seconds) -> None:
         self.left = left  # [instances, prompts] seconds left of each queued prompt
@@ -108,22 +107,22 @@ class Load:
         """Bring the arrays up to date. Call before reading them."""
         if self._outdated:
             self._rebuild()
-        for line in self._stale:
-            if line.slot >= 0:
-                self._show(line)
+        for load in self._stale:
+            if load.slot >= 0:
+                self._show(load)
         self._stale.clear()
 
-    def _show(self, line: InstanceLoad) -> None:
-        """Copy a line's figures into the arrays."""
-        at, others = line.slot, line.other_running
-        queued, total, under_way = self._show_queue(line)
-        batch = line.answers + others
-        context = line.context_tokens + others * self._typical_context
-        output = line.output_tokens + others * self._typical_output
+    def _show(self, load: InstanceLoad) -> None:
+        """Copy an instance's figures into the arrays."""
+        at, others = load.slot, load.other_running
+        queued, total, under_way = self._show_queue(load)
+        batch = load.answers + others
+        context = load.context_tokens + others * self._typical_context
+        output = load.output_tokens + others * self._typical_output
         remaining = output / (2 * batch) if batch else 0.0  # on average half is decoded
-        room = line.spec.max_running
+        room = load.spec.max_running
         prefill_factor = step_factor = transfer_factor = 1.0
-        costs = line.spec.costs
+        costs = load.spec.costs
         if isinstance(costs, RefinedCosts):
             # Equal instances share a cost model; the learnt factors are of each instance.
             prefill_factor, transfer_factor = costs.factor("prefill"), costs.factor("transfer")
@@ -132,82 +131,82 @@ class Load:
             self._bytes,
             at * k.STATS * _ROW_ITEM,
             queued,
-            line.queue.updated,
+            load.queue.updated,
             total,
             under_way,
-            line.residents.kv_tokens + others * self._typical_context,
-            line.decoding + others,
+            load.residents.kv_tokens + others * self._typical_context,
+            load.decoding + others,
             batch,
             context / batch if batch else 0.0,
             remaining,
             max(batch + 1 - room, 0) / room * remaining,
-            line.used,
+            load.used,
             prefill_factor,
             step_factor,
             transfer_factor,
         )
 
-    def _show_queue(self, line: InstanceLoad) -> tuple[int, float, float]:
+    def _show_queue(self, load: InstanceLoad) -> tuple[int, float, float]:
         """Copy the queue into `left`, other gateways' prompts last. Returns the number of prompts,
         their seconds in sum, and the seconds of those in prefill."""
-        if not line.prefills and not line.other_prefills:
+        if not load.prefills and not load.other_prefills:
             return 0, 0.0, 0.0
-        left = [*line.queue.left(), *[self._typical_prefill] * line.other_prefills]
+        left = [*load.queue.left(), *[self._typical_prefill] * load.other_prefills]
         if len(left) > MAX_ROWS:
             left[MAX_ROWS - 1 :] = [sum(left[MAX_ROWS - 1 :])]
         missing = len(left) - self.left.shape[1]
         if missing > 0:
-            wider = np.concatenate([self.left, np.zeros((len(self.lines), missing))], axis=1)
+            wider = np.concatenate([self.left, np.zeros((len(self.by_slot), missing))], axis=1)
             self._set_left(wider)
         # `pack_into` as in `_show`: numpy takes several times as long to convert a list.
-        row = line.slot * self.left.shape[1] * _ROW_ITEM
+        row = load.slot * self.left.shape[1] * _ROW_ITEM
         struct.pack_into(f"{len(left)}d", self._left_bytes, row, *left)
-        return len(left), sum(left), line.queue.under_way()
+        return len(left), sum(left), load.queue.under_way()
 
     # --- members ------------------------------------------------------------------------
 
     def put(self, spec: InstanceSpec) -> bool:
         """Add an instance, or replace its spec; its reservations stay. Returns False if the spec
         is unchanged."""
-        line = self._lines.get(spec.id)
-        if line is not None and line.spec == spec:
+        load = self._by_id.get(spec.id)
+        if load is not None and load.spec == spec:
             return False
-        if line is None:
+        if load is None:
             # Ties go to the least `used`: a random value below 0 puts unused instances first, in
             # an order that differs between gateways with different seeds.
-            self._lines[spec.id] = InstanceLoad(spec, -float(self._random.random()))
+            self._by_id[spec.id] = InstanceLoad(spec, -float(self._random.random()))
         else:
-            line.spec = spec
-            line.queue.short_share = spec.short_share
+            load.spec = spec
+            load.queue.short_share = spec.short_share
         self._outdated = True
         return True
 
     def remove(self, instance: InstanceId) -> bool:
         """Remove an instance and what is reserved there. Returns False if it is unknown."""
-        line = self._lines.pop(instance, None)
-        if line is None:
+        load = self._by_id.pop(instance, None)
+        if load is None:
             return False
-        line.slot = -1
+        load.slot = -1
         self._outdated = True
         return True
 
-    def line(self, instance: InstanceId) -> InstanceLoad:
+    def of(self, instance: InstanceId) -> InstanceLoad:
         """`InstanceLoad` of an instance. Raises KeyError for an unknown one."""
-        return self._lines[instance]
+        return self._by_id[instance]
 
     def with_role(self, role: Role, slots: Sequence[int]) -> list[int]:
-        return [at for at in slots if self.lines[at].spec.role is role]
+        return [at for at in slots if self.by_slot[at].spec.role is role]
 
     def observe(self, instance: InstanceId, running: int, waiting: int) -> None:
         """Report an instance's own counts of sequences. An excess over the reservations is work
         of others, such as other gateways. A deficit means that requests are still in flight."""
-        line = self._lines.get(instance)
-        if line is None:
+        load = self._by_id.get(instance)
+        if load is None:
             return
-        prefills = len(line.prefills)
-        line.other_prefills = max(0, waiting - prefills)
-        line.other_running = max(0, running + min(waiting, prefills) - prefills - line.decoding)
-        self._stale.add(line)
+        prefills = len(load.prefills)
+        load.other_prefills = max(0, waiting - prefills)
+        load.other_running = max(0, running + min(waiting, prefills) - prefills - load.decoding)
+        self._stale.add(load)
 
     # --- reservations -------------------------------------------------------------------
 
@@ -240,8 +239,8 @@ class Load:
         if reservation is None or not reservation.computes.discard(request, now):
             return
         computes, answers = reservation.computes, reservation.answers
-        for line in (computes,) if computes is answers else (computes, answers):
-            line.residents.prefilled(request, now)
+        for load in (computes,) if computes is answers else (computes, answers):
+            load.residents.prefilled(request, now)
         answers.decoding += 1
         self._stale.update((computes, answers))
 
@@ -279,18 +278,18 @@ class Load:
         stats = self.stats[slot].tolist()
         excess = stats[k.KV_TOKENS] + needed - stats[k.KV_CAPACITY]
         queue = stats[k.LEFT_TOTAL]
-        return self.lines[slot].residents.wait(excess, queue, step, now)
+        return self.by_slot[slot].residents.wait(excess, queue, step, now)
 
     def shared_tokens(self, slot: int, namespace: Namespace, tokens: TokenArray) -> int:
         """Number of leading `tokens`, all cached there, that a request there holds in HBM too."""
-        return self.lines[slot].residents.shared(namespace, tokens)
+        return self.by_slot[slot].residents.shared(namespace, tokens)
 
     def promised_tokens(
         self, slot: int, namespace: Namespace, tokens: TokenArray, held: int
     ) -> int:
         """Number of the first `held` tokens that do not depend on an unfinished prefill of this
         instance. The prompt tree counts a prompt as held as soon as it is routed."""
-        prefills = self.lines[slot].prefills
+        prefills = self.by_slot[slot].prefills
         if not prefills:
             return held
         for waiting in prefills.values():

@@ -49,24 +49,24 @@ class Policy:
     sessions: bool = False
 
 
-def prompt_tree(situation: PolicyInput) -> Choice:
+def prompt_tree(given: PolicyInput) -> Choice:
     """Choose the least predicted TTFT + delays of other prompts + weighted decode time."""
-    candidates, weight = situation.candidates, situation.decode_weight
+    candidates, weight = given.candidates, given.decode_weight
     scores = candidates.weigh(first_token=1.0, decode=weight, delays=1.0, stalls=weight)
     return Choice(candidates.least(scores), scores)
 
 
-def least_load(situation: PolicyInput) -> Choice:
+def least_load(given: PolicyInput) -> Choice:
     """Choose the least queued work + weighted decode time; cached prefixes do not count."""
-    candidates, scores = situation.candidates, _load_scores(situation)
+    candidates, scores = given.candidates, _load_scores(given)
     return Choice(candidates.least(scores, candidates.candidate_set.usual), scores)
 
 
-def session(situation: PolicyInput) -> Choice:
+def session(given: PolicyInput) -> Choice:
     """Choose the session's last instances; if they are no candidate now, the least loaded one that
     keeps the answering or else the computing instance; else the least loaded one."""
-    scores = _load_scores(situation)
-    candidates, former = situation.candidates, situation.session
+    scores = _load_scores(given)
+    candidates, former = given.candidates, given.session
     candidate_set, slots = candidates.candidate_set, candidates.load.slots
     if former is None:
         return Choice(candidates.least(scores, candidate_set.usual), scores)
@@ -82,9 +82,9 @@ def session(situation: PolicyInput) -> Choice:
     return Choice(candidates.least(scores, candidate_set.usual), scores)
 
 
-def round_robin(situation: PolicyInput) -> Choice:
+def round_robin(given: PolicyInput) -> Choice:
     """Choose instances in turn, in each role."""
-    candidates, turn = situation.candidates, situation.turn
+    candidates, turn = given.candidates, given.turn
     candidate_set = candidates.candidate_set
     scores = candidates.first_token
     answers = computes = candidate_set.answering[turn % len(candidate_set.answering)]
@@ -115,5 +115,5 @@ def find_policy(name: str) -> Policy:
     return policy
 
 
-def _load_scores(situation: PolicyInput) -> Seconds:
-    return situation.candidates.weigh(decode=situation.decode_weight, work=1.0)
+def _load_scores(given: PolicyInput) -> Seconds:
+    return given.candidates.weigh(decode=given.decode_weight, work=1.0)

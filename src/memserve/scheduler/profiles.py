@@ -1,4 +1,5 @@
-"""Profiles: cost models with the hardware and model they are of, stored in the user's cache.
+"""Profiles: cost models with the hardware and model they are of, stored in the user's cache; and
+the measurements that they are fitted to.
 
 One file per combination of hardware and model, replaced atomically. A file that cannot be read, or
 that is of another subject, counts as absent.
@@ -16,15 +17,57 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from memserve.errors import ProfileError
 from memserve.models.demo import user_cache
 from memserve.scheduler.architecture import Architecture
+from memserve.scheduler.contract import TransferPath
 from memserve.scheduler.cost_model import CostModel
+
+_Count = Annotated[int, Meta(ge=0)]
+_Seconds = Annotated[float, Meta(gt=0)]
+
+
+class PrefillPoint(msgspec.Struct, frozen=True):
+    """Prefill of one prompt alone, up to its first token."""
+
+    prompt_tokens: _Count
+    cached_tokens: _Count
+    seconds: _Seconds
+
+
+class DecodePoint(msgspec.Struct, frozen=True):
+    """One decode step of a batch."""
+
+    sequences: _Count
+    context_tokens: _Count  # sum over the sequences
+    seconds: _Seconds
+
+
+class TransferPoint(msgspec.Struct, frozen=True):
+    """Transfer of blocks to another pool, from the call to the acknowledgement."""
+
+    path: TransferPath
+    num_bytes: _Count
+    pieces: _Count
+    seconds: _Seconds
+
+
+class Measurements(msgspec.Struct, frozen=True):
+    """Measured points, each the median of repeats."""
+
+    prefill: tuple[PrefillPoint, ...] = ()
+    decode: tuple[DecodePoint, ...] = ()
+    transfer: tuple[TransferPoint, ...] = ()
+    # Seconds that threads waited for a core that other work had, per second of prefills and decode
+    # steps. With a high value the figures are not the instance's own.
+    waited: Annotated[float, Meta(ge=0)] = 0.0
+
 
 # Profiles of other versions are not read. Raise it when measurements or formulas change.
 VERSION = 2

@@ -15,7 +15,7 @@ from typing import Literal
 
 from numpy.typing import ArrayLike
 
-from memserve.scheduler.contract import Costs, Path, Seconds
+from memserve.scheduler.contract import Costs, Seconds, TransferPath
 
 Kind = Literal["prefill", "decode", "transfer"]
 
@@ -87,7 +87,9 @@ class RefinedCosts:
         )
         return seconds
 
-    def transfer_seconds(self, num_bytes: ArrayLike, pieces: ArrayLike, path: Path) -> Seconds:
+    def transfer_seconds(
+        self, num_bytes: ArrayLike, pieces: ArrayLike, path: TransferPath
+    ) -> Seconds:
         """Seconds of `model`, times the transfer factor."""
         seconds: Seconds = self._factors["transfer"].value * self.model.transfer_seconds(
             num_bytes, pieces, path
@@ -104,7 +106,9 @@ class RefinedCosts:
         """Report seconds of a decode step, or the mean of several."""
         self._observe("decode", self.model.decode_step_seconds(sequences, context_tokens), seconds)
 
-    def observe_transfer(self, num_bytes: int, pieces: int, path: Path, seconds: float) -> None:
+    def observe_transfer(
+        self, num_bytes: int, pieces: int, path: TransferPath, seconds: float
+    ) -> None:
         """Report seconds from the start of a transfer to the arrival of its KV."""
         self._observe("transfer", self.model.transfer_seconds(num_bytes, pieces, path), seconds)
 

@@ -27,7 +27,7 @@ _OUTPUT_NEWEST = 1 / 32  # least weight of the newest answer in the running mean
 _OUTPUT_OUTLIER = 4.0  # cap of one answer's length, as a multiple of the expected length
 _SESSION_BYTES = 16
 _MAX_SESSIONS = 100_000  # remembered placements, LRU
-_MAX_ROSTERS = 16  # values of `among` whose candidates are kept
+_MAX_CANDIDATE_SETS = 16  # values of `among` whose candidates are kept
 _MAX_CANDIDATES = 1_000_000  # of all these together, of some 70 bytes each
 
 
@@ -128,8 +128,9 @@ class Scheduler:
         )
         key = self._session_key(request)
         session = None if key is None else self._sessions.get(key)
-        situation = PolicyInput(request, candidates, self._decode_weight, self._turn, session)
-        choice = self._policy.choose(situation)
+        choice = self._policy.choose(
+            PolicyInput(request, candidates, self._decode_weight, self._turn, session)
+        )
         self._turn += 1
         ranking = Ranking.of(candidates, choice.scores, choice.candidate)
         plan = ranking.plan(0)
@@ -152,7 +153,7 @@ class Scheduler:
     def whole_prefill_seconds(self, prompt_tokens: int) -> float:
         """Seconds to compute a prompt with nothing cached, mean over instances, as `Admission`
         counts cost; 0.0 without instances."""
-        if not self.load.lines:
+        if not self.load.by_slot:
             return 0.0
         return float(whole_prefill_seconds(self.load, prompt_tokens).mean())
 
@@ -174,7 +175,7 @@ class Scheduler:
             candidates = Candidates(self.load, CandidateSet(self.load, key))
             kept = sum(len(each.candidate_set) for each in self._candidates.values())
             large = kept + len(candidates.candidate_set) > _MAX_CANDIDATES
-            if large or len(self._candidates) == _MAX_ROSTERS:
+            if large or len(self._candidates) == _MAX_CANDIDATE_SETS:
                 self._candidates.clear()
             self._candidates[key] = candidates
         return candidates
@@ -206,8 +207,8 @@ class Scheduler:
                 context_tokens=len(request.tokens) + output_tokens // 2,
                 output_tokens=output_tokens,
                 kv_tokens=self._kv_tokens(request, output_tokens, plan),
-                computes=load.line(plan.computes),
-                answers=load.line(plan.instance),
+                computes=load.of(plan.computes),
+                answers=load.of(plan.instance),
             ),
             now,
         )

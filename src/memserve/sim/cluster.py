@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from memserve.config import KEEPING_ROLES, Caching
-from memserve.scheduler.contract import InstanceSpec, Path, Plan, PromptRequest
+from memserve.scheduler.contract import InstanceSpec, Plan, PromptRequest, TransferPath
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.scheduler.scheduler import Scheduler
 from memserve.sim.cache import SimCache
@@ -20,7 +20,7 @@ from memserve.types import SHARED, InstanceId, Role
 class Network:
     """How KV moves between instances."""
 
-    path: Path = "nixl"
+    path: TransferPath = "nixl"
     aggregated: bool = True  # one piece per block; else two (K, V) per block and layer
     layers: int = 1
 

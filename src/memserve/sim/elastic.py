@@ -89,5 +89,5 @@ class SimPlanner:
         return join
 
     def _least_loaded(self, role: Role) -> InstanceId:
-        lines = [one for one in self._cluster.scheduler.load.lines if one.spec.role is role]
+        lines = [one for one in self._cluster.scheduler.load.by_slot if one.spec.role is role]
         return min(lines, key=lambda one: (one.answers + len(one.prefills), one.spec.id)).spec.id

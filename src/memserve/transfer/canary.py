@@ -1,10 +1,10 @@
-"""Proof that a peer has written what it says it has written.
+"""`Canaries`: proof that a peer has written the blocks that it commits.
 
-Before a peer is told where its KV goes, the destination puts random bytes into every piece that
-the peer must overwrite; a commit while some of them are left is refused. So only who can write to
-this pool's memory gets anything published: who may open its segments, or holds its keys for RDMA.
-Without it, whoever can say three messages could have what lay in those blocks before published as
-the KV of any prompt. It also catches a source that has left out blocks or layers.
+Before a peer learns its target blocks, the destination puts random bytes into every piece that the
+peer must overwrite, and refuses a commit while some of them are left. So only a process that can
+write to this pool's memory (through its segments, or with its keys for RDMA) can publish. Without
+canaries, three messages would publish the former contents of those blocks as the KV of any prompt.
+Canaries also catch a source that leaves out blocks or layers.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from memserve.pool.pool import BlockPool
 from memserve.pool.storage import Extent
 from memserve.types import IndexArray, Medium, RefArray, ref_index, ref_medium
 
-# Of each piece, one layer of a block. KV that happens to have the same bytes, one chance in 2^128,
-# would be refused and computed again. Pieces shorter than that, of toy models, have fewer.
+# Per piece, which is one layer of a block; fewer in shorter pieces. KV that has the same bytes by
+# chance, one in 2^128, is refused and computed again.
 CANARY_BYTES = 16
 
-_MEDIA = tuple(Medium)  # walking through the enumeration takes longer
+_MEDIA = tuple(Medium)  # faster to iterate over than the enumeration
 
 
 class Canaries:
-    """Puts random bytes into blocks that are about to be written, and looks for them later. Touches
-    nothing but blocks that are allocated for a transfer, so without the pool's lock."""
+    """Puts random bytes into target blocks, and looks for them later. Takes no lock of the pool,
+    since these blocks are allocated for the transfer."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        # Where they go in HBM, by heads: to find that out takes as long as to write them. DRAM
-        # comes and goes, and what is remembered of it would keep it.
+        # Places in HBM by heads: to find them takes as long as to write them. Not for DRAM, whose
+        # segments these references would keep.
         self._hbm: dict[range, tuple[tuple[Extent, ...], list[_Place]]] = {}
 
     def plant(self, refs: RefArray, heads: range) -> Canary:
@@ -49,7 +49,7 @@ class Canaries:
         return Canary(mark, parts)
 
     def _parts(self, refs: RefArray, heads: range) -> Iterator[tuple[_Place, IndexArray]]:
-        """Blocks by the piece of memory that they are in, as indices within it."""
+        """Yield the blocks of each extent, as indices within it."""
         media = ref_medium(refs)
         for medium in _MEDIA:
             where = media == medium
@@ -76,19 +76,19 @@ class Canaries:
 
 
 class Canary:
-    """The bytes of one transfer."""
+    """The random bytes in the blocks of one transfer."""
 
     def __init__(self, mark: bytes, parts: list[tuple[_Place, IndexArray]]) -> None:
         self._mark = mark
         self._parts = parts
 
     def left(self) -> int:
-        """How many pieces, layers of blocks, have not been overwritten."""
+        """Return the number of pieces that are not overwritten."""
         return sum(self._count(place.get(index)) for place, index in self._parts)
 
     def _count(self, found: NDArray[np.uint8]) -> int:
         rows = found.reshape(-1, len(self._mark))
-        if len(self._mark) == CANARY_BYTES:  # two numbers are compared sooner than 16 bytes
+        if len(self._mark) == CANARY_BYTES:  # comparing two numbers is faster than 16 bytes
             numbers, mine = rows.view(np.uint64), np.frombuffer(self._mark, dtype=np.uint64)
             same = (numbers[:, 0] == mine[0]) & (numbers[:, 1] == mine[1])
         else:
@@ -97,8 +97,8 @@ class Canary:
 
 
 class _Place:
-    """Where the canary is in the blocks of an extent: the last bytes that belong to `heads`, of the
-    values of each layer; of several tokens where one has too few."""
+    """Position of the canary in the blocks of an extent: the last bytes of `heads` in the values of
+    each layer; of several tokens if one has too few bytes."""
 
     def __init__(self, layout: KVLayout, extent: Extent, heads: range) -> None:
         size = layout.torch_dtype.itemsize
@@ -138,7 +138,7 @@ class _Place:
             torch.cuda.current_stream(device).synchronize()
 
     def get(self, index: IndexArray) -> NDArray[np.uint8]:
-        """What is there, contiguous."""
+        """Return the bytes at the canary's position, contiguous."""
         if self._on_gpu is None:
             return self._pieces[index].view(np.uint8)
         device = self._on_gpu.device

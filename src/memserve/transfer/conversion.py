@@ -1,4 +1,4 @@
-"""Whether the KV of one layout can be written into blocks of another."""
+"""Compatibility of KV layouts: whether blocks of one can be written into blocks of another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 from memserve.errors import LayoutMismatch
 from memserve.pool.layout import KVLayout
 
-# Where the bytes of a block lie, and which heads it holds; all else says what they mean.
+# Fields that say where a block's bytes lie and which heads it holds; the others say what they mean.
 _PLACEMENT = frozenset({"aggregated", "kv_heads", "head_start"})
 
 
@@ -22,26 +22,23 @@ class Identical:
 
 @dataclass(frozen=True, slots=True)
 class Convertible:
-    """The same KV in other places: aggregated and discrete, or other shards of the heads."""
+    """The same KV, placed differently: aggregated or discrete, or other shards of the heads."""
 
-    heads: range  # that both hold, numbered over the whole model
-    complete: bool  # they are all that the target holds; otherwise other shards send the rest
+    heads: range  # common to both, numbered over the whole model
+    complete: bool  # the target holds no others; if False, other shards send the rest
 
 
 @lru_cache(maxsize=64)
 def meaning(layout: KVLayout) -> bytes:
-    """SHA-256 over what the bytes mean, wherever they lie: pools that differ in it have
-    nothing to say to each other."""
+    """Return the SHA-256 of everything but placement. Pools that differ in it exchange no KV."""
     fields = {name: value for name, value in asdict(layout).items() if name not in _PLACEMENT}
     return hashlib.sha256(msgspec.json.encode(fields, order="sorted")).digest()
 
 
 def compatibility(source: KVLayout, target: KVLayout) -> Identical | Convertible:
-    """How blocks of `source` go into blocks of `target`.
-
-    Raises LayoutMismatch, with both fingerprints, where they hold no KV in common: another
-    model, type or block size, or disjoint heads.
-    """
+    """Return how blocks of `source` are written into blocks of `target`. Raises LayoutMismatch,
+    with both fingerprints, if they have no KV in common: another model, dtype or block size, or
+    disjoint heads."""
     if source == target:
         return Identical()
     ours, theirs = asdict(source), asdict(target)
@@ -57,7 +54,7 @@ def compatibility(source: KVLayout, target: KVLayout) -> Identical | Convertible
 
 
 def require_filled(source: KVLayout, target: KVLayout, what: str) -> None:
-    """Raises LayoutMismatch unless blocks of `source` make whole blocks of `target`."""
+    """Raise LayoutMismatch unless blocks of `source` fill whole blocks of `target`."""
     heads = common_heads(source, target)
     if heads != target.heads:
         raise LayoutMismatch(
@@ -67,7 +64,7 @@ def require_filled(source: KVLayout, target: KVLayout, what: str) -> None:
 
 
 def common_heads(source: KVLayout, target: KVLayout) -> range:
-    """The KV heads that both hold, numbered over the whole model; may be empty."""
+    """Return the KV heads that both hold, numbered over the whole model; may be empty."""
     first = max(source.heads.start, target.heads.start)
     return range(first, max(first, min(source.heads.stop, target.heads.stop)))
 

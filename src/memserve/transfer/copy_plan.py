@@ -1,4 +1,4 @@
-"""From lists of blocks to runs of bytes: what a transport copies, and from where to where."""
+"""Copy plans: lists of blocks on both sides become runs of bytes in regions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memserve.types import IndexArray
 
 
 class RegionTable:
-    """The regions of one pool, to find blocks in."""
+    """The regions of one pool, for look-ups of blocks."""
 
     def __init__(self, layout: KVLayout, regions: Sequence[Region]) -> None:
         """Raises LayoutMismatch for a region whose size the layout contradicts."""
@@ -40,7 +40,7 @@ class RegionTable:
         self._blocks = np.array([region.blocks for region in self.regions], dtype=np.int64)
 
     def locate(self, blocks: BlockList) -> tuple[IndexArray, IndexArray]:
-        """Region numbers [n] and indices within those [n]. Raises UnknownBlock."""
+        """Return region numbers [n] and indices within the regions [n]. Raises UnknownBlock."""
         keys = _keys(blocks.medium, blocks.index)
         number = np.searchsorted(self._first, keys, side="right") - 1
         within = keys - self._first[number] if len(self._first) else keys
@@ -61,7 +61,7 @@ def _keys(medium: IndexArray, index: IndexArray) -> IndexArray:
 
 
 class Axis(NamedTuple):
-    """A dimension of the bytes of a block that is not contiguous on both sides."""
+    """A dimension of a block's bytes that is not contiguous on both sides."""
 
     steps: int
     source_stride: int
@@ -69,7 +69,7 @@ class Axis(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """How the bytes of a block lie on both sides: `axes`, outermost first, of `nbytes`."""
+    """Layout of a block's bytes on both sides: `axes`, outermost first, of runs of `nbytes`."""
 
     axes: tuple[Axis, ...]
     nbytes: int
@@ -105,7 +105,7 @@ class RegionCopy:
         return int(self.count.sum()) * self.shape.block_bytes
 
     def chunks(self, limit: int) -> Iterator[RegionCopy]:
-        """The same copy in parts of at most `limit` bytes, but whole blocks."""
+        """Yield the copy in parts of at most `limit` bytes, but at least one block."""
         step = max(1, limit // self.shape.block_bytes)
         ends = np.cumsum(self.count)
         starts = ends - self.count  # of each run, counted in blocks over the whole copy
@@ -126,7 +126,7 @@ class RegionCopy:
             )
 
     def pieces(self) -> tuple[IndexArray, IndexArray, IndexArray]:
-        """Contiguous runs of bytes: source and target offsets in the regions, and sizes."""
+        """Return contiguous runs of bytes: source and target offsets in the regions, and sizes."""
         shape = self.shape
         source, target, count = self.source_start, self.target_start, self.count
         if not shape.dense:
@@ -144,7 +144,7 @@ class RegionCopy:
 
 
 def plan_copies(source: RegionTable, target: RegionTable, writes: WriteList) -> list[RegionCopy]:
-    """Cut `writes` by region and merge neighbours.
+    """Return the copies of `writes`: cut by region, with neighbouring blocks merged.
 
     Raises UnknownBlock; TransferError for layers or heads that are not in both.
     """
@@ -163,21 +163,21 @@ def plan_copies(source: RegionTable, target: RegionTable, writes: WriteList) -> 
 
 
 def _groups(keys: IndexArray) -> list[tuple[int, NDArray[np.bool_] | slice]]:
-    """The different keys, and where they are. Mostly it is one."""
+    """Return the different keys and their positions; most often there is one."""
     if len(keys) and (keys == keys[0]).all():
         return [(int(keys[0]), slice(None))]
     return [(key, keys == key) for key in np.unique(keys).tolist()]
 
 
 def split_pieces(copy: RegionCopy, limit: int) -> Iterator[tuple[int, int, int]]:
-    """`copy.pieces`, one by one, none longer than `limit` bytes."""
+    """Yield the pieces of `copy` (offsets and size), each of at most `limit` bytes."""
     for source, target, size in zip(*(array.tolist() for array in copy.pieces()), strict=True):
         for done in range(0, size, limit):
             yield source + done, target + done, min(limit, size - done)
 
 
 def _runs(source: IndexArray, target: IndexArray) -> tuple[IndexArray, IndexArray, IndexArray]:
-    """Starts on both sides and lengths of the runs that ascend by one on both."""
+    """Return the starts on both sides, and the lengths, of runs that ascend by one on both."""
     breaks: NDArray[np.bool_] = np.ones(len(source), dtype=np.bool_)
     breaks[1:] = (source[1:] - source[:-1] != 1) | (target[1:] - target[:-1] != 1)
     first = np.flatnonzero(breaks)
@@ -194,7 +194,7 @@ def _shape(
     some_layers: range | None,
     some_heads: range | None,
 ) -> Shape:
-    """Of copies from a region to another, each a layout and a number of blocks."""
+    """Return the shape of copies between regions, each given as layout and number of blocks."""
     source, target = ours[0], theirs[0]
     layers = range(source.layers) if some_layers is None else some_layers
     common = common_heads(source, target)
@@ -229,7 +229,7 @@ def _require_within(what: str, asked: range, there: range) -> None:
 
 
 def _strides(layout: KVLayout, blocks: int) -> tuple[int, ...]:
-    """Bytes from one block, layer, K or V, token and head to the next."""
+    """Return the bytes from one block, layer, K or V, token and head to the next."""
     memory = torch.empty(blocks * layout.block_bytes, dtype=torch.uint8, device="meta")
     size = layout.torch_dtype.itemsize
     return tuple(stride * size for stride in layout.views(memory, blocks).stride()[:5])

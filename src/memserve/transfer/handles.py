@@ -14,10 +14,8 @@ from memserve.types import InstanceId, RefArray
 
 
 class Transfer:
-    """Blocks on their way to a peer.
-
-    `sent`: blocks that went over, once it is done; less than asked if the peer had some.
-    """
+    """The caller's handle of a transfer to a peer. `sent`: number of blocks sent, once it is done;
+    less than asked if the peer's index had some."""
 
     def __init__(self, instance: InstanceId, refs: RefArray, cancel: Callable[[], None]) -> None:
         self.instance = instance
@@ -28,10 +26,10 @@ class Transfer:
 
     @property
     def refs(self) -> RefArray:
-        """The peer's blocks [n]; empty until they are known.
+        """References [n] to the peer's blocks; empty until they are known.
 
-        After a plain transfer without `dst` they are this caller's, to free with `free_mem`;
-        after one with insert they are the peer's index's, which may evict them.
+        After a plain transfer without `dst` the caller owns them, and frees them with `free_mem`;
+        after one with insert the peer's index owns them, and may evict them.
         """
         return self._refs
 
@@ -40,11 +38,11 @@ class Transfer:
         return self._outcome.done()
 
     def result(self, timeout: float | None = None) -> RefArray:
-        """`refs`, when every byte is there (and published); the source blocks are no longer
-        pinned then. After a failure they are until what was being written has drained, which
-        `cancel` and the peer's death do not wait for. Raises TransferTimeout after
-        `timeout` seconds, and the transfer goes on; TransferCancelled; PeerLost; OutOfBlocks
-        and other errors of the peer's pool; TransferError."""
+        """Wait for the end; return `refs`. All bytes are then at the peer (and published), and the
+        source blocks are unpinned. After a failure they stay pinned until the posted writes have
+        drained. Raises TransferTimeout after `timeout` seconds, and the transfer goes on;
+        TransferCancelled; PeerLost; OutOfBlocks and other errors of the peer's pool;
+        TransferError."""
         try:
             return self._outcome.result(timeout)
         except FutureTimeout as error:
@@ -55,11 +53,11 @@ class Transfer:
             ) from error
 
     def cancel(self) -> None:
-        """Stop, unless the commit is on its way already. `result` says which it was."""
+        """Abort unless Commit is sent; `result` tells the outcome."""
         self._cancel()
 
     def on_done(self, call: Callable[[], None]) -> None:
-        """Have `call` called at the end, on the pool's I/O thread: it must not block."""
+        """Call `call` at the end, on the transfer thread; it must not block."""
         self._outcome.add_done_callback(lambda _: call())
 
     def succeed(self, refs: RefArray, sent: int) -> None:
@@ -72,7 +70,8 @@ class Transfer:
 
 
 class OpenTransfer(Transfer):
-    """A transfer whose blocks become ready bit by bit; nothing is visible before `commit`."""
+    """A transfer that the caller writes part by part; the peer publishes nothing before
+    `commit`."""
 
     def __init__(
         self,
@@ -90,26 +89,25 @@ class OpenTransfer(Transfer):
         self._seal = seal
 
     def write(self, layers: range | None = None, first: int = 0, last: int | None = None) -> None:
-        """Blocks `first`..`last` have their final bytes in these layers (all, if None).
-
-        Raises TransferError after `commit`."""
+        """Write blocks `first` to `last - 1`, which have their final bytes in these layers (None:
+        all). Raises TransferError after `commit`."""
         if self._sealed:
             raise TransferError("no write may follow the commit")
         self._write(Round(first, self._blocks if last is None else last, layers))
 
     def commit(self) -> None:
-        """There was the last write: publish when all are there."""
+        """Have the peer publish the blocks once all writes have ended. Idempotent."""
         if not self._sealed:
             self._sealed = True
             self._seal()
 
 
 class PeerStats(msgspec.Struct, frozen=True):
-    """What goes on with peers; the counters only grow."""
+    """Numbers of open transfers and blocks with peers, and counters since the start."""
 
     outgoing: int = 0  # transfers from here that have not ended
     incoming: int = 0  # transfers to here, committed ones that are remembered included
-    quarantined: int = 0  # blocks that a peer may still write to, and nobody may have
+    quarantined: int = 0  # blocks that a peer may still write to, which nobody else gets
     granted: int = 0  # blocks that peers have allocated here
     malformed: int = 0  # messages
     mismatched: int = 0  # messages of another protocol version or layout

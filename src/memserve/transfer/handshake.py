@@ -28,24 +28,24 @@ from memserve.transfer.wire import (
 )
 from memserve.types import Epoch, InstanceId, Owner
 
-# Connections ended before a Hello after which no more are tried. Who does not know the secret
-# is hung up on; but once may be a peer that died just then.
+# Connections that end before a Hello until the address is given up: peers hang up on a wrong
+# secret. One such end may be a peer that died.
 REFUSALS = 2
 
 
 @dataclass(slots=True, eq=False)
 class Dialled:
-    """Somebody waits for the first Hello of `instance`."""
+    """A `connect` call that waits for the first Hello of `instance`."""
 
     instance: InstanceId
     dealer: Dealer
     outcome: Future[Owner]
     gives_up_at: float
-    refusal: PeerRefused | None = None  # what the other side has said last, or deserved
+    refusal: PeerRefused | None = None  # the last reason for which no Hello was accepted
 
 
 class Dialler:
-    """Owns connections until a peer has answered."""
+    """Owns dialled connections until the peer's Hello."""
 
     def __init__(self, sockets: PoolSockets) -> None:
         self._sockets = sockets
@@ -58,11 +58,11 @@ class Dialler:
         self._waiting.append(dialled)
 
     def by(self, path: Way) -> Dialled | None:
-        """Who waits for what comes this way."""
+        """Return the call that waits for a Hello on this connection."""
         return next((each for each in self._waiting if each.dealer is path), None)
 
     def succeed(self, dialled: Dialled, owner: Owner) -> None:
-        """The connection is the peer's from now on."""
+        """End the wait with the peer's life, which owns the connection from now on."""
         self._waiting.remove(dialled)
         dialled.outcome.set_result(owner)
 
@@ -72,12 +72,12 @@ class Dialler:
         dialled.outcome.set_exception(error)
 
     def abandon(self) -> None:
-        """The pool was closed: nobody will answer."""
+        """Fail all waits: the pool was closed."""
         for dialled in list(self._waiting):
             self.fail(dialled, PeerLost("the pool was closed"))
 
     def on_tick(self, now: float) -> list[Dealer]:
-        """Whom to greet again."""
+        """Fail waits that are due. Return the connections on which Hello is to be repeated."""
         for dialled in list(self._waiting):
             address = dialled.dealer.address
             if dialled.dealer.foreign or dialled.dealer.broken >= REFUSALS:
@@ -89,7 +89,7 @@ class Dialler:
         return [dialled.dealer for dialled in self._waiting]
 
 
-_ANYBODY = Epoch(0)  # the receiver of a Hello to whoever is there
+_ANYBODY = Epoch(0)  # the receiver of a Hello: any life at the address
 
 
 @dataclass(slots=True)
@@ -104,12 +104,12 @@ class Counters:
 
 
 class Handshakes:
-    """Owns what peers are told of this pool, and the connections that have not answered yet."""
+    """Owns this pool's Hello, and the connections on which none has come yet."""
 
     def __init__(
         self, pool: SharedPool, sockets: PoolSockets, transports: list[Transport], peers: Peers
     ) -> None:
-        """`transports`: this object's to fill, and shared with `peers`."""
+        """`transports`: filled here, and read by `peers`."""
         self._pool = pool
         self._sockets = sockets
         self._transports = transports
@@ -123,7 +123,7 @@ class Handshakes:
         self.dialler = Dialler(sockets)
         self.counters = Counters()
 
-    # --- this side ------------------------------------------------------------------------
+    # --- this pool to its peers -----------------------------------------------------------
 
     def add_transport(self, transport: Transport) -> None:
         """Raises TransferError."""
@@ -135,7 +135,7 @@ class Handshakes:
         return any(transport.name == name for transport in self._transports)
 
     def refresh_memory(self) -> None:
-        """The pool's memory may have grown or shrunk: tell transports and peers."""
+        """Tell transports and peers if the pool's memory has grown or shrunk."""
         if self._memory_version == self._pool.memory_version:
             return
         self._memory_version = self._pool.memory_version
@@ -151,7 +151,7 @@ class Handshakes:
         self._introduce_to_all()
 
     def greet(self, path: Way, *, answer: bool) -> bool:
-        """Say who this is. Whether that was queued."""
+        """Send a Hello. Return whether it was queued."""
         offers = tuple(Offer(each.name, each.describe()) for each in self._transports)
         memory = pool_regions(self._pool.layout, self._registered)
         hello = Hello(
@@ -160,12 +160,12 @@ class Handshakes:
         return self._say(path, hello)
 
     def greet_the_lost(self) -> None:
-        """Those whose life has ended: another may have begun behind the same address."""
+        """Send a Hello to addresses whose life has ended: another may have begun there."""
         for peer in self._peers:
             if peer.life is None and peer.dealer is not None:
                 self.greet(peer.dealer, answer=True)
 
-    # --- the other side -------------------------------------------------------------------
+    # --- peers to this pool ---------------------------------------------------------------
 
     def read(self, arrival: Arrival) -> Envelope:
         """Raises Malformed; Mismatch."""
@@ -174,8 +174,8 @@ class Handshakes:
     def on_hello(
         self, arrival: Arrival, sender: Owner, hello: Hello, silent: bool
     ) -> list[Owner] | None:
-        """Returns the lives that this ends; None if it is not to be talked to. `silent`: nothing
-        is heard of the life that is known by its name."""
+        """Return the lives that have certainly ended; None if the sender is refused. `silent`: the
+        known life of the sender's instance is silent."""
         dialled = self.dialler.by(arrival.path)
         if dialled is not None and sender.instance != dialled.instance:
             text = f"at {dialled.dealer.address} is {sender.instance!r}, not {dialled.instance!r}"
@@ -185,7 +185,7 @@ class Handshakes:
             compatibility(self._pool.layout, hello.memory.layout)
         except LayoutMismatch as error:
             self.counters.mismatched += 1
-            if hello.answer:  # so that it finds the same
+            if hello.answer:  # the other side then finds the same mismatch
                 self.greet(arrival.path, answer=False)
             if dialled is not None:
                 self.dialler.fail(dialled, error)
@@ -214,8 +214,7 @@ class Handshakes:
         return over
 
     def on_not_welcome(self, arrival: Arrival, message: NotWelcome) -> None:
-        """Somebody that this pool has dialled does not want it, for now. Others may say what they
-        like."""
+        """Note the refusal if this pool has dialled the sender; ignore it otherwise."""
         dialled = self.dialler.by(arrival.path)
         if dialled is not None:
             text = message.reason.message
@@ -246,7 +245,7 @@ class Handshakes:
         return self._sockets.send(path, self.header, encode(self._pool.owner, _ANYBODY, message))
 
     def _introduce_to_all(self) -> None:
-        """What is said next may rely on it, so it must not come sooner, on whatever way."""
+        """Send a Hello on each way before any message that relies on it."""
         self._edition += 1
         for peer in self._peers:
             for path in (peer.dealer, peer.route):

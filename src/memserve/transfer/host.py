@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from memserve.pool.segment import pid_namespace, start_time
-from memserve.transfer.base import Natural
-from memserve.transfer.regions import host_id
+from memserve.pool.segment import SHM_DIRECTORY, pid_namespace, start_time
+from memserve.transfer.base import HostId, Natural
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@lru_cache(maxsize=1)
+def host_id() -> HostId:
+    """Return the host of this process. Containers on one machine differ unless they share
+    /dev/shm."""
+    return HostId(_BOOT_ID.read_text(encoding="ascii").strip(), os.stat(SHM_DIRECTORY).st_dev)
 
 
 class ProcessTag(msgspec.Struct, frozen=True, array_like=True):
-    """One process; `start` tells it from a later one with its pid."""
+    """One process; `start` distinguishes it from a later process with the same pid."""
 
     boot: Annotated[str, Meta(max_length=64)]
     pid_namespace: Natural
@@ -35,8 +44,8 @@ def _tag(pid: int) -> ProcessTag:
 
 
 def is_known_dead(process: ProcessTag) -> bool:
-    """Whether it has certainly ended. A process of another host or PID namespace cannot be
-    seen from here; nor can one of another user where /proc hides those."""
+    """Return whether a process has certainly ended. Processes of other hosts and PID namespaces
+    cannot be seen; nor can those of other users where /proc hides them."""
     if not is_visible(process):
         return False
     try:
@@ -46,6 +55,6 @@ def is_known_dead(process: ProcessTag) -> bool:
 
 
 def is_visible(process: ProcessTag) -> bool:
-    """Whether `is_known_dead` will say so once it has ended."""
+    """Return whether `is_known_dead` will report the end of this process."""
     own = own_process()
     return (process.boot, process.pid_namespace) == (own.boot, own.pid_namespace)

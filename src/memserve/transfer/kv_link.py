@@ -17,7 +17,7 @@ from memserve.errors import PeerLost, PoolError, TransferError, TransferTimeout,
 from memserve.transfer.conversion import meaning
 from memserve.transfer.kv_stream import KVStream, ended
 from memserve.transfer.mempool import MemPool
-from memserve.transfer.session import LEASE
+from memserve.transfer.session import HEARTBEAT, LEASE
 from memserve.types import InstanceId, Medium, Namespace, TokenArray
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ LINGER_SECONDS = 2 * LEASE
 # Seconds for which `meet` repeats a peer's last error instead of connecting again.
 REFUSED_SECONDS = 1.0
 MAX_REFUSED = 1024  # peers whose last error is remembered
+LOOK_SECONDS = 0.1  # between looks at a peer's lease in `until_lost`
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,16 +140,35 @@ class PoolLink:
         finally:
             del self._meetings[peer]
 
+    async def until_lost(self, peer: PoolPeer) -> str:
+        """Return why a peer's instance can no longer be waited for: its pool cannot be reached, is
+        silent for a LEASE, or says that its process is stalled."""
+        try:
+            await self.meet(peer)
+        except (TransferError, PoolError) as error:
+            if not self._pool.hears(peer.id):  # it may have connected to this pool
+                return str(error)
+        while self._pool.hears(peer.id):  # noqa: ASYNC110 - another thread keeps the lease
+            await asyncio.sleep(LOOK_SECONDS)
+        self.lost(peer)
+        return f"{peer.id} is silent"
+
     async def run(self) -> None:
-        """Never return; the pool's owner watches the pool's threads."""
-        await asyncio.Event().wait()
+        """Never return: tell peers that this event loop runs. The pool's owner watches the pool's
+        threads."""
+        while True:
+            self._pool.vouch()
+            await asyncio.sleep(HEARTBEAT)
 
     async def transport(self, peer: PoolPeer) -> str:
         """Return the name of the transport to a peer, after a round trip without KV.
         Raises TransferError, LayoutMismatch."""
         await self.meet(peer)
         try:
-            return await asyncio.to_thread(self._pool.transport_to, peer.id)
+            name = await asyncio.to_thread(self._pool.transport_to, peer.id)
+            if not self._pool.hears(peer.id):
+                raise PeerLost(f"{peer.id} serves no calls")
+            return name
         except (PeerLost, UnknownPeer):
             self.lost(peer)
             raise

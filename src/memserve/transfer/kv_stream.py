@@ -57,15 +57,15 @@ class KVStream:
         self._pool = pool
         self._mode = mode
         self._lock = threading.Lock()  # guards what follows
-        self._leg: _StreamAttempt | None = None  # the transfer of the last admission
+        self._attempt: _StreamAttempt | None = None  # the transfer of the last admission
         self._refusal: TransferError | PoolError | None = None  # why that admission has none
         self._closed = False
 
     def begin(self, refs: RefArray) -> _StreamAttempt | None:
         with self._lock:
-            if self._closed or (self._leg is not None and self._leg.complete):
+            if self._closed or (self._attempt is not None and self._attempt.complete):
                 return None
-            self._leg = self._refusal = None
+            self._attempt = self._refusal = None
             try:
                 transfer = self._pool.open_transfer(
                     self.peer.id,
@@ -77,8 +77,8 @@ class KVStream:
             except (TransferError, PoolError) as error:
                 self._refusal = error
                 return None
-            self._leg = _StreamAttempt(self, self._pool, self._mode, transfer)
-            return self._leg
+            self._attempt = _StreamAttempt(self, self._pool, self._mode, transfer)
+            return self._attempt
 
     async def finish(self) -> int:
         """Commit when all KV is computed, and wait until the peer has published the blocks.
@@ -87,27 +87,27 @@ class KVStream:
         Raises TransferError, or an error of the peer's pool (OutOfBlocks).
         """
         with self._lock:
-            leg, refusal = self._leg, self._refusal
-        if leg is None:
+            attempt, refusal = self._attempt, self._refusal
+        if attempt is None:
             raise refusal or TransferError("nothing was computed")
-        leg.commit()
+        attempt.commit()
         try:
             async with asyncio.timeout(DEADLINE):
-                await ended(leg.transfer)
+                await ended(attempt.transfer)
         except TimeoutError as error:
             text = f"KV did not reach {self.peer.id} within {DEADLINE:g} s"
             raise TransferTimeout(text) from error
-        leg.let_go()  # the transfer thread may not have run it yet
-        leg.transfer.result(0)
-        return leg.transfer.sent
+        attempt.let_go()  # the transfer thread may not have run it yet
+        attempt.transfer.result(0)
+        return attempt.transfer.sent
 
     def close(self) -> None:
         """Cancel the transfer unless its Commit is sent. Idempotent."""
         with self._lock:
             self._closed = True
-            leg = self._leg
-        if leg is not None:
-            leg.cancel()
+            attempt = self._attempt
+        if attempt is not None:
+            attempt.cancel()
 
 
 class _StreamAttempt:

@@ -1,4 +1,4 @@
-"""A peer's shared memory, mapped into this process."""
+"""`PeerMemory`: a peer's shared memory segments, mapped into this process."""
 
 from __future__ import annotations
 
@@ -17,25 +17,23 @@ from memserve.pool.segment import is_segment_name
 from memserve.pool.storage import lock_pages, unlock_pages
 from memserve.transfer.base import Region
 
-# Segments up to this size get their page table at once, 40 ms for each GiB. One by one, the page
-# faults of first writes take as long as the copy; but heartbeats must not wait for seconds.
+# Segments up to this size are mapped with all their pages, 40 ms for each GiB: page faults of first
+# writes take as long as the copy. Larger ones would delay heartbeats for seconds.
 POPULATE_BYTES = 4 * 1024 * 1024 * 1024
 _MADV_POPULATE_WRITE = 23  # linux/mman.h
 _libc = ctypes.CDLL(None)
 
 
 def _populate(memory: NDArray[np.uint8]) -> None:
-    """Map all pages now. MAP_POPULATE would do it with the interpreter's lock held, and every
-    sequence that decodes here would stand still; calls through ctypes give the lock up. Kernels
-    before 5.14 refuse, and pages are mapped when they are written to.
-    """
+    """Map all pages now. Unlike MAP_POPULATE this releases the GIL, so that decoding goes on.
+    Kernels before 5.14 refuse; pages are then mapped at their first write."""
     _libc.madvise(
         ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), _MADV_POPULATE_WRITE
     )
 
 
 class Mapping:
-    """One segment. The memory stays as long as this object lives, whatever its owner does."""
+    """One mapped segment. The memory stays mapped as long as this object exists."""
 
     def __init__(self, path: Path, nbytes: int, page_locked: bool) -> None:
         """`page_locked`: for direct copies from a GPU. Raises SegmentGone."""
@@ -74,7 +72,7 @@ class PeerMemory:
         self._mappings: dict[str, Mapping] = {}
 
     def open(self, region: Region) -> Mapping:
-        """Raises SegmentGone where the region cannot be mapped, now or ever."""
+        """Return the mapping of a region. Raises SegmentGone if it cannot be mapped."""
         if region.segment is None:
             raise SegmentGone(f"{region.medium.name} of the peer is not shared memory")
         if not is_segment_name(region.segment):
@@ -88,7 +86,7 @@ class PeerMemory:
         return mapping
 
     def keep_only(self, regions: list[Region]) -> None:
-        """Unmap what the peer no longer has, as soon as no copy uses it."""
+        """Drop the mappings of other regions; they are unmapped when no copy uses them."""
         kept = {region.segment for region in regions}
         for name in self._mappings.keys() - kept:
             del self._mappings[name]

@@ -133,6 +133,17 @@ class MemPool(SharedPool):
             raise TransferError(life.obstacle)
         return life.transport.name
 
+    def vouch(self) -> None:
+        """Tell that this process serves calls. From the first `vouch` on, peers hear that the
+        process is stalled when none has come for a LEASE."""
+        self.vouched = self._transfer_clock.now()
+
+    def hears(self, instance: str) -> bool:
+        """Return whether a peer is connected, heard of within a LEASE, and not stalled. Waits for
+        no other thread."""
+        service = self._service
+        return service is not None and service.hears(InstanceId(instance))
+
     def threads(self) -> list[threading.Thread]:
         """Return the threads that must run until `close`; transfers need them."""
         return [] if self._service is None else [self._service.thread]

@@ -1,4 +1,4 @@
-"""Transfers between any two hosts, through NIXL: RDMA, TCP, or within one host."""
+"""`NixlTransport`: writes between any two hosts by NIXL, over RDMA or TCP, or within one host."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from memserve.transfer.copy_plan import RegionCopy, RegionTable, plan_copies
 from memserve.transfer.nixl_agent import MetadataConflict, NixlAgent, Request, RequestState
 from memserve.types import InstanceId, Owner
 
-# One request. NIXL cannot take back what is posted: this, times the window, is what goes on
-# after a cancel. Within one host a post copies before it returns: a few milliseconds.
+# Bytes of one request. NIXL cannot cancel a posted request: CHUNK_BYTES * WINDOW bytes may still be
+# written after a cancel. Within one host a post copies before it returns: a few milliseconds.
 CHUNK_BYTES = 8 * 1024 * 1024
-# Requests in flight to one peer: enough that the next is there when one ends.
+# Requests in flight to one peer, so that the next one is posted when one ends.
 WINDOW = 4
 
 
@@ -36,7 +36,7 @@ class _Link:
 
     owner: Owner
     table: RegionTable
-    metadata: bytes | None  # not loaded yet, because NIXL must forget something first
+    metadata: bytes | None  # to load, once NIXL has forgotten the former; None: loaded
     posted: int = 0  # requests in flight
     broken: TransferError | None = None
 
@@ -59,15 +59,15 @@ class _Job:
 
 
 def _agent_name(owner: Owner) -> str:
-    """With the epoch: NIXL refuses another agent of a name that it knows."""
+    """Return the name of a life's agent. NIXL refuses two agents of one name, hence the epoch."""
     return f"{owner.instance}.{owner.epoch}"
 
 
 class NixlTransport:
-    """Posts scatter-gather writes, a window at a time, and polls them.
+    """Posts scatter-gather writes, up to WINDOW at a time, and polls them.
 
-    A request in progress is never released, nor its peer forgotten: NIXL would then say no
-    more of it, while it still reads the source and writes the target.
+    Neither a request in progress is released nor its peer forgotten: NIXL would report no end of
+    it, and go on reading the source and writing the target.
     """
 
     name = "nixl"
@@ -144,7 +144,7 @@ class NixlTransport:
         ended = []
         for ticket, job in list(self._jobs.items()):
             self._post_more(job)
-            self._check(job)  # behind it: within a host, what was posted is done already
+            self._check(job)  # afterwards: within a host, a posted request is done already
             if not job.to_post and not job.requests:
                 ended.append(self._end(ticket, job))
         self._forget_left()
@@ -154,12 +154,12 @@ class NixlTransport:
 
     def cancel(self, ticket: Ticket) -> None:
         job = self._jobs.get(ticket)
-        if job is not None and job.to_post:  # otherwise all of it is on its way, or failed
+        if job is not None and job.to_post:  # else all requests are posted, or one has failed
             job.to_post = False
             job.cancelled = True
 
     def close(self) -> None:
-        # The agent goes first: until then it may read the memory.
+        # The agent first: until it is deleted, it may read the memory.
         del self._agent
         self._jobs.clear()
         self._links.clear()
@@ -168,7 +168,7 @@ class NixlTransport:
         self._table = RegionTable(self._layout, ())
 
     def _check(self, job: _Job) -> None:
-        """Look at what is posted, and let go of what has ended."""
+        """Release the requests that have ended."""
         for request in list(job.requests):
             try:
                 if self._agent.state(request) is RequestState.IN_PROGRESS:
@@ -216,7 +216,7 @@ class NixlTransport:
         return Completion(ticket, Outcome.DONE)
 
     def _load(self, link: _Link) -> None:
-        """Tell NIXL of a peer's memory, as soon as nothing is in the way."""
+        """Load a peer's metadata into NIXL, once no request to its former memory is in flight."""
         names = {leaving.agent for leaving in self._leaving}
         if link.metadata is None or link.broken is not None or link.agent in names:
             return

@@ -1,4 +1,4 @@
-"""The part of NIXL that transfers need, typed."""
+"""`NixlAgent`: a typed interface to the part of NIXL that transfers use."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ from memserve.types import IndexArray
 
 Request = NewType("Request", int)
 
-# Microseconds that NIXL's progress thread sleeps between looks; it spins on a core otherwise.
+# Microseconds between two polls of NIXL's progress thread; without, it spins on a core.
 PROGRESS_DELAY = 1000
 
 _BACKEND = "UCX"
-# The progress thread and the one that posts share a lock. By default they spin for it, which took
-# 40 % of a sender's time over TCP. UCX_* variables of these names come first.
+# A mutex for the lock that the progress thread and the posting one share: spinning for it took 40 %
+# of a sender's time over TCP. UCX_* variables of these names take precedence.
 _UCX_OPTIONS = ("USE_MT_MUTEX=y",)
-# What TCP reads ahead, 64 KiB by default, is copied once more to its place: a fifth of a receiver's
-# time. It may not be less than what is sent ahead, 8 KiB unless that is set.
+# Bytes that TCP reads ahead, which are copied once more: 64 KiB, the default, took a fifth of a
+# receiver's time. At least _SENT_AHEAD's value, which is 8 KiB by default.
 _READ_AHEAD = "TCP_RX_SEG_SIZE=8k"
 _SENT_AHEAD = "UCX_TCP_TX_SEG_SIZE"
 
 
 class RequestState(Enum):
-    """How far a posted request is."""
+    """State of a posted request."""
 
     IN_PROGRESS = "in progress"
     DONE = "done"
 
 
 class MetadataConflict(TransferError):
-    """A peer's metadata that contradicts what is known of it; forget it first."""
+    """A peer's metadata contradicts its loaded metadata; forget the peer first."""
 
 
 def load_bindings() -> ModuleType:
-    """NIXL's own, without the wrapper that has the progress thread spin. Raises TransferError."""
+    """Return NIXL's bindings, whose Python wrapper would let the progress thread spin. Raises
+    TransferError."""
     try:
         return importlib.import_module("nixl._bindings")
     except ImportError as error:
@@ -54,7 +55,7 @@ def load_bindings() -> ModuleType:
 
 
 def ucx_options(tls: str | None, environment: Mapping[str, str]) -> list[str]:
-    """What UCX is told, unless variables of the `environment` say otherwise: NAME=value."""
+    """Return UCX's options as NAME=value; variables of `environment` take precedence."""
     options = list(_UCX_OPTIONS)
     if _SENT_AHEAD not in environment:
         options.append(_READ_AHEAD)
@@ -97,7 +98,7 @@ class NixlAgent:
             raise TransferError(f"NIXL agent {name!r}: {error}") from error
 
     def register(self, local: LocalRegion) -> object:
-        """Returns what `deregister` takes. Raises TransferError."""
+        """Register memory; return the handle for `deregister`. Raises TransferError."""
         region = local.region
         row = np.array([[region.address, region.nbytes, region.device or 0]], dtype=np.uint64)
         handle: object = self._nixl.nixlRegDList(self._memory_type(region), row)
@@ -111,16 +112,13 @@ class NixlAgent:
         self._agent.deregisterMem(handle, [self._backend])
 
     def metadata(self) -> bytes:
-        """How peers reach this agent and its registered memory."""
+        """Return the description of this agent and its registered memory, for peers' `load`."""
         metadata: bytes = self._agent.getLocalMD()
         return metadata
 
     def load(self, metadata: bytes) -> str:
-        """Know a peer, or its newly registered memory; returns the name of its agent.
-
-        Raises MetadataConflict where a registration was replaced by another at its address;
-        TransferError.
-        """
+        """Load a peer's metadata; return the name of its agent. Raises MetadataConflict if a
+        registration was replaced by another at its address; TransferError."""
         try:
             name: bytes = self._agent.loadRemoteMD(metadata)
         except self._nixl.nixlNotAllowedError as error:
@@ -130,11 +128,11 @@ class NixlAgent:
         return name.decode(errors="replace")  # a peer chose it
 
     def forget(self, name: str) -> None:
-        """Forget a peer. What is posted to it goes on, out of sight."""
+        """Forget a peer. Requests in progress go on unseen."""
         try:
             self._agent.invalidateRemoteMD(name)
         except self._nixl.nixlNotFoundError:
-            return  # a connection that broke took it away already
+            return  # NIXL forgot it when the connection broke
 
     def write(
         self,
@@ -143,10 +141,8 @@ class NixlAgent:
         target: tuple[Region, IndexArray],
         nbytes: IndexArray,
     ) -> Request:
-        """Begin to write pieces of a local region, at offsets [n], into a peer's.
-
-        Raises PeerLost.
-        """
+        """Start to write pieces of a local region, at offsets [n], into a peer's region. Raises
+        PeerLost."""
         ours = self._descriptors(*source, nbytes)
         theirs = self._descriptors(*target, nbytes)
         request: int | None = None
@@ -162,7 +158,7 @@ class NixlAgent:
         return Request(request)
 
     def state(self, request: Request) -> RequestState:
-        """Raises PeerLost for a request that failed. It has stopped."""
+        """Return a request's state. Raises PeerLost for one that failed, which has stopped."""
         try:
             status = self._agent.getXferStatus(request)
         except self._failures as error:
@@ -172,8 +168,8 @@ class NixlAgent:
         return RequestState.DONE
 
     def release(self, request: Request) -> None:
-        """Forget a request that ended. One in progress would go on, out of sight."""
-        with suppress(*self._failures):  # it is forgotten already, with its connection
+        """Release a request that has ended. One in progress would go on unseen."""
+        with suppress(*self._failures):  # NIXL released it when the connection broke
             self._agent.releaseXferReq(request)
 
     def _descriptors(self, region: Region, offsets: IndexArray, nbytes: IndexArray) -> object:

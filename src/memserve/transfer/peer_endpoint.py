@@ -17,6 +17,7 @@ from memserve.transfer.regions import PathName
 from memserve.transfer.remote_frees import RemoteFrees
 from memserve.transfer.sender import Outgoing, Sender
 from memserve.transfer.session import (
+    LEASE,
     Action,
     Actions,
     Allocate,
@@ -134,14 +135,17 @@ class PeerEndpoint:
         """Send heartbeats, and find lives that have ended; called once per HEARTBEAT."""
         for owner in self.peers.ended():
             self.on_over(owner, now)
-        for owner in self.table.forsaken(now):
+        for owner in self.table.abandoned(now):
             if not self.peers.sees(owner):
                 self.peers.sever(owner)
-                self.perform(self.table.forsake(owner, now), now)
+                self.perform(self.table.free_abandoned(owner, now), now)
         for owner in self.table.prune(self.peers.known(), now):
             if not self.peers.sees(owner):
                 self.on_over(owner, now)
-        self.say_to_all(Beat(answer=True))
+        for peer in self.peers:
+            if peer.life is not None:
+                peer.life.silent = self.table.silent(peer.life.owner, now)
+        self.say_to_all(self._beat(now, answer=True))
         self.handshakes.greet_the_lost()
         self.receiver.prune()
         for owner in self.receiver.grantees():
@@ -255,6 +259,10 @@ class PeerEndpoint:
 
     # --- inside ---------------------------------------------------------------------------
 
+    def _beat(self, now: float, *, answer: bool) -> Beat:
+        vouched = self._pool.vouched
+        return Beat(answer, stalled=vouched is not None and now - vouched >= LEASE)
+
     def _on_envelope(self, arrival: Arrival, envelope: Envelope, now: float) -> None:
         sender, message = envelope.sender, envelope.message
         if self.table.is_gone(sender):
@@ -305,8 +313,10 @@ class PeerEndpoint:
             case Hello() | NotWelcome():
                 raise AssertionError("handled before")
             case Beat():
+                life = self.peers.current(sender.instance)
+                life.silent, life.stalled = False, message.stalled
                 if message.answer:
-                    self.say(sender, Beat(answer=False))
+                    self.say(sender, self._beat(now, answer=False))
             case Bye():
                 self.on_over(sender, now)
             case FreeBlocks():

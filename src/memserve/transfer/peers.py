@@ -1,4 +1,4 @@
-"""The instances that a pool knows: which life of each is current, and how to reach it."""
+"""`Peers`: the instances that a pool knows, the current life of each, and the way to it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from memserve.errors import LayoutMismatch, PeerRefused, TransferError, UnknownPeer
 from memserve.transfer.base import Completion, PoolRegions, Transport
-from memserve.transfer.host import ProcessTag, is_known_dead, is_visible
-from memserve.transfer.regions import PathName, choose_transport, host_id
+from memserve.transfer.host import ProcessTag, host_id, is_known_dead, is_visible
+from memserve.transfer.regions import PathName, choose_transport
 from memserve.transfer.sockets import Dealer, Way
 from memserve.transfer.unix_socket import UnixAddress, is_unix_socket
 from memserve.transfer.wire import Hello
@@ -18,24 +18,31 @@ from memserve.types import InstanceId, Owner
 # Instances that a pool knows at a time: more than any cluster has, and fewer than there are numbers
 # for owners.
 MAX_PEERS = 4096
-# Connections that one life has to us: one, and those that broke a moment ago.
+# Remembered connections of one life: the present one, and those that broke recently.
 ROUTES = 4
 
 
 @dataclass(slots=True, eq=False)
 class PeerSession:
-    """One life of a peer, as it introduced itself."""
+    """One life of a peer (an instance and an epoch), as its Hello described it."""
 
     owner: Owner
     process: ProcessTag
     memory: PoolRegions
     hello: Hello
     unix_address: UnixAddress | None = None  # its socket, if it is on this host
-    # Its connections to us, on which it has said who it is; the last few.
+    # Names of its last connections to us on which a Hello came.
     routes: deque[bytes] = field(default_factory=lambda: deque(maxlen=ROUTES))
-    transport: Transport | None = None  # None: no way to write into its memory
-    obstacle: str = ""  # why there is none
+    transport: Transport | None = None  # None: none reaches its memory
+    obstacle: str = ""  # why `transport` is None
     unix_route: UnixAddress | None = None  # `unix_address`, while it takes what is sent there
+    silent: bool = False  # not heard of for a LEASE, at the last beat
+    stalled: bool = False  # its last Beat says so
+
+    @property
+    def lost(self) -> bool:
+        """Whether nothing may be waited for from this life's instance."""
+        return self.silent or self.stalled
 
 
 @dataclass(slots=True, eq=False)
@@ -53,11 +60,11 @@ class Peer:
 
 
 class Peers:
-    """Follows lives. A life whose process may still run, though a later one has taken its
-    name, is watched: what it writes must not land in blocks of others."""
+    """Known instances and their lives. A replaced life whose process may still run is *watched*: it
+    may still write here, so its blocks are not reused before its process has ended."""
 
     def __init__(self, transports: Sequence[Transport], path: PathName) -> None:
-        """`transports`: shared with whoever adds one later."""
+        """`transports`: the caller may add to the list later."""
         self._transports = transports
         self._path = path
         self._by_instance: dict[InstanceId, Peer] = {}
@@ -70,7 +77,7 @@ class Peers:
         return self._by_instance.get(instance)
 
     def add(self, instance: InstanceId) -> Peer:
-        """Raises PeerRefused where there are too many."""
+        """Return the peer, added if it is new. Raises PeerRefused for more than MAX_PEERS."""
         peer = self._by_instance.get(instance)
         if peer is None:
             if len(self._by_instance) >= MAX_PEERS:
@@ -79,11 +86,11 @@ class Peers:
         return peer
 
     def known(self) -> set[Owner]:
-        """The current lives."""
+        """Return the current lives."""
         return {peer.life.owner for peer in self if peer.life is not None}
 
     def current(self, instance: InstanceId) -> PeerSession:
-        """Raises UnknownPeer."""
+        """Return the current life of an instance. Raises UnknownPeer."""
         peer = self._by_instance.get(instance)
         if peer is None:
             known = ", ".join(sorted(self._by_instance)) or "none"
@@ -93,8 +100,8 @@ class Peers:
         return peer.life
 
     def is_from(self, owner: Owner, way: Way) -> bool:
-        """Whether a current life has introduced itself on the way that a message of its came.
-        The kernel says whose socket a datagram is from, and ZeroMQ which connection a frame."""
+        """Return whether `owner` is a current life that has said Hello on `way`. The kernel names
+        the socket that a datagram came from, ZeroMQ the connection of a frame."""
         peer = self._by_instance.get(owner.instance)
         if peer is None or peer.life is None or peer.life.owner != owner:
             return False
@@ -103,11 +110,11 @@ class Peers:
         return way in peer.life.routes if isinstance(way, bytes) else way is peer.dealer
 
     def introduce(self, owner: Owner, hello: Hello, way: Way, silent: bool) -> list[Owner]:
-        """A life says who it is, or that its memory changed. `silent`: nothing is heard of the
-        life that is known by this name. Returns the lives that this ends for certain.
+        """Take a Hello of a new life, or of a known one whose memory changed. `silent`: the known
+        life of this instance is silent. Returns the lives that have certainly ended.
 
-        Raises PeerRefused while another life of its name is there: which of two is the later one
-        nobody can tell from what they say, so the one that is heard of keeps the name.
+        Raises PeerRefused while another life of the instance is heard: messages do not tell which
+        of two lives is the later one, so the one that is heard keeps the name.
         """
         peer = self.add(owner.instance)
         known = peer.life
@@ -116,7 +123,7 @@ class Peers:
             over = self._replace(known, peer, way, silent)
             known = None
         if known is not None and hello.edition < known.hello.edition:
-            life = known  # it was on its way for longer than a later one
+            life = known  # a later Hello overtook this one
         else:
             life = peer.life = PeerSession(owner, hello.process, hello.memory, hello)
             if known is not None:
@@ -130,9 +137,9 @@ class Peers:
         return over
 
     def _replace(self, known: PeerSession, peer: Peer, way: Way, silent: bool) -> list[Owner]:
-        """Another life takes the place of a known one; returns that one if it is over."""
+        """Let another life take the place of a known one; return the known one if it has ended."""
         dead = is_known_dead(known.process)
-        # Somebody else answers where it listened, so it does so no more.
+        # Another process answers at its address.
         moved_in = peer.dealer is not None and way is peer.dealer
         if not (dead or moved_in or silent):
             raise PeerRefused(
@@ -142,11 +149,11 @@ class Peers:
         if is_visible(known.process) and not dead:
             self._watched[known.owner] = known.process
             return []
-        # Of a life on another host that is only silent, writes may still be under way.
+        # A silent life on another host may still have writes under way.
         return [known.owner] if dead or moved_in else []
 
     def ended(self) -> list[Owner]:
-        """Lives whose processes have ended since the last call."""
+        """Return the lives whose processes have ended since the last call."""
         lives = dict(self._watched)
         lives.update((peer.life.owner, peer.life.process) for peer in self if peer.life is not None)
         over = [owner for owner, process in lives.items() if is_known_dead(process)]
@@ -155,19 +162,19 @@ class Peers:
         return over
 
     def sees(self, owner: Owner) -> bool:
-        """Whether `ended` would tell of the end of this life."""
+        """Return whether `ended` will report the end of this life."""
         peer = self._by_instance.get(owner.instance)
         if peer is not None and peer.life is not None and peer.life.owner == owner:
             return is_visible(peer.life.process)
         return owner in self._watched
 
     def drop(self, owner: Owner) -> None:
-        """Do not write to this life any more."""
+        """Stop writing to this life."""
         for transport in self._transports:
             transport.remove_peer(owner)
 
     def forget(self, owner: Owner) -> None:
-        """A life is over."""
+        """Forget a life that has ended."""
         self.drop(owner)
         self._watched.pop(owner, None)
         peer = self._by_instance.get(owner.instance)
@@ -178,7 +185,7 @@ class Peers:
                 del self._by_instance[owner.instance]
 
     def leave(self, owner: Owner) -> None:
-        """Do not talk to a life before it has introduced itself again."""
+        """Drop a life's messages until its next Hello."""
         peer = self._by_instance.get(owner.instance)
         if peer is None or peer.life is None or peer.life.owner != owner:
             return
@@ -188,14 +195,15 @@ class Peers:
             self._watched[owner] = process
 
     def sever(self, owner: Owner) -> None:
-        """Forget the connection that a life's writes came through, and begin another."""
+        """Replace the transport's connection to a life, so that no buffered byte can still be
+        written."""
         self.drop(owner)
         peer = self._by_instance.get(owner.instance)
         if peer is not None and peer.life is not None and peer.life.owner == owner:
             self._choose_transport(peer.life)
 
     def poll(self) -> list[tuple[Transport, Completion]]:
-        """Writes that have ended, on any transport."""
+        """Return the writes that have ended, on any transport."""
         return [
             (transport, completion)
             for transport in self._transports
@@ -205,7 +213,7 @@ class Peers:
 
     @property
     def poll_interval(self) -> float | None:
-        """Seconds until the next `poll`; None while nothing is in flight."""
+        """Seconds until the next `poll`; None while no write is in flight."""
         busy = [each.poll_interval for each in self._transports if each.in_flight]
         return min(busy) if busy else None
 

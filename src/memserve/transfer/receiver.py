@@ -1,4 +1,4 @@
-"""The destination's side of transfers, on the pool: who holds which blocks, and until when."""
+"""`Receiver` performs the actions of `DestinationSession`s: allocates, publishes, frees."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _NONE: RefArray = np.empty(0, dtype=np.int64)
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """What a session has: either blocks of its `own`, or a `guard`."""
+    """The blocks of a session: either its `own`, or those of a `guard`."""
 
     tokens: TokenArray | None
     match: Match | None
     own: RefArray  # allocated for the session
     guard: Guard | None = None  # on blocks that a local caller allocated
-    canary: Canary | None = None  # in those that are to be written, if somebody will read them
+    canary: Canary | None = None  # in the blocks to be written, if others will read them
 
 
 class Receiver:
-    """Allocates, publishes and frees for `DestinationSession`s. Owns what a session holds, and
-    what plain transfers have left to peers (*grants*) until they free it or are gone."""
+    """Owns the blocks of sessions, and the *grants*: blocks of plain transfers, which peers have
+    until they free them or are gone."""
 
     def __init__(self, pool: SharedPool, owner_number: int) -> None:
         self._pool = pool
@@ -57,9 +57,9 @@ class Receiver:
     def allocate(
         self, peer: Owner, session: DestinationSession, source: KVLayout
     ) -> tuple[int, bytes]:
-        """How many blocks are cached already, and the wire_refs of the others (or of all, if all
-        are cached). `source`: of the peer's pool. Raises PoolError; `free` lets go of what is
-        held by then."""
+        """Return the number of leading blocks that are cached, and the wire_refs of the others (of
+        all blocks, if all are cached). `source`: layout of the peer's pool. Raises PoolError; call
+        `free` then."""
         prepare = session.prepare
         tokens = None
         if prepare.tokens is not None:
@@ -71,7 +71,7 @@ class Receiver:
             held.guard = self._guard_target(peer, prepare, prepare.target, heads)
             held.canary = self._canaries.plant(held.guard.refs, heads)
             return 0, prepare.target
-        if tokens is None:  # they become the peer's, who knows what is in them
+        if tokens is None:  # the blocks become the peer's
             held.own = self._pool.alloc_mem(prepare.blocks, prepare.medium, private=True)
             return 0, to_wire_refs(held.own)
         held.match = self._pool.match(tokens, prepare.namespace)
@@ -83,8 +83,8 @@ class Receiver:
         return len(held.match.refs), to_wire_refs(held.own)
 
     def publish(self, peer: Owner, session: DestinationSession) -> bytes:
-        """Everything is written, the peer says. Returns the wire_refs of all blocks. Raises
-        UnwrittenBlocks where it is not, PoolError."""
+        """Insert the blocks into the index, or grant them to the peer. Returns the wire_refs of all
+        blocks. Raises UnwrittenBlocks unless all are written, PoolError."""
         held = self._held[session]
         if held.canary is not None and (left := held.canary.left()):
             raise UnwrittenBlocks(
@@ -101,7 +101,7 @@ class Receiver:
         return to_wire_refs(refs)
 
     def quarantine(self, session: DestinationSession) -> None:
-        """Let go of all that nobody writes to."""
+        """Release the pins; keep the blocks that the peer may still write to."""
         held = self._held[session]
         if session not in self._quarantined:
             self._quarantined[session] = len(held.own)
@@ -111,7 +111,7 @@ class Receiver:
             match.release()
 
     def free(self, session: DestinationSession) -> None:
-        """Let go of everything, if there is anything."""
+        """Release pins, guards and blocks of a session, if it has any."""
         held = self._held.pop(session, None)
         self.quarantined_blocks -= self._quarantined.pop(session, 0)
         if held is None:
@@ -124,8 +124,8 @@ class Receiver:
             self._pool.unguard(held.guard)
 
     def free_granted(self, peer: Owner, refs: RefArray) -> None:
-        """A peer gives back what it has here. Raises NotOwned for allocated blocks that it has
-        not, and as `free_mem` of the pool."""
+        """Free blocks of a peer's grants. Raises NotOwned for other allocated blocks, and the
+        errors of the pool's `free_mem`."""
         self._pool.require_freeable(refs)
         if not np.isin(refs, self._granted(peer)).all():
             raise NotOwned(f"not all of {len(refs)} blocks were given to {peer.instance!r}")
@@ -136,7 +136,7 @@ class Receiver:
         return np.concatenate(mine) if mine else _NONE
 
     def revoke(self, peer: Owner, number: int) -> None:
-        """Take back a grant, less what was freed or inserted meanwhile."""
+        """Free the blocks of a grant that are still allocated."""
         refs = self._pool.still_allocated(self._grants.pop((peer, number), _NONE))
         if len(refs):
             self._pool.free_mem(refs)
@@ -147,7 +147,7 @@ class Receiver:
                 self.revoke(owner, number)
 
     def claim(self, refs: RefArray) -> None:
-        """Blocks of grants become the local caller's, who may have peers write to them."""
+        """Make granted blocks the local caller's, and let peers write to them."""
         self._pool.make_public(refs)
         for key, granted in list(self._grants.items()):
             left = granted[~np.isin(granted, refs)]
@@ -157,7 +157,7 @@ class Receiver:
                 del self._grants[key]
 
     def prune(self) -> None:
-        """Forget grants of which nothing is left."""
+        """Forget granted blocks that are no longer allocated."""
         for key, granted in list(self._grants.items()):
             left = self._pool.still_allocated(granted)
             if len(left) < len(granted):
@@ -169,7 +169,7 @@ class Receiver:
         return {owner for owner, _ in self._grants}
 
     def _insert(self, held: _Held, tokens: TokenArray, namespace: str) -> RefArray:
-        """Returns the index's blocks for the tokens."""
+        """Insert a session's blocks; return the index's blocks for the tokens."""
         guard, held.guard = held.guard, None
         if guard is not None:  # into blocks of a local caller; duplicates stay the caller's
             self._pool.unguard(guard)
@@ -178,7 +178,7 @@ class Receiver:
             assert held.match is not None
             given = np.concatenate((held.match.refs, held.own))
             result = self._pool.insert(tokens, given, namespace, pin=True)
-            held.own = result.duplicate  # somebody else was faster
+            held.own = result.duplicate  # the index got these from another caller first
         assert result.match is not None
         result.match.release()
         return result.match.refs

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
 from memserve.errors import TransferError
 from memserve.pool.layout import KVLayout
 from memserve.pool.pool import BlockPool
 from memserve.pool.segment import SHM_DIRECTORY
-from memserve.transfer.base import HostId, LocalRegion, PoolRegions, Region
+from memserve.transfer.base import LocalRegion, PoolRegions, Region
+from memserve.transfer.host import host_id
 from memserve.types import Medium
-
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def local_regions(pool: BlockPool) -> tuple[LocalRegion, ...]:
-    """A pool's memory as it is now. Raises PoolError once the pool is closed."""
+    """Return a pool's memory as it is now. Raises PoolError once the pool is closed."""
     return tuple(
         LocalRegion(
             Region(
@@ -39,18 +36,12 @@ def local_regions(pool: BlockPool) -> tuple[LocalRegion, ...]:
 
 
 def pool_regions(layout: KVLayout, local: Sequence[LocalRegion]) -> PoolRegions:
-    """What peers are told about `local`."""
+    """Return the description of `local` for peers."""
     return PoolRegions(layout, host_id(), tuple(each.region for each in local))
 
 
-@lru_cache(maxsize=1)
-def host_id() -> HostId:
-    """Of this process. Containers on one machine differ unless they share /dev/shm."""
-    return HostId(_BOOT_ID.read_text(encoding="ascii").strip(), os.stat(SHM_DIRECTORY).st_dev)
-
-
 def mappable(memory: PoolRegions) -> bool:
-    """Whether this process can write into all of a peer's memory through /dev/shm.
+    """Return whether this process can write into all of a peer's memory through /dev/shm.
 
     The host's identity alone does not say that this user may open the peer's segments.
     """
@@ -66,7 +57,7 @@ PathName = Literal["auto", "shm", "nixl"]
 def choose_transport(
     ours: Collection[str], theirs: Collection[str], memory: PoolRegions, wanted: PathName = "auto"
 ) -> str:
-    """The name of the transport for writes into a peer's `memory`.
+    """Return the name of the transport for writes into a peer's `memory`.
 
     Shared memory where it reaches all of it, otherwise NIXL; `wanted` forces one. `ours` and
     `theirs` are the transports that the two sides have. Raises TransferError.

@@ -1,4 +1,4 @@
-"""Frees of a peer's blocks: repeated until answered, done once."""
+"""`RemoteFrees`: frees of blocks at a peer, repeated until answered and carried out once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memserve.transfer.session import LEASE, Retry
 from memserve.transfer.wire import FreeBlocks, FreedBlocks
 from memserve.types import Owner
 
-# Answers kept for each peer's life: more than its frees can be on the way at a time.
+# Answers kept for each life: more than its calls under way at a time.
 ANSWERS = 1024
 
 
@@ -27,7 +27,7 @@ class _Call:
 
 
 class RemoteFrees:
-    """Both sides of it, without sockets."""
+    """Both sides of these calls, without sockets."""
 
     def __init__(self) -> None:
         self._numbers = count(1)
@@ -39,7 +39,7 @@ class RemoteFrees:
         return bool(self._open)
 
     def begin(self, peer: Owner, wire_refs: bytes, outcome: Future[None], now: float) -> FreeBlocks:
-        """Returns what to send."""
+        """Return the message to send."""
         message = FreeBlocks(next(self._numbers), wire_refs)
         call = _Call(peer, message, outcome, Retry(), now + LEASE)
         call.retry.start(now)
@@ -57,21 +57,21 @@ class RemoteFrees:
             call.outcome.set_exception(to_error(answer.failure, peer.instance))
 
     def on_tick(self, now: float) -> list[tuple[Owner, FreeBlocks]]:
-        """What to send again."""
+        """Fail calls that are due. Return the messages to repeat, with their peers."""
         for call in list(self._open.values()):
             if now >= call.gives_up_at:
                 self._lose(call, f"no answer for {LEASE:g} s")
         return [(call.peer, call.message) for call in self._open.values() if call.retry.due(now)]
 
     def on_gone(self, peer: Owner) -> None:
-        """The peer's life is over."""
+        """Fail the calls to a life that has ended, and forget the answers to it."""
         self._answers.pop(peer, None)
         for call in list(self._open.values()):
             if call.peer == peer:
                 self._lose(call, "it is gone")
 
     def known_answer(self, peer: Owner, call: int) -> FreedBlocks | None:
-        """What was said to an earlier copy."""
+        """Return the answer to an earlier copy of a call; None: it is new."""
         answers = self._answers.get(peer)
         return None if answers is None else answers.get(call)
 

@@ -1,4 +1,4 @@
-"""The cluster's secret: who knows it may talk to pools, nobody else can, or can listen.
+"""`ClusterKeys`: CURVE keys from the cluster's secret, for authenticated and encrypted sockets.
 
 Connections use CURVE (RFC 26/ZMTP, Curve25519 with fresh keys for each connection): libzmq
 encrypts and authenticates every frame and refuses replayed ones. An own HMAC scheme would
@@ -35,7 +35,7 @@ class _KeyPair:
 
 
 class ClusterKeys:
-    """What a secret becomes on sockets. `local`: it is worth nothing beyond this machine."""
+    """The key pairs of a secret. `local`: the secret is known on this machine only."""
 
     def __init__(self, secret: Secret) -> None:
         self.local = secret.local
@@ -56,15 +56,15 @@ class ClusterKeys:
         socket.curve_secretkey = self._client.private
 
     def open_gate(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-        """The socket on which libzmq asks about clients (RFC 27/ZAP); see `answer`."""
+        """Return the socket on which libzmq asks about clients (RFC 27/ZAP); see `answer`."""
         gate = context.socket(zmq.ROUTER)
         gate.bind(_ZAP_ENDPOINT)
         return gate
 
     def answer(self, gate: zmq.Socket[bytes]) -> bool:
-        """Answer one question; returns whether the client was let in."""
+        """Answer one ZAP request; return whether the client is let in."""
         frames = gate.recv_multipart()
-        if len(frames) < _ZAP_FRAMES:  # no question: whoever sent it is not libzmq
+        if len(frames) < _ZAP_FRAMES:  # not from libzmq
             return False
         route, _, version, request, domain, _, _, mechanism, *keys = frames
         known = (
@@ -80,7 +80,7 @@ class ClusterKeys:
 
 
 def cluster_keys(secret: str | None = None) -> ClusterKeys:
-    """Of `secret`, or of what `cluster_secret` finds. Raises ConfigError."""
+    """Return the keys of `secret`, by default of `cluster_secret()`. Raises ConfigError."""
     return _cached_keys(cluster_secret(secret))
 
 

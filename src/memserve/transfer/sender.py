@@ -1,4 +1,4 @@
-"""The source's side of transfers, on the pool: what is read, written and reported."""
+"""`Sender` performs the actions of `SourceSession`s: pins, writes, and reports to callers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Outgoing:
     peer: Owner
     handle: Transfer
     source: RefArray
-    pins: Match | None  # of those source blocks that are the index's
+    pins: Match | None  # on the source blocks that are cached; None: none is
 
 
 class Sender:
-    """Performs what `SourceSession`s ask for. Owns the pins on what is sent."""
+    """Owns the pins on the blocks that are sent."""
 
     def __init__(self, pool: SharedPool, peers: Peers) -> None:
         self._pool = pool
@@ -47,7 +47,7 @@ class Sender:
         self._outgoing[outgoing.session] = outgoing
 
     def write(self, session: SourceSession, write: Write, now: float) -> Actions:
-        """Post a write. What the session does if that fails at once."""
+        """Post a write. Return the session's actions if that fails at once."""
         outgoing = self._outgoing[session]
         try:
             life = self._peers.current(outgoing.peer.instance)
@@ -77,14 +77,14 @@ class Sender:
     def on_completion(
         self, transport: Transport, completion: Completion, now: float
     ) -> tuple[Outgoing, Actions]:
-        """A write has ended."""
+        """Take the end of a write; return its transfer and the session's actions."""
         outgoing, write = self._writes.pop((transport, completion.ticket))
         failure = None
         if completion.outcome is not Outcome.DONE:
             error = completion.error or TransferError(f"the write was {completion.outcome}")
             failure = to_failure(error)
         else:
-            # Blocks of the caller's that it freed meanwhile may hold anything by now.
+            # The caller may have freed blocks meanwhile; their bytes may be another prompt's.
             try:
                 self._pool.require_live(outgoing.source[write.round.first : write.round.last])
             except PoolError as error:
@@ -93,7 +93,7 @@ class Sender:
         return outgoing, outgoing.session.on_write_done(write.serial, failure, drained, now)
 
     def finish(self, session: SourceSession, finish: Finish) -> None:
-        """Tell the caller."""
+        """Report the outcome to the caller."""
         outgoing = self._outgoing[session]
         name = outgoing.peer.instance
         if finish.failure is not None:

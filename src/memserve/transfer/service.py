@@ -88,6 +88,12 @@ class Service:
         """Return the current life of a peer. Raises UnknownPeer."""
         return self._endpoint.peers.current(instance)
 
+    def hears(self, instance: InstanceId) -> bool:
+        """Return whether a peer is connected, heard of within a LEASE, and not stalled."""
+        peer = self._endpoint.peers.get(instance)
+        life = None if peer is None else peer.life
+        return life is not None and not life.lost
+
     def lease(self, owner: Owner) -> Lease:
         return self._endpoint.table.lease(owner, self._now())
 

@@ -77,7 +77,7 @@ class Lease:
     def lapsed(self, now: float) -> bool:
         return now - self.heard >= LEASE
 
-    def forsaken(self, now: float) -> bool:
+    def abandoned(self, now: float) -> bool:
         return now - self.heard >= QUARANTINE_TIMEOUT
 
 

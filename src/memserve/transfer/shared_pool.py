@@ -1,4 +1,4 @@
-"""A pool whose blocks peers read and write: what its local callers must not do meanwhile."""
+"""`SharedPool`: a `BlockPool` whose blocks peers read and write."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class SharedPool(BlockPool):
     """Keeps blocks that a peer writes to from being reused, moved or published."""
 
     memory_version = 0  # grows whenever `local_regions` changes
+    vouched: float | None = None  # seconds of the clock, of the last `MemPool.vouch`; None: none
 
     @cached_property
     def _guards(self) -> Guards:
@@ -135,7 +136,7 @@ class SharedPool(BlockPool):
 
     @property
     def freed_by_owner(self) -> int:
-        """Blocks that their owners gave back while a peer was writing to them."""
+        """Number of blocks that their owners freed while a peer was writing to them."""
         return self._guards.freed
 
     def _refuse_guarded(self, refs: ArrayLike) -> None:
@@ -148,39 +149,39 @@ _NONE: RefArray = np.empty(0, dtype=np.int64)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Guard:
-    """Somebody writes these KV heads of these blocks."""
+    """A peer's claim to write these KV heads of these blocks."""
 
     refs: RefArray
     heads: range
 
 
 class Guards:
-    """While a block is guarded its owner may give it back, but nobody may have it yet. Several
-    may write to one block, but each to heads of its own."""
+    """The guards of a pool. A guarded block that its owner frees stays allocated until its last
+    guard ends. Several peers may write to one block, each to other heads."""
 
     def __init__(self) -> None:
         self._held: list[Guard] = []
-        self._guarded = _NONE  # by any of those
-        self._freed = _NONE  # of these: given back by their owners
+        self._guarded = _NONE  # blocks of any of `_held`
+        self._freed = _NONE  # of these: freed by their owners
 
     def __len__(self) -> int:
         return len(self._guarded)
 
     @property
     def freed(self) -> int:
-        """Guarded blocks that wait to be free."""
+        """Number of guarded blocks that their owners have freed."""
         return len(self._freed)
 
     def where(self, refs: RefArray) -> NDArray[np.bool_]:
-        """Which of `refs` are guarded."""
+        """Return which of `refs` [n] are guarded."""
         return np.isin(refs, self._guarded)
 
     def where_freed(self, refs: RefArray) -> NDArray[np.bool_]:
-        """Which of `refs` their owners have given back."""
+        """Return which of `refs` [n] their owners have freed."""
         return np.isin(refs, self._freed)
 
     def contested(self, refs: RefArray, heads: range) -> bool:
-        """Whether somebody writes to some of these heads of some of these blocks."""
+        """Return whether a guard has some of these heads of some of these blocks."""
         return any(
             max(heads.start, other.heads.start) < min(heads.stop, other.heads.stop)
             and bool(np.isin(refs, other.refs).any())
@@ -194,11 +195,12 @@ class Guards:
         return guard
 
     def defer(self, refs: RefArray) -> None:
-        """The owner gives guarded blocks back."""
+        """Note that the owner has freed guarded blocks."""
         self._freed = np.concatenate((self._freed, refs))
 
     def remove(self, guard: Guard) -> RefArray:
-        """It writes no more; returns the blocks that are to be freed now."""
+        """End a guard; return the freed blocks that no other guard has, for the pool to take
+        back."""
         self._held.remove(guard)
         left = [other.refs for other in self._held]
         self._guarded = np.unique(np.concatenate(left)) if left else _NONE
@@ -211,8 +213,8 @@ class Guards:
 def with_prefixes(
     blocks: Blocks, index: RadixIndex, refs: RefArray, state: NDArray[np.uint8]
 ) -> RefArray:
-    """The cached and detached ones of live `refs` [n], and the cached blocks before them:
-    pins cover whole prefixes. Each once; callers hold the pool's lock."""
+    """Return the cached and detached blocks of live `refs` [n], with the cached blocks before them,
+    since pins cover whole prefixes; each once. Callers hold the pool's lock."""
     cached = np.unique(refs[state == CACHED])
     detached = np.unique(refs[(state != CACHED) & (state != ACTIVE)])
     needed: dict[Node, int] = {}  # blocks of the node's edge
@@ -234,7 +236,7 @@ def with_prefixes(
 
 
 def still_active(blocks: Blocks, refs: RefArray) -> NDArray[np.bool_]:
-    """Which of `refs` [n] are blocks of the pool, and what they were when they were allocated."""
+    """Return which of `refs` [n] are the pool's, and still allocated to their first owner."""
     active = np.zeros(len(refs), dtype=np.bool_)
     for medium in Medium:
         where = np.flatnonzero(ref_medium(refs) == medium)

@@ -1,4 +1,4 @@
-"""Transfers between processes of one host, through the peer's shared memory."""
+"""`ShmTransport`: copies into a peer's shared memory on the same host."""
 
 from __future__ import annotations
 
@@ -33,17 +33,16 @@ from memserve.transfer.copy_plan import RegionCopy, RegionTable, Shape, plan_cop
 from memserve.transfer.mapping import Mapping, PeerMemory
 from memserve.types import InstanceId, Owner
 
-# What one `poll` copies before its caller may do something else: a few milliseconds.
+# Limit of the bytes that one `poll` copies: a few milliseconds.
 POLL_BYTES = 16 * 1024 * 1024
-# What is copied in one go, between two looks at that limit.
+# Bytes copied between two checks of that limit.
 STEP_BYTES = 4 * 1024 * 1024
-# One core does not use all of a machine's memory bandwidth, so a second thread takes half of the
-# copies where they are this long; with shorter ones the two only wait for each other's lock.
+# Least bytes of a contiguous copy for which a second thread helps: one core does not use all of the
+# memory's bandwidth. With shorter copies the two threads wait for the GIL.
 PARALLEL_BYTES = 128 * 1024
-PART_BYTES = 1024 * 1024  # what one of the two takes at a time
+PART_BYTES = 1024 * 1024  # that one of the two threads takes at a time
 
-# What ends a copy, and not the service: a device that fails, memory that is not what it was said to
-# be.
+# Errors that fail one copy: a lost device, or memory that does not match its description.
 _INTERRUPTIONS = (RuntimeError, ValueError, IndexError, OSError)
 
 Bytes = NDArray[np.uint8]
@@ -58,16 +57,16 @@ class _Peer:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One ticket. The steps hold the memory on both sides until the last is done."""
+    """One ticket. `steps` keeps the memory on both sides mapped until its end."""
 
     peer: Owner
     nbytes: int
-    steps: Iterator[int]  # each copies some bytes and says how many
+    steps: Iterator[int]  # each step copies, and yields the number of bytes
     copied: int = 0
     to_copy: bool = True
     cancelled: bool = False
-    error: TransferError | None = None  # what has ended the steps
-    dma: torch.cuda.Event | None = None  # behind the last copy that the GPU makes
+    error: TransferError | None = None  # that ended the steps
+    dma: torch.cuda.Event | None = None  # recorded after the GPU's last copy
 
     def drained(self) -> bool:
         try:
@@ -78,11 +77,8 @@ class _Job:
 
 
 class ShmTransport:
-    """Copies from local memory into the peer's segments: one copy, on the thread that polls,
-    with the help of another one for large blocks.
-
-    A peer that dies does not show here: its memory stays as long as it is mapped.
-    """
+    """Copies local memory into the peer's segments on the polling thread, which a second thread
+    helps with large blocks. The death of a peer is no error here: its memory stays mapped."""
 
     name = "shm"
     poll_interval = 0.0  # polls do the work
@@ -211,7 +207,7 @@ class ShmTransport:
                     yield copied
 
     def _copy_blocks(self, copy: RegionCopy, source: Bytes, target: Bytes) -> Iterator[int]:
-        """Copy run by run; yields the bytes of each step."""
+        """Copy run by run; yield the bytes of each step."""
         ours, theirs = _views(copy, source, target)
         if copy.shape.nbytes < PARALLEL_BYTES or len(os.sched_getaffinity(0)) < 2:
             for step in copy.chunks(STEP_BYTES):
@@ -223,7 +219,7 @@ class ShmTransport:
             yield step.nbytes
 
     def _copy_together(self, parts: deque[RegionCopy], ours: Bytes, theirs: Bytes) -> None:
-        """Both threads take what is next, so that neither waits long for the other."""
+        """Copy `parts` on both threads; each takes the next part, so that neither waits long."""
 
         def work() -> None:
             with suppress(IndexError):
@@ -232,16 +228,16 @@ class ShmTransport:
 
         helped = self._helper.submit(work)
         work()
-        if not helped.cancel():  # it is at work on the last part, or the processor is busy
+        if not helped.cancel():  # it has begun: it may still copy the last part
             helped.result()
 
     def _copy_from_gpu(
         self, job: _Job, copy: RegionCopy, memory: torch.Tensor, mapping: Mapping
     ) -> Iterator[int]:
-        """Device to page-locked host memory, piece by piece, by DMA."""
+        """Copy from the device to page-locked host memory by DMA, piece by piece."""
         target = torch.from_numpy(mapping.bytes)
         for at, to, nbytes in split_pieces(copy, STEP_BYTES):
-            # On the stream of the kernels that wrote the blocks, so behind them.
+            # On the stream of the kernels that write the blocks, so after them.
             target[to : to + nbytes].copy_(memory[at : at + nbytes], non_blocking=True)
             job.dma = torch.cuda.Event()  # type: ignore[no-untyped-call]
             job.dma.record(torch.cuda.current_stream(memory.device))
@@ -252,7 +248,7 @@ class ShmTransport:
 def _copy_runs(copy: RegionCopy, ours: Bytes, theirs: Bytes) -> None:
     starts = (copy.source_start, copy.target_start)
     at, to = (start.tolist() for start in starts)
-    if (copy.count > 1).any():  # a single block is found in half the time without a slice
+    if (copy.count > 1).any():  # indexing one block takes half the time of a slice
         at, to = (
             map(slice, first, (start + copy.count).tolist())
             for first, start in zip((at, to), starts, strict=True)
@@ -262,7 +258,7 @@ def _copy_runs(copy: RegionCopy, ours: Bytes, theirs: Bytes) -> None:
 
 
 def _views(copy: RegionCopy, source: Bytes, target: Bytes) -> tuple[Bytes, Bytes]:
-    """Both sides as `[blocks, *axes, nbytes]`, of one shape except for the number of blocks."""
+    """Return both sides as `[blocks, *axes, nbytes]`; only the numbers of blocks differ."""
     shape: Shape = copy.shape
     inner = (*(axis.steps for axis in shape.axes), shape.nbytes)
     # numpy refuses strides that leave the buffer.

@@ -1,4 +1,4 @@
-"""Sockets between pools. They carry frames and know nothing of what these say.
+"""`PoolSockets`: the sockets of one pool. They carry frames and do not decode them.
 
 A pool has one ROUTER that peers connect to, one DEALER for each peer that it connects to, and a
 Unix socket for the pools of its host. All belong to the thread that polls. Other threads may `wake`
@@ -25,24 +25,24 @@ from memserve.transfer.secret import ClusterKeys
 from memserve.transfer.unix_socket import UnixAddress, UnixSocket
 from memserve.transfer.wire import HEADER_BYTES, MAX_MESSAGE_BYTES
 
-# Milliseconds for the last messages to leave when a pool closes. Less than any lease: who
-# misses them finds out by the silence.
+# Milliseconds for the last messages to leave when a pool closes. Less than a LEASE, after which a
+# peer that misses them notices the silence.
 LINGER_MS = 200
 
-# Messages taken from one socket before others, and timers, have their turn.
+# Messages taken from one socket before other sockets and timers get their turn.
 RECEIVE_BATCH = 64
 
-# Messages that wait in one queue, for a peer to take or for this pool to: enough for all that a
-# peer says between two turns; times MAX_MESSAGE_BYTES it bounds what a silent reader costs.
+# Messages in one queue of ZeroMQ: enough for those of a peer between two polls. Times
+# MAX_MESSAGE_BYTES it bounds the memory that a reader that stops costs.
 QUEUE_MESSAGES = 256
 
-# Frames of a message, behind the route: a header and a body. What has more is read to its end, one
-# by one, and dropped.
+# Frames of a message, behind the route: a header and a body. Messages with more are read to their
+# end, frame by frame, and dropped.
 FRAMES = 2
 
-# Milliseconds. A client that does not finish its handshake, and a connection whose other side's
-# kernel has gone silent, are closed. Both are longer than a LEASE: who is only slow keeps what it
-# has, and the pool's own heartbeats say earlier who is not there.
+# Milliseconds until a connection is closed whose handshake does not end, or whose other side's
+# kernel is silent. Longer than a LEASE, so that a slow peer keeps its connection; the pool's own
+# heartbeats find lost peers earlier.
 HANDSHAKE_MS = 10_000
 PING_MS = 10_000
 PING_TIMEOUT_MS = 30_000
@@ -64,24 +64,24 @@ class Dealer:
     address: str
     socket: Socket
     monitor: Socket
-    broken: int = 0  # times that the peer, or its death, has ended the connection
-    foreign: bool = False  # the other side wants a secret and we have none, or the reverse
+    broken: int = 0  # times that the other side has ended the connection
+    foreign: bool = False  # one side wants a secret and the other has none
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """Frames, and where to answer."""
+    """The frames of one message, and the way on which to answer."""
 
     frames: list[bytes]
     path: Way
 
 
-# Our own connection, the ROUTER's name for a peer's, or a socket of this host.
+# A connection of this pool, the ROUTER's name for a peer's connection, or a Unix socket.
 Way = Dealer | bytes | UnixAddress
 
 
 class PoolSockets:
-    """The sockets of one pool."""
+    """Owns the sockets; see the module."""
 
     def __init__(self, keys: ClusterKeys | None, unix: bool = True) -> None:
         """`unix`: whether pools of this host may use Unix sockets."""
@@ -89,7 +89,7 @@ class PoolSockets:
         self._context: zmq.Context[Socket] = zmq.Context()
         self._poller = zmq.Poller()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._waking = threading.Lock()  # held while it is written to, or closed
+        self._waking = threading.Lock()  # held while `_wake` is written to, or closed
         self._closed = False
         self._poller.register(self._wake, zmq.POLLIN)
         self._dealers: dict[Socket, Dealer] = {}
@@ -105,7 +105,7 @@ class PoolSockets:
         self.unsent = 0  # messages with no way to go, or no room in the queue
 
     def adopt(self) -> None:
-        """The calling thread is the one that polls from now on."""
+        """Make the calling thread the polling thread."""
         self._poller_thread = threading.get_ident()
 
     @property
@@ -114,8 +114,8 @@ class PoolSockets:
         return "" if self._unix is None else self._unix.address
 
     def listen(self, address: str) -> str:
-        """Bind; returns the address with the port. Raises TransferError; ConfigError for an
-        address that others can reach, without a secret."""
+        """Bind; return the address with the port. Raises TransferError; ConfigError for an address
+        that other hosts can reach, without a secret."""
         require_address(address)
         if self._router is not None:
             raise TransferError("this pool is served already")
@@ -126,8 +126,8 @@ class PoolSockets:
                 "for the whole cluster), or serve on 127.0.0.1"
             )
         router = self._socket(zmq.ROUTER)
-        router.router_mandatory = True  # tells us when a peer is not there
-        router.ipv6 = "[" in address  # otherwise IPv4's addresses would come back as IPv6's
+        router.router_mandatory = True  # raises if a peer is not connected
+        router.ipv6 = "[" in address  # otherwise LAST_ENDPOINT of an IPv4 address is an IPv6 one
         if self._keys is not None:
             if self._gate is None:
                 self._gate = self._keys.open_gate(self._context)
@@ -143,7 +143,7 @@ class PoolSockets:
         return router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def dial(self, address: str) -> Dealer:
-        """Start to connect, and do so again whenever it breaks. Raises TransferError."""
+        """Start a connection, which is made anew whenever it breaks. Raises TransferError."""
         require_address(address)
         socket = self._socket(zmq.DEALER)
         socket.immediate = True  # do not queue for a peer that is not there
@@ -172,7 +172,8 @@ class PoolSockets:
         dealer.socket.close(LINGER_MS)
 
     def send(self, path: Way, header: bytes, body: bytes) -> bool:
-        """Whether it was queued; that it arrives is another matter."""
+        """Queue a message. Return False if there is no way or no room; True is no proof of
+        arrival."""
         if isinstance(path, UnixAddress):
             return self._unix is not None and self._unix.send(path, [header, body])
         if threading.get_ident() != self._poller_thread:
@@ -195,11 +196,11 @@ class PoolSockets:
     def wake(self) -> None:
         """End a `poll`; from any thread."""
         with self._waking:
-            if not self._closed:  # or its number may be that of somebody else's file
+            if not self._closed:  # afterwards the descriptor's number may be another file's
                 os.eventfd_write(self._wake, 1)
 
     def poll(self, timeout: float) -> list[Arrival]:
-        """Wait up to `timeout` seconds; then what has arrived."""
+        """Wait up to `timeout` seconds; return the messages that have arrived."""
         arrivals: list[Arrival] = []
         for source, _ in self._poller.poll(int(timeout * 1000)):
             if source == self._wake:
@@ -218,7 +219,7 @@ class PoolSockets:
                 arrivals += self._receive(self._router, None)
             elif source in self._dealers:
                 arrivals += self._receive(source, self._dealers[source])
-        while self._left:  # behind the end of the wake that came with it
+        while self._left:  # after `_wake` is read, which was written for these
             self.send(*self._left.popleft())
         return arrivals
 
@@ -267,23 +268,23 @@ class PoolSockets:
 
 
 def _receive_frames(socket: Socket, wanted: int) -> list[bytes]:
-    """A message, without what it has beyond one frame more than `wanted`. Raises zmq.Again."""
+    """Return a message's frames, at most one more than `wanted`. Raises zmq.Again."""
     frames = [socket.recv(zmq.NOBLOCK)]
     while socket.rcvmore:
         frame = socket.recv(zmq.NOBLOCK)
-        if len(frames) <= wanted:  # one too many shows that it is no message
+        if len(frames) <= wanted:  # one frame too many marks the message as malformed
             frames.append(frame)
     return frames
 
 
 def require_address(address: str) -> None:
-    """Raises TransferError for anything but tcp://host:port. Other schemes of ZeroMQ lead into
-    this process (`inproc` to the gate that clients are let in by) or to files of it (`ipc`)."""
+    """Raise TransferError for anything but tcp://host:port. ZeroMQ's other schemes lead into this
+    process (`inproc`: the ZAP handler) or to its files (`ipc`)."""
     match = _ADDRESS.fullmatch(address)
     if match is None or (match[2] != "*" and int(match[2]) > 65535):
-        raise TransferError(f"{address[:300]!r} is no tcp://host:port")
+        raise TransferError(f"{address[:300]!r} is not tcp://host:port")
 
 
 def is_local(address: str) -> bool:
-    """Whether only this host can reach it."""
+    """Return whether only this host can reach an address."""
     return is_loopback(split_endpoint(address)[0])

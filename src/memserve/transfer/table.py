@@ -1,4 +1,5 @@
-"""All transfers of one pool's life: which session a message belongs to, and who is gone."""
+"""`SessionTable`: the sessions of one pool, the leases of its peers, and the lives that have
+ended."""
 
 from __future__ import annotations
 
@@ -21,13 +22,12 @@ from memserve.transfer.session import Action, Actions, Lease, Send
 from memserve.transfer.source_session import SourceSession, answer_as_stranger
 from memserve.types import Owner
 
-# Lives that are remembered to be over. What is still on its way from earlier ones finds nobody who
-# knows them.
+# Ended lives that are remembered, so that their late messages are dropped.
 GONE = 4096
-# Transfers from one life that are under way: many times what an instance computes at a time.
+# Open transfers from one life: many times what an instance computes at a time.
 MAX_OPEN = 4096
-# Committed transfers that are remembered, of all lives: a thousand a second for as long as anybody
-# may ask. Of an earlier one it is said that it was aborted.
+# Remembered committed transfers of all lives: a thousand a second for REMEMBER seconds. A peer that
+# asks about an earlier one is told that it was aborted.
 MAX_REMEMBERED = 70_000
 
 Session = SourceSession | DestinationSession
@@ -35,7 +35,7 @@ _Key = tuple[Owner, int]
 
 
 class Step(NamedTuple):
-    """Something to do, in order. `session` is None only for a Send."""
+    """One action of a session. `session` is None only for a Send."""
 
     peer: Owner
     session: Session | None
@@ -46,14 +46,13 @@ Steps = list[Step]
 
 
 class SessionTable:
-    """Pure like its sessions: whoever holds it performs the steps, and calls `forget` for each
+    """Pure, like its sessions: the caller performs the steps, and calls `forget` for each
     Forget."""
 
     def __init__(self) -> None:
         self._sources: dict[int, tuple[Owner, SourceSession]] = {}
         self._destinations: dict[_Key, DestinationSession] = {}
-        # Committed ones are only remembered: there may be thousands, and nothing is due but
-        # to forget them, the oldest first.
+        # Committed sessions only wait to be forgotten, the oldest first; there may be thousands.
         self._active: set[_Key] = set()
         self._remembered: deque[tuple[_Key, DestinationSession]] = deque()
         self._leases: dict[Owner, Lease] = {}
@@ -66,24 +65,24 @@ class SessionTable:
 
     @property
     def destinations(self) -> int:
-        """Committed ones that are remembered included."""
+        """Number of incoming sessions, with remembered committed ones."""
         return len(self._destinations)
 
     @property
     def active(self) -> bool:
-        """Whether `on_tick` may have something to do soon."""
+        """Whether `on_tick` may have something to do before the next heartbeat."""
         return bool(self._sources or self._active)
 
     def is_gone(self, peer: Owner) -> bool:
         return peer in self._gone
 
     def silent(self, peer: Owner, now: float) -> bool:
-        """Whether a life has not been heard of for a lease."""
+        """Return whether no message has come from a life for a LEASE."""
         lease = self._leases.get(peer)
         return lease is None or lease.lapsed(now)
 
     def heard(self, peer: Owner, now: float) -> None:
-        """Anything came from this life."""
+        """Renew the lease of a life: a message has come from it."""
         if not self.is_gone(peer):
             self._lease(peer, now).renew(now)
 
@@ -93,14 +92,14 @@ class SessionTable:
         return steps(peer, session, session.start(now))
 
     def lease(self, peer: Owner, now: float) -> Lease:
-        """Of a life that is not gone."""
+        """Return the lease of a life that has not ended."""
         return self._lease(peer, now)
 
     def peer_of(self, session: SourceSession) -> Owner:
         return self._sources[session.number][0]
 
     def on_message(self, peer: Owner, message: SessionMessage, now: float) -> Steps:
-        """`peer`: the life that sent it. Messages of lives that are over say nothing."""
+        """Handle a message of the life `peer`; messages of ended lives are dropped."""
         if self.is_gone(peer):
             return []
         self.heard(peer, now)
@@ -140,8 +139,8 @@ class SessionTable:
         return done
 
     def on_gone(self, peer: Owner, now: float) -> Steps:
-        """A life is known to be over: its process has ended, or it has said so. Nothing that
-        it began can land any more."""
+        """End all sessions with a life that has certainly ended: none of its writes can still
+        arrive."""
         self._gone[peer] = None
         if len(self._gone) > GONE:
             self._gone.popitem(last=False)
@@ -155,19 +154,19 @@ class SessionTable:
                 done += steps(owner, destination, destination.on_gone(now))
         return done
 
-    def forsaken(self, now: float) -> set[Owner]:
-        """Lives silent for so long that, if they are of another host, nothing of theirs can be
-        on its way; only such as have blocks in quarantine here."""
+    def abandoned(self, now: float) -> set[Owner]:
+        """Return the lives with blocks in quarantine here that were silent for QUARANTINE_TIMEOUT.
+        If they are on other hosts, none of their writes can still arrive."""
         return {
             peer
             for peer, number in self._active
             if self._destinations[peer, number].state is DestinationState.QUARANTINED
-            and self._lease(peer, now).forsaken(now)
+            and self._lease(peer, now).abandoned(now)
         }
 
-    def forsake(self, peer: Owner, now: float) -> Steps:
-        """Take back what is in quarantine because of a life. If it comes back all the same, it
-        finds its transfers aborted."""
+    def free_abandoned(self, peer: Owner, now: float) -> Steps:
+        """Free the blocks in quarantine because of a life. Should it be heard again, its transfers
+        are aborted."""
         done: Steps = []
         for owner, number in list(self._active):
             destination = self._destinations[owner, number]
@@ -176,13 +175,13 @@ class SessionTable:
         return done
 
     def prune(self, current: set[Owner], now: float) -> list[Owner]:
-        """Forget lives that nothing is left of. Returns those of `current` that were silent for so
-        long that they never come back, if they are of another host."""
+        """Forget the leases of silent lives without sessions. Returns those of the `current` lives
+        that were silent for QUARANTINE_TIMEOUT."""
         used = {peer for peer, _ in self._destinations}
         used.update(peer for peer, _ in self._sources.values())
         lost = []
         for peer, lease in list(self._leases.items()):
-            if not lease.forsaken(now):
+            if not lease.abandoned(now):
                 continue
             if peer in current:
                 lost.append(peer)
@@ -191,7 +190,7 @@ class SessionTable:
         return lost
 
     def fail(self, peer: Owner, failure: Failure, now: float) -> Steps:
-        """Give up what is being sent to a life."""
+        """Fail the outgoing transfers to a life."""
         done: Steps = []
         for owner, source in list(self._sources.values()):
             if owner == peer:
@@ -199,7 +198,7 @@ class SessionTable:
         return done
 
     def leave(self, peer: Owner, now: float) -> Steps:
-        """Give up all transfers with a life that is not talked to any more."""
+        """Fail the transfers to a life, and stop those from it."""
         failure = Failure("TransferError", f"talking to {peer.instance!r} failed")
         done = self.fail(peer, failure, now)
         for owner, number in list(self._active):
@@ -209,7 +208,7 @@ class SessionTable:
         return done
 
     def forget(self, peer: Owner, session: Session) -> None:
-        """The session has ended."""
+        """Drop a session that has ended."""
         if isinstance(session, SourceSession):
             self._sources.pop(session.number, None)
         else:
@@ -218,7 +217,7 @@ class SessionTable:
 
     def _open(self, peer: Owner, prepare: Prepare, now: float) -> Steps:
         if len(self._active) >= MAX_OPEN and self._open_of(peer) >= MAX_OPEN:
-            failure = Failure("TransferError", f"{MAX_OPEN} transfers of it are under way already")
+            failure = Failure("TransferError", f"{MAX_OPEN} of its transfers are open already")
             return steps(peer, None, [Send(Refused(prepare.number, failure))])
         self._attempts += 1
         session = DestinationSession(prepare, self._attempts, self._lease(peer, now))

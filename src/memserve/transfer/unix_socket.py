@@ -1,8 +1,8 @@
-"""Datagrams between the pools of one host.
+"""`UnixSocket`: datagrams between the pools of one host.
 
-ZeroMQ hands every message to a thread of its own, on both sides: four thread switches more for
-each question and answer. A datagram goes from the thread that says it to the one that hears it.
-The kernel neither loses nor reorders them; where one does not fit, another way is taken.
+ZeroMQ passes every message through a thread of its own on both sides: four more thread switches for
+each request and reply. A datagram goes from the sending thread to the receiving one. The kernel
+neither loses nor reorders them; messages that do not fit go through ZeroMQ.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pathlib import Path
 
 from memserve.pool.segment import SHM_DIRECTORY, is_segment_name, new_name
 
-# What fits into a socket's buffer of the usual size: a prompt of 25,000 tokens.
+# Within a socket's default buffer; room for a prompt of 25,000 tokens.
 DATAGRAM_BYTES = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class UnixAddress:
-    """The socket of a pool of this host."""
+    """Path of a pool's Unix socket on this host."""
 
     address: str
 
 
 class UnixSocket:
-    """One pool's socket. It lies beside the segments, and who may open those may write to it."""
+    """One pool's socket, beside its segments: the users that may open those may send to it."""
 
     def __init__(self) -> None:
         self.address = ""
@@ -36,7 +36,7 @@ class UnixSocket:
         path = str(SHM_DIRECTORY / new_name())
         try:
             self.socket.bind(path)
-        except OSError:  # no such directory, or no right to it: there is TCP
+        except OSError:  # no such directory, or no permission: TCP remains
             return
         self.address = path
 
@@ -44,8 +44,7 @@ class UnixSocket:
         return self.socket.fileno()
 
     def send(self, to: UnixAddress, frames: list[bytes]) -> bool:
-        """Whether it will arrive: False where it is too large, or the other is not there, or
-        does not listen at present."""
+        """Send a message; return False if it is too large, or the receiver has gone or is full."""
         if sum(map(len, frames)) > DATAGRAM_BYTES:
             return False
         try:
@@ -55,8 +54,8 @@ class UnixSocket:
         return True
 
     def receive(self) -> tuple[bytes, UnixAddress] | None:
-        """The next message; None if there is none now. The kernel says whose socket it came
-        from; of one that is no pool's, the address is empty."""
+        """Return the next message and its sender's address, which the kernel reports; None if there
+        is no message. The address is empty if it is not a pool's."""
         try:
             data, _, _, sender = self.socket.recvmsg(DATAGRAM_BYTES)
         except OSError:
@@ -71,6 +70,6 @@ class UnixSocket:
 
 
 def is_unix_socket(address: str) -> bool:
-    """Whether it looks like one; it came over a wire and must not lead anywhere else."""
+    """Return whether a path from a peer names a pool's Unix socket, and no other file."""
     directory, _, name = address.rpartition("/")
     return directory == str(SHM_DIRECTORY) and is_segment_name(name)

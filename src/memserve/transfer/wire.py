@@ -1,9 +1,9 @@
 """Frames between pools: a fixed header that is checked before anything is decoded.
 
-A message is two frames. The header is magic, protocol version, kind, and the fingerprints of
-the sender's layout and of what its bytes mean wherever they lie; it stays as it is in every
-version, so that any two can tell each other why they do not talk. The body is a msgpack
-envelope.
+A message is two frames. The header holds magic, protocol version, kind, and two fingerprints: of
+the sender's layout, and of the layout without placement (`conversion.meaning`). Its format is the
+same in every version, so that any two pools can report why they exchange no KV. The body is a
+msgpack envelope.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from memserve.types import MAX_BLOCKS, Epoch, InstanceId, Medium, Owner
 PROTOCOL_VERSION = 2
 # The largest messages carry a prompt: a million tokens and their references take 4.5 MiB.
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-# What a transport says of itself; NIXL some 200 bytes for each segment.
+# Bytes of a transport's description: some 200 for each segment with NIXL.
 MAX_DESCRIPTION = 4 * 1024 * 1024
-# Characters of what was wrong with a message, in a log.
+# Characters of the reason why a message is malformed, in a log.
 _MAX_COMPLAINT = 256
 
 _HEADER = struct.Struct("!4sHH32s32s")
@@ -41,40 +41,41 @@ _MAGIC = b"MSKV"
 
 class Kind(IntEnum):
     MESSAGE = 0
-    REFUSAL = 1  # an empty body: the header says what the sender is
+    REFUSAL = 1  # with an empty body: the header tells version and layout of the sender
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True):
-    """A transport that the sender has, and what its `add_peer` wants to know."""
+    """A transport of the sender, and the description that `add_peer` takes."""
 
     transport: Annotated[str, Meta(max_length=32)]
     description: Annotated[bytes, Meta(max_length=MAX_DESCRIPTION)]
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=32):
-    """Who the sender is and where its memory is; again whenever that changes."""
+    """Introduction of a life: its process, memory and transports. Sent again when these change."""
 
-    answer: bool  # whether one is wanted
+    answer: bool  # whether a Hello is wanted in return
     process: ProcessTag
     memory: PoolRegions
     offers: Annotated[tuple[Offer, ...], Meta(max_length=8)]
-    # Where peers of the same host may send to, too.
+    # Path of its Unix socket, for peers of the same host; empty: it has none.
     unix_socket: Annotated[str, Meta(max_length=MAX_NAME + len("/dev/shm/"))] = ""
-    edition: Natural = 0  # grows with every change of what a life says of itself
+    edition: Natural = 0  # grows with every Hello whose contents changed
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True, tag=33):
-    """The sender lives."""
+    """The sender lives. `answer`: whether a Beat is wanted in return."""
 
     answer: bool
+    stalled: bool = False  # the process that owns the pool serves no calls at present
 
 
 class Bye(msgspec.Struct, frozen=True, array_like=True, tag=34):
-    """The sender's life ends, and nothing that it wrote is on its way any more."""
+    """The sender's life ends, and all of its writes have drained."""
 
 
 class FreeBlocks(msgspec.Struct, frozen=True, array_like=True, tag=35):
-    """Free blocks of the receiver. Repeated until answered; `call` tells copies apart."""
+    """Free blocks of the receiver. Repeated until answered; `call` identifies copies."""
 
     call: Natural
     wire_refs: bytes
@@ -86,7 +87,7 @@ class FreedBlocks(msgspec.Struct, frozen=True, array_like=True, tag=36):
 
 
 class NotWelcome(msgspec.Struct, frozen=True, array_like=True, tag=37):
-    """An answer to a Hello: why the receiver is not talked to, now or ever."""
+    """Refusal of a Hello, with the reason."""
 
     reason: Failure
 
@@ -95,7 +96,7 @@ Message = SessionMessage | Hello | Beat | Bye | FreeBlocks | FreedBlocks | NotWe
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
-    """`receiver`: the life that is meant; 0 in a Hello to whoever is there."""
+    """`receiver`: epoch of the addressed life; 0 in a Hello to any life."""
 
     instance: Annotated[str, Meta(min_length=1, max_length=256)]
     epoch: Natural
@@ -108,11 +109,11 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Malformed(Exception):
-    """Frames that no pool sends."""
+    """Frames that are no message of a pool."""
 
 
 class Mismatch(Exception):
-    """Frames of another protocol version, or of KV that means something else."""
+    """Frames of another protocol version, or of a pool with another model or KV format."""
 
     def __init__(self, version: int, fingerprint: bytes, kind: Kind) -> None:
         super().__init__(version, fingerprint)
@@ -121,8 +122,8 @@ class Mismatch(Exception):
         self.kind = kind
 
 
-# msgspec says most of it by errors of its own. The others: text that is no UTF-8, nesting without
-# end, numbers beyond int64, and layouts that KVLayout refuses.
+# Errors of decoding: msgspec's own, and those for text that is not UTF-8, unlimited nesting,
+# numbers beyond int64, and layouts that KVLayout refuses.
 _UNDECODABLE = (
     msgspec.MsgspecError,
     ValueError,
@@ -137,19 +138,19 @@ _decoder = msgspec.msgpack.Decoder(Envelope)
 
 
 def require_sendable(namespace: str, token_bytes: int) -> None:
-    """Raises TransferError for what fits into no message."""
+    """Raise TransferError for a namespace or tokens that fit into no message."""
     try:
         size = len(namespace.encode())
     except UnicodeEncodeError as error:
-        raise TransferError(f"a namespace that is no text: {error.reason}") from error
+        raise TransferError(f"a namespace that UTF-8 cannot encode: {error.reason}") from error
     if size > MAX_TEXT:
         raise TransferError(f"a namespace of {size} bytes, {MAX_TEXT} at most")
-    if token_bytes > MAX_MESSAGE_BYTES // 2:  # what remains is for references
+    if token_bytes > MAX_MESSAGE_BYTES // 2:  # the rest is for references
         raise TransferError(f"{token_bytes // 4} tokens are more than a message takes")
 
 
 def header(layout: KVLayout, kind: Kind = Kind.MESSAGE) -> bytes:
-    """`layout`: of the sender's pool."""
+    """Return the header frame of a pool with this layout."""
     fingerprints = bytes.fromhex(layout.fingerprint), meaning(layout)
     return _HEADER.pack(_MAGIC, PROTOCOL_VERSION, kind, *fingerprints)
 
@@ -178,12 +179,12 @@ def decode(frames: Sequence[bytes], wanted: bytes) -> Envelope:
 
 
 def _require_possible(hello: Hello, wanted: bytes) -> None:
-    """Raises ValueError for what no pool says of itself, whatever its fields' types."""
+    """Raise ValueError for a Hello of valid types and impossible values."""
     layout, regions = hello.memory.layout, hello.memory.regions
     if meaning(layout) != wanted:
-        raise ValueError("the layout is not the one that the header names")
+        raise ValueError("the layout does not match the header")
     if hello.unix_socket and not is_unix_socket(hello.unix_socket):
-        raise ValueError("the Unix socket is no pool's")
+        raise ValueError("the Unix socket's path is not a pool's")
     ends = dict.fromkeys(Medium, 0)
     for region in sorted(regions, key=lambda each: each.first_block):
         if region.first_block < ends[region.medium] or region.end > MAX_BLOCKS:
@@ -194,6 +195,6 @@ def _require_possible(hello: Hello, wanted: bytes) -> None:
         if region.nbytes != region.blocks * layout.block_bytes:
             raise ValueError(f"{region.nbytes} bytes for {region.blocks} blocks")
         if region.address + region.nbytes >= 2**63:
-            raise ValueError("a region ends behind the end of memory")
+            raise ValueError("a region ends beyond 2^63")
         if region.segment is not None and not is_segment_name(region.segment):
-            raise ValueError("a segment's name is none")
+            raise ValueError("invalid name of a segment")

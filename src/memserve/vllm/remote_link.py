@@ -24,7 +24,7 @@ from memserve.config import Caching, TransferMode
 from memserve.errors import EngineStopped, PoolError, TransferError, TransferTimeout
 from memserve.secrets import Secret
 from memserve.transfer.kv_link import Pushed
-from memserve.transfer.session import DEADLINE
+from memserve.transfer.session import DEADLINE, HEARTBEAT
 from memserve.types import SHARED, InstanceId, Namespace, RefArray, TokenArray
 from memserve.vllm import pool_messages as m
 
@@ -189,11 +189,24 @@ class RemoteLink:
     def withdraw(self, order: int) -> None:
         self._in_background(self._say(m.Withdraw(order)))
 
+    async def until_lost(self, peer: PoolPeer) -> str:
+        try:
+            while True:
+                await self.transport(peer)
+                await asyncio.sleep(HEARTBEAT)
+        except (TransferError, PoolError) as error:
+            return str(error)
+
     async def run(self) -> None:
-        """Return when the connection to the pool has ended."""
+        """Return when the connection to the pool has ended. Until then the pool hears from this
+        event loop once per HEARTBEAT, and vouches for it."""
         with suppress(TransferError):
             await self._writer()
-            await self._ended.wait()
+            while not self._lost:
+                await self._read_totals()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(HEARTBEAT):
+                        await self._ended.wait()
 
     def close(self) -> None:
         self._end("it is closed")

@@ -9,9 +9,8 @@ import msgspec
 
 from memserve.api.histogram import Histogram
 from memserve.api.status import InstanceState, InstanceStats
-from memserve.cluster.client import ClusterSummary, MemberSummary
 from memserve.cluster.figures import ClusterFigures, GatewayTotals
-from memserve.cluster.member import DegradedPair
+from memserve.cluster.member import ClusterView, DegradedPair, MemberView
 from memserve.scheduler.decision_view import DecisionView
 from memserve.types import InstanceId
 
@@ -21,7 +20,7 @@ KEPT_DECISIONS = 200  # of all gateways together
 class MemberSeen(msgspec.Struct, frozen=True):
     """A member: its summary, and its last statistics with the time of their gateway's clock."""
 
-    summary: MemberSummary
+    summary: MemberView
     heard: float = 0.0
     misses: int = 0
     stats: InstanceStats | None = None
@@ -61,7 +60,7 @@ class GatewaySeen(msgspec.Struct, frozen=True):
 
     url: str
     at: float
-    view: ClusterSummary
+    view: ClusterView
     figures: ClusterFigures
     decisions: tuple[DecisionView, ...] = ()
 

@@ -136,6 +136,7 @@ class PoolServer:
             while True:
                 size = m.body_bytes(await reader.readexactly(m.HEAD_BYTES))
                 call = m.decode_call(await reader.readexactly(size))
+                self._pool.vouch()  # the instance's event loop runs
                 self._take(caller, call)
         except (OSError, EOFError, TransferError, msgspec.MsgspecError) as error:
             log.info("the instance has left the pool: %s", error or "it hung up")

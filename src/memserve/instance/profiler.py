@@ -19,7 +19,7 @@ from memserve.instance.probe import Probe
 from memserve.instance.samples import Point, Samples
 from memserve.pool.layout import KVLayout
 from memserve.scheduler.contract import Link
-from memserve.scheduler.measurements import (
+from memserve.scheduler.profiles import (
     DecodePoint,
     Measurements,
     PrefillPoint,
