@@ -58,7 +58,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	@echo "==> installing memserve and what it needs (minutes, the first time)"
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet \
-		--constraint constraints.txt --editable '.[demo,bench,traces,ui,dev]'
+		--constraint constraints.txt --editable '.[demo,bench,traces,ui,ray,dev]'
 	@# With what it asks for, NIXL would bring CUDA libraries that torch's build may not fit.
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet \
 		--constraint constraints.txt --no-deps nixl nixl-cu12

@@ -59,7 +59,7 @@ def _flag(flag: Flag) -> str:
 
 
 def _default(value: object) -> str:
-    if value is None or value == ():
+    if value is None or value in ((), {}) or value is msgspec.NODEFAULT:
         return ""
     return f"`{msgspec.json.encode(value).decode()}`"
 

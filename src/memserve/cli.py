@@ -24,12 +24,16 @@ from memserve.cli_doctor import doctor
 from memserve.cli_flags import ExitWithParent, takes_flags
 from memserve.cli_keys import app as keys_app
 from memserve.cli_planner import planner
+from memserve.cli_ray import app as ray_app
+from memserve.cli_ray import require_ray
 from memserve.cli_sim import sim
 from memserve.cli_watch import dashboard, top
-from memserve.cluster.cluster import Cluster, run_cluster
+from memserve.cluster.backend import Backend
+from memserve.cluster.cluster import Cluster
 from memserve.cluster.line_printer import STDERR, STDOUT, LinePrinter
 from memserve.cluster.local import LocalBackend
 from memserve.cluster.preflight import check_machine, with_room
+from memserve.cluster.run import run_cluster
 from memserve.cluster.watchdog import exit_with_parent
 from memserve.config import (
     BackendConfig,
@@ -47,6 +51,7 @@ from memserve.config import (
     load_config,
 )
 from memserve.dashboard.child import DashboardChild, is_installed
+from memserve.errors import ConfigError
 from memserve.flags import Given, flags_of, to_flags, with_flags
 from memserve.logs import json_child_line, json_line, log_to_stderr
 from memserve.models.demo import DEMO_MODEL
@@ -75,6 +80,7 @@ app.command()(top)
 app.command()(dashboard)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(keys_app, name="keys")
+app.add_typer(ray_app, name="ray")
 
 
 def main() -> None:
@@ -113,10 +119,13 @@ def _root(
 )
 def up(
     config: Annotated[Path | None, typer.Argument(help="TOML; flags go before it")] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="with Ray: Ctrl-C leaves the cluster running")
+    ] = False,
     *,
     given: Given,
 ) -> None:
-    """Run a whole cluster on this machine: a gateway and its instances.
+    """Run a whole cluster: a gateway and its instances, on this machine or on a Ray cluster.
 
     Without a file: one prefill and one decode instance; with --role or --count: these.
     """
@@ -135,28 +144,40 @@ def up(
         instance=tuple(with_flags(i, given, _CLUSTER_LEAVES_OUT) for i in file.instance),
     )
     check_config(wanted)
-    check_machine(wanted)
     # A slow reader of the output must not block the supervisor.
     with LinePrinter(STDOUT) as out, LinePrinter(STDERR) as errors:
         progress, show = _shown_as(wanted.log, errors.show)
-        model = resolve_model(wanted.model, progress)
-        wanted = with_room(wanted, model.path, progress)
-        cluster = msgspec.structs.replace(wanted, model=pinned(wanted.model, model))
+        backend: Backend
+        if wanted.cluster.backend == "ray":
+            require_ray()
+            from memserve.ray.backend import RayBackend
+            from memserve.ray.service import check_detached
+
+            if detach:
+                check_detached()
+            backend = RayBackend(wanted, progress, detached=detach)
+        elif detach:
+            raise ConfigError("--detach: a cluster on this machine ends with `up`; see backend ray")
+        else:
+            wanted = _on_this_machine(wanted, progress)
+            backend = LocalBackend(wanted, progress)
 
         def ready(running: Cluster) -> None:
+            name = wanted.model.served_name or wanted.model.path
             running.show_output(show)
             if wanted.log.format == "json":
-                progress(f"memserve serves {model.name} on {running.url}")
+                progress(f"memserve serves {name} on {running.url}")
             else:
-                out.show(_first_steps(running.url, model.name, wanted.model.path == DEMO_MODEL))
+                out.show(_first_steps(running.url, name, wanted.model.path == DEMO_MODEL))
 
         async def watched(running: Cluster) -> None:
             link = progress if wanted.log.format == "json" else out.show
-            await DashboardChild(cluster, progress, show).run(running.url, running.secret, link)
+            await DashboardChild(wanted, progress, show).run(running.url, running.secret, link)
 
-        beside = watched if wanted.dashboard.enabled and is_installed() else None
-        backend = LocalBackend(cluster, progress)
-        asyncio.run(run_cluster(cluster, backend, progress, ready, beside))
+        # A dashboard ends with `up`: a cluster that is left running has none.
+        dashboard = wanted.dashboard.enabled and is_installed() and not detach
+        beside = watched if dashboard else None
+        asyncio.run(run_cluster(wanted, backend, progress, ready, beside, detached=detach))
 
 
 @app.command()
@@ -261,6 +282,15 @@ def _without_file(given: Given) -> ClusterConfig:
     return ClusterConfig(
         instance=(InstanceConfig(role=Role.PREFILL), InstanceConfig(role=Role.DECODE))
     )
+
+
+def _on_this_machine(config: ClusterConfig, progress: Progress) -> ClusterConfig:
+    """Check the configuration against this machine and fetch the model; return it with what
+    depends on both filled in."""
+    check_machine(config)
+    model = resolve_model(config.model, progress)
+    config = with_room(config, model.path, progress)
+    return msgspec.structs.replace(config, model=pinned(config.model, model))
 
 
 def _begin_process(log: LogConfig, ends_with_parent: bool) -> None:

@@ -148,11 +148,11 @@ def decisions(
     if json:
         print(msgspec.json.encode(found).decode())
         return
-    console = _console()
+    shown_on = console()
     for decision in found:
-        console.print(decision_table(decision))
+        shown_on.print(decision_table(decision))
     if not found:
-        console.print("no request has been scheduled yet")
+        shown_on.print("no request has been scheduled yet")
 
 
 @app.command()
@@ -172,11 +172,11 @@ def prefixes(
     if json:
         print(msgspec.json.encode(found).decode())
         return
-    console = _console()
-    console.print(prefix_table(found))
+    shown_on = console()
+    shown_on.print(prefix_table(found))
     for each in found.prefixes:
         if each.text is not None:
-            console.print(f"{each.id}: {each.text!r}", markup=False)
+            shown_on.print(f"{each.id}: {each.text!r}", markup=False)
 
 
 @app.command("planner")
@@ -195,13 +195,13 @@ def planner_(
     if json:
         print(msgspec.json.encode(found).decode())
         return
-    console = _console()
+    shown_on = console()
     for decision in found:
-        console.print(planner_table(decision))
+        shown_on.print(planner_table(decision))
         for line in planner_lines(decision):
-            console.print(line, markup=False)
+            shown_on.print(line, markup=False)
     if not found:
-        console.print("no planner has decided anything here: is one running? (memserve planner)")
+        shown_on.print("no planner has decided anything here: is one running? (memserve planner)")
 
 
 def _run(url: str | None, json: bool, work: Callable[[ClusterClient], Awaitable[object]]) -> None:
@@ -215,11 +215,11 @@ def _run(url: str | None, json: bool, work: Callable[[ClusterClient], Awaitable[
     if json:
         print(msgspec.json.encode(view).decode())
     else:
-        console = _console()
-        console.print(cluster_table(view))
+        shown_on = console()
+        shown_on.print(cluster_table(view))
         for pair in view.degraded or ():
             detail = f" ({pair.detail})" if pair.detail else ""
-            console.print(
+            shown_on.print(
                 f"degraded: {pair.prefill} and {pair.decode}: {pair.why}{detail}", markup=False
             )
 
@@ -231,7 +231,8 @@ async def _with_client(url: str | None, work: Callable[[ClusterClient], Awaitabl
         return await work(client)
 
 
-def _console() -> Console:
+def console() -> Console:
+    """Return where tables are shown."""
     # Without a terminal, do not cut tables to a terminal's width.
     return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 

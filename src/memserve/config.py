@@ -26,7 +26,7 @@ Eviction = Literal["lru", "cost"]
 Profiling = Literal["auto", "off"]
 Policy = Literal["prompt-tree", "session", "least-load", "round-robin"]
 Engine = Literal["builtin", "vllm"]
-BackendName = Literal["local"]
+BackendName = Literal["local", "ray"]
 ToolCallParser = Literal[
     "auto",
     "none",
@@ -153,6 +153,9 @@ class InstanceConfig(_Section, frozen=True):
     vllm_pool: Annotated[
         str | None, doc("of that server: the Unix socket of the pool in it, if it has one")
     ] = None
+    resources: Annotated[
+        dict[str, Annotated[float, Meta(ge=0)]], no_flag("what Ray reserves for it: GPU, CPU, ...")
+    ] = {}
 
 
 class GatewayConfig(_Section, frozen=True):
@@ -264,8 +267,13 @@ class PlannerConfig(_Section, frozen=True):
 class BackendConfig(_Section, frozen=True):
     """Where a cluster's processes run."""
 
-    backend: Annotated[BackendName, doc("what runs them")] = "local"
-    gateways: Annotated[Positive, doc("how many")] = 1
+    backend: Annotated[BackendName, doc("on this machine, or on a Ray cluster")] = "local"
+    ray_address: Annotated[str, doc("of the Ray cluster, as host:6379; auto: this node's")] = "auto"
+    ray_namespace: Annotated[str, doc("names this cluster's actors among others'")] = "memserve"
+    gateways: Annotated[NonNegative, doc("gateways; with Ray any number, 0 with `join`")] = 1
+    join: Annotated[
+        tuple[str, ...], doc("URLs of gateways that run elsewhere, which instances join, too")
+    ] = ()
 
 
 class ClusterConfig(_Section, frozen=True):

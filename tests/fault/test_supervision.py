@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import openai
 import pytest
 
 from memserve.api.control import InstanceChange, WantedState
@@ -36,6 +35,7 @@ from memserve.errors import ClusterError
 from memserve.types import Role
 from tests.fakes import MODEL, save_tiny_tokenizer, until
 from tests.insider import ask
+from tests.steady_load import Load
 
 T = TypeVar("T")
 STEP_SECONDS = 0.02
@@ -152,47 +152,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(model: Path) -> Iterator[Supervised]:
     with supervised(model) as cluster:
         yield cluster
-
-
-class Load:
-    """Clients that stream without a pause; every answer must be whole."""
-
-    def __init__(self, url: str, clients: int = 4) -> None:
-        self.whole = 0
-        self.failures: list[str] = []
-        self._url = url
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._client) for _ in range(clients)]
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-
-    def more(self, answers: int) -> None:
-        """Wait for so many more, or a failure."""
-        wanted = self.whole + answers
-        until(lambda: self.whole >= wanted or bool(self.failures))
-
-    def _client(self) -> None:
-        with openai.OpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0) as client:
-            while not self._over.is_set():
-                try:
-                    stream = client.completions.create(
-                        model=MODEL, prompt=[5, 6, 7], max_tokens=TOKENS, stream=True
-                    )
-                    chunks = [chunk.choices[0] for chunk in stream]
-                except openai.APIError as error:
-                    self.failures.append(repr(error))
-                    return
-                if chunks[-1].finish_reason != "length":
-                    self.failures.append(f"cut off after {len(chunks)} chunks")
-                self.whole += 1
 
 
 def test_a_killed_instance_comes_back_in_a_new_life(running: Supervised) -> None:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from memserve.cluster.backend import GATEWAYS
-from memserve.cluster.launches import gateway_launch, instance_launch, instance_launches, tables
-from memserve.config import ClusterConfig, GatewayConfig, InstanceConfig
+from memserve.cluster.launches import (
+    gateway_launch,
+    gateway_names,
+    instance_launch,
+    instance_launches,
+    tables,
+)
+from memserve.config import BackendConfig, ClusterConfig, GatewayConfig, InstanceConfig
 from memserve.secrets import Secret
 from memserve.types import Role
 
@@ -20,6 +26,10 @@ CONFIG = ClusterConfig(
 
 
 def test_each_table_is_a_group_and_members_are_numbered_through() -> None:
+    assert gateway_names(ClusterConfig(cluster=BackendConfig(gateways=2))) == (
+        "gateway",
+        "gateway-1",
+    )
     assert list(tables(CONFIG)) == ["decode", "prefill", "decode.2"]
     assert [(one.name, one.group) for one in instance_launches(CONFIG, SECRET)] == [
         ("decode-0", "decode"),
@@ -35,7 +45,6 @@ def test_each_table_is_a_group_and_members_are_numbered_through() -> None:
 def test_secrets_are_in_no_argument_and_in_no_text_of_a_launch() -> None:
     gateway = gateway_launch(CONFIG, SECRET)
     assert (gateway.name, gateway.group) == ("gateway", GATEWAYS)
-    assert gateway_launch(CONFIG, SECRET, 1).name == "gateway-1"
     for launch in (gateway, *instance_launches(CONFIG, SECRET)):
         for hidden in ("not-to-be-shown", "sk-of-a-client"):
             assert hidden not in repr(launch)

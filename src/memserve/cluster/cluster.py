@@ -1,14 +1,13 @@
-"""A cluster: gateways and instances that a backend runs; and `run_cluster`, for `memserve up`."""
+"""A cluster: gateways and instances that a backend runs."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from memserve.api.serving import Shutdown, on_reload
+from memserve.api.serving import Shutdown
 from memserve.api.status import InstanceState
 from memserve.api.tls import client_tls
 from memserve.clock import MonotonicClock
@@ -16,6 +15,7 @@ from memserve.cluster.backend import Backend, Group, Kept, Launch, Place
 from memserve.cluster.client import ClusterClient
 from memserve.cluster.launches import (
     gateway_launch,
+    gateway_names,
     instance_launch,
     instance_launches,
     tables,
@@ -23,10 +23,17 @@ from memserve.cluster.launches import (
 from memserve.cluster.planning import PlannerLoop
 from memserve.cluster.running import announce_cluster
 from memserve.config import ClusterConfig
-from memserve.errors import ClusterError
+from memserve.errors import ClusterError, ConfigError
 from memserve.hosts import port_of
 from memserve.models.resolve import Progress
-from memserve.secrets import Secret, cluster_secret, keep_secret, new_secret
+from memserve.secrets import (
+    SECRET_FILE_VARIABLE,
+    SECRET_VARIABLE,
+    Secret,
+    cluster_secret,
+    keep_secret,
+    new_secret,
+)
 
 POLL_SECONDS = 0.2  # between looks at the state of a starting cluster
 # A process that serves drains for `drain_seconds`, and then needs up to CLOSE_SECONDS to close
@@ -43,28 +50,31 @@ class Cluster:
     """
 
     def __init__(
-        self, config: ClusterConfig, backend: Backend, shutdown: Shutdown, progress: Progress
+        self,
+        config: ClusterConfig,
+        backend: Backend,
+        shutdown: Shutdown,
+        progress: Progress,
+        secret: Secret | None = None,
     ) -> None:
         """Each process resolves the model again, so it should be on its machine already.
 
-        `shutdown.forced` ends the wait for running requests in `stop`.
+        `shutdown.forced` ends the wait for running requests in `stop`. `secret`: the cluster's;
+        None: the one that is configured, or a new one.
         """
         self.url = ""  # of the first gateway, once `begin` has returned
         self._config = backend.fit(config)
         self._backend = backend
         self._shutdown = shutdown
         self._progress = progress
-        given = cluster_secret()
-        # A secret of its own, so that neither other users of this machine nor this user's other
-        # clusters can use it.
-        self._secret = new_secret() if given.local else given
+        self._secret = secret or _secret_for(self._config)
         self._files: list[Path] = []  # with secret and address, for this user's commands
         self._gateways: list[Kept] = []
         self._instances: list[Kept] = []
         self._group_of: dict[str, str] = {}  # by instance
         self._number = 0  # of the next instance
         self._show: Callable[[str], None] | None = None
-        self._serving = False
+        self.serving = False  # an instance has been ready
         self._ready: set[str] = set()  # instances that have been ready once
         self._keeping: dict[asyncio.Future[None], Kept] = {}  # while `supervise` runs
         self._more = asyncio.Event()  # `_keeping` has become larger
@@ -77,18 +87,18 @@ class Cluster:
         await self._backend.open()
         for launch in instance_launches(self._config, self._secret):
             await self._add(launch)
-        for index in range(self._config.cluster.gateways):
-            launch = gateway_launch(self._config, self._secret, index)
+        for name in gateway_names(self._config):
+            launch = gateway_launch(self._config, self._secret, name)
             gateway = self._backend.kept(launch, self._some_instance_lives)
             self._gateways.append(gateway)
             await gateway.start()
         count = f"{len(self._instances)} instance{'s' if len(self._instances) > 1 else ''}"
         self._progress(f"loading {self._config.model.path} into {count}")
-        self.url = await self.or_failure(self._gateways[0].address())
-        port = port_of(self.url)
-        self._files.append(keep_secret(self._secret, port))
-        host = self._config.gateway.host
-        self._files.append(announce_cluster(self._backend.url, host, port))
+        if self._gateways:
+            self.url = await self.or_failure(self._gateways[0].address())
+            self._keep_files()
+        else:
+            self.url = self._config.cluster.join[0]
         try:
             await self.or_failure(self._some_ready())
         except ClusterError as failure:
@@ -96,7 +106,17 @@ class Cluster:
             if not await self._look():
                 raise
             self._progress(str(failure))
-        self._serving = True
+        self.serving = True
+
+    async def adopt(self, launches: Sequence[Launch], url: str) -> None:
+        """Take over processes that the backend runs already, with a gateway at `url`."""
+        self.url, self.serving = url, True
+        for launch in sorted(launches, key=lambda one: (one.settings is not None, _number(one))):
+            if launch.settings is None:
+                self._gateways.append(self._backend.kept(launch, self._some_instance_lives))
+                await self._gateways[-1].start()
+            else:
+                await self._add(launch)
 
     async def start(self) -> None:
         """As `begin`, but wait until every instance is ready.
@@ -104,7 +124,7 @@ class Cluster:
         Raises ClusterError, with its last lines, as soon as a process ends.
         """
         await self.begin()
-        await self.or_failure(self._all_ready())
+        await self.or_failure(self.all_ready())
 
     async def settled(self) -> list[str]:
         """Wait until every instance has been ready or has crashed, and return the names of those
@@ -209,6 +229,26 @@ class Cluster:
                 self._keep(one)
         await asyncio.gather(*map(self._remove, there[count:]))
 
+    async def replace(self, launch: Launch, seconds: float) -> None:
+        """End a process once it has finished what it runs, start `launch` in its place, and wait
+        until that serves. Raises ClusterError if it does not within `seconds`."""
+        processes = self._gateways if launch.settings is None else self._instances
+        at = [one.name for one in processes].index(launch.name)
+        self._progress(f"{launch.name}: finishes what it runs, and is replaced")
+        await self._stop(processes[at])
+        self._ready.discard(launch.name)
+        needed = self._some_instance_lives if launch.settings is None else lambda: False
+        successor = processes[at] = self._backend.kept(launch, needed)
+        await successor.start()
+        try:
+            async with asyncio.timeout(seconds):
+                url = await successor.address()
+                if launch.settings is None:
+                    self.url = url
+                await self.or_failure(self.all_ready())
+        except TimeoutError as error:
+            raise ClusterError(f"{launch.name} is not ready after {seconds:g} s") from error
+
     async def or_failure(self, work: Awaitable[_T]) -> _T:
         """Return the result of `work`. If a process ends before, cancel it and raise
         ClusterError."""
@@ -240,13 +280,27 @@ class Cluster:
         for processes in (self._gateways, self._instances):
             await asyncio.gather(*map(self._stop, processes))
         await self._backend.close()
+        self._remove_files()
+
+    async def leave(self) -> None:
+        """Let the processes go on without this one, as a backend's that are detached from it do."""
+        await self._backend.close()
+        self._remove_files()
+
+    def _keep_files(self) -> None:
+        port = port_of(self.url)
+        self._files.append(keep_secret(self._secret, port))
+        host = self._config.gateway.host
+        self._files.append(announce_cluster(self._backend.url, host, port))
+
+    def _remove_files(self) -> None:
         for file in self._files:
             file.unlink(missing_ok=True)
 
     async def _add(self, launch: Launch) -> Kept:
         """Start an instance."""
         one = self._backend.kept(launch, lambda: False)
-        self._number += 1
+        self._number = max(self._number, 1 + _number(launch))
         self._group_of[launch.name] = launch.group
         self._instances.append(one)
         await one.start()
@@ -261,7 +315,7 @@ class Cluster:
             self._instances.remove(one)
 
     async def _stop(self, one: Kept) -> None:
-        drain = self._config.gateway.drain_seconds if self._serving else 0
+        drain = self._config.gateway.drain_seconds if self.serving else 0
         await one.stop(self._shutdown, CLOSE_SECONDS + drain)
 
     def _keep(self, one: Kept) -> None:
@@ -296,7 +350,8 @@ class Cluster:
                 return
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _all_ready(self) -> None:
+    async def all_ready(self) -> None:
+        """Wait until every instance has been ready."""
         while len(self._ready) < len(self._instances):
             await self._look()
             await asyncio.sleep(POLL_SECONDS)
@@ -315,52 +370,24 @@ class Cluster:
         return bool(ready)
 
 
-async def run_cluster(
-    config: ClusterConfig,
-    backend: Backend,
-    progress: Progress,
-    ready: Callable[[Cluster], None],
-    beside: Callable[[Cluster], Awaitable[None]] | None = None,
-) -> None:
-    """Run a cluster until SIGINT or SIGTERM; a second signal ends the wait for requests.
+def _number(launch: Launch) -> int:
+    """Return the number in the name, by which newer instances are known; 0 without one."""
+    end = launch.name.rpartition("-")[2]
+    return int(end) if end.isdigit() else 0
 
-    `ready` is called when every instance has been ready or has crashed, and `beside` is awaited
-    from then on; it is cancelled before the cluster stops. Raises ClusterError if a process ends
-    before an instance is ready, or as `Cluster.supervise`.
+
+def _secret_for(config: ClusterConfig) -> Secret:
+    """Return the configured secret; without one a new one, so that neither other users of this
+    machine nor this user's other clusters can use it.
+
+    Raises ConfigError if the gateways run elsewhere: theirs has to be configured.
     """
-    shutdown = Shutdown()
-    shutdown.on_signals()
-    cluster = Cluster(config, backend, shutdown, progress)
-    if not sys.stdin.isatty():  # a terminal that closes sends SIGHUP, too, to end the process
-        on_reload(cluster.reload)
-
-    async def tell() -> None:
-        late = await cluster.settled()
-        ready(cluster)
-        if late:
-            progress(f"not ready, and started again until they are: {', '.join(late)}")
-        if beside is not None:
-            await beside(cluster)
-
-    async def serve() -> None:
-        await cluster.begin()
-        telling = asyncio.ensure_future(tell())
-        supervising = asyncio.ensure_future(cluster.supervise())
-        beside = [telling, supervising]
-        if config.planner.enabled:
-            beside.append(asyncio.ensure_future(cluster.plan()))
-        try:
-            await asyncio.wait(beside, return_when=asyncio.FIRST_EXCEPTION)
-            if telling.done():
-                telling.result()
-            await supervising
-        finally:
-            for task in beside:
-                task.cancel()
-            await asyncio.wait(beside)
-
-    try:
-        await shutdown.run_until_requested(serve())
-        progress("stopping; Ctrl-C again to stop without waiting for requests")
-    finally:
-        await cluster.stop()
+    given = cluster_secret()
+    if not given.local:
+        return given
+    if not config.cluster.gateways:
+        raise ConfigError(
+            f"cluster.join: set {SECRET_VARIABLE} or {SECRET_FILE_VARIABLE} to the secret of "
+            f"{', '.join(config.cluster.join)}"
+        )
+    return new_secret()

@@ -14,10 +14,17 @@ from memserve.hosts import is_loopback
 from memserve.secrets import SECRET_VARIABLE, Secret
 
 
-def gateway_launch(config: ClusterConfig, secret: Secret, index: int = 0) -> Launch:
-    """Return the launch of a gateway, the cluster's `index`-th from 0."""
+def gateway_names(config: ClusterConfig) -> tuple[str, ...]:
+    """Return the names of the cluster's gateways: `gateway`, `gateway-1`, ..."""
+    return tuple(
+        f"{GATEWAYS}-{index}" if index else GATEWAYS for index in range(config.cluster.gateways)
+    )
+
+
+def gateway_launch(config: ClusterConfig, secret: Secret, name: str = GATEWAYS) -> Launch:
+    """Return the launch of one of the gateways."""
     return Launch(
-        name=GATEWAYS if index == 0 else f"{GATEWAYS}-{index}",
+        name=name,
         group=GATEWAYS,
         arguments=(
             "gateway",
@@ -42,8 +49,12 @@ def instance_launches(config: ClusterConfig, secret: Secret) -> list[Launch]:
 
 def instance_launch(config: ClusterConfig, secret: Secret, group: str, number: int) -> Launch:
     """Return the launch of one instance of a group: `decode-3` for number 3 of role decode."""
+    return named_launch(config, secret, group, f"{tables(config)[group].role}-{number}")
+
+
+def named_launch(config: ClusterConfig, secret: Secret, group: str, name: str) -> Launch:
+    """Return the launch of one instance of a group."""
     table = tables(config)[group]
-    name = f"{table.role}-{number}"
     arguments = (
         "instance",
         "--id",
@@ -54,7 +65,7 @@ def instance_launch(config: ClusterConfig, secret: Secret, group: str, number: i
         *to_flags(msgspec.structs.replace(table, count=1)),
         *to_flags(config.traces),
         # Loopback traffic needs no TLS.
-        *([] if is_loopback(table.host) else to_flags(config.security)),
+        *([] if _stays_here(config, table) else to_flags(config.security)),
         "--drain-seconds",
         str(config.gateway.drain_seconds),
     )
@@ -82,6 +93,10 @@ def with_threads(config: ClusterConfig) -> ClusterConfig:
         for table in config.instance
     ]
     return msgspec.structs.replace(config, instance=tuple(given))
+
+
+def _stays_here(config: ClusterConfig, table: InstanceConfig) -> bool:
+    return config.cluster.backend == "local" and is_loopback(table.host)
 
 
 def _secrets(secret: Secret) -> dict[str, str]:

@@ -47,6 +47,8 @@ class LocalBackend:
                 f"cluster.gateways = {config.cluster.gateways}: on one machine there is one "
                 "gateway; gateway.workers makes it use more cores"
             )
+        if config.cluster.join:
+            raise ConfigError("cluster.join: only with backend = 'ray'")
         return with_threads(config)
 
     async def open(self) -> None:

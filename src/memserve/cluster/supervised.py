@@ -32,18 +32,22 @@ class Supervised:
         module: str,
         needed: Callable[[], bool] | None = None,
         environment: Mapping[str, str] | None = None,
+        more_arguments: Callable[[], Sequence[str]] = tuple,
     ) -> None:
-        """`module`: run by Python with `arguments`. `environment`: variables in addition to this
-        process's. `needed`: while it returns True, the process is not given up, however often it
-        crashes, because others are useless without it."""
+        """`module`: run by Python with `arguments`, and then those of `more_arguments`, asked at
+        each start. `environment`: variables in addition to this process's. `needed`: while it
+        returns True, the process is not given up, however often it crashes, because others are
+        useless without it."""
         self.name = name
         self._arguments = arguments
         self._restarts = restarts
         self._progress = progress
         self._module = module
         self._environment = environment
+        self._more_arguments = more_arguments
         self._needed = needed or (lambda: False)
         self.crashes = 0  # since the first start
+        self._stopped = asyncio.Event()  # it is not started again
         self._show: Callable[[str], None] | None = None
         self._child: Child | None = None
 
@@ -66,7 +70,8 @@ class Supervised:
         return None if self._child is None else Place(os.uname().nodename, self._child.pid)
 
     async def start(self) -> None:
-        self._child = await Child.spawn(self.name, self._arguments, self._module, self._environment)
+        arguments = [*self._arguments, *self._more_arguments()]
+        self._child = await Child.spawn(self.name, arguments, self._module, self._environment)
         if self._show is not None:
             self._child.show_output(self._show)
 
@@ -88,20 +93,24 @@ class Supervised:
             self._child.reload()
 
     async def stop(self, shutdown: Shutdown, seconds: float) -> None:
+        self._stopped.set()
         if self._child is not None:
             await end_children([self._child], shutdown, seconds, KILL_SECONDS)
 
     async def keep(self) -> None:
-        """Start the process again whenever it ends, until it ends in order, with exit code 0.
+        """Start the process again whenever it ends, until it ends in order, with exit code 0, or
+        is stopped.
 
         Raises ClusterError, with its last lines, if it has crashed too often.
         """
-        while (code := await asyncio.shield(self.child.ended)) != 0:
+        while (code := await asyncio.shield(self.child.ended)) != 0 and not self._stopped.is_set():
             sweep()  # the dead process's shared memory; that of living processes stays
             if code == RESTART_EXIT_CODE:
                 self._progress(f"{self.name} ended to be started again")
             else:
                 await asyncio.sleep(await self._pause())
+            if self._stopped.is_set():  # in the pause
+                break
             await self.start()
         self._progress(f"{self.name} has ended, as it was asked to")
 

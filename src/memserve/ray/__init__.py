@@ -1,0 +1,1 @@
+"""The Ray backend: each process of a cluster belongs to an actor, on a node that Ray chooses."""
