@@ -20,7 +20,8 @@ PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-core test-vllm lint format bench peers peers-install vllm paper soak
-.PHONY: api-docs readme clean docs-test install-check metrics-docs clients-test ui-test helm chart-docs
+.PHONY: api-docs readme clean docs-test install-check metrics-docs config-docs clients-test ui-test picture
+.PHONY: browser helm chart-docs
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -31,6 +32,7 @@ help:
 	@echo "make docs-test   the commands of the tutorial and the how-to pages, on port 8000"
 	@echo "make clients-test   have agents' and clients' libraries, which it installs (500 MB), talk to it"
 	@echo "make ui-test     memserve top and dashboard, in a Chromium; says what it needs"
+	@echo "make picture     README's picture of a running dashboard, anew"
 	@echo "make lint    the same without the tests;   make format   put the code into shape"
 	@echo "make bench   microbenchmarks of the pool, transfers and the engine, as JSON in $(BENCH_JSON)"
 	@echo "make vllm    vLLM alone, on this machine's CPU, for the tests that need one (4 GB)"
@@ -40,6 +42,7 @@ help:
 	@echo "make soak    a whole cluster under mixed load for an hour (ARGS='--minutes 10 ...')"
 	@echo "make api-docs   docs/api.md's tables anew, from what the gateway takes"
 	@echo "make install-check   build sdist and wheel, install the wheel elsewhere, and serve from it (3 GB)"
+	@echo "make config-docs   docs/configuration.md's tables anew, from the code"
 	@echo "make metrics-docs   docs/metrics.md's tables anew, from the code"
 	@echo "make chart-docs   the Helm chart's schema and deploy/README.md's table anew, from config.py"
 	@echo "make helm    Helm as a library, for the tests of the chart (120 MB)"
@@ -99,12 +102,17 @@ clients-test: setup
 	@MEMSERVE_TEST_CLIENTS=1 $(BIN)/pytest tests/clients $(ARGS)
 
 # The browser is no part of `make setup`: 400 MB that serving and the other tests do not need.
-ui-test: setup
-	@command -v chromium chromium-browser >/dev/null && $(BIN)/python -c 'import playwright' 2>/dev/null \
-		|| { echo "the dashboard's tests need a Chromium (apt-get install chromium) and" \
-			"Playwright ($(BIN)/pip install playwright)"; exit 1; }
+ui-test: setup browser
 	@$(BIN)/pytest tests/unit/test_top.py tests/unit/test_dashboard_views.py \
 		tests/security/test_dashboard_guard.py tests/e2e/test_dashboard.py $(ARGS)
+
+picture: setup browser
+	@PYTHONPATH=src $(BIN)/python -m tests.dashboard_picture
+
+browser: setup
+	@command -v chromium chromium-browser >/dev/null && $(BIN)/python -c 'import playwright' 2>/dev/null \
+		|| { echo "the dashboard's tests and its picture need a Chromium (apt-get install chromium)" \
+			"and Playwright ($(BIN)/pip install playwright)"; exit 1; }
 
 format: setup
 	@$(BIN)/ruff check --fix .
@@ -136,6 +144,9 @@ soak: setup
 
 api-docs: setup
 	@PYTHONPATH=src $(BIN)/python -m tests.api_fields
+
+config-docs: setup
+	@PYTHONPATH=src $(BIN)/python -m tests.config_document
 
 metrics-docs: setup
 	@PYTHONPATH=src $(BIN)/python -m tests.metrics_document

@@ -21,7 +21,8 @@ from memserve.instance.parts import Identity, Parts
 from memserve.instance.run import handler_of
 from memserve.models.tokenizer import Tokenizer
 from memserve.pool.pool import BlockPool
-from memserve.scheduler.prompt_tree import Prefix, PromptTree, block_digests
+from memserve.radix import block_digests
+from memserve.scheduler.prompt_tree import Prefix, PromptTree
 from memserve.secrets import cluster_secret
 from memserve.transfer.secret import cluster_keys
 from memserve.types import Epoch, InstanceId, Namespace, Role

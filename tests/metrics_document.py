@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from memserve.api.metric import Label, MetricSpec
+from memserve.api.trace_metrics import TraceMetrics
 from memserve.gateway.handover_proof import HandoverProof
 from memserve.gateway.metrics import EdgeMetrics, GatewayMetrics, InstancesMetrics
 from memserve.gateway.planning import PlannerBoard
@@ -24,6 +25,7 @@ OF_GATEWAY: tuple[MetricSpec, ...] = (
     *RoutingMetrics.metrics,
     *HandoverProof.metrics,
     *EdgeMetrics.metrics,
+    *TraceMetrics.metrics,
     *PlannerBoard.metrics,
 )
 GATEWAY_PAGE: tuple[MetricSpec, ...] = (*OF_GATEWAY, *InstancesMetrics.metrics)

@@ -90,7 +90,9 @@ class Receiver:
 
 
 def _value(value: Any) -> Any:
-    return getattr(value, value.WhichOneof("value"))
+    kind = value.WhichOneof("value")
+    found = getattr(value, kind)
+    return [_value(one) for one in found.values] if kind == "array_value" else found
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def up(
     config.write_text(text)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            (sys.executable, "-m", "memserve", "up", str(config)),
+            (sys.executable, "-m", "memserve", "up", "--no-dashboard", str(config)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=output,

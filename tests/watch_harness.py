@@ -24,6 +24,7 @@ from memserve.types import Epoch, InstanceId, RequestId, Role
 from memserve.watch.snapshot import GatewaySeen, Snapshot, snapshot_of
 
 URL = "http://127.0.0.1:8000"
+BLOCK_TOKENS = 16
 
 
 def seen(*seconds: float) -> Histogram:
@@ -79,7 +80,10 @@ def answer_of(
     """`ahead`: of the gateway's clock before the watcher's; its members were heard just now."""
     figures = ClusterFigures(
         at + ahead,
-        tuple(MemberFigures(summary.id, at + ahead, 0, stats) for summary, stats in members),
+        tuple(
+            MemberFigures(summary.id, at + ahead, 0, stats, BLOCK_TOKENS)
+            for summary, stats in members
+        ),
         (totals or GatewayTotals(),),
     )
     view = ClusterView(Epoch(1), tuple(summary for summary, _ in members))

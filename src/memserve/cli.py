@@ -21,7 +21,7 @@ from memserve.bench.cli import app as bench_app
 from memserve.bench.profile_cli import profile
 from memserve.cli_cluster import app as cluster_app
 from memserve.cli_doctor import doctor
-from memserve.cli_flags import takes_flags
+from memserve.cli_flags import ExitWithParent, takes_flags
 from memserve.cli_keys import app as keys_app
 from memserve.cli_planner import planner
 from memserve.cli_ray import app as ray_app
@@ -39,6 +39,7 @@ from memserve.config import (
     BackendConfig,
     CacheConfig,
     ClusterConfig,
+    DashboardConfig,
     GatewayConfig,
     InstanceConfig,
     LogConfig,
@@ -49,6 +50,7 @@ from memserve.config import (
     check_config,
     load_config,
 )
+from memserve.dashboard.child import DashboardChild, is_installed
 from memserve.errors import ConfigError
 from memserve.flags import Given, flags_of, to_flags, with_flags
 from memserve.logs import json_child_line, json_line, log_to_stderr
@@ -79,8 +81,6 @@ app.command()(dashboard)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(keys_app, name="keys")
 app.add_typer(ray_app, name="ray")
-
-_ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 
 
 def main() -> None:
@@ -114,6 +114,7 @@ def _root(
     flags_of(LogConfig),
     flags_of(InstanceConfig, _CLUSTER_LEAVES_OUT),
     flags_of(TracesConfig),
+    flags_of(DashboardConfig),
     flags_of(PlannerConfig),
 )
 def up(
@@ -138,6 +139,7 @@ def up(
         cache=with_flags(file.cache, given),
         log=with_flags(file.log, given),
         traces=with_flags(file.traces, given),
+        dashboard=with_flags(file.dashboard, given),
         planner=with_flags(file.planner, given),
         instance=tuple(with_flags(i, given, _CLUSTER_LEAVES_OUT) for i in file.instance),
     )
@@ -168,7 +170,14 @@ def up(
             else:
                 out.show(_first_steps(running.url, name, wanted.model.path == DEMO_MODEL))
 
-        asyncio.run(run_cluster(wanted, backend, progress, ready, detached=detach))
+        async def watched(running: Cluster) -> None:
+            link = progress if wanted.log.format == "json" else out.show
+            await DashboardChild(wanted, progress, show).run(running.url, running.secret, link)
+
+        # A dashboard ends with `up`: a cluster that is left running has none.
+        dashboard = wanted.dashboard.enabled and is_installed() and not detach
+        beside = watched if dashboard else None
+        asyncio.run(run_cluster(wanted, backend, progress, ready, beside, detached=detach))
 
 
 @app.command()
@@ -183,7 +192,7 @@ def gateway(
     instances: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="an instance's; may be repeated")
     ] = None,
-    exit_with_parent_: _ExitWithParent = False,
+    exit_with_parent_: ExitWithParent = False,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
     *,
     given: Given,
@@ -233,7 +242,7 @@ def instance(
             metavar="URL", help="a gateway's, or several gateways' common name; may be repeated"
         ),
     ] = None,
-    exit_with_parent_: _ExitWithParent = False,
+    exit_with_parent_: ExitWithParent = False,
     *,
     given: Given,
 ) -> None:

@@ -25,6 +25,7 @@ from memserve.errors import ConfigError
 from memserve.planner.contract import Decision
 from memserve.scheduler.contract import Terms
 from memserve.scheduler.decision_view import DecisionView
+from memserve.scheduler.prefix_view import PrefixReport
 from memserve.terminal import progress_lines
 from memserve.types import Role
 
@@ -154,6 +155,30 @@ def decisions(
         shown_on.print("no request has been scheduled yet")
 
 
+@app.command()
+def prefixes(
+    n: Annotated[int, typer.Option("-n", metavar="N", help="how many", min=1, max=100)] = 20,
+    text: Annotated[bool, typer.Option("--text", help="with what they say, shortened")] = False,
+    url: _Url = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Show the cached prefixes that saved the most tokens, and who holds them in which memory.
+    With --text the gateway logs that somebody asked."""
+
+    async def ask(client: ClusterClient) -> PrefixReport:
+        return await client.prefixes(n, text=text)
+
+    found = asyncio.run(_with_client(url, ask))
+    if json:
+        print(msgspec.json.encode(found).decode())
+        return
+    shown_on = console()
+    shown_on.print(prefix_table(found))
+    for each in found.prefixes:
+        if each.text is not None:
+            shown_on.print(f"{each.id}: {each.text!r}", markup=False)
+
+
 @app.command("planner")
 def planner_(
     n: Annotated[int, typer.Option("-n", metavar="N", help="how many of the last", min=1)] = 1,
@@ -240,18 +265,34 @@ def decision_table(decision: DecisionView) -> Table:
     )
     table = Table(title=title, title_justify="left")
     terms = Terms.__struct_fields__
-    table.add_column("computes -> answers")
+    table.add_column("gives ⇢ computes → answers")
     for name in ("cached", "fetched", *terms, "score"):
         table.add_column(name, justify="right")
     for one in decision.candidates:
-        where = one.instance if one.prefill is None else f"{one.prefill} -> {one.instance}"
         table.add_row(
-            f"{'*' if one == decision.chosen else ' '} {where}",
+            f"{'*' if one == decision.chosen else ' '} {one.path}",
             str(one.cached_tokens),
             "" if one.fetch is None else f"{one.fetched_tokens} from {one.fetch}",
             *(f"{getattr(one.terms, name):.3f}" for name in terms),
             f"{one.score:.3f}",
         )
+    return table
+
+
+def prefix_table(report: PrefixReport) -> Table:
+    """Return a table with a row for each prefix. Holders: their blocks by medium."""
+    table = Table()
+    for name in ("prefix", "tenant", "tokens", "own", "hits", "age", "holders"):
+        table.add_column(
+            name, justify="left" if name in ("prefix", "tenant", "holders") else "right"
+        )
+    for each in report.prefixes:
+        held = "; ".join(
+            f"{one.instance} {', '.join(f'{n} {m}' for m, n in one.blocks.items()) or 'expected'}"
+            for one in each.holders
+        )
+        numbers = (each.tokens, each.own_tokens, each.hits)
+        table.add_row(each.id, each.tenant, *map(str, numbers), f"{each.age:.0f} s", held)
     return table
 
 

@@ -12,6 +12,7 @@ import typer
 
 from memserve.flags import Flag
 
+ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="write JSON; - is standard output")
 ]

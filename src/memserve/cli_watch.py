@@ -10,8 +10,12 @@ from typing import Annotated
 import typer
 
 from memserve.api.tls import TLS_CA_VARIABLE, client_tls
-from memserve.config import GatewayConfig
+from memserve.cli_flags import ExitWithParent, takes_flags
+from memserve.cluster.watchdog import exit_with_parent
+from memserve.config import GatewayConfig, LogConfig
+from memserve.dashboard.child import is_installed
 from memserve.errors import ConfigError
+from memserve.flags import Given, flags_of, with_flags
 from memserve.logs import log_to_stderr
 
 _DEFAULT_URL = f"http://{GatewayConfig().host}:{GatewayConfig().port}"
@@ -30,12 +34,14 @@ def top(url: _Urls = None) -> None:
 
     Signs as `memserve cluster` does. Keys: ? in it.
     """
-    _require("textual", "Textual", "memserve top")
+    if find_spec("textual") is None:
+        raise ConfigError("memserve top needs Textual: pip install 'memserve[ui]'")
     from memserve.top.app import TopApp
 
     TopApp(url or [_DEFAULT_URL], client_tls(os.environ.get(TLS_CA_VARIABLE))).run()
 
 
+@takes_flags(flags_of(LogConfig))
 def dashboard(
     url: _Urls = None,
     host: Annotated[str, typer.Option(help="to listen on")] = "127.0.0.1",
@@ -51,22 +57,39 @@ def dashboard(
     tls_cert: Annotated[str | None, typer.Option(metavar="FILE", help="serve https")] = None,
     tls_key: Annotated[str | None, typer.Option(metavar="FILE")] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="without actions")] = False,
+    show_texts: Annotated[
+        bool, typer.Option("--show-texts", help="viewers may see what cached prefixes say")
+    ] = False,
+    ttft: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="objective to draw in")
+    ] = None,
+    tpot: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="objective to draw in")
+    ] = None,
+    exit_with_parent_: ExitWithParent = False,
+    *,
+    given: Given,
 ) -> None:
     """Show a running cluster on web pages, and act on it: members, requests, cache, latency.
 
     Signs as `memserve cluster` does. Beyond loopback it needs a token, and should have TLS.
     """
-    _require("nicegui", "NiceGUI", "memserve dashboard")
+    if not is_installed():
+        raise ConfigError("memserve dashboard needs NiceGUI: pip install 'memserve[ui]'")
+    from memserve.dashboard.charts import Objectives
     from memserve.dashboard.run import Settings, run_dashboard
 
-    log_to_stderr()
+    log = with_flags(LogConfig(), given)
+    log_to_stderr(log.level, log.format)
+    if exit_with_parent_:
+        exit_with_parent()
     authorities = client_tls(os.environ.get(TLS_CA_VARIABLE))
     urls = url or [_DEFAULT_URL]
-    settings = Settings(urls, host, port, token_file, tls_cert, tls_key, read_only, tls=authorities)
+    settings = Settings(
+        *(urls, host, port, token_file, tls_cert, tls_key, read_only),
+        tls=authorities,
+        supervised=exit_with_parent_,
+        texts=show_texts,
+        objectives=Objectives(ttft, tpot),
+    )
     run_dashboard(settings, lambda link: print(f"the dashboard is at {link}", flush=True))
-
-
-def _require(module: str, name: str, command: str) -> None:
-    """Raise ConfigError if a module of the extra `ui` is not installed."""
-    if find_spec(module) is None:
-        raise ConfigError(f"{command} needs {name}: pip install 'memserve[ui]'")

@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -230,6 +230,14 @@ class TracesConfig(_Section, frozen=True):
     ] = 10.0
 
 
+class DashboardConfig(_Section, frozen=True):
+    """The dashboard that `memserve up` starts, where the extra `ui` is installed. Its flags begin
+    with `--dashboard`."""
+
+    enabled: Annotated[bool, doc("start it; memserve dashboard does so by hand")] = True
+    port: Annotated[Port, doc("on 127.0.0.1; if it is taken, and for 0, any free one")] = 8090
+
+
 class PlannerConfig(_Section, frozen=True):
     """The planner, which changes members' roles and number. The flags of these fields begin with
     `--planner-`."""
@@ -278,8 +286,15 @@ class ClusterConfig(_Section, frozen=True):
     cache: CacheConfig = CacheConfig()
     log: LogConfig = LogConfig()
     traces: TracesConfig = TracesConfig()
+    dashboard: DashboardConfig = DashboardConfig()
     planner: PlannerConfig = PlannerConfig()
     instance: tuple[InstanceConfig, ...] = (InstanceConfig(),)
+
+
+def tables() -> dict[str, type[msgspec.Struct]]:
+    """Return the tables of the file by name."""
+    fields = ((each.name, each.type) for each in msgspec.structs.fields(ClusterConfig))
+    return {name: next(iter(get_args(kind)), kind) for name, kind in fields}
 
 
 def load_config(path: Path) -> ClusterConfig:
@@ -434,17 +449,7 @@ def _check_vllm(instance: InstanceConfig) -> None:
 
 
 def _refuse_unknown_keys(data: dict[str, object]) -> None:
-    sections: dict[str, type[msgspec.Struct]] = {
-        "cluster": BackendConfig,
-        "model": ModelConfig,
-        "gateway": GatewayConfig,
-        "security": SecurityConfig,
-        "cache": CacheConfig,
-        "log": LogConfig,
-        "traces": TracesConfig,
-        "planner": PlannerConfig,
-        "instance": InstanceConfig,
-    }
+    sections = tables()
     _check_keys("", data, tuple(sections))
     for name, value in data.items():
         for table in value if isinstance(value, list) else [value]:

@@ -2,8 +2,8 @@
 
 A flag is the field's name with dashes, without its table: tables in one command share no field
 names. `model.path` is `--model`; those of `log` are `--log-level` and `--log-format`, those of
-`traces` begin with `--traces-`, those of `planner` with `--planner-`; `planner.enabled` is
-`--planner`.
+`traces` begin with `--traces-`, those of `planner` with `--planner-`, those of `dashboard` with
+`--dashboard-`; `planner.enabled` is `--planner`, `dashboard.enabled` `--dashboard`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 import msgspec
 from msgspec import inspect
 
-from memserve.config import LogConfig, ModelConfig, PlannerConfig, TracesConfig
+from memserve.config import DashboardConfig, LogConfig, ModelConfig, PlannerConfig, TracesConfig
 from memserve.errors import ConfigError
 
 # Values from a command line, by parameter name; None for a flag that was not used.
@@ -48,6 +48,8 @@ class Flag:
             return f"log_{self.field}"
         if self.section is TracesConfig:
             return f"traces_{self.field}"
+        if self.section is DashboardConfig:
+            return "dashboard" if self.field == "enabled" else f"dashboard_{self.field}"
         if self.section is PlannerConfig:
             return "planner" if self.field == "enabled" else f"planner_{self.field}"
         return self.field

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from hashlib import blake2b
 from typing import Generic, Self, TypeVar
 
 import numpy as np
@@ -146,3 +147,13 @@ def common_bytes(edge: bytes, offset: int, data: bytes, at: int, step: int) -> i
     first = int(differ.argmax())
     common = TOKEN_BYTES * (first if differ[first] else count)
     return common - common % step
+
+
+def block_digests(data: bytes, step: int, before: bytes = b"") -> list[bytes]:
+    """Digests of the blocks of `data`, `step` bytes each. A digest covers the block and all
+    blocks before it; `before`: the digest of the block in front of `data`, if any."""
+    chain = []
+    for at in range(0, len(data) - step + 1, step):
+        before = blake2b(before + data[at : at + step], digest_size=16).digest()
+        chain.append(before)
+    return chain

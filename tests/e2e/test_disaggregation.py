@@ -64,7 +64,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(config: Path) -> Iterator[str]:
     """The URL of a cluster; nothing of it is left afterwards."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "memserve", "up", str(config)],
+        [sys.executable, "-m", "memserve", "up", "--no-dashboard", str(config)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -39,7 +39,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 @contextmanager
 def up(environment: dict[str, str], *flags: str, errors: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "memserve", "up", *flags]
+    command = [sys.executable, "-m", "memserve", "up", "--no-dashboard", *flags]
     with errors.open("w") as stderr:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
@@ -131,7 +131,7 @@ def until_said(process: subprocess.Popen[str], errors: Path, what: str) -> str:
 def test_what_cannot_work_is_one_sentence_before_anything_is_loaded(
     model: Path, environment: dict[str, str], flags: tuple[str, ...], said: str
 ) -> None:
-    done = memserve(environment, "up", "--model", str(model), *SMALL, *flags)
+    done = memserve(environment, "up", "--no-dashboard", "--model", str(model), *SMALL, *flags)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"memserve: {said}")
     assert "loading" not in done.stderr

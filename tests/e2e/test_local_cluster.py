@@ -69,7 +69,7 @@ class Up:
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "memserve", "up", *arguments],
+        [sys.executable, "-m", "memserve", "up", "--no-dashboard", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

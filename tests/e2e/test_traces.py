@@ -97,6 +97,8 @@ def test_a_request_is_a_tree_of_spans_below_its_client_s(
         assert (said["gen_ai.request.max_tokens"], said["gen_ai.request.temperature"]) == (4, 0.5)
         assert (said["http.response.status_code"], said["url.path"]) == (200, "/v1/completions")
         assert said["gen_ai.usage.input_tokens"] == tokens
+        assert said["gen_ai.usage.output_tokens"] == 4
+        assert said["gen_ai.response.finish_reasons"] == ["length"]
         decide = got.named("decide").attributes
         assert (decide["memserve.instance"], decide["memserve.policy"]) == ("i0", "prompt-tree")
         assert decide["memserve.predicted.first_token"] >= 0
@@ -137,6 +139,8 @@ def test_a_failover_is_a_second_attempt_that_knows_the_first(tokenizer: Tokenize
         assert [span.name for span in parts] == names
         lost, second = parts[3], parts[5]
         assert not root.failed
+        assert root.attributes["gen_ai.usage.output_tokens"] == 30
+        assert root.attributes["gen_ai.response.finish_reasons"] == ["length"]
         assert lost.failed
         assert lost.attributes["error.type"] == "instance_lost"
         assert second.links == [lost.id]

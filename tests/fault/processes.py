@@ -31,7 +31,8 @@ from memserve.config import (
     TransferMode,
 )
 from memserve.pool.segment import sweep
-from memserve.scheduler.prompt_tree import Prefix, block_digests
+from memserve.radix import block_digests
+from memserve.scheduler.prompt_tree import Prefix
 from memserve.types import Role
 from tests.fault.served import GatewayProcess, InstanceProcess, Machine, State, serve, set_network
 from tests.faulty_transport import Fault

@@ -39,6 +39,7 @@ def up(model: Path, stderr: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
             "-m",
             "tests.e2e.fake_memserve",
             "up",
+            "--no-dashboard",
             "--model",
             str(model),
             "--served-name",

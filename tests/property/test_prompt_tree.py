@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from memserve.scheduler.prompt_tree import PromptTree, block_digests
+from memserve.radix import block_digests
+from memserve.scheduler.prompt_tree import PromptTree
 from memserve.types import GENERATION_BITS, INDEX_BITS, InstanceId, Namespace, Role
 
 BLOCK = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from memserve.bench.measure import time_left
 from memserve.bench.statistics import Estimate, relative_change, t95
 
 
@@ -56,3 +57,9 @@ def test_pairs_without_a_ratio_are_left_out() -> None:
     found = relative_change([0.0, 2.0], [1.0, 1.0])
     assert found == Estimate(-0.5, -0.5, -0.5, 1)
     assert relative_change([], []) is None
+
+
+def test_the_time_left_is_that_of_the_pace_so_far() -> None:
+    assert time_left(10, 40, 20.0) == ", about 60 s left"
+    assert time_left(1, 100, 60.0) == ", about 99 min left"
+    assert time_left(40, 40, 20.0) == ""

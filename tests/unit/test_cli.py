@@ -104,7 +104,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[ClusterConfig]:
     """The configurations that `up` would start."""
     configs: list[ClusterConfig] = []
 
-    async def record(config: ClusterConfig, *_: Any) -> None:
+    async def record(config: ClusterConfig, *_: Any, **__: Any) -> None:
         configs.append(config)
 
     monkeypatch.setattr(cli, "run_cluster", record)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 
 from memserve.models.tokenizer import Tokenizer
 from memserve.secrets import cluster_secret
+from memserve.types import InstanceId
 from tests.fakes import MODEL, FakeCluster, FakeEngine, tiny_tokenizer
 from tests.insider import ask
+from tests.security.test_control_plane import stranger
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +34,15 @@ def cluster(tokenizer: Tokenizer) -> Iterator[FakeCluster]:
 
 
 def decisions(cluster: FakeCluster, *arguments: str) -> str:
-    command = [sys.executable, "-m", "memserve", "cluster", "decisions", "--url", cluster.url]
+    return told(cluster, "decisions", *arguments)
+
+
+def told(cluster: FakeCluster, command: str, *arguments: str) -> str:
+    start = [sys.executable, "-m", "memserve", "cluster", command, "--url", cluster.url]
     # Said to it: a cluster that was killed may have left another secret for the same port.
     environment = {**os.environ, "MEMSERVE_SECRET": str(cluster_secret())}
     done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, check=False, env=environment
+        [*start, *arguments], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -55,3 +62,27 @@ def test_decisions_show_every_candidate_and_mark_the_chosen_one(cluster: FakeClu
     chosen: Any = [candidate == last["chosen"] for candidate in last["candidates"]]
     assert named == chosen
     assert sum(named) == 1
+
+
+def test_prefixes_show_who_holds_what_and_their_text_only_if_it_is_asked_for(
+    cluster: FakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = cluster.gateway._router.tree
+    for name in ("i0", "i1"):  # whose engines publish no KV events
+        cluster.call(partial(tree.join, InstanceId(name), 16))
+    for _ in range(3):
+        body = json.dumps({"model": MODEL, "prompt": [7] * 64, "max_tokens": 2})
+        assert ask(cluster.url, "/v1/completions", body, "POST").status == 200
+    first = json.loads(told(cluster, "prefixes", "--json"))["prefixes"][0]
+    assert (first["tokens"], first["tenant"], first["hits"]) == (64, "shared", 2)
+    assert {holder["instance"] for holder in first["holders"]} <= {"i0", "i1"}
+    assert "text" not in first
+    assert first["id"] in told(cluster, "prefixes")
+    assert "texts of" not in caplog.text
+    (hot, *_) = json.loads(told(cluster, "prefixes", "--json", "--text", "-n", "1"))["prefixes"]
+    assert hot["id"] == first["id"]
+    assert hot["text"]
+    assert "asked for the texts of 1 prefixes" in caplog.text
+    assert ask(cluster.url, "/cluster/prefixes?n=0").status == 400
+    answer = stranger(cluster.url, "GET", "/cluster/prefixes")
+    assert answer.status == 401

@@ -91,3 +91,14 @@ def test_a_measured_profile_takes_the_place_of_model_and_hardware(
     result = CliRunner().invoke(app, ["sim", "--trace", str(trace), *where, "--profile", str(path)])
     assert isinstance(result.exception, ConfigError)
     assert "profile.json: not a profile" in str(result.exception)
+
+
+def test_the_page_has_the_figures_and_a_plot_of_each_time(trace: Path, tmp_path: Path) -> None:
+    page = tmp_path / "sim" / "report.html"
+    said = json.loads(simulated(trace, "--colocated", "2", "--all-policies", "--html", str(page)))
+    text = page.read_text()
+    assert "120 requests on 2 instances" in text
+    assert text.count('<img class="plot"') == 3
+    for figures in said:
+        assert f"<td>{figures['policy']}</td>" in text
+        assert f"{figures['ttft_p99']:.4g}" in text

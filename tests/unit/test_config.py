@@ -20,6 +20,7 @@ from memserve.config import (
     load_config,
     parse_bytes,
     parse_config,
+    tables,
 )
 from memserve.errors import ConfigError
 from memserve.flags import flags_of, to_flags, with_flags
@@ -27,12 +28,22 @@ from memserve.host_memory import HostMemory
 from memserve.instance import build
 from memserve.instance.build import block_counts
 from memserve.types import Role
+from tests import config_document
 
-SECTIONS = (ModelConfig, CacheConfig, InstanceConfig, GatewayConfig)
+SECTIONS = tuple(tables().values())
 
 
 def test_an_empty_file_is_the_default_cluster() -> None:
     assert parse_config("") == ClusterConfig()
+
+
+def test_a_file_may_have_every_table() -> None:
+    text = "".join(f"[[{n}]]\n" if n == "instance" else f"[{n}]\n" for n in tables())
+    assert parse_config(text) == ClusterConfig()
+
+
+def test_the_reference_is_that_of_the_code() -> None:
+    assert config_document.whole() == config_document.PAGE.read_text(), "run: make config-docs"
 
 
 def test_a_file_sets_what_it_names_and_nothing_else() -> None:

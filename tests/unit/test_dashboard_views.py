@@ -9,11 +9,13 @@ import msgspec
 import pytest
 
 from memserve.api.status import InstanceState, MediumTotals, PeerMoves
+from memserve.api.timeline import Chunk, Pause, Timeline
 from memserve.cluster.figures import GatewayTotals
 from memserve.dashboard import charts, views
 from memserve.dashboard.actions import Action, Kind, consequences, offered
 from memserve.scheduler.decision_view import Outcome
-from memserve.types import InstanceId, Role
+from memserve.scheduler.prefix_view import PrefixHolder, PrefixReport, PrefixView, TenantSpace
+from memserve.types import InstanceId, RequestId, Role
 from memserve.watch.history import History, Point
 from memserve.watch.latency import Percentiles
 from memserve.watch.rates import RoleLatency, rates_between
@@ -103,6 +105,40 @@ def test_an_opened_decision_shows_predictions_and_what_happened() -> None:
     assert float(widths["decode"]) == pytest.approx(100 / 1.5, abs=0.01)
 
 
+def test_a_time_line_shows_when_each_phase_passed() -> None:
+    told = Timeline(
+        request=RequestId("x"),
+        ended=True,
+        handed_over=True,
+        prompt_tokens=100,
+        cached_tokens=16,
+        output_tokens=9,
+        preemptions=1,
+        fetch=0.1,
+        queue=0.2,
+        prefill=0.4,
+        transfer=0.05,
+        queue_here=0.0,
+        decode=1.25,
+        chunks=(Chunk(0.3, 64), Chunk(0.6, 20)),
+        pauses=(Pause(1.0, 0.5),),
+    )
+    assert [(name, round(begin, 6), round(end, 6)) for name, begin, end in views.phases(told)] == [
+        ("fetch", 0.0, 0.1),
+        ("queue", 0.1, 0.2),
+        ("prefill", 0.3, 0.1),
+        ("prefill", 0.4, 0.3),
+        ("transfer", 0.7, 0.05),
+        ("decode", 0.75, 1.25),
+    ]
+    seen = snapshot(20.0, [], decisions=[decision("x", 18.0, Outcome(0.7, 2.0))])
+    page = views.requests_html(seen, 20.0, "", views.Opened("x", 18.0), None, told)
+    text = words(page)
+    assert "its time line at d0 2.0 s" in text
+    assert "16 of 100 tokens cached, 9 generated; prompt in 2 chunks; 1 pause; 1 preemption" in text
+    assert 'class="pause" title="pause of 500 ms, from 1.0 s" style="left:50.00%' in page
+
+
 def test_an_opened_decision_stays_when_newer_ones_have_pushed_it_out() -> None:
     told = snapshot(20.0, [], decisions=[decision("new", 19.0)])
     opened = views.Opened("old", 1.0)
@@ -166,15 +202,52 @@ def test_latencies_are_in_milliseconds_with_gaps_and_marks() -> None:
     assert (mark["xAxis"], mark["label"]["formatter"]) == (102_000, "2 failover")
 
 
-def test_the_charts_of_the_cache(history: History) -> None:
-    computed, cached, received = charts.sources(history.points, 0.0)["series"]
-    assert (computed["data"][-1][1], cached["data"][-1][1], received["data"][-1][1]) == (
-        300.0,
-        100.0,
-        400.0,
+def test_an_objective_is_a_line_across() -> None:
+    wanted = charts.Objectives(ttft=2.5)
+    points = [Point(1.0)]
+    first, between, _ = (
+        charts.latency(kind, points, Role.DECODE, 0.0, wanted)["series"][0]["markLine"]["data"]
+        for kind in charts.LATENCIES
     )
-    assert charts.hits(history.points, 0.0)["series"][0]["data"][-1][1] == 25.0
-    assert len(charts.evictions(history.points, 0.0)["series"]) == 2
+    assert [(mark["yAxis"], mark["label"]["formatter"]) for mark in first] == [
+        (2500.0, "objective")
+    ]
+    assert between == []
+
+
+def test_the_charts_of_the_cache() -> None:
+    point = Point(1.0, computed=300, cached=100, in_hbm=50, from_dram=30, fetched=20, received=400)
+    series = charts.sources([point], 0.0)["series"]
+    assert {each["name"]: each["data"][0][1] for each in series} == {
+        "computed": 300,
+        "in HBM": 50,
+        "in DRAM": 30,
+        "fetched": 20,
+        "handed over": 400,
+    }
+    series = charts.hits([point], 0.0)["series"]
+    assert [each["data"][0][1] for each in series] == [12.5, 7.5, 5.0]
+    assert charts.hits([Point(1.0)], 0.0)["series"][0]["data"] == [[1000, None]]
+    assert len(charts.evictions([point], 0.0)["series"]) == 2
+
+
+def test_prefixes_are_told_with_their_holders_and_escaped() -> None:
+    holders = tuple(
+        PrefixHolder(InstanceId(f"i{n}"), {"HBM": 3, "DRAM": n} if n else {})
+        for n in range(views.MAX_HOLDERS + 2)
+    )
+    report = PrefixReport(
+        (PrefixView("abcdef0123456789", "shared", 512, 128, 7, 65.0, holders),),
+        (TenantSpace("shared", 30, 60),),
+        left_out=4,
+    )
+    page = views.prefixes_html(report, {"abcdef0123456789": "<script>"})
+    assert "abcdef01 shared 512 128 7 1 min i0 expected i1 3 HBM 1 DRAM" in words(page)
+    assert "and 2 more" in words(page)
+    assert "shared 60 30" in words(page)
+    assert "and 4 more tenants" in words(page)
+    assert "&lt;script&gt;" in page
+    assert "No prefix was found again yet." in views.prefixes_html(PrefixReport(), {})
 
 
 def cluster_of(**members: Role) -> object:

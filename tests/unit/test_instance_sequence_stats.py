@@ -10,9 +10,11 @@ import pytest
 
 from memserve.api.generate import FinishReason
 from memserve.api.status import Latencies
+from memserve.api.timeline import MAX_PAUSES
 from memserve.engine.request import Usage
 from memserve.instance.sequence_stats import SequenceStats, combined
 from memserve.instance.server import instance_page
+from memserve.instance.timelines import Timelines
 from memserve.types import Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import BLOCK, Node, call_of, completed, node, pair, prompt_of
@@ -54,6 +56,42 @@ def test_a_prompt_computed_elsewhere_queues_at_both_sides() -> None:
     stats.end(latencies, 20.0)
     assert (stats.queue_seconds, stats.prefill_seconds, stats.decode_seconds) == (3, 4, 2)
     assert (latencies.transfer.sum, sum(latencies.transfer.counts)) == (0.5, 1)
+
+
+def test_pauses_are_long_times_between_outputs() -> None:
+    stats = SequenceStats(submitted=10.0, handed_over=True)
+    for now in (11.0, 14.0, 14.1, 15.1):  # behind the first, the second queue is no pause
+        stats.take(Usage(70, 16, 0, queue_seconds=2.0), now)
+    assert [(round(begin, 6), round(length, 6)) for begin, length in stats.pauses] == [(4.1, 1.0)]
+    for now in range(20, 20 + 2 * MAX_PAUSES):
+        stats.take(Usage(70, 16, 0), float(now))
+    assert len(stats.pauses) == MAX_PAUSES
+
+
+async def test_a_hand_over_has_a_time_line_at_the_decode_instance(model: Path) -> None:
+    async with pair(model) as (p, d):
+        call = call_of(PROMPT, 5, prefill=[p])
+        with d.instance.run(call) as run:
+            await completed(run)
+        told = d.instance.timelines.find(call.id)
+        assert told is not None
+        assert (told.ended, told.handed_over, told.prompt_tokens) == (True, True, 70)
+        assert (told.output_tokens, told.preemptions) == (5, 0)
+        assert sum(chunk.tokens for chunk in told.chunks) == 70  # computed at P
+        assert told.chunks[-1].end <= told.queue + told.prefill
+        assert min(told.prefill, told.transfer, told.decode) > 0
+        assert d.instance.timelines.find("another") is None
+
+
+async def test_time_lines_are_bounded(model: Path) -> None:
+    async with node(model, Role.COLOCATED) as one:
+        calls = [call_of(PROMPT, 2) for _ in range(3)]
+        known = Timelines(kept=2)
+        for call in (calls[0], calls[1], calls[0], calls[2]):
+            with one.instance.run(call) as run:
+                await completed(run)
+            known.add(run.generation)
+    assert [known.find(call.id) is not None for call in calls] == [True, False, True]
 
 
 def test_a_request_s_figures_are_sums_and_slowest_times() -> None:

@@ -122,8 +122,7 @@ async def test_a_hand_over_with_a_fetch_is_one_tree(
     assert got.named("fetch").attributes["memserve.blocks.received"] == 4
     assert (push.attributes["memserve.target"], push.attributes["memserve.blocks.sent"]) == ("p", 4)
     assert (prefill.attributes["memserve.cached_tokens"], prefill.kind) == (64, 2)
-    # What was fetched leaves at once, as cached blocks.
-    assert prefill.events == ["blocks"]
+    assert got.named("compute").events == ["chunk"]
     transfer = got.named("transfer").attributes
     assert transfer["memserve.blocks.sent"] == 4
     assert transfer["memserve.bytes.sent"] == 4 * p.link.block_bytes

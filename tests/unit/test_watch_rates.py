@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from memserve.api.status import InstanceState, Latencies, PeerMoves
+from memserve.api.status import FetchTotals, InstanceState, Latencies, PeerMoves, PoolTotals
 from memserve.cluster.figures import GatewayTotals
 from memserve.types import InstanceId, Role
 from memserve.watch.rates import Flow, FlowKind, failovers_between, rates_between
@@ -86,3 +87,25 @@ def test_failovers() -> None:
     one, two = (snapshot(float(n), [], GatewayTotals(failovers=n)) for n in (3, 5))
     assert failovers_between(one, two) == 2
     assert failovers_between(two, one) == 3  # a gateway that begins anew
+
+
+def test_cached_tokens_are_told_by_where_they_were() -> None:
+    """Blocks that came back from DRAM, or from a third instance, are cached when they are used."""
+    before, after = (
+        snapshot(
+            float(at),
+            [
+                (
+                    member_of("a"),
+                    msgspec.structs.replace(
+                        stats_of(cached=at * 1000),
+                        pool=PoolTotals(swapped_in=at * 10),
+                        fetch=FetchTotals(blocks_received=at * 5),
+                    ),
+                )
+            ],
+        )
+        for at in (1, 2)
+    )
+    rates = rates_between(before, after).whole
+    assert (rates.in_hbm, rates.from_dram, rates.fetched) == (760, 160, 80)

@@ -11,7 +11,7 @@ from memserve.scheduler.contract import Terms
 from memserve.scheduler.decision_view import DecisionView, Outcome
 from memserve.types import InstanceId
 from memserve.watch import text
-from memserve.watch.reasons import others, predicted, reason, state, where
+from memserve.watch.reasons import others, predicted, reason, state
 from tests.watch_harness import decision
 
 
@@ -85,7 +85,7 @@ def test_where_names_who_gives_computes_and_answers() -> None:
     fetched = msgspec.structs.replace(
         decision("x").chosen, fetch=InstanceId("p9"), fetched_tokens=32
     )
-    assert where(fetched) == "p9 ⇢ p0 → d0"
+    assert fetched.path == "p9 ⇢ p0 → d0"
     view = msgspec.structs.replace(decision("x"), chosen=fetched, candidates=(fetched,))
     assert reason(view) == "64 of 100 tokens cached, 32 fetched; the only candidate"
 

@@ -96,6 +96,7 @@ async def running_up(
             process = await asyncio.create_subprocess_exec(
                 *command,
                 "up",
+                "--no-dashboard",  # measured is what serves
                 str(file),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=sink,

@@ -21,6 +21,7 @@ from msgspec.structs import force_setattr
 
 from memserve.api.generate import Int32, PoolAddress, PrefillPeer, SamplingParams
 from memserve.api.limits import MAX_ID_CHARACTERS, MAX_NAME_CHARACTERS
+from memserve.api.timeline import MAX_CHUNKS, Chunk
 from memserve.tokens import NO_TOKENS, WireTokens, token_field
 from memserve.types import InstanceId, Namespace, RequestId
 
@@ -82,6 +83,7 @@ class PrefillResult(msgspec.Struct, frozen=True):
     fetch_seconds: float = 0.0
     blocks_fetched: int = 0
     ended: bool = False  # the first token ends the sequence: it is an end token, or by its grammar
+    chunks: Annotated[tuple[Chunk, ...], Meta(max_length=MAX_CHUNKS)] = ()
 
 
 class PushCall(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):

@@ -149,7 +149,7 @@ async def measure_server(
     """
     clock = MonotonicClock()
     total = sum(map(request_count, work))
-    done = 0
+    done, began = 0, clock.now()
 
     def finished(record: RequestRecord) -> None:
         nonlocal done
@@ -157,7 +157,8 @@ async def measure_server(
         if record.error is not None:
             progress(f"{name}: session {record.session}, turn {record.turn}: {record.error}")
         elif done * _PROGRESS_LINES // total > (done - 1) * _PROGRESS_LINES // total:
-            progress(f"{name}: {done} of {total} requests")
+            left = time_left(done, total, clock.now() - began)
+            progress(f"{name}: {done} of {total} requests{left}")
 
     model = (await served_model(url)).id
     salt = None if config.repeats == 1 else uuid.uuid4().hex
@@ -167,10 +168,20 @@ async def measure_server(
         seed = config.seed + repeat
         settings = LoadSettings(config.rate, seed, config.replay_answers, config.concurrency)
         meter = ProcessMeter(pids or {})
+        began = clock.now()
         load = await generate_load(client, work, settings, clock, finished)
         processes = meter.read()
     summary = summarise(load, config.slo())
     return ServeRun(name, model, None, summary, load.records, repeat, seed, processes)
+
+
+def time_left(done: int, total: int, seconds: float) -> str:
+    """Return what to say of the time that the rest takes, if it goes on as in the last `seconds`;
+    nothing at the end."""
+    left = seconds / done * (total - done)
+    if done == total:
+        return ""
+    return f", about {left:.0f} s left" if left < 100 else f", about {left / 60:.0f} min left"
 
 
 def require_answers(runs: Iterable[ServeRun]) -> None:

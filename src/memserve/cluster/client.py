@@ -14,16 +14,19 @@ from memserve.api.control import InstanceChange, LeaveRequest
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.signatures import Signer
 from memserve.api.status import InstanceStats, JoinRequest
+from memserve.api.timeline import TIMELINE_PATH, Timeline
 from memserve.cluster.member import ClusterView, MemberView
 from memserve.errors import ClusterError, ConfigError
 from memserve.planner.contract import Decision as PlannerDecision
 from memserve.planner.contract import LoadReport
 from memserve.scheduler.decision_view import DecisionView
+from memserve.scheduler.prefix_view import PrefixReport
 from memserve.secrets import Secret, secret_of
 
 # Longer than a gateway waits for an instance's answer (`control.CONTROL_SECONDS`).
 CLIENT_SECONDS = 10.0
 DECISIONS_PATH = "/cluster/decisions"
+PREFIXES_PATH = "/cluster/prefixes"
 LOAD_REPORTS_PATH = "/cluster/load"  # of each worker of a gateway, for the planner
 PLANNER_PATH = "/cluster/planner"
 FEEDS_PATH = "/cluster/feeds"  # state of a gateway's KV event subscriptions
@@ -35,6 +38,8 @@ _member = msgspec.json.Decoder(MemberView)
 _stats = msgspec.json.Decoder(InstanceStats)
 _cluster = msgspec.json.Decoder(ClusterView)
 _decisions = msgspec.json.Decoder(list[DecisionView])
+_timeline = msgspec.json.Decoder(Timeline)
+_prefixes = msgspec.json.Decoder(PrefixReport)
 _loads = msgspec.json.Decoder(list[LoadReport])
 _plans = msgspec.json.Decoder(list[PlannerDecision])
 T = TypeVar("T")
@@ -76,6 +81,11 @@ class ClusterClient:
         """Return the scheduler's last `n` decisions, newest first."""
         return await self._ask("GET", f"{DECISIONS_PATH}?n={n}", _decisions.decode)
 
+    async def prefixes(self, n: int, *, text: bool = False) -> PrefixReport:
+        """Return the `n` hottest prefixes; `text`: with what they say, shortened."""
+        path = f"{PREFIXES_PATH}?n={n}&text={str(text).lower()}"
+        return await self._ask("GET", path, _prefixes.decode)
+
     async def load(self) -> list[LoadReport]:
         """Return the view of each worker of the gateway."""
         return await self._ask("GET", LOAD_REPORTS_PATH, _loads.decode)
@@ -108,6 +118,12 @@ class ClusterClient:
     async def stats(self, member: MemberView) -> InstanceStats:
         """Return an instance's `/stats`, from its own address."""
         return await self._call("GET", f"{member.address}/stats", _stats.decode)
+
+    async def timeline(self, member: MemberView, request: str) -> Timeline:
+        """Return when the phases of a request passed that ended at an instance, which is asked at
+        its own address. Raises ClusterError if it does not know it, or no longer."""
+        path = f"{TIMELINE_PATH}?request={quote(request, safe='')}"
+        return await self._call("GET", member.address + path, _timeline.decode)
 
     async def change(self, instance: str, wanted: InstanceChange) -> MemberView:
         path = f"/cluster/instances/{quote(instance, safe='')}"

@@ -136,6 +136,11 @@ class Cluster:
                 return [one.name for one in late]
             await asyncio.sleep(POLL_SECONDS)
 
+    @property
+    def secret(self) -> Secret:
+        """The cluster's secret, for other processes that are started beside it."""
+        return self._secret
+
     def pids(self) -> dict[str, int]:
         """Return the process ids by name, each valid on its process's machine."""
         return {one.name: one.place.pid for one in self._all() if one.place is not None}

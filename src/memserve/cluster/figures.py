@@ -30,12 +30,13 @@ class GatewayTotals(msgspec.Struct, frozen=True):
 
 class MemberFigures(msgspec.Struct, frozen=True):
     """A member's last statistics. `heard`: when they came, by the gateway's clock. `misses`: polls
-    since, without an answer."""
+    since, without an answer. `block_tokens`: of its KV; 0: not known yet."""
 
     id: InstanceId
     heard: float
     misses: Count = 0
     stats: InstanceStats | None = None  # None: it has given none
+    block_tokens: Count = 0
 
 
 class ClusterFigures(msgspec.Struct, frozen=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from memserve.api.serving import Shutdown, on_reload
 from memserve.cluster.backend import Backend
@@ -18,13 +18,15 @@ async def run_cluster(
     backend: Backend,
     progress: Progress,
     ready: Callable[[Cluster], None],
+    beside: Callable[[Cluster], Awaitable[None]] | None = None,
     *,
     detached: bool = False,
 ) -> None:
     """Run a cluster until SIGINT or SIGTERM; a second signal ends the wait for requests. With
     `detached`, leave it running then, once it serves.
 
-    `ready` is called when every instance has been ready or has crashed. Raises ClusterError if a
+    `ready` is called when every instance has been ready or has crashed, and `beside` is awaited
+    from then on; it is cancelled before the cluster stops. Raises ClusterError if a
     process ends before an instance is ready, or as `Cluster.supervise`.
     """
     shutdown = Shutdown()
@@ -38,23 +40,25 @@ async def run_cluster(
         ready(cluster)
         if late:
             progress(f"not ready, and started again until they are: {', '.join(late)}")
+        if beside is not None:
+            await beside(cluster)
 
     async def serve() -> None:
         await cluster.begin()
         telling = asyncio.ensure_future(tell())
         supervising = asyncio.ensure_future(cluster.supervise())
-        beside = [telling, supervising]
+        tasks = [telling, supervising]
         if config.planner.enabled:
-            beside.append(asyncio.ensure_future(cluster.plan()))
+            tasks.append(asyncio.ensure_future(cluster.plan()))
         try:
-            await asyncio.wait(beside, return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             if telling.done():
                 telling.result()
             await supervising
         finally:
-            for task in beside:
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait(beside)
+            await asyncio.wait(tasks)
 
     try:
         await shutdown.run_until_requested(serve())

@@ -15,15 +15,17 @@ from memserve.watch.rates import RoleLatency
 MAX_SHOWN = 240  # points of a chart: each update sends all of them
 COLOURS = {
     "computed": "#d98e04",
-    "cached": "#4a8fe0",
-    "received": "#0f9d9d",
+    "in HBM": "#4a8fe0",
+    "in DRAM": "#9c4dcc",
+    "fetched": "#64a844",
+    "handed over": "#0f9d9d",
     "p50": "#2274c9",
     "p90": "#d98e04",
     "p99": "#c9365a",
     "evicted": "#c9365a",
     "from DRAM": "#9c4dcc",
-    "hits": "#2e9e4f",
 }
+_IN_SIGHT = 3.0  # an objective so many times above all values is told, and not drawn
 _INK = "#858e98"  # read on light and on dark
 
 Options = dict[str, Any]
@@ -52,9 +54,10 @@ def lines(
     unit: str = "",
     stacked: bool = False,
     marks: bool = False,
+    objective: float | None = None,
 ) -> Options:
     """Return a chart with a line for each of `values`. `epoch`: unix time at the watcher's 0.
-    `marks`: a vertical line at each failover."""
+    `marks`: a vertical line at each failover. `objective`: where a horizontal one is drawn."""
     shown = thin(points)
     series: list[Options] = [
         {
@@ -70,17 +73,22 @@ def lines(
         for name, value in values.items()
     ]
     if marks and series:
-        series[0]["markLine"] = _failovers(shown, epoch)
+        series[0]["markLine"] = _marks(shown, epoch, objective)
+    largest = max((v for p in shown for of in values.values() if (v := of(p))), default=0.0)
+    near = objective is not None and objective <= _IN_SIGHT * largest
+    if objective is not None:
+        title += f", objective {objective:g}{unit}"
     return {
         "title": {"text": title, "left": 4, "top": 0, "textStyle": {"fontSize": 13, "color": _INK}},
         "animation": False,
         "grid": {"left": 56, "right": 24, "top": 52, "bottom": 28},
-        "legend": {"top": 20, "left": 0, "textStyle": {"color": _INK}},
+        "legend": {"type": "scroll", "top": 20, "left": 0, "textStyle": {"color": _INK}},
         "tooltip": {"trigger": "axis"},
         "xAxis": {"type": "time", "axisLabel": {"color": _INK, "hideOverlap": True}},
         "yAxis": {
             "type": "value",
             "min": 0,
+            **({"max": max(largest, objective) * 1.05} if near and objective is not None else {}),
             "axisLabel": {"color": _INK, "formatter": f"{{value}}{unit}"},
             "splitLine": {"lineStyle": {"opacity": 0.25}},
         },
@@ -88,22 +96,35 @@ def lines(
     }
 
 
+_CACHED: dict[str, Value] = {
+    "in HBM": lambda p: p.in_hbm,
+    "in DRAM": lambda p: p.from_dram,
+    "fetched": lambda p: p.fetched,
+}
+
+
 def sources(points: Sequence[Point], epoch: float) -> Options:
     """Return the chart of prompt tokens by where their KV came from."""
-    values: dict[str, Value] = {
+    values = {
         "computed": lambda p: p.computed,
-        "cached": lambda p: p.cached,
-        "received": lambda p: p.received,
+        **_CACHED,
+        "handed over": lambda p: p.received,
     }
     return lines("Prompt tokens per second, by source", points, values, epoch, stacked=True)
 
 
 def hits(points: Sequence[Point], epoch: float) -> Options:
-    """Return the chart of the hit ratio."""
-    values: dict[str, Value] = {
-        "hits": lambda p: None if p.hit_ratio is None else 100 * p.hit_ratio
-    }
-    chart = lines("Hit ratio", points, values, epoch, unit=" %")
+    """Return the chart of the hit ratio, by where the KV was."""
+
+    def share(of: Value) -> Value:
+        def value(point: Point) -> float | None:
+            here, part = point.cached + point.computed, of(point)
+            return 100 * part / here if here and part is not None else None
+
+        return value
+
+    values = {name: share(of) for name, of in _CACHED.items()}
+    chart = lines("Hit ratio, by source", points, values, epoch, unit=" %", stacked=True)
     chart["yAxis"]["max"] = 100
     return chart
 
@@ -114,21 +135,44 @@ def evictions(points: Sequence[Point], epoch: float) -> Options:
     return lines("Blocks per second", points, values, epoch)
 
 
+class Objectives(NamedTuple):
+    """Seconds that latencies are to keep; None: none is drawn."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+
+
+NO_OBJECTIVES = Objectives()
+
+
 class Latency(NamedTuple):
-    """A latency that has a chart."""
+    """A latency that has a chart, and the objective that is drawn in."""
 
     title: str
     of: Callable[[RoleLatency], Percentiles]
+    objective: Callable[[Objectives], float | None] = lambda _: None
 
 
 LATENCIES = (
-    Latency("Time to first token (TTFT)", lambda told: told.first_token),
-    Latency("Between a sequence's tokens", lambda told: told.inter_token),
+    Latency(
+        "Time to first token (TTFT)", lambda told: told.first_token, lambda wanted: wanted.ttft
+    ),
+    Latency(
+        "Between a sequence's tokens (TPOT)",
+        lambda told: told.inter_token,
+        lambda wanted: wanted.tpot,
+    ),
     Latency("Arrival to the end (JCT)", lambda told: told.whole),
 )
 
 
-def latency(kind: Latency, points: Sequence[Point], role: Role, epoch: float) -> Options:
+def latency(
+    kind: Latency,
+    points: Sequence[Point],
+    role: Role,
+    epoch: float,
+    objectives: Objectives = NO_OBJECTIVES,
+) -> Options:
     """Return the chart of one latency at one role's members, in milliseconds, with failovers as
     marks."""
 
@@ -145,22 +189,34 @@ def latency(kind: Latency, points: Sequence[Point], role: Role, epoch: float) ->
         "p90": value(lambda found: found.p90),
         "p99": value(lambda found: found.p99),
     }
-    return lines(kind.title, points, values, epoch, unit=" ms", marks=True)
+    seconds = kind.objective(objectives)
+    wanted = None if seconds is None else 1000 * seconds
+    return lines(kind.title, points, values, epoch, unit=" ms", marks=True, objective=wanted)
 
 
-def _failovers(points: Sequence[Point], epoch: float) -> Options:
+def _marks(points: Sequence[Point], epoch: float, objective: float | None) -> Options:
+    data: list[Options] = [
+        {
+            "xAxis": round((epoch + point.at) * 1000),
+            "label": {"formatter": f"{point.failovers} failover", "color": "#c62828"},
+        }
+        for point in points
+        if point.failovers
+    ]
+    if objective is not None:
+        words = {"formatter": "objective", "color": _INK}
+        data.append(
+            {
+                "yAxis": objective,
+                "label": {**words, "position": "insideStartTop"},
+                "lineStyle": {"color": _INK, "type": "dashed"},
+            }
+        )
     return {
         "symbol": "none",
         "silent": True,
         "lineStyle": {"color": "#c62828", "type": "solid", "width": 1.5},
-        "data": [
-            {
-                "xAxis": round((epoch + point.at) * 1000),
-                "label": {"formatter": f"{point.failovers} failover", "color": "#c62828"},
-            }
-            for point in points
-            if point.failovers
-        ],
+        "data": data,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,7 +47,9 @@ class Frame:
         return time.time() - self.watcher.clock.now()
 
     @contextmanager
-    def page(self, path: str, refresh: Callable[[], None]) -> Iterator[None]:
+    def page(
+        self, path: str, refresh: Callable[[], None] | Callable[[], Awaitable[None]]
+    ) -> Iterator[None]:
         """Context of a page's content. `refresh` is called once it is there, and each second."""
         link = next(link for link in LINKS if link.path == path)
         ui.page_title(f"{link.title} - memserve")
@@ -63,13 +65,14 @@ class Frame:
         with ui.element("main").classes("w-full").props('id="content" tabindex="-1"') as content:
             yield
 
-        def look() -> None:
+        async def look() -> None:
             trouble.set_content(self._trouble())
             if self.watcher.lost:
                 content.classes("stale")
             else:
                 content.classes(remove="stale")
-            refresh()
+            if (drawn := refresh()) is not None:
+                await drawn
 
         ui.timer(POLL_SECONDS, look)
 

@@ -67,6 +67,11 @@ def dashboard_token(file: Path | None, host: str) -> tuple[str, bool]:
     return text, False
 
 
+def link_of(address: str, token: str | None) -> str:
+    """Return the link to open. `token`: one that was made here; a chosen one is in no output."""
+    return f"{address}/" if token is None else f"{address}/?token={token}"
+
+
 class Guard:
     """An ASGI application around another: 401 or the form for whoever has not shown the token,
     403 for requests of other sites' pages."""

@@ -5,17 +5,27 @@ from __future__ import annotations
 import msgspec
 from nicegui import ui
 
+from memserve.api.timeline import Timeline
 from memserve.dashboard import charts, views
 from memserve.dashboard.frame import Frame
 from memserve.types import Role
 from memserve.watch.snapshot import DecisionSeen, Snapshot
+from memserve.watch.watcher import PREFIX_SECONDS
 
+ASKS = 3  # for a time line: one of an instance that has ended is not to be had
 CHART_SECONDS = 2.0  # between updates of charts, which are the largest part of what is sent
 
 
-def add_pages(frame: Frame) -> None:
-    """Register the pages."""
-    watcher, history = frame.watcher, frame.watcher.history
+def add_pages(frame: Frame, objectives: charts.Objectives, *, texts: bool = False) -> None:
+    """Register the pages. `texts`: what prefixes say may be shown."""
+    _add_cluster(frame)
+    _add_requests(frame)
+    _add_cache(frame, texts)
+    _add_latency(frame, objectives)
+
+
+def _add_cluster(frame: Frame) -> None:
+    history = frame.watcher.history
 
     @ui.page("/")
     def cluster() -> None:
@@ -31,23 +41,33 @@ def add_pages(frame: Frame) -> None:
             tiles = ui.html(sanitize=False).classes("w-full")
             cards = ui.html(sanitize=False).classes("w-full")
 
+
+def _add_requests(frame: Frame) -> None:
+    watcher, history = frame.watcher, frame.watcher.history
+
     @ui.page("/requests")
     def requests(open: str = "", at: float | None = None) -> None:
         opened = views.Opened(open, at) if open else None
         kept: DecisionSeen | None = None
         seen: Snapshot | None = None
+        timeline: Timeline | None = None
+        asked = 0  # times for the time line, which is there a moment after the end
         now = 0.0
 
-        def refresh() -> None:
-            nonlocal kept, seen, now
+        async def refresh() -> None:
+            nonlocal kept, seen, now, timeline, asked
             if seen is None or not held.value:
                 seen, now = history.latest, watcher.clock.now()
             if seen is None:
                 return
             if opened is not None:
                 kept = opened.find(seen.decisions) or kept
+            over = kept is not None and kept.view.happened.whole is not None
+            if kept is not None and over and timeline is None and asked < ASKS:
+                asked += 1
+                timeline = await watcher.timeline(kept)
             wanted = str(words.value or "")
-            listed.set_content(views.requests_html(seen, now, wanted, opened, kept))
+            listed.set_content(views.requests_html(seen, now, wanted, opened, kept, timeline))
 
         with frame.page("/requests", refresh):
             with ui.row().classes("items-center"):
@@ -56,8 +76,14 @@ def add_pages(frame: Frame) -> None:
                 held = ui.checkbox("Hold")
             listed = ui.html(sanitize=False).classes("w-full q-mt-sm")
 
+
+def _add_cache(frame: Frame, texts: bool) -> None:
+    watcher, history = frame.watcher, frame.watcher.history
+
     @ui.page("/cache")
     def cache() -> None:
+        said: dict[str, str] = {}  # what prefixes say, by id, once somebody has asked
+
         def refresh() -> None:
             if history.latest is not None:
                 members.set_content(views.cache_html(history.latest, history.rates))
@@ -68,16 +94,36 @@ def add_pages(frame: Frame) -> None:
             _update(sources, charts.sources(points, epoch))
             _update(blocks, charts.evictions(points, epoch))
 
+        async def look() -> None:
+            hottest.set_content(views.prefixes_html(await watcher.prefixes(), said))
+
+        async def tell() -> None:
+            report = await watcher.prefixes(text=True)
+            said.update((each.id, each.text) for each in report.prefixes if each.text is not None)
+            hottest.set_content(views.prefixes_html(report, said))
+
         with frame.page("/cache", refresh):
             hits, sources, blocks = (_chart() for _ in range(3))
+            hottest = ui.html(sanitize=False).classes("w-full q-mt-sm")
+            if texts:
+                button = ui.button("Show what they say", icon="visibility", on_click=tell)
+                button.props("outline dense no-caps")
             members = ui.html(sanitize=False).classes("w-full q-mt-sm")
         ui.timer(CHART_SECONDS, draw)
+        ui.timer(PREFIX_SECONDS, look)
+
+
+def _add_latency(frame: Frame, objectives: charts.Objectives) -> None:
+    history = frame.watcher.history
 
     @ui.page("/latency")
     def latency() -> None:
         met: list[bool] = []  # the roles are known
 
         def refresh() -> None:
+            decisions = () if history.latest is None else history.latest.decisions
+            policies = sorted({seen.view.policy for seen in decisions})
+            policy.set_text(f"policy: {', '.join(policies)}" if policies else "")
             members = () if history.latest is None else history.latest.members
             known = {member.summary.role for member in members}
             names = [role.value for role in Role if role in known]
@@ -95,7 +141,7 @@ def add_pages(frame: Frame) -> None:
         def draw() -> None:
             role, points = Role(str(chosen.value)), history.points
             for kind, chart in zip(charts.LATENCIES, plots, strict=True):
-                _update(chart, charts.latency(kind, points, role, frame.epoch))
+                _update(chart, charts.latency(kind, points, role, frame.epoch, objectives))
 
         with frame.page("/latency", refresh):
             with ui.row().classes("items-center"):
@@ -103,11 +149,12 @@ def add_pages(frame: Frame) -> None:
                 chosen = ui.toggle([Role.COLOCATED.value], value=Role.COLOCATED.value)
                 chosen.props("no-caps")
                 chosen.on_value_change(draw)
+                policy = ui.label().classes("soft")
             plots = [_chart() for _ in charts.LATENCIES]
             ui.html(
                 '<p class="soft">Percentiles of the last five seconds, from the buckets of the '
                 "instances' histograms; a gap is a time without requests. Red lines: another "
-                "instance went on with a stream.</p>",
+                "instance went on with a stream. Dashed: the objectives (--ttft, --tpot).</p>",
                 sanitize=False,
             )
         ui.timer(CHART_SECONDS, draw)

@@ -16,11 +16,12 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 from nicegui import ui
 
-from memserve.api.serving import bind, url_of
+from memserve.api.serving import announce, bind, url_of
 from memserve.api.tls import server_tls
 from memserve.dashboard.actions_page import add_actions_page
+from memserve.dashboard.charts import NO_OBJECTIVES, Objectives
 from memserve.dashboard.frame import ASSETS, Frame
-from memserve.dashboard.guard import Guard, dashboard_token
+from memserve.dashboard.guard import Guard, dashboard_token, link_of
 from memserve.dashboard.pages import add_pages
 from memserve.errors import ConfigError
 from memserve.watch.watcher import Watcher
@@ -31,7 +32,8 @@ DRAIN_SECONDS = 3  # for open pages to be told of the end
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Settings of `memserve dashboard`. `tls`: trusted authorities for https:// gateways."""
+    """Settings of `memserve dashboard`. `tls`: trusted authorities for https:// gateways.
+    `supervised`: by a parent that has reserved the port and waits to be told the address."""
 
     urls: Sequence[str]
     host: str
@@ -41,6 +43,9 @@ class Settings:
     tls_key: str | None = None
     read_only: bool = False
     tls: ssl.SSLContext | None = None
+    supervised: bool = False
+    texts: bool = False  # what cached prefixes say may be shown
+    objectives: Objectives = NO_OBJECTIVES
 
 
 def run_dashboard(settings: Settings, ready: Callable[[str], None]) -> None:
@@ -49,14 +54,14 @@ def run_dashboard(settings: Settings, ready: Callable[[str], None]) -> None:
     token, made = dashboard_token(settings.token_file, settings.host)
     secure = server_tls(settings.tls_cert, settings.tls_key) is not None
     try:
-        sock = bind(settings.host, settings.port)
+        sock = bind(settings.host, settings.port, shared=settings.supervised)
     except OSError as error:
         raise ConfigError(f"{settings.host}:{settings.port}: {error}") from error
     watcher = Watcher(settings.urls, settings.tls)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.mount(ASSETS, StaticFiles(directory=_STATIC))
     frame = Frame(watcher)
-    add_pages(frame)
+    add_pages(frame, settings.objectives, texts=settings.texts)
     add_actions_page(frame, settings.tls, settings.read_only)
     ui.run_with(app, title="memserve", dark=None, show_welcome_message=False)
     guarded = Guard(app, token, sock.getsockname()[1], secure)
@@ -73,9 +78,16 @@ def run_dashboard(settings: Settings, ready: Callable[[str], None]) -> None:
     async def serve() -> None:
         async with watcher:
             watching = asyncio.create_task(watcher.run(lambda: None))
-            link = f"{url_of(sock, tls=secure)}/{f'?token={token}' if made else ''}"
+            address = url_of(sock, tls=secure)
+
+            def serving() -> None:
+                if settings.supervised:
+                    announce(address, None)
+                else:
+                    ready(link_of(address, token if made else None))
+
             try:
-                await _Server(config, lambda: ready(link)).serve(sockets=[sock])
+                await _Server(config, serving).serve(sockets=[sock])
             finally:
                 watching.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

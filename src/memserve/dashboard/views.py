@@ -5,14 +5,16 @@ Templates escape what they are given: ids and reasons come from members.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
 import jinja2
 import msgspec
 
+from memserve.api.timeline import Timeline
 from memserve.scheduler.decision_view import DecisionView
+from memserve.scheduler.prefix_view import PrefixReport
 from memserve.watch import reasons, text
 from memserve.watch.history import History
 from memserve.watch.rates import Flow, FlowKind, Rates
@@ -20,6 +22,7 @@ from memserve.watch.snapshot import DecisionSeen, MemberSeen, Snapshot
 
 MAX_ARROWS = 40  # the largest flows: more of them cannot be told apart
 MAX_FLOW_ROWS = 20
+MAX_HOLDERS = 6  # of a prefix, that are named
 
 _templates = jinja2.Environment(
     loader=jinja2.PackageLoader("memserve.dashboard"),
@@ -41,7 +44,6 @@ _templates.globals.update(
     reason=reasons.reason,
     state=reasons.state,
     terms_of=reasons.terms_of,
-    where=reasons.where,
 )
 
 
@@ -117,10 +119,15 @@ def tiles(*named: tuple[str, str]) -> str:
 
 
 def requests_html(
-    snapshot: Snapshot, now: float, wanted: str, opened: Opened | None, kept: DecisionSeen | None
+    snapshot: Snapshot,
+    now: float,
+    wanted: str,
+    opened: Opened | None,
+    kept: DecisionSeen | None,
+    timeline: Timeline | None = None,
 ) -> str:
     """Return the decisions that name `wanted`, and the opened one. `kept`: it, as it was last seen,
-    for when it is no longer among the snapshot's."""
+    for when it is no longer among the snapshot's; `timeline`: its, once it has ended."""
     words = wanted.lower().split()
     found = [seen for seen in snapshot.decisions if all(w in _words(seen.view) for w in words)]
     shown = None if opened is None else opened.find(snapshot.decisions) or kept
@@ -131,21 +138,63 @@ def requests_html(
         now=now,
         opened=shown,
         lost=opened is not None and shown is None,
-        longest=1.0 if shown is None else longest(shown.view),
+        longest=1.0 if shown is None else longest(shown.view, timeline),
+        timeline=timeline,
     )
 
 
-def longest(decision: DecisionView) -> float:
+class Phase(NamedTuple):
+    """A part of a time line: seconds from the call's arrival at the instance."""
+
+    name: str  # a term of predictions, or pause
+    begin: float
+    seconds: float
+
+
+def phases(told: Timeline) -> list[Phase]:
+    """Return the phases of a request in the order in which they passed, without empty ones. The
+    prompt's computation is one for each chunk."""
+    found: list[Phase] = []
+    at = 0.0
+    for name, seconds in (("fetch", told.fetch), ("queue", told.queue)):
+        found.append(Phase(name, at, seconds))
+        at += seconds
+    submitted, end = at - told.queue, at + told.prefill
+    for chunk in told.chunks[:-1]:
+        until = min(max(submitted + chunk.end, at), end)
+        found.append(Phase("prefill", at, until - at))
+        at = until
+    found.append(Phase("prefill", at, end - at))
+    at = end
+    rest = (("transfer", told.transfer), ("queue", told.queue_here), ("decode", told.decode))
+    for name, seconds in rest:
+        found.append(Phase(name, at, seconds))
+        at += seconds
+    return [phase for phase in found if phase.seconds > 0]
+
+
+def longest(decision: DecisionView, timeline: Timeline | None = None) -> float:
     """Return the seconds that a whole bar stands for: the longest of what was predicted and what
     happened."""
     whole = [reasons.predicted(candidate)[1] for candidate in decision.candidates]
     whole += (reasons.predicted(decision.chosen)[1], decision.happened.whole or 0.0)
+    if timeline is not None:
+        whole.append(timeline.whole)
     return max(*whole, decision.happened.first_token or 0.0) or 1.0
 
 
 def cache_html(snapshot: Snapshot, rates: Rates) -> str:
     """Return the members' cache figures."""
     return _render("cache.html", snapshot=snapshot, rates=rates)
+
+
+def prefixes_html(report: PrefixReport, said: Mapping[str, str]) -> str:
+    """Return the hottest prefixes and the space by tenant. `said`: what prefixes say, by id."""
+    most = max((tenant.held for tenant in report.tenants), default=0) or 1
+    return _render("prefixes.html", report=report, said=said, most=most, shown=MAX_HOLDERS)
+
+
+_templates.globals["phases"] = phases
 
 
 def _render(name: str, **values: object) -> str:
@@ -161,5 +210,5 @@ def _largest(rates: Rates, count: int) -> list[Flow]:
 
 
 def _words(decision: DecisionView) -> str:
-    told = (decision.request, reasons.where(decision.chosen), reasons.state(decision))
+    told = (decision.request, decision.chosen.path, reasons.state(decision))
     return " ".join(told).lower()

@@ -274,6 +274,7 @@ class Engine:
         if plan is None:
             return []
         samples = self._runner.run(plan)
+        computed = self._clock.now()
         counters = self._counters
         outputs = []
         for sequence, count in ((s.sequence, s.count) for s in plan.scheduled):
@@ -282,6 +283,7 @@ class Engine:
                 received = min(sequence.cached_tokens, sequence.request.received_tokens)
                 counters.received_prompt_tokens += received
                 counters.cached_prompt_tokens += sequence.cached_tokens - received
+            sequence.computed_at(computed, count)
             counters.computed_prompt_tokens += sequence.advance(count)
             chosen = samples.get(sequence.id)
             if chosen is not None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from memserve.api.generate import FinishReason, SamplingParams, validate_sampling
 from memserve.api.limits import DEFAULT_MAX_WAITING
+from memserve.api.timeline import Chunk
 from memserve.engine.constraint import CompiledGrammar
 from memserve.engine.observer import PrefillObserver
 from memserve.errors import RequestError
@@ -72,6 +73,7 @@ class Usage:
     cached_tokens: int | None
     preemptions: int
     queue_seconds: float = 0.0  # from `submit` to the sequence's first step
+    chunks: Sequence[Chunk] = ()  # of the prompt that were computed here, MAX_CHUNKS at most
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from memserve.api.generate import FinishReason
+from memserve.api.timeline import MAX_CHUNKS, Chunk
 from memserve.engine.block_table import BlockTable
 from memserve.engine.constraint import Constraint
 from memserve.engine.observer import PrefillObserver, PrefillWatch
@@ -43,6 +44,7 @@ class Sequence:
         self.arrival = arrival
         self.submitted = submitted  # seconds of the engine's clock
         self.queue_seconds = 0.0  # from `submitted` to the first step
+        self.chunks: list[Chunk] = []
         self.table = table
         self.computed = 0  # leading tokens whose KV is in the table
         self.cached_tokens = 0  # prompt tokens found in the index when first admitted
@@ -102,7 +104,18 @@ class Sequence:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self.prompt_tokens, self.cached_tokens, self.preemptions, self.queue_seconds)
+        counts = (self.prompt_tokens, self.cached_tokens, self.preemptions, self.queue_seconds)
+        return Usage(*counts, self.chunks)
+
+    def computed_at(self, now: float, tokens: int) -> None:
+        """Note that a step has computed so many of the tokens that had no KV, before `advance`."""
+        if not (self.fresh or self.prefilling):
+            return
+        chunk = Chunk(now - self.submitted, tokens)
+        if len(self.chunks) < MAX_CHUNKS:
+            self.chunks.append(chunk)
+        else:
+            self.chunks[-1] = Chunk(chunk.end, tokens + self.chunks[-1].tokens)
 
     def admit(self, headroom: int) -> None:
         """Pin the cached prefix and reserve blocks for all current tokens.

@@ -9,6 +9,7 @@ from functools import partial
 from http import HTTPStatus
 
 import msgspec
+from fastapi import APIRouter
 
 from memserve.api.asgi import Interruption, asgi_handler
 from memserve.api.errors import ApiError, method_not_allowed
@@ -89,10 +90,12 @@ class GatewayApp:
         tokenization: Tokenization,
         planning: PlannerBoard,
         max_body_bytes: int = MAX_BODY_BYTES,
+        more: Callable[[Siblings | None], APIRouter] | None = None,
     ) -> None:
         """`counted`: whose metrics `/metrics` has beside its own. `instance_wait`: seconds after
         the start for which requests wait for an instance. `tracer`: with the same clock; None:
-        requests are not traced. `max_body_bytes`: of a body that was compressed."""
+        requests are not traced. `max_body_bytes`: of a body that was compressed. `more`: returns
+        further routes, of all workers or of this one."""
         self._draining = False
         self._began = clock.now()
         self._instance_wait = instance_wait
@@ -127,11 +130,15 @@ class GatewayApp:
         figures = membership, self._metrics, queue, clock
         app = admin_app(*admin, siblings, troubles)
         app.include_router(figures_routes(*figures, siblings))
+        if more is not None:
+            app.include_router(more(siblings))
         app.include_router(planner_routes(planning, siblings))
         self._admin: Handler = asgi_handler(app)
         # Requests of sibling workers: answered for this worker alone, and not passed on again.
         app = admin_app(*admin, troubles=troubles)
         app.include_router(figures_routes(*figures, None))
+        if more is not None:
+            app.include_router(more(None))
         app.include_router(planner_routes(planning, None))
         self.handle_sibling: Handler = Guard(
             responses.for_siblings(asgi_handler(app)), access.verifier

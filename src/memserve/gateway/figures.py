@@ -83,4 +83,7 @@ def totals_of(metrics: GatewayMetrics, waiting: int) -> GatewayTotals:
 
 
 def _encoded(member: Member) -> bytes:
-    return _encode(MemberFigures(member.id, member.heard, member.misses, member.stats))
+    block_tokens = 0 if member.limits is None else member.limits.block_tokens
+    return _encode(
+        MemberFigures(member.id, member.heard, member.misses, member.stats, block_tokens)
+    )

@@ -154,6 +154,9 @@ class Relay:
         """Relay a call until its client has an answer. Raises ApiError if that fails before
         anything is sent to the client."""
         stream = ClientStream(call, reply, headers, self._clock) if call.stream else None
+        trace = answer.trace
+        if stream is not None and trace is not None and trace.id is not None:
+            stream.finish_reasons = []
         tried: _Lives = set()
         refusal: Attempt | None = None
         while (route := await self._route(call, tried, reply, refusal is None)) is not None:
@@ -163,6 +166,8 @@ class Relay:
             attempt = await self._try(route, call, reply, stream, answer.trace)
             if stream is not None:
                 answer.first_byte, answer.pauses = stream.first_byte, stream.pauses
+                if trace is not None:
+                    trace.streamed(stream)
             if reply.gone or reply.ended:
                 return
             if attempt.too_large:  # another instance's answer would be, too
@@ -181,6 +186,8 @@ class Relay:
                 log.warning("%s: %s refuses to go on: %r", call.id, member.id, attempt.body)
             else:
                 reply.send(attempt.status, attempt.body, headers, attempt.header)
+                if trace is not None:
+                    trace.answered(attempt.body)
                 return
         self._end(reply, headers, stream, answer, refusal, bool(tried))
 

@@ -7,12 +7,16 @@ instance is a child of its attempt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from urllib.parse import urlsplit
+
+import msgspec
 
 from memserve.api.forward import ForwardPath
 from memserve.api.generate import CallKind, GenerateCall
 from memserve.api.http_message import Request
 from memserve.gateway.route import Route
+from memserve.gateway.stream import ClientStream
 from memserve.tracing.span import Attribute, Span, SpanKind, Tracer
 
 _FAILED = 500  # statuses from here on are errors of the server
@@ -22,6 +26,22 @@ _OPERATIONS = {
     ForwardPath.EMBEDDINGS: "embeddings",
     ForwardPath.POOLING: "embeddings",
 }
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int = 0
+
+
+class _Choice(msgspec.Struct):
+    finish_reason: str | None = None
+
+
+class _Answer(msgspec.Struct):
+    choices: list[_Choice]
+    usage: _Usage
+
+
+_read_answer = msgspec.json.Decoder(_Answer).decode
 
 
 class RequestTrace:
@@ -108,6 +128,27 @@ class RequestTrace:
             span.attributes["memserve.lost"] = lost
         error = "instance_lost" if lost is not None else _error(status)
         span.finish(self._mark, error)
+
+    def streamed(self, stream: ClientStream) -> None:
+        """Say how a stream has ended, or how far it has come."""
+        if self._root.recording:
+            self._answered(sum(map(len, stream.tokens())), stream.finish_reasons or ())
+
+    def answered(self, body: bytes) -> None:
+        """Say how a whole answer has ended."""
+        if not self._root.recording:
+            return
+        try:
+            told = _read_answer(body)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return  # an error, or of another endpoint
+        reasons = tuple(each.finish_reason or "" for each in told.choices)
+        self._answered(told.usage.completion_tokens, reasons)
+
+    def _answered(self, tokens: int, reasons: Sequence[str]) -> None:
+        self._root.attributes["gen_ai.usage.output_tokens"] = tokens
+        if reasons:
+            self._root.attributes["gen_ai.response.finish_reasons"] = tuple(reasons)
 
     def end(self, status: int, first_byte: float | None, broken: bool) -> None:
         """End the request. `first_byte`: when it went to the client, for streams."""

@@ -7,6 +7,7 @@ import gc
 import logging
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import uvloop
 
@@ -28,6 +29,7 @@ from memserve.api.serving import (
 from memserve.api.signatures import Signer
 from memserve.api.status import MemberKind
 from memserve.api.tls import client_tls, server_tls
+from memserve.api.trace_metrics import TraceMetrics
 from memserve.clock import MonotonicClock
 from memserve.cluster.member import Member
 from memserve.cluster.membership import Change, MemberChange, Membership
@@ -44,6 +46,7 @@ from memserve.gateway.handover_proof import HandoverProof
 from memserve.gateway.metrics import EdgeMetrics
 from memserve.gateway.model_formats import formats_of
 from memserve.gateway.planning import PlannerBoard
+from memserve.gateway.prefixes import prefix_routes
 from memserve.gateway.relay import Relay
 from memserve.gateway.response_store import ResponseStore
 from memserve.gateway.responses import Responses
@@ -247,6 +250,7 @@ class Gateway:
                 self._router.metrics,
                 EdgeMetrics(self._counters, self._access, self.vitals),
                 self._proof,
+                TraceMetrics(None if tracer is None else tracer.counts),
             ),
             wait,
             self._access,
@@ -260,6 +264,7 @@ class Gateway:
             tokenization=Tokenization(self._calls, tokenizer),
             planning=PlannerBoard(self._router.load, clock),
             max_body_bytes=self._max_body_bytes,
+            more=partial(prefix_routes, self._router.tree, clock, tokenizer),
         )
 
     async def __aenter__(self) -> Gateway:

@@ -8,6 +8,7 @@ vLLM's) is relayed as it is, and cannot be continued.
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 
 from memserve.api.chunks import DONE
@@ -24,6 +25,7 @@ _DIGITS = frozenset(b"0123456789")
 _ERROR = b'data: {"error":'
 _REFUSED = b'"type":"invalid_request_error"'
 _OK = HTTPStatus.OK.value
+_FINISHED = re.compile(rb'"finish_reason":"([a-z_]{1,32})"')
 _USAGE = b'"choices":[],"usage":'
 
 
@@ -35,6 +37,7 @@ class ClientStream:
         self.first_byte: float | None = None  # clock time of its write to the client
         self.pauses: list[float] = []  # seconds without bytes, one for each failover
         self.error: bytes | None = None  # error event of the current instance
+        self.finish_reasons: list[str] | None = None  # None: not noted, unless the owner wants them
         self._call = call
         self._headers = headers
         self._clock = clock
@@ -66,6 +69,8 @@ class ClientStream:
             data = self._whole(data, last)
         if data:
             data = self._taken_out(data)
+            if self.finish_reasons is not None:
+                self.finish_reasons += [each.decode() for each in _FINISHED.findall(data)]
         if last and (self._done or not self._resumable) and self.error is None:
             self._begin()
             self.reply.end(data)

@@ -162,6 +162,14 @@ class Generation:
             choice.resume(token_ids, eos_token_ids, choice.index in ended)
 
     @property
+    def id(self) -> RequestId:
+        return RequestId(self._call.id)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self._call.prompts))
+
+    @property
     def unfinished(self) -> list[RequestId]:
         return list(self._last)
 
@@ -260,16 +268,15 @@ class Generation:
 
     def __str__(self) -> str:
         how = "failed" if self.failure is not None else "done" if self.finished else "given up"
-        prompt_tokens = sum(map(len, self._call.prompts))
         return (
-            f"{self._call.id} {how}: {prompt_tokens} prompt tokens, {self.generated_tokens} "
+            f"{self._call.id} {how}: {self.prompt_tokens} prompt tokens, {self.generated_tokens} "
             f"generated; {self.totals()}"
         )
 
     def _usage(self) -> chunks.CompletionUsage:
         stats = self.totals()
         return chunks.usage(
-            prompt_tokens=sum(map(len, self._call.prompts)),
+            prompt_tokens=self.prompt_tokens,
             completion_tokens=self.generated_tokens,
             cached_tokens=stats.cached_tokens_prefill,
             stats=stats,

@@ -52,6 +52,7 @@ from memserve.instance.parts import Identity, Parts
 from memserve.instance.prefill import Prefiller
 from memserve.instance.remote_prefill import RemotePrefill
 from memserve.instance.submission import FinishRate, Submission
+from memserve.instance.timelines import Timelines
 from memserve.scheduler.profiles import Profile
 from memserve.tracing.span import Span, SpanKind, headers_of, timed
 from memserve.types import Role
@@ -83,6 +84,7 @@ class Instance:
         self.lifecycle = InstanceLifecycle(identity.id, identity.role)
         self._clock = clock
         self._latencies = Latencies()
+        self.timelines = Timelines()
         self._rate = FinishRate(clock)
         self.died = asyncio.Event()  # the engine or another vital task or thread has ended
         self.vitals = Vitals(self._lost)
@@ -223,6 +225,7 @@ class Instance:
             served.submission.cancel(list(unfinished))
             self._latencies.ended.abort += len(unfinished)
         log.info("%s", run.generation)
+        self.timelines.add(run.generation)
         if run.span is not None and run.span.recording:
             request_trace.ended(run.span, run.generation)
         self._rate.record(len(requests) - len(unfinished))

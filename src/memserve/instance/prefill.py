@@ -12,14 +12,13 @@ from memserve.api.generate import FinishReason
 from memserve.api.handoff import PrefillCall, PrefillResult, TokenScores
 from memserve.api.namespaces import is_private
 from memserve.clock import Clock
-from memserve.engine.observer import PrefillObserver
 from memserve.engine.request import EngineRequest, TokenOutput
 from memserve.errors import PoolError, TransferError
 from memserve.instance.dispatcher import Dispatcher
 from memserve.instance.fetch import Fetcher
 from memserve.instance.grammars import Grammars
 from memserve.instance.link import KVLink, PrefillStream
-from memserve.instance.request_trace import ChunkTimes, prefilled
+from memserve.instance.request_trace import prefilled
 from memserve.instance.submission import Submission
 from memserve.tracing.span import Span
 from memserve.transfer.kv_link import Pushed
@@ -65,11 +64,8 @@ class Prefiller:
         )
         started = self._clock.now()
         stream = await self._stream(call, tokens)
-        observer: PrefillObserver | None = stream
-        if observer is not None and span is not None and span.recording:
-            observer = ChunkTimes(observer, span)
         try:
-            output = await self._compute(replace(request, observer=observer))
+            output = await self._compute(replace(request, observer=stream))
             computed = self._clock.now()
             pushed = await self._deliver(call, output, stream)
         finally:
@@ -91,6 +87,7 @@ class Prefiller:
             fetch_seconds=fetched.seconds,
             blocks_fetched=fetched.blocks,
             ended=output.finish_reason is FinishReason.STOP,
+            chunks=tuple(output.usage.chunks),
         )
         if span is not None and span.recording:
             prefilled(span, call, result, started, pushed, self._link.block_bytes)

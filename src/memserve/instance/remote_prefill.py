@@ -212,6 +212,7 @@ class RemotePrefill:
         own.fetch_seconds = result.fetch_seconds
         own.prefill_seconds = result.prefill_seconds - result.queue_seconds
         own.transfer_seconds = result.transfer_seconds
+        own.chunks = result.chunks
         counters = self._counters
         counters.prompt_tokens += len(leader.prompt)
         counters.cached_tokens_prefill += own.cached_tokens_prefill

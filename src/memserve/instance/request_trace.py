@@ -7,7 +7,7 @@ trace only gives these figures a place in time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from starlette.types import Scope
@@ -15,12 +15,11 @@ from starlette.types import Scope
 from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall
 from memserve.api.handoff import PrefillCall, PrefillResult, PushCall, PushResult
-from memserve.engine.observer import PrefillObserver, PrefillWatch
+from memserve.api.timeline import Chunk
 from memserve.instance.generation import Generation
 from memserve.instance.sequence_stats import SequenceStats
 from memserve.tracing.span import Attribute, Span, Tracer, error_type
 from memserve.transfer.kv_link import Pushed
-from memserve.types import RefArray
 
 MAX_SEQUENCES = 8  # of a call that have spans
 
@@ -99,42 +98,19 @@ def _sequence(span: Span, stats: SequenceStats, attributes: dict[str, Attribute]
         begun = stats.submitted + stats.queue_seconds
         span.child("queue", start=stats.submitted, attributes=attributes).finish(begun)
         computed = attributes | {"memserve.cached_tokens": stats.cached_tokens_prefill}
-        span.child("compute", start=begun, attributes=computed).finish(first)
+        compute = span.child("compute", start=begun, attributes=computed)
+        _computed(compute, stats.submitted, stats.chunks)
+        compute.finish(first)
     span.event("first_token", first, attributes)
     whole = stats.ended is not None
     decode = span.child("decode", start=first, attributes=attributes)
     decode.finish(stats.ended if whole else now, None if whole else "cancelled")
 
 
-class ChunkTimes:
-    """Passes the calls of an engine on to a prefill's observer, and adds an event to the span for
-    each chunk that is computed. The engine's thread, or the GPU's, pays a microsecond a chunk."""
-
-    def __init__(self, observer: PrefillObserver, span: Span) -> None:
-        self._observer = observer
-        self._span = span
-
-    def begin(self, refs: RefArray) -> PrefillWatch | None:
-        watch = self._observer.begin(refs)
-        return None if watch is None else _Watch(watch, self._span)
-
-
-class _Watch:
-    def __init__(self, watch: PrefillWatch, span: Span) -> None:
-        self.by_layer = watch.by_layer
-        self._watch = watch
-        self._span = span
-
-    def ready(self, first: int, last: int, layer: int | None) -> None:
-        self._watch.ready(first, last, layer)
-        if not layer:  # one event for all layers
-            self._span.event("blocks", attributes={"memserve.blocks": last})
-
-    def superseded(self, refs: RefArray) -> None:
-        self._watch.superseded(refs)
-
-    def released(self, computed: int) -> None:
-        self._watch.released(computed)
+def _computed(span: Span, submitted: float, chunks: Iterable[Chunk]) -> None:
+    """Add an event for each chunk of a prompt that was computed."""
+    for chunk in chunks:
+        span.event("chunk", submitted + chunk.end, {"memserve.tokens": chunk.tokens})
 
 
 def prefilled(
@@ -154,7 +130,9 @@ def prefilled(
         "memserve.target": call.target.id,
     }
     span.child("queue", start=started).finish(begun)
-    span.child("compute", start=begun).finish(computed)
+    compute = span.child("compute", start=begun)
+    _computed(compute, started, result.chunks)
+    compute.finish(computed)
     # KV leaves while it is computed: this is what is left to send after the first token.
     transfer = span.child("transfer", start=computed)
     transfer.attributes |= moved(sent, block_bytes)

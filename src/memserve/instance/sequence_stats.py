@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 from memserve.api.request_stats import RequestStats
 from memserve.api.status import Latencies
+from memserve.api.timeline import MAX_PAUSES, Chunk, Pause
 from memserve.engine.request import Usage
+
+PAUSE_SECONDS = 0.5  # between two outputs of a sequence, from which on it is noted as a pause
 
 
 @dataclass(slots=True)
@@ -31,6 +34,9 @@ class SequenceStats:
     preemptions: int = 0
     queued_here: float = 0.0  # the part of `queue_seconds` behind a hand-over
     ended: float | None = None  # when
+    chunks: Sequence[Chunk] = ()  # of the prompt, as it was computed
+    pauses: list[Pause] = field(default_factory=list)
+    _last: float = 0.0  # when the last output came
     _first_token: float | None = None
     _queued_here: bool = False
     _cached_known: bool = False
@@ -43,6 +49,13 @@ class SequenceStats:
     def take(self, usage: Usage, now: float) -> None:
         """Count an output that came at `now`."""
         self.preemptions = usage.preemptions
+        # The second queue, behind a hand-over, is no pause.
+        decodes = self._first_token is not None and self._queued_here is self.handed_over
+        if decodes and now - self._last >= PAUSE_SECONDS and len(self.pauses) < MAX_PAUSES:
+            self.pauses.append(Pause(self._last - self.submitted, now - self._last))
+        self._last = now
+        if usage.chunks and not self.handed_over:
+            self.chunks = usage.chunks
         if self._first_token is None:
             self._first_token = now
             if not self.handed_over:

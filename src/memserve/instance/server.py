@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import TypeVar
+from urllib.parse import parse_qs
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
@@ -42,22 +43,30 @@ from memserve.api.instance_metrics import (
 from memserve.api.kv_events import SNAPSHOT_PATH
 from memserve.api.metric import CONTENT_TYPE, MetricSpec, Page
 from memserve.api.status import REPORT_PATH, InstanceReport, InstanceState
+from memserve.api.timeline import TIMELINE_PATH
+from memserve.api.trace_metrics import TraceMetrics
 from memserve.api.vllm_metrics import ENGINE, VLLM_INSTANCE_METRICS, report_lora, report_vllm
 from memserve.instance import calls
 from memserve.instance.calls import CallReader, LargeCalls
 from memserve.instance.dispatcher import Run
 from memserve.instance.instance import Instance
 from memserve.instance.request_trace import describe, pushed, served
+from memserve.logs import shown
 from memserve.scheduler.profiles import encode_profile
-from memserve.tracing.span import Span, Tracer
+from memserve.tracing.span import Span, SpanCounts, Tracer
 from memserve.vllm.forwarder import BrokenOff, ForwardedAnswer
 
-METRICS: tuple[MetricSpec, ...] = (BUILD, STATE, *INSTANCE_METRICS, *VLLM_INSTANCE_METRICS)
+METRICS: tuple[MetricSpec, ...] = (
+    *(BUILD, STATE),
+    *INSTANCE_METRICS,
+    *VLLM_INSTANCE_METRICS,
+    *TraceMetrics.metrics,
+)
 
 
-def instance_page(instance: Instance) -> bytes:
+def instance_page(instance: Instance, spans: SpanCounts | None = None) -> bytes:
     """Return the metrics in Prometheus' text format: while the model is being loaded, the state
-    alone."""
+    alone. `spans`: of the process's tracer, if it has one."""
     identity, stats = instance.identity, instance.stats()
     page = Page(METRICS)
     page.add(BUILD, 1, memserve.__version__)
@@ -66,6 +75,7 @@ def instance_page(instance: Instance) -> bytes:
         report_instance(page, identity.id, stats)
         report_vllm(page, identity.model, ENGINE, stats, instance.info().limits)
         report_lora(page)
+        TraceMetrics(spans).write(page)
     return page.text()
 
 
@@ -109,6 +119,7 @@ class InstanceApp:
             "/info": ("GET", self._info),
             "/stats": ("GET", self._stats),
             "/profile": ("GET", self._profile),
+            TIMELINE_PATH: ("GET", self._timeline),
             SNAPSHOT_PATH: ("GET", self._kv_snapshot),
             "/metrics": ("GET", self._metrics),
         }
@@ -236,6 +247,17 @@ class InstanceApp:
             raise unavailable("The model is being loaded.", "instance_starting")
         await send_body(send, HTTPStatus.OK, _encode(stats))
 
+    async def _timeline(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = parse_qs(scope["query_string"].decode("latin-1")).get("request", [""])
+        found = self._instance.timelines.find(asked[0])
+        if found is None:
+            raise ApiError(
+                HTTPStatus.NOT_FOUND,
+                f"This instance does not know request {shown(asked[0])!r}, or no longer.",
+                code="request_not_found",
+            )
+        await send_body(send, HTTPStatus.OK, _encode(found))
+
     async def _profile(self, scope: Scope, receive: Receive, send: Send) -> None:
         profile = self._instance.profile()
         if profile is None:
@@ -248,7 +270,9 @@ class InstanceApp:
 
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         media = (b"content-type", CONTENT_TYPE.encode())
-        await send_body(send, HTTPStatus.OK, instance_page(self._instance), media=media)
+        counts = None if self._tracer is None else self._tracer.counts
+        page = instance_page(self._instance, counts)
+        await send_body(send, HTTPStatus.OK, page, media=media)
 
     async def _read(self, reader: CallReader[_Call], scope: Scope, receive: Receive) -> _Call:
         body = await read_body(scope, receive, reader.max_bytes)

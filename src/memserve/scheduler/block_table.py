@@ -17,6 +17,7 @@ from memserve.types import (
     INDEX_BITS,
     MAX_BLOCKS,
     IndexArray,
+    Medium,
 )
 
 BlockHash = int | bytes
@@ -111,6 +112,11 @@ class References(BlockTable):
         ]
         return present
 
+    def media(self, numbers: Numbers) -> dict[str, int]:
+        """Number of stored blocks by the medium that has them; one with copies counts in each."""
+        counts = np.bincount(numbers & 1, minlength=len(Medium)).tolist()
+        return {each.name: counts[each] for each in Medium if counts[each]}
+
     def in_host(self, numbers: Numbers) -> int:
         """Count of the blocks that are not in the device's memory."""
         return int((numbers & 1).sum())
@@ -154,6 +160,15 @@ class Hashes(BlockTable):
         self._copies[numbers] &= ~np.uint8(self._bit(medium))
         gone: Numbers = numbers[(self._copies[numbers] == 0) & (self.node[numbers] != _NOWHERE)]
         return gone
+
+    def media(self, numbers: Numbers) -> dict[str, int]:
+        """Number of stored blocks by the medium that has them; one with copies counts in each."""
+        copies = self._copies[numbers]
+        found = {
+            name or "unknown": int(np.count_nonzero(copies & bit))
+            for name, bit in self._media.items()
+        }
+        return {name: count for name, count in found.items() if count}
 
     def in_host(self, numbers: Numbers) -> int:
         """Count of the blocks without a copy in the device's memory."""

@@ -13,6 +13,12 @@ class CandidateView(Plan, frozen=True, omit_defaults=True, kw_only=True):
 
     score: float
 
+    @property
+    def path(self) -> str:
+        """The instances in words: who gives a prefix ⇢ who computes → who answers."""
+        words = self.instance if self.prefill is None else f"{self.prefill} → {self.instance}"
+        return words if self.fetch is None else f"{self.fetch} ⇢ {words}"
+
 
 class Outcome(msgspec.Struct, omit_defaults=True):
     """What became of a plan, in seconds since it was made. The router's event loop fills it in."""

@@ -19,7 +19,7 @@ from memserve.types import IndexArray, Namespace
 class Node(RadixNode):
     """An edge and its holders."""
 
-    __slots__ = ("blocks", "expected", "mask", "tree")
+    __slots__ = ("blocks", "expected", "hits", "mask", "tree", "used")
 
     def __init__(self, id: int, parent: Node | None, start: int, edge: bytes, tree: HolderTree):
         super().__init__(id, parent, start, edge)
@@ -27,6 +27,8 @@ class Node(RadixNode):
         self.blocks: dict[int, Numbers] = {}  # by holder's slot: block numbers [blocks of edge]
         self.expected: dict[int, float] = {}  # by slot: deadline of an expectation
         self.mask = 0  # holders: bits of the slots in `blocks` and `expected`
+        self.hits = 0  # prompts that were expected somewhere and found the edge here
+        self.used = 0.0  # when the last one was, or the one that made the edge
 
     def __len__(self) -> int:
         """Number of blocks of the edge."""
@@ -159,15 +161,16 @@ class HolderTree(RadixTree[Node]):
             self._tables[slot].vacate(numbers)
         self._tidy_all(touched)
 
-    def expect(self, data: bytes, slot: int, deadline: float) -> bool:
+    def expect(self, data: bytes, slot: int, now: float, deadline: float) -> bool:
         """Count `slot` as a holder of all of `data` until `deadline`. Returns False if it stores
-        all of `data` already."""
+        all of `data` already. Two calls at the same `now` are one prompt's, which counts once."""
         touched: list[Node] = []
         node, at, end, step = self.root, 0, len(data), self.block_bytes
         while at < end:
             child = node.children.get(data[at : at + step])
             if child is None:
                 child = self.add(node, data[at:])
+                child.used = now
             size = common = len(child.edge)
             if not data.startswith(child.edge, at):
                 common = common_bytes(child.edge, 0, data, at, step)
@@ -183,6 +186,9 @@ class HolderTree(RadixTree[Node]):
             if common < size and at < end:  # `data` leaves an edge that `slot` holds
                 child = self.split(child, common // step)
                 touched.append(child)
+            if child.used < now:
+                child.hits += 1
+                child.used = now
             node = child
         self._tidy_all(touched)
         return bool(touched)
@@ -277,6 +283,7 @@ class HolderTree(RadixTree[Node]):
         upper = super().split(node, at)
         upper.mask = node.mask
         upper.expected = dict(node.expected)
+        upper.hits, upper.used = node.hits, node.used
         for slot, numbers in node.blocks.items():
             head = upper.blocks[slot] = numbers[:at].copy()
             node.blocks[slot] = numbers[at:].copy()
@@ -284,9 +291,11 @@ class HolderTree(RadixTree[Node]):
         return upper
 
     def merge(self, node: Node) -> Node:
-        """As `RadixTree.merge`; concatenates the holders' block numbers."""
-        blocks = node.blocks
+        """As `RadixTree.merge`; concatenates the holders' block numbers. Of hits, those of the
+        whole edge are left: the child's."""
+        blocks, used = node.blocks, node.used
         child = super().merge(node)
+        child.used = max(child.used, used)
         for slot, numbers in blocks.items():
             child.blocks[slot] = np.concatenate((numbers, child.blocks[slot]))
             self._tables[slot].node[numbers] = child.id

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
-from hashlib import blake2b
 from typing import NamedTuple, cast
 
 import msgspec
 import numpy as np
 
+from memserve.radix import block_digests
 from memserve.scheduler.block_table import (
     BlockHash,
     BlockTable,
@@ -35,7 +35,7 @@ EXPECT_SECONDS = 60.0
 # Reads of a node's blocks for one `in_host`: about 0.2 ms at most. Shorter prefixes than those read
 # count as being in the device's memory: little depends on them.
 _HOST_READS = 64
-NODES_AT_ONCE = 2000  # that are counted without a pause: about 1 ms
+NODES_AT_ONCE = 500  # that are counted without a pause: a quarter of a millisecond, or a half
 
 Prefix = tuple[Namespace, bytes]  # bytes: digest of a block and all blocks before it
 
@@ -85,6 +85,7 @@ class PromptTree:
         self._by_slot: list[_Holder | None] = []
         self._roles = dict.fromkeys(Role, 0)  # masks of holders' bits
         self._expected: deque[_Expectation] = deque()  # ascending deadlines
+        self._expected_bytes = 0  # of their tokens
 
     # --- members --------------------------------------------------------------------------
 
@@ -273,8 +274,9 @@ class PromptTree:
         data = (tokens[:-rest] if rest else tokens).tobytes()
         tree = self._tree(namespace, holder.block_tokens)
         deadline = now + self._expect_seconds
-        if tree.expect(data, holder.slot, deadline):
+        if tree.expect(data, holder.slot, now, deadline):
             self._expected.append(_Expectation(deadline, holder.slot, tree, data))
+            self._expected_bytes += len(data)
 
     def expire(self, now: float) -> int:
         """Give up the expectations whose deadline has passed; returns their number. Call it
@@ -282,6 +284,7 @@ class PromptTree:
         count = 0
         while self._expected and self._expected[0].deadline <= now:
             _, slot, tree, data = self._expected.popleft()
+            self._expected_bytes -= len(data)
             tree.give_up(data, slot, now)
             self._drop_if_empty(tree)
             count += 1
@@ -319,9 +322,19 @@ class PromptTree:
             except StopIteration as end:
                 return cast(PromptTreeStats, end.value)
 
+    def nodes(self) -> list[Node]:
+        """All nodes, in no order. One that leaves the trees later has no `parent` then."""
+        return list(self._shared.by_id.values())
+
+    def table(self, slot: int) -> tuple[InstanceId, References | Hashes]:
+        """Return the holder of a slot, and the table of its blocks."""
+        holder = self._by_slot[slot]
+        assert holder is not None
+        return holder.instance, holder.table
+
     def reading_stats(self) -> Generator[None, None, PromptTreeStats]:
         """The same in pieces of NODES_AT_ONCE: what changes in between may count or not."""
-        nodes = list(self._shared.by_id.values())
+        nodes = self.nodes()
         tree_blocks = num_bytes = 0
         for first in range(0, len(nodes), NODES_AT_ONCE):
             if first:
@@ -337,9 +350,7 @@ class PromptTree:
             held_blocks=sum(table.stored for table in tables),
             tree_blocks=tree_blocks,
             expectations=len(self._expected),
-            num_bytes=num_bytes
-            + sum(table.num_bytes for table in tables)
-            + sum(len(each.data) for each in self._expected),
+            num_bytes=num_bytes + sum(table.num_bytes for table in tables) + self._expected_bytes,
         )
 
     def check_integrity(self) -> None:
@@ -352,6 +363,7 @@ class PromptTree:
                     node.check()
                     nodes[node.id] = node
         assert nodes == self._shared.by_id
+        assert self._expected_bytes == sum(len(each.data) for each in self._expected)
         for holder in self._holders.values():
             mine = [node for node in nodes.values() if holder.slot in node.blocks]
             assert holder.table.stored == sum(map(len, mine))
@@ -394,6 +406,7 @@ class PromptTree:
     def _empty(self, holder: _Holder) -> None:
         for each in [each for each in self._expected if each.slot == holder.slot]:
             each.tree.give_up(each.data, holder.slot, np.inf)
+            self._expected_bytes -= len(each.data)
             self._drop_if_empty(each.tree)
         self._expected = deque(each for each in self._expected if each.slot != holder.slot)
         for home in holder.table.homes():
@@ -417,13 +430,3 @@ class PromptTree:
             del by_size[block_tokens]
             if not by_size:
                 del self._trees[tree.namespace]
-
-
-def block_digests(data: bytes, step: int, before: bytes = b"") -> list[bytes]:
-    """Digests of the blocks of `data`, `step` bytes each. A digest covers the block and all
-    blocks before it; `before`: the digest of the block in front of `data`, if any."""
-    chain = []
-    for at in range(0, len(data) - step + 1, step):
-        before = blake2b(before + data[at : at + step], digest_size=16).digest()
-        chain.append(before)
-    return chain

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -130,15 +130,25 @@ class SimResult(msgspec.Struct, frozen=True, kw_only=True):
     members_removed: int = 0
 
 
+class RequestTimes(NamedTuple):
+    """Seconds of one simulated request; `tpot`: None for an answer of one token."""
+
+    ttft: float
+    tpot: float | None
+    jct: float
+
+
 def simulate(
     config: SimConfig,
     progress: Progress,
     encode: Encode | None = None,
     planner: PlannerConfig | None = None,
+    each: Callable[[RequestTimes], None] = lambda _: None,
 ) -> SimResult:
     """Run a simulation. `progress` gets a line per tenth, and one for each change of the planner;
     `encode`, needed for workloads of text, tokenizes. `planner`: its objectives count also where
-    it is not enabled. Raises ConfigError."""
+    it is not enabled. `each` gets the times of every request, in the order of their ends. Raises
+    ConfigError."""
     planner = planner or PlannerConfig()
     _check_numbers(config)
     form = None if config.trace is None else trace_format(Path(config.trace), config.trace_format)
@@ -157,6 +167,7 @@ def simulate(
 
     def ended(request: SimRequest) -> None:
         done.append(request)
+        each(_times(request))
         count = len(done)
         if count * _PROGRESS_LINES // total > (count - 1) * _PROGRESS_LINES // total:
             at = cluster.timeline.now()
@@ -325,6 +336,12 @@ def _tokens(request: SimRequest) -> int:
 
 def _count(sessions: Sequence[SimSession]) -> int:
     return sum(len(session.requests) for session in sessions)
+
+
+def _times(request: SimRequest) -> RequestTimes:
+    first, each = latencies(request)
+    tpot = each if request.output_tokens > 1 else None
+    return RequestTimes(first, tpot, (request.end or 0.0) - request.arrival)
 
 
 def latencies(request: SimRequest) -> tuple[float, float]:

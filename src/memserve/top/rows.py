@@ -11,7 +11,7 @@ from memserve.api.status import InstanceState, MediumTotals
 from memserve.types import Role
 from memserve.watch import text
 from memserve.watch.rates import MemberRates, Rates
-from memserve.watch.reasons import others, predicted, reason, state, terms_of, where
+from memserve.watch.reasons import others, predicted, reason, state, terms_of
 from memserve.watch.snapshot import DecisionSeen, MemberSeen, Snapshot
 
 BAR = 6  # cells of a bar, behind which its percentage stands
@@ -102,7 +102,7 @@ def decision_rows(snapshot: Snapshot, wanted: str = "") -> list[DecisionSeen]:
     words = wanted.lower().split()
 
     def told(seen: DecisionSeen) -> str:
-        return f"{seen.view.request} {where(seen.view.chosen)} {state(seen.view)}".lower()
+        return f"{seen.view.request} {seen.view.chosen.path} {state(seen.view)}".lower()
 
     return [seen for seen in snapshot.decisions if all(w in told(seen) for w in words)]
 
@@ -126,7 +126,7 @@ def decision_cells(seen: DecisionSeen, now: float) -> tuple[Text | str, ...]:
     return (
         text.age(now - seen.made),
         _ending(view.request, 12),
-        where(view.chosen),
+        view.chosen.path,
         Text(condition, "" if condition == "ended" else "green"),
         text.seconds(view.happened.first_token),
         Text(text.seconds(first), "bright_black"),
@@ -141,10 +141,10 @@ def explanation(seen: DecisionSeen, lines: int) -> Text:
     shown = Text(no_wrap=True, overflow="ellipsis")
     shown.append(f"{view.request}", "bold").append(f"  {reason(view)}\n")
     best = (view.chosen, *others(view))[: lines - 1]
-    room = min(max(len(where(candidate)) for candidate in best), 24)
+    room = min(max(len(candidate.path) for candidate in best), 24)
     for number, candidate in enumerate(best):
         shown.append("● " if number == 0 else "  ", "green")
-        shown.append(f"{where(candidate):<{room}.{room}} ", "" if number == 0 else "bright_black")
+        shown.append(f"{candidate.path:<{room}.{room}} ", "" if number == 0 else "bright_black")
         shown.append(f"{candidate.score:.3f}: ")
         parts = [(n, s) for n, s in terms_of(candidate.terms).items() if s >= 0.0005]
         shown.append("  ".join(f"{name} {text.seconds(s)}" for name, s in parts) or "at once")

@@ -23,7 +23,7 @@ from opentelemetry.trace.status import Status, StatusCode
 from memserve.clock import Clock
 from memserve.logs import shown
 from memserve.tracing.context import TraceContext
-from memserve.tracing.span import Attribute, Attributes, Span
+from memserve.tracing.span import Attribute, Attributes, Span, SpanCounts
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +65,7 @@ class SpanQueue:
     ) -> None:
         """`resource`: what describes this process, beside OTEL_RESOURCE_ATTRIBUTES. `clock`: the
         tracer's."""
-        self.exported = 0
-        self.dropped = 0  # the queue was full
-        self.failed = 0  # the export failed
+        self.counts = SpanCounts()
         self._exporter = exporter
         self._resource = Resource.create(dict(resource))
         self._scope = InstrumentationScope("memserve")
@@ -90,7 +88,7 @@ class SpanQueue:
         if len(self._waiting) < MAX_WAITING:
             self._waiting.append(span)
         else:
-            self.dropped += 1
+            self.counts.dropped += 1
 
     def close(self) -> None:
         """Export what waits, for up to CLOSE_SECONDS, and end the thread, which does not hold the
@@ -115,7 +113,7 @@ class SpanQueue:
             log.error("the export of traces has ended: there are no traces from now on")
 
     def _export_all(self) -> None:
-        if self.dropped and not self._told_dropped:
+        if self.counts.dropped and not self._told_dropped:
             self._told_dropped = True
             log.warning(
                 "spans end faster than they are exported, and some are dropped: sample less"
@@ -132,11 +130,11 @@ class SpanQueue:
 
     def _note(self, spans: int, done: bool) -> None:
         if done:
-            self.exported += spans
+            self.counts.exported += spans
             if self._failing:
-                log.info("traces are exported again; %d spans were lost", self.failed)
+                log.info("traces are exported again; %d spans were lost", self.counts.failed)
         else:
-            self.failed += spans
+            self.counts.failed += spans
             if not self._failing:
                 log.warning("traces cannot be exported: %s", shown(self._said.text or "no reason"))
         self._failing = not done

@@ -61,7 +61,7 @@ def open_tracer(
     queue.start()
     log.info("traces of %g of the requests go to %s", ratio, _without_credentials(endpoint))
     try:
-        yield Tracer(clock, Sampler(ratio, config.client_rate, clock), queue.put)
+        yield Tracer(clock, Sampler(ratio, config.client_rate, clock), queue.put, queue.counts)
     finally:
         queue.close()
 

@@ -12,6 +12,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import IntEnum
 
 from memserve.clock import Clock
@@ -160,13 +161,29 @@ class Sampler:
         return True
 
 
+@dataclass(slots=True)
+class SpanCounts:
+    """What became of finished spans: `dropped` because too many waited, `failed` to be sent."""
+
+    exported: int = 0
+    dropped: int = 0
+    failed: int = 0
+
+
 class Tracer:
     """Begins the spans of a process. Belongs to its event loop."""
 
-    def __init__(self, clock: Clock, sampler: Sampler, sink: Callable[[Span], None]) -> None:
-        """`sink` gets finished spans, and must not block."""
+    def __init__(
+        self,
+        clock: Clock,
+        sampler: Sampler,
+        sink: Callable[[Span], None],
+        counts: SpanCounts | None = None,
+    ) -> None:
+        """`sink` gets finished spans, and must not block; `counts`: what it has counted."""
         self.clock = clock
         self.sink = sink
+        self.counts = counts or SpanCounts()
         self._sampler = sampler
 
     def accept(self, name: str, headers: Iterable[tuple[bytes, bytes]], start: float) -> Span:

@@ -24,11 +24,18 @@ class MemberRates(msgspec.Struct, frozen=True):
     computed: float = 0.0  # prompt tokens, by where their KV came from
     cached: float = 0.0
     received: float = 0.0  # from another instance, which has counted them as one of the others
+    from_dram: float = 0.0  # of the cached ones, about: whole blocks that came back to HBM
+    fetched: float = 0.0  # of the cached ones, about: whole blocks from a third instance
     finished: float = 0.0  # sequences
     evicted: float = 0.0  # blocks
     swapped_out: float = 0.0  # blocks, HBM to DRAM
     swapped_in: float = 0.0
     busy: float = 0.0  # share of time that the engine spent in steps
+
+    @property
+    def in_hbm(self) -> float:
+        """Cached prompt tokens that were in HBM here."""
+        return max(self.cached - self.from_dram - self.fetched, 0.0)
 
     @property
     def hit_ratio(self) -> float | None:
@@ -118,13 +125,13 @@ def _member(past: MemberSeen, now: MemberSeen) -> MemberRates:
     seconds = now.heard - past.heard
     assert past.stats is not None
     assert now.stats is not None
-    old, new = _counters(past.stats), _counters(now.stats)
+    old, new = _counters(past.stats, now.block_tokens), _counters(now.stats, now.block_tokens)
     if now.summary.life != past.summary.life:
         old = dict.fromkeys(old, 0.0)
     return MemberRates(**{name: _rate(old[name], new[name], seconds) for name in new})
 
 
-def _counters(stats: InstanceStats) -> dict[str, float]:
+def _counters(stats: InstanceStats, block_tokens: int) -> dict[str, float]:
     """Return the counters that `MemberRates` has rates of, by its names."""
     engine, pool = stats.engine, stats.pool
     return {
@@ -132,6 +139,8 @@ def _counters(stats: InstanceStats) -> dict[str, float]:
         "computed": engine.computed_prompt_tokens,
         "cached": engine.cached_prompt_tokens,
         "received": engine.received_prompt_tokens,
+        "from_dram": pool.swapped_in * block_tokens,
+        "fetched": stats.fetch.blocks_received * block_tokens,
         "finished": engine.finished,
         "evicted": pool.evictions,
         "swapped_out": pool.swapped_out,

@@ -13,13 +13,6 @@ from memserve.watch import text
 _SAME = 1e-9  # seconds, or weighted seconds: rounding
 
 
-def where(candidate: CandidateView) -> str:
-    """Return the instances of a candidate: who computes, who answers, who gives a prefix."""
-    path = candidate.instance
-    words = path if candidate.prefill is None else f"{candidate.prefill} → {path}"
-    return words if candidate.fetch is None else f"{candidate.fetch} ⇢ {words}"
-
-
 def terms_of(terms: Terms) -> dict[str, float]:
     """Return the predicted seconds by cause, in the order in which they pass."""
     return msgspec.structs.asdict(terms)
@@ -44,12 +37,12 @@ def reason(decision: DecisionView) -> str:
     best = rest[0]
     if best.score < chosen.score - _SAME:
         lost = text.seconds(chosen.score - best.score)
-        return f"{cached}; {decision.policy}, though {where(best)} is {lost} better"
+        return f"{cached}; {decision.policy}, though {best.path} is {lost} better"
     gains = _gains(chosen.terms, best.terms)
     if not gains:
-        return f"{cached}; as good as {where(best)}"
+        return f"{cached}; as good as {best.path}"
     name, saved = max(gains, key=lambda gain: gain[1])
-    return f"{cached}; {text.seconds(saved)} less {name} than {where(best)}"
+    return f"{cached}; {text.seconds(saved)} less {name} than {best.path}"
 
 
 def state(decision: DecisionView) -> str:

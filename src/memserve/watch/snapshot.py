@@ -24,6 +24,7 @@ class MemberSeen(msgspec.Struct, frozen=True):
     heard: float = 0.0
     misses: int = 0
     stats: InstanceStats | None = None
+    block_tokens: int = 0
 
     @property
     def id(self) -> InstanceId:
@@ -95,7 +96,8 @@ def snapshot_of(at: float, answers: Sequence[GatewaySeen]) -> Snapshot:
             told = figures.get(summary.id)
             seen = MemberSeen(summary)
             if told is not None:
-                seen = MemberSeen(summary, told.heard, told.misses, told.stats)
+                figures_of = (told.heard, told.misses, told.stats, told.block_tokens)
+                seen = MemberSeen(summary, *figures_of)
             members.setdefault(summary.id, seen)
         behind = answer.at - answer.figures.now
         decisions += (DecisionSeen(view.at + behind, view) for view in answer.decisions)

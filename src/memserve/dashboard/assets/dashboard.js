@@ -21,6 +21,33 @@
     return [from.x + from.width / 2, from.y + (down ? from.height : 0), 0, down ? 1 : -1];
   }
 
+  // Whether two cards are in one row with others between them, which an arrow must not cross.
+  function across(from, to) {
+    return Math.abs(from.y - to.y) < from.height / 2 && Math.abs(from.x - to.x) > 1.8 * from.width;
+  }
+
+  // Whether two cards are in one column with others between them: the table tells of such flows.
+  function above(from, to) {
+    return Math.abs(from.x - to.x) < from.width / 2 && Math.abs(from.y - to.y) > 1.8 * from.height;
+  }
+
+  // An arrow over the cards between two, or below them if KV is given back.
+  function arc(svg, flow, from, to) {
+    const out = flow.kind === "forward" ? -1 : 1;
+    const edge = (box) => box.y + (out < 0 ? 0 : box.height);
+    const inwards = from.x < to.x ? 1 : -1;
+    const x1 = from.x + from.width / 2 + 12 * inwards, x2 = to.x + to.width / 2 - 12 * inwards;
+    const height = 16 + Math.abs(x2 - x1) / 40;
+    svg.append(make("path", { class: flow.kind, "stroke-width": 1.5 + 3 * Math.sqrt(flow.share),
+      "marker-end": `url(#head-${flow.kind})`,
+      d: `M${x1} ${edge(from)} C${x1} ${edge(from) + out * height} ` +
+        `${x2} ${edge(to) + out * height} ${x2} ${edge(to)}` }));
+    const text = make("text", { x: (x1 + x2) / 2, "text-anchor": "middle",
+      y: edge(from) + out * 0.75 * height + (out < 0 ? -4 : 12) });
+    text.textContent = flow.label;
+    svg.append(text);
+  }
+
   function draw() {
     const root = document.querySelector(".hosts");
     if (!root) return;
@@ -47,6 +74,11 @@
       const from = boxes.get(flow.source), to = boxes.get(flow.target);
       if (!from || !to) continue;
       const shift = flow.kind === "forward" ? -9 : 9;  // both ways between two are both seen
+      if (above(from, to)) continue;
+      if (across(from, to)) {
+        arc(svg, flow, from, to);
+        continue;
+      }
       let [x1, y1, ox1, oy1] = side(from, to);
       let [x2, y2, ox2, oy2] = side(to, from);
       x1 += oy1 ? shift : 0; x2 += oy2 ? shift : 0;
