@@ -59,11 +59,13 @@ class Scripted(Planner):
         self.wanted: dict[str, Role] = {}
         self.scaled: tuple[Action, Role, int] | None = None
         self.reports: list[LoadReport] = []
+        self.starting = 0
 
     def look(
         self, now: float, reports: Sequence[LoadReport], costs: Costs, starting: int = 0
     ) -> Decision:
         self.reports = list(reports)
+        self.starting = starting
         roles = {one.id: one.role for one in merged(reports)}
         changes = tuple(
             RoleChange(InstanceId(name), roles.get(InstanceId(name), C), role)
@@ -91,8 +93,12 @@ class Planned:
         self.planner = Scripted()
         self.told: list[str] = []
         self._gateway = gateway
+
+        async def urls() -> list[str]:
+            return [gateway.url]
+
         self._loop = PlannerLoop(
-            [gateway.url],
+            urls,
             config or PlannerConfig(),
             MonotonicClock(),
             groups=groups,
@@ -271,6 +277,20 @@ async def test_members_are_asked_of_the_group_of_their_role(model: Path) -> None
         assert "no machine has room" in (await planned.change()).failed
 
 
+async def test_members_that_gateways_do_not_show_are_starting_and_count(model: Path) -> None:
+    async with node(model, P, name="a") as a, front(model, a) as gateway:
+        groups = Scaled()
+        planned = Planned(gateway, PlannerConfig(max_members=7), groups)
+        planned.planner.scaled = (Action.ADD, D, 2)
+        decision = await planned.change()
+        assert planned.planner.starting == 6
+        assert (decision.count, decision.failed) == (1, "")
+        failed = (await planned.change()).failed
+        assert planned.planner.starting == 7
+        assert "max_members = 7: the backend has 7 members" in failed
+        assert groups.sizes == {"decode": 4, "decode.2": 1, "prefill": 2}
+
+
 async def test_load_and_decisions_are_the_operator_s(model: Path) -> None:
     async with node(model, P, name="a") as a, front(model, a) as gateway:
         for path in ("/cluster/planner", "/cluster/load"):
@@ -286,7 +306,10 @@ async def test_load_and_decisions_are_the_operator_s(model: Path) -> None:
 
 
 async def test_without_a_gateway_there_is_no_look() -> None:
-    loop = PlannerLoop(["http://127.0.0.1:9"], PlannerConfig(), MonotonicClock())
+    async def urls() -> list[str]:
+        return ["http://127.0.0.1:9"]
+
+    loop = PlannerLoop(urls, PlannerConfig(), MonotonicClock())
     async with ClusterClient("http://127.0.0.1:9") as client:
         with pytest.raises(ClusterError):
             await loop.look([client])

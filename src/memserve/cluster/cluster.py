@@ -39,6 +39,9 @@ POLL_SECONDS = 0.2  # between looks at the state of a starting cluster
 # A process that serves drains for `drain_seconds`, and then needs up to CLOSE_SECONDS to close
 # connections, end its engine's step and free memory.
 CLOSE_SECONDS = 10.0
+# For which a look of the planner waits for a gateway that does not listen, before it goes on with
+# the others: longer than one that listens takes to tell, less than the planner's usual interval.
+ADDRESS_SECONDS = 1.0
 
 _T = TypeVar("_T")
 
@@ -76,6 +79,8 @@ class Cluster:
         self._show: Callable[[str], None] | None = None
         self.serving = False  # an instance has been ready
         self._ready: set[str] = set()  # instances that have been ready once
+        self._lives: dict[str, tuple[str, int | None]] = {}  # of members that were ready last
+        self._former: dict[str, tuple[str, int | None]] = {}  # of instances that were replaced
         self._keeping: dict[asyncio.Future[None], Kept] = {}  # while `supervise` runs
         self._more = asyncio.Event()  # `_keeping` has become larger
 
@@ -191,9 +196,8 @@ class Cluster:
 
     async def plan(self) -> None:
         """Run the planner, until cancelled."""
-        urls = [await one.address() for one in self._gateways]
         loop = PlannerLoop(
-            urls,
+            self._listening,
             self._config.planner,
             MonotonicClock(),
             self._secret,
@@ -202,6 +206,17 @@ class Cluster:
             self._progress,
         )
         await loop.run()
+
+    async def _listening(self) -> list[str]:
+        """Return the URLs at which gateways listen now. Raises ClusterError if none does."""
+        if not self._gateways:
+            return list(self._config.cluster.join)
+        found = await asyncio.gather(*map(_url_of, self._gateways))
+        urls = [url for url in found if url is not None]
+        if not urls:
+            names = ", ".join(one.name for one in self._gateways)
+            raise ClusterError(f"no gateway listens ({names}); they are being started")
+        return urls
 
     async def groups(self) -> tuple[Group, ...]:
         return tuple(
@@ -235,8 +250,14 @@ class Cluster:
         processes = self._gateways if launch.settings is None else self._instances
         at = [one.name for one in processes].index(launch.name)
         self._progress(f"{launch.name}: finishes what it runs, and is replaced")
+        await self._look()
         await self._stop(processes[at])
-        self._ready.discard(launch.name)
+        if launch.settings is None:
+            self._ready.clear()  # its successor has to know them
+        else:
+            self._ready.discard(launch.name)
+            # A gateway shows it for a while if it ended without a word.
+            self._former[launch.name] = self._lives.get(launch.name, ("", None))
         needed = self._some_instance_lives if launch.settings is None else lambda: False
         successor = processes[at] = self._backend.kept(launch, needed)
         await successor.start()
@@ -301,9 +322,9 @@ class Cluster:
         """Start an instance."""
         one = self._backend.kept(launch, lambda: False)
         self._number = max(self._number, 1 + _number(launch))
+        await one.start()  # if it cannot be started, there is no such instance
         self._group_of[launch.name] = launch.group
         self._instances.append(one)
-        await one.start()
         if self._show is not None:
             one.show_output(self._show)
         return one
@@ -313,6 +334,7 @@ class Cluster:
         await self._stop(one)
         if one in self._instances:  # nobody supervises it
             self._instances.remove(one)
+        self._ready.discard(one.name)
 
     async def _stop(self, one: Kept) -> None:
         drain = self._config.gateway.drain_seconds if self.serving else 0
@@ -352,7 +374,7 @@ class Cluster:
 
     async def all_ready(self) -> None:
         """Wait until every instance has been ready."""
-        while len(self._ready) < len(self._instances):
+        while not all(one.name in self._ready for one in self._instances):
             await self._look()
             await asyncio.sleep(POLL_SECONDS)
 
@@ -363,11 +385,22 @@ class Cluster:
                 members = (await client.view()).instances
             except ClusterError:  # it has ended, which `watch` or `supervise` finds out
                 return False
-        ready = {member.id for member in members if member.state is InstanceState.READY}
+        self._lives = {one.id: one.life for one in members if one.state is InstanceState.READY}
+        own = {one.name for one in self._instances}  # of all that the gateway has
+        ready = {n for n, life in self._lives.items() if n in own and life != self._former.get(n)}
         for name in sorted(ready - self._ready):
             self._progress(f"{name} is ready")
         self._ready |= ready
-        return bool(ready)
+        return bool(self._lives)
+
+
+async def _url_of(one: Kept) -> str | None:
+    """Return where it listens; None if it does not soon."""
+    try:
+        async with asyncio.timeout(ADDRESS_SECONDS):
+            return await one.address()
+    except (ClusterError, TimeoutError):
+        return None
 
 
 def _number(launch: Launch) -> int:

@@ -129,6 +129,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     count: Count = 0  # members that the backend starts or ends
     role: Role | None = None  # of these
     dry_run: bool = False  # nothing was done
+    interval: Amount = 5.0  # seconds until the next look
     failed: str = ""  # why the changes could not be made; empty: they were, or there are none
 
     def summary(self) -> str:
