@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from memserve.scheduler.arrivals import Arrival
-from memserve.types import InstanceId, Role
+from memserve.types import InstanceId, Role, SchedulerId
 
 Amount = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=0)]
@@ -40,6 +40,7 @@ class MemberLoad(msgspec.Struct, frozen=True, kw_only=True):
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     """One scheduler's view. Counters only grow, from its start on."""
 
+    scheduler: SchedulerId  # whose: reports come in any order, and not from all at each look
     now: float  # seconds of the scheduler's clock
     members: tuple[MemberLoad, ...]  # that are ready
     requests: Count  # for which a place was decided, since the start
