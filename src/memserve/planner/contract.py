@@ -126,11 +126,11 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     demand: Demand
     present: Prediction
     considered: tuple[Prediction, ...] = ()  # the best splits of as many members, best first
-    changes: tuple[RoleChange, ...] = ()
+    changes: tuple[RoleChange, ...] = ()  # where it failed: those that were made before
     count: Count = 0  # members that the backend starts or ends
     role: Role | None = None  # of these
     dry_run: bool = False  # nothing was done
-    failed: str = ""  # why the changes could not be made; empty: they were, or there are none
+    failed: str = ""  # why not all could be done; empty: it was, or there is nothing to do
 
     def summary(self) -> str:
         """One line for the log."""
