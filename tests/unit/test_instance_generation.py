@@ -419,4 +419,13 @@ def test_latencies_are_per_sequence(tokenizer: Tokenizer) -> None:
     latencies = driven.latencies
     assert latencies.first_token.sum == 2.0
     assert (latencies.inter_token.sum, sum(latencies.inter_token.counts)) == (1.25, 3)
+    assert (latencies.per_token.sum, sum(latencies.per_token.counts)) == (1.25 / 3, 1)
     assert latencies.whole.sum == 3.25
+
+
+def test_a_sequence_of_one_token_has_no_time_per_token(tokenizer: Tokenizer) -> None:
+    driven = Driven(call(), tokenizer)
+    (request,) = driven.requests
+    driven.feed(output(request, [20], FinishReason.LENGTH), now=2.0)
+    assert not sum(driven.latencies.per_token.counts)
+    assert sum(driven.latencies.whole.counts) == 1

@@ -19,7 +19,7 @@ from memserve.cluster.member import ClusterView
 from memserve.cluster.scaling import Scaling
 from memserve.config import PlannerConfig
 from memserve.errors import ClusterError, MemserveError
-from memserve.planner.contract import Action, Decision, LoadReport
+from memserve.planner.contract import Action, Decision, LoadReport, RoleChange
 from memserve.planner.planner import Planner
 from memserve.scheduler.contract import Costs
 from memserve.scheduler.profiles import decode_profile
@@ -102,15 +102,19 @@ class PlannerLoop:
         return decision
 
     async def _carried_out(self, clients: Sequence[ClusterClient], decision: Decision) -> Decision:
+        made: list[RoleChange] = []
         try:
             for change in decision.changes:
-                await clients[0].change(change.member, InstanceChange(role=change.after))
+                await _change(clients, change)
+                made.append(change)
             if decision.role is not None and self._scaling is not None:
                 sign = 1 if decision.action is Action.ADD else -1
                 changed = await self._scaling.scale(decision.role, sign * decision.count)
                 decision = replace(decision, count=abs(changed))
         except ClusterError as error:
-            return replace(decision, failed=str(error))
+            left = len(decision.changes) - len(made)
+            failed = f"{error}; {left} of {len(made) + left} roles were not changed"
+            return replace(decision, changes=tuple(made), failed=failed if left else str(error))
         return decision
 
     async def _known_costs(self, client: ClusterClient, view: ClusterView) -> Costs | None:
@@ -140,6 +144,19 @@ class PlannerLoop:
         if text != self._said:
             self._tell(text)
             self._said = text
+
+
+async def _change(clients: Sequence[ClusterClient], change: RoleChange) -> None:
+    """Have the first gateway that answers change a role. One that gives no answer may have done
+    it: the next one does it again, which changes nothing."""
+    for client in clients[:-1]:
+        try:
+            await client.change(change.member, InstanceChange(role=change.after))
+        except GatewayUnreachable as error:
+            log.warning("%s", error)
+        else:
+            return
+    await clients[-1].change(change.member, InstanceChange(role=change.after))
 
 
 async def _loads(clients: Sequence[ClusterClient]) -> list[LoadReport]:

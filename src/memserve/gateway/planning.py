@@ -96,7 +96,7 @@ class PlannerBoard:
         self._heard = self._clock.now()
         self._actions[decision.action] += 1
         self._failed += bool(decision.failed)
-        if not decision.dry_run and not decision.failed:
+        if not decision.dry_run:
             self._changed.update(change.after.value for change in decision.changes)
 
     def last(self, n: int) -> list[Decision]:
