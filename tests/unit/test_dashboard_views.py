@@ -203,16 +203,15 @@ def test_latencies_are_in_milliseconds_with_gaps_and_marks() -> None:
 
 
 def test_an_objective_is_a_line_across() -> None:
-    wanted = charts.Objectives(ttft=2.5)
+    wanted = charts.Objectives(ttft=2.5, tpot=0.05)
     points = [Point(1.0)]
-    first, between, _ = (
+    first, between, each, whole = (
         charts.latency(kind, points, Role.DECODE, 0.0, wanted)["series"][0]["markLine"]["data"]
         for kind in charts.LATENCIES
     )
-    assert [(mark["yAxis"], mark["label"]["formatter"]) for mark in first] == [
-        (2500.0, "objective")
-    ]
-    assert between == []
+    marks = [(mark["yAxis"], mark["label"]["formatter"]) for mark in (*first, *each)]
+    assert marks == [(2500.0, "objective"), (50.0, "objective")]
+    assert between == whole == []
 
 
 def test_the_charts_of_the_cache() -> None:

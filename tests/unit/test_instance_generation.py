@@ -422,6 +422,7 @@ def test_latencies_are_per_sequence(tokenizer: Tokenizer) -> None:
     latencies = driven.latencies
     assert latencies.first_token.sum == 2.0
     assert (latencies.inter_token.sum, sum(latencies.inter_token.counts)) == (1.25, 3)
+    assert (latencies.per_token.sum, sum(latencies.per_token.counts)) == (1.25 / 3, 1)
     assert latencies.whole.sum == 3.25
 
 
@@ -442,3 +443,11 @@ def test_what_a_prompt_has_begun_is_read_once_for_all_choices(
     Driven(asked, tokenizer)
     # Each of the 3,201 delimiters is looked for once, and there are four of them.
     assert 3201 <= len(searched) < 3300
+
+
+def test_a_sequence_of_one_token_has_no_time_per_token(tokenizer: Tokenizer) -> None:
+    driven = Driven(call(), tokenizer)
+    (request,) = driven.requests
+    driven.feed(output(request, [20], FinishReason.LENGTH), now=2.0)
+    assert not sum(driven.latencies.per_token.counts)
+    assert sum(driven.latencies.whole.counts) == 1

@@ -35,8 +35,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_prompt_computed_here() -> None:
     latencies = Latencies()
     stats = SequenceStats(submitted=10.0)
-    stats.take(Usage(70, 16, 0, queue_seconds=2.0), 15.0)
-    stats.take(Usage(70, 16, 1, queue_seconds=2.0), 16.0)
+    stats.take(Usage(70, 16, 0, queue_seconds=2.0), 15.0, 1)
+    stats.take(Usage(70, 16, 1, queue_seconds=2.0), 16.0, 1)
     stats.end(latencies, 18.0)
     assert (stats.queue_seconds, stats.prefill_seconds, stats.decode_seconds) == (2, 3, 3)
     assert (stats.cached_tokens_prefill, stats.cached_tokens_decode) == (16, 16)
@@ -50,9 +50,9 @@ def test_a_prompt_computed_elsewhere_queues_at_both_sides() -> None:
     latencies = Latencies()
     stats = SequenceStats(submitted=10.0, handed_over=True, queue_seconds=1.0)
     stats.prefill_seconds, stats.transfer_seconds = 4.0, 0.5
-    stats.take(Usage(70, 16, 0), 16.0)  # the first token, from the prefill instance
-    stats.take(Usage(70, 64, 0, queue_seconds=2.0), 19.0)
-    stats.take(Usage(70, 64, 0, queue_seconds=2.0), 20.0)
+    stats.take(Usage(70, 16, 0), 16.0, 1)  # the first token, from the prefill instance
+    stats.take(Usage(70, 64, 0, queue_seconds=2.0), 19.0, 1)
+    stats.take(Usage(70, 64, 0, queue_seconds=2.0), 20.0, 1)
     stats.end(latencies, 20.0)
     assert (stats.queue_seconds, stats.prefill_seconds, stats.decode_seconds) == (3, 4, 2)
     assert (latencies.transfer.sum, sum(latencies.transfer.counts)) == (0.5, 1)
@@ -61,10 +61,10 @@ def test_a_prompt_computed_elsewhere_queues_at_both_sides() -> None:
 def test_pauses_are_long_times_between_outputs() -> None:
     stats = SequenceStats(submitted=10.0, handed_over=True)
     for now in (11.0, 14.0, 14.1, 15.1):  # behind the first, the second queue is no pause
-        stats.take(Usage(70, 16, 0, queue_seconds=2.0), now)
+        stats.take(Usage(70, 16, 0, queue_seconds=2.0), now, 1)
     assert [(round(begin, 6), round(length, 6)) for begin, length in stats.pauses] == [(4.1, 1.0)]
     for now in range(20, 20 + 2 * MAX_PAUSES):
-        stats.take(Usage(70, 16, 0), float(now))
+        stats.take(Usage(70, 16, 0), float(now), 1)
     assert len(stats.pauses) == MAX_PAUSES
 
 

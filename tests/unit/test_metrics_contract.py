@@ -164,6 +164,7 @@ def test_vllm_s_names_have_the_same_figures_as_ours(cluster: FakeCluster) -> Non
         "time_to_first_token_seconds_sum": "time_to_first_token_seconds_sum",
         "inter_token_latency_seconds_count": "inter_token_seconds_count",
         "time_per_output_token_seconds_sum": "inter_token_seconds_sum",
+        "request_time_per_output_token_seconds_sum": "time_per_output_token_seconds_sum",
         "e2e_request_latency_seconds_sum": "sequence_seconds_sum",
         "request_queue_time_seconds_count": "queue_seconds_count",
         "request_prefill_time_seconds_sum": "prefill_seconds_sum",

@@ -23,7 +23,7 @@ from memserve.transfer import kv_link
 from memserve.transfer.kv_link import Pushed
 from memserve.transfer.mempool import MemPool
 from memserve.transfer.session import LEASE
-from memserve.types import SHARED, InstanceId, Medium, Namespace, TokenArray, ref_index
+from memserve.types import SHARED, Epoch, InstanceId, Medium, Namespace, TokenArray, ref_index
 from memserve.vllm import pool_messages as m
 from memserve.vllm import remote_link
 from memserve.vllm.connector.pool_server import PoolServer
@@ -125,6 +125,32 @@ async def test_a_peer_that_is_lost_is_reported(ends: tuple[End, End], how: str) 
         p.pool.vouched -= LEASE
     assert await lost
     assert not d.pool.hears("p")
+
+
+async def test_a_stalled_peer_stays_stalled_when_it_is_met_again(ends: tuple[End, End]) -> None:
+    """Until its own next word: each request would wait for it anew."""
+    p, d = ends
+    assert await p.link.cached(TOKENS, SHARED) == 0
+    await d.link.meet(p.link.address)
+    assert p.pool.vouched is not None
+    p.pool.vouched -= 100 * LEASE
+    assert await d.link.until_lost(p.link.address)
+    await d.link.meet(p.link.address)  # with a Hello of the same life
+    assert not d.pool.hears("p")
+
+
+async def test_another_life_of_a_peer_is_not_the_one_waited_for(
+    ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, d = ends
+    await d.link.meet(p.link.address)
+    life = d.pool.heard_life("p")
+    assert life is not None
+    lost = asyncio.ensure_future(d.link.until_lost(p.link.address))
+    await asyncio.sleep(0.05)
+    assert not lost.done()
+    monkeypatch.setattr(d.pool, "heard_life", lambda instance: life._replace(epoch=Epoch(7)))
+    assert await lost
 
 
 async def test_an_instance_vouches_for_itself_while_its_link_runs(

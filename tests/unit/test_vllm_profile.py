@@ -81,6 +81,12 @@ def test_prefills_prefixes_and_batches_are_measured(start: Start) -> None:
     assert server.fake.running == 0
 
 
+def test_an_instance_that_lets_few_wait_is_measured_with_whole_batches(start: Start) -> None:
+    info = replace(INFO, max_running=8, max_waiting=1)
+    measured = measured_server(ServerPlace(path=start().path), info, TOKENS)
+    assert {point.sequences for point in measured.decode} == {1, 8}
+
+
 def test_a_server_that_does_not_tell_cached_tokens_is_measured_without_prefixes(
     start: Start,
 ) -> None:

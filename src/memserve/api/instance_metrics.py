@@ -242,6 +242,14 @@ _HISTOGRAMS: tuple[tuple[MetricSpec, Callable[[InstanceStats], Histogram]], ...]
     ),
     (
         histogram(
+            _PREFIX + "time_per_output_token_seconds",
+            "Mean time between a finished sequence's tokens, from its first to its last (TPOT).",
+            INSTANCE,
+        ),
+        lambda s: s.latencies.per_token,
+    ),
+    (
+        histogram(
             _PREFIX + "sequence_seconds",
             "Time from a call's arrival at the instance to a finished sequence's last token.",
             INSTANCE,

@@ -171,6 +171,7 @@ class Latencies(msgspec.Struct, frozen=True):
 
     first_token: Histogram = msgspec.field(default_factory=Histogram)
     inter_token: Histogram = msgspec.field(default_factory=Histogram)
+    per_token: Histogram = msgspec.field(default_factory=Histogram)  # TPOT: means of sequences
     whole: Histogram = msgspec.field(default_factory=Histogram)
     # Parts of `whole`, of finished sequences. If another instance computed the prompt, `queue` and
     # `prefill` are that instance's. `transfer` and `fetch` count only sequences that had one.

@@ -188,6 +188,12 @@ _HISTOGRAMS: tuple[
             lambda s: s.latencies.inter_token,
         ),
         (
+            "request_time_per_output_token_seconds",
+            "seconds",
+            "Mean time between the tokens of a sequence, from its first to its last.",
+            lambda s: s.latencies.per_token,
+        ),
+        (
             "e2e_request_latency_seconds",
             "seconds",
             "Time from a call's arrival at the instance to a sequence's last token.",

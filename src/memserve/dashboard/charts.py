@@ -157,10 +157,9 @@ LATENCIES = (
     Latency(
         "Time to first token (TTFT)", lambda told: told.first_token, lambda wanted: wanted.ttft
     ),
+    Latency("Between two tokens of a sequence", lambda told: told.inter_token),
     Latency(
-        "Between a sequence's tokens (TPOT)",
-        lambda told: told.inter_token,
-        lambda wanted: wanted.tpot,
+        "Time per output token (TPOT)", lambda told: told.per_token, lambda wanted: wanted.tpot
     ),
     Latency("Arrival to the end (JCT)", lambda told: told.whole),
 )

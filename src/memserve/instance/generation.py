@@ -255,7 +255,7 @@ class Generation:
             gap = (now - self._last[output.id]) / count
             self._latencies.inter_token.observe(gap, count)
         self._last[output.id] = now
-        self.stats[output.id].take(output.usage, now)
+        self.stats[output.id].take(output.usage, now, len(output.token_ids))
 
     @property
     def generated_tokens(self) -> int:

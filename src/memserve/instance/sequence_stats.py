@@ -37,6 +37,7 @@ class SequenceStats:
     chunks: Sequence[Chunk] = ()  # of the prompt, as it was computed
     pauses: list[Pause] = field(default_factory=list)
     _last: float = 0.0  # when the last output came
+    tokens_behind_first: int = 0  # generated here after the first token
     _first_token: float | None = None
     _queued_here: bool = False
     _cached_known: bool = False
@@ -46,14 +47,15 @@ class SequenceStats:
         """When it came, and behind a hand-over, when decoding began."""
         return self._first_token
 
-    def take(self, usage: Usage, now: float) -> None:
-        """Count an output that came at `now`."""
+    def take(self, usage: Usage, now: float, tokens: int) -> None:
+        """Count an output of so many tokens that came at `now`."""
         self.preemptions = usage.preemptions
         # The second queue, behind a hand-over, is no pause.
         decodes = self._first_token is not None and self._queued_here is self.handed_over
         if decodes and now - self._last >= PAUSE_SECONDS and len(self.pauses) < MAX_PAUSES:
             self.pauses.append(Pause(self._last - self.submitted, now - self._last))
         self._last = now
+        self.tokens_behind_first += max(0, tokens - (self._first_token is None))
         if usage.chunks and not self.handed_over:
             self.chunks = usage.chunks
         if self._first_token is None:
@@ -80,6 +82,8 @@ class SequenceStats:
         latencies.queue.observe(self.queue_seconds)
         latencies.prefill.observe(self.prefill_seconds)
         latencies.decode.observe(self.decode_seconds)
+        if self.tokens_behind_first > 0:
+            latencies.per_token.observe(self.decode_seconds / self.tokens_behind_first)
         if self.fetch_seconds:
             latencies.fetch.observe(self.fetch_seconds)
         if self.handed_over:

@@ -49,6 +49,7 @@ PLAN = ProfilePlan(
 )
 # Ordinary words: ids of special tokens mean something to some models (an image that is not there).
 _TEXT = "The river runs past the old mill, and in the evening light seven boats come home. " * 4
+_MOST_WAITING = 64  # more sequences than the plan submits at once
 _DEFAULT_STEP_TOKENS = 2048  # vLLM's `--max-num-batched-tokens` where it is not given
 _GPUS = Path("/proc/driver/nvidia/gpus")
 
@@ -111,7 +112,8 @@ class ServerProbe(Probe):
     """Probe of a vLLM server, by an engine of its own. Prefixes are cached by computing them."""
 
     def __init__(self, place: ServerPlace, info: EngineInfo, token_ids: TokenArray) -> None:
-        engine = VllmEngine(place, info)
+        # All sequences of a point are submitted at once, whatever the instance will let wait.
+        engine = VllmEngine(place, replace(info, max_waiting=max(info.max_waiting, _MOST_WAITING)))
         super().__init__(engine, token_ids, info.block_tokens, info.pool_tokens)
 
     def caches(self) -> bool:

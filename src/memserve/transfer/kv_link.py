@@ -142,13 +142,15 @@ class PoolLink:
 
     async def until_lost(self, peer: PoolPeer) -> str:
         """Return why a peer's instance can no longer be waited for: its pool cannot be reached, is
-        silent for a LEASE, or says that its process is stalled."""
+        silent for a LEASE, says that its process is stalled, or is another life's by now."""
         try:
             await self.meet(peer)
         except (TransferError, PoolError) as error:
             if not self._pool.hears(peer.id):  # it may have connected to this pool
                 return str(error)
-        while self._pool.hears(peer.id):  # noqa: ASYNC110 - another thread keeps the lease
+        life = self._pool.heard_life(peer.id)
+        # Another thread keeps the lease.
+        while life is not None and self._pool.heard_life(peer.id) == life:  # noqa: ASYNC110
             await asyncio.sleep(LOOK_SECONDS)
         self.lost(peer)
         return f"{peer.id} is silent"

@@ -141,8 +141,12 @@ class MemPool(SharedPool):
     def hears(self, instance: str) -> bool:
         """Return whether a peer is connected, heard of within a LEASE, and not stalled. Waits for
         no other thread."""
+        return self.heard_life(instance) is not None
+
+    def heard_life(self, instance: str) -> Owner | None:
+        """Return the life of a peer that `hears` is true for; None for others."""
         service = self._service
-        return service is not None and service.hears(InstanceId(instance))
+        return None if service is None else service.heard_life(InstanceId(instance))
 
     def threads(self) -> list[threading.Thread]:
         """Return the threads that must run until `close`; transfers need them."""

@@ -128,6 +128,7 @@ class Peers:
             life = peer.life = PeerSession(owner, hello.process, hello.memory, hello)
             if known is not None:
                 life.routes = known.routes
+                life.stalled = known.stalled  # what its next Beat says is newer
             if hello.memory.host == host_id() and is_unix_socket(hello.unix_socket):
                 life.unix_address = life.unix_route = UnixAddress(hello.unix_socket)
             self._choose_transport(life)

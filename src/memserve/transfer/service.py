@@ -88,11 +88,12 @@ class Service:
         """Return the current life of a peer. Raises UnknownPeer."""
         return self._endpoint.peers.current(instance)
 
-    def hears(self, instance: InstanceId) -> bool:
-        """Return whether a peer is connected, heard of within a LEASE, and not stalled."""
+    def heard_life(self, instance: InstanceId) -> Owner | None:
+        """Return the life of a peer that is connected, heard of within a LEASE and not stalled;
+        None if it is not."""
         peer = self._endpoint.peers.get(instance)
         life = None if peer is None else peer.life
-        return life is not None and not life.lost
+        return None if life is None or life.lost else life.owner
 
     def lease(self, owner: Owner) -> Lease:
         return self._endpoint.table.lease(owner, self._now())

@@ -62,6 +62,12 @@ class Reach(msgspec.Struct, frozen=True, tag=True):
     peer: PoolPeer
 
 
+class Watch(msgspec.Struct, frozen=True, tag=True):
+    """Wait until nothing may be waited for from a peer any more. Answered by `Lost`, then."""
+
+    peer: PoolPeer
+
+
 class Push(msgspec.Struct, frozen=True, eq=False, tag=True):
     """Send a peer the KV of these tokens that it lacks. Ends `order` (0: none), whose blocks
     `PushDone`, the answer, includes."""
@@ -112,7 +118,7 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     number: int
 
 
-Said = Serve | Count | Meet | Reach | Push | Order | Withdraw | Forget | ReadTotals | Cancel
+Said = Serve | Count | Meet | Reach | Watch | Push | Order | Withdraw | Forget | ReadTotals | Cancel
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -140,6 +146,12 @@ class Reached(msgspec.Struct, frozen=True, tag=True):
     transport: str
 
 
+class Lost(msgspec.Struct, frozen=True, tag=True):
+    """Why a peer can no longer be waited for."""
+
+    why: str
+
+
 class PushDone(msgspec.Struct, frozen=True, tag=True):
     """Whole blocks that were sent, and that the peer had already."""
 
@@ -162,7 +174,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     of_pool: bool
 
 
-Heard = Served | Counted | Reached | PushDone | Totals | Done | Failed
+Heard = Served | Counted | Reached | Lost | PushDone | Totals | Done | Failed
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -173,7 +185,7 @@ class Reply(msgspec.Struct, frozen=True):
 decode_call = msgspec.msgpack.Decoder(Call).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
-_Heard = TypeVar("_Heard", Served, Counted, Reached, PushDone, Totals, Done)
+_Heard = TypeVar("_Heard", Served, Counted, Reached, Lost, PushDone, Totals, Done)
 
 
 def frame(message: Call | Reply) -> bytes:

@@ -36,7 +36,7 @@ ASK_SECONDS = 10.0  # timeout of the first call, `Serve`
 CALL_SECONDS = 15.0
 PUSH_SECONDS = 2 * DEADLINE
 
-_Heard = TypeVar("_Heard", m.Served, m.Counted, m.PushDone, m.Totals, m.Reached, m.Done)
+_Heard = TypeVar("_Heard", m.Served, m.Counted, m.PushDone, m.Totals, m.Reached, m.Lost, m.Done)
 
 
 class PushOrder:
@@ -191,9 +191,7 @@ class RemoteLink:
 
     async def until_lost(self, peer: PoolPeer) -> str:
         try:
-            while True:
-                await self.transport(peer)
-                await asyncio.sleep(HEARTBEAT)
+            return (await self._call(m.Watch(peer), m.Lost)).why
         except (TransferError, PoolError) as error:
             return str(error)
 

@@ -68,6 +68,7 @@ class RoleLatency(msgspec.Struct, frozen=True):
 
     first_token: Percentiles = Percentiles()
     inter_token: Percentiles = Percentiles()
+    per_token: Percentiles = Percentiles()  # TPOT: means of sequences
     whole: Percentiles = Percentiles()
 
 
@@ -175,6 +176,7 @@ def _latencies(pairs: list[tuple[MemberSeen, MemberSeen]]) -> dict[Role, RoleLat
             (
                 growth(old.first_token, new.first_token),
                 growth(old.inter_token, new.inter_token),
+                growth(old.per_token, new.per_token),
                 growth(old.whole, new.whole),
             )
         )

@@ -184,6 +184,8 @@ class PoolServer:
                 await self._served.meet(peer)
             case m.Reach(peer):
                 return m.Reached(await self._served.transport(peer))
+            case m.Watch(peer):
+                return m.Lost(await self._served.until_lost(peer))
             case m.Push():
                 pushed = await self._push(caller, said)
                 return m.PushDone(pushed.sent, pushed.already_present)
