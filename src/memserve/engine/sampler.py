@@ -193,9 +193,9 @@ class _FixedTokens:
             bad.setdefault(tuple(before), []).append(last)
         self._bad = {before: np.array(lasts, np.int64) for before, lasts in bad.items()}
         lengths: dict[int, set[int]] = {}  # of the tokens before, by the last of them
-        for before in bad:
-            if before:
-                lengths.setdefault(before[-1], set()).add(len(before))
+        for tokens in bad:
+            if tokens:
+                lengths.setdefault(tokens[-1], set()).add(len(tokens))
         self._lengths = {token: sorted(found) for token, found in lengths.items()}
         self.look_back = max(map(len, bad), default=0)
         self.leaves_out = bool(params.allowed_token_ids or bad)
