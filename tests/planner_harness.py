@@ -11,10 +11,11 @@ from memserve.planner.contract import Action, Decision, LoadReport, MemberLoad
 from memserve.planner.planner import Planner
 from memserve.scheduler.arrivals import Arrival
 from memserve.scheduler.hardware import cost_model
-from memserve.types import InstanceId, Role
+from memserve.types import InstanceId, Role, SchedulerId
 
 COSTS = cost_model("h800", "llama2-13b", 1)
 KV_TOKENS = 56_000.0
+ONE = SchedulerId("one")  # the only one, where there is one
 
 
 def members_of(*roles: Role, moves: bool = True) -> list[MemberLoad]:
@@ -65,6 +66,7 @@ class Cluster:
             Arrival(before + step * (at + 1), self.prompt, self.cached) for at in range(count)
         )
         report = LoadReport(
+            scheduler=ONE,
             now=self.now,
             members=tuple(self.members),
             requests=int(self.requests),

@@ -50,7 +50,11 @@ def planner(
     found = find_gateway(url[0] if url else None)
     urls = url or [found[0]]
     authorities = client_tls(os.environ.get(TLS_CA_VARIABLE))
-    loop = PlannerLoop(urls, config, MonotonicClock(), found[1], authorities)
+
+    async def gateways() -> list[str]:
+        return urls
+
+    loop = PlannerLoop(gateways, config, MonotonicClock(), found[1], authorities)
 
     async def run() -> None:
         shutdown = Shutdown()

@@ -353,6 +353,23 @@ def check_config(config: ClusterConfig) -> None:
             raise ConfigError("instance.vllm_url needs engine = 'vllm'")
         if instance.vllm_pool is not None and instance.vllm_url is None:
             raise ConfigError("instance.vllm_pool is of a server that runs already: vllm_url")
+    _check_scalable(config)
+
+
+def _check_scalable(config: ClusterConfig) -> None:
+    """Raise ConfigError for what only one instance can have, in a cluster whose planner starts
+    more."""
+    if (most := config.planner.max_members) is None:
+        return
+    for instance in config.instance:
+        given = msgspec.structs.asdict(instance)
+        for name in ("port", "advertise", "vllm_url"):
+            if given[name]:
+                raise ConfigError(
+                    f"planner.max_members = {most} lets the planner start more instances like this "
+                    f"one, which cannot share instance.{name} = {given[name]!r}; leave one of both "
+                    "out"
+                )
 
 
 def check_planner(planner: PlannerConfig) -> None:

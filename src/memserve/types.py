@@ -22,6 +22,7 @@ InstanceId = NewType("InstanceId", str)
 RequestId = NewType("RequestId", str)
 Epoch = NewType("Epoch", int)
 Namespace = NewType("Namespace", str)
+SchedulerId = NewType("SchedulerId", str)  # of one life of a scheduler: another after a restart
 
 SHARED = Namespace("")  # the default namespace
 

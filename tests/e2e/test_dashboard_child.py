@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from memserve.cluster.restarts import RestartLimits
-from memserve.config import ClusterConfig, DashboardConfig, LogConfig
+from memserve.config import ClusterConfig, DashboardConfig, LogConfig, PlannerConfig
 from memserve.dashboard.child import DashboardChild
 from memserve.dashboard.guard import TOKEN_VARIABLE
 from memserve.secrets import Secret
@@ -90,6 +90,16 @@ async def test_its_link_outlives_a_crash() -> None:
         assert told.process() != first
         assert any("dashboard ended with" in line for line in told.lines)
         assert told.links.empty()
+
+
+async def test_what_the_planner_plans_for_is_drawn_in() -> None:
+    planner = PlannerConfig(enabled=True, ttft=1.5, tpot=0.05)
+    async with running(msgspec.structs.replace(ANY_PORT, planner=planner)) as told:
+        assert await asyncio.to_thread(opened, await told.links.get())
+        assert "--ttft 1.5 --tpot 0.05" in " ".join(told.process().cmdline())
+    async with running(ANY_PORT) as told:  # without a planner there are no objectives
+        await told.links.get()
+        assert "--ttft" not in told.process().cmdline()
 
 
 async def test_a_taken_port_is_told_and_another_found() -> None:

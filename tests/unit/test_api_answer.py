@@ -8,9 +8,10 @@ import pytest
 
 from memserve.api.answer.delta import CallDelta, Delta, tool_call_id
 from memserve.api.answer.format import AnswerFormat, ReasoningFormat, ToolFormat
+from memserve.api.answer.known_templates import TEMPLATES
 from memserve.api.answer.parser import AnswerParser
 from memserve.api.answer.pythonic import MAX_ARGUMENTS
-from tests.answer_harness import calls_of, deltas, format_of, parsed
+from tests.answer_harness import WRITERS, calls_of, deltas, format_of, parsed
 
 HERMES, LLAMA = ToolFormat.HERMES, ToolFormat.LLAMA3_JSON
 MISTRAL, CODER, PYTHONIC = ToolFormat.MISTRAL, ToolFormat.QWEN3_CODER, ToolFormat.PYTHONIC
@@ -197,3 +198,15 @@ def test_ids_of_calls_are_the_same_wherever_they_are_made() -> None:
     short = tool_call_id("c", 0, 0, MISTRAL)  # Mistral's templates take no other
     assert len(short) == 9
     assert short.isalnum()
+
+
+@pytest.mark.parametrize(
+    "writer", [name for name, (form, _) in WRITERS.items() if form in TEMPLATES]
+)
+def test_a_long_answer_at_once_is_read_as_in_pieces(writer: str) -> None:
+    """A format's delimiters are looked for once, not from each of them to the end again."""
+    form, write = WRITERS[writer]
+    text = write([("add", {"n": 1})] * 1500)
+    found = parsed(format_of(form), [text])
+    assert len(found.calls) == 1500
+    assert found == parsed(format_of(form), [text[at : at + 4] for at in range(0, len(text), 4)])

@@ -11,14 +11,17 @@ from typing import cast
 import msgspec
 import pytest
 
+from memserve.api.control import LeaveRequest
 from memserve.api.errors import ErrorDetail
 from memserve.api.http_message import Request
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import InstanceState, JoinRequest
+from memserve.clock import ManualClock
 from memserve.cluster.member import MemberView
 from memserve.cluster.membership import Membership
+from memserve.gateway import siblings as siblings_module
 from memserve.gateway.cluster_admin import repeated_join
-from memserve.gateway.siblings import MEMBERS_PATH
+from memserve.gateway.siblings import MEMBERS_PATH, Siblings
 from memserve.instance import join as module
 from memserve.instance.join import Registration
 from memserve.types import Epoch, InstanceId
@@ -91,19 +94,76 @@ def request(join: JoinRequest) -> Request:
 def test_a_repetition_is_answered_at_once_only_for_a_member_that_is_well() -> None:
     membership = Membership()
     again = JoinRequest(A, InstanceId("p0"), Epoch(1), repeated=True)
-    assert repeated_join(membership, request(again)) is None  # the gateway was restarted
+    assert repeated_join(membership, request(again), None) is None  # the gateway was restarted
     member = membership.join(A, lasting=False)
     asked: list[str] = []
     membership.on_question(lambda each: asked.append(each.address))
-    assert repeated_join(membership, request(again)) is None  # not met yet
+    assert repeated_join(membership, request(again), None) is None  # not met yet
     membership.answered(member, info("p0", 1), STATS)
-    answer = repeated_join(membership, request(again))
+    answer = repeated_join(membership, request(again), None)
     assert answer is not None
     assert msgspec.json.decode(answer, type=MemberView).state is InstanceState.READY
     assert asked == []
     news = msgspec.structs.replace(again, repeated=False)
     another = msgspec.structs.replace(again, epoch=Epoch(2))
     for other in (news, another):
-        assert repeated_join(membership, request(other)) is None
+        assert repeated_join(membership, request(other), None) is None
     membership.missed(member)  # it may be somebody else who answers there now
-    assert repeated_join(membership, request(again)) is None
+    assert repeated_join(membership, request(again), None) is None
+
+
+class Workers:
+    """The calls of one worker to two others, which are busy, refuse, or take a registration."""
+
+    def __init__(self) -> None:
+        self.failing: dict[str, PeerError] = {}  # by the start of the URL
+        self.taken: list[tuple[str, str]] = []
+
+    async def call(
+        self, method: str, url: str, decode: object, body: bytes, **limits: object
+    ) -> bytes:
+        for start, error in self.failing.items():
+            if url.startswith(start):
+                raise error
+        self.taken.append((method, url))
+        return b""
+
+
+BUSY = PeerError("it did not answer within 1 s")
+REFUSING = PeerError("503", status=HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+@pytest.mark.parametrize("error", [BUSY, REFUSING])
+async def test_a_registration_that_a_worker_missed_is_passed_on_when_it_is_repeated(
+    error: PeerError,
+) -> None:
+    workers, clock, membership = Workers(), ManualClock(), Membership()
+    others = {1: "http://127.0.0.1:11", 2: "http://127.0.0.1:12"}
+    siblings = Siblings(cast(PeerClient, workers), 0, others, clock)
+    news = JoinRequest(A, InstanceId("p0"), Epoch(1))
+    again = msgspec.structs.replace(news, repeated=True)
+    membership.answered(membership.join(A, lasting=False), info("p0", 1), STATS)
+
+    def answered_at_once() -> bool:
+        return repeated_join(membership, request(again), siblings) is not None
+
+    assert not answered_at_once()  # this worker has told nobody
+    workers.failing = {others[2]: error}
+    for _ in range(3):
+        await siblings.joined(again)
+        assert not answered_at_once()
+    workers.failing.clear()
+    await siblings.joined(again)
+    assert workers.taken[-2:] == [("POST", url + MEMBERS_PATH) for url in others.values()]
+    assert answered_at_once()
+    workers.failing = {others[1]: error}  # now there are news, which one misses
+    await siblings.joined(news)
+    assert not answered_at_once()
+    workers.failing.clear()
+    await siblings.joined(again)
+    assert answered_at_once()
+    clock.advance(siblings_module._RETELL_SECONDS)  # a worker may have forgotten all since
+    assert not answered_at_once()
+    await siblings.joined(again)
+    await siblings.left(LeaveRequest(A))
+    assert not answered_at_once()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,6 +17,7 @@ from memserve.config import (
     GatewayConfig,
     InstanceConfig,
     ModelConfig,
+    PlannerConfig,
     check_config,
     load_config,
     parse_bytes,
@@ -229,6 +231,26 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_settings_that_contradict_each_other(instance: InstanceConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_config(ClusterConfig(instance=(instance,)))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"port": 8101},
+        {"advertise": "http://a:1"},
+        {"engine": "vllm", "vllm_url": "http://a:1"},
+    ],
+)
+def test_a_planner_starts_no_more_of_what_only_one_instance_can_have(
+    setting: dict[str, Any],
+) -> None:
+    instances = (InstanceConfig(), InstanceConfig(**setting))
+    check_config(ClusterConfig(instance=instances))
+    more = ClusterConfig(instance=instances, planner=PlannerConfig(max_members=4))
+    name, value = list(setting.items())[-1]
+    with pytest.raises(ConfigError, match=f"max_members = 4 .* instance.{name} = {value!r}"):
+        check_config(more)
+    check_config(ClusterConfig(planner=PlannerConfig(max_members=4)))
 
 
 @pytest.mark.parametrize(

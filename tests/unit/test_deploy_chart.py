@@ -586,6 +586,55 @@ def test_prometheus_scrapes_what_the_alerts_ask_for(releases: dict[str, Release]
     assert rule["spec"] == yaml.safe_load(alerts)
 
 
+@pytest.mark.parametrize("own", ["", "shared"])
+def test_scrapers_show_the_secret_where_metrics_ask_for_it(helm: Helm, own: str) -> None:
+    """Gateways ask for it, and members do not: these must not be shown it."""
+
+    def closed(values: dict[str, Any]) -> None:
+        values["gateway"]["metrics_secret"] = True
+        values["podMonitor"]["members"] = True
+        values.setdefault("secret", {})["existingSecret"] = own
+
+    release = changed(helm, closed, "gpu-2p4d-rdma")
+    monitors = release.kinds("PodMonitor")
+    (gateway,) = monitors[f"{NAME}-gateway"]["spec"]["podMetricsEndpoints"]
+    (member,) = monitors[f"{NAME}-member"]["spec"]["podMetricsEndpoints"]
+    name = own or f"{NAME}-cluster"
+    assert gateway["authorization"] == {
+        "type": "Bearer",
+        "credentials": {"name": name, "key": "secret"},
+    }
+    assert own or "secret" in release.objects["Secret", name]["data"]
+    assert "authorization" not in member
+
+
+def test_a_secret_that_would_be_shown_without_tls_is_refused(helm: Helm) -> None:
+    def closed(values: dict[str, Any]) -> None:
+        values["gateway"]["metrics_secret"] = True
+        values["podMonitor"]["enabled"] = scraped
+
+    scraped = False
+    assert changed(helm, closed).objects
+    scraped = True
+    with pytest.raises(HelmError, match=r"metrics_secret.*TLS alone; set tls\.existingSecret"):
+        changed(helm, closed)
+
+
+@pytest.mark.parametrize("members", [False, True])
+def test_each_member_is_told_of_once(helm: Helm, members: bool) -> None:
+    def scrape(values: dict[str, Any]) -> None:
+        values["podMonitor"]["members"] = members
+
+    monitors = changed(helm, scrape, "gpu-2p4d-rdma").kinds("PodMonitor")
+    found = {
+        name.removeprefix(f"{NAME}-"): endpoint.get("params")
+        for name, monitor in monitors.items()
+        for endpoint in monitor["spec"]["podMetricsEndpoints"]
+    }
+    left_out = {"instances": ["false"]}
+    assert found == ({"gateway": left_out, "member": None} if members else {"gateway": None})
+
+
 def test_boards_are_those_of_deploy(releases: dict[str, Release]) -> None:
     boards = releases["gpu-2p4d-rdma"].objects["ConfigMap", f"{NAME}-dashboards"]
     assert boards["metadata"]["labels"]["grafana_dashboard"] == "1"

@@ -529,6 +529,78 @@ async def test_what_must_be_in_harmony_is_its_own(
         assert end in tag["begin"]
 
 
+# As gpt-oss's: an answer opens its channel itself, and those of earlier turns are final.
+GPT_OSS = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}"
+    "{{ channel or '<|channel|>final' }}{% endif %}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+JSON_ANSWER = {"response_format": {"type": "json_object"}}
+STRICT_ADD = {"tools": [{**ADD, "function": {"name": "add", "strict": True}}]}
+BEGUN_MESSAGE = [*HI, {"role": "assistant", "content": "Here:"}]
+
+
+@pytest.mark.parametrize(("template", "marker"), [(HARMONY, False), (GPT_OSS, True)])
+async def test_a_grammar_in_harmony_goes_on_where_the_prompt_ends(
+    tokenizer_of: Callable[[str], Tokenizer], template: str, marker: bool
+) -> None:
+    for fields in (JSON_ANSWER, STRICT_ADD, {"tools": [ADD], "tool_choice": "required"}):
+        _, call = await Asked(tokenizer_of(template), ModelConfig(tool_call_parser="openai"))(
+            **fields
+        )
+        elements = _tags(call)["elements"]
+        assert ({"type": "const_string", "value": "<|channel|>"} in elements) == marker
+        for tag in elements[-1]["elements"]:
+            assert not tag["begin"].startswith("<|")
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        (JSON_ANSWER, Grammar(GrammarKind.JSON_OBJECT, "", param="response_format")),
+        (
+            {**JSON_ANSWER, "tools": TOOLS},
+            Grammar(GrammarKind.JSON_OBJECT, "", param="response_format"),
+        ),
+        (STRICT_ADD, None),
+    ],
+)
+async def test_a_final_message_in_harmony_goes_on_with_the_grammar_alone(
+    tokenizer_of: Callable[[str], Tokenizer], fields: dict[str, Any], grammar: Grammar | None
+) -> None:
+    ask = Asked(tokenizer_of(GPT_OSS), ModelConfig(tool_call_parser="openai"))
+    text, call = await ask(messages=BEGUN_MESSAGE, continue_final_message=True, **fields)
+    assert text.endswith("<|start|>assistant<|channel|>final<|message|>Here:")
+    assert call.sampling.grammar == grammar
+    assert call.answer is not None
+    assert call.answer.functions == ()
+    assert call.answer.begun == "<|channel|>final<|message|>Here:"
+
+
+@pytest.mark.parametrize(
+    ("fields", "channel"),
+    [
+        ({"tools": [ADD], "tool_choice": "required"}, "<|channel|>final"),
+        (JSON_ANSWER, "<|channel|>analysis"),
+        (STRICT_ADD, "<|channel|>commentary"),
+        (JSON_ANSWER, "<|channel|>final<|message|>a<|end|>"),
+    ],
+)
+async def test_no_constraint_in_harmony_holds_behind_any_other_message(
+    tokenizer_of: Callable[[str], Tokenizer], fields: dict[str, Any], channel: str
+) -> None:
+    ask = Asked(tokenizer_of(GPT_OSS), ModelConfig(tool_call_parser="openai"))
+    asked = {
+        "messages": BEGUN_MESSAGE,
+        "continue_final_message": True,
+        "chat_template_kwargs": {"channel": channel},
+    }
+    await ask(**asked)  # without a constraint, any message can be continued
+    with pytest.raises(ApiError, match="in harmony") as refused:
+        await ask(**asked, **fields)
+    assert (refused.value.status, refused.value.detail.param) == (400, "continue_final_message")
+
+
 TEMPLATED: dict[str, Any] = {
     "start_anchor": "[answer]",
     "fields": {
@@ -593,6 +665,25 @@ async def test_strict_functions_bring_a_grammar_along(
             source = json.dumps(_tags(call))
             assert source.count(json.dumps(PARAMETERS)) == 1
             assert source.count('{"type": "object"}') == 1  # of the other function
+
+
+@pytest.mark.parametrize("name", ["GET_NAME", "NAME", "NAME_IN_JSON", "A_NAME_IN_JSON_NAME"])
+async def test_a_function_s_name_stands_in_the_grammar_as_it_is(
+    tokenizer_of: Callable[[str], Tokenizer], name: str
+) -> None:
+    tool = {"type": "function", "function": {"name": name, "strict": True}}
+    for parser in get_args(ToolCallParser):
+        if parser in ("auto", "none", "pythonic", "qwen3_coder", "glm45"):
+            continue
+        config = ModelConfig(tool_call_parser=parser, reasoning_parser="none")
+        _, call = await Asked(tokenizer_of(TEMPLATE), config)(tools=[tool])
+        _, other = await Asked(tokenizer_of(TEMPLATE), config)(
+            tools=[{"type": "function", "function": {"name": "weather", "strict": True}}]
+        )
+        assert call.sampling.grammar is not None
+        assert other.sampling.grammar is not None
+        expected = other.sampling.grammar.source.replace("weather", name)
+        assert call.sampling.grammar.source == expected
 
 
 def test_settings_are_the_formats_names() -> None:

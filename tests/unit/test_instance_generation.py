@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from memserve.api.answer.format import AnswerFormat, ReasoningFormat
+from memserve.api.answer.template_parser import TemplateParser
 from memserve.api.generate import CallKind, FinishReason, GenerateCall, SamplingParams
 from memserve.api.status import Latencies
 from memserve.engine.request import EngineInfo, EngineRequest, TokenLogprobs, TokenOutput, Usage
 from memserve.instance.generation import Generation, engine_requests
+from memserve.models.response_template import Delimiter
 from memserve.models.tokenizer import Tokenizer
 from memserve.tokens import from_ids
 from tests.fakes import tiny_tokenizer
@@ -421,6 +424,25 @@ def test_latencies_are_per_sequence(tokenizer: Tokenizer) -> None:
     assert (latencies.inter_token.sum, sum(latencies.inter_token.counts)) == (1.25, 3)
     assert (latencies.per_token.sum, sum(latencies.per_token.counts)) == (1.25 / 3, 1)
     assert latencies.whole.sum == 3.25
+
+
+def test_what_a_prompt_has_begun_is_read_once_for_all_choices(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = "<|channel|>analysis<|message|>x<|end|>" * 1600 + "<|channel|>analysis<|message|>so"
+    form = AnswerFormat(reasoning=ReasoningFormat.OPENAI, begun=begun)
+    asked = call(kind=CallKind.CHAT, n=128, answer=form)
+    searched: list[int] = []
+    search = TemplateParser._search
+
+    def counted(parser: TemplateParser, delimiter: Delimiter, *more: Any) -> Any:
+        searched.append(parser._at)
+        return search(parser, delimiter, *more)
+
+    monkeypatch.setattr(TemplateParser, "_search", counted)
+    Driven(asked, tokenizer)
+    # Each of the 3,201 delimiters is looked for once, and there are four of them.
+    assert 3201 <= len(searched) < 3300
 
 
 def test_a_sequence_of_one_token_has_no_time_per_token(tokenizer: Tokenizer) -> None:

@@ -84,16 +84,16 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def registered(
-    url: str, names: Names, authorities: Path | None = None
-) -> AsyncIterator[None]:
+    url: str, names: Names, authorities: Path | None = None, *more: str
+) -> AsyncIterator[asyncio.Task[None]]:
     tls = client_tls(str(authorities) if authorities else None)
     async with PeerClient(Signer(SECRET), tls) as peers:
         registration = Registration(
-            peers, [url], "http://10.1.2.3:1", InstanceId("d0"), Epoch(7), names.resolve
+            peers, [url, *more], "http://10.1.2.3:1", InstanceId("d0"), Epoch(7), names.resolve
         )
         running = asyncio.create_task(registration.run())
         try:
-            yield
+            yield running
         finally:
             running.cancel()
             await asyncio.wait((running,))
@@ -123,6 +123,22 @@ async def test_gateways_are_followed_as_they_come_and_go() -> None:
             seen, known = len(first.heard), len(second.heard)
             await until(lambda: len(second.heard) > known + 5, "the second gateway hears more")
             assert len(first.heard) <= seen + 1  # one may have been under way
+
+
+@pytest.mark.parametrize("again", ["", "/"])
+async def test_a_gateway_that_is_named_twice_is_one(again: str) -> None:
+    """Also when it goes: two that follow one name must not both forget it."""
+    async with gateway("127.0.0.2") as first, gateway("127.0.0.3", first.port) as second:
+        names = Names("127.0.0.2")
+        url = f"http://{NAME}:{first.port}"
+        async with registered(url, names, None, url + again) as running:
+            await until(lambda: len(first.heard) > 1, "the first gateway hears")
+            names.addresses = ("127.0.0.3",)
+            before = len(names.asked)
+            await until(lambda: len(second.heard) > 1, "the second gateway hears")
+            await until(lambda: len(names.asked) > before + 5, "look-ups")
+            assert not running.done()
+        assert second.heard.count("DELETE") == 1
 
 
 async def test_a_name_server_that_fails_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:

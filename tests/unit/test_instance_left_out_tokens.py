@@ -9,11 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from memserve.api.errors import ApiError
-from memserve.api.generate import GenerateCall
+from memserve.api.generate import GenerateCall, SamplingParams, validate_sampling
 from memserve.config import ModelConfig
+from memserve.errors import RequestError
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import Role
 from tests.fakes import save_tiny_tokenizer
@@ -81,6 +83,7 @@ async def test_where_no_token_is_left_the_request_ends_with_the_reason(model: Pa
     [
         ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
         ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
         ({"allowed_token_ids": [1] * 1_000_000}, "allowed_token_ids"),
         ({"allowed_token_ids": [1] * 16_385}, "allowed_token_ids"),
         ({"bad_words": ["x"] * 100_000}, "bad_words"),
@@ -136,3 +139,19 @@ async def test_the_echo_of_a_truncated_text_is_what_was_kept(model: Path) -> Non
 async def test_only_our_engine_is_told_of_bad_words(model: Path) -> None:
     assert (await call_of(model, bad_words=["x"])).own_engine
     assert not (await call_of(model, allowed_token_ids=[5])).own_engine
+
+
+async def test_the_tokens_of_all_bad_words_together_are_bounded(model: Path) -> None:
+    # 768 tokens of one text: all that is permitted by itself is taken.
+    call = await call_of(model, bad_words=["\U0001f9ff" * 256])
+    assert max(map(len, call.sampling.bad_words)) == 768
+    decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(call.sampling), type=SamplingParams)
+    assert decoded == call.sampling
+    words = [f"{at}" + "\U0001f9ff" * 250 for at in range(6)]
+    with pytest.raises(ApiError, match="at most 4096") as refused:
+        await call_of(model, bad_words=words)
+    assert (refused.value.status, refused.value.detail.param) == (400, "bad_words")
+    # An instance does not rely on gateways.
+    many = SamplingParams(bad_words=((1,) * 4000, (2,) * 97))
+    with pytest.raises(RequestError, match="4097"):
+        validate_sampling(many, LIMITS.vocab_size)

@@ -18,8 +18,8 @@ from memserve.planner.demand import (
 )
 from memserve.planner.planner import ADD_LOOKS, LOOKS, REMOVE_LOOKS, merged
 from memserve.scheduler.arrivals import KEPT_ARRIVALS, Arrival, Arrivals
-from memserve.types import Role
-from tests.planner_harness import COSTS, Cluster, members_of
+from memserve.types import Role, SchedulerId
+from tests.planner_harness import COSTS, ONE, Cluster, members_of
 
 TIGHT = PlannerConfig(ttft=3.0, tpot=0.025, percentile=90)
 EVEN = [*[Role.PREFILL] * 4, *[Role.DECODE] * 4]
@@ -65,6 +65,7 @@ def test_without_requests_nothing_is_decided() -> None:
     cluster = Cluster(TIGHT, members_of(*EVEN), rate=0)
     assert {cluster.look().action for _ in range(5)} == {Action.NOTHING}
     assert cluster.decisions[-1].reason == "no requests"
+    assert cluster.decisions[-1].present.headroom > 1  # below 1 is an alert
 
 
 def test_members_are_added_when_no_split_suffices_and_removed_when_fewer_do() -> None:
@@ -77,6 +78,50 @@ def test_members_are_added_when_no_split_suffices_and_removed_when_fewer_do() ->
     removed = cluster.looks(9 * (REMOVE_LOOKS + 3))
     assert {one.action for one in removed} == {Action.REMOVE}
     assert len(cluster.members) == 4
+
+
+@pytest.mark.parametrize("before", [0.0, 5.0])
+def test_a_cluster_without_requests_shrinks_to_its_bounds(before: float) -> None:
+    """Whether it has never had any, or has them no more."""
+    config = PlannerConfig(
+        ttft=3.0, tpot=0.025, max_members=12, min_members=3, min_decode=2, colocated=False
+    )
+    cluster = Cluster(config, members_of(*EVEN), rate=before)
+    cluster.looks(10)
+    cluster.rate = 0.0
+    first = len(cluster.decisions)
+    removed = cluster.looks(8 * (REMOVE_LOOKS + 3))
+    assert [one.action for one in removed] == [Action.REMOVE] * 5
+    assert all(one.count == 1 for one in removed)
+    assert Split.of(cluster.roles) == Split(prefill=1, decode=2)
+    actions = [one.action for one in cluster.decisions[first:]]
+    assert actions.index(Action.REMOVE) >= REMOVE_LOOKS - 10
+
+
+def test_roles_alone_without_requests_remove_nobody() -> None:
+    cluster = Cluster(TIGHT, members_of(*EVEN), rate=0)
+    assert not cluster.looks(2 * REMOVE_LOOKS)
+
+
+def test_members_stay_while_what_arrives_is_not_known() -> None:
+    """A gateway that starts again before each look has counted nothing, and may have been busy."""
+    config = PlannerConfig(ttft=3.0, tpot=0.025, max_members=12, min_members=2)
+    cluster = Cluster(config, members_of(*EVEN))
+    for life in range(2 * REMOVE_LOOKS):
+        report = msgspec.structs.replace(
+            _report(cluster, 5.0 * life), scheduler=SchedulerId(str(life))
+        )
+        decision = cluster.planner.look(5.0 * life, [report], COSTS)
+        assert decision.action is Action.NOTHING
+    assert decision.reason == "requests are not counted yet"
+
+
+def test_a_gateway_that_is_asked_at_two_urls_counts_once() -> None:
+    cluster = Cluster(TIGHT, members_of(*EVEN))
+    cluster.planner.look(0.0, [_report(cluster, 0.0)], COSTS)
+    once = _report(cluster, 5.0, 250)
+    decision = cluster.planner.look(5.0, [once, once], COSTS)
+    assert decision.demand.requests_per_second == pytest.approx(50)
 
 
 def test_members_that_start_are_waited_for() -> None:
@@ -119,7 +164,9 @@ def test_rate_and_prompts_are_weighted_alike_when_a_load_turns() -> None:
         now += 5
         requests += rate * 5
         arrivals = tuple(Arrival(now - 4 + 0.01 * at, tokens, 0) for at in range(15))
-        report = LoadReport(now=now, members=(), requests=int(requests), arrivals=arrivals)
+        report = LoadReport(
+            scheduler=ONE, now=now, members=(), requests=int(requests), arrivals=arrivals
+        )
         traffic = meter.look(now, [report])
         if traffic is not None:
             mean = sum(
@@ -135,24 +182,67 @@ def test_rate_and_prompts_are_weighted_alike_when_a_load_turns() -> None:
 
 def test_a_scheduler_that_starts_again_is_no_burst_of_requests() -> None:
     meter = DemandMeter()
-    for now, requests in ((0.0, 1000), (5.0, 1050), (10.0, 3), (15.0, 53)):
-        arrivals = (Arrival(now - 1, 10, 0),)
-        report = LoadReport(now=now, members=(), requests=requests, arrivals=arrivals)
-        traffic = meter.look(now, [report])
+    lives = ("first", "first", "second", "second")
+    for life, now, requests in zip(lives, range(0, 20, 5), (1000, 1050, 1060, 1110), strict=True):
+        traffic = meter.look(now, [_counted(life, now, requests)])
     assert traffic is not None
-    assert 5 <= traffic.rate <= 10.5
+    assert traffic.rate == pytest.approx(10)
+
+
+@pytest.mark.parametrize("absent", [set(), {"a"}, {"b"}])
+def test_reports_come_in_any_order_and_not_from_all(absent: set[str]) -> None:
+    """Counters of 100 and of 5,000, of which each grows by 5 in a look: 2 requests a second."""
+    meter = DemandMeter()
+    for look in range(12):
+        now = 5.0 * look
+        reports = [
+            _counted("a", now, 100 + 5 * look),
+            _counted("b", now + 1000, 5000 + 5 * look),
+        ]
+        if look in (4, 5, 8):
+            reports = [one for one in reports if one.scheduler not in absent]
+        traffic = meter.look(now, reports[:: (-1) ** look])
+        if look and traffic is not None:
+            assert 0.99 <= traffic.rate <= 2.01
+    assert traffic is not None
+    assert traffic.settled
+    assert absent or traffic.rate == pytest.approx(2)
+
+
+def test_answers_of_a_gateway_that_comes_are_none_of_a_load_that_has_just_turned() -> None:
+    meter = DemandMeter()
+    requests = 0
+    for look in range(6):
+        requests += 20 if look < 5 else 2000
+        meter.look(5.0 * look, [_counted("a", 5.0 * look, requests)])
+    both = [
+        [
+            _counted("a", now, requests + 2000 * more),
+            msgspec.structs.replace(_counted("b", now, 0), answers=10 * TURN_ANSWERS),
+        ]
+        for more, now in ((1, 30.0), (2, 35.0))
+    ]
+    for reports in both:
+        traffic = meter.look(reports[0].now, reports)
+        assert traffic is not None
+        assert not traffic.settled
+
+
+def _counted(scheduler: str, now: float, requests: int) -> LoadReport:
+    return LoadReport(
+        scheduler=SchedulerId(scheduler),
+        now=now,
+        members=(),
+        requests=requests,
+        arrivals=(Arrival(now - 1, 10, 0),),
+    )
 
 
 def test_several_schedulers_add_up() -> None:
     meter = DemandMeter()
     for now in (0.0, 5.0):
         reports = [
-            LoadReport(
-                now=now + skew,
-                members=(),
-                requests=int(now * rate),
-                arrivals=(Arrival(now + skew - 1, 10, 0),),
-            )
+            _counted(str(rate), now + skew, int(now * rate))
             for rate, skew in ((2, 0.0), (4, 1000.0))
         ]
         traffic = meter.look(now, reports)
@@ -176,7 +266,9 @@ def test_reservations_of_several_gateways_are_added_up() -> None:
     (one,) = members_of(Role.PREFILL)
     first = msgspec.structs.replace(one, queue_seconds=1.0, answers=3)
     second = msgspec.structs.replace(one, queue_seconds=2.0, answers=4)
-    reports = [LoadReport(now=0, members=(each,), requests=0) for each in (first, second)]
+    reports = [
+        LoadReport(scheduler=ONE, now=0, members=(each,), requests=0) for each in (first, second)
+    ]
     (both,) = merged(reports)
     assert both.queue_seconds == 3.0
     assert both.answers == 4  # each counts the other's, too
@@ -184,16 +276,19 @@ def test_reservations_of_several_gateways_are_added_up() -> None:
 
 def test_old_loads_are_forgotten() -> None:
     meter = DemandMeter()
-    report = LoadReport(now=0.0, members=(), requests=0)
+    report = LoadReport(scheduler=ONE, now=0.0, members=(), requests=0)
     meter.look(0.0, [report])
     arrivals = (Arrival(1.0, 10, 0),)
-    assert meter.look(5.0, [LoadReport(now=5.0, members=(), requests=9, arrivals=arrivals)])
+    assert meter.look(
+        5.0, [LoadReport(scheduler=ONE, now=5.0, members=(), requests=9, arrivals=arrivals)]
+    )
     later = 5.0 + 10 * MEMORY_SECONDS
-    assert meter.look(later, [LoadReport(now=later, members=(), requests=9)]) is None
+    assert meter.look(later, [LoadReport(scheduler=ONE, now=later, members=(), requests=9)]) is None
 
 
 def _report(cluster: Cluster, now: float, requests: int = 0) -> LoadReport:
     return LoadReport(
+        scheduler=ONE,
         now=now,
         members=tuple(cluster.members),
         requests=requests,
@@ -216,6 +311,7 @@ class Counted:
         self.requests += int(5 * rate)
         self.answers += answers
         report = LoadReport(
+            scheduler=ONE,
             now=self.now,
             members=(),
             requests=self.requests,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -117,6 +118,15 @@ TEXTS = [
     (NAMED_CALLS, "<|channel>thought\n", "so<channel|>Yes.<turn|>"),
     (STREAMED_CALLS, "", PASSED_ON),
 ]
+# What a prompt has begun: nothing said, some of it, an opening, a call's name and arguments.
+BEGUN = [
+    *[(template, begun, text) for template, begun, text in TEXTS if begun],
+    (JSON_CALLS, "<think>a</think> so ", "  on<|im_end|>"),
+    (JSON_CALLS, "<tool_", f"call>{OSLO}</tool_call>"),
+    (JSON_CALLS, f"<tool_call>{OSLO[:20]}", f"{OSLO[20:]}</tool_call>"),
+    (STREAMED_CALLS, "[call add]", '{"n": 1}[/call]'),
+    (STREAMED_CALLS, '[call weather]{"city": "O\\', '"slo"}[/call] and'),
+]
 
 
 def read(template: dict[str, Any], pieces: list[str], begun: str = "", **fields: Any) -> Delta:
@@ -157,6 +167,25 @@ def test_an_answer_is_read_as_by_transformers_wherever_it_is_cut(
     assert read(template, list(text), begun) == whole
     for at in range(len(text)):
         assert read(template, [text[:at], text[at:]], begun) == whole
+
+
+@pytest.mark.parametrize(("template", "begun", "text"), BEGUN)
+def test_each_choice_goes_on_from_what_the_prompt_has_begun(
+    template: dict[str, Any], begun: str, text: str
+) -> None:
+    form = AnswerFormat(ToolFormat.RESPONSE_TEMPLATE, FUNCTIONS, begun=begun)
+    first = AnswerParser(form, response_template(template))
+    choices = [first.anew() for _ in range(3)]
+    found: list[list[Delta]] = [[] for _ in choices]
+    for character in text:  # of all choices at the same time
+        for parser, deltas in zip(choices, found, strict=True):
+            parser.push(character)
+            deltas.append(parser.take())
+    whole = read(template, [text], begun)
+    assert not whole.empty
+    for parser, deltas in zip(choices, found, strict=True):
+        parser.finish()
+        assert joined([*deltas, parser.take()]) == whole
 
 
 @pytest.mark.parametrize(
@@ -237,6 +266,18 @@ def test_a_pattern_that_takes_too_long_makes_the_rest_content() -> None:
     assert read(template, list(text)) == Delta(text)
 
 
+def test_a_pause_that_is_not_the_patterns_takes_nothing_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of the garbage collector, which may run between any two lines, and take 0.1 s and more."""
+    expected = [read(template, [text * 9], begun) for template, begun, text in TEXTS]
+    pauses = itertools.cycle([0.0] * 40 + [0.3])
+    paused = itertools.accumulate(pauses)
+    monkeypatch.setattr(time, "thread_time", lambda: next(paused))
+    for (template, begun, text), whole in zip(TEXTS, expected, strict=True):
+        assert read(template, list(text * 9), begun) == whole
+
+
 def test_values_that_take_long_use_up_the_same_budget() -> None:
     pattern = f"(?P<key>{BACKTRACKING})(?P<value>x)"
     template = _calls(close="</c>", content="xml-inline", content_args={"tag_pattern": pattern})
@@ -258,6 +299,36 @@ def _deep_parsers(depth: int) -> dict[str, Any]:
     return _calls(content="kv-lines", content_args=args)
 
 
+def test_a_tag_without_a_key_makes_no_argument() -> None:
+    tag = "<(?:(?P<key>[a-z]+)=)?(?P<value>[0-9]+)>"
+    named = {"name": "add", "arguments": "{content}"}
+    template = _calls(
+        close="</c>", content="xml-inline", content_args={"tag_pattern": tag}, transform=named
+    )
+    assert told(read(template, ["<c><a=1></c>"]))["calls"] == [("add", {"a": 1})]
+    assert read(template, ["<c><a=1><2></c>"]) == Delta("<c><a=1><2></c>")
+
+
+# Conditions that a stream can decide.
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(r"\b<x>", r"\bx", r"<x>(?=a|b)", r"<x>(?!ab)", r"[$\b]x", r"\$x", r"\\bx", r"(?<=b)<x>"),
+        r"(?=(?P<name>x+))x",
+    ],
+)
+@pytest.mark.parametrize("text", ["b<x>ab", "b<x>b<x>", "$x \\bx", "a<x>", "xx", "bx<x>abx<x>c"])
+def test_a_condition_in_a_pattern_does_not_depend_on_the_pieces(pattern: str, text: str) -> None:
+    template = {
+        "start_anchor": "x",
+        "fields": {"thinking": {"open_pattern": pattern, "repeats": True}, "content": {}},
+    }
+    whole = read(template, [text])
+    for at in range(len(text)):
+        assert read(template, [text[:at], text[at:]]) == whole
+    assert read(template, list(text)) == whole
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
@@ -275,6 +346,14 @@ def _deep_parsers(depth: int) -> dict[str, Any]:
         ({"fields": {"content": {"open_pattern": "a" * 2001}}, "start_anchor": "x"}, "2000"),
         (_calls(open_pattern="(?:(?:a{1000}){1000}){1000}"), "repeats too often"),
         (_calls(open_pattern="a{1,100000000}"), "repeats too often"),
+        *[
+            (_calls(open_pattern=pattern), "next piece")
+            for pattern in (
+                *(r"\b<x>\b", r"<x>\B", r"x\m", r"x\M", r"<x>$", r"<x>|$", r"<x>(?:\Z|a)"),
+                *(r"[^]\]$]\b", r"\\\b"),
+            )
+        ],
+        (_calls(close_pattern="<x>$"), "next piece"),
         (_calls(content="xml-inline"), "tag_pattern"),
         (_calls(content="xml-inline", content_args={"tag_pattern": "(?P<key>a)"}), "tag_pattern"),
         (_calls(content="json", content_args={"string_delims": [["", ""]]}), "length >= 1"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from memserve.api.generate import SamplingParams, validate_sampling
-from memserve.engine.sampler import _sample_from_device, sample
+from memserve.engine.sampler import _FixedTokens, _sample_from_device, sample
 from memserve.engine.token_counts import SORTED_BELOW
 from memserve.errors import RequestError
 from tests.sampler_reference import Fixed, adjusted, probabilities, sampled_counts, state, tokens
@@ -370,3 +371,23 @@ def test_the_ends_of_every_range_are_allowed() -> None:
     )
     validate_sampling(low, VOCAB)
     validate_sampling(high, VOCAB)
+
+
+def test_bad_words_cost_nothing_behind_other_tokens() -> None:
+    """Of words of many lengths, those are compared that the last token belongs to."""
+
+    class Counted(list[int]):
+        compared = 0
+
+        def __getitem__(self, at: Any) -> Any:
+            if isinstance(at, slice):
+                self.compared += 1
+            return super().__getitem__(at)
+
+    words = tuple((*[1] * length, 2, 3) for length in range(85))
+    fixed = _FixedTokens(SamplingParams(bad_words=words), ())
+    for last, compared in ((1, 0), (3, 0), (2, 85)):
+        recent = Counted([*[1] * 85, last])
+        logits = fixed.filtered(np.zeros(9, np.float32), recent)
+        assert recent.compared == compared
+        assert np.isneginf(logits).tolist() == [last == 2 and token == 3 for token in range(9)]

@@ -139,6 +139,8 @@ def validate_sampling(
     _check_token_ids("stop_token_ids", p.stop_token_ids, vocab_size)
     _check_token_ids("logit_bias", p.logit_bias, vocab_size)
     _check_token_ids("allowed_token_ids", p.allowed_token_ids, vocab_size)
+    if (count := sum(map(len, p.bad_words))) > MAX_BAD_WORD_TOKENS:
+        raise _refused("bad_words", count, f"at most {MAX_BAD_WORD_TOKENS} tokens together")
     for word in p.bad_words:
         _check_token_ids("bad_words", word, vocab_size)
     for bias in p.logit_bias.values():

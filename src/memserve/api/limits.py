@@ -13,9 +13,10 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 256
 # Any tokens of the model; a vocabulary has some thousand that end a sentence.
 MAX_STOP_TOKEN_IDS = 1024
-# Texts that an answer must not have; each may become several tokens, in two ways.
+# Texts that an answer must not have; each may become several tokens, in two ways. The tokens of all
+# together are bounded: some tens of microseconds at each token of an answer, at the worst.
 MAX_BAD_WORDS = 1024
-MAX_BAD_WORD_TOKENS = 2 * MAX_STOP_CHARACTERS
+MAX_BAD_WORD_TOKENS = 4096
 # Tokens that an answer may have: those of a language, or of some labels. They travel with the call.
 MAX_ALLOWED_TOKEN_IDS = 16_384
 # Added to the logits of every step; OpenAI takes 300.

@@ -109,7 +109,7 @@ class _Request(SharedFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     guided_grammar: _Json = UNSET
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     allowed_token_ids: (
-        Annotated[tuple[TokenId, ...], Meta(max_length=MAX_ALLOWED_TOKEN_IDS)] | None
+        Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)] | None
     ) = None
     bad_words: Annotated[tuple[_StopString, ...], Meta(max_length=MAX_BAD_WORDS)] | None = None
     # The prompt's tokens that are kept; -1: as many as the model takes.

@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from memserve.api.serving import Shutdown
-from memserve.api.status import InstanceState
-from memserve.api.tls import client_tls
 from memserve.clock import MonotonicClock
 from memserve.cluster.backend import Backend, Group, Kept, Launch, Place
-from memserve.cluster.client import ClusterClient
 from memserve.cluster.launches import (
     gateway_launch,
     gateway_names,
@@ -21,9 +18,10 @@ from memserve.cluster.launches import (
     tables,
 )
 from memserve.cluster.planning import PlannerLoop
+from memserve.cluster.readiness import POLL_SECONDS, Readiness
 from memserve.cluster.running import announce_cluster
 from memserve.config import ClusterConfig
-from memserve.errors import ClusterError, ConfigError
+from memserve.errors import ClusterError, ConfigError, MemserveError
 from memserve.hosts import port_of
 from memserve.models.resolve import Progress
 from memserve.secrets import (
@@ -34,11 +32,15 @@ from memserve.secrets import (
     keep_secret,
     new_secret,
 )
+from memserve.vital import Vitals
 
-POLL_SECONDS = 0.2  # between looks at the state of a starting cluster
+RETRY_SECONDS = 1.0  # between tries to start the planner: about what a process takes to restart
 # A process that serves drains for `drain_seconds`, and then needs up to CLOSE_SECONDS to close
 # connections, end its engine's step and free memory.
 CLOSE_SECONDS = 10.0
+# For which a look of the planner waits for a gateway that does not listen, before it goes on with
+# the others: longer than one that listens takes to tell, less than the planner's usual interval.
+ADDRESS_SECONDS = 1.0
 
 _T = TypeVar("_T")
 
@@ -75,7 +77,7 @@ class Cluster:
         self._number = 0  # of the next instance
         self._show: Callable[[str], None] | None = None
         self.serving = False  # an instance has been ready
-        self._ready: set[str] = set()  # instances that have been ready once
+        self._readiness = Readiness(self._secret, self._config.security.tls_ca, progress)
         self._keeping: dict[asyncio.Future[None], Kept] = {}  # while `supervise` runs
         self._more = asyncio.Event()  # `_keeping` has become larger
 
@@ -131,7 +133,7 @@ class Cluster:
         that have not been ready. Call it beside `supervise`, which starts them again."""
         while True:
             await self._look()
-            late = [one for one in self._instances if one.name not in self._ready]
+            late = [one for one in self._instances if one.name not in self._readiness.ready]
             if all(one.crashes for one in late):
                 return [one.name for one in late]
             await asyncio.sleep(POLL_SECONDS)
@@ -190,18 +192,37 @@ class Cluster:
             await asyncio.gather(*keeping, return_exceptions=True)
 
     async def plan(self) -> None:
-        """Run the planner, until cancelled."""
-        urls = [await one.address() for one in self._gateways]
-        loop = PlannerLoop(
-            urls,
-            self._config.planner,
-            MonotonicClock(),
-            self._secret,
-            client_tls(self._config.security.tls_ca),
-            self,
-            self._progress,
-        )
-        await loop.run()
+        """Run the planner, until cancelled. What keeps it from a start is told, and tried again:
+        the cluster serves without it."""
+        vitals, said = Vitals(), ""
+        while True:
+            try:
+                loop = PlannerLoop(
+                    self._listening,
+                    self._config.planner,
+                    MonotonicClock(),
+                    self._secret,
+                    self._readiness.tls(),
+                    self,
+                    self._progress,
+                )
+                await loop.run()
+            except MemserveError as error:
+                if str(error) != said:
+                    said = str(error)
+                    self._progress(f"the planner does not start yet: {said}")
+            except Exception as error:  # noqa: BLE001 - it must not be gone without a line
+                vitals.survive("the planner", error)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _listening(self) -> list[str]:
+        """Return the URLs at which gateways listen now. Raises ClusterError if none does."""
+        if not self._gateways:
+            return list(self._config.cluster.join)
+        found = await asyncio.gather(*map(_url_of, self._gateways))
+        if urls := [each for each in found if isinstance(each, str)]:
+            return urls
+        raise ClusterError("; ".join(map(str, found)))
 
     async def groups(self) -> tuple[Group, ...]:
         return tuple(
@@ -235,8 +256,12 @@ class Cluster:
         processes = self._gateways if launch.settings is None else self._instances
         at = [one.name for one in processes].index(launch.name)
         self._progress(f"{launch.name}: finishes what it runs, and is replaced")
+        await self._look()
         await self._stop(processes[at])
-        self._ready.discard(launch.name)
+        if launch.settings is None:
+            self._readiness.ready.clear()  # its successor has to know them
+        else:
+            self._readiness.replaced(launch.name)
         needed = self._some_instance_lives if launch.settings is None else lambda: False
         successor = processes[at] = self._backend.kept(launch, needed)
         await successor.start()
@@ -301,9 +326,9 @@ class Cluster:
         """Start an instance."""
         one = self._backend.kept(launch, lambda: False)
         self._number = max(self._number, 1 + _number(launch))
+        await one.start()  # if it cannot be started, there is no such instance
         self._group_of[launch.name] = launch.group
         self._instances.append(one)
-        await one.start()
         if self._show is not None:
             one.show_output(self._show)
         return one
@@ -313,6 +338,7 @@ class Cluster:
         await self._stop(one)
         if one in self._instances:  # nobody supervises it
             self._instances.remove(one)
+        self._readiness.ready.discard(one.name)
 
     async def _stop(self, one: Kept) -> None:
         drain = self._config.gateway.drain_seconds if self.serving else 0
@@ -352,22 +378,23 @@ class Cluster:
 
     async def all_ready(self) -> None:
         """Wait until every instance has been ready."""
-        while len(self._ready) < len(self._instances):
+        while any(one.name not in self._readiness.ready for one in self._instances):
             await self._look()
             await asyncio.sleep(POLL_SECONDS)
 
     async def _look(self) -> bool:
-        """Ask the gateway for ready instances; return whether there are any."""
-        async with ClusterClient(self.url, self._secret) as client:
-            try:
-                members = (await client.view()).instances
-            except ClusterError:  # it has ended, which `watch` or `supervise` finds out
-                return False
-        ready = {member.id for member in members if member.state is InstanceState.READY}
-        for name in sorted(ready - self._ready):
-            self._progress(f"{name} is ready")
-        self._ready |= ready
-        return bool(ready)
+        return await self._readiness.look(self.url, [one.name for one in self._instances])
+
+
+async def _url_of(one: Kept) -> str | ClusterError:
+    """Return where it listens, or why it does not."""
+    try:
+        async with asyncio.timeout(ADDRESS_SECONDS):
+            return await one.address()
+    except TimeoutError:
+        return ClusterError(f"the {one.name} does not listen yet")
+    except ClusterError as error:
+        return error
 
 
 def _number(launch: Launch) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 
 from msgspec.structs import replace
@@ -16,14 +16,14 @@ from memserve.clock import Clock
 from memserve.cluster.backend import Groups
 from memserve.cluster.client import ClusterClient, GatewayUnreachable
 from memserve.cluster.member import ClusterView
+from memserve.cluster.scaling import Scaling
 from memserve.config import PlannerConfig
 from memserve.errors import ClusterError, MemserveError
-from memserve.planner.contract import Action, Decision, LoadReport
+from memserve.planner.contract import Action, Decision, LoadReport, RoleChange
 from memserve.planner.planner import Planner
 from memserve.scheduler.contract import Costs
 from memserve.scheduler.profiles import decode_profile
 from memserve.secrets import Secret
-from memserve.types import Role
 from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class PlannerLoop:
 
     def __init__(
         self,
-        urls: Sequence[str],
+        urls: Callable[[], Awaitable[Sequence[str]]],
         config: PlannerConfig,
         clock: Clock,
         secret: Secret | None = None,
@@ -43,15 +43,16 @@ class PlannerLoop:
         tell: Callable[[str], None] = log.info,
         planner: Planner | None = None,
     ) -> None:
-        """`urls`: of all gateways. `groups`: what can be scaled; None: members are not started or
-        ended. `tell` is called with each change, and with what keeps the planner from deciding."""
+        """`urls` returns those of all gateways, at each look: one that is started again may be
+        elsewhere. `groups`: what can be scaled; None: members are not started or ended. `tell` is
+        called with each change, and with what keeps the planner from deciding."""
         limited = config if groups is not None else replace(config, max_members=None)
         self._urls = urls
         self._config = config
         self._clock = clock
         self._secret = secret
         self._tls = tls
-        self._groups = groups
+        self._scaling = None if groups is None else Scaling(groups, config.max_members)
         self._tell = tell
         self._planner = planner or Planner(limited)
         self._costs: Costs | None = None
@@ -60,19 +61,19 @@ class PlannerLoop:
     async def run(self) -> None:
         """Look at the cluster in every interval, until cancelled. A look that fails is logged."""
         vitals = Vitals()
-        async with AsyncExitStack() as stack:
-            clients = [
-                await stack.enter_async_context(ClusterClient(url, self._secret, self._tls))
-                for url in self._urls
-            ]
-            while True:
-                try:
+        while True:
+            try:
+                async with AsyncExitStack() as stack:
+                    clients = [
+                        await stack.enter_async_context(ClusterClient(url, self._secret, self._tls))
+                        for url in await self._urls()
+                    ]
                     await self.look(clients)
-                except MemserveError as error:
-                    self._say(f"the planner cannot look at the cluster: {error}")
-                except Exception as error:  # noqa: BLE001 - one look must not end the planner
-                    vitals.survive("a look of the planner", error)
-                await asyncio.sleep(self._config.interval)
+            except MemserveError as error:
+                self._say(f"the planner cannot look at the cluster: {error}")
+            except Exception as error:  # noqa: BLE001 - one look must not end the planner
+                vitals.survive("a look of the planner", error)
+            await asyncio.sleep(self._config.interval)
 
     async def look(self, clients: Sequence[ClusterClient]) -> Decision | None:
         """Look once, change what is decided, and post the decision. None: there is nothing to
@@ -84,7 +85,10 @@ class PlannerLoop:
             self._say("the planner waits for a member's cost model")
             return None
         starting = sum(one.state is InstanceState.STARTING for one in view.instances)
+        if self._scaling is not None:
+            starting = max(starting, await self._scaling.late(view))
         decision = self._planner.look(self._clock.now(), reports, costs, starting)
+        decision = replace(decision, interval=self._config.interval)
         if self._config.dry_run:
             decision = replace(decision, dry_run=True)
         elif decision.action is not Action.NOTHING:
@@ -98,14 +102,19 @@ class PlannerLoop:
         return decision
 
     async def _carried_out(self, clients: Sequence[ClusterClient], decision: Decision) -> Decision:
+        made: list[RoleChange] = []
         try:
             for change in decision.changes:
-                await clients[0].change(change.member, InstanceChange(role=change.after))
-            if decision.role is not None and self._groups is not None:
+                await _change(clients, change)
+                made.append(change)
+            if decision.role is not None and self._scaling is not None:
                 sign = 1 if decision.action is Action.ADD else -1
-                await _scale(self._groups, decision.role, sign * decision.count)
+                changed = await self._scaling.scale(decision.role, sign * decision.count)
+                decision = replace(decision, count=abs(changed))
         except ClusterError as error:
-            return replace(decision, failed=str(error))
+            left = len(decision.changes) - len(made)
+            failed = f"{error}; {left} of {len(made) + left} roles were not changed"
+            return replace(decision, changes=tuple(made), failed=failed if left else str(error))
         return decision
 
     async def _known_costs(self, client: ClusterClient, view: ClusterView) -> Costs | None:
@@ -137,14 +146,17 @@ class PlannerLoop:
             self._said = text
 
 
-async def _scale(groups: Groups, role: Role, more: int) -> None:
-    """Resize the group that was configured with a role, or else the largest: the next look changes
-    the roles of members that are ready."""
-    found = await groups.groups()
-    if not found:
-        raise ClusterError("the backend has no group of members to scale")
-    one = max(found, key=lambda group: (group.role is role, len(group.members)))
-    await groups.scale(one.name, len(one.members) + more)
+async def _change(clients: Sequence[ClusterClient], change: RoleChange) -> None:
+    """Have the first gateway that answers change a role. One that gives no answer may have done
+    it: the next one does it again, which changes nothing."""
+    for client in clients[:-1]:
+        try:
+            await client.change(change.member, InstanceChange(role=change.after))
+        except GatewayUnreachable as error:
+            log.warning("%s", error)
+        else:
+            return
+    await clients[-1].change(change.member, InstanceChange(role=change.after))
 
 
 async def _loads(clients: Sequence[ClusterClient]) -> list[LoadReport]:

@@ -11,6 +11,7 @@ from memserve.cluster.backend import Backend
 from memserve.cluster.cluster import Cluster
 from memserve.config import ClusterConfig
 from memserve.models.resolve import Progress
+from memserve.vital import Vitals
 
 
 async def run_cluster(
@@ -49,9 +50,11 @@ async def run_cluster(
         supervising = asyncio.ensure_future(cluster.supervise())
         tasks = [telling, supervising]
         if config.planner.enabled:
-            tasks.append(asyncio.ensure_future(cluster.plan()))
+            # The cluster goes on without it, and `plan` starts it again: none of `needed`.
+            tasks.append(Vitals().errand("the planner", cluster.plan()))
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            needed = (telling, supervising)
+            await asyncio.wait(needed, return_when=asyncio.FIRST_EXCEPTION)
             if telling.done():
                 telling.result()
             await supervising

@@ -87,6 +87,8 @@ class DashboardChild:
 
     def _supervised(self, url: str, port: int, secret: Secret, token: str) -> Supervised:
         arguments = ["dashboard", "--url", url, "--host", HOST, "--port", str(port)]
+        if (planner := self._config.planner).enabled:  # what it plans for is what is drawn in
+            arguments += ["--ttft", str(planner.ttft), "--tpot", str(planner.tpot)]
         environment = {SECRET_VARIABLE: str(secret), TOKEN_VARIABLE: token}
         if (authorities := self._config.security.tls_ca) is not None:
             environment[TLS_CA_VARIABLE] = os.environ.get(TLS_CA_VARIABLE) or authorities

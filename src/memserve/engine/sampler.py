@@ -192,8 +192,12 @@ class _FixedTokens:
         for *before, last in params.bad_words:
             bad.setdefault(tuple(before), []).append(last)
         self._bad = {before: np.array(lasts, np.int64) for before, lasts in bad.items()}
-        self._lengths = sorted({len(before) for before in bad})
-        self.look_back = max(self._lengths, default=0)
+        lengths: dict[int, set[int]] = {}  # of the tokens before, by the last of them
+        for tokens in bad:
+            if tokens:
+                lengths.setdefault(tokens[-1], set()).add(len(tokens))
+        self._lengths = {token: sorted(found) for token, found in lengths.items()}
+        self.look_back = max(map(len, bad), default=0)
         self.leaves_out = bool(params.allowed_token_ids or bad)
 
     def filtered(self, logits: FloatArray, recent: Sequence[int]) -> FloatArray:
@@ -203,7 +207,9 @@ class _FixedTokens:
             allowed = logits[self._allowed]
             logits = np.full_like(logits, -np.inf)
             logits[self._allowed] = allowed
-        for length in self._lengths:
+        if () in self._bad:
+            logits[self._bad[()]] = -np.inf
+        for length in self._lengths.get(recent[-1], ()) if recent else ():
             if length > len(recent):
                 break
             last = self._bad.get(tuple(recent[len(recent) - length :]))

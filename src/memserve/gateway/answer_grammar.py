@@ -3,6 +3,7 @@ answer. They are structural tags."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,13 +18,14 @@ from memserve.api.limits import MAX_GRAMMAR_CHARACTERS
 from memserve.api.openai_tools import Tool
 from memserve.gateway.calls_schema import ANY_ARGUMENTS, calls_schema
 
-_Format = dict[str, Any]
+Format = dict[str, Any]
 
-_BLANK: Final[_Format] = {"type": "regex", "pattern": r"\s{0,4}"}
+_NAMES: Final = re.compile("NAME_IN_JSON|NAME")
+_BLANK: Final[Format] = {"type": "regex", "pattern": r"\s{0,4}"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Written:
+class Written:
     """How a format writes calls whose arguments are JSON. `begin` (with the name, in JSON or as it
     is) and `end`: around the arguments. `opening` and `closing`: around all calls. `trigger`: what
     the first call begins with, wherever it stands; None: calls are the whole answer."""
@@ -36,7 +38,7 @@ class _Written:
     closing: str = ""
     numbered: str = ""  # what follows the number behind `begin`; none where calls have no number
 
-    def tag(self, tool: Tool) -> _Format:
+    def tag(self, tool: Tool) -> Format:
         """Return the format of a call of one function."""
         name = tool.function.name
         in_json = msgspec.json.encode(name).decode()
@@ -45,13 +47,14 @@ class _Written:
             inner = {"type": "tag", "begin": self.numbered, "content": content, "end": self.end}
             number = {"type": "regex", "pattern": "[0-9]{1,3}"}
             content = {"type": "sequence", "elements": [number, inner]}
-        begin = self.begin.replace("NAME_IN_JSON", in_json).replace("NAME", name)
+        names = {"NAME_IN_JSON": in_json, "NAME": name}
+        begin = _NAMES.sub(lambda found: names[found[0]], self.begin)
         end = "" if self.numbered else self.end
         return {"type": "tag", "begin": begin, "content": content, "end": end}
 
-    def calls(self, tools: Sequence[Tool], single: bool) -> _Format:
+    def calls(self, tools: Sequence[Tool], single: bool) -> Format:
         """Return the format of one or more calls."""
-        calls: _Format = {
+        calls: Format = {
             "type": "tags_with_separator",
             "tags": [self.tag(tool) for tool in tools],
             "separator": self.separator,
@@ -64,20 +67,20 @@ class _Written:
 
 
 _WRITTEN: Final = {
-    ToolFormat.HERMES: _Written(
+    ToolFormat.HERMES: Written(
         '<tool_call>\n{"name": NAME_IN_JSON, "arguments": ',
         "}\n</tool_call>",
         "\n",
         "<tool_call>",
     ),
-    ToolFormat.LLAMA3_JSON: _Written('{"name": NAME_IN_JSON, "parameters": ', "}", "; ", None),
-    ToolFormat.MISTRAL: _Written(
+    ToolFormat.LLAMA3_JSON: Written('{"name": NAME_IN_JSON, "parameters": ', "}", "; ", None),
+    ToolFormat.MISTRAL: Written(
         '{"name": NAME_IN_JSON, "arguments": ', "}", ", ", "[TOOL_CALLS]", "[TOOL_CALLS] [", "]"
     ),
-    ToolFormat.GRANITE: _Written(
+    ToolFormat.GRANITE: Written(
         '{"name": NAME_IN_JSON, "arguments": ', "}", ", ", "<|tool_call|>", "<|tool_call|>[", "]"
     ),
-    ToolFormat.DEEPSEEK_V3: _Written(
+    ToolFormat.DEEPSEEK_V3: Written(
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n",
         "\n```<｜tool▁call▁end｜>",
         "\n",
@@ -85,7 +88,7 @@ _WRITTEN: Final = {
         "<｜tool▁calls▁begin｜>",
         "<｜tool▁calls▁end｜>",
     ),
-    ToolFormat.DEEPSEEK_V31: _Written(
+    ToolFormat.DEEPSEEK_V31: Written(
         "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
         "<｜tool▁call▁end｜>",
         "",
@@ -93,7 +96,7 @@ _WRITTEN: Final = {
         "<｜tool▁calls▁begin｜>",
         "<｜tool▁calls▁end｜>",
     ),
-    ToolFormat.KIMI_K2: _Written(
+    ToolFormat.KIMI_K2: Written(
         "<|tool_call_begin|>functions.NAME:",
         "<|tool_call_end|>",
         "",
@@ -103,22 +106,14 @@ _WRITTEN: Final = {
         "<|tool_call_argument_begin|>",
     ),
 }
-# In harmony, the end of an answer is an end token of the model, which is no text.
-_FINAL: Final = "<|channel|>final<|message|>"
-_ANALYSIS: Final = "<|channel|>analysis<|message|>"
-_PREAMBLE: Final = "<|channel|>commentary<|message|>"
-_HARMONY_CALL: Final = _Written(
-    "<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>", "", "", None
-)
-_ANY_TEXT: Final[_Format] = {"type": "any_text"}
 # What Llama's format takes for content.
-_NO_CALL: Final[_Format] = {"type": "regex", "pattern": r"\s*([^\s{][\x{0}-\x{10ffff}]*)?"}
+_NO_CALL: Final[Format] = {"type": "regex", "pattern": r"\s*([^\s{][\x{0}-\x{10ffff}]*)?"}
 
 
 def behind_reasoning(grammar: Grammar, reasoning: ReasoningFormat, begun: bool) -> Grammar:
     """Return the grammar of an answer that obeys `grammar` behind its reasoning, if it has any.
     `begun`: it is in the reasoning from the start."""
-    answer = _format_of(grammar)
+    answer = format_of(grammar)
     if answer is None:
         return grammar
     begin, end = MARKERS[reasoning]
@@ -135,7 +130,7 @@ def behind_reasoning(grammar: Grammar, reasoning: ReasoningFormat, begun: bool) 
             answer,
         ],
     }
-    return _tags(reasoned if begun else {"type": "or", "elements": [answer, reasoned]}, grammar)
+    return tags(reasoned if begun else {"type": "or", "elements": [answer, reasoned]}, grammar)
 
 
 def or_calls(
@@ -143,33 +138,29 @@ def or_calls(
 ) -> tuple[Grammar, ToolFormat]:
     """Return the grammar of an answer that either obeys `grammar` or calls some of `tools`, and
     the format of its calls: the model's own, if that is JSON. `single`: of one call."""
-    answer = _format_of(grammar)
+    answer = format_of(grammar)
     if answer is None:
         raise invalid(f"'{grammar.kind}' and tools that may be called do not go together.", "tools")
-    if form is ToolFormat.OPENAI:
-        return harmony(tools, answer, grammar), form
     written = _WRITTEN.get(form)
     if written is not None:
         calls = written.calls(tools, single)
     else:
         form = ToolFormat.JSON_CALLS
         calls = _schema(calls_schema(tools, single))
-    return _tags({"type": "or", "elements": [answer, calls]}, grammar), form
+    return tags({"type": "or", "elements": [answer, calls]}, grammar), form
 
 
 def strict_calls(form: ToolFormat, tools: Sequence[Tool], single: bool) -> Grammar | None:
     """Return the grammar of an answer in which calls, wherever they stand, obey the schemas of
     those functions that are strict; None for a format whose arguments are not JSON."""
-    tools = [tool if tool.function.strict else _any_arguments(tool) for tool in tools]
+    tools = strict_alone(tools)
     empty = Grammar(GrammarKind.STRUCTURAL_TAG, "", param="tools")
-    if form is ToolFormat.OPENAI:
-        return harmony(tools, _ANY_TEXT, empty)
     written = _WRITTEN.get(form)
     if written is None:
         return None
     if written.trigger is None:
         whole = {"type": "or", "elements": [written.calls(tools, single), _NO_CALL]}
-        return _tags(whole, empty)
+        return tags(whole, empty)
     calls = written.calls(tools, single)
     triggered = {
         "type": "triggered_tags",
@@ -177,36 +168,17 @@ def strict_calls(form: ToolFormat, tools: Sequence[Tool], single: bool) -> Gramm
         "tags": [calls] if written.opening else calls["tags"],
         "stop_after_first": single,
     }
-    return _tags(triggered, empty)
+    return tags(triggered, empty)
 
 
-def _any_arguments(tool: Tool) -> Tool:
-    return Tool(msgspec.structs.replace(tool.function, parameters=None))
-
-
-def harmony(
-    tools: Sequence[Tool], answer: _Format | None = None, like: Grammar | None = None
-) -> Grammar:
-    """Return the grammar of an answer in harmony that calls one of `tools`, or whose final text is
-    `answer`, if there is one. `like`: a grammar with its settings."""
-    ends = [_HARMONY_CALL.tag(tool) for tool in tools]
-    if answer is not None:
-        ends.append({"type": "tag", "begin": _FINAL, "content": answer, "end": ""})
-    elements: list[_Format] = []
-    for begin in (_ANALYSIS, _PREAMBLE):
-        said = {"type": "tag", "begin": begin, "content": _ANY_TEXT, "end": "<|end|>"}
-        again = {"type": "const_string", "value": "<|start|>assistant"}
-        elements.append(
-            {"type": "optional", "content": {"type": "sequence", "elements": [said, again]}}
-        )
-    whole = {"type": "sequence", "elements": [*elements, {"type": "or", "elements": ends}]}
-    return _tags(whole, like or Grammar(GrammarKind.STRUCTURAL_TAG, "", param="tools"))
-
-
-def in_harmony(grammar: Grammar) -> Grammar:
-    """Return the grammar of an answer in harmony whose final text obeys `grammar`."""
-    answer = _format_of(grammar)
-    return grammar if answer is None else harmony((), answer, grammar)
+def strict_alone(tools: Sequence[Tool]) -> list[Tool]:
+    """Return the tools; those that are not strict take any arguments."""
+    return [
+        tool
+        if tool.function.strict
+        else Tool(msgspec.structs.replace(tool.function, parameters=None))
+        for tool in tools
+    ]
 
 
 def schema_grammar(schema: object) -> Grammar:
@@ -215,11 +187,11 @@ def schema_grammar(schema: object) -> Grammar:
     return _bounded(Grammar(GrammarKind.JSON_SCHEMA, source, param="tools"), "tools")
 
 
-def _schema(schema: object) -> _Format:
+def _schema(schema: object) -> Format:
     return {"type": "json_schema", "json_schema": schema}
 
 
-def _format_of(grammar: Grammar) -> _Format | None:
+def format_of(grammar: Grammar) -> Format | None:
     """Return a grammar as a part of a structural tag; None if it cannot be one."""
     if grammar.kind is GrammarKind.JSON_OBJECT:
         return _schema({"type": "object"})
@@ -242,7 +214,7 @@ def _format_of(grammar: Grammar) -> _Format | None:
     return None
 
 
-def _tags(form: _Format, like: Grammar) -> Grammar:
+def tags(form: Format, like: Grammar) -> Grammar:
     """Return a format as a grammar with the settings of `like`."""
     source = msgspec.json.encode({"type": "structural_tag", "format": form}).decode()
     changed = msgspec.structs.replace(like, kind=GrammarKind.STRUCTURAL_TAG, source=source)

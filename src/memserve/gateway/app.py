@@ -100,6 +100,7 @@ class GatewayApp:
         self._began = clock.now()
         self._instance_wait = instance_wait
         self._membership = membership
+        self._siblings = siblings
         self._relay = relay
         self._queue = queue
         self._clock = clock
@@ -228,7 +229,7 @@ class GatewayApp:
             if self._responses.serves(request.path):
                 await self._responses.answer(request, reply)
                 return
-            if (view := repeated_join(self._membership, request)) is not None:
+            if (view := repeated_join(self._membership, request, self._siblings)) is not None:
                 reply.send(HTTPStatus.OK, view)
                 return
         except ApiError as error:

@@ -28,14 +28,13 @@ from memserve.api.openai import ChatRequest, Message
 from memserve.api.openai_tools import AllowedChoice, NamedChoice, Tool
 from memserve.gateway.answer_grammar import (
     behind_reasoning,
-    harmony,
-    in_harmony,
     or_calls,
     schema_grammar,
     strict_calls,
 )
 from memserve.gateway.calls_schema import ANY_ARGUMENTS, calls_schema
 from memserve.gateway.conversation import TEMPLATE_STEERING, ArgumentsDecoder
+from memserve.gateway.harmony_grammar import Begun, begun_in, constrained
 from memserve.gateway.model_formats import ModelFormats
 from memserve.gateway.tool_text import in_text
 from memserve.models.response_template import ResponseTemplate
@@ -66,12 +65,13 @@ class ChatPlan(msgspec.Struct, frozen=True):
     variables: Mapping[str, Any] | None = None
     answer: AnswerFormat | None = None
     callable: Sequence[Tool] = ()
-    grammar: Grammar | None = None  # of a call that is required
+    grammar: Grammar | None = None  # of a call that is required, but for harmony
     extended: bool = False
     opens_answer: bool = True  # the template adds what begins an answer
     continued: str | None = None  # the last message's text, which the answer continues
     template: ResponseTemplate | None = None  # the model's own
     strict: bool = False  # calls obey their schemas, also where none is required
+    required: bool = False  # some call is
 
     def completed(self, text: str) -> str:
         """Return the rendered conversation as the prompt. Raises ApiError (400) if the message to
@@ -91,17 +91,18 @@ class ChatPlan(msgspec.Struct, frozen=True):
         constraints that do not go together."""
         answer = self.answer or _ALL_CONTENT
         grammar = self.grammar or call.sampling.grammar
-        if self.grammar is None and answer.functions:
+        own = answer.tools is ToolFormat.RESPONSE_TEMPLATE
+        if self.grammar is None and reads_all(answer) and not own:
+            answer, grammar = self._in_harmony(answer, grammar, text)
+        elif self.grammar is None and answer.functions:
             single = not answer.parallel
             if grammar is not None:
                 grammar, form = or_calls(grammar, answer.tools, self.callable, single)
                 answer = msgspec.structs.replace(answer, tools=form)
             elif self.strict:
                 grammar = strict_calls(answer.tools, self.callable, single)
-        elif grammar is not None and answer.tools is ToolFormat.RESPONSE_TEMPLATE:
+        elif grammar is not None and own:
             answer = msgspec.structs.replace(answer, tools=ToolFormat.NONE)
-        elif self.grammar is None and grammar is not None and reads_all(answer):
-            grammar = in_harmony(grammar)
         if reads_all(answer):
             answer = self._begun(answer, text)
         elif answer.reasoning is not ReasoningFormat.NONE:
@@ -119,6 +120,25 @@ class ChatPlan(msgspec.Struct, frozen=True):
             answer=None if answer == _ALL_CONTENT else answer,
             extended=self.extended,
         )
+
+    def _in_harmony(
+        self, answer: AnswerFormat, grammar: Grammar | None, text: str
+    ) -> tuple[AnswerFormat, Grammar | None]:
+        """Return format and grammar of an answer in harmony to this prompt. `grammar`: of its final
+        message. Raises ApiError (400) for a prompt behind which there can be no such answer."""
+        if grammar is None and not (self.required or self.strict):
+            return answer, None
+        begun = begun_in(HARMONY.begun(text, ANCHOR_SECONDS))
+        if begun is Begun.FINAL and not self.required:
+            return msgspec.structs.replace(answer, functions=()), grammar  # no call follows
+        if begun in (Begun.FINAL, Begun.OTHER) or self.continued is not None:
+            raise invalid(
+                "The prompt has begun a message of the answer, behind which neither the call that "
+                "'tool_choice' requires nor a constrained answer can stand; in harmony, only a "
+                "final message can be continued with a constraint, and without a required call.",
+                "tool_choice" if self.continued is None else "continue_final_message",
+            )
+        return answer, constrained(grammar, self.callable, self.required, begun)
 
     def _begun(self, answer: AnswerFormat, text: str) -> AnswerFormat:
         """Return the format of an answer to this prompt, which a template reads."""
@@ -182,7 +202,7 @@ def plan_chat(request: ChatRequest, formats: ModelFormats) -> ChatPlan:
             opens_answer=opens,
             template=formats.template,
         )
-    tools, allowed, answer, grammar = _tools(request, formats)
+    tools, allowed, answer, grammar, forced = _tools(request, formats)
     rendered = [_template_tool(tool) for tool in tools]
     if formats.in_text:
         messages, rendered = in_text(messages, rendered), []
@@ -213,6 +233,7 @@ def plan_chat(request: ChatRequest, formats: ModelFormats) -> ChatPlan:
         continued,
         formats.template,
         any(tool.function.strict for tool in allowed),
+        forced,
     )
 
 
@@ -267,36 +288,35 @@ def _template_tool(tool: Tool) -> dict[str, Any]:
 
 def _tools(
     request: ChatRequest, formats: ModelFormats
-) -> tuple[Sequence[Tool], Sequence[Tool], AnswerFormat, Grammar | None]:
-    """Return the tools to tell the model of, those that it may call, and the answer's format and
-    grammar."""
+) -> tuple[Sequence[Tool], Sequence[Tool], AnswerFormat, Grammar | None, bool]:
+    """Return the tools to tell the model of, those that it may call, the answer's format and
+    grammar, and whether a call is required."""
     tools, choice = request.tools or (), request.tool_choice
     answer = msgspec.structs.replace(
         _answer(formats), include_reasoning=request.include_reasoning is not False
     )
     if not tools:
-        return (), (), answer, None
+        return (), (), answer, None, False
     _check_tools(tools)
     if choice == "none":
-        return (), (), answer, None
+        return (), (), answer, None, False
     allowed, forced = _allowed(request, tools)
     form = formats.tools if formats.template is None else ToolFormat.RESPONSE_TEMPLATE
     grammar: Grammar | None = None
     single = request.parallel_tool_calls is False
     named = isinstance(choice, NamedChoice)
-    if forced and form is ToolFormat.OPENAI:
-        grammar = harmony(allowed)
-    elif named:
+    in_harmony = form is ToolFormat.OPENAI  # whose grammar depends on the prompt
+    if named and not in_harmony:
         form = ToolFormat.JSON_ARGUMENTS
         grammar = schema_grammar(allowed[0].function.parameters or ANY_ARGUMENTS)
-    elif forced:
+    elif forced and not in_harmony:
         form = ToolFormat.JSON_CALLS
         grammar = schema_grammar(calls_schema(allowed, single))
     functions = tuple([_function(tool, form) for tool in allowed])
     answer = msgspec.structs.replace(
         answer, tools=form, functions=functions, parallel=not single, named=named
     )
-    return tools, allowed, answer, grammar
+    return tools, allowed, answer, grammar, forced
 
 
 def _answer(formats: ModelFormats) -> AnswerFormat:

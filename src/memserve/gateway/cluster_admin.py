@@ -99,8 +99,11 @@ def cluster_routes(
     return routes
 
 
-def repeated_join(membership: Membership, request: PlainRequest) -> bytes | None:
-    """Return the answer to a registration that tells nothing new; None: the routes have to answer.
+def repeated_join(
+    membership: Membership, request: PlainRequest, siblings: Siblings | None
+) -> bytes | None:
+    """Return the answer to a registration that tells nothing new, here and to `siblings`; None:
+    the routes have to answer.
 
     Each member makes one every two seconds. Through FastAPI, those of a thousand members would
     take half a core."""
@@ -112,6 +115,8 @@ def repeated_join(membership: Membership, request: PlainRequest) -> bytes | None
         return None
     known = membership.at(asked.address)
     if not asked.repeated or known is None or not membership.is_well(known, asked.epoch):
+        return None
+    if siblings is not None and not siblings.told(asked.address):
         return None
     return _encode(view_of(known))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
@@ -32,7 +33,15 @@ from memserve.scheduler.decisions import Decision
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.scheduler.scheduler import Scheduler
-from memserve.types import Epoch, InstanceId, Namespace, RequestId, Role, TokenArray
+from memserve.types import (
+    Epoch,
+    InstanceId,
+    Namespace,
+    RequestId,
+    Role,
+    SchedulerId,
+    TokenArray,
+)
 from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
@@ -79,6 +88,7 @@ class GlobalRouter:
         """`instance_wait`: seconds without an instance until waiting requests are refused.
         `vitals` supervises the tasks."""
         self._vitals = vitals or Vitals()
+        self._life = SchedulerId(uuid.uuid4().hex)  # of this worker, of all gateways' ones
         self.tree = PromptTree()
         self.scheduler = Scheduler(self.tree, clock, policy)
         self.feed = KvFeed(self.tree, peers, clock, vitals=self._vitals)
@@ -137,7 +147,7 @@ class GlobalRouter:
     def load(self) -> LoadReport:
         """Return what the scheduler predicts of the ready members, for the planner."""
         ready = {member.id for member in self._membership.ready()}
-        return report_of(self.scheduler, self._clock.now(), ready)
+        return report_of(self.scheduler, self._life, self._clock.now(), ready)
 
     def now(self) -> float:
         """Return the clock's seconds."""

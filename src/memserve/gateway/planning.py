@@ -27,6 +27,9 @@ WORKER_LOAD_PATH = "/cluster/worker/load"  # of one worker, for its siblings
 WORKER_PLANNER_PATH = "/cluster/worker/planner"
 KEPT_PLANS = 200  # decisions; about a quarter of an hour
 SHOWN_PLANS = 10  # default n
+# Of the planner's intervals: after as many without a decision, what it predicted is no news of the
+# present. A look that ends members takes several, since these finish what they run.
+STALE_INTERVALS = 6
 MAX_PLAN_BYTES = 512 * 1024  # of a decision; the largest changes the roles of 4,096 members
 
 _DECISIONS = counter(
@@ -51,18 +54,20 @@ _HEADROOM = gauge(
     "memserve_planner_headroom_ratio",
     "ratio",
     "The largest multiple of the present load at which the present roles meet both objectives, as "
-    "the planner predicts. Below 1 requests miss them.",
+    "the planner predicts. Below 1 requests miss them. Gone a few intervals after the last "
+    "decision.",
 )
 _SERVED = gauge(
     "memserve_planner_served_ratio",
     "ratio",
-    "Share of requests that meet both objectives with the present roles, as the planner predicts.",
+    "Share of requests that meet both objectives with the present roles, as the planner predicts. "
+    "Gone a few intervals after the last decision.",
 )
 _AGE = gauge(
     "memserve_planner_age_seconds",
     "seconds",
     "Time since the planner's last decision. Far beyond its interval: it has ended, or cannot "
-    "reach this gateway.",
+    "reach this gateway. A decision reaches one of a gateway's workers: the least age counts.",
 )
 
 _encode = msgspec.json.Encoder().encode
@@ -91,7 +96,7 @@ class PlannerBoard:
         self._heard = self._clock.now()
         self._actions[decision.action] += 1
         self._failed += bool(decision.failed)
-        if not decision.dry_run and not decision.failed:
+        if not decision.dry_run:
             self._changed.update(change.after.value for change in decision.changes)
 
     def last(self, n: int) -> list[Decision]:
@@ -101,15 +106,17 @@ class PlannerBoard:
     async def report(self, page: Page) -> None:
         if not self._kept:
             return
-        present = self._kept[-1].present
+        last = self._kept[-1]
+        age = self._clock.now() - self._heard
         for action, count in self._actions.items():
             page.add(_DECISIONS, count, action)
         for role, count in self._changed.items():
             page.add(_CHANGED, count, role)
         page.add(_FAILED, self._failed)
-        page.add(_HEADROOM, present.headroom)
-        page.add(_SERVED, present.served)
-        page.add(_AGE, self._clock.now() - self._heard)
+        page.add(_AGE, age)
+        if age <= STALE_INTERVALS * last.interval:
+            page.add(_HEADROOM, last.present.headroom)
+            page.add(_SERVED, last.present.served)
 
 
 def planner_routes(board: PlannerBoard, siblings: Siblings | None) -> APIRouter:

@@ -33,10 +33,11 @@ class Choice:
         tokenizer: Tokenizer,
         prompt: TokenArray,
         stops: StopStrings | None = None,
+        parser: AnswerParser | None = None,
         lead: str = "",
     ) -> None:
-        """`stops`: the stop-string search of this choice alone. `lead`: text before the generated
-        text (`echo`)."""
+        """`stops`: the stop-string search of this choice alone. `parser`: the parser of its answer,
+        where the call has an answer's format. `lead`: text before the generated text (`echo`)."""
         self.index = index
         self.started = False  # an output was added, or resumed
         self.finished = False
@@ -46,10 +47,9 @@ class Choice:
         self._tokenizer = tokenizer
         self._stops = stops
         self._lead = lead
-        self._parser: AnswerParser | None = None
+        self._parser = parser
         self._skipped: frozenset[int] = frozenset()  # special tokens, where others are kept
         if call.answer is not None:
-            self._parser = AnswerParser(call.answer, tokenizer.response_template)
             seen = tokenizer.special_among(markers_of(call.answer))
             if call.answer.tools is ToolFormat.RESPONSE_TEMPLATE:
                 seen |= tokenizer.response_ids

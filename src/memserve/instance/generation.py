@@ -9,6 +9,7 @@ import msgspec
 
 from memserve.api import chunks
 from memserve.api.answer.delta import joined
+from memserve.api.answer.parser import AnswerParser
 from memserve.api.chunks import Piece, StreamFormat
 from memserve.api.errors import ApiError, grammar_failed, internal, invalid, unavailable
 from memserve.api.generate import FinishReason, GenerateCall, SamplingParams
@@ -138,6 +139,9 @@ class Generation:
 
     def _begin(self, call: GenerateCall, tokenizer: Tokenizer, run: int) -> None:
         stops = StopStrings(call.stop, call.include_stop_str_in_output) if call.stop else None
+        parser: AnswerParser | None = None
+        if call.answer is not None:
+            parser = AnswerParser(call.answer, tokenizer.response_template)
         for p, prompt in enumerate(call.prompts):
             lead = ""
             if call.echo:
@@ -146,7 +150,8 @@ class Generation:
                 lead = tokenizer.decode(prompt.tolist(), special) if sent is None else sent
             for index in range(p * call.n, (p + 1) * call.n):
                 own = None if stops is None else stops.anew()
-                choice = Choice(index, call, tokenizer, prompt, own, lead)
+                reader = None if parser is None else parser.anew()
+                choice = Choice(index, call, tokenizer, prompt, own, reader, lead)
                 self._choices[sequence_id(call, run, index)] = choice
 
     def _resume(

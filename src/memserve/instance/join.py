@@ -55,7 +55,8 @@ class Registration:
     ) -> None:
         """`gateways` are URLs; `address` is the instance's own."""
         self._peers = peers
-        self._urls = [f"{url.rstrip('/')}/cluster/members" for url in gateways]
+        # A gateway may be named twice, as by a flag and by what starts the instance.
+        self._urls = tuple(dict.fromkeys(f"{url.rstrip('/')}/cluster/members" for url in gateways))
         join = JoinRequest(address, instance, epoch)
         self._join = msgspec.json.encode(join)
         self._again = msgspec.json.encode(msgspec.structs.replace(join, repeated=True))
@@ -109,7 +110,7 @@ class Registration:
                     unknown = 0
                     for address in joining.keys() - found:
                         joining.pop(address).cancel()
-                        del self._news[url, address]
+                        self._news.pop((url, address), None)
                         self._heard.discard((url, address))
                     for address in found - joining.keys():
                         self._news[url, address] = asyncio.Event()

@@ -24,6 +24,9 @@ MAX_PATTERN = 2000  # characters; those of models have a hundred
 MAX_REPETITIONS = 100_000
 _COUNTS: Final = re.compile(r"\{([0-9]*),?([0-9]*)\}")
 _MAX_LITERALS = 64
+# Conditions on what follows a match, of which a partial match knows nothing, behind the escapes and
+# sets in which they stand for characters.
+_CONDITION: Final = re.compile(r"(?P<found>\\[bBmMZ]|\$)|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 
 Content = Literal["text", "int", "float", "bool", "json", "xml-inline", "kv-lines"]
 _Pattern = Annotated[str, Meta(min_length=1, max_length=MAX_PATTERN)]
@@ -102,7 +105,7 @@ _PARTS: Final = {
 STREAMED_CALL: Final = {"name": "{name}", "arguments": "{content}"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Delimiter:
     """What opens or closes a region. `literals`: all that it may be; None: whatever matches.
     `grows`: a literal begins with another one."""
@@ -190,8 +193,8 @@ def _region(name: str, spec: FieldSpec) -> Region:
     _check_content(name, spec.content, spec.content_args)
     return Region(
         part=_PARTS.get(name, Part.NOTHING),
-        opening=_delimiter(name, spec.open, spec.open_pattern),
-        closing=_delimiter(name, spec.close, spec.close_pattern),
+        opening=_region_delimiter(name, spec.open, spec.open_pattern),
+        closing=_region_delimiter(name, spec.close, spec.close_pattern),
         content=spec.content,
         arguments=spec.content_args,
         join=spec.join,
@@ -220,6 +223,21 @@ def _delimiter(
     if literals is not None:
         return literal(*((literals,) if isinstance(literals, str) else literals))
     return None if pattern is None else Delimiter(_bounded(pattern))
+
+
+def _region_delimiter(
+    name: str, literals: str | tuple[str, ...] | None, pattern: str | None
+) -> Delimiter | None:
+    """Return a delimiter that is looked for in a stream. Raises ModelError for a pattern that the
+    next piece could make untrue, but for a word's beginning, as the pattern's first condition."""
+    for each in _CONDITION.finditer(pattern or ""):
+        found = each["found"]
+        if found is not None and (each.start() or found in ("$", r"\Z")):
+            raise ModelError(
+                f"response_template: '{name}' has {found!r} in the pattern {pattern!r}, which a "
+                "stream cannot decide before its next piece; write what follows as (?=...)"
+            )
+    return _delimiter(name, literals, pattern)
 
 
 def literal(*texts: str) -> Delimiter:

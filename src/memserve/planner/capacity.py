@@ -37,7 +37,7 @@ _SURE = 1.28  # standard deviations of memory in use that have to fit, too: 9 of
 # An objective that an idle member misses is taken as so many times what that takes: splits are to
 # be told apart even where nothing can meet it.
 _WITHIN_REACH = 1.25
-_MOST, _LEAST = 64.0, 1 / 64  # bounds of headroom
+MOST_HEADROOM, _LEAST = 64.0, 1 / 64  # its bounds
 _HALVINGS = 20
 
 
@@ -109,7 +109,7 @@ class Capacity:
         return self._output * (self._objective_tpot if tpot is None else tpot)
 
     def _headroom(self, split: Split) -> float:
-        low, high = math.log(_LEAST), math.log(_MOST)
+        low, high = math.log(_LEAST), math.log(MOST_HEADROOM)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             if self._meets(split, self._rate * math.exp(middle)):

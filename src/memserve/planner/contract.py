@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from memserve.scheduler.arrivals import Arrival
-from memserve.types import InstanceId, Role
+from memserve.types import InstanceId, Role, SchedulerId
 
 Amount = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=0)]
@@ -40,6 +40,7 @@ class MemberLoad(msgspec.Struct, frozen=True, kw_only=True):
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     """One scheduler's view. Counters only grow, from its start on."""
 
+    scheduler: SchedulerId  # whose: reports come in any order, and not from all at each look
     now: float  # seconds of the scheduler's clock
     members: tuple[MemberLoad, ...]  # that are ready
     requests: Count  # for which a place was decided, since the start
@@ -125,11 +126,12 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     demand: Demand
     present: Prediction
     considered: tuple[Prediction, ...] = ()  # the best splits of as many members, best first
-    changes: tuple[RoleChange, ...] = ()
+    changes: tuple[RoleChange, ...] = ()  # where it failed: those that were made before
     count: Count = 0  # members that the backend starts or ends
     role: Role | None = None  # of these
     dry_run: bool = False  # nothing was done
-    failed: str = ""  # why the changes could not be made; empty: they were, or there are none
+    interval: Amount = 5.0  # seconds until the next look
+    failed: str = ""  # why not all could be done; empty: it was, or there is nothing to do
 
     def summary(self) -> str:
         """One line for the log."""

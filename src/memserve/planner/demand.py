@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from memserve.planner.contract import LoadReport
 from memserve.scheduler.arrivals import Arrival
+from memserve.types import SchedulerId
 
 # What came so long ago counts for 37 % of what comes now: some looks, and far less than loads last.
 MEMORY_SECONDS = 15.0
@@ -48,30 +49,37 @@ class DemandMeter:
     at the short ones' rate."""
 
     def __init__(self) -> None:
-        self._before: list[tuple[float, int]] = []  # each scheduler's clock and count
+        self._before: dict[SchedulerId, LoadReport] = {}  # of the last look
         self._looks: list[_Look] = []
         self._at: float | None = None
-        self._turned: tuple[float, int] | None = None  # when, and answers until then
+        # When the load turned, and the reports of then.
+        self._turned: tuple[float, dict[SchedulerId, LoadReport]] | None = None
 
     def look(self, now: float, reports: Sequence[LoadReport]) -> Traffic | None:
-        """Take in one report of each scheduler; return what arrives, None if that is nothing.
+        """Take in the reports of the schedulers that answer, in any order; return what arrives,
+        None if that is nothing or not known.
 
-        `now`: seconds of the caller's clock, which only grows. A scheduler that counts less than
-        before was started again; what it counted until now is not known.
+        `now`: seconds of the caller's clock, which only grows. Between looks at which not the same
+        schedulers answer nothing is counted: what the others got is not known.
         """
         before, at = self._before, self._at
-        self._before = [(one.now, one.requests) for one in reports]
-        self._at = now
-        if at is not None and now > at and len(before) == len(reports):
-            newest = _look(now, now - at, before, reports)
+        latest = {one.scheduler: one for one in reports}
+        self._before, self._at = latest, now
+        if at is not None and now > at and latest and before.keys() == latest.keys():
+            newest = _look(now, now - at, before, latest)
             if self._turns(newest):
                 self._looks.clear()
-                self._turned = (now, _answers(reports))
+                self._turned = (now, latest)
             self._looks.append(newest)
         self._looks = [one for one in self._looks if one.at > now - FORGOTTEN]
-        return self._traffic(now, reports)
+        return self._traffic(now, latest)
 
-    def _traffic(self, now: float, reports: Sequence[LoadReport]) -> Traffic | None:
+    @property
+    def quiet(self) -> bool:
+        """Whether no request came, as far as the meter remembers; False if that is not known."""
+        return bool(self._looks) and not any(one.requests for one in self._looks)
+
+    def _traffic(self, now: float, latest: Mapping[SchedulerId, LoadReport]) -> Traffic | None:
         came = seconds = 0.0
         prompts: list[Arrival] = []
         weights: list[float] = []
@@ -82,10 +90,10 @@ class DemandMeter:
                 came += weight * one.requests
                 prompts += one.sample
                 weights += [weight * one.requests / len(one.sample)] * len(one.sample)
-        if not prompts or not came:
+        if not prompts or not came or not latest:
             return None
-        lengths = [one.output_tokens for one in reports]
-        settled = self._settled(now, reports)
+        lengths = [one.output_tokens for one in latest.values()]
+        settled = self._settled(now, latest)
         return Traffic(came / seconds, prompts, weights, sum(lengths) / len(lengths), settled)
 
     def _turns(self, newest: _Look) -> bool:
@@ -98,27 +106,30 @@ class DemandMeter:
         far = abs(came - expected) > TURN_DEVIATIONS * math.sqrt(max(expected, 1.0))
         return far and not expected / TURN_FACTOR <= came <= expected * TURN_FACTOR
 
-    def _settled(self, now: float, reports: Sequence[LoadReport]) -> bool:
+    def _settled(self, now: float, latest: Mapping[SchedulerId, LoadReport]) -> bool:
         if self._turned is None:
             return True
-        at, answers = self._turned
-        if now - at >= TURN_SECONDS or _answers(reports) - answers >= TURN_ANSWERS:
+        at, then = self._turned
+        ended = sum(latest[one].answers - then[one].answers for one in latest.keys() & then.keys())
+        if now - at >= TURN_SECONDS or ended >= TURN_ANSWERS:
             self._turned = None
         return self._turned is None
 
 
-def _answers(reports: Sequence[LoadReport]) -> int:
-    return sum(one.answers for one in reports)
-
-
 def _look(
-    now: float, seconds: float, before: Sequence[tuple[float, int]], reports: Sequence[LoadReport]
+    now: float,
+    seconds: float,
+    before: Mapping[SchedulerId, LoadReport],
+    latest: Mapping[SchedulerId, LoadReport],
 ) -> _Look:
+    """What came between two looks. Both are of the same schedulers."""
     requests = 0
     fresh: list[Arrival] = []
-    for (then, counted), report in zip(before, reports, strict=True):
-        if report.requests >= counted and report.now >= then:
-            requests += report.requests - counted
-            fresh += [one for one in report.arrivals if one.at > then]
+    for scheduler, report in latest.items():
+        then = before[scheduler]
+        # Reports that overtook each other count for nothing, rather than less.
+        if report.now >= then.now and report.requests >= then.requests:
+            requests += report.requests - then.requests
+            fresh += [one for one in report.arrivals if one.at > then.now]
     step = -(-len(fresh) // SAMPLE) or 1
     return _Look(now, seconds, requests, tuple(fresh[::step]))

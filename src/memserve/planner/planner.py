@@ -13,7 +13,7 @@ from statistics import median
 import msgspec
 
 from memserve.config import PlannerConfig
-from memserve.planner.capacity import Capacity, Machine
+from memserve.planner.capacity import MOST_HEADROOM, Capacity, Machine
 from memserve.planner.contract import (
     Action,
     Decision,
@@ -59,20 +59,43 @@ class Planner:
     def look(
         self, now: float, reports: Sequence[LoadReport], costs: Costs, starting: int = 0
     ) -> Decision:
-        """Decide. `now`: seconds of a clock that only grows; `reports`: one of each scheduler, in
-        the same order at each look; `costs`: of a typical member; `starting`: members that are
-        not ready yet."""
+        """Decide. `now`: seconds of a clock that only grows; `reports`: of the schedulers that
+        answer, in any order; `costs`: of a typical member; `starting`: members that are not ready
+        yet."""
+        # One gateway may have been asked at two URLs.
+        reports = list({one.scheduler: one for one in reports}.values())
         traffic = self._demand.look(now, reports)
         members = merged(reports)
         split = Split.of([one.role for one in members])
         if not members or traffic is None:
-            self._wanting = self._short = self._idle = 0
-            idle = Prediction(split=split, headroom=0.0, served=1.0)
-            return _nothing(now, "no requests" if members else "no member is ready", idle)
+            return self._without_traffic(now, members, split, starting)
         capacity = Capacity(_machine(members, costs), self._config, traffic)
         present = capacity.predict(split)
         ranked = self._ranked(capacity, members, present)
         return self._decide(now, capacity, members, present, ranked, starting, traffic.settled)
+
+    def _without_traffic(
+        self, now: float, members: Sequence[MemberLoad], split: Split, starting: int
+    ) -> Decision:
+        self._wanting = self._short = 0
+        quiet = bool(members) and self._demand.quiet
+        fewer = self._fewer(members) if quiet else []
+        self._idle = self._idle + 1 if fewer else 0
+        reason = "no requests" if quiet else "requests are not counted yet"
+        decision = Decision(
+            at=now,
+            action=Action.NOTHING,
+            reason=reason if members else "no member is ready",
+            demand=Demand(),
+            present=Prediction(split=split, headroom=MOST_HEADROOM if quiet else 0.0, served=1.0),
+        )
+        if self._settling:
+            self._settling -= 1
+        elif self._idle >= REMOVE_LOOKS and not starting:
+            # All would do: of the role that has most, for the load that comes back.
+            role, less = max(fewer, key=lambda one: split.count(one[0]))
+            return self._removed(decision, role, f"{less} would do: {reason}")
+        return decision
 
     def _ranked(
         self, capacity: Capacity, members: Sequence[MemberLoad], present: Prediction
@@ -155,17 +178,11 @@ class Planner:
                 self._short = 0
                 return self._added(decision, present.split, more)
         if self._idle >= REMOVE_LOOKS and not starting and fewer is not None:
-            self._idle, self._settling = 0, SETTLE_LOOKS
             role = next(
                 role for role in Role if present.split.count(role) > fewer.split.count(role)
             )
-            return msgspec.structs.replace(
-                decision,
-                action=Action.REMOVE,
-                reason=f"{fewer.split} would do: headroom {fewer.headroom:.2f}",
-                count=1,
-                role=role,
-            )
+            reason = f"{fewer.split} would do: headroom {fewer.headroom:.2f}"
+            return self._removed(decision, role, reason)
         return _with_reason(decision, _why_not(present, best, worth, self._wanting))
 
     def _added(self, decision: Decision, split: Split, more: Prediction) -> Decision:
@@ -179,6 +196,12 @@ class Planner:
             f"{more.split} would serve {more.served:.0%}",
             count=count,
             role=role,
+        )
+
+    def _removed(self, decision: Decision, role: Role, reason: str) -> Decision:
+        self._idle, self._settling = 0, SETTLE_LOOKS
+        return msgspec.structs.replace(
+            decision, action=Action.REMOVE, reason=reason, count=1, role=role
         )
 
     def _with_more(self, capacity: Capacity, members: Sequence[MemberLoad]) -> Prediction | None:
@@ -196,8 +219,14 @@ class Planner:
 
     def _with_less(self, capacity: Capacity, members: Sequence[MemberLoad]) -> Prediction | None:
         """The best split with one member less, if that is plenty; else None."""
+        found = [capacity.predict(less) for _, less in self._fewer(members)]
+        best = max(found, key=lambda one: one.headroom, default=None)
+        return best if best is not None and best.served >= PLENTY else None
+
+    def _fewer(self, members: Sequence[MemberLoad]) -> list[tuple[Role, Split]]:
+        """The splits with one member less that bounds allow, each with the role that goes."""
         if self._config.max_members is None or len(members) <= self._config.min_members:
-            return None
+            return []
         split = Split.of([one.role for one in members])
         found = []
         for role in Role:
@@ -205,9 +234,8 @@ class Planner:
                 continue
             less = msgspec.structs.replace(split, **{role.value: split.count(role) - 1})
             if self._allowed(less):
-                found.append(capacity.predict(less))
-        best = max(found, key=lambda one: one.headroom, default=None)
-        return best if best is not None and best.served >= PLENTY else None
+                found.append((role, less))
+        return found
 
     def _allowed(self, split: Split) -> bool:
         config = self._config
@@ -290,7 +318,3 @@ def _why_not(present: Prediction, best: Prediction, worth: bool, wanting: int) -
 
 def _with_reason(decision: Decision, reason: str) -> Decision:
     return msgspec.structs.replace(decision, reason=reason)
-
-
-def _nothing(now: float, reason: str, present: Prediction) -> Decision:
-    return Decision(at=now, action=Action.NOTHING, reason=reason, demand=Demand(), present=present)

@@ -8,18 +8,22 @@ from memserve.planner.contract import LoadReport, MemberLoad
 from memserve.scheduler.instance_load import InstanceLoad
 from memserve.scheduler.refined_costs import RefinedCosts
 from memserve.scheduler.scheduler import Scheduler
-from memserve.types import InstanceId
+from memserve.types import InstanceId, SchedulerId
 
 REPORTED_SECONDS = 60.0  # of arrivals: longer than the planner's usual interval
 
 
 def report_of(
-    scheduler: Scheduler, now: float, ready: Collection[InstanceId] | None = None
+    scheduler: Scheduler,
+    life: SchedulerId,
+    now: float,
+    ready: Collection[InstanceId] | None = None,
 ) -> LoadReport:
-    """Return a scheduler's view at `now`, seconds of its clock. `ready`: the members that take
-    requests; None: all."""
+    """Return a scheduler's view at `now`, seconds of its clock. `life`: who tells it, and counts
+    from zero. `ready`: the members that take requests; None: all."""
     lines = [one for one in scheduler.load.by_slot if ready is None or one.spec.id in ready]
     return LoadReport(
+        scheduler=life,
         now=now,
         members=tuple(_member(one, now) for one in lines),
         requests=scheduler.arrivals.total,

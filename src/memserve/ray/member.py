@@ -18,6 +18,7 @@ import ray.exceptions
 import ray.util
 
 from memserve.api.serving import Shutdown
+from memserve.api.tls import client_tls
 from memserve.clock import MonotonicClock
 from memserve.cluster.client import ClusterClient
 from memserve.cluster.port import ReservedPort
@@ -77,7 +78,8 @@ class Member:
             return
         self._joined[gateway] = url
         if self._url:
-            async with ClusterClient(url, cluster_secret(self._secret())) as client:
+            tls = client_tls(self._order.config.security.tls_ca)
+            async with ClusterClient(url, cluster_secret(self._secret()), tls) as client:
                 await client.add(self._url)
 
     async def reload(self) -> None:
@@ -131,7 +133,7 @@ class Member:
         """Return the arguments that depend on the node and on where the gateways are now."""
         if self._port is not None:
             return ["--host", self._host(), "--port", str(self._port.number)]
-        urls = [*self._joined.values(), *self._order.join]
+        urls = dict.fromkeys([*self._joined.values(), *self._order.join])
         return ["--host", self._node, *(part for url in urls for part in ("--join", url))]
 
     def _host(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import ray.exceptions
 import ray.util
 
 from memserve.api.serving import Shutdown
+from memserve.api.tls import TLS_CA_VARIABLE, client_tls
 from memserve.cluster.backend import Launch
 from memserve.cluster.client import ClusterClient
 from memserve.cluster.cluster import Cluster
@@ -260,8 +262,10 @@ async def _states(orders: Sequence[Order], found: _Found) -> dict[str, str]:
         if not order.is_gateway or report is None or not report.url:
             continue
         secret: Secret = cluster_secret(order.secrets[SECRET_VARIABLE])
-        async with ClusterClient(report.url, secret) as client:
-            with contextlib.suppress(ClusterError):
+        authorities = os.environ.get(TLS_CA_VARIABLE) or order.config.security.tls_ca
+        # The file may be on the nodes alone: then the states are what the actors know.
+        with contextlib.suppress(ClusterError, ConfigError):
+            async with ClusterClient(report.url, secret, client_tls(authorities)) as client:
                 return {one.id: str(one.state) for one in (await client.view()).instances}
     return {}
 

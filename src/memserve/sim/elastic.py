@@ -11,7 +11,7 @@ from memserve.planner.planner import Planner
 from memserve.planner.report import report_of
 from memserve.sim.cluster import SimCluster
 from memserve.sim.instance import InstanceShape
-from memserve.types import InstanceId, Role
+from memserve.types import InstanceId, Role, SchedulerId
 
 ROLE_SECONDS = 0.1  # until a gateway knows of a change: a call to the member, and a poll
 # From the backend's order to a member that is ready: a process, weights from a disk of the host.
@@ -55,7 +55,7 @@ class SimPlanner:
         if not cluster.unfinished:
             return
         now = cluster.timeline.now()
-        report = report_of(cluster.scheduler, now)
+        report = report_of(cluster.scheduler, SchedulerId("simulated"), now)
         decision = self._planner.look(now, [report], self._like.costs, self._starting)
         if not self._config.dry_run:
             self._act(decision)

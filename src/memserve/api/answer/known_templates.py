@@ -40,27 +40,27 @@ _DEEPSEEK_END: Final = r"<｜tool▁call▁end｜>(?:\s{0,4}<｜tool▁calls▁e
 _DEEPSEEK_BEGIN: Final = r"(?:<｜tool▁calls▁begin｜>\s{0,4})?<｜tool▁call▁begin｜>"
 
 # A channel's name, with what else stands before its message.
-_MESSAGE: Final = r"(?: ?<\|constrain\|>\w{1,16}| (?:json|code))?<\|message\|>"
+MESSAGE: Final = r"(?: ?<\|constrain\|>\w{1,16}| (?:json|code))?<\|message\|>"
 _TO: Final = rf" ?to=functions\.(?P<name>[\w.:\-/]{{1,{MAX_FUNCTION_NAME}}})"
-_ENDS: Final = ("<|end|>", "<|call|>", "<|return|>")
+ENDS: Final = ("<|end|>", "<|call|>", "<|return|>")
 
 HARMONY: Final = _content(
     Region(
         Part.REASONING,
-        matching(rf"(?:<\|start\|>assistant)?<\|channel\|>analysis{_MESSAGE}"),
-        literal(*_ENDS),
+        matching(rf"(?:<\|start\|>assistant)?<\|channel\|>analysis{MESSAGE}"),
+        literal(*ENDS),
         arguments=_LETTERS,
     ),
     # The recipient stands behind the role or behind the channel.
     _json_call(
         rf"(?:<\|start\|>assistant)?(?:{_TO}<\|channel\|>(?:commentary|analysis)"
-        rf"|<\|channel\|>(?:commentary|analysis){_TO}){_MESSAGE}",
-        literal(*_ENDS),
+        rf"|<\|channel\|>(?:commentary|analysis){_TO}){MESSAGE}",
+        literal(*ENDS),
     ),
     Region(
         Part.CONTENT,
-        matching(rf"(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary){_MESSAGE}"),
-        literal(*_ENDS),
+        matching(rf"(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary){MESSAGE}"),
+        literal(*ENDS),
         arguments=_LETTERS,
     ),
     anchor="<|start|>assistant",

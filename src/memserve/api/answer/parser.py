@@ -68,18 +68,28 @@ class AnswerParser:
     """Reads one choice's text, piece by piece. What it finds depends on the text alone, not on how
     that came in pieces."""
 
-    def __init__(self, form: AnswerFormat, own: ResponseTemplate | None = None) -> None:
-        """`own`: the model's response template. Raises ApiError where the format is that template
-        and there is none."""
+    def __init__(
+        self,
+        form: AnswerFormat,
+        own: ResponseTemplate | None = None,
+        like: AnswerParser | None = None,
+    ) -> None:
+        """`own`: the model's response template. `like`: a parser of the same format before its
+        first `push`; what it has read of the prompt is not read again. Raises ApiError where the
+        format is the model's template and there is none."""
         self._out = Collector(one=not form.parallel)
-        self._form = form
+        self._form, self._own = form, own
+        tools = None if like is None else like._tools
         called = form.functions if form.tools is not ToolFormat.NONE else ()
         functions = {function.name: function for function in called}
         self._tools: StagedParser | TemplateParser | None = None
         self._reasoning: ReasoningSplitter | None = None
         rest: Callable[[str], None] = self._out.content
         template = _template_of(form, own)
-        if template is not None:
+        if isinstance(tools, TemplateParser):
+            self._tools = tools.anew(self._out)
+            rest = self._tools.push
+        elif template is not None:
             self._tools = TemplateParser(template, functions, self._out, form.begun)
             rest = self._tools.push
         elif functions:
@@ -90,6 +100,10 @@ class AnswerParser:
             begun = form.reasoning_begun
             self._reasoning = ReasoningSplitter(form.reasoning, begun, self._out, rest)
             self._read = self._reasoning.push
+
+    def anew(self) -> AnswerParser:
+        """Return a parser of another choice. Call it before the first `push`."""
+        return AnswerParser(self._form, self._own, self)
 
     @property
     def over(self) -> bool:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
 from typing import Any, Final
 
 from memserve.api.answer.delta import Collector
@@ -32,6 +34,14 @@ _LETTERS: Final = Region(Part.CONTENT, arguments=ContentArgs(strip=False))
 
 class _TooLong(Exception):
     """A region that is parsed as a whole has more than MAX_WHOLE characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """A delimiter's next match; None: there is none. `held`: more text could change it."""
+
+    match: Any = None
+    held: bool = False
 
 
 class _Text:
@@ -59,6 +69,12 @@ class _Text:
             self._say("".join(self._blank))
         self._blank = []
 
+    def anew(self, say: Callable[[str], None]) -> _Text:
+        """Return another answer's text that goes on as this one does."""
+        other = copy(self)
+        other._say, other._blank = say, [*self._blank]
+        return other
+
 
 class _Arguments:
     """The text of a call that is passed on: the JSON object, without what is around it."""
@@ -77,6 +93,12 @@ class _Arguments:
             self.said = True
         end = self._value.push(text, begin)
         self._say(text[begin:end])
+
+    def anew(self, say: Callable[[str], None]) -> _Arguments:
+        """Return another answer's arguments that go on as these do."""
+        other = copy(self)
+        other._say, other._value = say, copy(self._value)
+        return other
 
 
 class TemplateParser:
@@ -105,6 +127,7 @@ class TemplateParser:
         self._seconds = BUDGET
         self._given_up = False
         self._empty_at = -1  # of the last match without characters
+        self._ahead: dict[Delimiter, _Ahead] = {}  # in the buffer as it is
         self._held_from = 0  # what may become a delimiter
         self._region = self._implicit
         self._captures: dict[str, str] = {}  # of the region's opening
@@ -120,6 +143,20 @@ class TemplateParser:
             self._reasoning.settle()
         self._out = out
         self._go_on()
+
+    def anew(self, out: Collector) -> TemplateParser:
+        """Return a parser of another answer to the same prompt, which writes to `out`. Its state is
+        this one's before the first `push`: what the prompt has begun is not read again."""
+        other = copy(self)
+        other._out = out
+        other._raw = [*self._raw]
+        other._ahead = {}
+        other._content = self._content.anew(other._say_content)
+        other._reasoning = self._reasoning.anew(other._say_reasoning)
+        if self._arguments is not None:
+            other._arguments = self._arguments.anew(other._say_arguments)
+        other._go_on()
+        return other
 
     def _go_on(self) -> None:
         """Begin the call that the prompt has begun, if it has."""
@@ -159,6 +196,7 @@ class TemplateParser:
 
     def _read(self, last: bool) -> None:
         """Read the buffer up to what more text could change; with `last`, all of it."""
+        self._ahead = {}
         try:
             while not self._given_up and (found := self._next(last)) is not None:
                 match, region = found
@@ -187,10 +225,15 @@ class TemplateParser:
         try:
             found = self._look(last)
         finally:
-            self._seconds -= time.thread_time() - begun
-        if self._seconds <= 0:
+            self._charge(begun)
+        if self._seconds < _LEAST:
             raise TimeoutError
         return found
+
+    def _charge(self, begun: float) -> None:
+        """Take the time since `begun` from the budget, of which half at most: patterns that take
+        too long raise TimeoutError, and a pause of the garbage collector is not theirs."""
+        self._seconds -= min(time.thread_time() - begun, self._seconds / 2)
 
     def _look(self, last: bool) -> tuple[Any, Region | None] | None:
         watched: list[tuple[Delimiter, Region | None]] = []
@@ -203,14 +246,13 @@ class TemplateParser:
         found: tuple[Any, Region | None] | None = None
         timeout = max(self._seconds / (len(watched) or 1), _LEAST)
         for delimiter, region in watched:
-            search = delimiter.pattern.search
-            match = search(self._buffer, self._at, partial=not last, timeout=timeout)
-            if match is not None and match.start() == match.end() == self._empty_at:
-                # Else it would be found for ever.
-                match = search(self._buffer, self._at + 1, partial=not last, timeout=timeout)
+            ahead = self._ahead.get(delimiter)
+            if ahead is None or self._is_behind(ahead.match):
+                ahead = self._ahead[delimiter] = self._search(delimiter, last, timeout)
+            match = ahead.match
             if match is None:
                 continue
-            if not last and (match.partial or self._may_grow(delimiter, match, timeout)):
+            if ahead.held:
                 self._held_from = min(self._held_from, match.start())
                 continue
             # The first one, of several the longest, and an opening before a closing.
@@ -221,10 +263,30 @@ class TemplateParser:
             return None  # what is held begins before it
         return found
 
+    def _is_behind(self, match: Any) -> bool:
+        """Return whether a match was read over already."""
+        return match is not None and (match.start() < self._at or self._repeats(match))
+
+    def _repeats(self, match: Any) -> bool:
+        """Return whether a match is the last one without characters: it would be found for ever."""
+        return bool(match.start() == match.end() == self._empty_at)
+
+    def _search(self, delimiter: Delimiter, last: bool, timeout: float) -> _Ahead:
+        search = delimiter.pattern.search
+        match = search(self._buffer, self._at, partial=not last, timeout=timeout)
+        if match is not None and self._repeats(match):
+            match = search(self._buffer, self._at + 1, partial=not last, timeout=timeout)
+        if match is None:
+            return _Ahead()
+        held = not last and (match.partial or self._may_grow(delimiter, match, timeout))
+        return _Ahead(match, held)
+
     def _may_grow(self, delimiter: Delimiter, match: Any, timeout: float) -> bool:
         """Return whether more text could change a whole match."""
         if delimiter.literals is not None and not delimiter.grows:
             return False
+        if any(end == len(self._buffer) for _, end in match.regs):
+            return True  # also a group in a condition, which is no part of the match
         whole = delimiter.pattern.fullmatch
         more = whole(self._buffer, match.start(), partial=True, timeout=timeout)
         return more is not None
@@ -301,11 +363,13 @@ class TemplateParser:
                 raise ValueError("cut off")
             text, seconds = "".join(raw[1:]), max(self._seconds, _LEAST)
             calls = calls_in(region, text, self._captures, self._functions, seconds)
-        except (ValueError, TimeoutError):
+        except (ValueError, TimeoutError) as error:
             self._content.push("".join(raw) + closing, strip=False)
+            if isinstance(error, TimeoutError):
+                self._seconds = 0
             return
         finally:
-            self._seconds -= time.thread_time() - begun
+            self._charge(begun)
         for call in calls:
             self._begin(call.name)
             self._out.arguments(call.arguments)

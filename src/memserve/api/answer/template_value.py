@@ -189,6 +189,8 @@ def _tags(text: str, arguments: ContentArgs, seconds: float) -> Iterator[tuple[s
             arguments.tag_pattern or "", text, flags=regex.DOTALL, timeout=seconds
         )
         for match in found:
+            if match["key"] is None:
+                raise ValueError("a tag without a key")
             yield match["key"], match["value"] or ""
     except (regex.error, IndexError) as error:
         raise ValueError(f"tag_pattern: {error}") from error
