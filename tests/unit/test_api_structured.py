@@ -9,8 +9,9 @@ import pytest
 
 from memserve.api.errors import ApiError, NotUnderstood
 from memserve.api.grammar import Grammar, GrammarKind
-from memserve.api.limits import MAX_CHOICES, MAX_GRAMMAR_CHARACTERS
+from memserve.api.limits import MAX_CHOICES, MAX_DEPTH, MAX_GRAMMAR_CHARACTERS
 from memserve.api.openai import parse_chat, parse_completion, sampling_params
+from memserve.gateway.body_scan import check_body
 
 SCHEMA = {"type": "integer"}
 TEXT = json.dumps(SCHEMA)
@@ -137,7 +138,12 @@ def test_what_a_vllm_may_take_is_not_understood_here(fields: dict[str, Any], wor
 
 
 def test_deep_schemas_are_no_exception() -> None:
-    deep = '{"prompt":"x","guided_json":' + '{"a":' * 5000 + "1" + "}" * 5001
-    with pytest.raises(ApiError) as refused:
-        sampling_params(parse_completion(deep.encode()), 5, None)
+    def deep(levels: int) -> bytes:
+        return b'{"prompt":"x","guided_json":' + b'{"a":' * levels + b"1" + b"}" * (levels + 1)
+
+    with pytest.raises(ApiError, match="'guided_json' is nested too deeply") as refused:
+        check_body(deep(MAX_DEPTH))
     assert refused.value.status == 400
+    deepest = deep(MAX_DEPTH - 1)  # what the check lets pass is decoded without an exception
+    check_body(deepest)
+    sampling_params(parse_completion(deepest), 5, None)
