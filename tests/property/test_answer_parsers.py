@@ -129,6 +129,20 @@ def test_calls_come_back_as_they_were_made(writer: str, data: st.DataObject) -> 
 
 
 @pytest.mark.parametrize("writer", WRITERS)
+def test_an_answer_may_break_off_anywhere(writer: str) -> None:
+    form, write = WRITERS[writer]
+    text = write([("add", {"city": "Oslo", "n": 3}), ("add", {})])
+    whole = parsed(format_of(form), [text])
+    for end in range(len(text)):
+        found = parsed(format_of(form), [text[:end]])
+        for call, full in zip(found.calls, whole.calls, strict=False):
+            assert call.name == full.name
+            assert full.arguments.startswith(call.arguments), text[:end]
+        if not found.calls:
+            assert found.content == text[:end]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
 @settings(deadline=None)
 @given(st.data())
 def test_an_answer_that_breaks_off_has_what_was_there(writer: str, data: st.DataObject) -> None:

@@ -345,7 +345,7 @@ class TemplateParser:
         if region is None:
             return
         if arguments is not None:
-            if not arguments.said:
+            if closed and not arguments.said:  # cut off behind its opening, it has said nothing
                 self._out.arguments("{}")
             self._out.end()
         elif raw:
