@@ -58,7 +58,7 @@ class PoolIndex:
         layout = importlib.import_module("memserve.pool.layout").KVLayout(
             layers=1, kv_heads=1, head_dim=1, dtype="int8", block_tokens=BLOCK, model="bench"
         )
-        pool = importlib.import_module("memserve.pool.pool").MemPool
+        pool = importlib.import_module("memserve.pool.pool").BlockPool
         self._numpy = importlib.import_module("numpy")
         self._pool = pool(layout, blocks, instance="bench")
 
