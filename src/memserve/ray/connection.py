@@ -7,9 +7,11 @@ import logging
 
 import ray
 import ray.exceptions
+import ray.util
 
 from memserve.config import BackendConfig
 from memserve.errors import ClusterError
+from memserve.ray.order import PREFIX
 
 _VERSION_HINT = "Ray and Python must have the same version on all nodes"
 
@@ -51,6 +53,16 @@ async def disconnect() -> None:
 def node_resources() -> list[dict[str, float]]:
     """Return the total resources of each node that lives."""
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+async def process_names(namespace: str) -> list[str]:
+    """Return the names of the processes that actors of a cluster's namespace run."""
+    named = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
+    return [
+        one["name"].removeprefix(PREFIX)
+        for one in named
+        if one["namespace"] == namespace and one["name"].startswith(PREFIX)
+    ]
 
 
 def first_line(error: BaseException) -> str:

@@ -27,6 +27,7 @@ from memserve.cluster.supervised import Supervised
 from memserve.errors import ClusterError
 from memserve.hosts import WILDCARDS, bracketed
 from memserve.pool.segment import sweep
+from memserve.ray.connection import first_line, process_names
 from memserve.ray.order import PREFIX, Report, decode_order, decode_report, encode
 from memserve.secrets import SECRET_VARIABLE, cluster_secret
 
@@ -169,18 +170,16 @@ class Member:
                 async with asyncio.timeout(ASK_SECONDS):
                     await member.meet.remote(self._order.name, self._url)
             except (ray.exceptions.RayError, TimeoutError) as error:
-                log.warning("%s was not told of %s: %s", name, self._order.name, _first(error))
+                why = first_line(error)
+                log.warning("%s was not told of %s: %s", name, self._order.name, why)
 
     async def _others(self) -> AsyncIterator[tuple[str, ray.actor.ActorHandle]]:
         """Yield the name and the actor of each instance of this cluster."""
         space = self._order.namespace
-        named = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
-        for one in named:
-            name = one["name"].removeprefix(PREFIX)
-            ours = one["namespace"] == space and one["name"].startswith(PREFIX)
-            if ours and name not in self._order.gateways:
+        for name in await process_names(space):
+            if name not in self._order.gateways:
                 with contextlib.suppress(ValueError):  # it has just ended
-                    yield name, await asyncio.to_thread(ray.get_actor, one["name"], space)
+                    yield name, await asyncio.to_thread(ray.get_actor, PREFIX + name, space)
 
     async def _find_gateways(self) -> None:
         """Wait until a gateway has an address, if there are any among the actors."""
@@ -225,7 +224,3 @@ class Member:
 
     def _secret(self) -> str:
         return self._order.secrets[SECRET_VARIABLE]
-
-
-def _first(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).partition("\n")[0]

@@ -24,7 +24,7 @@ from memserve.config import BackendConfig, ClusterConfig
 from memserve.errors import ClusterError, ConfigError
 from memserve.models.resolve import Progress
 from memserve.ray.backend import RayBackend
-from memserve.ray.connection import connect, disconnect
+from memserve.ray.connection import connect, disconnect, process_names
 from memserve.ray.order import (
     PREFIX,
     Order,
@@ -192,14 +192,9 @@ _Found = dict[str, tuple[Order | None, Report | None]]  # by name; None without 
 
 
 async def _actors(config: BackendConfig) -> _Found:
-    named = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
-    names = [
-        one["name"]
-        for one in named
-        if one["namespace"] == config.ray_namespace and one["name"].startswith(PREFIX)
-    ]
-    answers = await asyncio.gather(*(_ask(config, name) for name in names))
-    return {name.removeprefix(PREFIX): answer for name, answer in zip(names, answers, strict=True)}
+    names = await process_names(config.ray_namespace)
+    answers = await asyncio.gather(*(_ask(config, PREFIX + name) for name in names))
+    return dict(zip(names, answers, strict=True))
 
 
 async def _ask(config: BackendConfig, name: str) -> tuple[Order | None, Report | None]:
