@@ -83,6 +83,13 @@ class JsonFormatter(BoundedFormatter):
         )
 
 
+def worth_a_line(count: int, first: int = 1) -> bool:
+    """Return whether so many failures in a row are `first` of them, or twice as many as at the
+    last line: what fails for days is not logged each time."""
+    times, rest = divmod(count, first)
+    return times > 0 and not rest and not times & (times - 1)
+
+
 def json_line(
     logger: str,
     message: str,

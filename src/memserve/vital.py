@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from memserve.logs import shown
+from memserve.logs import shown, worth_a_line
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Vitals:
         of a name are logged with their traceback."""
         self.survived[name] += 1
         count = self.survived[name]
-        if count & (count - 1) == 0:
+        if worth_a_line(count):
             log.error("%s failed (%d times so far)", shown(name), count, exc_info=error)
 
     def fail(self, name: str, error: BaseException | None) -> None:

@@ -11,6 +11,7 @@ from memserve.api.tls import TLS_CA_VARIABLE, client_tls
 from memserve.cluster.client import ClusterClient
 from memserve.cluster.member import MemberView
 from memserve.errors import ClusterError
+from memserve.logs import worth_a_line
 from memserve.models.resolve import Progress
 from memserve.secrets import Secret
 
@@ -75,8 +76,7 @@ class Readiness:
 
     def _wait(self, why: str) -> None:
         self._looks += 1
-        times, rest = divmod(self._looks, PATIENT_LOOKS)
-        if times and not rest and not times & (times - 1):
+        if worth_a_line(self._looks, PATIENT_LOOKS):
             self._tell(f"still waiting: {why}")
 
 

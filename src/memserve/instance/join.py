@@ -20,6 +20,7 @@ from memserve.api.control import LeaveRequest
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.status import JoinRequest
 from memserve.hosts import addresses_of
+from memserve.logs import worth_a_line
 from memserve.types import Epoch, InstanceId
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Registration:
                     found = set(await self._resolve(host))
                 except OSError as error:
                     unknown += 1
-                    if _worth_a_line(unknown):
+                    if worth_a_line(unknown, UNHEARD_TRIES):
                         log.warning("%s has no address, %d times: %s", host, unknown, error)
                 else:
                     unknown = 0
@@ -161,14 +162,7 @@ class Registration:
         try. An address beside which another one of the name answers may be none of a gateway's
         (`::1` of localhost): it is tried seldom, and is no reason to worry."""
         beside = any(of == url for of, _ in self._heard)
-        if _worth_a_line(tries) and not (beside and tries > UNHEARD_TRIES):
+        if worth_a_line(tries, UNHEARD_TRIES) and not (beside and tries > UNHEARD_TRIES):
             level = logging.INFO if beside else logging.WARNING
             log.log(level, "%s at %s cannot be reached, %d times: %s", url, address, tries, why)
         return JOIN_SECONDS if beside and tries > UNHEARD_TRIES else RETRY_SECONDS
-
-
-def _worth_a_line(tries: int) -> bool:
-    """Return whether so many failed tries are UNHEARD_TRIES, or twice as many as at the last
-    line."""
-    times, rest = divmod(tries, UNHEARD_TRIES)
-    return times > 0 and not rest and not times & (times - 1)
