@@ -141,18 +141,13 @@ def decisions(
     """Show why the last requests went where they went: each candidate with its predicted seconds,
     best first. The chosen one is marked with *."""
 
-    async def ask(client: ClusterClient) -> list[DecisionView]:
-        return await client.decisions(n)
+    def show(found: list[DecisionView], shown_on: Console) -> None:
+        for decision in found:
+            shown_on.print(decision_table(decision))
+        if not found:
+            shown_on.print("no request has been scheduled yet")
 
-    found = asyncio.run(_with_client(url, ask))
-    if json:
-        print(msgspec.json.encode(found).decode())
-        return
-    shown_on = console()
-    for decision in found:
-        shown_on.print(decision_table(decision))
-    if not found:
-        shown_on.print("no request has been scheduled yet")
+    _show(url, json, lambda client: client.decisions(n), show)
 
 
 @app.command()
@@ -165,18 +160,13 @@ def prefixes(
     """Show the cached prefixes that saved the most tokens, and who holds them in which memory.
     With --text the gateway logs that somebody asked."""
 
-    async def ask(client: ClusterClient) -> PrefixReport:
-        return await client.prefixes(n, text=text)
+    def show(found: PrefixReport, shown_on: Console) -> None:
+        shown_on.print(prefix_table(found))
+        for each in found.prefixes:
+            if each.text is not None:
+                shown_on.print(f"{each.id}: {each.text!r}", markup=False)
 
-    found = asyncio.run(_with_client(url, ask))
-    if json:
-        print(msgspec.json.encode(found).decode())
-        return
-    shown_on = console()
-    shown_on.print(prefix_table(found))
-    for each in found.prefixes:
-        if each.text is not None:
-            shown_on.print(f"{each.id}: {each.text!r}", markup=False)
+    _show(url, json, lambda client: client.prefixes(n, text=text), show)
 
 
 @app.command("planner")
@@ -188,20 +178,16 @@ def planner_(
     """Show what the planner decided last, and why: each split of the members that it considered,
     best first. The present one is marked with *."""
 
-    async def ask(client: ClusterClient) -> list[Decision]:
-        return await client.plans(n)
+    def show(found: list[Decision], shown_on: Console) -> None:
+        for decision in found:
+            shown_on.print(planner_table(decision))
+            for line in planner_lines(decision):
+                shown_on.print(line, markup=False)
+        if not found:
+            said = "no planner has decided anything here: is one running? (memserve planner)"
+            shown_on.print(said)
 
-    found = asyncio.run(_with_client(url, ask))
-    if json:
-        print(msgspec.json.encode(found).decode())
-        return
-    shown_on = console()
-    for decision in found:
-        shown_on.print(planner_table(decision))
-        for line in planner_lines(decision):
-            shown_on.print(line, markup=False)
-    if not found:
-        shown_on.print("no planner has decided anything here: is one running? (memserve planner)")
+    _show(url, json, lambda client: client.plans(n), show)
 
 
 def _run(url: str | None, json: bool, work: Callable[[ClusterClient], Awaitable[object]]) -> None:
@@ -211,17 +197,29 @@ def _run(url: str | None, json: bool, work: Callable[[ClusterClient], Awaitable[
         await work(client)
         return await client.view()
 
-    view = asyncio.run(_with_client(url, run))
-    if json:
-        print(msgspec.json.encode(view).decode())
-    else:
-        shown_on = console()
+    def show(view: ClusterView, shown_on: Console) -> None:
         shown_on.print(cluster_table(view))
         for pair in view.degraded or ():
             detail = f" ({pair.detail})" if pair.detail else ""
             shown_on.print(
                 f"degraded: {pair.prefill} and {pair.decode}: {pair.why}{detail}", markup=False
             )
+
+    _show(url, json, run, show)
+
+
+def _show(
+    url: str | None,
+    json: bool,
+    ask: Callable[[ClusterClient], Awaitable[T]],
+    show: Callable[[T, Console], None],
+) -> None:
+    """Ask the gateway, and print the answer: as JSON, or as `show` does."""
+    found = asyncio.run(_with_client(url, ask))
+    if json:
+        print(msgspec.json.encode(found).decode())
+    else:
+        show(found, console())
 
 
 async def _with_client(url: str | None, work: Callable[[ClusterClient], Awaitable[T]]) -> T:
