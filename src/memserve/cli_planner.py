@@ -54,7 +54,7 @@ def planner(
     async def gateways() -> list[str]:
         return urls
 
-    loop = PlannerLoop(gateways, config, MonotonicClock(), found[1], authorities)
+    loop = PlannerLoop(gateways, config, MonotonicClock(), found[1], lambda: authorities)
 
     async def run() -> None:
         shutdown = Shutdown()

@@ -164,7 +164,6 @@ def authorities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "POLL_SECONDS", 0.005)
-    monkeypatch.setattr(module, "RETRY_SECONDS", 0.005)
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "run"))
     monkeypatch.setenv(SECRET_VARIABLE, str(SECRET))
     monkeypatch.delenv(readiness.TLS_CA_VARIABLE, raising=False)

@@ -21,7 +21,7 @@ from memserve.cluster.planning import PlannerLoop
 from memserve.cluster.readiness import POLL_SECONDS, Readiness
 from memserve.cluster.running import announce_cluster
 from memserve.config import ClusterConfig
-from memserve.errors import ClusterError, ConfigError, MemserveError
+from memserve.errors import ClusterError, ConfigError
 from memserve.hosts import port_of
 from memserve.models.resolve import Progress
 from memserve.secrets import (
@@ -32,9 +32,7 @@ from memserve.secrets import (
     keep_secret,
     new_secret,
 )
-from memserve.vital import Vitals
 
-RETRY_SECONDS = 1.0  # between tries to start the planner: about what a process takes to restart
 # A process that serves drains for `drain_seconds`, and then needs up to CLOSE_SECONDS to close
 # connections, end its engine's step and free memory.
 CLOSE_SECONDS = 10.0
@@ -192,28 +190,18 @@ class Cluster:
             await asyncio.gather(*keeping, return_exceptions=True)
 
     async def plan(self) -> None:
-        """Run the planner, until cancelled. What keeps it from a start is told, and tried again:
+        """Run the planner, until cancelled. What keeps it from a look is told, and it looks again:
         the cluster serves without it."""
-        vitals, said = Vitals(), ""
-        while True:
-            try:
-                loop = PlannerLoop(
-                    self._listening,
-                    self._config.planner,
-                    MonotonicClock(),
-                    self._secret,
-                    self._readiness.tls(),
-                    self,
-                    self._progress,
-                )
-                await loop.run()
-            except MemserveError as error:
-                if str(error) != said:
-                    said = str(error)
-                    self._progress(f"the planner does not start yet: {said}")
-            except Exception as error:  # noqa: BLE001 - it must not be gone without a line
-                vitals.survive("the planner", error)
-            await asyncio.sleep(RETRY_SECONDS)
+        loop = PlannerLoop(
+            self._listening,
+            self._config.planner,
+            MonotonicClock(),
+            self._secret,
+            self._readiness.tls,
+            self,
+            self._progress,
+        )
+        await loop.run()
 
     async def _listening(self) -> list[str]:
         """Return the URLs at which gateways listen now. Raises ClusterError if none does."""

@@ -7,6 +7,7 @@ import logging
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from typing import TypeVar
 
 from msgspec.structs import replace
 
@@ -28,6 +29,8 @@ from memserve.vital import Vitals
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 
 class PlannerLoop:
     """One planner of a cluster: several would undo each other's changes."""
@@ -38,14 +41,15 @@ class PlannerLoop:
         config: PlannerConfig,
         clock: Clock,
         secret: Secret | None = None,
-        tls: ssl.SSLContext | None = None,
+        tls: Callable[[], ssl.SSLContext | None] = lambda: None,
         groups: Groups | None = None,
         tell: Callable[[str], None] = log.info,
         planner: Planner | None = None,
     ) -> None:
         """`urls` returns those of all gateways, at each look: one that is started again may be
-        elsewhere. `groups`: what can be scaled; None: members are not started or ended. `tell` is
-        called with each change, and with what keeps the planner from deciding."""
+        elsewhere. `tls` returns how they are verified, and may raise ConfigError. `groups`: what
+        can be scaled; None: members are not started or ended. `tell` is called with each change,
+        and with what keeps the planner from deciding."""
         limited = config if groups is not None else replace(config, max_members=None)
         self._urls = urls
         self._config = config
@@ -64,8 +68,9 @@ class PlannerLoop:
         while True:
             try:
                 async with AsyncExitStack() as stack:
+                    tls = self._tls()
                     clients = [
-                        await stack.enter_async_context(ClusterClient(url, self._secret, self._tls))
+                        await stack.enter_async_context(ClusterClient(url, self._secret, tls))
                         for url in await self._urls()
                     ]
                     await self.look(clients)
@@ -79,7 +84,7 @@ class PlannerLoop:
         """Look once, change what is decided, and post the decision. None: there is nothing to
         decide by yet. Raises ClusterError if no gateway answers."""
         reports = await _loads(clients)
-        view = await _view(clients)
+        view = await _first_answer(clients, lambda client: client.view())
         costs = await self._known_costs(clients[0], view)
         if costs is None:
             self._say("the planner waits for a member's cost model")
@@ -149,14 +154,8 @@ class PlannerLoop:
 async def _change(clients: Sequence[ClusterClient], change: RoleChange) -> None:
     """Have the first gateway that answers change a role. One that gives no answer may have done
     it: the next one does it again, which changes nothing."""
-    for client in clients[:-1]:
-        try:
-            await client.change(change.member, InstanceChange(role=change.after))
-        except GatewayUnreachable as error:
-            log.warning("%s", error)
-        else:
-            return
-    await clients[-1].change(change.member, InstanceChange(role=change.after))
+    wanted = InstanceChange(role=change.after)
+    await _first_answer(clients, lambda client: client.change(change.member, wanted))
 
 
 async def _loads(clients: Sequence[ClusterClient]) -> list[LoadReport]:
@@ -173,10 +172,13 @@ async def _loads(clients: Sequence[ClusterClient]) -> list[LoadReport]:
     return found
 
 
-async def _view(clients: Sequence[ClusterClient]) -> ClusterView:
+async def _first_answer(
+    clients: Sequence[ClusterClient], ask: Callable[[ClusterClient], Awaitable[_T]]
+) -> _T:
+    """Return the answer of the first gateway that can be reached. Raises ClusterError."""
     for client in clients[:-1]:
         try:
-            return await client.view()
-        except GatewayUnreachable as error:
+            return await ask(client)
+        except GatewayUnreachable as error:  # which `look` tells when it posts the decision
             log.debug("%s", error)
-    return await clients[-1].view()
+    return await ask(clients[-1])

@@ -50,7 +50,7 @@ async def run_cluster(
         supervising = asyncio.ensure_future(cluster.supervise())
         tasks = [telling, supervising]
         if config.planner.enabled:
-            # The cluster goes on without it, and `plan` starts it again: none of `needed`.
+            # The cluster goes on without it: none of `needed`.
             tasks.append(Vitals().errand("the planner", cluster.plan()))
         try:
             needed = (telling, supervising)
