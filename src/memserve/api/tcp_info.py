@@ -29,6 +29,8 @@ class TcpInfo(NamedTuple):
 def tcp_info(transport: asyncio.Transport) -> TcpInfo | None:
     """Return the connection's state; None if it is no TCP connection."""
     sock = transport.get_extra_info("socket")
+    if sock is None:
+        return None
     try:
         state, unacknowledged, quiet = _FIELDS.unpack(
             sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _FIELDS.size)
