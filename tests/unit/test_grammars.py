@@ -335,3 +335,12 @@ def test_special_tokens_are_found_in_a_text_longest_first() -> None:
     assert writer._literal("x<a>b<a>y<z") == '"x" <[2]> <[1]> "y" <[3]> "z"'
     assert writer._literal("") == '""'
     assert structural_tag._Writer({}, compact=False)._literal("<a>") == '"<a>"'
+
+
+@pytest.mark.parametrize("version", ["1.7.6", "1.8.0", "0.9.2"])
+def test_a_library_that_grammars_can_crash_is_refused(
+    version: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+    with pytest.raises(RequestError, match=f"llguidance 1.9 or newer; the server has {version}"):
+        GrammarCompiler(tokenizer, VOCAB).compile(Grammar(REGEX, "a", "regex"))

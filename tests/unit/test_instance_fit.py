@@ -196,6 +196,12 @@ def test_least_squares_without_negatives_is_optimal(data: st.DataObject) -> None
     assert np.abs(gradient[x > 1e-9]).max(initial=0.0) < 1e-6
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_numbers_that_are_none_cannot_be_fitted(wrong: float) -> None:
+    with pytest.raises(ProfileError, match="2 measurements cannot be fitted"):
+        non_negative(np.array([[1.0], [wrong]]), np.ones(2))
+
+
 def test_relative_errors_count_and_not_absolute_ones() -> None:
     features = np.array([[1.0], [1000.0], [1000.0]])
     assert fit_relative(features, np.array([2.0, 2000.0, 2000.0])) == pytest.approx([2.0])

@@ -25,7 +25,7 @@ from memserve.errors import (
 from memserve.pool.pool import BlockPool
 from memserve.pool.results import PoolStats
 from memserve.pool.storage import BlockStore
-from memserve.types import MAX_GENERATION, RefArray
+from memserve.types import MAX_GENERATION
 from tests.pool_harness import BLOCK, LAYOUT, cached_blocks, keys_of, kv_of, prompt, store
 
 

@@ -14,8 +14,9 @@ from memserve.config import ClusterConfig, InstanceConfig, ModelConfig
 from memserve.engine.request import EngineInfo
 from memserve.instance import vllm_profile as module
 from memserve.instance.probe import ProbeFailed
-from memserve.instance.vllm_profile import measured_server, vllm_profile
+from memserve.instance.vllm_profile import ServerProbe, measured_server, vllm_profile
 from memserve.scheduler.profiles import Profile, ProfileStore
+from memserve.types import RequestId
 from memserve.vllm.place import ServerPlace
 from tests.fake_vllm import BLOCK, BLOCKS, LENGTH, Server
 from tests.fakes import tiny_tokenizer
@@ -85,6 +86,20 @@ def test_an_instance_that_lets_few_wait_is_measured_with_whole_batches(start: St
     info = replace(INFO, max_running=8, max_waiting=1)
     measured = measured_server(ServerPlace(path=start().path), info, TOKENS)
     assert {point.sequences for point in measured.decode} == {1, 8}
+
+
+def test_chunks_that_come_together_took_the_time_before_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probe = ServerProbe(ServerPlace(path="nowhere"), INFO, TOKENS)
+    monkeypatch.setattr(probe, "_run", lambda *_: 0.0)
+    # Steps of 2 seconds, of which two arrive at once each time.
+    times = [0.0, *(4.0 * (i // 2 + 1) for i in range(8))]
+    probe._outputs = {RequestId("a"): [(at, 1) for at in times]}
+    assert probe.decode(1, 64, 8) == 2.0
+    probe._outputs = {RequestId("a"): [(1.0, 1), (1.0, 1)]}
+    with pytest.raises(ProbeFailed, match="all tokens of 1 sequences came at once"):
+        probe.decode(1, 64, 8)
 
 
 def test_a_server_that_does_not_tell_cached_tokens_is_measured_without_prefixes(

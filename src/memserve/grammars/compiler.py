@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from importlib import metadata
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 BURST_SECONDS: Final = 0.25
 STEP_SECONDS: Final = 0.005
 TOKEN_SECONDS: Final = 0.00025
+# Earlier versions abort the process at some grammars. vLLM 0.32 asks for 1.7.
+_OLDEST: Final = (1, 9)
 _ANY_OBJECT: Final = '{"type":"object"}'
 _UNKNOWN_KEYS: Final = re.compile(r"Unimplemented keys: (\[.*?\])")
 
@@ -48,10 +51,12 @@ class GrammarCompiler:
         self._library: llguidance.LLTokenizer | None = None
 
     def compile(self, grammar: Grammar) -> LibraryGrammar:
-        """Compile a grammar. Raises RequestError that says what is wrong with it, and where."""
+        """Compile a grammar. Raises RequestError that says what is wrong with it and where, or that
+        the library is old."""
         import llguidance
 
         if self._library is None:
+            _check_version(metadata.version("llguidance"))
             self._library = library_tokenizer(self._tokenizer, self._size)
         try:
             source = self._source(grammar)
@@ -87,6 +92,14 @@ class GrammarCompiler:
                 raise RequestError("no text obeys the schema `false`")
             source = "{}" if schema is True else source
         return library.grammar_from_json_schema(source, overrides=json_options(grammar.compact))
+
+
+def _check_version(version: str) -> None:
+    """Raise RequestError if this version of the library must not be given clients' grammars."""
+    major, minor, *_ = version.split(".")
+    if (int(major), int(minor)) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise RequestError(f"grammars need llguidance {oldest} or newer; the server has {version}")
 
 
 def _limits() -> llguidance.LLParserLimits:

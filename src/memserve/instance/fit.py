@@ -227,6 +227,8 @@ def non_negative(a: Matrix, b: Vector) -> Vector:
     """Return argmin |a x - b| over x >= 0. Raises ProfileError if none is found."""
     from scipy.optimize import nnls  # the import takes 0.5 s, and a stored profile needs no fit
 
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ProfileError(f"the {len(b)} measurements cannot be fitted: not all are finite")
     # Scale the columns to norm 1: they range from 1 for a constant to 1e12 for attention's pairs.
     norms = np.linalg.norm(a, axis=0)
     norms[norms == 0] = 1.0

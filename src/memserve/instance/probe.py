@@ -83,7 +83,7 @@ class Probe(ABC):
         return ended - started
 
     def decode(self, sequences: int, context_tokens: int, steps: int) -> float:
-        """Median seconds of `steps` decode steps of `sequences` sequences with about
+        """Typical seconds of `steps` decode steps of `sequences` sequences with about
         `context_tokens` tokens of context each."""
         block = self.block_tokens
         cached = (context_tokens - 1) // block * block
@@ -95,6 +95,13 @@ class Probe(ABC):
         ]
         if not times:
             raise ProbeFailed(f"{sequences} sequences came in one piece each: no step to time")
+        seconds = self._typical(times)
+        if seconds <= 0:
+            raise ProbeFailed(f"all tokens of {sequences} sequences came at once: no step to time")
+        return seconds
+
+    def _typical(self, times: Sequence[float]) -> float:
+        """Return the typical one of the seconds of steps: the median, which few hiccups change."""
         return float(np.median(times))
 
     def _run(self, sequences: int, prompt: int, cached: int, outputs: int) -> float:

@@ -129,6 +129,11 @@ class ServerProbe(Probe):
                 return False
         return True
 
+    def _typical(self, times: Sequence[float]) -> float:
+        """Return the mean: a stream's chunks may come several at once, with next to no time between
+        them and a longer one before."""
+        return float(np.mean(times))
+
     def _cache(self, prompts: Sequence[TokenArray], tokens: int, namespace: Namespace) -> None:
         # One token more: models with sliding windows keep the last block only if it is not the end.
         self._generate([prompt[: tokens + 1] for prompt in prompts], 1, namespace)
