@@ -12,7 +12,9 @@ from msgspec import msgpack
 from memserve.api.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
+    BlockStored,
     EventBatch,
+    KVSnapshot,
     decode_frames,
     topic_of,
 )
@@ -85,14 +87,55 @@ def test_what_comes_is_passed_on_and_what_was_missed_is_said(
         until(take)
         assert said == [10, 11, "cleared", 13, "cleared", 15]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-        assert relay.info.snapshot is False
-        with pytest.raises(TransferError, match="no snapshot"):
-            relay.snapshot()
     finally:
         heard.close(linger=0)
         relay.close()
         vllm.close()
     assert not relay.thread.is_alive()
+    with pytest.raises(TransferError, match="no longer passed on"):
+        relay.snapshot()
+
+
+def stored(name: int, medium: str, parent: int | None = None) -> BlockStored:
+    return BlockStored([name], parent, [name] * 16, 16, None, medium, None)
+
+
+def test_who_comes_later_gets_a_snapshot(
+    context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path
+) -> None:
+    source = f"ipc://{tmp_path}/e"
+    vllm = Vllm(context, source)
+    relay = EventRelay(source, *OWNER, 16, "127.0.0.1", None)
+    heard = context.socket(zmq.SUB)
+    heard.rcvtimeo = 30_000
+    own, behind = [stored(1, "GPU"), stored(2, "GPU", 1)], [stored(1, "CPU")]
+    try:
+        heard.subscribe(b"")
+        heard.connect(relay.info.endpoint)
+        vllm.until_heard()
+        decode_frames(heard.recv_multipart())
+        batches = [[*own, *behind], [AllBlocksCleared()], [BlockRemoved([1], "CPU")]]
+        expected = [[*own, *behind], behind, []]
+        for number, (events, held) in enumerate(zip(batches, expected, strict=True)):
+            vllm.say(number, msgpack.encode(EventBatch(1.0, [*events], 0)))
+            while not (batch := decode_frames(heard.recv_multipart())).events.events:
+                pass
+            if events == [AllBlocksCleared()]:  # and what was not cleared with it
+                batch = decode_frames(heard.recv_multipart())
+                assert batch.events.events == behind
+            snapshot = msgpack.decode(relay.snapshot(), type=KVSnapshot)
+            assert snapshot.sequence >= batch.sequence
+            assert (snapshot.instance, snapshot.epoch, snapshot.block_tokens) == (*OWNER, 16)
+            assert sorted(snapshot.events, key=str) == sorted(held, key=str)
+        assert relay.info.snapshot
+        assert not relay.info.references
+        vllm.say(7, removed(10))  # what was missed may have removed anything
+        until(lambda: decode_frames(heard.recv_multipart()).events.events == [AllBlocksCleared()])
+        assert msgpack.decode(relay.snapshot(), type=KVSnapshot).events == []
+    finally:
+        heard.close(linger=0)
+        relay.close()
+        vllm.close()
 
 
 def test_what_is_no_endpoint_is_refused() -> None:

@@ -107,6 +107,7 @@ class KVEventsInfo(msgspec.Struct, frozen=True):
     block_tokens: BlockTokens
     secured: bool = False  # CURVE, with the cluster's secret
     snapshot: bool = True  # `GET /kv/snapshot` exists; else only a replay
+    references: bool = True  # blocks are named by packed references; else by vLLM's hashes
 
 
 class StoredBlocks(msgspec.Struct, array_like=True, frozen=True):
@@ -127,14 +128,19 @@ class StoredBlocks(msgspec.Struct, array_like=True, frozen=True):
         return from_wire(self.tokens)
 
 
-class KVSnapshot(msgspec.Struct, frozen=True):
-    """`GET /kv/snapshot`: all cached blocks after batch `sequence`, parents first."""
+class KVSnapshot(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`GET /kv/snapshot`: all cached blocks after batch `sequence`, parents first.
+
+    A memserve instance's own are in `blocks`; those of a vLLM server are in `events`, as that
+    server named them.
+    """
 
     instance: InstanceId
     epoch: Epoch
     sequence: Annotated[int, Meta(ge=-1, le=MAX_SEQUENCE)]
     block_tokens: BlockTokens
-    blocks: list[StoredBlocks]
+    blocks: list[StoredBlocks] = []
+    events: list[BlockStored] = []
 
 
 _batches = msgspec.msgpack.Decoder(EventBatch)
@@ -201,6 +207,25 @@ def namespace_of(event: BlockStored) -> Namespace:
     if event.lora_name is None:
         return salted(None) if salt is None else salt
     return Namespace(f"lora:{event.lora_name}:{salt or ''}")
+
+
+# Parts of the kinds of vLLM's cache groups whose blocks are no prefixes, but a window or a state.
+_NO_PREFIXES = ("sliding", "chunked", "mamba", "linear", "conv")
+
+
+def holds_prefix(event: BlockStored) -> bool:
+    """Return whether an event's blocks are in the instance and hold whole prefixes."""
+    kind = event.kv_cache_spec_kind or ""
+    if event.locality == "REMOTE" or any(part in kind for part in _NO_PREFIXES):
+        return False
+    return event.kv_cache_spec_sliding_window is None
+
+
+def place_of(event: BlockStored | BlockRemoved) -> str | None:
+    """Return the key that separates copies of one hash: medium, and cache group if it is not 0."""
+    if not event.group_idx:
+        return event.medium
+    return f"{event.medium}/{event.group_idx}"
 
 
 def text_blocks(event: BlockStored) -> int:

@@ -246,6 +246,7 @@ def _source(info: InstanceInfo, events: KVEventsInfo, address: str, role: Role) 
         topic=events.topic,
         replay_endpoint=_reachable(events.replay_endpoint, host),
         snapshot_url=address + SNAPSHOT_PATH if events.snapshot else None,
+        references=events.references,
         epoch=info.epoch,
         role=role,
         secured=events.secured,

@@ -57,9 +57,9 @@ _snapshots = msgspec.msgpack.Decoder(KVSnapshot)
 class EventSource:
     """Endpoints of one life of an instance for KV events, and for recovery of missed ones.
 
-    Instances of memserve have a snapshot. Without one (vLLM), a gap is closed by a replay if there
-    is an endpoint for it; if batches remain missing, the tree forgets the instance's blocks and
-    goes on with the batches that follow.
+    Instances of memserve have a snapshot. Without one (another's server), a gap is closed by a
+    replay if there is an endpoint for it; if batches remain missing, the tree forgets the
+    instance's blocks and goes on with the batches that follow.
     """
 
     instance: InstanceId
@@ -68,6 +68,7 @@ class EventSource:
     topic: str = ""
     replay_endpoint: str | None = None
     snapshot_url: str | None = None
+    references: bool = False  # blocks are named by packed references; else by hashes
     epoch: Epoch | None = None  # that a snapshot must have
     role: Role = Role.COLOCATED
     secured: bool = False
@@ -112,7 +113,7 @@ class Subscription:
         self.counts = counts
         self._restoring = restoring
         self._native = source.snapshot_url is not None
-        tree.join(source.instance, source.block_tokens, source.role, references=self._native)
+        tree.join(source.instance, source.block_tokens, source.role, references=source.references)
         self.stream = self._new_stream()
         self._recovery: asyncio.Task[None] | None = None
         self._receiving = self._vitals.errand("KV events", self._keep_receiving())

@@ -39,12 +39,12 @@ class EventOutlet:
         host: str,
         keys: ClusterKeys | None = None,
         *,
-        snapshot: bool = True,
+        references: bool = True,
         buffer_batches: int = REPLAY_BATCHES,
     ) -> None:
         """Bind two free ports of `host`. With `keys`, only clients with the cluster's secret can
-        connect. `snapshot`: subscribers can get a snapshot first. Raises ConfigError for a host
-        that cannot be bound."""
+        connect. `references`: blocks are named by packed references. Raises ConfigError for a
+        host that cannot be bound."""
         self.next = 0  # the next batch's sequence number
         self._sent: deque[tuple[int, bytes]] = deque(maxlen=buffer_batches)
         self._sent_bytes = 0
@@ -59,7 +59,7 @@ class EventOutlet:
             topic=topic_of(instance, epoch),
             block_tokens=block_tokens,
             secured=keys is not None,
-            snapshot=snapshot,
+            references=references,
         )
         self._topic = self.info.topic.encode()
 

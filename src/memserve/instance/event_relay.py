@@ -3,7 +3,8 @@
 Events contain prompts, and vLLM publishes them to any client. A server that memserve starts
 therefore publishes at a Unix socket that only this user can open, and the relay sends the batches
 unchanged to clients with the cluster's secret. The relay adds: a topic with the instance's epoch,
-empty batches while vLLM is idle, and an AllBlocksCleared after missed batches.
+empty batches while vLLM is idle, an AllBlocksCleared after missed batches, a snapshot, and the
+blocks of host memory once more when vLLM has cleared its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import zmq
@@ -18,14 +20,18 @@ import zmq
 from memserve.api.kv_events import (
     BEAT_SECONDS,
     MAX_BATCH_BYTES,
+    MAX_BATCH_ITEMS,
     AllBlocksCleared,
+    BlockStored,
     EventBatch,
     KVEventsInfo,
+    KVSnapshot,
     MalformedEvents,
     decode_frames,
 )
 from memserve.errors import ConfigError, TransferError
 from memserve.instance.event_outlet import EventOutlet
+from memserve.instance.server_blocks import ServerBlocks
 from memserve.transfer.secret import ClusterKeys
 from memserve.types import Epoch, InstanceId
 
@@ -50,7 +56,10 @@ class EventRelay:
     ) -> None:
         """`source`: the endpoint at which vLLM publishes. Other arguments: see `EventOutlet`.
         Raises ConfigError for an invalid `source` or `host`."""
-        self._outlet = EventOutlet(instance, epoch, block_tokens, host, keys, snapshot=False)
+        self._outlet = EventOutlet(instance, epoch, block_tokens, host, keys, references=False)
+        self._owner = instance, epoch
+        self._blocks = ServerBlocks()
+        self._changing = threading.Lock()  # `_blocks` are those after the last published batch
         self._events = self._outlet.context.socket(zmq.SUB)
         self._events.rcvhwm = RECEIVE_HIGH_WATER
         self._events.maxmsgsize = MAX_BATCH_BYTES
@@ -72,7 +81,20 @@ class EventRelay:
         return self._outlet.info
 
     def snapshot(self) -> bytes:
-        raise TransferError("vLLM has no snapshot of its cache")
+        """Return an encoded `KVSnapshot`. Raises TransferError if the relay has ended."""
+        with self._changing:
+            sequence, events = self._outlet.next - 1, self._blocks.stored()
+        if not self.thread.is_alive():
+            raise TransferError("vLLM's KV events are no longer passed on")
+        return self._encode(
+            KVSnapshot(
+                instance=self._owner[0],
+                epoch=self._owner[1],
+                sequence=sequence,
+                block_tokens=self.info.block_tokens,
+                events=events,
+            )
+        )
 
     def close(self) -> None:
         self._stopping.set()
@@ -91,7 +113,8 @@ class EventRelay:
                 if self._events in ready:
                     self._take(self._events.recv_multipart())
                 elif time.monotonic() >= last + BEAT_SECONDS:
-                    self._say([])
+                    with self._changing:
+                        self._say([])
                 if self._outlet.next != before:
                     last = time.monotonic()
         finally:
@@ -103,14 +126,38 @@ class EventRelay:
             batch = decode_frames(frames)
         except MalformedEvents as error:
             log.warning("vLLM published what are no KV events: %s", error)
-            self._say([AllBlocksCleared()])  # the lost events may have removed any block
+            self._forget()  # the lost events may have removed any block
             self._expected += 1
             return
         if batch.sequence != self._expected:
             log.warning("missed KV events of vLLM: %d to %d", self._expected, batch.sequence - 1)
-            self._say([AllBlocksCleared()])
+            self._forget()
         self._expected = batch.sequence + 1
-        self._outlet.publish(frames[-1])
+        with self._changing:
+            outlasted = self._blocks.apply(batch.events.events)
+            self._outlet.publish(frames[-1])
+            if outlasted:
+                for part in _parts(self._blocks.stored()):
+                    self._say(part)
 
-    def _say(self, events: list[AllBlocksCleared]) -> None:
+    def _forget(self) -> None:
+        with self._changing:
+            self._blocks.clear()
+            self._say([AllBlocksCleared()])
+
+    def _say(self, events: Sequence[AllBlocksCleared | BlockStored]) -> None:
         self._outlet.publish(self._encode(EventBatch(time.time(), [*events], 0)))
+
+
+def _parts(events: Sequence[BlockStored]) -> Iterator[list[BlockStored]]:
+    """Cut events into batches of a size that subscribers take."""
+    part: list[BlockStored] = []
+    items = 0
+    for event in events:
+        part.append(event)
+        items += len(event.token_ids) + len(event.block_hashes)
+        if items >= MAX_BATCH_ITEMS:
+            yield part
+            part, items = [], 0
+    if part:
+        yield part

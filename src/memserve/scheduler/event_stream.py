@@ -21,7 +21,9 @@ from memserve.api.kv_events import (
     EventBatch,
     KVSnapshot,
     StoredBlocks,
+    holds_prefix,
     namespace_of,
+    place_of,
     text_blocks,
 )
 from memserve.scheduler.prompt_tree import PromptTree
@@ -30,8 +32,6 @@ from memserve.types import InstanceId, Namespace, TokenArray
 # Batches kept while a gap is open, some minutes' worth. Beyond that a snapshot is needed anyway.
 MAX_AHEAD = 20_000
 MAX_AHEAD_ITEMS = 8_000_000  # tokens and hashes in the kept batches: up to 300 MB
-# Parts of the kinds of vLLM's cache groups whose blocks are no prefixes, but a window or a state.
-_NO_PREFIXES = ("sliding", "chunked", "mamba", "linear", "conv")
 
 
 class EventCounts(msgspec.Struct):
@@ -130,6 +130,11 @@ class EventStream:
             yield
             if self.closed():
                 return
+        for event in snapshot.events:
+            self._apply_stored(event)
+            yield
+            if self.closed():
+                return
         self.position = snapshot.sequence
         self.newest = max(self.newest, snapshot.sequence)
         self._ahead = {s: batch for s, batch in self._ahead.items() if s > snapshot.sequence}
@@ -177,10 +182,7 @@ class EventStream:
                 self._tree.cleared(self._instance)
 
     def _apply_stored(self, event: BlockStored) -> None:
-        kind = event.kv_cache_spec_kind or ""
-        if event.locality == "REMOTE" or any(part in kind for part in _NO_PREFIXES):
-            return
-        if event.kv_cache_spec_sliding_window is not None:
+        if not holds_prefix(event):
             return
         count = text_blocks(event)
         if event.block_size != self._block_tokens:
@@ -193,7 +195,7 @@ class EventStream:
             return
         names = event.block_hashes[:count]
         space = namespace_of(event)
-        self._store(space, event.parent_block_hash, names, tokens, _place(event))
+        self._store(space, event.parent_block_hash, names, tokens, place_of(event))
 
     def _store(
         self,
@@ -217,7 +219,7 @@ class EventStream:
         if event.locality == "REMOTE":
             return
         try:
-            self._tree.removed(self._instance, event.block_hashes, _place(event))
+            self._tree.removed(self._instance, event.block_hashes, place_of(event))
         except ValueError:
             self.counts.malformed += 1
 
@@ -229,10 +231,3 @@ def _items(batch: EventBatch) -> int:
         for event in batch.events
         if not isinstance(event, AllBlocksCleared)
     )
-
-
-def _place(event: BlockStored | BlockRemoved) -> str | None:
-    """Key that separates copies of one hash: medium, and cache group if it is not 0."""
-    if not event.group_idx:
-        return event.medium
-    return f"{event.medium}/{event.group_idx}"
