@@ -15,6 +15,7 @@ from memserve.config import Caching
 from tests.fakes import metric, save_tiny_tokenizer, until
 from tests.tiny_models import Reference, save_tiny_model
 from tests.vllm_cluster import (
+    BLOCK,
     MISSING,
     START_SECONDS,
     Cluster,
@@ -106,6 +107,19 @@ def test_windows_and_ranks_that_differ_are_no_hindrance(tmp_path: Path) -> None:
             history = history + wanted + prompt_of(turn + 2, 20)
             until(lambda: metric(cluster.url, RETURNS) == turn + 1)  # noqa: B023
         check(cluster, reference, range(20, 28))
+
+
+def test_unequal_blocks_are_never_exchanged(qwen3: Path, tmp_path: Path) -> None:
+    reference = Reference(qwen3)
+    with up(qwen3, tmp_path, replace(PAIR[0], block=2 * BLOCK), PAIR[1]) as cluster:
+        history = prompt_of(1, 150)
+        for turn in range(2):
+            wanted = reference.generate(history, 20)
+            assert cluster.complete(history, 20).tokens == wanted
+            history = history + wanted + prompt_of(turn + 2, 20)
+        check(cluster, reference, range(20, 28))
+        assert metric(cluster.url, RECEIVED) == 0
+        assert cluster.log.read_text().count("holds other KV than some") == 1
 
 
 @pytest.mark.parametrize("caching", ["off", "p"])

@@ -12,11 +12,31 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import Self
 
+import msgspec
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memserve.api.errors import ApiError, body_too_large
-from memserve.api.http_message import EVENTS_HEADERS, JSON_HEADER, Headers, Reply, Request
+from memserve.api.http_message import (
+    EVENTS_HEADERS,
+    JSON_HEADER,
+    JSON_MEDIA,
+    Headers,
+    Reply,
+    Request,
+)
 from memserve.api.http_server import Handler
+
+_encode = msgspec.json.Encoder().encode
+
+
+class JsonResponse(Response):
+    """Answer of a Starlette route, encoded by msgspec. Bytes are JSON already."""
+
+    media_type = JSON_MEDIA
+
+    def render(self, content: object) -> bytes:
+        return content if isinstance(content, bytes) else _encode(content)
 
 
 class ClientGone(Exception):

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 import memserve
+from memserve.api.asgi import JsonResponse
 from memserve.api.chunks import ChatCompletion, Completion
 from memserve.api.errors import (
     ApiError,
@@ -129,24 +130,24 @@ def admin_app(
 
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return _json(ModelList([card()]))
+        return JsonResponse(ModelList([card()]))
 
     @app.get("/v1/models/{name:path}")
     async def retrieve_model(name: str) -> Response:
         if name != model:
             raise model_not_found(name, model)
-        return _json(card())
+        return JsonResponse(card())
 
     @app.get("/health")
     async def health() -> Response:
         ready = len(membership.ready())
         if draining():
-            return _json(Health("draining", ready), 503)
+            return JsonResponse(Health("draining", ready), 503)
         if not ready:
-            return _json(Health("no instance", 0), 503)
+            return JsonResponse(Health("no instance", 0), 503)
         # `detail` has addresses, and anybody may read `/health`.
         degraded = [msgspec.structs.replace(pair, detail="") for pair in known.degraded()]
-        return _json(Health("ready", ready, degraded or msgspec.UNSET))
+        return JsonResponse(Health("ready", ready, degraded or msgspec.UNSET))
 
     @app.get("/ping")
     @app.post("/ping")
@@ -163,11 +164,11 @@ def admin_app(
         if siblings is not None:
             for body in (await siblings.answers(LOAD_PATH)).values():
                 running += _load.decode(body).server_load
-        return _json(Load(running))
+        return JsonResponse(Load(running))
 
     @app.get("/version")
     async def version() -> Response:
-        return _json(Version(memserve.__version__))
+        return JsonResponse(Version(memserve.__version__))
 
     app.include_router(page_routes())
     app.include_router(_observing_routes(metrics, decisions, siblings))
@@ -176,7 +177,7 @@ def admin_app(
     @app.get(FEEDS_PATH)
     async def feeds() -> Response:
         """The state of each member's KV event feed at this worker."""
-        return Response(_encode(list(known.feeds())), media_type="application/json")
+        return JsonResponse(list(known.feeds()))
 
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -200,14 +201,14 @@ def _probe_routes(membership: Membership, draining: Callable[[], bool]) -> APIRo
     @routes.get("/live")
     async def live() -> Response:
         """200 while the gateway answers at all, also while it drains."""
-        return _json(Status("live"))
+        return JsonResponse(Status("live"))
 
     @routes.get("/ready")
     async def ready() -> Response:
         """503 while the gateway drains, and until a first instance is ready."""
         if draining():
-            return _json(Status("draining"), 503)
-        return _json(Status("ready")) if met else _json(Status("no instance"), 503)
+            return JsonResponse(Status("draining"), 503)
+        return JsonResponse(Status("ready")) if met else JsonResponse(Status("no instance"), 503)
 
     return routes
 
@@ -241,13 +242,9 @@ def _observing_routes(
         if siblings is not None:
             others = await siblings.answers(f"{DECISIONS_PATH}?n={n}")
             body = await asyncio.to_thread(_newest, n, (body, *others.values()))
-        return Response(body, media_type="application/json")
+        return JsonResponse(body)
 
     return routes
-
-
-def _json(value: msgspec.Struct, status: int = 200) -> Response:
-    return Response(_encode(value), status, media_type="application/json")
 
 
 def _explained(decisions: Sequence[Decision]) -> bytes:
@@ -265,7 +262,7 @@ def _newest(n: int, lists: Sequence[bytes]) -> bytes:
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     headers = {name.decode(): value.decode() for name, value in error.headers()}
-    return Response(error.body(), error.status, headers, media_type="application/json")
+    return JsonResponse(error.body(), error.status, headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from memserve.api.asgi import read_body
+from memserve.api.asgi import JsonResponse, read_body
 from memserve.api.control import (
     MAX_CONTROL_BYTES,
     InstanceChange,
@@ -48,7 +48,7 @@ def cluster_routes(
     async def cluster() -> Response:
         """The members, the membership's epoch, and pairs between which no KV moves."""
         pairs = tuple(degraded()) or msgspec.UNSET
-        return _json(msgspec.structs.replace(membership.view(), degraded=pairs))
+        return JsonResponse(msgspec.structs.replace(membership.view(), degraded=pairs))
 
     @routes.post(MEMBERS_PATH)
     async def join(request: Request) -> Response:
@@ -68,7 +68,7 @@ def cluster_routes(
             raise unavailable(str(error), "cluster_full") from error
         if siblings is not None:
             await siblings.joined(asked)
-        return _json(view_of(member))
+        return JsonResponse(view_of(member))
 
     @routes.delete(MEMBERS_PATH)
     async def leave(request: Request) -> Response:
@@ -80,7 +80,7 @@ def cluster_routes(
             await siblings.left(asked)
         if not left:
             raise instance_not_found(asked.address)
-        return _json(membership.view())
+        return JsonResponse(membership.view())
 
     @routes.post("/cluster/instances/{instance}")
     async def change(instance: str, request: Request) -> Response:
@@ -94,7 +94,7 @@ def cluster_routes(
         await change_member(peers, membership, member, wanted)
         if siblings is not None:
             await siblings.joined(JoinRequest(member.address))  # they poll it at once
-        return _json(view_of(member))
+        return JsonResponse(view_of(member))
 
     return routes
 
@@ -127,7 +127,3 @@ async def _read(request: Request, decoder: msgspec.json.Decoder[T]) -> T:
         return decoder.decode(body)
     except DECODE_ERRORS as error:
         raise invalid(str(error)) from error
-
-
-def _json(value: msgspec.Struct) -> Response:
-    return Response(_encode(value), media_type="application/json")

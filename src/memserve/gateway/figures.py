@@ -11,6 +11,7 @@ import asyncio
 import msgspec
 from fastapi import APIRouter, Response
 
+from memserve.api.asgi import JsonResponse
 from memserve.clock import Clock
 from memserve.cluster.figures import STATS_PATH, WORKER_STATS_PATH, GatewayTotals, MemberFigures
 from memserve.cluster.member import Member
@@ -55,11 +56,11 @@ def figures_routes(
             b",".join(parts),
             b",".join(workers),
         )
-        return Response(body, media_type="application/json")
+        return JsonResponse(body)
 
     @routes.get(WORKER_STATS_PATH, include_in_schema=False)
     async def worker_stats() -> Response:
-        return Response(totals(), media_type="application/json")
+        return JsonResponse(totals())
 
     return routes
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 from fastapi import APIRouter, Query, Request, Response
 
-from memserve.api.asgi import read_body
+from memserve.api.asgi import JsonResponse, read_body
 from memserve.api.errors import invalid
 from memserve.api.metric import Label, MetricSpec, Page, counter, gauge
 from memserve.api.peer_client import DECODE_ERRORS
@@ -70,7 +70,6 @@ _AGE = gauge(
     "reach this gateway. A decision reaches one of a gateway's workers: the least age counts.",
 )
 
-_encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Decision).decode
 _plans = msgspec.json.Decoder(list[Decision]).decode
 _reports = msgspec.json.Decoder(list[LoadReport]).decode
@@ -130,11 +129,11 @@ def planner_routes(board: PlannerBoard, siblings: Siblings | None) -> APIRouter:
         if siblings is not None:
             for body in (await siblings.answers(WORKER_LOAD_PATH)).values():
                 reports += _reports(body)
-        return _json(reports)
+        return JsonResponse(reports)
 
     @routes.get(WORKER_LOAD_PATH, include_in_schema=False)
     async def worker_load() -> Response:
-        return _json([board.load()])
+        return JsonResponse([board.load()])
 
     @routes.get(PLANNER_PATH)
     async def last(n: Annotated[int, Query(ge=0, le=KEPT_PLANS)] = SHOWN_PLANS) -> Response:
@@ -144,11 +143,11 @@ def planner_routes(board: PlannerBoard, siblings: Siblings | None) -> APIRouter:
             for body in (await siblings.answers(f"{WORKER_PLANNER_PATH}?n={n}")).values():
                 found += _plans(body)
         found.sort(key=lambda decision: decision.at, reverse=True)
-        return _json(found[:n])
+        return JsonResponse(found[:n])
 
     @routes.get(WORKER_PLANNER_PATH, include_in_schema=False)
     async def worker_last(n: int = SHOWN_PLANS) -> Response:
-        return _json(board.last(n))
+        return JsonResponse(board.last(n))
 
     @routes.post(PLANNER_PATH)
     async def post(request: Request) -> Response:
@@ -159,10 +158,6 @@ def planner_routes(board: PlannerBoard, siblings: Siblings | None) -> APIRouter:
         except DECODE_ERRORS as error:
             raise invalid(str(error)) from error
         board.post(decision)
-        return _json(decision)
+        return JsonResponse(decision)
 
     return routes
-
-
-def _json(value: object) -> Response:
-    return Response(_encode(value), media_type="application/json")

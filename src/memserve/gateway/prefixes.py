@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from fastapi import APIRouter, Query, Response
 
+from memserve.api.asgi import JsonResponse
 from memserve.clock import Clock
 from memserve.cluster.client import PREFIXES_PATH
 from memserve.gateway.siblings import Siblings
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 SHOWN_PREFIXES = 20  # default n
 _ENDS_TOKENS = 48  # of a text, at its beginning and at its end
 
-_encode = msgspec.json.Encoder().encode
 _reports = msgspec.json.Decoder(PrefixReport)
 
 
@@ -57,7 +57,7 @@ def prefix_routes(
             path = f"{PREFIXES_PATH}?n={n}&text={str(text).lower()}"
             others = (await siblings.answers(path)).values()
             report = merged_reports([report, *map(_reports.decode, others)], n)
-        return Response(_encode(report), media_type="application/json")
+        return JsonResponse(report)
 
     return routes
 
