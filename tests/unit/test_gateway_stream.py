@@ -166,6 +166,6 @@ def test_a_pause_is_what_the_client_saw() -> None:
     stream.received(b":0 9\ndata: b\n\n", False)
     clock.advance(3.0)
     stream.received(b":0 9\ndata: c\n\n", False)
-    assert stream.first_byte == 1.0
+    assert stream.first_token == 1.0
     assert stream.pauses == [2.5]
     assert client.events == [b"a", b"b", b"c"]

@@ -8,6 +8,7 @@ ignore it silently, or do something that no client may ask for (see `docs/vllm.m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
@@ -45,6 +46,11 @@ _WITHOUT_CACHE: Final = frozenset(
     {ForwardPath.COUNT_TOKENS, ForwardPath.TOKENIZE, ForwardPath.DETOKENIZE}
 )
 
+# An event of a /v1/responses stream, but for those that vLLM sends at once.
+_RESPONSES_OUTPUT = re.compile(
+    rb"^event: (?!response\.(?:created|in_progress)\n)\S+\n", re.MULTILINE
+)
+
 
 class Forward(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A request for a vLLM server. `body`: a JSON object without GIVEN_FIELDS, which the instance
@@ -67,6 +73,11 @@ class Forward(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def prioritised(self) -> bool:
         """Whether the server accepts a priority on this path."""
         return self.salted and self.path is not ForwardPath.MESSAGES
+
+    def tells_token(self, data: bytes) -> bool:
+        """Whether bytes at the start of a stream show that a token has been generated. vLLM's
+        streams begin with their first token, but for those of `/v1/responses`."""
+        return self.path is not ForwardPath.RESPONSES or bool(_RESPONSES_OUTPUT.search(data))
 
 
 # Fields that come from the call, not from the body: the instance writes them.

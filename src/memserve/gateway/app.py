@@ -380,10 +380,10 @@ class GatewayApp:
         started: float,
     ) -> None:
         took = self._clock.now() - started
-        first = None if answer.first_byte is None else answer.first_byte - started
+        first = None if answer.first_token is None else answer.first_token - started
         status = HUNG_UP if reply.gone and not reply.ended else reply.status
         if answer.trace is not None:
-            answer.trace.end(status, answer.first_byte, answer.broken)
+            answer.trace.end(status, answer.first_token, answer.broken)
         metrics = self._metrics
         metrics.requests[request.path, status] += 1
         metrics.request_seconds.observe(took)

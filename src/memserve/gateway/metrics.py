@@ -68,7 +68,7 @@ _FAILOVERS = counter(
 )
 _FIRST_TOKEN = histogram(
     "memserve_time_to_first_token_seconds",
-    "Time from a streamed request's arrival at the gateway to the first bytes of its answer.",
+    "Time from a streamed request's arrival at the gateway to its first token.",
 )
 _SECONDS = histogram(
     "memserve_request_seconds",

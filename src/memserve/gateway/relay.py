@@ -44,13 +44,13 @@ _REFUSALS = (HTTPStatus.SERVICE_UNAVAILABLE.value, _FULL)
 class Answer:
     """Outcome of a call, for log and metrics. Filled while the call is relayed."""
 
-    __slots__ = ("broken", "failovers", "first_byte", "key", "pauses", "route", "trace")
+    __slots__ = ("broken", "failovers", "first_token", "key", "pauses", "route", "trace")
 
     def __init__(self) -> None:
         self.key: str | None = None  # the name of the API key that was shown
         self.trace: RequestTrace | None = None  # None: traces are off
         self.route: Route | None = None  # the last one tried
-        self.first_byte: float | None = None  # clock time of its write to the client; streams only
+        self.first_token: float | None = None  # clock time of its write to the client; streams only
         self.broken = False  # the stream ended with an error
         self.failovers = 0  # times that another instance continued a stream
         self.pauses: list[float] = []  # seconds without bytes for the client, one per failover
@@ -85,9 +85,6 @@ class Attempt:
         self._streaming = self._stream is not None and status == _OK
 
     def received(self, data: bytes, last: bool) -> None:
-        if self._first and self.status == _OK:
-            self._first = False
-            self._route.first_token()
         if self._streaming and self._stream is not None:
             self._stream.received(data, last)
         else:
@@ -100,6 +97,14 @@ class Attempt:
                 self._parts.clear()
                 if self.on_too_large is not None:
                     self.on_too_large()
+        if self._first and self.status == _OK and self._begun:
+            self._first = False
+            self._route.first_token()
+
+    @property
+    def _begun(self) -> bool:
+        """Whether the bytes received so far show that a token has been generated."""
+        return self._stream is None or self._stream.tells_token
 
     @property
     def body(self) -> bytes:
@@ -165,7 +170,7 @@ class Relay:
             answer.route = route
             attempt = await self._try(route, call, reply, stream, answer.trace)
             if stream is not None:
-                answer.first_byte, answer.pauses = stream.first_byte, stream.pauses
+                answer.first_token, answer.pauses = stream.first_token, stream.pauses
                 if trace is not None:
                     trace.streamed(stream)
             if reply.gone or reply.ended:

@@ -150,14 +150,14 @@ class RequestTrace:
         if reasons:
             self._root.attributes["gen_ai.response.finish_reasons"] = tuple(reasons)
 
-    def end(self, status: int, first_byte: float | None, broken: bool) -> None:
-        """End the request. `first_byte`: when it went to the client, for streams."""
+    def end(self, status: int, first_token: float | None, broken: bool) -> None:
+        """End the request. `first_token`: when it went to the client, for streams."""
         root = self._root
         if not root.recording:
             return
         self.attempted(0, "given up")
-        if first_byte is not None:
-            root.event("first_token", first_byte)
+        if first_token is not None:
+            root.event("first_token", first_token)
         root.attributes["http.response.status_code"] = status
         root.finish(error="stream_broken" if broken else _error(status))
 

@@ -34,7 +34,7 @@ class ClientStream:
 
     def __init__(self, call: GenerateCall, reply: Reply, headers: Headers, clock: Clock) -> None:
         self.reply = reply
-        self.first_byte: float | None = None  # clock time of its write to the client
+        self.first_token: float | None = None  # clock time of its write to the client
         self.pauses: list[float] = []  # seconds without bytes, one for each failover
         self.error: bytes | None = None  # error event of the current instance
         self.finish_reasons: list[str] | None = None  # None: not noted, unless the owner wants them
@@ -72,11 +72,17 @@ class ClientStream:
             if self.finish_reasons is not None:
                 self.finish_reasons += [each.decode() for each in _FINISHED.findall(data)]
         if last and (self._done or not self._resumable) and self.error is None:
-            self._begin()
+            self._begin(data)
             self.reply.end(data)
         elif data:
-            self._begin()
+            self._begin(data)
             self.reply.write(data)
+
+    @property
+    def tells_token(self) -> bool:
+        """Whether the bytes received so far show that a token has been generated: any of an
+        instance's own, since each of its events has tokens."""
+        return self._call.forward is None or self.first_token is not None
 
     @property
     def refused(self) -> bool:
@@ -117,10 +123,13 @@ class ClientStream:
         self._begin()
         self.reply.end(self.error or error)
 
-    def _begin(self) -> None:
+    def _begin(self, data: bytes = b"") -> None:
+        """Note that `data` is written now; start the answer before."""
         now = self._clock.now()
+        forward = self._call.forward
+        if self.first_token is None and data and (forward is None or forward.tells_token(data)):
+            self.first_token = now
         if not self.reply.started:
-            self.first_byte = now
             self.reply.start(_OK, (*EVENTS_HEADERS, *self._headers))
         elif self._interrupted:
             self.pauses.append(now - self._last_byte)
