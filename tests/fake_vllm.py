@@ -147,6 +147,9 @@ class FakeVllm:
                 return web.json_response({"path": request.path, "body": body})
             response = web.StreamResponse(headers={"content-type": "text/event-stream"})
             await response.prepare(request)
+            if request.path == ForwardPath.RESPONSES:
+                return await self._respond(response)
+            await asyncio.sleep(self._settings.get("first_token_seconds", 0))
             for number in range(body.get("max_tokens", 4)):
                 delta = {"content": f"<{number}>"}
                 await _send(response, {"choices": [{"index": 0, "delta": delta}]})
@@ -161,6 +164,16 @@ class FakeVllm:
             raise
         finally:
             self.running -= 1
+
+    async def _respond(self, response: web.StreamResponse) -> web.StreamResponse:
+        """A stream of `/v1/responses`: its first two events come before the first token."""
+        names = ["created", "in_progress", "output_item.added", "output_text.delta", "completed"]
+        for number, name in enumerate(names):
+            if number == 2:
+                await asyncio.sleep(self._settings.get("first_token_seconds", 0))
+            event = json.dumps({"type": f"response.{name}"}).encode()
+            await response.write(b"event: response.%b\ndata: %b\n\n" % (name.encode(), event))
+        return response
 
     async def _read(self, request: web.Request) -> dict[str, Any]:
         """A body, with the salts that vLLM takes."""

@@ -14,7 +14,7 @@ from memserve.api.timeline import MAX_PAUSES
 from memserve.engine.request import Usage
 from memserve.instance.sequence_stats import SequenceStats, combined
 from memserve.instance.server import instance_page
-from memserve.instance.timelines import Timelines
+from memserve.instance.timelines import Timelines, timeline_of
 from memserve.types import Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import BLOCK, Node, call_of, completed, node, pair, prompt_of
@@ -90,7 +90,7 @@ async def test_time_lines_are_bounded(model: Path) -> None:
         for call in (calls[0], calls[1], calls[0], calls[2]):
             with one.instance.run(call) as run:
                 await completed(run)
-            known.add(run.generation)
+            known.add(timeline_of(run.generation))
     assert [known.find(call.id) is not None for call in calls] == [True, False, True]
 
 

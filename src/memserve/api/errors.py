@@ -59,6 +59,11 @@ class ApiError(MemserveError):
         self.allow = allow
         self.authenticate = authenticate
 
+    @property
+    def reason(self) -> str:
+        """The code, or else the status: for logs, traces and time lines."""
+        return self.detail.code or str(int(self.status))
+
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return the error's own headers."""
         headers = []

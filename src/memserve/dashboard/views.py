@@ -146,17 +146,24 @@ def requests_html(
 class Phase(NamedTuple):
     """A part of a time line: seconds from the call's arrival at the instance."""
 
-    name: str  # a term of predictions, or pause
+    name: str  # a term of predictions; of forwarded requests, prepare, server and answer, too
     begin: float
     seconds: float
 
 
 def phases(told: Timeline) -> list[Phase]:
     """Return the phases of a request in the order in which they passed, without empty ones. The
-    prompt's computation is one for each chunk."""
+    prompt's computation is one for each chunk.
+
+    A forwarded request is at the `server` until its first byte (its first token, if streamed), and
+    `answer` is the rest."""
     found: list[Phase] = []
     at = 0.0
-    for name, seconds in (("fetch", told.fetch), ("queue", told.queue)):
+    for name, seconds in (
+        ("prepare", told.prepare),
+        ("fetch", told.fetch),
+        ("queue", told.queue),
+    ):
         found.append(Phase(name, at, seconds))
         at += seconds
     submitted, end = at - told.queue, at + told.prefill
@@ -170,7 +177,19 @@ def phases(told: Timeline) -> list[Phase]:
     for name, seconds in rest:
         found.append(Phase(name, at, seconds))
         at += seconds
+    if (forwarded := told.forwarded) is not None and forwarded.sent is not None:
+        first = forwarded.end if forwarded.first is None else forwarded.first
+        found.append(Phase("server", forwarded.sent, first - forwarded.sent))
+        found.append(Phase("answer", first, forwarded.end - first))
     return [phase for phase in found if phase.seconds > 0]
+
+
+def totals(told: Timeline) -> list[tuple[str, float]]:
+    """Return the seconds of each phase, in order; a prompt's chunks are one."""
+    return [
+        (name, sum(phase.seconds for phase in run))
+        for name, run in groupby(phases(told), key=lambda phase: phase.name)
+    ]
 
 
 def longest(decision: DecisionView, timeline: Timeline | None = None) -> float:
@@ -194,7 +213,7 @@ def prefixes_html(report: PrefixReport, said: Mapping[str, str]) -> str:
     return _render("prefixes.html", report=report, said=said, most=most, shown=MAX_HOLDERS)
 
 
-_templates.globals["phases"] = phases
+_templates.globals.update(phases=phases, totals=totals)
 
 
 def _render(name: str, **values: object) -> str:

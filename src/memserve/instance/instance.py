@@ -44,6 +44,7 @@ from memserve.errors import QueueFull, TransferError
 from memserve.instance import request_trace
 from memserve.instance.dispatcher import Dispatcher, Mailbox, Run
 from memserve.instance.fetch import Fetcher
+from memserve.instance.forwarded_run import ForwardedRun
 from memserve.instance.generation import Generation, engine_requests, shared_namespace
 from memserve.instance.grammars import Constraints
 from memserve.instance.health import EngineHealth
@@ -52,12 +53,11 @@ from memserve.instance.parts import Identity, Parts
 from memserve.instance.prefill import Prefiller
 from memserve.instance.remote_prefill import RemotePrefill
 from memserve.instance.submission import FinishRate, Submission
-from memserve.instance.timelines import Timelines
+from memserve.instance.timelines import Timelines, forwarded_timeline, timeline_of
 from memserve.scheduler.profiles import Profile
-from memserve.tracing.span import Span, SpanKind, headers_of, timed
+from memserve.tracing.span import Span
 from memserve.types import Role
 from memserve.vital import Vitals
-from memserve.vllm.forwarder import ForwardedAnswer
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ class Instance:
             served.submission.cancel(list(unfinished))
             self._latencies.ended.abort += len(unfinished)
         log.info("%s", run.generation)
-        self.timelines.add(run.generation)
+        self.timelines.add(timeline_of(run.generation))
         if run.span is not None and run.span.recording:
             request_trace.ended(run.span, run.generation)
         self._rate.record(len(requests) - len(unfinished))
@@ -240,10 +240,10 @@ class Instance:
     @asynccontextmanager
     async def forward(
         self, call: GenerateCall, forward: Forward, span: Span | None = None
-    ) -> AsyncIterator[ForwardedAnswer]:
-        """Context of a call that goes to the vLLM server behind this instance. Leaving it early
-        hangs up. `span`: the call's, if it is traced. Raises ApiError if the instance refuses the
-        call."""
+    ) -> AsyncIterator[ForwardedRun]:
+        """Context of a call that goes to the vLLM server behind this instance, which has begun to
+        answer. Leaving it early hangs up. `span`: the call's, if it is traced. Raises ApiError if
+        the instance refuses the call."""
         served = self._ready()
         parts, remote = served.parts, served.remote
         if parts.forwarder is None:
@@ -254,22 +254,25 @@ class Instance:
             )
         shared = self.lifecycle.role in parts.sharing
         namespace = shared_namespace(call) if shared else private(call.id)
-        with self.lifecycle.counted():
-            if remote is not None and (call.prefill or call.fetch is not None):
-                await remote.bring(call, namespace, span)
-            try:
-                with timed(span, "vllm", SpanKind.CLIENT) as asking:
-                    answering = parts.forwarder.answer(call, forward, namespace, headers_of(asking))
+        run = ForwardedRun(call, forward, self._clock, span)
+        try:
+            with self.lifecycle.counted(), run:
+                if remote is not None and (call.prefill or call.fetch is not None):
+                    run.brought = await remote.bring(call, namespace, span)
+                try:
+                    answering = parts.forwarder.answer(call, forward, namespace, run.sending)
                     async with answering as answer:
-                        if asking is not None:
-                            asking.attributes["http.response.status_code"] = answer.status
+                        run.answered(answer)
                         log.info("%s %s: %d", call.id, forward.path, answer.status)
-                        yield answer
-            except QueueFull as error:
-                raise queue_full(str(error), self._rate.retry_after(error.waiting)) from error
-            finally:
-                if parts.link is not None and not shared:
-                    parts.link.forget(namespace)
+                        yield run
+                except QueueFull as error:
+                    raise queue_full(str(error), self._rate.retry_after(error.waiting)) from error
+                finally:
+                    if parts.link is not None and not shared:
+                        parts.link.forget(namespace)
+        finally:
+            self.timelines.add(forwarded_timeline(run))
+            request_trace.forwarded(run)
         self._rate.record(call.n)
 
     async def prefill(self, call: PrefillCall, span: Span | None = None) -> PrefillResult:

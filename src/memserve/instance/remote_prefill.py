@@ -103,10 +103,10 @@ class RemotePrefill:
 
     async def bring(
         self, call: GenerateCall, namespace: Namespace, span: Span | None = None
-    ) -> None:
+    ) -> SequenceStats:
         """Bring the KV of a call's first prompt into `namespace` of this instance's pool, by a
-        remote prefill or else a fetch. The vLLM server then finds it cached when it gets the
-        forwarded body."""
+        remote prefill or else a fetch, and return the figures of that. The vLLM server then finds
+        the KV cached when it gets the forwarded body."""
         prompt = call.prompts[0]
         request = EngineRequest(
             id=RequestId(f"{call.id}-forward"),
@@ -117,14 +117,16 @@ class RemotePrefill:
             priority=call.priority,
             span=span,
         )
-        shared = shared_namespace(call)
+        shared, own = shared_namespace(call), SequenceStats(self._clock.now())
         if call.prefill:
             await self._let_return(prompt)
             result = await self._prefill(call, request, shared)
             if result is not None:
-                self._note(result, request, SequenceStats(self._clock.now()))
-                return
-        await self._fetcher.fetch(call.fetch, request.id, prompt, shared, namespace, span)
+                self._note(result, request, own)
+                return own
+        fetched = await self._fetcher.fetch(call.fetch, request.id, prompt, shared, namespace, span)
+        own.blocks_fetched, own.fetch_seconds = fetched.blocks, fetched.seconds
+        return own
 
     async def _start(
         self,

@@ -1,8 +1,8 @@
 """The spans of calls at an instance: live ones around calls, others from statistics at the end.
 
 `generate` has the parts `ask prefill` or `fetch`, and of each sequence `queue`, `compute` and
-`decode`; `prefill` has `fetch`, `queue`, `compute` and `transfer`. The engine measures anyway; a
-trace only gives these figures a place in time.
+`decode`; of a forwarded call, `vllm`. `prefill` has `fetch`, `queue`, `compute` and `transfer`. The
+figures are measured anyway; a trace only gives them a place in time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall
 from memserve.api.handoff import PrefillCall, PrefillResult, PushCall, PushResult
 from memserve.api.timeline import Chunk
+from memserve.instance.forwarded_run import ForwardedRun
 from memserve.instance.generation import Generation
 from memserve.instance.sequence_stats import SequenceStats
 from memserve.tracing.span import Attribute, Span, Tracer, error_type
@@ -36,7 +37,7 @@ def served(tracer: Tracer | None, name: str, scope: Scope) -> Iterator[Span | No
         yield span
     except ApiError as error:
         span.attributes["http.response.status_code"] = int(error.status)
-        span.finish(error=error.detail.code or str(int(error.status)))
+        span.finish(error=error.reason)
         raise
     except BaseException as error:
         span.finish(error=error_type(error))
@@ -83,6 +84,21 @@ def ended(span: Span, generation: Generation) -> None:
         if len(generation.stats) > 1:
             of_several["memserve.sequence"] = number
         _sequence(span, stats, of_several)
+
+
+def forwarded(run: ForwardedRun) -> None:
+    """Say how a forwarded call went, and end its span at the server, if it has come there."""
+    if run.parent is not None and run.error is not None:
+        run.parent.error = run.error
+    span = run.span
+    if span is None:
+        return
+    span.attributes["http.response.body.size"] = run.size
+    if run.status is not None:
+        span.attributes["http.response.status_code"] = run.status
+    if run.first is not None:
+        span.event("first_token" if run.stream else "first_byte", run.first)
+    span.finish(run.end, run.error)
 
 
 def _sequence(span: Span, stats: SequenceStats, attributes: dict[str, Attribute]) -> None:

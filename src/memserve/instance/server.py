@@ -49,6 +49,7 @@ from memserve.api.vllm_metrics import ENGINE, VLLM_INSTANCE_METRICS, report_lora
 from memserve.instance import calls
 from memserve.instance.calls import CallReader, LargeCalls
 from memserve.instance.dispatcher import Run
+from memserve.instance.forwarded_run import LOST, ForwardedRun
 from memserve.instance.instance import Instance
 from memserve.instance.request_trace import describe, pushed, served
 from memserve.logs import shown
@@ -171,8 +172,8 @@ class InstanceApp:
         span: Span | None,
     ) -> None:
         with HangUp(receive):
-            async with self._instance.forward(call, forward, span) as answer:
-                await _pass_on(answer, send)
+            async with self._instance.forward(call, forward, span) as run:
+                await _pass_on(run, send)
 
     async def _prefill(self, scope: Scope, receive: Receive, send: Send) -> None:
         with served(self._tracer, "prefill", scope) as span:
@@ -305,23 +306,23 @@ async def _stream(run: Run, send: Send) -> None:
         await send({"type": "http.response.body", "body": error.event()})
 
 
-async def _pass_on(answer: ForwardedAnswer, send: Send) -> None:
+async def _pass_on(run: ForwardedRun, send: Send) -> None:
     """Send a vLLM server's answer unchanged. Raises ApiError if the server is lost before its
     first bytes."""
     started = False
     try:
-        async for data in answer.pieces():
+        async for data in run.pieces():
             if not started:
                 started = True
-                await send(_head_of(answer))
+                await send(_head_of(run.answer))
             await send({"type": "http.response.body", "body": data, "more_body": True})
     except BrokenOff as error:
         log.warning("%s", error)
         if not started:
-            raise unavailable("The vLLM server was lost.", "server_lost") from error
+            raise unavailable("The vLLM server was lost.", LOST) from error
         return  # without the end of the body, so that the client notices the loss
     if not started:
-        await send(_head_of(answer))
+        await send(_head_of(run.answer))
     await send({"type": "http.response.body", "body": b""})
 
 

@@ -6,7 +6,7 @@ An instance uses it beside the sequences of its engine (`engine.py`), on its eve
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 
@@ -69,19 +69,19 @@ class Forwarder:
         call: GenerateCall,
         forward: Forward,
         namespace: Namespace,
-        headers: Mapping[str, str] = _JSON,
+        sending: Callable[[], Mapping[str, str]],
     ) -> AsyncIterator[ForwardedAnswer]:
         """Send a call's forwarded request and yield the answer. Leaving the context early closes
-        the connection, and the server drops the request. `headers`: further ones. Raises
-        ApiError, or QueueFull if the sequences in flight would exceed
-        `max_running + max_waiting`."""
+        the connection, and the server drops the request. `sending` is called when the body goes
+        to the server, and returns further headers. Raises ApiError, or QueueFull if the sequences
+        in flight would exceed `max_running + max_waiting`."""
         body = forwarded_body(call, forward, namespace, self._info.model)
         most = self._info.max_running + self._info.max_waiting
         if self._sequences + call.n > most:
             raise QueueFull(self._sequences, most)
         self._sequences += call.n
         try:
-            async with await self._post(forward, body, headers) as response:
+            async with await self._post(forward, body, sending()) as response:
                 if response.status in _DENIED:
                     log.error("the vLLM server answers with %d", response.status)
                     raise internal("The vLLM server does not let its instance in.", "server_denies")
