@@ -76,6 +76,7 @@ def answer_of(
     decisions: Sequence[DecisionView] = (),
     url: str = URL,
     ahead: float = 0.0,
+    policy: str | None = None,
 ) -> GatewaySeen:
     """`ahead`: of the gateway's clock before the watcher's; its members were heard just now."""
     figures = ClusterFigures(
@@ -85,6 +86,7 @@ def answer_of(
             for summary, stats in members
         ),
         (totals or GatewayTotals(),),
+        policy,
     )
     view = ClusterView(Epoch(1), tuple(summary for summary, _ in members))
     return GatewaySeen(url, at, view, figures, tuple(decisions))
@@ -95,8 +97,9 @@ def snapshot(
     members: Sequence[tuple[MemberView, InstanceStats | None]],
     totals: GatewayTotals | None = None,
     decisions: Sequence[DecisionView] = (),
+    policy: str | None = None,
 ) -> Snapshot:
-    return snapshot_of(at, [answer_of(at, members, totals, decisions)])
+    return snapshot_of(at, [answer_of(at, members, totals, decisions, policy=policy)])
 
 
 def decision(
@@ -149,4 +152,5 @@ def busy_cluster(at: float) -> Snapshot:
         GatewayTotals(4, 1, 10 * n, n, 0, 0, 0, n // 4, 400 * n, seen(*[0.03] * n)),
         [decision(f"cmpl-{i}", at - i, Outcome(0.3 + i / 100, 1.5)) for i in range(1, 4)]
         + [decision("cmpl-new", at, prefill=None)],
+        "prompt-tree",
     )

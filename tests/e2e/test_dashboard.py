@@ -39,6 +39,7 @@ _MISSING = [
 ]
 in_browser = pytest.mark.skipif(bool(_MISSING), reason=f"needs {' and '.join(_MISSING)}")
 PAGES = ("Cluster", "Requests", "Cache", "Latency", "Actions")
+CHARTS = {"Cache": 3, "Latency": 4}
 
 
 @contextmanager
@@ -203,8 +204,13 @@ def test_every_page_is_drawn(chromium: Any, link: str, width: int, scheme: str) 
     assert paper == ("rgb(20, 23, 27)" if scheme == "dark" else "rgb(246, 247, 249)")
     for name in PAGES:
         browser.go(name)
-        if name in ("Cache", "Latency"):
-            page.wait_for_function("document.querySelectorAll('.chart canvas').length === 3")
+        if name in CHARTS:
+            count = f"document.querySelectorAll('.chart canvas').length === {CHARTS[name]}"
+            page.wait_for_function(count)
+            if name == "Latency":
+                page.click("button:has-text('by policy')")
+                page.wait_for_selector("text=At gateways of each policy")
+                page.click("button:has-text('p99')")
         elif name == "Requests":
             page.click("table.list tbody tr:nth-child(2) a")
             page.wait_for_selector(".candidate.chosen .bar i.decode")

@@ -48,6 +48,12 @@ async def test_what_happened_is_seen_beside_what_was_predicted(start_cluster: St
         assert all(member.stats is not None for member in seen.members)
         assert (seen.totals.answered, seen.totals.running) == (2, 0)
         assert sum(seen.totals.first_token.counts) == 1
+        # Of the stream's six tokens; those that came with the first one had no time between.
+        assert sum(seen.totals.inter_token.counts) <= 5
+        assert sum(seen.totals.per_token.counts) == 1
+        assert sum(seen.totals.whole.counts) == 2
+        found = watcher.history.rates.policies["prompt-tree"]
+        assert (found.first_token.count, found.per_token.count, found.whole.count) == (1, 1, 2)
         whole, streamed = (each.view for each in seen.decisions)
         assert (streamed.considered, len(streamed.candidates)) == (2, 2)
         assert streamed.happened.first_token is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Iterator
+from importlib.resources import files
 
 import msgspec
 import pytest
@@ -18,7 +20,7 @@ from memserve.scheduler.prefix_view import PrefixHolder, PrefixReport, PrefixVie
 from memserve.types import InstanceId, RequestId, Role
 from memserve.watch.history import History, Point
 from memserve.watch.latency import Percentiles
-from memserve.watch.rates import RoleLatency, rates_between
+from memserve.watch.rates import GroupLatency, rates_between
 from memserve.watch.snapshot import DecisionSeen
 from tests.watch_harness import busy_cluster, decision, member_of, seen, snapshot, stats_of
 
@@ -191,7 +193,7 @@ def test_charts_are_thin_and_lose_no_failover() -> None:
 
 
 def test_latencies_are_in_milliseconds_with_gaps_and_marks() -> None:
-    some = {Role.DECODE: RoleLatency(first_token=Percentiles(0.03, 0.05, 0.123456, 7))}
+    some = {Role.DECODE: GroupLatency(first_token=Percentiles(0.03, 0.05, 0.123456, 7))}
     points = [Point(1.0, latencies=some), Point(2.0, failovers=2)]
     chart = charts.latency(charts.LATENCIES[0], points, Role.DECODE, epoch=100.0)
     names = [series["name"] for series in chart["series"]]
@@ -212,6 +214,93 @@ def test_an_objective_is_a_line_across() -> None:
     marks = [(mark["yAxis"], mark["label"]["formatter"]) for mark in (*first, *each)]
     assert marks == [(2500.0, "objective"), (50.0, "objective")]
     assert between == whole == []
+
+
+def test_policies_are_lines_of_one_chart() -> None:
+    quick = GroupLatency(first_token=Percentiles(0.03, 0.05, 0.1234567, 8))
+    slow = GroupLatency(first_token=Percentiles(0.4, 0.5, 0.6, 1))
+    points = [
+        Point(1.0, policies={"session": slow, "prompt-tree": quick}),
+        Point(2.0, policies={"session": GroupLatency(), "from later": slow}, failovers=1),
+    ]
+    wanted = charts.Objectives(ttft=0.5)
+    chart = charts.latency_by_policy(charts.LATENCIES[0], points, "p99", 100.0, wanted)
+    assert {each["name"]: each["data"] for each in chart["series"]} == {
+        "from later": [[101_000, None], [102_000, 600.0]],
+        "prompt-tree": [[101_000, 123.5], [102_000, None]],
+        "session": [[101_000, 600.0], [102_000, None]],
+    }
+    marks = chart["series"][0]["markLine"]["data"]
+    assert [mark.get("xAxis", mark.get("yAxis")) for mark in marks] == [102_000, 500.0]
+    (alone,) = charts.latency_by_policy(charts.LATENCIES[0], points[:1], "p50", 0.0)["series"][1:]
+    assert (alone["name"], alone["data"]) == ("session", [[1000, 400.0]])
+    assert charts.latency_by_policy(charts.LATENCIES[0], [], "p50", 0.0)["series"] == []
+
+
+STYLES = files("memserve.dashboard") / "assets/dashboard.css"
+TEXT_CONTRAST = 4.5  # WCAG 2.2, 1.4.3, level AA
+
+
+def theme(dark: bool) -> dict[str, str]:
+    """The colours of a theme by name, as the browser has them."""
+    rules = re.findall(r"(:root|body\.body--dark) \{(.*?)\}", STYLES.read_text(), re.DOTALL)
+    found: dict[str, str] = {}
+    for selector, body in rules:
+        if dark or selector == ":root":
+            found.update(re.findall(r"(--[a-z]+): (#[0-9a-f]+);", body))
+    return found
+
+
+def luminance(colour: str) -> float:
+    """The relative luminance of `#rgb` or `#rrggbb`, by WCAG."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def texts_of(options: object) -> Iterator[dict[str, str]]:
+    """The parts of a chart's options that say what a text looks like."""
+    if isinstance(options, list):
+        for each in options:
+            yield from texts_of(each)
+    elif isinstance(options, dict):
+        for name, value in options.items():
+            if name in ("textStyle", "axisLabel", "label"):
+                yield value
+            yield from texts_of(value)
+
+
+def test_contrast_is_computed_as_wcag_has_it() -> None:
+    assert contrast("#fff", "#000000") == pytest.approx(21)
+    assert contrast("#767676", "#fff") == pytest.approx(4.54, abs=0.005)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_texts_of_charts_can_be_read(dark: bool) -> None:
+    points = [Point(1.0, computed=1, policies={"session": GroupLatency()}, failovers=1)]
+    wanted = charts.Objectives(ttft=1.0, tpot=1.0)
+    drawn = [
+        *(charts.latency(kind, points, Role.DECODE, 0.0, wanted) for kind in charts.LATENCIES),
+        charts.latency_by_policy(charts.LATENCIES[0], points, "p50", 0.0, wanted),
+        *(make(points, 0.0) for make in (charts.sources, charts.hits, charts.evictions)),
+    ]
+    colours = theme(dark)
+    for options in drawn:
+        found = list(texts_of(options))
+        assert len(found) >= 4  # title, legend, both axes
+        for text in found:
+            name = re.fullmatch(
+                r"getComputedStyle\(document\.body\)\.getPropertyValue\('(--[a-z]+)'\)",
+                text[":color"],
+            )
+            assert name is not None
+            assert contrast(colours[name[1]], colours["--card"]) >= TEXT_CONTRAST
 
 
 def test_the_charts_of_the_cache() -> None:

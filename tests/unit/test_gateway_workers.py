@@ -29,7 +29,7 @@ def test_what_is_no_place_is_refused(text: str) -> None:
 
 
 def metrics_of(requests: int, *seconds: float) -> bytes:
-    metrics = GatewayMetrics(Membership())
+    metrics = GatewayMetrics(Membership(), "session")
     metrics.requests["/v1/completions", 200] = requests
     for one in seconds:
         metrics.request_seconds.observe(one)

@@ -192,6 +192,26 @@ async def test_help_opens_and_closes_and_q_quits() -> None:
     assert screen.app.return_code == 0
 
 
+async def test_latencies_are_told_by_policy_and_by_role() -> None:
+    async with running() as screen:
+        await screen.pilot.press("l")
+        await screen.polled(2)
+        lines = screen.lines
+        (policy,) = (at for at, line in enumerate(lines) if "policy prompt-tree" in line)
+        assert lines[policy].split()[3:6] == ["p50", "p90", "p99"]
+        ttft, between, each, whole = (line.split() for line in lines[policy + 1 : policy + 5])
+        # 30 ms is between the bounds 25 and 50 ms.
+        assert ttft[1:8] == ["TTFT", "38", "ms", "48", "ms", "50", "ms"]
+        assert "█" in ttft[8]
+        assert [row[1] for row in (between, each, whole)] == ["inter-token", "TPOT", "JCT"]
+        assert between[2:5] == ["-", "-", "-"]
+        (role,) = (at for at, line in enumerate(lines) if "role decode" in line)
+        assert role > policy
+        assert lines[role + 1].split()[1:4] == ["TTFT", "18", "ms"]
+        await screen.pilot.press("escape")
+        assert "policy prompt-tree" not in screen.text
+
+
 @pytest.mark.parametrize("size", [(40, 10), (200, 60)])
 async def test_other_terminals(size: tuple[int, int]) -> None:
     async with running(size) as screen:

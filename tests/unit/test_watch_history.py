@@ -6,7 +6,8 @@ from memserve.api.status import InstanceState
 from memserve.cluster.figures import GatewayTotals
 from memserve.types import InstanceId, Role
 from memserve.watch import snapshot as snapshots
-from memserve.watch.history import History
+from memserve.watch.history import History, Point, policies_of
+from memserve.watch.rates import GroupLatency
 from memserve.watch.snapshot import snapshot_of
 from tests.watch_harness import answer_of, busy_cluster, decision, member_of, seen, stats_of
 
@@ -71,6 +72,7 @@ def test_history_has_a_point_for_each_snapshot_but_the_first() -> None:
     assert history.rates.seconds == 4.0
     assert history.rates.of(InstanceId("d0")).tokens == 100
     assert point.latencies[Role.DECODE].first_token.count == 4
+    assert point.policies["prompt-tree"].first_token.count == 4
 
 
 def test_other_gateways_begin_the_rates_anew() -> None:
@@ -80,3 +82,10 @@ def test_other_gateways_begin_the_rates_anew() -> None:
     assert history.points == ()
     history.add(snapshot_of(2.0, [answer_of(2.0, [], GatewayTotals(answered=902), url=OTHER)]))
     assert [point.answered for point in history.points] == [2]
+
+
+def test_policies_are_those_of_all_points_with_the_unknown_one_last() -> None:
+    names = [("unknown", "session"), ("least-load",), ("session", "zone")]
+    points = [Point(1.0, policies=dict.fromkeys(each, GroupLatency())) for each in names]
+    assert policies_of(points) == ["least-load", "session", "zone", "unknown"]
+    assert policies_of([]) == []

@@ -6,10 +6,13 @@ import msgspec
 import pytest
 
 from memserve.api.status import FetchTotals, InstanceState, Latencies, PeerMoves, PoolTotals
-from memserve.cluster.figures import GatewayTotals
-from memserve.types import InstanceId, Role
+from memserve.cluster.figures import ClusterFigures, GatewayTotals
+from memserve.cluster.member import ClusterView
+from memserve.types import Epoch, InstanceId, Role
+from memserve.watch.latency import Percentiles
 from memserve.watch.rates import Flow, FlowKind, failovers_between, rates_between
-from tests.watch_harness import busy_cluster, member_of, seen, snapshot, stats_of
+from memserve.watch.snapshot import UNKNOWN, GatewaySeen, Snapshot, snapshot_of
+from tests.watch_harness import answer_of, busy_cluster, member_of, seen, snapshot, stats_of
 
 A, B = InstanceId("a"), InstanceId("b")
 
@@ -109,3 +112,88 @@ def test_cached_tokens_are_told_by_where_they_were() -> None:
     )
     rates = rates_between(before, after).whole
     assert (rates.in_hbm, rates.from_dram, rates.fetched) == (760, 160, 80)
+
+
+def told(*seconds: float) -> GatewayTotals:
+    """A gateway whose streams began after so many seconds, and went on ten times as fast."""
+    tenth = seen(*(each / 10 for each in seconds))
+    return GatewayTotals(
+        first_token=seen(*seconds), inter_token=tenth, per_token=tenth, whole=seen(*seconds)
+    )
+
+
+def test_gateways_of_one_policy_are_one_group() -> None:
+    def at(now: float, *figures: tuple[str, str | None, GatewayTotals]) -> Snapshot:
+        answers = [
+            answer_of(now, [], totals, url=url, policy=policy) for url, policy, totals in figures
+        ]
+        return snapshot_of(now, answers)
+
+    before = at(
+        0.0,
+        ("a", "session", told(50.0)),
+        ("b", "session", told()),
+        ("c", "least-load", told()),
+        ("d", None, told()),
+    )
+    after = at(
+        1.0,
+        ("a", "session", told(50.0, 0.02)),
+        ("b", "session", told(0.02, 0.02)),
+        ("c", "least-load", told(2.0)),
+        ("d", None, told()),
+    )
+    found = rates_between(before, after).policies
+    assert {name: each.first_token.count for name, each in found.items()} == {
+        "session": 3,
+        "least-load": 1,
+        UNKNOWN: 0,
+    }
+    assert found[UNKNOWN].whole == Percentiles()
+    session, other = found["session"], found["least-load"]
+    for each in (session.first_token, session.whole):
+        assert each.p99 is not None
+        assert 0.01 < each.p99 <= 0.025  # not the 50 s of before
+    for each in (session.inter_token, session.per_token):
+        assert each.count == 3
+        assert each.p50 is not None
+        assert 0.001 < each.p50 <= 0.0025
+    assert other.first_token.p50 is not None
+    assert 1.0 < other.first_token.p50 <= 2.5
+
+
+def test_a_gateway_that_began_anew_counts_from_zero_and_disturbs_no_other() -> None:
+    """In the sum of both, nothing would have fallen, and the restart would be unseen."""
+    old, new = told(50.0), told(0.02)
+    before = snapshot_of(
+        0.0,
+        [
+            answer_of(0.0, [], each, url=url, policy="session")
+            for url, each in (("a", old), ("b", told()))
+        ],
+    )
+    restarted = snapshot_of(
+        1.0,
+        [
+            answer_of(1.0, [], each, url=url, policy="session")
+            for url, each in (("a", new), ("b", told(50.0)))
+        ],
+    )
+    found = rates_between(before, restarted).policies["session"]
+    assert found.first_token.count == 2
+    changed = snapshot_of(1.0, [answer_of(1.0, [], new, url="a", policy="least-load")])
+    found = rates_between(before, changed).policies["least-load"]
+    assert found.first_token.count == 1
+    assert set(rates_between(before, changed).policies) == {"least-load"}
+    assert rates_between(changed, before).policies.keys() == {"session"}  # "b" is new: not told
+
+
+def test_an_older_gateway_names_no_policy() -> None:
+    figures = msgspec.json.decode(
+        b'{"now": 1.0, "members": [], "workers": [{"answered": 3}]}', type=ClusterFigures
+    )
+    assert figures.policy is None
+    (sums,) = snapshot_of(
+        1.0, [GatewaySeen("a", 1.0, ClusterView(Epoch(1), ()), figures)]
+    ).by_gateway
+    assert (sums.policy, sums.totals.answered) == (UNKNOWN, 3)

@@ -26,6 +26,9 @@ class GatewayTotals(msgspec.Struct, frozen=True):
     prompt_tokens: Count = 0
     first_token: Histogram = msgspec.field(default_factory=Histogram)  # streams, from arrival
     whole: Histogram = msgspec.field(default_factory=Histogram)
+    # Of streams with one choice, as their clients got them; not of those passed on as they are.
+    inter_token: Histogram = msgspec.field(default_factory=Histogram)
+    per_token: Histogram = msgspec.field(default_factory=Histogram)  # TPOT: means of streams
 
 
 class MemberFigures(msgspec.Struct, frozen=True):
@@ -40,8 +43,10 @@ class MemberFigures(msgspec.Struct, frozen=True):
 
 
 class ClusterFigures(msgspec.Struct, frozen=True):
-    """The whole answer. `now`: the gateway's clock, which `DecisionView.at` is read from, too."""
+    """The whole answer. `now`: the gateway's clock, which `DecisionView.at` is read from, too.
+    `policy`: of the gateway's scheduling; None: an older gateway, which does not say."""
 
     now: float
     members: tuple[MemberFigures, ...]
     workers: tuple[GatewayTotals, ...]  # this one first
+    policy: str | None = None

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from memserve.types import Role
-from memserve.watch.history import Point
+from memserve.watch.history import Point, policies_of
 from memserve.watch.latency import Percentiles
-from memserve.watch.rates import RoleLatency
+from memserve.watch.rates import GroupLatency
 
 MAX_SHOWN = 240  # points of a chart: each update sends all of them
 COLOURS = {
@@ -24,9 +24,25 @@ COLOURS = {
     "p99": "#c9365a",
     "evicted": "#c9365a",
     "from DRAM": "#9c4dcc",
+    # Policies.
+    "prompt-tree": "#2274c9",
+    "session": "#d98e04",
+    "least-load": "#64a844",
+    "round-robin": "#c9365a",
 }
+_OTHER = "#9c4dcc"  # a policy that is not known here
 _IN_SIGHT = 3.0  # an objective so many times above all values is told, and not drawn
-_INK = "#858e98"  # read on light and on dark
+
+
+def _of_style(name: str) -> dict[str, str]:
+    """Return the property `color` as dashboard.css has it under `name` in the theme that is shown:
+    no one colour can be read on light and on dark. NiceGUI computes what begins with a colon in
+    the browser, with each update."""
+    return {":color": f"getComputedStyle(document.body).getPropertyValue('{name}')"}
+
+
+_INK = _of_style("--soft")
+_ALARM = _of_style("--bad")
 
 Options = dict[str, Any]
 Value = Callable[[Point], float | None]
@@ -65,7 +81,7 @@ def lines(
             "type": "line",
             "showSymbol": False,
             "connectNulls": False,
-            "color": COLOURS[name],
+            "color": COLOURS.get(name, _OTHER),
             "lineStyle": {"width": 1.6},
             "data": [[round((epoch + p.at) * 1000), _short(value(p))] for p in shown],
             **({"stack": "all", "areaStyle": {"opacity": 0.45}} if stacked else {}),
@@ -79,17 +95,18 @@ def lines(
     if objective is not None:
         title += f", objective {objective:g}{unit}"
     return {
-        "title": {"text": title, "left": 4, "top": 0, "textStyle": {"fontSize": 13, "color": _INK}},
+        "title": {"text": title, "left": 4, "top": 0, "textStyle": {"fontSize": 13, **_INK}},
         "animation": False,
         "grid": {"left": 56, "right": 24, "top": 52, "bottom": 28},
-        "legend": {"type": "scroll", "top": 20, "left": 0, "textStyle": {"color": _INK}},
+        "legend": {"type": "scroll", "top": 20, "left": 0, "textStyle": {**_INK}},
         "tooltip": {"trigger": "axis"},
-        "xAxis": {"type": "time", "axisLabel": {"color": _INK, "hideOverlap": True}},
+        "xAxis": {"type": "time", "axisLabel": {**_INK, "hideOverlap": True}},
         "yAxis": {
             "type": "value",
             "min": 0,
-            **({"max": max(largest, objective) * 1.05} if near and objective is not None else {}),
-            "axisLabel": {"color": _INK, "formatter": f"{{value}}{unit}"},
+            # None, not left out: the browser would keep the last one.
+            "max": max(largest, objective) * 1.05 if near and objective is not None else None,
+            "axisLabel": {**_INK, "formatter": f"{{value}}{unit}"},
             "splitLine": {"lineStyle": {"opacity": 0.25}},
         },
         "series": series,
@@ -149,10 +166,15 @@ class Latency(NamedTuple):
     """A latency that has a chart, and the objective that is drawn in."""
 
     title: str
-    of: Callable[[RoleLatency], Percentiles]
+    of: Callable[[GroupLatency], Percentiles]
     objective: Callable[[Objectives], float | None] = lambda _: None
 
 
+PERCENTILES: dict[str, Callable[[Percentiles], float | None]] = {
+    "p50": lambda found: found.p50,
+    "p90": lambda found: found.p90,
+    "p99": lambda found: found.p99,
+}
 LATENCIES = (
     Latency(
         "Time to first token (TTFT)", lambda told: told.first_token, lambda wanted: wanted.ttft
@@ -175,19 +197,53 @@ def latency(
     """Return the chart of one latency at one role's members, in milliseconds, with failovers as
     marks."""
 
-    def value(pick: Callable[[Percentiles], float | None]) -> Value:
-        def of(point: Point) -> float | None:
-            told = point.latencies.get(role)
-            seconds = None if told is None else pick(kind.of(told))
-            return None if seconds is None else 1000 * seconds
-
-        return of
-
     values = {
-        "p50": value(lambda found: found.p50),
-        "p90": value(lambda found: found.p90),
-        "p99": value(lambda found: found.p99),
+        name: _milliseconds(lambda p: p.latencies.get(role), kind, pick)
+        for name, pick in PERCENTILES.items()
     }
+    return _latency(kind, points, values, epoch, objectives)
+
+
+def latency_by_policy(
+    kind: Latency,
+    points: Sequence[Point],
+    percentile: str,
+    epoch: float,
+    objectives: Objectives = NO_OBJECTIVES,
+) -> Options:
+    """Return the chart of one latency at the gateways, with a line for each policy. `percentile`:
+    one of PERCENTILES."""
+    values = {
+        name: _milliseconds(_at_policy(name), kind, PERCENTILES[percentile])
+        for name in policies_of(points)
+    }
+    return _latency(kind, points, values, epoch, objectives)
+
+
+def _at_policy(name: str) -> Callable[[Point], GroupLatency | None]:
+    return lambda point: point.policies.get(name)
+
+
+def _milliseconds(
+    group: Callable[[Point], GroupLatency | None],
+    kind: Latency,
+    pick: Callable[[Percentiles], float | None],
+) -> Value:
+    def value(point: Point) -> float | None:
+        told = group(point)
+        seconds = None if told is None else pick(kind.of(told))
+        return None if seconds is None else 1000 * seconds
+
+    return value
+
+
+def _latency(
+    kind: Latency,
+    points: Sequence[Point],
+    values: dict[str, Value],
+    epoch: float,
+    objectives: Objectives,
+) -> Options:
     seconds = kind.objective(objectives)
     wanted = None if seconds is None else 1000 * seconds
     return lines(kind.title, points, values, epoch, unit=" ms", marks=True, objective=wanted)
@@ -197,24 +253,24 @@ def _marks(points: Sequence[Point], epoch: float, objective: float | None) -> Op
     data: list[Options] = [
         {
             "xAxis": round((epoch + point.at) * 1000),
-            "label": {"formatter": f"{point.failovers} failover", "color": "#c62828"},
+            "label": {"formatter": f"{point.failovers} failover", **_ALARM},
         }
         for point in points
         if point.failovers
     ]
     if objective is not None:
-        words = {"formatter": "objective", "color": _INK}
+        words = {"formatter": "objective", **_INK}
         data.append(
             {
                 "yAxis": objective,
                 "label": {**words, "position": "insideStartTop"},
-                "lineStyle": {"color": _INK, "type": "dashed"},
+                "lineStyle": {**_INK, "type": "dashed"},
             }
         )
     return {
         "symbol": "none",
         "silent": True,
-        "lineStyle": {"color": "#c62828", "type": "solid", "width": 1.5},
+        "lineStyle": {**_ALARM, "type": "solid", "width": 1.5},
         "data": data,
     }
 

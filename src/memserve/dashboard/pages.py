@@ -9,10 +9,12 @@ from memserve.api.timeline import Timeline
 from memserve.dashboard import charts, views
 from memserve.dashboard.frame import Frame
 from memserve.types import Role
-from memserve.watch.snapshot import DecisionSeen, Snapshot
+from memserve.watch.history import policies_of
+from memserve.watch.snapshot import UNKNOWN, DecisionSeen, Snapshot
 from memserve.watch.watcher import PREFIX_SECONDS
 
 ASKS = 3  # for a time line: one of an instance that has ended is not to be had
+_BY_ROLE, _BY_POLICY = "by role", "by policy"
 CHART_SECONDS = 2.0  # between updates of charts, which are the largest part of what is sent
 
 
@@ -121,16 +123,19 @@ def _add_latency(frame: Frame, objectives: charts.Objectives) -> None:
         met: list[bool] = []  # the roles are known
 
         def refresh() -> None:
-            decisions = () if history.latest is None else history.latest.decisions
-            policies = sorted({seen.view.policy for seen in decisions})
-            policy.set_text(f"policy: {', '.join(policies)}" if policies else "")
+            known = policies_of(history.points)
+            # Gateways that do not say theirs are no comparison.
+            told = any(name != UNKNOWN for name in known)
+            groups = [_BY_ROLE, _BY_POLICY] if told else [_BY_ROLE]
+            if grouped.options != groups:
+                grouped.set_options(groups, value=_kept(grouped.value, groups))
             members = () if history.latest is None else history.latest.members
-            known = {member.summary.role for member in members}
-            names = [role.value for role in Role if role in known]
+            roles = {member.summary.role for member in members}
+            names = [role.value for role in Role if role in roles]
             if names and chosen.options != names:
                 best = busiest().value
                 value = chosen.value if met and chosen.value in names else best
-                chosen.set_options(names, value=value if value in names else names[0])
+                chosen.set_options(names, value=_kept(value, names))
                 met.append(True)
 
         def busiest() -> Role:
@@ -139,25 +144,45 @@ def _add_latency(frame: Frame, objectives: charts.Objectives) -> None:
             return max(told, key=lambda role: told[role].whole.count, default=Role.COLOCATED)
 
         def draw() -> None:
-            role, points = Role(str(chosen.value)), history.points
+            by_policy = grouped.value == _BY_POLICY
+            of_role.set_visibility(not by_policy)
+            of_policy.set_visibility(by_policy)
+            role, percentile = Role(str(chosen.value)), str(share.value)
+            points, epoch, wanted = history.points, frame.epoch, objectives
             for kind, chart in zip(charts.LATENCIES, plots, strict=True):
-                _update(chart, charts.latency(kind, points, role, frame.epoch, objectives))
+                if by_policy:
+                    drawn = charts.latency_by_policy(kind, points, percentile, epoch, wanted)
+                else:
+                    drawn = charts.latency(kind, points, role, epoch, wanted)
+                _update(chart, drawn)
 
         with frame.page("/latency", refresh):
             with ui.row().classes("items-center"):
-                ui.label("At instances of the role")
-                chosen = ui.toggle([Role.COLOCATED.value], value=Role.COLOCATED.value)
-                chosen.props("no-caps")
-                chosen.on_value_change(draw)
-                policy = ui.label().classes("soft")
+                grouped = ui.toggle([_BY_ROLE], value=_BY_ROLE).props("no-caps")
+                with ui.row().classes("items-center") as of_role:
+                    ui.label("At instances of the role")
+                    chosen = ui.toggle([Role.COLOCATED.value], value=Role.COLOCATED.value)
+                    chosen.props("no-caps")
+                with ui.row().classes("items-center") as of_policy:
+                    ui.label("At gateways of each policy")
+                    share = ui.toggle(list(charts.PERCENTILES), value="p50").props("no-caps")
+                of_policy.set_visibility(False)
+                for toggle in (grouped, chosen, share):
+                    toggle.on_value_change(draw)
             plots = [_chart() for _ in charts.LATENCIES]
             ui.html(
                 '<p class="soft">Percentiles of the last five seconds, from the buckets of the '
-                "instances' histograms; a gap is a time without requests. Red lines: another "
+                "instances' or the gateways' histograms; a gap is a time without requests. At "
+                "gateways latencies are as clients see them. Red lines: another "
                 "instance went on with a stream. Dashed: the objectives (--ttft, --tpot).</p>",
                 sanitize=False,
             )
         ui.timer(CHART_SECONDS, draw)
+
+
+def _kept(value: object, options: list[str]) -> str:
+    """Return the value that was chosen, or the first option if that is none any more."""
+    return value if isinstance(value, str) and value in options else options[0]
 
 
 def _chart() -> ui.echart:

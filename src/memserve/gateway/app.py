@@ -39,6 +39,7 @@ from memserve.gateway.cluster_admin import repeated_join
 from memserve.gateway.figures import figures_routes
 from memserve.gateway.forward_builder import ForwardBuilder
 from memserve.gateway.metrics import GatewayMetrics
+from memserve.gateway.pace import Pace
 from memserve.gateway.planning import PlannerBoard, planner_routes
 from memserve.gateway.refusals import draining, no_instance, no_member_can
 from memserve.gateway.relay import Answer, Relay
@@ -89,13 +90,14 @@ class GatewayApp:
         responses: Responses,
         tokenization: Tokenization,
         planning: PlannerBoard,
+        policy: str,
         max_body_bytes: int = MAX_BODY_BYTES,
         more: Callable[[Siblings | None], APIRouter] | None = None,
     ) -> None:
         """`counted`: whose metrics `/metrics` has beside its own. `instance_wait`: seconds after
         the start for which requests wait for an instance. `tracer`: with the same clock; None:
-        requests are not traced. `max_body_bytes`: of a body that was compressed. `more`: returns
-        further routes, of all workers or of this one."""
+        requests are not traced. `policy`: of scheduling, its name. `max_body_bytes`: of a body
+        that was compressed. `more`: returns further routes, of all workers or of this one."""
         self._draining = False
         self._began = clock.now()
         self._instance_wait = instance_wait
@@ -107,7 +109,7 @@ class GatewayApp:
         self._access_log = access_log
         self._tracer = tracer
         self._access = access
-        self._metrics = GatewayMetrics(membership, calls.model)
+        self._metrics = GatewayMetrics(membership, policy, calls.model)
         for source in (*counted, planning):
             self._metrics.register(source)
         self._forwards = forwards
@@ -273,7 +275,9 @@ class GatewayApp:
 
     async def _generate(self, build: _Build, request: Request, reply: Reply) -> None:
         started = self._clock.now()
+        metrics = self._metrics
         answer = Answer()
+        answer.pace = Pace(metrics.inter_token_seconds, metrics.time_per_output_token_seconds)
         if self._tracer is not None:
             answer.trace = RequestTrace(self._tracer, request, started)
         given = request.header(b"x-request-id")
@@ -392,6 +396,8 @@ class GatewayApp:
         metrics.failovers += answer.failovers
         if first is not None:
             metrics.time_to_first_token_seconds.observe(first)
+        if answer.pace is not None and reply.ended and not answer.broken:
+            answer.pace.ended()
         for pause in answer.pauses:
             metrics.failover_pause_seconds.observe(pause)
         bad = status >= FAILED or answer.broken or answer.failovers

@@ -51,10 +51,11 @@ def figures_routes(
             if first:
                 await asyncio.sleep(0)
             parts += map(_encoded, members[first : first + AT_ONCE])
-        body = b'{"now":%b,"members":[%b],"workers":[%b]}' % (
+        body = b'{"now":%b,"members":[%b],"workers":[%b],"policy":%b}' % (
             _encode(clock.now()),
             b",".join(parts),
             b",".join(workers),
+            _encode(metrics.policy),
         )
         return JsonResponse(body)
 
@@ -80,6 +81,8 @@ def totals_of(metrics: GatewayMetrics, waiting: int) -> GatewayTotals:
         prompt_tokens=metrics.prompt_tokens,
         first_token=metrics.time_to_first_token_seconds,
         whole=metrics.request_seconds,
+        inter_token=metrics.inter_token_seconds,
+        per_token=metrics.time_per_output_token_seconds,
     )
 
 

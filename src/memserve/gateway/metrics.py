@@ -35,6 +35,12 @@ from memserve.gateway.access import Access
 from memserve.types import Role
 from memserve.vital import Vitals
 
+_GATEWAY = gauge(
+    "memserve_gateway_info",
+    "1",
+    "Always 1; the label tells the gateway's settings, to compare gateways by.",
+    Label("policy", text="the routing policy"),
+)
 _REQUESTS = counter(
     "memserve_requests_total",
     "requests",
@@ -70,6 +76,16 @@ _FIRST_TOKEN = histogram(
     "memserve_time_to_first_token_seconds",
     "Time from a streamed request's arrival at the gateway to its first token.",
 )
+_INTER_TOKEN = histogram(
+    "memserve_inter_token_seconds",
+    "Time between two tokens of a stream as its client gets them; those that come together share "
+    "it. Of streams with one choice that are not passed on to vLLM servers as they are.",
+)
+_PER_TOKEN = histogram(
+    "memserve_time_per_output_token_seconds",
+    "Mean time between the tokens of such a stream, from its first to its last (TPOT), once it has "
+    "ended.",
+)
 _SECONDS = histogram(
     "memserve_request_seconds",
     "Time from a request's arrival at the gateway to the last byte of its answer, be it a refusal.",
@@ -98,12 +114,13 @@ class GatewayMetrics:
     """Counts requests, in plain numbers that one event loop owns, and writes the pages."""
 
     metrics: tuple[MetricSpec, ...] = (
-        *(_REQUESTS, _RUNNING, _BROKEN, _HANG_UPS, _PROMPT_TOKENS, _FAILOVERS),
-        *(_FIRST_TOKEN, _SECONDS, _PAUSE),
+        *(_GATEWAY, _REQUESTS, _RUNNING, _BROKEN, _HANG_UPS, _PROMPT_TOKENS, _FAILOVERS),
+        *(_FIRST_TOKEN, _INTER_TOKEN, _PER_TOKEN, _SECONDS, _PAUSE),
     )
 
-    def __init__(self, membership: Membership, model: str = "") -> None:
-        """`model`: the served name, for vLLM's metrics."""
+    def __init__(self, membership: Membership, policy: str, model: str = "") -> None:
+        """`policy`: of scheduling, its name. `model`: the served name, for vLLM's metrics."""
+        self.policy = policy
         self.requests: Counter[tuple[str, int]] = Counter()  # by endpoint and status
         self.running = 0
         self.streams_broken = 0
@@ -111,6 +128,8 @@ class GatewayMetrics:
         self.prompt_tokens = 0
         self.failovers = 0
         self.time_to_first_token_seconds = Histogram()
+        self.inter_token_seconds = Histogram()
+        self.time_per_output_token_seconds = Histogram()
         self.request_seconds = Histogram()
         self.failover_pause_seconds = Histogram()
         self._sources: list[MetricSource] = [self]
@@ -129,6 +148,7 @@ class GatewayMetrics:
         return await page_of([self._instances])
 
     async def report(self, page: Page) -> None:
+        page.add(_GATEWAY, 1, self.policy)
         for (endpoint, status), count in self.requests.items():
             page.add(_REQUESTS, count, endpoint, str(status))
         page.add(_RUNNING, self.running)
@@ -137,6 +157,8 @@ class GatewayMetrics:
         page.add(_PROMPT_TOKENS, self.prompt_tokens)
         page.add(_FAILOVERS, self.failovers)
         page.observe(_FIRST_TOKEN, self.time_to_first_token_seconds)
+        page.observe(_INTER_TOKEN, self.inter_token_seconds)
+        page.observe(_PER_TOKEN, self.time_per_output_token_seconds)
         page.observe(_SECONDS, self.request_seconds)
         page.observe(_PAUSE, self.failover_pause_seconds)
 

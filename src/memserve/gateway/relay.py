@@ -21,6 +21,7 @@ from memserve.api.status import MemberKind
 from memserve.clock import Clock
 from memserve.cluster.member import Member
 from memserve.cluster.membership import Membership
+from memserve.gateway.pace import Pace
 from memserve.gateway.refusals import no_instance, stopping
 from memserve.gateway.request_trace import RequestTrace
 from memserve.gateway.route import Route
@@ -44,7 +45,7 @@ _REFUSALS = (HTTPStatus.SERVICE_UNAVAILABLE.value, _FULL)
 class Answer:
     """Outcome of a call, for log and metrics. Filled while the call is relayed."""
 
-    __slots__ = ("broken", "failovers", "first_token", "key", "pauses", "route", "trace")
+    __slots__ = ("broken", "failovers", "first_token", "key", "pace", "pauses", "route", "trace")
 
     def __init__(self) -> None:
         self.key: str | None = None  # the name of the API key that was shown
@@ -54,6 +55,7 @@ class Answer:
         self.broken = False  # the stream ended with an error
         self.failovers = 0  # times that another instance continued a stream
         self.pauses: list[float] = []  # seconds without bytes for the client, one per failover
+        self.pace: Pace | None = None  # of a stream's tokens; None: nobody asks
 
 
 class Attempt:
@@ -160,6 +162,8 @@ class Relay:
         anything is sent to the client."""
         stream = ClientStream(call, reply, headers, self._clock) if call.stream else None
         trace = answer.trace
+        if stream is not None and len(call.prompts) * call.n == 1:
+            stream.pace = answer.pace  # of several sequences, times between tokens say nothing
         if stream is not None and trace is not None and trace.id is not None:
             stream.finish_reasons = []
         tried: _Lives = set()

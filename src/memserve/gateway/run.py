@@ -263,6 +263,7 @@ class Gateway:
             responses=responses,
             tokenization=Tokenization(self._calls, tokenizer),
             planning=PlannerBoard(self._router.load, clock),
+            policy=config.gateway.policy,
             max_body_bytes=self._max_body_bytes,
             more=partial(prefix_routes, self._router.tree, clock, tokenizer),
         )

@@ -15,6 +15,7 @@ from memserve.api.chunks import DONE
 from memserve.api.generate import GenerateCall
 from memserve.api.http_message import EVENTS_HEADERS, Headers, Reply
 from memserve.clock import Clock
+from memserve.gateway.pace import Pace
 from memserve.tokens import from_ids
 from memserve.types import TokenArray
 
@@ -38,12 +39,14 @@ class ClientStream:
         self.pauses: list[float] = []  # seconds without bytes, one for each failover
         self.error: bytes | None = None  # error event of the current instance
         self.finish_reasons: list[str] | None = None  # None: not noted, unless the owner wants them
+        self.pace: Pace | None = None  # told of tokens as they are sent; None: nobody asks
         self._call = call
         self._headers = headers
         self._clock = clock
         # None: not known before the first event.
         self._resumable: bool | None = None if call.forward is None else False
         self._events: list[bytes] = []  # comments: b"<choice> <id>,<id>"
+        self._unsent = 0  # tokens of events since the last write: some have no text yet
         self._usage_sent = False
         self._done = False
         self._last_byte = 0.0
@@ -135,6 +138,9 @@ class ClientStream:
             self.pauses.append(now - self._last_byte)
         self._interrupted = False
         self._last_byte = now
+        if self._unsent and self.pace is not None:
+            self.pace.sent(self._unsent, now)
+        self._unsent = 0
 
     def _whole(self, data: bytes, last: bool) -> bytes:
         """Return the whole events of `data`; keep the rest for later."""
@@ -153,7 +159,7 @@ class ClientStream:
             return data
         if _is_comment(data) and data.find(b"\n:", 1) < 0:  # one event, mostly
             end = data.index(b"\n")
-            self._events.append(data[1:end])
+            self._keep(data[1:end])
             data = data[end + 1 :].removeprefix(b"\n")
         else:
             data = self._all_taken_out(data)
@@ -166,6 +172,10 @@ class ClientStream:
             self._usage_sent = True
         return data
 
+    def _keep(self, event: bytes) -> None:
+        self._events.append(event)
+        self._unsent += event.count(b",") + (event[-1] in _DIGITS and b" " in event)
+
     def _all_taken_out(self, data: bytes) -> bytes:
         # Prepend a line break, so that a comment at the start is found; removed at the end.
         before, *parts = (b"\n" + data).split(b"\n:")
@@ -175,7 +185,7 @@ class ClientStream:
                 kept.append(b"\n:" + part)
                 continue
             comment, _, text = part.partition(b"\n")
-            self._events.append(comment)
+            self._keep(comment)
             if text:  # none: no text yet, and the split removed the event's empty line
                 kept.append(b"\n" + text.removeprefix(b"\n"))
         return b"".join(kept)[1:]

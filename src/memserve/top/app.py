@@ -16,14 +16,18 @@ from textual.widgets import DataTable, Footer, Input, Static
 
 from memserve.top import rows
 from memserve.watch import text
+from memserve.watch.history import History
 from memserve.watch.snapshot import DecisionSeen
 from memserve.watch.watcher import POLL_SECONDS, Watcher
 
+_DRAWN = ("#title", "#trouble", "#figures", "#members", "#decisions", "#reason", "#filter")
+MAX_WIDTH = 96  # of the help and of latencies; `#help` in the CSS says it, too
 HELP = """[b]Keys[/b]
  s S r   sort members by the next, the previous column; reverse the order
  /       filter by words (id, role, kind, state, host, request); Esc: all
  Tab     to the other table; ↑ ↓ PgUp PgDn move in it
  p q     pause and go on; quit
+ l       latencies by policy (at the gateways) and by role (at instances)
 [b]Members[/b]
  HBM, DRAM   blocks: █ active ▓ being read ▒ cached ░ free; share not free
  run, wait   sequences in the batch, and in the queue
@@ -47,6 +51,30 @@ class HelpScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with VerticalScroll(id="help"):
             yield Static(HELP)
+
+
+class LatencyScreen(ModalScreen[None]):
+    """Percentiles of latencies by policy and by role."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,l,q", "dismiss", "close")]
+
+    def __init__(self, history: History) -> None:
+        super().__init__()
+        self._history = history
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(id="help"):
+            yield Static(id="latencies")
+
+    def on_mount(self) -> None:
+        self.show()
+
+    def on_resize(self, event: Resize) -> None:
+        self.show()
+
+    def show(self) -> None:
+        width = min(self.app.size.width, MAX_WIDTH) - 4  # without border and padding
+        self.query_one("#latencies", Static).update(rows.latencies(self._history, width))
 
 
 class TopApp(App[None]):
@@ -76,6 +104,7 @@ class TopApp(App[None]):
         Binding("slash", "filter", "filter", key_display="/"),
         Binding("escape", "unfilter", "all", show=False),
         Binding("p", "pause", "pause"),
+        Binding("l", "latency", "latency"),
         Binding("question_mark", "help", "help", key_display="?"),
     ]
 
@@ -142,6 +171,9 @@ class TopApp(App[None]):
     def action_help(self) -> None:
         self.push_screen(HelpScreen())
 
+    def action_latency(self) -> None:
+        self.push_screen(LatencyScreen(self.watcher.history))
+
     def action_filter(self) -> None:
         box = self.query_one("#filter", Input)
         box.display = True
@@ -201,7 +233,11 @@ class TopApp(App[None]):
 
     def show(self) -> None:
         """Draw what the watcher knows, unless the help is over it, or it all ends."""
-        if len(self.screen_stack) != 1 or not self.query("#filter"):
+        if isinstance(self.screen, LatencyScreen):
+            self.screen.show()
+            return
+        # At the end widgets go one by one.
+        if len(self.screen_stack) != 1 or len(self.query(", ".join(_DRAWN))) < len(_DRAWN):
             return
         history, snapshot = self.watcher.history, self.watcher.history.latest
         self._say_trouble()

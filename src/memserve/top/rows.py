@@ -10,7 +10,9 @@ from rich.text import Text
 from memserve.api.status import InstanceState, MediumTotals
 from memserve.types import Role
 from memserve.watch import text
-from memserve.watch.rates import MemberRates, Rates
+from memserve.watch.history import History, policies_of
+from memserve.watch.latency import Percentiles
+from memserve.watch.rates import GroupLatency, MemberRates, Rates
 from memserve.watch.reasons import others, predicted, reason, state, terms_of
 from memserve.watch.snapshot import DecisionSeen, MemberSeen, Snapshot
 
@@ -175,6 +177,46 @@ def figures(values: Iterable[tuple[str, Sequence[float | None], str]], width: in
         line.append(f" {name} ", "bold").append(text.sparkline(series, spark), "cyan")
         line.append(f" {now:<6}")
     return line
+
+
+_LATENCIES: tuple[tuple[str, Callable[[GroupLatency], Percentiles]], ...] = (
+    ("TTFT", lambda told: told.first_token),
+    ("inter-token", lambda told: told.inter_token),
+    ("TPOT", lambda told: told.per_token),
+    ("JCT", lambda told: told.whole),
+)
+
+
+def latencies(history: History, width: int) -> Text:
+    """Return the percentiles of latencies by policy and by role, and their medians over time."""
+    points, rates = history.points, history.rates
+    roles = [role for role in Role if any(role in point.latencies for point in points)]
+    shown = Text(no_wrap=True, overflow="ellipsis")
+    for name in policies_of(points):
+        now = rates.policies.get(name, GroupLatency())
+        past = [point.policies.get(name) for point in points]
+        shown.append(_latency_lines(f"policy {name}", now, past, width))
+    for role in roles:
+        now = rates.latencies.get(role, GroupLatency())
+        past = [point.latencies.get(role) for point in points]
+        shown.append(_latency_lines(f"role {role.value}", now, past, width))
+    return shown if shown else Text("no requests yet")
+
+
+def _latency_lines(
+    title: str, now: GroupLatency, past: Sequence[GroupLatency | None], width: int
+) -> Text:
+    lines = Text()
+    lines.append(f"{title:<25.25}", "bold")
+    lines.append("".join(f"{name:>8}" for name in ("p50", "p90", "p99")), "bright_black")
+    lines.append("  p50 over time\n", "bright_black")
+    for name, of in _LATENCIES:
+        told = of(now)
+        medians = [None if each is None else of(each).p50 for each in past]
+        figures = "".join(f"{text.seconds(v):>8}" for v in (told.p50, told.p90, told.p99))
+        lines.append(f"  {name:<23}{figures}  ")
+        lines.append(f"{text.sparkline(medians, max(width - 51, 3))}\n", "cyan")
+    return lines
 
 
 def _words(member: MemberSeen) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from memserve.types import Role
-from memserve.watch.rates import NO_RATES, Rates, RoleLatency, failovers_between, rates_between
-from memserve.watch.snapshot import Snapshot
+from memserve.watch.latency import Percentiles
+from memserve.watch.rates import NO_RATES, GroupLatency, Rates, failovers_between, rates_between
+from memserve.watch.snapshot import UNKNOWN, Snapshot
 
 # Rates are over this time: gateways poll members once a second, so less would jump.
 WINDOW_SECONDS = 5.0
@@ -35,7 +36,8 @@ class Point(msgspec.Struct, frozen=True):
     running: int = 0
     waiting: int = 0
     first_token: float | None = None  # seconds, median, of streams at the gateways
-    latencies: Mapping[Role, RoleLatency] = {}
+    latencies: Mapping[Role, GroupLatency] = {}
+    policies: Mapping[str, GroupLatency] = {}  # at the gateways, by their policy
     failovers: int = 0  # since the last point
 
 
@@ -46,7 +48,7 @@ class History:
         self._window = window
         self._snapshots: deque[Snapshot] = deque()
         self._points: deque[Point] = deque(maxlen=kept)
-        self.rates = Rates(0.0, {}, NO_RATES, (), {}, RoleLatency().whole, 0.0, 0.0, 0.0)
+        self.rates = Rates(0.0, {}, NO_RATES, (), {}, {}, Percentiles(), 0.0, 0.0, 0.0)
 
     @property
     def latest(self) -> Snapshot | None:
@@ -73,6 +75,13 @@ class History:
         self._points.append(_point(snapshot, self.rates, failovers_between(last, snapshot)))
 
 
+def policies_of(points: Sequence[Point]) -> list[str]:
+    """Return the policies of the gateways at any of the points, in alphabetical order, UNKNOWN
+    last."""
+    found = {name for point in points for name in point.policies}
+    return sorted(found, key=lambda name: (name == UNKNOWN, name))
+
+
 def _point(snapshot: Snapshot, rates: Rates, failovers: int) -> Point:
     whole = rates.whole
     return Point(
@@ -93,5 +102,6 @@ def _point(snapshot: Snapshot, rates: Rates, failovers: int) -> Point:
         waiting=sum(member.waiting for member in snapshot.members) + snapshot.totals.waiting,
         first_token=rates.first_token.p50,
         latencies=rates.latencies,
+        policies=rates.policies,
         failovers=failovers,
     )

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from typing import TypeVar
 
 import msgspec
 
 from memserve.api.histogram import Histogram
-from memserve.api.status import InstanceStats
+from memserve.api.status import InstanceStats, Latencies
+from memserve.cluster.figures import GatewayTotals
 from memserve.types import InstanceId, Role
 from memserve.watch.latency import Percentiles, growth, percentiles
 from memserve.watch.snapshot import MemberSeen, Snapshot, merged
@@ -63,8 +65,9 @@ class Flow(msgspec.Struct, frozen=True):
     rate: float
 
 
-class RoleLatency(msgspec.Struct, frozen=True):
-    """Latencies of sequences at the members of one role, in seconds."""
+class GroupLatency(msgspec.Struct, frozen=True):
+    """Latencies in seconds: of sequences at the members of one role, or of requests at the gateways
+    of one policy."""
 
     first_token: Percentiles = Percentiles()
     inter_token: Percentiles = Percentiles()
@@ -79,7 +82,8 @@ class Rates(msgspec.Struct, frozen=True):
     members: Mapping[InstanceId, MemberRates]
     whole: MemberRates  # the sum; `busy`: the mean
     flows: tuple[Flow, ...]
-    latencies: Mapping[Role, RoleLatency]
+    latencies: Mapping[Role, GroupLatency]
+    policies: Mapping[str, GroupLatency]
     first_token: Percentiles  # of streams, at the gateways
     answered: float  # requests
     refused: float
@@ -109,7 +113,8 @@ def rates_between(before: Snapshot, after: Snapshot) -> Rates:
         members=members,
         whole=_sum(members),
         flows=tuple(flow for past, now in pairs for flow in _flows(past, now)),
-        latencies=_latencies(pairs),
+        latencies=_by_role(pairs),
+        policies=_by_policy(before, after),
         first_token=percentiles(growth(old.first_token, new.first_token)),
         answered=_rate(old.answered, new.answered, seconds),
         refused=_rate(old.refused, new.refused, seconds),
@@ -166,23 +171,47 @@ def _flows(past: MemberSeen, now: MemberSeen) -> list[Flow]:
     return flows
 
 
-def _latencies(pairs: list[tuple[MemberSeen, MemberSeen]]) -> dict[Role, RoleLatency]:
-    grown: dict[Role, list[tuple[Histogram, ...]]] = {}
+def _by_role(pairs: list[tuple[MemberSeen, MemberSeen]]) -> dict[Role, GroupLatency]:
+    grown: dict[Role, list[_Grown]] = {}
     for past, now in pairs:
         assert past.stats is not None
         assert now.stats is not None
-        old, new = past.stats.latencies, now.stats.latencies
-        grown.setdefault(now.summary.role, []).append(
-            (
-                growth(old.first_token, new.first_token),
-                growth(old.inter_token, new.inter_token),
-                growth(old.per_token, new.per_token),
-                growth(old.whole, new.whole),
-            )
-        )
+        found = _grown_latencies(past.stats.latencies, now.stats.latencies)
+        grown.setdefault(now.summary.role, []).append(found)
+    return _together(grown)
+
+
+def _by_policy(before: Snapshot, after: Snapshot) -> dict[str, GroupLatency]:
+    """Return the latencies at the gateways that are in both snapshots. Each is compared with
+    itself, so that the restart of one does not hide in the sums of others."""
+    then = {each.url: each for each in before.by_gateway}
+    grown: dict[str, list[_Grown]] = {}
+    for now in after.by_gateway:
+        if (past := then.get(now.url)) is None:
+            continue
+        # Another policy: the gateway has begun anew.
+        old = past.totals if past.policy == now.policy else GatewayTotals()
+        grown.setdefault(now.policy, []).append(_grown_latencies(old, now.totals))
+    return _together(grown)
+
+
+_T = TypeVar("_T")
+_Grown = tuple[Histogram, ...]  # in the order of `GroupLatency`'s fields
+
+
+def _grown_latencies(old: Latencies | GatewayTotals, new: Latencies | GatewayTotals) -> _Grown:
+    return (
+        growth(old.first_token, new.first_token),
+        growth(old.inter_token, new.inter_token),
+        growth(old.per_token, new.per_token),
+        growth(old.whole, new.whole),
+    )
+
+
+def _together(grown: Mapping[_T, list[_Grown]]) -> dict[_T, GroupLatency]:
     return {
-        role: RoleLatency(*(percentiles(merged(each)) for each in zip(*found, strict=True)))
-        for role, found in grown.items()
+        group: GroupLatency(*(percentiles(merged(each)) for each in zip(*found, strict=True)))
+        for group, found in grown.items()
     }
 
 

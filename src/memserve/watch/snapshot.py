@@ -15,6 +15,7 @@ from memserve.scheduler.decision_view import DecisionView
 from memserve.types import InstanceId
 
 KEPT_DECISIONS = 200  # of all gateways together
+UNKNOWN = "unknown"  # the policy of a gateway that does not say
 
 
 class MemberSeen(msgspec.Struct, frozen=True):
@@ -65,6 +66,14 @@ class GatewaySeen(msgspec.Struct, frozen=True):
     decisions: tuple[DecisionView, ...] = ()
 
 
+class GatewaySums(msgspec.Struct, frozen=True):
+    """The sums over one gateway's workers, and its policy."""
+
+    url: str
+    policy: str
+    totals: GatewayTotals
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """A cluster as its gateways told of it. `at`: seconds of the watcher's clock.
 
@@ -79,6 +88,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     degraded: tuple[DegradedPair, ...] = ()
     gateways: tuple[str, ...] = ()  # that answered
     workers: int = 0
+    by_gateway: tuple[GatewaySums, ...] = ()  # in the order of `gateways`
 
     def find(self, instance: str) -> MemberSeen | None:
         return next((member for member in self.members if member.id == instance), None)
@@ -104,15 +114,19 @@ def snapshot_of(at: float, answers: Sequence[GatewaySeen]) -> Snapshot:
         for pair in answer.view.degraded or ():
             degraded.setdefault((pair.prefill, pair.decode), pair)
     decisions.sort(key=lambda decision: decision.made, reverse=True)
-    workers = [worker for answer in answers for worker in answer.figures.workers]
+    sums = tuple(
+        GatewaySums(a.url, a.figures.policy or UNKNOWN, sum_totals(a.figures.workers))
+        for a in answers
+    )
     return Snapshot(
         at=at,
         members=tuple(sorted(members.values(), key=lambda member: member.id)),
-        totals=sum_totals(workers),
+        totals=sum_totals(each.totals for each in sums),
         decisions=tuple(decisions[:KEPT_DECISIONS]),
         degraded=tuple(degraded.values()),
         gateways=tuple(answer.url for answer in answers),
-        workers=len(workers),
+        workers=sum(len(answer.figures.workers) for answer in answers),
+        by_gateway=sums,
     )
 
 
