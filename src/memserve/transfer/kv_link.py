@@ -23,10 +23,12 @@ from memserve.types import InstanceId, Medium, Namespace, TokenArray
 log = logging.getLogger(__name__)
 
 _ALL: TokenArray = np.empty(0, dtype=np.int32)
-# Seconds between the two deletes of `PoolLink.forget`. A cancelled step or transfer may still hold
-# pins, or insert KV; this is longer than a step, and longer than a LEASE, after which the transfer
-# of a silent peer is never committed.
+# Seconds between the first two deletes of `PoolLink.forget`. A cancelled step or transfer may still
+# hold pins, or insert KV; this is longer than a step, and longer than a LEASE, after which the
+# transfer of a silent peer is never committed. On a machine that is overloaded each may take
+# longer: LINGER_DELETES follow, each after twice the time of the last.
 LINGER_SECONDS = 2 * LEASE
+LINGER_DELETES = 5
 # Seconds for which `meet` repeats a peer's last error instead of connecting again.
 REFUSED_SECONDS = 1.0
 MAX_REFUSED = 1024  # peers whose last error is remembered
@@ -187,15 +189,19 @@ class PoolLink:
         self._peers.pop(peer.id, None)
 
     def forget(self, namespace: Namespace) -> None:
-        """Delete a namespace's KV now, and again after LINGER_SECONDS: KV that was pinned, or
+        """Delete a namespace's KV now, and again LINGER_DELETES times: KV that was pinned, or
         inserted since."""
         self._pool.delete(_ALL, namespace)
+        self._forget_later(namespace, LINGER_SECONDS, LINGER_DELETES)
 
+    def _forget_later(self, namespace: Namespace, seconds: float, times: int) -> None:
         def forget_again() -> None:
             self._lingering.discard(handle)
             self._pool.delete(_ALL, namespace)
+            if times > 1:
+                self._forget_later(namespace, 2 * seconds, times - 1)
 
-        handle = asyncio.get_running_loop().call_later(LINGER_SECONDS, forget_again)
+        handle = asyncio.get_running_loop().call_later(seconds, forget_again)
         self._lingering.add(handle)
 
     def close(self) -> None:
