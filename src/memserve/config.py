@@ -86,7 +86,7 @@ class ModelConfig(_Section, frozen=True):
     """The model, and dtype and device of its weights."""
 
     path: Annotated[str, doc("'demo', a local directory, or a hub id")] = "demo"
-    dtype: Annotated[Dtype, doc("weights and KV; auto: the model's")] = "auto"
+    dtype: Annotated[Dtype, doc("weights and KV; auto: bfloat16, if the device has it")] = "auto"
     revision: Annotated[str | None, doc("of a hub id")] = None
     served_name: Annotated[str | None, doc("in the API; default: the path")] = None
     max_model_len: Annotated[Positive | None, doc("default: the model's own limit")] = None

@@ -1,30 +1,53 @@
-"""The choice of a dtype must be the same for all instances of a cluster, on a busy machine too."""
+"""`dtype = "auto"`: the same on all machines of a kind, however busy they are."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from memserve.engine.dtype import FLOAT32_GAIN, choose_dtype, chosen
-from memserve.engine.model import WeightCount
+from memserve import cpu
+from memserve.cpu import cpu_flags, cpu_name
+from memserve.engine.dtype import choose_dtype
+
+X86 = """processor\t: 0
+model name\t: AMD EPYC 9R14
+flags\t\t: fpu avx2 {more}
+
+processor\t: 1
+model name\t: another
+flags\t\t: none
+"""
+ARM = "processor\t: 0\nFeatures\t: fp asimd {more}\n"
 
 
 @pytest.mark.parametrize(
-    ("bfloat16", "float32", "dtype"),
+    ("cpuinfo", "dtype"),
     [
-        (2.0, 10.0, torch.bfloat16),
-        (58.2, 50.1, torch.bfloat16),  # measured while eight other processes computed
-        (FLOAT32_GAIN * 10, 10.0, torch.float32),  # a CPU without bfloat16 products
+        (X86.format(more="avx512f avx512_bf16"), torch.bfloat16),
+        (X86.format(more="amx_bf16 amx_tile"), torch.bfloat16),
+        (X86.format(more="avx512f avx512_vnni"), torch.float32),
+        (ARM.format(more="i8mm bf16"), torch.bfloat16),
+        (ARM.format(more="i8mm"), torch.float32),
+        ("", torch.float32),
     ],
 )
-def test_float32_must_be_much_faster(bfloat16: float, float32: float, dtype: torch.dtype) -> None:
-    choice = chosen(bfloat16, float32)
-    assert choice.dtype is dtype
-    assert f"bfloat16 {bfloat16:.2f} s, float32 {float32:.2f} s" in str(choice)
+def test_bfloat16_needs_instructions_for_it(
+    cpuinfo: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(cpuinfo, encoding="utf-8")
+    monkeypatch.setattr(cpu, "_CPUINFO", path)
+    assert choose_dtype(torch.device("cpu")) is dtype
 
 
-def test_the_measured_times_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memserve.engine.dtype.SAMPLE_WEIGHTS", 64 * 64)
-    choice = choose_dtype(WeightCount(hidden=64, layers=1, output=1), torch.device("cpu"), 1)
-    assert [name for name, seconds in choice.seconds if seconds > 0] == ["bfloat16", "float32"]
-    assert choice.dtype in (torch.bfloat16, torch.float32)
+def test_what_a_cpu_does_not_tell_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cpuinfo"
+    monkeypatch.setattr(cpu, "_CPUINFO", path)
+    assert cpu_flags() == frozenset()
+    assert cpu_name()  # the machine type
+    path.write_text(X86.format(more=""), encoding="utf-8")
+    assert (cpu_name(), cpu_flags()) == ("AMD EPYC 9R14", {"fpu", "avx2"})

@@ -48,19 +48,6 @@ class TestTeam:
             """
         )
 
-    def test_choosing_a_format_leaves_no_team_behind(self) -> None:
-        run(
-            """
-            from memserve.engine.dtype import choose_dtype
-            from memserve.engine.model import WeightCount
-
-            torch.set_num_threads(4)
-            before = threads()
-            choose_dtype(WeightCount(hidden=64, layers=1, output=1), torch.device("cpu"), 4)
-            assert falls_to(before + 1), "one thread is PyTorch's own; a team has three more"
-            """
-        )
-
     def test_what_goes_wrong_is_raised(self) -> None:
         run(
             """

@@ -235,7 +235,7 @@ def engine(json: JsonFile = None, *, given: Given) -> None:
     threads = config.threads or available_cores()
     report = run_engine_bench(
         model.path,
-        dtype=wanted_dtype(wanted, model.path, device, threads),
+        dtype=wanted_dtype(wanted, device),
         device=str(device),
         threads=threads,
         prompt_tokens=config.prompt_tokens,

@@ -14,6 +14,7 @@ import msgspec
 
 from memserve import __version__
 from memserve.config import available_cores
+from memserve.cpu import cpu_name
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "aiohttp", "httptools", "uvloop")
 # Seconds for git and nvidia-smi, which answer at once or hang on a broken driver.
@@ -44,7 +45,7 @@ def capture_environment() -> Environment:
         python=platform.python_version(),
         packages={name: version for name in _PACKAGES if (version := _version(name)) is not None},
         platform=platform.platform(),
-        cpu=_cpu_model(),
+        cpu=cpu_name(),
         cores=available_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpus=_gpus(),
@@ -65,12 +66,6 @@ def _commit() -> str | None:
         return None
     changed = _output("git", "-C", source, "status", "--porcelain", "--untracked-files=no")
     return head + ("+" if changed else "")
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _gpus() -> tuple[str, ...]:

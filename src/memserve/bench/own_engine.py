@@ -27,7 +27,7 @@ def load_own_engine(
     model = resolve_model(wanted, progress)
     threads = threads or available_cores()
     use_one_thread()
-    dtype = wanted_dtype(wanted, model.path, device, threads)
+    dtype = wanted_dtype(wanted, device)
     progress(f"loading {model.name} as {dtype} on {device}, {threads} threads")
     loaded = with_team(threads, lambda: load_model(model.path, dtype, device))
     limits = BatchLimits(max_batch_tokens, _MIXED_TOKENS, _MAX_RUNNING)

@@ -37,15 +37,6 @@ class ModelShape:
     rope: str  # rotary-embedding parameters as text, for the fingerprint: they change cached keys
 
 
-@dataclass(frozen=True, slots=True)
-class WeightCount:
-    """Numbers of weights in a model's matrix products."""
-
-    hidden: int  # width of the model
-    layers: int  # weights of the layers, used for each token
-    output: int  # weights of the output layer, used for tokens that need logits
-
-
 class Model:
     """A loaded model on one device. Not thread-safe: for one engine thread."""
 
@@ -120,24 +111,6 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Mod
         speed_up_products(module)
         fuse(module)
     return Model(module, shape, dtype)
-
-
-def count_weights(directory: Path) -> WeightCount:
-    """Count a model's weights from its configuration, without loading them. Raises ModelError."""
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read a model from {directory}: {error}") from error
-    head = module.get_output_embeddings()
-    linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
-    output = head.weight.numel()
-    return WeightCount(
-        hidden=int(head.weight.shape[1]),
-        layers=sum(m.weight.numel() for m in linear) - output,
-        output=output,
-    )
 
 
 def read_shape(config: PretrainedConfig, directory: Path) -> ModelShape:

@@ -152,8 +152,9 @@ def admin_app(
     @app.get("/ping")
     @app.post("/ping")
     async def ping() -> Response:
-        """`/health` without a body, as SageMaker asks."""
-        return Response(status_code=(await health()).status_code)
+        """`/health` for SageMaker: a body only if it is not 200."""
+        answer = await health()
+        return Response() if answer.status_code == HTTPStatus.OK else answer
 
     app.include_router(_probe_routes(membership, draining))
 

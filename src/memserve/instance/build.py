@@ -24,7 +24,7 @@ from memserve.config import (
 from memserve.engine.batch import BatchLimits
 from memserve.engine.dtype import choose_dtype
 from memserve.engine.engine import Engine, EngineSettings
-from memserve.engine.model import count_weights, load_model
+from memserve.engine.model import load_model
 from memserve.engine.team import use_one_thread, with_team
 from memserve.errors import ConfigError, ModelError
 from memserve.grammars.compiler import GrammarCompiler
@@ -59,7 +59,7 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
     use_one_thread()
     device = choose_device(config.model.device)
     directory = resolve_model(config.model, log.info)
-    dtype = wanted_dtype(config.model, directory.path, device, threads)
+    dtype = wanted_dtype(config.model, device)
     settings = _with_room(config, settings, directory.path, dtype, device)
     log.info("loading %s as %s on %s", directory.name, dtype, device)
     model = with_team(threads, lambda: load_model(directory.path, dtype, device))
@@ -130,16 +130,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def wanted_dtype(
-    wanted: ModelConfig, directory: Path, device: torch.device, threads: int
-) -> torch.dtype:
-    """Return the configured dtype; for `auto`, the one that suits this model and device."""
+def wanted_dtype(wanted: ModelConfig, device: torch.device) -> torch.dtype:
+    """Return the configured dtype; for `auto`, the one that suits this device."""
     if wanted.dtype != "auto":
         dtype: torch.dtype = vars(torch)[wanted.dtype]
         return dtype
-    choice = choose_dtype(count_weights(directory), device, threads)
-    log.info("dtype = auto: %s", choice)
-    return choice.dtype
+    chosen = choose_dtype(device)
+    log.info("dtype = auto: %s", str(chosen).removeprefix("torch."))
+    return chosen
 
 
 def _make_pool(

@@ -13,6 +13,7 @@ import numpy as np
 
 from memserve.clock import MonotonicClock
 from memserve.config import ClusterConfig, InstanceConfig, available_cores
+from memserve.cpu import cpu_name
 from memserve.engine.request import EngineInfo
 from memserve.errors import EngineStopped, ModelError
 from memserve.instance.probe import Probe, ProbeFailed
@@ -27,7 +28,6 @@ from memserve.scheduler.profiles import (
     Profile,
     ProfileStore,
     Subject,
-    cpu_name,
 )
 from memserve.types import Namespace, TokenArray
 from memserve.vllm.engine import VllmEngine

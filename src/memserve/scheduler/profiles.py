@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from memserve.cpu import cpu_name
 from memserve.errors import ProfileError
 from memserve.models.demo import user_cache
 from memserve.scheduler.architecture import Architecture
@@ -167,16 +167,6 @@ def host_hardware(device: str, threads: int) -> Hardware:
     """`Hardware` of this machine with an engine on `device`: "cpu", or a GPU's name."""
     name = cpu_name() if device == "cpu" else device
     return Hardware(device=name, threads=threads, software=f"torch {metadata.version('torch')}")
-
-
-def cpu_name() -> str:
-    """CPU's name by /proc/cpuinfo; the machine type if it has none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 class ProfileStore:
