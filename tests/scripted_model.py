@@ -48,12 +48,14 @@ def answer_to(prompt: str, schema: str | None = None) -> str:
     results = _RESULT.findall(prompt)
     told_results = results and prompt.rindex("</tool_response>") > prompt.rfind("</tool_call>")
     lead = "I look.\n"
-    if schema is not None and "structural_tag" in schema and not told_results:
-        schema, lead = None, ""  # calls are possible, too
+    whole = json.loads(schema or "{}")
+    if "format" in whole:  # calls are possible, too
+        whole = whole["format"]
+        if not told_results or "elements" not in whole:  # without: beside any text
+            schema, lead = None, ""
+        else:
+            whole = whole["elements"][0]["json_schema"]
     if schema is not None:
-        whole = json.loads(schema or "{}")
-        if "format" in whole:
-            whole = whole["format"]["elements"][0]["json_schema"]
         choices = whole.get("items", {}).get("anyOf", [])
         if choices and told_results:  # the last tool is the one that takes the answer
             return json.dumps([example_of(choices[-1], whole)], ensure_ascii=False)
