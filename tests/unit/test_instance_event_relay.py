@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from memserve.api.kv_events import (
 )
 from memserve.errors import ConfigError, TransferError
 from memserve.instance.event_relay import EventRelay
+from memserve.instance.server_cache import stored_event
 from memserve.types import Epoch, InstanceId
 from tests.fakes import until
 
@@ -100,6 +101,10 @@ def stored(name: int, medium: str, parent: int | None = None) -> BlockStored:
     return BlockStored([name], parent, [name] * 16, 16, None, medium, None)
 
 
+def copies(events: Sequence[BlockStored]) -> set[tuple[str | None, int | bytes]]:
+    return {(event.medium, name) for event in events for name in event.block_hashes}
+
+
 def test_who_comes_later_gets_a_snapshot(
     context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path
 ) -> None:
@@ -126,12 +131,13 @@ def test_who_comes_later_gets_a_snapshot(
             snapshot = msgpack.decode(relay.snapshot(), type=KVSnapshot)
             assert snapshot.sequence >= batch.sequence
             assert (snapshot.instance, snapshot.epoch, snapshot.block_tokens) == (*OWNER, 16)
-            assert sorted(snapshot.events, key=str) == sorted(held, key=str)
-        assert relay.info.snapshot
-        assert not relay.info.references
+            events = [stored_event(run, 16) for run in snapshot.server_blocks]
+            assert copies(events) == copies(held)
+        assert relay.info.server_snapshot
+        assert not relay.info.snapshot  # who knows of no other asks for none
         vllm.say(7, removed(10))  # what was missed may have removed anything
         until(lambda: decode_frames(heard.recv_multipart()).events.events == [AllBlocksCleared()])
-        assert msgpack.decode(relay.snapshot(), type=KVSnapshot).events == []
+        assert msgpack.decode(relay.snapshot(), type=KVSnapshot).server_blocks == []
     finally:
         heard.close(linger=0)
         relay.close()

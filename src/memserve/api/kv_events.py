@@ -106,8 +106,10 @@ class KVEventsInfo(msgspec.Struct, frozen=True):
     topic: Topic
     block_tokens: BlockTokens
     secured: bool = False  # CURVE, with the cluster's secret
-    snapshot: bool = True  # `GET /kv/snapshot` exists; else only a replay
-    references: bool = True  # blocks are named by packed references; else by vLLM's hashes
+    # `GET /kv/snapshot` has packed references, which events name blocks by; else only a replay.
+    snapshot: bool = True
+    # The same path has the blocks of a vLLM server, which events name by hashes.
+    server_snapshot: bool = False
 
 
 class StoredBlocks(msgspec.Struct, array_like=True, frozen=True):
@@ -128,19 +130,33 @@ class StoredBlocks(msgspec.Struct, array_like=True, frozen=True):
         return from_wire(self.tokens)
 
 
-class KVSnapshot(msgspec.Struct, frozen=True, omit_defaults=True):
+class ServerBlocks(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Consecutive blocks of one prompt in a vLLM server's cache. `namespace`: read only if `parent`
+    is None, as they begin a prompt then."""
+
+    namespace: Namespace
+    parent: BlockHash | None
+    hashes: list[BlockHash]  # [n]
+    tokens: bytes  # little-endian int32 [n * block_tokens]
+    place: str | None  # `place_of` their events
+
+    @property
+    def token_array(self) -> TokenArray:
+        return from_wire(self.tokens)
+
+
+class KVSnapshot(msgspec.Struct, frozen=True):
     """`GET /kv/snapshot`: all cached blocks after batch `sequence`, parents first.
 
-    A memserve instance's own are in `blocks`; those of a vLLM server are in `events`, as that
-    server named them.
+    A memserve instance's own are in `blocks`; those of a vLLM server in `server_blocks`.
     """
 
     instance: InstanceId
     epoch: Epoch
     sequence: Annotated[int, Meta(ge=-1, le=MAX_SEQUENCE)]
     block_tokens: BlockTokens
-    blocks: list[StoredBlocks] = []
-    events: list[BlockStored] = []
+    blocks: list[StoredBlocks]
+    server_blocks: list[ServerBlocks] = []
 
 
 _batches = msgspec.msgpack.Decoder(EventBatch)

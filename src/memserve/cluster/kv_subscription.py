@@ -44,6 +44,7 @@ MAX_BACKOFF_SECONDS = 5.0
 REPLAY_SECONDS = 2.0
 # A large cache's snapshot takes a second to make, and seconds to send over a slow network.
 SNAPSHOT_SECONDS = 60.0
+MOST_FAILURES = 5  # snapshots of a vLLM server that are tried before it is followed without one
 MAX_SNAPSHOT_BYTES = 1024 * 1024 * 1024  # 2^24 blocks, with 16 tokens each
 RECEIVE_HIGH_WATER = 100_000  # batches
 HEARTBEAT_MS = int(2000 * BEAT_SECONDS)  # ZMQ reconnects if heartbeats are not answered
@@ -199,7 +200,7 @@ class Subscription:
             self._recovery = self._vitals.errand("a recovery of KV events", self._recover())
 
     async def _recover(self) -> None:
-        pause = BACKOFF_SECONDS
+        pause, failures = BACKOFF_SECONDS, 0
         while True:
             if self.stream.position is not None:
                 await self._replay()
@@ -207,6 +208,11 @@ class Subscription:
                 if self.stream.gap:
                     self.stream.skip()
             elif self.stream.gap and not await self._restore(self._source.snapshot_url):
+                failures += 1
+                if failures == MOST_FAILURES and not self._source.references:
+                    log.warning("%s gives no snapshot of its cache", self._source.instance)
+                if failures >= MOST_FAILURES and not self._source.references:
+                    self.stream.skip()  # as of a vLLM that has none
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, MAX_BACKOFF_SECONDS)
                 continue

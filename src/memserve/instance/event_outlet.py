@@ -39,12 +39,12 @@ class EventOutlet:
         host: str,
         keys: ClusterKeys | None = None,
         *,
-        references: bool = True,
+        server_snapshot: bool = False,
         buffer_batches: int = REPLAY_BATCHES,
     ) -> None:
         """Bind two free ports of `host`. With `keys`, only clients with the cluster's secret can
-        connect. `references`: blocks are named by packed references. Raises ConfigError for a
-        host that cannot be bound."""
+        connect. `server_snapshot`: the events are a vLLM server's. Raises ConfigError for a host
+        that cannot be bound."""
         self.next = 0  # the next batch's sequence number
         self._sent: deque[tuple[int, bytes]] = deque(maxlen=buffer_batches)
         self._sent_bytes = 0
@@ -59,7 +59,8 @@ class EventOutlet:
             topic=topic_of(instance, epoch),
             block_tokens=block_tokens,
             secured=keys is not None,
-            references=references,
+            snapshot=not server_snapshot,
+            server_snapshot=server_snapshot,
         )
         self._topic = self.info.topic.encode()
 

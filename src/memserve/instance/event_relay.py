@@ -27,11 +27,12 @@ from memserve.api.kv_events import (
     KVEventsInfo,
     KVSnapshot,
     MalformedEvents,
+    ServerBlocks,
     decode_frames,
 )
 from memserve.errors import ConfigError, TransferError
 from memserve.instance.event_outlet import EventOutlet
-from memserve.instance.server_blocks import ServerBlocks
+from memserve.instance.server_cache import ServerCache, stored_event
 from memserve.transfer.secret import ClusterKeys
 from memserve.types import Epoch, InstanceId
 
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.2  # between checks of `_stopping`
 RECEIVE_HIGH_WATER = 100_000  # batches
+_EVENT_ITEMS = 32  # what an event's other fields take, in items of a batch
 
 
 class EventRelay:
@@ -56,10 +58,11 @@ class EventRelay:
     ) -> None:
         """`source`: the endpoint at which vLLM publishes. Other arguments: see `EventOutlet`.
         Raises ConfigError for an invalid `source` or `host`."""
-        self._outlet = EventOutlet(instance, epoch, block_tokens, host, keys, references=False)
+        self._outlet = EventOutlet(instance, epoch, block_tokens, host, keys, server_snapshot=True)
         self._owner = instance, epoch
-        self._blocks = ServerBlocks()
-        self._changing = threading.Lock()  # `_blocks` are those after the last published batch
+        self._cache = ServerCache()
+        self._changing = threading.Lock()  # `_cache` is that after the last published batch
+        self._building = threading.Lock()  # one snapshot at a time, as large as they may be
         self._events = self._outlet.context.socket(zmq.SUB)
         self._events.rcvhwm = RECEIVE_HIGH_WATER
         self._events.maxmsgsize = MAX_BATCH_BYTES
@@ -82,19 +85,21 @@ class EventRelay:
 
     def snapshot(self) -> bytes:
         """Return an encoded `KVSnapshot`. Raises TransferError if the relay has ended."""
-        with self._changing:
-            sequence, events = self._outlet.next - 1, self._blocks.stored()
         if not self.thread.is_alive():
             raise TransferError("vLLM's KV events are no longer passed on")
-        return self._encode(
-            KVSnapshot(
-                instance=self._owner[0],
-                epoch=self._owner[1],
-                sequence=sequence,
-                block_tokens=self.info.block_tokens,
-                events=events,
+        with self._building:
+            with self._changing:
+                sequence, cache = self._outlet.next - 1, self._cache.copy()
+            return self._encode(
+                KVSnapshot(
+                    instance=self._owner[0],
+                    epoch=self._owner[1],
+                    sequence=sequence,
+                    block_tokens=self.info.block_tokens,
+                    blocks=[],
+                    server_blocks=cache.stored(),
+                )
             )
-        )
 
     def close(self) -> None:
         self._stopping.set()
@@ -134,28 +139,28 @@ class EventRelay:
             self._forget()
         self._expected = batch.sequence + 1
         with self._changing:
-            outlasted = self._blocks.apply(batch.events.events)
+            outlasted = self._cache.apply(batch.events.events)
             self._outlet.publish(frames[-1])
             if outlasted:
-                for part in _parts(self._blocks.stored()):
+                for part in _parts(self._cache.stored(), self.info.block_tokens):
                     self._say(part)
 
     def _forget(self) -> None:
         with self._changing:
-            self._blocks.clear()
+            self._cache.clear()
             self._say([AllBlocksCleared()])
 
     def _say(self, events: Sequence[AllBlocksCleared | BlockStored]) -> None:
         self._outlet.publish(self._encode(EventBatch(time.time(), [*events], 0)))
 
 
-def _parts(events: Sequence[BlockStored]) -> Iterator[list[BlockStored]]:
-    """Cut events into batches of a size that subscribers take."""
+def _parts(runs: Sequence[ServerBlocks], block_tokens: int) -> Iterator[list[BlockStored]]:
+    """Yield batches of the events that store `runs`, of a size that subscribers take."""
     part: list[BlockStored] = []
     items = 0
-    for event in events:
-        part.append(event)
-        items += len(event.token_ids) + len(event.block_hashes)
+    for run in runs:
+        part.append(stored_event(run, block_tokens))
+        items += _EVENT_ITEMS + len(run.tokens) // 4 + len(run.hashes)
         if items >= MAX_BATCH_ITEMS:
             yield part
             part, items = [], 0

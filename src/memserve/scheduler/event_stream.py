@@ -20,6 +20,7 @@ from memserve.api.kv_events import (
     BlockStored,
     EventBatch,
     KVSnapshot,
+    ServerBlocks,
     StoredBlocks,
     holds_prefix,
     namespace_of,
@@ -130,8 +131,8 @@ class EventStream:
             yield
             if self.closed():
                 return
-        for event in snapshot.events:
-            self._apply_stored(event)
+        for run in snapshot.server_blocks:
+            self._store_server_run(run)
             yield
             if self.closed():
                 return
@@ -159,6 +160,14 @@ class EventStream:
             self.counts.malformed += 1
         else:
             self._store(run.namespace, run.parent, hashes, tokens)
+
+    def _store_server_run(self, run: ServerBlocks) -> None:
+        try:
+            tokens = run.token_array
+        except ValueError:
+            self.counts.malformed += 1
+        else:
+            self._store(run.namespace, run.parent, run.hashes, tokens, run.place)
 
     def _catch_up(self) -> None:
         while self._ahead and self.position is not None:

@@ -20,7 +20,7 @@ from memserve.api.kv_events import (
     EventBatch,
     KVSnapshot,
 )
-from memserve.instance.server_blocks import ServerBlocks
+from memserve.instance.server_cache import ServerCache, stored_event
 from memserve.scheduler.event_stream import EventCounts, EventStream
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.types import Epoch, InstanceId, Namespace
@@ -85,9 +85,9 @@ class Server:
         return blocks * BLOCK
 
 
-def follower(blocks: ServerBlocks) -> tuple[PromptTree, EventStream]:
+def follower(blocks: ServerCache) -> tuple[PromptTree, EventStream]:
     """Somebody who begins with a snapshot, as it comes over a network."""
-    sent = _encode(KVSnapshot(V, Epoch(1), 7, BLOCK, events=blocks.stored()))
+    sent = _encode(KVSnapshot(V, Epoch(1), 7, BLOCK, [], blocks.copy().stored()))
     tree = PromptTree()
     tree.join(V, BLOCK)
     stream = EventStream(tree, V, BLOCK, EventCounts())
@@ -110,7 +110,7 @@ def test_a_snapshot_has_what_is_held(
     after: list[tuple[object, ...]],
     asked: list[tuple[str, Prompt]],
 ) -> None:
-    server, blocks = Server(), ServerBlocks()
+    server, blocks = Server(), ServerCache()
     for change in before:
         outlasted = blocks.apply([server.change(change)])
         assert outlasted == (change[0] == "clear" and bool(server.held["CPU"]))
@@ -122,7 +122,7 @@ def test_a_snapshot_has_what_is_held(
         event = server.change(change)
         told: list[BlockStored | BlockRemoved | AllBlocksCleared] = [event]
         if blocks.apply([event]):
-            told += blocks.stored()
+            told += [stored_event(run, BLOCK) for run in blocks.stored()]
         stream.offer(8 + at, EventBatch(0.0, told, 0))
     for each in asked:
         # A block whose beginning was not held at the snapshot is known only when it comes again.
@@ -130,7 +130,7 @@ def test_a_snapshot_has_what_is_held(
 
 
 def test_what_no_follower_takes_is_not_kept() -> None:
-    blocks = ServerBlocks()
+    blocks = ServerCache()
     good = BlockStored([1], None, [0] * BLOCK, BLOCK, None, "GPU", None)
     wrong = {
         "tokens": {"token_ids": [0]},
@@ -142,4 +142,16 @@ def test_what_no_follower_takes_is_not_kept() -> None:
         blocks.apply([msgspec.structs.replace(good, **fields)])
     assert len(blocks) == 0
     blocks.apply([good])
-    assert blocks.stored() == [good]
+    assert [stored_event(run, BLOCK) for run in blocks.stored()] == [good]
+
+
+def test_copies_in_two_places_are_two_runs() -> None:
+    server, blocks = Server(), ServerCache()
+    prompt: Prompt = tuple(range(8))
+    for place in ("GPU", "CPU"):
+        blocks.apply([server.change(("store", place, "x", prompt[: n + 1], n)) for n in range(8)])
+    assert [(run.place, len(run.hashes)) for run in blocks.stored()] == [("GPU", 8), ("CPU", 8)]
+    # The rest of one is behind the beginning of the other.
+    blocks.apply([BlockRemoved([name_of("x", prompt[:1])], "GPU")])
+    found = [(run.place, len(run.hashes)) for run in blocks.stored()]
+    assert found == [("CPU", 1), ("GPU", 7), ("CPU", 7)]
