@@ -7,6 +7,7 @@ import contextlib
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -23,6 +24,7 @@ from memserve.api.kv_events import (
     decode_batch,
 )
 from memserve.api.status import InstanceState
+from memserve.cluster import kv_subscription
 from memserve.cluster.kv_subscription import EventSource
 from memserve.cluster.membership import Change, MemberChange
 from memserve.errors import OutOfBlocks
@@ -361,6 +363,19 @@ async def test_a_vllm_without_replay_is_learned_again_after_a_gap(tokenizer: Tok
         assert gateway.matches(prompt(1)) == {}
         gateway.feed.forget(V)
         assert gateway.matches(prompt(5)) == {}
+
+
+async def test_a_server_whose_snapshot_cannot_be_had_is_followed_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kv_subscription, "MOST_FAILURES", 2)
+    async with vllm() as engine, following() as gateway:
+        nowhere = "http://127.0.0.1:1/kv/snapshot"
+        gateway.feed.follow_source(replace(engine.source(), snapshot_url=nowhere))
+        await heard(gateway, engine)
+        assert caplog.text.count("gives no snapshot") == 1
+        await engine.say(stored(1, 2))
+        await until(lambda: gateway.matches(prompt(1, 2)) == {V: 2 * BLOCK}, "what comes now")
 
 
 async def _lose(one: Publishing, batches: int) -> None:

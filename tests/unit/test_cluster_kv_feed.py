@@ -6,14 +6,16 @@ import asyncio
 import resource
 from typing import Any, cast
 
+import msgspec
 import pytest
 
+from memserve.api.kv_events import KVEventsInfo
 from memserve.api.peer_client import PeerClient, PeerError
 from memserve.api.serving import allow_files
-from memserve.cluster.kv_feed import MAX_RESTORING, KvFeed
+from memserve.cluster.kv_feed import MAX_RESTORING, KvFeed, source_of
 from memserve.cluster.kv_subscription import EventSource
 from memserve.scheduler.prompt_tree import PromptTree
-from memserve.types import InstanceId
+from memserve.types import Epoch, InstanceId, Role
 from memserve.vital import Vitals
 from tests.waiting import until
 
@@ -71,3 +73,21 @@ async def test_more_members_are_followed_than_libzmq_has_sockets_for() -> None:
     assert not vitals.survived  # each has its socket
     await feed.close()
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({}, (True, True)),
+        ({"snapshot": False}, (False, False)),  # a vLLM's instance of a version without one
+        ({"snapshot": False, "server_snapshot": True}, (True, False)),
+    ],
+)
+def test_what_an_instance_tells_of_its_events(
+    told: dict[str, bool], expected: tuple[bool, bool]
+) -> None:
+    """Whether there is a snapshot, and whether blocks are named by references."""
+    given = {"endpoint": NOBODY, "replay_endpoint": NOBODY, "topic": "t", "block_tokens": 16}
+    events = msgspec.convert(given | told, KVEventsInfo)
+    found = source_of(InstanceId("i"), Epoch(1), events, "http://10.0.0.1:1", Role.COLOCATED)
+    assert (found.snapshot_url is not None, found.references) == expected

@@ -337,7 +337,7 @@ def test_special_tokens_are_found_in_a_text_longest_first() -> None:
     assert structural_tag._Writer({}, compact=False)._literal("<a>") == '"<a>"'
 
 
-@pytest.mark.parametrize("version", ["1.7.6", "1.8.0", "0.9.2"])
+@pytest.mark.parametrize("version", ["1.7.6", "1.8.0", "0.9.2", "1", "1.8rc1", "unknown"])
 def test_a_library_that_grammars_can_crash_is_refused(
     version: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

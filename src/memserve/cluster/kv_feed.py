@@ -203,7 +203,7 @@ class KvFeed:
             else:
                 same = (info.id, info.epoch) == (instance, epoch)
                 if same and info.kv_events is not None:
-                    source = _source(info, info.kv_events, address, followed.role)
+                    source = source_of(info.id, info.epoch, info.kv_events, address, followed.role)
                     self._subscribe(source, followed)
                     return
                 if same and info.state is not InstanceState.STARTING:
@@ -237,17 +237,20 @@ class KvFeed:
             await asyncio.sleep(EXPIRE_SECONDS)
 
 
-def _source(info: InstanceInfo, events: KVEventsInfo, address: str, role: Role) -> EventSource:
+def source_of(
+    instance: InstanceId, epoch: Epoch, events: KVEventsInfo, address: str, role: Role
+) -> EventSource:
+    """Return where the events of an instance at `address` come from."""
     host = urlsplit(address).hostname or ""
     return EventSource(
-        instance=info.id,
+        instance=instance,
         endpoint=_reachable(events.endpoint, host),
         block_tokens=events.block_tokens,
         topic=events.topic,
         replay_endpoint=_reachable(events.replay_endpoint, host),
         snapshot_url=address + SNAPSHOT_PATH if events.snapshot or events.server_snapshot else None,
         references=events.snapshot,
-        epoch=info.epoch,
+        epoch=epoch,
         role=role,
         secured=events.secured,
     )

@@ -96,8 +96,8 @@ class GrammarCompiler:
 
 def _check_version(version: str) -> None:
     """Raise RequestError if this version of the library must not be given clients' grammars."""
-    major, minor, *_ = version.split(".")
-    if (int(major), int(minor)) < _OLDEST:
+    numbers = re.match(r"(\d+)(?:\.(\d+))?", version)
+    if numbers is None or (int(numbers[1]), int(numbers[2] or 0)) < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
         raise RequestError(f"grammars need llguidance {oldest} or newer; the server has {version}")
 

@@ -79,8 +79,8 @@ class KVLink(Protocol):
         the instance useless."""
 
     def forget(self, namespace: Namespace) -> None:
-        """Drop all KV of a namespace now, and once more a while later: blocks that were pinned,
-        or came since."""
+        """Drop all KV of a namespace now, and again for some minutes: blocks that were pinned, or
+        came since."""
 
     def close(self) -> None:
         """Stop all background work. Call before the pool is closed."""
