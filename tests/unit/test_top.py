@@ -212,6 +212,14 @@ async def test_latencies_are_told_by_policy_and_by_role() -> None:
         assert "policy prompt-tree" not in screen.text
 
 
+async def test_a_poll_may_end_before_the_latencies_are_composed() -> None:
+    async with running() as screen:
+        screen.app.action_latency()
+        screen.app._told()
+        await screen.pilot.pause()
+        assert "policy prompt-tree" in screen.text
+
+
 @pytest.mark.parametrize("size", [(40, 10), (200, 60)])
 async def test_other_terminals(size: tuple[int, int]) -> None:
     async with running(size) as screen:

@@ -73,6 +73,10 @@ class LatencyScreen(ModalScreen[None]):
         self.show()
 
     def show(self) -> None:
+        """Draw the latencies. Before the screen is composed there is nowhere to, though it is the
+        current one already; `on_mount` draws then."""
+        if not self.query("#latencies"):
+            return
         width = min(self.app.size.width, MAX_WIDTH) - 4  # without border and padding
         self.query_one("#latencies", Static).update(rows.latencies(self._history, width))
 
