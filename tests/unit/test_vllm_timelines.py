@@ -19,7 +19,7 @@ from memserve.cluster.client import DECISIONS_PATH
 from memserve.dashboard import views
 from memserve.instance import request_trace
 from memserve.instance.forwarded_run import ForwardedRun
-from memserve.instance.timelines import forwarded_timeline
+from memserve.instance.timelines import Timelines, forwarded_timeline
 from memserve.models.tokenizer import Tokenizer
 from memserve.scheduler.decision_view import DecisionView, Outcome
 from memserve.tracing.span import Sampler, Span, Tracer
@@ -173,16 +173,23 @@ def test_a_server_that_is_lost_is_told_of(tokenizer: Tokenizer, tmp_path: Path) 
         assert (told.ended, seen.error, seen.status) == (False, "server_lost", None)
 
 
-def test_what_is_not_sent_has_no_time_at_the_server(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_what_is_refused_pushes_out_no_time_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with serving(tmp_path) as server, running(tokenizer, {0: server}) as cluster:
         served = cluster.instances[0]._served
         assert served is not None
         assert served.parts.forwarder is not None
-        served.parts.forwarder._sequences = 10**9
+        cluster.instances[0].timelines = Timelines(kept=1)
+        forwarder = served.parts.forwarder
+        assert post(cluster, ForwardPath.EMBEDDINGS, input="x").status == 200
+        view, _, _ = ended(cluster)
+        forwarder._sequences = 10**9
         assert post(cluster, ForwardPath.EMBEDDINGS, input="x").status == 429
-        _, told, seen = ended(cluster)
-        assert (seen.sent, seen.status, seen.error) == (None, None, "queue_full")
-        assert names(told) == ["prepare"]
+        assert cluster.instances[0].timelines.find(view.request) is not None
+        refused = msgspec.convert(
+            ask(cluster.url, f"{DECISIONS_PATH}?n=1").json, list[DecisionView]
+        )[0]
+        assert refused.request != view.request
+        assert ask(cluster.urls[0], f"{TIMELINE_PATH}?request={refused.request}").status == 404
 
 
 @pytest.fixture(scope="module")

@@ -271,7 +271,9 @@ class Instance:
                     if parts.link is not None and not shared:
                         parts.link.forget(namespace)
         finally:
-            self.timelines.add(forwarded_timeline(run))
+            # A refused call took no time worth a line, and many would push out those that did.
+            if run.sent is not None or run.brought is not None:
+                self.timelines.add(forwarded_timeline(run))
             request_trace.forwarded(run)
         self._rate.record(call.n)
 
