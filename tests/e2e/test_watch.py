@@ -19,7 +19,7 @@ from memserve.top.app import TopApp
 from memserve.watch import watcher as watching
 from memserve.watch.watcher import Watcher
 from tests.e2e.conftest import StartCluster
-from tests.fakes import FakeCluster, FakeEngine
+from tests.fakes import FakeCluster, FakeEngine, metric, until
 
 
 def complete(cluster: FakeCluster, stream: bool = True) -> None:
@@ -65,6 +65,48 @@ async def test_what_happened_is_seen_beside_what_was_predicted(start_cluster: St
         assert seen.at - 60 < seen.decisions[1].made <= seen.at
         (point,) = watcher.history.points
         assert point.answered == pytest.approx(2 / watcher.history.rates.seconds)
+
+
+async def test_only_whole_answers_have_a_completion_time(start_cluster: StartCluster) -> None:
+    """Else the gateway that refuses most would look like the fastest one."""
+    engine = FakeEngine(step_seconds=0.005)
+    cluster = start_cluster(engine)
+
+    def send(body: dict[str, object]) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection(urlsplit(cluster.url).netloc)
+        head = {"content-type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), head)
+        return connection
+
+    def answered() -> float:
+        return metric(cluster.url, "memserve_request_seconds_count")
+
+    complete(cluster)
+    assert send({"prompt": "fox", "max_tokens": -1}).getresponse().status == 400
+    stream: dict[str, object] = {
+        "prompt": "fox",
+        "max_tokens": 200,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    engine.gate.clear()
+    leaves = send(stream)
+    until(lambda: len(engine.submitted) == 2)
+    leaves.close()
+    until(lambda: answered() == 3)
+    engine.gate.set()
+    answer = send(stream).getresponse()
+    assert answer.read(6) == b"data: "
+    engine.fails = "it fails"
+    answer.read()
+    until(lambda: answered() == 4)
+    assert metric(cluster.url, "memserve_streams_broken_total") == 1
+    assert metric(cluster.url, "memserve_client_hang_ups_total") == 1
+    assert metric(cluster.url, "memserve_answer_seconds_count") == 1
+    async with Watcher([cluster.url]) as watcher:
+        await watcher.poll()
+        assert watcher.history.latest is not None
+        assert sum(watcher.history.latest.totals.whole.counts) == 1
 
 
 async def test_a_request_that_runs_has_no_end_yet(start_cluster: StartCluster) -> None:

@@ -25,6 +25,7 @@ class GatewayTotals(msgspec.Struct, frozen=True):
     failovers: Count = 0
     prompt_tokens: Count = 0
     first_token: Histogram = msgspec.field(default_factory=Histogram)  # streams, from arrival
+    # Answers with status 200 that came to their end; at an older gateway all, refusals included.
     whole: Histogram = msgspec.field(default_factory=Histogram)
     # Of streams with one choice, as their clients got them; not of those passed on as they are.
     inter_token: Histogram = msgspec.field(default_factory=Histogram)

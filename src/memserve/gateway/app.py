@@ -396,8 +396,11 @@ class GatewayApp:
         metrics.failovers += answer.failovers
         if first is not None:
             metrics.time_to_first_token_seconds.observe(first)
-        if answer.pace is not None and reply.ended and not answer.broken:
-            answer.pace.ended()
+        if reply.ended and not answer.broken:
+            if answer.pace is not None:
+                answer.pace.ended()
+            if status == HTTPStatus.OK:
+                metrics.answer_seconds.observe(took)
         for pause in answer.pauses:
             metrics.failover_pause_seconds.observe(pause)
         bad = status >= FAILED or answer.broken or answer.failovers

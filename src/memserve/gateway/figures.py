@@ -80,7 +80,7 @@ def totals_of(metrics: GatewayMetrics, waiting: int) -> GatewayTotals:
         failovers=metrics.failovers,
         prompt_tokens=metrics.prompt_tokens,
         first_token=metrics.time_to_first_token_seconds,
-        whole=metrics.request_seconds,
+        whole=metrics.answer_seconds,
         inter_token=metrics.inter_token_seconds,
         per_token=metrics.time_per_output_token_seconds,
     )

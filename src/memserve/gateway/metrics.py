@@ -90,6 +90,11 @@ _SECONDS = histogram(
     "memserve_request_seconds",
     "Time from a request's arrival at the gateway to the last byte of its answer, be it a refusal.",
 )
+_ANSWER = histogram(
+    "memserve_answer_seconds",
+    "Time from a request's arrival at the gateway to the last byte of an answer with status 200 "
+    "that came to its end (JCT): without refusals, broken streams and clients that left.",
+)
 _PAUSE = histogram(
     "memserve_failover_pause_seconds",
     "Time that a client got nothing, from the lost instance's last bytes to the next one's first.",
@@ -115,7 +120,7 @@ class GatewayMetrics:
 
     metrics: tuple[MetricSpec, ...] = (
         *(_GATEWAY, _REQUESTS, _RUNNING, _BROKEN, _HANG_UPS, _PROMPT_TOKENS, _FAILOVERS),
-        *(_FIRST_TOKEN, _INTER_TOKEN, _PER_TOKEN, _SECONDS, _PAUSE),
+        *(_FIRST_TOKEN, _INTER_TOKEN, _PER_TOKEN, _SECONDS, _ANSWER, _PAUSE),
     )
 
     def __init__(self, membership: Membership, policy: str, model: str = "") -> None:
@@ -131,6 +136,7 @@ class GatewayMetrics:
         self.inter_token_seconds = Histogram()
         self.time_per_output_token_seconds = Histogram()
         self.request_seconds = Histogram()
+        self.answer_seconds = Histogram()
         self.failover_pause_seconds = Histogram()
         self._sources: list[MetricSource] = [self]
         self._instances = InstancesMetrics(membership, model)
@@ -160,6 +166,7 @@ class GatewayMetrics:
         page.observe(_INTER_TOKEN, self.inter_token_seconds)
         page.observe(_PER_TOKEN, self.time_per_output_token_seconds)
         page.observe(_SECONDS, self.request_seconds)
+        page.observe(_ANSWER, self.answer_seconds)
         page.observe(_PAUSE, self.failover_pause_seconds)
 
 
