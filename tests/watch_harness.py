@@ -77,15 +77,17 @@ def answer_of(
     url: str = URL,
     ahead: float = 0.0,
     policy: str | None = None,
+    others: Sequence[GatewayTotals] = (),
 ) -> GatewaySeen:
-    """`ahead`: of the gateway's clock before the watcher's; its members were heard just now."""
+    """`ahead`: of the gateway's clock before the watcher's; its members were heard just now.
+    `others`: of its other workers."""
     figures = ClusterFigures(
         at + ahead,
         tuple(
             MemberFigures(summary.id, at + ahead, 0, stats, BLOCK_TOKENS)
             for summary, stats in members
         ),
-        (totals or GatewayTotals(),),
+        (totals or GatewayTotals(), *others),
         policy,
     )
     view = ClusterView(Epoch(1), tuple(summary for summary, _ in members))

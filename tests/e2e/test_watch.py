@@ -54,6 +54,7 @@ async def test_what_happened_is_seen_beside_what_was_predicted(start_cluster: St
         assert sum(seen.totals.whole.counts) == 2
         found = watcher.history.rates.policies["prompt-tree"]
         assert (found.first_token.count, found.per_token.count, found.whole.count) == (1, 1, 2)
+        assert [worker.life > 0 for worker in seen.by_gateway[0].workers] == [True]
         whole, streamed = (each.view for each in seen.decisions)
         assert (streamed.considered, len(streamed.candidates)) == (2, 2)
         assert streamed.happened.first_token is not None

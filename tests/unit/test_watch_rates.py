@@ -10,7 +10,7 @@ from memserve.cluster.figures import ClusterFigures, GatewayTotals
 from memserve.cluster.member import ClusterView
 from memserve.types import Epoch, InstanceId, Role
 from memserve.watch.latency import Percentiles
-from memserve.watch.rates import Flow, FlowKind, failovers_between, rates_between
+from memserve.watch.rates import Flow, FlowKind, GroupLatency, failovers_between, rates_between
 from memserve.watch.snapshot import UNKNOWN, GatewaySeen, Snapshot, snapshot_of
 from tests.watch_harness import answer_of, busy_cluster, member_of, seen, snapshot, stats_of
 
@@ -196,4 +196,53 @@ def test_an_older_gateway_names_no_policy() -> None:
     (sums,) = snapshot_of(
         1.0, [GatewaySeen("a", 1.0, ClusterView(Epoch(1), ()), figures)]
     ).by_gateway
-    assert (sums.policy, sums.totals.answered) == (UNKNOWN, 3)
+    assert (sums.policy, sums.workers[0].answered) == (UNKNOWN, 3)
+
+
+def of_workers(at: float, *workers: GatewayTotals) -> Snapshot:
+    return snapshot_of(at, [answer_of(at, [], workers[0], policy="session", others=workers[1:])])
+
+
+def worker(life: int, slow: int, fast: int) -> GatewayTotals:
+    """A worker's totals after so many streams of either kind."""
+    told_of = told(*[9.0] * slow, *[0.04] * fast)
+    return msgspec.structs.replace(
+        told_of, life=Epoch(life), answered=slow + fast, refused=slow, failovers=slow
+    )
+
+
+@pytest.mark.parametrize("lives", [(1, 2), (0, 0)], ids=["named", "older gateway"])
+@pytest.mark.parametrize("missed", ["before", "after"])
+def test_a_worker_that_misses_a_poll_is_not_counted_anew(
+    lives: tuple[int, int], missed: str
+) -> None:
+    """The other one goes on, if they can be told apart; its slow streams are long over."""
+    a, b = lives
+    before = [worker(a, 0, 100), worker(b, 90, 10)]
+    after = [worker(a, 0, 105), worker(b, 90, 15)]
+    del (before if missed == "before" else after)[1]
+    rates = rates_between(of_workers(0.0, *before), of_workers(1.0, *after))
+    found = rates.policies["session"]
+    expected = 5 if a else 0
+    for each in (found.first_token, found.inter_token, found.per_token, found.whole):
+        assert each.count == expected
+    assert rates.first_token == found.first_token
+    assert (rates.answered, rates.refused) == (expected, 0)
+    assert failovers_between(of_workers(0.0, *before), of_workers(1.0, *after)) == 0
+    if a:
+        assert found.whole.p99 is not None
+        assert found.whole.p99 <= 0.05
+
+
+def test_a_worker_that_was_restarted_is_told_from_the_one_before() -> None:
+    """In the sums, nothing would have fallen."""
+    before = of_workers(0.0, worker(1, 0, 100), worker(2, 1, 9))
+    after = of_workers(1.0, worker(1, 0, 103), worker(3, 50, 50))
+    last = of_workers(2.0, worker(1, 0, 103), worker(3, 50, 54))
+    assert rates_between(before, after).policies["session"].whole.count == 3
+    assert rates_between(after, last).policies["session"].whole.count == 4
+
+
+def test_a_gateway_whose_workers_are_all_new_has_no_latencies_yet() -> None:
+    before, after = of_workers(0.0, worker(0, 0, 9)), of_workers(1.0, worker(1, 0, 9))
+    assert rates_between(before, after).policies == {"session": GroupLatency()}

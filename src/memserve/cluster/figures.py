@@ -6,14 +6,15 @@ import msgspec
 
 from memserve.api.histogram import Histogram
 from memserve.api.status import Count, InstanceStats
-from memserve.types import InstanceId
+from memserve.types import Epoch, InstanceId
 
 STATS_PATH = "/cluster/stats"
 WORKER_STATS_PATH = "/cluster/worker/stats"  # of one worker, for its siblings
 
 
 class GatewayTotals(msgspec.Struct, frozen=True):
-    """Counters of one worker of a gateway since its start. `running`, `waiting`: requests now."""
+    """Counters of one worker of a gateway since its start. `running`, `waiting`: requests now.
+    `life`: random, another one after a restart; 0: an older gateway, which does not say."""
 
     running: Count = 0
     waiting: Count = 0  # for room at the instances
@@ -30,6 +31,7 @@ class GatewayTotals(msgspec.Struct, frozen=True):
     # Of streams with one choice, as their clients got them; not of those passed on as they are.
     inter_token: Histogram = msgspec.field(default_factory=Histogram)
     per_token: Histogram = msgspec.field(default_factory=Histogram)  # TPOT: means of streams
+    life: Epoch = Epoch(0)
 
 
 class MemberFigures(msgspec.Struct, frozen=True):

@@ -83,6 +83,7 @@ def totals_of(metrics: GatewayMetrics, waiting: int) -> GatewayTotals:
         whole=metrics.answer_seconds,
         inter_token=metrics.inter_token_seconds,
         per_token=metrics.time_per_output_token_seconds,
+        life=metrics.life,
     )
 
 

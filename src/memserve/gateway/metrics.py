@@ -32,7 +32,7 @@ from memserve.api.vllm_metrics import VLLM_METRICS, report_vllm
 from memserve.cluster.member import Member
 from memserve.cluster.membership import Membership
 from memserve.gateway.access import Access
-from memserve.types import Role
+from memserve.types import Role, new_epoch
 from memserve.vital import Vitals
 
 _GATEWAY = gauge(
@@ -126,6 +126,7 @@ class GatewayMetrics:
     def __init__(self, membership: Membership, policy: str, model: str = "") -> None:
         """`policy`: of scheduling, its name. `model`: the served name, for vLLM's metrics."""
         self.policy = policy
+        self.life = new_epoch()  # of this worker
         self.requests: Counter[tuple[str, int]] = Counter()  # by endpoint and status
         self.running = 0
         self.streams_broken = 0

@@ -1,6 +1,8 @@
 """Rates between two snapshots of a cluster: pure functions, per second.
 
-Counters that fall belong to a process that has begun anew: all that it counts is since then.
+Counters that fall belong to a process that has begun anew: all that it counts is since then. The
+workers of a gateway are compared one by one, since one that misses a poll comes back with all that
+it has ever counted.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from memserve.api.status import InstanceStats, Latencies
 from memserve.cluster.figures import GatewayTotals
 from memserve.types import InstanceId, Role
 from memserve.watch.latency import Percentiles, growth, percentiles
-from memserve.watch.snapshot import MemberSeen, Snapshot, merged
+from memserve.watch.snapshot import GatewayCounts, MemberSeen, Snapshot, merged, sum_totals
 
 
 class MemberRates(msgspec.Struct, frozen=True):
@@ -107,24 +109,28 @@ def rates_between(before: Snapshot, after: Snapshot) -> Rates:
     ]
     members = {now.id: _member(past, now) for past, now in pairs}
     seconds = after.at - before.at
-    old, new = before.totals, after.totals
+    workers = _workers(before, after)
+    counted = [pair for pairs in workers.values() for pair in pairs]
     return Rates(
         seconds=seconds,
         members=members,
         whole=_sum(members),
         flows=tuple(flow for past, now in pairs for flow in _flows(past, now)),
         latencies=_by_role(pairs),
-        policies=_by_policy(before, after),
-        first_token=percentiles(growth(old.first_token, new.first_token)),
-        answered=_rate(old.answered, new.answered, seconds),
-        refused=_rate(old.refused, new.refused, seconds),
-        failed=_rate(old.failed, new.failed, seconds),
+        policies=_by_policy(workers),
+        first_token=percentiles(
+            merged(growth(old.first_token, new.first_token) for old, new in counted)
+        ),
+        answered=sum(_rate(old.answered, new.answered, seconds) for old, new in counted),
+        refused=sum(_rate(old.refused, new.refused, seconds) for old, new in counted),
+        failed=sum(_rate(old.failed, new.failed, seconds) for old, new in counted),
     )
 
 
 def failovers_between(before: Snapshot, after: Snapshot) -> int:
     """Return how many streams another instance went on with between two snapshots."""
-    return _grown(before.totals.failovers, after.totals.failovers)
+    pairs = [pair for each in _workers(before, after).values() for pair in each]
+    return sum(_grown(old.failovers, new.failovers) for old, new in pairs)
 
 
 def _member(past: MemberSeen, now: MemberSeen) -> MemberRates:
@@ -181,18 +187,39 @@ def _by_role(pairs: list[tuple[MemberSeen, MemberSeen]]) -> dict[Role, GroupLate
     return _together(grown)
 
 
-def _by_policy(before: Snapshot, after: Snapshot) -> dict[str, GroupLatency]:
-    """Return the latencies at the gateways that are in both snapshots. Each is compared with
-    itself, so that the restart of one does not hide in the sums of others."""
+_Pair = tuple[GatewayTotals, GatewayTotals]  # the same worker's, before and after
+
+
+def _workers(before: Snapshot, after: Snapshot) -> dict[str, list[_Pair]]:
+    """Return the totals to compare by policy, of the gateways that are in both snapshots."""
     then = {each.url: each for each in before.by_gateway}
-    grown: dict[str, list[_Grown]] = {}
+    pairs: dict[str, list[_Pair]] = {}
     for now in after.by_gateway:
-        if (past := then.get(now.url)) is None:
-            continue
+        if (past := then.get(now.url)) is not None:
+            pairs.setdefault(now.policy, []).extend(_same_workers(past, now))
+    return pairs
+
+
+def _same_workers(past: GatewayCounts, now: GatewayCounts) -> list[_Pair]:
+    """Return the workers that are in both answers of a gateway. Those of an older gateway have no
+    `life`: their sums are compared, if they are as many."""
+    known = {worker.life: worker for worker in past.workers if worker.life}
+    pairs = [(known[worker.life], worker) for worker in now.workers if worker.life in known]
+    old, new = ([w for w in each.workers if not w.life] for each in (past, now))
+    if new and len(old) == len(new):
         # Another policy: the gateway has begun anew.
-        old = past.totals if past.policy == now.policy else GatewayTotals()
-        grown.setdefault(now.policy, []).append(_grown_latencies(old, now.totals))
-    return _together(grown)
+        since = sum_totals(old) if past.policy == now.policy else GatewayTotals()
+        pairs.append((since, sum_totals(new)))
+    return pairs
+
+
+def _by_policy(workers: Mapping[str, list[_Pair]]) -> dict[str, GroupLatency]:
+    return _together(
+        {
+            policy: [_grown_latencies(old, new) for old, new in pairs]
+            for policy, pairs in workers.items()
+        }
+    )
 
 
 _T = TypeVar("_T")
@@ -209,6 +236,7 @@ def _grown_latencies(old: Latencies | GatewayTotals, new: Latencies | GatewayTot
 
 
 def _together(grown: Mapping[_T, list[_Grown]]) -> dict[_T, GroupLatency]:
+    """A group of which nothing is comparable has no percentiles."""
     return {
         group: GroupLatency(*(percentiles(merged(each)) for each in zip(*found, strict=True)))
         for group, found in grown.items()

@@ -66,12 +66,13 @@ class GatewaySeen(msgspec.Struct, frozen=True):
     decisions: tuple[DecisionView, ...] = ()
 
 
-class GatewaySums(msgspec.Struct, frozen=True):
-    """The sums over one gateway's workers, and its policy."""
+class GatewayCounts(msgspec.Struct, frozen=True):
+    """What each worker of one gateway has counted, and the gateway's policy. A worker that did not
+    answer its sibling in time is left out."""
 
     url: str
     policy: str
-    totals: GatewayTotals
+    workers: tuple[GatewayTotals, ...]
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -88,7 +89,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     degraded: tuple[DegradedPair, ...] = ()
     gateways: tuple[str, ...] = ()  # that answered
     workers: int = 0
-    by_gateway: tuple[GatewaySums, ...] = ()  # in the order of `gateways`
+    by_gateway: tuple[GatewayCounts, ...] = ()  # in the order of `gateways`
 
     def find(self, instance: str) -> MemberSeen | None:
         return next((member for member in self.members if member.id == instance), None)
@@ -114,31 +115,31 @@ def snapshot_of(at: float, answers: Sequence[GatewaySeen]) -> Snapshot:
         for pair in answer.view.degraded or ():
             degraded.setdefault((pair.prefill, pair.decode), pair)
     decisions.sort(key=lambda decision: decision.made, reverse=True)
-    sums = tuple(
-        GatewaySums(a.url, a.figures.policy or UNKNOWN, sum_totals(a.figures.workers))
-        for a in answers
+    by_gateway = tuple(
+        GatewayCounts(a.url, a.figures.policy or UNKNOWN, a.figures.workers) for a in answers
     )
+    workers = [worker for each in by_gateway for worker in each.workers]
     return Snapshot(
         at=at,
         members=tuple(sorted(members.values(), key=lambda member: member.id)),
-        totals=sum_totals(each.totals for each in sums),
+        totals=sum_totals(workers),
         decisions=tuple(decisions[:KEPT_DECISIONS]),
         degraded=tuple(degraded.values()),
         gateways=tuple(answer.url for answer in answers),
-        workers=sum(len(answer.figures.workers) for answer in answers),
-        by_gateway=sums,
+        workers=len(workers),
+        by_gateway=by_gateway,
     )
 
 
 def sum_totals(workers: Iterable[GatewayTotals]) -> GatewayTotals:
-    """Return the sums over workers, histograms included."""
+    """Return the sums over workers, histograms included; without a `life`."""
     sums: dict[str, int] = {}
     histograms: dict[str, Histogram] = {}
     for worker in workers:
         for name, value in msgspec.structs.asdict(worker).items():
             if isinstance(value, Histogram):
                 histograms[name] = merged((value, histograms.get(name, Histogram())))
-            else:
+            elif name != "life":
                 sums[name] = sums.get(name, 0) + value
     return msgspec.convert({**sums, **histograms}, GatewayTotals)
 
