@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,16 +22,27 @@ from tests.docs.pages import DOCS, END, blocks
 PAGES = [DOCS / "tutorial.md", *sorted((DOCS / "how-to").glob("*.md"))]
 PORT = 8000  # of the pages
 SECONDS = 280
+FREE_SECONDS = 60.0  # for a port that a killed cluster had
 
 
 @pytest.fixture
 def free_port() -> None:
+    """Wait for the processes of the page before: some end when they miss the one that is killed."""
+    given_up = time.monotonic() + FREE_SECONDS
+    while not _is_free():
+        if time.monotonic() > given_up:
+            pytest.skip(f"port {PORT} is in use: stop what listens there")
+        time.sleep(0.2)
+
+
+def _is_free() -> bool:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind(("127.0.0.1", PORT))
         except OSError:
-            pytest.skip(f"port {PORT} is in use: stop what listens there")
+            return False
+    return True
 
 
 @pytest.mark.docs
