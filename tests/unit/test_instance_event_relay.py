@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,11 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
         yield context
 
 
-def removed(name: int) -> bytes:
-    return msgpack.encode(EventBatch(1.0, [BlockRemoved([name], "GPU")], 0))
-
-
-def test_what_comes_is_passed_on_and_what_was_missed_is_said(
+@contextmanager
+def relayed(
     context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path
-) -> None:
+) -> Iterator[tuple[Vllm, EventRelay, zmq.Socket[bytes]]]:
+    """A vLLM, a relay that hears it, and a subscriber that hears the relay."""
     source = f"ipc://{tmp_path}/e"
     vllm = Vllm(context, source)
     relay = EventRelay(source, *OWNER, 16, "127.0.0.1", None)
@@ -67,6 +66,21 @@ def test_what_comes_is_passed_on_and_what_was_missed_is_said(
         heard.connect(relay.info.endpoint)
         vllm.until_heard()
         decode_frames(heard.recv_multipart())  # an idle relay's beat: it is connected
+        yield vllm, relay, heard
+    finally:
+        heard.close(linger=0)
+        relay.close()
+        vllm.close()
+
+
+def removed(name: int) -> bytes:
+    return msgpack.encode(EventBatch(1.0, [BlockRemoved([name], "GPU")], 0))
+
+
+def test_what_comes_is_passed_on_and_what_was_missed_is_said(
+    context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path
+) -> None:
+    with relayed(context, tmp_path) as (vllm, relay, heard):
         vllm.say(0, removed(10))
         vllm.say(1, removed(11))
         vllm.say(3, removed(13))
@@ -88,10 +102,6 @@ def test_what_comes_is_passed_on_and_what_was_missed_is_said(
         until(take)
         assert said == [10, 11, "cleared", 13, "cleared", 15]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    finally:
-        heard.close(linger=0)
-        relay.close()
-        vllm.close()
     assert not relay.thread.is_alive()
     with pytest.raises(TransferError, match="no longer passed on"):
         relay.snapshot()
@@ -108,17 +118,8 @@ def copies(events: Sequence[BlockStored]) -> set[tuple[str | None, int | bytes]]
 def test_who_comes_later_gets_a_snapshot(
     context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path
 ) -> None:
-    source = f"ipc://{tmp_path}/e"
-    vllm = Vllm(context, source)
-    relay = EventRelay(source, *OWNER, 16, "127.0.0.1", None)
-    heard = context.socket(zmq.SUB)
-    heard.rcvtimeo = 30_000
     own, behind = [stored(1, "GPU"), stored(2, "GPU", 1)], [stored(1, "CPU")]
-    try:
-        heard.subscribe(b"")
-        heard.connect(relay.info.endpoint)
-        vllm.until_heard()
-        decode_frames(heard.recv_multipart())
+    with relayed(context, tmp_path) as (vllm, relay, heard):
         batches = [[*own, *behind], [AllBlocksCleared()], [BlockRemoved([1], "CPU")]]
         expected = [[*own, *behind], behind, []]
         for number, (events, held) in enumerate(zip(batches, expected, strict=True)):
@@ -138,10 +139,6 @@ def test_who_comes_later_gets_a_snapshot(
         vllm.say(7, removed(10))  # what was missed may have removed anything
         until(lambda: decode_frames(heard.recv_multipart()).events.events == [AllBlocksCleared()])
         assert msgpack.decode(relay.snapshot(), type=KVSnapshot).server_blocks == []
-    finally:
-        heard.close(linger=0)
-        relay.close()
-        vllm.close()
 
 
 def test_what_is_no_endpoint_is_refused() -> None:

@@ -121,6 +121,10 @@ class StoredBlocks(msgspec.Struct, array_like=True, frozen=True):
     tokens: bytes  # little-endian int32 [n * block_tokens]
 
     @property
+    def place(self) -> None:
+        """None: a packed reference tells its medium."""
+
+    @property
     def hashes(self) -> list[BlockHash]:
         found: list[BlockHash] = np.frombuffer(self.blocks, "<i8").tolist()
         return found

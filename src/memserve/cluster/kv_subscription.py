@@ -209,9 +209,9 @@ class Subscription:
                     self.stream.skip()
             elif self.stream.gap and not await self._restore(self._source.snapshot_url):
                 failures += 1
-                if failures == MOST_FAILURES and not self._source.references:
-                    log.warning("%s gives no snapshot of its cache", self._source.instance)
                 if failures >= MOST_FAILURES and not self._source.references:
+                    if failures == MOST_FAILURES:
+                        log.warning("%s gives no snapshot of its cache", self._source.instance)
                     self.stream.skip()  # as of a vLLM that has none
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, MAX_BACKOFF_SECONDS)

@@ -7,7 +7,8 @@ neither is available, by forgetting the instance's blocks (`skip`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import msgspec
 import numpy as np
@@ -126,13 +127,9 @@ class EventStream:
         self.counts.snapshots += 1
         self.position = None  # until the end `offer` keeps batches and applies none
         self._tree.cleared(self._instance)
-        for each in snapshot.blocks:
-            self._store_run(each)
-            yield
-            if self.closed():
-                return
-        for run in snapshot.server_blocks:
-            self._store_server_run(run)
+        runs: Iterable[StoredBlocks | ServerBlocks] = chain(snapshot.blocks, snapshot.server_blocks)
+        for run in runs:
+            self._store_run(run)
             yield
             if self.closed():
                 return
@@ -153,21 +150,13 @@ class EventStream:
 
     # --- inside ---------------------------------------------------------------------------
 
-    def _store_run(self, run: StoredBlocks) -> None:
+    def _store_run(self, run: StoredBlocks | ServerBlocks) -> None:
         try:
             hashes, tokens = run.hashes, run.token_array
         except ValueError:  # length is no multiple of a hash or token
             self.counts.malformed += 1
         else:
-            self._store(run.namespace, run.parent, hashes, tokens)
-
-    def _store_server_run(self, run: ServerBlocks) -> None:
-        try:
-            tokens = run.token_array
-        except ValueError:
-            self.counts.malformed += 1
-        else:
-            self._store(run.namespace, run.parent, run.hashes, tokens, run.place)
+            self._store(run.namespace, run.parent, hashes, tokens, run.place)
 
     def _catch_up(self) -> None:
         while self._ahead and self.position is not None:
