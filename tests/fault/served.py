@@ -43,6 +43,7 @@ from tests.faulty_transport import Fault, FaultyTransport, listed
 CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000
 MS_REC, MS_PRIVATE = 0x4000, 0x40000
 PATIENCE = 20.0
+PEERS = ("prefill", "decode")  # names that a test asks for in `State.peers`
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -85,6 +86,7 @@ class State:
     blocks: int  # free and cached
     cached: int
     posted: int  # writes, by the transport that misbehaves
+    peers: frozenset[str]  # whose pools are connected and heard
 
     @property
     def quiet(self) -> bool:
@@ -185,6 +187,7 @@ def _instance(what: InstanceProcess, ready_fd: int) -> tuple[Callable[[], Any], 
             blocks=sum(medium.free + medium.cached for medium in media),
             cached=sum(medium.cached for medium in media),
             posted=sum(each.posts for each in faulty),
+            peers=frozenset(filter(pool.hears, PEERS)),
         )
 
     def run() -> int:

@@ -41,6 +41,7 @@ def test_what_a_stopped_prefill_instance_may_still_write_to_is_not_given_away(
     prefill.signal(signal.SIGCONT)
     until(lambda: prefill.quiet and decode.quiet, "the end of all leases and quarantines")
     until_ready(gateway, "prefill", "decode")
+    until(lambda: "prefill" in decode.state.peers, "P's word that it serves calls again")
     whole = time.monotonic() - back
     assert Client(gateway, LONG[:300], 8).result() == expected(LONG[:300], 8)
     handoff = decode.stats["handoff"]

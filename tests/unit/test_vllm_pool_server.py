@@ -127,7 +127,9 @@ async def test_a_peer_that_is_lost_is_reported(ends: tuple[End, End], how: str) 
     assert not d.pool.hears("p")
 
 
-async def test_a_stalled_peer_stays_stalled_when_it_is_met_again(ends: tuple[End, End]) -> None:
+async def test_a_stalled_peer_stays_stalled_when_it_is_met_again(
+    ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Until its own next word: each request would wait for it anew."""
     p, d = ends
     assert await p.link.cached(TOKENS, SHARED) == 0
@@ -137,6 +139,11 @@ async def test_a_stalled_peer_stays_stalled_when_it_is_met_again(ends: tuple[End
     assert await d.link.until_lost(p.link.address)
     await d.link.meet(p.link.address)  # with a Hello of the same life
     assert not d.pool.hears("p")
+    # The word comes at once, not with the next heartbeat.
+    assert p.pool._service is not None
+    monkeypatch.setattr(p.pool._service._endpoint, "on_beat", lambda now: None)
+    p.pool.vouch()
+    await until(lambda: d.pool.hears("p"), "that p serves calls again")
 
 
 async def test_another_life_of_a_peer_is_not_the_one_waited_for(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import count
 
@@ -35,7 +36,7 @@ from memserve.transfer.regions import PathName
 from memserve.transfer.secret import cluster_keys
 from memserve.transfer.sender import Outgoing
 from memserve.transfer.service import Service
-from memserve.transfer.session import DEADLINE, Actions, Round, rounds_of
+from memserve.transfer.session import DEADLINE, LEASE, Actions, Round, rounds_of
 from memserve.transfer.shared_pool import SharedPool
 from memserve.transfer.shm import ShmTransport
 from memserve.transfer.sockets import is_local
@@ -135,8 +136,13 @@ class MemPool(SharedPool):
 
     def vouch(self) -> None:
         """Tell that this process serves calls. From the first `vouch` on, peers hear that the
-        process is stalled when none has come for a LEASE."""
-        self.vouched = self._transfer_clock.now()
+        process is stalled when none has come for a LEASE, and that it is not when one comes."""
+        now, last = self._transfer_clock.now(), self.vouched
+        self.vouched = now
+        service = self._service
+        if service is not None and last is not None and now - last >= LEASE:
+            with suppress(TransferError):  # the pool's owner watches the transfer thread
+                service.submit(PeerEndpoint.tell_all)
 
     def hears(self, instance: str) -> bool:
         """Return whether a peer is connected, heard of within a LEASE, and not stalled. Waits for

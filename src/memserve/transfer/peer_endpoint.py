@@ -145,12 +145,16 @@ class PeerEndpoint:
         for peer in self.peers:
             if peer.life is not None:
                 peer.life.silent = self.table.silent(peer.life.owner, now)
-        self.say_to_all(self._beat(now, answer=True))
+        self.tell_all(now)
         self.handshakes.greet_the_lost()
         self.receiver.prune()
         for owner in self.receiver.grantees():
             if self.table.silent(owner, now):
                 self.receiver.revoke_all(owner)
+
+    def tell_all(self, now: float) -> None:
+        """Send a heartbeat to all connected peers."""
+        self.say_to_all(self._beat(now, answer=True))
 
     def on_tick(self, now: float) -> None:
         """Run timers: deadlines, and repeats of messages; called every `service.TICK`."""
