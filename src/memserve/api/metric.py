@@ -68,7 +68,7 @@ class MetricSource(Protocol):
 
     @property
     def metrics(self) -> Sequence[MetricSpec]:
-        """What it reports."""
+        """Specifications of all metrics that `report` writes."""
 
     async def report(self, page: Page) -> None:
         """Write the present figures. Lets the event loop go on where that takes long."""

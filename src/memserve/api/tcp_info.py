@@ -1,4 +1,4 @@
-"""What the kernel knows of a connection's other end (Linux, TCP_INFO).
+"""The kernel's knowledge of a connection's other end (Linux, TCP_INFO).
 
 A host that is lost, or the way to it, ends no connection: TCP sends again what is not acknowledged
 for a quarter of an hour. Until then a server would compute for nobody. A client that is only slow

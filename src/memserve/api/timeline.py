@@ -34,7 +34,7 @@ class Pause(NamedTuple):
 
 
 class Forwarded(msgspec.Struct, frozen=True):
-    """What the instance sees of a request that its vLLM server gets as it is. Moments are seconds
+    """Time line of a request that an instance forwards to its vLLM server. Moments are seconds
     since the call's arrival; None: it did not come to that.
 
     From `sent` to `first` the request was in the server's queue, and computed; only the server

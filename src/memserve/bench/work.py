@@ -27,7 +27,7 @@ from memserve.workloads.trace import (
 
 Workload = Literal[TextWorkload, "trace", "synthetic"]
 Work = Sequence[Session | TokenRequest]
-# The same requests for all models with at least so many tokens.
+# All models with at least so many tokens get equal requests.
 MOST_TOKEN_IDS = 32_000
 
 

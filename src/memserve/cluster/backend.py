@@ -1,4 +1,4 @@
-"""What a backend is: it runs a cluster's processes on some machines, and keeps them running.
+"""Contract of a backend, which runs a cluster's processes on machines and restarts them.
 
 `Cluster` decides what runs (`Launch`); a backend decides where, starts it again when it crashes,
 and ends it. A new backend implements `Backend` and `Kept`.
@@ -121,7 +121,7 @@ class Backend(Protocol):
 
 
 class Groups(Protocol):
-    """What can be scaled: a running cluster, wherever it runs."""
+    """Contract of a running cluster that can be scaled, on any backend."""
 
     async def groups(self) -> tuple[Group, ...]: ...
 

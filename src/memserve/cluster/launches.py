@@ -1,4 +1,4 @@
-"""What a cluster's processes are started with: `memserve` arguments from its configuration."""
+"""Command lines of a cluster's processes: `memserve` arguments from its configuration."""
 
 from __future__ import annotations
 

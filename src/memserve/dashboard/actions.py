@@ -1,4 +1,4 @@
-"""What operators may do to members, what will happen then, and doing it. Knows no NiceGUI."""
+"""Operators' actions on members: which are allowed, their effects, their calls. No NiceGUI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all pages share: navigation, colours, the line that says when the gateway is away."""
+"""Frame of all pages: navigation, colours, and a line while the gateway is away."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _COLOURS = {"auto": None, "light": False, "dark": True}
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What the pages draw from."""
+    """Sources of the pages' data."""
 
     watcher: Watcher
 

@@ -106,7 +106,7 @@ _WRITTEN: Final = {
         "<|tool_call_argument_begin|>",
     ),
 }
-# What Llama's format takes for content.
+# Text that Llama's format takes for content.
 _NO_CALL: Final[Format] = {"type": "regex", "pattern": r"\s*([^\s{][\x{0}-\x{10ffff}]*)?"}
 
 

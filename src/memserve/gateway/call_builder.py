@@ -151,7 +151,7 @@ class CallBuilder:
             max_tokens=asked or room,
             logprobs=chat_logprobs(request),
         )
-        # Who ignores the end of an answer wants its length, as a benchmark does.
+        # A request that ignores the end of an answer asks for a length, as benchmarks do.
         wanted = request.stop is not None or request.ignore_eos
         if not (self._tokenizer.has_chat_template or wanted):
             call = msgspec.structs.replace(call, stop=DEFAULT_CHAT_STOPS)

@@ -1,4 +1,4 @@
-"""What a Response's reply reads of a chat's stream: built-in instances', and vLLM's."""
+"""Chunks of a chat's stream, from built-in instances or vLLM, as a Response's reply reads them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """What is read of a chat's chunk, or of an error event."""
+    """Fields that are read of a chat's chunk, or of an error event."""
 
     choices: tuple[Choice, ...] = ()
     usage: Usage | None = None

@@ -1,4 +1,4 @@
-"""What a chat's request means for the prompt and for the answer: messages, tools and variables for
+"""Meaning of a chat's request for the prompt and for the answer: messages, tools and variables for
 the chat template; the format of the answer, and the grammar of a call that is required."""
 
 from __future__ import annotations

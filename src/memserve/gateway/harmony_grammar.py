@@ -24,13 +24,13 @@ _FINAL: Final = "final<|message|>"
 _CALL: Final = Written("commentary to=functions.NAME <|constrain|>json<|message|>", "", "", None)
 _ANY_TEXT: Final[Format] = {"type": "any_text"}
 
-# What is in no channel is content, as what is in the final one.
+# Text in no channel is content, like text in the final one.
 _FINAL_BEGUN: Final = re.compile(rf"\s*(?:<\|channel\|>final)?{MESSAGE}")
 _FURTHER: Final = ("<|start|>", _CHANNEL, *ENDS)
 
 
 class Begun(Enum):
-    """What a prompt has of the answer: nothing, the marker of a channel, a part of the final
+    """A prompt's part of the answer: nothing, the marker of a channel, a part of the final
     message, or anything else."""
 
     NOTHING = auto()

@@ -124,7 +124,7 @@ def planner_routes(board: PlannerBoard, siblings: Siblings | None) -> APIRouter:
 
     @routes.get(LOAD_REPORTS_PATH)
     async def load() -> Response:
-        """What each worker's scheduler predicts of its members, and what arrives there."""
+        """Predictions of each worker's scheduler for its members, and its arrivals."""
         reports = [board.load()]
         if siblings is not None:
             for body in (await siblings.answers(WORKER_LOAD_PATH)).values():

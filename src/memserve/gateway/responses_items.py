@@ -20,7 +20,7 @@ class _TopScore(msgspec.Struct, frozen=True):
 
 
 class _Score(msgspec.Struct, frozen=True):
-    """What an event's delta has of a token's log-probabilities: no bytes."""
+    """A token's log-probabilities in an event's delta: without bytes."""
 
     token: str
     logprob: float
@@ -116,7 +116,7 @@ class MessageItem(Item):
 
 
 class ReasoningItem(Item):
-    """What the model thought before its answer."""
+    """The model's reasoning before its answer."""
 
     prefix = "rs"
 

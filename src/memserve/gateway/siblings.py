@@ -26,7 +26,7 @@ _ASK_SECONDS = 1.0
 # instance is ready while its siblings have some.
 MEET_SECONDS = 5.0
 
-# What all siblings took is told again after this time: one of them may have been started again,
+# Changes that all siblings took are sent again after this time: a sibling may have been restarted,
 # and have got no answer when it asked for the members.
 _RETELL_SECONDS = 60.0
 

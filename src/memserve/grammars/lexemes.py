@@ -35,7 +35,7 @@ class Alphabet:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What is known of a regular expression's texts."""
+    """Properties of a regular expression's texts."""
 
     nullable: bool
     first: Set  # characters at the start
@@ -133,7 +133,7 @@ def _visited(visits: int, rules: Sized) -> int:
 
 
 class Flow:
-    """What may follow each terminal of a grammar."""
+    """Terminals that may follow each terminal of a grammar."""
 
     def __init__(self, rules: dict[str, Part]) -> None:
         self._rules = rules

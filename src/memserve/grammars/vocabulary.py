@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class _Vocabulary:
-    """What llguidance's `TokenizerWrapper` asks for."""
+    """A tokenizer in the form that llguidance's `TokenizerWrapper` asks for."""
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         known = min(size, tokenizer.vocab_size)

@@ -39,7 +39,7 @@ class Compiled(CompiledGrammar, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What became of one grammar: compiled, or refused, with the request's field at fault.
+    """Result of one grammar: compiled, or refused, with the request's field at fault.
     `seconds`: of CPU time. Exceptions are not kept: each raise would add to their tracebacks."""
 
     compiled: Compiled | None
@@ -97,7 +97,7 @@ class Grammars:
         being compiled."""
         self._wanted[grammar] += 1
         try:
-            # Whoever gives up does not take it from the others.
+            # A caller that gives up leaves the compilation to the other callers.
             await asyncio.shield(asyncio.wrap_future(future))
         finally:
             self._wanted[grammar] -= 1

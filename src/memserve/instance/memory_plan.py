@@ -1,4 +1,4 @@
-"""What instances ask of this machine's memory, against what there is, before a model is loaded.
+"""Check of the memory that instances ask for against this machine's, before a model is loaded.
 
 KV comes from the model's configuration, weights from the headers of its files. What a process needs
 besides is estimated, so a plan that fits barely may still fail; one that cannot fit is refused.

@@ -34,7 +34,7 @@ _Literals = _Pattern | Annotated[tuple[_Pattern, ...], Meta(min_length=1, max_le
 
 
 class ContentArgs(msgspec.Struct, frozen=True):
-    """What the parser of a region's content is told."""
+    """Arguments of the parser of a region's content."""
 
     strip: bool = True  # white space around texts
     # of `json`
@@ -86,7 +86,7 @@ class TemplateSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Part(Enum):
-    """What a field is of an answer. NOTHING: it is left out."""
+    """A field's meaning in an answer. NOTHING: it is left out."""
 
     CONTENT = auto()
     REASONING = auto()
@@ -107,7 +107,7 @@ STREAMED_CALL: Final = {"name": "{name}", "arguments": "{content}"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delimiter:
-    """What opens or closes a region. `literals`: all that it may be; None: whatever matches.
+    """Delimiter of a region. `literals`: all texts that it may be; None: any match.
     `grows`: a literal begins with another one."""
 
     pattern: Any  # a compiled pattern of `regex`, whose matches may be partial

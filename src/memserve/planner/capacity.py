@@ -43,7 +43,7 @@ _HALVINGS = 20
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What one member can do; the planner takes all members as alike."""
+    """Capacity of one member; the planner takes all members as alike."""
 
     costs: Costs
     prefill_factor: float = 1.0

@@ -1,4 +1,4 @@
-"""What the planner is told and what it answers: frozen values, times in seconds.
+"""Inputs and answers of the planner: frozen values, times in seconds.
 
 A `LoadReport` comes from each gateway (or the simulator); `Planner.look` turns them into a
 `Decision`, which names the members that change and shows what else was considered.
@@ -20,7 +20,7 @@ Count = Annotated[int, Meta(ge=0)]
 
 
 class MemberLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """What one scheduler predicts of one member, and what it has reserved there."""
+    """One scheduler's predictions for one member, and its reservations there."""
 
     id: InstanceId
     role: Role
@@ -80,7 +80,7 @@ class Split(msgspec.Struct, frozen=True, order=True):
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
-    """What arrives, per second and per request."""
+    """Arrivals, per second and per request."""
 
     requests_per_second: Amount = 0.0
     prompt_tokens: Amount = 0.0  # mean
@@ -90,7 +90,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
-    """What a split would give at the present demand. Latencies are at the objectives' quantile;
+    """Prediction for a split at the present demand. Latencies are at the objectives' quantile;
     None: the split cannot carry the demand."""
 
     split: Split

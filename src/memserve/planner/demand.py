@@ -10,7 +10,7 @@ from memserve.planner.contract import LoadReport
 from memserve.scheduler.arrivals import Arrival
 from memserve.types import SchedulerId
 
-# What came so long ago counts for 37 % of what comes now: some looks, and far less than loads last.
+# Arrivals of this age weigh 37 % of present ones: some looks, and far less than loads last.
 MEMORY_SECONDS = 15.0
 FORGOTTEN = 4 * MEMORY_SECONDS
 # A load turns where one look counts so many standard deviations more or less than was expected (of
@@ -122,7 +122,7 @@ def _look(
     before: Mapping[SchedulerId, LoadReport],
     latest: Mapping[SchedulerId, LoadReport],
 ) -> _Look:
-    """What came between two looks. Both are of the same schedulers."""
+    """Arrivals between two looks. Both looks are of the same schedulers."""
     requests = 0
     fresh: list[Arrival] = []
     for scheduler, report in latest.items():

@@ -1,4 +1,4 @@
-"""What goes to an actor and comes back from it, as msgspec's bytes; and what it needs of a node."""
+"""Orders to an actor and its answers, as msgspec's bytes; and its needs of a node."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class CandidateView(Plan, frozen=True, omit_defaults=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, omit_defaults=True):
-    """What became of a plan, in seconds since it was made. The router's event loop fills it in."""
+    """Outcome of a plan, in seconds since it was made. The router's event loop fills it in."""
 
     first_token: float | None = None  # of a stream; None: none has come
     whole: float | None = None  # its end, whatever that was; None: it runs

@@ -32,7 +32,7 @@ class PrefixView(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class TenantSpace(msgspec.Struct, frozen=True):
-    """What a tenant's prompts take up. `held`: a block with n holders counts n times."""
+    """Blocks of a tenant's prompts. `held`: a block with n holders counts n times."""
 
     tenant: str
     blocks: int

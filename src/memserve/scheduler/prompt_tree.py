@@ -333,7 +333,7 @@ class PromptTree:
         return holder.instance, holder.table
 
     def reading_stats(self) -> Generator[None, None, PromptTreeStats]:
-        """The same in pieces of NODES_AT_ONCE: what changes in between may count or not."""
+        """Count in pieces of NODES_AT_ONCE, a yield between two: changes in between may count."""
         nodes = self.nodes()
         tree_blocks = num_bytes = 0
         for first in range(0, len(nodes), NODES_AT_ONCE):

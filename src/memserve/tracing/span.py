@@ -163,7 +163,7 @@ class Sampler:
 
 @dataclass(slots=True)
 class SpanCounts:
-    """What became of finished spans: `dropped` because too many waited, `failed` to be sent."""
+    """Counts of finished spans: `dropped` because too many waited, `failed` to be sent."""
 
     exported: int = 0
     dropped: int = 0

@@ -57,7 +57,7 @@ class DecisionSeen(msgspec.Struct, frozen=True):
 
 
 class GatewaySeen(msgspec.Struct, frozen=True):
-    """What one gateway answered. `at`: when, by the watcher's clock."""
+    """Answers of one gateway. `at`: when, by the watcher's clock."""
 
     url: str
     at: float
@@ -67,7 +67,7 @@ class GatewaySeen(msgspec.Struct, frozen=True):
 
 
 class GatewayCounts(msgspec.Struct, frozen=True):
-    """What each worker of one gateway has counted, and the gateway's policy. A worker that did not
+    """Counters of each worker of one gateway, and the gateway's policy. A worker that did not
     answer its sibling in time is left out."""
 
     url: str

@@ -68,12 +68,12 @@ class AnswerFormat(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
     """The format of the answers to one call."""
 
     tools: ToolFormat = ToolFormat.NONE
-    # What looks like a call of any other function is content.
+    # Text that looks like a call of any other function is content.
     functions: Annotated[tuple[Function, ...], Meta(max_length=MAX_TOOLS)] = ()
     parallel: bool = True  # False: the answer ends with its first call
     named: bool = False  # by the request: calls are no reason for the answer's end
     reasoning: ReasoningFormat = ReasoningFormat.NONE
     reasoning_begun: bool = False  # by the prompt
-    # What the prompt has of the answer already, for formats with a template.
+    # The answer's part that the prompt has already, for formats with a template.
     begun: Annotated[str, Meta(max_length=MAX_BEGUN_CHARACTERS)] = ""
     include_reasoning: bool = True  # False: it is found and left out
