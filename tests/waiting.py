@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 # Much longer than anything takes: a test that gets there has failed.
-PATIENCE = 15.0
+PATIENCE = 60.0
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:

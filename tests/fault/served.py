@@ -42,7 +42,7 @@ from tests.faulty_transport import Fault, FaultyTransport, listed
 
 CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000
 MS_REC, MS_PRIVATE = 0x4000, 0x40000
-PATIENCE = 20.0
+PATIENCE = 60.0
 PEERS = ("prefill", "decode")  # names that a test asks for in `State.peers`
 _libc = ctypes.CDLL(None, use_errno=True)
 

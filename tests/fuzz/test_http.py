@@ -23,7 +23,7 @@ from tests.fuzz.mutate import INTEGERS, Mutator, mutators
 
 LIMIT = 100_000  # bytes of a body
 # Much longer than an answer takes: who is silent for so long does not answer.
-PATIENCE = 10.0
+PATIENCE = 60.0
 # Of a server's own memory, over all mutants: many times what one connection may cost.
 GROWTH = 64 * 2**20
 BODY = json.dumps({"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 8}).encode()

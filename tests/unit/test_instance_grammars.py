@@ -43,8 +43,8 @@ class FakeCompiler:
         self.gate.set()
 
     def compile(self, grammar: Grammar) -> FakeGrammar:
-        self.gate.wait()
         self.compiled.append(grammar.source)
+        self.gate.wait()
         self.threads.add(threading.current_thread().name)
         if grammar.source == "bad":
             raise RequestError("'guided_regex': bad", "guided_regex")
@@ -106,7 +106,7 @@ async def test_what_nobody_waits_for_any_more_is_not_compiled() -> None:
         compiler.gate.clear()
         sources = ("a", "b", "c", "b")
         asked = [asyncio.ensure_future(made.compile(regex(source))) for source in sources]
-        await asyncio.sleep(0.01)
+        await until(lambda: compiler.compiled == ["a"], "the first compilation")
         for leaving in (asked[0], asked[1], asked[2]):  # the first is being compiled
             leaving.cancel()
         await asyncio.sleep(0.01)
