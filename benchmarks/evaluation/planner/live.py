@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import Annotated
 
@@ -12,7 +13,9 @@ import msgspec
 from msgspec import Meta
 from rich.table import Table
 
+from evaluation.cpu_quota import limited
 from evaluation.soak.cluster import running_up
+from evaluation.soak.vitals import process_tree
 from memserve.bench.openai_client import Answer, OpenAIClient
 from memserve.clock import MonotonicClock
 from memserve.cluster.client import ClusterClient
@@ -58,6 +61,9 @@ class LiveConfig(msgspec.Struct, frozen=True, kw_only=True):
     percentile: Annotated[float, doc("that the planner holds to the objectives")] = 90.0
     repeats: Annotated[Positive, doc("of each split, by turns; figures are medians")] = 2
     seed: Annotated[NonNegative, doc("of prompts and arrivals")] = 0
+    cores: Annotated[_Seconds | None, doc("of CPU time for each instance (root); default: all")] = (
+        None
+    )
 
 
 class LiveRun(msgspec.Struct, frozen=True):
@@ -98,7 +104,8 @@ async def _one(config: LiveConfig, model: ModelConfig, split: str, repeat: int) 
     async with running_up(_cluster(config, model, split)) as up:
         name = model.served_name or model.path
         async with OpenAIClient(up.url, name, MonotonicClock()) as client:
-            sent = await _load(config, client, random.Random(f"{config.seed}-{repeat}"))
+            with _limits(config, up.pid):
+                sent = await _load(config, client, random.Random(f"{config.seed}-{repeat}"))
         changes = 0
         async with ClusterClient(up.url) as operator:
             for decision in await operator.plans(200):
@@ -115,6 +122,16 @@ async def _one(config: LiveConfig, model: ModelConfig, split: str, repeat: int) 
         len(sent) - sum(map(len, whole)),
         changes,
     )
+
+
+def _limits(config: LiveConfig, up: int) -> AbstractContextManager[None]:
+    """Without a share of its own, an instance takes the CPU time that an idle one leaves, and all
+    splits are alike where instances outnumber cores."""
+    if config.cores is None:
+        return nullcontext()
+    roles = {str(role) for role in Role}
+    own = [life.pid for life in process_tree(up) if life.name.partition("-")[0] in roles]
+    return limited(own, config.cores)
 
 
 def _cluster(config: LiveConfig, model: ModelConfig, split: str) -> ClusterConfig:
