@@ -117,7 +117,10 @@ class InstanceConfig(_Section, frozen=True):
     engine: Annotated[Engine, doc("what computes: our own, or a vLLM server")] = "builtin"
     role: Annotated[Role, doc("what it does for a request")] = Role.COLOCATED
     count: Annotated[Positive, doc("instances like this")] = 1
-    hbm_blocks: Annotated[Positive, doc("blocks of device memory")] = 2048
+    hbm_blocks: Annotated[
+        Positive | None,
+        doc("blocks of device memory; default: 2048 on a CPU, on a GPU 90% of what is free"),
+    ] = None
     dram_blocks: Annotated[NonNegative, doc("blocks of host memory behind it")] = 4096
     hbm: Annotated[
         str | None, doc("device memory for KV instead of hbm_blocks: 8GiB, or 90% of what is free")

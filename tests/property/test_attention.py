@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memserve.engine.attention import paged_attention
-from memserve.engine.paged_batch import PagedBatch, Span, Workspace
+from memserve.engine.attention import Span, paged_attention
+from memserve.engine.torch_attention import TorchAttention
 from memserve.errors import ModelError
 
 BLOCK_TOKENS, DIM = 4, 8
@@ -79,7 +79,8 @@ def test_equals_dense_attention(
         row, taken = row + count, taken + blocks
     q = torch.randn(1, kv_heads * groups, row, DIM)
     k, v = torch.randn(2, 1, kv_heads, row, DIM)
-    batch = PagedBatch([view], spans, len(contexts), torch.float32, Workspace())
+    backend = TorchAttention([view], torch.float32)
+    backend.plan(spans, len(contexts))
     untouched = view[needed].clone()
 
     out, _ = paged_attention(
@@ -88,7 +89,7 @@ def test_equals_dense_attention(
         k,
         v,
         None,
-        kv=batch,
+        backend=backend,
         scaling=0.3,
         sliding_window=window,
         softcap=softcap,
@@ -108,10 +109,11 @@ def test_equals_dense_attention(
 
 def test_what_it_cannot_compute_is_refused() -> None:
     view = torch.zeros(1, 2, BLOCK_TOKENS, 1, DIM)
-    batch = PagedBatch([view], [Span(0, 1, 0, np.array([0]))], 1, torch.float32, Workspace())
+    backend = TorchAttention([view], torch.float32)
+    backend.plan([Span(0, 1, 0, np.array([0]))], 1)
     layer = SimpleNamespace(layer_idx=0)
     q, wide = torch.zeros(1, 1, 1, DIM), torch.zeros(1, 1, 1, 2 * DIM)
     with pytest.raises(ModelError, match="sinks"):
-        paged_attention(layer, q, q, q, None, kv=batch, s_aux=torch.zeros(1))  # type: ignore[arg-type]
+        paged_attention(layer, q, q, q, None, backend=backend, s_aux=torch.zeros(1))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="8 and 16 dimensions"):
-        paged_attention(layer, q, q, wide, None, kv=batch)  # type: ignore[arg-type]
+        paged_attention(layer, q, q, wide, None, backend=backend)  # type: ignore[arg-type]

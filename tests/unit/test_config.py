@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,9 +25,6 @@ from memserve.config import (
 )
 from memserve.errors import ConfigError
 from memserve.flags import flags_of, to_flags, with_flags
-from memserve.host_memory import HostMemory
-from memserve.instance import build
-from memserve.instance.build import block_counts
 from memserve.types import Role
 from tests import config_document
 
@@ -168,7 +164,7 @@ def test_flags_change_only_what_was_given() -> None:
 @pytest.mark.parametrize(
     ("parameter", "value", "message"),
     [
-        ("hbm_blocks", "many", "--hbm-blocks many: Expected `int`"),
+        ("hbm_blocks", "many", "--hbm-blocks many: Expected `int | null`"),
         ("hbm_blocks", "0", "--hbm-blocks 0: Expected `int` >= 1"),
         ("role", "boss", "--role boss: .*'boss'"),
         ("cpus", "0,x", "--cpus 0,x: Expected `int`"),
@@ -262,25 +258,6 @@ def test_a_planner_starts_no_more_of_what_only_one_instance_can_have(
 )
 def test_a_vllm_server_with_host_memory_may_have_any_role(instance: InstanceConfig) -> None:
     check_config(ClusterConfig(instance=(instance,)))
-
-
-def test_memory_is_said_in_blocks_or_in_bytes() -> None:
-    cpu, block = torch.device("cpu"), 1000
-    assert block_counts(InstanceConfig(hbm_blocks=3, dram_blocks=4), block, cpu) == (3, 4)
-    assert block_counts(InstanceConfig(hbm="5500", dram="10KB"), block, cpu) == (5, 10)
-    for hbm, message in (("120%", "less than 100%"), ("1", "1000"), ("0%", "more than 0%")):
-        with pytest.raises(ConfigError, match=f"instance.hbm.*{message}"):
-            block_counts(InstanceConfig(hbm=hbm), block, cpu)
-
-
-def test_a_share_is_of_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = HostMemory(50_000, 90_000, "here")
-    monkeypatch.setattr(build, "host_memory", lambda: free)
-    shares = InstanceConfig(hbm="50%", dram="20.5%")
-    assert block_counts(shares, 1000, torch.device("cpu")) == (25, 10)
-    monkeypatch.setattr(build, "host_memory", lambda: None)
-    with pytest.raises(ConfigError, match=r"instance.hbm = '50%': this system does not tell"):
-        block_counts(shares, 1000, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["hbm", "dram"])

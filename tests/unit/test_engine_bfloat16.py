@@ -4,6 +4,7 @@ layers do, and one row does not depend on the others."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +16,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from memserve.api.generate import SamplingParams
 from memserve.engine import kernels
 from memserve.engine import model as engine_model
+from memserve.engine.attention import Span
 from memserve.engine.fused import FusedGemma3Layer, FusedLlamaLayer, RowNorm, fuse
 from memserve.engine.linear import PackedLinear, SharedLinear, has_bfloat16_kernels
 from memserve.engine.model import Model, load_model
-from memserve.engine.paged_batch import PagedBatch, Span, Workspace
 from memserve.engine.sampler import sample
+from memserve.engine.torch_attention import TorchAttention
 from tests.engine_harness import running_engine
 from tests.sampler_reference import state
-from tests.tiny_models import VOCAB, save_tiny_model
+from tests.tiny_models import VOCAB, WINDOW, save_tiny_model
 
 BF16 = torch.bfloat16
 BLOCK_TOKENS = 16
@@ -47,7 +49,8 @@ class Steps:
         self.model = model
         shape = model.shape
         block = (2, BLOCK_TOKENS, shape.kv_heads, shape.head_dim)
-        self.views = [torch.zeros(blocks, *block, dtype=BF16) for _ in range(shape.layers)]
+        views = [torch.zeros(blocks, *block, dtype=BF16) for _ in range(shape.layers)]
+        self.attention = TorchAttention(views, BF16)
 
     def run(self, spans: list[tuple[int, list[int], list[int]]], decodes: int) -> torch.Tensor:
         """`spans`: (context, tokens, blocks). Returns the logits of each span's last token."""
@@ -56,11 +59,11 @@ class Steps:
             packed.append(Span(row, len(tokens), context, np.array(blocks)))
             row += len(tokens)
             keep.append(row - 1)
-        batch = PagedBatch(self.views, packed, decodes, BF16, Workspace())
+        self.attention.plan(packed, decodes)
         tokens_ = torch.tensor([t for _, tokens, _ in spans for t in tokens])
         positions = torch.cat([torch.arange(s.context, s.total) for s in packed])
         with torch.inference_mode():
-            return self.model.forward(tokens_, positions, torch.tensor(keep), batch)
+            return self.model.forward(tokens_, positions, torch.tensor(keep), self.attention)
 
 
 def run_some(model: Model) -> list[torch.Tensor]:
@@ -91,6 +94,31 @@ def test_fused_layers_compute_what_transformers_do(
         scale = float(theirs.float().std())
         assert float((ours.float() - theirs.float()).abs().max()) < 0.1 * scale
         assert float((ours.float() - theirs.float()).abs().mean()) < 0.01 * scale
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_attention_is_planned_once_a_step_and_run_once_a_layer(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(save_tiny_model("gemma3", tmp_path), dtype, torch.device("cpu"))
+    steps: list[list[tuple[int, int | None]]] = []  # of each: layers and windows
+    plan, run = TorchAttention.plan, TorchAttention.run
+
+    def planned(self: TorchAttention, *given: object) -> None:
+        steps.append([])
+        plan(self, *given)  # type: ignore[arg-type]
+
+    def ran(self: TorchAttention, *given: Any) -> torch.Tensor:
+        steps[-1].append((given[0], given[5]))
+        return run(self, *given)
+
+    monkeypatch.setattr(TorchAttention, "plan", planned)
+    monkeypatch.setattr(TorchAttention, "run", ran)
+    with running_engine(model, max_tokens=32) as engine:
+        engine.run(prompt(70), 3)
+        assert len(steps) == engine.engine.stats().steps == 3 + 2  # chunks of a prompt, then tokens
+    layers = [(0, WINDOW), (1, None), (2, WINDOW), (3, None)]
+    assert steps == [layers] * len(steps)
 
 
 def test_which_layers_are_replaced(tmp_path: Path) -> None:

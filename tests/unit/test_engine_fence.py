@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from memserve.api.generate import SamplingParams
 from memserve.engine import engine as engine_module
 from memserve.engine.fence import FencedObserver, KernelFence
 from memserve.engine.model import Model
-from memserve.engine.request import TokenOutput
+from memserve.engine.request import EngineRequest, TokenOutput
 from memserve.pool.pool import BlockPool
-from memserve.types import RefArray
+from memserve.pool.storage import BlockStore
+from memserve.types import RefArray, RequestId
 from tests.engine_harness import load, running_engine
 from tests.tiny_models import VOCAB, save_tiny_model
 
@@ -48,7 +50,8 @@ class Queue:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch, model: Model) -> Queue:
     """The engine's device; every step of the model leaves kernels that have not run. Whoever looks
-    at samples has waited for them. Insertions and frees meanwhile are refused."""
+    at samples has waited for them. Insertions, allocations, frees and swaps meanwhile are refused.
+    """
     queue = Queue()
     forward, sample = Model.forward, engine_module.Runner.run.__globals__["sample"]
 
@@ -63,16 +66,21 @@ def kernels(monkeypatch: pytest.MonkeyPatch, model: Model) -> Queue:
     monkeypatch.setattr(engine_module, "kernels_of", lambda device: queue)
     monkeypatch.setattr(Model, "forward", queued)
     monkeypatch.setattr("memserve.engine.runner.sample", sampled)
-    for name in ("insert", "free_mem"):
-        inner = getattr(BlockPool, name)
+    for owner, name in (
+        (BlockPool, "insert"),
+        (BlockPool, "alloc_mem"),  # evicts
+        (BlockPool, "free_mem"),
+        (BlockStore, "copy_from"),
+    ):
+        inner = getattr(owner, name)
 
         def behind(
-            pool: BlockPool, *given: object, inner: Callable[..., object] = inner, **options: object
+            it: object, *given: object, inner: Callable[..., object] = inner, **options: object
         ) -> object:
             assert not queue.pending, "kernels may still write to these blocks"
-            return inner(pool, *given, **options)
+            return inner(it, *given, **options)
 
-        monkeypatch.setattr(BlockPool, name, behind)
+        monkeypatch.setattr(owner, name, behind)
     return queue
 
 
@@ -96,6 +104,23 @@ def test_blocks_of_a_cancelled_sequence_are_freed_behind_its_kernels(
         engine.outputs.wait_tokens(ids[0], 1)
         engine.engine.cancel(ids)  # type: ignore[arg-type]
         engine.run(prompt(20, 9), 2)
+
+
+def test_blocks_are_swapped_behind_the_kernels_that_use_them(model: Model, kernels: Queue) -> None:
+    """Also those of preempted sequences, and from DRAM back."""
+    params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    requests = [
+        EngineRequest(RequestId(str(seed)), np.array(prompt(90, seed), dtype=np.int32), params)
+        for seed in range(4)
+    ]
+    with running_engine(model, hbm_blocks=18, max_tokens=32, mixed_tokens=32) as engine:
+        engine.engine.submit(requests)  # at once: each run has the same steps
+        answers = engine.finish(*(request.id for request in requests))
+        assert [len(tokens) for tokens in answers] == [60] * 4
+        stats = engine.pool.stats()
+        assert stats.swapped_out
+        assert stats.swapped_in
+        assert engine.engine.stats().preemptions
 
 
 def test_what_a_failed_step_has_queued_runs_before_its_blocks_are_free(
@@ -141,9 +166,12 @@ class Event:
 class Events:
     def __init__(self) -> None:
         self.made: list[Event] = []
+        self.idle = False  # marks are reached at once
 
     def mark(self) -> Event:
         self.made.append(Event())
+        if self.idle:
+            self.made[-1].reached.set()
         return self.made[-1]
 
 
@@ -206,3 +234,26 @@ def test_after_an_error_nothing_is_called_and_nothing_is_kept() -> None:
     fence.after(lambda: watch.ready(0, 1, 0))
     assert len(events.made) == 100
     assert fence._due.empty()
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_an_engine_tells_of_blocks_behind_their_kernels(
+    model: Model, monkeypatch: pytest.MonkeyPatch, by_layer: bool
+) -> None:
+    events, watch = Events(), Watch()
+    watch.by_layer = by_layer
+    monkeypatch.setattr(engine_module, "kernels_of", lambda device: events)
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    request = EngineRequest(
+        RequestId("r"), np.array(prompt(40), dtype=np.int32), params, observer=watch
+    )
+    with running_engine(model) as engine:
+        engine.engine.submit([request])
+        engine.outputs.wait_finished("r")  # the step's one sample has waited for its kernels
+        early = list(watch.told)
+        events.idle = True
+        for event in events.made:
+            event.reached.set()
+    assert early == []
+    layers = range(model.shape.layers) if by_layer else [None]
+    assert watch.told == [(0, 2, layer) for layer in layers]

@@ -12,18 +12,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from memserve.config import ClusterConfig, InstanceConfig, parse_bytes
+from memserve.config import (
+    ClusterConfig,
+    InstanceConfig,
+    ModelConfig,
+    PlannerConfig,
+    parse_bytes,
+)
 from memserve.engine.model import load_model
 from memserve.errors import ConfigError
 from memserve.host_memory import HostMemory
+from memserve.instance import build
 from memserve.instance.memory_plan import (
+    CPU_BLOCKS,
     PROCESS_BYTES,
     Machine,
     ModelMemory,
+    block_counts,
     model_memory,
     planned,
+    step_bytes,
 )
+from memserve.instance.parts import Identity
 from memserve.models.weights import count_parameters
+from memserve.scheduler.architecture import LLAMA3_8B
+from memserve.types import Epoch, InstanceId, Role
+from tests.fakes import save_tiny_tokenizer
 from tests.tiny_models import save_tiny_model
 
 MIB, GIB = 1024**2, 1024**3
@@ -70,7 +84,7 @@ sizes = st.integers(1, 10**6).map(lambda mib: f"{mib}MiB")
 tables = st.builds(
     InstanceConfig,
     count=st.integers(1, 4),
-    hbm_blocks=st.integers(1, 10**6),
+    hbm_blocks=st.none() | st.integers(1, 10**6),
     dram_blocks=st.integers(0, 10**6),
     hbm=st.none() | sizes | st.integers(1, 99).map(lambda percent: f"{percent}%"),
     dram=st.none() | sizes | st.integers(1, 99).map(lambda percent: f"{percent}%"),
@@ -79,7 +93,7 @@ tables = st.builds(
 
 def in_bytes(table: InstanceConfig) -> int:
     """KV of one instance, whose shares are in bytes already."""
-    hbm = table.hbm_blocks * MIB if table.hbm is None else parse_bytes(table.hbm)
+    hbm = (table.hbm_blocks or CPU_BLOCKS) * MIB if table.hbm is None else parse_bytes(table.hbm)
     dram = table.dram_blocks * MIB if table.dram is None else parse_bytes(table.dram)
     return hbm + dram
 
@@ -153,6 +167,117 @@ def test_on_a_gpu_hbm_and_weights_are_the_devices() -> None:
     assert table.hbm == "45%"  # of what is free once weights are there
     with pytest.raises(ConfigError, match=r"180% of a device's memory.*hbm = '45%' in each"):
         planned(cluster(one(hbm="90%", count=2)), MODEL, here(4 * GIB, device=80 * GIB))
+
+
+def test_weights_alone_may_be_too_much_for_a_gpu() -> None:
+    with pytest.raises(
+        ConfigError, match=r"weights of 2 instances need 2\.0 GiB before any KV; the "
+    ):
+        planned(cluster(InstanceConfig(count=2)), MODEL, here(8 * GIB, device=2 * GIB))
+
+
+SILENT = InstanceConfig(dram_blocks=0)
+
+
+@pytest.mark.parametrize(
+    ("tables", "shares"),
+    [
+        ([SILENT], ["90%"]),
+        ([SILENT, SILENT], ["45%", "45%"]),
+        ([InstanceConfig(count=2, dram_blocks=0), SILENT], ["30%", "30%"]),
+        ([one(hbm="60%"), SILENT], ["60%", "36%"]),
+        ([one(hbm="8GiB"), SILENT], ["8GiB", "80%"]),  # of 72 GiB without weights
+        ([one(hbm_blocks=8 * 1024), SILENT], [None, "80%"]),
+        ([one()], [None]),
+    ],
+)
+def test_gpu_instances_that_do_not_say_get_a_share_of_what_the_others_leave(
+    tables: list[InstanceConfig], shares: list[str | None]
+) -> None:
+    count = sum(table.count for table in tables)
+    machine = here(64 * GIB, device=(72 + count) * GIB)
+    found = planned(cluster(*tables), MODEL, machine).instance
+    assert [table.hbm for table in found] == shares
+    assert [table.hbm_blocks for table in found] == [table.hbm_blocks for table in tables]
+    assert planned(cluster(*found), MODEL, machine).instance == found
+
+
+def test_a_planner_s_members_have_room_on_the_gpu() -> None:
+    config = ClusterConfig(instance=(SILENT,), planner=PlannerConfig(max_members=3))
+    assert planned(config, MODEL, here(8 * GIB, device=80 * GIB)).instance[0].hbm == "30%"
+
+
+def test_what_does_not_fit_beside_others_on_a_gpu_is_refused() -> None:
+    for taken, message in (("99.9%", "100.9% of a device's memory"), ("79GiB", "not enough")):
+        with pytest.raises(ConfigError, match=message):
+            planned(cluster(one(hbm=taken), SILENT), MODEL, here(8 * GIB, device=80 * GIB))
+
+
+def test_an_instance_on_a_cpu_that_does_not_say_has_a_number_of_blocks() -> None:
+    config = cluster(SILENT)
+    need = 2048 * MIB + REST
+    assert planned(config, MODEL, here(need)) == config
+    with pytest.raises(ConfigError, match=r"by hbm_blocks = 2048 \(2\.0 GiB\)"):
+        planned(config, MODEL, here(need - 1))
+    assert block_counts(SILENT, MIB, here(need)) == (2048, 0)
+
+
+def test_memory_is_said_in_blocks_or_in_bytes() -> None:
+    cpu, block = Machine(None, None), 1000
+    assert block_counts(InstanceConfig(hbm_blocks=3, dram_blocks=4), block, cpu) == (3, 4)
+    assert block_counts(InstanceConfig(hbm="5500", dram="10KB"), block, cpu) == (5, 10)
+    for hbm, message in (("120%", "less than 100%"), ("1", "1000"), ("0%", "more than 0%")):
+        with pytest.raises(ConfigError, match=f"instance.hbm.*{message}"):
+            block_counts(InstanceConfig(hbm=hbm), block, cpu)
+
+
+def test_a_share_is_of_the_memory_that_is_free() -> None:
+    host = HostMemory(50_000, 90_000, "here")
+    shares = InstanceConfig(hbm="50%", dram="20.5%")
+    assert block_counts(shares, 1000, Machine(host, None)) == (25, 10)
+    assert block_counts(shares, 1000, Machine(host, None, 31_000), step=1000) == (15, 10)
+    with pytest.raises(ConfigError, match=r"instance.hbm = '50%': this system does not tell"):
+        block_counts(shares, 1000, Machine(None, None))
+    with pytest.raises(ConfigError, match=r"instance.hbm = '50%': a block has 1000 bytes"):
+        block_counts(shares, 1000, Machine(host, None, 31_000), step=40_000)
+
+
+@given(st.integers(1, 200), st.integers(1, 2**20), st.sampled_from([512, 2048, 16384]))
+def test_a_longest_sequence_and_its_step_have_room(gib: int, longest: int, chunk: int) -> None:
+    """On a GPU whose whole memory is KV and a step's."""
+    free, settings = gib * GIB, InstanceConfig(max_batch_tokens=chunk)
+    context = step_bytes(LLAMA3_8B, settings, longest, free) - step_bytes(LLAMA3_8B, settings, 0, 0)
+    assert context < free / 2
+    tokens = (free - context) // LLAMA3_8B.kv_bytes_per_token
+    assert tokens >= min(longest, free // (2 * LLAMA3_8B.kv_bytes_per_token))
+    more = InstanceConfig(max_batch_tokens=2 * chunk)
+    assert step_bytes(LLAMA3_8B, more, longest, free) > step_bytes(
+        LLAMA3_8B, settings, longest, free
+    )
+
+
+@pytest.mark.parametrize("asked", [None, 5])
+def test_a_gpu_instance_s_pool_has_most_of_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int | None
+) -> None:
+    device = 256 * MIB
+    machine = here(16 * GIB, device=device)
+    monkeypatch.setattr(build, "_machine", lambda device: machine)
+    directory = save_tiny_model("llama", tmp_path)
+    save_tiny_tokenizer(directory)
+    config = ClusterConfig(model=ModelConfig(path=str(directory), dtype="float32", device="cpu"))
+    settings = InstanceConfig(hbm_blocks=asked, dram_blocks=0, threads=1, profile="off")
+    identity = Identity(InstanceId("p0"), Epoch(1), Role.COLOCATED, "tiny")
+    parts = build.build_parts(config, settings, identity)
+    try:
+        blocks = parts.engine.info.pool_tokens // 16
+        block = model_memory(directory, "float32").token * 16
+        if asked is not None:
+            assert blocks == asked
+            return
+        assert 0.5 * device < blocks * block < 0.9 * device  # a step needs some, too
+    finally:
+        parts.close()
 
 
 def test_a_vllm_server_s_host_memory_counts() -> None:

@@ -58,7 +58,7 @@ def test_a_device_has_a_known_name(name: str) -> None:
         ("cuda", [], r"model.device = 'cuda': PyTorch finds no CUDA device; 'cpu' works"),
         ("cuda:9", [], r"model.device = 'cuda:9': PyTorch finds no CUDA device; 'cpu' works"),
         ("cuda:9", [2**40, 2**40], r"'cuda:9': PyTorch finds 2 CUDA devices; 'cuda:1' works"),
-        ("cuda:1", [2**40, 2**20], r"not enough memory: .*the device has 1.0 MiB free"),
+        ("cuda:1", [2**40, 2**10], r"not enough memory: .*the device has 1.0 KiB free"),
     ],
 )
 def test_a_device_exists(

@@ -31,7 +31,7 @@ from memserve.engine.sampler import Sample
 from memserve.engine.scoring import scored_rows
 from memserve.engine.sequence import Sequence
 from memserve.errors import EngineStopped, QueueFull
-from memserve.pool.device_queue import kernels_of
+from memserve.pool.device_queue import NoKernels, kernels_of
 from memserve.pool.pool import BlockPool
 from memserve.types import RequestId
 
@@ -195,7 +195,7 @@ class Engine:
     def _run(self, sink: OutputSink) -> None:
         torch.set_num_threads(self._settings.threads)
         reason, error = FinishReason.CANCELLED, None
-        if self._model.device.type == "cuda":
+        if not isinstance(self._kernels, NoKernels):
             self._fence = KernelFence(self._kernels)
         try:
             with torch.inference_mode():

@@ -21,9 +21,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from memserve.engine import kernels
-from memserve.engine.attention import paged_attention
+from memserve.engine.attention import AttentionBackend
 from memserve.engine.kernels import Bits
-from memserve.engine.paged_batch import PagedBatch
 
 _LLAMA_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 
@@ -110,7 +109,7 @@ def _attend(
     attention: nn.Module,
     x: Tensor,
     rotation: Rotation,
-    kv: PagedBatch,
+    backend: AttentionBackend,
     norms: tuple[nn.Module, nn.Module] | None,
     window: int | None,
 ) -> Tensor:
@@ -126,17 +125,8 @@ def _attend(
         query, key = norms[0](query), norms[1](key)
     for part in (query, key):
         kernels.rotate.run(part.view(torch.uint16).numpy(), cos, sin)
-    query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
-    out, _ = paged_attention(
-        attention,
-        query,
-        key,
-        value,
-        None,
-        kv=kv,
-        scaling=float(attention.scaling),  # type: ignore[arg-type]
-        sliding_window=window,
-    )
+    layer, scale = int(attention.layer_idx), float(attention.scaling)  # type: ignore[arg-type]
+    out = backend.run(layer, query, key, value, scale, window, None)
     result: Tensor = attention.o_proj(out.view(1, tokens, -1))  # type: ignore[operator]
     return result
 
@@ -160,11 +150,11 @@ class FusedLlamaLayer(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
         hidden_states: Tensor,
         *,
         position_embeddings: Rotation,
-        kv: PagedBatch,
+        backend: AttentionBackend,
         **_: object,
     ) -> Tensor:
         x = self.input_layernorm(hidden_states)
-        x = _attend(self.self_attn, x, position_embeddings, kv, None, None)
+        x = _attend(self.self_attn, x, position_embeddings, backend, None, None)
         x = _add_and_norm(hidden_states, x, self.post_attention_layernorm)
         return hidden_states.add_(_feed_forward(self.mlp, x))
 
@@ -177,13 +167,13 @@ class FusedGemma3Layer(Gemma3DecoderLayer):  # type: ignore[no-untyped-call]
         hidden_states: Tensor,
         *,
         position_embeddings: Rotation,
-        kv: PagedBatch,
+        backend: AttentionBackend,
         **_: object,
     ) -> Tensor:
         attention = self.self_attn
         x = self.input_layernorm(hidden_states)
         norms = (attention.q_norm, attention.k_norm)
-        x = _attend(attention, x, position_embeddings, kv, norms, attention.sliding_window)
+        x = _attend(attention, x, position_embeddings, backend, norms, attention.sliding_window)
         _norm_and_add(hidden_states, x, self.post_attention_layernorm)
         x = _feed_forward(self.mlp, self.pre_feedforward_layernorm(hidden_states))
         _norm_and_add(hidden_states, x, self.post_feedforward_layernorm)

@@ -17,7 +17,6 @@ from transformers.utils import logging as transformers_logging
 from memserve.engine import attention
 from memserve.engine.fused import fuse
 from memserve.engine.linear import speed_up_products
-from memserve.engine.paged_batch import PagedBatch
 from memserve.errors import ModelError
 from memserve.pool.layout import KVLayout
 
@@ -66,8 +65,14 @@ class Model:
             rope=self.shape.rope,
         )
 
-    def forward(self, tokens: Tensor, positions: Tensor, keep: Tensor, batch: PagedBatch) -> Tensor:
-        """Run one step. Returns logits [rows, vocab].
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        keep: Tensor,
+        backend: attention.AttentionBackend,
+    ) -> Tensor:
+        """Run the step that `backend` has planned. Returns logits [rows, vocab].
 
         tokens and positions: [tokens] int64. keep: [rows] int64, the rows of the packed batch
         that need logits.
@@ -77,7 +82,7 @@ class Model:
             position_ids=positions.unsqueeze(0),
             use_cache=False,
             logits_to_keep=keep,
-            kv=batch,
+            backend=backend,
         )
         logits: Tensor = output.logits[0]
         return logits

@@ -1,11 +1,11 @@
-"""Index tensors and masks of one step's packed batch, made from block tables for attention.
+"""Index tensors and masks of one step's packed batch, made from block tables for `TorchAttention`.
 
 All layers with the same sliding window share them; each is made once per step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,24 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memserve.engine.attention import Span
+
 # Maximum bytes of a decode group's gathered context per layer; more does not fit a CPU's caches.
 GROUP_BYTES = 4 * 1024 * 1024
 # Minimum context of a sequence in a decode group, as a share of the longest one: limits padding.
 GROUP_FILL = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """The tokens of one sequence in a step: rows `start .. start + length` of the batch."""
-
-    start: int
-    length: int
-    context: int  # tokens whose KV is in the pool already
-    blocks: NDArray[np.int64]  # HBM block indices that cover context + length
-
-    @property
-    def total(self) -> int:
-        return self.context + self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +53,12 @@ class Prefill:
 
 @dataclass(slots=True)
 class PagedBatch:
-    """One step's batch and its view of the pool. The runner builds it, attention layers read it."""
+    """One step's batch."""
 
-    views: Sequence[Tensor]  # per layer [blocks, 2, block_tokens, kv_heads, head_dim]
+    view: Tensor  # of any layer in the pool: [blocks, 2, block_tokens, kv_heads, head_dim]
     spans: Sequence[Span]
     decodes: int  # the first `decodes` spans have length 1 and are the first rows
     dtype: torch.dtype
-    workspace: Workspace  # the engine's, lent for the step
-    # Called by each layer with its index, after queueing the writes of its K and V to the pool.
-    on_layer: Callable[[int], None] | None = None
     write_block: Tensor = field(init=False)  # [tokens] int64, HBM block index
     write_slot: Tensor = field(init=False)  # [tokens] int64, position in the block
     _groups: dict[int | None, tuple[DecodeGroup, ...]] = field(default_factory=dict)
@@ -92,11 +77,11 @@ class PagedBatch:
 
     @property
     def block_tokens(self) -> int:
-        return int(self.views[0].shape[2])
+        return int(self.view.shape[2])
 
     @property
     def device(self) -> torch.device:
-        return self.views[0].device
+        return self.view.device
 
     def _on_device(self, values: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
@@ -119,8 +104,7 @@ class PagedBatch:
 
     def _make_groups(self, window: int | None) -> list[DecodeGroup]:
         block_tokens = self.block_tokens
-        view = self.views[0]
-        block_bytes = view[0].numel() * view.element_size()
+        block_bytes = self.view[0].numel() * self.view.element_size()
         cap = max(1, GROUP_BYTES // block_bytes)
         reach = []  # (first block, blocks, row): the blocks that each sequence sees
         for row, span in enumerate(self.spans[: self.decodes]):

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from memserve.engine.attention import AttentionBackend, Span
 from memserve.engine.batch import StepPlan
 from memserve.engine.model import Model
-from memserve.engine.paged_batch import PagedBatch, Span, Workspace
 from memserve.engine.sampler import Sample, sample
 from memserve.engine.scoring import PromptScores
+from memserve.engine.torch_attention import TorchAttention
 from memserve.pool.device_queue import Kernels, wait_for
 from memserve.pool.pool import BlockPool
 from memserve.types import RequestId
@@ -24,8 +25,7 @@ class Runner:
         """`kernels`: the kernel queue of the model's device."""
         self._model = model
         self._kernels = kernels
-        self._views = pool.layer_views()
-        self._workspace = Workspace()
+        self._attention: AttentionBackend = TorchAttention(pool.layer_views(), model.dtype)
 
     def run(self, plan: StepPlan) -> dict[RequestId, Sample]:
         """Run a step. Returns a sample for each sequence that has no token without KV left.
@@ -53,20 +53,13 @@ class Runner:
             if end == sequence.length:
                 keep.append(row - 1)
                 sampled.append(sequence)
-        batch = PagedBatch(
-            self._views,
-            spans,
-            len(plan.decodes),
-            self._model.dtype,
-            self._workspace,
-            _layer_listener(plan),
-        )
+        self._attention.plan(spans, len(plan.decodes), _layer_listener(plan))
         device = self._model.device
         logits = self._model.forward(
             torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),
             torch.from_numpy(np.concatenate(positions)).to(device),
             torch.tensor(keep + scored_rows, dtype=torch.int64, device=device),
-            batch,
+            self._attention,
         )
         if scored_rows:
             _score(logits[len(keep) :], scored)

@@ -19,7 +19,6 @@ from memserve.config import (
     InstanceConfig,
     ModelConfig,
     available_cores,
-    memory_bytes,
 )
 from memserve.engine.batch import BatchLimits
 from memserve.engine.dtype import choose_dtype
@@ -28,17 +27,25 @@ from memserve.engine.model import load_model
 from memserve.engine.team import use_one_thread, with_team
 from memserve.errors import ConfigError, ModelError
 from memserve.grammars.compiler import GrammarCompiler
-from memserve.host_memory import host_memory, shown_bytes
+from memserve.host_memory import host_memory
 from memserve.hosts import bracketed, reachable_endpoint
 from memserve.instance.grammars import Grammars
 from memserve.instance.kv_events import KVEventPublisher
-from memserve.instance.memory_plan import Machine, model_memory, planned, shared_memory
+from memserve.instance.memory_plan import (
+    Machine,
+    block_counts,
+    model_memory,
+    planned,
+    shared_memory,
+    step_bytes,
+)
 from memserve.instance.parts import Identity, Parts
 from memserve.instance.profiling import ProfiledEngine, instance_profile, quick_measurements
 from memserve.models.resolve import resolve_model
 from memserve.models.tokenizer import Tokenizer
 from memserve.pool.eviction import CostAware, Eviction
 from memserve.pool.layout import KVLayout
+from memserve.scheduler.architecture import Architecture
 from memserve.scheduler.cost_model import recompute_cost
 from memserve.scheduler.profiles import Profile, ProfileStore
 from memserve.transfer.kv_link import PoolLink, totals_of
@@ -80,13 +87,16 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
         max_model_len=config.model.max_model_len,
     )
     measured = ProfiledEngine(model, layout, engine_settings, directory.path)
+    subject = measured.subject
     profile = instance_profile(
-        measured.subject, settings.profile, ProfileStore(), lambda: quick_measurements(measured)
+        subject, settings.profile, ProfileStore(), lambda: quick_measurements(measured)
     )
     grammars = Grammars(GrammarCompiler(tokenizer, model.shape.vocab_size))
     with ExitStack() as stack:
         stack.callback(grammars.close)
-        pool = stack.enter_context(_make_pool(config, settings, identity, layout, device, profile))
+        longest = min(model.shape.max_position, config.model.max_model_len or 1 << 62)
+        blocks = _block_counts(settings, layout, device, subject.architecture, longest)
+        pool = stack.enter_context(_make_pool(config, blocks, identity, layout, device, profile))
         engine = Engine(model, pool, engine_settings)
         endpoint = pool.serve(f"tcp://{bracketed(settings.host)}:0")
         address = PoolPeer(identity.id, reachable_endpoint(endpoint))
@@ -140,9 +150,33 @@ def wanted_dtype(wanted: ModelConfig, device: torch.device) -> torch.dtype:
     return chosen
 
 
+def _block_counts(
+    settings: InstanceConfig,
+    layout: KVLayout,
+    device: torch.device,
+    model: Architecture,
+    longest: int,
+) -> tuple[int, int]:
+    """Return the numbers of HBM and DRAM blocks, now that the weights are in memory. Raises
+    ConfigError."""
+    machine = _machine(device)
+    free = machine.device
+    step = 0 if free is None else step_bytes(model, settings, longest, free)
+    return block_counts(settings, layout.block_bytes, machine, step)
+
+
+def _machine(device: torch.device) -> Machine:
+    """Return the memory that is free now."""
+    free = None
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # PyTorch keeps what the profile's pool had
+        free = torch.cuda.mem_get_info(device)[0]
+    return Machine(host_memory(), shared_memory(), free)
+
+
 def _make_pool(
     config: ClusterConfig,
-    settings: InstanceConfig,
+    blocks: tuple[int, int],
     identity: Identity,
     layout: KVLayout,
     device: torch.device,
@@ -151,7 +185,7 @@ def _make_pool(
     eviction: Eviction | Literal["lru"] = "lru"
     if config.cache.eviction == "cost":
         eviction = CostAware(recompute_cost(profile.costs, layout.block_tokens))
-    hbm, dram = block_counts(settings, layout.block_bytes, device)
+    hbm, dram = blocks
     log.info(
         "KV memory: HBM %d blocks (%d tokens, %.0f MiB), DRAM %d blocks (%.0f MiB)",
         hbm,
@@ -185,35 +219,8 @@ def _with_room(
         model = model_memory(directory, msgspec.convert(name, Dtype))
     except ModelError:  # of an architecture that is not read: loading it tells more
         return settings
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    machine = Machine(host_memory(), shared_memory(), free)
     alone = msgspec.structs.replace(config, instance=(msgspec.structs.replace(settings, count=1),))
-    return planned(alone, model, machine, process=0).instance[0]
-
-
-def block_counts(
-    settings: InstanceConfig, block_bytes: int, device: torch.device
-) -> tuple[int, int]:
-    """Return the numbers of HBM and DRAM blocks. The settings give them as blocks, as bytes, or as
-    a percentage of the memory that is free: of the device for HBM, of this machine for DRAM and
-    on a CPU. Raises ConfigError."""
-    hbm, dram = settings.hbm_blocks, settings.dram_blocks
-    if settings.hbm is not None:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_free()
-        hbm = memory_bytes(settings.hbm, "instance.hbm", free) // block_bytes
-        if hbm < 1:
-            raise ConfigError(
-                f"instance.hbm = '{settings.hbm}': a block has {block_bytes} bytes; "
-                f"'{shown_bytes(1024 * block_bytes).replace(' ', '')}' has room for 1024"
-            )
-    if settings.dram is not None:
-        dram = memory_bytes(settings.dram, "instance.dram", _host_free()) // block_bytes
-    return hbm, dram
-
-
-def _host_free() -> int | None:
-    memory = host_memory()
-    return None if memory is None else memory.free
+    return planned(alone, model, _machine(device), process=0).instance[0]
 
 
 def _pin(cpus: tuple[int, ...]) -> None:

@@ -1,4 +1,5 @@
-"""Check of the memory that instances ask for against this machine's, before a model is loaded.
+"""Memory of instances: what each gets for KV, and a check of all that they ask for against this
+machine's, before a model is loaded.
 
 KV comes from the model's configuration, weights from the headers of its files. What a process needs
 besides is estimated, so a plan that fits barely may still fail; one that cannot fit is refused.
@@ -13,15 +14,18 @@ from pathlib import Path
 
 import msgspec
 
-from memserve.config import ClusterConfig, Dtype, InstanceConfig, memory_bytes
+from memserve.config import ClusterConfig, Dtype, InstanceConfig, memory_bytes, parse_share
 from memserve.errors import ConfigError
 from memserve.host_memory import HostMemory, shown_bytes
 from memserve.models.weights import count_parameters
 from memserve.pool.segment import SHM_DIRECTORY
-from memserve.scheduler.architecture import read_architecture
+from memserve.scheduler.architecture import Architecture, read_architecture
 
 # Of an engine's process besides weights and KV: torch, compiled kernels, activations.
 PROCESS_BYTES = 256 * 1024**2
+# HBM of built-in instances whose settings do not tell.
+CPU_BLOCKS = 2048
+GPU_SHARE = 0.9  # of what weights, and instances whose settings tell, leave free on a device
 _DTYPE_BYTES: dict[Dtype, int] = {"auto": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 _SPARE = 0.95  # of what is free, that a suggestion uses
 
@@ -40,7 +44,7 @@ class Machine:
 
     host: HostMemory | None
     shared: int | None  # bytes in /dev/shm, where pools have their host memory
-    device: int | None = None  # bytes of the CUDA device in use; None: there is none
+    device: int | None = None  # bytes of the CUDA device in use; None: a CPU computes
 
 
 def shared_memory(directory: Path = SHM_DIRECTORY) -> int | None:
@@ -65,7 +69,8 @@ def planned(
     config: ClusterConfig, model: ModelMemory, machine: Machine, process: int = PROCESS_BYTES
 ) -> ClusterConfig:
     """Return the configuration with shares of memory, as 50%, in bytes: of what is free here
-    besides weights. Shares of a GPU's memory are the instances' own to compute.
+    besides weights. Shares of a GPU's memory are the instances' own to compute; instances whose
+    settings do not tell get equal ones.
 
     Raises ConfigError if the instances need more memory than is free, with both numbers, and with
     a value that would fit. `process`: bytes of each process besides weights and KV.
@@ -73,15 +78,17 @@ def planned(
     on_gpu = machine.device is not None
     built_in = sum(table.count for table in config.instance if table.engine == "builtin")
     rest = built_in * (process + (0 if on_gpu else model.weights))
-    if machine.host is not None and machine.host.free <= rest:
-        raise ConfigError(
-            f"not enough memory: weights and processes of {built_in} instances need "
-            f"{shown_bytes(rest)} before any KV; {machine.host}; fewer instances, or a smaller "
-            "model, would fit"
-        )
-    left = None if machine.host is None else machine.host.free - rest
+    left = None
+    if machine.host is not None:
+        what = f"weights and processes of {built_in} instances"
+        left = _left(machine.host.free, rest, what, str(machine.host))
     tables = tuple(_in_bytes(table, left, on_gpu) for table in config.instance)
     block = config.cache.block_tokens * model.token
+    if machine.device is not None:
+        there = f"the device has {shown_bytes(machine.device)} free"
+        weights = built_in * model.weights
+        free = _left(machine.device, weights, f"weights of {built_in} instances", there)
+        tables = _with_shares(tables, free, block, config.planner.max_members or 0)
     asked = [
         one
         for table, given in zip(tables, config.instance, strict=True)
@@ -94,11 +101,49 @@ def planned(
         there = f"{SHM_DIRECTORY}, where host memory is, has {shown_bytes(machine.shared)} free"
         _check(host, 0, machine.shared, there)
     if machine.device is not None:
-        there = f"the device has {shown_bytes(machine.device)} free"
         on_device = [one for one in asked if one.on_gpu]
-        _check(on_device, built_in * model.weights, machine.device, there)
-        _check_shares(config.instance)
+        _check(on_device, weights, machine.device, there)
+        _check_shares(tables)
     return msgspec.structs.replace(config, instance=tables)
+
+
+def block_counts(
+    settings: InstanceConfig, block_bytes: int, machine: Machine, step: int = 0
+) -> tuple[int, int]:
+    """Return the numbers of HBM and DRAM blocks. The settings give them as blocks, as bytes, or as
+    a percentage of the memory that is free: of the device less `step` bytes for HBM, of the host
+    for DRAM and on a CPU. Raises ConfigError."""
+    host = None if machine.host is None else machine.host.free
+    hbm, dram = settings.hbm_blocks or CPU_BLOCKS, settings.dram_blocks
+    if settings.hbm is not None:
+        free = host if machine.device is None else machine.device - step
+        hbm = memory_bytes(settings.hbm, "instance.hbm", free) // block_bytes
+        if hbm < 1:
+            raise ConfigError(
+                f"instance.hbm = '{settings.hbm}': a block has {block_bytes} bytes; "
+                f"'{shown_bytes(1024 * block_bytes).replace(' ', '')}' has room for 1024"
+            )
+    if settings.dram is not None:
+        dram = memory_bytes(settings.dram, "instance.dram", host) // block_bytes
+    return hbm, dram
+
+
+def step_bytes(model: Architecture, settings: InstanceConfig, longest: int, free: int) -> int:
+    """Return an estimate of a GPU's memory for the largest step besides weights and KV.
+
+    `longest`: tokens of the longest sequence; as many as have room in `free` bytes with their KV.
+    """
+    size = model.weight_bytes
+    query, keys = model.heads * model.head_dim, 2 * model.kv_heads * model.head_dim
+    # A layer's inputs and outputs, with norms in float32.
+    token = (8 * model.hidden + 3 * query + 2 * keys + 4 * model.intermediate) * size
+    # Logits, and in float32.
+    row = model.vocab * (size + 4)
+    # Of one sequence: gathered keys and values in a buffer of up to twice their size, their copies
+    # for all query heads, and the mask.
+    context = (2 * keys + 2 * query + settings.max_batch_tokens) * size
+    longest = min(longest, free // (context + model.kv_bytes_per_token))
+    return settings.max_batch_tokens * token + settings.max_running * row + longest * context
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +189,40 @@ def _in_bytes(table: InstanceConfig, left: int | None, on_gpu: bool) -> Instance
     return msgspec.structs.replace(table, **changes)
 
 
+def _left(free: int, rest: int, what: str, there: str) -> int:
+    """Return what `what`, of `rest` bytes, leave of `free`. Raises ConfigError if it is nothing."""
+    if free <= rest:
+        raise ConfigError(
+            f"not enough memory: {what} need {shown_bytes(rest)} before any KV; {there}; "
+            "fewer instances, or a smaller model, would fit"
+        )
+    return free - rest
+
+
+def _with_shares(
+    tables: Sequence[InstanceConfig], free: int, block: int, most: int
+) -> tuple[InstanceConfig, ...]:
+    """Return the tables with equal shares of a GPU's memory for the built-in instances whose
+    settings do not tell, of what the others leave.
+
+    `free`: bytes once all weights are there. `most`: members that the planner may start.
+    """
+    builtin = [table for table in tables if table.engine == "builtin"]
+    silent = [table for table in builtin if table.hbm is None and table.hbm_blocks is None]
+    if not silent:
+        return tuple(tables)
+    left = 1.0
+    for table in builtin:
+        if table not in silent:
+            left -= table.count * (parse_share(table.hbm or "") or 0)
+            left -= sum(one.total for one in _asked(table, table, block, True) if one.on_gpu) / free
+    percent = 100 * GPU_SHARE * left / max(most, sum(table.count for table in silent))
+    share = f"{max(1.0, round(percent, 2)):g}%"  # some, also of nothing, which `planned` refuses
+    return tuple(
+        msgspec.structs.replace(table, hbm=share) if table in silent else table for table in tables
+    )
+
+
 def _asked(
     table: InstanceConfig, given: InstanceConfig, block: int, on_gpu: bool
 ) -> Iterator[_Asked]:
@@ -153,7 +232,7 @@ def _asked(
         size = memory_bytes(table.hbm, "instance.hbm", None)
         yield _Asked("hbm", given.hbm or "", table.count, size, 0, on_gpu)
     elif builtin and table.hbm is None:
-        blocks = table.hbm_blocks
+        blocks = table.hbm_blocks or CPU_BLOCKS
         yield _Asked("hbm_blocks", str(blocks), table.count, blocks * block, block, on_gpu)
     if table.dram is not None:
         size = memory_bytes(table.dram, "instance.dram", None)

@@ -5,6 +5,8 @@ Whoever reads, publishes or frees what they write waits for a mark behind them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -49,6 +51,16 @@ class NoKernels:
 def kernels_of(device: torch.device) -> Kernels:
     """Return the queue of a device's kernels, of whichever thread asks."""
     return CudaKernels(device) if device.type == "cuda" else NoKernels()
+
+
+def copy_stream_of(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """Return what makes contexts in which the calling thread's queue on a GPU is a CUDA stream for
+    copies alone: a copy is not behind the kernels of a step, nor a step behind copies. Nothing
+    orders the two but waiting for marks."""
+    if device.type != "cuda":
+        return nullcontext
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return lambda: torch.cuda.stream(stream)
 
 
 def wait_for(kernels: Kernels) -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from memserve.errors import PoolError
-from memserve.pool.device_queue import kernels_of, wait_for
+from memserve.pool.device_queue import copy_stream_of, kernels_of, wait_for
 from memserve.pool.layout import KVLayout
 from memserve.pool.segment import SharedSegment
 from memserve.types import IndexArray
@@ -48,6 +48,7 @@ class BlockStore:
         self.extents: list[Extent] = []
         self._pinned = pinned
         self._kernels = kernels_of(device)
+        self._copy_stream = copy_stream_of(device)
 
     @property
     def blocks(self) -> int:
@@ -67,6 +68,7 @@ class BlockStore:
             runs = self.layout.runs(memory.numpy(), blocks)
         else:
             memory = torch.zeros(size, dtype=torch.uint8, device=self.device)
+            wait_for(self._kernels)  # zeros behind a copy would replace what it has brought
         view = self.layout.views(memory, blocks)
         self.extents.append(Extent(self.blocks, blocks, memory, view, segment, runs))
 
@@ -116,11 +118,14 @@ class BlockStore:
             for block, target in zip(sources, self._host_blocks(index), strict=True):
                 target[...] = block
             return
-        # Host memory is page-locked, so a copy is a DMA; blocks are large enough for one each.
-        for at, to in zip(source_index.tolist(), index.tolist(), strict=True):
-            self._block(to).copy_(source._block(at), non_blocking=True)
-        # For this thread's copies, not for all that other streams have queued on the device.
-        wait_for(source._kernels if self.device.type == "cpu" else self._kernels)
+        # Host memory is page-locked, so a copy is a DMA; blocks are large enough for one each. The
+        # kernels and copies that had these blocks before have run: whoever frees or publishes a
+        # block has waited for them.
+        gpu = source if self.device.type == "cpu" else self
+        with gpu._copy_stream():
+            for at, to in zip(source_index.tolist(), index.tolist(), strict=True):
+                self._block(to).copy_(source._block(at), non_blocking=True)
+            wait_for(gpu._kernels)
 
     def _rows(self, kv: torch.Tensor) -> NDArray[np.uint8]:
         """Return a view of n blocks' contiguous KV on the host as `[n, runs, bytes]`."""
