@@ -14,7 +14,7 @@ from msgspec import Meta
 from rich.table import Table
 
 from evaluation.cpu_quota import limited
-from evaluation.soak.cluster import running_up
+from evaluation.soak.cluster import RunningUp, running_up
 from evaluation.soak.vitals import process_tree
 from memserve.bench.openai_client import Answer, OpenAIClient
 from memserve.clock import MonotonicClock
@@ -104,7 +104,7 @@ async def _one(config: LiveConfig, model: ModelConfig, split: str, repeat: int) 
     async with running_up(_cluster(config, model, split)) as up:
         name = model.served_name or model.path
         async with OpenAIClient(up.url, name, MonotonicClock()) as client:
-            with _limits(config, up.pid):
+            with _limits(config, up):
                 sent = await _load(config, client, random.Random(f"{config.seed}-{repeat}"))
         changes = 0
         async with ClusterClient(up.url) as operator:
@@ -124,13 +124,13 @@ async def _one(config: LiveConfig, model: ModelConfig, split: str, repeat: int) 
     )
 
 
-def _limits(config: LiveConfig, up: int) -> AbstractContextManager[None]:
+def _limits(config: LiveConfig, up: RunningUp) -> AbstractContextManager[None]:
     """Without a share of its own, an instance takes the CPU time that an idle one leaves, and all
     splits are alike where instances outnumber cores."""
     if config.cores is None:
         return nullcontext()
     roles = {str(role) for role in Role}
-    own = [life.pid for life in process_tree(up) if life.name.partition("-")[0] in roles]
+    own = [life.pid for life in process_tree(up.pid) if life.name.partition("-")[0] in roles]
     return limited(own, config.cores)
 
 
