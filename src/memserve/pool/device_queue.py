@@ -1,6 +1,6 @@
 """The queue of a device's kernels and copies, which run long after their calls return.
 
-Whoever reads, publishes or frees what they write waits for a mark behind them.
+A thread that reads, publishes or frees memory which they write must first wait for a `Mark`.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class CudaKernels:
 
 
 class NoKernels:
-    """Kernel queue of a CPU, always empty: a call returns when its result is there."""
+    """Kernel queue of a CPU, always empty: calls return when they are complete."""
 
     def mark(self) -> None:
         return None
 
 
 def kernels_of(device: torch.device) -> Kernels:
-    """Return the queue of a device's kernels, of whichever thread asks."""
+    """Return the kernel queue of a device; its methods use the calling thread's stream."""
     return CudaKernels(device) if device.type == "cuda" else NoKernels()
 
 
@@ -64,8 +64,8 @@ def copy_stream_of(device: torch.device) -> Callable[[], AbstractContextManager[
 
 
 def wait_for(kernels: Kernels) -> None:
-    """Wait until all that the calling thread has queued has run. Raises RuntimeError if the device
-    is lost."""
+    """Wait until all kernels that the calling thread has queued have run. Raises RuntimeError if
+    the device is lost."""
     mark = kernels.mark()
     if mark is not None:
         mark.synchronize()
