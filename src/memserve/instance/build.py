@@ -166,10 +166,10 @@ def _block_counts(
 
 
 def _machine(device: torch.device) -> Machine:
-    """Return the memory that is free now."""
+    """Return the memory that is free now, on this machine and on a CUDA device."""
     free = None
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # PyTorch keeps what the profile's pool had
+        torch.cuda.empty_cache()  # PyTorch's allocator keeps the memory of the profile's pool
         free = torch.cuda.mem_get_info(device)[0]
     return Machine(host_memory(), shared_memory(), free)
 

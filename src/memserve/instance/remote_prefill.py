@@ -120,7 +120,7 @@ class RemotePrefill:
         )
         shared, own = shared_namespace(call), SequenceStats(self._clock.now())
         if call.prefill:
-            await self._let_return(prompt)
+            await self._wait_for_returns(prompt)
             result = await self._prefill(call, request, shared)
             if result is not None:
                 self._note(result, request, own)
@@ -140,7 +140,7 @@ class RemotePrefill:
         shared, own = shared_namespace(call), stats[leader.id]
         result: PrefillResult | None = None
         if call.prefill:
-            await self._let_return(leader.prompt)
+            await self._wait_for_returns(leader.prompt)
             result = await self._prefill(call, leader, shared)
         if result is None:
             fetched = await self._fetcher.fetch(
@@ -172,9 +172,9 @@ class RemotePrefill:
             self._submission.submit(rest)
         if takes:
             mailbox.put(output)
-        self._expect_back(sequences, result)
+        self._prepare_returns(sequences, result)
 
-    def _expect_back(self, sequences: Sequence[EngineRequest], result: PrefillResult) -> None:
+    def _prepare_returns(self, sequences: Sequence[EngineRequest], result: PrefillResult) -> None:
         if result.pool is not None and self._link.caching == "full":
             self._return_targets.update(dict.fromkeys((s.id for s in sequences), result.pool))
             # Connect now, so that the return is not delayed past the conversation's next turn.
@@ -313,11 +313,11 @@ class RemotePrefill:
             self._counters.returns_dropped += 1
             return
         tokens = np.concatenate((request.tokens, from_ids(produced)))
-        task = self._in_background(self._give_back(request, home, tokens))
+        task = self._in_background(self._return_kv(request, home, tokens))
         self._returns[task] = request.prompt
         task.add_done_callback(self._returns.pop)
 
-    async def _let_return(self, prompt: TokenArray) -> None:
+    async def _wait_for_returns(self, prompt: TokenArray) -> None:
         """Wait up to RETURN_SECONDS for returns whose prompt is a prefix of this prompt."""
         wanted = [
             task
@@ -344,7 +344,7 @@ class RemotePrefill:
         except (TransferError, PoolError) as error:
             log.warning("%s cannot be reached for KV: %s", peer.id, error)
 
-    async def _give_back(self, request: EngineRequest, home: PoolPeer, tokens: TokenArray) -> None:
+    async def _return_kv(self, request: EngineRequest, home: PoolPeer, tokens: TokenArray) -> None:
         try:
             to = {"memserve.instance": home.id}
             with timed(request.span, "return", SpanKind.CLIENT, to) as span:

@@ -54,9 +54,9 @@ def kernels_of(device: torch.device) -> Kernels:
 
 
 def copy_stream_of(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """Return what makes contexts in which the calling thread's queue on a GPU is a CUDA stream for
-    copies alone: a copy is not behind the kernels of a step, nor a step behind copies. Nothing
-    orders the two but waiting for marks."""
+    """Return a function that makes contexts in which the calling thread queues its work for a GPU
+    on one CUDA stream for copies. Copies and kernels of steps do not wait for each other there:
+    only waiting for a `Mark` orders them. On a CPU the contexts do nothing."""
     if device.type != "cuda":
         return nullcontext
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

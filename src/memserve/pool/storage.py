@@ -68,7 +68,7 @@ class BlockStore:
             runs = self.layout.runs(memory.numpy(), blocks)
         else:
             memory = torch.zeros(size, dtype=torch.uint8, device=self.device)
-            wait_for(self._kernels)  # zeros behind a copy would replace what it has brought
+            wait_for(self._kernels)  # so that zeros are not written after a copy on another stream
         view = self.layout.views(memory, blocks)
         self.extents.append(Extent(self.blocks, blocks, memory, view, segment, runs))
 
