@@ -253,5 +253,5 @@ def test_a_set_of_former_members_is_refused() -> None:
     load = cluster.scheduler.load
     candidates = Candidates(load, CandidateSet(load))
     cluster.add("b")
-    with pytest.raises(RuntimeError, match="former members"):
+    with pytest.raises(RuntimeError, match="members have changed"):
         candidates.predict(request("r"), 1, {}, {}, 0.0, fetches=True)

@@ -123,8 +123,8 @@ def test_a_name_is_taken_while_its_life_is_heard(monkeypatch: pytest.MonkeyPatch
                     other.send_multipart([HEADER, body(owner("a", epoch), b, hello())])
                     refusal = answer(other)
                     assert isinstance(refusal, wire.NotWelcome)
-                    assert "another 'a' is here" in refusal.reason.message
-            with pytest.raises(PeerRefused, match="another 'a' is here"):
+                    assert "another life of 'a'" in refusal.reason.message
+            with pytest.raises(PeerRefused, match="another life of 'a'"):
                 impostor.connect("b", address)
             clock.advance(LEASE)
             impostor.connect("b", address)

@@ -150,11 +150,11 @@ async def test_a_full_queue_says_when_to_come_back() -> None:
     assert (b"retry-after", b"100") in error.headers()
     shape = json.loads(error.body())["error"]
     assert (shape["type"], shape["param"]) == ("rate_limit_error", None)
-    assert "2 requests of this tenant are waiting and at most 2 may" in shape["message"]
+    assert "2 requests of this tenant are waiting; at most 2 may wait" in shape["message"]
     # Others' queues are their own, but for what all may have together.
     await office.comes("c", "other")
     await office.comes("too many", "third")
-    assert "3 requests in all" in office.refusal("too many").detail.message
+    assert "3 requests of all tenants" in office.refusal("too many").detail.message
     await office.leaves("refused")
     for _ in range(4):
         await office.leaves(office.order[-1])

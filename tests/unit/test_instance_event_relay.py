@@ -103,7 +103,7 @@ def test_what_comes_is_passed_on_and_what_was_missed_is_said(
         assert said == [10, 11, "cleared", 13, "cleared", 15]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     assert not relay.thread.is_alive()
-    with pytest.raises(TransferError, match="no longer passed on"):
+    with pytest.raises(TransferError, match="KV events has ended"):
         relay.snapshot()
 
 

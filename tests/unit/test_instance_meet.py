@@ -51,8 +51,8 @@ async def test_what_stands_in_the_way_is_said(models: Path) -> None:
     async with pair(models / "llama") as (p, d), node(models / "gemma3", Role.DECODE) as other:
         for peer, why in (
             (other.peer, "holds other KV"),
-            (PrefillPeer(InstanceId("else"), d.url), f"is {d.peer.id}"),
-            (PrefillPeer(d.peer.id, "http://127.0.0.1:9"), "cannot be asked"),
+            (PrefillPeer(InstanceId("else"), d.url), f"is the address of {d.peer.id}"),
+            (PrefillPeer(d.peer.id, "http://127.0.0.1:9"), "gave no answer"),
         ):
             with pytest.raises(PeerError, match=why) as caught:
                 await meet(p, peer)

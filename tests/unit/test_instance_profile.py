@@ -242,7 +242,7 @@ def test_a_damaged_file_is_as_good_as_none(
 
 def test_another_version_is_not_read(engine: ProfiledEngine, store: ProfileStore) -> None:
     profile = msgspec.structs.replace(default_profile(engine.subject), version=VERSION + 1)
-    with pytest.raises(ProfileError, match=f"version {VERSION + 1}; {VERSION} is read"):
+    with pytest.raises(ProfileError, match=f"version {VERSION + 1}, not {VERSION}"):
         decode_profile(encode_profile(profile))
     store.save(profile)
     assert store.load(engine.subject) is None

@@ -145,7 +145,7 @@ async def test_usage_tells_both_sides_of_a_hand_over(
             assert samples[(f"{part}_seconds_count", id)] == 2
     lines = [r.getMessage() for r in caplog.records if " done: " in r.getMessage()]
     assert f"cached {here} where computed, {here} where decoded" in lines[-1]
-    assert any("back to" in record.getMessage() for record in caplog.records)
+    assert any("returned to" in record.getMessage() for record in caplog.records)
 
 
 async def test_a_sequence_that_waits_says_how_long(model: Path) -> None:

@@ -81,7 +81,7 @@ def test_counts_are_not_negative(pool: BlockPool) -> None:
     store(pool, prompt(1))
     refuse(pool, LengthMismatch, "-1 blocks", lambda: pool.alloc_mem(-1))
     refuse(pool, LengthMismatch, "-2 blocks", lambda: pool.swap_out(-2))
-    refuse(pool, PoolError, "-3 more DRAM", lambda: pool.grow_dram(-3))
+    refuse(pool, PoolError, "cannot add -3 DRAM", lambda: pool.grow_dram(-3))
     refuse(pool, PoolError, "references can name 16777216", lambda: pool.grow_dram(1 << 24))
     assert pool.shrink_dram(-1) == 0
 
@@ -170,7 +170,7 @@ def test_blocks_of_the_index_are_not_the_callers(pool: BlockPool) -> None:
     refs = store(pool, prompt(1, 2))
     kv = kv_of(keys_of("", prompt(1, 2)))
     refuse(pool, NotOwned, "HBM block 0 .*cached", lambda: pool.free_mem(refs))
-    refuse(pool, NotOwned, "position 0.*historical KV never", lambda: pool.write(refs, kv))
+    refuse(pool, NotOwned, "position 0.*cached KV is immutable", lambda: pool.write(refs, kv))
     with pool.match(prompt(1)):
         refuse(pool, PinnedBlock, "HBM block 0 .*1 pins", lambda: pool.free_mem(refs))
 

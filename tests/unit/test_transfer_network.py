@@ -93,7 +93,7 @@ def test_a_cable_cut_for_longer_aborts_it_and_both_sides_are_whole_later(
 ) -> None:
     a, b = sending
     cable.cut()
-    assert a.ask("result") == f"PeerLost: peer 'b': no word from it for {LEASE:g} s"
+    assert a.ask("result") == f"PeerLost: peer 'b': no message for {LEASE:g} s"
     eventually(lambda: b.ask("left") == f"0 {BLOCKS_SENT} {BLOCKS_SENT}", "the quarantine")
     cable.mend()
     eventually(lambda: a.ask("left") == f"0 0 {BLOCKS_SENT}", "the end at the source")

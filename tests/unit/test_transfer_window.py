@@ -206,5 +206,5 @@ def test_a_broken_connection_fails_all_that_waits_for_it(scene: Scene) -> None:
 
 
 def test_metadata_of_somebody_else_is_refused(scene: Scene) -> None:
-    with pytest.raises(TransferError, match=r"'other\.1' instead of 't\."):
+    with pytest.raises(TransferError, match=r"'other\.1', not of 't\."):
         scene.transport.add_peer(scene.peer, scene.memory, b"other.1")

@@ -130,7 +130,7 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"model.device = '{name}': {error}") from error
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"model.device = '{name}': 'cpu', 'cuda' or 'cuda:N'")
+        raise ConfigError(f"model.device = '{name}': must be 'cpu', 'cuda' or 'cuda:N'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         works = f"cuda:{count - 1}" if count else "cpu"
@@ -166,10 +166,10 @@ def _block_counts(
 
 
 def _machine(device: torch.device) -> Machine:
-    """Return the memory that is free now."""
+    """Return the memory that is free now, on this machine and on a CUDA device."""
     free = None
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # PyTorch keeps what the profile's pool had
+        torch.cuda.empty_cache()  # PyTorch's allocator keeps the memory of the profile's pool
         free = torch.cuda.mem_get_info(device)[0]
     return Machine(host_memory(), shared_memory(), free)
 
@@ -212,12 +212,12 @@ def _with_room(
     dtype: torch.dtype,
     device: torch.device,
 ) -> InstanceConfig:
-    """Return the settings with shares of host memory in bytes. Raises ConfigError if weights and KV
-    need more memory than is free: the kernel would end some process later."""
+    """Return the settings with shares of host memory converted to bytes. Raises ConfigError if
+    weights and KV need more memory than is free: the kernel would kill a process later."""
     name = str(dtype).removeprefix("torch.")
     try:
         model = model_memory(directory, msgspec.convert(name, Dtype))
-    except ModelError:  # of an architecture that is not read: loading it tells more
+    except ModelError:  # the architecture is unknown here; loading the model gives a better error
         return settings
     alone = msgspec.structs.replace(config, instance=(msgspec.structs.replace(settings, count=1),))
     return planned(alone, model, _machine(device), process=0).instance[0]
@@ -226,5 +226,6 @@ def _with_room(
 def _pin(cpus: tuple[int, ...]) -> None:
     usable = os.sched_getaffinity(0)
     if not set(cpus) <= usable:
-        raise ConfigError(f"instance.cpus = {list(cpus)}: this process may use {sorted(usable)}")
+        allowed = sorted(usable)
+        raise ConfigError(f"instance.cpus = {list(cpus)}: this process may only use {allowed}")
     os.sched_setaffinity(0, cpus)

@@ -1,4 +1,4 @@
-"""Decoding of the calls that an instance takes; malformed bytes raise ApiError (400)."""
+"""Decoding of the calls to an instance; malformed bytes raise ApiError (400)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class CallReader(Generic[_Call]):
             if isinstance(call, GenerateCall) and call.forward is not None:
                 _objects.decode(call.forward.body)
         except DECODE_ERRORS as error:
-            raise invalid(f"not a call: {str(error)[:MAX_ECHO_CHARACTERS]}") from error
+            raise invalid(f"malformed call: {str(error)[:MAX_ECHO_CHARACTERS]}") from error
         if isinstance(call, GenerateCall):
             _check_sequences(call)
         return call
@@ -57,7 +57,7 @@ class CallReader(Generic[_Call]):
 
 class LargeCalls:
     """Decodes large calls in a thread, one at a time: decoding may take ten times a call's size
-    in memory. Belongs to the event loop."""
+    in memory. Used on the event loop."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
@@ -69,7 +69,7 @@ class LargeCalls:
         if len(body) <= LARGE_BODY_BYTES:
             return reader.read(body)
         if self._waiting >= LARGE_BODIES_WAITING:
-            raise queue_full(f"{self._waiting} large calls wait already", LARGE_RETRY_SECONDS)
+            raise queue_full(f"{self._waiting} large calls are waiting", LARGE_RETRY_SECONDS)
         self._waiting += 1
         try:
             async with self._turn:
@@ -93,4 +93,4 @@ def _check_sequences(call: GenerateCall) -> None:
     if not all(map(len, call.prompts)):
         raise invalid("a prompt has no tokens", "prompt")
     if call.resumed and len(call.resumed) != sequences:
-        raise invalid(f"{sequences} choices, and tokens of {len(call.resumed)}", "resumed")
+        raise invalid(f"{sequences} choices, but tokens for {len(call.resumed)}", "resumed")

@@ -36,8 +36,8 @@ class Choice:
         parser: AnswerParser | None = None,
         lead: str = "",
     ) -> None:
-        """`stops`: the stop-string search of this choice alone. `parser`: the parser of its answer,
-        where the call has an answer's format. `lead`: text before the generated text (`echo`)."""
+        """`stops`: a stop-string search for this choice only. `parser`: the parser of its answer,
+        if the call has a format for it. `lead`: text before the generated text (`echo`)."""
         self.index = index
         self.started = False  # an output was added, or resumed
         self.finished = False
@@ -68,8 +68,8 @@ class Choice:
         return self._add(output.token_ids, output.finish_reason, output.stop_token, output.logprobs)
 
     def prompt_scores(self, logprobs: Sequence[TokenLogprobs]) -> list[TokenScore]:
-        """Return the scores of the prompt's tokens; `logprobs`: of all but the first. Takes
-        microseconds for each."""
+        """Return the scores of the prompt's tokens; `logprobs`: of all but the first. Takes some
+        microseconds per token."""
         ids = self._prompt.tolist()
         echo = self._call.echo
         text = echo[self.index // self._call.n] if echo else None
@@ -156,7 +156,7 @@ class Choice:
         )
 
     def _parsed(self, parser: AnswerParser, rest: str) -> Delta:
-        """Return what the text has shown since the last piece. `rest`: not pushed yet."""
+        """Return the parsed delta since the last piece. `rest`: text not given to `parser` yet."""
         parser.push(rest)
         if self.finished:
             parser.finish()
@@ -211,8 +211,8 @@ class Choice:
 def token_offsets(
     tokenizer: Tokenizer, prompt: TokenArray, text: str | None, decode: Decode
 ) -> list[int]:
-    """Return the offset of each token, in characters: in `text`, of which `prompt` [tokens] was
-    made, or, for None, in the text that `decode` gives for the tokens."""
+    """Return the offset of each token of `prompt` [tokens], in characters of `text`, which it was
+    made from; if `text` is None, of the text that `decode` returns for the tokens."""
     ids = prompt.tolist()
     if text is not None and (offsets := tokenizer.offsets(text, ids)) is not None:
         return offsets

@@ -1,8 +1,8 @@
-"""The engine's outputs on their way from its thread to the answers of calls.
+"""Delivery of the engine's outputs from its thread to the answers of calls.
 
-The `Dispatcher` of an instance crosses the threads, with one wake-up per step, and puts each output
-into the `Mailbox` of its call. A self-test and a prefill take outputs from a mailbox themselves; a
-`Run` makes the bytes of a client's answer of them.
+The `Dispatcher` of an instance moves outputs to the event loop, with one wake-up per step, and puts
+each into the `Mailbox` of its call. Self-tests and prefills read a mailbox themselves; a `Run`
+makes the bytes of a client's answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from memserve.types import RequestId
 
 
 class Mailbox:
-    """Queue of one call's outputs. Belongs to the event loop."""
+    """Queue of one call's outputs. Used on the event loop."""
 
     __slots__ = ("_error", "_outputs", "_waiter", "closed")
 
@@ -41,7 +41,7 @@ class Mailbox:
         self._wake()
 
     async def take(self) -> list[TokenOutput]:
-        """Wait for outputs. Returns all since the last `take`, at least one. One taker at a time.
+        """Wait for outputs; return all since the last `take`, at least one. One caller at a time.
 
         Raises the ApiError given to `fail`.
         """
@@ -68,7 +68,7 @@ class Dispatcher:
         clock: Clock,
         on_failure: Callable[[str, BaseException], None],
     ) -> None:
-        """`on_failure` is called if outputs could not be delivered: their calls may wait for
+        """`on_failure` is called if outputs could not be delivered: their calls would wait for
         ever."""
         self._on_failure = on_failure
         self._loop = loop
@@ -126,7 +126,7 @@ class Run:
 
         Raises ApiError if the answer cannot be completed.
         """
-        # Without unfinished sequences the mailbox stays empty.
+        # Without unfinished sequences, no output arrives.
         outputs = await self._mailbox.take() if self.generation.unfinished else []
         for output in outputs:
             self.produced.setdefault(output.id, []).extend(output.token_ids)

@@ -1,6 +1,6 @@
 """Sockets, sequence numbers and replay buffer of an instance's KV events.
 
-Belongs to one thread, which polls the sockets.
+Used on one thread, which polls the sockets.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.2  # between checks of `_stopping`
 RECEIVE_HIGH_WATER = 100_000  # batches
-_EVENT_ITEMS = 32  # what an event's other fields take, in items of a batch
+_EVENT_ITEMS = 32  # size of an event's other fields, in items of a batch
 
 
 class EventRelay:
@@ -61,8 +61,8 @@ class EventRelay:
         self._outlet = EventOutlet(instance, epoch, block_tokens, host, keys, server_snapshot=True)
         self._owner = instance, epoch
         self._cache = ServerCache()
-        self._changing = threading.Lock()  # `_cache` is that after the last published batch
-        self._building = threading.Lock()  # one snapshot at a time, as large as they may be
+        self._changing = threading.Lock()  # held while a batch is published and put into `_cache`
+        self._building = threading.Lock()  # one snapshot at a time: snapshots may be large
         self._events = self._outlet.context.socket(zmq.SUB)
         self._events.rcvhwm = RECEIVE_HIGH_WATER
         self._events.maxmsgsize = MAX_BATCH_BYTES
@@ -86,7 +86,7 @@ class EventRelay:
     def snapshot(self) -> bytes:
         """Return an encoded `KVSnapshot`. Raises TransferError if the relay has ended."""
         if not self.thread.is_alive():
-            raise TransferError("vLLM's KV events are no longer passed on")
+            raise TransferError("the relay of vLLM's KV events has ended")
         with self._building:
             with self._changing:
                 sequence, cache = self._outlet.next - 1, self._cache.copy()
@@ -119,7 +119,7 @@ class EventRelay:
                     self._take(self._events.recv_multipart())
                 elif time.monotonic() >= last + BEAT_SECONDS:
                     with self._changing:
-                        self._say([])
+                        self._publish([])
                 if self._outlet.next != before:
                     last = time.monotonic()
         finally:
@@ -130,7 +130,7 @@ class EventRelay:
         try:
             batch = decode_frames(frames)
         except MalformedEvents as error:
-            log.warning("vLLM published what are no KV events: %s", error)
+            log.warning("vLLM published malformed KV events: %s", error)
             self._forget()  # the lost events may have removed any block
             self._expected += 1
             return
@@ -143,19 +143,19 @@ class EventRelay:
             self._outlet.publish(frames[-1])
             if outlasted:
                 for part in _parts(self._cache.stored(), self.info.block_tokens):
-                    self._say(part)
+                    self._publish(part)
 
     def _forget(self) -> None:
         with self._changing:
             self._cache.clear()
-            self._say([AllBlocksCleared()])
+            self._publish([AllBlocksCleared()])
 
-    def _say(self, events: Sequence[AllBlocksCleared | BlockStored]) -> None:
+    def _publish(self, events: Sequence[AllBlocksCleared | BlockStored]) -> None:
         self._outlet.publish(self._encode(EventBatch(time.time(), [*events], 0)))
 
 
 def _parts(runs: Sequence[ServerBlocks], block_tokens: int) -> Iterator[list[BlockStored]]:
-    """Yield batches of the events that store `runs`, of a size that subscribers take."""
+    """Yield the events that store `runs`, in batches of a size that subscribers accept."""
     part: list[BlockStored] = []
     items = 0
     for run in runs:

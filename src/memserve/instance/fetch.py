@@ -1,7 +1,7 @@
 """Fetches of longer prefixes from other instances, and pushes for their fetches.
 
 The instance that computes a prompt asks the one that has a longer prefix cached to push the KV.
-A failure costs time only, and not much more than computing the missing tokens.
+A failed fetch costs about the time of computing the missing tokens.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from memserve.types import InstanceId, Namespace, RequestId, TokenArray
 
 
 class KVMoves:
-    """Counters by the other instance, of at most MAX_MOVE_PEERS. One event loop's."""
+    """Counters of moved bytes of at most MAX_MOVE_PEERS peers. Used on one event loop."""
 
     def __init__(self) -> None:
         self._by_peer: dict[InstanceId, PeerMoves] = {}
 
     def received(self, peer: InstanceId, size: int) -> None:
-        """Count `size` bytes that came from `peer`."""
+        """Count `size` bytes received from `peer`."""
         if size and (moves := self._of(peer)) is not None:
             moves.received += size
 
     def returned(self, peer: InstanceId, size: int) -> None:
-        """Count `size` bytes given back to `peer`."""
+        """Count `size` bytes returned to `peer`."""
         if size and (moves := self._of(peer)) is not None:
             moves.returned += size
 
@@ -56,9 +56,9 @@ class KVMoves:
 
 log = logging.getLogger(__name__)
 
-# Limits of a fetch's timeout, which is the time that the engine would need to compute the same
-# tokens, judged by its pace so far. The minimum lets two instances connect for the first time;
-# the maximum bounds the wait for an instance that has stopped answering.
+# Limits of a fetch's timeout, which is the time to compute the same tokens at the engine's mean
+# speed so far. The minimum lets two instances connect for the first time; the maximum bounds the
+# wait for an instance that has stopped answering.
 MIN_FETCH_SECONDS = 0.25
 MAX_FETCH_SECONDS = 5.0
 INFO_SECONDS = 2.0  # timeout of a peer's `/info`, equal to that of a gateway's poll
@@ -76,7 +76,7 @@ class Fetched:
 
 
 class Fetcher:
-    """Fetches prefixes, and answers other instances' push and meet calls. One event loop's."""
+    """Fetches prefixes, and answers peers' push and meet calls. Used on one event loop."""
 
     def __init__(
         self, peers: PeerClient, link: KVLink, pace: Callable[[], EngineStats], clock: Clock
@@ -87,7 +87,7 @@ class Fetcher:
         self._pace = pace
         self._clock = clock
         self._counters = FetchTotals(block_bytes=link.block_bytes)
-        self.moves = KVMoves()  # of hand-overs, too
+        self.moves = KVMoves()  # also counts hand-overs
 
     def totals(self) -> FetchTotals:
         """Counters since start, in blocks and bytes."""
@@ -116,7 +116,7 @@ class Fetcher:
             async with asyncio.timeout(MAX_FETCH_SECONDS):
                 missing = useful - await self._link.cached(tokens[:useful], target)
         except (TransferError, TimeoutError) as error:
-            log.warning("%s: nothing is fetched: %s", request, error or "the pool is silent")
+            log.warning("%s: no prefix is fetched: %s", request, error or "the pool did not answer")
             return Fetched()
         if missing <= 0:
             return Fetched()
@@ -132,7 +132,7 @@ class Fetcher:
                     span.attributes["memserve.blocks.received"] = blocks
         except (PeerError, TimeoutError) as error:
             counters.failed += 1
-            log.warning("%s: no prefix from %s: %s", request, peer.id, error or "not in time")
+            log.warning("%s: no prefix from %s: %s", request, peer.id, error or "timed out")
         finally:
             seconds = self._clock.now() - started
             counters.seconds += seconds
@@ -167,13 +167,13 @@ class Fetcher:
                 "GET", f"{peer.address}/info", _info.decode, seconds=INFO_SECONDS
             )
         except PeerError as error:
-            raise _not_met(peer, f"{peer.address} cannot be asked: {error}") from error
+            raise _not_met(peer, f"{peer.address} gave no answer: {error}") from error
         if info.id != peer.id:
-            raise _not_met(peer, f"at {peer.address} is {info.id}")
+            raise _not_met(peer, f"{peer.address} is the address of {info.id}")
         if info.pool_peer is None or info.kv is None:
-            raise _not_met(peer, "it has no pool for others")
+            raise _not_met(peer, "the peer has no pool that others can reach")
         if info.kv != self._link.kv:
-            raise _not_met(peer, "it holds other KV (another engine, model or layout)")
+            raise _not_met(peer, "the peer holds other KV (another engine, model or layout)")
         started = self._clock.now()
         try:
             transport = await self._link.transport(info.pool_peer)
@@ -182,7 +182,8 @@ class Fetcher:
         return MeetResult(transport, self._clock.now() - started)
 
     def _timeout(self, tokens: int) -> float:
-        """Timeout of a fetch of `tokens` tokens, in seconds: the time to compute them, limited."""
+        """Return the timeout in seconds of a fetch of `tokens` tokens: the time to compute them,
+        between MIN_FETCH_SECONDS and MAX_FETCH_SECONDS."""
         stats = self._pace()
         if not stats.computed_prompt_tokens:
             return MAX_FETCH_SECONDS

@@ -58,8 +58,8 @@ def fit_costs(
     """
     prefills, decodes = _Weighed(measured.prefill), _Weighed(measured.decode)
     if like is not None and measured.prefill and measured.decode:
-        prefills.lean_on(_imagined_prefills(like, measured.prefill, max_batch_tokens))
-        decodes.lean_on(_imagined_decodes(like, measured.decode))
+        prefills.add_imagined(_imagined_prefills(like, measured.prefill, max_batch_tokens))
+        decodes.add_imagined(_imagined_decodes(like, measured.decode))
     prefill, prompt, attention = _fit_prefill(prefills, architecture, max_batch_tokens)
     decode, in_full, in_window = _fit_decode(decodes, architecture)
     shm = _fit_link([p for p in measured.transfer if p.path == "shm"])
@@ -97,7 +97,7 @@ class _Weighed(Generic[_Point]):
         self.measured = len(points)  # number of measured points
         self.weights = [1.0] * len(points)
 
-    def lean_on(self, imagined: Sequence[_Point]) -> None:
+    def add_imagined(self, imagined: Sequence[_Point]) -> None:
         self.points += imagined
         self.weights += [_IMAGINED_WEIGHT] * len(imagined)
 
@@ -298,6 +298,6 @@ class ArchitectureLevel:
 
 
 def relative_errors(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> Vector:
-    """|predicted - measured| / measured."""
+    """Return |predicted - measured| / measured."""
     errors: Vector = np.abs(predicted - measured) / measured
     return errors

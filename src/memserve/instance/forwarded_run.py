@@ -16,14 +16,14 @@ from memserve.types import RequestId
 from memserve.vllm.forwarder import BrokenOff, ForwardedAnswer
 
 _OK = 200
-LOST = "server_lost"  # a code: the server has gone, or ended an answer before it was complete
+LOST = "server_lost"  # error code: the server has gone, or ended an answer before it was complete
 
 
 class ForwardedRun:
-    """Notes when things happen to a forwarded call, for its time line and its trace. A context,
-    which ends with the call.
+    """Times and outcome of a forwarded call, for its time line and its trace. A context manager
+    that ends with the call.
 
-    Times are seconds of the instance's clock; None: it has not come to that.
+    Times are seconds of the instance's clock; None: not reached yet.
     """
 
     def __init__(
@@ -33,15 +33,15 @@ class ForwardedRun:
         self.id = RequestId(call.id)
         self.path = forward.path
         self.stream = call.stream
-        self.prompt_tokens = len(call.prompts[0])  # the server's, if KV was brought for it
+        self.prompt_tokens = len(call.prompts[0])  # of the server; valid only if `brought`
         self.arrived = self.end = clock.now()
-        self.brought: SequenceStats | None = None  # what a hand-over or a fetch took
+        self.brought: SequenceStats | None = None  # statistics of a hand-over or fetch before it
         self.sent: float | None = None  # when the body went to the server
         self.first: float | None = None  # the answer's first byte; of a stream, the first token's
         self.size = 0  # bytes of the answer's body so far
-        self.pauses: list[Pause] = []  # of the server's, in a stream
-        self.error: str | None = None  # why the answer is not whole
-        self.span: Span | None = None  # of the call at the server; `request_trace` ends it
+        self.pauses: list[Pause] = []  # of the server, in a stream
+        self.error: str | None = None  # why the answer is not complete
+        self.span: Span | None = None  # span of the call at the server; `request_trace` ends it
         self._forward = forward
         self._clock = clock
         self._answer: ForwardedAnswer | None = None
@@ -60,14 +60,14 @@ class ForwardedRun:
             self.error = error.reason if isinstance(error, ApiError) else error_type(error)
 
     def sending(self) -> Mapping[str, str]:
-        """Note that the body goes to the server; return the headers that pass the trace on."""
+        """Record that the body goes to the server; return the headers for its trace context."""
         self.sent = self._clock.now()
         if self.parent is not None:
             self.span = self.parent.child("vllm", SpanKind.CLIENT, self.sent)
         return headers_of(self.span)
 
     def answered(self, answer: ForwardedAnswer) -> None:
-        """Note that the server has begun to answer."""
+        """Record that the server has begun to answer."""
         self._answer = answer
 
     @property
@@ -85,7 +85,7 @@ class ForwardedRun:
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """Yield the bytes of the answer's body as they arrive. Raises BrokenOff."""
-        # Only the wait for the server counts, not that for a client who reads slowly.
+        # Pauses are waits for the server; waits for a slow client do not count.
         asked = self._clock.now()
         try:
             async for data in self.answer.pieces():

@@ -161,7 +161,7 @@ class Generation:
             raise invalid("only streams can be resumed", "resumed")
         if len(call.resumed) != len(self._choices):
             raise invalid(
-                f"{len(self._choices)} choices, and tokens of {len(call.resumed)}", "resumed"
+                f"{len(self._choices)} choices, but tokens for {len(call.resumed)}", "resumed"
             )
         for choice, token_ids in zip(self._choices.values(), call.resumed, strict=True):
             choice.resume(token_ids, eos_token_ids, choice.index in ended)
@@ -221,7 +221,7 @@ class Generation:
 
     @property
     def large(self) -> bool:
-        """Whether `body` takes too long for an event loop."""
+        """Return whether `body` takes too long for an event loop."""
         sampling = self._call.sampling
         scores = 0 if sampling.logprobs is None else 1 + sampling.logprobs
         if sampling.prompt_logprobs is not None:
@@ -240,7 +240,7 @@ class Generation:
         return chunks.body(self._call, joined, self._usage())
 
     def _scored(self, choice: Choice, piece: Piece) -> Piece:
-        """Return the whole of a choice with the scores of its prompt."""
+        """Return a choice's complete piece with the scores of its prompt."""
         call = self._call
         scores = choice.prompt_scores(self._prompt_logprobs[choice.index])
         if call.echo and call.sampling.logprobs is not None:

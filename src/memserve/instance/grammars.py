@@ -17,8 +17,8 @@ from memserve.engine.constraint import CompiledGrammar
 from memserve.errors import RequestError
 from memserve.types import TokenArray
 
-# Compiled grammars that are kept, used last: at most this many characters of their sources, and
-# seconds of their compilation, to which their memory is proportional (up to 60 MB a second).
+# Limits of kept grammars: number, characters of their sources, and seconds of their compilation
+# (memory is proportional to these: up to 60 MB a second). The least recently used go first.
 MAX_KEPT = 256
 MAX_KEPT_CHARACTERS = 4 * 1024 * 1024
 MAX_KEPT_SECONDS = 5.0
@@ -31,10 +31,10 @@ RETRY_SECONDS = 1
 
 class Compiled(CompiledGrammar, Protocol):
     def ends(self, tokens: list[int]) -> bool:
-        """Whether no token may follow `tokens`."""
+        """Return whether no token may follow `tokens`."""
 
     def of_call(self) -> CompiledGrammar:
-        """Return the grammar for the sequences of one call, which share what they may take."""
+        """Return the grammar for the sequences of one call, which share one budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Constraints:
 
 
 class Grammars:
-    """Compiles grammars and keeps them. Belongs to the event loop."""
+    """Compiles grammars and keeps them. Used on the event loop."""
 
     def __init__(self, compiler: Compiler) -> None:
         self._compiler = compiler
@@ -70,7 +70,7 @@ class Grammars:
         self._waiting = 0
         self._characters = 0
         self._seconds = 0.0
-        # Compiled, refused, or on their way; the one used last is the last.
+        # Compiled, refused or being compiled, by last use, ascending.
         self._kept: OrderedDict[Grammar, Future[_Outcome]] = OrderedDict()
         self._wanted: Counter[Grammar] = Counter()  # calls that wait, by grammar
 
@@ -93,8 +93,8 @@ class Grammars:
         return outcome.compiled
 
     async def _compiled(self, grammar: Grammar, future: Future[_Outcome]) -> None:
-        """Wait for a grammar. One that nobody waits for any more is not compiled, unless it is
-        being compiled."""
+        """Wait for a grammar. If the last waiting caller gives up, the compilation is cancelled,
+        unless it has begun."""
         self._wanted[grammar] += 1
         try:
             # A caller that gives up leaves the compilation to the other callers.
@@ -148,7 +148,7 @@ class Grammars:
 
 
 def _seconds(future: Future[_Outcome]) -> float:
-    """Return the CPU time of a compilation; 0 for one that has not ended in order."""
+    """Return the CPU seconds of a compilation; 0 if it is pending, cancelled or failed."""
     if not future.done() or future.cancelled() or future.exception() is not None:
         return 0.0
     return future.result().seconds

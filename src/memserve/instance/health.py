@@ -28,7 +28,8 @@ class SelfTestFailed(MemserveError):
 
 
 class EngineHealth:
-    """Asks the engine for a token where its outputs do not show that it works. One event loop's."""
+    """Checks of the engine: by its recent outputs or steps, or else by a request for one token.
+    Used on one event loop."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class EngineHealth:
         self._steps_seen = 0  # the engine's step count at the last `check` that read it
 
     async def check(self) -> bool:
-        """Whether the engine produces tokens now. An idle engine is asked for one token."""
+        """Return whether the engine produces tokens now. An idle engine is asked for one token."""
         if self._clock.now() - self._dispatcher.last_output < IDLE_SECONDS:
             return True
         stats = self._engine.stats()
@@ -69,7 +70,7 @@ class EngineHealth:
         return await self._probe(HEALTH_SECONDS)
 
     async def _probe(self, seconds: float) -> bool:
-        """Ask the engine for one token. False if none comes within `seconds`."""
+        """Ask the engine for one token; return whether it came within `seconds`."""
         probe = EngineRequest(
             id=RequestId(f"self-test-{next(self._numbers)}"),
             prompt=self._prompt,

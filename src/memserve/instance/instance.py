@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """Parts and helpers that calls run on, from `start` on."""
+    """Parts of a started instance, and the helpers made from them."""
 
     parts: Parts
     submission: Submission
@@ -75,7 +75,7 @@ class _Served:
 
 
 class Instance:
-    """Runs calls on an engine, and reports state, health and statistics. One event loop's."""
+    """Runs calls on an engine, and reports state, health and statistics. Used on one event loop."""
 
     def __init__(self, identity: Identity, clock: Clock, peers: PeerClient | None = None) -> None:
         """`peers`: HTTP client for other instances; without it the instance uses no link."""
@@ -111,14 +111,14 @@ class Instance:
         return self.lifecycle.state
 
     def change_role(self, role: Role) -> None:
-        """Change the role. Raises ApiError (409) while starting, when dead, and if the instance is
-        a vLLM one without a link, whose role is `colocated`."""
+        """Change the role. Raises ApiError (409) while starting, when dead, and for a vLLM instance
+        without a link, whose role is always `colocated`."""
         alone = self._served is not None and self._served.fetcher is None
         server = self.identity.kind is not MemberKind.MEMSERVE
         if server and alone and role is not Role.COLOCATED:
             raise conflict(
-                f"Instance {self.identity.id} has no link to others and hands no KV over; its "
-                "role is 'colocated'.",
+                f"Instance {self.identity.id} has no link to other instances and hands no KV over; "
+                "its role is 'colocated'.",
                 "role_not_possible",
             )
         self.lifecycle.change_role(role)
@@ -169,7 +169,8 @@ class Instance:
         grammars = self._ready().parts.grammars
         if grammars is None:
             raise invalid(
-                f"Instance {self.identity.id} has an engine that takes no grammar.", grammar.param
+                f"The engine of instance {self.identity.id} does not support grammars.",
+                grammar.param,
             )
         return await grammars.constraints(grammar, call.resumed)
 
@@ -181,7 +182,7 @@ class Instance:
         span: Span | None = None,
     ) -> Iterator[Run]:
         """Context of a running call. Leaving it early cancels the call's sequences.
-        `constraints`: what `constraints` has returned for it. `span`: the call's, if it is traced.
+        `constraints`: result of the method for this call. `span`: the call's, if it is traced.
 
         Raises ApiError if the instance refuses the call.
         """
@@ -248,7 +249,7 @@ class Instance:
         parts, remote = served.parts, served.remote
         if parts.forwarder is None:
             raise invalid(
-                f"Instance {self.identity.id} has a built-in engine, which takes token ids only.",
+                f"Instance {self.identity.id} has a built-in engine, which accepts token ids only.",
                 "forward",
                 "no_forwarding",
             )
@@ -271,7 +272,7 @@ class Instance:
                     if parts.link is not None and not shared:
                         parts.link.forget(namespace)
         finally:
-            # A refused call took no time worth a line, and many would push out those that did.
+            # Refused calls get no time line: many of them would displace other calls' time lines.
             if run.sent is not None or run.brought is not None:
                 self.timelines.add(forwarded_timeline(run))
             request_trace.forwarded(run)
@@ -286,7 +287,7 @@ class Instance:
         with self.lifecycle.counted():
             result = await served.prefiller.run(call, span)
         log.info(
-            "%s: prefill for %s, %d of %d tokens cached, %d blocks fetched, %d sent, %d were there",
+            "%s: prefill for %s, %d of %d tokens cached; blocks: %d fetched, %d sent, %d present",
             call.id,
             call.target.id,
             result.cached_tokens,
@@ -308,7 +309,7 @@ class Instance:
         return await self._fetcher().meet(call)
 
     def _fetcher(self) -> Fetcher:
-        """Return the fetcher, also while draining. Raises ApiError."""
+        """Return the fetcher, also while draining. Raises ApiError without a link."""
         served = self._served
         if served is None or self.state not in (InstanceState.READY, InstanceState.DRAINING):
             raise self._unavailable()
@@ -317,7 +318,7 @@ class Instance:
         return served.fetcher
 
     async def healthy(self) -> bool:
-        """Whether the engine produces tokens now. An idle engine is asked for one token."""
+        """Return whether the engine produces tokens now. An idle engine is asked for one token."""
         if self.state is not InstanceState.READY or self._served is None:
             return False
         return await self._served.health.check()
@@ -380,7 +381,9 @@ class Instance:
         raise self._unavailable()
 
     def _no_link(self) -> ApiError:
-        return unavailable(f"Instance {self.identity.id} has no link to others.", "no_link")
+        return unavailable(
+            f"Instance {self.identity.id} has no link to other instances.", "no_link"
+        )
 
     def _unavailable(self) -> ApiError:
         return unavailable(
@@ -400,7 +403,7 @@ class Instance:
 
 
 def _tell_failure(handover: asyncio.Future[None], mailbox: Mailbox) -> None:
-    """Fail the mailbox after an unexpected error of a hand-over: its call waits for tokens."""
+    """Fail the mailbox after an unexpected error of a hand-over: the call waits for tokens."""
     if not handover.cancelled() and (failure := handover.exception()) is not None:
         log.error("a hand-over failed", exc_info=failure)
         mailbox.fail(internal(f"The hand-over failed: {failure!r}", "handoff_error"))

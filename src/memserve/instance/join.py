@@ -1,8 +1,8 @@
 """Registration of an instance with gateways, repeated for gateways that restart, and leaving.
 
-The name in a gateway's URL may stand for several gateways, as that of a headless Service of
-Kubernetes does: the instance registers with each of the name's addresses, and asks for them again
-as time goes by.
+The host name in a gateway's URL may have the addresses of several gateways, as a headless Service
+of Kubernetes has: the instance registers at each address, and resolves the name again every
+RESOLVE_SECONDS.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from memserve.types import Epoch, InstanceId
 
 log = logging.getLogger(__name__)
 
-# Between registrations with one gateway. They are for gateways that restart: such a gateway knows
-# its members after JOIN_SECONDS, or after RETRY_SECONDS if a registration failed meanwhile.
+# Seconds between registrations with one gateway. A gateway that restarts knows its members after
+# JOIN_SECONDS, or after RETRY_SECONDS if a registration failed meanwhile.
 JOIN_SECONDS = 2.0
 RETRY_SECONDS = 0.25
-# Between look-ups of a name, for gateways that are added: about as long as name servers of clusters
-# let an answer be kept. After a failed one, RETRY_SECONDS.
+# Seconds between look-ups of a name, for gateways that are added: about the time for which name
+# servers of clusters allow caching. RETRY_SECONDS after a failed look-up.
 RESOLVE_SECONDS = 5.0
-# Failed tries before a warning, about 5 s: longer than a gateway's restart. The next ones come when
-# the tries have doubled: a gateway's host may be away for days.
+# Failed tries before a warning, about 5 s: longer than a gateway's restart. The next warnings come
+# each time the number of tries has doubled, because a gateway's host may be away for days.
 UNHEARD_TRIES = 20
 JOIN_TIMEOUT = 2.0
-LEAVE_TIMEOUT = 1.0  # short, since the process waits for it at its end
+LEAVE_TIMEOUT = 1.0  # short, because the end of the process waits for it
 
 # Returns the IP addresses of a host. Raises OSError.
 Resolve = Callable[[str], Awaitable[Sequence[str]]]
@@ -56,19 +56,19 @@ class Registration:
     ) -> None:
         """`gateways` are URLs; `address` is the instance's own."""
         self._peers = peers
-        # A gateway may be named twice, as by a flag and by what starts the instance.
+        # A gateway may be named twice: by a flag, and by the process that starts the instance.
         self._urls = tuple(dict.fromkeys(f"{url.rstrip('/')}/cluster/members" for url in gateways))
         join = JoinRequest(address, instance, epoch)
         self._join = msgspec.json.encode(join)
         self._again = msgspec.json.encode(msgspec.structs.replace(join, repeated=True))
         self._leave = msgspec.json.encode(LeaveRequest(address, epoch))
         self._resolve = resolve
-        # The addresses with which it registers now, each with what has it register at once.
+        # By URL and address that the instance registers at: the event that makes it do so at once.
         self._news: dict[tuple[str, str], asyncio.Event] = {}
-        self._heard: set[tuple[str, str]] = set()  # of these, those that answered the last try
+        self._heard: set[tuple[str, str]] = set()  # keys of `_news` that answered the last try
 
     def tell(self) -> None:
-        """Register again at once: role or state has changed, and the gateways ask for them."""
+        """Register again at once, so that gateways poll the changed role or state."""
         for news in self._news.values():
             news.set()
 
@@ -77,7 +77,7 @@ class Registration:
         async with asyncio.TaskGroup() as group:
             for url in self._urls:
                 group.create_task(self._follow(url))
-            await asyncio.Event().wait()  # also where there is no gateway
+            await asyncio.Event().wait()  # without gateways, too, until cancelled
 
     async def leave(self) -> None:
         """Tell the gateways that the instance ends. Call after `run` has ended, which would
@@ -88,7 +88,7 @@ class Registration:
                 await self._peers.ask(
                     "DELETE", url, self._leave, seconds=LEAVE_TIMEOUT, address=address
                 )
-            except PeerError as error:  # its polls notice the end
+            except PeerError as error:  # the gateway's polls notice the end
                 log.debug("%s at %s cannot be reached: %s", url, address, error)
 
         await asyncio.gather(*(leave(*gateway) for gateway in self._news))
@@ -121,9 +121,9 @@ class Registration:
     async def _keep_joined(self, url: str, address: str) -> None:
         news = self._news[url, address]
         refused = ""
-        unheard = 0  # tries in a row
-        accepted = False  # the last one
-        repeats = True  # the gateway knows `repeated`: one of an earlier version does not
+        unheard = 0  # tries without an answer, in a row
+        accepted = False  # whether the last try was
+        repeats = True  # whether the gateway knows `repeated`; earlier versions do not
         while True:
             again = repeats and accepted and not news.is_set()
             body = self._again if again else self._join
@@ -145,8 +145,8 @@ class Registration:
                     pause = self._unheard(url, address, unheard, said)
                     said = refused
                 elif said != refused:
-                    # The gateway may still know an earlier life of this instance; it checks that
-                    # one now, so retry soon.
+                    # The gateway may still know an earlier life of this instance, and checks now
+                    # whether that life has ended: retry soon.
                     pause = RETRY_SECONDS
                     log.warning("%s at %s refuses this instance: %s", url, address, said)
             else:
@@ -158,9 +158,9 @@ class Registration:
                     await news.wait()
 
     def _unheard(self, url: str, address: str, tries: int, why: str) -> float:
-        """Log, now and then, that a gateway did not answer; return the seconds until the next
-        try. An address beside which another one of the name answers may be none of a gateway's
-        (`::1` of localhost): it is tried seldom, and is no reason to worry."""
+        """Log, at some of the tries, that a gateway did not answer; return the seconds until the
+        next try. If another address of the name answers, this one may not be a gateway's (`::1` of
+        localhost): it is tried less often, and logged at INFO."""
         beside = any(of == url for of, _ in self._heard)
         if worth_a_line(tries, UNHEARD_TRIES) and not (beside and tries > UNHEARD_TRIES):
             level = logging.INFO if beside else logging.WARNING

@@ -60,7 +60,7 @@ class InstanceLifecycle:
         self.become(InstanceState.READY)
 
     def end(self, restart: bool = False) -> None:
-        """Drain for good. Of several calls the last one's `restart` counts."""
+        """Drain, without a later `resume`. The `restart` of the last call counts."""
         self.restart = restart
         self.ending.set()
         if self.state is not InstanceState.DEAD:

@@ -27,7 +27,7 @@ class PrefillStream(PrefillObserver, Protocol):
 
 
 class KVLink(Protocol):
-    """An instance's pool, and transfers to the pools of peers. Belongs to one event loop."""
+    """An instance's pool, and transfers to the pools of peers. Used on one event loop."""
 
     @property
     def address(self) -> PoolPeer:
@@ -47,7 +47,8 @@ class KVLink(Protocol):
         """Fingerprint of the KV in hex. Only pools with equal fingerprints exchange KV."""
 
     async def cached(self, tokens: TokenArray, namespace: Namespace) -> int:
-        """Number of leading tokens with KV in this pool's index. Raises TransferError."""
+        """Return the number of leading tokens with KV in this pool's index. Raises
+        TransferError."""
 
     async def push(
         self, peer: PoolPeer, tokens: TokenArray, source: Namespace, target: Namespace
@@ -71,16 +72,16 @@ class KVLink(Protocol):
         Raises TransferError, LayoutMismatch."""
 
     async def until_lost(self, peer: PoolPeer) -> str:
-        """Wait until a peer's instance is lost, by the pools' leases, or cannot be reached. Returns
-        why."""
+        """Wait until a peer's instance is lost, by the pools' leases, or cannot be reached; return
+        the reason."""
 
     async def run(self) -> None:
-        """Vouch for this event loop to peers, and run until no more KV can be moved, which makes
-        the instance useless."""
+        """Tell peers that this event loop runs. Returns when KV can no longer be moved; the
+        instance then has to end."""
 
     def forget(self, namespace: Namespace) -> None:
-        """Drop all KV of a namespace now, and again for some minutes: blocks that were pinned, or
-        came since."""
+        """Drop all KV of a namespace now, and repeatedly for some minutes, for blocks that are
+        pinned now or inserted later."""
 
     def close(self) -> None:
         """Stop all background work. Call before the pool is closed."""

@@ -55,7 +55,7 @@ class Parts:
     link: KVLink | None = None  # to the pools of other instances
     profile: Profile | None = None  # the engine's cost model
     events: Events | None = None  # publisher of KV events
-    # Threads that the instance cannot do without; called once the engine runs.
+    # Returns the threads whose end ends the instance; called once the engine runs.
     threads: Callable[[], Sequence[threading.Thread]] = lambda: ()
     forwarder: Forwarder | None = None  # to a vLLM server, which takes requests unchanged
-    grammars: Grammars | None = None  # None: the engine takes none
+    grammars: Grammars | None = None  # None: the engine does not support them

@@ -39,7 +39,7 @@ class Prefiller:
         clock: Clock,
         grammars: Grammars | None = None,
     ) -> None:
-        """`grammars`: None if the engine takes none."""
+        """`grammars`: None if the engine does not support them."""
         self._grammars = grammars
         self._link = link
         self._dispatcher = dispatcher
@@ -94,8 +94,8 @@ class Prefiller:
         return result
 
     def _request(self, call: PrefillCall, span: Span | None) -> EngineRequest:
-        # The number makes the id unique: after a failover, another decode instance asks with the
-        # same call id while the sequence of the first one may still be queued here.
+        # The number makes the id unique: after a failover, another decode instance sends the same
+        # call id while the first one's sequence may still be queued here.
         request_id = RequestId(f"{call.id}-prefill-{next(self._numbers)}")
         return EngineRequest(
             id=request_id,
@@ -152,7 +152,7 @@ class Prefiller:
 
 
 def _is_kept(call: PrefillCall) -> bool:
-    """Whether the decode instance keeps the KV after the end of the answer."""
+    """Return whether the decode instance keeps the KV after the end of the answer."""
     return not is_private(call.target_namespace)
 
 

@@ -25,7 +25,7 @@ _FAILURES = (FinishReason.ERROR, FinishReason.CANCELLED)
 
 
 class ProbeFailed(MemserveError):
-    """The engine failed or hung during a measurement, or cached other tokens than expected."""
+    """The engine failed or hung during a measurement, or reported unexpected cached tokens."""
 
 
 class Probe(ABC):
@@ -36,7 +36,7 @@ class Probe(ABC):
     ) -> None:
         """`engine` is not started yet; this context manager starts and stops it. `token_ids`:
         prompts are made of these. `room_tokens`: of KV memory."""
-        self.tells_cached = True  # the engine reports cached tokens, which are checked then
+        self.tells_cached = True  # whether the engine reports cached tokens: then they are checked
         self.block_tokens = block_tokens
         self.room_tokens = room_tokens
         self._engine = engine
@@ -57,7 +57,7 @@ class Probe(ABC):
 
     @abstractmethod
     def _forget(self, namespace: Namespace) -> None:
-        """Drop what is cached in `namespace`, as far as that can be asked for."""
+        """Drop the blocks cached in `namespace`, if the engine can do that."""
 
     def __enter__(self) -> Self:
         self._engine.start(self._sink)
@@ -73,18 +73,19 @@ class Probe(ABC):
 
     @property
     def longest_prompt(self) -> int:
-        """Maximum of tokens of a timed prompt."""
+        """The maximum number of tokens of a timed prompt."""
         return self._engine.info.max_tokens - 1
 
     def prefill(self, prompt_tokens: int, cached_tokens: int) -> float:
-        """Seconds from submission to the first token. `cached_tokens`: of whole blocks."""
+        """Return the seconds from submission to the first token. `cached_tokens`: a multiple of
+        the block size."""
         started = self._run(1, prompt_tokens, cached_tokens, 1)
         ((ended, _), *_), *_ = self._outputs.values()
         return ended - started
 
     def decode(self, sequences: int, context_tokens: int, steps: int) -> float:
-        """Typical seconds of `steps` decode steps of `sequences` sequences with about
-        `context_tokens` tokens of context each."""
+        """Return the typical seconds of a decode step, of `steps` steps of `sequences` sequences
+        with about `context_tokens` tokens of context each."""
         block = self.block_tokens
         cached = (context_tokens - 1) // block * block
         self._run(sequences, context_tokens, cached, steps + 1)
@@ -94,14 +95,14 @@ class Probe(ABC):
             for (before, _), (later, tokens) in list(pairwise(outputs))[-steps:]
         ]
         if not times:
-            raise ProbeFailed(f"{sequences} sequences came in one piece each: no step to time")
+            raise ProbeFailed(f"each of {sequences} sequences came in one piece: no step to time")
         seconds = self._typical(times)
         if seconds <= 0:
             raise ProbeFailed(f"all tokens of {sequences} sequences came at once: no step to time")
         return seconds
 
     def _typical(self, times: Sequence[float]) -> float:
-        """Return the typical one of the seconds of steps: the median, which few hiccups change."""
+        """Return the median of the steps' seconds, on which few slow steps have no effect."""
         return float(np.median(times))
 
     def _run(self, sequences: int, prompt: int, cached: int, outputs: int) -> float:
@@ -117,7 +118,7 @@ class Probe(ABC):
         finally:
             self._forget(namespace)
         if self.tells_cached and any(found != cached for found in self._cached):
-            raise ProbeFailed(f"{cached} tokens were to be cached and {self._cached} were found")
+            raise ProbeFailed(f"expected {cached} cached tokens, and found {self._cached}")
         return started
 
     def _generate(self, prompts: Sequence[TokenArray], outputs: int, namespace: Namespace) -> float:

@@ -50,9 +50,9 @@ class ProfilePlan:
     decode: Sequence[tuple[int, int]]  # (sequences, context tokens of each)
     blocks: Sequence[int]  # numbers of blocks of a transfer
     rounds: int
-    seconds: float  # time limit: no further point starts after that, except the `needed` ones
+    seconds: float  # time limit, after which only the `needed` points start
     needed: int  # first points of each kind, measured in any case
-    pool_tokens: int  # size of the pool that is measured on
+    pool_tokens: int  # size of the measured pool
 
 
 QUICK = ProfilePlan(
@@ -143,7 +143,7 @@ class Profiler:
                 disturbed = prefill.disturbed + decode.disturbed + others.disturbed
                 if not disturbed or self._clock.now() > end:
                     break
-                self._progress("again what other processes disturbed")
+                self._progress("points that other processes disturbed, again")
                 self._turn(prefill, prefill.disturbed, time_prefill, 0, end)
                 self._turn(decode, decode.disturbed, time_decode, 0, end)
                 self._turn(others, others.disturbed, time_prefill, 0, end)
@@ -171,7 +171,7 @@ class Profiler:
         for at, point in enumerate(points):
             if at < needed or self._clock.now() < end:
                 samples.take(point, run)
-        # Another order next time, so that a periodic disturbance hits other points.
+        # Shuffled for the next round, so that a periodic disturbance affects other points.
         self._rng.shuffle(samples.points)
 
     @property

@@ -92,9 +92,9 @@ def instance_profile(
     store: ProfileStore | None,
     measure: Callable[[], Measurements],
 ) -> Profile:
-    """Return the stored profile; else, with mode "auto", have a quick one measured and store it;
-    else return the default profile. A failed measurement gives the default profile too.
-    `store`: None, and nothing is kept.
+    """Return the stored profile; if there is none, with mode "auto", a quick one, which is measured
+    and stored; else the default profile, also after a failed measurement. `store`: None: profiles
+    are not stored.
 
     `measure` may raise ProbeFailed, OutOfBlocks, SharedMemoryFull.
     """
@@ -103,7 +103,7 @@ def instance_profile(
             try:
                 stack.enter_context(store.measuring(subject))
             except OSError as error:
-                log.warning("profiles cannot be kept in %s: %s", store.directory, error)
+                log.warning("profiles cannot be stored in %s: %s", store.directory, error)
         # Another process may have measured it meanwhile.
         stored = None if store is None else store.load(subject)
         if stored is not None:
@@ -111,7 +111,7 @@ def instance_profile(
             return stored
         if mode == "off":
             return default_profile(subject)
-        log.info("cost model: measuring this instance, for a few seconds and only once")
+        log.info("cost model: measuring this instance, which takes a few seconds")
         try:
             measured = measure()
             like = default_profile(subject).costs
@@ -122,8 +122,8 @@ def instance_profile(
         profile = make_profile("quick", subject, costs)
         if measured.waited > MOST_WAITED:
             log.warning(
-                "the machine was busy, so the profile is not kept: 'memserve profile' measures a "
-                "better one when it is not"
+                "the machine was busy, so the profile is not stored; to measure and store one, run "
+                "'memserve profile' when it is idle"
             )
             return profile
         if store is None:
@@ -136,7 +136,8 @@ def instance_profile(
 
 
 def quick_measurements(engine: ProfiledEngine) -> Measurements:
-    """Measurements for the first start of a built-in engine. Raises as `take_measurements`."""
+    """Return measurements for the first start of a built-in engine. Raises as
+    `take_measurements`."""
     return take_measurements(engine, "quick", log.info)[0]
 
 

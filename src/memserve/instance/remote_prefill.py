@@ -1,8 +1,8 @@
 """Decode side of a hand-over: request a prefill from another instance, continue from its token.
 
-A failure costs time only: the next prefill instance is asked, and at last this instance computes
-the prompt. The prefill request has no time limit, since it may wait in a long queue; instead the
-prefill instance is given up when the pools' lease says that it is lost.
+After a failure the next prefill instance is asked; if all fail, this instance computes the prompt.
+The prefill request has no time limit, since it may wait in a long queue; instead, a prefill
+instance is given up when the lease between the pools lapses.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class _Unanswered(Exception):
 
 
 class RemotePrefill:
-    """Starts calls with prefills from other instances, and returns KV to them. One event loop's."""
+    """Starts calls with prefills from other instances, and returns KV to them. Used on one event
+    loop."""
 
     def __init__(
         self,
@@ -105,8 +106,8 @@ class RemotePrefill:
         self, call: GenerateCall, namespace: Namespace, span: Span | None = None
     ) -> SequenceStats:
         """Bring the KV of a call's first prompt into `namespace` of this instance's pool, by a
-        remote prefill or else a fetch, and return the figures of that. The vLLM server then finds
-        the KV cached when it gets the forwarded body."""
+        remote prefill or else a fetch; return its statistics. The vLLM server then finds the KV
+        cached when it gets the forwarded body."""
         prompt = call.prompts[0]
         request = EngineRequest(
             id=RequestId(f"{call.id}-forward"),
@@ -119,7 +120,7 @@ class RemotePrefill:
         )
         shared, own = shared_namespace(call), SequenceStats(self._clock.now())
         if call.prefill:
-            await self._let_return(prompt)
+            await self._wait_for_returns(prompt)
             result = await self._prefill(call, request, shared)
             if result is not None:
                 self._note(result, request, own)
@@ -139,7 +140,7 @@ class RemotePrefill:
         shared, own = shared_namespace(call), stats[leader.id]
         result: PrefillResult | None = None
         if call.prefill:
-            await self._let_return(leader.prompt)
+            await self._wait_for_returns(leader.prompt)
             result = await self._prefill(call, leader, shared)
         if result is None:
             fetched = await self._fetcher.fetch(
@@ -150,7 +151,7 @@ class RemotePrefill:
         else:
             received = result.blocks_sent
         leader = replace(leader, received_tokens=received * self._link.block_tokens)
-        if mailbox.closed:  # the call has ended, but its cancellation has not arrived here yet
+        if mailbox.closed:  # the call has ended, and the cancellation of this task is pending
             return
         for sequence in sequences:
             stats[sequence.id].submitted = self._clock.now()
@@ -171,9 +172,9 @@ class RemotePrefill:
             self._submission.submit(rest)
         if takes:
             mailbox.put(output)
-        self._expect_back(sequences, result)
+        self._prepare_returns(sequences, result)
 
-    def _expect_back(self, sequences: Sequence[EngineRequest], result: PrefillResult) -> None:
+    def _prepare_returns(self, sequences: Sequence[EngineRequest], result: PrefillResult) -> None:
         if result.pool is not None and self._link.caching == "full":
             self._return_targets.update(dict.fromkeys((s.id for s in sequences), result.pool))
             # Connect now, so that the return is not delayed past the conversation's next turn.
@@ -200,7 +201,7 @@ class RemotePrefill:
             stop_token=result.stop_token,
         )
 
-    # --- asking ---------------------------------------------------------------------------
+    # --- remote prefills ------------------------------------------------------------------
 
     def _note(self, result: PrefillResult, leader: EngineRequest, own: SequenceStats) -> None:
         own.handed_over = True
@@ -264,7 +265,7 @@ class RemotePrefill:
 
     async def _ask(self, peer: PrefillPeer, body: bytes, span: Span | None) -> PrefillResult:
         if peer.pool is None:
-            raise _Unanswered(f"{peer.id} has no pool that KV could come from")
+            raise _Unanswered(f"{peer.id} has no pool")
         post = asyncio.ensure_future(self._post(peer, body, headers_of(span)))
         watch = asyncio.ensure_future(self._link.until_lost(PoolPeer(peer.id, peer.pool)))
         try:
@@ -293,7 +294,7 @@ class RemotePrefill:
                 raise grammar_failed(error.detail.message) from error  # as it would anywhere
             raise _Unanswered(str(error)) from error
 
-    # --- giving back ----------------------------------------------------------------------
+    # --- returns of KV --------------------------------------------------------------------
 
     def ended(
         self, request: EngineRequest, produced: Sequence[int], finished: bool, busy: bool
@@ -312,11 +313,11 @@ class RemotePrefill:
             self._counters.returns_dropped += 1
             return
         tokens = np.concatenate((request.tokens, from_ids(produced)))
-        task = self._in_background(self._give_back(request, home, tokens))
+        task = self._in_background(self._return_kv(request, home, tokens))
         self._returns[task] = request.prompt
         task.add_done_callback(self._returns.pop)
 
-    async def _let_return(self, prompt: TokenArray) -> None:
+    async def _wait_for_returns(self, prompt: TokenArray) -> None:
         """Wait up to RETURN_SECONDS for returns whose prompt is a prefix of this prompt."""
         wanted = [
             task
@@ -335,7 +336,7 @@ class RemotePrefill:
     def _ended_in_background(self, task: asyncio.Task[None]) -> None:
         self._background.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a hand-over's work in the background failed", exc_info=error)
+            log.error("a background task of a hand-over failed", exc_info=error)
 
     async def _meet(self, peer: PoolPeer) -> None:
         try:
@@ -343,7 +344,7 @@ class RemotePrefill:
         except (TransferError, PoolError) as error:
             log.warning("%s cannot be reached for KV: %s", peer.id, error)
 
-    async def _give_back(self, request: EngineRequest, home: PoolPeer, tokens: TokenArray) -> None:
+    async def _return_kv(self, request: EngineRequest, home: PoolPeer, tokens: TokenArray) -> None:
         try:
             to = {"memserve.instance": home.id}
             with timed(request.span, "return", SpanKind.CLIENT, to) as span:
@@ -352,13 +353,13 @@ class RemotePrefill:
                     span.attributes |= moved(pushed, self._link.block_bytes)
         except (TransferError, PoolError) as error:
             self._counters.returns_dropped += 1
-            log.warning("%s: KV did not go back to %s: %s", request.id, home.id, error)
+            log.warning("%s: KV was not returned to %s: %s", request.id, home.id, error)
             return
         self._counters.returns += 1
         self._counters.blocks_returned += pushed.sent
         size = pushed.sent * self._link.block_bytes
         self._fetcher.moves.returned(home.id, size)
-        log.info("%s: %d blocks (%d bytes) back to %s", request.id, pushed.sent, size, home.id)
+        log.info("%s: %d blocks (%d bytes) returned to %s", request.id, pushed.sent, size, home.id)
 
 
 def _first(errors: BaseExceptionGroup[ApiError]) -> ApiError:

@@ -1,8 +1,8 @@
-"""The spans of calls at an instance: live ones around calls, others from statistics at the end.
+"""Spans of calls at an instance: opened around a call, and made from its statistics at the end.
 
 `generate` has the parts `ask prefill` or `fetch`, and of each sequence `queue`, `compute` and
 `decode`; of a forwarded call, `vllm`. `prefill` has `fetch`, `queue`, `compute` and `transfer`. The
-figures are measured anyway; a trace only gives them a place in time.
+figures come from the call's statistics; a trace adds the times.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from memserve.instance.sequence_stats import SequenceStats
 from memserve.tracing.span import Attribute, Span, Tracer, error_type
 from memserve.transfer.kv_link import Pushed
 
-MAX_SEQUENCES = 8  # of a call that have spans
+MAX_SEQUENCES = 8  # sequences of a call that have spans
 
 
 @contextmanager
 def served(tracer: Tracer | None, name: str, scope: Scope) -> Iterator[Span | None]:
-    """Context of a request from another process of the cluster; None unless that is traced. An
-    exception ends the span as its error, and passes on."""
+    """Context with the span of a request from another process; None unless the request is traced.
+    An exception becomes the span's error, and is raised again."""
     span = None if tracer is None else tracer.join(name, scope["headers"])
     if span is None:
         yield None
@@ -46,7 +46,7 @@ def served(tracer: Tracer | None, name: str, scope: Scope) -> Iterator[Span | No
 
 
 def describe(span: Span, call: GenerateCall) -> None:
-    """Say what a call asks for."""
+    """Add a call's parameters to its span."""
     operation = "chat" if call.kind is CallKind.CHAT else "text_completion"
     span.attributes |= {
         "gen_ai.operation.name": operation,
@@ -60,7 +60,7 @@ def describe(span: Span, call: GenerateCall) -> None:
 
 
 def ended(span: Span, generation: Generation) -> None:
-    """Say how a call went, and add the spans of its first MAX_SEQUENCES sequences."""
+    """Add a call's outcome to its span, and the spans of its first MAX_SEQUENCES sequences."""
     totals = generation.totals()
     span.attributes |= {
         "gen_ai.usage.output_tokens": generation.generated_tokens,
@@ -76,7 +76,7 @@ def ended(span: Span, generation: Generation) -> None:
     if generation.failure is not None:
         span.error = generation.failure.detail.code or "failed"
     elif not generation.finished:
-        span.error = "cancelled"  # the client has left, or the call goes on elsewhere
+        span.error = "cancelled"  # the client has left, or the call continues at another instance
     for number, stats in enumerate(generation.stats.values()):
         if number == MAX_SEQUENCES:
             break
@@ -87,7 +87,7 @@ def ended(span: Span, generation: Generation) -> None:
 
 
 def forwarded(run: ForwardedRun) -> None:
-    """Say how a forwarded call went, and end its span at the server, if it has come there."""
+    """Add a forwarded call's outcome to its span, and end the span at the server, if any."""
     if run.parent is not None and run.error is not None:
         run.parent.error = run.error
     span = run.span
@@ -103,7 +103,7 @@ def forwarded(run: ForwardedRun) -> None:
 
 def _sequence(span: Span, stats: SequenceStats, attributes: dict[str, Attribute]) -> None:
     now, first = span.now(), stats.first_token
-    if first is None:  # it has waited, or computed, until the call ended
+    if first is None:  # the sequence was queued or computed until the call ended
         span.child("queue", start=stats.submitted, attributes=attributes).finish(now, "cancelled")
         return
     if stats.handed_over:
@@ -137,7 +137,7 @@ def prefilled(
     sent: Pushed,
     block_bytes: int,
 ) -> None:
-    """Add the parts of a prefill for another instance; `started`: when it went to the engine."""
+    """Add the parts of a prefill for another instance. `started`: time of submission."""
     begun = started + result.queue_seconds
     computed = started + result.prefill_seconds
     span.attributes |= {
@@ -149,14 +149,14 @@ def prefilled(
     compute = span.child("compute", start=begun)
     _computed(compute, started, result.chunks)
     compute.finish(computed)
-    # KV leaves while it is computed: this is what is left to send after the first token.
+    # KV is sent while it is computed: this span is the rest, after the first token.
     transfer = span.child("transfer", start=computed)
     transfer.attributes |= moved(sent, block_bytes)
     transfer.finish(computed + result.transfer_seconds)
 
 
 def moved(pushed: Pushed, block_bytes: int) -> dict[str, Attribute]:
-    """Return what a transfer of whole blocks has moved, and how."""
+    """Return the attributes of a transfer: blocks, bytes and transport."""
     attributes: dict[str, Attribute] = {
         "memserve.blocks.sent": pushed.sent,
         "memserve.blocks.already_present": pushed.already_present,
@@ -168,7 +168,7 @@ def moved(pushed: Pushed, block_bytes: int) -> dict[str, Attribute]:
 
 
 def pushed(span: Span, call: PushCall, result: PushResult) -> None:
-    """Say what a push of cached KV has moved."""
+    """Add the result of a push of cached KV to its span."""
     span.attributes |= {
         "memserve.target": call.target.id,
         "memserve.tokens": len(call.tokens),

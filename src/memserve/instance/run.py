@@ -177,8 +177,8 @@ def handler_of(
 async def _end_when_useless(
     instance: Instance, loading: asyncio.Future[None], shutdown: Shutdown
 ) -> None:
-    """Request a shutdown when loading fails, a vital part is lost, or an end is asked for. After
-    a failure the supervisor starts another process."""
+    """Request a shutdown when loading fails, a vital part is lost, or an end is requested. After a
+    failure the supervisor starts another process."""
     asked = asyncio.ensure_future(instance.lifecycle.ending.wait())
     died = asyncio.ensure_future(instance.died.wait())
     try:

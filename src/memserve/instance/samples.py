@@ -44,13 +44,13 @@ class Samples:
 
     @property
     def disturbed(self) -> list[Point]:
-        """Measured points without a clean sample."""
+        """Return the measured points without a clean sample."""
         return [point for point, took in self.taken.items() if not any(s.clean for s in took)]
 
     @property
     def believed(self) -> dict[Point, Sample]:
-        """For each measured point the median of its clean samples (the lower one of two), or else
-        the sample with the least `waited`."""
+        """Return a sample for each measured point: the median of its clean samples (the lower one
+        of two), or else the sample with the least `waited`."""
         return {point: _believe(took) for point, took in self.taken.items()}
 
 
@@ -62,8 +62,8 @@ def _believe(took: Sequence[Sample]) -> Sample:
 
 
 def seconds_waited() -> float:
-    """Total seconds that this process's live threads have waited for a core so far; 0.0 if the
-    kernel does not count them."""
+    """Return the total seconds that this process's live threads have waited for a core so far; 0.0
+    if the kernel does not count them."""
     nanoseconds = 0
     for task in Path("/proc/self/task").glob("*/schedstat"):
         try:

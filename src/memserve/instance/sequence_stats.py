@@ -10,7 +10,7 @@ from memserve.api.status import Latencies
 from memserve.api.timeline import MAX_PAUSES, Chunk, Pause
 from memserve.engine.request import Usage
 
-PAUSE_SECONDS = 0.5  # between two outputs of a sequence, from which on it is noted as a pause
+PAUSE_SECONDS = 0.5  # least seconds between two outputs of a sequence that count as a pause
 
 
 @dataclass(slots=True)
@@ -32,11 +32,11 @@ class SequenceStats:
     transfer_seconds: float = 0.0
     decode_seconds: float = 0.0
     preemptions: int = 0
-    queued_here: float = 0.0  # the part of `queue_seconds` behind a hand-over
-    ended: float | None = None  # when
-    chunks: Sequence[Chunk] = ()  # of the prompt, as it was computed
+    queued_here: float = 0.0  # the part of `queue_seconds` after a hand-over
+    ended: float | None = None  # time of the end
+    chunks: Sequence[Chunk] = ()  # computed chunks of the prompt
     pauses: list[Pause] = field(default_factory=list)
-    _last: float = 0.0  # when the last output came
+    _last: float = 0.0  # time of the last output
     tokens_behind_first: int = 0  # generated here after the first token
     _first_token: float | None = None
     _queued_here: bool = False
@@ -44,13 +44,13 @@ class SequenceStats:
 
     @property
     def first_token(self) -> float | None:
-        """When it came, and behind a hand-over, when decoding began."""
+        """The time of the first token, or, after a hand-over, of the start of decoding."""
         return self._first_token
 
     def take(self, usage: Usage, now: float, tokens: int) -> None:
-        """Count an output of so many tokens that came at `now`."""
+        """Count an output of `tokens` tokens that came at `now`."""
         self.preemptions = usage.preemptions
-        # The second queue, behind a hand-over, is no pause.
+        # The wait in this engine's queue after a hand-over is not a pause.
         decodes = self._first_token is not None and self._queued_here is self.handed_over
         if decodes and now - self._last >= PAUSE_SECONDS and len(self.pauses) < MAX_PAUSES:
             self.pauses.append(Pause(self._last - self.submitted, now - self._last))

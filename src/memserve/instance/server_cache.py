@@ -1,4 +1,4 @@
-"""Blocks that a vLLM server has cached, as far as its KV events have told."""
+"""Blocks that a vLLM server has cached, according to its KV events."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _Held = dict[str | None, dict[BlockHash, _Block]]  # by place and hash
 
 
 class ServerCache:
-    """Blocks held by one server: some 200 bytes for each, and 4 for each token."""
+    """Blocks held by one server. Takes some 200 bytes per block, and 4 per token."""
 
     def __init__(self) -> None:
         self._held: _Held = {}
@@ -46,8 +46,8 @@ class ServerCache:
         return sum(map(len, self._held.values()))
 
     def apply(self, events: Iterable[BlockStored | BlockRemoved | AllBlocksCleared]) -> bool:
-        """Apply a batch. Returns whether the server has cleared its own memory while blocks in
-        memory behind it remain: followers of its events have forgotten those."""
+        """Apply a batch. Returns whether the server has cleared its own memory and still has blocks
+        in memory behind it, which the followers of its events have forgotten."""
         cleared = False
         for event in events:
             if isinstance(event, BlockStored):
@@ -92,7 +92,7 @@ class ServerCache:
     def _store(self, event: BlockStored) -> None:
         size = event.block_size
         if not holds_prefix(event) or len(event.token_ids) != len(event.block_hashes) * size:
-            return  # no follower takes it
+            return  # followers ignore such an event
         try:
             tokens = to_wire(np.array(event.token_ids, dtype=np.int32))
         except OverflowError:
@@ -113,7 +113,7 @@ def stored_event(run: ServerBlocks, block_tokens: int) -> BlockStored:
         token_ids=run.token_array.tolist(),
         block_size=block_tokens,
         lora_id=None,
-        medium=run.place,  # with the cache group: `place_of` has it back
+        medium=run.place,  # with the cache group, as `place_of` returns it
         lora_name=None,
         extra_keys=extra_keys(run.namespace, len(run.hashes)) if begins else None,
     )
@@ -124,8 +124,8 @@ def _is_own(place: str | None) -> bool:
 
 
 def _parents_first(held: Mapping[str | None, Mapping[BlockHash, _Block]]) -> Iterator[_Key]:
-    """Yield the place and hash of the held blocks whose prompts are held from the beginning: others
-    cannot be used, and a follower could not place them."""
+    """Yield the place and hash of the held blocks whose prompts are held from the beginning. Other
+    blocks cannot be used, and followers could not place them in their trees."""
     anywhere = {name: place for place, blocks in held.items() for name in blocks}
     whole: set[BlockHash] = set()
     seen: set[_Key] = set()

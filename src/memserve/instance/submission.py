@@ -1,4 +1,4 @@
-"""`Submission` hands sequences to the engine and makes ApiErrors of its errors; `FinishRate`."""
+"""`Submission` of sequences to the engine, and `FinishRate` for times to retry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memserve.errors import EngineStopped, QueueFull, RequestError
 from memserve.types import RequestId
 
 WINDOW_SECONDS = 30.0
-MAX_RETRY_SECONDS = 60  # longer guesses are worth nothing
+MAX_RETRY_SECONDS = 60  # longer estimates are too uncertain
 
 
 class FinishRate:
@@ -31,7 +31,7 @@ class FinishRate:
         self._forget(now)
 
     def retry_after(self, waiting: int) -> int:
-        """Estimate the seconds until `waiting` sequences have finished: 1..MAX_RETRY_SECONDS."""
+        """Return the estimated seconds until `waiting` sequences end: 1 to MAX_RETRY_SECONDS."""
         now = self._clock.now()
         self._forget(now)
         if not self._ends:
@@ -69,7 +69,7 @@ class Submission:
             self._engine.check(requests)
 
     def goes_on(self, request: EngineRequest) -> bool:
-        """Whether the engine can continue right after the tokens in `request.output`, which
+        """Return whether the engine can continue right after the tokens in `request.output`, which
         another engine has generated."""
         try:
             self._engine.check([request])
@@ -88,7 +88,7 @@ class Submission:
                 # Another instance accepted this request, so the instance is at fault, not the
                 # client.
                 raise unavailable(
-                    f"This instance cannot go on: {error}", "cannot_resume"
+                    f"This instance cannot continue the answer: {error}", "cannot_resume"
                 ) from error
             raise invalid(str(error), error.param) from error
         except QueueFull as error:

@@ -1,4 +1,4 @@
-"""The time lines of the requests that ended last at an instance."""
+"""`Timelines`: the time lines of the last requests of an instance."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _REFUSED = 400  # statuses from here on are errors
 
 
 class Timelines:
-    """Keeps KEPT_TIMELINES of them, by request."""
+    """The last KEPT_TIMELINES time lines, by request."""
 
     def __init__(self, kept: int = KEPT_TIMELINES) -> None:
         self._kept = kept
         self._known: OrderedDict[RequestId, Timeline] = OrderedDict()
 
     def add(self, told: Timeline | None) -> None:
-        """Add a call that has ended, however it went; None: it had no sequence here."""
+        """Add the time line of an ended call, complete or not; None: the call had no sequence."""
         if told is None:
             return
         self._known[told.request] = told

@@ -46,7 +46,7 @@ from memserve.vllm.server import (
 log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own variable; the key of a server at `vllm_url`
-SAY_SECONDS = 10.0  # between log messages while waiting for the server
+SAY_SECONDS = 10.0  # seconds between log messages while waiting for the server
 
 
 class _Model(msgspec.Struct, frozen=True):
@@ -126,7 +126,7 @@ class _Server:
     place: ServerPlace
     events: str | None = None  # endpoint of its KV events
     pool: Path | None = None  # socket of the pool in its process
-    watched: list[threading.Thread] = field(default_factory=list)  # must stay alive
+    watched: list[threading.Thread] = field(default_factory=list)  # the server needs them alive
 
 
 def _started(
@@ -172,7 +172,7 @@ def _attached(ending: threading.Event, settings: InstanceConfig, url: str) -> _S
             said = time.monotonic()
             log.info("waiting for the vLLM server at %s", url)
         if ending.wait(LOOK_SECONDS):
-            raise GivenUp("the vLLM server was still waited for")
+            raise GivenUp("the instance ends before the vLLM server was ready")
     pool = None if settings.vllm_pool is None else Path(settings.vllm_pool)
     return _Server(place, settings.vllm_events, pool)
 
@@ -182,9 +182,9 @@ def _describe(place: ServerPlace, settings: InstanceConfig, directory: Path) -> 
         model = _models.decode(place.ask("/v1/models")).data[0]
         memory = read_memory(place.ask("/metrics").decode())
     except (OSError, HTTPException, msgspec.MsgspecError, ValueError, IndexError) as error:
-        raise EngineStopped(f"the vLLM server does not say what it is: {error}") from error
+        raise EngineStopped(f"the vLLM server gave no model or metrics: {error}") from error
     except UnknownMetrics as error:
-        raise EngineStopped(f"a vLLM server of a version that is not known: {error}") from error
+        raise EngineStopped(f"the vLLM server has an unknown version: {error}") from error
     vocabulary, ends = _vocabulary(directory)
     return EngineInfo(
         model=model.id,

@@ -1,4 +1,4 @@
-"""Cost model of a vLLM server: measured by requests to it, before its instance takes any."""
+"""Cost model of a vLLM server, measured by requests to it before its instance is ready."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ from memserve.vllm.place import ServerPlace
 
 log = logging.getLogger(__name__)
 
-# Two rounds, of which the faster time of each point counts: what other processes on the machine
-# cost cannot be seen from here. The first decode point has no batch, the last a long context.
+# Two rounds, of which the faster time of each point counts, since disturbances by other processes
+# of the server's machine are not visible. The first decode point has a batch of one, the last one a
+# long context.
 PLAN = ProfilePlan(
     prefill=((64, 0), (512, 0), (64, 2048), (2048, 0), (256, 0)),
     decode=((1, 64), (8, 64), (8, 512)),
@@ -47,7 +48,7 @@ PLAN = ProfilePlan(
     needed=2,
     pool_tokens=0,
 )
-# Ordinary words: ids of special tokens mean something to some models (an image that is not there).
+# Ordinary words: some models interpret the ids of special tokens (as an image, which is missing).
 _TEXT = "The river runs past the old mill, and in the evening light seven boats come home. " * 4
 _MOST_WAITING = 64  # more sequences than the plan submits at once
 _DEFAULT_STEP_TOKENS = 2048  # vLLM's `--max-num-batched-tokens` where it is not given
@@ -77,7 +78,8 @@ def vllm_profile(
         token_ids = np.unique(np.array(tokenizer.encode(_TEXT, False), dtype=np.int32))
         return measured_server(place, info, token_ids)
 
-    kept = store if settings.vllm_url is None else None  # others may start that one differently
+    # An attached server may be restarted with other arguments: its profile is not stored.
+    kept = store if settings.vllm_url is None else None
     profile = instance_profile(subject, settings.profile, kept, measure)
     # KV moves between pools in host memory, also where the model is on a GPU.
     host = derive(HARDWARE["cpu"], subject.architecture, subject.max_batch_tokens)
@@ -88,20 +90,20 @@ def vllm_profile(
 def measured_server(place: ServerPlace, info: EngineInfo, token_ids: TokenArray) -> Measurements:
     """Time prefills and decode steps of an idle server by requests with prompts of `token_ids`.
 
-    What it caches of them is in namespaces that nobody asks for again. Raises ProbeFailed, also if
-    the server is in use by others.
+    The blocks that it caches for them are in namespaces that are not used again. Raises
+    ProbeFailed, also if the server is in use by others.
     """
     try:
         load = read_load(place.ask("/metrics").decode())
     except (OSError, HTTPException, ValueError, EngineStopped, UnknownMetrics) as error:
-        raise ProbeFailed(f"the vLLM server does not tell its load: {error}") from error
+        raise ProbeFailed(f"the vLLM server does not report its load: {error}") from error
     if load.running or load.waiting:
         raise ProbeFailed(f"others use the server: {load.running} run, {load.waiting} wait")
     tells_cached = ServerProbe(place, info, token_ids).caches()
     probe = ServerProbe(place, info, token_ids)  # an engine is started once
     probe.tells_cached, plan = tells_cached, PLAN
     if not tells_cached:
-        log.info("cost model: the server does not tell cached tokens; no prefix is measured")
+        log.info("cost model: the server reports no cached tokens; no prefix is measured")
         plan = replace(plan, prefill=[(n, c) for n, c in plan.prefill if not c])
     profiler = Profiler(probe, MonotonicClock(), lambda text: log.debug("cost model: %s", text))
     measured, _ = profiler.measure(plan, info.max_running)
@@ -112,13 +114,13 @@ class ServerProbe(Probe):
     """Probe of a vLLM server, by an engine of its own. Prefixes are cached by computing them."""
 
     def __init__(self, place: ServerPlace, info: EngineInfo, token_ids: TokenArray) -> None:
-        # All sequences of a point are submitted at once, whatever the instance will let wait.
+        # All sequences of a point are submitted at once, which may exceed the instance's limit.
         engine = VllmEngine(place, replace(info, max_waiting=max(info.max_waiting, _MOST_WAITING)))
         super().__init__(engine, token_ids, info.block_tokens, info.pool_tokens)
 
     def caches(self) -> bool:
-        """Return whether a prompt's second run finds its first block, and the server says so. Runs
-        the engine, which cannot be used again."""
+        """Return whether the server reports a cached block for a prompt's second run. Runs the
+        engine, which cannot be used again."""
         block = self.block_tokens
         if self.longest_prompt < 2 * block:
             return False
@@ -130,16 +132,16 @@ class ServerProbe(Probe):
         return True
 
     def _typical(self, times: Sequence[float]) -> float:
-        """Return the mean: a stream's chunks may come several at once, with next to no time between
-        them and a longer one before."""
+        """Return the mean of the steps' seconds: several chunks of a stream may arrive together,
+        after a longer wait for the first of them."""
         return float(np.mean(times))
 
     def _cache(self, prompts: Sequence[TokenArray], tokens: int, namespace: Namespace) -> None:
-        # One token more: models with sliding windows keep the last block only if it is not the end.
+        # One token more: models with sliding windows keep a block only if tokens follow it.
         self._generate([prompt[: tokens + 1] for prompt in prompts], 1, namespace)
 
     def _forget(self, namespace: Namespace) -> None:
-        """Leave it to the server's eviction: vLLM can only drop everything."""
+        """Do nothing: vLLM can only drop its whole cache, and evicts unused blocks by itself."""
 
 
 class _Version(msgspec.Struct, frozen=True):
@@ -149,12 +151,12 @@ class _Version(msgspec.Struct, frozen=True):
 def _subject(
     config: ClusterConfig, settings: InstanceConfig, directory: Path, place: ServerPlace
 ) -> Subject:
-    """Return the key of the server's profile. What its arguments change is told apart by all of
-    them. Raises ModelError, EngineStopped, OSError, HTTPException."""
+    """Return the key of the server's profile, which contains all arguments of the server. Raises
+    ModelError, EngineStopped, OSError, HTTPException."""
     try:
         version = msgspec.json.decode(place.ask("/version"), type=_Version).version
     except msgspec.MsgspecError as error:
-        raise EngineStopped(f"the vLLM server does not tell its version: {error}") from error
+        raise EngineStopped(f"the vLLM server does not report its version: {error}") from error
     where = " ".join(settings.vllm_args) if settings.vllm_url is None else settings.vllm_url
     cores = len(settings.cpus) if settings.cpus is not None else available_cores()
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype  # 2 bytes, as vLLM's
@@ -188,7 +190,7 @@ def _number(arguments: Sequence[str], *names: str) -> int | None:
 
 
 def _gpu_name() -> str | None:
-    """Return the name of the first NVIDIA GPU, as its driver tells it; None without one."""
+    """Return the name of the first NVIDIA GPU, as reported by its driver; None without one."""
     for path in sorted(_GPUS.glob("*/information")):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("Model:"):

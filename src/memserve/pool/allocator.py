@@ -25,7 +25,7 @@ FREE, ACTIVE, CACHED, DETACHED, RETIRED = range(5)
 STATE_NAMES = ("free", "active", "cached", "detached", "retired")
 
 NO_REF = -1
-# Arrays: numpy takes as long to convert a Python int as to add it to 256 elements.
+# Constants as arrays: numpy takes as long to convert a Python int as to add it to 256 elements.
 _ONE = np.array(1, dtype=np.int32)
 _GENERATION = np.array(MAX_GENERATION)
 NOTHING: IndexArray = np.empty(0, dtype=np.int64)
@@ -65,8 +65,8 @@ class BlockAllocator:
         """Raise PoolError unless `grow` can add this number of blocks."""
         if not 0 <= blocks <= MAX_BLOCKS - self.capacity:
             raise PoolError(
-                f"{blocks} more {self.medium.name} blocks asked; there are {self.capacity}, "
-                f"and references can name {MAX_BLOCKS}"
+                f"cannot add {blocks} {self.medium.name} blocks to {self.capacity}: "
+                f"references can name {MAX_BLOCKS}"
             )
 
     def grow(self, blocks: int) -> None:
@@ -98,7 +98,7 @@ class BlockAllocator:
         self._stack[: self.free] = below
 
     def restore(self, start: int) -> None:
-        """Undo `withhold`. Blocks that became free since are in the free list already."""
+        """Undo `withhold`. Blocks that were freed after it are in the free list already."""
         self.withhold(start)
         behind = np.arange(start, self.capacity)
         self._push(behind[self.state[behind] == FREE])
@@ -111,7 +111,7 @@ class BlockAllocator:
     def take(self, count: int, private: bool = False) -> IndexArray:
         """Make `count` FREE blocks ACTIVE; return their indices [count].
 
-        The caller checks that so many are free. Indices ascend if the free list allows it.
+        The caller checks that `count` blocks are free. Indices ascend if the free list allows it.
         """
         top = self.free - count
         index: IndexArray = self._stack[top : self.free][::-1].copy()

@@ -42,7 +42,7 @@ class Part(NamedTuple):
     """The references of one medium within an array of references [n]."""
 
     blocks: BlockAllocator
-    where: slice | NDArray[np.bool_]  # selects them in the array
+    where: slice | NDArray[np.bool_]  # their positions in the array
     indices: IndexArray  # their block indices
 
 

@@ -1,6 +1,6 @@
 """The queue of a device's kernels and copies, which run long after their calls return.
 
-Whoever reads, publishes or frees what they write waits for a mark behind them.
+A thread that reads, publishes or frees memory which they write must first wait for a `Mark`.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ class CudaKernels:
 
 
 class NoKernels:
-    """Kernel queue of a CPU, always empty: a call returns when its result is there."""
+    """Kernel queue of a CPU, always empty: calls return when they are complete."""
 
     def mark(self) -> None:
         return None
 
 
 def kernels_of(device: torch.device) -> Kernels:
-    """Return the queue of a device's kernels, of whichever thread asks."""
+    """Return the kernel queue of a device; its methods use the calling thread's stream."""
     return CudaKernels(device) if device.type == "cuda" else NoKernels()
 
 
 def copy_stream_of(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """Return what makes contexts in which the calling thread's queue on a GPU is a CUDA stream for
-    copies alone: a copy is not behind the kernels of a step, nor a step behind copies. Nothing
-    orders the two but waiting for marks."""
+    """Return a function that makes contexts in which the calling thread queues its work for a GPU
+    on one CUDA stream for copies. Copies and kernels of steps do not wait for each other there:
+    only waiting for a `Mark` orders them. On a CPU the contexts do nothing."""
     if device.type != "cuda":
         return nullcontext
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -64,8 +64,8 @@ def copy_stream_of(device: torch.device) -> Callable[[], AbstractContextManager[
 
 
 def wait_for(kernels: Kernels) -> None:
-    """Wait until all that the calling thread has queued has run. Raises RuntimeError if the device
-    is lost."""
+    """Wait until all kernels that the calling thread has queued have run. Raises RuntimeError if
+    the device is lost."""
     mark = kernels.mark()
     if mark is not None:
         mark.synchronize()

@@ -1,6 +1,6 @@
 """Eviction order: the policies, and the queues of nodes whose blocks may be evicted.
 
-A node is a candidate of a medium if its edge has blocks of that medium and no node below it has.
+A node is a candidate of a medium if its edge has blocks of that medium and no node below has any.
 Its blocks are evicted from the end of the edge. Candidates are in heaps whose order is repaired
 lazily: an access to a prefix costs one store per node, an eviction O(log n), without a scan.
 """

@@ -18,7 +18,7 @@ from memserve.radix import RadixNode, RadixNodes, RadixTree
 from memserve.types import IndexArray, Medium, RefArray, ref_medium
 
 _MEDIA = (Medium.HBM, Medium.DRAM)
-_DRAM = int(Medium.DRAM)  # for `walk`: access to an enumeration's member costs a tree step
+_DRAM = int(Medium.DRAM)  # for `walk`: access to an enumeration's member takes as long as a step
 _NO_REFS: RefArray = np.empty(0, dtype=np.int64)
 
 
@@ -256,7 +256,7 @@ class RadixIndex(RadixTree[Node]):
             self._changed(parent)
 
     def forget(self, node: Node) -> None:
-        """Forget the node; eviction queues may still name it, so make it no candidate."""
+        """Forget the node, and clear it: eviction queues may still refer to it."""
         super().forget(node)
         node.own = [0, 0]
         node.queued = [0, 0, 0]

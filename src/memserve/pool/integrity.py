@@ -29,14 +29,17 @@ def check(
     queues: Sequence[EvictionQueue],
     pins: Sequence[Part],
 ) -> None:
-    """Raise IntegrityError for the first contradiction. `pins`: blocks of open matches, holds."""
+    """Raise IntegrityError for the first contradiction. `pins`: blocks of open matches and holds,
+    once for each."""
     nodes = [node for root in index.roots.values() for node in _checked_tree(index, root)]
     if len(nodes) != len(index.nodes) or any(index.nodes[node.id] is not node for node in nodes):
-        raise IntegrityError(f"{len(nodes)} nodes hang on roots, {len(index.nodes)} are known")
+        raise IntegrityError(
+            f"{len(nodes)} nodes are reachable from roots, {len(index.nodes)} are registered"
+        )
     for queue in queues:
         for node in nodes:
             if queue.is_candidate(node) and not node.queued[queue.kind]:
-                raise IntegrityError(f"node {node.id} may go ({queue.kind.name}) and is not queued")
+                raise IntegrityError(f"node {node.id} is evictable ({queue.kind.name}), not queued")
     for each in blocks.media:
         _check_allocator(each)
         _check_owners(each, nodes)
@@ -45,7 +48,7 @@ def check(
 
 def _checked_tree(index: RadixIndex, root: Node) -> Iterable[Node]:
     if not root.children:
-        raise IntegrityError(f"root {root.id} is empty and still there")
+        raise IntegrityError(f"root {root.id} has no children and was not removed")
     for node in root.subtree():
         _check_node(index, node)
         if node is not root:
@@ -63,7 +66,7 @@ def _check_node(index: RadixIndex, node: Node) -> None:
         )
     for key, child in node.children.items():
         if child.parent is not node or child.edge[:step] != key:
-            raise IntegrityError(f"{where}: child {child.id} does not belong under its key")
+            raise IntegrityError(f"{where}: child {child.id} has another parent or key")
         if child.start != node.start + len(node.refs):
             raise IntegrityError(f"{where}: child {child.id} starts at block {child.start}")
     for medium in Medium:
@@ -72,7 +75,7 @@ def _check_node(index: RadixIndex, node: Node) -> None:
         if node.own[medium] != own or (node.below[medium] != below):
             raise IntegrityError(
                 f"{where}: {medium.name} counts {node.own[medium]}, {node.below[medium]}; "
-                f"in truth {own}, {below}"
+                f"recounted {own}, {below}"
             )
 
 
@@ -98,7 +101,7 @@ def _check_allocator(blocks: BlockAllocator) -> None:
 
 
 def _check_owners(blocks: BlockAllocator, nodes: list[Node]) -> None:
-    """Check that each CACHED block has exactly one place in the index, and the others none."""
+    """Check that each CACHED block is in the index exactly once, and no other block is there."""
     name = blocks.medium.name
     homes = np.zeros(blocks.capacity, dtype=np.int64)
     for node in nodes:
@@ -108,7 +111,7 @@ def _check_owners(blocks: BlockAllocator, nodes: list[Node]) -> None:
             bad = int(at[(refs != blocks.ref[at]).argmax()])
             raise IntegrityError(f"node {node.id}: reference to {name} block {bad} is stale")
         if homes[at].any() or not blocks.distinct(at):
-            raise IntegrityError(f"node {node.id}: a {name} block of it has a second place")
+            raise IntegrityError(f"node {node.id}: a {name} block is in the index twice")
         homes[at] = node.id
     cached = blocks.state[: blocks.capacity] == CACHED
     wrong = cached != (homes > 0)
@@ -122,7 +125,7 @@ def _check_owners(blocks: BlockAllocator, nodes: list[Node]) -> None:
     if lost.any():
         bad = int(lost.argmax())
         raise IntegrityError(
-            f"{name} block {bad} is in node {homes[bad]}, noted as {blocks.node[bad]}"
+            f"{name} block {bad} is in node {homes[bad]}, recorded in {blocks.node[bad]}"
         )
 
 
@@ -136,7 +139,7 @@ def _check_pins(blocks: BlockAllocator, held_by: list[IndexArray]) -> None:
         bad = int(wrong.argmax())
         raise IntegrityError(
             f"{blocks.medium.name} block {bad} has {blocks.pins[bad]} pins, "
-            f"{pins[bad]} open matches hold it"
+            f"{pins[bad]} open matches and holds"
         )
     held = pins > 0
     if (held & (state != CACHED) & (state != DETACHED)).any():

@@ -135,7 +135,7 @@ class BlockPool:
         these blocks. Raises OutOfBlocks; ForeignBlock if `instance` is not this pool's.
         """
         if n < 0:
-            raise LengthMismatch(f"{n} blocks asked")
+            raise LengthMismatch(f"cannot allocate {n} blocks")
         with self._lock:
             self._require_open()
             if instance is not None and instance != self.owner.instance:
@@ -170,7 +170,7 @@ class BlockPool:
             if (state != ACTIVE).any():
                 at = int((state != ACTIVE).argmax())
                 name = f"{self._blocks.name(int(given[at]))} (position {at})"
-                raise NotOwned(f"{name} is cached; historical KV never changes")
+                raise NotOwned(f"{name} is cached; cached KV is immutable")
         for blocks, where, index in parts:
             part = values if isinstance(where, slice) else values[torch.from_numpy(where)]
             self._store(blocks).scatter(index, part)
@@ -253,7 +253,7 @@ class BlockPool:
         with self._lock:
             whole = len(array) - len(array) % self.layout.block_tokens
             if len(array) and not whole:
-                return 0  # no block begins with so few tokens
+                return 0  # `tokens` are less than one block
             return self._prefix_cache.delete(namespace, array[:whole].tobytes())
 
     # --- tiers ----------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class BlockPool:
         """Move up to `n` unpinned cached blocks from HBM to DRAM, coldest first; return the
         number of moved blocks."""
         if n < 0:
-            raise LengthMismatch(f"{n} blocks asked")
+            raise LengthMismatch(f"cannot swap out {n} blocks")
         return self._mover.run(self._while_open(self._tiers.swap_out(n)))
 
     def swap_in(self, refs: ArrayLike) -> RefArray:

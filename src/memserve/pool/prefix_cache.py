@@ -25,7 +25,7 @@ class Inserted(NamedTuple):
 
     new: RefArray  # the caller's blocks that the index owns now
     duplicate: RefArray  # blocks that are still the caller's
-    known: RefArray  # the index's blocks for the prefix that it had already
+    known: RefArray  # the index's blocks for the prefix that was cached already
     rest: RefArray  # the caller's blocks for the tokens behind that prefix
 
 

@@ -73,7 +73,7 @@ class MediumStats(msgspec.Struct, frozen=True):
     active: int  # owned by their allocator
     cached: int  # owned by the index
     pinned: int  # cached blocks that a match or a read holds
-    detached: int  # no longer in the index, still held
+    detached: int  # not in the index any more, and still held by a match or a read
 
     @classmethod
     def of(cls, blocks: BlockAllocator) -> MediumStats:

@@ -20,7 +20,7 @@ from memserve.errors import SharedMemoryFull
 SHM_DIRECTORY = Path("/dev/shm")
 PREFIX = "memserve-"
 
-# Bytes. The path of such a name fits into the address of a Unix socket (108 bytes).
+# Maximum bytes of a name: its path fits into the address of a Unix socket (108 bytes).
 MAX_NAME = 90
 
 _NAME = re.compile(re.escape(PREFIX) + r"(?P<ns>\d+)-(?P<pid>\d+)-(?P<start>\d+)-\d+", re.ASCII)
@@ -67,8 +67,8 @@ def new_name() -> str:
 
 
 def is_segment_name(name: str) -> bool:
-    """Return whether `name` has the form of `new_name`. A peer's name is checked with it, so that
-    it cannot lead to another path."""
+    """Return whether `name` has the form of `new_name`. Names that peers send are checked, so that
+    they cannot lead to other files."""
     return len(name) <= MAX_NAME and _NAME.fullmatch(name) is not None
 
 
@@ -129,7 +129,7 @@ def start_time(pid: int) -> int | None:
 def _no_room(size: int, directory: Path) -> str:
     room = os.statvfs(directory)
     return (
-        f"{size} bytes of shared memory asked, {directory} has "
-        f"{room.f_bavail * room.f_frsize} of {room.f_blocks * room.f_frsize} left; "
-        f"use fewer blocks, or make it larger (docker run --shm-size, or mount -o remount,size=)"
+        f"cannot allocate {size} bytes of shared memory: {directory} has "
+        f"{room.f_bavail * room.f_frsize} of {room.f_blocks * room.f_frsize} bytes left; "
+        f"use fewer blocks, or enlarge it (docker run --shm-size, or mount -o remount,size=)"
     )

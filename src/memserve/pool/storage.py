@@ -37,8 +37,8 @@ class BlockStore:
     """Owns one medium's memory, which grows and shrinks by whole extents. Does not know which
     blocks are in use.
 
-    Reads, writes and copies return when the bytes are where they go, also on a GPU: the caller may
-    then give the blocks to another thread, process or transport, or free them.
+    Reads, writes and copies return when the bytes have arrived, also on a GPU: the caller may then
+    give the blocks to another thread, process or transport, or free them.
     """
 
     def __init__(self, layout: KVLayout, device: torch.device, pinned: bool) -> None:
@@ -68,7 +68,7 @@ class BlockStore:
             runs = self.layout.runs(memory.numpy(), blocks)
         else:
             memory = torch.zeros(size, dtype=torch.uint8, device=self.device)
-            wait_for(self._kernels)  # zeros behind a copy would replace what it has brought
+            wait_for(self._kernels)  # so that zeros are not written after a copy on another stream
         view = self.layout.views(memory, blocks)
         self.extents.append(Extent(self.blocks, blocks, memory, view, segment, runs))
 
@@ -118,9 +118,9 @@ class BlockStore:
             for block, target in zip(sources, self._host_blocks(index), strict=True):
                 target[...] = block
             return
-        # Host memory is page-locked, so a copy is a DMA; blocks are large enough for one each. The
-        # kernels and copies that had these blocks before have run: whoever frees or publishes a
-        # block has waited for them.
+        # Host memory is page-locked, so a copy is a DMA; blocks are large enough for one each.
+        # Earlier kernels and copies of these blocks have run: a thread waits for them before it
+        # frees or publishes a block.
         gpu = source if self.device.type == "cpu" else self
         with gpu._copy_stream():
             for at, to in zip(source_index.tolist(), index.tolist(), strict=True):
@@ -136,8 +136,8 @@ class BlockStore:
     def _host_blocks(self, index: IndexArray) -> Iterator[NDArray[np.uint8]]:
         """Yield a view `[runs, bytes]` of each block.
 
-        A copy per block runs at the speed of memory; a gather of all blocks would first fill
-        fresh pages.
+        A copy per block reaches the memory's bandwidth; a gather of all blocks would first touch
+        new pages.
         """
         starts = [extent.start for extent in self.extents]
         for at in index.tolist():

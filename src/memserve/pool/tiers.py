@@ -22,8 +22,8 @@ class Tiers:
     Callers hold the pool's lock. The pool's `Mover` runs methods that return a `Moving`, and
     releases the lock for each copy.
 
-    Which blocks are evictable: a cached block without pins on it and on blocks behind it. Pins
-    of matches cover whole prefixes, so every unpinned block is evictable, with two exceptions.
+    A cached block is evictable if neither it nor a block behind it is pinned. Pins of matches
+    cover whole prefixes, so every unpinned block is evictable, with two exceptions.
     For each DETACHED block, the block that replaced it in the index may be unpinned and have
     pinned blocks behind it. And a hold may be on any blocks; while such a hold is open
     (`Holds.scattered`), the evictable blocks are counted one by one.
@@ -96,7 +96,7 @@ class Tiers:
                 self.drop(Kind.DRAM_COVERED, short)
             if before == self.evictions + self.swapped_out + self._copies:
                 raise IntegrityError(
-                    f"{short} more {medium.name} blocks should be evictable and none is found"
+                    f"no candidate for {short} {medium.name} blocks that count as evictable"
                 )
 
     def allocate(self, medium: Medium, count: int, private: bool) -> Moving[RefArray]:

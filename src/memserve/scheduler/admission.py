@@ -3,15 +3,15 @@
 While instances have room, requests are admitted at once. Otherwise they wait here, where their
 order can still change, instead of in an instance's queue:
 
-- tenants take turns by predicted prefill seconds (start-time fair queueing: the tenant that was
-  given the least goes first; an idle tenant saves up nothing);
+- tenants take turns by predicted prefill seconds (start-time fair queueing: the tenant with the
+  least admitted seconds goes first; an idle tenant earns no credit);
 - within a tenant, lower priority values go first; they do not pass other tenants' requests, unless
   the operator has made the tenant privileged;
-- at equal priority a short prompt passes longer ones: a prompt is only passed by prompts that
-  arrive within `patience` times its own cost after it, and `longest_patience` at most;
+- at equal priority a short prompt passes longer ones, but only those that arrived less than
+  `patience` times their own cost, and less than `longest_patience`, before it;
 - queues are bounded; a request over the limit is refused with a time to retry.
 
-No I/O and no clock: the caller passes the time, and calls `next` whenever room may have appeared.
+No I/O and no clock: the caller passes the time, and calls `next` whenever there may be room.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ Tenant = NewType("Tenant", bytes)  # `tenant_id` of an API key's name, or of a c
 _TENANT_BYTES = 16
 _TENANT_KEY = secrets.token_bytes(16)  # of this process: ids do not reveal keys or salts
 
-_MAX_IDLE_TENANTS = 10_000  # remembered; each request may bring another salt
-_MANY_VOID = 64  # void entries in `_turns` that are tolerated before a sweep
+_MAX_IDLE_TENANTS = 10_000  # remembered; bounded, since each request may have another salt
+_MANY_VOID = 64  # void entries in `_turns` before they are removed
 _MIN_RETRY, _MAX_RETRY = 1, 600  # seconds
 
 
 def tenant_id(name: bytes) -> Tenant:
-    """Fixed-size digest of a tenant's name, so that no client data is kept. Constant within a
-    process."""
+    """Return a digest of a tenant's name, of fixed size, so that no client data is kept. Constant
+    within a process."""
     return Tenant(blake2b(name, digest_size=_TENANT_BYTES, key=_TENANT_KEY).digest())
 
 
-NOBODY = tenant_id(b"")  # of requests without API key and `cache_salt`
+NOBODY = tenant_id(b"")  # the tenant of requests without API key and `cache_salt`
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ NO_GRANT = Grant()
 class AdmissionLimits:
     """Limits on admitted and on waiting requests."""
 
-    # Sum of the admitted requests' predicted prefills with nothing cached, per instance: enough
-    # that the instance does not run dry, little enough that the order is still decided here.
+    # Predicted prefill seconds of the admitted requests per instance, with nothing cached: enough
+    # to keep the instance busy, and so few that most waiting requests can still be reordered.
     prefill_seconds: float = 10.0
     requests: int = 128  # admitted per instance: twice the sequences that decode at once
     waiting: int = 256  # per tenant
@@ -85,7 +85,7 @@ class TicketState(Enum):
 
 
 class Ticket:
-    """One request's place in `Admission`, which alone changes it. `cost`: prefill seconds."""
+    """One request's place in `Admission`. `cost`: prefill seconds. Changed by `Admission` only."""
 
     __slots__ = ("cost", "entered", "priority", "state", "tenant")
 
@@ -111,8 +111,8 @@ class Refusal:
     of_all: bool  # `limit` is `waiting_of_all`, else `waiting`
 
     def __str__(self) -> str:
-        whose = "in all" if self.of_all else "of this tenant"
-        return f"{self.waiting} requests {whose} are waiting and at most {self.limit} may"
+        whose = "of all tenants" if self.of_all else "of this tenant"
+        return f"{self.waiting} requests {whose} are waiting; at most {self.limit} may wait"
 
 
 # A tenant's entry in the heap of turns: rank, seconds given, number, tenant.
@@ -199,8 +199,9 @@ class Admission:
         return self._grants.get(tenant, NO_GRANT)
 
     def enter(self, tenant: Tenant, cost: float, priority: int, now: float) -> Ticket | Refusal:
-        """Add a request whose prompt takes `cost` seconds to compute. Returns a ticket, which is
-        admitted already or which `next` returns later, or a refusal. Every ticket must `leave`."""
+        """Add a request whose prompt takes `cost` seconds to compute. Returns a refusal, or a
+        ticket, which is admitted at once or returned by `next` later. The caller must call `leave`
+        for every ticket."""
         ticket = Ticket(tenant, cost, priority, now)
         queue = self._queue(tenant)
         if not self.waiting and self._has_room():
@@ -264,13 +265,13 @@ class Admission:
                 self._prefill_ended(ticket)
 
     def waits(self, tenant: Tenant) -> int:
-        """Number of waiting requests of a tenant."""
+        """Return the number of waiting requests of a tenant."""
         queue = self._queues.get(tenant)
         return 0 if queue is None else queue.waiting
 
     def _has_room(self) -> bool:
-        """Whether another request may be admitted. The last one may exceed `prefill_seconds`, so
-        that even the longest prompt is admitted at some time."""
+        """Return whether another request may be admitted. The last one may exceed
+        `prefill_seconds`, so that a prompt of any length can be admitted."""
         return (
             self.prefill_seconds < self._instances * self.limits.prefill_seconds
             and self.admitted < self._instances * self.limits.requests
@@ -335,8 +336,8 @@ class Admission:
             self._turns.clear()  # only void entries are left
 
     def _retry_after(self, queue: _Queue) -> int:
-        """Predicted seconds until half of the tenant's queue is computed, with the other tenants'
-        turns in between, so that a retry finds room. From `_MIN_RETRY` to `_MAX_RETRY`."""
+        """Return predicted seconds, `_MIN_RETRY` to `_MAX_RETRY`, until half of the tenant's queue
+        is computed, with the other tenants' turns in between, so that a retry finds room."""
         mine = queue.seconds / 2
         others = min(mine * (self._tenants - 1), self._waiting_seconds - queue.seconds)
         ahead = mine + others

@@ -1,4 +1,4 @@
-"""`Arrivals`: how many requests came, and the last ones' prompts, for whoever plans capacity."""
+"""`Arrivals`: the number of requests, and the last ones' prompt lengths, for capacity planning."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections import deque
 
 import msgspec
 
-KEPT_ARRIVALS = 1024  # enough for a mean over prompts of which few are very long
+KEPT_ARRIVALS = 1024  # enough for a mean over prompt lengths with few very long prompts
 
 
 class Arrival(msgspec.Struct, frozen=True, array_like=True):
-    """One request when its place was decided."""
+    """One request, as its routing decision saw it."""
 
     at: float  # seconds of the scheduler's clock
     prompt_tokens: int
@@ -21,7 +21,7 @@ class Arrivals:
     """Counts requests and keeps the last KEPT_ARRIVALS of them."""
 
     def __init__(self, kept: int = KEPT_ARRIVALS) -> None:
-        self.total = 0  # since the start; a request that is decided again counts again
+        self.total = 0  # decisions since the start; a retried request counts again
         self._last: deque[Arrival] = deque(maxlen=kept)
 
     def add(self, at: float, prompt_tokens: int, cached_tokens: int) -> None:

@@ -38,7 +38,7 @@ class BlockTable:
         self.node: IndexArray = np.zeros(_FIRST_SIZE, dtype=np.int64)  # ids; 0: not stored
         self._depth: Numbers = np.zeros(_FIRST_SIZE, dtype=np.int32)  # blocks from the root
         self.stored = 0
-        self.uses_host = False  # some block was in host memory, or in a storage behind it
+        self.uses_host = False  # True once a block was outside the device's memory
 
     def place(self, numbers: Numbers, node: int, start: int) -> None:
         """Record blocks that were not stored: they are in `node` at depth `start`, `start + 1`,
@@ -48,7 +48,7 @@ class BlockTable:
         self.stored += len(numbers)
 
     def vacate(self, numbers: Numbers) -> None:
-        """Record that stored blocks are stored no longer."""
+        """Record that the instance no longer has these stored blocks."""
         self.node[numbers] = _NOWHERE
         self.stored -= len(numbers)
 
@@ -56,7 +56,7 @@ class BlockTable:
         return self._depth[numbers]
 
     def homes(self) -> list[int]:
-        """Ids of the nodes that have blocks of this instance, ascending."""
+        """Return the ids of the nodes with blocks of this instance, ascending."""
         homes: list[int] = np.unique(self.node[self.node != _NOWHERE]).tolist()
         return homes
 
@@ -80,7 +80,7 @@ class References(BlockTable):
         self._hash: IndexArray = np.zeros(_FIRST_SIZE, dtype=np.int64)
 
     def number(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
-        """Numbers of blocks that are about to be stored.
+        """Return numbers for blocks that are about to be stored.
 
         Raises ValueError for names that are no references, and for two generations of one block.
         """
@@ -91,18 +91,18 @@ class References(BlockTable):
             self.uses_host = self.uses_host or bool((numbers & 1).any())
         before = self._hash[numbers]
         self._hash[numbers] = given
-        if (self._hash[numbers] != given).any():  # of equal numbers only the last was written
+        if (self._hash[numbers] != given).any():  # two names have one number: the last was kept
             self._hash[numbers] = before
             raise ValueError("two references to one block")
         return numbers
 
     def known(self, hash: BlockHash) -> int | None:
-        """Number of a stored block; None if it is not stored."""
+        """Return the number of a stored block; None if it is not stored."""
         found = self.forget((hash,), None)
         return int(found[0]) if len(found) else None
 
     def forget(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
-        """Numbers of those blocks that are stored. `medium` is unused: references contain it."""
+        """Return the numbers of the stored ones. `medium` is unused: references contain it."""
         given = _references(hashes)
         numbers = _slots(given)
         inside = numbers < len(self.node)
@@ -118,7 +118,7 @@ class References(BlockTable):
         return {each.name: counts[each] for each in Medium if counts[each]}
 
     def in_host(self, numbers: Numbers) -> int:
-        """Count of the blocks that are not in the device's memory."""
+        """Return the number of blocks that are not in the device's memory."""
         return int((numbers & 1).sum())
 
     @property
@@ -143,13 +143,13 @@ class Hashes(BlockTable):
         self._copies: NDArray[np.uint8] = np.zeros(_FIRST_SIZE, dtype=np.uint8)  # media, by number
 
     def number(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
-        """Numbers of blocks that are about to be stored, with `medium` added to their media."""
+        """Return numbers for blocks that are about to be stored; add `medium` to their media."""
         numbers = np.array([self._number(name) for name in hashes], dtype=np.int32)
         self._copies[numbers] |= self._bit(medium)
         return numbers
 
     def known(self, hash: BlockHash) -> int | None:
-        """Number of a name; None if it has none."""
+        """Return the number of a name; None if the block is not stored."""
         return self._numbers.get(hash)
 
     def forget(self, hashes: Sequence[BlockHash], medium: str | None) -> Numbers:
@@ -171,7 +171,7 @@ class Hashes(BlockTable):
         return {name: count for name, count in found.items() if count}
 
     def in_host(self, numbers: Numbers) -> int:
-        """Count of the blocks without a copy in the device's memory."""
+        """Return the number of blocks without a copy in the device's memory."""
         return int(((self._copies[numbers] & self._device) == 0).sum())
 
     def vacate(self, numbers: Numbers) -> None:
@@ -216,8 +216,8 @@ class Hashes(BlockTable):
 
 
 def _longer(numbers: NDArray[_Number], size: int) -> NDArray[_Number]:
-    """`numbers` extended by zeros to `size`. Large block numbers are cheap, since the system backs
-    zeroed memory only when it is written."""
+    """Return `numbers` extended by zeros to `size`. Large block numbers are cheap: the kernel backs
+    zeroed memory with pages when it is written."""
     if len(numbers) >= size:
         return numbers
     longer = np.zeros(size, dtype=numbers.dtype)
@@ -226,7 +226,7 @@ def _longer(numbers: NDArray[_Number], size: int) -> NDArray[_Number]:
 
 
 def distinct(numbers: NDArray[_Number]) -> NDArray[_Number]:
-    """Distinct numbers, ascending. Most events name one block, which needs no sorting."""
+    """Return the distinct numbers, ascending. Most events name one block: no sort is needed."""
     return numbers if len(numbers) < 2 else np.unique(numbers)
 
 
@@ -235,7 +235,7 @@ def _references(hashes: Sequence[BlockHash]) -> IndexArray:
     if not len(given):
         return np.empty(0, dtype=np.int64)
     if given.dtype != np.int64 or int(given.min()) < 0 or int(given.max()) > _MAX_REFERENCE:
-        raise ValueError(f"block names are no references of an instance: {hashes[0]!r}, ...")
+        raise ValueError(f"block names are not references of an instance: {hashes[0]!r}, ...")
     return given
 
 

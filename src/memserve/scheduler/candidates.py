@@ -60,8 +60,8 @@ class CandidateSet:
         self.parts[self.computes, k.COMPUTING] = 1
         self.parts[self.answering, k.ANSWERING] = 1
         self.arrays: k.SetArrays = (self.parts, self.table)
-        # Where the column of a candidate is: of an instance alone; of an instance's first pair,
-        # and behind that the pairs with its pool's decode instances in order.
+        # Columns of candidates, by slot: `_alone`, of a single instance; `_firsts`, of a prefill
+        # instance's first pair, followed by its pairs with the decode instances of its pool.
         self._alone = {slot: at for at, slot in enumerate(alone)}
         firsts: list[int] = (len(alone) + np.cumsum([0, *counts[:-1]])).tolist()
         self._firsts = dict(zip(self.prefill, firsts, strict=False))
@@ -76,7 +76,7 @@ class CandidateSet:
         return len(self.answers)
 
     def find(self, answers: int, computes: int) -> int | None:
-        """Number of the candidate with these slots; None if there is none."""
+        """Return the column of the candidate with these slots; None if there is none."""
         if answers == computes:
             return self._alone.get(answers)
         first, turn = self._firsts.get(computes), self._turns.get(answers)
@@ -86,7 +86,7 @@ class CandidateSet:
 
 
 def _partners(load: Load, decode: list[int]) -> dict[int, IndexArray]:
-    """Slots of the decode instances that KV can be handed over to, by the number of their pool."""
+    """Return the slots of decode instances that can receive KV, by the number of their pool."""
     slots = np.array(decode, dtype=np.int64)
     pools = load.kinds[slots, k.POOL]
     return {pool: slots[pools == pool] for pool in np.unique(pools).tolist() if pool >= 0}
@@ -103,7 +103,7 @@ class Candidates:
         self.candidate_set = candidate_set
         self._lines = load.by_slot
         self.prompt_tokens = 0
-        self.whole_prefill = 0.0  # seconds of the prompt with nothing cached, least instance
+        self.whole_prefill = 0.0  # seconds of the prompt with nothing cached, fastest instance
         n = len(load.by_slot)
         self._used: Seconds = load.stats[:, k.USED]
         self._held: IndexArray = np.empty(n, np.int64)
@@ -122,12 +122,12 @@ class Candidates:
         pulled: IndexArray = np.empty((k.PULLED, n), np.int64)
         by_candidate: Seconds = np.empty((k.PER_CANDIDATE, len(candidate_set)))
         self._predictions: k.Predictions = (by_instance, pulled, by_candidate)
-        # [instances]: cached tokens; slot of the fetch's source (-1: no fetch); fetched tokens
+        # [instances]: cached tokens; slot of the fetch's source (-1: no fetch); fetched tokens.
         self.cached: IndexArray = self._asked[1]
         self.source: IndexArray = pulled[k.FROM]
         self.fetched: IndexArray = pulled[k.FETCHED]
         self.prefixes: choosing.Prefixes = (self.source, self.cached, self.fetched)
-        # [instances]: if the prompt is computed there
+        # [instances]: seconds if the prompt is computed there.
         self.fetch: Seconds = by_instance[k.FETCH]
         self.prefill: Seconds = by_instance[k.PREFILL]
         self.delays: Seconds = by_instance[k.DELAYS]  # of other queued prompts, summed
@@ -164,13 +164,13 @@ class Candidates:
         """Fill the arrays with predictions for a request.
 
         `output_tokens`: expected, at least 1; `matches`: tokens of the prompt held, by instance;
-        `in_host`: those of them that host memory alone has; `fetches`: plans may pull prefixes;
+        `in_host`: those of them that are only in host memory; `fetches`: plans may pull prefixes;
         `overlapped`: KV goes to the decode instance during the prefill. Raises RuntimeError if
         members have changed since the set was made.
         """
         load, candidate_set, asked, moved = self.load, self.candidate_set, self._asked, self._moved
         if load.by_slot is not self._lines:  # compiled code checks no array bounds
-            raise RuntimeError("a set of candidates of former members")
+            raise RuntimeError("the members have changed since the set of candidates was made")
         load.refresh()
         prompt = self.prompt_tokens = len(request.tokens)
         needed = prompt + output_tokens
@@ -231,7 +231,7 @@ class Candidates:
         stalls: float = 0.0,
         work: float = 0.0,
     ) -> Seconds:
-        """Weighted sum of the predicted seconds, [candidates]."""
+        """Return the weighted sums of the predicted seconds [candidates]."""
         scores = np.empty(len(self.first_token))
         choosing.weigh.run(
             self.candidate_set.computes,
@@ -243,7 +243,7 @@ class Candidates:
         return scores
 
     def least(self, scores: Seconds, allowed: NDArray[np.bool_] | None = None) -> int:
-        """Number of the candidate with the least score. Near ties: first a `usual` candidate
+        """Return the candidate with the least score. Near ties: first a `usual` candidate
         without fetch, then the least recently chosen.
 
         `allowed` [candidates]: only these; the scores of the others become infinite.
@@ -262,7 +262,7 @@ class Candidates:
 
 
 def whole_prefill_seconds(load: Load, prompt: int) -> Seconds:
-    """exec(x, 0) of a prompt of `prompt` tokens, [instances], with learnt factors."""
+    """Return exec(x, 0) of a prompt of `prompt` tokens, [instances], with learnt factors."""
     load.refresh()
     asked = np.zeros((1, len(load.by_slot)), dtype=np.int64)
     seconds: Seconds = _prefill_seconds(load, prompt, asked)[0]
@@ -273,9 +273,8 @@ def whole_prefill_seconds(load: Load, prompt: int) -> Seconds:
 def _sure_sources(
     load: Load, request: PromptRequest, slots: list[int], tokens: list[int], least: int
 ) -> IndexArray:
-    """Sources of fetches [2, sources]: slots, and tokens without those that unfinished prefills
-    still have to compute. Only sources with more than `least` tokens. `slots` and `tokens`: from
-    `survey`."""
+    """Return sources of fetches [2, sources]: slots, and tokens that do not depend on unfinished
+    prefills. Only sources with more than `least` tokens. `slots` and `tokens`: from `survey`."""
     sources = []
     for slot, held in zip(slots, tokens, strict=True):
         if slot < 0:
@@ -292,7 +291,8 @@ def _sure_sources(
 
 
 def _step_seconds(load: Load, sequences: IndexArray, contexts: Seconds) -> Seconds:
-    """Seconds of decode steps, in the shape of `sequences` and `contexts`, [3, instances]."""
+    """Return the seconds of decode steps in the shape of `sequences` and `contexts`, [3,
+    instances]."""
     if len(load.cost_groups) == 1:
         costs = load.cost_groups[0].costs
         return _filled(costs.decode_step_seconds(sequences, contexts), sequences)
@@ -304,7 +304,7 @@ def _step_seconds(load: Load, sequences: IndexArray, contexts: Seconds) -> Secon
 
 
 def _prefill_seconds(load: Load, prompt: int, asked: IndexArray) -> Seconds:
-    """exec(x, y) in the shape of `asked`, cached tokens [rows, instances]."""
+    """Return exec(x, y) in the shape of `asked`, cached tokens [rows, instances]."""
     if len(load.cost_groups) == 1:
         return _filled(load.cost_groups[0].costs.prefill_seconds(prompt, asked), asked)
     seconds = np.empty(asked.shape)
@@ -315,7 +315,7 @@ def _prefill_seconds(load: Load, prompt: int, asked: IndexArray) -> Seconds:
 
 
 def _filled(seconds: Seconds, asked: IndexArray) -> Seconds:
-    """`seconds` as a contiguous array in the shape of `asked`, as compiled code reads it: a cost
+    """Return `seconds` as a contiguous array in the shape of `asked`, for compiled code: a cost
     model may return a smaller shape that broadcasts."""
     if seconds.shape != asked.shape:
         seconds = np.broadcast_to(seconds, asked.shape)
@@ -323,8 +323,8 @@ def _filled(seconds: Seconds, asked: IndexArray) -> Seconds:
 
 
 def _move_seconds(load: Load, moved: Seconds) -> Seconds:
-    """Seconds of transfers [groups, 2 (far, near), rows, instances] from an instance of each group.
-    `moved` [2, rows, instances]: tokens and blocks."""
+    """Return the seconds of transfers [groups, 2 (far, near), rows, instances] from an instance of
+    each group. `moved` [2, rows, instances]: tokens and blocks."""
     tokens, blocks = moved
     seconds = np.empty((len(load.cost_groups), 2, *tokens.shape))
     for number, group in enumerate(load.cost_groups):
@@ -336,7 +336,7 @@ def _move_seconds(load: Load, moved: Seconds) -> Seconds:
 
 
 def _load_seconds(load: Load, in_host: Mapping[InstanceId, int]) -> Seconds:
-    """Seconds [instances] until `in_host` tokens of KV are in HBM."""
+    """Return the seconds [instances] until `in_host` tokens of KV are in HBM."""
     seconds = np.zeros(len(load.by_slot))
     for instance, tokens in in_host.items():
         slot = load.slots.get(instance)
@@ -359,8 +359,8 @@ def _memory_wait(
     steps: Seconds,
     now: float,
 ) -> Seconds:
-    """Seconds until there is HBM for a sequence of `needed` tokens, [instances]. `cached`: tokens
-    [instances], of which blocks that running sequences hold need no memory."""
+    """Return the seconds [instances] until there is HBM for a sequence of `needed` tokens. Of the
+    `cached` tokens [instances], those that running sequences hold need no further memory."""
     stats = load.stats
     wait = np.zeros(len(cached))
     short = stats[:, k.KV_TOKENS] + needed > stats[:, k.KV_CAPACITY]
@@ -377,9 +377,9 @@ def _memory_wait(
 def _wait_for_promises(
     load: Load, request: PromptRequest, longest: list[int], cached: IndexArray, wait: Seconds
 ) -> Seconds:
-    """`wait` [instances], raised to the seconds of the queue where the matched prefix depends on
-    prefills that are not finished. Looks only at the `longest` prefixes (slots, -1: none): shorter
-    ones, which many instances have, are finished or cheap."""
+    """Return `wait` [instances], raised to the seconds of the queue where the matched prefix
+    depends on unfinished prefills. Only the `longest` prefixes (slots, -1: none) are checked:
+    shorter ones, which many instances have, are finished or cheap."""
     waits = None
     for slot in longest:
         if slot < 0:

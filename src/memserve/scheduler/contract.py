@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from memserve.types import SHARED, InstanceId, Namespace, RequestId, Role, TokenArray
 
-# How KV moves between instances: within a host, between hosts.
+# Transports of KV between instances: "shm" within a host, "nixl" between hosts.
 Link = Literal["shm", "nixl"]
-# And from the own host memory into HBM.
+# The same, and "host": from an instance's host memory into its HBM.
 TransferPath = Link | Literal["host"]
 Seconds = NDArray[np.float64]
 
@@ -27,16 +27,16 @@ class Costs(Protocol):
         """Bytes of K and V of one token, all layers."""
 
     def prefill_seconds(self, prompt_tokens: ArrayLike, cached_tokens: ArrayLike) -> Seconds:
-        """exec(x, y): prefill of a prompt of x tokens; `cached_tokens` (y * x) of them have KV."""
+        """Return exec(x, y): the prefill of a prompt of x tokens, y * x of them cached."""
 
     def decode_step_seconds(self, sequences: ArrayLike, context_tokens: ArrayLike) -> Seconds:
-        """One decode step of a batch of `sequences`; `context_tokens`: sum over the batch."""
+        """Return a decode step of a batch of `sequences`; `context_tokens`: sum over the batch."""
 
     def transfer_seconds(
         self, num_bytes: ArrayLike, pieces: ArrayLike, path: TransferPath
     ) -> Seconds:
-        """Transfer of `num_bytes` of KV in `pieces` contiguous runs: to another instance, or by
-        "host" from the instance's own host memory."""
+        """Return the transfer of `num_bytes` of KV in `pieces` contiguous runs: to another
+        instance, or by "host" from the instance's own host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class PromptRequest(msgspec.Struct, frozen=True, eq=False):
     id: RequestId
     tokens: TokenArray  # [prompt tokens] int32
     namespace: Namespace = SHARED
-    output_tokens: int = 128  # upper bound; the scheduler predicts recent answers' length if less
+    output_tokens: int = 128  # upper bound; predictions use the mean of recent answers if less
     session: str | None = None  # the `session` policy keeps requests of one session together
     priority: int = 0  # lower runs first
 
@@ -102,13 +102,13 @@ class PrefixMatches(Protocol):
     """The part of `PromptTree` that the scheduler uses."""
 
     def match(self, namespace: Namespace, tokens: TokenArray) -> Mapping[InstanceId, int]:
-        """Length in tokens of the longest known prefix, by instance; whole blocks of that
-        instance. Instances without a match are absent."""
+        """Return the length in tokens of the longest known prefix, by instance, in whole blocks of
+        that instance. Instances without a match are absent."""
 
     def in_host(
         self, namespace: Namespace, tokens: TokenArray, matches: Mapping[InstanceId, int]
     ) -> Mapping[InstanceId, int]:
-        """Tokens of these `matches` that come from host memory first, by instance."""
+        """Return the tokens of these `matches` that are only in host memory, by instance."""
 
     def expect(
         self, instance: InstanceId, namespace: Namespace, tokens: TokenArray, now: float

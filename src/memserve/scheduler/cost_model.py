@@ -66,8 +66,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Implements `Costs`. Immutable but for its tables, which are made on first use and grow."""
 
     architecture: Architecture
-    # Of a step that only prefills. Bounded, because a table has a row per token: a member's
-    # profile must not fill the gateway's memory.
+    # Maximum of a step that only prefills. Bounded, because a table has a row per token, and a
+    # member's profile must not fill the gateway's memory.
     max_batch_tokens: Annotated[int, Meta(ge=1, le=MAX_STEP_TOKENS)]
     compute: Waves | Measured
     attention: AttentionCost
@@ -81,14 +81,14 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return self.architecture.kv_bytes_per_token
 
     def prefill_seconds(self, prompt_tokens: ArrayLike, cached_tokens: ArrayLike) -> Seconds:
-        """exec(x, y) of prompts that run alone, up to the first token, which takes at least one
-        computed token. Raises ValueError for MAX_TOKENS or more, or negative counts."""
+        """Return exec(x, y) of prompts that run alone, up to the first token. At least one token
+        is computed. Raises ValueError for MAX_TOKENS or more, or negative counts."""
         prompt = np.asarray(prompt_tokens, dtype=np.int64)
         cached = np.asarray(cached_tokens, dtype=np.int64)
         return self._prefill.look_up(prompt, cached)
 
     def decode_step_seconds(self, sequences: ArrayLike, context_tokens: ArrayLike) -> Seconds:
-        """One decode step of a batch; `context_tokens`: sum over its sequences. An empty batch
+        """Return a batch's decode step; `context_tokens`: sum over its sequences. An empty batch
         takes 0 s. Raises ValueError for MAX_TOKENS sequences or more, or negative counts."""
         rows = np.asarray(sequences, dtype=np.int64)
         context = np.asarray(context_tokens, dtype=np.float64)
@@ -97,7 +97,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def transfer_seconds(
         self, num_bytes: ArrayLike, pieces: ArrayLike, path: TransferPath
     ) -> Seconds:
-        """Transfer of `num_bytes` of KV by `path` in `pieces` contiguous runs."""
+        """Return the transfer of `num_bytes` of KV by `path` in `pieces` contiguous runs."""
         link = {"shm": self.shm, "nixl": self.nixl, "host": self.host}[path]
         moved = np.asarray(num_bytes, dtype=np.float64)
         moved, runs, each = _together(moved, np.asarray(pieces, dtype=np.float64))
@@ -115,8 +115,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
 
 def recompute_cost(costs: Costs, block_tokens: int) -> Callable[[int], float]:
-    """Function from the position of a block's end (tokens) to seconds to recompute the block. A
-    linear approximation, since it is called for every inserted block."""
+    """Return a function from the position of a block's end (tokens) to the seconds to recompute the
+    block: a linear approximation, since it is called for every inserted block."""
     near, far = _NEAR_TOKENS, _FAR_TOKENS
     first = float(costs.prefill_seconds(near, 0)) / near
     later = float(costs.prefill_seconds(far + near, far)) / near
@@ -131,7 +131,7 @@ def recompute_cost(costs: Costs, block_tokens: int) -> Callable[[int], float]:
 def _together(
     first: NDArray[_Number], second: NDArray[_Other]
 ) -> tuple[NDArray[_Number], NDArray[_Other], Seconds]:
-    """Both arguments flattened, as the look-ups take them, and an empty result in their broadcast
+    """Return both arguments flattened for the look-ups, and an empty result in their broadcast
     shape."""
     if first.ndim and second.ndim and first.shape != second.shape:
         shape = np.broadcast_shapes(first.shape, second.shape)

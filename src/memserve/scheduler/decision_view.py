@@ -9,13 +9,13 @@ from memserve.types import RequestId
 
 
 class CandidateView(Plan, frozen=True, omit_defaults=True, kw_only=True):
-    """One candidate: a plan and its weighted seconds, of which least is best."""
+    """One candidate: a plan and its score in weighted seconds; the least is best."""
 
     score: float
 
     @property
     def path(self) -> str:
-        """The instances in words: who gives a prefix ⇢ who computes → who answers."""
+        """The plan's instances as text: source of a fetch ⇢ prefill → decode."""
         words = self.instance if self.prefill is None else f"{self.prefill} → {self.instance}"
         return words if self.fetch is None else f"{self.fetch} ⇢ {words}"
 
@@ -23,8 +23,8 @@ class CandidateView(Plan, frozen=True, omit_defaults=True, kw_only=True):
 class Outcome(msgspec.Struct, omit_defaults=True):
     """Outcome of a plan, in seconds since it was made. The router's event loop fills it in."""
 
-    first_token: float | None = None  # of a stream; None: none has come
-    whole: float | None = None  # its end, whatever that was; None: it runs
+    first_token: float | None = None  # of a stream; None: not received
+    whole: float | None = None  # end of the answer, complete or not; None: still running
 
 
 class DecisionView(msgspec.Struct, frozen=True):

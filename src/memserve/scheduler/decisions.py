@@ -33,7 +33,7 @@ class Ranking(msgspec.Struct, frozen=True, eq=False):
 
     @classmethod
     def of(cls, candidates: Candidates, scores: Seconds, chosen: int) -> Ranking:
-        """Ranking of up to KEPT_CANDIDATES candidates; `chosen` is first, with any score."""
+        """Return up to KEPT_CANDIDATES candidates; `chosen` is first, with any score."""
         kept = min(len(scores), KEPT_CANDIDATES)
         stats, seconds = np.empty((5, kept), np.int64), np.empty((7, kept))
         c = candidates
@@ -123,11 +123,11 @@ class DecisionLog:
         self._kept.append(decision)
 
     def last(self, n: int = KEPT_DECISIONS) -> list[Decision]:
-        """The last `n` decisions or fewer, newest first."""
+        """Return the last `n` decisions or fewer, newest first."""
         return list(itertools.islice(reversed(self._kept), max(n, 0)))
 
     def views(self, n: int = KEPT_DECISIONS) -> list[DecisionView]:
-        """The last `n` decisions as views, for `GET /cluster/decisions?n=`."""
+        """Return the last `n` decisions as views, for `GET /cluster/decisions?n=`."""
         return [decision.view() for decision in self.last(n)]
 
 

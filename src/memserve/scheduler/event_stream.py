@@ -31,7 +31,7 @@ from memserve.api.kv_events import (
 from memserve.scheduler.prompt_tree import PromptTree
 from memserve.types import InstanceId, Namespace, TokenArray
 
-# Batches kept while a gap is open, some minutes' worth. Beyond that a snapshot is needed anyway.
+# Batches kept while a gap is open: some minutes' worth. A longer gap needs a snapshot anyway.
 MAX_AHEAD = 20_000
 MAX_AHEAD_ITEMS = 8_000_000  # tokens and hashes in the kept batches: up to 300 MB
 
@@ -77,7 +77,7 @@ class EventStream:
 
     @property
     def gap(self) -> bool:
-        """Whether batches, or a snapshot, are missing."""
+        """Whether batches or a snapshot are missing."""
         return self.position is None or bool(self._ahead)
 
     @property
@@ -112,20 +112,20 @@ class EventStream:
             self._ahead[sequence] = batch
 
     def restarted(self, sequence: int, batch: EventBatch) -> bool:
-        """Whether a batch is of a later epoch whose sequence numbers restarted: its number was
-        applied before, but its timestamp is later. For engines that send no epoch."""
+        """Return whether a batch is of a restarted engine that sends no epoch: its sequence number
+        was applied before, but its timestamp is later."""
         seen = self.position is not None and sequence <= self.position
         return seen and batch.ts > self.applied_at
 
     def restore(self, snapshot: KVSnapshot) -> Iterator[None]:
-        """Replace the instance's blocks by a snapshot, a run of blocks per iteration. Iterate to
-        the end, with pauses if needed; meanwhile call nothing but `offer`. A snapshot older than
-        `position` changes nothing."""
+        """Replace the instance's blocks by a snapshot, one run of blocks per iteration. Iterate to
+        the end, with pauses if needed; until then call no method but `offer`. A snapshot older
+        than `position` changes nothing."""
         late = self.position is not None and self.position >= snapshot.sequence
         if late or self.closed():
             return
         self.counts.snapshots += 1
-        self.position = None  # until the end `offer` keeps batches and applies none
+        self.position = None  # so that `offer` keeps batches and applies none until the end
         self._tree.cleared(self._instance)
         runs: Iterable[StoredBlocks | ServerBlocks] = chain(snapshot.blocks, snapshot.server_blocks)
         for run in runs:
@@ -148,7 +148,7 @@ class EventStream:
             self.position = min(self._ahead) - 1
             self._catch_up()
 
-    # --- inside ---------------------------------------------------------------------------
+    # --- internal -------------------------------------------------------------------------
 
     def _store_run(self, run: StoredBlocks | ServerBlocks) -> None:
         try:

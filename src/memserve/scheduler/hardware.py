@@ -109,7 +109,7 @@ HARDWARE: dict[str, Hardware] = {
 def cost_model(
     hardware: str, architecture: str | Architecture, tp: int = 1, max_batch_tokens: int = 2048
 ) -> CostModel:
-    """Cost model of an architecture on `tp` devices.
+    """Return the cost model of an architecture on `tp` devices.
 
     `max_batch_tokens`: most prefill tokens of a step. Raises ConfigError for unknown names.
     """
@@ -128,7 +128,7 @@ def cost_model(
 
 
 def cores(hardware: Hardware, count: int) -> Hardware:
-    """`Hardware` of `count` cores, from the figures of one core."""
+    """Return the `Hardware` of `count` cores, from the figures of one core."""
     return msgspec.structs.replace(
         hardware,
         units=hardware.units * count,
@@ -138,7 +138,7 @@ def cores(hardware: Hardware, count: int) -> Hardware:
 
 
 def derive(hardware: Hardware, model: Architecture, max_batch_tokens: int = 2048) -> CostModel:
-    """Cost model from a device's figures."""
+    """Return the cost model of a model on a device, from the device's figures."""
     pair = model.pair_flops / (hardware.flops * hardware.attention_efficiency)
     bandwidth = hardware.memory_bandwidth * hardware.memory_efficiency
     per_layer = hardware.layer_seconds + _collectives(hardware, model)
@@ -176,13 +176,13 @@ def derive(hardware: Hardware, model: Architecture, max_batch_tokens: int = 2048
 
 
 def _collectives(hardware: Hardware, model: Architecture) -> float:
-    """Seconds of latency of a layer's two all-reduces."""
+    """Return the seconds of latency of a layer's two all-reduces."""
     return 2 * hardware.collective_seconds if model.tensor_parallel > 1 else 0.0
 
 
 def _reduced(hardware: Hardware, model: Architecture) -> float:
-    """Seconds of a token's all-reduces without latency: a ring moves 2 (tp - 1) / tp of the
-    data."""
+    """Return the seconds of a token's all-reduces without latency: a ring moves 2 (tp - 1) / tp of
+    the data."""
     tp = model.tensor_parallel
     moved = 2 * (tp - 1) / tp * model.hidden * model.weight_bytes * 2 * model.layers
     return moved / (hardware.device_bandwidth * hardware.link_efficiency)

@@ -27,21 +27,21 @@ class Node(RadixNode):
         self.blocks: dict[int, Numbers] = {}  # by holder's slot: block numbers [blocks of edge]
         self.expected: dict[int, float] = {}  # by slot: deadline of an expectation
         self.mask = 0  # holders: bits of the slots in `blocks` and `expected`
-        self.hits = 0  # prompts that were expected somewhere and found the edge here
-        self.used = 0.0  # when the last one was, or the one that made the edge
+        self.hits = 0  # routed prompts (`expect`) that contain the edge, after the first one
+        self.used = 0.0  # time of the last `expect` of the edge
 
     def __len__(self) -> int:
         """Number of blocks of the edge."""
         return len(self.edge) // self.tree.block_bytes
 
     def like(self, other: Node) -> bool:
-        """Whether both nodes have equal holders, so that their edges can be merged."""
+        """Return whether both nodes have equal holders, so that their edges can be merged."""
         if self.mask != other.mask or self.expected != other.expected:
             return False
         return self.blocks.keys() == other.blocks.keys()
 
     def check(self) -> None:
-        """Raises AssertionError if an invariant of the node does not hold."""
+        """Raise AssertionError if an invariant of the node does not hold."""
         parent = self.parent
         assert parent is not None
         assert parent.children[self.edge[: self.tree.block_bytes]] is self
@@ -78,8 +78,8 @@ class HolderTree(RadixTree[Node]):
         return bool(self.root.children)
 
     def walk(self, data: bytes, alive: int) -> list[tuple[int, int]]:
-        """Ends of the prefixes of `data` that holders in the mask `alive` have: (mask of holders,
-        bytes) by ascending bytes.
+        """Return the ends of the prefixes of `data` that holders in the mask `alive` have: (mask of
+        holders, bytes) by ascending bytes.
 
         A holder's prefix ends at its first missing block, even if it holds later ones.
         """
@@ -98,7 +98,7 @@ class HolderTree(RadixTree[Node]):
         return ends
 
     def differing(self, at: Node, depth: int, data: bytes, slot: int, numbers: Numbers) -> Numbers:
-        """Those of `numbers` that are stored, but not where `store` would put them."""
+        """Return those of `numbers` that are stored, but not where `store` would put them."""
         table = self._tables[slot]
         right = np.zeros(len(numbers), dtype=np.bool_)
         for node, offset, done, count in self._along(at, depth, data):
@@ -112,7 +112,7 @@ class HolderTree(RadixTree[Node]):
 
     def store(self, at: Node, depth: int, data: bytes, slot: int, numbers: Numbers) -> None:
         """Record that `slot` holds blocks `numbers` [n] for the n blocks of `data`, which follow
-        block `depth` - 1, in node `at`. The numbers are stored nowhere, or there already."""
+        block `depth` - 1, in node `at`. Each number must be stored there already, or nowhere."""
         touched: list[Node] = []
         step = self.block_bytes
         node, offset, done, total = at, depth - at.start, 0, len(numbers)
@@ -162,8 +162,9 @@ class HolderTree(RadixTree[Node]):
         self._tidy_all(touched)
 
     def expect(self, data: bytes, slot: int, now: float, deadline: float) -> bool:
-        """Count `slot` as a holder of all of `data` until `deadline`. Returns False if it stores
-        all of `data` already. Two calls at the same `now` are one prompt's, which counts once."""
+        """Count `slot` as a holder of all of `data` until `deadline`. Returns False if `slot`
+        stores all of `data` already. Calls with equal `now` are of one prompt: they count one
+        hit."""
         touched: list[Node] = []
         node, at, end, step = self.root, 0, len(data), self.block_bytes
         while at < end:
@@ -204,16 +205,16 @@ class HolderTree(RadixTree[Node]):
         self._tidy_all(touched)
 
     def subtree(self) -> Iterator[Node]:
-        """All nodes except the root, parents before their children."""
+        """Yield all nodes except the root, parents before their children."""
         nodes = self.root.subtree()
         next(nodes)
         return nodes
 
-    # --- inside ---------------------------------------------------------------------------
+    # --- internal -------------------------------------------------------------------------
 
     def _along(self, at: Node, depth: int, data: bytes) -> Iterator[tuple[Node, int, int, int]]:
-        """Parts of edges that equal `data`, from block `depth` on, which is in or after node `at`:
-        (node, offset in its edge, blocks of `data` before it, common blocks)."""
+        """Yield the parts of edges that equal `data`, from block `depth` on, which is in or after
+        node `at`: (node, offset in its edge, blocks of `data` before it, common blocks)."""
         node, offset, done = at, depth - at.start, 0
         step = self.block_bytes
         total = len(data) // step
@@ -233,8 +234,8 @@ class HolderTree(RadixTree[Node]):
                 return
 
     def _common_blocks(self, node: Node, offset: int, data: bytes, done: int) -> int:
-        """Number of leading blocks in common: of the edge from block `offset` on, and of `data`
-        from block `done` on."""
+        """Return the number of common leading blocks of the edge from block `offset` on, and of
+        `data` from block `done` on."""
         edge, step = node.edge, self.block_bytes
         start, at = offset * step, done * step
         if data.startswith(edge[start:], at):  # the usual case, one memcmp
@@ -262,7 +263,7 @@ class HolderTree(RadixTree[Node]):
         self._tables[slot].place(numbers, node.id, node.start)
 
     def _replace(self, node: Node, offset: int, slot: int, numbers: Numbers) -> None:
-        """Replace block numbers of tokens that `slot` holds: the KV is in other blocks now."""
+        """Replace block numbers of tokens that `slot` holds, whose KV is in other blocks now."""
         mine = node.blocks[slot]
         here = slice(offset, offset + len(numbers))
         changed = mine[here] != numbers
@@ -291,8 +292,8 @@ class HolderTree(RadixTree[Node]):
         return upper
 
     def merge(self, node: Node) -> Node:
-        """As `RadixTree.merge`; concatenates the holders' block numbers. Of hits, those of the
-        whole edge are left: the child's."""
+        """As `RadixTree.merge`; concatenates the holders' block numbers. Keeps the child's hits:
+        only they contain the whole edge."""
         blocks, used = node.blocks, node.used
         child = super().merge(node)
         child.used = max(child.used, used)
@@ -303,7 +304,7 @@ class HolderTree(RadixTree[Node]):
 
     def _tidy_all(self, touched: list[Node]) -> None:
         for node in touched:
-            if node.parent is not None:  # still there
+            if node.parent is not None:  # not removed yet
                 self._tidy(node)
 
     def _tidy(self, node: Node) -> None:
@@ -332,7 +333,7 @@ class HolderTree(RadixTree[Node]):
 
 
 def _runs(positions: IndexArray) -> list[tuple[int, int]]:
-    """Runs of ascending positions: (first, last + 1)."""
+    """Return the runs of ascending positions: (first, last + 1)."""
     if len(positions) < 2:
         return [(first, first + 1) for first in positions.tolist()]
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1

@@ -1,6 +1,6 @@
-"""The prefixes that save most, and the space by tenant, from a gateway's prompt trees.
+"""Report of a gateway's prompt trees: the prefixes that save most prefill, and blocks by tenant.
 
-Read in pieces, so that an event loop can do other things in between.
+Generators compute it in steps, so that an event loop can do other work in between.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from memserve.scheduler.prefix_view import PrefixHolder, PrefixReport, PrefixVie
 from memserve.scheduler.prompt_tree import NODES_AT_ONCE, PromptTree
 from memserve.types import SHARED, Namespace
 
-MAX_PREFIXES = 100  # that one report has
+MAX_PREFIXES = 100  # in one report
 KEPT_TENANTS = 20
 _ID_BYTES, _TENANT_BYTES = 8, 6
 
 
 class HotPrefix(NamedTuple):
-    """A prefix of a report, and the tokens behind its parent, as int32 bytes."""
+    """A prefix of a report, and its last edge's tokens as int32 bytes."""
 
     view: PrefixView
     own: bytes
@@ -36,8 +36,8 @@ class HotPrefixes(NamedTuple):
 
 
 def reading_prefixes(tree: PromptTree, n: int, now: float) -> Generator[None, None, HotPrefixes]:
-    """Return the `n` prefixes whose hits saved the most tokens, in pieces of NODES_AT_ONCE; `now`:
-    the clock of `PromptTree.expect`. What changes in between may count or not."""
+    """Return the `n` prefixes whose hits saved the most tokens; a step reads NODES_AT_ONCE nodes.
+    `now`: by the clock of `PromptTree.expect`. Changes between the steps may be included or not."""
     best: list[tuple[int, int, Node]] = []  # a heap: tokens saved, id
     blocks: Counter[Namespace] = Counter()
     held: Counter[Namespace] = Counter()
@@ -71,7 +71,7 @@ def reading_prefixes(tree: PromptTree, n: int, now: float) -> Generator[None, No
 
 
 def tenant_of(namespace: Namespace) -> str:
-    """Return a name for a namespace that does not tell the salt, which is its tenant's own."""
+    """Return a tenant's name for a namespace, which does not reveal the tenant's salt."""
     if namespace == SHARED:
         return "shared"
     return blake2b(namespace.encode(errors="surrogatepass"), digest_size=_TENANT_BYTES).hexdigest()

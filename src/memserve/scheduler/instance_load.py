@@ -18,7 +18,7 @@ class PrefillQueue:
     def __init__(self, short_share: float) -> None:
         self.short_share = short_share
         self._left: dict[RequestId, float] = {}
-        self._shortest: RequestId | None = None  # with the least left; None: to be searched
+        self._shortest: RequestId | None = None  # the prompt with the least left; None: unknown
         self._updated = 0.0
 
     def __len__(self) -> int:
@@ -33,8 +33,8 @@ class PrefillQueue:
         return self._updated
 
     def left(self) -> Iterable[float]:
-        """Seconds left of each prompt at `updated`, the oldest first. A prompt that takes longer
-        than predicted has 0 until `discard`."""
+        """The seconds left of each prompt at `updated`, the oldest first; 0, until `discard`, for a
+        prompt that takes longer than predicted."""
         return self._left.values()
 
     def append(self, request: RequestId, seconds: float, now: float) -> None:
@@ -131,13 +131,13 @@ class Residents:
             self.kv_tokens -= resident.kv_tokens
 
     def wait(self, excess: float, queue: float, step: float, now: float) -> float:
-        """Predicted seconds until `excess` tokens are free, if all queued prompts are computed
-        after `queue` seconds and a decode step takes `step` seconds."""
+        """Return the predicted seconds until `excess` tokens are free, if all queued prompts are
+        computed after `queue` seconds and a decode step takes `step` seconds."""
         ends = []
         for resident in self._by_request.values():
             lasts = resident.output_tokens * step
             since = resident.decodes_since
-            # An answer longer than expected may end at any time: a quarter of its predicted time.
+            # At least a quarter of the predicted time is left: an answer may exceed it.
             ends_in = queue + lasts if since is None else max(since + lasts - now, lasts / 4)
             ends.append((ends_in, resident.kv_tokens))
         wait = 0.0
@@ -149,8 +149,8 @@ class Residents:
         return wait
 
     def shared(self, namespace: Namespace, tokens: TokenArray) -> int:
-        """Largest number of leading `tokens`, which must be cached here, that a request's prompt
-        has too: these are in HBM already."""
+        """Return the largest number of leading `tokens`, all cached here, that are in the prompt of
+        a request of this instance, and therefore in HBM."""
         most = 0
         for held in self._by_request.values():
             size = min(len(held.prompt), len(tokens))
@@ -215,7 +215,7 @@ class InstanceLoad:
         self.prefills[reservation.request] = reservation
 
     def discard(self, request: RequestId, now: float) -> bool:
-        """Take a prompt off the queue: it is computed, or given up. False: it is not queued."""
+        """Remove a prompt that is computed or given up. Returns False if it is not queued."""
         self.prefills.pop(request, None)
         return self.queue.discard(request, now)
 

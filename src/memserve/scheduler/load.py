@@ -48,9 +48,9 @@ class Load:
 
     @property
     def by_slot(self) -> tuple[InstanceLoad, ...]:
-        """Every `InstanceLoad`, by slot: another tuple after each change of the members. Read it
-        before the arrays, which changes of members only mark as outdated: a cluster that starts
-        has as many changes as members."""
+        """Every `InstanceLoad`, by slot; a new tuple after each change of members. Must be read
+        before the arrays, and rebuilds them: a change of members only marks them as outdated,
+        because a starting cluster has many changes."""
         if self._outdated:
             self._rebuild()
         return self._by_slot
@@ -68,7 +68,7 @@ class Load:
         self._bytes = self.stats.reshape(-1).data.cast("B")
         self.kinds: IndexArray = np.zeros((n, k.KINDS), dtype=np.int64)
         self._set_left(np.zeros((n, 1)))
-        self.unhindered: Seconds = np.zeros(n)  # no least wait; read-only
+        self.unhindered: Seconds = np.zeros(n)  # zeros: prompts without a minimum wait; read-only
         hosts: dict[str, int] = {}
         groups: list[Costs] = []
         pools: dict[str, int] = {}
@@ -124,7 +124,7 @@ class Load:
         prefill_factor = step_factor = transfer_factor = 1.0
         costs = load.spec.costs
         if isinstance(costs, RefinedCosts):
-            # Equal instances share a cost model; the learnt factors are of each instance.
+            # Equal instances share a cost model, but each one has its own learnt factors.
             prefill_factor, transfer_factor = costs.factor("prefill"), costs.factor("transfer")
             step_factor = costs.factor("decode")
         _ROW.pack_into(
@@ -148,7 +148,7 @@ class Load:
 
     def _show_queue(self, load: InstanceLoad) -> tuple[int, float, float]:
         """Copy the queue into `left`, other gateways' prompts last. Returns the number of prompts,
-        their seconds in sum, and the seconds of those in prefill."""
+        the sum of their seconds, and the seconds of those in prefill."""
         if not load.prefills and not load.other_prefills:
             return 0, 0.0, 0.0
         left = [*load.queue.left(), *[self._typical_prefill] * load.other_prefills]
@@ -182,7 +182,7 @@ class Load:
         return True
 
     def remove(self, instance: InstanceId) -> bool:
-        """Remove an instance and what is reserved there. Returns False if it is unknown."""
+        """Remove an instance and its reservations. Returns False if it is unknown."""
         load = self._by_id.pop(instance, None)
         if load is None:
             return False
@@ -191,15 +191,15 @@ class Load:
         return True
 
     def of(self, instance: InstanceId) -> InstanceLoad:
-        """`InstanceLoad` of an instance. Raises KeyError for an unknown one."""
+        """Return the `InstanceLoad` of an instance. Raises KeyError for an unknown one."""
         return self._by_id[instance]
 
     def with_role(self, role: Role, slots: Sequence[int]) -> list[int]:
         return [at for at in slots if self.by_slot[at].spec.role is role]
 
     def observe(self, instance: InstanceId, running: int, waiting: int) -> None:
-        """Report an instance's own counts of sequences. An excess over the reservations is work
-        of others, such as other gateways. A deficit means that requests are still in flight."""
+        """Set an instance's own counts of sequences. An excess over the reservations is other
+        gateways' work. A deficit means that requests are still in flight."""
         load = self._by_id.get(instance)
         if load is None:
             return
@@ -268,27 +268,29 @@ class Load:
     # --- queries of predictions ---------------------------------------------------------
 
     def has_room(self, slot: int, needed: float) -> bool:
-        """Whether less than half of HBM is reserved with `needed` tokens more, by the arrays."""
+        """Return whether, by the arrays, less than half of HBM is reserved with `needed` tokens
+        more."""
         reserved, capacity = self.stats[slot, k.KV_TOKENS], self.stats[slot, k.KV_CAPACITY]
         return bool(reserved + needed < capacity / 2)
 
     def memory_wait(self, slot: int, needed: float, step: float, now: float) -> float:
-        """Seconds until an instance has HBM for a sequence of `needed` tokens, if its requests end
-        as expected, with decode steps of `step` seconds."""
+        """Return the seconds until an instance has HBM for a sequence of `needed` tokens, if its
+        requests end as expected, with decode steps of `step` seconds."""
         stats = self.stats[slot].tolist()
         excess = stats[k.KV_TOKENS] + needed - stats[k.KV_CAPACITY]
         queue = stats[k.LEFT_TOTAL]
         return self.by_slot[slot].residents.wait(excess, queue, step, now)
 
     def shared_tokens(self, slot: int, namespace: Namespace, tokens: TokenArray) -> int:
-        """Number of leading `tokens`, all cached there, that a request there holds in HBM too."""
+        """Return the number of leading `tokens`, all cached there, that a request there holds in
+        HBM."""
         return self.by_slot[slot].residents.shared(namespace, tokens)
 
     def promised_tokens(
         self, slot: int, namespace: Namespace, tokens: TokenArray, held: int
     ) -> int:
-        """Number of the first `held` tokens that do not depend on an unfinished prefill of this
-        instance. The prompt tree counts a prompt as held as soon as it is routed."""
+        """Return how many of the first `held` tokens do not depend on an unfinished prefill of this
+        instance: the prompt tree counts a prompt as held as soon as it is routed."""
         prefills = self.by_slot[slot].prefills
         if not prefills:
             return held
@@ -296,7 +298,7 @@ class Load:
             if (
                 waiting.cached_tokens < held <= len(waiting.tokens)
                 and waiting.namespace == namespace
-                and waiting.tokens[held - 1] == tokens[held - 1]  # spares most comparisons
+                and waiting.tokens[held - 1] == tokens[held - 1]  # cheap, and mostly False
                 and np.array_equal(waiting.tokens[:held], tokens[:held])
             ):
                 held = waiting.cached_tokens

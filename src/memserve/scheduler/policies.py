@@ -27,13 +27,13 @@ class PolicyInput(msgspec.Struct, frozen=True, eq=False):
 
     request: PromptRequest
     candidates: Candidates  # at least one
-    decode_weight: float  # of a second of decoding; a second of TTFT has weight 1
+    decode_weight: float  # weight of a second of decoding; a second of TTFT has weight 1
     turn: int  # decisions before this one
     session: Placement | None  # last placement of the request's session
 
 
 class Choice(msgspec.Struct, frozen=True, eq=False):
-    """The chosen candidate, and the scores [candidates] that it was chosen by; least is best."""
+    """The chosen candidate, and the scores [candidates] of the choice; the least is best."""
 
     candidate: int
     scores: Seconds
@@ -41,8 +41,8 @@ class Choice(msgspec.Struct, frozen=True, eq=False):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A policy and what it needs. `fetches`: its plans may pull a longer prefix from a third
-    instance. `sessions`: it reads the session's last placement, which is recorded only then."""
+    """A policy and its requirements. `fetches`: its plans may pull a longer prefix from a third
+    instance. `sessions`: it reads the session's last placement; else none is recorded."""
 
     choose: Callable[[PolicyInput], Choice]
     fetches: bool = False
@@ -108,10 +108,10 @@ POLICIES: Mapping[str, Policy] = {
 
 
 def find_policy(name: str) -> Policy:
-    """Policy of that name. Raises ConfigError, which lists the known names."""
+    """Return the policy of a name. Raises ConfigError, which lists the known names."""
     policy = POLICIES.get(name)
     if policy is None:
-        raise ConfigError(f"policy {name!r} is none of {', '.join(POLICIES)}")
+        raise ConfigError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
     return policy
 
 

@@ -10,25 +10,25 @@ from memserve.types import InstanceId
 
 
 class PrefixHolder(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A holder of a prefix's last blocks. `blocks`: by medium; none of a prompt that was sent there
-    and is not confirmed yet."""
+    """A holder of a prefix's last blocks. `blocks`: by medium; empty if a prompt was routed there
+    and its KV events have not arrived yet."""
 
     instance: InstanceId
     blocks: Mapping[str, int] = {}
 
 
 class PrefixView(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A prefix that prompts share, as far as the gateway knows. It ends where prompts part or
-    holders differ; `own_tokens` are those since the last such place."""
+    """A prefix that prompts share, as far as the gateway knows. It ends where prompts diverge or
+    holders differ. `own_tokens`: tokens after the previous such position."""
 
     id: str  # digest of the tenant and of all tokens
     tenant: str
     tokens: int
     own_tokens: int
-    hits: int  # prompts that found it here, since the gateway began or it was evicted everywhere
-    age: float  # seconds since the last one
+    hits: int  # routed prompts that reused it, since gateway start or eviction from all holders
+    age: float  # seconds since the last hit
     holders: tuple[PrefixHolder, ...]
-    text: str | None = None  # of `own_tokens`, shortened; only if it was asked for
+    text: str | None = None  # text of `own_tokens`, shortened; only on request
 
 
 class TenantSpace(msgspec.Struct, frozen=True):
@@ -49,8 +49,8 @@ class PrefixReport(msgspec.Struct, frozen=True):
 
 
 def merged_reports(reports: list[PrefixReport], n: int) -> PrefixReport:
-    """Return one report of several workers of a gateway, which hear the same KV events and route
-    different prompts: their hits add up. Tenants are the first one's."""
+    """Return the joint report of a gateway's workers. Hits are added, since workers route different
+    prompts; tenants are those of the first report, since all workers get the same KV events."""
     if len(reports) == 1:
         return reports[0]
     found: dict[str, PrefixView] = {}

@@ -1,5 +1,5 @@
-"""Profiles: cost models with the hardware and model they are of, stored in the user's cache; and
-the measurements that they are fitted to.
+"""Profiles: cost models with the key of their hardware and model, stored in the user's cache, and
+the measurements that cost models are fitted to.
 
 One file per combination of hardware and model, replaced atomically. A file that cannot be read, or
 that is of another subject, counts as absent.
@@ -64,12 +64,12 @@ class Measurements(msgspec.Struct, frozen=True):
     prefill: tuple[PrefillPoint, ...] = ()
     decode: tuple[DecodePoint, ...] = ()
     transfer: tuple[TransferPoint, ...] = ()
-    # Seconds that threads waited for a core that other work had, per second of prefills and decode
-    # steps. With a high value the figures are not the instance's own.
+    # Seconds that threads waited for a busy core, per second of prefills and decode steps. A high
+    # value means that other processes disturbed the measurements.
     waited: Annotated[float, Meta(ge=0)] = 0.0
 
 
-# Profiles of other versions are not read. Raise it when measurements or formulas change.
+# Profiles of other versions are refused. To be raised when measurements or formulas change.
 VERSION = 2
 
 # default: derived from the figures of a typical machine; quick: a few points, measured at an
@@ -111,7 +111,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def make_profile(effort: Effort, subject: Subject, costs: CostModel) -> Profile:
-    """Profile with the present time."""
+    """Return a profile with the current time."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Profile(version=VERSION, effort=effort, measured=now, subject=subject, costs=costs)
 
@@ -130,25 +130,25 @@ def decode_profile(data: bytes) -> Profile:
     seconds that are negative or not finite."""
     profile = read_profile(data)
     if not _predicts(profile.costs):
-        raise ProfileError("a profile whose predictions are no times")
+        raise ProfileError("the profile predicts negative or infinite seconds")
     return profile
 
 
 def read_profile(data: bytes) -> Profile:
-    """Decode a profile without trying its predictions, which takes some milliseconds. Raises
+    """Decode a profile without the check of its predictions, which takes some milliseconds. Raises
     ProfileError if it is invalid, or of another version."""
     try:
         profile = _decoder.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError, OverflowError) as error:
         raise ProfileError(f"not a profile: {error}") from error
     if profile.version != VERSION:
-        raise ProfileError(f"a profile of version {profile.version}; {VERSION} is read here")
+        raise ProfileError(f"the profile has version {profile.version}, not {VERSION}")
     return profile
 
 
 def _predicts(costs: CostModel) -> bool:
-    """Whether predictions at `_PROBED` sizes are finite and not negative. All requests are routed
-    by them, so one bad profile would affect every client."""
+    """Return whether predictions at `_PROBED` sizes are finite and not negative. A bad profile of
+    one member would affect the routing of all requests."""
     try:
         with np.errstate(all="ignore"):
             seconds = (
@@ -164,7 +164,7 @@ def _predicts(costs: CostModel) -> bool:
 
 
 def host_hardware(device: str, threads: int) -> Hardware:
-    """`Hardware` of this machine with an engine on `device`: "cpu", or a GPU's name."""
+    """Return the `Hardware` of this machine with an engine on `device`: "cpu", or a GPU's name."""
     name = cpu_name() if device == "cpu" else device
     return Hardware(device=name, threads=threads, software=f"torch {metadata.version('torch')}")
 
@@ -179,7 +179,7 @@ class ProfileStore:
         return self.directory / f"{subject.fingerprint[:32]}.json"
 
     def load(self, subject: Subject) -> Profile | None:
-        """Stored profile of a subject; None if absent or unusable."""
+        """Return the stored profile of a subject; None if absent or unusable."""
         try:
             profile = decode_profile(self.path(subject).read_bytes())
         except (OSError, ProfileError):
@@ -187,7 +187,7 @@ class ProfileStore:
         return profile if profile.subject == subject else None
 
     def save(self, profile: Profile) -> Path:
-        """Store a profile, unless one of more effort exists; returns its path. Raises OSError."""
+        """Store a profile unless one of more effort exists; return its path. Raises OSError."""
         path = self.path(profile.subject)
         there = self.load(profile.subject)
         if there is not None and _RANK.index(there.effort) > _RANK.index(profile.effort):

@@ -29,13 +29,13 @@ from memserve.scheduler.block_table import (
 from memserve.scheduler.holder_tree import HolderTree, Node, SharedNodes
 from memserve.types import InstanceId, Namespace, Role, TokenArray
 
-# How long a routed prompt counts as held without KV events of it. Longer than a prompt waits
-# and computes: after expiry and before its events, no instance seems to hold the prefix.
+# Seconds for which a routed prompt counts as held without KV events of it. Longer than a prompt
+# waits and computes: between expiry and its events, no instance seems to hold the prefix.
 EXPECT_SECONDS = 60.0
-# Reads of a node's blocks for one `in_host`: about 0.2 ms at most. Shorter prefixes than those read
-# count as being in the device's memory: little depends on them.
+# Maximum of node reads of one `in_host` call: about 0.2 ms. The longest prefixes are read first;
+# those that are not read count as in the device's memory, which changes predictions little.
 _HOST_READS = 64
-NODES_AT_ONCE = 500  # that are counted without a pause: a quarter of a millisecond, or a half
+NODES_AT_ONCE = 500  # counted without a pause: 0.25 to 0.5 ms
 
 Prefix = tuple[Namespace, bytes]  # bytes: digest of a block and all blocks before it
 
@@ -188,8 +188,8 @@ class PromptTree:
     def removed(
         self, instance: InstanceId, hashes: Sequence[BlockHash], medium: str | None = None
     ) -> int:
-        """Record that an instance no longer holds blocks `hashes` in `medium`. Returns how many
-        known blocks are now in no medium of it. Raises KeyError for an unknown instance."""
+        """Record that an instance no longer holds blocks `hashes` in `medium`. Returns the number
+        of them that it now holds in no medium. Raises KeyError for an unknown instance."""
         holder = self._holders[instance]
         numbers = holder.table.forget(hashes, medium)
         self._drop(holder, distinct(numbers))
@@ -208,8 +208,8 @@ class PromptTree:
     def match(
         self, namespace: Namespace, tokens: TokenArray, role: Role | None = None
     ) -> dict[InstanceId, int]:
-        """Length in tokens of the longest known prefix, by instance; whole blocks. Instances
-        without a match are absent. `role`: only instances of that role."""
+        """Return the length in tokens of the longest known prefix, by instance, in whole blocks.
+        Instances without a match are absent. `role`: only instances of that role."""
         found: dict[InstanceId, int] = {}
         trees = self._trees.get(namespace)
         if trees is None:
@@ -230,8 +230,8 @@ class PromptTree:
     def in_host(
         self, namespace: Namespace, tokens: TokenArray, matches: Mapping[InstanceId, int]
     ) -> dict[InstanceId, int]:
-        """Tokens of matched prefixes without a copy in the device's memory, by instance; instances
-        without such are absent. `matches`: the result of `match` for the same prompt."""
+        """Return the tokens of matched prefixes without a copy in the device's memory, by instance;
+        instances without such tokens are absent. `matches`: from `match` for the same prompt."""
         found: dict[InstanceId, int] = {}
         holders = [
             (length, holder)
@@ -263,8 +263,8 @@ class PromptTree:
     def expect(
         self, instance: InstanceId, namespace: Namespace, tokens: TokenArray, now: float
     ) -> None:
-        """Count the whole blocks of a prompt as held by `instance`, until KV events confirm that,
-        its cache is cleared, or `expect_seconds` pass. Unknown instances are ignored."""
+        """Count the whole blocks of a prompt as held by `instance` until KV events confirm them,
+        the instance's cache is cleared, or `expect_seconds` pass. Ignores unknown instances."""
         holder = self._holders.get(instance)
         if holder is None:
             return
@@ -293,8 +293,8 @@ class PromptTree:
     # --- for tests, operators and metrics -------------------------------------------------
 
     def held(self, instance: InstanceId) -> set[Prefix]:
-        """Prefixes that an instance holds according to its events, without expectations. Reads
-        every node."""
+        """Return the prefixes that an instance holds according to its events, without
+        expectations. Reads every node."""
         holder = self._holders[instance]
         found: set[Prefix] = set()
         for by_size in self._trees.values():
@@ -314,7 +314,7 @@ class PromptTree:
         return self._holders[instance].table.stored
 
     def stats(self) -> PromptTreeStats:
-        """Sizes of the trees. Reads every node."""
+        """Return the sizes of the trees. Reads every node."""
         reading = self.reading_stats()
         while True:
             try:
@@ -323,7 +323,7 @@ class PromptTree:
                 return cast(PromptTreeStats, end.value)
 
     def nodes(self) -> list[Node]:
-        """All nodes, in no order. One that leaves the trees later has no `parent` then."""
+        """Return all nodes, unordered. A node that is removed later has no `parent` any more."""
         return list(self._shared.by_id.values())
 
     def table(self, slot: int) -> tuple[InstanceId, References | Hashes]:
@@ -333,7 +333,8 @@ class PromptTree:
         return holder.instance, holder.table
 
     def reading_stats(self) -> Generator[None, None, PromptTreeStats]:
-        """Count in pieces of NODES_AT_ONCE, a yield between two: changes in between may count."""
+        """Return the sizes of the trees; a step reads NODES_AT_ONCE nodes. Changes between the
+        steps may be included or not."""
         nodes = self.nodes()
         tree_blocks = num_bytes = 0
         for first in range(0, len(nodes), NODES_AT_ONCE):
@@ -354,7 +355,7 @@ class PromptTree:
         )
 
     def check_integrity(self) -> None:
-        """Raises AssertionError where nodes, tables and trees disagree. Reads every node."""
+        """Raise AssertionError if nodes, tables and trees disagree. Reads every node."""
         nodes: dict[int, Node] = {}
         for by_size in self._trees.values():
             for tree in by_size.values():
@@ -374,12 +375,13 @@ class PromptTree:
                 depths = np.arange(node.start, node.start + len(node))
                 assert (holder.table.depth(numbers) == depths).all()
 
-    # --- inside ---------------------------------------------------------------------------
+    # --- internal -------------------------------------------------------------------------
 
     def _behind(
         self, holder: _Holder, parent: BlockHash | None, namespace: Namespace
     ) -> tuple[Node, int] | None:
-        """Node of block `parent` and the depth after it; None if the holder does not have it."""
+        """Return the node of block `parent` and the depth after it; None if the holder does not
+        have the block."""
         if parent is None:
             return self._tree(namespace, holder.block_tokens).root, 0
         number = holder.table.known(parent)

@@ -28,7 +28,7 @@ _OUTPUT_OUTLIER = 4.0  # cap of one answer's length, as a multiple of the expect
 _SESSION_BYTES = 16
 _MAX_SESSIONS = 100_000  # remembered placements, LRU
 _MAX_CANDIDATE_SETS = 16  # values of `among` whose candidates are kept
-_MAX_CANDIDATES = 1_000_000  # of all these together, of some 70 bytes each
+_MAX_CANDIDATES = 1_000_000  # sum over the kept sets; about 70 bytes each
 
 
 class OutputLength:
@@ -89,7 +89,7 @@ class Scheduler:
             self._candidates.clear()
 
     def remove(self, instance: InstanceId) -> None:
-        """Remove an instance and what is reserved there. Unknown ids are ignored."""
+        """Remove an instance and its reservations. Unknown ids are ignored."""
         if self.load.remove(instance):
             self._candidates.clear()
 
@@ -103,7 +103,7 @@ class Scheduler:
     def decide(
         self, request: PromptRequest, among: Collection[InstanceId] | None = None
     ) -> Decision | None:
-        """Choose where a request runs, reserve it there, and expect its prompt there.
+        """Return the decision where a request runs; reserve its work and expect its prompt there.
 
         `among`: the only instances that the plan may name; None: all. Pass one frozenset object
         repeatedly, since it caches its hash. A reservation that the request already has (on a
@@ -151,8 +151,8 @@ class Scheduler:
         return decision
 
     def whole_prefill_seconds(self, prompt_tokens: int) -> float:
-        """Seconds to compute a prompt with nothing cached, mean over instances, as `Admission`
-        counts cost; 0.0 without instances."""
+        """Return the seconds to compute a prompt with nothing cached, mean over instances: the cost
+        for `Admission`. 0.0 without instances."""
         if not self.load.by_slot:
             return 0.0
         return float(whole_prefill_seconds(self.load, prompt_tokens).mean())
@@ -181,7 +181,7 @@ class Scheduler:
         return candidates
 
     def _kv_tokens(self, request: PromptRequest, output_tokens: int, plan: Plan) -> int:
-        """KV tokens that the sequence takes up in HBM of the answering instance."""
+        """Return the KV tokens that the sequence takes up in HBM of the answering instance."""
         load, needed = self.load, len(request.tokens) + output_tokens
         slot = load.slots[plan.instance]
         if load.has_room(slot, needed):
@@ -190,7 +190,8 @@ class Scheduler:
         return needed - load.shared_tokens(slot, request.namespace, request.tokens[:held])
 
     def _session_key(self, request: PromptRequest) -> bytes | None:
-        """Fixed-size digest of the session's name; None: no session, or the policy ignores it."""
+        """Return a digest of the session's name, of fixed size; None without a session, or if the
+        policy ignores sessions."""
         if request.session is None or not self._policy.sessions:
             return None
         return blake2b(request.session.encode(), digest_size=_SESSION_BYTES).digest()

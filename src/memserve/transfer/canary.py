@@ -21,27 +21,27 @@ from memserve.pool.pool import BlockPool
 from memserve.pool.storage import Extent
 from memserve.types import IndexArray, Medium, RefArray, ref_index, ref_medium
 
-# Per piece, which is one layer of a block; fewer in shorter pieces. KV that has the same bytes by
-# chance, one in 2^128, is refused and computed again.
+# Canary bytes in a piece (one layer of a block); fewer in a piece that is shorter. KV that equals
+# the canary by chance (probability 2^-128) is refused and computed again.
 CANARY_BYTES = 16
 
 _MEDIA = tuple(Medium)  # faster to iterate over than the enumeration
 
 
 class Canaries:
-    """Puts random bytes into target blocks, and looks for them later. Takes no lock of the pool,
-    since these blocks are allocated for the transfer."""
+    """Writes canaries into target blocks. Takes no lock of the pool: these blocks are allocated for
+    the transfer."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        # Places in HBM by heads: to find them takes as long as to write them. Not for DRAM, whose
-        # segments these references would keep.
+        # Canary positions in HBM, by heads: computing them takes as long as writing the canaries.
+        # DRAM positions are not cached: they would keep released segments mapped.
         self._hbm: dict[range, tuple[tuple[Extent, ...], list[_Place]]] = {}
 
     def plant(self, refs: RefArray, heads: range) -> Canary:
-        """`refs`: the pool's own, allocated. `heads`: that the peer writes, at least one, numbered
-        over the whole model. Returns when the bytes are in memory: what is written later is not
-        overwritten."""
+        """Write a canary into the allocated blocks `refs`. `heads`: the KV heads that the peer
+        writes, at least one, numbered over the whole model. Returns when the bytes are in memory,
+        so that the peer's writes come after them."""
         parts = list(self._parts(refs, heads))
         mark = os.urandom(parts[0][0].mark_bytes if parts else 0)
         for place, index in parts:
@@ -57,7 +57,7 @@ class Canaries:
                 continue
             index = ref_index(refs[where])
             extents, places = self._of(medium, heads)
-            if len(extents) == 1:  # mostly
+            if len(extents) == 1:  # the usual case
                 yield places[0], index
                 continue
             for extent, place in zip(extents, places, strict=True):
@@ -88,7 +88,7 @@ class Canary:
 
     def _count(self, found: NDArray[np.uint8]) -> int:
         rows = found.reshape(-1, len(self._mark))
-        if len(self._mark) == CANARY_BYTES:  # comparing two numbers is faster than 16 bytes
+        if len(self._mark) == CANARY_BYTES:  # two uint64 compare faster than 16 bytes
             numbers, mine = rows.view(np.uint64), np.frombuffer(self._mark, dtype=np.uint64)
             same = (numbers[:, 0] == mine[0]) & (numbers[:, 1] == mine[1])
         else:
@@ -98,7 +98,7 @@ class Canary:
 
 class _Place:
     """Position of the canary in the blocks of an extent: the last bytes of `heads` in the values of
-    each layer; of several tokens if one has too few bytes."""
+    each layer. The canary spans several tokens if one token has too few bytes."""
 
     def __init__(self, layout: KVLayout, extent: Extent, heads: range) -> None:
         size = layout.torch_dtype.itemsize
@@ -131,7 +131,7 @@ class _Place:
             self._pieces[index] = np.frombuffer(mark, dtype=self._pieces.dtype)
             return
         device = self._on_gpu.device
-        # A stream of its own: on the engine's it would come behind a whole step.
+        # On a separate stream, because the engine's stream may have a whole step queued.
         with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
             value = torch.frombuffer(bytearray(mark), dtype=torch.uint8).to(device)
             self._on_gpu[torch.from_numpy(index).to(device)] = value.view(self._on_gpu.shape[2:])

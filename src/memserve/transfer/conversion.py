@@ -11,7 +11,7 @@ import msgspec
 from memserve.errors import LayoutMismatch
 from memserve.pool.layout import KVLayout
 
-# Fields that say where a block's bytes lie and which heads it holds; the others say what they mean.
+# Fields for the placement of a block's bytes and for its heads; the others define their meaning.
 _PLACEMENT = frozenset({"aggregated", "kv_heads", "head_start"})
 
 
@@ -58,8 +58,8 @@ def require_filled(source: KVLayout, target: KVLayout, what: str) -> None:
     heads = common_heads(source, target)
     if heads != target.heads:
         raise LayoutMismatch(
-            f"{what} takes KV heads {target.heads} of layout {target.fingerprint}, and layout "
-            f"{source.fingerprint} has {heads} of them; send into blocks of the receiver's (dst)"
+            f"{what} needs KV heads {target.heads} of layout {target.fingerprint}, but layout "
+            f"{source.fingerprint} has only {heads}; pass `dst`, blocks that the receiver allocated"
         )
 
 

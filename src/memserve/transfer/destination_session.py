@@ -113,7 +113,7 @@ class DestinationSession:
         return self._quarantine(now) if self.state is DestinationState.OPEN else []
 
     def on_gone(self, now: float) -> Actions:
-        """The source's life is over: none of its writes can still arrive."""
+        """Handle the end of the source's life, after which none of its writes can arrive."""
         state, self.state = self.state, DestinationState.ENDED
         if state in (DestinationState.OPEN, DestinationState.QUARANTINED):
             return [Free(), Forget()]
@@ -192,7 +192,7 @@ class DestinationSession:
 
 
 def answer_as_unaware(message: SessionMessage) -> Actions:
-    """Return D's answer about a transfer or attempt of which D has nothing: Aborted."""
+    """Return D's answer about a transfer or attempt that D does not know: Aborted."""
     if isinstance(message, Commit | Abort):
         return [Send(Aborted(message.number, message.attempt))]
     return []

@@ -14,8 +14,8 @@ from memserve.types import InstanceId, RefArray
 
 
 class Transfer:
-    """The caller's handle of a transfer to a peer. `sent`: number of blocks sent, once it is done;
-    less than asked if the peer's index had some."""
+    """The caller's handle of a transfer to a peer. `sent`: number of blocks sent, set at the end;
+    fewer than the source blocks if the peer's index had some of them."""
 
     def __init__(self, instance: InstanceId, refs: RefArray, cancel: Callable[[], None]) -> None:
         self.instance = instance
@@ -107,10 +107,10 @@ class PeerStats(msgspec.Struct, frozen=True):
 
     outgoing: int = 0  # transfers from here that have not ended
     incoming: int = 0  # transfers to here, committed ones that are remembered included
-    quarantined: int = 0  # blocks that a peer may still write to, which nobody else gets
+    quarantined: int = 0  # blocks that are not reused, because a peer may still write to them
     granted: int = 0  # blocks that peers have allocated here
     malformed: int = 0  # messages
     mismatched: int = 0  # messages of another protocol version or layout
     strangers: int = 0  # connections without the secret
     failed: int = 0  # messages and steps that could not be handled
-    unwritten: int = 0  # transfers that were committed and not written
+    unwritten: int = 0  # transfers that a peer committed without writing all blocks

@@ -28,8 +28,8 @@ from memserve.transfer.wire import (
 )
 from memserve.types import Epoch, InstanceId, Owner
 
-# Connections that end before a Hello until the address is given up: peers hang up on a wrong
-# secret. One such end may be a peer that died.
+# The number of connections that end before a Hello after which `connect` fails: a peer closes a
+# connection with a wrong secret. A single such end may be a peer that died.
 REFUSALS = 2
 
 
@@ -81,7 +81,7 @@ class Dialler:
         for dialled in list(self._waiting):
             address = dialled.dealer.address
             if dialled.dealer.foreign or dialled.dealer.broken >= REFUSALS:
-                text = f"{address} hangs up: its secret is not this pool's"
+                text = f"{address} closes the connection: its secret differs from this pool's"
                 self.fail(dialled, PeerRefused(text))
             elif now >= dialled.gives_up_at:
                 lost = PeerLost(f"no pool has answered at {address}")
@@ -89,7 +89,7 @@ class Dialler:
         return [dialled.dealer for dialled in self._waiting]
 
 
-_ANYBODY = Epoch(0)  # the receiver of a Hello: any life at the address
+_ANY_LIFE = Epoch(0)  # the receiver of a Hello: any life at the address
 
 
 @dataclass(slots=True)
@@ -99,12 +99,12 @@ class Counters:
     malformed: int = 0  # messages that no pool sends; dropped
     mismatched: int = 0  # messages of another protocol version or KV layout; refused
     misdirected: int = 0  # messages to or from a life that is not the current one; dropped
-    failed: int = 0  # messages and steps that could not be handled; their sender is left
+    failed: int = 0  # messages and steps that raised; all transfers with their sender are ended
     unwritten: int = 0  # transfers committed whose blocks were not all written; refused
 
 
 class Handshakes:
-    """Owns this pool's Hello, and the connections on which none has come yet."""
+    """Owns this pool's Hello, and the connections on which no Hello has arrived yet."""
 
     def __init__(
         self, pool: SharedPool, sockets: PoolSockets, transports: list[Transport], peers: Peers
@@ -178,14 +178,15 @@ class Handshakes:
         known life of the sender's instance is silent."""
         dialled = self.dialler.by(arrival.path)
         if dialled is not None and sender.instance != dialled.instance:
-            text = f"at {dialled.dealer.address} is {sender.instance!r}, not {dialled.instance!r}"
+            address = dialled.dealer.address
+            text = f"{address} is the address of {sender.instance!r}, not {dialled.instance!r}"
             self.dialler.fail(dialled, PeerRefused(text))
             return None
         try:
             compatibility(self._pool.layout, hello.memory.layout)
         except LayoutMismatch as error:
             self.counters.mismatched += 1
-            if hello.answer:  # the other side then finds the same mismatch
+            if hello.answer:  # so that the other side reports the mismatch too
                 self.greet(arrival.path, answer=False)
             if dialled is not None:
                 self.dialler.fail(dialled, error)
@@ -231,21 +232,21 @@ class Handshakes:
         error: MemserveError
         if mismatch.version != PROTOCOL_VERSION:
             error = PeerRefused(
-                f"{name!r} speaks version {mismatch.version} of the protocol, "
-                f"this is version {PROTOCOL_VERSION}"
+                f"{name!r} uses version {mismatch.version} of the transfer protocol, "
+                f"this pool version {PROTOCOL_VERSION}"
             )
         else:
             error = LayoutMismatch(
-                f"KV of layout {mismatch.fingerprint.hex()}, which {name!r} has, does not mean "
-                f"what this pool's does, {self._pool.layout.fingerprint}"
+                f"{name!r} has KV of layout {mismatch.fingerprint.hex()}, which is not compatible "
+                f"with this pool's layout {self._pool.layout.fingerprint}"
             )
         self.dialler.fail(dialled, error)
 
     def _say(self, path: Way, message: Hello | NotWelcome) -> bool:
-        return self._sockets.send(path, self.header, encode(self._pool.owner, _ANYBODY, message))
+        return self._sockets.send(path, self.header, encode(self._pool.owner, _ANY_LIFE, message))
 
     def _introduce_to_all(self) -> None:
-        """Send a Hello on each way before any message that relies on it."""
+        """Send a Hello on every connection, before messages that rely on its contents."""
         self._edition += 1
         for peer in self._peers:
             for path in (peer.dealer, peer.route):

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 _ALL: TokenArray = np.empty(0, dtype=np.int32)
 # Seconds between the first two deletes of `PoolLink.forget`. A cancelled step or transfer may still
 # hold pins, or insert KV; this is longer than a step, and longer than a LEASE, after which the
-# transfer of a silent peer is never committed. On a machine that is overloaded each may take
-# longer: LINGER_DELETES follow, each after twice the time of the last.
+# transfer of a silent peer is not committed any more. On an overloaded machine both may take
+# longer: LINGER_DELETES further deletes follow, at doubled intervals.
 LINGER_SECONDS = 2 * LEASE
 LINGER_DELETES = 5
 # Seconds for which `meet` repeats a peer's last error instead of connecting again.
@@ -46,7 +46,7 @@ class Pushed:
 
 
 def totals_of(pool: MemPool) -> PoolTotals:
-    """Return a pool's figures as an instance reports them. Waits for no other thread."""
+    """Return a pool's totals for the instance's statistics. Does not wait for other threads."""
     totals = msgspec.convert(pool.stats(), PoolTotals, from_attributes=True)
     return msgspec.structs.replace(totals, quarantined=pool.quarantined_blocks)
 
@@ -143,23 +143,23 @@ class PoolLink:
             del self._meetings[peer]
 
     async def until_lost(self, peer: PoolPeer) -> str:
-        """Return why a peer's instance can no longer be waited for: its pool cannot be reached, is
-        silent for a LEASE, says that its process is stalled, or is another life's by now."""
+        """Wait until a peer's instance is lost; return the reason. The instance is lost if its pool
+        cannot be reached, is silent for a LEASE, reports a stalled process, or has restarted."""
         try:
             await self.meet(peer)
         except (TransferError, PoolError) as error:
-            if not self._pool.hears(peer.id):  # it may have connected to this pool
+            if not self._pool.hears(peer.id):  # the peer may have connected to this pool
                 return str(error)
         life = self._pool.heard_life(peer.id)
-        # Another thread keeps the lease.
+        # Polled, because the transfer thread renews the lease.
         while life is not None and self._pool.heard_life(peer.id) == life:  # noqa: ASYNC110
             await asyncio.sleep(LOOK_SECONDS)
         self.lost(peer)
         return f"{peer.id} is silent"
 
     async def run(self) -> None:
-        """Never return: tell peers that this event loop runs. The pool's owner watches the pool's
-        threads."""
+        """Tell peers that this event loop runs, until cancelled. The pool's owner watches the
+        pool's threads."""
         while True:
             self._pool.vouch()
             await asyncio.sleep(HEARTBEAT)
@@ -189,8 +189,8 @@ class PoolLink:
         self._peers.pop(peer.id, None)
 
     def forget(self, namespace: Namespace) -> None:
-        """Delete a namespace's KV now, and again LINGER_DELETES times: KV that was pinned, or
-        inserted since."""
+        """Delete a namespace's KV now, and LINGER_DELETES times later, for KV that is pinned now or
+        inserted later."""
         self._pool.delete(_ALL, namespace)
         self._forget_later(namespace, LINGER_SECONDS, LINGER_DELETES)
 
@@ -258,6 +258,6 @@ class LinkedStream(KVStream):
             self._link.lost(self.peer)
             raise
         except (TransferError, PoolError) as error:
-            # The peer had no free blocks then, or the sequence was preempted.
+            # The peer had no free blocks, or the sequence was preempted: `push` sends the KV.
             log.info("KV was not sent to %s while it was computed: %s", self.peer.id, error)
         return await self._link.push(self.peer, self.tokens, self.source, self.target)

@@ -56,7 +56,7 @@ class KVStream:
         self.target = target
         self._pool = pool
         self._mode = mode
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards the fields below
         self._attempt: _StreamAttempt | None = None  # the transfer of the last admission
         self._refusal: TransferError | PoolError | None = None  # why that admission has none
         self._closed = False
@@ -124,7 +124,7 @@ class _StreamAttempt:
         layers = pool.layout.layers
         cut = range(layers) if mode == "by-request" else ()
         self._pieces: list[range | None] = [range(layer, layer + 1) for layer in cut] or [None]
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards the fields below
         self._unready = stream.blocks * layers  # (block, layer) pairs that are not computed
         self._wanted = False  # `commit` was called
         self._ended = False
@@ -192,7 +192,7 @@ def _unless_closed() -> suppress:
 
 
 async def ended(transfer: Transfer) -> None:
-    """Wait for the transfer's end, whatever its outcome. Cancelling this cancels the transfer."""
+    """Wait for the transfer's end, with any outcome. Cancelling the wait cancels the transfer."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
 

@@ -135,8 +135,8 @@ class MemPool(SharedPool):
         return life.transport.name
 
     def vouch(self) -> None:
-        """Tell that this process serves calls. From the first `vouch` on, peers hear that the
-        process is stalled when none has come for a LEASE, and that it is not when one comes."""
+        """Declare that this process serves calls now. Peers are told that the process is stalled
+        when the next call of `vouch` does not come within a LEASE, and again when it comes."""
         now, last = self._transfer_clock.now(), self.vouched
         self.vouched = now
         service = self._service
@@ -145,12 +145,12 @@ class MemPool(SharedPool):
                 service.submit(PeerEndpoint.tell_all)
 
     def hears(self, instance: str) -> bool:
-        """Return whether a peer is connected, heard of within a LEASE, and not stalled. Waits for
-        no other thread."""
+        """Return whether a peer is connected, was heard within a LEASE, and is not stalled. Does
+        not wait for other threads."""
         return self.heard_life(instance) is not None
 
     def heard_life(self, instance: str) -> Owner | None:
-        """Return the life of a peer that `hears` is true for; None for others."""
+        """Return the life of a peer for which `hears` is true; None for other peers."""
         service = self._service
         return None if service is None else service.heard_life(InstanceId(instance))
 
@@ -247,7 +247,7 @@ class MemPool(SharedPool):
         if instance is None or instance == self.owner.instance:
             return super().alloc_mem(n, medium, private=private)
         if n < 0:
-            raise LengthMismatch(f"{n} blocks asked")
+            raise LengthMismatch(f"cannot allocate {n} blocks")
         prepare = Prepare(next(self._numbers), n, medium)
         handle = self._begin(InstanceId(instance), prepare, _NONE, _NONE, DEADLINE, [])
         try:
@@ -307,7 +307,7 @@ class MemPool(SharedPool):
     def _require_service(self) -> Service:
         service = self._service
         if service is None:
-            raise UnknownPeer(f"pool {self.owner.instance!r} is not connected to any other")
+            raise UnknownPeer(f"pool {self.owner.instance!r} is not connected to any peer")
         return service
 
     def _open(
@@ -362,7 +362,7 @@ class MemPool(SharedPool):
         service = self._require_service()
         life = service.life(instance)
         if len(target) and (ref_owner(target) != intern_owner(*life.owner)).any():
-            raise StaleBlock(f"not all of `dst` are blocks of the present life of {instance!r}")
+            raise StaleBlock(f"some of `dst` are not blocks of the current life of {instance!r}")
         if len(source) and (prepare.tokens is not None or prepare.target is None):
             require_filled(self.layout, life.memory.layout, "a transfer of whole blocks")
         session = SourceSession(prepare, service.lease(life.owner), idle_timeout)
@@ -400,7 +400,7 @@ class MemPool(SharedPool):
         number = int(ref_owner(refs)[0])
         if self._service is None or (ref_owner(refs) != number).any():
             super().free_mem(refs)  # raises the precise error
-            raise ForeignBlock("blocks of one instance at a time")
+            raise ForeignBlock("one call frees blocks of one instance only")
         try:
             owner = owner_of(number)
         except IndexError:
@@ -410,7 +410,7 @@ class MemPool(SharedPool):
 
         def task(endpoint: PeerEndpoint, now: float) -> None:
             if endpoint.peers.current(owner.instance).owner != owner:
-                raise StaleBlock(f"{owner.instance!r} has begun another life without them")
+                raise StaleBlock(f"{owner.instance!r} has restarted without these blocks")
             message = endpoint.frees.begin(owner, to_wire_refs(refs), freed, now)
             endpoint.say(owner, message)
 

@@ -160,7 +160,7 @@ def from_wire_refs(wire_refs: bytes, owner: int) -> RefArray:
     return local
 
 
-# Errors that a peer may name: all of pools and transfers that are made of a text.
+# Errors that a peer may name: those of pools and transfers whose only argument is a text.
 _KINDS: dict[str, type[MemserveError]] = {
     name: kind
     for name, kind in vars(errors).items()
@@ -171,7 +171,7 @@ _KINDS: dict[str, type[MemserveError]] = {
 
 
 def to_failure(error: MemserveError) -> Failure:
-    """Return an error as it travels: the name of its class, and its text or numbers."""
+    """Return the wire form of an error: the name of its class, and its text or numbers."""
     if isinstance(error, OutOfBlocks):
         numbers = (error.asked, error.free, error.evictable, error.total)
         return Failure(OutOfBlocks.__name__, error.medium, numbers)
@@ -179,7 +179,7 @@ def to_failure(error: MemserveError) -> Failure:
 
 
 def _sendable(text: str) -> str:
-    """Replace what UTF-8 cannot encode, such as half of a surrogate pair."""
+    """Return up to MAX_TEXT characters; those without UTF-8 (lone surrogates) become `?`."""
     return text[:MAX_TEXT].encode(errors="replace").decode()
 
 

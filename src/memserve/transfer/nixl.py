@@ -26,7 +26,7 @@ from memserve.types import InstanceId, Owner
 # Bytes of one request. NIXL cannot cancel a posted request: CHUNK_BYTES * WINDOW bytes may still be
 # written after a cancel. Within one host a post copies before it returns: a few milliseconds.
 CHUNK_BYTES = 8 * 1024 * 1024
-# Requests in flight to one peer, so that the next one is posted when one ends.
+# Maximum of requests in flight to one peer; the next one is posted when one ends.
 WINDOW = 4
 
 
@@ -36,7 +36,7 @@ class _Link:
 
     owner: Owner
     table: RegionTable
-    metadata: bytes | None  # to load, once NIXL has forgotten the former; None: loaded
+    metadata: bytes | None  # to load when NIXL has forgotten the previous one; None: loaded
     posted: int = 0  # requests in flight
     broken: TransferError | None = None
 
@@ -66,12 +66,12 @@ def _agent_name(owner: Owner) -> str:
 class NixlTransport:
     """Posts scatter-gather writes, up to WINDOW at a time, and polls them.
 
-    Neither a request in progress is released nor its peer forgotten: NIXL would report no end of
-    it, and go on reading the source and writing the target.
+    A request in progress is not released, and its peer is not forgotten: NIXL would continue to
+    read the source and to write the target, without a report of the end.
     """
 
     name = "nixl"
-    poll_interval = 0.0002  # a request takes longer; NIXL's own thread helps meanwhile
+    poll_interval = 0.0002  # less than a request takes; NIXL's progress thread works meanwhile
 
     def __init__(self, owner: Owner, layout: KVLayout, tls: str | None = None) -> None:
         """`owner`, `layout`: of the local pool. `tls`: see NixlAgent. Raises TransferError."""
@@ -144,7 +144,7 @@ class NixlTransport:
         ended = []
         for ticket, job in list(self._jobs.items()):
             self._post_more(job)
-            self._check(job)  # afterwards: within a host, a posted request is done already
+            self._check(job)  # after posting: within a host, a posted request is complete already
             if not job.to_post and not job.requests:
                 ended.append(self._end(ticket, job))
         self._forget_left()
@@ -159,7 +159,7 @@ class NixlTransport:
             job.cancelled = True
 
     def close(self) -> None:
-        # The agent first: until it is deleted, it may read the memory.
+        # Delete the agent first: until then it may read the memory.
         del self._agent
         self._jobs.clear()
         self._links.clear()
@@ -229,7 +229,7 @@ class NixlTransport:
                 self._agent.forget(link.agent)
                 name = self._agent.load(link.metadata)
             if name != link.agent:
-                raise TransferError(f"metadata of agent {name!r} instead of {link.agent!r}")
+                raise TransferError(f"NIXL metadata is of agent {name!r}, not of {link.agent!r}")
         except TransferError as error:
             link.broken = error
             return

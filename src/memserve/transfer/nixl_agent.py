@@ -19,15 +19,15 @@ from memserve.types import IndexArray
 
 Request = NewType("Request", int)
 
-# Microseconds between two polls of NIXL's progress thread; without, it spins on a core.
+# Microseconds between two polls of NIXL's progress thread; without a delay it occupies a core.
 PROGRESS_DELAY = 1000
 
 _BACKEND = "UCX"
-# A mutex for the lock that the progress thread and the posting one share: spinning for it took 40 %
-# of a sender's time over TCP. UCX_* variables of these names take precedence.
+# A mutex instead of a spin lock between the progress thread and the posting thread: spinning took
+# 40 % of a sender's time over TCP. UCX_* variables of these names take precedence.
 _UCX_OPTIONS = ("USE_MT_MUTEX=y",)
-# Bytes that TCP reads ahead, which are copied once more: 64 KiB, the default, took a fifth of a
-# receiver's time. At least _SENT_AHEAD's value, which is 8 KiB by default.
+# Bytes that TCP reads ahead, which cost one more copy: the default, 64 KiB, took a fifth of a
+# receiver's time. Must not be below _SENT_AHEAD, whose default is 8 KiB.
 _READ_AHEAD = "TCP_RX_SEG_SIZE=8k"
 _SENT_AHEAD = "UCX_TCP_TX_SEG_SIZE"
 
@@ -44,8 +44,8 @@ class MetadataConflict(TransferError):
 
 
 def load_bindings() -> ModuleType:
-    """Return NIXL's bindings, whose Python wrapper would let the progress thread spin. Raises
-    TransferError."""
+    """Return NIXL's bindings without their Python wrapper, which sets no delay for the progress
+    thread. Raises TransferError."""
     try:
         return importlib.import_module("nixl._bindings")
     except ImportError as error:
@@ -86,7 +86,7 @@ class NixlAgent:
             nixl.nixlUnknownError,
         )
         config = nixl.nixlAgentConfig()
-        config.useProgThread = True  # a TCP target makes no progress without
+        config.useProgThread = True  # a TCP target makes no progress without this thread
         config.pthrDelay = PROGRESS_DELAY
         config.syncMode = nixl.NIXL_THREAD_SYNC_STRICT
         try:
@@ -128,7 +128,7 @@ class NixlAgent:
         return name.decode(errors="replace")  # a peer chose it
 
     def forget(self, name: str) -> None:
-        """Forget a peer. Requests in progress go on unseen."""
+        """Forget a peer. Requests in progress continue, and their end is not reported."""
         try:
             self._agent.invalidateRemoteMD(name)
         except self._nixl.nixlNotFoundError:
@@ -168,7 +168,7 @@ class NixlAgent:
         return RequestState.DONE
 
     def release(self, request: Request) -> None:
-        """Release a request that has ended. One in progress would go on unseen."""
+        """Release a request that has ended. A request in progress would continue unreported."""
         with suppress(*self._failures):  # NIXL released it when the connection broke
             self._agent.releaseXferReq(request)
 

@@ -91,7 +91,7 @@ class PeerEndpoint:
             unwritten=self.counters.unwritten,
         )
 
-    # --- saying ---------------------------------------------------------------------------
+    # --- sending --------------------------------------------------------------------------
 
     def say(self, peer: Owner, message: Message) -> None:
         """Send a message to one life of a peer; dropped if that life is not current."""
@@ -108,7 +108,7 @@ class PeerEndpoint:
             if peer.life is not None:
                 self.say(peer.life.owner, message)
 
-    # --- hearing --------------------------------------------------------------------------
+    # --- events ---------------------------------------------------------------------------
 
     def on_arrival(self, arrival: Arrival, now: float) -> None:
         try:
@@ -165,7 +165,7 @@ class PeerEndpoint:
             self.handshakes.greet(dealer, answer=True)
 
     def on_over(self, owner: Owner, now: float) -> None:
-        """A life has certainly ended, and none of its writes can still arrive."""
+        """Handle the certain end of a life, after which none of its writes can arrive."""
         self.peers.forget(owner)
         self.perform(self.table.on_gone(owner, now), now)
         self.receiver.revoke_all(owner)
@@ -182,7 +182,7 @@ class PeerEndpoint:
         """Whether a timer may be due before the next heartbeat."""
         return self.table.active or self.frees.active or len(self.handshakes.dialler) > 0
 
-    # --- doing ----------------------------------------------------------------------------
+    # --- actions of sessions --------------------------------------------------------------
 
     def begin(self, outgoing: Outgoing, now: float) -> None:
         """Start a transfer; it fails at once if the peer's life has ended since the lookup."""
@@ -261,7 +261,7 @@ class PeerEndpoint:
             return session.on_unpublishable(to_failure(error))
         return session.on_published(wire_refs, now)
 
-    # --- inside ---------------------------------------------------------------------------
+    # --- internal -------------------------------------------------------------------------
 
     def _beat(self, now: float, *, answer: bool) -> Beat:
         vouched = self._pool.vouched
@@ -290,7 +290,7 @@ class PeerEndpoint:
     def _leave(self, peer: Owner, now: float) -> None:
         """End all transfers with a life whose message or step failed in this pool. Blocks that the
         life may still write go into quarantine; the life may introduce itself again."""
-        self.report(f"talking to {peer.instance!r} failed; it has to introduce itself again")
+        self.report(f"error with peer {peer.instance!r}: its transfers end until its next Hello")
         self.peers.leave(peer)
         self.perform(self.table.leave(peer, now), now)
 

@@ -15,10 +15,10 @@ from memserve.transfer.unix_socket import UnixAddress, is_unix_socket
 from memserve.transfer.wire import Hello
 from memserve.types import InstanceId, Owner
 
-# Instances that a pool knows at a time: more than any cluster has, and fewer than there are numbers
-# for owners.
+# Maximum of instances that a pool knows at a time: far more than a cluster has, and less than
+# MAX_OWNERS.
 MAX_PEERS = 4096
-# Remembered connections of one life: the present one, and those that broke recently.
+# Remembered connections of one life: the current one, and those that broke recently.
 ROUTES = 4
 
 
@@ -31,17 +31,17 @@ class PeerSession:
     memory: PoolRegions
     hello: Hello
     unix_address: UnixAddress | None = None  # its socket, if it is on this host
-    # Names of its last connections to us on which a Hello came.
+    # ROUTER names of its last connections to this pool on which a Hello came.
     routes: deque[bytes] = field(default_factory=lambda: deque(maxlen=ROUTES))
-    transport: Transport | None = None  # None: none reaches its memory
+    transport: Transport | None = None  # None: no transport reaches its memory
     obstacle: str = ""  # why `transport` is None
-    unix_route: UnixAddress | None = None  # `unix_address`, while it takes what is sent there
-    silent: bool = False  # not heard of for a LEASE, at the last beat
-    stalled: bool = False  # its last Beat says so
+    unix_route: UnixAddress | None = None  # `unix_address`; None after a datagram failed
+    silent: bool = False  # no message for a LEASE, as of this pool's last beat
+    stalled: bool = False  # the `stalled` of its last Beat
 
     @property
     def lost(self) -> bool:
-        """Whether nothing may be waited for from this life's instance."""
+        """Whether callers must stop waiting for this life's instance."""
         return self.silent or self.stalled
 
 
@@ -50,9 +50,9 @@ class Peer:
     """One instance."""
 
     instance: InstanceId
-    dealer: Dealer | None = None  # our connection to it
-    route: bytes | None = None  # its connection to us
-    life: PeerSession | None = None  # the current one, if it is there
+    dealer: Dealer | None = None  # connection from this pool
+    route: bytes | None = None  # connection to this pool: its name in the ROUTER
+    life: PeerSession | None = None  # the current life; None: not connected
 
     @property
     def path(self) -> Dealer | bytes | None:
@@ -81,7 +81,7 @@ class Peers:
         peer = self._by_instance.get(instance)
         if peer is None:
             if len(self._by_instance) >= MAX_PEERS:
-                raise PeerRefused(f"{MAX_PEERS} instances are known here, and no more can be")
+                raise PeerRefused(f"this pool knows {MAX_PEERS} instances, the maximum")
             peer = self._by_instance[instance] = Peer(instance)
         return peer
 
@@ -96,7 +96,7 @@ class Peers:
             known = ", ".join(sorted(self._by_instance)) or "none"
             raise UnknownPeer(f"instance {instance!r} is not connected; connected: {known}")
         if peer.life is None:
-            raise UnknownPeer(f"instance {instance!r} is not there now")
+            raise UnknownPeer(f"instance {instance!r} was connected and is not now")
         return peer.life
 
     def is_from(self, owner: Owner, way: Way) -> bool:
@@ -113,8 +113,8 @@ class Peers:
         """Take a Hello of a new life, or of a known one whose memory changed. `silent`: the known
         life of this instance is silent. Returns the lives that have certainly ended.
 
-        Raises PeerRefused while another life of the instance is heard: messages do not tell which
-        of two lives is the later one, so the one that is heard keeps the name.
+        Raises PeerRefused while another life of the instance is heard: messages do not show which
+        of two lives is the later one, so the current life stays.
         """
         peer = self.add(owner.instance)
         known = peer.life
@@ -128,7 +128,7 @@ class Peers:
             life = peer.life = PeerSession(owner, hello.process, hello.memory, hello)
             if known is not None:
                 life.routes = known.routes
-                life.stalled = known.stalled  # what its next Beat says is newer
+                life.stalled = known.stalled  # until its next Beat
             if hello.memory.host == host_id() and is_unix_socket(hello.unix_socket):
                 life.unix_address = life.unix_route = UnixAddress(hello.unix_socket)
             self._choose_transport(life)
@@ -138,13 +138,13 @@ class Peers:
         return over
 
     def _replace(self, known: PeerSession, peer: Peer, way: Way, silent: bool) -> list[Owner]:
-        """Let another life take the place of a known one; return the known one if it has ended."""
+        """Drop a known life for another one; return it in a list if it has certainly ended."""
         dead = is_known_dead(known.process)
-        # Another process answers at its address.
+        # Another process answers at the known life's address.
         moved_in = peer.dealer is not None and way is peer.dealer
         if not (dead or moved_in or silent):
             raise PeerRefused(
-                f"another {known.owner.instance!r} is here (epoch {known.owner.epoch}), and alive"
+                f"another life of {known.owner.instance!r} (epoch {known.owner.epoch}) is connected"
             )
         self.drop(known.owner)
         if is_visible(known.process) and not dead:

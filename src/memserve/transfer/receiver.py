@@ -32,12 +32,12 @@ class _Held:
     match: Match | None
     own: RefArray  # allocated for the session
     guard: Guard | None = None  # on blocks that a local caller allocated
-    canary: Canary | None = None  # in the blocks to be written, if others will read them
+    canary: Canary | None = None  # in the blocks to write; None: the writing peer gets them
 
 
 class Receiver:
-    """Owns the blocks of sessions, and the *grants*: blocks of plain transfers, which peers have
-    until they free them or are gone."""
+    """Owns the blocks of sessions, and the *grants*: blocks of plain transfers, which belong to a
+    peer until the peer frees them or is gone."""
 
     def __init__(self, pool: SharedPool, owner_number: int) -> None:
         self._pool = pool
@@ -45,9 +45,9 @@ class Receiver:
         self._canaries = Canaries(pool)
         self._held: dict[DestinationSession, _Held] = {}
         self._grants: dict[tuple[Owner, int], RefArray] = {}
-        self._quarantined: dict[DestinationSession, int] = {}  # blocks
-        # Blocks that nobody may have because a peer may still write to them. A plain number, which
-        # any thread may read.
+        self._quarantined: dict[DestinationSession, int] = {}  # number of blocks
+        # Number of blocks that are not reused, because a peer may still write to them. A plain
+        # int, which any thread may read.
         self.quarantined_blocks = 0
 
     @property
@@ -71,7 +71,7 @@ class Receiver:
             held.guard = self._guard_target(peer, prepare, prepare.target, heads)
             held.canary = self._canaries.plant(held.guard.refs, heads)
             return 0, prepare.target
-        if tokens is None:  # the blocks become the peer's
+        if tokens is None:  # a plain transfer: the blocks become the peer's
             held.own = self._pool.alloc_mem(prepare.blocks, prepare.medium, private=True)
             return 0, to_wire_refs(held.own)
         held.match = self._pool.match(tokens, prepare.namespace)
@@ -88,7 +88,7 @@ class Receiver:
         held = self._held[session]
         if held.canary is not None and (left := held.canary.left()):
             raise UnwrittenBlocks(
-                f"{left} pieces of {session.prepare.blocks} blocks were committed and not written"
+                f"{left} pieces of {session.prepare.blocks} committed blocks were not written"
             )
         if held.tokens is None:
             refs = held.own if held.guard is None else held.guard.refs

@@ -16,7 +16,7 @@ from memserve.types import Medium
 
 
 def local_regions(pool: BlockPool) -> tuple[LocalRegion, ...]:
-    """Return a pool's memory as it is now. Raises PoolError once the pool is closed."""
+    """Return the current memory of a pool. Raises PoolError once the pool is closed."""
     return tuple(
         LocalRegion(
             Region(
@@ -69,6 +69,6 @@ def choose_transport(
         return "nixl"
     reach = "can" if mappable(memory) else "cannot"
     raise TransferError(
-        f"no path to the peer ({wanted} wanted): here {sorted(ours)}, there {sorted(theirs)}, "
-        f"and its memory {reach} be mapped"
+        f"no transport to the peer (path={wanted!r}): this pool has {sorted(ours)}, the peer "
+        f"{sorted(theirs)}, and the peer's memory {reach} be mapped"
     )

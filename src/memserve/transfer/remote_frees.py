@@ -13,7 +13,7 @@ from memserve.transfer.session import LEASE, Retry
 from memserve.transfer.wire import FreeBlocks, FreedBlocks
 from memserve.types import Owner
 
-# Answers kept for each life: more than its calls under way at a time.
+# Answers kept for each life: more than its calls in flight at a time.
 ANSWERS = 1024
 
 
@@ -27,7 +27,7 @@ class _Call:
 
 
 class RemoteFrees:
-    """Both sides of these calls, without sockets."""
+    """Calls that free blocks at a peer, and answers to such calls of peers. No I/O."""
 
     def __init__(self) -> None:
         self._numbers = count(1)
@@ -68,10 +68,10 @@ class RemoteFrees:
         self._answers.pop(peer, None)
         for call in list(self._open.values()):
             if call.peer == peer:
-                self._lose(call, "it is gone")
+                self._lose(call, "the peer is gone")
 
     def known_answer(self, peer: Owner, call: int) -> FreedBlocks | None:
-        """Return the answer to an earlier copy of a call; None: it is new."""
+        """Return the answer to an earlier copy of a call; None for a new call."""
         answers = self._answers.get(peer)
         return None if answers is None else answers.get(call)
 
@@ -84,4 +84,4 @@ class RemoteFrees:
     def _lose(self, call: _Call, why: str) -> None:
         del self._open[call.message.call]
         name = call.peer.instance
-        call.outcome.set_exception(PeerLost(f"free of blocks of {name!r}: {why}"))
+        call.outcome.set_exception(PeerLost(f"blocks of {name!r} may not be free: {why}"))

@@ -1,10 +1,9 @@
 """`ClusterKeys`: CURVE keys from the cluster's secret, for authenticated and encrypted sockets.
 
 Connections use CURVE (RFC 26/ZMTP, Curve25519 with fresh keys for each connection): libzmq
-encrypts and authenticates every frame and refuses replayed ones. An own HMAC scheme would
-leave prompts readable on the network and the replay window to us. Both key pairs, of servers
-and of clients, derive from the secret: a server proves itself by the one, a client by the
-other.
+encrypts and authenticates every frame and refuses replayed frames. An HMAC per message would
+leave prompts readable on the network. The secret yields two key pairs: servers authenticate
+with one, clients with the other.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class ClusterKeys:
         masters = secret.masters
         self._server = _derive(masters[0], b"server")
         self._client = _derive(masters[0], b"client")
-        # While the secret is changed, clients that still show the former one are let in.
+        # While the secret is being changed, clients with the previous one are accepted too.
         self._known = [z85.decode(_derive(master, b"client").public) for master in masters]
 
     def secure_server(self, socket: zmq.Socket[bytes]) -> None:
@@ -62,7 +61,7 @@ class ClusterKeys:
         return gate
 
     def answer(self, gate: zmq.Socket[bytes]) -> bool:
-        """Answer one ZAP request; return whether the client is let in."""
+        """Answer one ZAP request; return whether the client is accepted."""
         frames = gate.recv_multipart()
         if len(frames) < _ZAP_FRAMES:  # not from libzmq
             return False

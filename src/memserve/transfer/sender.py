@@ -24,7 +24,7 @@ class Outgoing:
     peer: Owner
     handle: Transfer
     source: RefArray
-    pins: Match | None  # on the source blocks that are cached; None: none is
+    pins: Match | None  # pins on the cached source blocks; None: no block is cached
 
 
 class Sender:
@@ -47,12 +47,12 @@ class Sender:
         self._outgoing[outgoing.session] = outgoing
 
     def write(self, session: SourceSession, write: Write, now: float) -> Actions:
-        """Post a write. Return the session's actions if that fails at once."""
+        """Post a write; return the session's actions if posting fails, else none."""
         outgoing = self._outgoing[session]
         try:
             life = self._peers.current(outgoing.peer.instance)
             if life.owner != outgoing.peer or life.transport is None:
-                raise TransferError(life.obstacle or "it has another life now")
+                raise TransferError(life.obstacle or "the peer has restarted")
             first, last, layers = write.round
             target = from_wire_refs(write.wire_refs, 0)
             writes = WriteList(
@@ -77,7 +77,7 @@ class Sender:
     def on_completion(
         self, transport: Transport, completion: Completion, now: float
     ) -> tuple[Outgoing, Actions]:
-        """Take the end of a write; return its transfer and the session's actions."""
+        """Handle the end of a write; return its transfer and the session's actions."""
         outgoing, write = self._writes.pop((transport, completion.ticket))
         failure = None
         if completion.outcome is not Outcome.DONE:
@@ -102,7 +102,7 @@ class Sender:
         try:
             refs = from_wire_refs(finish.wire_refs, intern_owner(*outgoing.peer))
         except (ValueError, OverflowError) as error:
-            outgoing.handle.fail(TransferError(f"{name!r} named no blocks: {error}"))
+            outgoing.handle.fail(TransferError(f"invalid block references of {name!r}: {error}"))
             return
         outgoing.handle.succeed(refs, len(outgoing.source) - finish.have)
 

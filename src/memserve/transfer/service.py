@@ -1,5 +1,5 @@
-"""The transfer thread of a pool: owns its sockets, transports and sessions. No message can stop
-the thread; if it fails all the same, it calls `on_failure`."""
+"""The transfer thread of a pool: owns its sockets, transports and sessions. Errors of single
+messages and tasks are counted and logged; an error that ends the thread goes to `on_failure`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Service:
         self._tasks: deque[Callable[[], None]] = deque()
         # Held by the thread that runs the endpoint; free while the transfer thread waits for
         # messages.
-        self._floor = threading.Lock()
+        self._endpoint_lock = threading.Lock()
         self._running = True
         self._thread = threading.Thread(
             target=self._run, name=f"memserve-transfer-{pool.owner.instance}", daemon=True
@@ -81,7 +81,7 @@ class Service:
 
     @property
     def quarantined_blocks(self) -> int:
-        """Blocks that nobody may have because a peer may still write to them."""
+        """Number of blocks that are not reused, because a peer may still write to them."""
         return self._endpoint.receiver.quarantined_blocks
 
     def life(self, instance: InstanceId) -> PeerSession:
@@ -89,8 +89,8 @@ class Service:
         return self._endpoint.peers.current(instance)
 
     def heard_life(self, instance: InstanceId) -> Owner | None:
-        """Return the life of a peer that is connected, heard of within a LEASE and not stalled;
-        None if it is not."""
+        """Return the life of a peer that is connected, was heard within a LEASE and is not
+        stalled; else None."""
         peer = self._endpoint.peers.get(instance)
         life = None if peer is None else peer.life
         return None if life is None or life.lost else life.owner
@@ -103,7 +103,7 @@ class Service:
     def submit(self, task: Callable[[PeerEndpoint, float], None]) -> None:
         """Queue `task` for the transfer thread. Raises TransferError if that thread has ended."""
         if not self._running:
-            raise TransferError(f"pool {self._pool.owner.instance!r} no longer talks to peers")
+            raise TransferError(f"the transfer thread of {self._pool.owner.instance!r} has ended")
         self._tasks.append(lambda: task(self._endpoint, self._now()))
         self._sockets.wake()
 
@@ -111,13 +111,13 @@ class Service:
         """Run `task` on the calling thread if the transfer thread is waiting for messages (to wake
         it takes longer than the task), otherwise as `submit`. Only for tasks that neither post
         writes nor answer messages: the transfer thread may sleep until the next heartbeat."""
-        if self._floor.acquire(blocking=False):
+        if self._endpoint_lock.acquire(blocking=False):
             try:
                 if self._running and not self._tasks:  # tasks run in the order of the calls
                     task(self._endpoint, self._now())
                     return
             finally:
-                self._floor.release()
+                self._endpoint_lock.release()
         self.submit(task)
 
     def ask(self, question: Callable[[PeerEndpoint, float], T]) -> T:
@@ -140,7 +140,7 @@ class Service:
         except TimeoutError as error:
             if answer.done():
                 raise
-            raise TransferTimeout(f"no answer for {CALL_TIMEOUT:g} s") from error
+            raise TransferTimeout(f"no answer within {CALL_TIMEOUT:g} s") from error
 
     def listen(self, address: str) -> str:
         return self.ask(lambda endpoint, now: self._sockets.listen(address))
@@ -171,11 +171,12 @@ class Service:
             try:
                 self._serve()
             finally:
-                with self._floor:
+                with self._endpoint_lock:
                     self._running = False
                     self._tear_down()
-        except BaseException as error:  # every kind: no other thread would notice the end
-            log.critical("the transfers of %r have ended", self._pool.owner.instance, exc_info=True)
+        except BaseException as error:  # `on_failure` must hear of every end, also SystemExit
+            name = self._pool.owner.instance
+            log.critical("the transfer thread of %r has failed", name, exc_info=True)
             self._on_failure(error)
 
     def _serve(self) -> None:
@@ -184,7 +185,7 @@ class Service:
         self._sockets.adopt()
         while self._running:
             arrivals = self._sockets.poll(self._pause(beat_at, tick_at))
-            with self._floor:
+            with self._endpoint_lock:
                 for arrival in arrivals:
                     endpoint.on_arrival(arrival, self._now())
                 while self._tasks:
@@ -197,14 +198,14 @@ class Service:
                 if now >= beat_at:
                     endpoint.on_beat(now)
                     beat_at = now + HEARTBEAT
-        with self._floor:
+        with self._endpoint_lock:
             self._farewell()
 
     def _carry_out(self, task: Callable[[], None]) -> None:
         try:
             task()
-        except Exception:  # noqa: BLE001 - only its caller fails, by timeout; others go on
-            self._endpoint.report("a task of a local caller has failed")
+        except Exception:  # noqa: BLE001 - the task's caller times out; other transfers continue
+            self._endpoint.report("a local call failed on the transfer thread")
 
     def _pause(self, beat_at: float, tick_at: float) -> float:
         """Return the seconds to wait for messages; 0 while writes are in flight."""

@@ -165,7 +165,7 @@ class Sever:
 
 @dataclass(frozen=True, slots=True)
 class Revoke:
-    """D: free the blocks granted to S, which does not know of the grant."""
+    """D: free the blocks granted to S. S does not know of the grant."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from memserve.types import SHARED, Medium, RefArray, ref_index, ref_medium
 
 
 class SharedPool(BlockPool):
-    """Keeps blocks that a peer writes to from being reused, moved or published."""
+    """A pool that does not reuse, move or publish blocks while a peer writes to them."""
 
     memory_version = 0  # grows whenever `local_regions` changes
     vouched: float | None = None  # seconds of the clock, of the last `MemPool.vouch`; None: none
@@ -32,8 +32,8 @@ class SharedPool(BlockPool):
     # --- for local callers ----------------------------------------------------------------
 
     def free_mem(self, refs: ArrayLike) -> None:
-        """As in `memserve.pool`. Blocks that a peer is still writing to are free once it has
-        stopped."""
+        """As in `memserve.pool`. Blocks that a peer is writing to become free when the peer
+        stops."""
         given = as_refs(refs)
         with self._lock:
             guarded = self._guards.where(given) if len(self._guards) else None
@@ -42,7 +42,7 @@ class SharedPool(BlockPool):
                 return
             self._blocks.freeable(given)
             if self._guards.where_freed(given).any():
-                raise DoubleFree("a block is free already, as soon as a peer stops writing to it")
+                raise DoubleFree("a block was freed already, while a peer was writing to it")
             super().free_mem(given[~guarded])
             self._guards.defer(given[guarded])
 
@@ -75,7 +75,7 @@ class SharedPool(BlockPool):
     # --- for peers ------------------------------------------------------------------------
 
     def local_regions(self) -> tuple[LocalRegion, ...]:
-        """Return the pool's memory as it is now. Raises PoolError once the pool is closed."""
+        """Return the pool's current memory. Raises PoolError once the pool is closed."""
         return local_regions(self)
 
     def require_live(self, refs: RefArray) -> None:
@@ -101,7 +101,7 @@ class SharedPool(BlockPool):
             self._blocks.freeable(refs)
             for blocks, _, index in self._blocks.by_medium(refs[~np.isin(refs, granted)]):
                 if blocks.private[index].any():
-                    raise NotOwned("some of these blocks are not for peers to write to")
+                    raise NotOwned("some of these blocks are private: peers may not write to them")
             if np.isin(refs, self._tiers.moving).any():
                 raise NotOwned("some of these blocks are being moved")
             if self._guards.where_freed(refs).any() or self._guards.contested(refs, heads):
@@ -123,7 +123,7 @@ class SharedPool(BlockPool):
                 super().free_mem(freed)
 
     def pin_source(self, source: RefArray) -> Match | None:
-        """Pin the blocks of `source` that are cached, for a peer that reads them; None if none is.
+        """Pin the cached blocks of `source` while they are sent; return None if none is cached.
         Raises StaleBlock; NotOwned for blocks that a peer is writing to."""
         with self._lock:
             self._require_open()
@@ -161,8 +161,8 @@ class Guards:
 
     def __init__(self) -> None:
         self._held: list[Guard] = []
-        self._guarded = _NONE  # blocks of any of `_held`
-        self._freed = _NONE  # of these: freed by their owners
+        self._guarded = _NONE  # blocks of all guards
+        self._freed = _NONE  # those of `_guarded` that their owners have freed
 
     def __len__(self) -> int:
         return len(self._guarded)

@@ -40,7 +40,7 @@ STEP_BYTES = 4 * 1024 * 1024
 # Least bytes of a contiguous copy for which a second thread helps: one core does not use all of the
 # memory's bandwidth. With shorter copies the two threads wait for the GIL.
 PARALLEL_BYTES = 128 * 1024
-PART_BYTES = 1024 * 1024  # that one of the two threads takes at a time
+PART_BYTES = 1024 * 1024  # unit of work of each of the two threads
 
 # Errors that fail one copy: a lost device, or memory that does not match its description.
 _INTERRUPTIONS = (RuntimeError, ValueError, IndexError, OSError)
@@ -65,20 +65,20 @@ class _Job:
     copied: int = 0
     to_copy: bool = True
     cancelled: bool = False
-    error: TransferError | None = None  # that ended the steps
+    error: TransferError | None = None  # the error that ended the steps
     dma: torch.cuda.Event | None = None  # recorded after the GPU's last copy
 
     def drained(self) -> bool:
         try:
             return self.dma is None or bool(self.dma.query())  # type: ignore[no-untyped-call]
-        except RuntimeError as error:  # a device that is lost copies nothing
+        except RuntimeError as error:  # the device is lost, so it copies nothing any more
             self.error = TransferError(f"the device was lost: {error}")
             return True
 
 
 class ShmTransport:
-    """Copies local memory into the peer's segments on the polling thread, which a second thread
-    helps with large blocks. The death of a peer is no error here: its memory stays mapped."""
+    """Copies local memory into the peer's segments on the polling thread, for large blocks also on
+    a second thread. The death of a peer is no error here: its memory stays mapped."""
 
     name = "shm"
     poll_interval = 0.0  # polls do the work
@@ -228,7 +228,7 @@ class ShmTransport:
 
         helped = self._helper.submit(work)
         work()
-        if not helped.cancel():  # it has begun: it may still copy the last part
+        if not helped.cancel():  # the second thread has begun, and may still copy the last part
             helped.result()
 
     def _copy_from_gpu(
@@ -237,7 +237,7 @@ class ShmTransport:
         """Copy from the device to page-locked host memory by DMA, piece by piece."""
         target = torch.from_numpy(mapping.bytes)
         for at, to, nbytes in split_pieces(copy, STEP_BYTES):
-            # On the stream of the kernels that write the blocks, so after them.
+            # On the stream of the kernels that write the blocks, so that the copy follows them.
             target[to : to + nbytes].copy_(memory[at : at + nbytes], non_blocking=True)
             job.dma = torch.cuda.Event()  # type: ignore[no-untyped-call]
             job.dma.record(torch.cuda.current_stream(memory.device))

@@ -1,9 +1,9 @@
 """`PoolSockets`: the sockets of one pool. They carry frames and do not decode them.
 
 A pool has one ROUTER that peers connect to, one DEALER for each peer that it connects to, and a
-Unix socket for the pools of its host. All belong to the thread that polls. Other threads may `wake`
-it and `send`, one at a time: through the Unix socket at once, and otherwise by the polling thread,
-because ZeroMQ sockets may not be touched while that thread waits for them.
+Unix socket for the pools of its host. All belong to the thread that polls. Other threads may call
+`wake` and, one at a time, `send`, which sends through the Unix socket at once and queues other
+messages for the polling thread: ZeroMQ sockets may not be used while that thread waits for them.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ LINGER_MS = 200
 # Messages taken from one socket before other sockets and timers get their turn.
 RECEIVE_BATCH = 64
 
-# Messages in one queue of ZeroMQ: enough for those of a peer between two polls. Times
-# MAX_MESSAGE_BYTES it bounds the memory that a reader that stops costs.
+# Messages in one ZeroMQ queue: enough for a peer's messages between two polls. QUEUE_MESSAGES *
+# MAX_MESSAGE_BYTES bounds the memory for a reader that has stopped.
 QUEUE_MESSAGES = 256
 
-# Frames of a message, behind the route: a header and a body. Messages with more are read to their
-# end, frame by frame, and dropped.
+# Frames of a message after the route: a header and a body. Longer messages are read frame by frame
+# and dropped.
 FRAMES = 2
 
-# Milliseconds until a connection is closed whose handshake does not end, or whose other side's
-# kernel is silent. Longer than a LEASE, so that a slow peer keeps its connection; the pool's own
+# Milliseconds until a connection is closed whose handshake has not ended, or whose other host does
+# not answer pings. Longer than a LEASE, so that a slow peer keeps its connection; the pool's own
 # heartbeats find lost peers earlier.
 HANDSHAKE_MS = 10_000
 PING_MS = 10_000
@@ -64,13 +64,13 @@ class Dealer:
     address: str
     socket: Socket
     monitor: Socket
-    broken: int = 0  # times that the other side has ended the connection
-    foreign: bool = False  # one side wants a secret and the other has none
+    broken: int = 0  # number of times that the other side has ended the connection
+    foreign: bool = False  # one side has a secret and the other has none
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """The frames of one message, and the way on which to answer."""
+    """The frames of one message, and the connection for the answer."""
 
     frames: list[bytes]
     path: Way
@@ -81,7 +81,7 @@ Way = Dealer | bytes | UnixAddress
 
 
 class PoolSockets:
-    """Owns the sockets; see the module."""
+    """The sockets of one pool; the module's docstring has the rules for threads."""
 
     def __init__(self, keys: ClusterKeys | None, unix: bool = True) -> None:
         """`unix`: whether pools of this host may use Unix sockets."""
@@ -100,9 +100,9 @@ class PoolSockets:
             self._poller.register(self._unix.fileno(), zmq.POLLIN)
         self._gate: Socket | None = None
         self._poller_thread = threading.get_ident()
-        self._left: deque[tuple[Way, bytes, bytes]] = deque()  # to send, by the polling thread
+        self._to_send: deque[tuple[Way, bytes, bytes]] = deque()  # for the polling thread
         self.strangers = 0  # clients without the secret
-        self.unsent = 0  # messages with no way to go, or no room in the queue
+        self.unsent = 0  # messages without a connection, or without room in its queue
 
     def adopt(self) -> None:
         """Make the calling thread the polling thread."""
@@ -143,7 +143,7 @@ class PoolSockets:
         return router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def dial(self, address: str) -> Dealer:
-        """Start a connection, which is made anew whenever it breaks. Raises TransferError."""
+        """Start a connection; ZeroMQ reconnects when it breaks. Raises TransferError."""
         require_address(address)
         socket = self._socket(zmq.DEALER)
         socket.immediate = True  # do not queue for a peer that is not there
@@ -172,12 +172,12 @@ class PoolSockets:
         dealer.socket.close(LINGER_MS)
 
     def send(self, path: Way, header: bytes, body: bytes) -> bool:
-        """Queue a message. Return False if there is no way or no room; True is no proof of
-        arrival."""
+        """Queue a message. Returns False if there is no connection, or no room in its queue; True
+        does not prove arrival."""
         if isinstance(path, UnixAddress):
             return self._unix is not None and self._unix.send(path, [header, body])
         if threading.get_ident() != self._poller_thread:
-            self._left.append((path, header, body))
+            self._to_send.append((path, header, body))
             self.wake()
             return True
         try:
@@ -196,7 +196,7 @@ class PoolSockets:
     def wake(self) -> None:
         """End a `poll`; from any thread."""
         with self._waking:
-            if not self._closed:  # afterwards the descriptor's number may be another file's
+            if not self._closed:  # after `close`, the descriptor may belong to another file
                 os.eventfd_write(self._wake, 1)
 
     def poll(self, timeout: float) -> list[Arrival]:
@@ -212,15 +212,15 @@ class PoolSockets:
             elif source in self._monitors:
                 dealer = self._monitors[source]
                 if recv_monitor_message(source)["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-                    dealer.foreign = True  # zmq does not try again
+                    dealer.foreign = True  # ZeroMQ does not reconnect
                 else:
                     dealer.broken += 1
             elif source is self._router:
                 arrivals += self._receive(self._router, None)
             elif source in self._dealers:
                 arrivals += self._receive(source, self._dealers[source])
-        while self._left:  # after `_wake` is read, which was written for these
-            self.send(*self._left.popleft())
+        while self._to_send:  # after the read of `_wake`, so that later messages wake again
+            self.send(*self._to_send.popleft())
         return arrivals
 
     def close(self) -> None:

@@ -124,7 +124,7 @@ class SourceSession:
     def on_write_done(
         self, serial: int, failure: Failure | None, drained: Drained, now: float
     ) -> Actions:
-        """A write has ended; `drained`: whether late bytes may still reach its target blocks."""
+        """Handle the end of a write. `drained`: whether late bytes may still reach its target."""
         self._writing.remove(serial)
         if drained is Drained.SEVERED:
             self._drained = Drained.SEVERED
@@ -136,7 +136,7 @@ class SourceSession:
         return self._commit_if_written(now)
 
     def on_gone(self, now: float) -> Actions:
-        """The destination's life is over, and its memory is gone."""
+        """Handle the end of the destination's life, whose memory is gone."""
         if self.state is SourceState.ENDED:
             return []
         if self.state is not SourceState.ABORTING:
@@ -161,7 +161,7 @@ class SourceSession:
                 return self._end(None)  # D sends a Query when it is back
             return [Send(self._abort_message())] if self._retry.due(now) else []
         if silent:
-            return self._abort(Failure("PeerLost", f"no word from it for {LEASE:g} s"), now)
+            return self._abort(Failure("PeerLost", f"no message for {LEASE:g} s"), now)
         if now >= self._deadline:
             text = f"no progress for {self._idle_timeout:g} s while {self.state.value}"
             return self._abort(Failure("TransferTimeout", text), now)
@@ -195,7 +195,7 @@ class SourceSession:
 
     def _on_aborted(self, message: Aborted) -> Actions:
         if self._awaits(SourceState.COMMITTING, message.attempt):
-            lost = Failure("TransferAborted", "the destination had given up")
+            lost = Failure("TransferAborted", "the destination gave up before the commit")
             return self._end(Finish(message.failure or lost))
         if self._awaits(SourceState.ABORTING, message.attempt) and not self._writing:
             return self._end(None)
@@ -242,7 +242,7 @@ class SourceSession:
         return [Finish(failure), CancelWrites(), Send(self._abort_message())]
 
     def _all_drained(self, now: float) -> Actions:
-        """All writes have drained: release the source blocks, and let D free its blocks."""
+        """Release the source blocks, and let D free its blocks: all writes have drained."""
         if self._gone or (self._lease.lapsed(now) and self._is_quiet()):
             return self._end(None)
         self._retry.start(now)

@@ -24,10 +24,10 @@ from memserve.types import Owner
 
 # Ended lives that are remembered, so that their late messages are dropped.
 GONE = 4096
-# Open transfers from one life: many times what an instance computes at a time.
+# Maximum of open transfers from one life: far more than an instance computes at a time.
 MAX_OPEN = 4096
-# Remembered committed transfers of all lives: a thousand a second for REMEMBER seconds. A peer that
-# asks about an earlier one is told that it was aborted.
+# Maximum of remembered committed transfers of all lives: enough for a thousand a second during
+# REMEMBER. The answer about an older one is Aborted.
 MAX_REMEMBERED = 70_000
 
 Session = SourceSession | DestinationSession
@@ -46,8 +46,8 @@ Steps = list[Step]
 
 
 class SessionTable:
-    """Pure, like its sessions: the caller performs the steps, and calls `forget` for each
-    Forget."""
+    """The sessions of one pool. No I/O: the caller performs the returned steps, and calls `forget`
+    for each Forget."""
 
     def __init__(self) -> None:
         self._sources: dict[int, tuple[Owner, SourceSession]] = {}
@@ -165,8 +165,8 @@ class SessionTable:
         }
 
     def free_abandoned(self, peer: Owner, now: float) -> Steps:
-        """Free the blocks in quarantine because of a life. Should it be heard again, its transfers
-        are aborted."""
+        """Free the blocks that are in quarantine because of a life. If that life is heard again,
+        its transfers are aborted."""
         done: Steps = []
         for owner, number in list(self._active):
             destination = self._destinations[owner, number]
@@ -199,7 +199,7 @@ class SessionTable:
 
     def leave(self, peer: Owner, now: float) -> Steps:
         """Fail the transfers to a life, and stop those from it."""
-        failure = Failure("TransferError", f"talking to {peer.instance!r} failed")
+        failure = Failure("TransferError", f"an error ended the transfers with {peer.instance!r}")
         done = self.fail(peer, failure, now)
         for owner, number in list(self._active):
             if owner == peer:
@@ -217,7 +217,7 @@ class SessionTable:
 
     def _open(self, peer: Owner, prepare: Prepare, now: float) -> Steps:
         if len(self._active) >= MAX_OPEN and self._open_of(peer) >= MAX_OPEN:
-            failure = Failure("TransferError", f"{MAX_OPEN} of its transfers are open already")
+            failure = Failure("TransferError", f"{MAX_OPEN} transfers are open, the maximum")
             return steps(peer, None, [Send(Refused(prepare.number, failure))])
         self._attempts += 1
         session = DestinationSession(prepare, self._attempts, self._lease(peer, now))

@@ -26,7 +26,7 @@ class UnixAddress:
 
 
 class UnixSocket:
-    """One pool's socket, beside its segments: the users that may open those may send to it."""
+    """One pool's socket, in the directory and with the permissions of its segments."""
 
     def __init__(self) -> None:
         self.address = ""

@@ -31,7 +31,7 @@ PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 # Bytes of a transport's description: some 200 for each segment with NIXL.
 MAX_DESCRIPTION = 4 * 1024 * 1024
-# Characters of the reason why a message is malformed, in a log.
+# Maximum of characters of a `Malformed` error's text.
 _MAX_COMPLAINT = 256
 
 _HEADER = struct.Struct("!4sHH32s32s")
@@ -142,11 +142,11 @@ def require_sendable(namespace: str, token_bytes: int) -> None:
     try:
         size = len(namespace.encode())
     except UnicodeEncodeError as error:
-        raise TransferError(f"a namespace that UTF-8 cannot encode: {error.reason}") from error
+        raise TransferError(f"UTF-8 cannot encode the namespace: {error.reason}") from error
     if size > MAX_TEXT:
-        raise TransferError(f"a namespace of {size} bytes, {MAX_TEXT} at most")
+        raise TransferError(f"the namespace has {size} bytes; at most {MAX_TEXT} can be sent")
     if token_bytes > MAX_MESSAGE_BYTES // 2:  # the rest is for references
-        raise TransferError(f"{token_bytes // 4} tokens are more than a message takes")
+        raise TransferError(f"{token_bytes // 4} tokens do not fit into one message")
 
 
 def header(layout: KVLayout, kind: Kind = Kind.MESSAGE) -> bytes:
@@ -160,8 +160,8 @@ def encode(sender: Owner, receiver: Epoch, message: Message) -> bytes:
 
 
 def decode(frames: Sequence[bytes], wanted: bytes) -> Envelope:
-    """`wanted`: what the sender's bytes must mean. Raises Malformed; Mismatch, before it has
-    looked at the body."""
+    """Return the envelope in two frames. `wanted`: the sender's layout must have this
+    `conversion.meaning`. Raises Malformed; Mismatch, before the body is decoded."""
     if len(frames) != 2 or len(frames[0]) != _HEADER.size:
         raise Malformed(f"{len(frames)} frames of {[len(frame) for frame in frames]} bytes")
     magic, version, kind, fingerprint, theirs = _HEADER.unpack(frames[0])
