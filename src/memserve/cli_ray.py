@@ -11,11 +11,20 @@ import msgspec
 import typer
 from rich.table import Table
 
+from memserve.api.serving import Shutdown
 from memserve.cli_cluster import console
 from memserve.cli_flags import takes_flags
-from memserve.config import BackendConfig, ClusterConfig, check_config, load_config
+from memserve.config import (
+    BackendConfig,
+    ClusterConfig,
+    LogConfig,
+    PlannerConfig,
+    check_config,
+    load_config,
+)
 from memserve.errors import ConfigError
 from memserve.flags import Given, flags_of, with_flags
+from memserve.logs import log_to_stderr
 from memserve.terminal import progress_lines
 
 app = typer.Typer(
@@ -112,6 +121,33 @@ def upgrade(
     wanted = None if config is None else _read(config, given)
     place = with_flags(BackendConfig(), given, _OTHERS) if wanted is None else wanted.cluster
     asyncio.run(service.upgrade(place, wanted, gateway, progress_lines()))
+
+
+@app.command()
+@takes_flags(
+    flags_of(BackendConfig, _OTHERS), flags_of(PlannerConfig, ("enabled",)), flags_of(LogConfig)
+)
+def planner(*, given: Given) -> None:
+    """Change roles, and with max_members the number of members, until SIGTERM.
+
+    Settings are those of the file that was deployed, and flags on top. Run one for each cluster.
+    """
+    require_ray()
+    from memserve.ray.planning import plan
+
+    log = with_flags(LogConfig(), given)
+    log_to_stderr(log.level, log.format)
+    place = with_flags(BackendConfig(), given, _OTHERS)
+
+    def adapt(deployed: PlannerConfig) -> PlannerConfig:
+        return with_flags(deployed, given, ("enabled",))
+
+    async def run() -> None:
+        shutdown = Shutdown()
+        shutdown.on_signals()
+        await shutdown.run_until_requested(plan(place, adapt, progress_lines()))
+
+    asyncio.run(run())
 
 
 @app.command()

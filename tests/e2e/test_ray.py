@@ -44,6 +44,7 @@ from tests.tiny_models import Reference, save_tiny_model
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'memserve[ray]'")
 
 from memserve.ray import service
+from memserve.ray.planning import ServiceGroups
 
 T = TypeVar("T")
 SECRET = "a-secret-of-these-tests"
@@ -236,6 +237,53 @@ def test_a_lost_node_s_member_comes_up_on_another_node(deployed: Deployed) -> No
         ClusterError, match="there is no group 'cook'; there are: colocated, decode"
     ):
         deployed.scale("cook", 1)
+
+
+def test_a_planner_scales_the_service_as_it_is_now(deployed: Deployed) -> None:
+    groups = ServiceGroups(deployed.config.cluster, deployed.said.append)
+
+    def decode() -> tuple[str, ...]:
+        return {one.name: one.members for one in asyncio.run(groups.groups())}["decode"]
+
+    def pid() -> int | None:
+        return deployed.ready().get("decode-2", ("", None))[1]
+
+    assert decode() == ("decode-1",)
+    asyncio.run(groups.scale("decode", 2))
+    assert decode() == ("decode-1", "decode-2")
+    until(lambda: pid() is not None, LOOK_SECONDS)
+    before = pid()
+    assert before is not None
+    os.kill(before, signal.SIGTERM)  # it ends in order, and is not started again
+    until(lambda: decode() == ("decode-1",), LOOK_SECONDS)
+    asyncio.run(groups.scale("decode", 2))  # a new one, although the other's actor is still there
+    until(lambda: pid() not in (None, before), LOOK_SECONDS)
+    deployed.scale("decode", 1)
+    assert decode() == ("decode-1",)
+
+
+def test_the_planner_s_command_looks_at_the_service_until_it_is_asked_to_end(
+    deployed: Deployed,
+) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "memserve", "ray", "planner"),
+            *("--ray-address", deployed.nodes.address, "--planner-max-members", "4"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        # It knows the members, and that engines without a model cost nothing that is known.
+        assert any("waits for a member's cost model" in line for line in process.stderr)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0
+        assert "SIGTERM" not in errors  # nor a stack of Ray's library
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_an_upgrade_replaces_every_member_under_load_and_loses_no_request(

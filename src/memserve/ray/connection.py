@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+import threading
 
 import ray
 import ray.exceptions
@@ -31,8 +33,10 @@ async def connect(cluster: BackendConfig) -> None:
         )
 
     try:
-        # In a thread, where Ray cannot replace this process's handlers of signals.
+        # In a thread, where Ray cannot replace this process's handlers of signals. But its library
+        # takes SIGTERM all the same, to print a stack as of a crash before it passes it on.
         await asyncio.to_thread(init)
+        _keep_handler(signal.SIGTERM)
     except ConnectionError as error:
         raise ClusterError(
             f"no Ray cluster at cluster.ray_address = '{cluster.ray_address}' "
@@ -43,6 +47,13 @@ async def connect(cluster: BackendConfig) -> None:
         raise ClusterError(
             f"Ray at '{cluster.ray_address}': {first_line(error)} ({_VERSION_HINT})"
         ) from error
+
+
+def _keep_handler(number: signal.Signals) -> None:
+    """Have Python handle a signal again as it was told to. Other threads cannot, and need not."""
+    handler = signal.getsignal(number)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(number, handler)
 
 
 async def disconnect() -> None:

@@ -90,6 +90,8 @@ async def deploy(
                 f"{difference(order.config, wanted)}. `memserve ray upgrade CONFIG` changes it, "
                 "`memserve ray delete` ends it, another --ray-namespace has both"
             )
+    if config.planner.enabled:
+        progress("the planner runs for as long as `memserve ray planner` does")
     backend = RayBackend(config, progress, detached=True, module=module)
     cluster = Cluster(config, backend, Shutdown(), progress)
     started = False
@@ -109,21 +111,24 @@ async def deploy(
 
 async def status(config: BackendConfig) -> list[Shown]:
     """Return what there is in the namespace, by name."""
-    await connect(config)
-    found = await _actors(config)
+    found = await processes(config)
     states = await _states([order for order, _ in found.values() if order], found)
     await disconnect()
     return [_shown(name, *found[name], states) for name in sorted(found)]
 
 
-async def scale(config: BackendConfig, group: str, count: int, progress: Progress) -> None:
-    """Start or end instances until the group has `count`, and wait until new ones are ready and
-    others have finished. Raises ClusterError."""
-    cluster, _ = await _adopted(config, progress)
+async def scale(
+    config: BackendConfig, group: str, count: int, progress: Progress, *, wait: bool = True
+) -> None:
+    """Start or end instances until the group has `count`, and wait until new ones are ready (unless
+    `wait` is off) and others have finished. Those that have ended for good do not count, and their
+    actors go. Raises ClusterError."""
+    cluster, _ = await _adopted(config, progress, without_ended=True)
     try:
         await cluster.scale(group, count)
-        async with asyncio.timeout(READY_SECONDS):
-            await cluster.or_failure(cluster.all_ready())
+        if wait:
+            async with asyncio.timeout(READY_SECONDS):
+                await cluster.or_failure(cluster.all_ready())
     finally:
         await cluster.leave()
 
@@ -158,8 +163,7 @@ async def upgrade(
 async def delete(config: BackendConfig, progress: Progress) -> None:
     """End all processes: gateways finish running requests, then instances end. Raises
     ClusterError if there are none."""
-    await connect(config)
-    found = await _actors(config)
+    found = await processes(config)
     for name, (order, _) in found.items():
         if order is None:  # nothing of it runs, or it cannot be told
             progress(f"{name} does not answer and is ended without being asked")
@@ -188,10 +192,31 @@ def difference(old: ClusterConfig, new: ClusterConfig) -> str:
 
 # --- actors of the namespace --------------------------------------------------------------
 
-_Found = dict[str, tuple[Order | None, Report | None]]  # by name; None without an answer
+Found = dict[str, tuple[Order | None, Report | None]]  # by name; None without an answer
 
 
-async def _actors(config: BackendConfig) -> _Found:
+async def processes(config: BackendConfig) -> Found:
+    """Return what runs in the namespace. The connection to Ray is made, and stays."""
+    await connect(config)
+    return await _actors(config)
+
+
+def settings_of(found: Found, config: BackendConfig) -> ClusterConfig:
+    """Return the settings that the processes know. Raises ClusterError if none answers."""
+    for order, _ in found.values():
+        if order is not None:
+            return order.config
+    raise _no_cluster(config)
+
+
+def _no_cluster(config: BackendConfig) -> ClusterError:
+    return ClusterError(
+        f"no cluster runs in namespace '{config.ray_namespace}' of this Ray cluster; "
+        "`memserve ray deploy CONFIG` starts one"
+    )
+
+
+async def _actors(config: BackendConfig) -> Found:
     names = await process_names(config.ray_namespace)
     answers = await asyncio.gather(*(_ask(config, PREFIX + name) for name in names))
     return dict(zip(names, answers, strict=True))
@@ -208,24 +233,33 @@ async def _ask(config: BackendConfig, name: str) -> tuple[Order | None, Report |
 
 
 async def _adopted(
-    config: BackendConfig, progress: Progress, wanted: ClusterConfig | None = None
+    config: BackendConfig,
+    progress: Progress,
+    wanted: ClusterConfig | None = None,
+    *,
+    without_ended: bool = False,
 ) -> tuple[Cluster, list[Order]]:
     """Return the cluster of the namespace, with the settings that its actors know or those that
-    are `wanted`, and the orders of those that answer. Raises ClusterError if there are none."""
-    await connect(config)
-    found = [(order, report) for order, report in (await _actors(config)).values() if order]
+    are `wanted`, and the orders of those that answer. `without_ended`: of instances that have ended
+    for good the actors end, too. Raises ClusterError if there are none."""
+    found = [(order, report) for order, report in (await processes(config)).values() if order]
     if not found:
         await disconnect()
-        raise ClusterError(
-            f"no cluster runs in namespace '{config.ray_namespace}' of this Ray cluster; "
-            "`memserve ray deploy CONFIG` starts one"
-        )
+        raise _no_cluster(config)
     orders = [order for order, _ in found]
     settings = orders[0].config if wanted is None else wanted
     secret = cluster_secret(orders[0].secrets[SECRET_VARIABLE])
     backend = RayBackend(settings, progress, detached=True, module=orders[0].module)
     cluster = Cluster(settings, backend, Shutdown(), progress, secret)
     url = next((r.url for o, r in found if o.is_gateway and r and r.url), "")
+    if without_ended:
+        gone = [o for o, r in found if not o.is_gateway and r and r.ended is not None]
+        for order in gone:
+            progress(f"{order.name} has ended before, and its actor ends")
+            one = backend.kept(_launch(order), lambda: False)
+            await one.start()
+            await one.stop(Shutdown(), 0.0)
+        orders = [order for order in orders if order not in gone]
     await cluster.adopt([_launch(order) for order in orders], url or settings.cluster.join[0])
     return cluster, orders
 
@@ -250,7 +284,7 @@ def _changed(order: Order, wanted: ClusterConfig) -> Launch:
     return named_launch(config, secret, order.group, order.name)
 
 
-async def _states(orders: Sequence[Order], found: _Found) -> dict[str, str]:
+async def _states(orders: Sequence[Order], found: Found) -> dict[str, str]:
     """Return the instances' states as the first gateway that answers has them."""
     for order in orders:
         _, report = found[order.name]
