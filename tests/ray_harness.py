@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ import time
 from pathlib import Path
 
 import psutil
+
+from memserve.hosts import free_port
 
 ROOT = Path(__file__).parents[1]
 # Ray reads it when it is imported, which this module therefore does not.
@@ -47,9 +48,7 @@ class RayNodes:
         token = self.directory / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
-        with socket.socket() as free:
-            free.bind((HEAD, 0))
-            self.address = f"{HEAD}:{free.getsockname()[1]}"
+        self.address = f"{HEAD}:{free_port(HEAD)}"
         # Also for the drivers: what connects to these nodes.
         self.environment = {
             "RAY_AUTH_MODE": "token",

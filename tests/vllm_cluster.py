@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import memserve
 from memserve.bench.vllm_engine import ROOT, python_of, why_missing
+from memserve.hosts import free_port
 from memserve.pool.segment import SHM_DIRECTORY
 from memserve.vllm.server import tier_settings
 from tests.fakes import until, url_told
@@ -157,9 +157,7 @@ def gateway(model: Path, directory: Path, policy: str) -> Iterator[Cluster]:
 @contextmanager
 def server(model: Path, join: str, role: str) -> Iterator[str]:
     """A vLLM server as anybody starts one, with one flag more; its URL, at once."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = free_port()
     tier = tier_settings("16MiB", role=role, join=join, instance=role)
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from evaluation.peers.process import serving
 from evaluation.peers.vllm import START_SECONDS, VllmSettings, kv_events_flag, vllm_command
 from evaluation.peers.vllm import vllm_environment as environment
 from memserve.bench.vllm_engine import python_of
+from memserve.hosts import free_port
 from tests.tiny_models import save_tiny_model
 
 RECORDING = Path(__file__).parent / "data" / "vllm-0.32-kv-events.msgpack"
@@ -84,7 +84,7 @@ def stored(step: Step) -> int:
 @contextmanager
 def vllm_server(python: Path) -> Iterator[Server]:
     """A vLLM with a tiny model of random weights, and events."""
-    port, events, replay = (_free_port() for _ in range(3))
+    port, events, replay = (free_port() for _ in range(3))
     with TemporaryDirectory(prefix="memserve-test-vllm-") as folder:
         settings = VllmSettings(
             model=str(save_tiny_model("qwen3", Path(folder))),
@@ -122,12 +122,6 @@ async def take(session: aiohttp.ClientSession, url: str, step: Step) -> int:
 
 def _tokens(seed: int, count: int) -> list[int]:
     return [random.Random(seed * 1000 + at).randrange(4, 128) for at in range(count)]
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 async def _record(server: Server) -> list[Recorded]:

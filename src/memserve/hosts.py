@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import random
 import socket
+from contextlib import suppress
 from urllib.parse import urlsplit
 
+from memserve.errors import ConfigError
+
 WILDCARDS = ("0.0.0.0", "::")
+_FREE_PORTS = range(20_000, 32_000)
 
 # An address as `getaddrinfo` returns it: (host, port), for IPv6 also flow label and scope id.
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
@@ -122,3 +127,17 @@ def _as_address(address: tuple[object, ...]) -> SocketAddress:
         case (str(host), int(port), int(flow), int(scope)):
             return host, port, flow, scope
     raise OSError(f"{address} is no address of TCP")  # pragma: no cover
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port that nobody listens on, for a program that takes no port 0.
+
+    It is below those that Linux gives to connections, so none takes it before the program listens.
+    Raises ConfigError.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    for port in random.SystemRandom().sample(_FREE_PORTS, 100):
+        with socket.socket(family) as sock, suppress(OSError):
+            sock.bind((address[0], port, *address[2:]))
+            return port
+    raise ConfigError(f"{host} has no free port")

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from memserve.hosts import free_port
 from memserve.vllm.server import tier_settings
 from tests.fakes import metric, save_tiny_tokenizer, until
 from tests.tiny_models import Reference, save_tiny_model
@@ -87,9 +88,7 @@ class Server:
 
 @contextmanager
 def serving(model: Path, dram: str, *arguments: str, cores: str = "0") -> Iterator[Server]:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = free_port()
     tier = json.dumps(tier_settings(dram))
     command = [*FORKING, "--model", str(model), "--served-model-name", "m"]
     command += ["--dtype", "float32", "--enforce-eager"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -23,6 +22,7 @@ from memserve.config import (
     ModelConfig,
     Policy,
 )
+from memserve.hosts import free_port
 from memserve.models.chat_template import DEFAULT_CHAT_TEMPLATE
 from memserve.models.resolve import ModelDirectory, Progress
 
@@ -151,9 +151,3 @@ async def ready(
         else:
             found[name] = server.url
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

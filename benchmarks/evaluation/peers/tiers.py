@@ -22,7 +22,6 @@ from evaluation.peers.process import PeerFailed, PeerServer
 from evaluation.peers.servers import (
     LMCACHE_VARIABLES,
     ROUTER_SECONDS,
-    free_port,
     ours,
     ready,
     start_lmcache,
@@ -45,6 +44,7 @@ from memserve.bench.vllm_engine import (
 from memserve.bench.work import Work
 from memserve.clock import MonotonicClock
 from memserve.config import InstanceConfig, Policy, parse_bytes
+from memserve.hosts import free_port
 from memserve.models.resolve import ModelDirectory, Progress
 from memserve.types import Role
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -21,6 +20,7 @@ from memserve.cluster.client import ClusterClient
 from memserve.cluster.member import ClusterView
 from memserve.config import ClusterConfig
 from memserve.errors import ClusterError, ConfigError
+from memserve.hosts import free_port
 
 MEMSERVE = (sys.executable, "-P", "-m", "memserve")
 # A demo model is converted, and profiles are measured, at the first start on a machine.
@@ -86,7 +86,7 @@ async def running_up(
 
     Raises BenchmarkError if it does not come to serve.
     """
-    gateway = msgspec.structs.replace(config.gateway, port=_free_port(config.gateway.host))
+    gateway = msgspec.structs.replace(config.gateway, port=free_port(config.gateway.host))
     config = msgspec.structs.replace(config, gateway=gateway)
     with tempfile.TemporaryDirectory(prefix="memserve-soak-") as directory:
         file = Path(directory) / "cluster.toml"
@@ -123,15 +123,6 @@ def to_toml(config: ClusterConfig) -> str:
             # JSON's strings, numbers, booleans and lists are TOML's, too.
             lines += [f"{key} = {json.dumps(v)}" for key, v in table.items() if v is not None]
     return "\n".join(lines) + "\n"
-
-
-def _free_port(host: str) -> int:
-    """One that was free a moment ago."""
-    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family) as sock:
-        sock.bind(address)
-        port: int = sock.getsockname()[1]
-        return port
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -28,6 +28,7 @@ from rich.table import Table
 from memserve.bench.gateway_process import MODULE, LoadConfig, LoadSeen
 from memserve.config import Policy
 from memserve.errors import MemserveError
+from memserve.hosts import free_port
 
 READY_SECONDS = 30.0  # until a gateway answers a request
 WARM_SECONDS = 0.5  # of load before the measurement
@@ -252,7 +253,7 @@ def _serving(*arguments: str) -> Iterator[str]:
 def _gateway(target: _Target, backend: str) -> Iterator[tuple[str, int]]:
     """Run a gateway; yield its URL and pid when it is ready."""
     assert target.command is not None
-    port, metrics = _free_port(), _free_port()
+    port, metrics = free_port(), free_port()
     command = [part.format(url=backend, port=port, metrics=metrics) for part in target.command]
     with _process(command) as process:
         url = f"http://127.0.0.1:{port}"
@@ -295,12 +296,6 @@ def _until_ready(target: _Target, url: str, process: subprocess.Popen[bytes]) ->
             pass
         time.sleep(0.05)
     raise MemserveError(f"{target.name} did not answer a request within {READY_SECONDS:.0f} s")
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def _ours(name: str, policy: Policy, workers: int) -> _Target:
