@@ -21,7 +21,7 @@ from memserve.types import Role
 # Python environments of other servers, relative to the working directory.
 ROOT = Path("build/peers")
 LARGE_KV = 512 << 20  # bytes of vLLM's own KV memory: enough for a whole workload
-_SOURCE = Path(memserve.__file__).parents[1]  # vLLM's environment does not have memserve installed
+SOURCE = Path(memserve.__file__).parents[1]  # vLLM's environment does not have memserve installed
 BLOCK_TOKENS = 32  # with vLLM's 128, short turns would have few whole blocks to share
 _DRAM = "1GiB"  # behind vLLM's own memory
 
@@ -68,7 +68,7 @@ def own_instance(
         cpus=None if core is None else (core,),
         dram=dram,
         profile="off",
-        vllm_command=("env", f"PYTHONPATH={_SOURCE}", *quiet, python, *module),
+        vllm_command=("env", f"PYTHONPATH={SOURCE}", *quiet, python, *module),
         vllm_args=tuple(arguments),
     )
 
