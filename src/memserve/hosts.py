@@ -7,13 +7,12 @@ on. If a name has both kinds of address, the IPv4 address is used, since clients
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import random
 import socket
 from contextlib import suppress
 from urllib.parse import urlsplit
-
-from memserve.errors import ConfigError
 
 WILDCARDS = ("0.0.0.0", "::")
 _FREE_PORTS = range(20_000, 32_000)
@@ -133,11 +132,11 @@ def free_port(host: str = "127.0.0.1") -> int:
     """Return a port that nobody listens on, for a program that takes no port 0.
 
     It is below those that Linux gives to connections, so none takes it before the program listens.
-    Raises ConfigError.
+    Raises OSError.
     """
     family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
     for port in random.SystemRandom().sample(_FREE_PORTS, 100):
         with socket.socket(family) as sock, suppress(OSError):
             sock.bind((address[0], port, *address[2:]))
             return port
-    raise ConfigError(f"{host} has no free port")
+    raise OSError(errno.EADDRINUSE, f"no free port at {host}")
