@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -39,7 +40,7 @@ from memserve.instance.instance import Instance
 from memserve.instance.parts import Identity, Parts
 from memserve.instance.run import handler_of
 from memserve.models.tokenizer import Tokenizer
-from memserve.secrets import cluster_secret
+from memserve.secrets import cluster_secret, forget_secret
 from memserve.tracing.span import Tracer
 from memserve.types import Epoch, InstanceId, RequestId, Role
 from memserve.vllm.forwarder import Forwarder
@@ -280,6 +281,13 @@ def url_told(output: IO[str]) -> str | None:
     return None
 
 
+def gateway_socket() -> socket.socket:
+    """Listens on a port of its own, without the secret of a killed cluster that had it before."""
+    sock = bind("127.0.0.1", 0)
+    forget_secret(sock.getsockname()[1])
+    return sock
+
+
 class FakeCluster:
     """A gateway and instances with fake engines, on one event loop in a thread of its own."""
 
@@ -371,7 +379,7 @@ class FakeCluster:
             self.gateway = gateway
             for url in self.urls:
                 gateway.membership.join(url)
-            sock = bind("127.0.0.1", 0)
+            sock = gateway_socket()
             self.url = url_of(sock)
             shutdown = Shutdown()
             self._shutdowns.append(shutdown)

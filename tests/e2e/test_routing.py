@@ -16,12 +16,12 @@ from typing import Any
 import aiohttp
 import pytest
 
-from memserve.api.serving import Shutdown, bind, url_of
+from memserve.api.serving import Shutdown, url_of
 from memserve.config import ClusterConfig, GatewayConfig, ModelConfig, Policy
 from memserve.gateway.run import Gateway
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import Role
-from tests.fakes import save_tiny_tokenizer
+from tests.fakes import gateway_socket, save_tiny_tokenizer
 from tests.handoff_harness import Node, node, prompt_of
 from tests.insider import peers
 from tests.kv_events_harness import prefixes_of, publishing
@@ -143,7 +143,7 @@ async def front(model: Path, *nodes: Node, policy: Policy = "prompt-tree") -> As
         # Calls are counted, and what is cached.
         gateway=GatewayConfig(port=0, policy=policy, prove_handover=False),
     )
-    sock, shutdown = bind("127.0.0.1", 0), Shutdown()
+    sock, shutdown = gateway_socket(), Shutdown()
     async with Gateway(config, Tokenizer.load(model)) as gateway, aiohttp.ClientSession() as http:
         for each in nodes:
             gateway.membership.join(each.url)

@@ -21,7 +21,7 @@ from memserve.api.generate import GenerateCall
 from memserve.api.limits import MAX_INT32
 from memserve.api.peer_client import PeerClient
 from memserve.api.request_stats import RequestStats
-from memserve.api.serving import Shutdown, bind, url_of
+from memserve.api.serving import Shutdown, url_of
 from memserve.api.status import (
     InstanceInfo,
     InstanceState,
@@ -52,7 +52,7 @@ from memserve.gateway.run import Gateway
 from memserve.models.tokenizer import Tokenizer
 from memserve.types import Epoch, InstanceId, Role
 from memserve.vital import Vitals
-from tests.fakes import save_tiny_tokenizer
+from tests.fakes import gateway_socket, save_tiny_tokenizer
 from tests.handoff_harness import node, pair
 from tests.insider import peers
 from tests.metric_page import reported
@@ -381,7 +381,7 @@ async def front(model: Path, *urls: str) -> AsyncIterator[Front]:
     config = ClusterConfig(
         model=ModelConfig(served_name="tiny"), gateway=GatewayConfig(port=0, api_keys=("key",))
     )
-    sock, shutdown = bind("127.0.0.1", 0), Shutdown()
+    sock, shutdown = gateway_socket(), Shutdown()
     async with Gateway(config, Tokenizer.load(model)) as gateway, aiohttp.ClientSession() as http:
         for url in urls:
             gateway.membership.join(url)
