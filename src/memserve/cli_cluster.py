@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Annotated, TypeVar
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from memserve.api.control import InstanceChange, WantedState
 from memserve.api.status import InstanceState, MediumTotals
-from memserve.api.tls import TLS_CA_VARIABLE, client_tls
+from memserve.api.tls import command_tls
 from memserve.clock import MonotonicClock
 from memserve.cluster.client import ClusterClient
 from memserve.cluster.member import ClusterView
@@ -223,7 +222,7 @@ def _show(
 
 
 async def _with_client(url: str | None, work: Callable[[ClusterClient], Awaitable[T]]) -> T:
-    tls = client_tls(os.environ.get(TLS_CA_VARIABLE))
+    tls = command_tls()
     address, secret = find_gateway(url)
     async with ClusterClient(address, secret, tls) as client:
         return await work(client)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import Annotated
 
 import msgspec
 import typer
 
-from memserve.api.tls import TLS_CA_VARIABLE, client_tls
+from memserve.api.tls import command_tls
 from memserve.cluster.running import DEFAULT_URL, find_gateway
 
 
@@ -29,7 +28,7 @@ def doctor(
     from memserve.cluster.examination import examine
 
     address, secret = find_gateway(url)
-    authorities = client_tls(os.environ.get(TLS_CA_VARIABLE))
+    authorities = command_tls()
     findings = diagnose(asyncio.run(examine(address, authorities, secret)))
     if json:
         print(msgspec.json.encode(findings).decode())

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 from typing import Annotated
 
 import msgspec
 import typer
 
-from memserve.api.serving import Shutdown
-from memserve.api.tls import TLS_CA_VARIABLE, client_tls
+from memserve.api.serving import run_until_signalled
+from memserve.api.tls import command_tls
 from memserve.cli_flags import takes_flags
 from memserve.clock import MonotonicClock
 from memserve.cluster.running import DEFAULT_URL, find_gateway
@@ -49,16 +47,10 @@ def planner(
     check_planner(config)
     found = find_gateway(url[0] if url else None)
     urls = url or [found[0]]
-    authorities = client_tls(os.environ.get(TLS_CA_VARIABLE))
+    authorities = command_tls()
 
     async def gateways() -> list[str]:
         return urls
 
     loop = PlannerLoop(gateways, config, MonotonicClock(), found[1], lambda: authorities)
-
-    async def run() -> None:
-        shutdown = Shutdown()
-        shutdown.on_signals()
-        await shutdown.run_until_requested(loop.run())
-
-    asyncio.run(run())
+    run_until_signalled(loop.run())

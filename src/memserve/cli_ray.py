@@ -11,7 +11,7 @@ import msgspec
 import typer
 from rich.table import Table
 
-from memserve.api.serving import Shutdown
+from memserve.api.serving import run_until_signalled
 from memserve.cli_cluster import console
 from memserve.cli_flags import takes_flags
 from memserve.config import (
@@ -142,12 +142,7 @@ def planner(*, given: Given) -> None:
     def adapt(deployed: PlannerConfig) -> PlannerConfig:
         return with_flags(deployed, given, ("enabled",))
 
-    async def run() -> None:
-        shutdown = Shutdown()
-        shutdown.on_signals()
-        await shutdown.run_until_requested(plan(place, adapt, progress_lines()))
-
-    asyncio.run(run())
+    run_until_signalled(plan(place, adapt, progress_lines()))
 
 
 @app.command()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from memserve.api.tls import TLS_CA_VARIABLE, client_tls
+from memserve.api.tls import command_tls
 from memserve.cli_flags import ExitWithParent, takes_flags
 from memserve.cluster.watchdog import exit_with_parent
 from memserve.config import GatewayConfig, LogConfig
@@ -38,7 +37,7 @@ def top(url: _Urls = None) -> None:
         raise ConfigError("memserve top needs Textual: pip install 'memserve[ui]'")
     from memserve.top.app import TopApp
 
-    TopApp(url or [_DEFAULT_URL], client_tls(os.environ.get(TLS_CA_VARIABLE))).run()
+    TopApp(url or [_DEFAULT_URL], command_tls()).run()
 
 
 @takes_flags(flags_of(LogConfig))
@@ -83,7 +82,7 @@ def dashboard(
     log_to_stderr(log.level, log.format)
     if exit_with_parent_:
         exit_with_parent()
-    authorities = client_tls(os.environ.get(TLS_CA_VARIABLE))
+    authorities = command_tls()
     urls = url or [_DEFAULT_URL]
     settings = Settings(
         *(urls, host, port, token_file, tls_cert, tls_key, read_only),

@@ -134,9 +134,9 @@ def free_port(host: str = "127.0.0.1") -> int:
     It is below those that Linux gives to connections, so none takes it before the program listens.
     Raises OSError.
     """
-    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
     for port in random.SystemRandom().sample(_FREE_PORTS, 100):
+        family, address = resolve(host, port)
         with socket.socket(family) as sock, suppress(OSError):
-            sock.bind((address[0], port, *address[2:]))
+            sock.bind(address)
             return port
     raise OSError(errno.EADDRINUSE, f"no free port at {host}")

@@ -20,7 +20,7 @@ from memserve.api.http_server import HttpServer
 from memserve.api.serving import Shutdown, bind
 from memserve.api.signatures import Verifier
 from memserve.api.status import InstanceState
-from memserve.api.tls import server_tls
+from memserve.api.tls import TLS_CA_VARIABLE, server_tls
 from memserve.cluster import cluster as module
 from memserve.cluster import readiness
 from memserve.cluster.backend import Launch, Place
@@ -40,6 +40,7 @@ from memserve.ray.member import Member
 from memserve.ray.order import Order, encode
 from memserve.secrets import DIRECTORY_VARIABLE, SECRET_VARIABLE, Secret
 from memserve.types import Epoch, InstanceId, Role
+from tests.ray_orders import launched
 from tests.waiting import PATIENCE, until
 
 SECRET = Secret(("the cluster's",))
@@ -166,7 +167,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "POLL_SECONDS", 0.005)
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "run"))
     monkeypatch.setenv(SECRET_VARIABLE, str(SECRET))
-    monkeypatch.delenv(readiness.TLS_CA_VARIABLE, raising=False)
+    monkeypatch.delenv(TLS_CA_VARIABLE, raising=False)
 
 
 def config_of(ca: Path | None = None, count: int = 1, **more: PlannerConfig) -> ClusterConfig:
@@ -202,7 +203,7 @@ async def test_a_command_elsewhere_may_have_the_authorities_in_a_file_of_its_own
 ) -> None:
     """As commands that are only clients: the configured path is the nodes'."""
     ca, chain = authorities
-    monkeypatch.setenv(readiness.TLS_CA_VARIABLE, str(ca))
+    monkeypatch.setenv(TLS_CA_VARIABLE, str(ca))
     async with (
         listening(Gateway(**{"colocated-0": InstanceState.READY}), chain) as url,
         starting(config_of(Path("/nodes/ca.pem")), url) as (cluster, _),
@@ -322,20 +323,7 @@ async def test_who_fails_after_the_planner_ends_the_cluster() -> None:
 
 def order_of(config: ClusterConfig, *join: str) -> Order:
     (launch,) = instance_launches(config, SECRET)
-    return Order(
-        name=launch.name,
-        group=launch.group,
-        arguments=launch.arguments,
-        secrets=dict(launch.secrets),
-        namespace="memserve",
-        gateways=gateway_names(config),
-        join=join,
-        host="",
-        port=0,
-        tls=False,
-        module="memserve",
-        config=config,
-    )
+    return launched(config, launch, gateways=gateway_names(config), join=join)
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from memserve.config import (
 )
 from memserve.errors import ConfigError
 from memserve.ray.order import (
-    Order,
     decode_order,
     encode,
     fitted,
@@ -29,6 +28,7 @@ from memserve.ray.order import (
 )
 from memserve.secrets import Secret
 from memserve.types import Role
+from tests.ray_orders import launched
 
 SECRET = Secret(("not-to-be-shown",))
 RAY = BackendConfig(backend="ray")
@@ -114,20 +114,7 @@ def test_an_order_survives_its_way_and_does_not_show_its_secrets() -> None:
         instance=(InstanceConfig(role=Role.DECODE, resources={"GPU": 1}),),
     )
     (launch,) = instance_launches(config, SECRET)
-    order = Order(
-        name=launch.name,
-        group=launch.group,
-        arguments=launch.arguments,
-        secrets=dict(launch.secrets),
-        namespace="memserve",
-        gateways=("gateway",),
-        join=(),
-        host="",
-        port=0,
-        tls=False,
-        module="memserve",
-        config=without_keys(config),
-    )
+    order = launched(without_keys(config), launch)
     data = encode(order)
     back = decode_order(data)
     assert back == order

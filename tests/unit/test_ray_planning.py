@@ -6,6 +6,8 @@ import asyncio
 
 import pytest
 
+from tests.ray_orders import order_of
+
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'memserve[ray]'")
 
 from memserve.cluster.backend import GATEWAYS
@@ -30,20 +32,7 @@ CONFIG = ClusterConfig(
 
 
 def order(name: str, group: str) -> Order:
-    return Order(
-        name=name,
-        group=group,
-        arguments=(),
-        secrets={SECRET_VARIABLE: "a-secret-of-these-tests"},
-        namespace="memserve",
-        gateways=("gateway",),
-        join=(),
-        host="",
-        port=0,
-        tls=False,
-        module="memserve",
-        config=CONFIG,
-    )
+    return order_of(CONFIG, name, group, {SECRET_VARIABLE: "a-secret-of-these-tests"})
 
 
 def report(url: str = "http://10.0.0.2:1", ended: str | None = None) -> Report:

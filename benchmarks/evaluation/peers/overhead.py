@@ -17,6 +17,7 @@ from evaluation.peers.servers import ROUTER_SECONDS, ours, ready, start_router, 
 from evaluation.peers.vllm import START_SECONDS
 from memserve.bench.measure import BenchmarkError
 from memserve.bench.openai_client import OpenAIClient
+from memserve.bench.report import tpot
 from memserve.bench.vllm_engine import LARGE_KV, SOURCE, own_instance, vllm_arguments
 from memserve.clock import MonotonicClock
 from memserve.config import ModelConfig
@@ -76,9 +77,8 @@ async def _round(url: str, served: str) -> tuple[float, float]:
             answer = await client.complete(prompt, _ANSWER)
             if answer.error is not None:
                 raise BenchmarkError(answer.error)
-            times = answer.chunk_times
-            first.append(times[0] - asked)
-            each.append((times[-1] - times[0]) / (answer.output_tokens - 1))
+            first.append(answer.chunk_times[0] - asked)
+            each.append(tpot(answer) or 0.0)
     return mean(first), mean(each)
 
 

@@ -17,6 +17,7 @@ from evaluation.cpu_quota import limited
 from evaluation.soak.cluster import RunningUp, running_up
 from evaluation.soak.vitals import process_tree
 from memserve.bench.openai_client import Answer, OpenAIClient
+from memserve.bench.report import tpot
 from memserve.clock import MonotonicClock
 from memserve.cluster.client import ClusterClient
 from memserve.config import (
@@ -118,15 +119,15 @@ async def _one(config: LiveConfig, model: ModelConfig, split: str, repeat: int) 
         repeat,
         tuple(sum(_served(config, one) for one in phase) / len(phase) for phase in phases),
         tuple(_mean([_ttft(one) for one in phase]) for phase in whole),
-        tuple(_mean([_tpot(one.answer) for one in phase]) for phase in whole),
+        tuple(_mean([tpot(one.answer) or 0.0 for one in phase]) for phase in whole),
         len(sent) - sum(map(len, whole)),
         changes,
     )
 
 
 def _limits(config: LiveConfig, up: RunningUp) -> AbstractContextManager[None]:
-    """Without a share of its own, an instance takes the CPU time that an idle one leaves, and all
-    splits are alike where instances outnumber cores."""
+    """Return a context in which each instance has at most `config.cores` of CPU time. Without it,
+    an instance takes the time that an idle one leaves, so that splits hardly differ."""
     if config.cores is None:
         return nullcontext()
     roles = {str(role) for role in Role}
@@ -180,16 +181,11 @@ async def _ask(
 def _served(config: LiveConfig, sent: _Sent) -> bool:
     if sent.answer.error is not None or not sent.answer.chunk_times:
         return False
-    return _ttft(sent) <= config.ttft and _tpot(sent.answer) <= config.tpot
+    return _ttft(sent) <= config.ttft and (tpot(sent.answer) or 0.0) <= config.tpot
 
 
 def _ttft(sent: _Sent) -> float:
     return sent.answer.chunk_times[0] - sent.due
-
-
-def _tpot(answer: Answer) -> float:
-    first, last = answer.chunk_times[0], answer.chunk_times[-1]
-    return (last - first) / max(1, answer.output_tokens - 1)
 
 
 def _mean(values: list[float]) -> float:

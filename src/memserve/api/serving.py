@@ -74,6 +74,18 @@ class Shutdown:
             await asyncio.wait((working,))
 
 
+def run_until_signalled(work: Coroutine[object, object, None]) -> None:
+    """Run `work` on an event loop of its own until it ends, or SIGTERM or SIGINT cancels it. Raises
+    an exception that `work` raised."""
+
+    async def run() -> None:
+        shutdown = Shutdown()
+        shutdown.on_signals()
+        await shutdown.run_until_requested(work)
+
+    asyncio.run(run())
+
+
 def hold_reloads() -> None:
     """Block SIGHUP until `on_reload`, in this thread and in threads and processes that it
     starts: a signal meanwhile stays pending."""

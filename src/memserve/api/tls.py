@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 
 from memserve.errors import ConfigError
@@ -45,3 +46,9 @@ def client_tls(authorities: str | None) -> ssl.SSLContext | None:
         raise ConfigError(f"tls_ca = '{authorities}': {error}") from error
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
+
+
+def command_tls(configured: str | None = None) -> ssl.SSLContext | None:
+    """Return the client's context of a command, which trusts the file that MEMSERVE_TLS_CA names,
+    or else `configured`; None without either. Raises ConfigError."""
+    return client_tls(os.environ.get(TLS_CA_VARIABLE) or configured)

@@ -73,6 +73,11 @@ class Answer:
     figures: RequestStats | None
     error: str | None
 
+    @property
+    def first_token(self) -> float | None:
+        """Time of the first chunk with tokens; None if there was none."""
+        return self.chunk_times[0] if self.chunk_times else None
+
 
 def api_key_headers() -> dict[str, str]:
     """Return the header with the key in OPENAI_API_KEY; none without that variable."""

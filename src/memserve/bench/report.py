@@ -14,6 +14,7 @@ from rich.table import Table
 
 from memserve.bench.environment import Environment, capture_environment
 from memserve.bench.loadgen import LoadResult, RequestRecord
+from memserve.bench.openai_client import Answer
 
 STDOUT = "-"
 
@@ -127,7 +128,7 @@ def inter_token_times(record: RequestRecord) -> list[float]:
     return [after - before for before, after in itertools.pairwise(record.chunk_times)]
 
 
-def tpot(record: RequestRecord) -> float | None:
+def tpot(record: RequestRecord | Answer) -> float | None:
     """Return the mean seconds per token behind the first; None for fewer than two tokens."""
     if record.first_token is None or record.output_tokens < 2:
         return None

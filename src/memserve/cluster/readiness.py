@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import ssl
 from collections.abc import Sequence
 
 from memserve.api.status import InstanceState
-from memserve.api.tls import TLS_CA_VARIABLE, client_tls
+from memserve.api.tls import command_tls
 from memserve.cluster.client import ClusterClient
 from memserve.cluster.member import MemberView
 from memserve.errors import ClusterError
@@ -37,7 +36,7 @@ class Readiness:
 
     def tls(self) -> ssl.SSLContext | None:
         """Return how gateways are verified. Raises ConfigError."""
-        return client_tls(os.environ.get(TLS_CA_VARIABLE) or self._tls_ca)
+        return command_tls(self._tls_ca)
 
     def replaced(self, name: str) -> None:
         """Wait for the successor of an instance that was ended after the last look. A gateway may

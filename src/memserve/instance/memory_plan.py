@@ -23,9 +23,9 @@ from memserve.scheduler.architecture import Architecture, read_architecture
 
 # Of an engine's process besides weights and KV: torch, compiled kernels, activations.
 PROCESS_BYTES = 256 * 1024**2
-# HBM of built-in instances whose settings do not tell.
+# HBM blocks of a built-in instance on a CPU whose settings give no HBM size.
 CPU_BLOCKS = 2048
-GPU_SHARE = 0.9  # of what weights, and instances whose settings tell, leave free on a device
+GPU_SHARE = 0.9  # of what weights, and instances with an HBM size, leave free on a device
 _DTYPE_BYTES: dict[Dtype, int] = {"auto": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 _SPARE = 0.95  # of what is free, that a suggestion uses
 
@@ -69,8 +69,8 @@ def planned(
     config: ClusterConfig, model: ModelMemory, machine: Machine, process: int = PROCESS_BYTES
 ) -> ClusterConfig:
     """Return the configuration with shares of memory, as 50%, in bytes: of what is free here
-    besides weights. Shares of a GPU's memory are the instances' own to compute; instances whose
-    settings do not tell get equal ones.
+    besides weights. Shares of a GPU's memory stay shares, which each instance computes; instances
+    without an HBM size in their settings get equal ones.
 
     Raises ConfigError if the instances need more memory than is free, with both numbers, and with
     a value that would fit. `process`: bytes of each process besides weights and KV.
@@ -190,7 +190,7 @@ def _in_bytes(table: InstanceConfig, left: int | None, on_gpu: bool) -> Instance
 
 
 def _left(free: int, rest: int, what: str, there: str) -> int:
-    """Return what `what`, of `rest` bytes, leave of `free`. Raises ConfigError if it is nothing."""
+    """Return `free` less `rest` bytes, which `what` takes. Raises ConfigError if none is left."""
     if free <= rest:
         raise ConfigError(
             f"not enough memory: {what} need {shown_bytes(rest)} before any KV; {there}; "
@@ -202,8 +202,8 @@ def _left(free: int, rest: int, what: str, there: str) -> int:
 def _with_shares(
     tables: Sequence[InstanceConfig], free: int, block: int, most: int
 ) -> tuple[InstanceConfig, ...]:
-    """Return the tables with equal shares of a GPU's memory for the built-in instances whose
-    settings do not tell, of what the others leave.
+    """Return the tables with an HBM size for each built-in instance: those without one get equal
+    shares of the memory that the others leave on the GPU.
 
     `free`: bytes once all weights are there. `most`: members that the planner may start.
     """

@@ -29,7 +29,6 @@ from memserve.hosts import WILDCARDS, bracketed
 from memserve.pool.segment import sweep
 from memserve.ray.connection import first_line, process_names
 from memserve.ray.order import PREFIX, Report, decode_order, decode_report, encode
-from memserve.secrets import SECRET_VARIABLE, cluster_secret
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ class Member:
         self._joined[gateway] = url
         if self._url:
             tls = client_tls(self._order.config.security.tls_ca)
-            async with ClusterClient(url, cluster_secret(self._secret()), tls) as client:
+            async with ClusterClient(url, self._order.secret, tls) as client:
                 await client.add(self._url)
 
     async def reload(self) -> None:
@@ -221,6 +220,3 @@ class Member:
     async def _tell(self) -> None:
         async with self._news:
             self._news.notify_all()
-
-    def _secret(self) -> str:
-        return self._order.secrets[SECRET_VARIABLE]

@@ -9,6 +9,7 @@ import msgspec
 from memserve.cluster.backend import GATEWAYS, Launch
 from memserve.config import ClusterConfig, InstanceConfig
 from memserve.errors import ConfigError
+from memserve.secrets import SECRET_VARIABLE, Secret, cluster_secret
 
 # Of actors' names: others may use the namespace, too.
 PREFIX = "memserve."
@@ -41,6 +42,11 @@ class Order(msgspec.Struct, frozen=True):
     def actor(self) -> str:
         """The actor's name."""
         return PREFIX + self.name
+
+    @property
+    def secret(self) -> Secret:
+        """The cluster's secret."""
+        return cluster_secret(self.secrets[SECRET_VARIABLE])
 
     @property
     def is_gateway(self) -> bool:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 
 import msgspec
 
-from memserve.api.tls import TLS_CA_VARIABLE, client_tls
+from memserve.api.tls import command_tls
 from memserve.clock import MonotonicClock
 from memserve.cluster.backend import Group, Place
 from memserve.cluster.launches import tables
 from memserve.cluster.planning import PlannerLoop
-from memserve.config import BackendConfig, ClusterConfig, PlannerConfig, check_planner
+from memserve.config import BackendConfig, PlannerConfig, check_planner
 from memserve.errors import ClusterError
 from memserve.models.resolve import Progress
 from memserve.ray import service
 from memserve.ray.connection import disconnect
-from memserve.secrets import SECRET_VARIABLE, cluster_secret
 
 
 class ServiceGroups:
@@ -86,6 +84,7 @@ async def plan(
     try:
         found = await service.processes(config)
         deployed = service.settings_of(found, config)
+        secret = next(order.secret for order, _ in found.values() if order is not None)
         wanted = msgspec.structs.replace(adapt(deployed.planner), enabled=True)
         check_planner(wanted)
         groups = ServiceGroups(config, progress)
@@ -93,20 +92,11 @@ async def plan(
             groups.gateways,
             wanted,
             MonotonicClock(),
-            cluster_secret(_secret(found)),
-            lambda: client_tls(_authorities(deployed)),
+            secret,
+            lambda: command_tls(deployed.security.tls_ca),
             None if wanted.max_members is None else groups,
             progress,
         )
         await loop.run()
     finally:
         await disconnect()
-
-
-def _secret(found: service.Found) -> str:
-    orders = (order for order, _ in found.values() if order is not None)
-    return next(order.secrets[SECRET_VARIABLE] for order in orders)
-
-
-def _authorities(deployed: ClusterConfig) -> str | None:
-    return os.environ.get(TLS_CA_VARIABLE) or deployed.security.tls_ca

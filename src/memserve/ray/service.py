@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import ray.exceptions
 import ray.util
 
 from memserve.api.serving import Shutdown
-from memserve.api.tls import TLS_CA_VARIABLE, client_tls
+from memserve.api.tls import command_tls
 from memserve.cluster.backend import Launch
 from memserve.cluster.client import ClusterClient
 from memserve.cluster.cluster import Cluster
@@ -34,7 +33,7 @@ from memserve.ray.order import (
     fitted,
     without_keys,
 )
-from memserve.secrets import SECRET_FILE_VARIABLE, SECRET_VARIABLE, Secret, cluster_secret
+from memserve.secrets import SECRET_FILE_VARIABLE, SECRET_VARIABLE, cluster_secret
 
 # An actor that runs answers at once. One that Ray is placing, or whose node is lost, does not.
 ASK_SECONDS = 5.0
@@ -248,9 +247,8 @@ async def _adopted(
         raise _no_cluster(config)
     orders = [order for order, _ in found]
     settings = orders[0].config if wanted is None else wanted
-    secret = cluster_secret(orders[0].secrets[SECRET_VARIABLE])
     backend = RayBackend(settings, progress, detached=True, module=orders[0].module)
-    cluster = Cluster(settings, backend, Shutdown(), progress, secret)
+    cluster = Cluster(settings, backend, Shutdown(), progress, orders[0].secret)
     url = next((r.url for o, r in found if o.is_gateway and r and r.url), "")
     if without_ended:
         gone = [o for o, r in found if not o.is_gateway and r and r.ended is not None]
@@ -273,15 +271,15 @@ def _launch(order: Order) -> Launch:
 def _changed(order: Order, wanted: ClusterConfig) -> Launch:
     """Return what an actor runs, with other settings. Raises ClusterError if these have no such
     group."""
-    config, secret = fitted(wanted), cluster_secret(order.secrets[SECRET_VARIABLE])
+    config = fitted(wanted)
     if order.is_gateway:
-        return gateway_launch(config, secret, order.name)
+        return gateway_launch(config, order.secret, order.name)
     if order.group not in tables(config):
         raise ClusterError(
             f"{order.name} is of group {order.group}, which the new settings do not have: "
             f"{', '.join(tables(config))}; delete and deploy to change that"
         )
-    return named_launch(config, secret, order.group, order.name)
+    return named_launch(config, order.secret, order.group, order.name)
 
 
 async def _states(orders: Sequence[Order], found: Found) -> dict[str, str]:
@@ -290,11 +288,10 @@ async def _states(orders: Sequence[Order], found: Found) -> dict[str, str]:
         _, report = found[order.name]
         if not order.is_gateway or report is None or not report.url:
             continue
-        secret: Secret = cluster_secret(order.secrets[SECRET_VARIABLE])
-        authorities = os.environ.get(TLS_CA_VARIABLE) or order.config.security.tls_ca
         # The file may be on the nodes alone: then the states are what the actors know.
         with contextlib.suppress(ClusterError, ConfigError):
-            async with ClusterClient(report.url, secret, client_tls(authorities)) as client:
+            tls = command_tls(order.config.security.tls_ca)
+            async with ClusterClient(report.url, order.secret, tls) as client:
                 return {one.id: str(one.state) for one in (await client.view()).instances}
     return {}
 
