@@ -7,3 +7,6 @@ import os
 # Before torch is imported, here and in the processes that tests start. The tests' models are so
 # small that OpenMP's threads mostly wait for each other, in a loop, on cores that others need.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Before Ray is imported, by whichever test comes first: it reads this then.
+os.environ["RAY_AUTH_MODE"] = "token"

@@ -23,8 +23,6 @@ import psutil
 from memserve.hosts import free_port
 
 ROOT = Path(__file__).parents[1]
-# Ray reads it when it is imported, which this module therefore does not.
-os.environ["RAY_AUTH_MODE"] = "token"
 END_SECONDS = 120.0  # of a command that ends in order
 HEAD = "127.0.0.2"  # Ray takes 127.0.0.1 for the machine's outer address
 TRIES = 3  # Ray gives a node 30 s, which may not do where tests run beside each other
