@@ -158,11 +158,10 @@ class Oracle:
             here.delays = here.prefill * sum(seconds > here.prefill for seconds in left)
         else:
             here.queue = here.work
-        there = sum(self.left_unchanged(line))
         longest = sorted(range(len(self.here)), key=lambda i: (-self.here[i].cached, i))
         floor = 0.0
         if at in longest[:MAX_SOURCES] and self.sure(line, here.cached) < here.cached:
-            floor = there
+            floor = here.work
         if line.spec.kv_tokens is not None:
             own = self.prompt + self.output
             reserved = line.residents.kv_tokens + line.other_running * self.load._typical_context
@@ -171,7 +170,7 @@ class Oracle:
                 own -= line.residents.shared(self.request.namespace, cached)
             excess = reserved + own - line.spec.kv_tokens
             if excess > 0:
-                until = line.residents.wait(excess, there, step, self.now)
+                until = line.residents.wait(excess, here.work, step, self.now)
                 floor = max(floor, until)
         here.queue = max(here.queue, floor + self.loading(line))
 
@@ -180,10 +179,6 @@ class Oracle:
         tokens, costs = self.in_host.get(line.spec.id, 0), line.spec.costs
         num_bytes, blocks = tokens * costs.kv_bytes_per_token, -(-tokens // line.spec.block_tokens)
         return float(costs.transfer_seconds(num_bytes, blocks, "host")) if tokens else 0.0
-
-    def left_unchanged(self, line: InstanceLoad) -> list[float]:
-        """The queue when it last changed."""
-        return [*line.queue.left(), *[self.load._typical_prefill] * line.other_prefills]
 
     # --- of candidates --------------------------------------------------------------------
 

@@ -33,17 +33,38 @@ async def world() -> AsyncIterator[Routed]:
         yield made
 
 
-async def test_instances_of_one_fingerprint_share_their_costs(world: Routed) -> None:
-    world.profiles.update(a=profile_of("h100"), b=profile_of("h100"), c=profile_of("cpu"))
+async def test_instances_of_one_fingerprint_share_their_model_and_learn_on_their_own(
+    world: Routed,
+) -> None:
+    world.profiles.update({name: profile_of("h100") for name in "abd"}, c=profile_of("cpu"))
     for name in "abc":
         world.member(name)
-    for name in "abc":
         await world.profiled(name)
-    assert world.spec("a").costs is world.spec("b").costs
-    assert world.spec("a").costs is not world.spec("c").costs
+    a, b, c = (refined(world, name) for name in "abc")
+    assert a.model is b.model
+    assert a.model is not c.model
     load = world.router.scheduler.load
     load.refresh()
     assert len(load.cost_groups) == 2
+    for _ in range(50):  # the machine of `a` is busy with something else
+        a.observe_prefill(1000, 0, 2 * float(a.model.prefill_seconds(1000, 0)))
+    assert a.factor("prefill") == pytest.approx(2.0, rel=0.01)
+    assert b.factor("prefill") == 1.0
+    # One that joins later begins with what was learnt of the first.
+    world.member("d")
+    await world.profiled("d")
+    d = refined(world, "d")
+    assert d.factor("prefill") == a.factor("prefill")
+    for _ in range(100):
+        d.observe_prefill(1000, 0, float(a.model.prefill_seconds(1000, 0)))
+    assert d.factor("prefill") == pytest.approx(1.0, rel=0.01)
+    assert a.factor("prefill") == pytest.approx(2.0, rel=0.01)
+
+
+def refined(world: Routed, name: str) -> RefinedCosts:
+    costs = world.spec(name).costs
+    assert isinstance(costs, RefinedCosts)
+    return costs
 
 
 async def test_an_instance_without_a_profile_is_taken_to_be_like_the_others(

@@ -339,6 +339,20 @@ def test_what_is_not_computed_yet_cannot_be_fetched() -> None:
     assert (plan.instance, plan.fetch, plan.fetched_tokens) == ("b", "a", 256)
 
 
+def test_the_wait_for_a_prefix_that_is_being_computed_shrinks_with_time() -> None:
+    cluster = Cluster()
+    cluster.add("a")
+    cluster.scheduler.decide(request(0))
+    cluster.cache(a=1008)  # the tree counts what was routed there
+    queues = []
+    for seconds in (0.0, 0.5, 5.0):
+        cluster.clock.advance(seconds)
+        queues.append(decided(cluster.scheduler.decide(request("x"))).plan.terms.queue)
+        cluster.scheduler.finished(RequestId("x"))
+
+    assert queues == pytest.approx([1.024, 0.524, 0.0])
+
+
 def test_another_namespace_is_no_promise() -> None:
     cluster = Cluster()
     cluster.add("a", "b")

@@ -94,7 +94,8 @@ class _Servers:
         )
 
     async def own(self, instances: Sequence[InstanceConfig], policy: Policy = "prompt-tree") -> str:
-        """The URL of our gateway in front of these instances."""
+        """The URL of our gateway in front of these instances. To be called before other servers
+        are started: instances measure their cost models, on a quiet machine."""
         cluster = ours(self.model, self.loads.dtype, instances, self.progress, policy)
         return await self.stack.enter_async_context(cluster)
 
@@ -157,6 +158,8 @@ async def _with_host_memory(
     arguments = vllm_arguments(parse_bytes(tiers.kv), _STEP_TOKENS)
     offloads = (*arguments, *offloading_flag(tiers.dram))
     own, plain, offloading = HOST_NAMES
+    instances = [own_instance(core, tiers.dram, arguments) for core in cores]
+    urls = {own: await servers.own(instances)}
     pairs: dict[str, list[PeerServer]] = {}
     if (why := why_missing("routers")) is not None:
         servers.skipped.update(dict.fromkeys((plain, offloading), why))
@@ -164,8 +167,6 @@ async def _with_host_memory(
         pairs[plain] = [servers.vllm(core, arguments) for core in cores]
         # One at first: a second would only repeat what the first says against it.
         pairs[offloading] = [servers.vllm(cores[0], offloads)]
-    instances = [own_instance(core, tiers.dram, arguments) for core in cores]
-    urls = {own: await servers.own(instances)}
     for name, pair in pairs.items():
         if await servers.are_ready(name, pair):
             pair += [servers.vllm(core, offloads) for core in cores[len(pair) :]]
@@ -194,14 +195,14 @@ async def _with_lmcache(
 ) -> dict[str, str]:
     arguments = vllm_arguments(parse_bytes(tiers.kv), _STEP_TOKENS)
     own, lmcache = LMCACHE_NAMES
+    instances = [own_instance(core, tiers.dram, arguments) for core in cores]
+    urls = {own: await servers.own(instances)}
     pair: list[PeerServer] = []
     if (why := why_missing("lmcache") or why_missing("routers")) is not None:
         servers.skipped[lmcache] = why
     elif port := await _lmcache_port(servers, lmcache, len(cores) * parse_bytes(tiers.dram)):
         asked = (*arguments, *lmcache_flag(port))
         pair = [servers.vllm(core, asked, LMCACHE_VARIABLES, "lmcache") for core in cores]
-    instances = [own_instance(core, tiers.dram, arguments) for core in cores]
-    urls = {own: await servers.own(instances)}
     return urls | (await servers.routed(lmcache, pair) if pair else {})
 
 
@@ -237,16 +238,16 @@ async def prefill_and_decode(
 async def _split(servers: _Servers, tiers: TierSettings, cores: tuple[int, int]) -> dict[str, str]:
     arguments = vllm_arguments(LARGE_KV)
     own, nixl = SPLIT_NAMES
+    roles = zip((Role.PREFILL, Role.DECODE), cores, strict=True)
+    instances = [own_instance(core, tiers.dram, arguments, role) for role, core in roles]
+    # Whatever is cached where, prompts are then computed on the one and decoded on the other.
+    urls = {own: await servers.own(instances, "least-load")}
     pair: list[PeerServer] = []
     if (why := await asyncio.to_thread(why_no_nixl)) is not None:
         servers.skipped[nixl] = why
     else:
         more = (*arguments, *nixl_flag())
         pair = [servers.vllm(core, more, nixl_variables(free_port())) for core in cores]
-    roles = zip((Role.PREFILL, Role.DECODE), cores, strict=True)
-    instances = [own_instance(core, tiers.dram, arguments, role) for role, core in roles]
-    # Whatever is cached where, prompts are then computed on the one and decoded on the other.
-    urls = {own: await servers.own(instances, "least-load")}
     if pair and await servers.are_ready(nixl, pair):
         for core, server in zip(cores, pair, strict=True):
             # The connector takes the thread that computes to the machine's last core.

@@ -67,7 +67,6 @@ def own_instance(
         threads=1,
         cpus=None if core is None else (core,),
         dram=dram,
-        profile="off",
         vllm_command=("env", f"PYTHONPATH={SOURCE}", *quiet, python, *module),
         vllm_args=tuple(arguments),
     )

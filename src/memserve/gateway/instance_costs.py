@@ -1,7 +1,7 @@
 """Cost models of instances: from their profiles, corrected by measured times.
 
-Instances of equal hardware and model share one cost model and its corrections: the scheduler
-predicts for all of them at once.
+Instances of equal hardware and model share one cost model: the scheduler predicts for all of them
+at once. Corrections are each instance's own, since equal machines are not equally busy.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ UNKNOWN: Costs = derive(HARDWARE["cpu"], GEMMA3_270M)
 
 
 class InstanceCosts:
-    """Cost models by fingerprint. Belongs to the event loop."""
+    """Makes the cost model of each instance. Belongs to the event loop."""
 
     def __init__(self, peers: PeerClient) -> None:
         self._peers = peers
-        self._models: dict[str, RefinedCosts] = {}
+        self._first: dict[str, RefinedCosts] = {}  # by fingerprint: of the first such instance
         self._typical: Costs = UNKNOWN
 
     def unknown(self) -> RefinedCosts:
@@ -51,17 +51,19 @@ class InstanceCosts:
         return isinstance(costs, RefinedCosts) and costs.model is self._typical
 
     async def of(self, address: str) -> RefinedCosts | None:
-        """Fetch the profile of the instance at a URL; return its cost model, shared by equal
-        instances. None: it gives no profile."""
+        """Fetch the profile of the instance at a URL; return its cost model, which equal instances
+        share, with the corrections that the first of them has now. None: it gives no profile."""
         for _ in range(MAX_QUESTIONS):
             try:
                 body = await self._peers.call(
                     "GET", address + PROFILE_PATH, bytes, seconds=_PROFILE_SECONDS
                 )
                 fingerprint = read_profile(body).subject.fingerprint
-                costs = self._models.get(fingerprint)
-                if costs is None:
-                    costs = self._models[fingerprint] = RefinedCosts(decode_profile(body).costs)
+                first = self._first.get(fingerprint)
+                if first is None:
+                    costs = self._first[fingerprint] = RefinedCosts(decode_profile(body).costs)
+                else:
+                    costs = first.copy()
                 self._typical = costs.model
                 return costs
             except PeerError as error:

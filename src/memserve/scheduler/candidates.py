@@ -196,7 +196,7 @@ class Candidates:
         if short:
             floor = _memory_wait(load, request, needed, self.cached, steps, now)
         if max(longest) >= 0:
-            floor = _wait_for_promises(load, request, longest, self.cached, floor)
+            floor = _wait_for_promises(load, request, longest, self.cached, floor, now)
         if in_host:
             floor = floor + _load_seconds(load, in_host)
         prefills = _prefill_seconds(load, prompt, asked[: 2 + count])
@@ -375,7 +375,12 @@ def _memory_wait(
 
 
 def _wait_for_promises(
-    load: Load, request: PromptRequest, longest: list[int], cached: IndexArray, wait: Seconds
+    load: Load,
+    request: PromptRequest,
+    longest: list[int],
+    cached: IndexArray,
+    wait: Seconds,
+    now: float,
 ) -> Seconds:
     """Return `wait` [instances], raised to the seconds of the queue where the matched prefix
     depends on unfinished prefills. Only the `longest` prefixes (slots, -1: none) are checked:
@@ -389,5 +394,5 @@ def _wait_for_promises(
         if sure < tokens:
             if waits is None:
                 waits = wait.copy()
-            waits[slot] = max(waits[slot], load.stats[slot, k.LEFT_TOTAL])
+            waits[slot] = max(waits[slot], load.queue_seconds(slot, now))
     return wait if waits is None else waits

@@ -278,8 +278,14 @@ class Load:
         requests end as expected, with decode steps of `step` seconds."""
         stats = self.stats[slot].tolist()
         excess = stats[k.KV_TOKENS] + needed - stats[k.KV_CAPACITY]
-        queue = stats[k.LEFT_TOTAL]
+        queue = self.queue_seconds(slot, now)
         return self.by_slot[slot].residents.wait(excess, queue, step, now)
+
+    def queue_seconds(self, slot: int, now: float) -> float:
+        """Return the seconds of prefill that an instance's queue still takes, by the arrays."""
+        _, at, total, under_way, *_ = self.stats[slot, : k.KV_TOKENS].tolist()
+        seconds: float = total - min(max(now - at, 0.0), under_way)
+        return seconds
 
     def shared_tokens(self, slot: int, namespace: Namespace, tokens: TokenArray) -> int:
         """Return the number of leading `tokens`, all cached there, that a request there holds in

@@ -38,6 +38,12 @@ class _Factor:
         self._log = 0.0
         self.value = 1.0
 
+    def copy(self) -> _Factor:
+        factor = _Factor()
+        factor._logs.extend(self._logs)
+        factor._log, factor.value = self._log, self.value
+        return factor
+
     def observe(self, ratio: float) -> None:
         self._logs.append(min(_BOUND, max(-_BOUND, math.log(ratio))))
         if len(self._logs) < _FEWEST:
@@ -61,6 +67,13 @@ class RefinedCosts:
             "decode": _Factor(),
             "transfer": _Factor(),
         }
+
+    def copy(self) -> RefinedCosts:
+        """Return costs of the same model, whose factors start as these are and are learnt on their
+        own."""
+        costs = RefinedCosts(self.model)
+        costs._factors = {kind: factor.copy() for kind, factor in self._factors.items()}
+        return costs
 
     def factor(self, kind: Kind) -> float:
         """Ratio of observed to predicted time; 1.0 at first."""
