@@ -23,6 +23,7 @@ import psutil
 from memserve.hosts import free_port
 
 ROOT = Path(__file__).parents[1]
+SOURCES = os.pathsep.join((str(ROOT / "src"), str(ROOT)))  # PYTHONPATH of Ray's processes
 END_SECONDS = 120.0  # of a command that ends in order
 HEAD = "127.0.0.2"  # Ray takes 127.0.0.1 for the machine's outer address
 TRIES = 3  # Ray gives a node 30 s, which may not do where tests run beside each other
@@ -52,7 +53,7 @@ class RayNodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))),
+            "PYTHONPATH": SOURCES,
         }
         self._environment = {**os.environ, **self.environment, **HEALTH, **environment}
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}

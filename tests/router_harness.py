@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -19,6 +19,7 @@ from memserve.api.status import (
     InstanceStats,
     Latencies,
     Limits,
+    LinkTotals,
     PoolTotals,
 )
 from memserve.clock import ManualClock
@@ -116,6 +117,7 @@ class Routed:
         epoch: int = 1,
         state: InstanceState = InstanceState.READY,
         limits: Limits | None = LIMITS,
+        links: Mapping[str, LinkTotals] | None = None,
         **engine: int | float,
     ) -> Member:
         """A member answers a poll: it is new, or has news."""
@@ -123,7 +125,8 @@ class Routed:
         info = InstanceInfo(
             InstanceId(name), Epoch(epoch), role, state, 1, "tiny", limits, pool=True, kv=kv
         )
-        stats = InstanceStats(totals(**engine), PoolTotals(), Latencies()) if engine else None
+        pool = PoolTotals(links=dict(links or {}))
+        stats = InstanceStats(totals(**engine), pool, Latencies()) if engine or links else None
         found = self.membership.join(f"{self.url}/{name}")
         self.membership.answered(found, info, stats)
         return found

@@ -40,7 +40,11 @@ class Load:
             while not self._over.is_set():
                 try:
                     stream = client.completions.create(
-                        model=MODEL, prompt=[5, 6, 7], max_tokens=self._tokens, stream=True
+                        model=MODEL,
+                        prompt=[5, 6, 7],
+                        max_tokens=self._tokens,
+                        stream=True,
+                        extra_body={"ignore_eos": True},
                     )
                     chunks = [chunk.choices[0] for chunk in stream]
                 except openai.APIError as error:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -286,13 +287,14 @@ class Client:
         self._thread.join(PATIENCE)
 
     def pause(self, fault: float) -> float | None:
-        """Seconds without a token around the time of a fault; before the first token, from the
-        fault on. None: it was over, or this client left."""
-        after = next((at for at in self.times if at > fault), None)
-        before = [at for at in self.times if at <= fault]
-        if after is None or self._left:
+        """The longest time without a token, in seconds, that ends behind a fault: some tokens may
+        still have been on their way. Before the first token, from the fault on. None: it was over,
+        or this client left."""
+        after = [at for at in self.times if at > fault]
+        if not after or self._left:
             return None
-        return after - (before[-1] if before else fault)
+        before = [at for at in self.times if at <= fault]
+        return max(b - a for a, b in pairwise([*(before[-1:] or [fault]), *after]))
 
     def _run(self) -> None:
         try:

@@ -10,19 +10,21 @@ from pathlib import Path
 import pytest
 
 from memserve.types import Role
-from tests.fakes import metric
 from tests.fault.conftest import Expected
-from tests.fault.processes import Client
 from tests.handoff_harness import prompt_of
-from tests.hosts.cluster import BLOCK, HostCluster, Operator
-from tests.hosts_harness import Host, Hosts
+from tests.hosts.cluster import HostCluster, Operator
+from tests.hosts.streams import (
+    FEW,
+    LONG_PROMPTS,
+    PROMPTS,
+    TOKENS,
+    finished,
+    hands_over,
+    in_hand_over,
+    streaming,
+)
+from tests.hosts_harness import Hosts
 
-STREAMS, TOKENS = 3, 700
-PROMPTS = [prompt_of(120, seed) for seed in range(STREAMS)]
-# KV of these takes five seconds over a link that is so slow, and 20 ms over the others.
-LONG, FEW, SLOW = 400, 8, 4_000_000
-LONG_PROMPTS = [prompt_of(LONG, seed) for seed in (20, 21)]
-FAILOVERS = "memserve_failovers_total"
 P, ON_B, ON_C = "p-a", "d-b", "d-c"
 
 
@@ -45,55 +47,6 @@ def answers(expected: Expected) -> list[list[int]]:
     return [expected(prompt, TOKENS) for prompt in PROMPTS]
 
 
-def hands_over(operator: Operator, name: str, expected: Expected) -> None:
-    """It computes with KV from P: prompts that nobody has seen, until one has gone there."""
-    before = operator.stats(name).handoff.blocks_received
-    for seed in range(100, 110):
-        prompt = prompt_of(100, seed + before)
-        answer = operator.complete(prompt, 4)
-        assert answer["choices"][0]["token_ids"] == expected(prompt, 4)
-        if operator.stats(name).handoff.blocks_received > before:
-            return
-    raise AssertionError(f"no KV reaches {name}\n{operator.cluster.logs()}")
-
-
-def streaming(operator: Operator, name: str) -> list[Client]:
-    """Streams under way, some of them at this instance."""
-    clients = [Client(operator, prompt, TOKENS) for prompt in PROMPTS]  # type: ignore[arg-type]
-    for client in clients:
-        client.wait(5)
-    operator.until(lambda: operator.stats(name).engine.running >= 1, f"a stream at {name}")
-    return clients
-
-
-def in_hand_over(operator: Operator, name: str, host: Host) -> list[Client]:
-    """Two prompts, whose KV goes to two instances: to the other one quickly, and to this one for as
-    long as `host`'s link is that slow."""
-    host.limit(SLOW)
-    clients = [Client(operator, prompt, FEW) for prompt in LONG_PROMPTS]  # type: ignore[arg-type]
-    operator.until(
-        lambda: (
-            any(client.times for client in clients)
-            and operator.stats(P).pool.hbm.pinned >= LONG // BLOCK
-        ),
-        f"a hand-over to {name}",
-    )
-    assert not all(client.times for client in clients)
-    return clients
-
-
-def finished(
-    operator: Operator, clients: list[Client], answers: list[list[int]], fault: float
-) -> float:
-    """All have the right tokens, and some had to go on elsewhere; how long the longest was without
-    one after the fault."""
-    before = metric(operator.url, FAILOVERS)
-    for client, wanted in zip(clients, answers, strict=True):
-        assert client.result() == wanted
-    assert metric(operator.url, FAILOVERS) > before
-    return max((pause for client in clients if (pause := client.pause(fault))), default=0.0)
-
-
 def note(case: str, pause: float, whole: float, back: float) -> None:
     """A row of the table in docs/many-hosts.md; `pytest -s` shows it."""
     print(f"\n| {case} | {pause:.1f} | {whole:.1f} | {back:.1f} |")
@@ -109,7 +62,7 @@ def test_a_host_is_lost_and_comes_back(
         operator.until_ready(P, ON_B, ON_C)
         hands_over(operator, ON_C, expected)
         clients = streaming(operator, ON_C)
-        clients += in_hand_over(operator, ON_C, c)
+        clients += in_hand_over(operator, P, ON_C, c)
         fault = time.monotonic()
         c.cut()
         c.kill()

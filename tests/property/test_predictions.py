@@ -68,8 +68,10 @@ def learnt(model: Costs, ratio: float | None) -> Costs:
     for _ in range(10):
         refined.observe_prefill(1000, 0, ratio * float(model.prefill_seconds(1000, 0)))
         refined.observe_decode_step(4, 900, ratio * float(model.decode_step_seconds(4, 900)))
-        seconds = float(model.transfer_seconds(10**6, 9, "shm"))
-        refined.observe_transfer(10**6, 9, "shm", seconds / ratio)
+        near = float(model.transfer_seconds(10**6, 9, "shm"))
+        refined.observe_transfer(10**6, 9, "shm", near / ratio)
+        far = float(model.transfer_seconds(10**6, 9, "nixl"))
+        refined.observe_transfer(10**6, 9, "nixl", far * ratio * ratio)
     return refined
 
 

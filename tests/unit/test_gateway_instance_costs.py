@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from memserve.api.status import LinkTotals
 from memserve.gateway import global_router, instance_costs
-from memserve.gateway.instance_costs import UNKNOWN, StepTimes, answer_tokens
+from memserve.gateway.instance_costs import UNKNOWN, LinkTimes, StepTimes, answer_tokens
 from memserve.scheduler.admission import NOBODY
 from memserve.scheduler.contract import InstanceSpec
 from memserve.scheduler.refined_costs import RefinedCosts
@@ -65,6 +66,45 @@ def refined(world: Routed, name: str) -> RefinedCosts:
     costs = world.spec(name).costs
     assert isinstance(costs, RefinedCosts)
     return costs
+
+
+async def test_a_link_that_is_slower_than_assumed_is_learnt_from_a_members_totals(
+    world: Routed,
+) -> None:
+    """1 Gbit/s between hosts, and what is assumed within a host."""
+    world.profiles.update({name: profile_of("h100") for name in "ab"})
+    for name in "ab":
+        world.member(name)
+        await world.profiled(name)
+    a, b = refined(world, "a"), refined(world, "b")
+    size, pieces, counted = 64 << 20, 64, 0
+    near = float(a.model.transfer_seconds(size, pieces, "shm"))
+    wanted = size / 125e6
+
+    def is_learnt_from_more() -> bool:
+        nonlocal counted
+        seen = world.router._known[A].links._last.get("nixl", LinkTotals())
+        if seen.bytes < counted * size:
+            return False  # the last totals were not looked at yet
+        counted += 1
+        links = {
+            # By layer: each is written on its own.
+            "nixl": LinkTotals(32 * counted, counted * size, counted * pieces, counted * wanted),
+            "shm": LinkTotals(counted, counted * size, counted * pieces, counted * near),
+        }
+        world.member("a", links=links)
+        return float(a.transfer_seconds(size, pieces, "nixl")) > 0.98 * wanted
+
+    await until(is_learnt_from_more, "the link's speed")
+    assert float(a.transfer_seconds(size, pieces, "nixl")) == pytest.approx(wanted, rel=0.02)
+    assert a.factor("shm") == pytest.approx(1.0)
+    assert b.factor("nixl") == 1.0
+    # Too little to tell a link's speed.
+    learner = LinkTimes()
+    few = {"nixl": LinkTotals(1, 15 << 20, 1, 10.0)}
+    for _ in range(10):
+        learner.learn(world.spec("b"), few)
+    assert b.factor("nixl") == 1.0
 
 
 async def test_an_instance_without_a_profile_is_taken_to_be_like_the_others(

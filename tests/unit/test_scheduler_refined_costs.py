@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memserve.scheduler.contract import TransferPath
 from memserve.scheduler.hardware import cost_model
 from memserve.scheduler.refined_costs import RefinedCosts
 
@@ -71,13 +72,27 @@ def test_kinds_are_corrected_apart() -> None:
         )
     assert refined.factor("prefill") == 1.0
     assert refined.factor("decode") == pytest.approx(2.0, rel=0.05)
-    assert refined.factor("transfer") == pytest.approx(3.0, rel=0.05)
+    assert refined.factor("nixl") == pytest.approx(3.0, rel=0.05)
+    assert refined.factor("shm") == 1.0
     assert float(refined.decode_step_seconds(4, 100)) == pytest.approx(
         2 * float(MODEL.decode_step_seconds(4, 100)), rel=0.05
     )
-    assert float(refined.transfer_seconds(10**6, 1, "shm")) == pytest.approx(
-        3 * float(MODEL.transfer_seconds(10**6, 1, "shm")), rel=0.05
+    assert float(refined.transfer_seconds(10**6, 1, "nixl")) == pytest.approx(
+        3 * float(MODEL.transfer_seconds(10**6, 1, "nixl")), rel=0.05
     )
+    paths: tuple[TransferPath, ...] = ("shm", "host")
+    for path in paths:
+        whole = float(MODEL.transfer_seconds(10**6, 1, path))
+        assert float(refined.transfer_seconds(10**6, 1, path)) == whole
+
+
+def test_a_link_may_be_a_hundred_times_slower_than_assumed() -> None:
+    """As an Ethernet of 1 Gbit/s is, beside an adapter of 400 Gbit/s."""
+    refined = RefinedCosts(MODEL)
+    for _ in range(60):
+        whole = float(MODEL.transfer_seconds(10**8, 100, "nixl"))
+        refined.observe_transfer(10**8, 100, "nixl", 300 * whole)
+    assert refined.factor("nixl") == pytest.approx(300.0, rel=0.05)
 
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=80))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from memserve import KVLayout, Medium, MemPool
+from memserve.api.status import LinkTotals
 from memserve.clock import MonotonicClock
 from memserve.config import TransferMode
 from memserve.errors import (
@@ -88,6 +90,22 @@ def test_bytes_arrive_in_blocks_that_the_receiver_allocated(pools: Pools) -> Non
     assert np.array_equal(transfer.result(PATIENCE), target)
     assert torch.equal(b.read(target), kv_blocks(3))
     b.free_mem(target)
+
+
+def test_a_pool_counts_what_it_wrote_into_others_and_how_long_that_took(pools: Pools) -> None:
+    a, b = pools
+    assert totals_of(b).links["shm"] == LinkTotals()
+    before = totals_of(a).links["shm"]
+    begin = time.monotonic()
+    a.free_mem(a.transfer("b", filled(a, 5)).result(PATIENCE))
+    whole = time.monotonic() - begin
+    after = totals_of(a).links["shm"]
+    block = kv_blocks(5).nbytes // 5
+    assert after.bytes - before.bytes == 5 * block
+    assert after.transfers > before.transfers
+    assert after.pieces > before.pieces
+    assert 0 < after.seconds - before.seconds <= whole
+    assert totals_of(b).links["shm"].bytes == 0
 
 
 def test_blocks_are_allocated_at_a_peer_and_come_back(pools: Pools) -> None:

@@ -30,6 +30,7 @@ Id = Annotated[InstanceId, Meta(pattern=ID_PATTERN)]
 LifeEpoch = Annotated[Epoch, Meta(ge=0, le=(1 << 63) - 1)]
 # Instances that an instance counts moved KV by.
 MAX_MOVE_PEERS = 256
+MAX_LINKS = 8  # transports of a pool
 ModelName = Annotated[str, Meta(max_length=1024)]
 Name = Annotated[str, Meta(max_length=64)]  # of a dtype, a device, a version
 # Tokens, blocks or sequences. The limit refuses absurd values before anything is computed with
@@ -124,6 +125,15 @@ class MediumTotals(msgspec.Struct, frozen=True):
     detached: Count = 0  # gone from the index, still being read
 
 
+class LinkTotals(msgspec.Struct, frozen=True):
+    """What a pool has written into other pools by one transport, since start."""
+
+    transfers: Count = 0  # ended ones, however they ended
+    bytes: Count = 0
+    pieces: Count = 0  # contiguous runs of bytes
+    seconds: Seconds = 0.0  # during which writes were in flight
+
+
 class PoolTotals(msgspec.Struct, frozen=True):
     """The pool's blocks and index, and its counters since start."""
 
@@ -136,6 +146,10 @@ class PoolTotals(msgspec.Struct, frozen=True):
     swapped_out: Count = 0  # blocks, HBM to DRAM
     swapped_in: Count = 0
     quarantined: Count = 0  # blocks that a lost peer may still write to, and nobody may have
+    # By the transport's name.
+    links: Annotated[dict[Name, LinkTotals], Meta(max_length=MAX_LINKS)] = msgspec.field(
+        default_factory=dict
+    )
 
 
 class EndedTotals(msgspec.Struct):

@@ -7,7 +7,7 @@ import itertools
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -15,14 +15,14 @@ import numpy as np
 from memserve.api.generate import GenerateCall
 from memserve.api.namespaces import private, salted
 from memserve.api.peer_client import PeerClient
-from memserve.api.status import EngineTotals, InstanceState, Limits
+from memserve.api.status import EngineTotals, InstanceState, InstanceStats, Limits
 from memserve.clock import Clock
 from memserve.cluster.kv_feed import KvFeed
 from memserve.cluster.member import Member
 from memserve.cluster.membership import Change, MemberChange, Membership
 from memserve.gateway import handover_proof
 from memserve.gateway.admission_queue import AdmissionQueue
-from memserve.gateway.instance_costs import InstanceCosts, StepTimes, answer_tokens
+from memserve.gateway.instance_costs import InstanceCosts, LinkTimes, StepTimes, answer_tokens
 from memserve.gateway.route import Route
 from memserve.gateway.routing_metrics import RoutingMetrics
 from memserve.planner.contract import LoadReport
@@ -66,7 +66,8 @@ class _Known:
 
     epoch: Epoch
     spec: InstanceSpec
-    steps: StepTimes
+    steps: StepTimes = field(default_factory=StepTimes)
+    links: LinkTimes = field(default_factory=LinkTimes)
     profiled: bool = False  # its costs come from its own profile, not from a guess
     asking: asyncio.Task[None] | None = None
     totals: EngineTotals | None = None
@@ -205,7 +206,7 @@ class GlobalRouter:
             block_tokens=_BLOCK_TOKENS,
             host=urlsplit(change.address).hostname or change.address,
         )
-        self._known[change.id] = _Known(change.epoch, spec, StepTimes())
+        self._known[change.id] = _Known(change.epoch, spec)
         self.scheduler.put(spec)
 
     async def _ask_costs(self, known: _Known, address: str) -> None:
@@ -241,7 +242,7 @@ class GlobalRouter:
                 if known is None or member.stats is None or known.epoch != member.epoch:
                     continue
                 try:
-                    self._take_in(known, member, member.stats.engine)
+                    self._take_in(known, member, member.stats)
                 except Exception as error:  # noqa: BLE001 - one member must not stop the others
                     self._vitals.survive("a look at a member's figures", error)
             self.queue.resize(self._computing())
@@ -279,12 +280,14 @@ class GlobalRouter:
             known.limits = limits
             self._put(known, _with_limits(known.spec, limits))
 
-    def _take_in(self, known: _Known, member: Member, totals: EngineTotals) -> None:
+    def _take_in(self, known: _Known, member: Member, stats: InstanceStats) -> None:
+        totals = stats.engine
         self._take_limits(known, member.limits)
         self._take_kv(known, member)
         self.scheduler.observe(member.id, running=totals.running, waiting=totals.waiting)
         context = self.scheduler.load.of(member.id).context_tokens
         known.steps.learn(known.spec, totals, context)
+        known.links.learn(known.spec, stats.pool.links)
         last, known.totals = known.totals, totals
         if last is None or known.spec.role is Role.PREFILL:
             return  # prefill instances generate only the first token of an answer

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
+from typing import get_args
 
 from memserve.api.peer_client import PeerClient, PeerError
-from memserve.api.status import EngineTotals
+from memserve.api.status import EngineTotals, LinkTotals
 from memserve.errors import ProfileError
 from memserve.scheduler.architecture import GEMMA3_270M
-from memserve.scheduler.contract import Costs, InstanceSpec
+from memserve.scheduler.contract import Costs, InstanceSpec, Link
 from memserve.scheduler.hardware import HARDWARE, derive
 from memserve.scheduler.profiles import decode_profile, read_profile
 from memserve.scheduler.refined_costs import RefinedCosts
@@ -27,6 +29,9 @@ RETRY_SECONDS = 2.0
 MAX_QUESTIONS = 3
 # Fewer steps give no useful mean.
 _MIN_STEPS = 8
+
+# Fewer bytes say more about a transfer's constant costs than about the link.
+_MIN_MOVED = 16 << 20
 
 # Assumed costs until an instance gives a profile: only their proportions are right.
 UNKNOWN: Costs = derive(HARDWARE["cpu"], GEMMA3_270M)
@@ -97,6 +102,28 @@ class StepTimes:
         seconds = (now.busy_seconds - last.busy_seconds) / steps
         if isinstance(spec.costs, RefinedCosts):
             spec.costs.observe_decode_step(sequences, int(context_tokens), seconds)
+
+
+class LinkTimes:
+    """Learns the time of transfers to other instances from a pool's totals, poll after poll."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, LinkTotals] = {}
+
+    def learn(self, spec: InstanceSpec, now: Mapping[str, LinkTotals]) -> None:
+        """`now`: the last poll's totals, by transport."""
+        for path in get_args(Link):
+            total, last = now.get(path), self._last.get(path, LinkTotals())
+            if total is None:
+                continue
+            moved, pieces = total.bytes - last.bytes, total.pieces - last.pieces
+            if moved < _MIN_MOVED:
+                continue
+            self._last[path] = total
+            seconds = total.seconds - last.seconds
+            if isinstance(spec.costs, RefinedCosts):
+                # As one transfer: of a by-layer one, each layer is written on its own.
+                spec.costs.observe_transfer(moved, pieces, path, seconds)
 
 
 def answer_tokens(last: EngineTotals, now: EngineTotals) -> float | None:

@@ -64,12 +64,13 @@ WAIT_STEPS = 9  # decode steps until a full batch has room for one more
 USED = 10  # turn of the last choice, for ties
 PREFILL_FACTOR = 11  # learnt factors on the cost model's seconds
 STEP_FACTOR = 12
-TRANSFER_FACTOR = 13
-KV_CAPACITY = 14  # tokens of HBM; this and the columns after it are from `InstanceSpec`
-SHORT_SHARE = 15
-CHUNK_TOKENS = 16
-MAX_RUNNING = 17
-STATS = 18
+FAR_FACTOR = 13  # of transfers to other hosts
+NEAR_FACTOR = 14  # of transfers within a host
+KV_CAPACITY = 15  # tokens of HBM; this and the columns after it are from `InstanceSpec`
+SHORT_SHARE = 16
+CHUNK_TOKENS = 17
+MAX_RUNNING = 18
+STATS = 19
 
 # Columns of `Load.kinds` [instances, KINDS], int64.
 BLOCK_TOKENS = 0
@@ -252,7 +253,7 @@ def _best_source(
         if kinds[slot, POOL] != kinds[i, POOL]:
             continue
         near = int(kinds[slot, HOST] == kinds[i, HOST])
-        moving = moves[kinds[slot, GROUP], near, 1 + s, i] * stats[slot, TRANSFER_FACTOR]
+        moving = moves[kinds[slot, GROUP], near, 1 + s, i] * stats[slot, FAR_FACTOR + near]
         total = moving + prefills[2 + s, i] * stats[i, PREFILL_FACTOR] * factor
         if total <= alone and total < least:
             best, least, pulling = s, total, moving
@@ -381,7 +382,7 @@ def _candidates(
             ready += by_instance[ROOM, c]
         else:
             near = int(kinds[c, HOST] == kinds[a, HOST])
-            move = moves[kinds[c, GROUP], near, 0, a] * stats[c, TRANSFER_FACTOR]
+            move = moves[kinds[c, GROUP], near, 0, a] * stats[c, FAR_FACTOR + near]
             if overlapped:
                 move = max(move - by_instance[PREFILL, c], 0.0)
             ready += move

@@ -121,12 +121,12 @@ class Load:
         output = load.output_tokens + others * self._typical_output
         remaining = output / (2 * batch) if batch else 0.0  # on average half is decoded
         room = load.spec.max_running
-        prefill_factor = step_factor = transfer_factor = 1.0
+        prefill_factor = step_factor = far_factor = near_factor = 1.0
         costs = load.spec.costs
         if isinstance(costs, RefinedCosts):
             # Equal instances share a cost model, but each one has its own learnt factors.
-            prefill_factor, transfer_factor = costs.factor("prefill"), costs.factor("transfer")
-            step_factor = costs.factor("decode")
+            prefill_factor, step_factor = costs.factor("prefill"), costs.factor("decode")
+            far_factor, near_factor = costs.factor("nixl"), costs.factor("shm")
         _ROW.pack_into(
             self._bytes,
             at * k.STATS * _ROW_ITEM,
@@ -143,7 +143,8 @@ class Load:
             load.used,
             prefill_factor,
             step_factor,
-            transfer_factor,
+            far_factor,
+            near_factor,
         )
 
     def _show_queue(self, load: InstanceLoad) -> tuple[int, float, float]:

@@ -1,9 +1,9 @@
 """`RefinedCosts`: a cost model corrected by observed times.
 
-One factor each for prefills, decode steps and transfers. Observed times include disturbances that
-the model must not learn (an unknown queue, a machine that is briefly busy), which only make them
-longer. So a factor follows a low quantile of the last ratios of observed to predicted times, in
-small steps and within bounds.
+One factor each for prefills, decode steps and transfers by each path. Observed times include
+disturbances that the model must not learn (an unknown queue, a machine that is briefly busy), which
+only make them longer. So a factor follows a low quantile of the last ratios of observed to
+predicted times, in small steps and within bounds.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Literal
 
 from numpy.typing import ArrayLike
 
-from memserve.scheduler.contract import Costs, Seconds, TransferPath
+from memserve.scheduler.contract import Costs, Link, Seconds, TransferPath
 
-Kind = Literal["prefill", "decode", "transfer"]
+# The paths between instances have their names.
+Kind = Literal["prefill", "decode", "shm", "nixl"]
 
 # Last ratios that a factor is taken from: enough for a quantile, few enough to forget.
 _REMEMBERED = 64
@@ -26,26 +27,29 @@ _FEWEST = 5  # ratios before the factor changes
 _QUANTILE = 0.35
 # Share of the distance to the quantile (of logarithms) per observation: half of it in three.
 _PACE = 0.2
-# A machine is not that much faster or slower than measured: beyond 8x the cause is another one.
+# A machine is not that much faster or slower than measured: beyond 8x the cause is another one. A
+# network is not measured at all: 1 Gbit/s is 300 times slower than what is assumed of GPU servers.
 _BOUND = math.log(8.0)
+_LINK_BOUND = math.log(1000.0)
 
 
 class _Factor:
-    """A correction factor, learnt as its logarithm."""
+    """A correction factor, learnt as its logarithm, which is at most `bound` from 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, bound: float = _BOUND) -> None:
+        self._bound = bound
         self._logs: deque[float] = deque(maxlen=_REMEMBERED)
         self._log = 0.0
         self.value = 1.0
 
     def copy(self) -> _Factor:
-        factor = _Factor()
+        factor = _Factor(self._bound)
         factor._logs.extend(self._logs)
         factor._log, factor.value = self._log, self.value
         return factor
 
     def observe(self, ratio: float) -> None:
-        self._logs.append(min(_BOUND, max(-_BOUND, math.log(ratio))))
+        self._logs.append(min(self._bound, max(-self._bound, math.log(ratio))))
         if len(self._logs) < _FEWEST:
             return
         target = _quantile(self._logs, _QUANTILE)
@@ -65,7 +69,8 @@ class RefinedCosts:
         self._factors: dict[Kind, _Factor] = {
             "prefill": _Factor(),
             "decode": _Factor(),
-            "transfer": _Factor(),
+            "shm": _Factor(_LINK_BOUND),
+            "nixl": _Factor(_LINK_BOUND),
         }
 
     def copy(self) -> RefinedCosts:
@@ -103,10 +108,9 @@ class RefinedCosts:
     def transfer_seconds(
         self, num_bytes: ArrayLike, pieces: ArrayLike, path: TransferPath
     ) -> Seconds:
-        """Seconds of `model`, times the transfer factor."""
-        seconds: Seconds = self._factors["transfer"].value * self.model.transfer_seconds(
-            num_bytes, pieces, path
-        )
+        """Seconds of `model`, times the path's factor, if it is one between instances."""
+        factor = 1.0 if path == "host" else self._factors[path].value
+        seconds: Seconds = factor * self.model.transfer_seconds(num_bytes, pieces, path)
         return seconds
 
     # --- observations -----------------------------------------------------------------
@@ -119,11 +123,9 @@ class RefinedCosts:
         """Report seconds of a decode step, or the mean of several."""
         self._observe("decode", self.model.decode_step_seconds(sequences, context_tokens), seconds)
 
-    def observe_transfer(
-        self, num_bytes: int, pieces: int, path: TransferPath, seconds: float
-    ) -> None:
-        """Report seconds from the start of a transfer to the arrival of its KV."""
-        self._observe("transfer", self.model.transfer_seconds(num_bytes, pieces, path), seconds)
+    def observe_transfer(self, num_bytes: int, pieces: int, path: Link, seconds: float) -> None:
+        """Report seconds of a transfer to another instance, or of several without a pause."""
+        self._observe(path, self.model.transfer_seconds(num_bytes, pieces, path), seconds)
 
     def _observe(self, kind: Kind, predicted: Seconds, seconds: float) -> None:
         expected = float(predicted)

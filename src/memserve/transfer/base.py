@@ -146,6 +146,7 @@ class TransportCounters:
     bytes_moved: int = 0  # of KV, into the peers' memory
     bytes_copied: int = 0  # of `bytes_moved`, copied by this process's CPU
     pieces: int = 0  # contiguous runs of bytes, or copy calls, after merging neighbours
+    seconds: float = 0.0  # with tickets in flight; counted by `Peers.poll`
 
 
 class Transport(Protocol):

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from memserve.api.handoff import PoolPeer
-from memserve.api.status import PoolTotals
+from memserve.api.status import LinkTotals, PoolTotals
 from memserve.config import Caching, TransferMode
 from memserve.errors import PeerLost, PoolError, TransferError, TransferTimeout, UnknownPeer
 from memserve.transfer.conversion import meaning
@@ -48,7 +48,11 @@ class Pushed:
 def totals_of(pool: MemPool) -> PoolTotals:
     """Return a pool's totals for the instance's statistics. Does not wait for other threads."""
     totals = msgspec.convert(pool.stats(), PoolTotals, from_attributes=True)
-    return msgspec.structs.replace(totals, quarantined=pool.quarantined_blocks)
+    links = {
+        name: LinkTotals(counted.ended, counted.bytes_moved, counted.pieces, counted.seconds)
+        for name, counted in pool.link_counters().items()
+    }
+    return msgspec.structs.replace(totals, quarantined=pool.quarantined_blocks, links=links)
 
 
 class PoolLink:

@@ -27,7 +27,7 @@ from memserve.pool.blocks import as_refs
 from memserve.pool.eviction import Eviction
 from memserve.pool.layout import KVLayout
 from memserve.tokens import as_tokens, to_wire
-from memserve.transfer.base import Transport
+from memserve.transfer.base import Transport, TransportCounters
 from memserve.transfer.conversion import require_filled
 from memserve.transfer.handles import OpenTransfer, PeerStats, Transfer
 from memserve.transfer.messages import Prepare, to_wire_refs
@@ -163,6 +163,12 @@ class MemPool(SharedPool):
         """`PeerStats.quarantined`, without asking the transfer thread."""
         service = self._service
         return 0 if service is None else service.quarantined_blocks + self.freed_by_owner
+
+    def link_counters(self) -> dict[str, TransportCounters]:
+        """Return the counters of each transport, by name, without asking the transfer thread, which
+        changes them."""
+        service = self._service
+        return {} if service is None else service.link_counters()
 
     def peer_stats(self) -> PeerStats:
         service = self._service

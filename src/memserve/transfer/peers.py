@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from memserve.clock import MonotonicClock
 from memserve.errors import LayoutMismatch, PeerRefused, TransferError, UnknownPeer
 from memserve.transfer.base import Completion, PoolRegions, Transport
 from memserve.transfer.host import ProcessTag, host_id, is_known_dead, is_visible
@@ -20,6 +21,7 @@ from memserve.types import InstanceId, Owner
 MAX_PEERS = 4096
 # Remembered connections of one life: the current one, and those that broke recently.
 ROUTES = 4
+_clock = MonotonicClock()
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +71,7 @@ class Peers:
         self._path = path
         self._by_instance: dict[InstanceId, Peer] = {}
         self._watched: dict[Owner, ProcessTag] = {}
+        self._busy_since: dict[str, float] = {}  # last poll, by transport with tickets in flight
 
     def __iter__(self) -> Iterator[Peer]:
         return iter(list(self._by_instance.values()))
@@ -205,12 +208,17 @@ class Peers:
 
     def poll(self) -> list[tuple[Transport, Completion]]:
         """Return the writes that have ended, on any transport."""
-        return [
-            (transport, completion)
-            for transport in self._transports
-            if transport.in_flight
-            for completion in transport.poll()
-        ]
+        ended: list[tuple[Transport, Completion]] = []
+        for transport in self._transports:
+            if not transport.in_flight:
+                continue
+            begin = self._busy_since.pop(transport.name, _clock.now())
+            ended += [(transport, completion) for completion in transport.poll()]
+            now = _clock.now()
+            transport.counters.seconds += now - begin
+            if transport.in_flight:
+                self._busy_since[transport.name] = now
+        return ended
 
     @property
     def poll_interval(self) -> float | None:

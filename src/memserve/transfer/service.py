@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from memserve.clock import Clock
 from memserve.errors import TransferError, TransferTimeout
-from memserve.transfer.base import Transport
+from memserve.transfer.base import Transport, TransportCounters
 from memserve.transfer.handshake import Counters, Dialled
 from memserve.transfer.messages import Failure
 from memserve.transfer.peer_endpoint import PeerEndpoint
@@ -83,6 +83,9 @@ class Service:
     def quarantined_blocks(self) -> int:
         """Number of blocks that are not reused, because a peer may still write to them."""
         return self._endpoint.receiver.quarantined_blocks
+
+    def link_counters(self) -> dict[str, TransportCounters]:
+        return {transport.name: transport.counters for transport in tuple(self._transports)}
 
     def life(self, instance: InstanceId) -> PeerSession:
         """Return the current life of a peer. Raises UnknownPeer."""
