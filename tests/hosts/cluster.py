@@ -111,10 +111,10 @@ class Operator:
         """Until these members are ready, and no others; the seconds that took."""
         return self.until(lambda: self.ready() == sorted(names), f"ready: {names}")
 
-    def until(self, condition: Callable[[], bool], what: str) -> float:
+    def until(self, condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> float:
         begin = time.monotonic()
         while not condition():
-            if time.monotonic() > begin + PATIENCE:
+            if time.monotonic() > begin + patience:
                 raise AssertionError(f"never came: {what}\n{self.cluster.logs()}")
             time.sleep(0.05)
         return time.monotonic() - begin

@@ -21,7 +21,7 @@ from tests.hosts_harness import Host, HostProcess, Hosts
 from tests.ray_harness import HEALTH, SOURCES
 
 _HEAD_PORT = 6379
-_COMMAND_SECONDS = 240.0
+_COMMAND_SECONDS = 480.0
 # The prefill instance and the gateway have the CPUs, which the first host alone has. A host of the
 # others has room for both decode instances.
 _CPUS = 4

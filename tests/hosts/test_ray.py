@@ -20,11 +20,13 @@ from tests.hosts_harness import Hosts
 from tests.steady_load import Load
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'memserve[ray]'")
+pytestmark = pytest.mark.timeout(600)
 
 CONVERSATIONS = 3
 P, DECODES = "prefill-0", ("decode-1", "decode-2")
 # What a node of Ray says to its head, at most, in bytes.
 RAY_A_SECOND = 25_000
+AGAIN_SECONDS = 240.0  # until Ray has noticed, and a member is at work again: 30 s if all is quiet
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,9 @@ def test_a_host_is_lost_and_its_member_comes_up_on_another_until_it_is_back(
     host.cut()
     host.kill()
     pause = finished(operator, clients, answers, fault)
-    operator.until(lambda: other.address in addresses(operator).get(lost, ""), "the member")
+    operator.until(
+        lambda: other.address in addresses(operator).get(lost, ""), "the member", AGAIN_SECONDS
+    )
     again = time.monotonic() - fault
     hands_over(operator, lost, expected)
     operator.until(lambda: operator.quiet(P, *DECODES), "the end of what it held")
