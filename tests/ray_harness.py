@@ -23,7 +23,6 @@ import psutil
 from memserve.hosts import free_port
 
 ROOT = Path(__file__).parents[1]
-SOURCES = os.pathsep.join((str(ROOT / "src"), str(ROOT)))  # PYTHONPATH of Ray's processes
 END_SECONDS = 120.0  # of a command that ends in order
 HEAD = "127.0.0.2"  # Ray takes 127.0.0.1 for the machine's outer address
 TRIES = 3  # Ray gives a node 30 s, which may not do where tests run beside each other
@@ -34,6 +33,44 @@ HEALTH = {
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "4",
 }
+STARTED = "Ray runtime started"  # printed by `ray start` when its node is up
+
+
+def session_directory() -> Path:
+    """Make the directory of a Ray cluster's sessions, with its token; the caller removes it."""
+    # Short, since sockets are in there: their paths have at most 107 bytes.
+    directory = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
+    token = directory / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    return directory
+
+
+def ray_environment(directory: Path) -> dict[str, str]:
+    """Return the variables of a cluster's nodes, and of the commands that connect to them."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(directory / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))),
+    }
+
+
+def start_command(address: str, *arguments: str) -> list[str]:
+    """Return the command that runs a node at `address` until it is killed."""
+    return [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", *arguments),
+        *(f"--node-ip-address={address}", "--object-store-memory=80000000"),
+        *("--disable-usage-stats", "--block"),
+    ]
+
+
+def head_arguments(port: int, cpus: int, directory: Path) -> list[str]:
+    """Return what makes a node the head. `directory`: of the sessions."""
+    return [
+        *("--head", f"--port={port}", f"--num-cpus={cpus}", "--include-dashboard=false"),
+        f"--temp-dir={directory}",
+    ]
 
 
 class RayNodes:
@@ -42,31 +79,18 @@ class RayNodes:
 
     def __init__(self, environment: dict[str, str]) -> None:
         """`environment`: more variables of all processes of the nodes."""
-        # Short, since sockets are in there: their paths have at most 107 bytes.
-        self.directory = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
-        token = self.directory / "token"
-        token.write_text(secrets.token_hex(32))
-        token.chmod(0o600)
+        self.directory = session_directory()
         self.address = f"{HEAD}:{free_port(HEAD)}"
         # Also for the drivers: what connects to these nodes.
-        self.environment = {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONPATH": SOURCES,
-        }
+        self.environment = ray_environment(self.directory)
         self._environment = {**os.environ, **self.environment, **HEALTH, **environment}
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.seen: list[psutil.Process] = []  # processes of all nodes, as far as they were seen
 
     def start(self, workers: int) -> None:
         """Return when all nodes are up."""
-        port = self.address.rpartition(":")[2]
-        self._begin(
-            HEAD,
-            *("--head", f"--port={port}", "--num-cpus=8", "--include-dashboard=false"),
-            f"--temp-dir={self.directory}",
-        )
+        port = int(self.address.rpartition(":")[2])
+        self._begin(HEAD, *head_arguments(port, 8, self.directory))
         for number in range(workers):
             self.add(f"127.0.0.{3 + number}")
 
@@ -118,11 +142,7 @@ class RayNodes:
         for _ in range(TRIES):
             with out.open("wb") as file:
                 node = self._nodes[address] = subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", "ray.scripts.scripts", "start", *arguments),
-                        *(f"--node-ip-address={address}", "--object-store-memory=80000000"),
-                        *("--disable-usage-stats", "--block"),
-                    ],
+                    start_command(address, *arguments),
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
@@ -130,7 +150,7 @@ class RayNodes:
                     env=self._environment,
                 )
             while node.poll() is None:
-                if b"Ray runtime started" in out.read_bytes():
+                if STARTED in out.read_text():
                     return
                 time.sleep(0.1)
         raise AssertionError(f"node {address} does not start: {out.read_text()}")

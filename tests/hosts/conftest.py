@@ -12,6 +12,7 @@ from memserve.models.tokenizer import Tokenizer
 from memserve.secrets import SECRET_VARIABLE
 from tests.fakes import save_tiny_tokenizer
 from tests.fault.conftest import Expected
+from tests.hosts.conversations import Turn, react, sharegpt
 from tests.hosts_harness import Hosts, started_hosts
 from tests.tiny_models import WIDE_KV, save_tiny_model
 
@@ -38,6 +39,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(model: Path) -> Tokenizer:
     return Tokenizer.load(model)
+
+
+@pytest.fixture(params=[react, sharegpt])
+def conversations(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> list[list[Turn]]:
+    """The turns of three conversations: of agents, and of people."""
+    turns: list[list[Turn]] = request.param(tokenizer, 3)
+    return turns
 
 
 @pytest.fixture(scope="session")

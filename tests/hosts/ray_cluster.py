@@ -6,7 +6,6 @@ from __future__ import annotations
 import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,14 @@ import msgspec
 from memserve.secrets import SECRET_VARIABLE
 from tests.hosts.cluster import PATIENCE, PORT, SERVED, HostCluster
 from tests.hosts_harness import Host, HostProcess, Hosts
-from tests.ray_harness import HEALTH, SOURCES
+from tests.ray_harness import (
+    HEALTH,
+    STARTED,
+    head_arguments,
+    ray_environment,
+    session_directory,
+    start_command,
+)
 
 _HEAD_PORT = 6379
 _COMMAND_SECONDS = 480.0
@@ -71,14 +77,11 @@ class RayCluster(HostCluster):
         """Start Ray on a host that is up; return when it runs."""
         own = [f"--address={self.address}", "--num-cpus=0", f'--resources={{"room": {_ROOM}}}']
         if host is self.head:
-            own = ["--head", f"--port={_HEAD_PORT}", f"--num-cpus={_CPUS}"]
-            own += ["--include-dashboard=false", f"--temp-dir={self.directory}"]
+            own = head_arguments(_HEAD_PORT, _CPUS, self.directory)
         name = f"ray-{host.name}"
         process = self.processes[name] = host.start(
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", *own),
-            *(f"--node-ip-address={host.address}", "--object-store-memory=80000000"),
-            *("--num-gpus=0", "--disable-usage-stats", "--block"),
-            environment=self._environment,
+            *start_command(host.address, *own, "--num-gpus=0"),
+            environment={**ray_environment(self.directory), **HEALTH},
             log=f"{name}-{secrets.token_hex(2)}.log",
         )
         _until_running(process)
@@ -87,7 +90,7 @@ class RayCluster(HostCluster):
         """Run a `memserve ray` command on the head's host; returns what it prints."""
         return self.head.run(
             *(sys.executable, "-m", "memserve", "ray", *arguments),
-            environment={**self._environment, SECRET_VARIABLE: self.secret},
+            environment={**ray_environment(self.directory), SECRET_VARIABLE: self.secret},
             seconds=_COMMAND_SECONDS,
         )
 
@@ -109,20 +112,10 @@ class RayCluster(HostCluster):
         (shown,) = (line for line in said.splitlines() if line.startswith("["))
         return {one["name"]: one["node"] for one in msgspec.json.decode(shown)}
 
-    @property
-    def _environment(self) -> dict[str, str]:
-        return {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.directory / "token"),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONPATH": SOURCES,
-            **HEALTH,
-        }
-
 
 def _until_running(process: HostProcess) -> None:
     begin = time.monotonic()
-    while "Ray runtime started" not in process.text():
+    while STARTED not in process.text():
         assert process.running(), process.text()
         assert time.monotonic() < begin + PATIENCE, process.text()
         time.sleep(0.1)
@@ -131,11 +124,8 @@ def _until_running(process: HostProcess) -> None:
 @contextmanager
 def started_ray(hosts: Hosts, model: Path, secret: str) -> Iterator[RayCluster]:
     """Ray on all hosts, the head on the first; nothing is deployed."""
-    # Short, since sockets are in there: their paths have at most 107 bytes.
-    directory = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
+    directory = session_directory()
     try:
-        (directory / "token").write_text(secrets.token_hex(32))
-        (directory / "token").chmod(0o600)
         cluster = RayCluster(hosts, model, secret, directory=directory)
         for host in hosts:
             cluster.node(host)

@@ -18,7 +18,8 @@ _FAILOVERS = "memserve_failovers_total"
 
 
 def hands_over(operator: Operator, name: str, expected: Expected) -> None:
-    """It computes with KV from P: prompts that nobody has seen, until one has gone there."""
+    """Send new prompts until KV of one has been handed over to instance `name`; check the tokens of
+    all."""
     before = operator.stats(name).handoff.blocks_received
     for seed in range(100, 110):
         prompt = prompt_of(100, seed + before)
@@ -57,8 +58,8 @@ def in_hand_over(operator: Operator, prefill: str, name: str, host: Host) -> lis
 def finished(
     operator: Operator, clients: list[Client], answers: list[list[int]], fault: float
 ) -> float:
-    """All have the right tokens, and some had to go on elsewhere; how long the longest was without
-    one after the fault."""
+    """Return the longest pause of a client after the fault, in seconds. All answers must have the
+    right tokens, and some of them must have gone on elsewhere."""
     before = metric(operator.url, _FAILOVERS)
     for client, wanted in zip(clients, answers, strict=True):
         assert client.result() == wanted

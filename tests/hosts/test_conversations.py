@@ -5,23 +5,21 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trustme
 
 from memserve.api.tls import TLS_CA_VARIABLE
-from memserve.models.tokenizer import Tokenizer
 from memserve.secrets import SECRET_VARIABLE
 from memserve.types import Role
 from tests.fault.conftest import Expected
 from tests.hosts.cluster import HostCluster, Operator, Tls
-from tests.hosts.conversations import Turn, react, sharegpt
+from tests.hosts.conversations import Turn
 from tests.hosts.turns import TALK_A_SECOND, Turns
 from tests.hosts_harness import Hosts
 
-CONVERSATIONS = 3
 P = "p-a"
 DECODES = {"d-b": "B", "d-c": "C"}
 
@@ -57,16 +55,12 @@ def operator(
         yield operator
 
 
-@pytest.mark.parametrize("data", [react, sharegpt])
 def test_tokens_are_generates_and_kv_moves_only_where_it_is_missing(
-    operator: Operator,
-    tokenizer: Tokenizer,
-    expected: Expected,
-    data: Callable[[Tokenizer, int], list[list[Turn]]],
+    operator: Operator, expected: Expected, conversations: list[list[Turn]]
 ) -> None:
     decodes = {name: operator.cluster.hosts[host] for name, host in DECODES.items()}
     checked = Turns(operator, expected, P, decodes)
-    checked.talk(data(tokenizer, CONVERSATIONS), TALK_A_SECOND)
+    checked.talk(conversations, TALK_A_SECOND)
 
 
 def test_between_hosts_kv_moves_by_nixl(operator: Operator) -> None:

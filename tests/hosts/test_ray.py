@@ -4,15 +4,14 @@ Transformers' generate, KV goes over a link only where it is missing, and a host
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from memserve.models.tokenizer import Tokenizer
 from tests.fault.conftest import Expected
 from tests.hosts.cluster import Operator
-from tests.hosts.conversations import Turn, react, sharegpt
+from tests.hosts.conversations import Turn
 from tests.hosts.ray_cluster import RayCluster, started_ray
 from tests.hosts.streams import PROMPTS, TOKENS, finished, hands_over, streaming
 from tests.hosts.turns import TALK_A_SECOND, Turns
@@ -22,7 +21,6 @@ from tests.steady_load import Load
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'memserve[ray]'")
 pytestmark = pytest.mark.timeout(600)
 
-CONVERSATIONS = 3
 P, DECODES = "prefill-0", ("decode-1", "decode-2")
 # What a node of Ray says to its head, at most, in bytes.
 RAY_A_SECOND = 25_000
@@ -44,12 +42,8 @@ def ray_of(operator: Operator) -> RayCluster:
     return operator.cluster
 
 
-@pytest.mark.parametrize("data", [react, sharegpt])
 def test_tokens_are_generates_and_kv_moves_only_where_it_is_missing(
-    operator: Operator,
-    tokenizer: Tokenizer,
-    expected: Expected,
-    data: Callable[[Tokenizer, int], list[list[Turn]]],
+    operator: Operator, expected: Expected, conversations: list[list[Turn]]
 ) -> None:
     nodes = ray_of(operator).nodes()
     by_address = {host.address: host for host in operator.cluster.hosts}
@@ -58,7 +52,7 @@ def test_tokens_are_generates_and_kv_moves_only_where_it_is_missing(
     assert by_address[nodes[P]] is by_address[nodes["gateway"]] is a
     assert {host.name for host in decodes.values()} == {b.name, c.name}
     checked = Turns(operator, expected, P, decodes)
-    checked.talk(data(tokenizer, CONVERSATIONS), TALK_A_SECOND + RAY_A_SECOND)
+    checked.talk(conversations, TALK_A_SECOND + RAY_A_SECOND)
 
 
 def test_an_upgrade_replaces_every_member_under_load_and_loses_no_request(

@@ -94,8 +94,8 @@ class _Servers:
         )
 
     async def own(self, instances: Sequence[InstanceConfig], policy: Policy = "prompt-tree") -> str:
-        """The URL of our gateway in front of these instances. To be called before other servers
-        are started: instances measure their cost models, on a quiet machine."""
+        """The URL of our gateway in front of these instances. Call it before other servers are
+        started: instances measure their cost models, which needs a quiet machine."""
         cluster = ours(self.model, self.loads.dtype, instances, self.progress, policy)
         return await self.stack.enter_async_context(cluster)
 

@@ -126,7 +126,7 @@ class MediumTotals(msgspec.Struct, frozen=True):
 
 
 class LinkTotals(msgspec.Struct, frozen=True):
-    """What a pool has written into other pools by one transport, since start."""
+    """Writes of a pool into other pools by one transport, since start."""
 
     transfers: Count = 0  # ended ones, however they ended
     bytes: Count = 0

@@ -284,9 +284,9 @@ class Load:
 
     def queue_seconds(self, slot: int, now: float) -> float:
         """Return the seconds of prefill that an instance's queue still takes, by the arrays."""
-        _, at, total, under_way, *_ = self.stats[slot, : k.KV_TOKENS].tolist()
-        seconds: float = total - min(max(now - at, 0.0), under_way)
-        return seconds
+        stats: list[float] = self.stats[slot].tolist()
+        gone = min(max(now - stats[k.LEFT_AT], 0.0), stats[k.UNDER_WAY])  # as in `kernels._queue`
+        return stats[k.LEFT_TOTAL] - gone
 
     def shared_tokens(self, slot: int, namespace: Namespace, tokens: TokenArray) -> int:
         """Return the number of leading `tokens`, all cached there, that a request there holds in

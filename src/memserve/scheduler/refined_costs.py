@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from memserve.scheduler.contract import Costs, Link, Seconds, TransferPath
 
-# The paths between instances have their names.
+# "shm" and "nixl": transfers by that `Link`.
 Kind = Literal["prefill", "decode", "shm", "nixl"]
 
 # Last ratios that a factor is taken from: enough for a quantile, few enough to forget.

@@ -85,6 +85,7 @@ class Service:
         return self._endpoint.receiver.quarantined_blocks
 
     def link_counters(self) -> dict[str, TransportCounters]:
+        """Return the counters of each transport, by name; the transfer thread changes them."""
         return {transport.name: transport.counters for transport in tuple(self._transports)}
 
     def life(self, instance: InstanceId) -> PeerSession:
