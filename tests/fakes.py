@@ -20,13 +20,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from memserve.api.generate import FinishReason
 from memserve.api.serving import MAX_BODY_BYTES, Shutdown, bind, serve_http, url_of
-from memserve.api.status import MemberKind, PoolTotals
+from memserve.api.status import EngineTotals, MemberKind, PoolTotals
 from memserve.clock import MonotonicClock
 from memserve.config import ClusterConfig, GatewayConfig, ModelConfig, ReasoningParser
 from memserve.engine.request import (
     EngineInfo,
     EngineRequest,
-    EngineStats,
     OutputSink,
     TokenLogprobs,
     TokenOutput,
@@ -163,8 +162,8 @@ class FakeEngine:
                     self.cancels.append(sequence.request.id)
             self._changed.notify_all()
 
-    def stats(self) -> EngineStats:
-        return EngineStats(
+    def stats(self) -> EngineTotals:
+        return EngineTotals(
             running=len(self._running),
             waiting=len(self._waiting),
             steps=self.steps,

@@ -15,7 +15,7 @@ from memserve.gateway.handover_proof import HandoverProof
 from memserve.gateway.metrics import EdgeMetrics, GatewayMetrics, InstancesMetrics
 from memserve.gateway.planning import PlannerBoard
 from memserve.gateway.routing_metrics import RoutingMetrics
-from memserve.instance.server import METRICS as INSTANCE_PAGE
+from memserve.instance.app import METRICS as INSTANCE_PAGE
 
 PAGE = Path(__file__).parent.parent / "docs/metrics.md"
 BEGIN, END = "<!-- begin: make metrics-docs -->\n", "<!-- end -->\n"

@@ -83,19 +83,7 @@ def profile_of(hardware: str) -> bytes:
 
 
 def totals(**figures: int | float) -> EngineTotals:
-    idle = EngineTotals(
-        running=0,
-        waiting=0,
-        steps=0,
-        computed_prompt_tokens=0,
-        cached_prompt_tokens=0,
-        generated_tokens=0,
-        preemptions=0,
-        finished=0,
-        cancelled=0,
-        busy_seconds=0.0,
-    )
-    return msgspec.structs.replace(idle, **figures)
+    return msgspec.structs.replace(EngineTotals(), **figures)
 
 
 class Routed:

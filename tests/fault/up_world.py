@@ -342,7 +342,7 @@ def rogue(name: str) -> Iterator[str]:
     info = InstanceInfo(
         InstanceId(name), Epoch(1), Role.COLOCATED, InstanceState.DRAINING, 1, MODEL
     )
-    stats = InstanceStats(EngineTotals(*[0] * 9, 0.0), PoolTotals(), Latencies())
+    stats = InstanceStats(EngineTotals(), PoolTotals(), Latencies())
     answers = {"/info": msgspec.json.encode(info), "/stats": msgspec.json.encode(stats)}
 
     class Handler(BaseHTTPRequestHandler):

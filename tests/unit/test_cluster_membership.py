@@ -27,7 +27,7 @@ from memserve.errors import ClusterError
 from memserve.types import Epoch, InstanceId, Role
 
 STATS = InstanceStats(
-    EngineTotals(0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0),
+    EngineTotals(),
     PoolTotals(hbm=MediumTotals(total=8, free=8)),
     Latencies(),
 )

@@ -78,6 +78,22 @@ def test_a_steps_budget_is_used_up_and_half_of_it_is_the_firsts(
             assert all(remaining[other] <= remaining[at] for other in done)
 
 
+def test_steps_that_compute_prompts_do_not_count_as_decode_steps(model: Model) -> None:
+    with running_engine(model, max_tokens=32) as engine:
+        requests = [engine.submit(prompt(100, seed), 8) for seed in range(2)]
+        engine.finish(*requests)
+        stats = engine.engine.stats()
+        # The first tokens come of steps with prompts, and some more while the other one's runs.
+        assert 7 <= stats.decode_steps <= stats.steps - 200 / 32
+        assert 7 <= stats.decode_tokens <= 2 * 7
+        assert stats.decode_seconds > 0.0
+        before = stats
+        engine.finish(engine.submit(prompt(30, 9), 1))
+        stats = engine.engine.stats()
+        assert stats.steps > before.steps
+        assert stats.decode_steps == before.decode_steps
+
+
 def test_priority_then_arrival(model: Model) -> None:
     with running_engine(model, max_running=1) as engine:
         first = engine.submit(prompt(10), 40)

@@ -220,22 +220,21 @@ async def test_first_tokens_teach_what_prefills_cost(world: Routed) -> None:
     assert costs.factor("prefill") == before
 
 
-def test_decode_steps_are_learnt_from_polls_that_saw_nothing_else() -> None:
+def test_decode_steps_are_learnt_of_steps_without_prompts() -> None:
     costs = RefinedCosts(LinearCosts())
     spec = spec_of(costs)
     times = StepTimes()
-    figures = {"computed_prompt_tokens": 5, "steps": 0, "generated_tokens": 0}
+    figures = {"decode_steps": 0, "decode_tokens": 0}
     step = float(LinearCosts().decode_step_seconds(2, 100))
     times.learn(spec, totals(**figures), 100)
     for number in range(1, 200):  # two steps a poll: too few for one to say much
-        figures.update(steps=2 * number, generated_tokens=4 * number)
-        times.learn(spec, totals(**figures, busy_seconds=2 * number * step * 3), 100)
+        figures.update(decode_steps=2 * number, decode_tokens=4 * number)
+        times.learn(spec, totals(**figures, decode_seconds=2 * number * step * 3), 100)
     assert 2.5 < costs.factor("decode") < 3.01
     other = RefinedCosts(LinearCosts())
-    for number in range(1, 200):  # always with a prompt in between
-        figures.update(steps=10 * number, generated_tokens=20 * number)
-        figures.update(computed_prompt_tokens=number)
-        times.learn(spec_of(other), totals(**figures, busy_seconds=number * 9.0), 100)
+    for number in range(1, 200):  # all of them computed prompts, too
+        alone = totals(steps=10 * number, generated_tokens=20 * number, busy_seconds=9.0 * number)
+        times.learn(spec_of(other), alone, 100)
     assert other.factor("decode") == 1.0
 
 

@@ -18,7 +18,7 @@ from memserve.api.handoff import PUSH_PATH, PushCall
 from memserve.api.peer_client import PeerClient
 from memserve.api.status import PeerMoves
 from memserve.instance import fetch
-from memserve.instance.server import instance_page
+from memserve.instance.app import instance_page
 from memserve.tokens import from_ids
 from memserve.transfer import kv_link
 from memserve.types import SHARED, InstanceId, Namespace, Role

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from memserve.api.http_message import Request
 from memserve.api.status import PoolTotals
 from memserve.bench.profile import (
     check_plot,
@@ -28,6 +29,7 @@ from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import Model
 from memserve.errors import ConfigError, ProfileError
 from memserve.instance import samples as samples_module
+from memserve.instance.app import InstanceApp
 from memserve.instance.instance import Instance
 from memserve.instance.parts import Identity, Parts
 from memserve.instance.probe import EngineProbe
@@ -39,7 +41,6 @@ from memserve.instance.profiling import (
     quick_measurements,
 )
 from memserve.instance.samples import Samples
-from memserve.instance.server import InstanceApp
 from memserve.pool.pool import BlockPool
 from memserve.scheduler.profiles import (
     VERSION,
@@ -52,6 +53,7 @@ from memserve.scheduler.profiles import (
 from memserve.types import Epoch, InstanceId, Role
 from tests.engine_harness import load
 from tests.fakes import FakeEngine, tiny_tokenizer
+from tests.gateway_harness import Client
 from tests.tiny_models import save_tiny_model
 
 LIMITS = BatchLimits(max_tokens=256, mixed_tokens=64, max_running=8)
@@ -292,18 +294,10 @@ async def test_an_instance_gives_its_profile(engine: ProfiledEngine, tmp_path: P
 
 
 async def _get(app: InstanceApp, path: str) -> tuple[int, bytes]:
-    sent: list[dict[str, object]] = []
-
-    async def receive() -> dict[str, object]:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: dict[str, object]) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "method": "GET", "path": path, "headers": []}
-    await app(scope, receive, send)  # type: ignore[arg-type]
-    body = b"".join(m.get("body", b"") for m in sent)  # type: ignore[misc]
-    return sent[0]["status"], body  # type: ignore[return-value]
+    request = Request("GET", path, b"", [], b"", False, True, path.encode())
+    client = Client(request)
+    await app.handle(request, client.reply)
+    return client.status, client.body
 
 
 def test_the_command_fits_checks_and_plots(

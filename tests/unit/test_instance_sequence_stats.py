@@ -12,8 +12,8 @@ from memserve.api.generate import FinishReason
 from memserve.api.status import Latencies
 from memserve.api.timeline import MAX_PAUSES
 from memserve.engine.request import Usage
+from memserve.instance.app import instance_page
 from memserve.instance.sequence_stats import SequenceStats, combined
-from memserve.instance.server import instance_page
 from memserve.instance.timelines import Timelines, timeline_of
 from memserve.types import Role
 from tests.fakes import save_tiny_tokenizer

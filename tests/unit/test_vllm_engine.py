@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from memserve.tokens import from_ids
 from memserve.tracing.span import Sampler, Tracer
 from memserve.types import RequestId
 from memserve.vllm import engine as vllm_engine
-from memserve.vllm.engine import VllmEngine
+from memserve.vllm.engine import Decoded, VllmEngine
+from memserve.vllm.metrics import ServerLoad
 from memserve.vllm.place import ServerPlace
 from tests.fake_vllm import BLOCK, BLOCKS, LENGTH, Server, expected
 from tests.fakes import until
@@ -140,6 +142,20 @@ def test_a_leader_that_is_cancelled_holds_up_nobody(engine: VllmEngine, sink: Si
     engine.submit([first, request("b", PROMPT, follows=first.id)])
     engine.cancel([first.id])
     assert sink.tokens("b") == expected(PROMPT, 6)
+
+
+def test_a_servers_steps_are_counted_where_no_prompt_was_computed() -> None:
+    decoded = Decoded()
+    polls = (
+        ServerLoad(2, steps=10, prompt_tokens=100, generated_tokens=20),
+        ServerLoad(2, steps=30, prompt_tokens=100, generated_tokens=60),
+        ServerLoad(2, steps=50, prompt_tokens=101, generated_tokens=90),
+        ServerLoad(2, steps=70, generated_tokens=130),  # it does not say any more
+        ServerLoad(2, steps=90, generated_tokens=170),
+    )
+    for last, now in itertools.pairwise(polls):
+        decoded.add(last, now, 1.0)
+    assert decoded == Decoded(steps=20, tokens=40, seconds=1.0)
 
 
 def test_a_refusal_of_the_server_ends_the_sequence(engine: VllmEngine, sink: Sink) -> None:

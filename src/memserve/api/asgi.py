@@ -1,4 +1,4 @@
-"""ASGI adapter to the HTTP server, and helpers for bodies, answers and hang-ups.
+"""ASGI adapter to the HTTP server, with bodies and answers of Starlette's routes.
 
 Only for endpoints that are not on the hot path. The adapter gives an application HEAD as GET, and
 drops the answer's body. Errors that an application answers in anything but JSON (as frameworks do
@@ -9,22 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
-from types import TracebackType
-from typing import Self
 
 import msgspec
+from starlette.requests import Request as StarletteRequest
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Scope
 
 from memserve.api.errors import ApiError, body_too_large
-from memserve.api.http_message import (
-    EVENTS_HEADERS,
-    JSON_HEADER,
-    JSON_MEDIA,
-    Headers,
-    Reply,
-    Request,
-)
+from memserve.api.http_message import JSON_HEADER, JSON_MEDIA, Reply, Request
 from memserve.api.http_server import Handler
 
 _encode = msgspec.json.Encoder().encode
@@ -39,130 +31,12 @@ class JsonResponse(Response):
         return content if isinstance(content, bytes) else _encode(content)
 
 
-class ClientGone(Exception):
-    """The client hung up before its request was complete."""
-
-
-def header(scope: Scope, name: bytes) -> bytes | None:
-    """Return a request header's first value, or None; `name` in lower case."""
-    for key, value in scope["headers"]:
-        if key == name:
-            return bytes(value)
-    return None
-
-
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """Return the request's body. Raises ApiError (413) if it is larger than `limit` bytes, and
-    ClientGone.
-
-    The server below drops the rest of a refused body as it arrives.
-    """
-    length = header(scope, b"content-length")
-    if length is not None and int(length) > limit:
+async def read_body(request: StarletteRequest, limit: int) -> bytes:
+    """Return a route's body. Raises ApiError (413) if it is larger than `limit` bytes."""
+    body = await request.body()
+    if len(body) > limit:
         raise body_too_large(limit)
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body", False):
-        body = message.get("body", b"")
-        if len(body) > limit:
-            raise body_too_large(limit)
-        return bytes(body)
-    parts = bytearray()
-    while True:
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        parts += message.get("body", b"")
-        if len(parts) > limit:
-            raise body_too_large(limit)
-        if not message.get("more_body", False):
-            return bytes(parts)
-        message = await receive()
-
-
-async def send_body(
-    send: Send,
-    status: int,
-    body: bytes,
-    headers: Headers = (),
-    media: tuple[bytes, bytes] = JSON_HEADER,
-) -> None:
-    """Send a whole answer."""
-    length = (b"content-length", b"%d" % len(body))
-    await send(
-        {"type": "http.response.start", "status": status, "headers": [media, length, *headers]}
-    )
-    await send({"type": "http.response.body", "body": body})
-
-
-async def send_error(send: Send, error: ApiError, headers: Headers = ()) -> None:
-    await send_body(send, error.status, error.body(), (*headers, *error.headers()))
-
-
-async def start_events(send: Send, headers: Headers = ()) -> None:
-    """Begin a stream of server-sent events."""
-    await send(
-        {
-            "type": "http.response.start",
-            "status": HTTPStatus.OK,
-            "headers": [*EVENTS_HEADERS, *headers],
-        }
-    )
-
-
-class Interruption:
-    """`with Interruption() as lost:` is a block that `lost.interrupt()` ends from outside.
-
-    The block's task is cancelled where it waits, and goes on behind the block, with `happened`
-    set. Any other cancellation passes through.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        """`loop`: the running loop, if known; looking it up takes a system call."""
-        self.happened = False
-        self._loop = loop
-        self._task: asyncio.Task[object] | None = None
-
-    def interrupt(self) -> None:
-        if self._task is not None and not self.happened:
-            self.happened = True
-            self._task.cancel()
-
-    def __enter__(self) -> Self:
-        self._task = asyncio.current_task(self._loop)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        task, self._task = self._task, None
-        if not self.happened or task is None:
-            return False
-        task.uncancel()
-        return kind is asyncio.CancelledError
-
-
-class HangUp(Interruption):
-    """A block that ends when the client hangs up. Enter it once the body has been read."""
-
-    def __init__(self, receive: Receive) -> None:
-        super().__init__()
-        self._watch = asyncio.ensure_future(self._until_disconnect(receive))
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        self._watch.cancel()
-        return super().__exit__(kind, error, trace)
-
-    async def _until_disconnect(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.interrupt()
+    return body
 
 
 def asgi_handler(app: ASGIApp) -> Handler:

@@ -99,19 +99,26 @@ class InstanceInfo(msgspec.Struct, frozen=True):
 
 
 class EngineTotals(msgspec.Struct, frozen=True):
-    """The engine's counters since start; `running` and `waiting`: sequences now."""
+    """The engine's counters since start, and the sequences that it has now.
 
-    running: Count
-    waiting: Count
-    steps: Count
-    computed_prompt_tokens: Count
-    cached_prompt_tokens: Count
-    generated_tokens: Count
-    preemptions: Count
-    finished: Count
-    cancelled: Count
-    busy_seconds: Seconds
+    A prompt token counts once: as computed, as found in the cache, or as received from another
+    instance for its request."""
+
+    running: Count = 0  # sequences now
+    waiting: Count = 0  # sequences now
+    steps: Count = 0
+    computed_prompt_tokens: Count = 0
+    cached_prompt_tokens: Count = 0
+    generated_tokens: Count = 0
+    preemptions: Count = 0
+    finished: Count = 0
+    cancelled: Count = 0
+    busy_seconds: Seconds = 0.0
     received_prompt_tokens: Count = 0
+    # Of steps that computed no prompt; of a vLLM server, as far as polls can tell them.
+    decode_steps: Count = 0
+    decode_tokens: Count = 0
+    decode_seconds: Seconds = 0.0  # each from the end of the step before it, if there was no pause
 
 
 class MediumTotals(msgspec.Struct, frozen=True):

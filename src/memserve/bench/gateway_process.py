@@ -101,7 +101,7 @@ def _described(url: bytes, body: bytes) -> bytes | None:
         # the prediction of waits for memory would cost the gateway CPU time.
         limits = Limits(VOCABULARY, 8192, POOL_TOKENS, 8192, 16, "float32", "cpu", 1)
         identity = InstanceId("echo"), Epoch(1), Role.COLOCATED, InstanceState.READY
-        totals = EngineTotals(0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
+        totals = EngineTotals()
         stats = InstanceStats(totals, PoolTotals(), Latencies())
         return _encode(InstanceReport(*identity, os.getpid(), MODEL, limits, stats=stats))
     if url == b"/v1/models":

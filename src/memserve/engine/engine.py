@@ -7,11 +7,12 @@ import queue
 import threading
 from collections.abc import Sequence as Seq
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from memserve.api.generate import FinishReason
+from memserve.api.status import EngineTotals
 from memserve.clock import Clock, MonotonicClock
 from memserve.engine.batch import BatchLimits, BatchScheduler
 from memserve.engine.block_table import BlockTable
@@ -21,7 +22,6 @@ from memserve.engine.observer import PrefillObserver
 from memserve.engine.request import (
     EngineInfo,
     EngineRequest,
-    EngineStats,
     OutputSink,
     TokenOutput,
     validate_requests,
@@ -99,6 +99,7 @@ class Engine:
         self._counters = _Counters()
         self._arrivals = 0
         self._starved = False  # the last `plan` found nothing that can run
+        self._stepped: float | None = None  # end of the last step, unless the engine paused since
         self._info = self._describe()
 
     @property
@@ -164,22 +165,14 @@ class Engine:
         """Stop sequences within one step and free their blocks. Unknown ids are ignored."""
         self._commands.put(_Cancel(tuple(ids)))
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> EngineTotals:
         """Totals since start and current queue lengths. Read without a lock: each field is one
         number."""
-        counters = self._counters
-        return EngineStats(
+        return EngineTotals(
             running=self._scheduler.running,
             waiting=self._queued + self._scheduler.waiting,
-            steps=counters.steps,
-            computed_prompt_tokens=counters.computed_prompt_tokens,
-            cached_prompt_tokens=counters.cached_prompt_tokens,
-            generated_tokens=counters.generated_tokens,
             preemptions=self._scheduler.preemptions,
-            finished=counters.finished,
-            cancelled=counters.cancelled,
-            busy_seconds=counters.busy_seconds,
-            received_prompt_tokens=counters.received_prompt_tokens,
+            **asdict(self._counters),
         )
 
     def stop(self) -> None:
@@ -223,6 +216,7 @@ class Engine:
         """
         try:
             if not self._scheduler.running and not self._scheduler.waiting:
+                self._stepped = None
                 command = self._commands.get()
             elif self._starved:
                 command = self._commands.get(timeout=STARVED_SECONDS)
@@ -272,10 +266,12 @@ class Engine:
         plan = self._scheduler.plan()
         self._starved = plan is None
         if plan is None:
+            self._stepped = None
             return []
         samples = self._runner.run(plan)
         computed = self._clock.now()
         counters = self._counters
+        prompt_tokens = 0
         outputs = []
         for sequence, count in ((s.sequence, s.count) for s in plan.scheduled):
             if sequence.fresh:
@@ -284,12 +280,19 @@ class Engine:
                 counters.received_prompt_tokens += received
                 counters.cached_prompt_tokens += sequence.cached_tokens - received
             sequence.computed_at(computed, count)
-            counters.computed_prompt_tokens += sequence.advance(count)
+            prompt_tokens += sequence.advance(count)
             chosen = samples.get(sequence.id)
             if chosen is not None:
                 outputs.append(self._emit(sequence, chosen))
+        ended = self._clock.now()
         counters.steps += 1
-        counters.busy_seconds += self._clock.now() - started
+        counters.busy_seconds += ended - started
+        counters.computed_prompt_tokens += prompt_tokens
+        if not prompt_tokens:
+            counters.decode_steps += 1
+            counters.decode_tokens += len(outputs)
+            counters.decode_seconds += ended - (started if self._stepped is None else self._stepped)
+        self._stepped = ended
         return outputs
 
     def _emit(self, sequence: Sequence, chosen: Sample) -> TokenOutput:
@@ -347,3 +350,6 @@ class _Counters:
     cancelled: int = 0
     busy_seconds: float = 0.0
     received_prompt_tokens: int = 0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0

@@ -10,6 +10,7 @@ import numpy as np
 
 from memserve.api.generate import FinishReason, SamplingParams, validate_sampling
 from memserve.api.limits import DEFAULT_MAX_WAITING
+from memserve.api.status import EngineTotals
 from memserve.api.timeline import Chunk
 from memserve.engine.constraint import CompiledGrammar
 from memserve.engine.observer import PrefillObserver
@@ -159,26 +160,6 @@ def _validate_tokens(request: EngineRequest, info: EngineInfo) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Totals since start, which only grow, and the current queue lengths (sequences).
-
-    A prompt token counts once: as computed, as found in the cache, or as received from another
-    instance for its request."""
-
-    running: int
-    waiting: int
-    steps: int
-    computed_prompt_tokens: int
-    cached_prompt_tokens: int
-    generated_tokens: int
-    preemptions: int
-    finished: int
-    cancelled: int
-    busy_seconds: float
-    received_prompt_tokens: int = 0
-
-
 class EngineProtocol(Protocol):
     """Interface between an instance and its engine. Calls may come from any thread; all but
     `stop` return at once."""
@@ -205,7 +186,7 @@ class EngineProtocol(Protocol):
         A cancelled sequence gets no output with a `finish_reason`.
         """
 
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineTotals: ...
 
     def stop(self) -> None:
         """End the thread after its current step; unfinished sequences get a CANCELLED output."""

@@ -11,13 +11,14 @@ from http import HTTPStatus
 import msgspec
 from fastapi import APIRouter
 
-from memserve.api.asgi import Interruption, asgi_handler
+from memserve.api.asgi import asgi_handler
 from memserve.api.errors import ApiError, method_not_allowed
 from memserve.api.forward import WHOLE_PATHS, ForwardPath
 from memserve.api.generate import GenerateCall
 from memserve.api.guard import Guard
 from memserve.api.http_message import Header, Reply, Request
 from memserve.api.http_server import Handler
+from memserve.api.interruption import HangUp
 from memserve.api.metric import MetricSource
 from memserve.api.openai import NotUnderstood
 from memserve.api.peer_client import PeerClient
@@ -244,8 +245,6 @@ class GatewayApp:
     ) -> bool:
         """Answer a request that generates nothing. Return False if it is for a vLLM server, which
         is possible with `forwards` alone."""
-        interruption = Interruption()
-        reply.on_gone = interruption.interrupt
         self._begin()
         try:
             if self._draining:
@@ -253,7 +252,7 @@ class GatewayApp:
             self._access.client(request, reply)
             if request.method != "POST":
                 raise method_not_allowed(request.method, request.path, "POST")
-            with interruption:
+            with HangUp(reply):
                 limits = self._limits() or await self._first_limits(reply)
                 body = await native(
                     await self._threads.whole(request, self._max_body_bytes), limits
@@ -268,7 +267,6 @@ class GatewayApp:
         except ClientLeft:
             pass
         finally:
-            reply.on_gone = None
             self._end()
         self._metrics.requests[request.path, HUNG_UP if reply.gone else reply.status] += 1
         return True
@@ -337,14 +335,8 @@ class GatewayApp:
     ) -> GenerateCall:
         """Call `_accept`, and cancel it if the client leaves: its body is then not tokenised.
         Raises ApiError, ClientLeft."""
-        interruption = Interruption()
-        if not reply.gone:
-            reply.on_gone = interruption.interrupt
-            try:
-                with interruption:
-                    return await self._accept(build, request, reply, client)
-            finally:
-                reply.on_gone = None
+        with HangUp(reply):
+            return await self._accept(build, request, reply, client)
         raise ClientLeft
 
     async def _first_limits(self, reply: Reply) -> Limits:

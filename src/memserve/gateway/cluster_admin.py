@@ -122,7 +122,7 @@ def repeated_join(
 
 
 async def _read(request: Request, decoder: msgspec.json.Decoder[T]) -> T:
-    body = await read_body(request.scope, request.receive, MAX_CONTROL_BYTES)
+    body = await read_body(request, MAX_CONTROL_BYTES)
     try:
         return decoder.decode(body)
     except DECODE_ERRORS as error:

@@ -91,15 +91,15 @@ class StepTimes:
         """`now`: the last poll's totals. `context_tokens`: about how many tokens its running
         sequences hold in all."""
         last = self._last
-        if last is None or now.computed_prompt_tokens != last.computed_prompt_tokens:
-            self._last = now  # some of the steps computed prompts
+        if last is None:
+            self._last = now
             return
-        if now.steps < last.steps + _MIN_STEPS:
+        steps = now.decode_steps - last.decode_steps
+        if steps < _MIN_STEPS:
             return
         self._last = now
-        steps = now.steps - last.steps
-        sequences = max(1, round((now.generated_tokens - last.generated_tokens) / steps))
-        seconds = (now.busy_seconds - last.busy_seconds) / steps
+        sequences = max(1, round((now.decode_tokens - last.decode_tokens) / steps))
+        seconds = (now.decode_seconds - last.decode_seconds) / steps
         if isinstance(spec.costs, RefinedCosts):
             spec.costs.observe_decode_step(sequences, int(context_tokens), seconds)
 

@@ -152,7 +152,7 @@ def planner_routes(board: PlannerBoard, siblings: Siblings | None) -> APIRouter:
     @routes.post(PLANNER_PATH)
     async def post(request: Request) -> Response:
         """A decision of the planner, to be shown; the same decision."""
-        body = await read_body(request.scope, request.receive, MAX_PLAN_BYTES)
+        body = await read_body(request, MAX_PLAN_BYTES)
         try:
             decision = _decode(body)
         except DECODE_ERRORS as error:

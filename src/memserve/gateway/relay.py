@@ -12,10 +12,10 @@ from http import HTTPStatus
 import msgspec
 
 from memserve.api import msgpack
-from memserve.api.asgi import Interruption
 from memserve.api.errors import ApiError, invalid, unavailable
 from memserve.api.generate import GenerateCall, PrefillPeer
 from memserve.api.http_message import JSON_HEADER, Header, Headers, Reply
+from memserve.api.interruption import Interruption
 from memserve.api.limits import MAX_ANSWER_BYTES
 from memserve.api.status import MemberKind
 from memserve.clock import Clock

@@ -19,9 +19,8 @@ from memserve.api.errors import ApiError, invalid, unavailable
 from memserve.api.generate import PrefillPeer
 from memserve.api.handoff import PUSH_PATH, MeetCall, MeetResult, PushCall, PushResult
 from memserve.api.peer_client import PeerClient, PeerError
-from memserve.api.status import MAX_MOVE_PEERS, FetchTotals, InstanceInfo, PeerMoves
+from memserve.api.status import MAX_MOVE_PEERS, EngineTotals, FetchTotals, InstanceInfo, PeerMoves
 from memserve.clock import Clock
-from memserve.engine.request import EngineStats
 from memserve.errors import PoolError, TransferError
 from memserve.instance.link import KVLink
 from memserve.tracing.span import Span, SpanKind, headers_of, timed
@@ -79,7 +78,7 @@ class Fetcher:
     """Fetches prefixes, and answers peers' push and meet calls. Used on one event loop."""
 
     def __init__(
-        self, peers: PeerClient, link: KVLink, pace: Callable[[], EngineStats], clock: Clock
+        self, peers: PeerClient, link: KVLink, pace: Callable[[], EngineTotals], clock: Clock
     ) -> None:
         """`pace` returns the engine's totals."""
         self._peers = peers

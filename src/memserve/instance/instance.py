@@ -28,7 +28,6 @@ from memserve.api.handoff import (
 from memserve.api.namespaces import private
 from memserve.api.peer_client import PeerClient
 from memserve.api.status import (
-    EngineTotals,
     FetchTotals,
     HandoffTotals,
     InstanceInfo,
@@ -367,7 +366,7 @@ class Instance:
             return None
         parts, remote, fetcher = self._served.parts, self._served.remote, self._served.fetcher
         return InstanceStats(
-            engine=msgspec.convert(parts.engine.stats(), EngineTotals, from_attributes=True),
+            engine=parts.engine.stats(),
             pool=parts.pool_totals(),
             latencies=self._latencies,
             handoff=HandoffTotals() if remote is None else remote.totals(),

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from starlette.types import Scope
-
 from memserve.api.errors import ApiError
 from memserve.api.generate import CallKind, GenerateCall
 from memserve.api.handoff import PrefillCall, PrefillResult, PushCall, PushResult
+from memserve.api.http_message import Request
 from memserve.api.timeline import Chunk
 from memserve.instance.forwarded_run import ForwardedRun
 from memserve.instance.generation import Generation
@@ -26,10 +25,10 @@ MAX_SEQUENCES = 8  # sequences of a call that have spans
 
 
 @contextmanager
-def served(tracer: Tracer | None, name: str, scope: Scope) -> Iterator[Span | None]:
+def served(tracer: Tracer | None, name: str, request: Request) -> Iterator[Span | None]:
     """Context with the span of a request from another process; None unless the request is traced.
     An exception becomes the span's error, and is raised again."""
-    span = None if tracer is None else tracer.join(name, scope["headers"])
+    span = None if tracer is None else tracer.join(name, request.headers)
     if span is None:
         yield None
         return

@@ -12,7 +12,6 @@ from functools import partial
 
 import uvloop
 
-from memserve.api.asgi import asgi_handler
 from memserve.api.audience import Audience, check_url
 from memserve.api.control import RESTART_EXIT_CODE
 from memserve.api.guard import Guard
@@ -24,10 +23,10 @@ from memserve.api.tls import client_tls, server_tls
 from memserve.clock import MonotonicClock
 from memserve.config import ClusterConfig, InstanceConfig
 from memserve.errors import GivenUp, MemserveError
+from memserve.instance.app import InstanceApp
 from memserve.instance.instance import Instance
 from memserve.instance.join import Registration
 from memserve.instance.parts import Identity, Parts
-from memserve.instance.server import InstanceApp
 from memserve.secrets import Secret, cluster_secret, require_secret
 from memserve.tracing.settings import open_tracer
 from memserve.tracing.span import Tracer
@@ -171,7 +170,7 @@ def handler_of(
     if advertised is not None:
         audience.add_url(advertised)
     app = InstanceApp(instance, tracer)
-    return Guard(asgi_handler(app), Verifier(secret, audience), OPEN_PATHS)
+    return Guard(app.handle, Verifier(secret, audience), OPEN_PATHS)
 
 
 async def _end_when_useless(

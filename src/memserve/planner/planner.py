@@ -267,10 +267,13 @@ def merged(reports: Sequence[LoadReport]) -> list[MemberLoad]:
 
 def _machine(members: Sequence[MemberLoad], costs: Costs) -> Machine:
     capacities = [one.kv_capacity for one in members if one.kv_capacity is not None]
+    # What a member has not done, it has learnt nothing of.
+    computing = [one for one in members if one.role is not Role.DECODE] or members
+    answering = [one for one in members if one.role is not Role.PREFILL] or members
     return Machine(
         costs=costs,
-        prefill_factor=median(one.prefill_factor for one in members),
-        step_factor=median(one.step_factor for one in members),
+        prefill_factor=median(one.prefill_factor for one in computing),
+        step_factor=median(one.step_factor for one in answering),
         kv_tokens=median(capacities) if capacities else None,
         max_running=int(median(one.max_running for one in members)),
         chunk_tokens=int(median(one.chunk_tokens for one in members)),

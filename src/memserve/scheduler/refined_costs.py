@@ -20,8 +20,11 @@ from memserve.scheduler.contract import Costs, Link, Seconds, TransferPath
 # "shm" and "nixl": transfers by that `Link`.
 Kind = Literal["prefill", "decode", "shm", "nixl"]
 
-# Last ratios that a factor is taken from: enough for a quantile, few enough to forget.
+# Last ratios that a factor is taken from: enough for a quantile, few enough to forget. Those of
+# decode steps are means of an engine's own times, without waits, one a second: a few tell that a
+# machine is busy, before requests have suffered from it for long.
 _REMEMBERED = 64
+_REMEMBERED_STEPS = 10
 _FEWEST = 5  # ratios before the factor changes
 # Below the median, since half of the observations may include a wait.
 _QUANTILE = 0.35
@@ -34,16 +37,18 @@ _LINK_BOUND = math.log(1000.0)
 
 
 class _Factor:
-    """A correction factor, learnt as its logarithm, which is at most `bound` from 0."""
+    """A correction factor, learnt as its logarithm, which is at most `bound` from 0, from the last
+    `remembered` ratios."""
 
-    def __init__(self, bound: float = _BOUND) -> None:
+    def __init__(self, bound: float = _BOUND, remembered: int = _REMEMBERED) -> None:
         self._bound = bound
-        self._logs: deque[float] = deque(maxlen=_REMEMBERED)
+        self._remembered = remembered
+        self._logs: deque[float] = deque(maxlen=remembered)
         self._log = 0.0
         self.value = 1.0
 
     def copy(self) -> _Factor:
-        factor = _Factor(self._bound)
+        factor = _Factor(self._bound, self._remembered)
         factor._logs.extend(self._logs)
         factor._log, factor.value = self._log, self.value
         return factor
@@ -68,7 +73,7 @@ class RefinedCosts:
         self.model = model
         self._factors: dict[Kind, _Factor] = {
             "prefill": _Factor(),
-            "decode": _Factor(),
+            "decode": _Factor(remembered=_REMEMBERED_STEPS),
             "shm": _Factor(_LINK_BOUND),
             "nixl": _Factor(_LINK_BOUND),
         }

@@ -15,16 +15,16 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 
 import aiohttp
 
 from memserve.api.generate import FinishReason
-from memserve.api.status import MediumTotals, PoolTotals
+from memserve.api.status import EngineTotals, MediumTotals, PoolTotals
 from memserve.engine.request import (
     EngineInfo,
     EngineRequest,
-    EngineStats,
     OutputSink,
     TokenOutput,
     validate_requests,
@@ -78,11 +78,12 @@ class VllmEngine:
         self._ready = threading.Event()
         self._end: asyncio.Event | None = None
         self._sink: OutputSink = lambda outputs: None
-        self._load = ServerLoad(0, 0, 0, 0.0)
+        self._load = ServerLoad()
         self._others_waiting = 0  # other clients' sequences, as of the last poll
         self._computed = self._cached = self._received = 0
         self._generated = self._finished = self._cancelled = 0
         self._busy = 0.0
+        self._decoded = Decoded()
 
     @property
     def thread(self) -> threading.Thread:
@@ -120,25 +121,27 @@ class VllmEngine:
             if runs and self._loop is not None:
                 self._loop.call_soon_threadsafe(_cancel, runs)
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> EngineTotals:
         """Return the counts of this engine. `running` and `waiting` include other clients'
         sequences, and `steps` is the server's."""
         with self._lock:
             begun = sum(run.tokens > 0 for run in self._runs.values())
             waiting = len(self._runs) - begun
         load = self._load
-        return EngineStats(
+        return EngineTotals(
             running=max(begun, load.running),
             waiting=max(0, waiting - max(0, load.running - begun)) + self._others_waiting,
             steps=load.steps,
             computed_prompt_tokens=self._computed,
             cached_prompt_tokens=self._cached,
             generated_tokens=self._generated,
-            preemptions=0,
             finished=self._finished,
             cancelled=self._cancelled,
             busy_seconds=self._busy,
             received_prompt_tokens=self._received,
+            decode_steps=self._decoded.steps,
+            decode_tokens=self._decoded.tokens,
+            decode_seconds=self._decoded.seconds,
         )
 
     def pool_totals(self) -> PoolTotals:
@@ -211,6 +214,7 @@ class VllmEngine:
                 now = time.monotonic()
                 if load.running and self._load.running:
                     self._busy += now - last
+                    self._decoded.add(self._load, load, now - last)
                 misses, last, self._load = 0, now, load
                 # Own sequences that waited then are counted as of now, in `stats`: many have ended
                 # or begun by the next poll.
@@ -297,6 +301,22 @@ class VllmEngine:
                     self._computed += output.usage.prompt_tokens - cached
         run.begun.set()
         self._sink(outputs)
+
+
+@dataclass(slots=True)
+class Decoded:
+    """Steps of the server between polls that saw no prompt computed."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, last: ServerLoad, now: ServerLoad, seconds: float) -> None:
+        """Count the steps between two polls, `seconds` apart, during which sequences ran."""
+        if now.prompt_tokens is not None and now.prompt_tokens == last.prompt_tokens:
+            self.steps += max(0, now.steps - last.steps)
+            self.tokens += max(0, now.generated_tokens - last.generated_tokens)
+            self.seconds += seconds
 
 
 def _cancel(runs: Sequence[_Run]) -> None:

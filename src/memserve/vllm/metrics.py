@@ -10,7 +10,8 @@ from memserve.errors import MemserveError
 
 _SAMPLE = re.compile(
     r"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc"
-    r"|iteration_tokens_total_count)(?:\{[^}\n]*\})? ([0-9.eE+-]+)$",
+    r"|iteration_tokens_total_count|prompt_tokens_total|generation_tokens_total)"
+    r"(?:\{[^}\n]*\})? ([0-9.eE+-]+)$",
     re.MULTILINE,
 )
 _CACHE = re.compile(r"^vllm:cache_config_info\{([^}\n]*)\}", re.MULTILINE)
@@ -25,10 +26,12 @@ class UnknownMetrics(MemserveError):
 class ServerLoad:
     """The load of a server: sums over its engines."""
 
-    running: int  # sequences
-    waiting: int  # sequences
-    steps: int  # since the server's start
-    kv_used: float  # share of its KV memory that running sequences hold, 0 to 1
+    running: int = 0  # sequences
+    waiting: int = 0  # sequences
+    steps: int = 0  # since the server's start
+    kv_used: float = 0.0  # share of its KV memory that running sequences hold, 0 to 1
+    prompt_tokens: int | None = None  # of prompts computed since the start; None: it does not say
+    generated_tokens: int = 0  # since the start
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ def read_load(text: str) -> ServerLoad:
             max(0, int(sums["num_requests_waiting"])),
             max(0, int(sums.get("iteration_tokens_total_count", 0))),
             min(1.0, max(0.0, sums.get("kv_cache_usage_perc", 0.0))),
+            int(sums["prompt_tokens_total"]) if "prompt_tokens_total" in sums else None,
+            max(0, int(sums.get("generation_tokens_total", 0))),
         )
     except KeyError as error:
         raise UnknownMetrics(f"its metrics have no vllm:{error.args[0]}") from error

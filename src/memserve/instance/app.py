@@ -1,4 +1,4 @@
-"""HTTP endpoints of an instance, as a bare ASGI application."""
+"""HTTP endpoints of an instance."""
 
 from __future__ import annotations
 
@@ -10,29 +10,21 @@ from typing import TypeVar
 from urllib.parse import parse_qs
 
 import msgspec
-from starlette.types import Message, Receive, Scope, Send
 
 import memserve
 from memserve.api import msgpack
-from memserve.api.asgi import (
-    ClientGone,
-    HangUp,
-    read_body,
-    send_body,
-    send_error,
-    start_events,
-)
 from memserve.api.control import DRAIN_PATH, RESUME_PATH, ROLE_PATH, SHUTDOWN_PATH
 from memserve.api.errors import (
     ApiError,
+    body_too_large,
     method_not_allowed,
     path_not_found,
     unavailable,
     unsupported_media,
 )
-from memserve.api.forward import Forward
-from memserve.api.generate import GENERATE_PATH, GenerateCall
+from memserve.api.generate import GENERATE_PATH
 from memserve.api.handoff import MEET_PATH, PREFILL_PATH, PUSH_PATH
+from memserve.api.http_message import EVENTS_HEADERS, Header, Reply, Request
 from memserve.api.instance_metrics import (
     BUILD,
     INSTANCE_METRICS,
@@ -40,6 +32,7 @@ from memserve.api.instance_metrics import (
     report_instance,
     report_state,
 )
+from memserve.api.interruption import HangUp, caught_up
 from memserve.api.kv_events import SNAPSHOT_PATH
 from memserve.api.metric import CONTENT_TYPE, MetricSpec, Page
 from memserve.api.status import REPORT_PATH, InstanceReport, InstanceState
@@ -54,7 +47,7 @@ from memserve.instance.instance import Instance
 from memserve.instance.request_trace import describe, pushed, served
 from memserve.logs import shown
 from memserve.scheduler.profiles import encode_profile
-from memserve.tracing.span import Span, SpanCounts, Tracer
+from memserve.tracing.span import SpanCounts, Tracer
 from memserve.vllm.forwarder import BrokenOff, ForwardedAnswer
 
 METRICS: tuple[MetricSpec, ...] = (
@@ -85,7 +78,7 @@ log = logging.getLogger(__name__)
 _WITH_STATS = REPORT_PATH.partition("?")[2].encode()
 _encode = msgspec.json.Encoder().encode
 _Call = TypeVar("_Call")
-_Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+_Handler = Callable[[Request, Reply], Awaitable[None]]
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -125,34 +118,34 @@ class InstanceApp:
             "/metrics": ("GET", self._metrics),
         }
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def handle(self, request: Request, reply: Reply) -> None:
+        """Handle one request: the server's `Handler`."""
         try:
-            route = self._routes.get(scope["path"])
+            route = self._routes.get(request.path)
             if route is None:
-                raise path_not_found(scope["path"])
+                raise path_not_found(request.path)
             method, handler = route
-            if scope["method"] != method:
-                raise method_not_allowed(scope["method"], scope["path"], method)
-            await handler(scope, receive, send)
+            if request.method != method and (method, request.method) != ("GET", "HEAD"):
+                raise method_not_allowed(request.method, request.path, method)
+            await handler(request, reply)
         except ApiError as error:
-            await send_error(send, error)
-        except ClientGone:
-            return
+            reply.send_error(error)
 
-    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with served(self._tracer, "generate", scope) as span:
-            call = await self._read(calls.GENERATE, scope, receive)
+    async def _generate(self, request: Request, reply: Reply) -> None:
+        with served(self._tracer, "generate", request) as span:
+            call = await self._read(calls.GENERATE, request)
             if span is not None:
                 describe(span, call)
-            if call.forward is not None:
-                await self._forward(call, call.forward, receive, send, span)
-                return
-            with HangUp(receive):
+            with HangUp(reply):
+                if call.forward is not None:
+                    async with self._instance.forward(call, call.forward, span) as forwarded:
+                        await _pass_on(forwarded, reply)
+                    return
                 constraints = await self._instance.constraints(call)
                 with self._instance.run(call, constraints, span) as run:
-                    await (_stream(run, send) if call.stream else self._answer(run, send))
+                    await (_stream(run, reply) if call.stream else self._answer(run, reply))
 
-    async def _answer(self, run: Run, send: Send) -> None:
+    async def _answer(self, run: Run, reply: Reply) -> None:
         generation = run.generation
         while not generation.finished:
             await run.step()
@@ -161,95 +154,81 @@ class InstanceApp:
                 body = await asyncio.to_thread(generation.body)
         else:
             body = generation.body()
-        await send_body(send, HTTPStatus.OK, body)
+        reply.send(HTTPStatus.OK, body)
 
-    async def _forward(
-        self,
-        call: GenerateCall,
-        forward: Forward,
-        receive: Receive,
-        send: Send,
-        span: Span | None,
-    ) -> None:
-        with HangUp(receive):
-            async with self._instance.forward(call, forward, span) as run:
-                await _pass_on(run, send)
-
-    async def _prefill(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with served(self._tracer, "prefill", scope) as span:
-            call = await self._read(calls.PREFILL, scope, receive)
-            with HangUp(receive) as left:
-                result = await self._instance.prefill(call, span)
-                await _send_result(send, result)
+    async def _prefill(self, request: Request, reply: Reply) -> None:
+        with served(self._tracer, "prefill", request) as span:
+            call = await self._read(calls.PREFILL, request)
+            with HangUp(reply) as left:
+                _send_result(reply, await self._instance.prefill(call, span))
             if left.happened and span is not None:
                 span.error = "cancelled"
 
-    async def _push(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with served(self._tracer, "push", scope) as span:
-            call = await self._read(calls.PUSH, scope, receive)
-            with HangUp(receive) as left:
+    async def _push(self, request: Request, reply: Reply) -> None:
+        with served(self._tracer, "push", request) as span:
+            call = await self._read(calls.PUSH, request)
+            with HangUp(reply) as left:
                 result = await self._instance.push(call)
                 if span is not None:
                     pushed(span, call, result)
-                await _send_result(send, result)
+                _send_result(reply, result)
             if left.happened and span is not None:
                 span.error = "cancelled"
 
-    async def _meet(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = await self._read(calls.MEET, scope, receive)
-        with HangUp(receive):
-            result = await self._instance.meet(call)
-            await _send_result(send, result)
+    async def _meet(self, request: Request, reply: Reply) -> None:
+        call = await self._read(calls.MEET, request)
+        with HangUp(reply):
+            _send_result(reply, await self._instance.meet(call))
 
-    async def _role(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = await self._read(calls.ROLE, scope, receive)
+    async def _role(self, request: Request, reply: Reply) -> None:
+        call = await self._read(calls.ROLE, request)
         self._instance.change_role(call.role)
-        await self._info(scope, receive, send)
+        await self._info(request, reply)
 
-    async def _drain(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _drain(self, request: Request, reply: Reply) -> None:
         self._instance.lifecycle.drain()
-        await self._info(scope, receive, send)
+        await self._info(request, reply)
 
-    async def _resume(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _resume(self, request: Request, reply: Reply) -> None:
         self._instance.lifecycle.resume()
-        await self._info(scope, receive, send)
+        await self._info(request, reply)
 
-    async def _shutdown(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = await self._read(calls.SHUTDOWN, scope, receive)
+    async def _shutdown(self, request: Request, reply: Reply) -> None:
+        call = await self._read(calls.SHUTDOWN, request)
         self._instance.lifecycle.end(call.restart)
-        await self._info(scope, receive, send)
+        await self._info(request, reply)
 
-    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._send_state(send, await self._instance.healthy())
+    async def _health(self, request: Request, reply: Reply) -> None:
+        self._send_state(reply, await self._instance.healthy())
 
-    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _live(self, request: Request, reply: Reply) -> None:
         """Whether the process is of use, or will be: while it loads and drains, too."""
-        await self._send_state(send, self._instance.state is not InstanceState.DEAD)
+        self._send_state(reply, self._instance.state is not InstanceState.DEAD)
 
-    async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _ready(self, request: Request, reply: Reply) -> None:
         """Whether the instance takes requests. Unlike `/health`, this does not ask the engine."""
-        await self._send_state(send, self._instance.state is InstanceState.READY)
+        self._send_state(reply, self._instance.state is InstanceState.READY)
 
-    async def _send_state(self, send: Send, good: bool) -> None:
+    def _send_state(self, reply: Reply, good: bool) -> None:
         # Anybody may ask, without a signature, so the answer holds the state only.
         status = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
-        await send_body(send, status, _encode(Health(self._instance.state)))
+        reply.send(status, _encode(Health(self._instance.state)))
 
-    async def _info(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _info(self, request: Request, reply: Reply) -> None:
         info = self._instance.info()
-        if scope["query_string"] == _WITH_STATS:
+        if request.query == _WITH_STATS:
             both = msgspec.structs.asdict(info)
             info = InstanceReport(**both, stats=self._instance.stats())
-        await send_body(send, HTTPStatus.OK, _encode(info))
+        reply.send(HTTPStatus.OK, _encode(info))
 
-    async def _stats(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _stats(self, request: Request, reply: Reply) -> None:
         stats = self._instance.stats()
         if stats is None:
             raise unavailable("The model is being loaded.", "instance_starting")
-        await send_body(send, HTTPStatus.OK, _encode(stats))
+        reply.send(HTTPStatus.OK, _encode(stats))
 
-    async def _timeline(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = parse_qs(scope["query_string"].decode("latin-1")).get("request", [""])
+    async def _timeline(self, request: Request, reply: Reply) -> None:
+        asked = parse_qs(request.query.decode("latin-1")).get("request", [""])
         found = self._instance.timelines.find(asked[0])
         if found is None:
             raise ApiError(
@@ -257,77 +236,79 @@ class InstanceApp:
                 f"This instance does not know request {shown(asked[0])!r}, or no longer.",
                 code="request_not_found",
             )
-        await send_body(send, HTTPStatus.OK, _encode(found))
+        reply.send(HTTPStatus.OK, _encode(found))
 
-    async def _profile(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _profile(self, request: Request, reply: Reply) -> None:
         profile = self._instance.profile()
         if profile is None:
             raise unavailable("This instance has no cost model, or not yet.", "no_profile")
-        await send_body(send, HTTPStatus.OK, encode_profile(profile))
+        reply.send(HTTPStatus.OK, encode_profile(profile))
 
-    async def _kv_snapshot(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await self._instance.kv_snapshot()
-        await send_body(send, HTTPStatus.OK, body, media=msgpack.HEADER)
+    async def _kv_snapshot(self, request: Request, reply: Reply) -> None:
+        reply.send(HTTPStatus.OK, await self._instance.kv_snapshot(), media=msgpack.HEADER)
 
-    async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
-        media = (b"content-type", CONTENT_TYPE.encode())
+    async def _metrics(self, request: Request, reply: Reply) -> None:
         counts = None if self._tracer is None else self._tracer.counts
-        page = instance_page(self._instance, counts)
-        await send_body(send, HTTPStatus.OK, page, media=media)
+        media = (b"content-type", CONTENT_TYPE.encode())
+        reply.send(HTTPStatus.OK, instance_page(self._instance, counts), media=media)
 
-    async def _read(self, reader: CallReader[_Call], scope: Scope, receive: Receive) -> _Call:
-        body = await read_body(scope, receive, reader.max_bytes)
-        if reader.media == msgpack.MEDIA and msgpack.HEADER not in scope["headers"]:
-            raise unsupported_media(scope["path"], reader.media)
-        return await self._large.read(reader, body)
+    async def _read(self, reader: CallReader[_Call], request: Request) -> _Call:
+        if len(request.body) > reader.max_bytes:
+            raise body_too_large(reader.max_bytes)
+        if reader.media == msgpack.MEDIA and msgpack.HEADER not in request.headers:
+            raise unsupported_media(request.path, reader.media)
+        return await self._large.read(reader, request.body)
 
 
-async def _send_result(send: Send, result: msgspec.Struct) -> None:
+def _send_result(reply: Reply, result: msgspec.Struct) -> None:
     """Send the result of another instance's call, as msgpack."""
-    await send_body(send, HTTPStatus.OK, msgpack.encode(result), media=msgpack.HEADER)
+    reply.send(HTTPStatus.OK, msgpack.encode(result), media=msgpack.HEADER)
 
 
-async def _stream(run: Run, send: Send) -> None:
-    started = False
+async def _stream(run: Run, reply: Reply) -> None:
+    last = False
     try:
-        while not run.generation.finished:
+        while not last:
             data = await run.step()
+            last = run.generation.finished
             if not data:
                 continue
-            if not started:
-                started = True
-                await start_events(send)
-            more = not run.generation.finished
-            await send({"type": "http.response.body", "body": data, "more_body": more})
+            if not reply.started:
+                reply.start(HTTPStatus.OK, EVENTS_HEADERS)
+            if last:
+                reply.end(data)
+            else:
+                reply.write(data)
+                await caught_up(reply)
     except ApiError as error:
-        if not started:
+        if not reply.started:
             raise
         log.warning("an answer broke off: %s", error)
-        await send({"type": "http.response.body", "body": error.event()})
+        reply.end(error.event())
 
 
-async def _pass_on(run: ForwardedRun, send: Send) -> None:
+async def _pass_on(run: ForwardedRun, reply: Reply) -> None:
     """Send a vLLM server's answer unchanged. Raises ApiError if the server is lost before its
     first bytes."""
-    started = False
     try:
         async for data in run.pieces():
-            if not started:
-                started = True
-                await send(_head_of(run.answer))
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            if not reply.started:
+                reply.start(run.answer.status, _headers_of(run.answer))
+            if data:
+                reply.write(data)
+                await caught_up(reply)
     except BrokenOff as error:
         log.warning("%s", error)
-        if not started:
+        if not reply.started:
             raise unavailable("The vLLM server was lost.", LOST) from error
         return  # without the end of the body, so that the client notices the loss
-    if not started:
-        await send(_head_of(run.answer))
-    await send({"type": "http.response.body", "body": b""})
+    if not reply.started:
+        reply.start(run.answer.status, _headers_of(run.answer))
+    reply.end()
 
 
-def _head_of(answer: ForwardedAnswer) -> Message:
+def _headers_of(answer: ForwardedAnswer) -> list[Header]:
     headers = [(b"content-type", answer.media.encode("latin-1", "replace"))]
     if answer.retry_after is not None:
         headers.append((b"retry-after", answer.retry_after.encode("latin-1", "replace")))
-    return {"type": "http.response.start", "status": answer.status, "headers": headers}
+    return headers
