@@ -177,6 +177,19 @@ def planner_live(json: JsonFile = None, *, given: Given) -> None:
     print_or_write(json, config, result, live_table(result))
 
 
+@app.command()
+@takes_flags(flags_of(ModelConfig))
+def walk(json: JsonFile = None, *, given: Given) -> None:
+    """Record which modules and classes a request passes, colocated and by prefill and decode."""
+    from evaluation.walk.run import run_walk, walk_table
+
+    progress = progress_lines()
+    wanted = with_flags(ModelConfig(), given)
+    wanted = pinned(wanted, resolve_model(wanted, progress))
+    result = asyncio.run(run_walk(wanted, progress))
+    print_or_write(json, wanted, result, walk_table(result))
+
+
 class PrefillBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Which prompts are computed."""
 

@@ -30,7 +30,7 @@ from memserve.api.signatures import Signer
 from memserve.api.status import MemberKind
 from memserve.api.tls import client_tls, server_tls
 from memserve.api.trace_metrics import TraceMetrics
-from memserve.clock import MonotonicClock
+from memserve.clock import Clock, MonotonicClock
 from memserve.cluster.member import Member
 from memserve.cluster.membership import Change, MemberChange, Membership
 from memserve.cluster.poller import Poller
@@ -230,6 +230,11 @@ class Gateway:
         if worker is not None:
             self._siblings = Siblings(self._peers, worker.index, worker.siblings)
         self._private: HttpServer | None = None
+        self._app = self._made_app(config, tokenizer, clock, tracer)
+
+    def _made_app(
+        self, config: ClusterConfig, tokenizer: Tokenizer, clock: Clock, tracer: Tracer | None
+    ) -> GatewayApp:
         forwards = ForwardBuilder(self._calls, tokenizer)
         responses = Responses(
             self._calls,
@@ -239,7 +244,7 @@ class Gateway:
             ResponseStore(config.gateway.response_store_bytes),
             self._siblings,
         )
-        self._app = GatewayApp(
+        return GatewayApp(
             self._calls,
             self.membership,
             self._relay,
@@ -252,7 +257,7 @@ class Gateway:
                 self._proof,
                 TraceMetrics(None if tracer is None else tracer.counts),
             ),
-            wait,
+            config.gateway.instance_wait_seconds,
             self._access,
             self._peers,
             forwards,
