@@ -12,8 +12,8 @@ from fastapi import FastAPI, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from memserve.api.asgi import asgi_handler
 from memserve.config import GatewayConfig
+from memserve.gateway.asgi import asgi_handler
 from memserve.models.tokenizer import Tokenizer
 from tests import insider
 from tests.fakes import FakeCluster, FakeEngine, save_tiny_tokenizer

@@ -14,9 +14,6 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 
-from starlette.types import ASGIApp
-
-from memserve.api.asgi import asgi_handler
 from memserve.api.http_connection import Admit
 from memserve.api.http_limits import HttpCounters, HttpLimits
 from memserve.api.http_server import FILES_SHARE, Handler, HttpServer
@@ -150,19 +147,6 @@ def allow_files(number: int) -> None:
     wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-async def serve(
-    app: ASGIApp,
-    sock: socket.socket,
-    shutdown: Shutdown,
-    drain: Callable[[], Awaitable[None]],
-    max_body_bytes: int = MAX_BODY_BYTES,
-    *,
-    tls: ssl.SSLContext | None = None,
-) -> None:
-    """Call `serve_http` for an ASGI application, which gets whole bodies."""
-    await serve_http(asgi_handler(app), sock, shutdown, drain, max_body_bytes, tls=tls)
 
 
 async def serve_http(

@@ -15,7 +15,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 import memserve
-from memserve.api.asgi import JsonResponse
 from memserve.api.chunks import ChatCompletion, Completion
 from memserve.api.errors import (
     ApiError,
@@ -37,6 +36,7 @@ from memserve.cluster.kv_feed import MemberFeed
 from memserve.cluster.member import DegradedPair
 from memserve.cluster.membership import MemberChange, Membership
 from memserve.gateway.access import LOAD_PATH, METRICS_PATH
+from memserve.gateway.asgi import JsonResponse
 from memserve.gateway.cluster_admin import cluster_routes
 from memserve.gateway.metrics import GatewayMetrics, merged
 from memserve.gateway.pages import page_routes

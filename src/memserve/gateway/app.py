@@ -11,7 +11,6 @@ from http import HTTPStatus
 import msgspec
 from fastapi import APIRouter
 
-from memserve.api.asgi import asgi_handler
 from memserve.api.errors import ApiError, method_not_allowed
 from memserve.api.forward import WHOLE_PATHS, ForwardPath
 from memserve.api.generate import GenerateCall
@@ -35,6 +34,7 @@ from memserve.gateway.admin import (
     admin_app,
 )
 from memserve.gateway.admission_queue import AdmissionQueue, ClientLeft
+from memserve.gateway.asgi import asgi_handler
 from memserve.gateway.call_builder import INLINE_CHARACTERS, CallBuilder, with_session
 from memserve.gateway.cluster_admin import repeated_join
 from memserve.gateway.figures import figures_routes

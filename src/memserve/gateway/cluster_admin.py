@@ -8,7 +8,6 @@ from typing import TypeVar
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from memserve.api.asgi import JsonResponse, read_body
 from memserve.api.control import (
     MAX_CONTROL_BYTES,
     InstanceChange,
@@ -24,6 +23,7 @@ from memserve.cluster.control import change_member
 from memserve.cluster.member import DegradedPair, view_of
 from memserve.cluster.membership import Membership
 from memserve.errors import ClusterError
+from memserve.gateway.asgi import JsonResponse, read_body
 from memserve.gateway.siblings import MEMBERS_PATH, Siblings
 from memserve.types import InstanceId
 

@@ -11,12 +11,12 @@ import asyncio
 import msgspec
 from fastapi import APIRouter, Response
 
-from memserve.api.asgi import JsonResponse
 from memserve.clock import Clock
 from memserve.cluster.figures import STATS_PATH, WORKER_STATS_PATH, GatewayTotals, MemberFigures
 from memserve.cluster.member import Member
 from memserve.cluster.membership import Membership
 from memserve.gateway.admission_queue import AdmissionQueue
+from memserve.gateway.asgi import JsonResponse
 from memserve.gateway.metrics import GatewayMetrics
 from memserve.gateway.siblings import Siblings
 

@@ -14,12 +14,12 @@ from typing import Annotated
 import msgspec
 from fastapi import APIRouter, Query, Request, Response
 
-from memserve.api.asgi import JsonResponse, read_body
 from memserve.api.errors import invalid
 from memserve.api.metric import Label, MetricSpec, Page, counter, gauge
 from memserve.api.peer_client import DECODE_ERRORS
 from memserve.clock import Clock
 from memserve.cluster.client import LOAD_REPORTS_PATH, PLANNER_PATH
+from memserve.gateway.asgi import JsonResponse, read_body
 from memserve.gateway.siblings import Siblings
 from memserve.planner.contract import Action, Decision, LoadReport
 

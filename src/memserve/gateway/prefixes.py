@@ -11,9 +11,9 @@ import msgspec
 import numpy as np
 from fastapi import APIRouter, Query, Response
 
-from memserve.api.asgi import JsonResponse
 from memserve.clock import Clock
 from memserve.cluster.client import PREFIXES_PATH
+from memserve.gateway.asgi import JsonResponse
 from memserve.gateway.siblings import Siblings
 from memserve.models.tokenizer import Tokenizer
 from memserve.scheduler.hot_prefixes import (
