@@ -59,7 +59,7 @@ def test_a_draining_gateway_lives_and_is_not_ready(start_cluster: StartCluster) 
 
 
 def test_an_instance_that_loads_lives_and_is_not_ready(spawn: Spawn) -> None:
-    loading = spawn("instance", step_seconds=1.0)  # it is ready with the first token
+    loading = spawn("instance", step_seconds=3.0)  # it is ready with the first token
     assert (probe(loading.url, "/live"), probe(loading.url, "/ready")) == (200, 503)
     until(lambda: probe(loading.url, "/ready") == 200)
     assert probe(loading.url, "/live") == 200

@@ -19,8 +19,8 @@ from memserve.scheduler.decision_view import Outcome
 from memserve.scheduler.prefix_view import PrefixHolder, PrefixReport, PrefixView, TenantSpace
 from memserve.types import InstanceId, RequestId, Role
 from memserve.watch.history import History, Point
-from memserve.watch.latency import Percentiles
-from memserve.watch.rates import GroupLatency, rates_between
+from memserve.watch.latency import LATENCIES, GroupLatency, Percentiles
+from memserve.watch.rates import rates_between
 from memserve.watch.snapshot import DecisionSeen
 from tests.watch_harness import busy_cluster, decision, member_of, seen, snapshot, stats_of
 
@@ -195,7 +195,7 @@ def test_charts_are_thin_and_lose_no_failover() -> None:
 def test_latencies_are_in_milliseconds_with_gaps_and_marks() -> None:
     some = {Role.DECODE: GroupLatency(first_token=Percentiles(0.03, 0.05, 0.123456, 7))}
     points = [Point(1.0, latencies=some), Point(2.0, failovers=2)]
-    chart = charts.latency(charts.LATENCIES[0], points, Role.DECODE, epoch=100.0)
+    chart = charts.latency(LATENCIES[0], points, Role.DECODE, epoch=100.0)
     names = [series["name"] for series in chart["series"]]
     assert names == ["p50", "p90", "p99"]
     assert chart["series"][0]["data"] == [[101_000, 30.0], [102_000, None]]
@@ -209,7 +209,7 @@ def test_an_objective_is_a_line_across() -> None:
     points = [Point(1.0)]
     first, between, each, whole = (
         charts.latency(kind, points, Role.DECODE, 0.0, wanted)["series"][0]["markLine"]["data"]
-        for kind in charts.LATENCIES
+        for kind in LATENCIES
     )
     marks = [(mark["yAxis"], mark["label"]["formatter"]) for mark in (*first, *each)]
     assert marks == [(2500.0, "objective"), (50.0, "objective")]
@@ -224,7 +224,7 @@ def test_policies_are_lines_of_one_chart() -> None:
         Point(2.0, policies={"session": GroupLatency(), "from later": slow}, failovers=1),
     ]
     wanted = charts.Objectives(ttft=0.5)
-    chart = charts.latency_by_policy(charts.LATENCIES[0], points, "p99", 100.0, wanted)
+    chart = charts.latency_by_policy(LATENCIES[0], points, "p99", 100.0, wanted)
     assert {each["name"]: each["data"] for each in chart["series"]} == {
         "from later": [[101_000, None], [102_000, 600.0]],
         "prompt-tree": [[101_000, 123.5], [102_000, None]],
@@ -232,9 +232,9 @@ def test_policies_are_lines_of_one_chart() -> None:
     }
     marks = chart["series"][0]["markLine"]["data"]
     assert [mark.get("xAxis", mark.get("yAxis")) for mark in marks] == [102_000, 500.0]
-    (alone,) = charts.latency_by_policy(charts.LATENCIES[0], points[:1], "p50", 0.0)["series"][1:]
+    (alone,) = charts.latency_by_policy(LATENCIES[0], points[:1], "p50", 0.0)["series"][1:]
     assert (alone["name"], alone["data"]) == ("session", [[1000, 400.0]])
-    assert charts.latency_by_policy(charts.LATENCIES[0], [], "p50", 0.0)["series"] == []
+    assert charts.latency_by_policy(LATENCIES[0], [], "p50", 0.0)["series"] == []
 
 
 STYLES = files("memserve.dashboard") / "assets/dashboard.css"
@@ -286,8 +286,8 @@ def test_texts_of_charts_can_be_read(dark: bool) -> None:
     points = [Point(1.0, computed=1, policies={"session": GroupLatency()}, failovers=1)]
     wanted = charts.Objectives(ttft=1.0, tpot=1.0)
     drawn = [
-        *(charts.latency(kind, points, Role.DECODE, 0.0, wanted) for kind in charts.LATENCIES),
-        charts.latency_by_policy(charts.LATENCIES[0], points, "p50", 0.0, wanted),
+        *(charts.latency(kind, points, Role.DECODE, 0.0, wanted) for kind in LATENCIES),
+        charts.latency_by_policy(LATENCIES[0], points, "p50", 0.0, wanted),
         *(make(points, 0.0) for make in (charts.sources, charts.hits, charts.evictions)),
     ]
     colours = theme(dark)

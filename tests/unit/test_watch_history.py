@@ -7,7 +7,7 @@ from memserve.cluster.figures import GatewayTotals
 from memserve.types import InstanceId, Role
 from memserve.watch import snapshot as snapshots
 from memserve.watch.history import History, Point, policies_of
-from memserve.watch.rates import GroupLatency
+from memserve.watch.latency import GroupLatency
 from memserve.watch.snapshot import snapshot_of
 from tests.watch_harness import answer_of, busy_cluster, decision, member_of, seen, stats_of
 

@@ -9,8 +9,8 @@ from memserve.api.status import FetchTotals, InstanceState, Latencies, PeerMoves
 from memserve.cluster.figures import ClusterFigures, GatewayTotals
 from memserve.cluster.member import ClusterView
 from memserve.types import Epoch, InstanceId, Role
-from memserve.watch.latency import Percentiles
-from memserve.watch.rates import Flow, FlowKind, GroupLatency, failovers_between, rates_between
+from memserve.watch.latency import GroupLatency, Percentiles
+from memserve.watch.rates import Flow, FlowKind, failovers_between, rates_between
 from memserve.watch.snapshot import UNKNOWN, GatewaySeen, Snapshot, snapshot_of
 from tests.watch_harness import answer_of, busy_cluster, member_of, seen, snapshot, stats_of
 

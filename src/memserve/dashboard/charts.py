@@ -9,8 +9,7 @@ import msgspec
 
 from memserve.types import Role
 from memserve.watch.history import Point, policies_of
-from memserve.watch.latency import Percentiles
-from memserve.watch.rates import GroupLatency
+from memserve.watch.latency import GroupLatency, LatencyKind, Percentiles
 
 MAX_SHOWN = 240  # points of a chart: each update sends all of them
 COLOURS = {
@@ -158,16 +157,11 @@ class Objectives(NamedTuple):
     ttft: float | None = None
     tpot: float | None = None
 
+    def of(self, kind: LatencyKind) -> float | None:
+        return {"TTFT": self.ttft, "TPOT": self.tpot}.get(kind.name)
+
 
 NO_OBJECTIVES = Objectives()
-
-
-class Latency(NamedTuple):
-    """A latency that has a chart, and the objective that is drawn in."""
-
-    title: str
-    of: Callable[[GroupLatency], Percentiles]
-    objective: Callable[[Objectives], float | None] = lambda _: None
 
 
 PERCENTILES: dict[str, Callable[[Percentiles], float | None]] = {
@@ -175,20 +169,10 @@ PERCENTILES: dict[str, Callable[[Percentiles], float | None]] = {
     "p90": lambda found: found.p90,
     "p99": lambda found: found.p99,
 }
-LATENCIES = (
-    Latency(
-        "Time to first token (TTFT)", lambda told: told.first_token, lambda wanted: wanted.ttft
-    ),
-    Latency("Between two tokens of a sequence", lambda told: told.inter_token),
-    Latency(
-        "Time per output token (TPOT)", lambda told: told.per_token, lambda wanted: wanted.tpot
-    ),
-    Latency("Arrival to the end (JCT)", lambda told: told.whole),
-)
 
 
 def latency(
-    kind: Latency,
+    kind: LatencyKind,
     points: Sequence[Point],
     role: Role,
     epoch: float,
@@ -205,7 +189,7 @@ def latency(
 
 
 def latency_by_policy(
-    kind: Latency,
+    kind: LatencyKind,
     points: Sequence[Point],
     percentile: str,
     epoch: float,
@@ -226,7 +210,7 @@ def _at_policy(name: str) -> Callable[[Point], GroupLatency | None]:
 
 def _milliseconds(
     group: Callable[[Point], GroupLatency | None],
-    kind: Latency,
+    kind: LatencyKind,
     pick: Callable[[Percentiles], float | None],
 ) -> Value:
     def value(point: Point) -> float | None:
@@ -238,13 +222,13 @@ def _milliseconds(
 
 
 def _latency(
-    kind: Latency,
+    kind: LatencyKind,
     points: Sequence[Point],
     values: dict[str, Value],
     epoch: float,
     objectives: Objectives,
 ) -> Options:
-    seconds = kind.objective(objectives)
+    seconds = objectives.of(kind)
     wanted = None if seconds is None else 1000 * seconds
     return lines(kind.title, points, values, epoch, unit=" ms", marks=True, objective=wanted)
 

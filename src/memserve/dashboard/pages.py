@@ -10,6 +10,7 @@ from memserve.dashboard import charts, views
 from memserve.dashboard.frame import Frame
 from memserve.types import Role
 from memserve.watch.history import policies_of
+from memserve.watch.latency import LATENCIES
 from memserve.watch.snapshot import UNKNOWN, DecisionSeen, Snapshot
 from memserve.watch.watcher import PREFIX_SECONDS
 
@@ -149,7 +150,7 @@ def _add_latency(frame: Frame, objectives: charts.Objectives) -> None:
             of_policy.set_visibility(by_policy)
             role, percentile = Role(str(chosen.value)), str(share.value)
             points, epoch, wanted = history.points, frame.epoch, objectives
-            for kind, chart in zip(charts.LATENCIES, plots, strict=True):
+            for kind, chart in zip(LATENCIES, plots, strict=True):
                 if by_policy:
                     drawn = charts.latency_by_policy(kind, points, percentile, epoch, wanted)
                 else:
@@ -169,7 +170,7 @@ def _add_latency(frame: Frame, objectives: charts.Objectives) -> None:
                 of_policy.set_visibility(False)
                 for toggle in (grouped, chosen, share):
                     toggle.on_value_change(draw)
-            plots = [_chart() for _ in charts.LATENCIES]
+            plots = [_chart() for _ in LATENCIES]
             ui.html(
                 '<p class="soft">Percentiles of the last five seconds, from the buckets of the '
                 "instances' or the gateways' histograms; a gap is a time without requests. At "

@@ -11,8 +11,8 @@ from memserve.api.status import InstanceState, MediumTotals
 from memserve.types import Role
 from memserve.watch import text
 from memserve.watch.history import History, policies_of
-from memserve.watch.latency import Percentiles
-from memserve.watch.rates import GroupLatency, MemberRates, Rates
+from memserve.watch.latency import LATENCIES, GroupLatency
+from memserve.watch.rates import MemberRates, Rates
 from memserve.watch.reasons import others, predicted, reason, state, terms_of
 from memserve.watch.snapshot import DecisionSeen, MemberSeen, Snapshot
 
@@ -179,14 +179,6 @@ def figures(values: Iterable[tuple[str, Sequence[float | None], str]], width: in
     return line
 
 
-_LATENCIES: tuple[tuple[str, Callable[[GroupLatency], Percentiles]], ...] = (
-    ("TTFT", lambda told: told.first_token),
-    ("inter-token", lambda told: told.inter_token),
-    ("TPOT", lambda told: told.per_token),
-    ("JCT", lambda told: told.whole),
-)
-
-
 def latencies(history: History, width: int) -> Text:
     """Return the percentiles of latencies by policy and by role, and their medians over time."""
     points, rates = history.points, history.rates
@@ -210,11 +202,11 @@ def _latency_lines(
     lines.append(f"{title:<25.25}", "bold")
     lines.append("".join(f"{name:>8}" for name in ("p50", "p90", "p99")), "bright_black")
     lines.append("  p50 over time\n", "bright_black")
-    for name, of in _LATENCIES:
-        told = of(now)
-        medians = [None if each is None else of(each).p50 for each in past]
+    for kind in LATENCIES:
+        told = kind.of(now)
+        medians = [None if each is None else kind.of(each).p50 for each in past]
         figures = "".join(f"{text.seconds(v):>8}" for v in (told.p50, told.p90, told.p99))
-        lines.append(f"  {name:<23}{figures}  ")
+        lines.append(f"  {kind.name:<23}{figures}  ")
         lines.append(f"{text.sparkline(medians, max(width - 51, 3))}\n", "cyan")
     return lines
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from memserve.types import Role
-from memserve.watch.latency import Percentiles
-from memserve.watch.rates import NO_RATES, GroupLatency, Rates, failovers_between, rates_between
+from memserve.watch.latency import GroupLatency, Percentiles
+from memserve.watch.rates import NO_RATES, Rates, failovers_between, rates_between
 from memserve.watch.snapshot import UNKNOWN, Snapshot
 
 # Rates are over this time: gateways poll members once a second, so less would jump.

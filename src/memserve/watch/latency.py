@@ -1,8 +1,9 @@
-"""Percentiles of latencies between two snapshots, from differences of histograms."""
+"""The four latencies that are shown, and their percentiles between two snapshots."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -16,6 +17,32 @@ class Percentiles(msgspec.Struct, frozen=True):
     p90: float | None = None
     p99: float | None = None
     count: int = 0
+
+
+class GroupLatency(msgspec.Struct, frozen=True):
+    """Latencies in seconds: of sequences at the members of one role, or of requests at the gateways
+    of one policy."""
+
+    first_token: Percentiles = Percentiles()
+    inter_token: Percentiles = Percentiles()
+    per_token: Percentiles = Percentiles()  # TPOT: means of sequences
+    whole: Percentiles = Percentiles()
+
+
+class LatencyKind(NamedTuple):
+    """One of a group's latencies."""
+
+    name: str
+    title: str
+    of: Callable[[GroupLatency], Percentiles]
+
+
+LATENCIES = (
+    LatencyKind("TTFT", "Time to first token (TTFT)", lambda group: group.first_token),
+    LatencyKind("inter-token", "Between two tokens of a sequence", lambda group: group.inter_token),
+    LatencyKind("TPOT", "Time per output token (TPOT)", lambda group: group.per_token),
+    LatencyKind("JCT", "Arrival to the end (JCT)", lambda group: group.whole),
+)
 
 
 def growth(before: Histogram, after: Histogram) -> Histogram:

@@ -17,7 +17,7 @@ from memserve.api.histogram import Histogram
 from memserve.api.status import InstanceStats, Latencies
 from memserve.cluster.figures import GatewayTotals
 from memserve.types import InstanceId, Role
-from memserve.watch.latency import Percentiles, growth, percentiles
+from memserve.watch.latency import GroupLatency, Percentiles, growth, percentiles
 from memserve.watch.snapshot import GatewayCounts, MemberSeen, Snapshot, merged, sum_totals
 
 
@@ -65,16 +65,6 @@ class Flow(msgspec.Struct, frozen=True):
     target: InstanceId
     kind: FlowKind
     rate: float
-
-
-class GroupLatency(msgspec.Struct, frozen=True):
-    """Latencies in seconds: of sequences at the members of one role, or of requests at the gateways
-    of one policy."""
-
-    first_token: Percentiles = Percentiles()
-    inter_token: Percentiles = Percentiles()
-    per_token: Percentiles = Percentiles()  # TPOT: means of sequences
-    whole: Percentiles = Percentiles()
 
 
 class Rates(msgspec.Struct, frozen=True):
