@@ -323,21 +323,19 @@ async def test_whenever_clients_leave_nothing_is_left(
     """Many at once, each leaving at a moment of its own."""
     random = np.random.default_rng(3)
 
-    async def come_and_go(d: Node, p: Node, seed: int, patience: float) -> None:
+    async def come_and_go(d: Node, p: Node, seed: int, seconds: float) -> None:
         prompt = prompt_of(int(random.integers(5, 150)), seed % 7)
         with d.instance.run(call_of(prompt, 20, prefill=[p], n=1 + seed % 2)) as run:
             try:
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(seconds):
                     while not run.generation.finished:
                         await run.step()
             except TimeoutError:
                 return
 
     async with pair(model, caching, hbm_blocks=64) as (p, d):
-        patiences = random.uniform(0, 1.0, 40)
-        await asyncio.gather(
-            *(come_and_go(d, p, seed, float(s)) for seed, s in enumerate(patiences))
-        )
+        limits = random.uniform(0, 1.0, 40)
+        await asyncio.gather(*(come_and_go(d, p, seed, float(s)) for seed, s in enumerate(limits)))
         await nothing_is_left(caching, p, d)
         assert (await d.complete(*PROMPT, tokens=12, prefill=[p])).tokens == [expected]
 

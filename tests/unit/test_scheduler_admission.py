@@ -87,7 +87,7 @@ def test_a_short_prompt_passes_a_long_one_that_waits() -> None:
 
 
 def test_a_long_prompt_is_not_passed_for_ever() -> None:
-    admission = one_at_a_time(patience=2.0, longest_patience=30.0)
+    admission = one_at_a_time(overtaking=2.0, longest_overtaking=30.0)
     running = entered(admission, A)
     long = entered(admission, A, cost=10.0, now=0.0)
     in_time = entered(admission, A, cost=0.1, now=19.0)

@@ -99,18 +99,18 @@ _answers = msgspec.json.Decoder(_Answer)
 _GONE = ("", Role.COLOCATED)
 
 
-class Life(NamedTuple):
-    """One life of an instance."""
+class MemberEpoch(NamedTuple):
+    """An instance from one start to its end."""
 
     id: InstanceId
     epoch: Epoch
 
 
 class Pair(NamedTuple):
-    """Lives of a prefill and a decode instance."""
+    """A prefill and a decode instance, from their starts on."""
 
-    prefill: Life
-    decode: Life
+    prefill: MemberEpoch
+    decode: MemberEpoch
 
 
 def pairs_of(members: Sequence[Member], known: Iterable[Pair] = ()) -> list[Pair]:
@@ -120,16 +120,16 @@ def pairs_of(members: Sequence[Member], known: Iterable[Pair] = ()) -> list[Pair
 
     At most one for each member, and MAX_PAIRS. Members without KV to hand over are in none.
     """
-    groups: defaultdict[str, dict[Role, list[Life]]]
+    groups: defaultdict[str, dict[Role, list[MemberEpoch]]]
     groups = defaultdict(lambda: {role: [] for role in Role})
-    place: dict[Life, tuple[str, Role]] = {}
+    place: dict[MemberEpoch, tuple[str, Role]] = {}
     for member in members:
         if member.kv is not None and member.epoch is not None:
-            life = Life(member.id, member.epoch)
+            life = MemberEpoch(member.id, member.epoch)
             groups[member.kv][member.role].append(life)
             place[life] = member.kv, member.role
     pairs = []
-    uses: Counter[Life] = Counter()
+    uses: Counter[MemberEpoch] = Counter()
     for pair in known:
         (kv, one), (other_kv, other) = place.get(pair.prefill, _GONE), place.get(pair.decode, _GONE)
         if kv == other_kv and (one, other) == (Role.PREFILL, Role.DECODE):
@@ -271,7 +271,7 @@ class HandoverProof:
         pair = min(waiting, key=lambda each: waiting[each], default=None)
         return pair if pair is not None and waiting[pair] <= self._clock.now() else None
 
-    def _member(self, life: Life) -> Member | None:
+    def _member(self, life: MemberEpoch) -> Member | None:
         member = self._membership.find(life.id)
         return member if member is not None and member.epoch == life.epoch else None
 

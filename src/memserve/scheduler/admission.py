@@ -8,7 +8,7 @@ order can still change, instead of in an instance's queue:
 - within a tenant, lower priority values go first; they do not pass other tenants' requests, unless
   the operator has made the tenant privileged;
 - at equal priority a short prompt passes longer ones, but only those that arrived less than
-  `patience` times their own cost, and less than `longest_patience`, before it;
+  `overtaking` times their own cost, and less than `longest_overtaking`, before it;
 - queues are bounded; a request over the limit is refused with a time to retry.
 
 No I/O and no clock: the caller passes the time, and calls `next` whenever there may be room.
@@ -73,8 +73,8 @@ class AdmissionLimits:
     requests: int = 128  # admitted per instance: twice the sequences that decode at once
     waiting: int = 256  # per tenant
     waiting_of_all: int = 4096  # all tenants together
-    patience: float = 2.0  # multiple of a prompt's cost
-    longest_patience: float = 30.0  # seconds
+    overtaking: float = 2.0  # multiple of a prompt's cost
+    longest_overtaking: float = 30.0  # seconds
 
 
 class TicketState(Enum):
@@ -212,7 +212,7 @@ class Admission:
         if self.waiting >= self.limits.waiting_of_all:
             limit = self.limits.waiting_of_all
             return Refusal(self._retry_after(queue), self.waiting, limit, True)
-        passed = min(self.limits.patience * cost, self.limits.longest_patience)
+        passed = min(self.limits.overtaking * cost, self.limits.longest_overtaking)
         away, rank = not queue.waiting, queue.rank
         if away:
             # An idle tenant's virtual time catches up with that of the waiting ones.
