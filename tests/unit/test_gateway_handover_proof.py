@@ -44,7 +44,7 @@ from memserve.gateway.handover_proof import (
     NO_ANSWER,
     NOTHING_MOVED,
     HandoverProof,
-    Life,
+    MemberEpoch,
     Pair,
     pairs_of,
 )
@@ -160,7 +160,7 @@ async def test_a_pair_that_works_is_proved_once(
     assert await world.look() == 1
     assert await world.look(10 * MAX_PAUSE) == 0
     assert world.proof.proven() == [
-        Pair(Life(InstanceId("p"), Epoch(1)), Life(InstanceId("d"), Epoch(1)))
+        Pair(MemberEpoch(InstanceId("p"), Epoch(1)), MemberEpoch(InstanceId("d"), Epoch(1)))
     ]
     assert world.proof.degraded() == ()
     assert gauge(world.proof) == 0
