@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve.api.generate import FinishReason, SamplingParams
-from memserve.engine.batch import share_budget
+from memserve.engine.batch import StepPlan, share_budget
 from memserve.engine.model import Model
 from memserve.engine.request import EngineRequest
 from memserve.errors import EngineStopped, QueueFull, RequestError
@@ -88,10 +88,38 @@ def test_steps_that_compute_prompts_do_not_count_as_decode_steps(model: Model) -
         assert 7 <= stats.decode_tokens <= 2 * 7
         assert stats.decode_seconds > 0.0
         before = stats
-        engine.finish(engine.submit(prompt(30, 9), 1))
+        engine.finish(engine.submit(prompt(30, 9), 1))  # its only token comes of its prompt
         stats = engine.engine.stats()
         assert stats.steps > before.steps
         assert stats.decode_steps == before.decode_steps
+
+
+def test_what_a_preemption_lost_is_not_computed_in_decode_steps(model: Model) -> None:
+    with running_engine(model, hbm_blocks=18, dram_blocks=0) as engine:
+        plan, wide = engine.engine._scheduler.plan, []
+
+        def watched() -> StepPlan | None:
+            found = plan()
+            if found is not None and any(each.count > 1 for each in found.scheduled):
+                wide.append(found)
+            return found
+
+        engine.engine._scheduler.plan = watched  # type: ignore[method-assign]
+        engine.finish(*(engine.submit(prompt(40 + 5 * i, 30 + i), 60) for i in range(5)))
+        stats = engine.engine.stats()
+        assert stats.preemptions > 0
+        assert len(wide) > 1  # prompts, and what is computed again
+        assert stats.decode_steps <= stats.steps - len(wide)
+
+
+def test_pauses_between_requests_are_no_time_of_decode_steps(model: Model) -> None:
+    with running_engine(model) as engine:
+        begun = time.monotonic()
+        for seed in range(3):
+            engine.finish(engine.submit(prompt(20, seed), 4))
+            time.sleep(0.2)
+        elapsed = time.monotonic() - begun
+        assert engine.engine.stats().decode_seconds <= elapsed - 3 * 0.2
 
 
 def test_priority_then_arrival(model: Model) -> None:

@@ -224,17 +224,18 @@ def test_decode_steps_are_learnt_of_steps_without_prompts() -> None:
     costs = RefinedCosts(LinearCosts())
     spec = spec_of(costs)
     times = StepTimes()
-    figures = {"decode_steps": 0, "decode_tokens": 0}
+    figures = {"decode_steps": 0, "decode_tokens": 0, "decode_context_tokens": 0}
     step = float(LinearCosts().decode_step_seconds(2, 100))
-    times.learn(spec, totals(**figures), 100)
+    times.learn(spec, totals(**figures))
     for number in range(1, 200):  # two steps a poll: too few for one to say much
         figures.update(decode_steps=2 * number, decode_tokens=4 * number)
-        times.learn(spec, totals(**figures, decode_seconds=2 * number * step * 3), 100)
+        figures.update(decode_context_tokens=200 * number)
+        times.learn(spec, totals(**figures, decode_seconds=2 * number * step * 3))
     assert 2.5 < costs.factor("decode") < 3.01
     other = RefinedCosts(LinearCosts())
     for number in range(1, 200):  # all of them computed prompts, too
         alone = totals(steps=10 * number, generated_tokens=20 * number, busy_seconds=9.0 * number)
-        times.learn(spec_of(other), alone, 100)
+        times.learn(spec_of(other), alone)
     assert other.factor("decode") == 1.0
 
 

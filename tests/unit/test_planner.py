@@ -372,3 +372,25 @@ def test_the_command_shows_the_present_split_the_others_and_what_was_decided() -
     assert f"roles: {decision.reason}" in page
     for change in decision.changes:
         assert f"{change.member}: {change.before} -> {change.after}" in page
+
+
+def test_learnt_times_count_of_members_that_do_such_work() -> None:
+    """A prefill member knows nothing of decode steps, and one that has just become a decode member
+    has not learnt."""
+    members = members_of(Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE)
+    slow = [
+        msgspec.structs.replace(members[0], step_factor=1.0),
+        members[1],
+        msgspec.structs.replace(members[2], step_factor=5.0),
+        members[3],
+    ]
+    config = PlannerConfig(ttft=30.0, tpot=1.0)
+    found = []
+    for some in (members, slow):
+        cluster = Cluster(config, some, rate=1.0)
+        cluster.look()
+        found.append(cluster.look().present.tpot)
+    plain, busy = found
+    assert plain is not None
+    assert busy is not None
+    assert busy > 4.5 * plain

@@ -164,8 +164,9 @@ def test_load_and_memory_are_read_off_the_metrics() -> None:
     load = read_load(METRICS.replace("a}b", "a"))
     assert (load.running, load.waiting, load.steps, load.kv_used) == (3, 4, 17, 0.5)
     assert load.prompt_tokens is None  # it does not say
-    told = read_load(METRICS + "vllm:prompt_tokens_total 7.0\nvllm:generation_tokens_total 9.0\n")
-    assert (told.prompt_tokens, told.generated_tokens) == (7, 9)
+    more = "vllm:prompt_tokens_total 7.0\nvllm:generation_tokens_total 9.0\n"
+    told = read_load(METRICS.replace("a}b", "a") + more)
+    assert (told.prompt_tokens, told.generated_tokens, told.engines) == (7, 9, 2)
     memory = read_memory(METRICS)
     assert (memory.block_tokens, memory.blocks) == (32, 100)
 

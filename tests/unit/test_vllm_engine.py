@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +147,35 @@ def test_a_leader_that_is_cancelled_holds_up_nobody(engine: VllmEngine, sink: Si
 
 def test_a_servers_steps_are_counted_where_no_prompt_was_computed() -> None:
     decoded = Decoded()
+    quiet = ServerLoad(2, steps=10, prompt_tokens=100, generated_tokens=20, kv_used=0.5)
     polls = (
-        ServerLoad(2, steps=10, prompt_tokens=100, generated_tokens=20),
-        ServerLoad(2, steps=30, prompt_tokens=100, generated_tokens=60),
-        ServerLoad(2, steps=50, prompt_tokens=101, generated_tokens=90),
-        ServerLoad(2, steps=70, generated_tokens=130),  # it does not say any more
-        ServerLoad(2, steps=90, generated_tokens=170),
+        quiet,
+        replace(quiet, steps=30, generated_tokens=60),
+        replace(quiet, steps=50, generated_tokens=100, prompt_tokens=101),
+        replace(quiet, steps=70, generated_tokens=140, prompt_tokens=None),  # it does not say
+        replace(quiet, steps=90, generated_tokens=180, prompt_tokens=None),
     )
     for last, now in itertools.pairwise(polls):
-        decoded.add(last, now, 1.0)
-    assert decoded == Decoded(steps=20, tokens=40, seconds=1.0)
+        decoded.add(last, now, 1.0, 1000)
+    assert decoded == Decoded(steps=20, tokens=40, context_tokens=20 * 500, seconds=1.0)
+
+
+def test_a_servers_prefill_that_is_under_way_is_no_decode_step() -> None:
+    """vLLM counts a prompt at its end, and no step without an output."""
+    decoded = Decoded()
+    alone = ServerLoad(1, steps=10, prompt_tokens=100, generated_tokens=10)
+    decoded.add(alone, replace(alone), 1.0, 1000)
+    beside = replace(alone, running=2, steps=15, generated_tokens=15)
+    decoded.add(alone, beside, 1.0, 1000)
+    decoded.add(beside, replace(beside, steps=20, generated_tokens=20), 1.0, 1000)
+    assert decoded == Decoded()
+
+
+def test_the_steps_of_several_engines_take_each_their_own_time() -> None:
+    decoded = Decoded()
+    last = ServerLoad(4, steps=0, prompt_tokens=1, generated_tokens=0, engines=2)
+    decoded.add(last, replace(last, steps=40, generated_tokens=80), 1.0, 1000)
+    assert (decoded.steps, decoded.seconds) == (40, 2.0)
 
 
 def test_a_refusal_of_the_server_ends_the_sequence(engine: VllmEngine, sink: Sink) -> None:

@@ -1,8 +1,8 @@
 """`run_walk`: sends requests through a cluster, and records the calls in each of its processes.
 
-Calls that a process makes each second anyway, whether or not a request runs (polls, joins, KV
-events), are recorded first and left out, unless the request's own handling needs them, too: then
-they are in both, and count as its own only if `background` does not have them.
+Functions that a process calls each second anyway (polls, joins, KV events) are recorded first, and
+left out: the request's own handling may need some of them, too, so that its counts are the least
+that they can be.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -125,14 +125,18 @@ async def _second_turn(
     prompt = [chance.randrange(3, _VOCABULARY) for _ in range(_PROMPT)]
     more = [*prompt, *(chance.randrange(3, _VOCABULARY) for _ in range(_PROMPT))]
     async with OpenAIClient(up.url, model.served_name or model.path, MonotonicClock()) as client:
-        for tokens in (prompt[:50], prompt):  # connections are made by the first
+
+        async def ask(tokens: list[int]) -> None:
             answer = await client.complete(tokens, _ANSWER)
             if answer.error is not None:
                 raise BenchmarkError(f"a request failed: {answer.error}")
+
+        await ask(prompt[:50])  # makes connections
+        await ask(prompt)
         await asyncio.sleep(_SETTLE_SECONDS)
         pids = [life.pid for life in lives]
         background = await _record(pids, directory, asyncio.sleep(_BACKGROUND_SECONDS))
-        walked = await _record(pids, directory, client.complete(more, _ANSWER))
+        walked = await _record(pids, directory, ask(more))
     return {
         life.name: tuple(stop for stop in walked[life.pid] if stop not in set(background[life.pid]))
         for life in lives
@@ -140,13 +144,13 @@ async def _second_turn(
 
 
 async def _record(
-    pids: Sequence[int], directory: Path, work: object
+    pids: Sequence[int], directory: Path, work: Awaitable[None]
 ) -> dict[int, tuple[Stop, ...]]:
-    """Return what each process called during `work`, an awaitable."""
+    """Return what each process called during `work`."""
     for pid in pids:
         os.kill(pid, signal.SIGUSR1)
     await asyncio.sleep(0.1)
-    await work  # type: ignore[misc]
+    await work
     await asyncio.sleep(_SETTLE_SECONDS)
     found = {}
     for pid in pids:

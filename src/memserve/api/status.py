@@ -118,6 +118,7 @@ class EngineTotals(msgspec.Struct, frozen=True):
     # Of steps that computed no prompt; of a vLLM server, as far as polls can tell them.
     decode_steps: Count = 0
     decode_tokens: Count = 0
+    decode_context_tokens: Count = 0  # of the sequences of each step, summed
     decode_seconds: Seconds = 0.0  # each from the end of the step before it, if there was no pause
 
 

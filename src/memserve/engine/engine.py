@@ -271,7 +271,8 @@ class Engine:
         samples = self._runner.run(plan)
         computed = self._clock.now()
         counters = self._counters
-        prompt_tokens = 0
+        prompt_tokens = context_tokens = 0
+        decodes = True
         outputs = []
         for sequence, count in ((s.sequence, s.count) for s in plan.scheduled):
             if sequence.fresh:
@@ -281,6 +282,8 @@ class Engine:
                 counters.cached_prompt_tokens += sequence.cached_tokens - received
             sequence.computed_at(computed, count)
             prompt_tokens += sequence.advance(count)
+            context_tokens += sequence.computed
+            decodes = decodes and count == 1  # else a prompt, or what a preemption lost of one
             chosen = samples.get(sequence.id)
             if chosen is not None:
                 outputs.append(self._emit(sequence, chosen))
@@ -288,9 +291,10 @@ class Engine:
         counters.steps += 1
         counters.busy_seconds += ended - started
         counters.computed_prompt_tokens += prompt_tokens
-        if not prompt_tokens:
+        if decodes and not prompt_tokens:
             counters.decode_steps += 1
             counters.decode_tokens += len(outputs)
+            counters.decode_context_tokens += context_tokens
             counters.decode_seconds += ended - (started if self._stepped is None else self._stepped)
         self._stepped = ended
         return outputs
@@ -352,4 +356,5 @@ class _Counters:
     received_prompt_tokens: int = 0
     decode_steps: int = 0
     decode_tokens: int = 0
+    decode_context_tokens: int = 0
     decode_seconds: float = 0.0

@@ -285,8 +285,7 @@ class GlobalRouter:
         self._take_limits(known, member.limits)
         self._take_kv(known, member)
         self.scheduler.observe(member.id, running=totals.running, waiting=totals.waiting)
-        context = self.scheduler.load.of(member.id).context_tokens
-        known.steps.learn(known.spec, totals, context)
+        known.steps.learn(known.spec, totals)
         known.links.learn(known.spec, stats.pool.links)
         last, known.totals = known.totals, totals
         if last is None or known.spec.role is Role.PREFILL:

@@ -87,9 +87,8 @@ class StepTimes:
     def __init__(self) -> None:
         self._last: EngineTotals | None = None
 
-    def learn(self, spec: InstanceSpec, now: EngineTotals, context_tokens: float) -> None:
-        """`now`: the last poll's totals. `context_tokens`: about how many tokens its running
-        sequences hold in all."""
+    def learn(self, spec: InstanceSpec, now: EngineTotals) -> None:
+        """`now`: the last poll's totals."""
         last = self._last
         if last is None:
             self._last = now
@@ -99,9 +98,10 @@ class StepTimes:
             return
         self._last = now
         sequences = max(1, round((now.decode_tokens - last.decode_tokens) / steps))
+        context = (now.decode_context_tokens - last.decode_context_tokens) // steps
         seconds = (now.decode_seconds - last.decode_seconds) / steps
         if isinstance(spec.costs, RefinedCosts):
-            spec.costs.observe_decode_step(sequences, int(context_tokens), seconds)
+            spec.costs.observe_decode_step(sequences, context, seconds)
 
 
 class LinkTimes:

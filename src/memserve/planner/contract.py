@@ -32,8 +32,9 @@ class MemberLoad(msgspec.Struct, frozen=True, kw_only=True):
     kv_capacity: Amount | None = None  # tokens; None: not known
     max_running: Annotated[int, Meta(ge=1)] = 64
     chunk_tokens: Annotated[int, Meta(ge=1)] = 512
-    prefill_factor: Amount = 1.0  # learnt: seconds of a prefill, by those of its cost model
-    step_factor: Amount = 1.0  # likewise, of a decode step
+    # Seconds of a prefill, by those of its cost model; None: not learnt.
+    prefill_factor: Amount | None = None
+    step_factor: Amount | None = None  # likewise, of a decode step
     moves: bool = True  # its KV moves between members, so that its role may change
 
 

@@ -267,17 +267,23 @@ def merged(reports: Sequence[LoadReport]) -> list[MemberLoad]:
 
 def _machine(members: Sequence[MemberLoad], costs: Costs) -> Machine:
     capacities = [one.kv_capacity for one in members if one.kv_capacity is not None]
-    # What a member has not done, it has learnt nothing of.
+    # What was learnt in a role that a member has no more may be of another load.
     computing = [one for one in members if one.role is not Role.DECODE] or members
     answering = [one for one in members if one.role is not Role.PREFILL] or members
     return Machine(
         costs=costs,
-        prefill_factor=median(one.prefill_factor for one in computing),
-        step_factor=median(one.step_factor for one in answering),
+        prefill_factor=_typical([one.prefill_factor for one in computing]),
+        step_factor=_typical([one.step_factor for one in answering]),
         kv_tokens=median(capacities) if capacities else None,
         max_running=int(median(one.max_running for one in members)),
         chunk_tokens=int(median(one.chunk_tokens for one in members)),
     )
+
+
+def _typical(factors: Sequence[float | None]) -> float:
+    """Return the median of the factors that are known; 1 if none is."""
+    known = [factor for factor in factors if factor is not None]
+    return median(known) if known else 1.0
 
 
 def _change_seconds(

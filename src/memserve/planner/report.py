@@ -35,9 +35,9 @@ def report_of(
 
 def _member(line: InstanceLoad, now: float) -> MemberLoad:
     spec = line.spec
-    prefill = step = 1.0
+    prefill = step = None
     if isinstance(spec.costs, RefinedCosts):
-        prefill, step = spec.costs.factor("prefill"), spec.costs.factor("decode")
+        prefill, step = spec.costs.learnt("prefill"), spec.costs.learnt("decode")
     passed = max(0.0, now - line.queue.updated)
     return MemberLoad(
         id=spec.id,

@@ -53,9 +53,13 @@ class _Factor:
         factor._log, factor.value = self._log, self.value
         return factor
 
+    @property
+    def learnt(self) -> bool:
+        return len(self._logs) >= _FEWEST
+
     def observe(self, ratio: float) -> None:
         self._logs.append(min(self._bound, max(-self._bound, math.log(ratio))))
-        if len(self._logs) < _FEWEST:
+        if not self.learnt:
             return
         target = _quantile(self._logs, _QUANTILE)
         self._log += _PACE * (target - self._log)
@@ -84,6 +88,11 @@ class RefinedCosts:
         costs = RefinedCosts(self.model)
         costs._factors = {kind: factor.copy() for kind, factor in self._factors.items()}
         return costs
+
+    def learnt(self, kind: Kind) -> float | None:
+        """Ratio of observed to predicted time; None: too few were observed."""
+        factor = self._factors[kind]
+        return factor.value if factor.learnt else None
 
     def factor(self, kind: Kind) -> float:
         """Ratio of observed to predicted time; 1.0 at first."""

@@ -50,6 +50,7 @@ POLL_SECONDS = 1.0
 POLL_TIMEOUT_SECONDS = 5.0
 MAX_MISSES = 3
 MAX_ERROR_BYTES = 2048
+_EVERY_SEQUENCE = 0.9  # share of the running sequences that steps have to give a token each
 
 
 class _Run:
@@ -141,6 +142,7 @@ class VllmEngine:
             received_prompt_tokens=self._received,
             decode_steps=self._decoded.steps,
             decode_tokens=self._decoded.tokens,
+            decode_context_tokens=self._decoded.context_tokens,
             decode_seconds=self._decoded.seconds,
         )
 
@@ -214,7 +216,7 @@ class VllmEngine:
                 now = time.monotonic()
                 if load.running and self._load.running:
                     self._busy += now - last
-                    self._decoded.add(self._load, load, now - last)
+                    self._decoded.add(self._load, load, now - last, self._info.pool_tokens)
                 misses, last, self._load = 0, now, load
                 # Own sequences that waited then are counted as of now, in `stats`: many have ended
                 # or begun by the next poll.
@@ -305,18 +307,31 @@ class VllmEngine:
 
 @dataclass(slots=True)
 class Decoded:
-    """Steps of the server between polls that saw no prompt computed."""
+    """Steps of the server between polls that saw no prompt computed.
+
+    vLLM counts a prompt when all of it is computed, and a step only if it has outputs. So every
+    sequence must also have got a token from each step: one in its prefill has not.
+    """
 
     steps: int = 0
     tokens: int = 0
-    seconds: float = 0.0
+    context_tokens: int = 0
+    seconds: float = 0.0  # of one engine
 
-    def add(self, last: ServerLoad, now: ServerLoad, seconds: float) -> None:
-        """Count the steps between two polls, `seconds` apart, during which sequences ran."""
-        if now.prompt_tokens is not None and now.prompt_tokens == last.prompt_tokens:
-            self.steps += max(0, now.steps - last.steps)
-            self.tokens += max(0, now.generated_tokens - last.generated_tokens)
-            self.seconds += seconds
+    def add(self, last: ServerLoad, now: ServerLoad, seconds: float, pool_tokens: int) -> None:
+        """Count the steps between two polls, `seconds` apart, during which sequences ran.
+        `pool_tokens`: that KV memory holds."""
+        steps = now.steps - last.steps
+        tokens = now.generated_tokens - last.generated_tokens
+        running = max(last.running, now.running) / now.engines
+        if now.prompt_tokens is None or now.prompt_tokens != last.prompt_tokens:
+            return
+        if steps <= 0 or tokens < _EVERY_SEQUENCE * steps * running:
+            return
+        self.steps += steps
+        self.tokens += tokens
+        self.context_tokens += round(steps * now.kv_used * pool_tokens)
+        self.seconds += seconds * now.engines
 
 
 def _cancel(runs: Sequence[_Run]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from memserve.errors import MemserveError
@@ -32,6 +33,7 @@ class ServerLoad:
     kv_used: float = 0.0  # share of its KV memory that running sequences hold, 0 to 1
     prompt_tokens: int | None = None  # of prompts computed since the start; None: it does not say
     generated_tokens: int = 0  # since the start
+    engines: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,9 @@ class ServerMemory:
 def read_load(text: str) -> ServerLoad:
     """Return the load from the text of `/metrics`. Raises UnknownMetrics."""
     sums: dict[str, float] = {}
+    found: Counter[str] = Counter()
     for name, value in _SAMPLE.findall(text):
+        found[name] += 1
         try:
             sums[name] = sums.get(name, 0.0) + float(value)
         except ValueError as error:
@@ -60,6 +64,7 @@ def read_load(text: str) -> ServerLoad:
             min(1.0, max(0.0, sums.get("kv_cache_usage_perc", 0.0))),
             int(sums["prompt_tokens_total"]) if "prompt_tokens_total" in sums else None,
             max(0, int(sums.get("generation_tokens_total", 0))),
+            found["num_requests_running"],
         )
     except KeyError as error:
         raise UnknownMetrics(f"its metrics have no vllm:{error.args[0]}") from error

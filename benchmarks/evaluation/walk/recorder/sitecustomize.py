@@ -37,7 +37,7 @@ def _begin(number: int, frame: FrameType | None) -> None:
 def _end(number: int, frame: FrameType | None) -> None:
     global _recording
     _recording = False
-    lines = "".join(f"{path}\t{name}\n" for path, name in _seen)
+    lines = "".join(f"{path}\t{name}\n" for path, name in list(_seen))
     target = Path(os.environ["WALK_DIRECTORY"], str(os.getpid()))
     part = target.with_suffix(".part")
     part.write_text(lines, encoding="utf-8")
