@@ -230,9 +230,9 @@ class Gateway:
         if worker is not None:
             self._siblings = Siblings(self._peers, worker.index, worker.siblings)
         self._private: HttpServer | None = None
-        self._app = self._made_app(config, tokenizer, clock, tracer)
+        self._app = self._make_app(config, tokenizer, clock, tracer)
 
-    def _made_app(
+    def _make_app(
         self, config: ClusterConfig, tokenizer: Tokenizer, clock: Clock, tracer: Tracer | None
     ) -> GatewayApp:
         forwards = ForwardBuilder(self._calls, tokenizer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass
 
 from memserve.errors import MemserveError
@@ -47,9 +46,9 @@ class ServerMemory:
 def read_load(text: str) -> ServerLoad:
     """Return the load from the text of `/metrics`. Raises UnknownMetrics."""
     sums: dict[str, float] = {}
-    found: Counter[str] = Counter()
+    engines = 0
     for name, value in _SAMPLE.findall(text):
-        found[name] += 1
+        engines += name == "num_requests_running"
         try:
             sums[name] = sums.get(name, 0.0) + float(value)
         except ValueError as error:
@@ -64,7 +63,7 @@ def read_load(text: str) -> ServerLoad:
             min(1.0, max(0.0, sums.get("kv_cache_usage_perc", 0.0))),
             int(sums["prompt_tokens_total"]) if "prompt_tokens_total" in sums else None,
             max(0, int(sums.get("generation_tokens_total", 0))),
-            found["num_requests_running"],
+            engines,
         )
     except KeyError as error:
         raise UnknownMetrics(f"its metrics have no vllm:{error.args[0]}") from error
