@@ -133,6 +133,7 @@ class InstanceConfig(_Section, frozen=True):
     max_batch_tokens: Annotated[Positive, doc("per step, when none decodes")] = 2048
     mixed_batch_tokens: Annotated[Positive, doc("per step, while others decode")] = 256
     max_running: Annotated[Positive, doc("sequences per step")] = 64
+    cuda_graphs: Annotated[bool, doc("on a GPU: decode steps of up to 64 sequences at once")] = True
     max_waiting: Annotated[Positive, doc("sequences queued; more are answered 429")] = 256
     host: Annotated[str, doc("address to listen on")] = "127.0.0.1"
     port: Annotated[Port, doc("port to listen on; 0: any")] = 0

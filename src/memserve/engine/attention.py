@@ -76,6 +76,15 @@ class AttentionBackend(Protocol):
         ...
 
 
+def checked_dim(layer: int, k: Tensor, v: Tensor, dim: int) -> None:
+    """Raise ModelError unless k and v [tokens, kv_heads, dim] have the pool's `dim`."""
+    if k.shape[2] != dim or v.shape[2] != dim:
+        raise ModelError(
+            f"layer {layer} has K and V of {k.shape[2]} and {v.shape[2]} dimensions, "
+            f"the pool's blocks hold {dim}"
+        )
+
+
 def paged_attention(
     module: nn.Module,
     query: Tensor,

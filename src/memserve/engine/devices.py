@@ -1,4 +1,5 @@
-"""`python -m memserve.engine.devices`: this machine's CUDA devices, as JSON.
+"""What PyTorch's devices are capable of. `python -m memserve.engine.devices` prints the free bytes
+of this machine's CUDA devices, as JSON.
 
 In a process of its own, so that who asks keeps neither torch nor a CUDA context.
 """
@@ -6,8 +7,18 @@ In a process of its own, so that who asks keeps neither torch nor a CUDA context
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import torch
+
+_LEAST_CAPABILITY = (8, 0)  # Ampere: the first with matrix units for bfloat16
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether the engine's Triton kernels run on `device`."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
 
 
 def main() -> None:

@@ -51,6 +51,7 @@ class EngineSettings:
     limits: BatchLimits
     max_waiting: int
     max_model_len: int | None = None  # default: the model's own limit
+    cuda_graphs: bool = True  # of decode steps, on a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +193,8 @@ class Engine:
             self._fence = KernelFence(self._kernels)
         try:
             with torch.inference_mode():
+                limits = self._settings.limits
+                self._runner.prepare(limits.max_running if self._settings.cuda_graphs else 0)
                 while self._take_commands():
                     outputs = self._step()
                     if outputs:

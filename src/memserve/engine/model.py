@@ -28,6 +28,7 @@ class ModelShape:
     """Sizes of a model that the pool and the scheduler need."""
 
     layers: int
+    heads: int  # query heads
     kv_heads: int
     head_dim: int
     vocab_size: int
@@ -133,6 +134,7 @@ def read_shape(config: PretrainedConfig, directory: Path) -> ModelShape:
     head_dim = values.get("head_dim") or int(text.hidden_size) // heads
     return ModelShape(
         layers=int(text.num_hidden_layers),
+        heads=heads,
         kv_heads=int(values.get("num_key_value_heads") or heads),
         head_dim=int(head_dim),
         vocab_size=int(text.vocab_size),

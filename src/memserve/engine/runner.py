@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from memserve.engine.attention import AttentionBackend, Span
 from memserve.engine.batch import StepPlan
+from memserve.engine.devices import runs_triton
 from memserve.engine.model import Model
 from memserve.engine.sampler import Sample, sample
 from memserve.engine.scoring import PromptScores
 from memserve.engine.torch_attention import TorchAttention
 from memserve.pool.device_queue import Kernels, wait_for
 from memserve.pool.pool import BlockPool
-from memserve.types import RequestId
+from memserve.types import RequestId, TokenArray
+
+if TYPE_CHECKING:
+    from memserve.engine.gpu.decode_graphs import DecodeGraphs  # Triton is not everywhere
+
+log = logging.getLogger(__name__)
 
 
 class Runner:
@@ -25,7 +34,17 @@ class Runner:
         """`kernels`: the kernel queue of the model's device."""
         self._model = model
         self._kernels = kernels
-        self._attention: AttentionBackend = TorchAttention(pool.layer_views(), model.dtype)
+        self._attention = attention_for(model, pool)
+        self._graphs: DecodeGraphs | None = None
+
+    def prepare(self, graph_rows: int) -> None:
+        """Make the calling thread ready for steps. On a GPU, compile kernels and capture decode
+        steps of up to `graph_rows` sequences (0: of none), which takes seconds."""
+        device = self._model.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches on the thread's current device
+        if graph_rows:
+            self._graphs = graphs_for(self._model, self._attention, graph_rows)
 
     def run(self, plan: StepPlan) -> dict[RequestId, Sample]:
         """Run a step. Returns a sample for each sequence that has no token without KV left.
@@ -53,14 +72,7 @@ class Runner:
             if end == sequence.length:
                 keep.append(row - 1)
                 sampled.append(sequence)
-        self._attention.plan(spans, len(plan.decodes), _layer_listener(plan))
-        device = self._model.device
-        logits = self._model.forward(
-            torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),
-            torch.from_numpy(np.concatenate(positions)).to(device),
-            torch.tensor(keep + scored_rows, dtype=torch.int64, device=device),
-            self._attention,
-        )
+        logits = self._forward(plan, spans, tokens, positions, keep + scored_rows)
         if scored_rows:
             _score(logits[len(keep) :], scored)
             logits = logits[: len(keep)]
@@ -70,9 +82,57 @@ class Runner:
         chosen = sample(logits, [s.sampler for s in sampled])
         return {s.id: c for s, c in zip(sampled, chosen, strict=True)}
 
+    def _forward(
+        self,
+        plan: StepPlan,
+        spans: Sequence[Span],
+        tokens: Sequence[TokenArray],
+        positions: Sequence[NDArray[np.int64]],
+        keep: Sequence[int],
+    ) -> torch.Tensor:
+        """Queue the model's kernels. Returns logits [len(keep), vocab] of the rows `keep`."""
+        on_layer = _layer_listener(plan)
+        graphs = self._graphs
+        if graphs is not None and on_layer is None and graphs.takes(spans, keep):
+            return graphs.run(spans, np.concatenate(tokens))
+        self._attention.plan(spans, len(plan.decodes), on_layer)
+        device = self._model.device
+        return self._model.forward(
+            torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),
+            torch.from_numpy(np.concatenate(positions)).to(device),
+            torch.tensor(keep, dtype=torch.int64, device=device),
+            self._attention,
+        )
+
     def finish(self) -> None:
         """Wait until all queued kernels have run. Raises RuntimeError if the device is lost."""
         wait_for(self._kernels)
+
+
+def attention_for(model: Model, pool: BlockPool) -> AttentionBackend:
+    """Return the attention backend for a model's device: Triton's kernels where they run."""
+    views = pool.layer_views()
+    if not runs_triton(model.device):
+        return TorchAttention(views, model.dtype)
+    from memserve.engine.gpu.attention import TritonAttention
+
+    return TritonAttention(views, model.shape.heads)
+
+
+def graphs_for(model: Model, attention: AttentionBackend, rows: int) -> DecodeGraphs | None:
+    """Return graphs of decode steps of up to `rows` sequences, captured; None if the backend or
+    the model has no use for them."""
+    if not runs_triton(model.device):
+        return None
+    from memserve.engine.gpu.attention import TritonAttention
+    from memserve.engine.gpu.decode_graphs import DecodeGraphs
+
+    assert isinstance(attention, TritonAttention)
+    try:
+        return DecodeGraphs(model, attention, rows)
+    except RuntimeError as error:
+        log.warning("decode steps are computed without CUDA graphs: %s", error)
+        return None
 
 
 def _score(logits: torch.Tensor, scored: Sequence[tuple[PromptScores, int]]) -> None:

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own convention
 from torch import Tensor
 
-from memserve.engine.attention import Span
+from memserve.engine.attention import Span, checked_dim
 from memserve.engine.paged_batch import DecodeGroup, PagedBatch, Prefill, Workspace
-from memserve.errors import ModelError
 
 
 class TorchAttention:
@@ -47,11 +46,7 @@ class TorchAttention:
     ) -> Tensor:
         batch, view = self._batch, self._views[layer]
         assert batch is not None
-        if k.shape[2] != view.shape[4] or v.shape[2] != view.shape[4]:
-            raise ModelError(
-                f"layer {layer} has K and V of {k.shape[2]} and {v.shape[2]} dimensions, "
-                f"the pool's blocks hold {view.shape[4]}"
-            )
+        checked_dim(layer, k, v, view.shape[4])
         view[:, 0].index_put_((batch.write_block, batch.write_slot), k)
         view[:, 1].index_put_((batch.write_block, batch.write_slot), v)
         if self._on_layer is not None:

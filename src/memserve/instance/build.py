@@ -85,6 +85,7 @@ def build_parts(config: ClusterConfig, settings: InstanceConfig, identity: Ident
         ),
         max_waiting=settings.max_waiting,
         max_model_len=config.model.max_model_len,
+        cuda_graphs=settings.cuda_graphs,
     )
     measured = ProfiledEngine(model, layout, engine_settings, directory.path)
     subject = measured.subject

@@ -1,1 +1,1 @@
-"""What the built-in engine has for GPUs alone: Triton kernels, CUDA graphs, sampling in one batch."""
+"""The built-in engine's code for GPUs: Triton kernels, CUDA graphs, sampling in one batch."""

@@ -1,0 +1,180 @@
+"""Decode steps as CUDA graphs: a step's kernels are queued by one call.
+
+At small batches a GPU computes a layer faster than Python queues its kernels. A graph has fixed
+shapes and addresses, so there is one for each of a few batch sizes, and a step takes the next
+larger one. Its integers go to the device by one copy, into a buffer that all graphs read.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memserve.engine.attention import Span
+from memserve.engine.gpu.attention import TritonAttention
+from memserve.engine.gpu.step_tables import (
+    ALIGNED,
+    TILE_INTS,
+    StepTables,
+    decode_tile,
+    padding_tile,
+    places_of,
+)
+from memserve.engine.model import Model
+from memserve.types import TokenArray
+
+log = logging.getLogger(__name__)
+
+Ints = TypeVar("Ints", Tensor, NDArray[np.int32])
+
+MAX_ROWS = 64  # of the largest graph; with more rows, the kernels take longer than Python
+_ROW_INTS = 3 + TILE_INTS  # token, position, place, tile
+
+
+class Captured(Protocol):
+    """Recorded work on a device."""
+
+    def replay(self) -> None:
+        """Queue the work again."""
+        ...
+
+
+class _Graph(NamedTuple):
+    rows: int
+    captured: Captured
+    logits: Tensor  # [rows, vocab], overwritten by each replay of any graph
+
+
+class DecodeGraphs:
+    """CUDA graphs of one model's decode steps. Owned by the engine's thread."""
+
+    def __init__(self, model: Model, attention: TritonAttention, max_rows: int) -> None:
+        """Capture a graph for each power of 2 up to `max_rows`, at most MAX_ROWS.
+
+        Raises RuntimeError for a model whose forward pass waits for the device.
+        """
+        self._block_tokens = attention.block_tokens
+        device = model.device
+        blocks = min(-(-model.shape.max_position // self._block_tokens), attention.blocks)
+        sizes = _sizes(min(max_rows, MAX_ROWS))
+        length = _head(sizes[-1]) + sizes[-1] * blocks
+        self._host = torch.zeros(length, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._ints = self._host.numpy()
+        self._device = torch.zeros(length, dtype=torch.int32, device=device)
+        capture = CudaCapture(device)
+        started = time.monotonic()
+        # The largest first: the others' tensors fit into its memory.
+        self._graphs = [self._capture(model, attention, rows, capture) for rows in reversed(sizes)][
+            ::-1
+        ]
+        seconds = time.monotonic() - started
+        log.info("CUDA graphs of up to %d sequences captured in %.1f s", sizes[-1], seconds)
+
+    def takes(self, spans: Sequence[Span], keep: Sequence[int]) -> bool:
+        """Whether `run` computes a step that keeps the logits of the rows `keep`."""
+        rows = len(spans)
+        return (
+            rows <= self._graphs[-1].rows
+            and all(span.length == 1 for span in spans)
+            and keep == list(range(rows))
+        )
+
+    def run(self, spans: Sequence[Span], tokens: TokenArray) -> Tensor:
+        """Run a step that `takes` is true for, with the sequences' last tokens [n]. Returns logits
+        [n, vocab], valid until the next call."""
+        graph = next(g for g in self._graphs if g.rows >= len(spans))
+        used = self._fill(graph.rows, spans, tokens)
+        self._device[:used].copy_(self._host[:used], non_blocking=True)
+        graph.captured.replay()
+        return graph.logits[: len(spans)]
+
+    def _capture(
+        self, model: Model, attention: TritonAttention, rows: int, capture: CudaCapture
+    ) -> _Graph:
+        used = self._fill(rows, (), np.empty(0, np.int32))
+        self._device[:used].copy_(self._host[:used])
+        tokens, positions, places, tiles = _parts(self._device, rows)
+        keep = torch.arange(rows, device=self._device.device)
+        tables = StepTables(
+            places=places,
+            decodes=tiles.view(rows, TILE_INTS),
+            prefills=tiles[:0].view(0, TILE_INTS),
+            blocks=self._device[_head(rows) :],
+        )
+
+        def step() -> Tensor:
+            attention.use(tables)
+            return model.forward(tokens, positions, keep, attention)
+
+        return _Graph(rows, *capture(step))
+
+    def _fill(self, rows: int, spans: Sequence[Span], tokens: TokenArray) -> int:
+        """Write a step of `rows` rows, the last ones padding, to the host's buffer. Returns the
+        integers that it takes."""
+        count = len(spans)
+        ids, positions, places, tiles = _parts(self._ints, rows)
+        ids[:count], ids[count:] = tokens, 0
+        positions[count:] = 0
+        places[count:] = -1
+        tiles = tiles.reshape(rows, TILE_INTS)
+        begin = _head(rows)
+        at = 0
+        for row, span in enumerate(spans):
+            positions[row] = span.context
+            places[row] = places_of(span, self._block_tokens)[0]
+            tiles[row] = decode_tile(span, at)
+            self._ints[begin + at : begin + at + len(span.blocks)] = span.blocks
+            at += len(span.blocks)
+        for row in range(count, rows):
+            tiles[row] = padding_tile(row)
+        return begin + at
+
+
+def _parts(ints: Ints, rows: int) -> tuple[Ints, Ints, Ints, Ints]:
+    """Return a step's tokens, positions, places [rows] and tiles [rows * TILE_INTS] as views."""
+    space = _head(rows) // _ROW_INTS
+    return (
+        ints[:rows],
+        ints[space : space + rows],
+        ints[2 * space : 2 * space + rows],
+        ints[3 * space : 3 * space + rows * TILE_INTS],
+    )
+
+
+def _head(rows: int) -> int:
+    """Return the integers before the blocks of a step, for a power of 2 of rows."""
+    return max(rows, ALIGNED) * _ROW_INTS
+
+
+def _sizes(most: int) -> list[int]:
+    """Return the powers of 2 up to the first one that is not less than `most`."""
+    return [1 << power for power in range((most - 1).bit_length() + 1)]
+
+
+class CudaCapture:
+    """Recorder of work on a GPU. All that it records shares one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Captured, Tensor]:
+        """Run `work` once and record it. Returns the record, and the result of each replay."""
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        current = torch.cuda.current_stream(self._device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            work()  # compiles kernels and makes workspaces, which a capture cannot
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads copy blocks meanwhile: only this thread's calls are checked.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = work()
+        return graph, result
