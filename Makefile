@@ -21,7 +21,7 @@ PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-core test-vllm lint format bench peers peers-install vllm paper soak
 .PHONY: api-docs readme clean docs-test install-check metrics-docs config-docs clients-test ui-test picture
-.PHONY: browser helm chart-docs
+.PHONY: browser helm chart-docs gpu-test
 
 help:
 	@echo "make setup   a virtual environment in $(VENV), with everything (PYTHON=... chooses the Python)"
@@ -33,6 +33,7 @@ help:
 	@echo "make clients-test   have agents' and clients' libraries, which it installs (500 MB), talk to it"
 	@echo "make ui-test     memserve top and dashboard, in a Chromium; says what it needs"
 	@echo "make picture     README's picture of a running dashboard, anew"
+	@echo "make gpu-test   what a GPU computes: kernels, engine, swaps, hand-overs (ARGS='-k swap ...')"
 	@echo "make lint    the same without the tests;   make format   put the code into shape"
 	@echo "make bench   microbenchmarks of the pool, transfers and the engine, as JSON in $(BENCH_JSON)"
 	@echo "make vllm    vLLM alone, on this machine's CPU, for the tests that need one (4 GB)"
@@ -90,6 +91,17 @@ test-core: lint helm
 
 test-vllm: vllm
 	@$(PYTEST) -m real_vllm $(ARGS)
+
+# With the PyTorch that is installed: `pip install torch` in the environment, for a build with CUDA.
+gpu-test:
+	@"$(PYTHON)" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "$(PYTHON) finds no GPU: no CUDA build of PyTorch, or no device (nvidia-smi shows them)"; exit 1; }
+	@MEMSERVE_TEST_DEVICE=cuda PYTHONPATH=src:benchmarks$${PYTHONPATH:+:$$PYTHONPATH} "$(PYTHON)" -m pytest \
+		tests/property/test_attention.py tests/property/test_engine.py tests/property/test_pool_machine.py \
+		tests/unit/test_gpu_*.py tests/unit/test_*_cuda.py tests/unit/test_pool_tiers.py \
+		tests/unit/test_engine_generate.py tests/unit/test_engine_perplexity.py \
+		tests/unit/test_engine_scoring.py tests/unit/test_engine_observer.py \
+		tests/unit/test_instance_handoff*.py $(ARGS)
 
 docs-test: setup
 	@$(BIN)/pytest tests/docs $(ARGS)

@@ -18,6 +18,7 @@ from memserve.engine.model import Model, load_model
 from memserve.engine.request import EngineRequest, TokenOutput
 from memserve.pool.pool import BlockPool
 from memserve.types import RequestId
+from tests.device import DEVICE
 
 WAIT_SECONDS = 240.0  # less than a test may take: what was waited for is told
 
@@ -117,7 +118,7 @@ class Harness:
         return self.outputs.of(request_id)[-1].usage.cached_tokens
 
 
-def load(directory: Path, device: str = "cpu") -> Model:
+def load(directory: Path, device: str = DEVICE) -> Model:
     return load_model(directory, torch.float32, torch.device(device))
 
 

@@ -41,6 +41,7 @@ from memserve.tracing.span import Tracer
 from memserve.transfer.kv_link import PoolLink
 from memserve.transfer.mempool import MakeTransports, MemPool
 from memserve.types import SHARED, Epoch, InstanceId, Namespace, Role
+from tests.device import DEVICE
 from tests.insider import peers
 from tests.waiting import PATIENCE, until
 
@@ -203,7 +204,7 @@ async def node(
     """A running instance; on leaving it nothing may be held any more."""
     identity = Identity(InstanceId(name or f"{role}-{next(_ids)}"), Epoch(next(_ids)), role, "tiny")
     config = ClusterConfig(
-        model=ModelConfig(path=str(model), dtype="float32", device="cpu"),
+        model=ModelConfig(path=str(model), dtype="float32", device=DEVICE),
         cache=CacheConfig(caching=caching, mode=mode),
     )
     own = InstanceConfig(

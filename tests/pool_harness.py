@@ -53,7 +53,7 @@ def cached_blocks(pool: BlockPool, tokens: Sequence[int], namespace: str = "") -
     """How long the cached prefix is, in blocks; does count as a use."""
     with pool.match(tokens, namespace) as match:
         keys = keys_of(namespace, tokens)[: len(match.refs)]
-        assert torch.equal(pool.read(match.refs), kv_of(keys))
+        assert torch.equal(pool.read(match.refs).cpu(), kv_of(keys))
         return len(match.refs)
 
 

@@ -34,6 +34,7 @@ from memserve.errors import (
 from memserve.pool.pool import BlockPool
 from memserve.pool.results import Match
 from memserve.types import RefArray, ref_medium
+from tests.device import DEVICE
 
 BLOCK = 2
 Key = tuple[str, tuple[int, ...]]  # namespace, all tokens up to the end of a block
@@ -83,6 +84,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.layout,
             hbm,
             dram,
+            device=DEVICE,
             eviction="lru" if eviction == "lru" else "cost",
             clock=self.clock,
             dram_segment_blocks=2,
@@ -407,7 +409,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.in_index() == cached
             return
         assert (ref_medium(moved) == Medium.HBM).all()
-        assert torch.equal(self.pool.read(moved), before)
+        assert torch.equal(self.pool.read(moved).cpu(), before.cpu())
         in_hbm = ref_medium(refs) == Medium.HBM
         assert (moved[in_hbm] == refs[in_hbm]).all()
         new = dict(zip(refs.tolist(), moved.tolist(), strict=True))
@@ -448,9 +450,10 @@ class PoolMachine(RuleBasedStateMachine):
             return
         keys = list(self.cached)
         refs = np.array(list(self.cached.values()), dtype=np.int64)
-        assert torch.equal(self.pool.read(refs), kv_of(self.layout, keys))
+        assert torch.equal(self.pool.read(refs).cpu(), kv_of(self.layout, keys))
         for reader in self.readers:
-            assert torch.equal(self.pool.read(reader.match.refs), kv_of(self.layout, reader.keys))
+            kv = self.pool.read(reader.match.refs).cpu()
+            assert torch.equal(kv, kv_of(self.layout, reader.keys))
 
 
 PoolMachine.TestCase.settings = settings(

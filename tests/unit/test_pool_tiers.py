@@ -12,6 +12,7 @@ from memserve import KVLayout, Medium
 from memserve.errors import NotOwned, OutOfBlocks
 from memserve.pool.pool import BlockPool
 from memserve.types import ref_medium
+from tests.device import DEVICE
 from tests.pool_harness import (
     BLOCK,
     LAYOUT,
@@ -27,7 +28,9 @@ from tests.pool_harness import (
 @pytest.fixture(params=[True, False], ids=["aggregated", "discrete"])
 def pool(request: pytest.FixtureRequest) -> Iterator[BlockPool]:
     layout = KVLayout(2, 1, 3, "float32", BLOCK, aggregated=request.param)
-    with BlockPool(layout, 8, 6, clock=TickingClock(), dram_segment_blocks=2) as pool:
+    with BlockPool(
+        layout, 8, 6, device=DEVICE, clock=TickingClock(), dram_segment_blocks=2
+    ) as pool:
         yield pool
         pool.check_integrity()
 
@@ -45,7 +48,7 @@ def test_swapped_kv_comes_back_unchanged(pool: BlockPool) -> None:
     assert cached_blocks(pool, tokens) == 4
     with pool.match(tokens, in_hbm=True) as match:
         assert all(in_hbm(match.refs))
-        assert torch.equal(pool.read(match.refs), kv_of(keys_of("", tokens)))
+        assert torch.equal(pool.read(match.refs).cpu(), kv_of(keys_of("", tokens)))
     stats = pool.stats()
     assert (stats.swapped_out, stats.swapped_in, stats.evictions) == (3, 3, 0)
 
@@ -66,7 +69,7 @@ def test_swap_in_keeps_order_and_passes_hbm_through(pool: BlockPool) -> None:
     moved = pool.swap_in(refs)
     assert moved[1] == refs[1]
     assert all(in_hbm(moved))
-    assert torch.equal(pool.read(moved), kv)
+    assert torch.equal(pool.read(moved).cpu(), kv)
     pool.free_mem(moved)
     assert pool.stats().dram.free == 6
 
@@ -77,7 +80,7 @@ def test_readers_keep_a_block_that_is_swapped_in(pool: BlockPool) -> None:
     with pool.match(prompt(1, 2)) as reader:
         moved = pool.swap_in(reader.refs)
         assert pool.stats().dram.detached == 2
-        assert torch.equal(pool.read(reader.refs), pool.read(moved))
+        assert torch.equal(pool.read(reader.refs).cpu(), pool.read(moved).cpu())
         with pool.match(prompt(1, 2)) as second:
             assert second.refs.tolist() == moved.tolist()
         with pytest.raises(NotOwned, match="left the index"):
@@ -104,7 +107,7 @@ def test_a_match_in_hbm_is_as_long_as_there_is_room(pool: BlockPool) -> None:
     pool.alloc_mem(6)
     with pool.match(prompt(1, 2, 3), in_hbm=True) as match:
         assert match.tokens == 2 * BLOCK
-        assert torch.equal(pool.read(match.refs), kv_of(keys_of("", prompt(1, 2))))
+        assert torch.equal(pool.read(match.refs).cpu(), kv_of(keys_of("", prompt(1, 2))))
 
 
 def test_swapping_in_makes_room_without_dropping_its_own_source(pool: BlockPool) -> None:
@@ -112,7 +115,7 @@ def test_swapping_in_makes_room_without_dropping_its_own_source(pool: BlockPool)
     pool.swap_out(3)
     store(pool, prompt(4, 5, 6, 7, 8, 9, 10, 11))  # fills HBM
     with pool.match(prompt(1, 2, 3), in_hbm=True) as match:
-        assert torch.equal(pool.read(match.refs), kv_of(keys_of("", prompt(1, 2, 3))))
+        assert torch.equal(pool.read(match.refs).cpu(), kv_of(keys_of("", prompt(1, 2, 3))))
 
 
 def test_layer_views_show_the_blocks(pool: BlockPool) -> None:
@@ -123,9 +126,9 @@ def test_layer_views_show_the_blocks(pool: BlockPool) -> None:
     views = pool.layer_views()
     assert [tuple(view.shape) for view in views] == [(8, 2, BLOCK, 1, 3)] * 2
     for layer, view in enumerate(views):
-        assert torch.equal(view[at], kv[:, layer])
+        assert torch.equal(view[at].cpu(), kv[:, layer])
         view[at[0]] = float(layer)
-    assert torch.equal(pool.read(refs)[0, 1], torch.ones(2, BLOCK, 1, 3))
+    assert torch.equal(pool.read(refs)[0, 1].cpu(), torch.ones(2, BLOCK, 1, 3))
 
 
 def test_dram_grows_at_run_time(pool: BlockPool) -> None:
@@ -133,7 +136,7 @@ def test_dram_grows_at_run_time(pool: BlockPool) -> None:
     refs = pool.alloc_mem(11, Medium.DRAM)
     kv = torch.randn(11, *pool.layout.block_shape)
     pool.write(refs, kv)
-    assert torch.equal(pool.read(refs), kv)
+    assert torch.equal(pool.read(refs).cpu(), kv)
     pool.free_mem(refs)
 
 

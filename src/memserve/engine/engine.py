@@ -90,6 +90,7 @@ class Engine:
         self._clock = clock or MonotonicClock()
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._prepared = threading.Event()  # the thread computes, or has failed
         self._accepting = False
         self._queued = 0  # sequences submitted and not yet taken by the thread
         self._lock = threading.Lock()  # guards `_accepting` and `_queued`
@@ -132,11 +133,13 @@ class Engine:
         return engine if self._fence is None else [*engine, self._fence.thread]
 
     def start(self, sink: OutputSink) -> None:
-        """Start the engine's thread; outputs go to `sink`, called from that thread."""
+        """Start the engine's thread and wait until it can compute, on a GPU for seconds; outputs go
+        to `sink`, called from that thread."""
         assert self._thread is None
         self._accepting = True
         self._thread = threading.Thread(target=self._run, args=(sink,), name="engine", daemon=True)
         self._thread.start()
+        self._prepared.wait()
 
     def submit(self, requests: Seq[EngineRequest]) -> None:
         """Queue the sequences of one call, all or none.
@@ -195,6 +198,7 @@ class Engine:
             with torch.inference_mode():
                 limits = self._settings.limits
                 self._runner.prepare(limits.max_running if self._settings.cuda_graphs else 0)
+                self._prepared.set()
                 while self._take_commands():
                     outputs = self._step()
                     if outputs:
@@ -209,6 +213,7 @@ class Engine:
             with suppress(RuntimeError):
                 self._runner.finish()
             self._shut_down(sink, reason, error)
+            self._prepared.set()
             if self._fence is not None:
                 self._fence.close()
 

@@ -168,7 +168,8 @@ class EngineProtocol(Protocol):
     def info(self) -> EngineInfo: ...
 
     def start(self, sink: OutputSink) -> None:
-        """Start the engine's thread; outputs go to `sink`, called from that thread."""
+        """Start the engine's thread and wait until it can compute, which may take seconds; outputs
+        go to `sink`, called from that thread."""
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         """Queue the sequences of one call, all or none.

@@ -96,7 +96,7 @@ class Instance:
     async def start(self, parts: Parts) -> None:
         """Start the engine and ask it for one token. Raises SelfTestFailed if none comes."""
         served = self._served = self._serve(parts)
-        parts.engine.start(self._dispatcher.sink)
+        await asyncio.to_thread(parts.engine.start, self._dispatcher.sink)
         await served.health.first_token()
         for thread in parts.threads():
             self.vitals.thread(thread)
