@@ -12,6 +12,8 @@ import msgspec
 import typer
 from rich.console import Console
 
+from evaluation.gpu.copies import CopiesConfig, copies_table, run_copies
+from evaluation.gpu.steps import StepsConfig, run_steps, steps_table
 from evaluation.peers.config import PARTS, QUICK_PARTS, PeersConfig, chosen_parts
 from evaluation.planner.live import LiveConfig
 from evaluation.planner.run import LOADS, PlannerEvalConfig
@@ -212,6 +214,24 @@ def prefill(json: JsonFile = None, *, given: Given) -> None:
     own = load_own_engine(wanted, config.threads, config.max_batch_tokens, progress)
     report = run_prefill_bench(own, config.longest, config.repeats, progress)
     print_or_write(json, config, report, prefill_bench_table(report))
+
+
+@app.command()
+@takes_flags(flags_of(StepsConfig))
+def gpu_steps(json: JsonFile = None, *, given: Given) -> None:
+    """Time the engine's steps on a GPU, beside Transformers' generate with a static cache."""
+    config = with_flags(StepsConfig(), given)
+    report = run_steps(config, progress_lines())
+    print_or_write(json, config, report, steps_table(report))
+
+
+@app.command()
+@takes_flags(flags_of(CopiesConfig))
+def gpu_copies(json: JsonFile = None, *, given: Given) -> None:
+    """Time a pool's copies between HBM and DRAM, beside CUDA's own, in both layouts."""
+    config = with_flags(CopiesConfig(), given)
+    report = run_copies(config, progress_lines())
+    print_or_write(json, config, report, copies_table(report))
 
 
 @app.command()

@@ -1,5 +1,7 @@
-"""In bfloat16, tokens near a tie may differ, so the demo model is compared by its perplexity: it must
-be that of Transformers in float32, on prose, with the prompt in chunks."""
+"""In bfloat16, tokens near a tie may differ, so the demo model is compared by its perplexity.
+
+It must be that of Transformers in float32, on prose, with the prompt in chunks.
+"""
 
 from __future__ import annotations
 

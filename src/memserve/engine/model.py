@@ -110,8 +110,13 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Mod
             )
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ModelError(f"cannot load a model from {directory}: {error}") from error
-    module.to(device)  # type: ignore[arg-type]
-    module.eval()  # type: ignore[no-untyped-call]
+    return ready(module, shape, dtype, device)
+
+
+def ready(module: nn.Module, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Model:
+    """Return a model for inference on `device`, with the engine's own layers where it has some."""
+    module.to(device)
+    module.eval()
     module.requires_grad_(False)
     if device.type == "cpu":
         speed_up_products(module)
@@ -119,9 +124,11 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Mod
     return Model(module, shape, dtype)
 
 
-def read_shape(config: PretrainedConfig, directory: Path) -> ModelShape:
-    """Return the shape of a text decoder. Raises ModelError for encoder-decoders, for KV shared
-    between layers, and for latent attention."""
+def read_shape(config: PretrainedConfig, directory: Path | None) -> ModelShape:
+    """Return the shape of a text decoder. `directory`: with generation settings, if any.
+
+    Raises ModelError for encoder-decoders, for KV shared between layers, and for latent attention.
+    """
     text = config.get_text_config(decoder=True)
     if text.is_encoder_decoder:
         raise ModelError(f"{text.model_type} is an encoder-decoder; only decoders are served")
@@ -144,14 +151,15 @@ def read_shape(config: PretrainedConfig, directory: Path) -> ModelShape:
     )
 
 
-def _eos_token_ids(config: PretrainedConfig, directory: Path) -> tuple[int, ...]:
+def _eos_token_ids(config: PretrainedConfig, directory: Path | None) -> tuple[int, ...]:
     """Return the end tokens: those of the generation settings, if any, else the model's, as in
     Transformers' `generate`."""
     ids = config.get_text_config(decoder=True).eos_token_id
-    with contextlib.suppress(OSError):  # many models ship without generation settings
-        generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
-        if generation.eos_token_id is not None:
-            ids = generation.eos_token_id
+    if directory is not None:
+        with contextlib.suppress(OSError):  # many models ship without generation settings
+            generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
+            if generation.eos_token_id is not None:
+                ids = generation.eos_token_id
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
