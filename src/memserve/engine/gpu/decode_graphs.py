@@ -23,9 +23,8 @@ from memserve.engine.gpu.step_tables import (
     ALIGNED,
     TILE_INTS,
     StepTables,
-    decode_tile,
-    padding_tile,
-    places_of,
+    decode_tiles,
+    padding_tiles,
 )
 from memserve.engine.model import Model
 from memserve.types import TokenArray
@@ -120,21 +119,25 @@ class DecodeGraphs:
         integers that it takes."""
         count = len(spans)
         ids, positions, places, tiles = _parts(self._ints, rows)
+        tiles = tiles.reshape(rows, TILE_INTS)
         ids[:count], ids[count:] = tokens, 0
         positions[count:] = 0
         places[count:] = -1
-        tiles = tiles.reshape(rows, TILE_INTS)
+        tiles[count:] = padding_tiles(range(count, rows))
         begin = _head(rows)
-        at = 0
-        for row, span in enumerate(spans):
-            positions[row] = span.context
-            places[row] = places_of(span, self._block_tokens)[0]
-            tiles[row] = decode_tile(span, at)
-            self._ints[begin + at : begin + at + len(span.blocks)] = span.blocks
-            at += len(span.blocks)
-        for row in range(count, rows):
-            tiles[row] = padding_tile(row)
-        return begin + at
+        if not count:
+            return begin
+        # Arrays of all sequences: a call for each takes longer than the GPU for a small model.
+        size = self._block_tokens
+        contexts = np.array([span.context for span in spans])
+        current = np.array([span.blocks[span.context // size] for span in spans])
+        starts = np.cumsum([0, *(len(span.blocks) for span in spans)])
+        positions[:count] = contexts
+        places[:count] = current * size + contexts % size
+        tiles[:count] = decode_tiles(spans, starts)
+        end = begin + int(starts[-1])
+        np.concatenate([s.blocks for s in spans], out=self._ints[begin:end], casting="same_kind")
+        return end
 
 
 def _parts(ints: Ints, rows: int) -> tuple[Ints, Ints, Ints, Ints]:

@@ -15,7 +15,6 @@ from memserve.engine.attention import Span
 
 ALIGNED = 4  # integers; Triton compiles kernels anew for addresses that are no multiples of 16
 TILE_INTS = 4  # first row, queries, position of the first, first block
-_NO_KEYS = (1, -1, 0)  # of a tile that pads a batch: it sees nothing and writes a row of zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +33,8 @@ def tables_of(
     """Return the tables of a step, moved to `device` by one copy. The first `decodes` spans have
     length 1 and are the first rows; tiles of other spans have at most `queries` queries."""
     starts = np.cumsum([0, *(len(span.blocks) for span in spans)])
-    places = np.concatenate([places_of(span, block_tokens) for span in spans])
-    decoding = [decode_tile(span, starts[i]) for i, span in enumerate(spans[:decodes])]
+    places = np.concatenate([_places_of(span, block_tokens) for span in spans])
+    decoding = decode_tiles(spans[:decodes], starts)
     prefilling = [
         (span.start + at, min(queries, span.length - at), span.context + at, start)
         for span, start in zip(spans[decodes:], starts[decodes:-1], strict=True)
@@ -43,7 +42,7 @@ def tables_of(
     ]
     parts = [
         places,
-        np.array(decoding, np.int32).reshape(-1, TILE_INTS),
+        decoding.astype(np.int32),
         np.array(prefilling, np.int32).reshape(-1, TILE_INTS),
         np.concatenate([span.blocks for span in spans]).astype(np.int32),
     ]
@@ -61,18 +60,28 @@ def _on_device(parts: Sequence[NDArray[np.int32]], device: torch.device) -> Iter
         yield moved[start : start + part.size].view(part.shape)
 
 
-def places_of(span: Span, block_tokens: int) -> NDArray[np.int32]:
+def _places_of(span: Span, block_tokens: int) -> NDArray[np.int32]:
     """Return the places [length] of a span's tokens."""
     positions = np.arange(span.context, span.total)
     places = span.blocks[positions // block_tokens] * block_tokens + positions % block_tokens
     return places.astype(np.int32)
 
 
-def decode_tile(span: Span, first_block: int) -> tuple[int, int, int, int]:
-    """Return the tile of a decoding sequence whose blocks begin at `first_block`."""
-    return (span.start, 1, span.context, first_block)
+def decode_tiles(spans: Sequence[Span], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the tiles [spans, TILE_INTS] of decoding sequences; `starts`: where the blocks of each
+    begin."""
+    count = len(spans)
+    tiles = np.ones((count, TILE_INTS), np.int64)
+    tiles[:, 0] = [span.start for span in spans]
+    tiles[:, 2] = [span.context for span in spans]
+    tiles[:, 3] = starts[:count]
+    return tiles
 
 
-def padding_tile(row: int) -> tuple[int, int, int, int]:
-    """Return a tile that writes zeros to a row."""
-    return (row, *_NO_KEYS)
+def padding_tiles(rows: range) -> NDArray[np.int64]:
+    """Return tiles [rows, TILE_INTS] that see nothing and write zeros to these rows of a batch."""
+    tiles = np.zeros((len(rows), TILE_INTS), np.int64)
+    tiles[:, 0] = rows
+    tiles[:, 1] = 1
+    tiles[:, 2] = -1
+    return tiles
