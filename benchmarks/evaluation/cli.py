@@ -14,6 +14,7 @@ from rich.console import Console
 
 from evaluation.gpu.copies import CopiesConfig, copies_table, run_copies
 from evaluation.gpu.steps import StepsConfig, run_steps, steps_table
+from evaluation.handover import HandoverConfig, handover_table, run_handover
 from evaluation.peers.config import PARTS, QUICK_PARTS, PeersConfig, chosen_parts
 from evaluation.planner.live import LiveConfig
 from evaluation.planner.run import LOADS, PlannerEvalConfig
@@ -232,6 +233,17 @@ def gpu_copies(json: JsonFile = None, *, given: Given) -> None:
     config = with_flags(CopiesConfig(), given)
     report = run_copies(config, progress_lines())
     print_or_write(json, config, report, copies_table(report))
+
+
+@app.command()
+@takes_flags(flags_of(ModelConfig), flags_of(HandoverConfig))
+def handover(json: JsonFile = None, *, given: Given) -> None:
+    """Time what the second token waits for, by how a hand-over is cut into writes."""
+    config = with_flags(HandoverConfig(), given)
+    model = with_flags(ModelConfig(), given)
+    progress = progress_lines()
+    report = asyncio.run(run_handover(config, model, progress))
+    print_or_write(json, config, report, handover_table(report))
 
 
 @app.command()

@@ -12,6 +12,7 @@ from rich.console import RenderableType
 
 from evaluation.gpu.copies import CopiesReport, copies_table
 from evaluation.gpu.steps import StepsReport, steps_table
+from evaluation.handover import HandoverReport, handover_table
 from evaluation.paper.tables import PaperResult, paper_tables
 from evaluation.peers.report import PeersResult, peers_tables
 from evaluation.planner.live import LiveResult, live_table
@@ -95,6 +96,7 @@ _READERS: dict[str, Callable[[msgspec.Raw], RenderableType]] = {
     "engine": _reader(EngineBenchReport, engine_bench_table),
     "gpu-steps": _reader(StepsReport, steps_table),
     "gpu-copies": _reader(CopiesReport, copies_table),
+    "handover": _reader(HandoverReport, handover_table),
     "prefill": _reader(PrefillBenchReport, prefill_bench_table),
     "transfer": _reader(TransferBenchReport, transfer_bench_table),
     "gateway": _reader(GatewayBenchReport, gateway_bench_table),

@@ -8,6 +8,7 @@ import torch
 from evaluation.gpu.copies import CopiesConfig, copies_table, run_copies
 from evaluation.gpu.llama import config_of, random_llama, weight_bytes
 from evaluation.gpu.steps import StepsConfig, run_steps, steps_table
+from evaluation.handover import HandoverReport, HandoverRun, handover_table
 from memserve.bench.tables import PlainTable, plain_tables
 from memserve.pool.storage import BlockStore
 
@@ -73,3 +74,21 @@ def test_a_copy_that_changes_bytes_is_no_result(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(BlockStore, "copy_from", lost)
     with pytest.raises(AssertionError, match="swaps changed bytes"):
         run_copies(CopiesConfig(size="tiny", device="cpu", blocks=8, repeats=1), silent)
+
+
+def test_what_a_hand_over_exposes_is_told_against_the_same_turn() -> None:
+    runs = [
+        HandoverRun("colocated", 0, 0.1, 0.010),
+        HandoverRun("by-layer", 0, 0.1, 0.012),
+        HandoverRun("by-request", 0, 0.1, 0.015),
+        HandoverRun("colocated", 1, 0.1, 0.020),
+        HandoverRun("by-layer", 1, 0.1, 0.026),
+        HandoverRun("by-request", 1, 0.1, 0.029),
+    ]
+    (shown,) = plain_tables(handover_table(HandoverReport(2048, tuple(runs))))
+    assert isinstance(shown, PlainTable)
+    assert [tuple(row) for row in shown.rows] == [
+        ("colocated", "100", "15.0", "", ""),
+        ("by-layer", "100", "19.0", "4.0", "2.0, 6.0"),
+        ("by-request", "100", "22.0", "7.0", "5.0, 9.0"),
+    ]
