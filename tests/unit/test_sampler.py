@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from memserve.api.generate import SamplingParams, validate_sampling
-from memserve.engine.sampler import _FixedTokens, _sample_from_device, sample
+from memserve.engine.gpu.sampler import sample_on_gpu
+from memserve.engine.sampler import _FixedTokens, sample
 from memserve.engine.token_counts import SORTED_BELOW
 from memserve.errors import RequestError
 from tests.sampler_reference import Fixed, adjusted, probabilities, sampled_counts, state, tokens
@@ -304,8 +305,8 @@ def test_rows_from_a_device_give_the_same_samples() -> None:
     """The path of logits on a GPU, run where there may be none."""
     states = [state(params, [1], [2]) for params in mixed_params()]
     logits = random_logits(len(states), VOCAB).bfloat16()
-    assert _sample_from_device(logits, states) == sample(logits, states)
-    assert _sample_from_device(logits[:1], states[:1]) == sample(logits[:1], states[:1])
+    assert sample_on_gpu(logits, states) == sample(logits, states)
+    assert sample_on_gpu(logits[:1], states[:1]) == sample(logits[:1], states[:1])
 
 
 @pytest.mark.cuda

@@ -240,12 +240,14 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sample]
     """
     with np.errstate(over="ignore", invalid="ignore"):
         if logits.device.type != "cpu":
-            return _sample_from_device(logits, states)
+            from memserve.engine.gpu.sampler import sample_on_gpu
+
+            return sample_on_gpu(logits, states)
         maxima = _column_maxima(logits) if any(state.is_argmax for state in states) else None
         return [
             Sample(int(maxima[i]))
             if maxima is not None and maxima[i] >= 0 and state.is_argmax
-            else _sample_row(row, state)
+            else sample_row(row, state)
             for i, (row, state) in enumerate(zip(logits, states, strict=True))
         ]
 
@@ -262,18 +264,8 @@ def _column_maxima(logits: torch.Tensor) -> IdArray | None:
     return out
 
 
-def _sample_from_device(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sample]:
-    """Sample logits on a GPU: argmax there; one copy to the host of all rows that need more."""
-    maxima = logits.argmax(dim=-1).tolist()
-    samples = [Sample(token) for token, _ in zip(maxima, states, strict=True)]
-    moved = [i for i, state in enumerate(states) if not state.is_argmax]
-    if moved:
-        for i, row in zip(moved, logits[moved].cpu(), strict=True):
-            samples[i] = _sample_row(row, states[i])
-    return samples
-
-
-def _sample_row(row: torch.Tensor, state: SamplerState) -> Sample:
+def sample_row(row: torch.Tensor, state: SamplerState) -> Sample:
+    """Return a sample of a row of logits [vocab] on the host."""
     params = state.params
     raw = _float32(row)
     try:
