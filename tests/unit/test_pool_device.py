@@ -135,11 +135,11 @@ def test_a_swap_waits_for_its_own_copies_alone(device: Device, pool: BlockPool) 
     assert device.compute.pending
     assert pool.swap_out(4) == 4
     out = device.copies.queued
-    assert out >= 4
+    assert out >= 1  # neighbours go together
     assert not device.copies.pending
     with pool.match(tokens) as match:
         pool.swap_in(match.refs)
-    assert device.copies.queued >= out + 4
+    assert device.copies.queued > out
     assert not device.copies.pending
     assert device.compute.pending
     pool.check_integrity()

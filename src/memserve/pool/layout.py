@@ -115,6 +115,11 @@ class KVLayout:
             return typed.view(blocks, layers, two, *rest)
         return typed.view(layers, two, blocks, *rest).permute(2, 0, 1, 3, 4, 5)
 
+    def planes(self, memory: torch.Tensor, blocks: int) -> tuple[torch.Tensor, ...]:
+        """Return views `[blocks, bytes of a run]` of flat uint8 `memory`, one for each contiguous
+        piece of a block: blocks that follow each other do so in every plane."""
+        return memory.view(1 if self.aggregated else 2 * self.layers, blocks, -1).unbind(0)
+
     def runs(self, memory: NDArray[np.uint8], blocks: int) -> NDArray[np.uint8]:
         """Return a view of flat host `memory` as `[blocks, runs, bytes of a run]`, without a
         copy; a block's runs are its contiguous pieces."""

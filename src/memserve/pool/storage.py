@@ -25,6 +25,7 @@ class Extent:
     blocks: int
     memory: torch.Tensor  # uint8 [blocks * block_bytes]
     view: torch.Tensor  # view of it: [blocks, layers, 2, block_tokens, kv_heads, head_dim]
+    planes: tuple[torch.Tensor, ...]  # views of it, contiguous: each [blocks, bytes of a run]
     segment: SharedSegment | None  # None: device memory
     runs: NDArray[np.uint8] | None  # view of host memory: [blocks, runs, bytes]; else None
 
@@ -70,7 +71,8 @@ class BlockStore:
             memory = torch.zeros(size, dtype=torch.uint8, device=self.device)
             wait_for(self._kernels)  # so that zeros are not written after a copy on another stream
         view = self.layout.views(memory, blocks)
-        self.extents.append(Extent(self.blocks, blocks, memory, view, segment, runs))
+        planes = self.layout.planes(memory, blocks)
+        self.extents.append(Extent(self.blocks, blocks, memory, view, planes, segment, runs))
 
     def shrink(self) -> None:
         """Release the last extent; its blocks must not be in use."""
@@ -118,14 +120,36 @@ class BlockStore:
             for block, target in zip(sources, self._host_blocks(index), strict=True):
                 target[...] = block
             return
-        # Host memory is page-locked, so a copy is a DMA; blocks are large enough for one each.
         # Earlier kernels and copies of these blocks have run: a thread waits for them before it
         # frees or publishes a block.
         gpu = source if self.device.type == "cpu" else self
         with gpu._copy_stream():
-            for at, to in zip(source_index.tolist(), index.tolist(), strict=True):
-                self._block(to).copy_(source._block(at), non_blocking=True)
+            self._queue_copies(source, source_index, index)
             wait_for(gpu._kernels)
+
+    def _queue_copies(
+        self, source: BlockStore, source_index: IndexArray, index: IndexArray
+    ) -> None:
+        """Queue copies of contiguous bytes, each a DMA from or to page-locked host memory: blocks
+        that follow each other in both stores go together. PyTorch would gather other shapes in
+        pageable memory first."""
+        if not len(index):
+            return
+        to_extent, at_extent = self._extents_of(index), source._extents_of(source_index)
+        breaks = (np.diff(index) != 1) | (np.diff(source_index) != 1)
+        breaks |= (np.diff(to_extent) != 0) | (np.diff(at_extent) != 0)
+        begins = [0, *(np.flatnonzero(breaks) + 1).tolist()]
+        for begin, end in zip(begins, [*begins[1:], len(index)], strict=True):
+            targets, sources = self.extents[to_extent[begin]], source.extents[at_extent[begin]]
+            to, at = int(index[begin]) - targets.start, int(source_index[begin]) - sources.start
+            count = end - begin
+            for target, run in zip(targets.planes, sources.planes, strict=True):
+                target[to : to + count].copy_(run[at : at + count], non_blocking=True)
+
+    def _extents_of(self, index: IndexArray) -> NDArray[np.int64]:
+        """Return the position in `extents` of each block's extent."""
+        starts = [extent.start for extent in self.extents]
+        return np.searchsorted(starts, index, side="right") - 1
 
     def _rows(self, kv: torch.Tensor) -> NDArray[np.uint8]:
         """Return a view of n blocks' contiguous KV on the host as `[n, runs, bytes]`."""
@@ -144,10 +168,6 @@ class BlockStore:
             extent = self.extents[bisect_right(starts, at) - 1]
             assert extent.runs is not None
             yield extent.runs[at - extent.start]
-
-    def _block(self, index: int) -> torch.Tensor:
-        extent = next(extent for extent in self.extents if index < extent.end)
-        return extent.view[index - extent.start]
 
     def _on_device(self, index: IndexArray) -> torch.Tensor:
         return torch.from_numpy(index).to(self.device)
