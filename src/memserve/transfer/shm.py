@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from memserve.errors import TransferError, UnknownPeer
+from memserve.pool.device_queue import copy_stream_of
 from memserve.pool.layout import KVLayout
 from memserve.pool.segment import SHM_DIRECTORY
 from memserve.transfer.base import (
@@ -94,6 +95,7 @@ class ShmTransport:
         self._jobs: dict[Ticket, _Job] = {}  # in the order in which they are copied
         self._tickets = count(1)
         self._helper = ThreadPoolExecutor(1, "memserve-copy")  # starts its thread when needed
+        self._copy_stream: Callable[[], AbstractContextManager[None]] | None = None  # the GPU's
 
     @property
     def in_flight(self) -> int:
@@ -236,11 +238,15 @@ class ShmTransport:
     ) -> Iterator[int]:
         """Copy from the device to page-locked host memory by DMA, piece by piece."""
         target = torch.from_numpy(mapping.bytes)
+        if self._copy_stream is None:
+            self._copy_stream = copy_stream_of(memory.device)
         for at, to, nbytes in split_pieces(copy, STEP_BYTES):
-            # On the stream of the kernels that write the blocks, so that the copy follows them.
-            target[to : to + nbytes].copy_(memory[at : at + nbytes], non_blocking=True)
-            job.dma = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            job.dma.record(torch.cuda.current_stream(memory.device))
+            # Beside the engine's kernels: those that wrote the blocks have run, or they would be
+            # neither in the index nor told as ready.
+            with self._copy_stream():
+                target[to : to + nbytes].copy_(memory[at : at + nbytes], non_blocking=True)
+                job.dma = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                job.dma.record(torch.cuda.current_stream(memory.device))
             self.counters.pieces += 1
             yield nbytes
 
