@@ -19,7 +19,7 @@ from memserve.engine.gpu.attention import TritonAttention
 
 # Bytes of shared memory that a block of threads can have, by compute capability.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
-OPTIONS = {"num_warps", "num_stages"}
+OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
 
 
 class Recorder:

@@ -11,6 +11,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -43,6 +44,15 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
 }
 
+# Its queries, keys and values have biases, and its last layers a window.
+QWEN2 = Qwen2Config(
+    num_hidden_layers=3,
+    use_sliding_window=True,
+    sliding_window=WINDOW,
+    max_window_layers=1,
+    **COMMON,
+)
+
 # Its KV is large beside all else that processes say to each other: 96 KiB a block of 16 tokens.
 WIDE_KV = LlamaConfig(num_hidden_layers=3, head_dim=64, **{**COMMON, "num_key_value_heads": 4})
 
@@ -55,9 +65,9 @@ def save_tiny_model(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config or CONFIGS[name], dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for key, parameter in model.named_parameters():
             # Wider than usual, so that the next token depends on all of the context.
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 or key.endswith("bias"):
                 parameter.normal_(0, 0.15)
     model.save_pretrained(directory / name)
     return directory / name

@@ -17,14 +17,15 @@ from memserve.api.generate import SamplingParams
 from memserve.engine import kernels
 from memserve.engine import model as engine_model
 from memserve.engine.attention import Span
-from memserve.engine.fused import FusedGemma3Layer, FusedLlamaLayer, RowNorm, fuse
+from memserve.engine.compiled_layers import CompiledLayers
+from memserve.engine.fused import FusedGemma3Layer, FusedLayer, FusedLlamaLayer, RowNorm, fuse
 from memserve.engine.linear import PackedLinear, SharedLinear, has_bfloat16_kernels
 from memserve.engine.model import Model, load_model
 from memserve.engine.sampler import sample
 from memserve.engine.torch_attention import TorchAttention
 from tests.engine_harness import running_engine
 from tests.sampler_reference import state
-from tests.tiny_models import VOCAB, WINDOW, save_tiny_model
+from tests.tiny_models import QWEN2, VOCAB, WINDOW, save_tiny_model
 
 BF16 = torch.bfloat16
 BLOCK_TOKENS = 16
@@ -81,13 +82,15 @@ def run_some(model: Model) -> list[torch.Tensor]:
     return logits
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2", "qwen3", "mistral"])
 def test_fused_layers_compute_what_transformers_do(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = save_tiny_model(name, tmp_path)
-    fused = run_some(load(directory))
-    monkeypatch.setattr(engine_model, "fuse", lambda _: None)
+    directory = save_tiny_model(name, tmp_path, config=QWEN2 if name == "qwen2" else None)
+    model = load(directory)
+    assert any(isinstance(m, FusedLayer) for m in model.module.modules())
+    fused = run_some(model)
+    monkeypatch.setattr(engine_model, "fuse", lambda *_: None)
     monkeypatch.setattr(engine_model, "speed_up_products", lambda _: None)
     plain = run_some(load(directory))
     for ours, theirs in zip(fused, plain, strict=True):
@@ -173,7 +176,7 @@ def test_norms(kind: type[torch.nn.Module], shape: tuple[int, ...]) -> None:
     x = random(*shape).transpose(1, 2) if len(shape) == 4 else random(*shape)
     with torch.inference_mode():
         expected = norm(x)
-        fuse(model)
+        fuse(model, CompiledLayers(), torch.device("cpu"))
         assert isinstance(model[0], RowNorm)
         torch.testing.assert_close(model(x), expected, atol=0, rtol=0.008)  # a unit at most
 

@@ -1,151 +1,212 @@
-"""Layers for Transformers' models in bfloat16 on a CPU, with compiled kernels (`kernels.py`)
-between the matrix products.
+"""Decoder layers of Transformers' models with fewer and faster kernels between the matrix products
+(`layer_ops.py`).
 
-`fuse` replaces the RMS norms of Llama, Mistral, Qwen2, Qwen3 and Gemma 3, and the decoder layers
-of Llama and Gemma 3. Weights, formulas and places of rounding stay the same. Other modules stay
-as they are.
+`fuse` replaces the RMS norms and the decoder layers of Llama, Mistral, Qwen2, Qwen3 and Gemma 3.
+Weights, formulas and places of rounding stay the same. Other modules stay as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.activations import GELUTanh
+from transformers.activations import ACT2FN, GELUTanh
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 
-from memserve.engine import kernels
 from memserve.engine.attention import AttentionBackend
-from memserve.engine.kernels import Bits
+from memserve.engine.layer_ops import Activation, LayerOps, Norm
+from memserve.engine.linear import MergedLinear
 
 _LLAMA_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
+_LLAMA_LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+_WINDOW_OF_EACH_LAYER = (Qwen2DecoderLayer, Qwen3DecoderLayer, Gemma3DecoderLayer)
+_NORMS_OF_HEADS = (Qwen3DecoderLayer, Gemma3DecoderLayer)
+
+_ACTIVATIONS: dict[type[nn.Module], Activation] = {
+    nn.SiLU: Activation.SILU,
+    type(ACT2FN["silu"]): Activation.SILU,
+    GELUTanh: Activation.GELU_TANH,
+}
+_QKV = ("q_proj", "k_proj", "v_proj")
+_GATE_UP = ("gate_proj", "up_proj")
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, [1, tokens, dim]
+Products = Callable[[Tensor], Sequence[Tensor]]  # of one input with several weights
 
 
-def fuse(model: nn.Module) -> None:
-    """Replace the known bfloat16 modules of a loaded model on a CPU, for inference only. Compiles
-    the kernels unless compiled."""
+def fuse(model: nn.Module, ops: LayerOps, device: torch.device) -> None:
+    """Replace the known modules of a loaded model that are in a dtype of `ops`, for inference
+    only.
+
+    The model runs on `device` then. It may lie elsewhere when this is called, and be moved later:
+    merged weights are made on `device`, which holds no weight twice meanwhile.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if (norm := _norm_of(child)) is not None:
-                setattr(parent, name, norm)
-    for module in model.modules():
-        if type(module) in _FUSED and _known(module):
-            module.__class__ = _FUSED[type(module)]
-    kernels.prepare()
+            if (norm := _norm_of(child, ops, device)) is not None:
+                setattr(parent, name, RowNorm(norm, ops))
+    for layer in list(model.modules()):
+        kind = _FUSED.get(type(layer))
+        if kind is not None and _can_be_fused(layer, ops):
+            attention = _attention_of(layer, ops, device)
+            feed_forward = _feed_forward_of(layer, ops, device)
+            layer.__class__ = kind
+            assert isinstance(layer, FusedLayer)
+            layer.attention, layer.feed_forward = attention, feed_forward
 
 
-def _norm_of(module: nn.Module) -> RowNorm | None:
+def _norm_of(module: nn.Module, ops: LayerOps, device: torch.device) -> Norm | None:
     if isinstance(module, Gemma3RMSNorm):
         gain, eps, early = 1.0 + module.weight.detach().float(), module.eps, False
     elif isinstance(module, _LLAMA_NORMS):
         gain, eps, early = module.weight.detach().float(), module.variance_epsilon, True
     else:
         return None
-    if module.weight.dtype is not torch.bfloat16:
+    if module.weight.dtype not in ops.dtypes:
         return None
-    return RowNorm(_Norm(np.ascontiguousarray(gain.numpy()), eps, early))
+    return Norm(gain.contiguous().to(device), eps, early)
 
 
-def _known(layer: nn.Module) -> bool:
-    """Whether the layer's norms are replaced, which means that it is in bfloat16."""
-    return isinstance(layer.get_submodule("input_layernorm"), RowNorm)
+def _can_be_fused(layer: nn.Module, ops: LayerOps) -> bool:
+    """Whether the layer's norms are replaced, which says that it is in a dtype of `ops`, and its
+    other parts are known."""
+    if not isinstance(layer.get_submodule("input_layernorm"), RowNorm):
+        return False
+    if type(layer.get_submodule("mlp.act_fn")) not in _ACTIVATIONS:
+        return False
+    products = [*(f"self_attn.{name}" for name in _QKV), *(f"mlp.{name}" for name in _GATE_UP)]
+    return not ops.merges or all(type(layer.get_submodule(n)) is nn.Linear for n in products)
 
 
-def _bits(x: Tensor) -> Bits:
-    """Return contiguous bfloat16 `x` [..., width] as [rows, width] uint16, in the same memory."""
-    bits: Bits = x.view(-1, x.shape[-1]).view(torch.uint16).numpy()
-    return bits
+def _attention_of(layer: nn.Module, ops: LayerOps, device: torch.device) -> _Attention:
+    module = layer.get_submodule("self_attn")
+    window = None
+    if isinstance(layer, MistralDecoderLayer):
+        window = layer.self_attn.config.sliding_window
+    elif isinstance(layer, _WINDOW_OF_EACH_LAYER):
+        window = layer.self_attn.sliding_window
+    norms = None
+    if isinstance(layer, _NORMS_OF_HEADS):
+        q_norm, k_norm = (module.get_submodule(name) for name in ("q_norm", "k_norm"))
+        assert isinstance(q_norm, RowNorm)
+        assert isinstance(k_norm, RowNorm)
+        norms = (q_norm.norm, k_norm.norm)
+    return _Attention(
+        ops=ops,
+        products=_products(module, _QKV, "qkv_proj", ops, device),
+        output=module.get_submodule("o_proj"),
+        norms=norms,
+        layer=int(module.layer_idx),  # type: ignore[arg-type]
+        dim=int(module.head_dim),  # type: ignore[arg-type]
+        scale=float(module.scaling),  # type: ignore[arg-type]
+        window=window,
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _Norm:
-    """Arguments of a norm's kernels."""
+def _feed_forward_of(layer: nn.Module, ops: LayerOps, device: torch.device) -> _FeedForward:
+    module = layer.get_submodule("mlp")
+    return _FeedForward(
+        ops=ops,
+        products=_products(module, _GATE_UP, "gate_up_proj", ops, device),
+        activation=_ACTIVATIONS[type(module.get_submodule("act_fn"))],
+        output=module.get_submodule("down_proj"),
+    )
 
-    gain: kernels.Floats  # [width]
-    eps: float
-    early: bool  # round before the gain, as Llama does
+
+def _products(
+    module: nn.Module, names: Sequence[str], merged: str, ops: LayerOps, device: torch.device
+) -> Products:
+    """Return the products with the weights of the children `names`. If `ops` merges products,
+    one child `merged` takes their place."""
+    parts = [module.get_submodule(name) for name in names]
+    if not ops.merges:
+        return lambda x: [part(x) for part in parts]
+    product = MergedLinear(parts, device)  # type: ignore[arg-type]
+    for name in names:
+        delattr(module, name)
+    module.add_module(merged, product)
+    return product
 
 
 class RowNorm(nn.Module):
     """RMS norm over the last dimension."""
 
-    def __init__(self, norm: _Norm) -> None:
+    def __init__(self, norm: Norm, ops: LayerOps) -> None:
         super().__init__()
         self.norm = norm
+        self._ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        norm = self.norm
-        kernels.rms_norm.run(_bits(x), norm.gain, norm.eps, norm.early, _bits(out))
-        return out
+        return self._ops.rms_norm(x.contiguous(), self.norm)
+
+    def of_sum(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Add `x` to `residual` in place; return the norm of the sum."""
+        return self._ops.add_and_norm(residual, x, self.norm)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        """Add the norm of `x` to `residual` in place. `x` is not defined afterwards."""
+        self._ops.norm_and_add(residual, x, self.norm)
 
 
-def _add_and_norm(residual: Tensor, x: Tensor, module: nn.Module) -> Tensor:
-    """Add `x` to `residual` in place; return the norm of the sum."""
-    assert isinstance(module, RowNorm)
-    out = torch.empty_like(x)
-    norm = module.norm
-    kernels.add_and_norm.run(_bits(residual), _bits(x), norm.gain, norm.eps, norm.early, _bits(out))
-    return out
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """Self-attention of one layer."""
+
+    ops: LayerOps
+    products: Products  # of queries, keys and values
+    output: nn.Module
+    norms: tuple[Norm, Norm] | None  # of queries and keys
+    layer: int
+    dim: int
+    scale: float
+    window: int | None  # sliding window in tokens
+
+    def run(self, x: Tensor, rotation: Rotation, backend: AttentionBackend) -> Tensor:
+        """Return the attention of `x` [1, tokens, width]."""
+        tokens = x.shape[1]
+        query, key, value = [part.view(tokens, -1, self.dim) for part in self.products(x)]
+        self.ops.rotate(query, key, *rotation, self.norms)
+        out = backend.run(self.layer, query, key, value, self.scale, self.window, None)
+        result: Tensor = self.output(out.view(1, tokens, -1))
+        return result
 
 
-def _norm_and_add(residual: Tensor, x: Tensor, module: nn.Module) -> None:
-    """Replace `x` by its norm, and add the norm to `residual`, both in place."""
-    assert isinstance(module, RowNorm)
-    norm = module.norm
-    kernels.norm_and_add.run(_bits(residual), _bits(x), norm.gain, norm.eps, norm.early)
+@dataclass(frozen=True, slots=True)
+class _FeedForward:
+    """Feed-forward network of one layer."""
+
+    ops: LayerOps
+    products: Products  # of gate and up
+    activation: Activation
+    output: nn.Module
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return the network's output for `x` [1, tokens, width]."""
+        gate, up = self.products(x)
+        result: Tensor = self.output(self.ops.gate(gate, up, self.activation))
+        return result
 
 
-def _attend(
-    attention: nn.Module,
-    x: Tensor,
-    rotation: Rotation,
-    backend: AttentionBackend,
-    norms: tuple[nn.Module, nn.Module] | None,
-    window: int | None,
-) -> Tensor:
-    """Self-attention of `x` [1, tokens, width]; `norms`: of queries and keys, if the model has
-    them; `window`: sliding window in tokens."""
-    cos, sin = (_bits(part) for part in rotation)
-    dim = int(attention.head_dim)  # type: ignore[arg-type]
-    tokens = x.shape[1]
-    query = attention.q_proj(x).view(tokens, -1, dim)  # type: ignore[operator]
-    key = attention.k_proj(x).view(tokens, -1, dim)  # type: ignore[operator]
-    value = attention.v_proj(x).view(tokens, -1, dim)  # type: ignore[operator]
-    if norms is not None:
-        query, key = norms[0](query), norms[1](key)
-    for part in (query, key):
-        kernels.rotate.run(part.view(torch.uint16).numpy(), cos, sin)
-    layer, scale = int(attention.layer_idx), float(attention.scaling)  # type: ignore[arg-type]
-    out = backend.run(layer, query, key, value, scale, window, None)
-    result: Tensor = attention.o_proj(out.view(1, tokens, -1))  # type: ignore[operator]
-    return result
+class FusedLayer(nn.Module):
+    """Decoder layer whose norms are RowNorms."""
+
+    attention: _Attention
+    feed_forward: _FeedForward
+    input_layernorm: RowNorm
+    post_attention_layernorm: RowNorm
 
 
-def _feed_forward(mlp: nn.Module, x: Tensor) -> Tensor:
-    gate: Tensor = mlp.gate_proj(x)  # type: ignore[operator]
-    up: Tensor = mlp.up_proj(x)  # type: ignore[operator]
-    if isinstance(mlp.act_fn, GELUTanh):  # PyTorch's kernel takes three times as long
-        kernels.gelu_gate.run(_bits(gate), _bits(up))
-    else:
-        gate = mlp.act_fn(gate).mul_(up)  # type: ignore[operator]
-    result: Tensor = mlp.down_proj(gate)  # type: ignore[operator]
-    return result
+class FusedLlamaLayer(FusedLayer):
+    """Decoder layer of Llama, Mistral, Qwen2 and Qwen3; `forward` changes [1, tokens, width] in
+    place and returns it."""
 
-
-class FusedLlamaLayer(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
-    """Llama decoder layer; `forward` changes [1, tokens, width] in place and returns it."""
-
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         *,
@@ -154,15 +215,18 @@ class FusedLlamaLayer(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
         **_: object,
     ) -> Tensor:
         x = self.input_layernorm(hidden_states)
-        x = _attend(self.self_attn, x, position_embeddings, backend, None, None)
-        x = _add_and_norm(hidden_states, x, self.post_attention_layernorm)
-        return hidden_states.add_(_feed_forward(self.mlp, x))
+        x = self.attention.run(x, position_embeddings, backend)
+        x = self.post_attention_layernorm.of_sum(hidden_states, x)
+        return hidden_states.add_(self.feed_forward.run(x))
 
 
-class FusedGemma3Layer(Gemma3DecoderLayer):  # type: ignore[no-untyped-call]
+class FusedGemma3Layer(FusedLayer):
     """Gemma 3 decoder layer; `forward` changes [1, tokens, width] in place and returns it."""
 
-    def forward(  # type: ignore[override]
+    pre_feedforward_layernorm: RowNorm
+    post_feedforward_layernorm: RowNorm
+
+    def forward(
         self,
         hidden_states: Tensor,
         *,
@@ -170,17 +234,21 @@ class FusedGemma3Layer(Gemma3DecoderLayer):  # type: ignore[no-untyped-call]
         backend: AttentionBackend,
         **_: object,
     ) -> Tensor:
-        attention = self.self_attn
         x = self.input_layernorm(hidden_states)
-        norms = (attention.q_norm, attention.k_norm)
-        x = _attend(attention, x, position_embeddings, backend, norms, attention.sliding_window)
-        _norm_and_add(hidden_states, x, self.post_attention_layernorm)
-        x = _feed_forward(self.mlp, self.pre_feedforward_layernorm(hidden_states))
-        _norm_and_add(hidden_states, x, self.post_feedforward_layernorm)
+        x = self.attention.run(x, position_embeddings, backend)
+        self.post_attention_layernorm.add_to(hidden_states, x)
+        x = self.feed_forward.run(self.pre_feedforward_layernorm(hidden_states))
+        self.post_feedforward_layernorm.add_to(hidden_states, x)
         return hidden_states
 
 
+def _fused(forward: type[FusedLayer], layer: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a layer with another forward pass. It keeps the attributes that
+    Transformers' models read from their layers."""
+    return type(f"Fused{layer.__name__}", (forward, layer), {})
+
+
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    LlamaDecoderLayer: FusedLlamaLayer,
-    Gemma3DecoderLayer: FusedGemma3Layer,
+    **{layer: _fused(FusedLlamaLayer, layer) for layer in _LLAMA_LAYERS},
+    Gemma3DecoderLayer: _fused(FusedGemma3Layer, Gemma3DecoderLayer),
 }

@@ -15,7 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from memserve.engine import attention
+from memserve.engine.compiled_layers import CompiledLayers
+from memserve.engine.devices import runs_triton
 from memserve.engine.fused import fuse
+from memserve.engine.layer_ops import LayerOps
 from memserve.engine.linear import speed_up_products
 from memserve.errors import ModelError
 from memserve.pool.layout import KVLayout
@@ -115,13 +118,23 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Mod
 
 def ready(module: nn.Module, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Model:
     """Return a model for inference on `device`, with the engine's own layers where it has some."""
-    module.to(device)
     module.eval()
     module.requires_grad_(False)
     if device.type == "cpu":
         speed_up_products(module)
-        fuse(module)
+    if (ops := layer_ops(device)) is not None:
+        fuse(module, ops, device)
+    module.to(device)
     return Model(module, shape, dtype)
+
+
+def layer_ops(device: torch.device) -> LayerOps | None:
+    """Return the layer operations for models on `device`. None: Transformers' own are used."""
+    if runs_triton(device):
+        from memserve.engine.gpu.layers import TritonLayers  # Triton is not everywhere
+
+        return TritonLayers()
+    return CompiledLayers() if device.type == "cpu" else None
 
 
 def read_shape(config: PretrainedConfig, directory: Path | None) -> ModelShape:
