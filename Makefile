@@ -99,7 +99,7 @@ gpu-test:
 	@MEMSERVE_TEST_DEVICE=cuda PYTHONPATH=src:benchmarks$${PYTHONPATH:+:$$PYTHONPATH} "$(PYTHON)" -m pytest \
 		tests/property/test_attention.py tests/property/test_engine.py tests/property/test_pool_machine.py \
 		tests/unit/test_gpu_*.py tests/unit/test_*_cuda.py tests/unit/test_pool_tiers.py \
-		tests/unit/test_engine_generate.py tests/unit/test_engine_perplexity.py \
+		tests/unit/test_engine_generate.py tests/unit/test_engine_kv.py tests/unit/test_engine_perplexity.py \
 		tests/unit/test_engine_scoring.py tests/unit/test_engine_observer.py \
 		tests/unit/test_instance_handoff*.py $(ARGS)
 
