@@ -10,6 +10,7 @@ from tests.hosts.cluster import BLOCK, Operator
 from tests.hosts_harness import Host
 
 STREAMS, TOKENS = 3, 700
+ATTEMPTS = 10
 PROMPTS = [prompt_of(120, seed) for seed in range(STREAMS)]
 # KV of these takes five seconds over a link that is so slow, and 20 ms over the others.
 LONG, FEW, SLOW = 400, 8, 4_000_000
@@ -32,11 +33,15 @@ def hands_over(operator: Operator, name: str, expected: Expected) -> None:
 
 def streaming(operator: Operator, name: str) -> list[Client]:
     """Streams under way, some of them at this instance."""
-    clients = [Client(operator, prompt, TOKENS) for prompt in PROMPTS]  # type: ignore[arg-type]
-    for client in clients:
-        client.wait(5)
-    operator.until(lambda: operator.stats(name).engine.running >= 1, f"a stream at {name}")
-    return clients
+    for _ in range(ATTEMPTS):  # on a busy machine they can be over before they are seen
+        clients = [Client(operator, prompt, TOKENS) for prompt in PROMPTS]  # type: ignore[arg-type]
+        for client in clients:
+            client.wait(5)
+        if operator.stats(name).engine.running:
+            return clients
+        for client in clients:
+            client.result()
+    raise AssertionError(f"no stream is seen at {name}\n{operator.cluster.logs()}")
 
 
 def in_hand_over(operator: Operator, prefill: str, name: str, host: Host) -> list[Client]:
