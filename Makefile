@@ -97,10 +97,11 @@ gpu-test:
 	@"$(PYTHON)" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 		|| { echo "$(PYTHON) finds no GPU: no CUDA build of PyTorch, or no device (nvidia-smi shows them)"; exit 1; }
 	@MEMSERVE_TEST_DEVICE=cuda PYTHONPATH=src:benchmarks$${PYTHONPATH:+:$$PYTHONPATH} "$(PYTHON)" -m pytest \
+		--numprocesses $(WORKERS) --dist loadfile \
 		tests/property/test_attention.py tests/property/test_engine.py tests/property/test_pool_machine.py \
 		tests/unit/test_gpu_*.py tests/unit/test_*_cuda.py tests/unit/test_pool_tiers.py \
 		tests/unit/test_engine_generate.py tests/unit/test_engine_kv.py tests/unit/test_engine_perplexity.py \
-		tests/unit/test_engine_scoring.py tests/unit/test_engine_observer.py \
+		tests/unit/test_engine_scoring.py \
 		tests/unit/test_instance_handoff*.py $(ARGS)
 
 docs-test: setup

@@ -19,9 +19,11 @@ from rich.table import Table
 from memserve.bench.measure import BenchmarkError, started_cluster
 from memserve.bench.openai_client import Answer, OpenAIClient
 from memserve.clock import MonotonicClock
+from memserve.cluster.client import ClusterClient
 from memserve.config import (
     CacheConfig,
     ClusterConfig,
+    GatewayConfig,
     InstanceConfig,
     ModelConfig,
     Positive,
@@ -93,8 +95,20 @@ async def _run(
             prompt = [random_tokens.randrange(3, _VOCABULARY) for _ in range(config.prompt_tokens)]
             answer = await cluster.or_failure(client.complete(prompt, 3))
             times.append(_times(answer))
+        if cut != COLOCATED:
+            await cluster.or_failure(_require_hand_overs(cluster.url))
     first, second = zip(*times[_WARM_UP:], strict=True)
     return HandoverRun(cut, repeat, median(first), median(second))
+
+
+async def _require_hand_overs(url: str) -> None:
+    """Raise BenchmarkError unless the decode instance has received blocks: without them it computes
+    the prompts, and nothing is measured."""
+    async with ClusterClient(url) as operator:
+        for member in (await operator.view()).instances:
+            handoff = (await operator.stats(member)).handoff
+            if member.role is Role.DECODE and not handoff.blocks_received:
+                raise BenchmarkError("no KV was handed over")
 
 
 def _cluster(config: HandoverConfig, model: ModelConfig, cut: str) -> ClusterConfig:
@@ -103,10 +117,15 @@ def _cluster(config: HandoverConfig, model: ModelConfig, cut: str) -> ClusterCon
     mode = CacheConfig() if cut == COLOCATED else msgspec.convert({"mode": cut}, CacheConfig)
     return ClusterConfig(
         model=model,
+        gateway=GatewayConfig(policy="round-robin"),  # hands over, whatever it costs
         cache=msgspec.structs.replace(mode, aggregated=config.aggregated),
         instance=tuple(
             InstanceConfig(
-                role=role, threads=config.threads, hbm_blocks=blocks, dram_blocks=0, profile="off"
+                role=role,
+                threads=config.threads,
+                hbm_blocks=blocks,
+                dram_blocks=blocks,  # where KV arrives if HBM is a GPU's
+                profile="off",
             )
             for role in roles
         ),

@@ -15,6 +15,8 @@ import torch
 
 from memserve.engine import runner
 from memserve.engine.attention import Span
+from memserve.engine.model import Model
+from memserve.pool.pool import BlockPool
 from tests.engine_harness import load, running_engine
 from tests.tiny_models import CONFIGS, VOCAB, Reference, save_tiny_model
 
@@ -121,3 +123,23 @@ def test_a_model_that_cannot_be_captured_runs_without_graphs(
     with running_engine(load(directory, DEVICE), hbm_blocks=8, dram_blocks=0) as engine:
         assert engine.run([5, 6, 7], 4) == Reference(directory).generate([5, 6, 7], 4)
     assert "without CUDA graphs" in caplog.text
+
+
+def test_what_a_graph_reads_stays_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay reads the memory of the capture, whoever has it by then."""
+    read: set[int] = set()
+    forward = Model.forward
+
+    def recorded(self: Model, *given: torch.Tensor) -> torch.Tensor:
+        read.update(tensor.untyped_storage().data_ptr() for tensor in given[:3])
+        return forward(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Model, "forward", recorded)
+    model = load(save_tiny_model("llama", tmp_path), DEVICE)
+    layout = model.layout("tiny", 16, True)
+    with BlockPool(layout, 4, 0, instance="t0", device=DEVICE) as pool, torch.inference_mode():
+        attention = TritonAttention(pool.layer_views(), model.shape.heads)
+        graphs = DecodeGraphs(model, attention, 4)
+        held = [value for value in vars(graphs).values() if isinstance(value, torch.Tensor)]
+        assert read <= {tensor.untyped_storage().data_ptr() for tensor in held}
+        assert len(read) == 2

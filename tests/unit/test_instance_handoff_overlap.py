@@ -21,7 +21,7 @@ from memserve.transfer.base import Ticket, Transport, WriteList
 from memserve.transfer.kv_stream import KVStream
 from memserve.transfer.mempool import MemPool
 from memserve.transfer.shm import ShmTransport
-from memserve.types import SHARED, InstanceId, Namespace, Owner, RefArray, Role
+from memserve.types import SHARED, InstanceId, Medium, Namespace, Owner, RefArray, Role
 from tests.fakes import save_tiny_tokenizer
 from tests.handoff_harness import Node, node, prompt_of
 from tests.tiny_models import Reference, save_tiny_model
@@ -204,7 +204,7 @@ async def test_many_equal_prompts_at_once_leave_no_block_behind(
 def stream_between(a: MemPool, blocks: int, mode: TransferMode = "by-request-agg") -> KVStream:
     tokens = np.array(tokens_of(blocks), dtype=np.int32)
     peer = PoolPeer(InstanceId("b"), "")
-    return KVStream(a, mode, peer, tokens, SHARED, Namespace("there"))
+    return KVStream(a, mode, peer, tokens, SHARED, Namespace("there"), Medium.HBM)
 
 
 def computed(pool: MemPool, count: int) -> RefArray:

@@ -51,7 +51,8 @@ def test_a_path_can_be_forced(here: PoolRegions, elsewhere: PoolRegions) -> None
         choose_transport(BOTH, BOTH, elsewhere, "shm")
 
 
-def test_both_sides_need_it(here: PoolRegions, elsewhere: PoolRegions) -> None:
+def test_both_sides_need_it(here: PoolRegions, elsewhere: PoolRegions, on_gpu: PoolRegions) -> None:
     assert choose_transport(["shm"], BOTH, here) == "shm"
+    assert choose_transport(["shm"], ["shm"], on_gpu) == "shm"  # its DRAM
     with pytest.raises(TransferError, match=r"pool has \['nixl', 'shm'\], the peer \['shm'\]"):
         choose_transport(BOTH, ["shm"], elsewhere)

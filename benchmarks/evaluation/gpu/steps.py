@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from rich.table import Table
 from torch import nn
+from transformers import CompileConfig
 
 from evaluation.gpu.device_time import card_name, median_seconds, seconds_of
 from evaluation.gpu.llama import Size, config_of, random_llama, weight_bytes
 from memserve.api.generate import SamplingParams
+from memserve.bench.measure import BenchmarkError
 from memserve.config import Positive, doc
 from memserve.engine import attention
 from memserve.engine.batch import BatchLimits
@@ -186,16 +188,15 @@ class _TimedEngine:
         self._pool = pool
         self._made: list[tuple[float, int]] = []  # when, and of how many sequences
         self._left = 0
+        self._error: str | None = None
         self._done = threading.Event()
         self._engine.start(self._sink)
 
     def _sink(self, outputs: Sequence[TokenOutput]) -> None:
         self._made.append((time.perf_counter(), len(outputs)))
-        for output in outputs:
-            if output.error is not None:
-                raise RuntimeError(output.error)
+        self._error = next((o.error for o in outputs if o.error is not None), self._error)
         self._left -= sum(output.finish_reason is not None for output in outputs)
-        if not self._left:
+        if not self._left or self._error is not None:
             self._done.set()
 
     def prefill(self, prompt: TokenArray) -> float:
@@ -217,6 +218,8 @@ class _TimedEngine:
         requests = [EngineRequest(RequestId(str(i)), p, params) for i, p in enumerate(prompts)]
         self._engine.submit(requests)
         self._done.wait()
+        if self._error is not None:
+            raise BenchmarkError(self._error)
         return self._made
 
     def stop(self) -> None:
@@ -226,8 +229,8 @@ class _TimedEngine:
 def _measure_generate(
     config: StepsConfig, device: torch.device, progress: Progress
 ) -> tuple[float | None, dict[int, float]]:
-    """Return median seconds of a prefill, and of a step by batch; what ran out of memory is left
-    out."""
+    """Return median seconds of a prefill, and of a step by batch; what failed is left out: the
+    engine's figures are worth keeping."""
     model = random_llama(config.size, getattr(torch, config.dtype), device, "sdpa")
     model.generation_config.eos_token_id = None  # type: ignore[union-attr]
     prefill: float | None = None
@@ -237,8 +240,8 @@ def _measure_generate(
         ids = prompts.to(device)
         try:
             first, step = _generate_times(model, ids, config, device)
-        except torch.cuda.OutOfMemoryError:
-            progress(f"generate: no memory for {batch} sequences")
+        except Exception as error:  # noqa: BLE001 - no memory, or its compiler's errors
+            progress(f"generate: {batch} sequences failed: {type(error).__name__}: {error}")
             continue
         prefill = first if batch == 1 else prefill
         steps[batch] = step
@@ -251,8 +254,11 @@ def _generate_times(
 ) -> tuple[float, float]:
     """Return the seconds to the first token, and of a step."""
 
+    # By default a second batch size is compiled for any size, which is slower than for one.
+    static = CompileConfig(dynamic=False)
+
     def run(tokens: int) -> float:
-        with torch.inference_mode():
+        with torch.no_grad():
             return seconds_of(
                 lambda: model.generate(  # type: ignore[operator]
                     ids,
@@ -261,6 +267,7 @@ def _generate_times(
                     do_sample=False,
                     cache_implementation="static",
                     disable_compile=not config.compiled,
+                    compile_config=static,
                 ),
                 device,
             )

@@ -16,7 +16,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memserve.errors import ModelError
@@ -113,11 +112,10 @@ def paged_attention(
     return backend.run(layer, q, k, v, scale, sliding_window, softcap).unsqueeze(0), None
 
 
-def _no_mask(*_: object, **__: object) -> None:
-    """Make no mask for Transformers: backends know what is seen from block tables."""
-
-
 def register() -> None:
-    """Make `attn_implementation=ATTENTION_NAME` known to Transformers. Idempotent."""
+    """Make `attn_implementation=ATTENTION_NAME` known to Transformers. Idempotent.
+
+    No mask function has that name, so Transformers makes no masks: backends know what is seen from
+    block tables.
+    """
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _no_mask)

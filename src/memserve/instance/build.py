@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -170,7 +171,9 @@ def _machine(device: torch.device) -> Machine:
     """Return the memory that is free now, on this machine and on a CUDA device."""
     free = None
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # PyTorch's allocator keeps the memory of the profile's pool
+        gc.collect()
+        with suppress(RuntimeError):  # after a failed capture of a CUDA graph
+            torch.cuda.empty_cache()  # PyTorch's allocator keeps the memory of the profile's pool
         free = torch.cuda.mem_get_info(device)[0]
     return Machine(host_memory(), shared_memory(), free)
 

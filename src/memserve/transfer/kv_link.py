@@ -63,7 +63,8 @@ class PoolLink:
     ) -> None:
         """`address`: where `pool` is served."""
         # Only a vLLM server's pool has no HBM; its peers, with equal KV, are vLLM servers, too.
-        self._medium = Medium.HBM if pool.extents(Medium.HBM) else Medium.DRAM
+        self._hbm = bool(pool.extents(Medium.HBM))
+        self._hbm_mappable = all(extent.segment is not None for extent in pool.extents(Medium.HBM))
         self.address = address
         self.caching = caching
         self._pool = pool
@@ -113,7 +114,8 @@ class PoolLink:
         `meet`.
         """
         await self.meet(peer)
-        return LinkedStream(self, self._pool, self._mode, peer, tokens, source, target)
+        medium = self.medium_at(peer)
+        return LinkedStream(self, self._pool, self._mode, peer, tokens, source, target, medium)
 
     async def meet(self, peer: PoolPeer) -> None:
         """Connect to a peer unless it is connected. Raises TransferError, LayoutMismatch.
@@ -181,6 +183,12 @@ class PoolLink:
             self.lost(peer)
             raise
 
+    def medium_at(self, peer: PoolPeer) -> Medium:
+        """Return where a peer, which is connected, receives KV: in HBM, or in DRAM if it has no
+        HBM or keeps it on a GPU that its transport does not reach."""
+        reached = self._hbm_mappable or self.transport_name(peer) != "shm"
+        return Medium.HBM if self._hbm and reached else Medium.DRAM
+
     def transport_name(self, peer: PoolPeer) -> str:
         """Return the name of the transport to a peer, without asking it; "" if it has gone."""
         try:
@@ -229,7 +237,7 @@ class PoolLink:
                 match.refs,
                 namespace=target,
                 mode=self._mode,
-                medium=self._medium,
+                medium=self.medium_at(peer),
             )
             await ended(transfer)
             transfer.result(0)
@@ -249,8 +257,9 @@ class LinkedStream(KVStream):
         tokens: TokenArray,
         source: Namespace,
         target: Namespace,
+        medium: Medium,
     ) -> None:
-        super().__init__(pool, mode, peer, tokens, source, target)
+        super().__init__(pool, mode, peer, tokens, source, target, medium)
         self._link = link
 
     async def deliver(self) -> Pushed:

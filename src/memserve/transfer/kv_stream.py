@@ -24,7 +24,7 @@ from memserve.pool.results import Match
 from memserve.transfer.handles import OpenTransfer, Transfer
 from memserve.transfer.mempool import MemPool
 from memserve.transfer.session import DEADLINE
-from memserve.types import Namespace, RefArray, TokenArray
+from memserve.types import Medium, Namespace, RefArray, TokenArray
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +46,17 @@ class KVStream:
         tokens: TokenArray,
         source: Namespace,
         target: Namespace,
+        medium: Medium,
     ) -> None:
-        """`peer`: connected. `source`, `target`: namespaces of the KV here and at the peer."""
+        """`peer`: connected. `source`, `target`: namespaces of the KV here and at the peer.
+        `medium`: where the peer receives it."""
         block_tokens = pool.layout.block_tokens
         self.blocks = len(tokens) // block_tokens
         self.peer = peer
         self.tokens = tokens[: self.blocks * block_tokens]
         self.source = source
         self.target = target
+        self._medium = medium
         self._pool = pool
         self._mode = mode
         self._lock = threading.Lock()  # guards the fields below
@@ -72,6 +75,7 @@ class KVStream:
                     refs,
                     tokens=self.tokens,
                     namespace=self.target,
+                    medium=self._medium,
                     idle_timeout=STEP_SECONDS,
                 )
             except (TransferError, PoolError) as error:

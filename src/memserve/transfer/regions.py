@@ -41,13 +41,16 @@ def pool_regions(layout: KVLayout, local: Sequence[LocalRegion]) -> PoolRegions:
 
 
 def mappable(memory: PoolRegions) -> bool:
-    """Return whether this process can write into all of a peer's memory through /dev/shm.
+    """Return whether this process can write into a peer's host memory through /dev/shm. Device
+    memory, which has no segment, is not reached so.
 
     The host's identity alone does not say that this user may open the peer's segments.
     """
-    return memory.host == host_id() and all(
-        region.segment is not None and os.access(SHM_DIRECTORY / region.segment, os.R_OK | os.W_OK)
-        for region in memory.regions
+    segments = [region.segment for region in memory.regions if region.segment is not None]
+    return (
+        memory.host == host_id()
+        and bool(segments)
+        and all(os.access(SHM_DIRECTORY / segment, os.R_OK | os.W_OK) for segment in segments)
     )
 
 
@@ -59,14 +62,18 @@ def choose_transport(
 ) -> str:
     """Return the name of the transport for writes into a peer's `memory`.
 
-    Shared memory where it reaches all of it, otherwise NIXL; `wanted` forces one. `ours` and
-    `theirs` are the transports that the two sides have. Raises TransferError.
+    Shared memory where it reaches all of it, otherwise NIXL, or else shared memory for what it
+    reaches; `wanted` forces one. `ours` and `theirs` are the transports that the two sides have.
+    Raises TransferError.
     """
     both = set(ours) & set(theirs)
-    if wanted in ("auto", "shm") and "shm" in both and mappable(memory):
+    shm = wanted in ("auto", "shm") and "shm" in both and mappable(memory)
+    if shm and all(region.segment is not None for region in memory.regions):
         return "shm"
     if wanted in ("auto", "nixl") and "nixl" in both:
         return "nixl"
+    if shm:
+        return "shm"
     reach = "can" if mappable(memory) else "cannot"
     raise TransferError(
         f"no transport to the peer (path={wanted!r}): this pool has {sorted(ours)}, the peer "

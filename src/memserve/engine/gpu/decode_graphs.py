@@ -7,9 +7,11 @@ larger one. Its integers go to the device by one copy, into a buffer that all gr
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -67,12 +69,13 @@ class DecodeGraphs:
         self._host = torch.zeros(length, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._ints = self._host.numpy()
         self._device = torch.zeros(length, dtype=torch.int32, device=device)
+        self._keep = torch.arange(sizes[-1], device=device)  # graphs read it: it stays alive
         capture = CudaCapture(device)
         started = time.monotonic()
         # The largest first: the others' tensors fit into its memory.
-        self._graphs = [self._capture(model, attention, rows, capture) for rows in reversed(sizes)][
-            ::-1
-        ]
+        with _no_collection():
+            graphs = [self._capture(model, attention, n, capture) for n in reversed(sizes)]
+        self._graphs = graphs[::-1]
         seconds = time.monotonic() - started
         log.info("CUDA graphs of up to %d sequences captured in %.1f s", sizes[-1], seconds)
 
@@ -100,7 +103,7 @@ class DecodeGraphs:
         used = self._fill(rows, (), np.empty(0, np.int32))
         self._device[:used].copy_(self._host[:used])
         tokens, positions, places, tiles = _parts(self._device, rows)
-        keep = torch.arange(rows, device=self._device.device)
+        keep = self._keep[:rows]
         tables = StepTables(
             places=places,
             decodes=tiles.view(rows, TILE_INTS),
@@ -161,23 +164,57 @@ def _sizes(most: int) -> list[int]:
     return [1 << power for power in range((most - 1).bit_length() + 1)]
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's collector from finalising CUDA objects, which would end a capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class CudaCapture:
     """Recorder of work on a GPU. All that it records shares one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all: each stream keeps memory of its own.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._checked = False
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Captured, Tensor]:
-        """Run `work` once and record it. Returns the record, and the result of each replay."""
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        """Run `work` and record it. Returns the record, and the result of each replay. Raises
+        RuntimeError, before anything is recorded, for work that waits for the device."""
         current = torch.cuda.current_stream(self._device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             work()  # compiles kernels and makes workspaces, which a capture cannot
-        current.wait_stream(stream)
+            if not self._checked:
+                self._check(work)
+        current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads copy blocks meanwhile: only this thread's calls are checked.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = work()
+        try:
+            # Other threads copy blocks meanwhile: only this thread's calls are checked.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                result = work()
+        except RuntimeError:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
+            raise
         return graph, result
+
+    def _check(self, work: Callable[[], Tensor]) -> None:
+        """Raise RuntimeError if `work` waits for the device. PyTorch's allocator does not recover
+        from a capture that such work ends."""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        self._checked = True

@@ -19,7 +19,6 @@ from memserve.engine.sampler import FOLD, MAX_TEMPERATURE, Sample, SamplerState,
 
 CANDIDATES = 1024
 _NO_TOKEN = -1
-_NAN_RANK = 0x7FFFFFFF  # above infinity's, as numpy's argmax has it
 
 
 def sample_on_gpu(logits: Tensor, states: Sequence[SamplerState]) -> list[Sample]:
@@ -42,16 +41,15 @@ def draw_tokens(logits: Tensor, states: Sequence[SamplerState]) -> list[int]:
     """Return the token of each row of `logits` [rows, vocab], by filters alone; -1 for rows whose
     filters keep more than CANDIDATES."""
     width = logits.shape[1]
-    values = logits.float()
-    keys = _ordered_keys(values)
-    first = _ids(keys.amax(1, keepdim=True), width)
+    first = logits.argmax(1, keepdim=True)  # of equal ones the first; NaN is highest
     rows = [_Row.of(state, width) for state in states]
     if all(row.greedy for row in rows):
         return first[:, 0].tolist()
     settings = torch.tensor(rows, dtype=torch.float64)
-    if values.is_cuda:
+    if logits.is_cuda:
         settings = settings.pin_memory()  # or the copy waits for the model's kernels
-    settings = settings.to(values.device, non_blocking=True)
+    settings = settings.to(logits.device, non_blocking=True)
+    values = logits.float()
     row = _Rows(*settings.unsqueeze(2).unbind(1))
     peak = values.gather(1, first)
     weights = torch.exp((values - peak) * (1 / row.temperature).float())
@@ -59,7 +57,7 @@ def draw_tokens(logits: Tensor, states: Sequence[SamplerState]) -> list[int]:
     if any(r.plain and not r.greedy for r in rows):
         token = _draw_from_all(weights, row.uniform)
     if not all(r.plain for r in rows):
-        filtered = _draw_filtered(values, peak, weights, keys, row)
+        filtered = _draw_filtered(values, peak, weights, row)
         token = torch.where(row.plain > 0, token, filtered)
     token = torch.where((row.greedy > 0) | ~torch.isfinite(peak), first, token)
     return token[:, 0].tolist()
@@ -100,13 +98,11 @@ class _Rows(NamedTuple):
     uniform: Tensor
 
 
-def _draw_filtered(
-    values: Tensor, peak: Tensor, weights: Tensor, keys: Tensor, row: _Rows
-) -> Tensor:
+def _draw_filtered(values: Tensor, peak: Tensor, weights: Tensor, row: _Rows) -> Tensor:
     """Return tokens [rows, 1] drawn from what the filters keep, -1 where that may be more than the
     candidates."""
     width = values.shape[1]
-    ids = _ids(keys.topk(min(CANDIDATES, width), dim=1).values, width)
+    ids = _most_probable(values, min(CANDIDATES, width))
     last = ids.shape[1] - 1
     found = values.gather(1, ids)
     place = torch.arange(last + 1, device=ids.device)
@@ -132,20 +128,15 @@ def _filters_only(state: SamplerState) -> bool:
     return state.params.logprobs is None and not state.adjusts
 
 
-def _ordered_keys(values: Tensor) -> Tensor:
-    """Return integers [rows, vocab] with the order of `values` [rows, vocab] float32; of equal ones
-    the first is highest. NaN is above all numbers."""
+def _most_probable(values: Tensor, count: int) -> Tensor:
+    """Return the ids [rows, count] of the highest `values` [rows, vocab] float32, in descending
+    order; of equal ones, and of all candidates for the last place, the first ids."""
     width = values.shape[1]
     bits = (values + 0.0).view(torch.int32)  # + 0 turns -0.0 into 0.0
     ranks = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # ordered as the floats are
-    ranks = torch.where(torch.isnan(values), _NAN_RANK, ranks)
     behind = torch.arange(width - 1, -1, -1, device=values.device)
-    return (ranks.long() << 32) | behind
-
-
-def _ids(keys: Tensor, width: int) -> Tensor:
-    """Return the token ids of keys of a vocabulary of `width`."""
-    return width - 1 - (keys & 0xFFFFFFFF)
+    keys = (ranks.long() << 32) | behind
+    return width - 1 - (keys.topk(count, dim=1).values & 0xFFFFFFFF)
 
 
 def _draw_from_all(weights: Tensor, uniform: Tensor) -> Tensor:
