@@ -114,13 +114,13 @@ def _draw_filtered(values: Tensor, peak: Tensor, weights: Tensor, row: _Rows) ->
     total = weights.sum(1, keepdim=True, dtype=torch.float64)
     target = row.top_p * torch.where(narrowed, mass[:, -1:], total)
     nucleus = (mass < target).sum(1, keepdim=True).clamp(max=last)
-    nucleus = torch.where(row.top_p < 1, nucleus, last)
+    nucleus = nucleus.masked_fill(row.top_p >= 1, last)
     drawn = (mass <= row.uniform * mass.gather(1, nucleus)).sum(1, keepdim=True).minimum(nucleus)
     if last + 1 == width:
         return ids.gather(1, drawn)
     # Whether no token behind the last candidate passes.
     enough = torch.where(narrowed, ~kept[:, -1:], mass[:, -1:] >= target)
-    return torch.where(enough, ids.gather(1, drawn), _NO_TOKEN)
+    return ids.gather(1, drawn).masked_fill(~enough, _NO_TOKEN)
 
 
 def _filters_only(state: SamplerState) -> bool:
@@ -157,6 +157,6 @@ def _locate(mass: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     [rows, items], and the fraction of that item's own mass."""
     target = uniform * mass[:, -1:]
     item = (mass <= target).sum(1, keepdim=True).clamp(max=mass.shape[1] - 1)
-    before = torch.where(item > 0, mass.gather(1, (item - 1).clamp(min=0)), 0.0)
+    before = mass.gather(1, (item - 1).clamp(min=0)).masked_fill(item == 0, 0.0)
     own = mass.gather(1, item) - before
-    return item, (target - before) / torch.where(own > 0, own, 1.0)
+    return item, (target - before) / own.masked_fill(~(own > 0), 1.0)
