@@ -5,6 +5,9 @@ It records what `TritonAttention` launches, and gives that to Triton's compiler.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,21 @@ from memserve.engine.gpu.attention import TritonAttention
 # Bytes of shared memory that a block of threads can have, by compute capability.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
+
+
+def output_of(module: str) -> str:
+    """What a module like this one prints, in a process without Triton's interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 class Recorder:

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 from rich.table import Table
 
+from evaluation.planner.live import VOCABULARY
 from memserve.bench.measure import BenchmarkError, started_cluster
 from memserve.bench.openai_client import Answer, OpenAIClient
 from memserve.clock import MonotonicClock
@@ -34,7 +35,6 @@ from memserve.models.resolve import Progress, resolve_model
 from memserve.types import Role
 
 COLOCATED = "colocated"
-_VOCABULARY = 250  # token ids of prompts are below it: every tokenizer here has as many
 _WARM_UP = 2
 
 
@@ -92,7 +92,7 @@ async def _run(
     ):
         times = []
         for _ in range(_WARM_UP + config.prompts):
-            prompt = [random_tokens.randrange(3, _VOCABULARY) for _ in range(config.prompt_tokens)]
+            prompt = [random_tokens.randrange(3, VOCABULARY) for _ in range(config.prompt_tokens)]
             answer = await cluster.or_failure(client.complete(prompt, 3))
             times.append(_times(answer))
         if cut != COLOCATED:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from evaluation.gpu.device_time import card_name, median_seconds, seconds_of, synchronize
+from evaluation.gpu.device_time import median_seconds, seconds_of, synchronize
 from evaluation.gpu.llama import Size, config_of
 from memserve.config import Positive, doc
+from memserve.engine.devices import device_name
 from memserve.models.resolve import Progress
 from memserve.pool.layout import KVLayout
 from memserve.pool.pool import BlockPool
@@ -66,7 +67,7 @@ def run_copies(config: CopiesConfig, progress: Progress) -> CopiesReport:
         timings += found
     return CopiesReport(
         config,
-        card_name(device),
+        device_name(device),
         _layout(config.size, True).block_bytes,
         tuple(timings),
     )

@@ -27,8 +27,3 @@ def synchronize(device: torch.device) -> None:
     """Wait for all work on a device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def card_name(device: torch.device) -> str:
-    """Return the name of a GPU; of a CPU, "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

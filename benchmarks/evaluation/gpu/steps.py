@@ -22,13 +22,14 @@ from rich.table import Table
 from torch import nn
 from transformers import CompileConfig
 
-from evaluation.gpu.device_time import card_name, median_seconds, seconds_of
+from evaluation.gpu.device_time import median_seconds, seconds_of
 from evaluation.gpu.llama import Size, config_of, random_llama, weight_bytes
 from memserve.api.generate import SamplingParams
 from memserve.bench.measure import BenchmarkError
 from memserve.config import Positive, doc
 from memserve.engine import attention
 from memserve.engine.batch import BatchLimits
+from memserve.engine.devices import device_name
 from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import Model, read_shape, ready
 from memserve.engine.request import EngineRequest, TokenOutput
@@ -108,7 +109,7 @@ def run_steps(config: StepsConfig, progress: Progress) -> StepsReport:
 
     return StepsReport(
         config=config,
-        card=card_name(device),
+        card=device_name(device),
         copy_gb_s=rate / 1e9,
         weight_gb=weights / 1e9,
         prefill=timing(prefills, theirs_prefill),

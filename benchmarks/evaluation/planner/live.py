@@ -35,7 +35,7 @@ from memserve.planner.contract import Action
 from memserve.types import Role
 
 _Seconds = Annotated[float, Meta(gt=0)]
-_VOCABULARY = 250  # token ids of prompts are below it: every tokenizer here has as many
+VOCABULARY = 250  # token ids of prompts are below it: every tokenizer here has as many
 PLANNED = "planner"
 # What is compared, by name; the planner begins with two of each.
 SPLITS: Mapping[str, tuple[tuple[Role, int], ...]] = {
@@ -165,7 +165,7 @@ async def _load(config: LiveConfig, client: OpenAIClient, chance: random.Random)
         rate = config.reading_rate if reading else config.writing_rate
         length = config.reading_prompt if reading else config.writing_prompt
         output = config.reading_output if reading else config.writing_output
-        prompt = [chance.randrange(3, _VOCABULARY) for _ in range(length)]
+        prompt = [chance.randrange(3, VOCABULARY) for _ in range(length)]
         await asyncio.sleep(max(0.0, begun + due - loop.time()))
         tasks.append(asyncio.create_task(_ask(client, prompt, output, phase, begun + due)))
         due += chance.expovariate(rate)

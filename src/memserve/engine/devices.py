@@ -21,6 +21,11 @@ def runs_triton(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU; of a CPU, "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def main() -> None:
     """Print the free bytes of each device."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from memserve.engine.attention import AttentionBackend, Span
 from memserve.engine.batch import StepPlan
@@ -53,7 +52,7 @@ class Runner:
         its blocks. After an error kernels may still run; see `finish`.
         """
         spans: list[Span] = []
-        tokens, positions = [], []
+        tokens = []
         keep, sampled = [], []
         scored: list[tuple[PromptScores, int]] = []  # with numbers of rows
         scored_rows: list[int] = []
@@ -63,7 +62,6 @@ class Runner:
             begin, end = sequence.computed, sequence.computed + count
             spans.append(Span(row, count, begin, sequence.table.indices))
             tokens.append(sequence.tokens[begin:end])
-            positions.append(np.arange(begin, end))
             if sequence.scores is not None:
                 rows = sequence.scores.rows(begin, end)
                 scored.append((sequence.scores, len(rows)))
@@ -72,7 +70,7 @@ class Runner:
             if end == sequence.length:
                 keep.append(row - 1)
                 sampled.append(sequence)
-        logits = self._forward(plan, spans, tokens, positions, keep + scored_rows)
+        logits = self._forward(plan, spans, tokens, keep + scored_rows)
         if scored_rows:
             _score(logits[len(keep) :], scored)
             logits = logits[: len(keep)]
@@ -87,7 +85,6 @@ class Runner:
         plan: StepPlan,
         spans: Sequence[Span],
         tokens: Sequence[TokenArray],
-        positions: Sequence[NDArray[np.int64]],
         keep: Sequence[int],
     ) -> torch.Tensor:
         """Queue the model's kernels. Returns logits [len(keep), vocab] of the rows `keep`."""
@@ -97,6 +94,7 @@ class Runner:
             return graphs.run(spans, np.concatenate(tokens))
         self._attention.plan(spans, len(plan.decodes), on_layer)
         device = self._model.device
+        positions = [np.arange(span.context, span.total) for span in spans]
         return self._model.forward(
             torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),
             torch.from_numpy(np.concatenate(positions)).to(device),

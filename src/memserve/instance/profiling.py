@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
-import torch
 
 from memserve.clock import MonotonicClock
 from memserve.config import Profiling
+from memserve.engine.devices import device_name
 from memserve.engine.engine import Engine, EngineSettings
 from memserve.engine.model import Model
 from memserve.errors import OutOfBlocks, ProfileError, SharedMemoryFull
@@ -63,11 +63,9 @@ class ProfiledEngine:
     def subject(self) -> Subject:
         """Key of the engine's profile: hardware, architecture, dtype, step size. Raises
         ModelError."""
-        device = self.model.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         dtype = self.layout.dtype
         return Subject(
-            hardware=host_hardware(name, self.settings.threads),
+            hardware=host_hardware(device_name(self.model.device), self.settings.threads),
             architecture=read_architecture(self.directory, self.directory.name, dtype),
             dtype=dtype,
             max_batch_tokens=self.settings.limits.max_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -163,9 +162,8 @@ class BlockStore:
         A copy per block reaches the memory's bandwidth; a gather of all blocks would first touch
         new pages.
         """
-        starts = [extent.start for extent in self.extents]
-        for at in index.tolist():
-            extent = self.extents[bisect_right(starts, at) - 1]
+        for at, number in zip(index.tolist(), self._extents_of(index).tolist(), strict=True):
+            extent = self.extents[number]
             assert extent.runs is not None
             yield extent.runs[at - extent.start]
 

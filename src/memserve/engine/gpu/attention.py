@@ -12,10 +12,8 @@ from memserve.engine.attention import Span, checked_dim
 from memserve.engine.gpu import attention_kernels as kernels
 from memserve.engine.gpu.step_tables import StepTables, tables_of
 
-# Programs per multiprocessor that decoding sequences are split for, and the most splits of one.
-# A power of 2, as the number of splits.
-_PROGRAMS = 4
-_MAX_SPLITS = 64
+_PROGRAMS = 4  # per multiprocessor: decoding sequences are split until there are so many
+_MAX_SPLITS = 64  # of one sequence; a power of 2, as every number of splits is
 _LEAST_ROWS = 16  # of a tile: the matrix units take no fewer
 
 
